@@ -1,0 +1,116 @@
+"""Rank processes on CPU that stay up: start P of them once, then run functions on all of them."""
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as mp
+
+_ANSWER_SECONDS = 300.0
+
+
+class RankError(RuntimeError):
+    """A function failed on some ranks; ``errors`` has each rank's exception, None where there was none."""
+
+    def __init__(self, message: str, errors: list[BaseException | None]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+class Ranks:
+    """P processes with DeepSpeed and gloo initialised. Close it, or use it in a ``with``."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=True)
+            process.start()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = _ANSWER_SECONDS) -> list[Any]:
+        """``function(*args)`` on every rank at once; their results in rank order.
+
+        Raises:
+            RankError: it raised on some rank, or a rank did not answer in time. Ranks that did not answer are killed.
+        """
+        for connection in self._connections:
+            connection.send((function, args))
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(seconds):
+                self.close()
+                raise RankError(f"rank {rank} did not answer within {seconds:g} s", [None] * self.world_size)
+            answers.append(connection.recv())
+        errors = [error for _, error, _ in answers]
+        if any(errors):
+            traces = "\n".join(f"--- rank {rank}\n{trace}" for rank, (_, _, trace) in enumerate(answers) if trace)
+            raise RankError(f"{function.__qualname__} failed:\n{traces}", errors)
+        return [result for result, _, _ in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DEEPSPEED_LOG_LEVEL="error",
+        TRANSFORMERS_VERBOSITY="error",
+        PYTHONWARNINGS="ignore",
+    )
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    os.chdir(tempfile.mkdtemp(prefix=f"rank{rank}_"))
+    deepspeed.init_distributed("gloo")
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (function(*args), None, None)
+        except Exception as error:
+            answer = (None, error, traceback.format_exc())
+        try:
+            connection.send(answer)
+        except Exception:  # an error that cannot be pickled
+            connection.send((None, RuntimeError(str(answer[1])), traceback.format_exc()))

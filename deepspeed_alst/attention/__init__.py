@@ -1,0 +1,1 @@
+"""Ulysses attention: integer head plans, mask rules, and the two all-to-alls around the core."""

@@ -1,0 +1,56 @@
+"""What a mask asks for, decided on the whole sample before it is cut. Legend: B batch, S whole sequence."""
+
+import torch
+
+from deepspeed_alst.errors import DataError
+
+
+def check_padding_mask(mask_BS: torch.Tensor) -> None:
+    """Accept a mask that causal attention makes superfluous: all ones, or zeros on the right only.
+
+    Padding on the right is seen by no labelled token, so such a mask can be dropped without changing anything.
+
+    Raises:
+        DataError: padding on the left, holes, or a mask that is not ``[B, S]``.
+    """
+    if mask_BS.dim() != 2:
+        raise DataError(
+            f"attention_mask has {mask_BS.dim()} dims, shape {list(mask_BS.shape)}: only [batch, sequence] masks "
+            "can be split over ranks. Remove it where it is plain causal."
+        )
+    kept_BS = mask_BS != 0
+    rising = kept_BS[:, 1:] & ~kept_BS[:, :-1]
+    if rising.any():
+        row = int(rising.any(dim=1).nonzero()[0, 0])
+        what = "padding on the left" if not kept_BS[row, 0] else "holes"
+        raise DataError(
+            f"attention_mask has {what} in row {row}: causal attention without a mask would see those tokens. "
+            "Pad on the right (tokenizer.padding_side = 'right')."
+        )
+
+
+def document_starts(position_ids_BS: torch.Tensor) -> torch.Tensor:
+    """Where a new document starts inside a row: ``[B, S] -> [B, S]`` bool, the first token of a row excluded.
+
+    Packed samples are known by position ids that do not go on by one.
+    """
+    starts_BS = torch.zeros_like(position_ids_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+    return starts_BS
+
+
+def check_not_packed(position_ids_BS: torch.Tensor) -> None:
+    """Refuse packed samples, whose documents must not see one another.
+
+    Raises:
+        DataError: position ids restart inside a row, or do not start at 0.
+    """
+    starts_BS = document_starts(position_ids_BS)
+    if starts_BS.any():
+        row, column = starts_BS.nonzero()[0].tolist()
+        raise DataError(
+            f"position_ids restart at token {column} of row {row}: packed samples are not yet available under sequence "
+            "parallelism. Give one document per row, or leave position_ids out."
+        )
+    if (position_ids_BS[:, 0] != 0).any():
+        raise DataError(f"position_ids start at {int(position_ids_BS[:, 0].max())}, not at 0. Leave them out.")

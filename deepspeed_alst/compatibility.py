@@ -1,0 +1,252 @@
+"""Which features of DeepSpeed go together with sequence parallelism: right, or refused by name. Pure.
+
+A row is a feature, the ds_config that asks for it, and the verdict. ``docs/compatibility.md`` is this table, and every
+row has a test: a "right" row trains and is compared with SP=1, a "refused" row is refused with its sentence.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed_alst.errors import ConfigError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row: what is asked for, where in the JSON, and why it is refused (empty: it goes together with SP)."""
+
+    name: str
+    path: str
+    asked: Callable[[Config], bool]
+    refusal: str = ""
+
+
+def value_at(ds_config: Config, path: str, default: Any = None) -> Any:
+    """The value at a dotted JSON path, or the default where any part of it is missing."""
+    value: Any = ds_config
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return value
+
+
+def _on(path: str) -> Callable[[Config], bool]:
+    def asked(ds_config: Config) -> bool:
+        value = value_at(ds_config, path)
+        return bool(value.get("enabled", False) if isinstance(value, Mapping) else value)
+
+    return asked
+
+
+def _above_one(path: str) -> Callable[[Config], bool]:
+    return lambda ds_config: (value_at(ds_config, path, 1) or 1) > 1
+
+
+def _optimizer(*names: str) -> Callable[[Config], bool]:
+    return lambda ds_config: str(value_at(ds_config, "optimizer.type", "")).lower() in names
+
+
+def _is(path: str, *values: Any) -> Callable[[Config], bool]:
+    return lambda ds_config: value_at(ds_config, path) in values
+
+
+def _stage(ds_config: Config) -> int:
+    return int(value_at(ds_config, "zero_optimization.stage", 0) or 0)
+
+
+_UNVERIFIED = "not verified under sequence parallelism; remove it, or set sequence_parallel_size to 1"
+
+FEATURES = (
+    Feature("fp16", "fp16", _on("fp16")),
+    Feature("bf16", "bf16", _on("bf16")),
+    Feature(
+        "torch autocast",
+        "torch_autocast",
+        _on("torch_autocast"),
+        "it reduces gradients in a dtype of its own, so seq_parallel_communication_data_type could not be honoured; "
+        "use bf16.enabled",
+    ),
+    Feature("gradient clipping", "gradient_clipping", _on("gradient_clipping")),
+    Feature(
+        "prescale_gradients",
+        "prescale_gradients",
+        _on("prescale_gradients"),
+        "it divides before the sum, which rounds twice; remove it",
+    ),
+    Feature(
+        "gradient_predivide_factor",
+        "gradient_predivide_factor",
+        lambda c: value_at(c, "gradient_predivide_factor", 1.0) not in (1, None),
+        "DeepSpeed 0.19 divides by the wrong number where the factor equals the world size (stage 3); remove it",
+    ),
+    Feature(
+        "gradient_allreduce_op",
+        "gradient_allreduce_op",
+        _is("gradient_allreduce_op", "sum", "SUM"),
+        "a sum over all ranks has no SP=1 equal: the ranks of one sequence must be summed and the replicas averaged; "
+        "remove it",
+    ),
+    Feature(
+        "optimizer offload to CPU",
+        "zero_optimization.offload_optimizer",
+        _is("zero_optimization.offload_optimizer.device", "cpu"),
+    ),
+    Feature(
+        "optimizer offload to NVMe",
+        "zero_optimization.offload_optimizer.device",
+        _is("zero_optimization.offload_optimizer.device", "nvme"),
+        "not verified under sequence parallelism; use device 'cpu'",
+    ),
+    Feature(
+        "parameter offload to CPU",
+        "zero_optimization.offload_param",
+        _is("zero_optimization.offload_param.device", "cpu"),
+    ),
+    Feature(
+        "parameter offload to NVMe",
+        "zero_optimization.offload_param.device",
+        _is("zero_optimization.offload_param.device", "nvme"),
+        "not verified under sequence parallelism; use device 'cpu'",
+    ),
+    Feature("reduce_scatter off", "zero_optimization.reduce_scatter", _is("zero_optimization.reduce_scatter", False)),
+    Feature(
+        "contiguous_gradients off",
+        "zero_optimization.contiguous_gradients",
+        _is("zero_optimization.contiguous_gradients", False),
+    ),
+    Feature("overlap_comm", "zero_optimization.overlap_comm", _on("zero_optimization.overlap_comm")),
+    Feature(
+        "round_robin_gradients",
+        "zero_optimization.round_robin_gradients",
+        _on("zero_optimization.round_robin_gradients"),
+    ),
+    Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _is("data_types.grad_accum_dtype", "fp32")),
+    Feature(
+        "communication_data_type",
+        "communication_data_type",
+        lambda c: value_at(c, "communication_data_type") is not None,
+    ),
+    Feature(
+        "hpZ (ZeRO++)",
+        "zero_optimization.zero_hpz_partition_size",
+        _above_one("zero_optimization.zero_hpz_partition_size"),
+        _UNVERIFIED,
+    ),
+    Feature(
+        "qwZ (ZeRO++)",
+        "zero_optimization.zero_quantized_weights",
+        _on("zero_optimization.zero_quantized_weights"),
+        "quantized weights do not give the gradients of the run without it; remove it",
+    ),
+    Feature(
+        "qwZ for frozen weights (ZeRO++)",
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        _on("zero_optimization.zero_quantized_nontrainable_weights"),
+        "quantized weights do not give the gradients of the run without it; remove it",
+    ),
+    Feature(
+        "qgZ (ZeRO++)",
+        "zero_optimization.zero_quantized_gradients",
+        _on("zero_optimization.zero_quantized_gradients"),
+        "gradients would be summed in 4 bits whatever seq_parallel_communication_data_type says; remove it",
+    ),
+    Feature(
+        "LoCo (ZeRO++)",
+        "zero_optimization.zeropp_loco_param",
+        _on("zero_optimization.zeropp_loco_param"),
+        "it belongs to quantized gradients; remove it",
+    ),
+    Feature(
+        "MiCS",
+        "zero_optimization.mics_shard_size",
+        lambda c: (value_at(c, "zero_optimization.mics_shard_size", -1) or -1) > 0,
+        _UNVERIFIED,
+    ),
+    Feature("ZenFlow", "zero_optimization.zenflow", _on("zero_optimization.zenflow"), _UNVERIFIED),
+    Feature(
+        "SuperOffload",
+        "zero_optimization.super_offload",
+        lambda c: (
+            _on("zero_optimization.super_offload")(c) or _on("zero_optimization.offload_optimizer.super_offload")(c)
+        ),
+        _UNVERIFIED,
+    ),
+    Feature(
+        "AutoTP",
+        "tensor_parallel.autotp_size",
+        lambda c: (value_at(c, "tensor_parallel.autotp_size", 0) or 0) > 1,
+        "tensor and sequence parallelism would both split the attention heads; remove one of the two",
+    ),
+    Feature("AutoEP", "expert_parallel", _on("expert_parallel"), _UNVERIFIED),
+    Feature(
+        "pipeline parallelism",
+        "pipeline",
+        lambda c: bool(value_at(c, "pipeline")),
+        "a PipelineModule has no sequence dimension that this package could split; use ZeRO",
+    ),
+    Feature(
+        "1-bit optimizers",
+        "optimizer.type",
+        _optimizer("onebitadam", "zerooneadam", "onebitlamb"),
+        "they compress the very sum that must be exact; use AdamW",
+    ),
+    Feature("Muon", "optimizer.type", _optimizer("muon"), _UNVERIFIED),
+    Feature("DeepCompile", "compile.deepcompile", _on("compile.deepcompile"), _UNVERIFIED),
+    Feature(
+        "AutoSP",
+        "compile.passes",
+        lambda c: "autosp" in (value_at(c, "compile.passes") or ()),
+        "it is sequence parallelism too; remove the pass, or the alst block",
+    ),
+    Feature("sparse gradients", "sparse_gradients", _on("sparse_gradients"), _UNVERIFIED),
+    Feature(
+        "data_efficiency",
+        "data_efficiency",
+        _on("data_efficiency"),
+        "it draws and cuts the samples itself; remove it",
+    ),
+    Feature(
+        "curriculum_learning",
+        "curriculum_learning",
+        _on("curriculum_learning"),
+        "it cuts the sequences itself; remove it",
+    ),
+    Feature("progressive_layer_drop", "progressive_layer_drop", _on("progressive_layer_drop"), _UNVERIFIED),
+    Feature("hybrid_engine", "hybrid_engine", _on("hybrid_engine"), _UNVERIFIED),
+    Feature("elasticity", "elasticity", _on("elasticity"), _UNVERIFIED),
+    Feature(
+        "compression_training", "compression_training", lambda c: bool(value_at(c, "compression_training")), _UNVERIFIED
+    ),
+    Feature("eigenvalue", "eigenvalue", _on("eigenvalue"), _UNVERIFIED),
+    Feature("autotuning", "autotuning", _on("autotuning"), _UNVERIFIED),
+    Feature(
+        "unmanaged gradient accumulation",
+        "managed_gradient_accumulation",
+        _is("managed_gradient_accumulation", False),
+        _UNVERIFIED,
+    ),
+    Feature(
+        "data_parallel_size mesh",
+        "data_parallel_size",
+        lambda c: value_at(c, "data_parallel_size") is not None,
+        "DeepSpeed then reduces over the data ranks only and the weights diverge; remove it: "
+        "data parallelism is the world size divided by sequence_parallel_size",
+    ),
+)
+
+
+def check_features(ds_config: Config) -> None:
+    """Refuse what does not go together with sequence parallelism.
+
+    Raises:
+        ConfigError: one line for each refused feature: JSON path, value, why, way out.
+    """
+    lines = []
+    for feature in FEATURES:
+        if feature.refusal and feature.asked(ds_config):
+            lines.append(f"{feature.path}={value_at(ds_config, feature.path)!r} ({feature.name}): {feature.refusal}.")
+    if lines:
+        raise ConfigError("\n".join(lines))

@@ -1,0 +1,117 @@
+"""One batch, prepared as a whole and cut into P shards. Pure: no process group, no state.
+
+Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from deepspeed_alst.attention.masks import check_not_packed, check_padding_mask, document_starts
+from deepspeed_alst.errors import DataError
+
+IGNORED_LABEL = -100
+_LENGTH_KEYS = ("input_ids", "inputs_embeds")
+_LABEL_KEYS = ("labels", "shift_labels")
+
+
+@dataclass(frozen=True)
+class ShardedBatch:
+    """A batch in P pieces: ``shards[r]`` holds the sequence tensors of rank r, ``common`` what each gets whole."""
+
+    shards: list[dict[str, torch.Tensor]]
+    common: dict[str, Any]
+
+
+def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int) -> ShardedBatch:
+    """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
+
+    ``S`` is padded on the right to a multiple of ``multiple`` (labels with -100, positions counting on, the rest with
+    0). ``position_ids`` are made where absent. ``shift_labels`` are the labels moved by one token, once, before the
+    cut; the last token of every document has none. An attention mask of ones or right padding is dropped. Tensors
+    without a sequence dim, and everything that is not a tensor, go to every rank as they are.
+
+    Raises:
+        DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
+    """
+    whole = _whole_sequences(batch)
+    length = _sequence_length(whole)
+    common = {key: value for key, value in batch.items() if key not in whole and key != "attention_mask"}
+    if (mask := batch.get("attention_mask")) is not None:
+        _check_same_length("attention_mask", mask, -1, length)
+        check_padding_mask(mask)
+    if "position_ids" not in whole:
+        rows = next(whole[key] for key in _LENGTH_KEYS if key in whole).shape[0]
+        whole["position_ids"] = torch.arange(length).expand(rows, length)
+    # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
+    positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
+    check_not_packed(positions_BS)
+    if "labels" in whole and "shift_labels" not in whole:
+        whole["shift_labels"] = shift_labels(whole["labels"], document_starts(positions_BS))
+    padded = -(-length // multiple) * multiple
+    pieces = {key: _pad(key, x, padded).tensor_split(sp_size, _sequence_dim(key)) for key, x in whole.items()}
+    return ShardedBatch([{key: cut[rank] for key, cut in pieces.items()} for rank in range(sp_size)], common)
+
+
+def shift_labels(labels_BS: torch.Tensor, starts_BS: torch.Tensor) -> torch.Tensor:
+    """The label of each token is the next token's: ``[B, S] -> [B, S]``, none at the end of a row or document."""
+    # A token whose successor starts a document predicts nothing.
+    masked_BS = labels_BS.masked_fill(starts_BS, IGNORED_LABEL)
+    return F.pad(masked_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _sequence_dim(key: str) -> int:
+    # position_ids may be [S], [B, S] or, for multi-dimensional rotary embeddings, [3, B, S].
+    return -1 if key == "position_ids" else 1
+
+
+def _whole_sequences(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a batch that have a sequence dim."""
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"a batch must be a mapping of names to tensors (input_ids, labels, ...), not {type(batch).__name__}; "
+            "give the loader a collate_fn that returns a dict"
+        )
+    anchor = next((batch[key] for key in _LENGTH_KEYS if isinstance(batch.get(key), torch.Tensor)), None)
+    if anchor is None or anchor.dim() < 2:
+        raise DataError(
+            f"a batch needs input_ids or inputs_embeds of shape [batch, sequence, ...]; got the keys {sorted(batch)}"
+        )
+    whole = {}
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor) or key == "attention_mask":
+            continue
+        if key == "position_ids":
+            whole[key] = value if value.dim() > 1 else value.expand(anchor.shape[0], -1)
+        elif key in _LENGTH_KEYS + _LABEL_KEYS or (value.dim() >= 2 and value.shape[:2] == anchor.shape[:2]):
+            whole[key] = value
+    return whole
+
+
+def _sequence_length(whole: dict[str, torch.Tensor]) -> int:
+    length = next(whole[key] for key in _LENGTH_KEYS if key in whole).shape[1]
+    for key, x in whole.items():
+        _check_same_length(key, x, _sequence_dim(key), length)
+    if not length:
+        raise DataError("a batch has sequences of length 0; leave empty documents out")
+    return length
+
+
+def _check_same_length(key: str, x: torch.Tensor, dim: int, length: int) -> None:
+    if x.dim() < 2 or x.shape[dim] != length:
+        raise DataError(f"{key} has shape {list(x.shape)}, but the sequences of its batch have {length} tokens")
+
+
+def _pad(key: str, x: torch.Tensor, padded: int) -> torch.Tensor:
+    dim = _sequence_dim(key) % x.dim()
+    missing = padded - x.shape[dim]
+    if not missing:
+        return x
+    if key == "position_ids":
+        last = x.narrow(dim, x.shape[dim] - 1, 1)
+        return torch.cat([x, last + torch.arange(1, missing + 1)], dim)
+    value = IGNORED_LABEL if key in _LABEL_KEYS else 0
+    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing], value=value)

@@ -1,0 +1,98 @@
+"""What of the machine must be right before DeepSpeed is started."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
+
+from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.errors import ConfigError, SetupError
+
+_TESTED = ((0, 19, 8), (0, 20, 0))
+# Another host's build in a shared home shows no open file here; no build of this op takes as long as this.
+_REMOTE_BUILD_SECONDS = 600
+
+
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed that this version was not tested with: it relies on DeepSpeed's internals.
+
+    Raises:
+        SetupError: older than 0.19.8, or 0.20 and newer.
+    """
+    found = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+    if not _TESTED[0] <= found < _TESTED[1]:
+        raise SetupError(
+            f"deepspeed {deepspeed.__version__} is not tested with this version of deepspeed_alst, which relies on its "
+            "internals. Install one that is: pip install 'deepspeed>=0.19.8,<0.20'"
+        )
+
+
+def check_build_lock() -> None:
+    """Refuse to wait for a build that nobody runs.
+
+    On CPU, DeepSpeed compiles its shared-memory op at the first ``init_distributed``, under a lock file. A killed run
+    leaves the file behind, and every later run waits for it for ever, without a message.
+
+    Raises:
+        SetupError: the lock is there and no process holds it open; where it is, and how to clear it.
+    """
+    if get_accelerator().device_name() != "cpu" or torch.distributed.is_initialized():
+        return
+    lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except OSError:
+        return
+    several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) != os.environ.get("WORLD_SIZE")
+    if _is_open_somewhere(lock) or (several_hosts and age < _REMOTE_BUILD_SECONDS):
+        return
+    raise SetupError(
+        f"{lock} is left over from a build that was killed, and DeepSpeed would wait for it for ever. "
+        f"Remove it: rm {lock}"
+    )
+
+
+def use_expandable_segments(config: AlstConfig) -> str:
+    """Switch the CUDA allocator to expandable segments, before its first allocation; returns what was done.
+
+    Raises:
+        ConfigError: asked for by name on a machine without CUDA.
+    """
+    wanted = config.alst.expandable_segments
+    if not torch.cuda.is_available():
+        if wanted:
+            raise ConfigError("alst.expandable_segments=True: this machine has no CUDA device. Remove the key.")
+        return "no CUDA device"
+    if wanted is False:
+        return "expandable segments left as they are (alst.expandable_segments=false)"
+    if "expandable_segments" in _allocator_variable(os.environ):
+        return "as the environment says"
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 0:
+        late = "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the program starts"
+        if wanted:
+            raise ConfigError(
+                f"alst.expandable_segments=True: too late, the program has allocated CUDA memory already. {late}."
+            )
+        return f"expandable segments off: the program has allocated CUDA memory already; {late}"
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    return "expandable segments"
+
+
+def _allocator_variable(environ: Mapping[str, str]) -> str:
+    return environ.get("PYTORCH_ALLOC_CONF", "") + environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+
+
+def _is_open_somewhere(path: Path) -> bool:
+    """Whether a process of this host holds the file open, as the builder does while it builds."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if descriptor.readlink() == path:
+                return True
+        except OSError:
+            continue
+    return False

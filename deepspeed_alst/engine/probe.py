@@ -1,0 +1,101 @@
+"""The averaging probe: on the first optimizer step, is the gradient that DeepSpeed made the average over all ranks?
+
+Everything here rests on DeepSpeed dividing by the world size on the path that this engine takes (parallel/mpu.py). The
+probe keeps a slice of the local gradients of two parameters, as autograd makes them, averages it itself, and compares
+before the first update. It runs once and leaves nothing behind.
+"""
+
+import functools
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+
+from deepspeed_alst.errors import SetupError
+from deepspeed_alst.parallel.groups import SequenceGroups
+
+_SLICE = 4096
+_LARGEST = 1 << 26  # elements; DeepSpeed hands the whole gradient out in fp32, 256 MiB here
+# A wrong divisor is off by a factor of at least 1 + 1/world; bf16 sums are off by some 1e-2.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+def install_probe(engine: Any, groups: SequenceGroups, undo: ExitStack) -> None:
+    """Check the averaging factor at the engine's first optimizer step.
+
+    The wrapped ``engine.step`` raises SetupError on all ranks, before any weight has changed, if the factor is wrong.
+    """
+    watched = [_Watched(name, param) for name, param in _choose(engine.module)]
+    before = engine.__dict__["step"]
+
+    def remove() -> None:
+        for each in watched:
+            each.handle.remove()
+        engine.__dict__["step"] = before
+
+    @functools.wraps(before)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if engine.is_gradient_accumulation_boundary():
+            remove()
+            _compare(engine, watched, groups)
+        return before(*args, **kwargs)
+
+    engine.__dict__["step"] = step
+    undo.callback(lambda: engine.__dict__.get("step") is step and remove())
+
+
+class _Watched:
+    """A parameter and the sum of a slice of its local gradients."""
+
+    def __init__(self, name: str, param: torch.nn.Parameter) -> None:
+        self.name, self.param = name, param
+        self.local: torch.Tensor | None = None
+        self.handle = param.register_hook(self._add)
+
+    def _add(self, grad: torch.Tensor) -> None:
+        piece = grad.detach().reshape(-1)[:_SLICE].to(torch.float64)
+        self.local = piece if self.local is None else self.local + piece
+
+
+def _choose(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The smallest and the largest parameter that train: DeepSpeed treats those larger than its bucket differently."""
+
+    def size(param: torch.nn.Parameter) -> int:
+        return getattr(param, "ds_numel", param.numel())
+
+    trained = sorted(((n, p) for n, p in module.named_parameters() if p.requires_grad), key=lambda each: size(each[1]))
+    fitting = [each for each in trained if 0 < size(each[1]) <= _LARGEST]
+    return [fitting[0], fitting[-1]] if fitting else []
+
+
+def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> None:
+    for each in watched:
+        reduced = safe_get_full_grad(each.param)
+        local = each.local
+        if reduced is None:
+            raise SetupError(f"the averaging probe found no gradient for {each.name} on this engine")
+        reduced = reduced.reshape(-1)[:_SLICE].to(torch.float64)
+        expected = torch.zeros_like(reduced) if local is None else local.to(reduced.device)
+        dist.all_reduce(expected, group=groups.world_group)
+        expected /= groups.dp_size * groups.sp_size
+        # fp16's loss scale is in the local gradient; DeepSpeed takes it out.
+        scale = float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
+        factor = _factor(expected / scale, reduced)
+        tolerance = _TOLERANCE.get(each.param.dtype, _LOW_PRECISION_TOLERANCE)
+        if factor is not None and abs(factor - 1.0) > tolerance:
+            raise SetupError(
+                f"DeepSpeed made {factor:.4g} times the average over all ranks of the gradient of {each.name} "
+                f"(ZeRO stage {engine.zero_optimization_stage()}): gradients would be wrong. This configuration is not "
+                "one that deepspeed_alst knows; please report it."
+            )
+
+
+def _factor(expected: torch.Tensor, reduced: torch.Tensor) -> float | None:
+    """By what number the reduced gradient is off, as a projection; None where there is nothing to compare."""
+    square = expected.dot(expected)
+    if not torch.isfinite(square) or square == 0:
+        return None
+    return float(expected.dot(reduced) / square)

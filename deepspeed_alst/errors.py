@@ -1,0 +1,25 @@
+"""What this package raises. All are ValueErrors, so a program that catches those catches these."""
+
+
+class AlstError(ValueError):
+    """Base of every error that this package raises for a user to read."""
+
+
+class ConfigError(AlstError):
+    """A ds_config key that cannot be honoured; the message lists every such key with its JSON path."""
+
+
+class ShapeError(AlstError):
+    """Sizes that do not fit together: heads and ranks, lengths, dims."""
+
+
+class UnsupportedModelError(AlstError):
+    """A model, or a part of one, whose gradients under sequence parallelism are not verified."""
+
+
+class DataError(AlstError):
+    """A batch or a loader that sequence parallelism cannot use as it is."""
+
+
+class SetupError(AlstError):
+    """The environment: an untested DeepSpeed, a stale build lock, an engine that averages by another number."""

@@ -1,0 +1,129 @@
+"""The story of a call of ``deepspeed.initialize``, in the order of the data's way.
+
+    ds_config["alst"] -> typed config -> checks (world, model) -> process groups -> loader -> model patches -> engine
+
+The only place where toggles are read.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+
+from deepspeed_alst.compatibility import check_features
+from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
+from deepspeed_alst.engine.probe import install_probe
+from deepspeed_alst.engine.report import print_report, report_rows
+from deepspeed_alst.engine.session import Session
+from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.families import check_model
+from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.parallel.agreement import raise_together
+from deepspeed_alst.parallel.groups import build_groups
+from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
+
+DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
+
+
+def initialize(
+    original: DeepSpeedInitialize, arguments: dict[str, Any], ds_config: dict[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a ds_config that asks for this package.
+
+    Args:
+        original: DeepSpeed's own function.
+        arguments: the caller's arguments, by name.
+        ds_config: the configuration among them, as a dict.
+
+    Returns:
+        What DeepSpeed returns: engine, optimizer, training loader (sharded), learning-rate scheduler.
+
+    Raises:
+        AlstError: on all ranks, whichever of them saw the reason, and before any weight has changed.
+    """
+    check_deepspeed()
+    config = parse(ds_config)
+    allocator = use_expandable_segments(config)
+    if config.sequence_parallel_size == 1:
+        return original(**arguments)
+
+    check_features(ds_config)
+    _check_arguments(arguments)
+    check_build_lock()
+    deepspeed.comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
+    )
+    check_world(config, dist.get_world_size())
+
+    with ExitStack() as undo:
+        groups = build_groups(config.sequence_parallel_size)
+        undo.callback(groups.destroy)
+        raise_together(_model_error(arguments["model"], config), groups.control_group)
+
+        mpu = UlyssesMpu(groups)
+        session = Session(config, groups, mpu, undo)
+        model = arguments["model"]
+        attention = f"{type(model).__name__}: sdpa over {groups.sp_size} ranks, 2 all-to-alls per layer and pass"
+        patch_model(model, groups.sp_group, undo)
+        guard_batches(model, groups, undo)
+
+        with installed(mpu):
+            engine, optimizer, _, scheduler = original(**_deepspeed_arguments(arguments, ds_config, config, mpu))
+        session.attach(engine)
+        if arguments.get("training_data") is not None:
+            engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
+        install_probe(engine, groups, undo)
+        if dist.get_rank() == 0:
+            print_report(report_rows(config, groups, engine, attention, allocator))
+        # Nothing failed: the engine's session owns what is to be undone from here on.
+        session.adopt(undo.pop_all())
+    return engine, optimizer, engine.training_dataloader, scheduler
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse what the call itself brings and sequence parallelism cannot use."""
+    problems = []
+    if arguments.get("mpu") is not None:
+        problems.append(
+            "mpu: sequence_parallel_size in the ds_config makes its own process groups; leave mpu out, or the key"
+        )
+    if arguments.get("mesh_param") is not None:
+        problems.append(
+            "mesh_param: sequence_parallel_size in the ds_config makes its own process groups; leave it out"
+        )
+    if isinstance(arguments.get("model"), PipelineModule):
+        problems.append("model: a PipelineModule has no sequence dimension that could be split; use ZeRO")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _model_error(model: Any, config: AlstConfig) -> AlstError | None:
+    try:
+        facts = check_model(model)
+        check_heads(config, facts.num_heads, facts.num_kv_heads)
+    except AlstError as error:
+        return error
+    return None
+
+
+def _deepspeed_arguments(
+    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, mpu: UlyssesMpu
+) -> dict[str, Any]:
+    """The caller's arguments with our mpu, and the reduction dtype under the key that DeepSpeed reads at SP 1."""
+    ours = copy.deepcopy(ds_config)
+    ours["communication_data_type"] = config.seq_parallel_communication_data_type
+    passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
+    args = copy.copy(passed.get("args"))
+    if getattr(args, "deepspeed_config", None) is not None:
+        # DeepSpeed refuses two configurations; the one in args is what `ours` was made from.
+        args.deepspeed_config = None
+        passed["args"] = args
+    return {**passed, "config": ours, "mpu": mpu}

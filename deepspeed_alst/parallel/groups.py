@@ -1,0 +1,65 @@
+"""Who shares a sequence and who holds a replica: P = sp_size consecutive ranks, so of one node, share one sequence."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+def sequence_ranks(world_size: int, sp_size: int) -> list[list[int]]:
+    """The ranks of each SP group: ``[[0..P-1], [P..2P-1], ...]``, one list for each data-parallel replica."""
+    assert world_size % sp_size == 0, (world_size, sp_size)
+    return [list(range(first, first + sp_size)) for first in range(0, world_size, sp_size)]
+
+
+@dataclass(frozen=True)
+class SequenceGroups:
+    """The process groups of one engine, as this rank sees them."""
+
+    sp_size: int
+    sp_rank: int
+    dp_size: int
+    dp_rank: int
+    sp_group: Any
+    """The ranks of this rank's sequence, on the device's backend: attention and loss."""
+    world_group: Any
+    """All ranks on the device's backend: what ZeRO shards and reduces over."""
+    self_group: Any
+    """This rank alone: DeepSpeed asks for a model-parallel group, and None makes it take the world."""
+    sp_control_group: Any
+    """The ranks of this rank's sequence over gloo: batches on the host."""
+    control_group: Any
+    """All ranks over gloo: agreements on sizes and errors, which need no device."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks of this rank's sequence, in the sequence's order."""
+        return sequence_ranks(self.dp_size * self.sp_size, self.sp_size)[self.dp_rank]
+
+    def destroy(self) -> None:
+        """Give the process groups back; the object is of no use afterwards."""
+        for group in (self.sp_group, self.world_group, self.self_group, self.sp_control_group, self.control_group):
+            # After dist.destroy_process_group() there is nothing left to give back.
+            with contextlib.suppress(ValueError, AssertionError, KeyError):
+                dist.destroy_process_group(group)
+
+
+def build_groups(sp_size: int) -> SequenceGroups:
+    """Build the groups of one engine. Collective over the world; the SP degree must divide it (checked before)."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    mine: dict[str, Any] = {}
+    for ranks in sequence_ranks(world_size, sp_size):
+        sp_group, sp_control_group = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+        if rank in ranks:
+            mine = {"sp_group": sp_group, "sp_control_group": sp_control_group}
+    return SequenceGroups(
+        sp_size=sp_size,
+        sp_rank=rank % sp_size,
+        dp_size=world_size // sp_size,
+        dp_rank=rank // sp_size,
+        world_group=dist.new_group(list(range(world_size))),
+        self_group=dist.new_group([rank], use_local_synchronization=True),
+        control_group=dist.new_group(list(range(world_size)), backend="gloo"),
+        **mine,
+    )

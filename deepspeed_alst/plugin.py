@@ -1,0 +1,76 @@
+"""The gate in front of ``deepspeed.initialize``: reads the config, and loads the package only if it asks for it.
+
+Runs in every process that imports deepspeed, so it holds nothing but the question "is this config for us?".
+"""
+
+import functools
+import inspect
+from types import ModuleType
+from typing import Any
+
+_MARK = "__deepspeed_alst__"
+
+
+def hook_initialize(deepspeed: ModuleType) -> None:
+    """Put the gate in front of ``deepspeed.initialize``; a second call does nothing."""
+    original = deepspeed.initialize
+    if hasattr(original, _MARK):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def initialize(*args, **kwargs):
+        # A call that does not fit the signature is DeepSpeed's to refuse.
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return original(*args, **kwargs)
+        ds_config = find_config(arguments)
+        if not is_wanted(ds_config, arguments.get("mpu")):
+            return original(*args, **kwargs)
+        from deepspeed_alst.initialize import initialize as alst_initialize
+
+        return alst_initialize(original, dict(arguments), ds_config)
+
+    setattr(initialize, _MARK, original)
+    deepspeed.initialize = initialize
+
+
+def unhook_initialize(deepspeed: ModuleType) -> None:
+    """Give ``deepspeed.initialize`` back as it was."""
+    deepspeed.initialize = getattr(deepspeed.initialize, _MARK, deepspeed.initialize)
+
+
+def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The ds_config as a dict, from wherever ``deepspeed.initialize`` would take it; None if there is none to read.
+
+    ``config`` (dict or path), else ``config_params``, else ``args.deepspeed_config``. What cannot be read is left for
+    DeepSpeed to complain about.
+    """
+    config = arguments.get("config")
+    if config is None:
+        config = arguments.get("config_params")
+    if config is None:
+        config = getattr(arguments.get("args"), "deepspeed_config", None)
+    if config is None or isinstance(config, dict):
+        return config
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+    try:
+        return load_ds_config(config)
+    except Exception:
+        return None
+
+
+def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None) -> bool:
+    """Whether the package acts: an ``alst`` block, or ``sequence_parallel_size`` > 1 with no mpu and no autosp pass."""
+    if not isinstance(ds_config, dict):
+        return False
+    if "alst" in ds_config:
+        return True
+    sp_size = ds_config.get("sequence_parallel_size", 1)
+    if sp_size == 1 or mpu is not None:
+        return False
+    compile_block = ds_config.get("compile")
+    passes = compile_block.get("passes") if isinstance(compile_block, dict) else None
+    return "autosp" not in (passes or ())

@@ -1,0 +1,37 @@
+"""The package and what it needs. Lower bounds are the versions that the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="deepspeed-alst",
+    version="0.1.0",
+    description="Arctic Long Sequence Training for Hugging Face models on DeepSpeed, switched on by ds_config keys",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["deepspeed_alst", "deepspeed_alst.*"]),
+    install_requires=[
+        "torch>=2.13.0",  # tensors, gloo and NCCL
+        "deepspeed>=0.19.8,<0.20",  # the engine; its internals are relied upon, so no untested release
+        "transformers>=5.23.0",  # the models, and their attention and mask interfaces
+        "triton>=3.9.0; platform_system == 'Linux'",  # the tile kernels
+        "liger-kernel>=0.8.5; platform_system == 'Linux'",  # Liger's kernels
+        "pydantic>=2.14",  # the typed config and its error messages
+        "rich>=15.0",  # tables
+    ],
+    extras_require={
+        "dev": [
+            "accelerate>=1.15.0",  # transformers' HfDeepSpeedConfig needs it
+            "ninja",  # builds DeepSpeed's CPU communication op
+            "pytest>=9.0",
+            "pytest-timeout>=2.4",
+            "ruff>=0.17",
+            "mypy>=2.4",
+        ],
+    },
+    # PyTorch loads these at `import torch`; see deepspeed_alst/autoload.py.
+    entry_points={"torch.backends": ["deepspeed_alst = deepspeed_alst.autoload:entry_point"]},
+)

@@ -1,0 +1,1 @@
+"""Tests: behaviour against a reference, on real engines and real gloo ranks."""
