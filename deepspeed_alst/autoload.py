@@ -7,6 +7,7 @@ extensions, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 _TARGET = "deepspeed"
@@ -27,8 +28,7 @@ def install() -> None:
     """Hook ``deepspeed.initialize`` now, or as soon as ``deepspeed`` is imported. Calling it again does nothing."""
     module = sys.modules.get(_TARGET)
     if module is None:
-        if not any(isinstance(finder, _DeepSpeedFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _DeepSpeedFinder())
+        after_import(_TARGET, _hook)
     elif _is_half_imported(module):
         # `import deepspeed` before `import torch`: deepspeed's own import of torch brought us here, and its
         # `initialize` does not exist yet. The first look at the finished module installs the hook.
@@ -36,6 +36,12 @@ def install() -> None:
             module.__class__ = _HalfImportedModule
     else:
         _hook(module)
+
+
+def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
+    """Call back with a module that is not imported yet, once it is; a second wish for the same module does nothing."""
+    if not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, call))
 
 
 def _hook(module: ModuleType) -> None:
@@ -58,25 +64,35 @@ class _HalfImportedModule(ModuleType):
         return read(name)
 
 
-class _DeepSpeedFinder:
-    """Finds ``deepspeed`` with the finders behind this one, and hooks the module when it has been executed."""
+class _AfterImport:
+    """Finds one module with the finders behind this one, and calls back once it has been executed.
+
+    It stays in place until then: others look a module up without importing it (``importlib.util.find_spec``).
+    """
+
+    def __init__(self, name: str, call: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self._call = call
+        self._asking_others = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != _TARGET:
+        if name != self.name or self._asking_others:
             return None
-        sys.meta_path.remove(self)
         import importlib.util
 
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            # Not installed: stay, a later import may find it.
-            sys.meta_path.insert(0, self)
-            return spec
-        execute = spec.loader.exec_module
+        self._asking_others = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking_others = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def exec_module(module):
-            execute(module)
-            _hook(module)
+            def exec_module(module):
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                self._call(module)
 
-        spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module
         return spec

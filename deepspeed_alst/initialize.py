@@ -26,7 +26,7 @@ from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.parallel.agreement import raise_together
-from deepspeed_alst.parallel.groups import build_groups
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
@@ -61,13 +61,13 @@ def initialize(
         dist_backend=get_accelerator().communication_backend_name(),
         **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
     )
-    check_world(config, dist.get_world_size())
+    # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
+    control_group = build_control_group()
+    raise_together(_error_in(arguments["model"], config), control_group)
 
     with ExitStack() as undo:
-        groups = build_groups(config.sequence_parallel_size)
+        groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        raise_together(_model_error(arguments["model"], config), groups.control_group)
-
         mpu = UlyssesMpu(groups)
         session = Session(config, groups, mpu, undo)
         model = arguments["model"]
@@ -105,8 +105,9 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _model_error(model: Any, config: AlstConfig) -> AlstError | None:
+def _error_in(model: Any, config: AlstConfig) -> AlstError | None:
     try:
+        check_world(config, dist.get_world_size())
         facts = check_model(model)
         check_heads(config, facts.num_heads, facts.num_kv_heads)
     except AlstError as error:

@@ -5,8 +5,12 @@ Runs in every process that imports deepspeed, so it holds nothing but the questi
 
 import functools
 import inspect
+import json
+import sys
 from types import ModuleType
 from typing import Any
+
+from deepspeed_alst.autoload import after_import
 
 _MARK = "__deepspeed_alst__"
 
@@ -34,6 +38,7 @@ def hook_initialize(deepspeed: ModuleType) -> None:
 
     setattr(initialize, _MARK, original)
     deepspeed.initialize = initialize
+    _prepare_zero3_loading(initialize)
 
 
 def unhook_initialize(deepspeed: ModuleType) -> None:
@@ -74,3 +79,43 @@ def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None) -> bool:
     compile_block = ds_config.get("compile")
     passes = compile_block.get("passes") if isinstance(compile_block, dict) else None
     return "autosp" not in (passes or ())
+
+
+def config_on_command_line(argv: list[str]) -> str | None:
+    """The path behind ``--deepspeed`` or ``--deepspeed_config``, as the launcher's programs are given it."""
+    for index, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option in ("--deepspeed", "--deepspeed_config"):
+            path = value if equals else argv[index + 1] if index + 1 < len(argv) else ""
+            if path.endswith(".json"):
+                return path
+    return None
+
+
+def _prepare_zero3_loading(keeper: Any) -> None:
+    """Have transformers load models sharded, in a plain ZeRO-3 loop that does not ask for it.
+
+    The model is built before ``deepspeed.initialize`` can say anything, so the config is looked up on the command line.
+    A config with "auto" in it is the HF Trainer's, which makes its own. transformers holds a weak reference; ``keeper``
+    keeps the object.
+    """
+    path = config_on_command_line(sys.argv)
+    try:
+        with open(path or "") as file:
+            text = file.read()
+        ds_config = json.loads(text)
+    except (OSError, ValueError):
+        return
+    zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
+    if not isinstance(zero, dict) or zero.get("stage") != 3 or '"auto"' in json.dumps({**ds_config, "alst": {}}):
+        return
+
+    def use(integration: ModuleType) -> None:
+        if not integration.is_deepspeed_zero3_enabled():
+            keeper.zero3_loading = integration.HfDeepSpeedConfig(ds_config)
+
+    name = "transformers.integrations.deepspeed"
+    if name in sys.modules:
+        use(sys.modules[name])
+    else:
+        after_import(name, use)

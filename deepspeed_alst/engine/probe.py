@@ -81,9 +81,8 @@ def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> No
         expected = torch.zeros_like(reduced) if local is None else local.to(reduced.device)
         dist.all_reduce(expected, group=groups.world_group)
         expected /= groups.dp_size * groups.sp_size
-        # fp16's loss scale is in the local gradient; DeepSpeed takes it out.
-        scale = float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
-        factor = _factor(expected / scale, reduced)
+        # fp16's loss scale is in both: DeepSpeed takes it out in the step.
+        factor = _factor(expected, reduced)
         tolerance = _TOLERANCE.get(each.param.dtype, _LOW_PRECISION_TOLERANCE)
         if factor is not None and abs(factor - 1.0) > tolerance:
             raise SetupError(

@@ -45,7 +45,12 @@ class SequenceGroups:
                 dist.destroy_process_group(group)
 
 
-def build_groups(sp_size: int) -> SequenceGroups:
+def build_control_group() -> Any:
+    """All ranks over gloo, on which they agree whether to go on. Collective over the world."""
+    return dist.new_group(list(range(dist.get_world_size())), backend="gloo")
+
+
+def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:
     """Build the groups of one engine. Collective over the world; the SP degree must divide it (checked before)."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     mine: dict[str, Any] = {}
@@ -53,13 +58,15 @@ def build_groups(sp_size: int) -> SequenceGroups:
         sp_group, sp_control_group = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
         if rank in ranks:
             mine = {"sp_group": sp_group, "sp_control_group": sp_control_group}
+    # All ranks make all of them: local synchronisation names groups by their number, which repeats after destroy().
+    self_groups = [dist.new_group([each]) for each in range(world_size)]
     return SequenceGroups(
         sp_size=sp_size,
         sp_rank=rank % sp_size,
         dp_size=world_size // sp_size,
         dp_rank=rank // sp_size,
         world_group=dist.new_group(list(range(world_size))),
-        self_group=dist.new_group([rank], use_local_synchronization=True),
-        control_group=dist.new_group(list(range(world_size)), backend="gloo"),
+        self_group=self_groups[rank],
+        control_group=control_group,
         **mine,
     )

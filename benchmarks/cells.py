@@ -1,0 +1,316 @@
+"""One cell of the parity table: a small model, a few samples, three SGD steps, as SP 1, as SP P, and in fp64.
+
+All three see the same data in the same steps: with SP 1 every rank is a replica and accumulates ``gas`` samples; with
+SP P the ranks of a sequence take turns, so they accumulate ``gas * P``.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+STEPS = 3
+# Of matrices and of norm weights: three steps move each by at least 5 % of its norm, so that the change is visible.
+_LEARNING_RATES = (1.3, 3.3)
+
+
+_FP16_LOSS_SCALE = 128
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is varied. The defaults are the plain case."""
+
+    stage: int = 2
+    reduce_scatter: bool = True
+    gas: int = 1
+    dtype: str = "fp32"
+    sp_size: int = 2
+    world_size: int = 2
+    clip: float = 0.0
+    contiguous_gradients: bool = True
+    overlap_comm: bool = False
+    grad_accum: str = ""
+    offload_optimizer: bool = False
+    kv_heads: int = 2
+    odd_lengths: bool = False
+    unequal_labels: bool = False
+    tied: bool = False
+    checkpointing: str = ""
+    extra: tuple[tuple[str, Any], ...] = ()
+    """More top-level keys of the ds_config."""
+
+    def name(self) -> str:
+        """The cell in a few words: only what differs from the defaults."""
+        words = [f"Z{self.stage}", self.dtype, f"gas{self.gas}"]
+        if self.stage in (1, 2, 3):
+            words.append("rs" if self.reduce_scatter else "no-rs")
+        words.append(f"SP{self.sp_size}" + (f"xDP{self.world_size // self.sp_size}" * (self.world_size > self.sp_size)))
+        if self.clip:
+            words.append(f"clip{self.clip:g}")
+        words += [
+            word
+            for word, said in {
+                "no-contig": not self.contiguous_gradients,
+                "overlap": self.overlap_comm,
+                f"accum-{self.grad_accum}": self.grad_accum,
+                "offload": self.offload_optimizer,
+                f"kv{self.kv_heads}": self.kv_heads != 2,
+                "odd": self.odd_lengths,
+                "labels": self.unequal_labels,
+                "tied": self.tied,
+                f"ckpt-{self.checkpointing}": self.checkpointing,
+                ",".join(key for key, _ in self.extra): self.extra,
+            }.items()
+            if said
+        ]
+        return " ".join(words)
+
+
+def learning_rates(cell: Cell) -> tuple[float, float]:
+    """Of matrices and of norm weights, larger where averaging or clipping makes the gradients smaller."""
+    # The gradient norm of two samples is about 2.5, and random samples average as the root of their number.
+    factor = 2.5 / cell.clip if cell.clip else math.sqrt(cell.world_size * cell.gas / 2)
+    return _LEARNING_RATES[0] * factor, _LEARNING_RATES[1] * factor
+
+
+@dataclass
+class Result:
+    """What a run gave, on the host in fp64: the first step's loss, norm and gradients; the weights' change after all.
+
+    ``before`` are the weights it started from, in the fp64 run only.
+    """
+
+    loss: float
+    norm: float | None
+    grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    changes: dict[str, torch.Tensor] = field(default_factory=dict)
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def model_config(cell: Cell) -> LlamaConfig:
+    """A Llama of 4 query heads; its embedding is larger than the cells' reduction bucket."""
+    return LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=cell.kv_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=cell.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def build_model(config: Any, seed: int = 0) -> torch.nn.Module:
+    """The same weights on every rank and in every run, with enough spread to make gradients lively."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() > 1:
+                param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
+    return model
+
+
+def samples(cell: Cell, vocab: int) -> list[list[list[dict[str, torch.Tensor]]]]:
+    """``[step][rank][micro step]``: batches of one sample, different everywhere."""
+    make = torch.Generator().manual_seed(7)
+    out = []
+    for _ in range(STEPS):
+        ranks = []
+        for rank in range(cell.world_size):
+            micros = []
+            for micro in range(cell.gas):
+                # Without odd lengths all samples are as long; with them every sample differs and none divides.
+                length = 43 + 2 * ((3 * rank + micro) % 5) if cell.odd_lengths else 48
+                ids = torch.randint(0, vocab, (1, length), generator=make)
+                labels = ids.clone()
+                if cell.unequal_labels:
+                    # Ever fewer labels, all in the first half: the last shard of the sequence has none.
+                    labels[:, max(3, length // (2 + rank + micro)) :] = -100
+                micros.append({"input_ids": ids, "labels": labels})
+            ranks.append(micros)
+        out.append(ranks)
+    return out
+
+
+def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
+    """The cell's ds_config, at the given SP degree."""
+    zero: dict[str, Any] = {
+        "stage": cell.stage,
+        "reduce_scatter": cell.reduce_scatter,
+        "contiguous_gradients": cell.contiguous_gradients,
+        "overlap_comm": cell.overlap_comm,
+        "reduce_bucket_size": 2000,
+        "stage3_param_persistence_threshold": 0,
+    }
+    if cell.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": cell.gas * sp_size,
+        "gradient_clipping": cell.clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **dict(cell.extra),
+    }
+    if cell.dtype != "fp32":
+        config[cell.dtype] = {"enabled": True}
+    if cell.dtype == "fp16":
+        config["fp16"]["loss_scale"] = _FP16_LOSS_SCALE
+    if cell.grad_accum:
+        config["data_types"] = {"grad_accum_dtype": cell.grad_accum}
+    if sp_size > 1:
+        config |= {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": sp_size}}
+    return config
+
+
+def run_alst(cell: Cell) -> Result:
+    """The cell with this package, by its keys alone."""
+    import deepspeed_alst
+
+    def micro_batches(engine: Any, own: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(deepspeed_alst.shard_dataloader(own, engine))
+
+    return _run(cell, ds_config(cell, cell.sp_size), micro_batches, lambda engine, batch: engine(**batch).loss)
+
+
+def run_sp1(cell: Cell) -> Result:
+    """The same program with ``sequence_parallel_size`` 1."""
+    return _run(cell, ds_config(cell, 1), lambda engine, own: iter(own), lambda engine, batch: engine(**batch).loss)
+
+
+def run_upstream(cell: Cell) -> Result:
+    """The same cell with DeepSpeed's own ALST, as its documentation says."""
+    from benchmarks.upstream import Upstream
+
+    upstream = Upstream(model_config(cell), cell.sp_size)
+    config = ds_config(cell, cell.sp_size)
+    del config["alst"]
+    with upstream.active():
+        result = _run(cell, config, lambda engine, own: iter(upstream.loader(own)), upstream.loss, mpu=upstream.mpu)
+    upstream.close()
+    return result
+
+
+def _run(
+    cell: Cell,
+    config: dict[str, Any],
+    micro_batches: Callable[[Any, list[dict[str, torch.Tensor]]], Iterator[dict[str, torch.Tensor]]],
+    loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
+    mpu: Any = None,
+) -> Result:
+    import deepspeed
+
+    hf_config = model_config(cell)
+    model = build_model(hf_config)
+    if cell.checkpointing:
+        reentrant = cell.checkpointing == "reentrant"
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            # A reentrant checkpoint needs an input that requires grad; transformers' Trainer does the same.
+            model.enable_input_require_grads()
+        model.train()
+    matrix_rate, norm_rate = learning_rates(cell)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [param for param in model.parameters() if param.dim() > 1], "lr": matrix_rate},
+            {"params": [param for param in model.parameters() if param.dim() == 1], "lr": norm_rate},
+        ]
+    )
+    mpu_argument = {} if mpu is None else {"mpu": mpu}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **mpu_argument)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    named = list(engine.module.named_parameters())
+    before = {name: full_weight(param) for name, param in named}
+    result = Result(0.0, None)
+    for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
+        losses = []
+        for batch in micro_batches(engine, ranks[rank]):
+            loss = loss_of(engine, batch)
+            engine.backward(loss)
+            losses.append(loss.detach().double())
+            if engine.is_gradient_accumulation_boundary() and index == 0:
+                result.grads = {name: _gradient(param) / _loss_scale(cell) for name, param in named}
+            engine.step()
+        if index == 0:
+            mean = torch.stack(losses).mean()
+            dist.all_reduce(mean)
+            result.loss = mean.item() / world_size
+            norm = engine.get_global_grad_norm()
+            result.norm = None if norm is None else float(norm)
+    result.changes = {name: full_weight(param) - before[name] for name, param in named}
+    engine.destroy()
+    return result if rank == 0 else replace(result, grads={}, changes={})
+
+
+def full_weight(param: torch.nn.Parameter) -> torch.Tensor:
+    """The whole fp32 weight, wherever the engine keeps it; stage 0 in fp32 has no other than the parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weight = safe_get_full_fp32_param(param)
+    return (param.detach() if weight is None else weight).double().clone()
+
+
+def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(param).double().clone()
+
+
+def _loss_scale(cell: Cell) -> int:
+    # ZeRO's gradients still hold the loss scale before the step; at stage 0 DeepSpeed 0.19.8 never puts it in.
+    return _FP16_LOSS_SCALE if cell.dtype == "fp16" and cell.stage else 1
+
+
+class KeepFp64(TorchFunctionMode):
+    """Lifts transformers' casts to fp32 (norms, RoPE, loss) from an fp64 run."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func is torch.Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")):
+            return args[0].double()
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def run_truth(cell: Cell) -> Result:
+    """The cell in plain torch, fp64, one process: every sample whole, gradients averaged over all samples of a step."""
+    hf_config = model_config(cell)
+    model = build_model(hf_config)
+    rounding = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
+    # The run in low precision starts from rounded weights.
+    model = model.to(rounding).double()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    result = Result(0.0, None)
+    with KeepFp64():
+        for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
+            batches = [batch for micros in ranks for batch in micros]
+            loss = sum(model(**batch).loss for batch in batches) / len(batches)
+            model.zero_grad()
+            loss.backward()
+            grads = {name: param.grad.clone() for name, param in model.named_parameters()}
+            norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
+            if index == 0:
+                result = Result(loss.item(), norm, grads)
+            # DeepSpeed adds 1e-6 to the norm before it compares.
+            factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
+            with torch.no_grad():
+                for name, param in model.named_parameters():
+                    param -= learning_rates(cell)[param.dim() == 1] * grads[name] / factor
+    result.changes = {name: param.detach() - before[name] for name, param in model.named_parameters()}
+    result.before = before
+    return result

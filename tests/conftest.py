@@ -1,0 +1,27 @@
+"""The environment, set before torch is imported, and rank processes that start once per module."""
+
+import os
+from pathlib import Path
+
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+# Rank processes share the cores: more threads than one each only get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+from benchmarks.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def ranks2():
+    with Ranks(2) as ranks:
+        ranks.run(os.getpid)  # up and connected, before a test counts its seconds
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def ranks4():
+    with Ranks(4) as ranks:
+        ranks.run(os.getpid)
+        yield ranks

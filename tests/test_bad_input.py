@@ -1,0 +1,126 @@
+"""Each mistake stops every rank, non-zero, within ten seconds, with an error that names it; launcher or not."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ranks import free_port, remove_shared_memory
+
+PROGRAM = Path(__file__).parent / "programs" / "plain_loop.py"
+LIMIT_SECONDS = 10.0
+
+MISTAKES = {
+    "world": r"sequence_parallel_size=3 does not divide the world size \(2 ranks\)\. Use one of \[1, 2\]",
+    "heads": r"sequence_parallel_size=2 is more than the model's 1 query heads",
+    "key": r"alst\.tiled_mlp_compute: not yet available.*\n"
+    r"alst\.pad_to_multiple: unknown key\. Did you mean 'pad_to_multiple_of'\?",
+    "unsharded": r"not split over the ranks.*deepspeed_alst\.shard_dataloader\(loader, engine\)",
+    "eager": r"attn_implementation='eager' is not available",
+    "model": r"model_type='gpt_neox' is not verified",
+    "identical": r"the first 4 batches are the same on all 2 ranks.*SequentialSampler.*DistributedSampler",
+    "dataset": r"OSError: document 3 cannot be read",
+}
+
+
+def _environment(**changed: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "PYTHONWARNINGS": "ignore", **changed}
+
+
+@pytest.fixture
+def port():
+    port = free_port()
+    yield port
+    remove_shared_memory(port)
+
+
+def start_ranks(case: str, port: int, world_size: int = 2, **environment: str) -> list[subprocess.Popen]:
+    """The program's ranks, started by hand."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), case],
+            env=_environment(
+                **common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size), **environment
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, float]]:
+    """Exit status, output, and seconds from the program's own start to its end, for each rank."""
+    results = []
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            started = float(re.search(r"^start (\S+)", output, re.M).group(1))
+            results.append((process.returncode, output, time.time() - started))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_every_rank_stops_and_says_why_without_a_launcher(case, port):
+    for status, output, seconds in finish(start_ranks(case, port)):
+        assert status != 0
+        assert re.search(MISTAKES[case], output), output[-3000:]
+        assert seconds < LIMIT_SECONDS
+
+
+@pytest.mark.parametrize("case", ["world", "unsharded", "dataset"])
+def test_the_launcher_stops_too(case, port):
+    command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    process = subprocess.Popen(
+        [*command, str(PROGRAM), case],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ((status, output, seconds),) = finish([process])
+    assert status != 0
+    assert re.search(MISTAKES[case], output), output[-3000:]
+    assert seconds < LIMIT_SECONDS
+
+
+def test_the_program_without_a_mistake_trains(port):
+    for status, output, _ in finish(start_ranks("none", port)):
+        assert status == 0 and "trained" in output, output[-3000:]
+
+
+def test_a_stale_build_lock_is_an_error_that_says_where_it_is(tmp_path, port):
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    for status, output, seconds in finish(start_ranks("none", port, TORCH_EXTENSIONS_DIR=str(tmp_path))):
+        assert status != 0
+        assert f"{lock} is left over from a build that was killed" in output and f"rm {lock}" in output
+        assert seconds < LIMIT_SECONDS
+    assert lock.exists()
+
+
+def test_the_lock_of_a_build_that_runs_is_waited_for(tmp_path, monkeypatch):
+    from deepspeed_alst.engine.environment import check_build_lock
+    from deepspeed_alst.errors import SetupError
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    check_build_lock()
+    # As torch.utils.file_baton does it: the builder holds the file open.
+    descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)
+    check_build_lock()
+    os.close(descriptor)
+    with pytest.raises(SetupError):
+        check_build_lock()

@@ -1,0 +1,60 @@
+"""Every verified family gives the loss and the gradients of the run without sequence parallelism, in fp64."""
+
+import pytest
+
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.families import VERIFIED, check_model
+from tests.models import build_model, family_config, split_and_whole
+
+EXACT = 1e-12
+
+
+@pytest.mark.parametrize("model_type", VERIFIED)
+def test_a_verified_family_is_exact(model_type, ranks2):
+    loss, grads = ranks2.run(split_and_whole, family_config(model_type), 37, 2)[0]
+    assert loss < EXACT
+    assert max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("sp_size", [2, 4])
+def test_heads_are_split_and_replicated_exactly(kv_heads, sp_size, ranks4):
+    config = family_config("llama", num_attention_heads=8, num_key_value_heads=kv_heads)
+    loss, grads = ranks4.run(split_and_whole, config, 61, 1, sp_size)[0]
+    assert loss < EXACT and max(grads.values()) < EXACT
+
+
+@pytest.mark.parametrize(
+    "model_type, changed, sentence",
+    [
+        ("gpt_neox", {}, "model_type='gpt_neox' is not verified"),
+        ("mistral", {"sliding_window": 64}, "sliding_window=64"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_attention"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("starcoder2", {"residual_dropout": 0.1}, "residual_dropout=0.1"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='dynamic'",
+        ),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits=True"),
+    ],
+)
+def test_what_is_not_verified_is_refused_by_name(model_type, changed, sentence):
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        check_model(build_model(family_config(model_type, **changed)))
+
+
+@pytest.mark.parametrize("core", ["eager"])
+def test_another_attention_core_is_refused_by_name(core):
+    model = build_model(family_config("llama"))
+    model.set_attn_implementation(core)
+    with pytest.raises(UnsupportedModelError, match=f"attn_implementation='{core}'.*sdpa"):
+        check_model(model)
+
+
+def test_all_reasons_are_given_at_once():
+    model = build_model(family_config("mistral", sliding_window=8, attention_dropout=0.5))
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_model(model)
+    assert "sliding_window=8" in str(caught.value) and "attention_dropout=0.5" in str(caught.value)
