@@ -1,6 +1,7 @@
 """Rank processes on CPU that stay up: start P of them once, then run functions on all of them."""
 
 import os
+import random
 import socket
 import tempfile
 import time
@@ -88,10 +89,18 @@ def remove_shared_memory(port: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below those that the kernel hands out: gloo's own sockets would take one of them.
+
+    Rank 0 listens only seconds later, after its imports.
+    """
+    for port in random.sample(range(15000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port between 15000 and 32000")
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, folder: str) -> None:

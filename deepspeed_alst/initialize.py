@@ -52,7 +52,10 @@ def initialize(
     config = parse(ds_config)
     allocator = use_expandable_segments(config)
     if config.sequence_parallel_size == 1:
-        return original(**arguments)
+        results = original(**arguments)
+        if dist.get_rank() == 0:
+            print_report([("sequence", "whole on every rank: sequence_parallel_size is 1"), ("allocator", allocator)])
+        return results
 
     check_features(ds_config)
     _check_arguments(arguments)

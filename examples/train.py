@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
         "--data", type=Path, help="a .jsonl (key 'text') or .txt file; default: Python's standard library"
     )
     parser.add_argument("--seq-len", type=int, default=16384, help="longest sequence, in tokens")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--checkpoint", type=Path, help="folder to save to at the end, and to resume from if it has one"

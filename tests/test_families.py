@@ -1,10 +1,19 @@
 """Every verified family gives the loss and the gradients of the run without sequence parallelism, in fp64."""
 
-import pytest
+from contextlib import ExitStack
 
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM
+
+from benchmarks.cells import build_model
+from benchmarks.ranks import RankError
+from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.families import VERIFIED, check_model
-from tests.models import build_model, family_config, split_and_whole
+from deepspeed_alst.models.patches import patch_model
+from tests.models import family_batch, family_config, split_and_whole
 
 EXACT = 1e-12
 
@@ -58,3 +67,32 @@ def test_all_reasons_are_given_at_once():
     with pytest.raises(UnsupportedModelError) as caught:
         check_model(model)
     assert "sliding_window=8" in str(caught.value) and "attention_dropout=0.5" in str(caught.value)
+
+
+class OwnLoss(LlamaForCausalLM):
+    """A user's subclass that makes its loss by itself."""
+
+    def forward(self, *args, labels=None, shift_labels=None, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), shift_labels.flatten())
+        return output
+
+
+def run_own_loss():
+    config = family_config("llama")
+    model = OwnLoss(config)
+    with ExitStack() as undo:
+        patch_model(model, None, undo)
+        model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
+
+
+def test_a_loss_that_goes_past_the_package_is_refused(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(run_own_loss)
+    assert all("OwnLoss made a loss without self.loss_function" in str(error) for error in caught.value.errors)
+
+
+def test_a_wrapper_is_refused():
+    wrapped = torch.nn.Sequential(build_model(family_config("llama")))
+    with pytest.raises(UnsupportedModelError, match="Sequential is not a transformers model"):
+        check_model(wrapped)

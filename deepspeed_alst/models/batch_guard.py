@@ -24,9 +24,8 @@ def guard_batches(model: torch.nn.Module, groups: SequenceGroups, undo: ExitStac
         problem = _problem(gather_objects(facts, groups.sp_control_group))
         if problem:
             raise DataError(problem)
-        if module.training:
-            # transformers would keep every layer's keys and values of the shard, which nothing reads.
-            kwargs["use_cache"] = False
+        # transformers would keep every layer's keys and values of the shard, which nothing reads.
+        kwargs.setdefault("use_cache", False)
         return args, kwargs
 
     handle = model.register_forward_pre_hook(check, prepend=True, with_kwargs=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from deepspeed_alst.config import nearest
 from deepspeed_alst.errors import UnsupportedModelError
@@ -54,12 +55,12 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
     Raises:
         UnsupportedModelError: one line for each reason: what in the config or the model, its value, the way out.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "loss_function") or not hasattr(config, "model_type"):
+    if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
-            "attention and loss it can reach"
+            "attention and loss it can reach. Wrappers (PEFT, torch.compile, modules of your own) are not yet available."
         )
+    config = model.config
     text_config = config.get_text_config()
     problems = [*_config_problems(config, text_config), *_module_problems(model)]
     if problems:

@@ -8,6 +8,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +24,43 @@ from deepspeed_alst.parallel.loss import whole_sequence_loss
 _UNVERIFIED_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias", "cu_seq_lens_q", "head_mask")
 
 
+@dataclass
+class Calls:
+    """How often the patched parts were reached in one forward."""
+
+    attention: int = 0
+    loss: int = 0
+
+
 def patch_model(model: torch.nn.Module, group: Any, undo: ExitStack) -> None:
     """Give a model Ulysses attention and the loss of the whole sequence. ``undo.close()`` takes both back."""
+    calls = Calls()
     _own_config(model, undo)
-    _register_attention(model, group, undo)
-    _replace_loss(model, group, undo)
+    _register_attention(model, group, calls, undo)
+    _replace_loss(model, group, calls, undo)
+    _check_calls(model, calls, undo)
+
+
+def _check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:
+    """Make sure that a forward went through the patched parts: a subclass, or a library, may have replaced them."""
+
+    def reset(module: torch.nn.Module, args: Any) -> None:
+        calls.attention = calls.loss = 0
+
+    def check(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not calls.attention:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} did not call transformers' attention interface: its attention sees only a "
+                "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
+            )
+        if getattr(output, "loss", None) is not None and not calls.loss:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} made a loss without self.loss_function: it is the loss of a shard. Undo "
+                "whatever replaced its forward (Liger's fused loss, a subclass)."
+            )
+
+    for handle in (model.register_forward_pre_hook(reset), model.register_forward_hook(check)):
+        undo.callback(handle.remove)
 
 
 def _own_config(model: torch.nn.Module, undo: ExitStack) -> None:
@@ -44,11 +77,11 @@ def _own_config(model: torch.nn.Module, undo: ExitStack) -> None:
     undo.callback(give, shared)
 
 
-def _register_attention(model: torch.nn.Module, group: Any, undo: ExitStack) -> None:
+def _register_attention(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
     name = next(
         f"alst_sdpa_{n}" for n in itertools.count() if f"alst_sdpa_{n}" not in AttentionInterface._global_mapping
     )
-    AttentionInterface.register(name, _sdpa_over(group))
+    AttentionInterface.register(name, _sdpa_over(group, calls))
     undo.callback(AttentionInterface._global_mapping.pop, name, None)
     # A name that is missing from the mask interface means "no mask" to transformers, silently.
     AttentionMaskInterface.register(name, _only_plain_causal)
@@ -58,7 +91,7 @@ def _register_attention(model: torch.nn.Module, group: Any, undo: ExitStack) -> 
     undo.callback(setattr, config, "_attn_implementation", before)
 
 
-def _sdpa_over(group: Any) -> Callable[..., tuple[torch.Tensor, None]]:
+def _sdpa_over(group: Any, calls: Calls) -> Callable[..., tuple[torch.Tensor, None]]:
     """Transformers' attention function: q ``[B, H, s, D]``, k and v ``[B, K, s, D]`` to ``[B, s, H, D]``."""
 
     def attention(
@@ -72,6 +105,7 @@ def _sdpa_over(group: Any) -> Callable[..., tuple[torch.Tensor, None]]:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        calls.attention += 1
         _check_call(module, query, key, attention_mask, dropout, is_causal, kwargs)
 
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -115,7 +149,7 @@ def _only_plain_causal(*, mask_function: Callable[..., Any], attention_mask: Any
         )
 
 
-def _replace_loss(model: torch.nn.Module, group: Any, undo: ExitStack) -> None:
+def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
     had_own, before = "_loss_function" in vars(model), vars(model).get("_loss_function")
 
     def restore() -> None:
@@ -138,6 +172,7 @@ def _replace_loss(model: torch.nn.Module, group: Any, undo: ExitStack) -> None:
                 f"{type(model).__name__} called its loss with shift_labels={shift_labels} and "
                 f"ignore_index={ignore_index}: only shifted labels and -100 are verified"
             )
+        calls.loss += 1
         return whole_sequence_loss(logits.flatten(0, -2), shift_labels.flatten(), group, num_items_in_batch)
 
     model.loss_function = loss_function
