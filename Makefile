@@ -15,11 +15,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 check style test test-full parity bench-wire clean
+.PHONY: setup demo demo-sp1 check style test test-full parity bench-wire bench-curve clean
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: setup.py Makefile
+$(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -54,6 +54,9 @@ parity: setup
 
 bench-wire: setup
 	$(BIN)/python -m benchmarks.wire
+
+bench-curve: setup
+	$(BIN)/python -m benchmarks.curve
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

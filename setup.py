@@ -32,6 +32,7 @@ setup(
             "mypy>=2.4",
         ],
     },
-    # PyTorch loads these at `import torch`; see deepspeed_alst/autoload.py.
-    entry_points={"torch.backends": ["deepspeed_alst = deepspeed_alst.autoload:entry_point"]},
+    # PyTorch loads these at `import torch`.
+    py_modules=["_deepspeed_alst_autoload"],
+    entry_points={"torch.backends": ["deepspeed_alst = _deepspeed_alst_autoload:entry_point"]},
 )

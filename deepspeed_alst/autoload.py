@@ -1,27 +1,14 @@
-"""The ``torch.backends`` entry point: a post-import hook for ``deepspeed``, and nothing else.
+"""The post-import hook for ``deepspeed``: standard library only, a few milliseconds, and nothing else.
 
-Standard library only, a few milliseconds, and never an exception: whatever goes wrong here would break
-``import torch`` for every program on the machine. Off with ``DEEPSPEED_ALST_AUTOLOAD=0`` or, for all of PyTorch's
-extensions, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
+It runs inside other people's imports (``torch``, through _deepspeed_alst_autoload.py, and ``deepspeed``), so what goes
+wrong in it is printed and not raised.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 
 _TARGET = "deepspeed"
-
-
-def entry_point() -> None:
-    """What PyTorch calls at the end of ``import torch``; installs the hook unless the variable says 0."""
-    if os.environ.get("DEEPSPEED_ALST_AUTOLOAD", "1") == "0":
-        return
-    try:
-        install()
-    except Exception as error:
-        # stderr and not a raise: this runs inside `import torch`.
-        print(f"deepspeed_alst: the import hook could not be installed: {error!r}", file=sys.stderr)
 
 
 def install() -> None:
@@ -45,9 +32,12 @@ def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
 
 
 def _hook(module: ModuleType) -> None:
-    from deepspeed_alst.plugin import hook_initialize
+    try:
+        from deepspeed_alst.plugin import hook_initialize
 
-    hook_initialize(module)
+        hook_initialize(module)
+    except Exception as error:
+        print(f"deepspeed_alst: deepspeed.initialize could not be hooked: {error!r}", file=sys.stderr)
 
 
 def _is_half_imported(module: ModuleType) -> bool:

@@ -33,31 +33,43 @@ def value_at(ds_config: Config, path: str, default: Any = None) -> Any:
     return value
 
 
+def _setting(ds_config: Config, path: str) -> Any:
+    """The value at a path; "auto" is DeepSpeed's default, which asks for nothing."""
+    value = value_at(ds_config, path)
+    return None if value == "auto" else value
+
+
 def _on(path: str) -> Callable[[Config], bool]:
     def asked(ds_config: Config) -> bool:
-        value = value_at(ds_config, path)
+        value = _setting(ds_config, path)
         return bool(value.get("enabled", False) if isinstance(value, Mapping) else value)
 
     return asked
 
 
+def _given(path: str) -> Callable[[Config], bool]:
+    return lambda ds_config: _setting(ds_config, path) is not None
+
+
 def _above_one(path: str) -> Callable[[Config], bool]:
-    return lambda ds_config: (value_at(ds_config, path, 1) or 1) > 1
+    # DeepSpeed reads "2" as 2.
+    return lambda ds_config: int(_setting(ds_config, path) or 1) > 1
 
 
 def _optimizer(*names: str) -> Callable[[Config], bool]:
     return lambda ds_config: str(value_at(ds_config, "optimizer.type", "")).lower() in names
 
 
-def _is(path: str, *values: Any) -> Callable[[Config], bool]:
-    return lambda ds_config: value_at(ds_config, path) in values
+def _is(path: str, value: Any) -> Callable[[Config], bool]:
+    return lambda ds_config: _lower(value_at(ds_config, path)) == value
 
 
-def _stage(ds_config: Config) -> int:
-    return int(value_at(ds_config, "zero_optimization.stage", 0) or 0)
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 _UNVERIFIED = "not verified under sequence parallelism; remove it, or set sequence_parallel_size to 1"
+_REMOVED = "DeepSpeed 0.19.8 has it no more, with or without sequence parallelism; remove it"
 
 FEATURES = (
     Feature("fp16", "fp16", _on("fp16")),
@@ -85,7 +97,7 @@ FEATURES = (
     Feature(
         "gradient_allreduce_op",
         "gradient_allreduce_op",
-        _is("gradient_allreduce_op", "sum", "SUM"),
+        _is("gradient_allreduce_op", "sum"),
         "a sum over all ranks has no SP=1 equal: the ranks of one sequence must be summed and the replicas averaged; "
         "remove it",
     ),
@@ -128,7 +140,7 @@ FEATURES = (
     Feature(
         "communication_data_type",
         "communication_data_type",
-        lambda c: value_at(c, "communication_data_type") is not None,
+        _given("communication_data_type"),
     ),
     Feature(
         "hpZ (ZeRO++)",
@@ -157,22 +169,16 @@ FEATURES = (
     Feature(
         "LoCo (ZeRO++)",
         "zero_optimization.zeropp_loco_param",
-        _on("zero_optimization.zeropp_loco_param"),
-        "it belongs to quantized gradients; remove it",
+        _given("zero_optimization.zeropp_loco_param"),
+        _REMOVED,
     ),
-    Feature(
-        "MiCS",
-        "zero_optimization.mics_shard_size",
-        lambda c: (value_at(c, "zero_optimization.mics_shard_size", -1) or -1) > 0,
-        _UNVERIFIED,
-    ),
-    Feature("ZenFlow", "zero_optimization.zenflow", _on("zero_optimization.zenflow"), _UNVERIFIED),
+    Feature("MiCS", "zero_optimization.mics_shard_size", _given("zero_optimization.mics_shard_size"), _REMOVED),
+    # Any block switches it on, an empty one too.
+    Feature("ZenFlow", "zero_optimization.zenflow", _given("zero_optimization.zenflow"), _UNVERIFIED),
     Feature(
         "SuperOffload",
-        "zero_optimization.super_offload",
-        lambda c: (
-            _on("zero_optimization.super_offload")(c) or _on("zero_optimization.offload_optimizer.super_offload")(c)
-        ),
+        "zero_optimization.offload_optimizer.super_offload",
+        _on("zero_optimization.offload_optimizer.super_offload"),
         _UNVERIFIED,
     ),
     Feature(
@@ -192,7 +198,7 @@ FEATURES = (
         "1-bit optimizers",
         "optimizer.type",
         _optimizer("onebitadam", "zerooneadam", "onebitlamb"),
-        "they compress the very sum that must be exact; use AdamW",
+        _REMOVED,
     ),
     Feature("Muon", "optimizer.type", _optimizer("muon"), _UNVERIFIED),
     Feature("DeepCompile", "compile.deepcompile", _on("compile.deepcompile"), _UNVERIFIED),
@@ -202,37 +208,30 @@ FEATURES = (
         lambda c: "autosp" in (value_at(c, "compile.passes") or ()),
         "it is sequence parallelism too; remove the pass, or the alst block",
     ),
-    Feature("sparse gradients", "sparse_gradients", _on("sparse_gradients"), _UNVERIFIED),
+    Feature("sparse gradients", "sparse_gradients", _given("sparse_gradients"), _REMOVED),
     Feature(
         "data_efficiency",
         "data_efficiency",
-        _on("data_efficiency"),
+        # DeepSpeed's engine asks the inner switches, and not the outer one.
+        lambda c: any(
+            _on(f"data_efficiency{inner}")(c)
+            for inner in ("", ".data_sampling.curriculum_learning", ".data_routing.random_ltd")
+        ),
         "it draws and cuts the samples itself; remove it",
     ),
-    Feature(
-        "curriculum_learning",
-        "curriculum_learning",
-        _on("curriculum_learning"),
-        "it cuts the sequences itself; remove it",
-    ),
-    Feature("progressive_layer_drop", "progressive_layer_drop", _on("progressive_layer_drop"), _UNVERIFIED),
+    Feature("curriculum_learning", "curriculum_learning", _given("curriculum_learning"), _REMOVED),
     Feature("hybrid_engine", "hybrid_engine", _on("hybrid_engine"), _UNVERIFIED),
-    Feature("elasticity", "elasticity", _on("elasticity"), _UNVERIFIED),
-    Feature(
-        "compression_training", "compression_training", lambda c: bool(value_at(c, "compression_training")), _UNVERIFIED
-    ),
-    Feature("eigenvalue", "eigenvalue", _on("eigenvalue"), _UNVERIFIED),
     Feature("autotuning", "autotuning", _on("autotuning"), _UNVERIFIED),
     Feature(
         "unmanaged gradient accumulation",
         "managed_gradient_accumulation",
-        _is("managed_gradient_accumulation", False),
+        lambda c: not value_at(c, "managed_gradient_accumulation", True),
         _UNVERIFIED,
     ),
     Feature(
         "data_parallel_size mesh",
         "data_parallel_size",
-        lambda c: value_at(c, "data_parallel_size") is not None,
+        _given("data_parallel_size"),
         "DeepSpeed then reduces over the data ranks only and the weights diverge; remove it: "
         "data parallelism is the world size divided by sequence_parallel_size",
     ),

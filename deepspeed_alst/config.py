@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deepspeed_alst.errors import ConfigError
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
-# DeepSpeed's own spellings of the three (deepspeed.runtime.config.get_communication_data_type).
-_DTYPE_SPELLINGS = {"fp32": "fp32", "bf16": "bf16", "bfp16": "bf16", "fp16": "fp16"}
 
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -60,10 +58,10 @@ class AlstBlock(BaseModel):
     memory_lean_layer: Any = False
     """The memory-lean layer schedule. Not available in this version."""
 
-    @field_validator("pad_to_multiple_of")
+    @field_validator("pad_to_multiple_of", mode="before")
     @classmethod
     def _positive(cls, value: Any) -> Any:
-        if value != "auto" and value < 1:
+        if value != "auto" and (type(value) is not int or value < 1):
             raise ValueError("must be a positive number of tokens, or 'auto'")
         return value
 
@@ -96,10 +94,11 @@ class AlstConfig(BaseModel):
     @field_validator("seq_parallel_communication_data_type", mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
+        # DeepSpeed lowers it too (deepspeed.runtime.config.get_communication_data_type).
         text = value.lower() if isinstance(value, str) else value
-        if text not in _DTYPE_SPELLINGS:
+        if not isinstance(text, str) or text not in get_args(ReductionDtype):
             raise ValueError(f"use one of {', '.join(get_args(ReductionDtype))}")
-        return _DTYPE_SPELLINGS[text]
+        return text
 
     def padding_multiple(self) -> int:
         """Tokens that a whole sequence is padded to a multiple of; always a multiple of the SP degree."""
@@ -120,16 +119,23 @@ def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
         config = AlstConfig.model_validate(given)
     except ValidationError as error:
         problems += [_line(each) for each in error.errors()]
-        raise ConfigError("\n".join(problems)) from None
-    multiple, sp_size = config.padding_multiple(), config.sequence_parallel_size
-    if multiple % sp_size:
-        problems.append(
-            f"alst.pad_to_multiple_of={multiple} is not a multiple of sequence_parallel_size={sp_size}. "
-            f"Use {-(-multiple // sp_size) * sp_size}, or 'auto'."
-        )
+        raise ConfigError("\n".join([*problems, *_padding_problem(ds_config)])) from None
+    problems += _padding_problem(ds_config)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _padding_problem(ds_config: Mapping[str, Any]) -> list[str]:
+    """Of the raw values: it is to be said beside whatever else is wrong."""
+    block, sp_size = ds_config.get("alst"), ds_config.get("sequence_parallel_size", 1)
+    multiple = block.get("pad_to_multiple_of", "auto") if isinstance(block, Mapping) else "auto"
+    if type(multiple) is not int or type(sp_size) is not int or multiple < 1 or sp_size < 1 or not multiple % sp_size:
+        return []
+    return [
+        f"alst.pad_to_multiple_of={multiple} is not a multiple of sequence_parallel_size={sp_size}. "
+        f"Use {-(-multiple // sp_size) * sp_size}, or 'auto'."
+    ]
 
 
 def check_world(config: AlstConfig, world_size: int) -> None:
@@ -181,7 +187,7 @@ def nearest(name: str, known: Any) -> str:
 
 
 def _line(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("literal[", "int")))
+    path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key.{nearest(error['loc'][-1], AlstBlock.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")
@@ -191,13 +197,18 @@ def _line(error: Any) -> str:
 def _misplaced_keys(ds_config: Mapping[str, Any]) -> list[str]:
     """Top-level keys that are this package's, misspelt or out of place: DeepSpeed ignores what it does not know."""
     lines = []
-    own = [name for name in AlstConfig.model_fields if name != "alst"]
     for key in ds_config:
         if key in AlstBlock.model_fields:
             lines.append(f"{key}: belongs into the alst block, as alst.{key}.")
-        elif key not in AlstConfig.model_fields and (found := nearest(key, own)):
-            close = difflib.SequenceMatcher(None, key, found.split("'")[1]).ratio()
-            # communication_data_type, a key of DeepSpeed's, is 0.78 of seq_parallel_communication_data_type.
-            if close > 0.85:
-                lines.append(f"{key}: unknown key.{found}")
+        elif key not in AlstConfig.model_fields:
+            # communication_data_type, a key of DeepSpeed's, is 0.78 of seq_parallel_communication_data_type; 'aslt' is
+            # 0.75 of 'alst', and nothing of DeepSpeed's is near that.
+            near = [
+                name for name in AlstConfig.model_fields if _similarity(key, name) > (0.85 if len(name) > 4 else 0.7)
+            ]
+            lines += [f"{key}: unknown key. Did you mean '{name}'?" for name in near[:1]]
     return lines
+
+
+def _similarity(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, str(one), other).ratio()

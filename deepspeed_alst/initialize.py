@@ -59,27 +59,20 @@ def initialize(
 
     check_features(ds_config)
     _check_arguments(arguments)
-    check_build_lock()
-    deepspeed.comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
-    )
+    control_group = _start(arguments)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
-    control_group = build_control_group()
-    raise_together(_error_in(arguments["model"], config), control_group)
+    raise_together(_error_in(arguments.get("model"), config), control_group)
 
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        mpu = UlyssesMpu(groups)
-        session = Session(config, groups, mpu, undo)
-        model = arguments["model"]
-        attention = f"{type(model).__name__}: sdpa over {groups.sp_size} ranks, 2 all-to-alls per layer and pass"
-        patch_model(model, groups.sp_group, undo)
-        guard_batches(model, groups, undo)
-
-        with installed(mpu):
-            engine, optimizer, _, scheduler = original(**_deepspeed_arguments(arguments, ds_config, config, mpu))
+        session = Session(config, groups, UlyssesMpu(groups), undo)
+        attention = patch_model(arguments["model"], groups.sp_group, undo)
+        guard_batches(arguments["model"], groups, undo)
+        with installed(session.mpu):
+            engine, optimizer, _, scheduler = original(
+                **_deepspeed_arguments(arguments, ds_config, config, session.mpu)
+            )
         session.attach(engine)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
@@ -89,6 +82,16 @@ def initialize(
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """The processes' rendezvous, which DeepSpeed would make a little later; returns all ranks' group for agreements."""
+    check_build_lock()
+    deepspeed.comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
+    )
+    return build_control_group()
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
@@ -125,9 +128,9 @@ def _deepspeed_arguments(
     ours = copy.deepcopy(ds_config)
     ours["communication_data_type"] = config.seq_parallel_communication_data_type
     passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
-    args = copy.copy(passed.get("args"))
-    if getattr(args, "deepspeed_config", None) is not None:
-        # DeepSpeed refuses two configurations; the one in args is what `ours` was made from.
-        args.deepspeed_config = None
-        passed["args"] = args
+    if arguments.get("config") is None and arguments.get("config_params") is None:
+        # The configuration came in args. DeepSpeed refuses two, so `ours` takes its place there.
+        args = copy.copy(arguments["args"])
+        args.deepspeed_config, args.deepscale_config = ours, None
+        return {**passed, "args": args, "mpu": mpu}
     return {**passed, "config": ours, "mpu": mpu}

@@ -49,14 +49,15 @@ def unhook_initialize(deepspeed: ModuleType) -> None:
 def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The ds_config as a dict, from wherever ``deepspeed.initialize`` would take it; None if there is none to read.
 
-    ``config`` (dict or path), else ``config_params``, else ``args.deepspeed_config``. What cannot be read is left for
-    DeepSpeed to complain about.
+    ``config`` (dict or path), else ``config_params``, else what ``args`` has under DeepSpeed's names. What cannot be
+    read is left for DeepSpeed to complain about.
     """
     config = arguments.get("config")
     if config is None:
         config = arguments.get("config_params")
-    if config is None:
-        config = getattr(arguments.get("args"), "deepspeed_config", None)
+    for name in ("deepspeed_config", "deepscale_config"):
+        if config is None:
+            config = getattr(arguments.get("args"), name, None)
     if config is None or isinstance(config, dict):
         return config
     from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
@@ -78,7 +79,7 @@ def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None) -> bool:
         return False
     compile_block = ds_config.get("compile")
     passes = compile_block.get("passes") if isinstance(compile_block, dict) else None
-    return "autosp" not in (passes or ())
+    return not isinstance(passes, list | tuple) or "autosp" not in passes
 
 
 def config_on_command_line(argv: list[str]) -> str | None:

@@ -44,9 +44,7 @@ def start_ranks(case: str, port: int, world_size: int = 2, **environment: str) -
     return [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), case],
-            env=_environment(
-                **common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size), **environment
-            ),
+            env=_environment(**common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size), **environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

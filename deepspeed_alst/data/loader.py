@@ -6,9 +6,10 @@ runs on the host over gloo: 24 bytes a token are little beside the compute of a 
 """
 
 import hashlib
+import pickle
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,26 +26,31 @@ _ALIGNMENT = 16
 _BATCHES_COMPARED = 4
 
 
-def shard_dataloader(loader: Any, engine: Any) -> "ShardedDataLoader":
+def shard_dataloader(loader: Any, engine: Any) -> Any:
     """Split the batches of a loader over the ranks that share a sequence.
 
     Every rank's loader must yield its own samples, as under plain data parallelism (a DistributedSampler over all
-    ranks). ``len`` is ``len(loader)`` times the SP degree.
+    ranks). ``len`` is ``len(loader)`` times the SP degree. With ``sequence_parallel_size`` 1 the loader comes back as
+    it is, so that a program keeps this line for its comparison without sequence parallelism.
 
     Args:
         loader: a DataLoader, or any iterable of dicts with ``input_ids`` of shape [batch, sequence].
         engine: what ``deepspeed.initialize`` returned.
 
     Raises:
-        DataError: the engine was not built with this package's keys.
+        DataError: the engine's ds_config asks for sequence parallelism, but it was built before this package was
+            loaded.
     """
     session = getattr(engine, "alst", None)
-    if session is None:
+    if session is not None:
+        return session.shard_dataloader(loader)
+    sp_size = engine.config.get("sequence_parallel_size", 1) if isinstance(engine.config, dict) else 1
+    if sp_size != 1:
         raise DataError(
-            "shard_dataloader: this engine runs without sequence parallelism; set sequence_parallel_size in the "
-            "ds_config that deepspeed.initialize is given"
+            f"shard_dataloader: the ds_config has sequence_parallel_size={sp_size}, but the engine was built without "
+            "this package: `import deepspeed_alst` before deepspeed.initialize"
         )
-    return session.shard_dataloader(loader)
+    return loader
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,17 @@ class _Header:
 
     error: str | None = None
     ended: bool = False
+    kind: type = dict
+    """What the batch is: BatchEncoding and its like have methods of their own (.to), which programs use."""
     specs: tuple[_TensorSpec, ...] = ()
     num_bytes: int = 0
     values: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     num_seen: int = 0
     """Samples this rank has taken in this epoch, this batch included."""
+    num_samples: int | None = None
+    """Of the whole dataset; None where it has no length."""
+    sampler: str = ""
 
 
 class ShardedDataLoader:
@@ -98,45 +109,47 @@ class ShardedDataLoader:
         digests: list[list[str]] = []
         num_seen = 0
         while True:
-            header, sharded, wrap, error = self._next_header(batches, num_seen)
+            header, sharded, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
             everyone = gather_objects(header, self._groups.control_group)
             _raise_first(error, everyone)
-            mine = [everyone[rank] for rank in self._groups.ranks]
             if self._stop(everyone):
                 return
             if len(digests) < _BATCHES_COMPARED:
-                digests.append([each.digest for each in mine])
+                digests.append([each.digest for each in everyone])
                 if len(digests) == _BATCHES_COMPARED:
-                    self._check_own_samples(digests, mine[0].num_seen)
-            yield from self._exchange(sharded, mine, wrap)
+                    _check_own_samples(digests, everyone, self._groups.sp_size)
+            yield from self._exchange(sharded, [everyone[rank] for rank in self._groups.ranks])
 
     def _next_header(
         self, batches: Iterator[Any], num_seen: int
-    ) -> tuple[_Header, ShardedBatch | None, Callable[[dict], Any], BaseException | None]:
-        """This rank's next batch, cut; an error of the user's dataset or collator is kept for the exchange."""
+    ) -> tuple[_Header, ShardedBatch | None, BaseException | None]:
+        """This rank's next batch, cut. Whatever goes wrong with it is kept for the exchange: the others wait there."""
         try:
             batch = next(batches)
         except StopIteration:
-            return _Header(ended=True, num_seen=num_seen), None, dict, None
+            return _Header(ended=True, num_seen=num_seen), None, None
         except Exception as error:
-            return _Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, dict, error
+            return _Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, error
         try:
             sharded = shard_batch(batch, self._groups.sp_size, self._multiple)
+            specs, num_bytes = _layout(sharded)
+            header = _Header(
+                kind=type(batch) if isinstance(batch, UserDict) else dict,
+                specs=specs,
+                num_bytes=num_bytes,
+                values={key: x for key, x in sharded.common.items() if not isinstance(x, torch.Tensor)},
+                digest=_digest(sharded),
+                num_seen=num_seen + _tokens(sharded.shards[0]).shape[0],
+                num_samples=_num_samples(self.loader),
+                sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
+            )
+            pickle.dumps(header)
         except AlstError as error:
-            return _Header(error=str(error)), None, dict, error
-        # BatchEncoding and its kind have methods of their own (.to), which programs use.
-        wrap = type(batch) if isinstance(batch, UserDict) else dict
-        specs, num_bytes = _layout(sharded)
-        anchor = sharded.shards[0]["position_ids"]
-        header = _Header(
-            specs=specs,
-            num_bytes=num_bytes,
-            values={key: x for key, x in sharded.common.items() if not isinstance(x, torch.Tensor)},
-            digest=_digest(sharded),
-            num_seen=num_seen + anchor.shape[-2],
-        )
-        return header, sharded, wrap, None
+            return _Header(error=str(error)), None, error
+        except Exception as error:
+            return _Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), None, error
+        return header, sharded, None
 
     def _stop(self, everyone: list[_Header]) -> bool:
         """Whether the epoch is over: for all replicas at once, since ZeRO's collectives need every one of them."""
@@ -152,33 +165,7 @@ class ShardedDataLoader:
             )
         return len(set(steps)) > 1 or not any(steps)
 
-    def _check_own_samples(self, digests: list[list[str]], num_seen: int) -> None:
-        """Refuse a sampler that gives every rank of a sequence the same samples: each would be trained P times."""
-        if self._groups.sp_size == 1 or any(len(set(per_rank)) > 1 for per_rank in digests):
-            return
-        try:
-            num_samples = len(self.loader.dataset)
-        except (TypeError, AttributeError):
-            # An iterable that has not ended yet has more.
-            num_samples = num_seen + 1
-        constant = len({digest for per_rank in digests for digest in per_rank}) == 1
-        if num_samples <= num_seen or constant:
-            if dist.get_rank() == 0:
-                warnings.warn(
-                    "all ranks of a sequence are given the same samples; is the dataset that small?", stacklevel=4
-                )
-            return
-        sampler = type(getattr(self.loader, "sampler", self.loader)).__name__
-        raise DataError(
-            f"the first {_BATCHES_COMPARED} batches are the same on all {self._groups.sp_size} ranks of a sequence: "
-            f"the loader's {sampler} gives every rank the same samples, so each would be trained "
-            f"{self._groups.sp_size} times. Use torch.utils.data.DistributedSampler(dataset, "
-            "num_replicas=dist.get_world_size(), rank=dist.get_rank())."
-        )
-
-    def _exchange(
-        self, sharded: ShardedBatch | None, headers: list[_Header], wrap: Callable[[dict], Any]
-    ) -> Iterator[Any]:
+    def _exchange(self, sharded: ShardedBatch | None, headers: list[_Header]) -> Iterator[Any]:
         """One all-to-all of bytes; then a micro-batch for each rank that had one."""
         mine = headers[self._groups.sp_rank]
         send = torch.zeros(mine.num_bytes * self._groups.sp_size, dtype=torch.uint8)
@@ -201,7 +188,7 @@ class ShardedDataLoader:
             first += header.num_bytes
             if not header.ended:
                 tensors = {spec.key: _view(piece, spec).clone() for spec in header.specs}
-                yield wrap({**tensors, **header.values})
+                yield header.kind({**tensors, **header.values})
 
 
 def _own_batches(loader: Any) -> Iterator[Any]:
@@ -211,9 +198,48 @@ def _own_batches(loader: Any) -> Iterator[Any]:
 
 def _raise_first(error: BaseException | None, everyone: list[_Header]) -> None:
     """Raise on every rank if any rank had an error: its own where it had one, else the first rank's."""
-    for rank, header in enumerate(everyone):
-        if header.error is not None:
-            raise DataError(header.error if error else f"rank {rank}: {header.error}") from error
+    failed = [(rank, header.error) for rank, header in enumerate(everyone) if header.error is not None]
+    if error is not None:
+        raise DataError(everyone[dist.get_rank()].error) from error
+    if failed:
+        raise DataError("rank {}: {}".format(*failed[0]))
+
+
+def _check_own_samples(digests: list[list[str]], everyone: list[_Header], sp_size: int) -> None:
+    """Refuse a sampler that gives all ranks of a sequence the same samples: each would be trained P times.
+
+    Every rank judges every sequence's ranks, so that all raise or none. ``digests`` has one list for each batch so
+    far, with one entry for each rank.
+    """
+    for first in range(0, len(everyone), sp_size) if sp_size > 1 else ():
+        batches = [per_rank[first : first + sp_size] for per_rank in digests]
+        if any(len(set(batch)) > 1 for batch in batches):
+            continue
+        header = everyone[first]
+        # An iterable without a length that has not ended yet has more.
+        larger = header.num_samples is None or header.num_samples > header.num_seen
+        if not larger or len({batch[0] for batch in batches}) == 1:
+            if dist.get_rank() == first:
+                warnings.warn(
+                    "all ranks of a sequence are given the same samples; is the dataset that small?", stacklevel=3
+                )
+            continue
+        raise DataError(
+            f"the first {_BATCHES_COMPARED} batches are the same on all {sp_size} ranks of a sequence: the loader's "
+            f"{header.sampler} gives every rank the same samples, so each would be trained {sp_size} times. Use "
+            "torch.utils.data.DistributedSampler(dataset, num_replicas=dist.get_world_size(), rank=dist.get_rank())."
+        )
+
+
+def _num_samples(loader: Any) -> int | None:
+    try:
+        return len(loader.dataset)
+    except (TypeError, AttributeError):
+        return None
+
+
+def _tokens(shard: dict[str, torch.Tensor]) -> torch.Tensor:
+    return shard["input_ids"] if "input_ids" in shard else shard["inputs_embeds"]
 
 
 def _layout(sharded: ShardedBatch) -> tuple[tuple[_TensorSpec, ...], int]:
@@ -237,7 +263,6 @@ def _view(piece: torch.Tensor, spec: _TensorSpec) -> torch.Tensor:
 def _digest(sharded: ShardedBatch) -> str:
     """A fingerprint of a batch's tokens."""
     digest = hashlib.blake2b(digest_size=16)
-    key = "input_ids" if "input_ids" in sharded.shards[0] else "inputs_embeds"
     for shard in sharded.shards:
-        digest.update(shard[key].detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(_tokens(shard).detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

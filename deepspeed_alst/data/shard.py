@@ -39,13 +39,15 @@ def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int) -> Sharde
     """
     whole = _whole_sequences(batch)
     length = _sequence_length(whole)
-    common = {key: value for key, value in batch.items() if key not in whole and key != "attention_mask"}
-    if (mask := batch.get("attention_mask")) is not None:
-        _check_same_length("attention_mask", mask, -1, length)
-        check_padding_mask(mask)
+    made = {*_LENGTH_KEYS, *_LABEL_KEYS, "position_ids", "attention_mask"}
+    # None under one of the names that are made or dropped here means that it is absent.
+    common = {key: value for key, value in batch.items() if key not in whole and not (key in made and value is None)}
+    mask = common.pop("attention_mask", None)
+    if mask is not None:
+        _check_mask(mask, whole, length)
     if "position_ids" not in whole:
-        rows = next(whole[key] for key in _LENGTH_KEYS if key in whole).shape[0]
-        whole["position_ids"] = torch.arange(length).expand(rows, length)
+        tokens = next(whole[key] for key in _LENGTH_KEYS if key in whole)
+        whole["position_ids"] = torch.arange(length, device=tokens.device).expand(tokens.shape[0], length)
     # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
     positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
     check_not_packed(positions_BS)
@@ -61,6 +63,23 @@ def shift_labels(labels_BS: torch.Tensor, starts_BS: torch.Tensor) -> torch.Tens
     # A token whose successor starts a document predicts nothing.
     masked_BS = labels_BS.masked_fill(starts_BS, IGNORED_LABEL)
     return F.pad(masked_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> None:
+    """Accept a mask that can be dropped: ones, or right padding that has no label."""
+    if not isinstance(mask_BS, torch.Tensor):
+        raise DataError(f"attention_mask must be a tensor, not {type(mask_BS).__name__}")
+    _check_same_length("attention_mask", mask_BS, -1, length)
+    check_padding_mask(mask_BS)
+    for key in _LABEL_KEYS:
+        if key in whole:
+            labelled_BS = (mask_BS == 0) & (whole[key] != IGNORED_LABEL)
+            if labelled_BS.any():
+                row = int(labelled_BS.any(dim=1).nonzero()[0, 0])
+                raise DataError(
+                    f"{key} of row {row} has labels on tokens that attention_mask hides; set them to {IGNORED_LABEL}: "
+                    "padding has no label"
+                )
 
 
 def _sequence_dim(key: str) -> int:
@@ -112,6 +131,6 @@ def _pad(key: str, x: torch.Tensor, padded: int) -> torch.Tensor:
         return x
     if key == "position_ids":
         last = x.narrow(dim, x.shape[dim] - 1, 1)
-        return torch.cat([x, last + torch.arange(1, missing + 1)], dim)
+        return torch.cat([x, last + torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)], dim)
     value = IGNORED_LABEL if key in _LABEL_KEYS else 0
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing], value=value)

@@ -58,7 +58,7 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
-            "attention and loss it can reach. Wrappers (PEFT, torch.compile, modules of your own) are not yet available."
+            "attention and loss it can reach. Wrappers (PEFT, torch.compile, your own) are not yet available."
         )
     config = model.config
     text_config = config.get_text_config()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
@@ -32,13 +33,17 @@ class Calls:
     loss: int = 0
 
 
-def patch_model(model: torch.nn.Module, group: Any, undo: ExitStack) -> None:
-    """Give a model Ulysses attention and the loss of the whole sequence. ``undo.close()`` takes both back."""
+def patch_model(model: torch.nn.Module, group: Any, undo: ExitStack) -> str:
+    """Give a model Ulysses attention and the loss of the whole sequence; returns what was done, in words.
+
+    ``undo.close()`` takes both back.
+    """
     calls = Calls()
     _own_config(model, undo)
     _register_attention(model, group, calls, undo)
     _replace_loss(model, group, calls, undo)
     _check_calls(model, calls, undo)
+    return f"{type(model).__name__}: sdpa over {dist.get_world_size(group)} ranks, 2 all-to-alls per layer and pass"
 
 
 def _check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:

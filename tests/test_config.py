@@ -1,0 +1,336 @@
+"""The keys of a ds_config that are this package's: what is accepted, and what an error says."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from deepspeed_alst.config import AlstBlock, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.errors import AlstError, ConfigError
+
+DEFAULTS = {
+    "pad_to_multiple_of": "auto",
+    "expandable_segments": None,
+    "reduction": {},
+    "tiled_mlp_compute": False,
+    "tiled_logits_loss": "auto",
+    "liger_kernel": "auto",
+    "activation_checkpoint_cpu_offload": False,
+    "save_attention_output": "auto",
+    "memory_lean_layer": False,
+}
+# What asks for nothing, and so is accepted although the feature is not there yet.
+IDLE = {
+    "reduction": [{}],
+    "tiled_mlp_compute": [False],
+    "tiled_logits_loss": [False, "auto"],
+    "liger_kernel": [False, "auto"],
+    "activation_checkpoint_cpu_offload": [False],
+    "save_attention_output": [False, "auto"],
+    "memory_lean_layer": [False],
+}
+NOT_IDLE = {
+    "reduction": [{"slice_bytes": 1 << 20}, {"bucket_size": "auto"}],
+    "tiled_mlp_compute": [True, {}, {"tile_tokens": 63}, 0, 1, None, "auto"],
+    "tiled_logits_loss": [True, {}, "liger", "triton", 0],
+    "liger_kernel": [True, {}, {"rope": False}, 0],
+    "activation_checkpoint_cpu_offload": [True, {}, {"keep_last": 2}, 0, "auto"],
+    "save_attention_output": [True, {}, 0],
+    "memory_lean_layer": [True, {}, 0, "auto"],
+}
+
+
+def problems_of(ds_config) -> list[str]:
+    """The lines of the ConfigError that a ds_config is refused with."""
+    with pytest.raises(ConfigError) as refused:
+        parse(ds_config)
+    return str(refused.value).splitlines()
+
+
+def alst(**keys) -> dict:
+    return {"sequence_parallel_size": 2, "alst": keys}
+
+
+# --- what is accepted
+
+
+def test_an_empty_ds_config_gives_every_default():
+    config = parse({})
+    assert config.sequence_parallel_size == 1
+    assert config.seq_parallel_communication_data_type == "fp32"
+    assert config.alst.model_dump() == DEFAULTS
+    assert config == parse({"alst": {}}) == AlstConfig()
+
+
+def test_keys_of_deepspeed_are_none_of_our_business():
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1.25e8},
+        "communication_data_type": "fp16",
+        "data_parallel_size": 2,
+        "gradient_clipping": 1.0,
+    }
+    assert parse(ds_config) == AlstConfig()
+
+
+def test_every_key_has_a_docstring_of_its_own():
+    for model in (AlstConfig, AlstBlock):
+        described = [field.description for field in model.model_fields.values()]
+        assert all(described) and len(set(described)) == len(described)
+
+
+def test_the_defaults_in_this_test_name_every_key():
+    assert set(DEFAULTS) == set(AlstBlock.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("FP32", "fp32"), ("Bf16", "bf16")]
+)
+def test_the_reduction_dtype_is_read_in_any_case(spelling, dtype):
+    assert parse({"seq_parallel_communication_data_type": spelling}).seq_parallel_communication_data_type == dtype
+
+
+@pytest.mark.parametrize("spelling", ["fp32", "bf16", "fp16", "BF16", "bfp16", "bfloat16", "torch.bfloat16", "float32"])
+def test_a_spelling_of_the_dtype_is_accepted_exactly_where_deepspeed_accepts_it(spelling):
+    # DeepSpeed reads the same key after us, and refuses what it does not know.
+    from deepspeed.runtime.config import get_communication_data_type
+
+    key = "seq_parallel_communication_data_type"
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    try:
+        theirs = get_communication_data_type({key: spelling}, key, "fp32")
+    except ValueError:
+        assert problems_of({key: spelling})
+    else:
+        assert names[parse({key: spelling}).seq_parallel_communication_data_type] == theirs
+
+
+@pytest.mark.parametrize("sp_size", [1, 2, 3, 7, 8])
+def test_auto_pads_to_256_tokens_per_rank(sp_size):
+    assert parse({"sequence_parallel_size": sp_size}).padding_multiple() == 256 * sp_size
+    spelt_out = {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": "auto"}}
+    assert parse(spelt_out).padding_multiple() == 256 * sp_size
+
+
+@pytest.mark.parametrize(("sp_size", "multiple"), [(1, 1), (1, 63), (2, 2), (3, 63), (4, 1000)])
+def test_a_multiple_of_the_sp_degree_is_taken_as_it_is(sp_size, multiple):
+    ds_config = {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": multiple}}
+    assert parse(ds_config).padding_multiple() == multiple
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_expandable_segments_can_be_said_either_way(value):
+    assert parse(alst(expandable_segments=value)).alst.expandable_segments is value
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IDLE.items() for value in values])
+def test_a_key_that_is_not_yet_available_may_say_that_it_is_off(key, value):
+    assert getattr(parse(alst(**{key: value})).alst, key) == value
+
+
+def test_a_config_is_frozen_at_both_levels():
+    config = parse(alst())
+    with pytest.raises(ValidationError, match="frozen"):
+        config.sequence_parallel_size = 4
+    with pytest.raises(ValidationError, match="frozen"):
+        config.alst.pad_to_multiple_of = 4
+
+
+def test_parsing_leaves_the_ds_config_as_it_was():
+    ds_config = {"sequence_parallel_size": 2, "seq_parallel_communication_data_type": "BF16", "alst": {"reduction": {}}}
+    before = repr(ds_config)
+    parse(ds_config)
+    assert repr(ds_config) == before
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, "2", "auto", True, None, [2]])
+def test_an_sp_degree_that_is_no_positive_integer_is_refused(value):
+    (line,) = problems_of({"sequence_parallel_size": value})
+    assert line.startswith("sequence_parallel_size: Input should be ") and line.endswith(f"(got {value!r}).")
+
+
+@pytest.mark.parametrize("value", ["fp64", "", "auto", 16, None, True, [], {}])
+def test_a_dtype_that_gradients_cannot_be_summed_in_is_refused_with_the_ones_that_do(value):
+    (line,) = problems_of({"seq_parallel_communication_data_type": value})
+    assert line == f"seq_parallel_communication_data_type: use one of fp32, bf16, fp16 (got {value!r})."
+
+
+@pytest.mark.parametrize("value", [0, -1, "foo", 2.5, True, False, None, [], {}])
+def test_a_padding_that_is_no_positive_integer_is_refused_in_one_line(value):
+    lines = problems_of(alst(pad_to_multiple_of=value))
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("alst.pad_to_multiple_of: ") and lines[0].endswith(f"(got {value!r}).")
+    assert "'auto'" in lines[0], "the way out is missing"
+
+
+@pytest.mark.parametrize(("sp_size", "multiple", "fitting"), [(2, 511, 512), (3, 1, 3), (7, 1000, 1001), (8, 12, 16)])
+def test_a_padding_that_the_sp_degree_does_not_divide_is_refused_with_the_next_that_fits(sp_size, multiple, fitting):
+    (line,) = problems_of({"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": multiple}})
+    assert line == (
+        f"alst.pad_to_multiple_of={multiple} is not a multiple of sequence_parallel_size={sp_size}. "
+        f"Use {fitting}, or 'auto'."
+    )
+    assert parse({"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": fitting}})
+
+
+@pytest.mark.parametrize("value", ["auto", 2, "maybe", [], {}])
+def test_expandable_segments_that_are_neither_on_nor_off_are_refused(value):
+    (line,) = problems_of(alst(expandable_segments=value))
+    assert line.startswith("alst.expandable_segments: ") and line.endswith(f"(got {value!r}).")
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NOT_IDLE.items() for value in values])
+def test_a_key_that_is_not_yet_available_is_refused_with_the_values_that_ask_for_nothing(key, value):
+    (line,) = problems_of(alst(**{key: value}))
+    idle = " or ".join(repr(each) for each in IDLE[key])
+    assert line == (
+        f"alst.{key}: not yet available in this version of deepspeed_alst; remove the key, or set it to {idle} "
+        f"(got {value!r})."
+    )
+
+
+@pytest.mark.parametrize("value", [True, None, 5, []])
+def test_an_alst_block_that_is_no_object_is_refused(value):
+    (line,) = problems_of({"alst": value})
+    assert line.startswith("alst: ") and line.endswith(f"(got {value!r}).")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("tiled_mlp", "tiled_mlp_compute"),
+        ("pad_to_multiple", "pad_to_multiple_of"),
+        ("tiled_logit_loss", "tiled_logits_loss"),
+        ("liger_kernels", "liger_kernel"),
+        ("activation_checkpoint_offload", "activation_checkpoint_cpu_offload"),
+    ],
+)
+def test_an_unknown_key_of_the_block_is_refused_with_the_nearest_known_one(key, nearest):
+    assert problems_of(alst(**{key: True})) == [f"alst.{key}: unknown key. Did you mean '{nearest}'?"]
+
+
+@pytest.mark.parametrize("key", ["zzz", "interval", "int8", "literal[x"])
+def test_an_unknown_key_that_resembles_none_is_refused_by_its_own_name(key):
+    assert problems_of(alst(**{key: 1})) == [f"alst.{key}: unknown key."]
+
+
+@pytest.mark.parametrize("key", AlstBlock.model_fields)
+def test_a_key_of_the_block_at_the_top_level_is_told_where_it_belongs(key):
+    assert problems_of({key: DEFAULTS[key]}) == [f"{key}: belongs into the alst block, as alst.{key}."]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("sequence_paralel_size", "sequence_parallel_size"),
+        ("seq_parallel_size", "sequence_parallel_size"),
+        ("sequence_parallel_communication_data_type", "seq_parallel_communication_data_type"),
+        ("seq_parallel_comm_data_type", "seq_parallel_communication_data_type"),
+    ],
+)
+def test_a_misspelt_key_of_ours_at_the_top_level_is_refused_where_deepspeed_would_ignore_it(key, nearest):
+    assert problems_of({key: 2}) == [f"{key}: unknown key. Did you mean '{nearest}'?"]
+
+
+def test_all_bad_keys_are_reported_at_once_a_line_each():
+    ds_config = {
+        "sequence_parallel_size": 0,
+        "sequence_paralel_size": 2,
+        "seq_parallel_communication_data_type": "fp8",
+        "tiled_mlp_compute": True,
+        "alst": {"pad_to_multiple_of": -3, "memory_lean_layer": True, "liger": "auto", "reduction": 7},
+    }
+    lines = problems_of(ds_config)
+    named = [line.split(": ")[0] for line in lines]
+    assert sorted(named) == [
+        "alst.liger",
+        "alst.memory_lean_layer",
+        "alst.pad_to_multiple_of",
+        "alst.reduction",
+        "seq_parallel_communication_data_type",
+        "sequence_paralel_size",
+        "sequence_parallel_size",
+        "tiled_mlp_compute",
+    ]
+
+
+def test_a_padding_that_does_not_fit_is_reported_together_with_the_other_bad_keys():
+    lines = problems_of(alst(pad_to_multiple_of=511, zzz=1))
+    assert len(lines) == 2, lines
+    lines = problems_of({**alst(pad_to_multiple_of=511), "tiled_mlp_compute": True})
+    assert len(lines) == 2, lines
+
+
+def test_a_refused_config_is_a_value_error_of_this_package():
+    with pytest.raises(ValueError, match="unknown key") as refused:
+        parse(alst(zzz=1))
+    assert isinstance(refused.value, AlstError)
+
+
+# --- against the world and the model
+
+
+@pytest.mark.parametrize(("sp_size", "world_size"), [(1, 1), (1, 7), (2, 2), (2, 8), (3, 6), (7, 7)])
+def test_an_sp_degree_that_divides_the_world_is_accepted(sp_size, world_size):
+    check_world(AlstConfig(sequence_parallel_size=sp_size), world_size)
+
+
+@pytest.mark.parametrize(
+    ("sp_size", "world_size", "fitting"),
+    [(3, 8, "[1, 2, 4, 8]"), (2, 7, "[1, 7]"), (16, 8, "[1, 2, 4, 8]"), (4, 6, "[1, 2, 3, 6]"), (2, 1, "[1]")],
+)
+def test_an_sp_degree_that_does_not_divide_the_world_is_refused_with_those_that_do(sp_size, world_size, fitting):
+    with pytest.raises(ConfigError) as refused:
+        check_world(AlstConfig(sequence_parallel_size=sp_size), world_size)
+    assert str(refused.value) == (
+        f"sequence_parallel_size={sp_size} does not divide the world size ({world_size} ranks). Use one of {fitting}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("sp_size", "heads", "kv_heads", "why", "fitting"),
+    [
+        (3, 8, 8, "does not divide the model's 8 query heads", "[1, 2, 4, 8]"),
+        (16, 8, 2, "is more than the model's 8 query heads", "[1, 2, 4, 8]"),
+        (4, 12, 6, "and the model's 6 key/value heads do not divide one another", "[1, 2, 3, 6, 12]"),
+        (2, 9, 3, "does not divide the model's 9 query heads", "[1, 3, 9]"),
+        (5, 32, 8, "does not divide the model's 32 query heads", "[1, 2, 4, 8, 16, 32]"),
+        (2, 71, 1, "does not divide the model's 71 query heads", "[1, 71]"),
+    ],
+)
+def test_an_sp_degree_that_cannot_split_the_heads_is_refused_with_those_that_can(
+    sp_size, heads, kv_heads, why, fitting
+):
+    with pytest.raises(ConfigError) as refused:
+        check_heads(AlstConfig(sequence_parallel_size=sp_size), heads, kv_heads)
+    assert str(refused.value) == (
+        f"sequence_parallel_size={sp_size} {why}. Use one of {fitting}; "
+        "the remaining ranks form data-parallel replicas by themselves."
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (12, 6), (12, 4), (9, 3), (14, 2), (71, 1), (40, 10)])
+def test_the_degrees_that_the_message_lists_are_exactly_those_that_a_head_plan_accepts(heads, kv_heads):
+    from deepspeed_alst.attention.heads import HeadPlan
+    from deepspeed_alst.errors import ShapeError
+
+    def fits(sp_size: int) -> bool:
+        try:
+            HeadPlan(sp_size, heads, kv_heads)
+        except ShapeError:
+            return False
+        return True
+
+    with pytest.raises(ConfigError) as refused:
+        check_heads(AlstConfig(sequence_parallel_size=heads + 1), heads, kv_heads)
+    planned = [n for n in range(1, 2 * heads) if fits(n)]
+    assert f"Use one of {planned};" in str(refused.value)
+    for n in range(1, 2 * heads):
+        if n in planned:
+            check_heads(AlstConfig(sequence_parallel_size=n), heads, kv_heads)
+        else:
+            with pytest.raises(ConfigError):
+                check_heads(AlstConfig(sequence_parallel_size=n), heads, kv_heads)

@@ -1,0 +1,206 @@
+"""Dependencies point one way, third parties are fenced in, files and functions stay short: read from the sources.
+
+errors <- config, plans, kernels, ops <- parallel <- data, attention, tiling, offload <- models, engine <- initialize <-
+cli. The loading of the package (plugin, autoload, __init__) stands outside: it may reach in, and nothing reaches it.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "deepspeed_alst"
+ROOT = Path(__file__).parent.parent / PACKAGE
+# Folders and modules at the top of the package, from the bottom up. Within a layer they may use one another.
+LAYERS = (
+    {"errors"},
+    {"config", "compatibility", "plans", "kernels", "ops"},
+    {"parallel"},
+    {"data", "attention", "tiling", "offload"},
+    {"models", "engine"},
+    {"initialize"},
+    {"cli"},
+    {"plugin", "autoload"},
+    {"__init__"},
+)
+# Where a third party may be imported: a folder, or one module of it.
+FENCES = {
+    "triton": {"kernels"},
+    "transformers": {"models"},
+    "deepspeed": {"engine", "ops", "parallel.mpu", "initialize", "plugin", "cli"},
+}
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 50
+MAX_KERNEL_LINES = 90
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if "__pycache__" not in path.parts
+}
+SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
+
+
+def imports(name: str, source: str) -> Iterator[str]:
+    """The full dotted name of whatever a module imports, at its top or inside a function."""
+    package = [PACKAGE, *name.split(".")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{each.name}" for each in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("importlib.import_module", "__import__")
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield str(node.args[0].value)
+
+
+def layer_of(name: str) -> int:
+    top = name.split(".")[0]
+    return next(i for i, layer in enumerate(LAYERS) if top in layer)
+
+
+def upward_imports(name: str, source: str) -> list[str]:
+    """Imports of this package that point the wrong way."""
+    found = []
+    for each in imports(name, source):
+        if each.split(".")[0] != PACKAGE:
+            continue
+        inner = each.split(".")[1:]
+        # `import deepspeed_alst` is __init__; so is a name that is no module, as `from deepspeed_alst import X`.
+        target = inner[0] if inner and (inner[0] in {n.split(".")[0] for n in MODULES}) else "__init__"
+        if layer_of(target) > layer_of(name):
+            found.append(each)
+    return found
+
+
+def fenced_imports(name: str, source: str) -> list[str]:
+    """Imports of a third party outside of its fence."""
+    inside = {name, name.split(".")[0]}
+    return [
+        each
+        for each in imports(name, source)
+        for party, fence in FENCES.items()
+        if each.split(".")[0] == party and not inside & fence
+    ]
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions with more lines than allowed, decorators and docstring included; kernels may have more."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            lines = node.end_lineno - first + 1
+            if lines > (MAX_KERNEL_LINES if kernel else MAX_FUNCTION_LINES):
+                found.append(f"{node.name}: {lines} lines")
+    return found
+
+
+# --- the rules find what breaks them
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("errors", "from deepspeed_alst.config import parse"),
+        ("config", "from deepspeed_alst.parallel.groups import build_groups"),
+        ("config", "import deepspeed_alst.initialize"),
+        ("parallel.loss", "from deepspeed_alst.data import loader"),
+        ("parallel.loss", "from ..data import loader"),
+        ("data.loader", "def f():\n    from deepspeed_alst.engine.session import Session"),
+        ("models.patches", "from deepspeed_alst import initialize"),
+        ("engine.session", "from deepspeed_alst import shard_dataloader"),
+        ("engine.session", "import deepspeed_alst"),
+        ("engine.session", "import importlib\nimportlib.import_module('deepspeed_alst.plugin')"),
+        ("initialize", "from .plugin import find_config"),
+        ("initialize", "from deepspeed_alst.autoload import install"),
+    ],
+)
+def test_an_import_that_points_upward_is_found(name, source):
+    assert upward_imports(name, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("data.loader", "import deepspeed"),
+        ("parallel.groups", "from deepspeed.utils import groups"),
+        ("plans", "from deepspeed import comm as dist"),
+        ("engine.session", "import transformers.utils"),
+        ("initialize", "def f():\n    from transformers import AutoModel"),
+        ("models.patches", "import triton.language as tl"),
+        ("tiling.mlp", "__import__('triton')"),
+    ],
+)
+def test_an_import_outside_of_its_fence_is_found(name, source):
+    assert fenced_imports(name, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("models.families", "from deepspeed_alst.config import nearest\nfrom ..errors import AlstError"),
+        ("data.shard", "from deepspeed_alst.attention.masks import document_starts"),
+        ("parallel.mpu", "from deepspeed.utils import groups"),
+        ("kernels.softcap", "import triton"),
+        ("models.patches", "import transformers"),
+        ("initialize", "import deepspeed\nfrom deepspeed_alst.engine.session import Session"),
+        ("__init__", "from deepspeed_alst.autoload import install"),
+        ("data.shard", "import deepspeed_alst_of_another_name"),
+    ],
+)
+def test_an_import_that_keeps_the_rules_is_not_found(name, source):
+    assert not upward_imports(name, source) and not fenced_imports(name, source)
+
+
+def test_a_function_that_is_too_long_is_found_and_a_kernel_may_be_longer():
+    body = "    pass\n" * MAX_FUNCTION_LINES
+    assert long_functions(f"def f():\n{body}") == ["f: 51 lines"]
+    assert long_functions(f"class C:\n    def f(self):\n{body.replace('    ', ' ' * 8)}")
+    assert long_functions(f"def f():\n{body[: -len('    pass') - 1]}") == []
+    assert long_functions(f"@triton.jit\ndef f():\n{body}") == []
+    assert long_functions(f"@triton.jit\ndef f():\n{body}{body}") == ["f: 102 lines"]
+
+
+# --- and the package keeps them
+
+
+def test_every_module_has_a_layer():
+    assert len(MODULES) > 20, "the package was not found"
+    tops = {name.split(".")[0] for name in MODULES}
+    assert tops <= set().union(*LAYERS), "a new folder or module needs a place in LAYERS"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dependencies_point_one_way(name):
+    assert upward_imports(name, SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_triton_transformers_and_deepspeed_are_imported_where_they_belong(name):
+    assert fenced_imports(name, SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_are_short_enough_to_be_read(name):
+    lines = SOURCES[name].count("\n")
+    assert lines <= MAX_FILE_LINES, f"{name} has {lines} lines"
+    assert long_functions(SOURCES[name]) == []
+
+
+def test_the_pure_modules_load_neither_torch_nor_anything_that_needs_it():
+    # ast sees what is written; this sees that nothing is loaded in a roundabout way.
+    pure = "deepspeed_alst.errors, deepspeed_alst.config, deepspeed_alst.compatibility, deepspeed_alst.attention.heads"
+    heavy = ("torch", "deepspeed", "transformers", "triton")
+    program = f"import sys, {pure}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,333 @@
+"""One batch, cut: every cell says which row and token it is, so a failure names the token that went astray.
+
+Legend: B batch, S whole sequence, P ranks.
+"""
+
+from collections import UserDict
+
+import pytest
+import torch
+
+from deepspeed_alst.data.shard import shard_batch, shift_labels
+from deepspeed_alst.errors import DataError
+
+# B, S, P, multiple: ragged, exact, shorter than one shard, a single token, more padding than tokens.
+SIZES = [(1, 7, 2, 2), (2, 13, 2, 8), (3, 63, 3, 9), (2, 24, 4, 8), (1, 3, 4, 32), (2, 1, 2, 2), (5, 1000, 7, 63)]
+
+
+def tokens(B: int, S: int, offset: int = 0) -> torch.Tensor:
+    """``[B, S]``, each cell 10,000 * row + token + 1: no cell is the padding's 0."""
+    return offset + 10_000 * torch.arange(B)[:, None] + torch.arange(S) + 1
+
+
+def cut(batch, sp_size=2, multiple=2):
+    return shard_batch(batch, sp_size, multiple)
+
+
+def whole(sharded, key: str, dim: int = 1) -> torch.Tensor:
+    return torch.cat([shard[key] for shard in sharded.shards], dim)
+
+
+def padded_rows(rows: list[list[int]], multiple: int, value: int) -> list[list[int]]:
+    """The definition of padding, a token at a time."""
+    padded = []
+    for row in rows:
+        row = list(row)
+        while len(row) % multiple:
+            row.append(value)
+        padded.append(row)
+    return padded
+
+
+def shifted_rows(rows: list[list[int]], starts: list[list[bool]] | None = None) -> list[list[int]]:
+    """The definition of a shift: a token's label is the next token's, unless that starts a document or is not there."""
+    shifted = []
+    for r, row in enumerate(rows):
+        shifted.append(
+            [
+                row[i + 1] if i + 1 < len(row) and not (starts is not None and starts[r][i + 1]) else -100
+                for i in range(len(row))
+            ]
+        )
+    return shifted
+
+
+def refusal(batch, sp_size=2, multiple=2) -> str:
+    with pytest.raises(DataError) as refused:
+        shard_batch(batch, sp_size, multiple)
+    return str(refused.value)
+
+
+# --- what the shards hold
+
+
+@pytest.mark.parametrize(("B", "S", "P", "multiple"), SIZES)
+def test_the_shards_put_together_are_the_padded_whole(B, S, P, multiple):
+    ids, labels = tokens(B, S), tokens(B, S, offset=500_000)
+    sharded = shard_batch({"input_ids": ids, "labels": labels}, P, multiple)
+    assert len(sharded.shards) == P and sharded.common == {}
+    sizes = {tuple(x.shape) for shard in sharded.shards for x in shard.values()}
+    length = -(-S // multiple) * multiple
+    assert sizes == {(B, length // P)}, "every shard is as long as every other"
+    assert whole(sharded, "input_ids").tolist() == padded_rows(ids.tolist(), multiple, 0)
+    assert whole(sharded, "labels").tolist() == padded_rows(labels.tolist(), multiple, -100)
+    assert whole(sharded, "position_ids").tolist() == [list(range(length))] * B
+    assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(labels.tolist()), multiple, -100)
+
+
+def test_a_batch_without_labels_gets_none():
+    sharded = cut({"input_ids": tokens(2, 5)})
+    assert [set(shard) for shard in sharded.shards] == [{"input_ids", "position_ids"}] * 2
+
+
+def test_labels_are_shifted_before_the_cut_so_that_the_last_token_of_a_shard_has_the_next_shards_first_label():
+    labels = tokens(1, 6)
+    sharded = cut({"input_ids": tokens(1, 6), "labels": labels}, sp_size=3, multiple=3)
+    assert [shard["shift_labels"].tolist() for shard in sharded.shards] == [[[2, 3]], [[4, 5]], [[6, -100]]]
+    assert whole(sharded, "labels").tolist() == labels.tolist(), "the labels themselves stay where they are"
+
+
+def test_labels_that_are_shifted_already_are_not_shifted_again():
+    ready = tokens(2, 5, offset=900_000)
+    for batch in ({"shift_labels": ready}, {"shift_labels": ready, "labels": tokens(2, 5)}):
+        sharded = cut({"input_ids": tokens(2, 5), **batch})
+        assert whole(sharded, "shift_labels").tolist() == padded_rows(ready.tolist(), 2, -100)
+
+
+def test_labels_of_no_token_at_all_stay_labels_of_no_token():
+    labels = torch.full((2, 5), -100)
+    sharded = cut({"input_ids": tokens(2, 5), "labels": labels})
+    assert (whole(sharded, "shift_labels") == -100).all()
+
+
+def test_given_positions_are_kept_and_count_on_in_the_padding():
+    positions = torch.arange(5).expand(2, 5)
+    sharded = cut({"input_ids": tokens(2, 5), "position_ids": positions}, sp_size=2, multiple=4)
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
+
+
+def test_positions_of_one_dim_are_those_of_every_row():
+    sharded = cut({"input_ids": tokens(3, 5), "position_ids": torch.arange(5)})
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+
+
+def test_positions_of_a_single_row_are_cut_like_any_other():
+    sharded = cut({"input_ids": tokens(3, 5), "labels": tokens(3, 5), "position_ids": torch.arange(5)[None]})
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(tokens(3, 5).tolist()), 2, -100)
+
+
+def test_positions_of_three_dims_are_cut_along_the_sequence():
+    # Multi-dimensional rotary embeddings: text, height, width. The first counts the tokens.
+    positions_3BS = torch.stack([torch.arange(5).expand(2, 5), tokens(2, 5, 100), tokens(2, 5, 200)])
+    sharded = cut({"input_ids": tokens(2, 5), "labels": tokens(2, 5), "position_ids": positions_3BS})
+    assert [tuple(shard["position_ids"].shape) for shard in sharded.shards] == [(3, 2, 3)] * 2
+    got = whole(sharded, "position_ids", dim=-1)
+    assert torch.equal(got[..., :5], positions_3BS)
+    assert torch.equal(got[..., 5], positions_3BS[..., 4] + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.bfloat16, torch.float64, torch.uint8])
+def test_a_tensor_keeps_its_dtype_where_it_is_padded(dtype):
+    extra = (tokens(2, 5) % 2).to(dtype)
+    sharded = cut({"input_ids": tokens(2, 5), "extra": extra})
+    got = whole(sharded, "extra")
+    assert got.dtype == dtype and torch.equal(got[:, :5], extra) and not got[:, 5:].any()
+
+
+def test_ids_labels_and_positions_keep_their_dtype_where_they_are_padded():
+    positions = torch.arange(5, dtype=torch.int32).expand(2, 5)
+    ids, labels = tokens(2, 5).int(), tokens(2, 5).int()
+    shard = cut({"input_ids": ids, "labels": labels, "position_ids": positions}).shards[1]
+    assert {key: x.dtype for key, x in shard.items()} == dict.fromkeys(shard, torch.int32)
+
+
+@pytest.mark.parametrize("tail", [(), (3,), (3, 5)])
+def test_an_extra_tensor_with_a_sequence_dim_is_cut_and_padded_with_zeros(tail):
+    extra = torch.randn(2, 7, *tail)
+    sharded = cut({"input_ids": tokens(2, 7), "extra": extra}, sp_size=3, multiple=9)
+    got = whole(sharded, "extra")
+    assert got.shape == (2, 9, *tail)
+    assert torch.equal(got[:, :7], extra) and not got[:, 7:].any()
+    assert "extra" not in sharded.common
+
+
+def test_embeddings_take_the_place_of_ids():
+    embeds, labels = torch.randn(2, 5, 3), tokens(2, 5)
+    sharded = cut({"inputs_embeds": embeds, "labels": labels})
+    assert torch.equal(whole(sharded, "inputs_embeds")[:, :5], embeds)
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(labels.tolist()), 2, -100)
+
+
+def test_what_has_no_sequence_dim_goes_to_every_rank_as_it_is():
+    extra = {
+        "num_items_in_batch": torch.tensor(17),
+        "weights": torch.tensor([0.5, 2.0]),
+        "one_per_token_but_no_batch": torch.arange(5),
+        "pixel_values": torch.randn(2, 3, 4, 4),
+        "name": "a document",
+        "names": ["a", "b"],
+        "nested": {"ids": [1, [2, 3]]},
+        "count": 5,
+        "nothing": None,
+    }
+    sharded = cut({"input_ids": tokens(2, 5), **extra})
+    assert set(sharded.common) == set(extra)
+    for key, value in extra.items():
+        assert sharded.common[key] is value
+    assert all(set(shard) == {"input_ids", "position_ids"} for shard in sharded.shards)
+
+
+@pytest.mark.parametrize("key", ["position_ids", "labels", "shift_labels", "attention_mask", "inputs_embeds"])
+def test_an_entry_that_is_none_is_an_entry_that_is_not_there(key):
+    plain = {"input_ids": tokens(2, 5)}
+    if key == "shift_labels":
+        plain["labels"] = tokens(2, 5)
+    sharded, without = cut({**plain, key: None}), cut(plain)
+    assert not set(sharded.shards[0]) & set(sharded.common), "what goes to every rank would overwrite the shard"
+    for got, expected in zip(sharded.shards, without.shards, strict=True):
+        assert {k: x.tolist() for k, x in got.items()} == {k: x.tolist() for k, x in expected.items()}
+
+
+def test_a_batch_is_not_changed_by_cutting_it():
+    batch = {"input_ids": tokens(2, 5), "labels": tokens(2, 5), "attention_mask": torch.ones(2, 5)}
+    before = {key: x.clone() for key, x in batch.items()}
+    cut(batch)
+    assert set(batch) == set(before) and all(torch.equal(batch[key], before[key]) for key in before)
+
+
+def test_a_batch_may_be_a_user_dict_as_transformers_makes_it():
+    sharded = cut(UserDict({"input_ids": tokens(2, 5), "labels": tokens(2, 5)}))
+    assert whole(sharded, "input_ids").tolist() == padded_rows(tokens(2, 5).tolist(), 2, 0)
+
+
+# --- masks
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 4), (1, 6)])
+def test_a_mask_of_ones_or_of_padding_on_the_right_is_dropped(lengths, dtype):
+    mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).to(dtype)
+    labels = tokens(2, 7).masked_fill(mask == 0, -100)
+    batch = {"input_ids": tokens(2, 7), "labels": labels}
+    sharded, without = cut({**batch, "attention_mask": mask}), cut(batch)
+    assert "attention_mask" not in sharded.common
+    for got, expected in zip(sharded.shards, without.shards, strict=True):
+        assert {key: x.tolist() for key, x in got.items()} == {key: x.tolist() for key, x in expected.items()}
+
+
+def test_a_label_on_a_padding_token_is_refused_with_its_row():
+    # A masked token does not see itself at SP=1; without the mask it does, and its loss would be another.
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    message = refusal({"input_ids": tokens(2, 5), "labels": tokens(2, 5), "attention_mask": mask})
+    assert "label" in message and "row 1" in message
+
+
+def test_a_mask_with_padding_on_the_left_is_refused_with_its_row_and_the_way_out():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    message = refusal({"input_ids": tokens(2, 5), "attention_mask": mask})
+    assert "padding on the left in row 1" in message and "tokenizer.padding_side = 'right'" in message
+
+
+def test_a_mask_with_holes_is_refused_with_its_row():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0]])
+    assert "holes in row 2" in refusal({"input_ids": tokens(3, 5), "attention_mask": mask})
+
+
+def test_a_mask_of_four_dims_is_refused_with_its_shape():
+    message = refusal({"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 1, 5, 5)})
+    assert "attention_mask has 4 dims, shape [2, 1, 5, 5]" in message
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.ones(2, 6), torch.ones(5), torch.tensor(1)])
+def test_a_mask_of_another_length_is_refused_with_both(mask):
+    message = refusal({"input_ids": tokens(2, 5), "attention_mask": mask})
+    assert f"attention_mask has shape {list(mask.shape)}" in message and "5 tokens" in message
+
+
+def test_a_mask_that_is_no_tensor_is_refused_by_its_name():
+    # Anything but a DataError here leaves the other ranks waiting: the loader tells them of no other.
+    message = refusal({"input_ids": tokens(1, 3), "attention_mask": [[1, 1, 1]]})
+    assert "attention_mask" in message and "list" in message
+
+
+# --- packed samples
+
+
+@pytest.mark.parametrize(
+    ("positions", "where"),
+    [
+        ([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]], "token 2 of row 1"),
+        ([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]], "token 1 of row 0"),
+        ([[0, 1, 2, 4, 5], [0, 1, 2, 3, 4]], "token 3 of row 0"),
+    ],
+)
+def test_positions_that_do_not_count_on_are_refused_as_packed_with_the_token(positions, where):
+    message = refusal({"input_ids": tokens(2, 5), "position_ids": torch.tensor(positions)})
+    assert f"position_ids restart at {where}" in message and "packed" in message
+
+
+def test_packed_positions_in_one_row_for_all_are_refused_too():
+    for positions in (torch.tensor([0, 1, 2, 0, 1]), torch.tensor([[0, 1, 2, 0, 1]])):
+        assert "token 3 of row 0" in refusal({"input_ids": tokens(2, 5), "position_ids": positions})
+
+
+def test_packed_text_positions_of_three_dims_are_refused():
+    positions_3BS = torch.arange(5).expand(3, 2, 5).clone()
+    positions_3BS[0, 1] = torch.tensor([0, 1, 2, 0, 1])
+    assert "token 3 of row 1" in refusal({"input_ids": tokens(2, 5), "position_ids": positions_3BS})
+
+
+def test_positions_that_do_not_start_at_zero_are_refused():
+    message = refusal({"input_ids": tokens(2, 5), "position_ids": torch.arange(1, 6).expand(2, 5)})
+    assert "position_ids start at 1, not at 0" in message
+
+
+@pytest.mark.parametrize("S", [1, 2, 7, 63])
+def test_the_last_token_of_a_document_has_no_label_and_every_other_the_next_tokens(S):
+    torch.manual_seed(S)
+    labels, starts = tokens(3, S), torch.rand(3, S) < 0.3
+    got = shift_labels(labels, starts)
+    assert got.tolist() == shifted_rows(labels.tolist(), starts.tolist())
+    assert got.shape == labels.shape and got.dtype == labels.dtype
+
+
+# --- what is no batch
+
+
+@pytest.mark.parametrize("key", ["labels", "shift_labels", "position_ids"])
+@pytest.mark.parametrize("S", [4, 6])
+def test_sequences_of_different_lengths_are_refused_with_both(key, S):
+    x = torch.arange(S).expand(2, S)
+    message = refusal({"input_ids": tokens(2, 5), key: x})
+    assert f"{key} has shape [2, {S}]" in message and "5 tokens" in message
+
+
+def test_labels_of_a_classification_are_refused():
+    assert "labels has shape [2]" in refusal({"input_ids": tokens(2, 5), "labels": torch.tensor([0, 1])})
+
+
+def test_ids_and_embeddings_of_different_lengths_are_refused():
+    message = refusal({"input_ids": tokens(2, 5), "inputs_embeds": torch.randn(2, 4, 3)})
+    assert "inputs_embeds has shape [2, 4, 3]" in message and "5 tokens" in message
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{}, {"labels": torch.ones(2, 5)}, {"input_ids": [[1, 2]]}, {"input_ids": torch.arange(5)}, {"input_ids": None}],
+    ids=["empty", "labels only", "lists", "no batch dim", "None"],
+)
+def test_a_batch_without_ids_of_a_batch_and_a_sequence_dim_is_refused_with_the_keys_that_it_has(batch):
+    message = refusal(batch)
+    assert "input_ids or inputs_embeds of shape [batch, sequence, ...]" in message and str(sorted(batch)) in message
+
+
+@pytest.mark.parametrize("batch", [(torch.ones(2, 5), torch.ones(2, 5)), [torch.ones(2, 5)], torch.ones(2, 5), "text"])
+def test_a_batch_that_is_no_mapping_is_refused_with_its_type_and_the_way_out(batch):
+    message = refusal(batch)
+    assert f"not {type(batch).__name__}" in message and "collate_fn" in message
+
+
+def test_sequences_of_no_token_are_refused():
+    assert "length 0" in refusal({"input_ids": torch.ones(2, 0, dtype=torch.long)})
