@@ -9,10 +9,15 @@ from collections.abc import Callable
 from types import ModuleType
 
 _TARGET = "deepspeed"
+_TRANSFORMERS_INTEGRATION = "transformers.integrations.deepspeed"
 
 
 def install() -> None:
-    """Hook ``deepspeed.initialize`` now, or as soon as ``deepspeed`` is imported. Calling it again does nothing."""
+    """Hook ``deepspeed.initialize`` and transformers' loading, now or when they are imported; again does nothing."""
+    if _TRANSFORMERS_INTEGRATION in sys.modules:
+        _load_sharded(sys.modules[_TRANSFORMERS_INTEGRATION])
+    else:
+        after_import(_TRANSFORMERS_INTEGRATION, _load_sharded)
     module = sys.modules.get(_TARGET)
     if module is None:
         after_import(_TARGET, _hook)
@@ -32,12 +37,20 @@ def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
 
 
 def _hook(module: ModuleType) -> None:
-    try:
-        from deepspeed_alst.plugin import hook_initialize
+    _call_plugin("hook_initialize", module)
 
-        hook_initialize(module)
+
+def _load_sharded(module: ModuleType) -> None:
+    _call_plugin("load_sharded_under_zero3", module)
+
+
+def _call_plugin(function: str, module: ModuleType) -> None:
+    try:
+        from deepspeed_alst import plugin
+
+        getattr(plugin, function)(module)
     except Exception as error:
-        print(f"deepspeed_alst: deepspeed.initialize could not be hooked: {error!r}", file=sys.stderr)
+        print(f"deepspeed_alst: {module.__name__} could not be hooked: {error!r}", file=sys.stderr)
 
 
 def _is_half_imported(module: ModuleType) -> bool:

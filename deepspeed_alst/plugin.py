@@ -1,6 +1,7 @@
 """The gate in front of ``deepspeed.initialize``: reads the config, and loads the package only if it asks for it.
 
-Runs in every process that imports deepspeed, so it holds nothing but the question "is this config for us?".
+Runs in every process that imports deepspeed or transformers, so it holds little but the question "is this config for
+us?".
 """
 
 import functools
@@ -9,8 +10,6 @@ import json
 import sys
 from types import ModuleType
 from typing import Any
-
-from deepspeed_alst.autoload import after_import
 
 _MARK = "__deepspeed_alst__"
 
@@ -38,7 +37,6 @@ def hook_initialize(deepspeed: ModuleType) -> None:
 
     setattr(initialize, _MARK, original)
     deepspeed.initialize = initialize
-    _prepare_zero3_loading(initialize)
 
 
 def unhook_initialize(deepspeed: ModuleType) -> None:
@@ -93,30 +91,23 @@ def config_on_command_line(argv: list[str]) -> str | None:
     return None
 
 
-def _prepare_zero3_loading(keeper: Any) -> None:
+def load_sharded_under_zero3(integration: ModuleType) -> None:
     """Have transformers load models sharded, in a plain ZeRO-3 loop that does not ask for it.
 
     The model is built before ``deepspeed.initialize`` can say anything, so the config is looked up on the command line.
-    A config with "auto" in it is the HF Trainer's, which makes its own. transformers holds a weak reference; ``keeper``
-    keeps the object.
+    A config with "auto" outside the alst block is the HF Trainer's, which makes its own.
+
+    Args:
+        integration: the module ``transformers.integrations.deepspeed``, which gets an attribute that keeps the config
+            alive: transformers holds a weak reference.
     """
-    path = config_on_command_line(sys.argv)
     try:
-        with open(path or "") as file:
-            text = file.read()
-        ds_config = json.loads(text)
+        with open(config_on_command_line(sys.argv) or "") as file:
+            ds_config = json.load(file)
     except (OSError, ValueError):
         return
     zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
-    if not isinstance(zero, dict) or zero.get("stage") != 3 or '"auto"' in json.dumps({**ds_config, "alst": {}}):
+    trainers = '"auto"' in json.dumps({key: value for key, value in ds_config.items() if key != "alst"})
+    if not isinstance(zero, dict) or zero.get("stage") != 3 or trainers or integration.is_deepspeed_zero3_enabled():
         return
-
-    def use(integration: ModuleType) -> None:
-        if not integration.is_deepspeed_zero3_enabled():
-            keeper.zero3_loading = integration.HfDeepSpeedConfig(ds_config)
-
-    name = "transformers.integrations.deepspeed"
-    if name in sys.modules:
-        use(sys.modules[name])
-    else:
-        after_import(name, use)
+    integration.kept_by_deepspeed_alst = integration.HfDeepSpeedConfig(ds_config)

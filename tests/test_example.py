@@ -55,3 +55,24 @@ def test_a_text_file_and_a_jsonl_file_are_read(tmp_path):
         assert len(texts) == count
         data = Documents(texts, lambda text: list(text.encode()), 1000)
         assert all(500 <= len(sample["input_ids"]) <= 1000 for sample in data)
+
+
+def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
+    from benchmarks.cells import Cell, build_model, model_config
+
+    build_model(model_config(Cell())).save_pretrained(tmp_path / "model")
+    recipe = json.loads((ROOT / "ds_configs" / "sp2_zero3.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps(recipe))
+    port = free_port()
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    program = [
+        ROOT / "tests/programs/zero3_loop.py",
+        "--deepspeed",
+        tmp_path / "ds.json",
+        "--model",
+        tmp_path / "model",
+    ]
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=120)
+    remove_shared_memory(port)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("sharded at load: True") == 2 and done.stdout.count("trained") == 2

@@ -27,7 +27,8 @@ def attempt(function, *args, **kwargs):
 def loaded(name):
     return name in sys.modules
 def our_finders():
-    return sum(type(finder).__module__ == "deepspeed_alst.autoload" for finder in sys.meta_path)
+    ours = [finder for finder in sys.meta_path if type(finder).__module__ == "deepspeed_alst.autoload"]
+    return sum(finder.name == "deepspeed" for finder in ours)
 """
 TAIL = """
 print("RESULT " + json.dumps(out))

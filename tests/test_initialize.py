@@ -1,0 +1,143 @@
+"""deepspeed.initialize with our keys: what it refuses, what it probes, what it leaves alone."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
+from benchmarks.ranks import RankError
+
+
+PLAIN = Cell()
+
+
+def initialize(changed: dict[str, Any] | None = None, cell: Cell = PLAIN, **arguments: Any) -> Any:
+    import deepspeed
+
+    model = build_model(model_config(cell))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {**ds_config(cell, cell.sp_size), **(changed or {})}
+    return deepspeed.initialize(**{"model": model, "optimizer": optimizer, "config": config, **arguments})[0]
+
+
+def first_step(cell: Cell, sabotage: bool) -> tuple[bool, bool]:
+    """One optimizer step; told the real SP degree behind our back, DeepSpeed divides by another number."""
+    import torch.distributed as dist
+
+    import deepspeed_alst
+
+    engine = initialize(cell=cell)
+    if sabotage:
+        engine.optimizer.sequence_parallel_size = 2
+    before = [param.detach().clone() for param in engine.module.parameters()]
+    probed = engine.step
+    try:
+        own = samples(cell, model_config(cell).vocab_size)[0][dist.get_rank()]
+        for batch in deepspeed_alst.shard_dataloader(own, engine):
+            engine.backward(engine(**batch).loss)
+            engine.step()
+        hooks = [param._backward_hooks for param in engine.module.parameters() if param._backward_hooks]
+        return engine.step is not probed, not hooks
+    except deepspeed_alst.SetupError:
+        assert all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), before, strict=True))
+        raise
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage, reduce_scatter", [(1, True), (2, True), (3, False)])
+def test_the_probe_stops_an_engine_that_averages_by_another_number(stage, reduce_scatter, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(first_step, Cell(stage=stage, reduce_scatter=reduce_scatter), True)
+    for error in caught.value.errors:
+        assert type(error).__name__ == "SetupError"
+        assert "DeepSpeed made 2 times the average" in str(error) and f"ZeRO stage {stage}" in str(error)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_probe_runs_once_and_leaves_nothing_behind(stage, dtype, ranks2):
+    assert ranks2.run(first_step, Cell(stage=stage, dtype=dtype), False) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize(
+    "changed, arguments, sentence",
+    [
+        ({}, {"mpu": object()}, "mpu: sequence_parallel_size in the ds_config makes its own process groups"),
+        ({}, {"mesh_param": (1, 2)}, "mesh_param: sequence_parallel_size"),
+        ({"data_parallel_size": 1}, {}, "data_parallel_size=1"),
+        ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
+        ({"alst": {"expandable_segments": True}}, {}, "alst.expandable_segments=True: this machine has no CUDA device"),
+        ({}, {"model": None}, "NoneType is not a transformers model"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_on_every_rank(changed, arguments, sentence, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(_initialize_with, changed, {k: v for k, v in arguments.items() if k != "mpu"}, "mpu" in arguments)
+    assert all(sentence in str(error) for error in caught.value.errors)
+
+
+def _initialize_with(changed: dict[str, Any], arguments: dict[str, Any], mpu: bool) -> None:
+    initialize(changed, **arguments, **({"mpu": object()} if mpu else {}))
+
+
+def an_mpu_without_our_block() -> bool:
+    """DeepSpeed's own sequence parallelism, by an mpu: not ours, and left alone."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp.initialize_sequence_parallel(2)
+    config = ds_config(Cell(), 2)
+    del config["alst"]
+    import deepspeed
+
+    model = build_model(model_config(Cell()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=parallel_state_sp)[0]
+    return hasattr(engine, "alst") or model.config._attn_implementation != "sdpa"
+
+
+def test_an_mpu_without_an_alst_block_is_left_to_deepspeed(ranks2):
+    assert ranks2.run(an_mpu_without_our_block) == [False, False]
+
+
+def one_rank_alone() -> tuple[bool, bool, int]:
+    """At SP 1 the keys are checked and nothing else happens; the loader line of the program stays."""
+    import deepspeed_alst
+
+    engine = initialize({"alst": {}}, cell=Cell(sp_size=1))
+    loader = [1, 2, 3]
+    return hasattr(engine, "alst"), deepspeed_alst.shard_dataloader(loader, engine) is loader, engine.train_batch_size()
+
+
+def test_at_sp_1_nothing_is_changed(ranks2):
+    assert ranks2.run(one_rank_alone) == [(False, True, 2)] * 2
+
+
+def batch_arithmetic() -> tuple[int, int, int]:
+    engine = initialize(cell=Cell(world_size=4, sp_size=2, gas=3))
+    before = engine.train_batch_size()
+    engine.set_train_batch_size(before * 2)
+    after, steps = engine.train_batch_size(), engine.gradient_accumulation_steps()
+    engine.destroy()
+    return before, after, steps
+
+
+def test_the_batch_size_counts_replicas_and_not_ranks(ranks4):
+    # micro batch 1 x accumulation 3 * 2 x 2 replicas
+    assert ranks4.run(batch_arithmetic) == [(12, 24, 12)] * 4
+
+
+@pytest.mark.parametrize("version, refused", [("0.19.7", True), ("0.19.8", False), ("0.19.9", False), ("0.20.0", True)])
+def test_an_untested_deepspeed_is_refused(version, refused, monkeypatch):
+    import deepspeed
+
+    from deepspeed_alst import SetupError
+    from deepspeed_alst.engine.environment import check_deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    if refused:
+        with pytest.raises(SetupError, match=f"deepspeed {version} is not tested.*pip install"):
+            check_deepspeed()
+    else:
+        check_deepspeed()
