@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 from benchmarks.ranks import Ranks
+from tests.budget import Budget
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,8 @@ def ranks4():
     with Ranks(4) as ranks:
         ranks.run(os.getpid)
         yield ranks
+
+
+def pytest_configure(config):
+    if config.getoption("markexpr") == "not slow":  # make test; make test-full may take its time
+        config.pluginmanager.register(Budget())

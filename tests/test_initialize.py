@@ -8,7 +8,6 @@ import torch
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.ranks import RankError
 
-
 PLAIN = Cell()
 
 
@@ -99,6 +98,31 @@ def an_mpu_without_our_block() -> bool:
 
 def test_an_mpu_without_an_alst_block_is_left_to_deepspeed(ranks2):
     assert ranks2.run(an_mpu_without_our_block) == [False, False]
+
+
+def config_from(form: str) -> bool:
+    import argparse
+    import json
+
+    config = ds_config(PLAIN, 2)
+    with open("ds.json", "w") as file:
+        json.dump(config, file)
+    engine = initialize(
+        **{
+            "dict": {"config": config},
+            "path": {"config": "ds.json"},
+            "config_params": {"config": None, "config_params": config},
+            "args": {"config": None, "args": argparse.Namespace(deepspeed_config="ds.json", local_rank=0)},
+        }[form]
+    )
+    active = engine.alst.groups.sp_size == 2 and engine.train_batch_size() == 2
+    engine.destroy()
+    return active
+
+
+@pytest.mark.parametrize("form", ["dict", "path", "config_params", "args"])
+def test_the_config_is_found_wherever_deepspeed_takes_it_from(form, ranks2):
+    assert ranks2.run(config_from, form) == [True, True]
 
 
 def one_rank_alone() -> tuple[bool, bool, int]:

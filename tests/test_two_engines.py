@@ -25,10 +25,9 @@ def _steps(engine: Any) -> Any:
     """Train three steps, a yield after each micro-step."""
     import deepspeed_alst
 
-    session = getattr(engine, "alst", None)
     for ranks in samples(CELL, model_config(CELL).vocab_size):
         own = ranks[dist.get_rank()]
-        for batch in deepspeed_alst.shard_dataloader(own, engine) if session else own:
+        for batch in deepspeed_alst.shard_dataloader(own, engine):
             loss = engine(**batch).loss
             engine.backward(loss)
             engine.step()

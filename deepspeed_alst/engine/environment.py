@@ -79,7 +79,7 @@ def use_expandable_segments(config: AlstConfig) -> str:
                 f"alst.expandable_segments=True: too late, the program has allocated CUDA memory already. {late}."
             )
         return f"expandable segments off: the program has allocated CUDA memory already; {late}"
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return "expandable segments"
 
 

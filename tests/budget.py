@@ -1,0 +1,57 @@
+"""How long the tests of each area may take on 2 cores; ``make test`` fails where an area takes longer.
+
+20 minutes in all, shared out so that no area eats another's time: what does not fit is marked slow, for make test-full.
+"""
+
+from collections import defaultdict
+
+SECONDS = {
+    "parity": 240,
+    "config and loader": 120,
+    "models": 180,
+    "tiles and kernels": 240,
+    "offload": 120,
+    "the rest": 240,
+}
+
+AREAS = {
+    "test_parity": "parity",
+    "test_features": "parity",
+    "test_two_engines": "parity",
+    "test_compatibility": "config and loader",
+    "test_config": "config and loader",
+    "test_heads": "config and loader",
+    "test_loader": "config and loader",
+    "test_plugin": "config and loader",
+    "test_recipes": "config and loader",
+    "test_shard": "config and loader",
+    "test_families": "models",
+}
+
+
+class Budget:
+    """A pytest plugin that adds up the seconds of each area."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report):
+        module = report.nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
+        self.seconds[AREAS.get(module, "the rest")] += report.duration
+
+    def over(self) -> list[str]:
+        return [
+            f"{area}: {spent:.0f} s of tests, more than its {SECONDS[area]} s"
+            for area, spent in self.seconds.items()
+            if spent > SECONDS[area]
+        ]
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for area, spent in sorted(self.seconds.items()):
+            terminalreporter.write_line(f"{area}: {spent:.0f} s of {SECONDS[area]}")
+        for line in self.over():
+            terminalreporter.write_line(f"OVER BUDGET {line}", red=True)
+
+    def pytest_sessionfinish(self, session):
+        if self.over() and not session.exitstatus:
+            session.exitstatus = 1
