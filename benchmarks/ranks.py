@@ -50,6 +50,16 @@ class Ranks:
         Raises:
             RankError: it raised on some rank, or a rank did not answer in time. Ranks that did not answer are killed.
         """
+        try:
+            return self._run(function, args, seconds)
+        except RankError:
+            raise
+        except BaseException:
+            # Interrupted between question and answer: the next question would get this one's answer.
+            self.close()
+            raise
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> list[Any]:
         for connection in self._connections:
             connection.send((function, args))
         deadline = time.monotonic() + seconds

@@ -140,7 +140,8 @@ FEATURES = (
     Feature(
         "communication_data_type",
         "communication_data_type",
-        _given("communication_data_type"),
+        lambda c: _given("communication_data_type")(c) and "seq_parallel_communication_data_type" not in c,
+        "it is for runs without sequence parallelism; use seq_parallel_communication_data_type (beside it, or instead)",
     ),
     Feature(
         "hpZ (ZeRO++)",

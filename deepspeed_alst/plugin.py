@@ -7,6 +7,7 @@ us?".
 import functools
 import inspect
 import json
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ def hook_initialize(deepspeed: ModuleType) -> None:
             arguments = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return original(*args, **kwargs)
+        _stop_loading_sharded()
         ds_config = find_config(arguments)
         if not is_wanted(ds_config, arguments.get("mpu")):
             return original(*args, **kwargs)
@@ -37,6 +39,22 @@ def hook_initialize(deepspeed: ModuleType) -> None:
 
     setattr(initialize, _MARK, original)
     deepspeed.initialize = initialize
+    if is_wanted(_command_line_config()):
+        _check_lock_at_start(deepspeed)
+
+
+def _check_lock_at_start(deepspeed: ModuleType) -> None:
+    """DeepSpeed builds its CPU op where the ranks meet, which zero.Init or the program may do before initialize."""
+    original = deepspeed.comm.init_distributed
+
+    @functools.wraps(original)
+    def init_distributed(*args, **kwargs):
+        from deepspeed_alst.engine.environment import check_build_lock
+
+        check_build_lock()
+        return original(*args, **kwargs)
+
+    deepspeed.init_distributed = deepspeed.comm.init_distributed = init_distributed
 
 
 def unhook_initialize(deepspeed: ModuleType) -> None:
@@ -91,6 +109,16 @@ def config_on_command_line(argv: list[str]) -> str | None:
     return None
 
 
+def _command_line_config() -> dict[str, Any]:
+    """The ds_config of the command line; empty if there is none to read."""
+    try:
+        with open(config_on_command_line(sys.argv) or "") as file:
+            ds_config = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return ds_config if isinstance(ds_config, dict) else {}
+
+
 def load_sharded_under_zero3(integration: ModuleType) -> None:
     """Have transformers load models sharded, in a plain ZeRO-3 loop that does not ask for it.
 
@@ -101,13 +129,22 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
         integration: the module ``transformers.integrations.deepspeed``, which gets an attribute that keeps the config
             alive: transformers holds a weak reference.
     """
-    try:
-        with open(config_on_command_line(sys.argv) or "") as file:
-            ds_config = json.load(file)
-    except (OSError, ValueError):
-        return
+    ds_config = _command_line_config()
     zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
     trainers = '"auto"' in json.dumps({key: value for key, value in ds_config.items() if key != "alst"})
     if not isinstance(zero, dict) or zero.get("stage") != 3 or trainers or integration.is_deepspeed_zero3_enabled():
         return
     integration.kept_by_deepspeed_alst = integration.HfDeepSpeedConfig(ds_config)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            "deepspeed_alst: from_pretrained loads models sharded (ZeRO 3) until deepspeed.initialize is called; load "
+            "other models, such as a teacher, after it",
+            file=sys.stderr,
+        )
+
+
+def _stop_loading_sharded() -> None:
+    """The model is loaded once deepspeed.initialize is called; others in the process are to stay whole."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    if hasattr(integration, "kept_by_deepspeed_alst"):
+        del integration.kept_by_deepspeed_alst

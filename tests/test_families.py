@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.cells import build_model
 from benchmarks.ranks import RankError
@@ -90,6 +90,12 @@ def test_a_loss_that_goes_past_the_package_is_refused(ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(run_own_loss)
     assert all("OwnLoss made a loss without self.loss_function" in str(error) for error in caught.value.errors)
+
+
+def test_another_head_than_a_language_models_is_refused():
+    model = LlamaForSequenceClassification(family_config("llama", pad_token_id=0))
+    with pytest.raises(UnsupportedModelError, match="only causal language models"):
+        check_model(model)
 
 
 def test_a_wrapper_is_refused():

@@ -20,7 +20,6 @@ CELLS = {
     "contiguous_gradients off": Cell(stage=2, contiguous_gradients=False),
     "overlap_comm": Cell(stage=2, overlap_comm=True, gas=2),
     "fp32 gradient accumulation": Cell(stage=1, dtype="bf16", grad_accum="fp32", gas=2),
-    "communication_data_type": Cell(stage=2, dtype="bf16", extra=(("communication_data_type", "bf16"),)),
 }
 
 

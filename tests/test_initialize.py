@@ -1,5 +1,8 @@
 """deepspeed.initialize with our keys: what it refuses, what it probes, what it leaves alone."""
 
+import argparse
+import json
+import os
 from typing import Any
 
 import pytest
@@ -101,18 +104,19 @@ def test_an_mpu_without_an_alst_block_is_left_to_deepspeed(ranks2):
 
 
 def config_from(form: str) -> bool:
-    import argparse
-    import json
-
     config = ds_config(PLAIN, 2)
-    with open("ds.json", "w") as file:
+    path = f"ds{os.environ['RANK']}.json"  # the ranks share a folder
+    with open(path, "w") as file:
         json.dump(config, file)
     engine = initialize(
         **{
             "dict": {"config": config},
-            "path": {"config": "ds.json"},
+            "path": {"config": path},
             "config_params": {"config": None, "config_params": config},
-            "args": {"config": None, "args": argparse.Namespace(deepspeed_config="ds.json", local_rank=0)},
+            "args": {
+                "config": None,
+                "args": argparse.Namespace(deepspeed_config=path, local_rank=int(os.environ["LOCAL_RANK"])),
+            },
         }[form]
     )
     active = engine.alst.groups.sp_size == 2 and engine.train_batch_size() == 2
@@ -165,3 +169,71 @@ def test_an_untested_deepspeed_is_refused(version, refused, monkeypatch):
             check_deepspeed()
     else:
         check_deepspeed()
+
+
+def misuse(case: str) -> None:
+    """A program that is right at SP 1 and would be silently wrong on shards."""
+    import torch.distributed as dist
+
+    import deepspeed_alst
+
+    engine = initialize(cell=Cell(world_size=dist.get_world_size()))
+    try:
+        own = samples(Cell(world_size=dist.get_world_size()), model_config(PLAIN).vocab_size)[0][dist.get_rank()]
+        for batch in deepspeed_alst.shard_dataloader(own, engine):
+            if case == "labels changed":
+                batch["labels"] = batch["labels"].masked_fill(batch["labels"] > 30, -100)
+            elif case == "own loss":
+                batch = {key: batch[key] for key in ("input_ids", "position_ids")}
+            elif case == "router":
+                batch["output_router_logits"] = True
+            elif case == "cache":
+                batch["use_cache"] = True
+            elif case == "one rank's list" and dist.get_rank() == 1:
+                batch["input_ids"] = batch["input_ids"].tolist()
+            elif case == "one replica" and dist.get_rank() < 2:
+                del batch["position_ids"]
+            loss = engine(**batch).loss
+            if case == "direct backward":
+                loss.backward()
+            engine.backward(loss)
+            engine.step()
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "case, sentence",
+    [
+        ("labels changed", "its labels are not its shift_labels moved by one"),
+        ("own loss", "a loss made of its logits is the loss of a shard"),
+        ("router", "output_router_logits"),
+        ("cache", "generation is not yet available"),
+        ("one rank's list", "on rank 1 that cannot be trained on: it cannot be read: AttributeError"),
+        ("direct backward", r"call engine.backward(loss), not loss.backward()"),
+    ],
+)
+def test_what_would_be_silently_wrong_stops_every_rank(case, sentence, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(misuse, case, seconds=20)
+    assert all(error is not None and sentence in str(error) for error in caught.value.errors)
+
+
+def test_a_bad_batch_in_one_replica_stops_the_other_too(ranks4):
+    with pytest.raises(RankError) as caught:
+        ranks4.run(misuse, "one replica", seconds=20)
+    assert all("on rank 0 that cannot be trained on: it has no position_ids" in str(e) for e in caught.value.errors)
+
+
+def compile_engine() -> None:
+    engine = initialize()
+    try:
+        engine.compile()
+    finally:
+        engine.destroy()
+
+
+def test_torch_compile_is_refused_by_name(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(compile_engine)
+    assert all("engine.compile: torch.compile is not yet available" in str(error) for error in caught.value.errors)

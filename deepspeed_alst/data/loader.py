@@ -91,7 +91,7 @@ class ShardedDataLoader:
         self._multiple = multiple
 
     def __len__(self) -> int:
-        """Micro-steps in an epoch."""
+        """Micro-steps in an epoch, if the loaders of all ranks of a sequence are as long as this rank's."""
         return len(self.loader) * self._groups.sp_size
 
     def __getattr__(self, name: str) -> Any:
@@ -114,6 +114,8 @@ class ShardedDataLoader:
             everyone = gather_objects(header, self._groups.control_group)
             _raise_first(error, everyone)
             if self._stop(everyone):
+                if 0 < len(digests) < _BATCHES_COMPARED:
+                    _check_own_samples(digests, everyone, self._groups.sp_size)
                 return
             if len(digests) < _BATCHES_COMPARED:
                 digests.append([each.digest for each in everyone])
@@ -209,7 +211,7 @@ def _check_own_samples(digests: list[list[str]], everyone: list[_Header], sp_siz
     """Refuse a sampler that gives all ranks of a sequence the same samples: each would be trained P times.
 
     Every rank judges every sequence's ranks, so that all raise or none. ``digests`` has one list for each batch so
-    far, with one entry for each rank.
+    far, with one entry for each rank; after an epoch of fewer than four it only warns.
     """
     for first in range(0, len(everyone), sp_size) if sp_size > 1 else ():
         batches = [per_rank[first : first + sp_size] for per_rank in digests]
@@ -218,7 +220,7 @@ def _check_own_samples(digests: list[list[str]], everyone: list[_Header], sp_siz
         header = everyone[first]
         # An iterable without a length that has not ended yet has more.
         larger = header.num_samples is None or header.num_samples > header.num_seen
-        if not larger or len({batch[0] for batch in batches}) == 1:
+        if len(batches) < _BATCHES_COMPARED or not larger or len({batch[0] for batch in batches}) == 1:
             if dist.get_rank() == first:
                 warnings.warn(
                     "all ranks of a sequence are given the same samples; is the dataset that small?", stacklevel=3

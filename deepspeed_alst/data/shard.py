@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from deepspeed_alst.attention.masks import check_not_packed, check_padding_mask, document_starts
 from deepspeed_alst.errors import DataError
+from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 _LENGTH_KEYS = ("input_ids", "inputs_embeds")
 _LABEL_KEYS = ("labels", "shift_labels")
 

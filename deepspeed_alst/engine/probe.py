@@ -1,8 +1,8 @@
 """The averaging probe: on the first optimizer step, is the gradient that DeepSpeed made the average over all ranks?
 
 Everything here rests on DeepSpeed dividing by the world size on the path that this engine takes (parallel/mpu.py). The
-probe keeps a slice of the local gradients of two parameters, as autograd makes them, averages it itself, and compares
-before the first update. It runs once and leaves nothing behind.
+probe keeps some elements of the local gradients of two parameters, as autograd makes them, averages them itself, and
+compares before the update. It runs at the first optimizer step that has gradients there, and leaves nothing behind.
 """
 
 import functools
@@ -16,7 +16,7 @@ from deepspeed.utils import safe_get_full_grad
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.parallel.groups import SequenceGroups
 
-_SLICE = 4096
+_ELEMENTS = 4096
 _LARGEST = 1 << 26  # elements; DeepSpeed hands the whole gradient out in fp32, 256 MiB here
 # A wrong divisor is off by a factor of at least 1 + 1/world; bf16 sums are off by some 1e-2.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -39,8 +39,10 @@ def install_probe(engine: Any, groups: SequenceGroups, undo: ExitStack) -> None:
     @functools.wraps(before)
     def step(*args: Any, **kwargs: Any) -> Any:
         if engine.is_gradient_accumulation_boundary():
-            remove()
-            _compare(engine, watched, groups)
+            if _compare(engine, watched, groups):
+                remove()
+            for each in watched:
+                each.local = None
         return before(*args, **kwargs)
 
     engine.__dict__["step"] = step
@@ -56,7 +58,7 @@ class _Watched:
         self.handle = param.register_hook(self._add)
 
     def _add(self, grad: torch.Tensor) -> None:
-        piece = grad.detach().reshape(-1)[:_SLICE].to(torch.float64)
+        piece = _spread(grad.detach())
         self.local = piece if self.local is None else self.local + piece
 
 
@@ -71,18 +73,27 @@ def _choose(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [fitting[0], fitting[-1]] if fitting else []
 
 
-def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> None:
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """A few thousand elements from all over a tensor: most rows of an embedding's gradient are zero."""
+    flat = x.reshape(-1)
+    return flat[:: max(1, flat.numel() // _ELEMENTS)].to(torch.float64)
+
+
+def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> bool:
+    """Raise if a gradient is not the average; whether there was anything to compare."""
+    compared = not watched
     for each in watched:
         reduced = safe_get_full_grad(each.param)
         local = each.local
         if reduced is None:
             raise SetupError(f"the averaging probe found no gradient for {each.name} on this engine")
-        reduced = reduced.reshape(-1)[:_SLICE].to(torch.float64)
+        reduced = _spread(reduced)
         expected = torch.zeros_like(reduced) if local is None else local.to(reduced.device)
         dist.all_reduce(expected, group=groups.world_group)
         expected /= groups.dp_size * groups.sp_size
         # fp16's loss scale is in both: DeepSpeed takes it out in the step.
         factor = _factor(expected, reduced)
+        compared = compared or factor is not None
         tolerance = _TOLERANCE.get(each.param.dtype, _LOW_PRECISION_TOLERANCE)
         if factor is not None and abs(factor - 1.0) > tolerance:
             raise SetupError(
@@ -90,6 +101,7 @@ def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> No
                 f"(ZeRO stage {engine.zero_optimization_stage()}): gradients would be wrong. This configuration is not "
                 "one that deepspeed_alst knows; please report it."
             )
+    return compared
 
 
 def _factor(expected: torch.Tensor, reduced: torch.Tensor) -> float | None:

@@ -9,6 +9,7 @@ from torch.utils.data import DistributedSampler
 
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
@@ -32,6 +33,7 @@ class Session:
         self.groups = groups
         self.mpu = mpu
         self._undo = undo
+        self._in_backward = False
 
     def attach(self, engine: Any) -> None:
         """Wire a fresh engine: its calls see its own mpu, its loaders are sharded, ``destroy`` undoes everything."""
@@ -40,6 +42,9 @@ class Session:
         engine.dp_world_size = self.groups.dp_size
         for name in _CALLS_THAT_READ_THE_MPU:
             self._wrap(engine, name, functools.partial(_under_mpu, self.mpu))
+        self._wrap(engine, "forward", self._watch_loss)
+        self._wrap(engine, "backward", self._mark_backward)
+        self._wrap(engine, "compile", _refuse_compile)
         self._wrap(engine, "deepspeed_io", lambda io: functools.partial(self._sharded_io, io))
         self._wrap(engine, "destroy", self._and_close)
         self._undo.callback(engine.__dict__.pop, "alst", None)
@@ -81,6 +86,35 @@ class Session:
             kwargs["data_sampler"] = DistributedSampler(dataset, world_size, rank, shuffle=shuffle)
         return self.shard_dataloader(io(dataset, *args, **kwargs))
 
+    def _watch_loss(self, forward: Any) -> Any:
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+            if isinstance(loss, torch.Tensor) and loss.requires_grad:
+                loss.register_hook(self._check_backward)
+            return output
+
+        return watched
+
+    def _mark_backward(self, backward: Any) -> Any:
+        @functools.wraps(backward)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self._in_backward = True
+            try:
+                return backward(*args, **kwargs)
+            finally:
+                self._in_backward = False
+
+        return marked
+
+    def _check_backward(self, grad: torch.Tensor) -> None:
+        if not self._in_backward:
+            raise SetupError(
+                "call engine.backward(loss), not loss.backward(): with gradient accumulation, which sequence "
+                "parallelism needs, DeepSpeed 0.19.8 scales a direct backward by another factor on ZeRO 1 and 2"
+            )
+
     def _and_close(self, destroy: Any) -> Any:
         @functools.wraps(destroy)
         def destroy_and_close(*args: Any, **kwargs: Any) -> Any:
@@ -89,6 +123,13 @@ class Session:
             return result
 
         return destroy_and_close
+
+
+def _refuse_compile(compile_engine: Any) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError("engine.compile: torch.compile is not yet available under sequence parallelism")
+
+    return refuse
 
 
 def _under_mpu(mpu: UlyssesMpu, method: Any) -> Any:

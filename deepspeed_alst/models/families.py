@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepspeed_alst.config import nearest
 from deepspeed_alst.errors import UnsupportedModelError
@@ -103,6 +104,11 @@ def _config_problems(config: Any, text_config: Any) -> list[str]:
 
 
 def _module_problems(model: torch.nn.Module) -> list[str]:
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if not names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return [
+            "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
+        ]
     dropouts = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
     if dropouts:
         return [

@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function
 
 from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.parallel.loss import whole_sequence_loss
+from deepspeed_alst.parallel.loss import IGNORED_LABEL, whole_sequence_loss
 
 # Arguments of an attention call that change its result and that the all-to-all does not carry yet.
 _UNVERIFIED_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias", "cu_seq_lens_q", "head_mask")
@@ -57,6 +57,11 @@ def _check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} did not call transformers' attention interface: its attention sees only a "
                 "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
+            )
+        if module.training and torch.is_grad_enabled() and getattr(output, "loss", None) is None and not calls.loss:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} was trained on without labels: a loss made of its logits is the loss of a "
+                "shard. Give the batch labels and use the loss that the model returns."
             )
         if getattr(output, "loss", None) is not None and not calls.loss:
             raise UnsupportedModelError(
@@ -168,14 +173,14 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitSt
         labels: torch.Tensor | None = None,
         vocab_size: int | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED_LABEL,
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if shift_labels is None or ignore_index != -100:
+        if shift_labels is None or ignore_index != IGNORED_LABEL:
             raise UnsupportedModelError(
                 f"{type(model).__name__} called its loss with shift_labels={shift_labels} and "
-                f"ignore_index={ignore_index}: only shifted labels and -100 are verified"
+                f"ignore_index={ignore_index}: only shifted labels and {IGNORED_LABEL} are verified"
             )
         calls.loss += 1
         return whole_sequence_loss(logits.flatten(0, -2), shift_labels.flatten(), group, num_items_in_batch)
