@@ -8,6 +8,7 @@ read as bytes. The last line of each step's progress is loss (nats per token), g
 
 import argparse
 import json
+import os
 import sysconfig
 import time
 from pathlib import Path
@@ -95,6 +96,10 @@ def main() -> None:
     """Train."""
     args = parse_args()
     torch.manual_seed(args.seed)
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # The ranks of a host share its cores; more threads than cores spin while they wait for one another.
+        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, os.cpu_count() // ranks_here))
     model, tokenize = build(args)
     model.activation_checkpointing_enable()
     data = Documents(read_texts(args.data), tokenize, args.seq_len)
