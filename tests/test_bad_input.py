@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,3 +123,16 @@ def test_the_lock_of_a_build_that_runs_is_waited_for(tmp_path, monkeypatch):
     os.close(descriptor)
     with pytest.raises(SetupError):
         check_build_lock()
+
+
+def test_a_lock_that_is_about_to_be_given_back_is_not_stale(tmp_path, monkeypatch):
+    from deepspeed_alst.engine.environment import check_build_lock
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    # torch.utils.file_baton closes the file first and removes it then.
+    lock.touch()
+    threading.Timer(0.5, lock.unlink).start()
+    check_build_lock()

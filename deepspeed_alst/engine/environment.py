@@ -16,6 +16,7 @@ from deepspeed_alst.errors import ConfigError, SetupError
 _TESTED = ((0, 19, 8), (0, 20, 0))
 # Another host's build in a shared home shows no open file here; no build of this op takes as long as this.
 _REMOTE_BUILD_SECONDS = 600
+_LOOKS, _LOOK_SECONDS = 5, 0.3
 
 
 def check_deepspeed() -> None:
@@ -44,12 +45,19 @@ def check_build_lock() -> None:
     if get_accelerator().device_name() != "cpu" or torch.distributed.is_initialized():
         return
     lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    try:
-        age = time.time() - lock.stat().st_mtime
-    except OSError:
-        return
     several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) != os.environ.get("WORLD_SIZE")
-    if _is_open_somewhere(lock) or (several_hosts and age < _REMOTE_BUILD_SECONDS):
+    seen = set()
+    # A builder closes the file a moment before it removes it: only a lock that stays so is left over.
+    for _ in range(_LOOKS):
+        try:
+            state = lock.stat()
+        except OSError:
+            return
+        if _is_open_somewhere(lock) or (several_hosts and time.time() - state.st_mtime < _REMOTE_BUILD_SECONDS):
+            return
+        seen.add((state.st_ino, state.st_mtime_ns))
+        time.sleep(_LOOK_SECONDS)
+    if len(seen) > 1:  # taken and given back meanwhile
         return
     raise SetupError(
         f"{lock} is left over from a build that was killed, and DeepSpeed would wait for it for ever. "
