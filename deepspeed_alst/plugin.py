@@ -54,12 +54,21 @@ def _check_lock_at_start(deepspeed: ModuleType) -> None:
         check_build_lock()
         return original(*args, **kwargs)
 
-    deepspeed.init_distributed = deepspeed.comm.init_distributed = init_distributed
+    setattr(init_distributed, _MARK, original)
+    for holder in _holders(deepspeed):
+        holder.init_distributed = init_distributed
+
+
+def _holders(deepspeed: ModuleType) -> tuple[Any, ...]:
+    """Where DeepSpeed looks ``init_distributed`` up; zero.Init has a name of its own for it."""
+    return deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters
 
 
 def unhook_initialize(deepspeed: ModuleType) -> None:
-    """Give ``deepspeed.initialize`` back as it was."""
+    """Give ``deepspeed.initialize`` back as it was, and ``init_distributed`` where it was hooked too."""
     deepspeed.initialize = getattr(deepspeed.initialize, _MARK, deepspeed.initialize)
+    for holder in _holders(deepspeed):
+        holder.init_distributed = getattr(holder.init_distributed, _MARK, holder.init_distributed)
 
 
 def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
