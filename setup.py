@@ -24,7 +24,9 @@ setup(
     ],
     extras_require={
         "dev": [
-            "accelerate>=1.15.0",  # transformers' HfDeepSpeedConfig needs it
+            "accelerate>=1.15.0",  # transformers' HfDeepSpeedConfig and Trainer need it
+            "peft>=0.21.0",  # LoRA
+            "trl>=1.16.0",  # SFTTrainer
             "ninja",  # builds DeepSpeed's CPU communication op
             "pytest>=9.0",
             "pytest-timeout>=2.4",

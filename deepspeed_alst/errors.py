@@ -21,5 +21,9 @@ class DataError(AlstError):
     """A batch or a loader that sequence parallelism cannot use as it is."""
 
 
+class CheckpointError(AlstError):
+    """A checkpoint that cannot be loaded: missing, incomplete, of another model, or not convertible."""
+
+
 class SetupError(AlstError):
     """The environment: an untested DeepSpeed, a stale build lock, an engine that averages by another number."""

@@ -1,0 +1,1 @@
+"""Tiles: what one rank computes piece by piece, in time."""
