@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.variants import trained, vary
+
 STEPS = 3
 # Of matrices and of norm weights: three steps move each by at least 5 % of its norm, so that the change is visible.
 _LEARNING_RATES = (1.3, 3.3)
+_LORA_RATE = 0.8
 
 
 _FP16_LOSS_SCALE = 128
@@ -42,6 +45,10 @@ class Cell:
     unequal_labels: bool = False
     tied: bool = False
     checkpointing: str = ""
+    lora: bool = False
+    """An adapter trains, the model does not."""
+    frozen: str = ""
+    """What does not train: a key of ``benchmarks.variants.FROZEN``."""
     extra: tuple[tuple[str, Any], ...] = ()
     """More top-level keys of the ds_config."""
 
@@ -65,6 +72,8 @@ class Cell:
                 "labels": self.unequal_labels,
                 "tied": self.tied,
                 f"ckpt-{self.checkpointing}": self.checkpointing,
+                "LoRA": self.lora,
+                f"frozen: {self.frozen}": self.frozen,
                 ",".join(key for key, _ in self.extra): self.extra,
             }.items()
             if said
@@ -74,9 +83,10 @@ class Cell:
 
 def learning_rates(cell: Cell) -> tuple[float, float]:
     """Of matrices and of norm weights, larger where averaging or clipping makes the gradients smaller."""
-    # The gradient norm of two samples is about 2.5, and random samples average as the root of their number.
-    factor = 2.5 / cell.clip if cell.clip else math.sqrt(cell.world_size * cell.gas / 2)
-    return _LEARNING_RATES[0] * factor, _LEARNING_RATES[1] * factor
+    # The gradient norm of two samples, and random samples average as the root of their number.
+    norm, rates = (1.7, (_LORA_RATE, 0.0)) if cell.lora else (2.5, _LEARNING_RATES)
+    factor = norm / cell.clip if cell.clip else math.sqrt(cell.world_size * cell.gas / 2)
+    return rates[0] * factor, rates[1] * factor
 
 
 @dataclass
@@ -109,10 +119,10 @@ def model_config(cell: Cell) -> LlamaConfig:
     )
 
 
-def build_model(config: Any, seed: int = 0) -> torch.nn.Module:
+def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Module:
     """The same weights on every rank and in every run, with enough spread to make gradients lively."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=core)
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() > 1:
@@ -175,14 +185,18 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
     return config
 
 
-def run_alst(cell: Cell) -> Result:
-    """The cell with this package, by its keys alone."""
+def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
+    """The cell with this package, by its keys alone.
+
+    ``changed`` may have ``on_model``, applied to the model before the engine is built, and ``on_engine``.
+    """
     import deepspeed_alst
 
     def micro_batches(engine: Any, own: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         return iter(deepspeed_alst.shard_dataloader(own, engine))
 
-    return _run(cell, ds_config(cell, cell.sp_size), micro_batches, lambda engine, batch: engine(**batch).loss)
+    config = ds_config(cell, cell.sp_size)
+    return _run(cell, config, micro_batches, lambda engine, batch: engine(**batch).loss, **changed)
 
 
 def run_sp1(cell: Cell) -> Result:
@@ -209,11 +223,13 @@ def _run(
     micro_batches: Callable[[Any, list[dict[str, torch.Tensor]]], Iterator[dict[str, torch.Tensor]]],
     loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
     mpu: Any = None,
+    on_model: Callable[[Any], Any] = lambda model: model,
+    on_engine: Callable[[Any], Any] = lambda engine: None,
 ) -> Result:
     import deepspeed
 
     hf_config = model_config(cell)
-    model = build_model(hf_config)
+    model = vary(build_model(hf_config), cell.lora, cell.frozen)
     if cell.checkpointing:
         reentrant = cell.checkpointing == "reentrant"
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -221,17 +237,13 @@ def _run(
             # A reentrant checkpoint needs an input that requires grad; transformers' Trainer does the same.
             model.enable_input_require_grads()
         model.train()
-    matrix_rate, norm_rate = learning_rates(cell)
-    optimizer = torch.optim.SGD(
-        [
-            {"params": [param for param in model.parameters() if param.dim() > 1], "lr": matrix_rate},
-            {"params": [param for param in model.parameters() if param.dim() == 1], "lr": norm_rate},
-        ]
-    )
+    model = on_model(model)
+    optimizer = torch.optim.SGD(_param_groups(model, cell))
     mpu_argument = {} if mpu is None else {"mpu": mpu}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **mpu_argument)
+    on_engine(engine)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    named = list(engine.module.named_parameters())
+    named = list(trained(engine.module).items())
     before = {name: full_weight(param) for name, param in named}
     result = Result(0.0, None)
     for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
@@ -252,6 +264,15 @@ def _run(
     result.changes = {name: full_weight(param) - before[name] for name, param in named}
     engine.destroy()
     return result if rank == 0 else replace(result, grads={}, changes={})
+
+
+def _param_groups(model: torch.nn.Module, cell: Cell) -> list[dict[str, Any]]:
+    """Matrices, and norm weights if any trains."""
+    by_rate = [
+        {"params": [param for param in trained(model).values() if (param.dim() == 1) == is_norm], "lr": rate}
+        for is_norm, rate in enumerate(learning_rates(cell))
+    ]
+    return [group for group in by_rate if group["params"]]
 
 
 def full_weight(param: torch.nn.Parameter) -> torch.Tensor:
@@ -290,11 +311,11 @@ class KeepFp64(TorchFunctionMode):
 def run_truth(cell: Cell) -> Result:
     """The cell in plain torch, fp64, one process: every sample whole, gradients averaged over all samples of a step."""
     hf_config = model_config(cell)
-    model = build_model(hf_config)
+    model = vary(build_model(hf_config), cell.lora, cell.frozen)
     rounding = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
     # The run in low precision starts from rounded weights.
     model = model.to(rounding).double()
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    before = {name: param.detach().clone() for name, param in trained(model).items()}
     result = Result(0.0, None)
     with KeepFp64():
         for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
@@ -302,15 +323,15 @@ def run_truth(cell: Cell) -> Result:
             loss = sum(model(**batch).loss for batch in batches) / len(batches)
             model.zero_grad()
             loss.backward()
-            grads = {name: param.grad.clone() for name, param in model.named_parameters()}
+            grads = {name: param.grad.clone() for name, param in trained(model).items()}
             norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
             if index == 0:
                 result = Result(loss.item(), norm, grads)
             # DeepSpeed adds 1e-6 to the norm before it compares.
             factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
             with torch.no_grad():
-                for name, param in model.named_parameters():
+                for name, param in trained(model).items():
                     param -= learning_rates(cell)[param.dim() == 1] * grads[name] / factor
-    result.changes = {name: param.detach() - before[name] for name, param in model.named_parameters()}
+    result.changes = {name: param.detach() - before[name] for name, param in trained(model).items()}
     result.before = before
     return result

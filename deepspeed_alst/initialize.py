@@ -17,12 +17,15 @@ from deepspeed.pipe import PipelineModule
 
 from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.probe import install_probe
+from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
 from deepspeed_alst.engine.report import print_report, report_rows
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.parallel.agreement import raise_together
@@ -49,13 +52,13 @@ def initialize(
         AlstError: on all ranks, whichever of them saw the reason, and before any weight has changed.
     """
     check_deepspeed()
+    adopted = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
+    if adopted is not None:  # a program written for DeepSpeed's own ALST
+        ds_config = with_upstreams_size(ds_config, adopted)
     config = parse(ds_config)
     allocator = use_expandable_segments(config)
     if config.sequence_parallel_size == 1:
-        results = original(**arguments)
-        if dist.get_rank() == 0:
-            print_report([("sequence", "whole on every rank: sequence_parallel_size is 1"), ("allocator", allocator)])
-        return results
+        return _initialize_whole(original, arguments, allocator)
 
     check_features(ds_config)
     _check_arguments(arguments)
@@ -66,22 +69,40 @@ def initialize(
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        session = Session(config, groups, UlyssesMpu(groups), undo)
-        attention = patch_model(arguments["model"], groups.sp_group, undo)
-        guard_batches(arguments["model"], groups, undo)
+        session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
+        attention = _prepare_model(arguments["model"], session, adopted, undo)
+        passed = _deepspeed_arguments(arguments, ds_config, config, session.mpu)
         with installed(session.mpu):
-            engine, optimizer, _, scheduler = original(
-                **_deepspeed_arguments(arguments, ds_config, config, session.mpu)
-            )
+            engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
+        if adopted is not None:
+            adopt(engine, session, adopted, undo)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, undo)
         if dist.get_rank() == 0:
-            print_report(report_rows(config, groups, engine, attention, allocator))
+            print_report(report_rows(config, groups, engine, attention, allocator, adopted is not None))
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
+
+
+def _initialize_whole(original: DeepSpeedInitialize, arguments: dict[str, Any], allocator: str) -> Any:
+    """Without sequence parallelism: DeepSpeed's own call, and a report that says so."""
+    results = original(**arguments)
+    install_checkpoints(results[0])
+    if dist.get_rank() == 0:
+        print_report([("sequence", "whole on every rank: sequence_parallel_size is 1"), ("allocator", allocator)])
+    return results
+
+
+def _prepare_model(model: Any, session: Session, adopted: Any, undo: ExitStack) -> str:
+    """Patch the model before its engine is built; returns what its attention is, in words."""
+    if adopted is not None:
+        prepare_adoption(undo)
+    attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
+    guard_batches(model, session.groups, session.calls, undo)
+    return attention
 
 
 def _start(arguments: dict[str, Any]) -> Any:
@@ -97,7 +118,7 @@ def _start(arguments: dict[str, Any]) -> Any:
 def _check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse what the call itself brings and sequence parallelism cannot use."""
     problems = []
-    if arguments.get("mpu") is not None:
+    if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
         problems.append(
             "mpu: sequence_parallel_size in the ds_config makes its own process groups; leave mpu out, or the key"
         )

@@ -107,6 +107,8 @@ def main() -> None:
         model=model, model_parameters=model.parameters(), training_data=data, config=args.deepspeed
     )
 
+    # Counted in samples, the place in the data is the same with another SP degree or number of ranks.
+    samples_per_batch = engine.train_batch_size() // engine.gradient_accumulation_steps()
     step, epoch, consumed = 0, 0, 0
     if args.checkpoint and (args.checkpoint / "latest").exists():
         _, state = engine.load_checkpoint(str(args.checkpoint))
@@ -119,7 +121,7 @@ def main() -> None:
     while step < args.steps:
         loader.data_sampler.set_epoch(epoch)
         for index, batch in enumerate(loader):
-            if index < consumed:  # seen before the checkpoint
+            if (index + 1) * samples_per_batch <= consumed:  # seen before the checkpoint
                 continue
             batch = {key: value.to(engine.device) for key, value in batch.items()}
             loss = engine(**batch).loss
@@ -128,7 +130,7 @@ def main() -> None:
             tokens += batch["input_ids"].numel() * dist.get_world_size()
             last = engine.is_gradient_accumulation_boundary()
             engine.step()
-            consumed = index + 1
+            consumed = (index + 1) * samples_per_batch
             if last:
                 step += 1
                 report(args, step, engine, torch.stack(losses).mean(), tokens, time.perf_counter() - started)

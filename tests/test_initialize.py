@@ -96,7 +96,8 @@ def an_mpu_without_our_block() -> bool:
     model = build_model(model_config(Cell()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=parallel_state_sp)[0]
-    return hasattr(engine, "alst") or model.config._attn_implementation != "sdpa"
+    # Under sequence parallelism the name still reads "sdpa", but is no plain string.
+    return hasattr(engine, "alst") or type(model.config._attn_implementation) is not str
 
 
 def test_an_mpu_without_an_alst_block_is_left_to_deepspeed(ranks2):
@@ -223,17 +224,3 @@ def test_a_bad_batch_in_one_replica_stops_the_other_too(ranks4):
     with pytest.raises(RankError) as caught:
         ranks4.run(misuse, "one replica", seconds=20)
     assert all("on rank 0 that cannot be trained on: it has no position_ids" in str(e) for e in caught.value.errors)
-
-
-def compile_engine() -> None:
-    engine = initialize()
-    try:
-        engine.compile()
-    finally:
-        engine.destroy()
-
-
-def test_torch_compile_is_refused_by_name(ranks2):
-    with pytest.raises(RankError) as caught:
-        ranks2.run(compile_engine)
-    assert all("engine.compile: torch.compile is not yet available" in str(error) for error in caught.value.errors)

@@ -25,7 +25,22 @@ def test_a_recipe_is_accepted(recipe):
     config = parse(ds_config)
     check_features(ds_config)
     check_world(config, 8)
+    if "auto" in ds_config.values():  # the HF Trainer's, which fills it in
+        ds_config = filled_by_the_trainer(recipe)
     assert DeepSpeedConfig(ds_config).gradient_accumulation_steps == config.sequence_parallel_size
+
+
+def filled_by_the_trainer(recipe):
+    from accelerate.state import AcceleratorState
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir="unused", use_cpu=True, deepspeed=str(recipe))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ds_config = args.hf_deepspeed_config.config
+    # The Trainer's model says how large it is.
+    ds_config["zero_optimization"]["reduce_bucket_size"] = 1 << 20
+    # One rank fills in its own world; the recipe is for as many as share a sequence.
+    return {key: value for key, value in ds_config.items() if key != "train_batch_size"}
 
 
 def test_the_compatibility_page_is_the_table_in_the_code():

@@ -279,6 +279,35 @@ def test_packed_text_positions_of_three_dims_are_refused():
     assert "token 3 of row 1" in refusal({"input_ids": tokens(2, 5), "position_ids": positions_3BS})
 
 
+def test_packed_documents_come_with_their_bounds_and_padding_is_a_document_of_its_own():
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    batch = {"input_ids": tokens(1, 5), "labels": tokens(1, 5), "position_ids": positions}
+    sharded = shard_batch(batch, 2, 4, packing=True)
+    assert {key: x.tolist() for key, x in sharded.common.items()} == {
+        "cu_seq_lens_q": [0, 3, 5, 8],
+        "cu_seq_lens_k": [0, 3, 5, 8],
+    }
+    assert {x.dtype for x in sharded.common.values()} == {torch.int32}
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    # The label of a document's first token is nobody's, as the packing collators have it.
+    assert whole(sharded, "labels").tolist() == [[1, 2, 3, -100, 5, -100, -100, -100]]
+    assert whole(sharded, "shift_labels").tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]]
+
+
+def test_documents_that_fill_the_row_need_no_padding():
+    positions = torch.tensor([[0, 1, 2, 0]])
+    sharded = shard_batch({"input_ids": tokens(1, 4), "position_ids": positions}, 2, 4, packing=True)
+    assert sharded.common["cu_seq_lens_q"].tolist() == [0, 3, 4]
+
+
+def test_where_packing_is_possible_rows_of_one_document_stay_as_they_are():
+    batch = {"input_ids": tokens(2, 5), "labels": tokens(2, 5)}
+    packing, plain = shard_batch(batch, 2, 4, packing=True), shard_batch(batch, 2, 4)
+    assert packing.common == {}
+    for got, expected in zip(packing.shards, plain.shards, strict=True):
+        assert {key: x.tolist() for key, x in got.items()} == {key: x.tolist() for key, x in expected.items()}
+
+
 def test_positions_that_do_not_start_at_zero_are_refused():
     message = refusal({"input_ids": tokens(2, 5), "position_ids": torch.arange(1, 6).expand(2, 5)})
     assert "position_ids start at 1, not at 0" in message

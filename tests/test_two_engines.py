@@ -87,7 +87,7 @@ def interfaces_and_mpu() -> tuple[set[str], set[str], Any, str]:
     model = engine.module
     engine.destroy()
     after = set(AttentionInterface._global_mapping) | set(AttentionMaskInterface._global_mapping)
-    assert name in during and hf_config._attn_implementation != name
+    assert name in during and hf_config._attn_implementation is not name
     assert model.config._attn_implementation == "sdpa" and "_loss_function" not in vars(model)
     assert not model._forward_pre_hooks or all("guard" not in h.__qualname__ for h in model._forward_pre_hooks.values())
     return before, after, mpu_outside, name

@@ -39,8 +39,8 @@ def document_starts(position_ids_BS: torch.Tensor) -> torch.Tensor:
     return starts_BS
 
 
-def check_not_packed(position_ids_BS: torch.Tensor) -> None:
-    """Refuse packed samples, whose documents must not see one another.
+def check_one_document(position_ids_BS: torch.Tensor) -> None:
+    """Refuse packed samples where the attention would let their documents see one another.
 
     Raises:
         DataError: position ids restart inside a row, or do not start at 0.
@@ -49,8 +49,33 @@ def check_not_packed(position_ids_BS: torch.Tensor) -> None:
     if starts_BS.any():
         row, column = starts_BS.nonzero()[0].tolist()
         raise DataError(
-            f"position_ids restart at token {column} of row {row}: packed samples are not yet available under sequence "
-            "parallelism. Give one document per row, or leave position_ids out."
+            f"position_ids restart at token {column} of row {row}: under sequence parallelism only flash attention "
+            "keeps packed samples apart. Load the model with attn_implementation='flash_attention_2', give one "
+            "document per row, or leave position_ids out."
         )
+    _check_start(position_ids_BS)
+
+
+def document_bounds(position_ids_BS: torch.Tensor) -> torch.Tensor | None:
+    """Where the N documents of the first row start and end: ``[B, S] -> [N + 1]`` int32; None if no row has several.
+
+    Raises:
+        DataError: the position ids of a document do not start at 0.
+    """
+    starts_BS = document_starts(position_ids_BS)
+    _check_start(position_ids_BS)
+    if not starts_BS.any():
+        return None
+    if (wrong := starts_BS & (position_ids_BS != 0)).any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise DataError(
+            f"position_ids jump to {int(position_ids_BS[row, column])} at token {column} of row {row}: those of a "
+            "packed document must start at 0, and go on by one."
+        )
+    ends = starts_BS.new_ones(1)
+    return torch.cat([ends, starts_BS[0, 1:], ends]).nonzero().flatten().to(torch.int32)
+
+
+def _check_start(position_ids_BS: torch.Tensor) -> None:
     if (position_ids_BS[:, 0] != 0).any():
         raise DataError(f"position_ids start at {int(position_ids_BS[:, 0].max())}, not at 0. Leave them out.")

@@ -5,24 +5,22 @@ ever holds another's whole sample; then come P micro-steps, in step i all ranks 
 runs on the host over gloo: 24 bytes a token are little beside the compute of a long sequence.
 """
 
-import hashlib
+import functools
 import pickle
 import warnings
 from collections import UserDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.data.message import Header, digest_of, layout, tokens_of, view
 from deepspeed_alst.data.shard import ShardedBatch, shard_batch
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
 
-# Every tensor of a message starts at a multiple of the widest dtype, so that its bytes can be viewed in place.
-_ALIGNMENT = 16
 _BATCHES_COMPARED = 4
 
 
@@ -53,42 +51,16 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
     return loader
 
 
-@dataclass(frozen=True)
-class _TensorSpec:
-    """A tensor on the way: where it stands in the message, and what it is."""
-
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What a rank says about its next batch before the bytes travel."""
-
-    error: str | None = None
-    ended: bool = False
-    kind: type = dict
-    """What the batch is: BatchEncoding and its like have methods of their own (.to), which programs use."""
-    specs: tuple[_TensorSpec, ...] = ()
-    num_bytes: int = 0
-    values: dict[str, Any] = field(default_factory=dict)
-    digest: str = ""
-    num_seen: int = 0
-    """Samples this rank has taken in this epoch, this batch included."""
-    num_samples: int | None = None
-    """Of the whole dataset; None where it has no length."""
-    sampler: str = ""
-
-
 class ShardedDataLoader:
     """An iterable of this rank's shards; everything else (dataset, sampler, set_epoch, ...) is the inner loader's."""
 
-    def __init__(self, loader: Any, groups: SequenceGroups, multiple: int) -> None:
+    def __init__(self, loader: Any, groups: SequenceGroups, multiple: int, packing: bool = False) -> None:
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
+        self._packing = packing
+        self.num_pending = 0
+        """Micro-steps still to come of the batches that the inner loaders have counted as done."""
 
     def __len__(self) -> int:
         """Micro-steps in an epoch, if the loaders of all ranks of a sequence are as long as this rank's."""
@@ -99,6 +71,27 @@ class ShardedDataLoader:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
+    @property
+    def state_dict(self) -> Callable[..., Any]:
+        """The inner loader's ``state_dict``, where it has one: this rank's place in its own data.
+
+        The function raises DataError between the micro-steps of one refill, whose batches the state counts as done.
+        """
+        inner = self.loader.state_dict
+
+        @functools.wraps(inner)
+        def state_dict(*args: Any, **kwargs: Any) -> Any:
+            P = self._groups.sp_size
+            if self.num_pending:
+                raise DataError(
+                    f"state_dict: {self.num_pending} of {P} micro-steps are still to come of batches that the data "
+                    f"loader counts as done; resumed from here they would be lost. Take it after every {P}th "
+                    f"micro-step: where a step ends, with gradient_accumulation_steps a multiple of {P}"
+                )
+            return inner(*args, **kwargs)
+
+        return state_dict
+
     def __iter__(self) -> Iterator[Any]:
         """Start an epoch.
 
@@ -107,7 +100,7 @@ class ShardedDataLoader:
         """
         batches = _own_batches(self.loader)
         digests: list[list[str]] = []
-        num_seen = 0
+        num_seen = self.num_pending = 0
         while True:
             header, sharded, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
@@ -121,39 +114,58 @@ class ShardedDataLoader:
                 digests.append([each.digest for each in everyone])
                 if len(digests) == _BATCHES_COMPARED:
                     _check_own_samples(digests, everyone, self._groups.sp_size)
-            yield from self._exchange(sharded, [everyone[rank] for rank in self._groups.ranks])
+            headers = [everyone[rank] for rank in self._groups.ranks]
+            self.num_pending = sum(not header.ended for header in headers)
+            for batch in self._exchange(sharded, headers):
+                self.num_pending -= 1
+                yield batch
 
     def _next_header(
         self, batches: Iterator[Any], num_seen: int
-    ) -> tuple[_Header, ShardedBatch | None, BaseException | None]:
+    ) -> tuple[Header, ShardedBatch | None, BaseException | None]:
         """This rank's next batch, cut. Whatever goes wrong with it is kept for the exchange: the others wait there."""
         try:
             batch = next(batches)
         except StopIteration:
-            return _Header(ended=True, num_seen=num_seen), None, None
+            return Header(ended=True, num_seen=num_seen), None, None
         except Exception as error:
-            return _Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, error
+            return Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, error
+        return self._header_of(batch, num_seen)
+
+    def exchange(self, batch: Any) -> list[Any]:
+        """One batch of every rank in, this rank's shards of the batches of its sequence's ranks out, in their order.
+
+        Raises:
+            DataError: on all ranks, whichever of them saw the reason.
+        """
+        header, sharded, error = self._header_of(batch, 0)
+        everyone = gather_objects(header, self._groups.control_group)
+        _raise_first(error, everyone)
+        return list(self._exchange(sharded, [everyone[rank] for rank in self._groups.ranks]))
+
+    def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, ShardedBatch | None, BaseException | None]:
+        """A batch, cut, and what the others must know of it."""
         try:
-            sharded = shard_batch(batch, self._groups.sp_size, self._multiple)
-            specs, num_bytes = _layout(sharded)
-            header = _Header(
+            sharded = shard_batch(batch, self._groups.sp_size, self._multiple, self._packing)
+            specs, num_bytes = layout(sharded)
+            header = Header(
                 kind=type(batch) if isinstance(batch, UserDict) else dict,
                 specs=specs,
                 num_bytes=num_bytes,
                 values={key: x for key, x in sharded.common.items() if not isinstance(x, torch.Tensor)},
-                digest=_digest(sharded),
-                num_seen=num_seen + _tokens(sharded.shards[0]).shape[0],
+                digest=digest_of(sharded),
+                num_seen=num_seen + tokens_of(sharded.shards[0]).shape[0],
                 num_samples=_num_samples(self.loader),
                 sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
             )
             pickle.dumps(header)
         except AlstError as error:
-            return _Header(error=str(error)), None, error
+            return Header(error=str(error)), None, error
         except Exception as error:
-            return _Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), None, error
+            return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), None, error
         return header, sharded, None
 
-    def _stop(self, everyone: list[_Header]) -> bool:
+    def _stop(self, everyone: list[Header]) -> bool:
         """Whether the epoch is over: for all replicas at once, since ZeRO's collectives need every one of them."""
         P = self._groups.sp_size
         steps = [sum(not h.ended for h in everyone[first : first + P]) for first in range(0, len(everyone), P)]
@@ -167,7 +179,7 @@ class ShardedDataLoader:
             )
         return len(set(steps)) > 1 or not any(steps)
 
-    def _exchange(self, sharded: ShardedBatch | None, headers: list[_Header]) -> Iterator[Any]:
+    def _exchange(self, sharded: ShardedBatch | None, headers: list[Header]) -> Iterator[Any]:
         """One all-to-all of bytes; then a micro-batch for each rank that had one."""
         mine = headers[self._groups.sp_rank]
         send = torch.zeros(mine.num_bytes * self._groups.sp_size, dtype=torch.uint8)
@@ -175,7 +187,7 @@ class ShardedDataLoader:
             for rank, piece in enumerate(send.view(self._groups.sp_size, -1)):
                 for spec in mine.specs:
                     x = sharded.shards[rank][spec.key] if spec.key in sharded.shards[rank] else sharded.common[spec.key]
-                    _view(piece, spec).copy_(x)
+                    view(piece, spec).copy_(x)
         recv = torch.empty(sum(header.num_bytes for header in headers), dtype=torch.uint8)
         dist.all_to_all_single(
             recv,
@@ -189,7 +201,7 @@ class ShardedDataLoader:
             piece = recv[first : first + header.num_bytes]
             first += header.num_bytes
             if not header.ended:
-                tensors = {spec.key: _view(piece, spec).clone() for spec in header.specs}
+                tensors = {spec.key: view(piece, spec).clone() for spec in header.specs}
                 yield header.kind({**tensors, **header.values})
 
 
@@ -198,7 +210,7 @@ def _own_batches(loader: Any) -> Iterator[Any]:
     yield from loader
 
 
-def _raise_first(error: BaseException | None, everyone: list[_Header]) -> None:
+def _raise_first(error: BaseException | None, everyone: list[Header]) -> None:
     """Raise on every rank if any rank had an error: its own where it had one, else the first rank's."""
     failed = [(rank, header.error) for rank, header in enumerate(everyone) if header.error is not None]
     if error is not None:
@@ -207,7 +219,7 @@ def _raise_first(error: BaseException | None, everyone: list[_Header]) -> None:
         raise DataError("rank {}: {}".format(*failed[0]))
 
 
-def _check_own_samples(digests: list[list[str]], everyone: list[_Header], sp_size: int) -> None:
+def _check_own_samples(digests: list[list[str]], everyone: list[Header], sp_size: int) -> None:
     """Refuse a sampler that gives all ranks of a sequence the same samples: each would be trained P times.
 
     Every rank judges every sequence's ranks, so that all raise or none. ``digests`` has one list for each batch so
@@ -238,33 +250,3 @@ def _num_samples(loader: Any) -> int | None:
         return len(loader.dataset)
     except (TypeError, AttributeError):
         return None
-
-
-def _tokens(shard: dict[str, torch.Tensor]) -> torch.Tensor:
-    return shard["input_ids"] if "input_ids" in shard else shard["inputs_embeds"]
-
-
-def _layout(sharded: ShardedBatch) -> tuple[tuple[_TensorSpec, ...], int]:
-    """Where each tensor of a shard stands in the message; the same for all shards of a batch."""
-    specs, offset = [], 0
-    common = {key: x for key, x in sharded.common.items() if isinstance(x, torch.Tensor)}
-    for key, x in {**sharded.shards[0], **common}.items():
-        specs.append(_TensorSpec(key, x.dtype, tuple(x.shape), offset))
-        offset += -(-x.numel() * x.element_size() // _ALIGNMENT) * _ALIGNMENT
-    return tuple(specs), offset
-
-
-def _view(piece: torch.Tensor, spec: _TensorSpec) -> torch.Tensor:
-    """The bytes of one tensor in a message, as that tensor."""
-    numel = 1
-    for size in spec.shape:
-        numel *= size
-    return piece[spec.offset : spec.offset + numel * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
-
-
-def _digest(sharded: ShardedBatch) -> str:
-    """A fingerprint of a batch's tokens."""
-    digest = hashlib.blake2b(digest_size=16)
-    for shard in sharded.shards:
-        digest.update(_tokens(shard).detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deepspeed_alst.attention.masks import check_not_packed, check_padding_mask, document_starts
+from deepspeed_alst.attention.masks import check_padding_mask, document_starts
+from deepspeed_alst.data.packing import documents_of, positions_within, take_bounds, with_padding
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
@@ -26,13 +27,17 @@ class ShardedBatch:
     common: dict[str, Any]
 
 
-def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int) -> ShardedBatch:
+def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int, packing: bool = False) -> ShardedBatch:
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
-    ``S`` is padded on the right to a multiple of ``multiple`` (labels with -100, positions counting on, the rest with
-    0). ``position_ids`` are made where absent. ``shift_labels`` are the labels moved by one token, once, before the
-    cut; the last token of every document has none. An attention mask of ones or right padding is dropped. Tensors
-    without a sequence dim, and everything that is not a tensor, go to every rank as they are.
+    ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, positions counting on, or from 0 after
+    packed documents, the rest with 0. ``position_ids`` are made where absent. ``shift_labels`` are the labels moved by
+    one token, once, before the cut; the last token of every document has none. An attention mask of ones or right
+    padding is dropped. Tensors without a sequence dim, and everything that is not a tensor, go to every rank as they
+    are.
+
+    With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
+    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused.
 
     Raises:
         DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
@@ -45,16 +50,26 @@ def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int) -> Sharde
     mask = common.pop("attention_mask", None)
     if mask is not None:
         _check_mask(mask, whole, length)
+    given = take_bounds(common, length)
+    tokens = next(whole[key] for key in _LENGTH_KEYS if key in whole)
     if "position_ids" not in whole:
-        tokens = next(whole[key] for key in _LENGTH_KEYS if key in whole)
-        whole["position_ids"] = torch.arange(length, device=tokens.device).expand(tokens.shape[0], length)
+        row = torch.arange(length, device=tokens.device) if given is None else positions_within(given)
+        whole["position_ids"] = row.expand(tokens.shape[0], length)
     # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
     positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
-    check_not_packed(positions_BS)
+    documents = documents_of(positions_BS, given, tokens.shape[0], packing)
     if "labels" in whole and "shift_labels" not in whole:
-        whole["shift_labels"] = shift_labels(whole["labels"], document_starts(positions_BS))
+        starts_BS = document_starts(positions_BS)
+        # The first label of a document is nobody's. The packing collators mask it as well.
+        whole["labels"] = whole["labels"].masked_fill(starts_BS, IGNORED_LABEL)
+        whole["shift_labels"] = shift_labels(whole["labels"], starts_BS)
     padded = -(-length // multiple) * multiple
-    pieces = {key: _pad(key, x, padded).tensor_split(sp_size, _sequence_dim(key)) for key, x in whole.items()}
+    if documents is not None:
+        common |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), with_padding(documents, padded))
+    pieces = {
+        key: _pad(key, x, padded, documents is not None).tensor_split(sp_size, _sequence_dim(key))
+        for key, x in whole.items()
+    }
     return ShardedBatch([{key: cut[rank] for key, cut in pieces.items()} for rank in range(sp_size)], common)
 
 
@@ -124,13 +139,14 @@ def _check_same_length(key: str, x: torch.Tensor, dim: int, length: int) -> None
         raise DataError(f"{key} has shape {list(x.shape)}, but the sequences of its batch have {length} tokens")
 
 
-def _pad(key: str, x: torch.Tensor, padded: int) -> torch.Tensor:
+def _pad(key: str, x: torch.Tensor, padded: int, packed: bool) -> torch.Tensor:
     dim = _sequence_dim(key) % x.dim()
     missing = padded - x.shape[dim]
     if not missing:
         return x
     if key == "position_ids":
         last = x.narrow(dim, x.shape[dim] - 1, 1)
-        return torch.cat([x, last + torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)], dim)
+        before = torch.full_like(last, -1) if packed else last
+        return torch.cat([x, before + torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)], dim)
     value = IGNORED_LABEL if key in _LABEL_KEYS else 0
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing], value=value)

@@ -1,8 +1,9 @@
 """The averaging probe: on the first optimizer step, is the gradient that DeepSpeed made the average over all ranks?
 
 Everything here rests on DeepSpeed dividing by the world size on the path that this engine takes (parallel/mpu.py). The
-probe keeps some elements of the local gradients of two parameters, as autograd makes them, averages them itself, and
-compares before the update. It runs at the first optimizer step that has gradients there, and leaves nothing behind.
+probe keeps some elements of the local gradient of every parameter that trains, as autograd makes them, averages those
+of two parameters itself, and compares before the update. Which two shows at the step only: half of a fresh LoRA
+adapter's gradients are zero. It runs at the first optimizer step that has gradients, and leaves nothing behind.
 """
 
 import functools
@@ -16,7 +17,7 @@ from deepspeed.utils import safe_get_full_grad
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.parallel.groups import SequenceGroups
 
-_ELEMENTS = 4096
+_ELEMENTS = 1024
 _LARGEST = 1 << 26  # elements; DeepSpeed hands the whole gradient out in fp32, 256 MiB here
 # A wrong divisor is off by a factor of at least 1 + 1/world; bf16 sums are off by some 1e-2.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -28,7 +29,7 @@ def install_probe(engine: Any, groups: SequenceGroups, undo: ExitStack) -> None:
 
     The wrapped ``engine.step`` raises SetupError on all ranks, before any weight has changed, if the factor is wrong.
     """
-    watched = [_Watched(name, param) for name, param in _choose(engine.module)]
+    watched = [_Watched(name, param) for name, param in _trained(engine.module)]
     before = engine.__dict__["step"]
 
     def remove() -> None:
@@ -62,15 +63,22 @@ class _Watched:
         self.local = piece if self.local is None else self.local + piece
 
 
-def _choose(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The smallest and the largest parameter that train: DeepSpeed treats those larger than its bucket differently."""
+def _trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that train and are not too large to look at, the smallest first."""
 
     def size(param: torch.nn.Parameter) -> int:
         return getattr(param, "ds_numel", param.numel())
 
-    trained = sorted(((n, p) for n, p in module.named_parameters() if p.requires_grad), key=lambda each: size(each[1]))
-    fitting = [each for each in trained if 0 < size(each[1]) <= _LARGEST]
-    return [fitting[0], fitting[-1]] if fitting else []
+    trained = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+    return sorted((each for each in trained if 0 < size(each[1]) <= _LARGEST), key=lambda each: size(each[1]))
+
+
+def _choose(watched: list[_Watched], groups: SequenceGroups) -> list[_Watched]:
+    """The smallest and the largest that have a gradient on some rank: DeepSpeed treats those over its bucket apart."""
+    alive = torch.tensor([each.local is not None and bool(each.local.any()) for each in watched], dtype=torch.int32)
+    dist.all_reduce(alive, dist.ReduceOp.MAX, group=groups.control_group)
+    chosen = [each for each, lives in zip(watched, alive.tolist(), strict=True) if lives]
+    return [chosen[0], chosen[-1]] if chosen else []
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +90,7 @@ def _spread(x: torch.Tensor) -> torch.Tensor:
 def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> bool:
     """Raise if a gradient is not the average; whether there was anything to compare."""
     compared = not watched
-    for each in watched:
+    for each in _choose(watched, groups):
         reduced = safe_get_full_grad(each.param)
         local = each.local
         if reduced is None:

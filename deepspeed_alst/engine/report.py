@@ -19,16 +19,22 @@ def print_report(rows: list[tuple[str, str]]) -> None:
 
 
 def report_rows(
-    config: AlstConfig, groups: SequenceGroups, engine: Any, attention: str, allocator: str
+    config: AlstConfig, groups: SequenceGroups, engine: Any, attention: str, allocator: str, adopted: bool
 ) -> list[tuple[str, str]]:
-    """What is on, in the order of the data's way."""
+    """What is on, in the order of the data's way; ``adopted``: the program was written for DeepSpeed's own ALST."""
     P, multiple = groups.sp_size, config.padding_multiple()
     sharded = "" if engine.training_dataloader is None else "training_data sharded; "
+    loss = "of the whole sequence on every rank"
+    if adopted:
+        sharded = "UlyssesSPDataLoaderAdapter leads here; "
+        loss = (
+            "of this rank's shard, which the program aggregates (DeepSpeed's mpu); TiledMLP, TiledFusedLogitsLoss: ours"
+        )
     return [
         ("groups", f"{P} ranks share a sequence, {groups.dp_size} replica(s)"),
         ("data", f"{sharded}sequences padded to a multiple of {multiple} tokens"),
         ("attention", attention),
-        ("loss", "of the whole sequence on every rank; logits not tiled (not yet available)"),
+        ("loss", f"{loss}; logits not tiled (not yet available)"),
         (
             "reduction",
             f"ZeRO stage {int(engine.zero_optimization_stage())}, gradients summed in "

@@ -1,6 +1,8 @@
 """What the package has done to one engine, and how it is undone."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,7 +11,10 @@ from torch.utils.data import DistributedSampler
 
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.engine.checkpoint import install_checkpoints
+from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
@@ -28,12 +33,17 @@ _CALLS_THAT_READ_THE_MPU = (
 class Session:
     """Sequence parallelism on one engine; ``engine.alst``."""
 
-    def __init__(self, config: AlstConfig, groups: SequenceGroups, mpu: UlyssesMpu, undo: ExitStack) -> None:
+    def __init__(
+        self, config: AlstConfig, groups: SequenceGroups, mpu: UlyssesMpu, packing: bool, undo: ExitStack
+    ) -> None:
         self.config = config
+        self._packing = packing
         self.groups = groups
         self.mpu = mpu
+        self.calls = Calls()
         self._undo = undo
         self._in_backward = False
+        self._loss_divisor = 1
 
     def attach(self, engine: Any) -> None:
         """Wire a fresh engine: its calls see its own mpu, its loaders are sharded, ``destroy`` undoes everything."""
@@ -41,19 +51,33 @@ class Session:
         # DeepSpeed has None here for an mpu of this kind, and set_train_batch_size multiplies by it.
         engine.dp_world_size = self.groups.dp_size
         for name in _CALLS_THAT_READ_THE_MPU:
-            self._wrap(engine, name, functools.partial(_under_mpu, self.mpu))
-        self._wrap(engine, "forward", self._watch_loss)
-        self._wrap(engine, "backward", self._mark_backward)
-        self._wrap(engine, "compile", _refuse_compile)
-        self._wrap(engine, "deepspeed_io", lambda io: functools.partial(self._sharded_io, io))
-        self._wrap(engine, "destroy", self._and_close)
+            self.wrap(engine, name, functools.partial(_under_mpu, self.mpu))
+        self.wrap(engine, "forward", self._watch_loss)
+        self.wrap(engine, "backward", self._mark_backward)
+        self.wrap(engine, "compile", _refuse_compiled_autograd)
+        install_checkpoints(engine, self.groups.control_group, self._undo)
+        self.wrap(engine, "deepspeed_io", lambda io: functools.partial(self._sharded_io, io))
+        self.wrap(engine, "destroy", self._and_close)
         self._undo.callback(engine.__dict__.pop, "alst", None)
 
     def shard_dataloader(self, loader: Any) -> ShardedDataLoader:
         """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is."""
         if isinstance(loader, ShardedDataLoader):
             return loader
-        return ShardedDataLoader(loader, self.groups, self.config.padding_multiple())
+        return ShardedDataLoader(loader, self.groups, self.config.padding_multiple(), self._packing)
+
+    def exchange(self, batch: Any) -> list[Any]:
+        """This rank's shards of the batches that the ranks of its sequence bring, in their order."""
+        return self.shard_dataloader(()).exchange(batch)
+
+    @contextlib.contextmanager
+    def averaged_over_micro_steps(self) -> Iterator[None]:
+        """Inside, P micro-steps count as one: for callers who scale the loss themselves, without DeepSpeed's 1/GAS."""
+        self._loss_divisor = self.groups.sp_size
+        try:
+            yield
+        finally:
+            self._loss_divisor = 1
 
     def adopt(self, undo: ExitStack) -> None:
         """Own what is to be undone; until now the caller did, and would have undone it at an error."""
@@ -63,17 +87,9 @@ class Session:
         """Take everything back: the model, the engine's methods, the process groups."""
         self._undo.close()
 
-    def _wrap(self, engine: Any, name: str, wrapper: Any) -> None:
-        before = engine.__dict__.get(name)
-        engine.__dict__[name] = wrapper(getattr(engine, name))
-
-        def restore() -> None:
-            if before is None:
-                engine.__dict__.pop(name, None)
-            else:
-                engine.__dict__[name] = before
-
-        self._undo.callback(restore)
+    def wrap(self, engine: Any, name: str, wrapper: Any) -> None:
+        """Put a wrapper around one of the engine's methods, on the instance; closing the session takes it off."""
+        wrap_method(engine, name, wrapper, self._undo)
 
     def _sharded_io(self, io: Any, dataset: Any, *args: Any, **kwargs: Any) -> ShardedDataLoader:
         """``engine.deepspeed_io`` with samples drawn per rank, not per replica: the sharded loader wants all."""
@@ -91,6 +107,8 @@ class Session:
         def watched(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+            if loss is None:  # the program makes its own, of the logits
+                loss = getattr(output, "logits", None)
             if isinstance(loss, torch.Tensor) and loss.requires_grad:
                 loss.register_hook(self._check_backward)
             return output
@@ -99,12 +117,19 @@ class Session:
 
     def _mark_backward(self, backward: Any) -> Any:
         @functools.wraps(backward)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            self._in_backward = True
+        def marked(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._in_backward, self.calls.gradients = True, 0
             try:
-                return backward(*args, **kwargs)
+                scaled = loss if self._loss_divisor == 1 else loss / self._loss_divisor
+                result = backward(scaled, *args, **kwargs)
             finally:
                 self._in_backward = False
+            if self.calls.makes_whole_loss and not self.calls.gradients:
+                raise SetupError(
+                    "engine.backward was given a loss that is not made of the model's own: one made of its logits is "
+                    "the loss of a shard. Give the batch labels and use the loss that the model returns."
+                )
+            return result
 
         return marked
 
@@ -125,11 +150,17 @@ class Session:
         return destroy_and_close
 
 
-def _refuse_compile(compile_engine: Any) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedModelError("engine.compile: torch.compile is not yet available under sequence parallelism")
+def _refuse_compiled_autograd(compile_engine: Any) -> Any:
+    @functools.wraps(compile_engine)
+    def compile_plainly(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("compiled_autograd_enabled") or (len(args) > 3 and args[3]):
+            raise UnsupportedModelError(
+                "engine.compile(compiled_autograd_enabled=True): a compiled backward is not verified under sequence "
+                "parallelism; leave it out, and forward and backward of each part between the collectives are compiled"
+            )
+        return compile_engine(*args, **kwargs)
 
-    return refuse
+    return compile_plainly
 
 
 def _under_mpu(mpu: UlyssesMpu, method: Any) -> Any:

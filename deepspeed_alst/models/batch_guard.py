@@ -4,6 +4,8 @@ Runs as a forward pre-hook of the model: one small exchange over gloo and two sc
 (not per layer), so that all ranks raise together and none is left waiting in a collective.
 """
 
+import bisect
+import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from deepspeed_alst.errors import DataError
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
 
@@ -28,15 +31,23 @@ class _Facts:
     shape: tuple[int, ...] = ()
     """Batch and shard length."""
     start: int = 0
-    """The first token's position."""
+    """Where in the sequence the first token stands, as its position says."""
+    documents: int = 0
+    """A fingerprint of the bounds of packed documents."""
 
 
-def guard_batches(model: torch.nn.Module, groups: SequenceGroups, undo: ExitStack) -> None:
+def guard_batches(model: torch.nn.Module, groups: SequenceGroups, calls: Calls, undo: ExitStack) -> None:
     """Install the check; ``undo.close()`` removes it."""
 
+    @torch.compiler.disable
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if calls.whole:
+            return None
+        bounds: list[int] = []
         try:
-            facts = _facts(module, args, kwargs)
+            if kwargs.get("cu_seq_lens_q") is not None:
+                bounds = kwargs["cu_seq_lens_q"].tolist()
+            facts = _facts(module, args, kwargs, bounds, groups)
         except Exception as error:
             # The others wait in the exchange below, whatever is wrong with this batch.
             facts = _Facts(f"it cannot be read: {error!r}. {_WAY_OUT}")
@@ -46,13 +57,18 @@ def guard_batches(model: torch.nn.Module, groups: SequenceGroups, undo: ExitStac
             raise DataError(problem)
         # transformers would keep every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
+        if bounds:
+            kwargs |= _flash_arguments(bounds, kwargs["cu_seq_lens_q"], kwargs["position_ids"].device)
         return args, kwargs
 
     handle = model.register_forward_pre_hook(check, prepend=True, with_kwargs=True)
     undo.callback(handle.remove)
 
 
-def _facts(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Facts:
+def _facts(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: list[int], groups: SequenceGroups
+) -> _Facts:
+    """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
@@ -69,12 +85,38 @@ def _facts(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return _Facts(f"it has no position_ids, so it is not split over the ranks. {_WAY_OUT}")
     if labels is not None and shifted is None:
         return _Facts(f"it has labels, but no shift_labels, so it is not split over the ranks. {_WAY_OUT}")
-    if labels is not None and not torch.equal(labels[:, 1:].to(shifted.device), shifted[:, :-1]):
+    if labels is not None and not _are_the_same_labels(labels.to(shifted.device), shifted):
         return _Facts(
             "its labels are not its shift_labels moved by one: the loss is made of shift_labels, so change labels in "
             "the dataset or the collate_fn, before the batch is split"
         )
-    return _Facts(shape=tuple(tokens.shape[:2]), start=int(positions.reshape(-1)[0]))
+    shape = tuple(tokens.shape[:2])
+    if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
+        return _Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {_WAY_OUT}")
+    first = int(positions.reshape(-1)[0])
+    place = groups.sp_rank * shape[1]
+    counting = torch.arange(first, first + positions.shape[-1]).to(positions)
+    if not bounds and not torch.equal(positions, counting.expand_as(positions)):
+        return _Facts(f"its position_ids restart, but it has no cu_seq_lens_q of the whole sequence. {_WAY_OUT}")
+    # Python's hash of whole numbers is the same in every process.
+    return _Facts(shape=shape, start=first + _document_start(bounds, place), documents=hash(tuple(bounds)))
+
+
+def _document_start(bounds: list[int], place: int) -> int:
+    """Where the document begins that the token at a place is part of."""
+    return bounds[bisect.bisect_right(bounds, place) - 1] if bounds else 0
+
+
+def _flash_arguments(bounds: list[int], lengths: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """What flash attention needs beside the documents' bounds, made once so that no layer waits for the device."""
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
+    lengths = lengths.to(device, torch.int32)
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+
+
+def _are_the_same_labels(labels: torch.Tensor, shifted: torch.Tensor) -> bool:
+    """Moved by one, or shifted already: the HF Trainer puts shift_labels under this name too, to be given a loss."""
+    return torch.equal(labels[:, 1:], shifted[:, :-1]) or torch.equal(labels, shifted)
 
 
 def _problem(everyone: list[_Facts], sp_size: int) -> str | None:
@@ -86,9 +128,10 @@ def _problem(everyone: list[_Facts], sp_size: int) -> str | None:
         ranks = everyone[first : first + sp_size]
         shapes = [facts.shape for facts in ranks]
         starts, expected = [facts.start for facts in ranks], [place * shapes[0][1] for place in range(sp_size)]
-        if len(set(shapes)) > 1 or starts != expected:
+        if len({(facts.shape, facts.documents) for facts in ranks}) > 1 or starts != expected:
             return (
                 f"batches reached the engine that are not split over the ranks of their sequence: ranks {first} to "
-                f"{first + sp_size - 1} have shapes {shapes} and position_ids that start at {starts}. {_WAY_OUT}"
+                f"{first + sp_size - 1} have shapes {shapes} and position_ids that start at {starts}, or "
+                f"packed documents that differ. {_WAY_OUT}"
             )
     return None

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepspeed_alst.config import nearest
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.adapters import adapter_problems
+from deepspeed_alst.models.cores import find_core
+from deepspeed_alst.models.names import PrivateName
+from deepspeed_alst.models.wrapped import base_model
 
 VERIFIED = (
     "llama",
@@ -38,6 +42,11 @@ VERIFIED = (
 )
 """``model_type`` of the verified families."""
 
+# Of cores that people ask for and that are not available.
+_WHY_NOT = {
+    "eager": " (it makes a score of every pair of tokens)",
+    "paged|eager": " (it is made for generation)",
+}
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -51,21 +60,24 @@ class ModelFacts:
 
 
 def check_model(model: torch.nn.Module) -> ModelFacts:
-    """Read the facts of a model, and refuse what is not verified.
+    """Read the facts of a model, inside PEFT's or torch.compile's wrapper or bare, and refuse what is not verified.
 
     Raises:
         UnsupportedModelError: one line for each reason: what in the config or the model, its value, the way out.
     """
-    if not isinstance(model, PreTrainedModel):
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
-            "attention and loss it can reach. Wrappers (PEFT, torch.compile, your own) are not yet available."
+            f"{type(base).__name__} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
+            "attention and loss it can reach, bare or in the wrapper of PEFT or torch.compile; other wrappers are not "
+            "available."
         )
-    config = model.config
+    config = base.config
     text_config = config.get_text_config()
-    problems = [*_config_problems(config, text_config), *_module_problems(model)]
+    problems = [*_config_problems(config, text_config), *_module_problems(base), *_other_configs(base)]
+    problems += adapter_problems(model)
     if problems:
-        raise UnsupportedModelError("\n".join(f"{type(model).__name__}: {problem}." for problem in problems))
+        raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
     num_heads = text_config.num_attention_heads
     return ModelFacts(config.model_type, num_heads, getattr(text_config, "num_key_value_heads", None) or num_heads)
 
@@ -77,18 +89,8 @@ def _config_problems(config: Any, text_config: Any) -> list[str]:
             f"model_type='{config.model_type}' is not verified under sequence parallelism."
             f"{nearest(config.model_type, VERIFIED)} Verified are: {', '.join(VERIFIED)}"
         )
-    core = config._attn_implementation
-    if core != "sdpa":
-        problems.append(
-            f"attn_implementation='{core}' is not available under sequence parallelism; load the model with "
-            "attn_implementation='sdpa'"
-        )
-    window = getattr(text_config, "sliding_window", None)
-    if window is not None and getattr(text_config, "use_sliding_window", True):
-        problems.append(f"sliding_window={window}: windows are not yet available; set it to None if the model allows")
-    other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"})
-    if other_layers:
-        problems.append(f"layer_types has {', '.join(other_layers)}: only full_attention layers are verified")
+    problems += _core_problems(config._attn_implementation)
+    problems += _window_problems(config._attn_implementation, text_config)
     for name in _rope_types(text_config):
         if name in _LENGTH_DEPENDENT_ROPE:
             problems.append(f"rope_type='{name}' depends on the sequence's length, of which a rank sees its shard only")
@@ -103,17 +105,61 @@ def _config_problems(config: Any, text_config: Any) -> list[str]:
     return problems
 
 
+def _core_problems(name: str) -> list[str]:
+    if isinstance(name, PrivateName):
+        return ["it has an engine with sequence parallelism already; destroy() that one, or build a second model"]
+    if find_core(name) is None:
+        return [
+            f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}; load "
+            "the model with attn_implementation='sdpa', 'flash_attention_2' (or 3, 4, or a flash kernel of the hub) or "
+            "'flex_attention'"
+        ]
+    return []
+
+
+def _window_problems(name: str, text_config: Any) -> list[str]:
+    core = find_core(name)
+    has_windows = core is not None and core.has_windows
+    available = {"full_attention", "sliding_attention"} if has_windows else {"full_attention"}
+    can = f"not with attn_implementation='{name}' under sequence parallelism"
+    problems = []
+    window = getattr(text_config, "sliding_window", None)
+    if window is not None and getattr(text_config, "use_sliding_window", True) and not has_windows:
+        problems.append(
+            f"sliding_window={window}: {can}; flash_attention_2 can do it, or set it to None if the model allows"
+        )
+    other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - available)
+    if other_layers:
+        way_out = "; flash_attention_2 can do it" if other_layers == ["sliding_attention"] else ""
+        problems.append(f"layer_types has {', '.join(other_layers)}: {can}{way_out}")
+    return problems
+
+
 def _module_problems(model: torch.nn.Module) -> list[str]:
     names = {cls.__name__ for cls in type(model).__mro__}
     if not names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return [
             "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
         ]
-    dropouts = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    # An adapter's dropouts, in dicts such as lora_dropout, are refused by the adapter's name.
+    dropouts = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Dropout) and module.p > 0 and "_dropout." not in name
+    ]
     if dropouts:
         return [
             f"{dropouts[0]} is a Dropout with p > 0: ranks cannot draw the dropout of the whole sequence; set p to 0"
         ]
+    return []
+
+
+def _other_configs(model: torch.nn.Module) -> list[str]:
+    """Modules that would not hear of the change of attention: a layer that was deep-copied has a config of its own."""
+    for name, module in model.named_modules():
+        own = vars(module).get("config")
+        if isinstance(own, PreTrainedConfig) and own is not model.config:
+            return [f"{name} has a config of its own, not the model's; set it to the model's: {name}.config = config"]
     return []
 
 

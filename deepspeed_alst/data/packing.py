@@ -1,0 +1,87 @@
+"""Packed documents: several in one row, which must not see one another.
+
+They come as position ids that start again at 0, as the sequence lengths of transformers' and TRL's packing collators
+(``cu_seq_lens_q``), or as both; the model gets both. Legend: B batch, S whole sequence, N documents.
+"""
+
+from typing import Any
+
+import torch
+
+from deepspeed_alst.attention.masks import check_one_document, document_bounds
+from deepspeed_alst.errors import DataError
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+# What a collator adds for flash attention. The longest document is measured again, after padding, where it is needed.
+_ARGUMENTS = (*_LENGTHS, "max_length_q", "max_length_k")
+
+
+def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
+    """Take a collator's document bounds ``[N + 1]`` out of a batch; None if it has none.
+
+    Raises:
+        DataError: they are not the bounds of documents that fill the row, or differ for queries and keys.
+    """
+    found = {name: common.pop(name) for name in _ARGUMENTS if name in common}
+    given = [(name, found[name]) for name in _LENGTHS if found.get(name) is not None]
+    for name, bounds in given:
+        if not isinstance(bounds, torch.Tensor) or bounds.dim() != 1 or bounds.is_floating_point() or not len(bounds):
+            raise DataError(f"{name} must be one row of whole numbers, the documents' bounds")
+        if bounds[0] != 0 or bounds[-1] != length or (bounds.diff() < 0).any():
+            raise DataError(
+                f"{name} goes from {int(bounds[0])} to {int(bounds[-1])}: it must rise from 0 to the number of tokens "
+                f"in the row, {length}"
+            )
+        if not torch.equal(bounds, given[0][1]):
+            raise DataError("cu_seq_lens_q and cu_seq_lens_k differ: only attention within a sequence can be split")
+    return given[0][1].unique_consecutive() if given else None
+
+
+def positions_within(bounds: torch.Tensor) -> torch.Tensor:
+    """Each token's place in its document: ``[N + 1] -> [1, S]``."""
+    lengths = bounds.long().diff()
+    starts = torch.repeat_interleave(bounds[:-1].long(), lengths)
+    return (torch.arange(int(bounds[-1]), device=bounds.device) - starts)[None]
+
+
+def documents_of(
+    position_ids_BS: torch.Tensor, given: torch.Tensor | None, rows: int, packing: bool
+) -> torch.Tensor | None:
+    """The bounds ``[N + 1]`` of a batch's documents, int32; None if every row is one document.
+
+    Args:
+        position_ids_BS: of the whole sequences; a single row may stand for all.
+        given: what the collator said, which must be the same.
+        rows: of the batch.
+        packing: whether the model's attention keeps documents apart.
+
+    Raises:
+        DataError: documents where ``packing`` is off; several rows of them; position ids that say something else.
+    """
+    if not packing:
+        check_one_document(position_ids_BS)
+    bounds = document_bounds(position_ids_BS)
+    if rows > 1 and (bounds is not None or given is not None):
+        raise DataError(
+            f"packed documents in a batch of {rows} rows: transformers keeps them apart only in a batch of one row. "
+            "Pack all of them into one."
+        )
+    if given is None:
+        return bounds
+    found = bounds.to(given) if bounds is not None else given.new_tensor([0, position_ids_BS.shape[1]])
+    if not torch.equal(found, given):
+        raise DataError(
+            f"cu_seq_lens_q has documents that end at {_few(given[1:])}, position_ids some that end at "
+            f"{_few(found[1:])}. Leave one of the two out."
+        )
+    return given.to(torch.int32) if packing else None
+
+
+def _few(ends: torch.Tensor) -> str:
+    shown = ", ".join(str(end) for end in ends[:4].tolist())
+    return shown + (", ..." if len(ends) > 4 else "")
+
+
+def with_padding(bounds: torch.Tensor, padded: int) -> torch.Tensor:
+    """Make the padding a document of its own: the others keep their lengths, and no attention is spent on it."""
+    return bounds if bounds[-1] == padded else torch.cat([bounds, bounds.new_tensor([padded])])

@@ -1,0 +1,135 @@
+"""Does a program that aggregates its loss itself do so, and so that autograd sees it? Its first backwards tell.
+
+Ranks of a sequence must hand ``engine.backward`` the same loss. And its gradient must come through the collective: what
+arrives at the losses of the P shards is, added up, P times what the loss was sent off with. A plain ``dist.all_reduce``
+makes the right value and 1/P of the gradient, for which DeepSpeed's own factor on ZeRO 0 to 2 makes up, and ours not.
+"""
+
+import functools
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.errors import SetupError
+from deepspeed_alst.parallel.agreement import gather_objects
+from deepspeed_alst.parallel.groups import SequenceGroups
+from deepspeed_alst.parallel.loss import IGNORED_LABEL
+
+_BACKWARDS = 4
+# The aggregated loss is the same to the bit where ranks add in the same order; shards' losses differ by far more.
+_SAME_LOSS = 1e-5
+# Gradients through the collective or round it differ by a factor of P.
+_SAME_FACTOR = 0.01
+
+_WAY_OUT = (
+    "Aggregate as DeepSpeed's tutorial does, with torch.distributed.nn.functional.all_gather and the number of "
+    "labelled tokens of each shard; or leave mpu and the adapter out, and this package makes the loss of the sequence."
+)
+
+
+@dataclass
+class _Shard:
+    """A loss that the model made of a shard, and the gradient that arrived at it."""
+
+    loss: float
+    num_labels: int
+    grad: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """What a rank saw of a backward."""
+
+    loss: float
+    seed: float
+    shard: _Shard | None
+
+
+class AggregationCheck:
+    """Watches the model's losses and the engine's backward until enough of them were right."""
+
+    def __init__(self, groups: SequenceGroups) -> None:
+        self._groups = groups
+        self._left = _BACKWARDS
+        self._shards: list[_Shard] = []
+        self._seed = 0.0
+
+    def watch_loss_function(self, model: Any, undo: ExitStack) -> None:
+        """Note what the model's loss is made of, and the gradient that arrives at it."""
+        before = model.loss_function
+
+        @functools.wraps(before)
+        def loss_function(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = before(*args, **kwargs)
+            if self._left and loss.requires_grad:
+                shard = _Shard(float(loss.detach()), int((kwargs["shift_labels"] != IGNORED_LABEL).sum()))
+                loss.register_hook(lambda grad: setattr(shard, "grad", shard.grad + float(grad)))
+                self._shards.append(shard)
+            return loss
+
+        model.loss_function = loss_function
+        undo.callback(setattr, model, "loss_function", before)
+
+    def around(self, backward: Any) -> Any:
+        """``engine.backward`` that raises SetupError on all ranks if the loss is not the sequence's."""
+
+        @functools.wraps(backward)
+        def checked(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self._left or not loss.requires_grad:  # the latter is DeepSpeed's to refuse
+                return backward(loss, *args, **kwargs)
+            value = float(loss.detach())
+            handle = loss.register_hook(lambda grad: setattr(self, "_seed", float(grad)))
+            self._raise_first(_different_losses, value)
+            result = backward(loss, *args, **kwargs)
+            handle.remove()
+            # Several forwards in one backward: whose gradient is whose cannot be told.
+            shard = self._shards[0] if len(self._shards) == 1 else None
+            self._raise_first(_lost_gradient, _Backward(value, self._seed, shard))
+            self._shards.clear()
+            self._left -= 1
+            return result
+
+        return checked
+
+    def _raise_first(self, problem_of: Any, mine: Any) -> None:
+        """Judge every sequence's ranks on every rank, so that all raise or none."""
+        P = self._groups.sp_size
+        everyone = gather_objects(mine, self._groups.control_group)
+        for first in range(0, len(everyone), P):
+            problem = problem_of(everyone[first : first + P])
+            if problem:
+                ranks = f"ranks {first} to {first + P - 1}, which share a sequence"
+                raise SetupError(f"engine.backward on {ranks}: {problem}. {_WAY_OUT}")
+
+
+def _different_losses(losses: list[float]) -> str | None:
+    if all(_same(each, losses[0]) for each in losses):
+        return None
+    return f"the losses differ, {losses}, so they are those of shards"
+
+
+def _same(one: float, other: float) -> bool:
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.isfinite(one) == math.isfinite(other)
+    return abs(one - other) <= _SAME_LOSS * max(abs(one), abs(other))
+
+
+def _lost_gradient(ranks: list[_Backward]) -> str | None:
+    """Compares by what factor the loss's value and its gradient differ from the mean over the sequence's tokens."""
+    P = len(ranks)
+    shards = [rank.shard for rank in ranks if rank.shard is not None]
+    num_labels = sum(shard.num_labels for shard in shards)
+    if len(shards) < P or not num_labels or not ranks[0].seed:
+        return None
+    mean = sum(shard.loss * shard.num_labels for shard in shards) / num_labels
+    arrived = sum(shard.grad for shard in shards)
+    of_value, of_gradient = (ranks[0].loss / mean if mean else 0.0), arrived / (P * ranks[0].seed)
+    if abs(P * of_gradient - of_value) > _SAME_FACTOR * abs(of_value):
+        return None
+    return (
+        f"the loss is the sequence's, but its gradient is {P} times too small: the collective that added it up is not "
+        "differentiable"
+    )

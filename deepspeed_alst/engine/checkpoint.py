@@ -1,0 +1,269 @@
+"""``save_checkpoint`` and ``load_checkpoint`` of an engine: DeepSpeed's own, on any number of ranks.
+
+The files are DeepSpeed's. ZeRO shards over all ranks, so another SP degree on as many ranks needs nothing. On another
+number of ranks DeepSpeed loads a universal checkpoint only: it is made here, on rank 0, next to the one asked for.
+
+All ranks look before any loads, and agree on what they saw: what one cannot load, none loads.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.constants import (
+    PARAM_SHAPES,
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from deepspeed_alst.engine.checkpoint_files import check_files, read
+from deepspeed_alst.engine.universal import Source, as_universal, convert_together, is_universal, restore_the_rest
+from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.errors import AlstError, CheckpointError
+from deepspeed_alst.parallel.agreement import gather_objects, raise_together
+from deepspeed_alst.parallel.groups import build_control_group
+
+_NAMES_SHOWN = 3
+
+
+def install_checkpoints(engine: Any, control_group: Any = None, undo: ExitStack | None = None) -> None:
+    """Have an engine load checkpoints of any number of ranks, and save what DeepSpeed's converter asks for.
+
+    Args:
+        engine: a live engine. One that shards over more than ZeRO (pipeline, tensor or expert parallel) stays as it is.
+        control_group: all ranks over gloo; without one, it is made for each load.
+        undo: takes it back; without one, it lasts as long as the engine.
+    """
+    if isinstance(engine, PipelineEngine) or engine.has_moe_layers or engine.mp_world_size != 1:
+        return
+    undo = ExitStack() if undo is None else undo
+    wrap_method(engine, "save_checkpoint", functools.partial(_convertible, engine), undo)
+    wrap_method(engine, "load_checkpoint", functools.partial(_on_any_world_size, engine, control_group), undo)
+
+
+def _convertible(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
+    """``save_checkpoint`` with the entry without which ds_to_universal refuses to convert ZeRO 1 and 2.
+
+    DeepSpeed writes it into the checkpoint if the module has it, so that the caller's client_state stays the caller's.
+    """
+
+    @functools.wraps(save)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        module = engine.module
+        if hasattr(module, UNIVERSAL_CHECKPOINT_INFO):
+            return save(*args, **kwargs)
+        info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        setattr(module, UNIVERSAL_CHECKPOINT_INFO, info)
+        try:
+            return save(*args, **kwargs)
+        finally:
+            delattr(module, UNIVERSAL_CHECKPOINT_INFO)
+
+    return save_checkpoint
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a call of ``load_checkpoint`` asks for."""
+
+    load_dir: Path
+    tag: str
+    strict: bool
+    """The names and shapes of the checkpoint's weights must be the model's."""
+    with_optimizer: bool
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one rank sees in the folder."""
+
+    tag: str | None
+    """None where no tag was given and no file says which is the latest."""
+    saved_world_size: int = 0
+    universal: bool = False
+
+
+def _on_any_world_size(engine: Any, control_group: Any, load: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        with _agreement_group(control_group) as group:
+            found = _look_together(engine, arguments.arguments, group)
+            if found is None:
+                return load(*args, **kwargs)
+            request, seen = found
+            if _needs_conversion(engine, request, seen):
+                request = _converted(engine, request, seen, group)
+                seen = _Seen(request.tag, seen.saved_world_size, universal=True)
+            arguments.arguments.update(load_dir=str(request.load_dir), tag=request.tag)
+            return _load_together(engine, load, arguments, request, seen, group)
+
+    return load_checkpoint
+
+
+@contextlib.contextmanager
+def _agreement_group(given: Any) -> Iterator[Any]:
+    if given is not None:
+        yield given
+        return
+    group = build_control_group()
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _look_together(engine: Any, arguments: dict[str, Any], group: Any) -> tuple[_Request, _Seen] | None:
+    """What all ranks see; None where none sees a checkpoint and none was named, which DeepSpeed answers with None.
+
+    Raises:
+        CheckpointError: on all ranks: a rank cannot load it, or ranks see different things.
+    """
+    request, seen, error = None, _Seen(None), None
+    load_dir, tag = Path(arguments["load_dir"]), arguments["tag"]
+    try:
+        tag = _latest_tag(engine, load_dir) if tag is None else str(tag)
+        if tag is not None:
+            request = _Request(
+                load_dir,
+                tag,
+                strict=arguments["load_module_strict"] and arguments["custom_load_fn"] is None,
+                with_optimizer=arguments["load_optimizer_states"] and not arguments["load_module_only"],
+            )
+            seen = _look(engine, request)
+    except AlstError as found:
+        error = found
+    except Exception as found:
+        error = CheckpointError(f"{load_dir / (tag or '')} cannot be read: {found!r}")
+    raise_together(error, group)
+    everyone = gather_objects(seen, group)
+    if any(each != everyone[0] for each in everyone):
+        views = ", ".join(f"rank {rank}: {each.tag or 'nothing'}" for rank, each in enumerate(everyone))
+        raise CheckpointError(f"{load_dir}: ranks see different checkpoints ({views}). Is the folder shared by all?")
+    return None if request is None else (request, seen)
+
+
+def _latest_tag(engine: Any, load_dir: Path) -> str | None:
+    latest = load_dir / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
+    return latest.read_text().strip() if latest.is_file() else None
+
+
+def _look(engine: Any, request: _Request) -> _Seen:
+    """Check, without reading a weight, that this rank can load the checkpoint."""
+    folder = request.load_dir / request.tag
+    if not folder.is_dir():
+        there = sorted(each.parent.name for each in request.load_dir.glob("*/*_model_states.pt"))
+        known = f"; {request.load_dir} has {', '.join(dict.fromkeys(there))}" if there else ""
+        raise CheckpointError(f"{folder}: no such checkpoint{known}")
+    model_file = _model_file(engine, request)
+    if not model_file.is_file():
+        other = "below 3" if engine.zero_optimization_partition_weights() else "3"
+        hint = f": it was saved at a ZeRO stage {other}, and this engine runs stage {engine.zero_optimization_stage()}"
+        raise CheckpointError(
+            f"{folder} has no {model_file.name}{hint if any(folder.glob('*_model_states.pt')) else ''}"
+        )
+    state = read(model_file)
+    universal = is_universal(folder)
+    if engine.load_universal_checkpoint() and not universal:
+        raise CheckpointError(f"checkpoint.load_universal=True: {folder} is not a universal checkpoint")
+    if request.strict and request.with_optimizer:
+        # Weights alone are compared by DeepSpeed, on all ranks alike; the optimizer's state by nobody.
+        _check_same_model(engine, state, folder)
+    saved_world_size = state["dp_world_size"]
+    if not universal and engine.zero_optimization() and saved_world_size == engine.seq_dp_world_size:
+        # Of the files that this rank alone reads: an error inside DeepSpeed's load would leave the others waiting.
+        own = [Path(engine._get_ckpt_name(str(request.load_dir), request.tag))]
+        own += [Path(engine._get_zero_ckpt_name(str(request.load_dir), request.tag))] * request.with_optimizer
+        check_files(own)
+    return _Seen(request.tag, saved_world_size, universal)
+
+
+def _model_file(engine: Any, request: _Request) -> Path:
+    """The file with the names of the weights and, below ZeRO 3, the weights; rank 0's, which every checkpoint has."""
+    return Path(engine._get_ckpt_name(str(request.load_dir), request.tag, pp_placeholder="0"))
+
+
+def _check_same_model(engine: Any, state: dict[str, Any], folder: Path) -> None:
+    if engine.optimizer is None:
+        return
+    groups = state[PARAM_SHAPES] if engine.zero_optimization() else None
+    if groups is None:
+        saved = {name: tuple(x.shape) for name, x in state["module"].items() if isinstance(x, torch.Tensor)}
+        ours = {name: tuple(x.shape) for name, x in engine.module.state_dict().items()}
+    else:
+        saved = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        ours = {name: tuple(shape) for group in engine._get_zero_param_shapes() for name, shape in group.items()}
+    if engine.zero_optimization() and groups is None:
+        raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
+    different = {
+        "in the checkpoint only": sorted(saved.keys() - ours.keys()),
+        "in the model only": sorted(ours.keys() - saved.keys()),
+        "of another shape": [
+            f"{name} ({list(saved[name])} saved, {list(ours[name])} here)"
+            for name in sorted(saved.keys() & ours.keys())
+            if saved[name] != ours[name]
+        ],
+    }
+    parts = [
+        f"{len(names)} weights {what}: {', '.join(names[:_NAMES_SHOWN])}{', ...' * (len(names) > _NAMES_SHOWN)}"
+        for what, names in different.items()
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"{folder} is of another model, or one trained in other parts. {'. '.join(parts)}")
+
+
+def _needs_conversion(engine: Any, request: _Request, seen: _Seen) -> bool:
+    if seen.universal or not engine.zero_optimization() or seen.saved_world_size == engine.seq_dp_world_size:
+        return False
+    # Weights alone are whole in one file below ZeRO 3.
+    return request.with_optimizer or engine.zero_optimization_partition_weights()
+
+
+def _converted(engine: Any, request: _Request, seen: _Seen, group: Any) -> _Request:
+    bf16 = engine.bfloat16_enabled()
+    names = engine._get_mp_rank_zero_checkpoint_names(
+        str(request.load_dir), request.tag, mp_rank=0, dp_world_size=seen.saved_world_size, bf16_mode=bf16
+    )
+    source = Source(request.load_dir, request.tag, tuple(map(Path, names)), engine.seq_dp_world_size)
+    refusal = None
+    if engine.use_node_local_storage() or engine.zero_nvme_offload_optimizer():
+        refusal = CheckpointError(
+            f"{source.folder} was saved on {seen.saved_world_size} ranks and this run has {source.world_size}: with "
+            "checkpoint.use_node_local_storage or the optimizer on NVMe, no rank sees all its files. Resume on "
+            f"{seen.saved_world_size} ranks"
+        )
+    raise_together(refusal, group)
+    return _Request(request.load_dir, convert_together(source, group), request.strict, request.with_optimizer)
+
+
+def _load_together(
+    engine: Any, load: Callable[..., Any], arguments: Any, request: _Request, seen: _Seen, group: Any
+) -> Any:
+    error, result = None, None
+    try:
+        with as_universal(engine, seen.universal):
+            result = load(*arguments.args, **arguments.kwargs)
+        if seen.universal:
+            restore_the_rest(
+                engine, request.load_dir / request.tag, _model_file(engine, request), request.with_optimizer
+            )
+    except AlstError as found:
+        error = found
+    except Exception as found:
+        error = CheckpointError(f"{request.load_dir / request.tag} could not be loaded: {found!r}")
+        error.__cause__ = found
+    raise_together(error, group)
+    return result

@@ -1,0 +1,184 @@
+"""Programs written for DeepSpeed's own ALST: their mpu, loaders, loss and tiles, led to this package's code.
+
+Such a program has registered DeepSpeed's attention before ``deepspeed.initialize``, hands over DeepSpeed's mpu, wraps
+its loader in ``UlyssesSPDataLoaderAdapter`` and aggregates the loss itself, through a differentiable all_gather:
+
+    sum over the P ranks of  (mean over the n_r labelled tokens of shard r) * n_r / N
+
+Each rank runs that sum's backward, so a shard's mean gets P * n_r / N, and DeepSpeed, told that SP is 1, divides by all
+W ranks: each sequence counts 1 / (W / P), the mean over the replicas.
+"""
+
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, UlyssesSPDataLoaderAdapter
+from deepspeed.utils import groups as deepspeed_groups
+
+from deepspeed_alst.engine.aggregation import AggregationCheck
+from deepspeed_alst.engine.session import Session
+from deepspeed_alst.errors import ConfigError, SetupError
+from deepspeed_alst.models.recipes import skip_within_shards, take_out_upstream_attention
+from deepspeed_alst.tiling.compat import tiled_logits_loss, tiled_mlp
+
+_MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
+
+
+def is_upstreams(mpu: Any) -> bool:
+    """Whether an mpu is what DeepSpeed's ``register_with_transformers`` returns: a module of its own."""
+    return mpu is not None and mpu is sys.modules.get(_MPU)
+
+
+def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
+    """The ds_config with the SP degree of DeepSpeed's groups, which recipes need not repeat in it.
+
+    Raises:
+        ConfigError: there are no groups yet, or the ds_config says another degree.
+    """
+    try:
+        size = mpu.get_sequence_parallel_world_size()
+    except AssertionError:
+        raise ConfigError(
+            "mpu: DeepSpeed's sequence-parallel groups are not made yet; call "
+            "UlyssesSPAttentionHF.register_with_transformers before deepspeed.initialize"
+        ) from None
+    said = ds_config.get("sequence_parallel_size", size)
+    if said != size:
+        raise ConfigError(
+            f"sequence_parallel_size={said!r}: the mpu was registered with sequence_parallel_size={size}. Set the key "
+            f"to {size}, or leave it out."
+        )
+    return {**ds_config, "sequence_parallel_size": size}
+
+
+def prepare_adoption(undo: ExitStack) -> None:
+    """Before the model is patched: DeepSpeed's attention wrapper leaves transformers.
+
+    Raises:
+        SetupError: DeepSpeed's classes lead to another engine already.
+    """
+    if "__getattr__" in vars(UlyssesSPDataLoaderAdapter):
+        raise SetupError(
+            "DeepSpeed's ALST classes serve another engine of this process already: call its engine.destroy() first"
+        )
+    take_out_upstream_attention(undo)
+
+
+def adopt(engine: Any, session: Session, mpu: Any, undo: ExitStack) -> None:
+    """Lead what the program uses of DeepSpeed's ALST to this engine's session; ``undo.close()`` takes it back."""
+    # Outside of the engine's calls the program asks DeepSpeed for its groups, and means the real degree.
+    before, deepspeed_groups.mpu = deepspeed_groups.mpu, mpu
+    undo.callback(setattr, deepspeed_groups, "mpu", before)
+    _shard_adapters(session, undo)
+    for upstream, ours in ((TiledMLP, tiled_mlp), (TiledFusedLogitsLoss, tiled_logits_loss)):
+        upstream.apply = staticmethod(ours)
+        undo.callback(delattr, upstream, "apply")
+    session.wrap(engine, "forward", functools.partial(_with_loss_on_demand, engine))
+    check = AggregationCheck(session.groups)
+    check.watch_loss_function(engine.module, undo)
+    session.wrap(engine, "backward", check.around)
+
+
+# --- the loader
+
+
+def _shard_adapters(session: Session, undo: ExitStack) -> None:
+    """Have every ``UlyssesSPDataLoaderAdapter``, made before or after, yield the session's shards.
+
+    As a DataLoader does it, ``iter`` starts an epoch; ``next`` without it goes on with the one that runs.
+    """
+    epochs: weakref.WeakKeyDictionary[Any, Iterator[Any]] = weakref.WeakKeyDictionary()
+    skipped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def start(adapter: Any) -> Any:
+        epochs[adapter] = itertools.islice(_micro_batches(session, adapter.dl), skipped.get(adapter, 0), None)
+        return adapter
+
+    def advance(adapter: Any) -> Any:
+        if adapter not in epochs:
+            start(adapter)
+        try:
+            return next(epochs[adapter])
+        except StopIteration:
+            del epochs[adapter]
+            raise
+
+    def inner_attribute(adapter: Any, name: str) -> Any:
+        if name == "dl":  # not set yet: unpickling
+            raise AttributeError(name)
+        return getattr(adapter.dl, name)
+
+    def rewrap(adapter: Any, inner: Any, num_skipped: int) -> Any:
+        again = type(adapter)(inner, adapter.sp_rank, adapter.sp_group, adapter.sp_world_size, adapter.device)
+        skipped[again] = num_skipped
+        return again
+
+    for name, method in (("__iter__", start), ("__next__", advance), ("__getattr__", inner_attribute)):
+        _set_in_class(UlyssesSPDataLoaderAdapter, name, method, undo)
+    skip_within_shards(UlyssesSPDataLoaderAdapter, rewrap, undo)
+
+
+def _micro_batches(session: Session, inner: Any) -> Iterator[Any]:
+    """The session's shards without ``labels``, as the recipes expect them: some make a loss, if they are there."""
+    sharded = session.shard_dataloader(inner)
+    for batch in sharded:
+        # accelerate's loaders say that they are at their end as soon as the last batch is read, of which P
+        # micro-batches come: said too early, each of them would be an optimizer step.
+        at_end = getattr(inner, "end_of_dataloader", False)
+        if at_end:
+            inner.end_of_dataloader = sharded.num_pending == 0
+        batch.pop("labels", None)
+        yield batch
+        if at_end:
+            inner.end_of_dataloader = True
+
+
+def _set_in_class(cls: type, name: str, value: Any, undo: ExitStack) -> None:
+    had_own, before = name in vars(cls), vars(cls).get(name)
+    setattr(cls, name, value)
+    if had_own:
+        undo.callback(setattr, cls, name, before)
+    else:
+        undo.callback(delattr, cls, name)
+
+
+# --- the loss
+
+
+def _with_loss_on_demand(engine: Any, forward: Any) -> Any:
+    """``outputs.loss`` without labels in the batch: made of ``shift_labels`` when it is read, and not before.
+
+    accelerate's documented loop reads it; DeepSpeed's makes its own, beside which a second one would hold a second copy
+    of the logits.
+    """
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        labels = kwargs.get("shift_labels")
+        if labels is not None and getattr(output, "loss", ...) is None and getattr(output, "logits", None) is not None:
+            model = engine.module
+            vars(output)["_make_loss"] = functools.partial(
+                model.loss_function, labels=None, shift_labels=labels, vocab_size=model.config.vocab_size
+            )
+            output.__class__ = _loss_on_demand(type(output))
+        return output
+
+    return call
+
+
+@functools.cache
+def _loss_on_demand(kind: type) -> type:
+    def loss(output: Any) -> torch.Tensor:
+        own = vars(output)
+        if "_made_loss" not in own:
+            own["_made_loss"] = own["_make_loss"](output.logits)
+        return own["_made_loss"]
+
+    return type(kind.__name__, (kind,), {"loss": property(loss)})

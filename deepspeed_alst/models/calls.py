@@ -1,0 +1,83 @@
+"""Counts how often a forward reached the patched parts, and refuses one that went round them."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.wrapped import base_model
+
+
+@dataclass
+class Calls:
+    """How often the patched parts were reached in one forward."""
+
+    attention: int = 0
+    with_documents: int = 0
+    """Attention calls that were told where packed documents end."""
+    loss: int = 0
+    loss_follows: bool = False
+    """Whether the loss of the whole sequence is made of the logits after the forward."""
+    gradients: int = 0
+    """Losses of the whole sequence that a gradient has reached."""
+    makes_whole_loss: bool = True
+    """Whether the loss is the whole sequence's, and not a shard's that the program aggregates."""
+    whole: bool = False
+    """Whether forwards go round the patched parts on purpose: every rank has the whole sequence."""
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """A loss of the whole sequence was made; its gradient is to be waited for."""
+        self.loss += 1
+        if loss.requires_grad:
+            loss.register_hook(self._note_gradient)
+
+    def _note_gradient(self, grad: torch.Tensor) -> None:
+        self.gradients += 1
+
+
+def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_loss: bool) -> None:
+    """Make sure that a forward went through the patched parts: a subclass, or a library, may have replaced them.
+
+    Where the loss is not to be the whole sequence's (``whole_loss``), a program may make a shard's as it likes.
+
+    ``model`` is the outermost module, which every call passes.
+    """
+    name = type(base_model(model)).__name__
+
+    @torch.compiler.disable
+    def reset(module: torch.nn.Module, args: Any) -> None:
+        calls.attention = calls.with_documents = calls.loss = 0
+
+    @torch.compiler.disable
+    def check(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if calls.whole:
+            return
+        if not calls.attention:
+            raise UnsupportedModelError(
+                f"{name} did not call transformers' attention interface: its attention sees only a "
+                "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
+            )
+        if kwargs.get("cu_seq_lens_q") is not None and calls.with_documents < calls.attention:
+            raise UnsupportedModelError(
+                f"{name} does not hand cu_seq_lens_q on to its attention: packed documents would see "
+                "one another. Give it one document per row."
+            )
+        if not whole_loss:
+            return
+        if module.training and torch.is_grad_enabled() and getattr(output, "loss", None) is None and not calls.loss:
+            if calls.loss_follows:
+                return
+            raise UnsupportedModelError(
+                f"{name} was trained on without labels: a loss made of its logits is the loss of a "
+                "shard. Give the batch labels and use the loss that the model returns."
+            )
+        if getattr(output, "loss", None) is not None and not calls.loss:
+            raise UnsupportedModelError(
+                f"{name} made a loss without self.loss_function: it is the loss of a shard. Undo "
+                "whatever replaced its forward (Liger's fused loss, a subclass)."
+            )
+
+    for handle in (model.register_forward_pre_hook(reset), model.register_forward_hook(check, with_kwargs=True)):
+        undo.callback(handle.remove)

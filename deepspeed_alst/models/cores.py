@@ -1,0 +1,150 @@
+"""The attention cores: what attends between the two all-to-alls, and which arguments of the call it is given.
+
+sdpa is called directly. Of every other core transformers' own function is called, with the whole sequence and this
+rank's heads, so that its special cases (casts, windows, varlen, kernels from the hub) stay transformers'.
+
+Legend: B batch, S whole sequence, D head dim; h and k are the query and key/value heads of this rank.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import causal_mask_function, flex_attention_mask
+
+from deepspeed_alst.errors import UnsupportedModelError
+
+Attend = Callable[..., torch.Tensor]
+"""``(module, q_BhSD, k_BkSD, v_BkSD, scaling, arguments) -> out_BhSD``."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """One way to attend, under the name that transformers has for it."""
+
+    name: str
+    passes_on: tuple[str, ...]
+    """Arguments of the attention call that change its result and that this core is given."""
+    make: Callable[["Core"], Attend]
+    """Makes the function of one model."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether sliding windows reach the core."""
+        return "sliding_window" in self.passes_on
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether packed documents do not see one another."""
+        return "cu_seq_lens_q" in self.passes_on
+
+
+def find_core(name: str) -> Core | None:
+    """The core behind an ``attn_implementation``; None if it is not available under sequence parallelism.
+
+    Flash attention has many names (2, 3, 4, kernels of the hub): it is known by its function. A function that somebody
+    else registered under one of the names is not known.
+    """
+    function = AttentionInterface._global_mapping.get(name)
+    if name == "sdpa":
+        return Core(name, (), _sdpa)
+    if function is flash_attention_forward:
+        return Core(name, _FLASH_ARGUMENTS, _flash)
+    if function is flex_attention_forward:
+        return Core(name, ("softcap", "kernel_options"), _flex)
+    return None
+
+
+def keeps_documents_apart(model: Any) -> bool:
+    """Whether packed documents do not see one another in a model's attention under sequence parallelism."""
+    core = find_core(model.config._attn_implementation)
+    return core is not None and core.keeps_documents_apart
+
+
+_FLASH_ARGUMENTS = (
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "deterministic",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+
+
+def _sdpa(core: Core) -> Attend:
+    def attend(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=gqa)
+
+    return attend
+
+
+def _flash(core: Core) -> Attend:
+    def attend(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        # Under the private name transformers would load the kernel anew, and register it over the model's own entry.
+        plain = _Seen(module, config=_Seen(module.config, _attn_implementation=core.name))
+        out_BShD, _ = flash_attention_forward(plain, q, k, v, None, scaling=scaling, is_causal=True, **arguments)
+        return out_BShD.transpose(1, 2)
+
+    return attend
+
+
+def _flex(core: Core) -> Attend:
+    # A million tokens have a mask of 2**26 blocks: only the last length's is kept.
+    block_mask = functools.lru_cache(maxsize=1)(_causal_block_mask)
+
+    def attend(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+            raise UnsupportedModelError(
+                "attn_implementation='flex_attention' cannot train on CPU: PyTorch has no backward of it there. Load "
+                "the model with attn_implementation='sdpa'"
+            )
+        mask = block_mask(q.shape[2], q.device)
+        out_BShD, _ = flex_attention_forward(module, q, k, v, mask, scaling=scaling, **arguments)
+        return out_BShD.transpose(1, 2)
+
+    return attend
+
+
+def _causal_block_mask(length: int, device: torch.device) -> Any:
+    """Of the whole sequence, where transformers' would be of the shard; one row, which flex repeats for the batch."""
+    return flex_attention_mask(1, length, length, mask_function=causal_mask_function, device=device)
+
+
+class _Seen:
+    """An object with some of its attributes replaced, for whoever is given this instead."""
+
+    def __init__(self, seen: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_seen"], name)

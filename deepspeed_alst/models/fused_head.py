@@ -1,0 +1,45 @@
+"""TRL's fused LM head under sequence parallelism.
+
+It returns the log-probability of every labelled token of this rank's shard, whose sum TRL's trainers divide by their
+own count. So the sum is made that of the whole sequence, with the gradient that the package's own loss has.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.models.calls import Calls
+
+
+class _SummedOverShards(torch.autograd.Function):
+    """``[B, s] -> [B, s]`` with the sum of the whole sequence; the gradient times P, as in parallel/loss.py."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs_Bs: torch.Tensor, others: torch.Tensor, factor: int) -> torch.Tensor:
+        ctx.factor = factor
+        return log_probs_Bs + (others / log_probs_Bs.numel()).to(log_probs_Bs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Bs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad_Bs * ctx.factor, None, None
+
+
+def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
+    """Have the sums of a fused head's outputs be the whole sequence's; ``undo.close()`` takes it back."""
+
+    def whole(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        log_probs_Bs, mask_Bs = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
+        if calls.whole or log_probs_Bs is None or mask_Bs is None:
+            return None
+        local = log_probs_Bs.detach().double().sum()
+        totals = torch.stack([local, mask_Bs.sum().double()])
+        dist.all_reduce(totals, group=group)
+        whole_sum, count = totals.unbind()
+        output["log_probs"] = _SummedOverShards.apply(log_probs_Bs, whole_sum - local, dist.get_world_size(group))
+        calls.note_loss(output["log_probs"])
+        output["loss"] = -output["log_probs"].sum() / count.clamp(min=1.0).to(log_probs_Bs.dtype)
+        return output
+
+    undo.callback(model.register_forward_hook(whole).remove)

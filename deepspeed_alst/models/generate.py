@@ -1,0 +1,38 @@
+"""Generation between steps: every rank holds the whole prompt, so the model is for that time what it was."""
+
+import functools
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from deepspeed_alst.models.calls import Calls
+
+
+def generate_whole(model: torch.nn.Module, core: str, calls: Calls, undo: ExitStack) -> None:
+    """Run ``model.generate`` without sequence parallelism; ``undo.close()`` takes it back.
+
+    Every rank generates from the prompts that it is given, as at SP 1, with transformers' own attention and caches.
+
+    Args:
+        model: the transformers model.
+        core: the attention that it was loaded with.
+        calls: what looks at its forwards.
+        undo: takes the way back.
+    """
+    if not hasattr(model, "generate"):
+        return
+    original = model.generate
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        config = model.config
+        split = config._attn_implementation
+        config._attn_implementation, calls.whole = core, True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            config._attn_implementation, calls.whole = split, False
+
+    model.generate = generate
+    undo.callback(vars(model).pop, "generate", None)

@@ -1,0 +1,52 @@
+"""What DeepSpeed's ALST recipes leave in transformers and accelerate, taken back or made right for an engine's life."""
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_UPSTREAM = "deepspeed.runtime.sequence_parallel.ulysses_sp"
+_SKIP = "skip_first_batches"
+
+
+def take_out_upstream_attention(undo: ExitStack) -> None:
+    """Give every model its own attention core back, in whose place DeepSpeed has put its wrapper for all of them.
+
+    The wrapper stands in the interface's local mapping, in front of the cores; ``undo.close()`` puts it there again.
+    """
+    in_front = ALL_ATTENTION_FUNCTIONS._local_mapping
+    for name, function in list(in_front.items()):
+        if getattr(function, "__module__", "") == _UPSTREAM:
+            del in_front[name]
+            undo.callback(in_front.setdefault, name, function)
+
+
+def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], undo: ExitStack) -> None:
+    """Make accelerate's ``skip_first_batches``, by which training is resumed within an epoch, keep an adapter.
+
+    It makes a plain loader of whatever has a dataset, whose batches would reach the model whole. Replaced wherever it
+    has been imported by its name.
+
+    Args:
+        adapter: the class of loaders that yield shards.
+        rewrap: makes an adapter like a given one, over another inner loader and without its first ``n`` micro-batches.
+        undo: takes the replacement back.
+    """
+    try:
+        from accelerate.data_loader import skip_first_batches as original
+    except ImportError:
+        return
+
+    def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
+        if not isinstance(dataloader, adapter):
+            return original(dataloader, num_batches)
+        # What is counted are micro-batches, and each batch of the inner loader stands for one of every rank's.
+        refills, rest = divmod(num_batches, dataloader.sp_world_size)
+        return rewrap(dataloader, original(dataloader.dl, refills), rest)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(_SKIP) is original:
+            setattr(module, _SKIP, skip_first_batches)
+            undo.callback(setattr, module, _SKIP, original)

@@ -1,0 +1,493 @@
+"""Checkpoints: saved and resumed anywhere, the run goes on as if it had not been interrupted.
+
+Four steps in one run are the reference; benchmarks/resume.py has the runs. A frozen layer has weights of its own in the
+run that saves, so that a resumed run which kept its own would be off.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.cells import model_config
+from benchmarks.ranks import RankError, Ranks
+from benchmarks.resume import SAVED_AFTER, STEPS, Job, Outcome, build_engine, resumed_rows, run, train_step, weights_of
+from deepspeed_alst.engine.universal import Source, _Conversion, is_universal
+from deepspeed_alst.errors import CheckpointError, DataError
+from deepspeed_alst.models.names import PrivateName
+
+FROZEN = "layers.0.mlp.up_proj"
+TAG = f"global_step{SAVED_AFTER}"
+
+
+@pytest.fixture(scope="module")
+def ranks1():
+    with Ranks(1) as ranks:
+        ranks.run(os.getpid)
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def saved(ranks2, tmp_path_factory):
+    """By ZeRO stage: a job at SP 2 on 2 ranks with a frozen layer, its uninterrupted run, its folder of checkpoints."""
+    made: dict[int, Any] = {}
+
+    def of(stage: int) -> Any:
+        if stage not in made:
+            folder, job = tmp_path_factory.mktemp(f"stage{stage}"), Job.of(stage, 2, 2, freeze=FROZEN)
+            whole = ranks2.run(run, job, 0, STEPS)[0]
+            ranks2.run(run, job, 0, SAVED_AFTER, None, str(folder))
+            made[stage] = job, whole, folder
+        return made[stage]
+
+    return of
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    """A checkpoint's own files, which a test may spoil."""
+    (to / TAG).mkdir(parents=True)
+    for each in (folder / TAG).glob("*.pt"):
+        (to / TAG / each.name).write_bytes(each.read_bytes())
+    (to / "latest").write_text(TAG)
+    return to
+
+
+# --- the same layout
+
+
+def assert_every_bit_is_the_same(rest: Outcome, whole: Outcome) -> None:
+    assert rest.losses == whole.losses[SAVED_AFTER:] and whole.losses[0] != whole.losses[-1]
+    for name, weight in whole.weights.items():
+        assert torch.equal(rest.weights[name], weight), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resumed_at_the_same_layout_every_bit_is_the_same(stage, saved, ranks2):
+    job, whole, folder = saved(stage)
+    assert_every_bit_is_the_same(ranks2.run(run, job, SAVED_AFTER, STEPS, str(folder))[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "optimizer"),
+    [
+        *((stage, "bf16", "adamw") for stage in (0, 1, 2, 3)),
+        (2, "fp32", "sgd"),
+        *(pytest.param(stage, "fp32", "sgd", marks=pytest.mark.slow) for stage in (0, 1, 3)),
+        *(pytest.param(stage, "bf16", "sgd", marks=pytest.mark.slow) for stage in (0, 1, 2, 3)),
+    ],
+)
+def test_so_it_is_in_bf16_and_with_sgd(stage, dtype, optimizer, ranks2, tmp_path):
+    job = Job.of(stage, 2, 2, optimizer, dtype=dtype)
+    whole = ranks2.run(run, job, 0, STEPS)[0]
+    ranks2.run(run, job, 0, SAVED_AFTER, None, str(tmp_path))
+    assert_every_bit_is_the_same(ranks2.run(run, job, SAVED_AFTER, STEPS, str(tmp_path))[0], whole)
+    assert not list(tmp_path.glob("*universal*"))
+
+
+# --- another SP degree on as many ranks
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_sp_degree_on_as_many_ranks_needs_no_conversion(stage, saved, ranks2, tmp_path):
+    job, whole, folder = saved(stage)
+    copy = copy_of(folder, tmp_path / "copy")
+    (row,) = resumed_rows(job, whole, str(copy), [Job.of(stage, 1, 2, freeze=FROZEN)], ranks2)
+    assert row.problems() == []
+    assert {each.name for each in copy.iterdir()} == {"latest", TAG}
+
+
+def test_two_replicas_at_sp2_go_on_as_one_at_sp4(ranks4, tmp_path):
+    job = Job.of(3, 2, 4)
+    whole = ranks4.run(run, job, 0, STEPS)[0]
+    ranks4.run(run, job, 0, SAVED_AFTER, None, str(tmp_path))
+    (row,) = resumed_rows(job, whole, str(tmp_path), [Job.of(3, 4, 4)], ranks4)
+    assert row.problems() == [] and not list(tmp_path.glob("*universal*"))
+
+
+# --- another number of ranks
+
+
+def convert_by_hand(folder: Path) -> None:
+    """As DeepSpeed's documentation has it: no --inject_missing_state."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", folder / TAG]
+    done = subprocess.run([*command, "--output_folder", folder / f"{TAG}_universal"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def load_and_watch(job: Job, folder: str, **arguments: Any) -> tuple[str, dict[str, torch.Tensor]]:
+    """What loading prints on rank 0, and the weights that it brings."""
+    engine, said = build_engine(job, from_scratch=False), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        engine.load_checkpoint(folder, **arguments)
+    weights = weights_of(engine)
+    engine.destroy()
+    return said.getvalue(), weights
+
+
+def test_deepspeeds_converter_takes_the_checkpoint_and_a_program_without_this_package_goes_on(saved, ranks1):
+    _, whole, folder = saved(1)
+    convert_by_hand(folder)
+    # The frozen layer is one that DeepSpeed's own universal load would leave as it is: the program brings it.
+    plain = Job.of(1, 1, 1, extra=(("checkpoint", {"load_universal": True}),), freeze=FROZEN)
+    with_frozen = ranks1.run(run_with_doubled_frozen, plain, str(folder))[0]
+    assert max(abs(a - b) / b for a, b in zip(with_frozen, whole.losses[SAVED_AFTER:], strict=True)) < 1e-6
+    # And this package takes what was converted by hand.
+    said, _ = ranks1.run(load_and_watch, Job.of(1, 1, 1, freeze=FROZEN), str(folder))[0]
+    assert "converted before" in said and not (folder / f"{TAG}_universal" / "made_by_deepspeed_alst.json").exists()
+
+
+def run_with_doubled_frozen(job: Job, folder: str) -> list[float]:
+    engine = build_engine(job, from_scratch=True)
+    assert "load_checkpoint" not in vars(engine)
+    engine.load_checkpoint(folder)
+    vocab = model_config(job.cell).vocab_size
+    losses = [train_step(engine, step, vocab) for step in range(SAVED_AFTER, STEPS)]
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_on_another_number_of_ranks_the_run_goes_on(stage, world_size, saved, request):
+    job, whole, folder = saved(stage)
+    ranks = request.getfixturevalue(f"ranks{world_size}")
+    if not (folder / f"{TAG}_universal").exists() and stage:
+        (folder / f"{TAG}_universal.partial").mkdir()  # as a killed conversion leaves it
+    (row,) = resumed_rows(job, whole, str(folder), [Job.of(stage, world_size, world_size, freeze=FROZEN)], ranks)
+    assert row.problems() == []
+    left = {each.name for each in folder.iterdir() if each.suffix != ".py"}  # DeepSpeed's scripts
+    assert left == {"latest", TAG} | ({f"{TAG}_universal", "latest_universal"} if stage else set())
+    assert (folder / "latest").read_text() == TAG
+
+
+def test_the_conversion_is_said_once_in_a_line_and_used_again(saved, ranks1, ranks4):
+    _, _, folder = saved(3)
+    target = folder / f"{TAG}_universal"
+    if not target.exists():
+        ranks1.run(load_and_watch, Job.of(3, 1, 1, freeze=FROZEN), str(folder))
+    before = (target / "zero" / "optimizer_state.pt").stat()
+    said = [each[0] for each in ranks4.run(load_and_watch, Job.of(3, 4, 4, freeze=FROZEN), str(folder))]
+    assert said[0].count("\n") == 1 and "saved on 2 ranks and this run has 4" in said[0] and str(target) in said[0]
+    assert said[1:] == [""] * 3
+    after = (target / "zero" / "optimizer_state.pt").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("how", [{"load_module_only": True}, {"load_optimizer_states": False}, {"tag": "by name"}])
+def test_weights_alone_come_on_another_number_of_ranks_too(stage, how, saved, ranks2, ranks1):
+    job, _, folder = saved(stage)
+    there = ranks2.run(load_and_watch, job, str(folder))[0][1]
+    if how == {"tag": "by name"}:  # of the universal checkpoint, which needs no key in the ds_config
+        how = {"tag": f"{TAG}_universal"}
+        if not (folder / how["tag"]).exists():
+            ranks1.run(load_and_watch, Job.of(stage, 1, 1, freeze=FROZEN), str(folder))
+    here = ranks1.run(load_with, Job.of(stage, 1, 1, freeze=FROZEN), str(folder), how)[0]
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def load_with(job: Job, folder: str, how: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_and_watch(job, folder, **how)[1]
+
+
+def save_and_look(job: Job, folder: str) -> tuple[dict[str, Any], bool]:
+    """The caller's state after it was saved, and whether the model still has the entry for the converter."""
+    engine, mine = build_engine(job), {"place": [1, 2]}
+    engine.save_checkpoint(folder, tag="mine", client_state=mine)
+    left = hasattr(engine.module, "universal_checkpoint_info")
+    engine.destroy()
+    return mine, left
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_files_say_that_there_is_no_tensor_parallelism_and_keep_the_callers_state(stage, ranks2, tmp_path):
+    assert ranks2.run(save_and_look, Job.of(stage, 2, 2), str(tmp_path)) == [({"place": [1, 2]}, False)] * 2
+    state = torch.load(next((tmp_path / "mine").glob("*_model_states.pt")), weights_only=False)
+    assert state["checkpoint_parallel_dimensions"] == {"tp_degree": 1, "pp_degree": 1}
+    assert state["dp_world_size"] == 2 and state["mp_world_size"] == 1
+    assert state["universal_checkpoint_info"] and state["place"] == [1, 2]
+
+
+# --- weights for others
+
+
+def export(job: Job, folder: str) -> None:
+    """Train, and save in every way that DeepSpeed and transformers have."""
+    engine = build_engine(job, from_scratch=True)
+    vocab = model_config(job.cell).vocab_size
+    for step in range(SAVED_AFTER):
+        train_step(engine, step, vocab)
+    out = Path(folder)
+    engine.save_checkpoint(folder)
+    engine.save_16bit_model(str(out / "16bit"))
+    stage3 = job.cell.stage == 3
+    state = engine._zero3_consolidated_16bit_state_dict() if stage3 else engine.module.state_dict()
+    if dist.get_rank() == 0:
+        engine.module.save_pretrained(out / "pretrained", state_dict=state)
+    weights = weights_of(engine)
+    if dist.get_rank() == 0:
+        torch.save({name: weight.float() for name, weight in weights.items()}, out / "weights.pt")
+    dist.barrier()
+    engine.destroy()
+
+
+RELOAD = """
+import json, subprocess, sys, torch
+from pathlib import Path
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers import AutoModelForCausalLM
+
+def worst(found, wanted):
+    return max(float((found[name].float() - w).norm() / w.norm()) for name, w in wanted.items())
+
+folders, figures = [Path(each) for each in sys.argv[1:]], {}
+sp1 = torch.load(folders[0] / "weights.pt")
+for folder in folders[1:]:
+    wanted = torch.load(folder / "weights.pt")
+    figures[f"{folder.name} against SP 1"] = worst(wanted, sp1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "pretrained")
+    figures[f"{folder.name} from_pretrained"] = worst(model.state_dict(), wanted)
+    figures[f"{folder.name} 16bit"] = worst(torch.load(folder / "16bit" / "pytorch_model.bin"), wanted)
+    figures[f"{folder.name} fp32"] = worst(get_fp32_state_dict_from_zero_checkpoint(folder), wanted)
+subprocess.run([sys.executable, folder / "zero_to_fp32.py", folder, folder / "consolidated"], check=True,
+               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+figures["zero_to_fp32.py"] = worst(torch.load(folder / "consolidated" / "pytorch_model.bin"), wanted)
+ours = [name for name in sys.modules if "deepspeed_alst" in name and not name.startswith("_")]
+print("FIGURES", json.dumps([figures, ours]))
+"""
+
+
+def test_exported_weights_are_those_of_sp1_and_load_without_this_package(ranks2, tmp_path):
+    gather = {"stage3_gather_16bit_weights_on_model_save": True}
+    folders = [tmp_path / name for name in ("sp1", "stage2", "stage3")]
+    for folder, (stage, sp_size) in zip(folders, ((2, 1), (2, 2), (3, 2)), strict=True):
+        ranks2.run(export_with, Job.of(stage, sp_size, 2, "sgd"), str(folder), gather if stage == 3 else {})
+        saved_config = json.loads((folder / "pretrained" / "config.json").read_text())
+        assert "alst" not in json.dumps(saved_config) and saved_config["architectures"] == ["LlamaForCausalLM"]
+    environment = {**os.environ, "DEEPSPEED_ALST_AUTOLOAD": "0", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, *folders], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures, ours = json.loads(done.stdout.split("FIGURES ")[1])
+    assert ours == [] and len(figures) == 9
+    for what, error in figures.items():
+        assert error <= (1e-6 if what.endswith("against SP 1") else 0.0), figures
+
+
+def export_with(job: Job, folder: str, zero_keys: dict[str, Any]) -> None:
+    import benchmarks.resume as resume
+    from benchmarks.cells import ds_config
+
+    def with_keys(cell: Any, sp_size: int) -> dict[str, Any]:
+        config = ds_config(cell, sp_size)
+        return {**config, "zero_optimization": {**config["zero_optimization"], **zero_keys}}
+
+    resume.ds_config = with_keys
+    try:
+        export(job, folder)
+    finally:
+        resume.ds_config = ds_config
+
+
+def edit_the_config(job: Job) -> tuple[Any, ...]:
+    engine = build_engine(job)
+    model, theirs = engine.module, engine.module.config
+    name, was = theirs._attn_implementation, theirs.vocab_size
+    theirs.use_cache = False
+    theirs.pad_token_id = 5
+    theirs.a_note = "kept"
+    engine.destroy()
+    config = model.config
+    assert isinstance(name, PrivateName) and config is not theirs
+    return config.use_cache, config.pad_token_id, config.a_note, config._attn_implementation, config.vocab_size == was
+
+
+def test_what_a_program_changes_in_the_models_config_outlives_the_engine(ranks2):
+    assert ranks2.run(edit_the_config, Job.of(2, 2, 2)) == [(False, 5, "kept", "sdpa", True)] * 2
+
+
+# --- what cannot be loaded
+
+
+def load_from(job: Job, folder: str, tag: str | None = None) -> Any:
+    engine = build_engine(job, from_scratch=False)
+    try:
+        return engine.load_checkpoint(folder, tag=tag)[0]
+    finally:
+        engine.destroy()
+
+
+def refusals(ranks: Ranks, job: Job, folder: Path, tag: str | None = None) -> list[str]:
+    """What loading says, rank by rank; every rank must refuse."""
+    with pytest.raises(RankError) as raised:
+        ranks.run(load_from, job, str(folder), tag, seconds=60)
+    assert all(isinstance(error, CheckpointError) for error in raised.value.errors), raised.value
+    return [str(error) for error in raised.value.errors]
+
+
+def test_where_there_is_no_checkpoint_deepspeeds_answer_is_none(ranks2, tmp_path):
+    assert ranks2.run(load_from, Job.of(2, 2, 2), str(tmp_path / "none")) == [None, None]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_tag_that_is_not_there_is_an_error_that_names_those_that_are(stage, saved, ranks2):
+    job, _, folder = saved(stage)
+    for said in refusals(ranks2, job, folder, "global_step9"):
+        assert "global_step9: no such checkpoint" in said and TAG in said
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_another_model_is_refused_by_the_names_and_shapes_of_its_weights(stage, saved, ranks2):
+    job, _, folder = saved(stage)
+    for said in refusals(ranks2, replace(job, cell=replace(job.cell, kv_heads=4)), folder):
+        assert "is of another model" in said and "k_proj.weight ([16, 32] saved, [32, 32] here)" in said
+
+
+def test_another_zero_stage_is_refused(saved, ranks2):
+    _, _, folder = saved(2)
+    for said in refusals(ranks2, Job.of(3, 2, 2, freeze=FROZEN), folder):
+        assert "saved at a ZeRO stage below 3, and this engine runs stage 3" in said
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_file_that_only_one_rank_reads_stops_all_ranks_if_it_is_cut_short(stage, saved, ranks2, tmp_path):
+    job, _, folder = saved(stage)
+    copy = copy_of(folder, tmp_path / "copy")
+    spoilt = copy / TAG / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    spoilt.write_bytes(spoilt.read_bytes()[:-100])
+    first, second = refusals(ranks2, job, copy)
+    assert "rank 1: " in first and "cut short" in first and spoilt.name in second
+    spoilt.unlink()
+    assert all("is missing" in said for said in refusals(ranks2, job, copy))
+
+
+def test_a_failed_conversion_is_an_error_with_the_command_and_leaves_nothing_behind(saved, ranks1, tmp_path):
+    _, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    torch.save({}, copy / TAG / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    (said,) = refusals(ranks1, Job.of(2, 1, 1, freeze=FROZEN), copy)
+    assert "could not be converted" in said and "KeyError" in said and "deepspeed.checkpoint.ds_to_universal" in said
+    assert {each.name for each in copy.iterdir()} == {"latest", TAG}
+
+
+def test_where_nothing_can_be_written_the_error_gives_the_command(saved, ranks4, tmp_path):
+    _, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    (copy / f"{TAG}_universal.partial").write_text("root may write anywhere, but not where a file is")
+    for said in refusals(ranks4, Job.of(2, 4, 4, freeze=FROZEN), copy):
+        assert "nothing can be written beside it" in said
+        assert f"--output_folder ELSEWHERE/{TAG}_universal" in said
+
+
+def test_an_optimizer_that_is_not_adam_is_refused_on_another_number_of_ranks(ranks2, ranks1, tmp_path):
+    ranks2.run(run, Job.of(2, 2, 2, "sgd"), 0, SAVED_AFTER, None, str(tmp_path))
+    (said,) = refusals(ranks1, Job.of(2, 1, 1, "sgd"), tmp_path)
+    assert "Adam's state only" in said and "Resume on 2 ranks" in said
+
+
+def test_files_of_more_ranks_under_the_same_tag_are_refused(saved, ranks1, tmp_path):
+    _, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    first = copy / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    first.with_name("zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(first.read_bytes())
+    (said,) = refusals(ranks1, Job.of(2, 1, 1, freeze=FROZEN), copy)
+    assert "saved on 2 ranks but holds other optimizer files" in said and "zero_pp_rank_2" in said
+
+
+def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(saved, ranks1, tmp_path):
+    _, _, folder = saved(2)
+    if not (folder / f"{TAG}_universal").exists():
+        ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(folder))
+    files = tuple(sorted((folder / TAG).glob("*_optim_states.pt")))
+    source = Source(folder, TAG, files, 1)
+    assert is_universal(source.target)
+    conversion = _Conversion(source)
+    assert conversion.start() is None and conversion._process is None
+    origin = source.target / "made_by_deepspeed_alst.json"
+    recorded = origin.read_text()
+    before = files[0].stat()
+    try:
+        os.utime(files[0])  # saved again under the same tag
+        origin.unlink()  # by hand: not ours to remove
+        assert "is in the way" in str(conversion.start())
+        origin.write_text(recorded)  # ours: made anew
+        again = _Conversion(source)
+        assert again.start() is None and again._process is not None
+        again.clean()
+        assert not list(folder.glob("*.partial")) and is_universal(source.target)
+    finally:
+        os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+        origin.write_text(recorded)
+
+
+def test_the_files_of_a_checkpoint_are_zip_archives_which_the_check_for_cut_files_relies_on(saved):
+    _, _, folder = saved(2)
+    assert all(zipfile.is_zipfile(each) for each in (folder / TAG).glob("*.pt"))
+
+
+# --- the data loader's own state
+
+
+class Stateful:
+    """A loader that knows its place, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.place = batches, 0
+
+    def __iter__(self) -> Any:
+        while self.place < self.batches:
+            self.place += 1
+            ids = 1000 * dist.get_rank() + 100 * self.place + torch.arange(8)[None]
+            yield {"input_ids": ids, "labels": ids}
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def first_tokens(loader: Any) -> list[int]:
+    return [int(batch["input_ids"][0, 0]) for batch in loader]
+
+
+def resume_the_loader() -> tuple[list[int], list[list[int]], list[str], bool]:
+    import deepspeed_alst
+
+    engine = build_engine(Job.of(2, 2, 2))
+    whole = first_tokens(deepspeed_alst.shard_dataloader(Stateful(3), engine))
+    loader, rests, errors = deepspeed_alst.shard_dataloader(Stateful(3), engine), [], []
+    for taken, _ in enumerate(loader, start=1):
+        try:
+            state = loader.state_dict()
+        except DataError as error:
+            errors.append(f"{taken}: {error}")
+            continue
+        later = deepspeed_alst.shard_dataloader(Stateful(3), engine)
+        later.load_state_dict(state)
+        # At the end of the data the inner loader's own state is that it has handed out everything.
+        rests.append((whole[:taken] + first_tokens(later)) if taken < 6 else whole)
+    plain = hasattr(deepspeed_alst.shard_dataloader([1], engine), "state_dict")
+    engine.destroy()
+    return whole, rests, errors, plain
+
+
+def test_a_stateful_loader_resumes_where_a_refill_ends_and_refuses_its_state_within_one(ranks2):
+    for whole, rests, errors, plain in ranks2.run(resume_the_loader):
+        assert len(whole) == 6 and rests == [whole] * 3
+        assert [error.split(":")[0] for error in errors] == ["1", "3", "5"]
+        assert "1 of 2 micro-steps are still to come" in errors[0]
+        assert not plain

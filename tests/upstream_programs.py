@@ -1,0 +1,383 @@
+"""Programs as users have them for DeepSpeed's own ALST: by hand, with accelerate, with the HF Trainer.
+
+Each trains a cell of the parity table (benchmarks/cells.py) and returns what it gave. Nothing in the loops knows this
+package; what the tests want to see is taken from the engine's ``step`` (``Recorder``).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # accelerate's and DeepSpeed's loops take it for granted
+from torch.utils.data import DataLoader
+
+from benchmarks.cells import Cell, Result, build_model, ds_config, full_weight, learning_rates, model_config, samples
+
+
+class OwnSamples(torch.utils.data.Dataset):
+    """This rank's samples of a cell, step after step, with position_ids as DeepSpeed's adapter demands them."""
+
+    def __init__(self, cell: Cell) -> None:
+        steps = samples(cell, model_config(cell).vocab_size)
+        self.batches = [batch for ranks in steps for batch in ranks[dist.get_rank()]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = {key: x[0] for key, x in self.batches[index].items()}
+        return {**batch, "position_ids": torch.arange(len(batch["input_ids"]))}
+
+
+def config_of(cell: Cell, alst: bool = True) -> dict[str, Any]:
+    """The ds_config of a recipe: the SP degree comes from the program alone."""
+    config = ds_config(cell, cell.sp_size)
+    del config["sequence_parallel_size"]
+    if not alst:
+        del config["alst"]
+    return config
+
+
+def model_and_optimizer(cell: Cell) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = build_model(model_config(cell))
+    if cell.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": cell.checkpointing == "reentrant"})
+        model.train()
+    matrix_rate, norm_rate = learning_rates(cell)
+    return model, torch.optim.SGD(
+        [
+            {"params": [param for param in model.parameters() if param.dim() > 1], "lr": matrix_rate},
+            {"params": [param for param in model.parameters() if param.dim() == 1], "lr": norm_rate},
+        ]
+    )
+
+
+class Recorder:
+    """Looks at an engine's first optimizer step, and at its weights before and after all."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._named = list(engine.module.named_parameters())
+        self._before = {name: full_weight(param) for name, param in self._named}
+        self._result: Result | None = None
+        self._losses: list[torch.Tensor] = []
+        self._methods = {name: getattr(engine, name) for name in ("backward", "step")}
+        engine.backward, engine.step = self._backward, self._step
+
+    def _backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> Any:
+        # The HF Trainer divides by the accumulation steps itself.
+        factor = 1 if scale_wrt_gas else self._engine.gradient_accumulation_steps()
+        self._losses.append(loss.detach().double() * factor)
+        return self._methods["backward"](loss, scale_wrt_gas=scale_wrt_gas)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        from deepspeed.utils import safe_get_full_grad
+
+        first = self._result is None and self._engine.is_gradient_accumulation_boundary()
+        if first:
+            grads = {name: safe_get_full_grad(param).double().clone() for name, param in self._named}
+            mean = torch.stack(self._losses).mean()
+            dist.all_reduce(mean)
+            self._result = Result(mean.item() / dist.get_world_size(), None, grads)
+        out = self._methods["step"](*args, **kwargs)
+        if first:
+            self._result.norm = float(self._engine.get_global_grad_norm())
+        return out
+
+    def result(self) -> Result:
+        """After the last step, with the engine still alive."""
+        changes = {name: full_weight(param) - self._before[name] for name, param in self._named}
+        result = replace(self._result, changes=changes, before=self._before)
+        return result if dist.get_rank() == 0 else replace(result, grads={}, changes={}, before={})
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """DeepSpeed's registration has no way back, and is refused a second time: undo it for the next test."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.utils import groups
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before, mpu = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), groups.mpu
+    try:
+        yield
+    finally:
+        groups.mpu = mpu
+        parallel_state_sp._release_sequence_parallel_groups()
+        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
+        ALL_ATTENTION_FUNCTIONS._local_mapping.update(before)
+
+
+def all_gather(x: torch.Tensor, group: Any) -> Any:
+    """As on NCCL: on gloo, torch 2.13's own raises in the backward of every group but the first."""
+    from benchmarks.upstream import _AllGather
+
+    if dist.get_world_size(group) == dist.get_world_size():
+        return torch.distributed.nn.functional.all_gather(x, group=group)
+    return _AllGather.apply(group, x)
+
+
+def aggregated(loss: torch.Tensor, shift_labels: torch.Tensor, group: Any) -> torch.Tensor:
+    """The loss of the documented loops: each shard's mean, weighted by its labelled tokens."""
+    losses_per_rank = all_gather(loss, group)
+    good_tokens = (shift_labels != -100).view(-1).sum()
+    good_tokens_per_rank = all_gather(good_tokens, group)
+    total_loss = sum(
+        losses_per_rank[rank] * good_tokens_per_rank[rank] for rank in range(torch.distributed.get_world_size(group))
+    )
+    total_good_tokens = sum(good_tokens_per_rank)
+    return total_loss / max(total_good_tokens, 1)
+
+
+def registered(cell: Cell, model: Any) -> Any:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation="sdpa",
+        sequence_parallel_size=cell.sp_size,
+        micro_batch_size=1,
+        seq_length_is_variable=True,
+    )
+
+
+def adapter_for(dataset: Any, engine: Any) -> Any:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+    from deepspeed.utils import groups
+
+    return UlyssesSPDataLoaderAdapter(
+        DataLoader(dataset, batch_size=1),
+        sp_rank=groups._get_sequence_parallel_rank(),
+        sp_group=groups._get_sequence_parallel_group(),
+        sp_world_size=groups._get_sequence_parallel_world_size(),
+        device=engine.device,
+    )
+
+
+def tutorial_loss(model: Any, batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
+    """The loss of DeepSpeed's tutorial, up to the aggregation."""
+    outputs = model(**batch)
+    return model.module.loss_function(
+        logits=outputs.logits,
+        labels=None,
+        shift_labels=batch["shift_labels"],
+        vocab_size=model.module.config.vocab_size,
+    )
+
+
+Loss = Callable[[Any, dict[str, torch.Tensor], Any], torch.Tensor]
+
+
+def tutorial(cell: Cell, loss_of: Loss = tutorial_loss, alst: bool = True) -> Result:
+    """https://www.deepspeed.ai/tutorials/ulysses-alst-sequence-parallelism/, by hand."""
+    import deepspeed
+    from deepspeed.runtime.utils import move_to_device
+    from deepspeed.utils import groups
+
+    with forgotten():
+        model, optimizer = model_and_optimizer(cell)
+        mpu = registered(cell, model)
+        engine, *_ = deepspeed.initialize(config=config_of(cell, alst), model=model, optimizer=optimizer, mpu=mpu)
+        try:
+            sp_group = groups._get_sequence_parallel_group()
+            recorder = Recorder(engine)
+            for batch in adapter_for(OwnSamples(cell), engine):
+                batch = move_to_device(batch, engine.device)
+                loss = aggregated(loss_of(engine, batch, sp_group), batch["shift_labels"], sp_group)
+                engine.backward(loss)
+                engine.step()
+            return recorder.result()
+        finally:
+            engine.destroy()
+
+
+@contextmanager
+def accelerates_state_forgotten() -> Iterator[None]:
+    """accelerate keeps its state for the whole process, part of it in the environment."""
+    import os
+
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    with forgotten():
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+            PartialState._reset_state()
+            unset_hf_deepspeed_config()
+            for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+                del os.environ[name]
+
+
+def parallelism(cell: Cell) -> Any:
+    from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
+
+    return ParallelismConfig(
+        sp_backend="deepspeed",
+        sp_size=cell.sp_size,
+        dp_shard_size=cell.world_size // cell.sp_size,
+        sp_handler=DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa"),
+    )
+
+
+@contextmanager
+def accelerator_of(cell: Cell) -> Iterator[Any]:
+    """accelerate's Accelerator as its guide to sequence parallelism makes it."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    with accelerates_state_forgotten():
+        yield Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config_of(cell)),
+            gradient_accumulation_steps=cell.gas * cell.sp_size,
+            # Without a GPU accelerate 1.15 takes every rank for the only one, unless it is given a backend.
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+            parallelism_config=parallelism(cell),
+        )
+
+
+def accelerate_loop(cell: Cell) -> Result:
+    """accelerate's guide, docs/source/concept_guides/sequence_parallelism.md, with its gradient accumulation."""
+    from deepspeed.utils import groups
+
+    # Before the Accelerator, under whose ZeRO-3 config the model's weights would be drawn sharded, and differently.
+    model, optimizer = model_and_optimizer(cell)
+    with accelerator_of(cell) as accelerator:
+        # accelerate shards a loader that all ranks share: give it one whose every W-th sample is this rank's.
+        loader = DataLoader(EveryRanksSamples(cell), batch_size=1)
+        engine, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        try:
+            recorder = Recorder(engine)
+            for batch in loader:
+                with accelerator.accumulate(engine):
+                    outputs = engine(**batch)
+                    loss = aggregated(outputs.loss, batch["shift_labels"], groups._get_sequence_parallel_group())
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return recorder.result()
+        finally:
+            engine.destroy()
+
+
+def hf_trainer(cell: Cell, resume_from: str | None = None, **changed: Any) -> Result:
+    """The HF Trainer with ``TrainingArguments(parallelism_config=...)``."""
+    import os
+
+    from accelerate import PartialState
+    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+    recorders = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recorders.append(Recorder(trainer.model_wrapped))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recorders.append(recorders[0].result())
+
+    model, optimizer = model_and_optimizer(cell)
+
+    class SgdTrainer(Trainer):
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            # Under DeepSpeed the Trainer drops an optimizer that it is given.
+            self.optimizer = self.optimizer or optimizer
+            return self.optimizer
+
+    with accelerates_state_forgotten():
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")  # see accelerator_of
+        arguments = TrainingArguments(
+            **{
+                "output_dir": "trainer",
+                "deepspeed": config_of(cell),
+                "parallelism_config": parallelism(cell),
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": cell.gas * cell.sp_size,
+                "num_train_epochs": 1,
+                "max_grad_norm": cell.clip,
+                "lr_scheduler_type": "constant",
+                "accelerator_config": {"use_configured_state": True},
+                "report_to": [],
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "train_sampling_strategy": "sequential",
+                "remove_unused_columns": False,
+                **changed,
+            }
+        )
+        trainer = SgdTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=EveryRanksSamples(cell),
+            data_collator=default_data_collator,
+            callbacks=[Watch()],
+        )
+        try:
+            trainer.train(resume_from_checkpoint=resume_from)
+            return recorders[1]
+        finally:
+            trainer.model_wrapped.destroy()
+
+
+def own_forward_loss(model: Any, batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
+    """The loss that a forward of the program's own has made of the shard."""
+    return model(**batch).loss
+
+
+@contextmanager
+def tiled_llama(num_tiles: int) -> Iterator[None]:
+    """Llama with DeepSpeed's tiles, as its tutorial and its docstrings patch them in."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.models.llama import modeling_llama
+
+    def tiled_mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        def mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+        compute_params = [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight]
+        return TiledMLP.apply(mlp_forward, self, x, num_tiles, compute_params)
+
+    def tiled_forward(
+        self: Any, input_ids: Any, position_ids: Any, shift_labels: torch.Tensor, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+        def loss_fn(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(x).float()
+            return torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1), reduction="sum")
+
+        total = TiledFusedLogitsLoss.apply(
+            loss_fn, self, hidden, shift_labels, None, num_tiles, [self.lm_head.weight], "sum"
+        )
+        return CausalLMOutputWithPast(loss=total / (shift_labels != -100).sum().clamp(min=1))
+
+    mlp, model = modeling_llama.LlamaMLP, modeling_llama.LlamaForCausalLM
+    before = mlp.forward, model.forward
+    mlp.forward, model.forward = tiled_mlp_forward, tiled_forward
+    try:
+        yield
+    finally:
+        mlp.forward, model.forward = before
+
+
+def tiled_tutorial(cell: Cell, num_tiles: int, alst: bool = True) -> Result:
+    """The tutorial's loop with MLP and loss in tiles."""
+    with tiled_llama(num_tiles):
+        return tutorial(cell, own_forward_loss, alst)
+
+
+class EveryRanksSamples(OwnSamples):
+    """All ranks' samples, dealt out in turn: sample i is rank i % W's."""
+
+    def __init__(self, cell: Cell) -> None:
+        steps = samples(cell, model_config(cell).vocab_size)
+        self.batches = [
+            ranks[rank][micro] for ranks in steps for micro in range(cell.gas) for rank in range(cell.world_size)
+        ]
