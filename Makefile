@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 check style test test-full parity bench-wire bench-curve clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve clean
 
 setup: $(VENV)/ready
 
@@ -34,6 +34,19 @@ demo: setup
 demo-sp1: setup
 	deepspeed --num_gpus $(RANKS) examples/train.py --deepspeed ds_configs/sp1.json
 
+# The same training by the HF Trainer. Without a GPU it must be told so: accelerate would take each rank for itself.
+HF_ARGUMENTS := --seq_len 16384 --max_steps 10 --per_device_train_batch_size 1 --learning_rate 0.01 \
+	--lr_scheduler_type constant --max_grad_norm 1.0 --gradient_checkpointing --logging_steps 1 --logging_nan_inf_filter False \
+	--do_eval --save_strategy no --report_to none $(if $(filter 0,$(GPUS)),--use_cpu)
+
+demo-hf: setup
+	deepspeed --num_gpus $(RANKS) examples/train_hf.py --deepspeed ds_configs/trainer_sp2.json \
+		--output_dir runs/demo_hf $(HF_ARGUMENTS)
+
+demo-hf-sp1: setup
+	deepspeed --num_gpus $(RANKS) examples/train_hf.py --deepspeed ds_configs/trainer_sp1.json \
+		--output_dir runs/demo_hf_sp1 $(HF_ARGUMENTS)
+
 check: setup
 	ruff check .
 	ruff format --check .
@@ -51,6 +64,9 @@ test-full: setup
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity
+
+bench-resume: setup
+	$(BIN)/python -m benchmarks.resume
 
 bench-wire: setup
 	$(BIN)/python -m benchmarks.wire

@@ -18,8 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import resume
 from benchmarks.cells import STEPS, Cell, Result, run_alst, run_sp1, run_truth, run_upstream
 from benchmarks.ranks import RankError, Ranks
+from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
 
 SLACK = 2.0
 FLOOR = 1e-6
@@ -104,6 +106,7 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
     "unequal_labels": (True, False),
     "tied": (False, True),
     "checkpointing": ("", "reentrant", "non-reentrant"),
+    "lora": (False, True),
 }
 
 
@@ -173,6 +176,8 @@ def short_cells() -> list[Cell]:
         Cell(stage=2, reduce_scatter=False, gas=4, dtype="bf16", grad_accum="fp32"),
         Cell(stage=3, gas=4, odd_lengths=True, unequal_labels=True, clip=0.5, checkpointing="non-reentrant"),
         Cell(stage=3, reduce_scatter=False, dtype="bf16", tied=True),
+        Cell(stage=3, gas=4, lora=True, odd_lengths=True, clip=0.5, checkpointing="reentrant"),
+        Cell(stage=2, gas=2, lora=True, dtype="bf16", unequal_labels=True),
     ]
     return cells + [
         replace(cell, world_size=4, **changed)
@@ -194,6 +199,11 @@ class Row:
     alst: Errors | str
     upstream: Errors | str
     least_change: float
+    program: str = ""
+
+    def name(self) -> str:
+        """The program, where it is not a plain loop, and the cell."""
+        return f"{self.program} {self.cell.name()}".strip()
 
     def problems(self) -> list[str]:
         """Why the cell is missed; empty if it is met, or DeepSpeed refuses it at SP 1 too."""
@@ -206,18 +216,29 @@ class Row:
 
 
 def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
-    """Run a cell in all its forms."""
+    """Run a cell in all its forms, as a plain loop."""
     truth = run_truth(cell)
+    upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream else "not run"
+    sp1, alst = (_errors_of(ranks, truth, function, cell) for function in (run_sp1, run_alst))
+    return Row(cell, sp1, alst, upstream, _least_change(truth))
 
-    def run(function: Any) -> Errors | str:
-        try:
-            return errors(ranks.run(function, cell)[0], truth)
-        except RankError as error:
-            return str(next((each for each in error.errors if each), error)).splitlines()[0][:100] or "failed"
 
-    least = min(float(truth.changes[name].norm() / truth.before[name].norm()) for name in truth.changes)
-    upstream = run(run_upstream) if with_upstream else "not run"
-    return Row(cell, run(run_sp1), run(run_alst), upstream, least)
+def measure_trainer(cell: Cell, ranks: Ranks) -> Row:
+    """Run a cell by the HF Trainer, whose ds_config alone says what the SP degree is."""
+    truth = run_trainer_truth(cell)
+    sp1, alst = (_errors_of(ranks, truth, run_trainer, cell, sp_size) for sp_size in (1, cell.sp_size))
+    return Row(cell, sp1, alst, "not run", _least_change(truth), "HF Trainer")
+
+
+def _errors_of(ranks: Ranks, truth: Result, function: Any, *args: Any) -> Errors | str:
+    try:
+        return errors(ranks.run(function, *args)[0], truth)
+    except RankError as error:
+        return str(next((each for each in error.errors if each), error)).splitlines()[0][:100] or "failed"
+
+
+def _least_change(truth: Result) -> float:
+    return min(float(truth.changes[name].norm() / truth.before[name].norm()) for name in truth.changes)
 
 
 _KINDS = {"loss": "loss", "grads": "worst gradient", "norm": "norm", "changes": f"worst change, {STEPS} steps"}
@@ -243,14 +264,15 @@ def _is_wrong(run: Errors | str) -> bool:
     return not max(run.loss, *run.grads.values(), *run.changes.values()) < _WRONG or math.isnan(run.loss)
 
 
-def run_cells(cells: list[Cell]) -> list[Row]:
+def run_cells(cells: list[Cell], trainers: list[Cell]) -> list[Row]:
     """Measure all cells, those of one world size in the same processes."""
     rows = []
-    for world_size in sorted({cell.world_size for cell in cells}):
+    jobs = [(measure, cell) for cell in cells] + [(measure_trainer, cell) for cell in trainers]
+    for world_size in sorted({cell.world_size for _, cell in jobs}):
         with Ranks(world_size) as ranks:
-            for cell in (cell for cell in cells if cell.world_size == world_size):
-                rows.append(measure(cell, ranks))
-                print(f"{len(rows)}/{len(cells)} {cell.name()}: {_verdict(rows[-1])}", file=sys.stderr, flush=True)
+            for run, cell in ((run, cell) for run, cell in jobs if cell.world_size == world_size):
+                rows.append(run(cell, ranks))
+                print(f"{len(rows)}/{len(jobs)} {rows[-1].name()}: {_verdict(rows[-1])}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -264,9 +286,10 @@ def main() -> int:
     """Print the table; 1 if a cell is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
-    cells = short_cells() if parser.parse_args().short else product_cells() + pairwise_cells()
+    short = parser.parse_args().short
+    cells = short_cells() if short else product_cells() + pairwise_cells()
     start = time.monotonic()
-    rows = run_cells(cells)
+    rows = run_cells(cells, trainer_cells()[:2] if short else trainer_cells())
     table = Table(title=f"Relative errors against fp64, {len(rows)} cells", show_lines=True)
     for column in ("cell", "run", *_KINDS.values(), "verdict"):
         table.add_column(column, overflow="fold")
@@ -274,18 +297,20 @@ def main() -> int:
         upstream = "DeepSpeed's ALST: wrong" if _is_wrong(row.upstream) else "DeepSpeed's ALST"
         if isinstance(row.upstream, str):
             upstream = f"DeepSpeed's ALST: {row.upstream}"
-        table.add_row(row.cell.name(), f"SP 1\nthis package\n{upstream}", *_cell_texts(row), _verdict(row))
+        table.add_row(row.name(), f"SP 1\nthis package\n{upstream}", *_cell_texts(row), _verdict(row))
     console = Console(width=150)
     console.print(table)
+    missed_resumes = [] if short else resume.measure(console)[1]
     bad = sum(bool(row.problems()) for row in rows)
     wrong = sum(_is_wrong(row.upstream) for row in rows)
     failed = sum(isinstance(row.upstream, str) for row in rows)
     console.print(
         f"this package: {len(rows) - bad} of {len(rows)} cells within {SLACK:g} x the error of SP 1 (target: all)\n"
         f"DeepSpeed's own ALST: {wrong} off by more than {_WRONG:.0%}, {failed} not run\n"
+        f"resumed runs that miss their target: {len(missed_resumes)} (target: 0)\n"
         f"{time.monotonic() - start:.0f} s"
     )
-    return 1 if bad else 0
+    return 1 if bad or missed_resumes else 0
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ from collections.abc import Callable
 from types import ModuleType
 
 _TARGET = "deepspeed"
-_TRANSFORMERS_INTEGRATION = "transformers.integrations.deepspeed"
+_TRANSFORMERS = {
+    "transformers.integrations.deepspeed": ("load_sharded_under_zero3", "hook_trainer_config"),
+    "transformers.trainer": ("hook_trainer",),
+}
 
 
 def install() -> None:
-    """Hook ``deepspeed.initialize`` and transformers' loading, now or when they are imported; again does nothing."""
-    if _TRANSFORMERS_INTEGRATION in sys.modules:
-        _load_sharded(sys.modules[_TRANSFORMERS_INTEGRATION])
-    else:
-        after_import(_TRANSFORMERS_INTEGRATION, _load_sharded)
+    """Hook ``deepspeed.initialize``, transformers' loading and its Trainer, now or when they are imported."""
+    for name in _TRANSFORMERS:
+        if name in sys.modules:
+            _hook_transformers(sys.modules[name])
+        else:
+            after_import(name, _hook_transformers)
     module = sys.modules.get(_TARGET)
     if module is None:
         after_import(_TARGET, _hook)
@@ -40,8 +44,9 @@ def _hook(module: ModuleType) -> None:
     _call_plugin("hook_initialize", module)
 
 
-def _load_sharded(module: ModuleType) -> None:
-    _call_plugin("load_sharded_under_zero3", module)
+def _hook_transformers(module: ModuleType) -> None:
+    for function in _TRANSFORMERS[module.__name__]:
+        _call_plugin(function, module)
 
 
 def _call_plugin(function: str, module: ModuleType) -> None:

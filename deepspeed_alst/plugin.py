@@ -152,6 +152,79 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
         )
 
 
+def hook_trainer_config(integration: ModuleType) -> None:
+    """Have the HF Trainer's ``"auto"`` batch keys count micro-steps where the sequence is split over ranks.
+
+    Args:
+        integration: the module ``transformers.integrations.deepspeed``.
+    """
+    trainer_config = integration.HfTrainerDeepSpeedConfig
+    original = trainer_config.trainer_config_process
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def trainer_config_process(self, args, *rest, **kwargs):
+        if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
+            return original(self, args, *rest, **kwargs)
+        from deepspeed_alst.models.trainer_config import fill_batch_keys
+
+        return fill_batch_keys(original, self, args, *rest, **kwargs)
+
+    setattr(trainer_config_process, _MARK, original)
+    trainer_config.trainer_config_process = trainer_config_process
+
+
+def hook_trainer(module: ModuleType) -> None:
+    """Have the HF Trainer's steps go over shards where its engine splits the sequence; others stay as they are.
+
+    Args:
+        module: ``transformers.trainer``.
+    """
+    trainer_class = module.Trainer
+    train, evaluate = trainer_class.training_step, trainer_class.evaluation_loop
+    if hasattr(train, _MARK):
+        return
+
+    @functools.wraps(train)
+    def training_step(self, model, inputs, *args, **kwargs):
+        if not (hasattr(model, "alst") and _trainer_splits_sequences(self)):
+            return train(self, model, inputs, *args, **kwargs)
+        from deepspeed_alst.models import trainer
+
+        return trainer.training_step(train, self, model, inputs, *args, **kwargs)
+
+    @functools.wraps(evaluate)
+    def evaluation_loop(self, *args, **kwargs):
+        if not _trainer_splits_sequences(self):
+            return evaluate(self, *args, **kwargs)
+        from deepspeed_alst.models import trainer
+
+        with trainer.evaluation(self):
+            return evaluate(self, *args, **kwargs)
+
+    for wrapper, original in ((training_step, train), (evaluation_loop, evaluate)):
+        setattr(wrapper, _MARK, original)
+    trainer_class.training_step, trainer_class.evaluation_loop = training_step, evaluation_loop
+
+
+def _trainer_splits_sequences(trainer: Any) -> bool:
+    accelerator = trainer.accelerator
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and _splits_sequences(
+        plugin.deepspeed_config, getattr(accelerator, "parallelism_config", None)
+    )
+
+
+def _splits_sequences(ds_config: dict[str, Any], parallelism: Any) -> bool:
+    """Whether the keys of a Trainer's ds_config split sequences, and not accelerate's parallelism."""
+    return (
+        is_wanted(ds_config)
+        and ds_config.get("sequence_parallel_size", 1) != 1
+        and not (parallelism is not None and parallelism.sp_enabled)
+    )
+
+
 def _stop_loading_sharded() -> None:
     """The model is loaded once deepspeed.initialize is called; others in the process are to stay whole."""
     integration = sys.modules.get("transformers.integrations.deepspeed")

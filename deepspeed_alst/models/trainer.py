@@ -1,0 +1,229 @@
+"""The HF Trainer under sequence parallelism: it keeps its own plan, and each of its batches becomes P micro-steps.
+
+The Trainer draws a batch for every rank, as at SP 1, so all that it counts stays what it was: steps, epochs, batch
+sizes, tokens, the learning-rate schedule, which samples were seen before a checkpoint. Where it hands a batch to the
+model, the P ranks of a sequence exchange their batches and work on them in turn.
+
+Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence, N ranks in all.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.models.predictions import check_predictions, gather_predictions
+from deepspeed_alst.parallel.loss import IGNORED_LABEL, whole_sequence_loss
+
+# What travels with a batch beside the model's own arguments.
+_NUM_ITEMS = "alst_num_items"
+_NUM_LABELS = "alst_num_labels"
+
+
+def training_step(
+    original: Callable[..., torch.Tensor],
+    trainer: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """``Trainer.training_step`` as P micro-steps; returns the loss of this rank's own batch, as at SP 1.
+
+    Raises:
+        ConfigError: the Trainer was given what cannot be right on shards.
+    """
+    session = model.alst
+    check_trainer(trainer)
+    gradient_state = trainer.accelerator.gradient_state
+    last_of_step = gradient_state.sync_gradients
+    micro_steps = _exchange(session, inputs, {_NUM_ITEMS: num_items_in_batch})
+    losses = []
+    for place, (shard, extras) in enumerate(micro_steps):
+        # Gradients are reduced and the weights stepped after the last of them only.
+        gradient_state._set_sync_gradients(last_of_step and place == len(micro_steps) - 1)
+        with session.averaged_over_micro_steps(), _loss_of_whole_sequence(trainer, session, shard):
+            losses.append(original(trainer, model, shard, extras[_NUM_ITEMS]))
+    return losses[session.groups.sp_rank]
+
+
+@contextlib.contextmanager
+def evaluation(trainer: Any) -> Iterator[None]:
+    """Have ``Trainer.evaluation_loop`` predict on shards, whichever class's prediction_step it calls.
+
+    ``preprocess_logits_for_metrics`` is called on a shard's logits, before any rank holds those of a whole sequence.
+    """
+    predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
+    had_own = "prediction_step" in vars(trainer)
+
+    @functools.wraps(predict)
+    def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        session = getattr(trainer.model_wrapped, "alst", None)
+        if session is None:
+            return predict(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        return _prediction_step(predict, preprocess, trainer, session, model, inputs, prediction_loss_only, ignore_keys)
+
+    trainer.prediction_step, trainer.preprocess_logits_for_metrics = prediction_step, None
+    try:
+        yield
+    finally:
+        trainer.preprocess_logits_for_metrics = preprocess
+        if had_own:
+            trainer.prediction_step = predict
+        else:
+            del trainer.prediction_step
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse what the Trainer's arguments bring and no shard can be given.
+
+    Raises:
+        ConfigError: a line for each argument: its value, why, the way out.
+    """
+    args = trainer.args
+    problems = []
+    if trainer.compute_loss_func is not None:
+        problems.append(
+            "compute_loss_func: it would make the loss of a shard out of a shard's logits; use the model's own loss, "
+            "or override Trainer.compute_loss and change outputs.loss, which is the whole sequence's"
+        )
+    if getattr(args, "loss_type", "nll") not in (None, "nll"):
+        problems.append(f"loss_type={args.loss_type!r}: it is made of a shard's log-probabilities; use 'nll'")
+    if args.neftune_noise_alpha:
+        problems.append(
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, of which a "
+            "rank sees its shard only; leave it out"
+        )
+    if args.auto_find_batch_size:
+        problems.append("auto_find_batch_size=True: ranks could choose different sizes; set the batch size")
+    if not args.accelerator_config.even_batches:
+        problems.append(
+            "accelerator_config.even_batches=False: a rank that runs out of batches early would leave the others "
+            "waiting; leave it True"
+        )
+    if problems:
+        raise ConfigError("\n".join(f"HF Trainer: {problem}." for problem in problems))
+
+
+def _prediction_step(
+    predict: Callable[..., Any],
+    preprocess: Callable[..., Any] | None,
+    trainer: Any,
+    session: Any,
+    model: Any,
+    inputs: Any,
+    prediction_loss_only: bool,
+    ignore_keys: Any,
+) -> tuple[Any, Any, Any]:
+    check_trainer(trainer)
+    inputs = trainer._prepare_inputs(inputs)
+    # Counted over all ranks' own batches, as at SP 1.
+    extras = {_NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
+    own_loss, pieces = None, []
+    for place, (shard, counts) in enumerate(_exchange(session, inputs, extras)):
+        with _counted_items(trainer, counts), _loss_of_whole_sequence(trainer, session, shard):
+            loss, logits, labels = predict(model, shard, prediction_loss_only, ignore_keys=ignore_keys)
+        if not prediction_loss_only:
+            pieces.append(logits if preprocess is None else preprocess(logits, labels))
+            check_predictions(pieces[-1], _length(shard), session.groups)
+        if place == session.groups.sp_rank:
+            own_loss = loss
+    if prediction_loss_only:
+        return own_loss, None, None
+    logits = gather_predictions(pieces, _length(inputs), session.groups)
+    return own_loss, logits, _own_labels(trainer, inputs)
+
+
+def _length(batch: Any) -> int:
+    return next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
+
+
+def _own_labels(trainer: Any, inputs: Any) -> Any:
+    """The labels of this rank's whole batch, as ``Trainer.prediction_step`` returns them."""
+    labels = tuple(inputs.get(name) for name in trainer.label_names)
+    if not labels or any(label is None for label in labels):
+        return None
+    return labels[0] if len(labels) == 1 else labels
+
+
+def _exchange(session: Any, inputs: Any, extras: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """P pairs: this rank's shard of each rank's batch, and the numbers that its owner sent along."""
+    labels = inputs.get("labels")
+    if labels is not None:
+        # A row's first token has no prediction.
+        extras = {**extras, _NUM_LABELS: labels[:, 1:].ne(IGNORED_LABEL).sum()}
+    pairs = []
+    for shard in session.exchange({**inputs, **extras}):
+        counts = {name: shard.pop(name, None) for name in (_NUM_ITEMS, _NUM_LABELS)}
+        pairs.append((shard, counts))
+    return pairs
+
+
+@contextlib.contextmanager
+def _loss_of_whole_sequence(trainer: Any, session: Any, shard: dict[str, Any]) -> Iterator[None]:
+    """The Trainer's label smoothing makes its loss of logits, after the forward: of the whole sequence here too."""
+    smoother = trainer.label_smoother
+    if smoother is None or "labels" not in shard:
+        yield
+        return
+    trainer.label_smoother = _LabelSmoother(smoother.epsilon, shard["shift_labels"], session)
+    session.calls.loss_follows = True
+    try:
+        yield
+    finally:
+        trainer.label_smoother = smoother
+        session.calls.loss_follows = False
+
+
+class _LabelSmoother:
+    """Stands in for transformers' LabelSmoother, with the labels that were shifted before the cut."""
+
+    def __init__(self, epsilon: float, shift_labels_Bs: torch.Tensor, session: Any) -> None:
+        self.epsilon, self._shift_labels_Bs, self._session = epsilon, shift_labels_Bs, session
+
+    def __call__(
+        self, model_output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        loss = whole_sequence_loss(
+            logits.flatten(0, -2),
+            self._shift_labels_Bs.flatten(),
+            self._session.groups.sp_group,
+            num_items_in_batch,
+            label_smoothing=self.epsilon,
+        )
+        self._session.calls.note_loss(loss)
+        return loss
+
+
+@contextlib.contextmanager
+def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
+    """What the Trainer counts of an evaluation batch: the count of its owner's, and not the shard's.
+
+    A subclass may divide by a count of its own where ``compute_loss`` is given none (TRL's SFTTrainer does), so it is
+    always given one.
+    """
+    compute_loss = trainer.compute_loss
+    had_own = "compute_loss" in vars(trainer)
+    num_labels = counts[_NUM_LABELS]
+    if num_labels is not None and trainer.args.average_tokens_across_devices and trainer.model_accepts_loss_kwargs:
+        # The Trainer multiplies by the number of ranks again.
+        num_labels = num_labels * trainer.accelerator.num_processes
+
+    @functools.wraps(compute_loss)
+    def counted(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        given = num_labels if num_items_in_batch is None else num_items_in_batch
+        return compute_loss(*args, num_items_in_batch=given, **kwargs)
+
+    trainer._get_num_items_in_batch = lambda *args, **kwargs: counts[_NUM_ITEMS]
+    trainer.compute_loss = counted
+    try:
+        yield
+    finally:
+        del trainer._get_num_items_in_batch
+        if had_own:
+            trainer.compute_loss = compute_loss
+        else:
+            del trainer.compute_loss

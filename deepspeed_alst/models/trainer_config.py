@@ -1,0 +1,50 @@
+"""The batch keys of a ds_config that the HF Trainer fills in, before any engine exists.
+
+The Trainer's ``gradient_accumulation_steps`` counts batches of every rank; DeepSpeed's, under sequence parallelism,
+counts micro-steps, of which each of those batches gives P. So "auto" becomes the Trainer's number times P, and the
+total batch size stays what it is at SP 1. A number in the JSON means micro-steps, as in a plain loop.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed_alst.config import parse
+from deepspeed_alst.errors import ConfigError
+
+_GAS = "gradient_accumulation_steps"
+_PLANNED = "alst_micro_steps"
+
+
+def fill_batch_keys(original: Callable[..., None], hf_config: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
+    """``HfTrainerDeepSpeedConfig.trainer_config_process`` for a ds_config with ``sequence_parallel_size`` > 1.
+
+    May be called again for the same arguments, as accelerate and the Trainer do.
+
+    Raises:
+        ConfigError: a number of micro-steps that is no multiple of P; any key of this package's that is wrong.
+    """
+    P = parse(hf_config.config).sequence_parallel_size
+    config = hf_config.config
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != ranks:
+        raise ConfigError(
+            f"HF Trainer: {ranks} ranks were started, but the Trainer sees {args.world_size}: on machines without an "
+            "accelerator, accelerate takes every rank for itself. Add --use_cpu (TrainingArguments(use_cpu=True))."
+        )
+    given = config.get(_GAS, "auto")
+    if type(given) is int and given == getattr(args, _PLANNED, None):
+        config[_GAS] = given // P
+    elif type(given) is int and given == args.gradient_accumulation_steps:
+        if given % P:
+            raise ConfigError(
+                f"{_GAS}={given}: the HF Trainer draws a batch for every rank at a time, which are "
+                f"sequence_parallel_size={P} micro-steps. Use a multiple of {P}, or 'auto', which keeps the total "
+                "batch size of the run without sequence parallelism."
+            )
+        args.gradient_accumulation_steps = config[_GAS] = given // P
+    original(hf_config, args, *rest, **kwargs)
+    if config.get(_GAS, args.gradient_accumulation_steps) == args.gradient_accumulation_steps:
+        micro_steps = args.gradient_accumulation_steps * P
+        config[_GAS] = micro_steps
+        setattr(args, _PLANNED, micro_steps)

@@ -1,0 +1,119 @@
+"""Train a causal language model on long documents with the Hugging Face Trainer, which knows nothing of the sequence.
+
+    deepspeed --num_gpus 2 examples/train_hf.py --deepspeed ds_configs/trainer_sp2.json --output_dir runs/hf
+
+Every argument of transformers.TrainingArguments can be given. Without --model and --data: a small byte-level Llama,
+built from a config, on the source files of this machine's Python standard library.
+"""
+
+import json
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+
+@dataclass
+class Arguments:
+    """What this script has beside the Trainer's own arguments."""
+
+    model: str | None = None
+    """A hub name or a local folder; default: a small byte-level Llama."""
+
+    data: Path | None = None
+    """A .jsonl (key "text") or .txt file; default: Python's standard library."""
+
+    seq_len: int = 16384
+    """Longest sequence, in tokens."""
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """The documents: each line's "text" of a .jsonl, a .txt as one, or the standard library's sources."""
+    if path is None:
+        sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return [source.read_text(encoding="utf-8") for source in sources]
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+    return [content]
+
+
+def windows(texts: list[str], tokenize, seq_len: int) -> list[dict[str, list[int]]]:
+    """Windows of at most ``seq_len`` tokens; scraps of less than half of it teach nothing about long context."""
+    cuts = [ids[first : first + seq_len] for ids in map(tokenize, texts) for first in range(0, len(ids), seq_len)]
+    return [{"input_ids": cut, "labels": cut} for cut in cuts if len(cut) >= seq_len // 2]
+
+
+def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad on the right; padding has no label."""
+    ids, labels = ([torch.tensor(sample[key]) for sample in samples] for key in ("input_ids", "labels"))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=0),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_value=0),
+    }
+
+
+def build(name: str | None):
+    """The model and what turns text into its token ids."""
+    if name is None:
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1 << 20,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config), lambda text: list(text.encode("utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return AutoModelForCausalLM.from_pretrained(name), lambda text: tokenizer(text)["input_ids"]
+
+
+def main() -> None:
+    """Train, evaluate, save."""
+    own, args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+    if args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # The ranks of a host share its cores; more threads than cores spin while they wait for one another.
+        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, os.cpu_count() // ranks_here))
+    set_seed(args.seed)
+    model, tokenize = build(own.model)
+    samples = windows(read_texts(own.data), tokenize, own.seq_len)
+    held_out = max(1, len(samples) // 50)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=samples[held_out:],
+        eval_dataset=samples[:held_out],
+        data_collator=collate,
+    )
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

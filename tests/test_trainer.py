@@ -1,0 +1,398 @@
+"""The HF Trainer by keys only: what it counts, trains, evaluates and generates is what it is at SP 1."""
+
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.cells import Cell, build_model, full_weight, model_config
+from benchmarks.ranks import RankError
+from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells, trainer_config
+from deepspeed_alst.errors import AlstError, ConfigError, DataError, ShapeError
+
+VOCAB = 97
+
+
+def documents(count: int, seed: int = 3, longest: int = 60) -> list[dict]:
+    """Documents of unequal length, each with a prompt that has no label."""
+    make = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(count):
+        length = 9 + (index * 17) % (longest - 9)
+        ids = torch.randint(0, VOCAB, (length,), generator=make)
+        labels = ids.clone()
+        labels[: index % 4] = -100
+        samples.append({"input_ids": ids, "labels": labels, "length": length})
+    return samples
+
+
+def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [sample["input_ids"] for sample in samples]
+    return {
+        "input_ids": pad(ids, batch_first=True, padding_value=0),
+        "labels": pad([sample["labels"] for sample in samples], batch_first=True, padding_value=-100),
+        "attention_mask": pad([torch.ones_like(x) for x in ids], batch_first=True, padding_value=0),
+    }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """An iterable without a length, the same on every rank; accelerate shares it out."""
+
+    def __init__(self, as_long: int | None = None) -> None:
+        self.as_long = as_long
+
+    def __iter__(self):
+        for sample in documents(64):
+            if self.as_long is None:
+                yield sample
+            else:
+                yield {key: x[: self.as_long] for key, x in sample.items() if key != "length"}
+
+
+def make_trainer(sp_size: int, folder: str, stage: int = 2, trainer_arguments=None, model=None, config=None, **options):
+    """A Trainer with plain SGD; ``options`` are TrainingArguments'."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    model = model or build_model(model_config(Cell()))
+    defaults = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+    args = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        deepspeed=trainer_config(Cell(stage=stage), sp_size) | (config or {}),
+        **defaults | options,
+    )
+    arguments = {"train_dataset": documents(40), "data_collator": collate} | (trainer_arguments or {})
+    return Trainer(model=model, args=args, **arguments)
+
+
+def facts(trainer) -> dict:
+    """What a user sees of a run: the log, the counts and the weights."""
+    engine = trainer.model_wrapped
+    weights = {name: full_weight(param) for name, param in engine.module.named_parameters()}
+    keys = ("loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen", "eval_loss")
+    state = trainer.state
+    return {
+        "log": [{key: line[key] for key in keys if key in line} for line in state.log_history],
+        "counts": (state.max_steps, state.global_step, state.num_train_epochs, state.epoch),
+        "batch": trainer.get_total_train_batch_size(trainer.args),
+        "accumulation": trainer.args.gradient_accumulation_steps,
+        "engine": (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()),
+        "flos": state.total_flos,
+        "weights": weights if dist.get_rank() == 0 else {},
+    }
+
+
+def train(sp_size: int, options: dict, arguments: dict | None = None) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(sp_size, folder, trainer_arguments=arguments, **options)
+        trainer.train()
+        result = facts(trainer)
+        trainer.model_wrapped.destroy()
+    return result
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    for key in ("counts", "batch", "accumulation", "engine", "flos"):
+        assert ours[key] == theirs[key], key
+    assert len(ours["log"]) == len(theirs["log"])
+    for our_line, their_line in zip(ours["log"], theirs["log"], strict=True):
+        assert our_line == pytest.approx(their_line, rel=2e-5)
+    for name, weight in theirs["weights"].items():
+        # Against the change of three steps, which is a few per cent of the weight.
+        assert (ours["weights"][name] - weight).norm() < 1e-5 * weight.norm(), name
+
+
+OPTIONS = {
+    "plain": {},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3},
+    "batches of two": {"per_device_train_batch_size": 2, "max_grad_norm": 0.5},
+    "label smoothing": {"label_smoothing_factor": 0.2},
+    "tokens averaged on each rank": {"average_tokens_across_devices": False},
+    "grouped by length": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2},
+    "tokens counted": {"include_num_input_tokens_seen": "all", "gradient_accumulation_steps": 1},
+    "checkpointing": {"gradient_checkpointing": True, "stage": 3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_trainer_at_sp2_is_the_trainer_at_sp1(name, ranks2):
+    whole, split = (ranks2.run(train, sp_size, OPTIONS[name])[0] for sp_size in (1, 2))
+    assert_same(split, whole)
+    assert len({line["loss"] for line in split["log"] if "loss" in line}) > 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "dispatch"), [(Stream(), False), (Stream(as_long=9), True)], ids=["read by each rank", "read by rank 0"]
+)
+def test_an_iterable_dataset(stream, dispatch, ranks2):
+    options = {"accelerator_config": {"dispatch_batches": dispatch}}
+    whole, split = (ranks2.run(train, sp_size, options, {"train_dataset": stream})[0] for sp_size in (1, 2))
+    assert_same(split, whole)
+
+
+@pytest.mark.parametrize("sp_size", [2, 4])
+def test_four_ranks(sp_size, ranks4):
+    whole, split = (ranks4.run(train, size, {"stage": 3}) for size in (1, sp_size))
+    assert_same(split[0], whole[0])
+
+
+@pytest.mark.parametrize("cell", [trainer_cells()[0], trainer_cells()[3]], ids=lambda cell: cell.name())
+def test_it_is_as_exact_as_the_trainer_at_sp1(cell, ranks2):
+    from benchmarks.parity import errors, missed
+
+    truth = run_trainer_truth(cell)
+    whole, split = (errors(ranks2.run(run_trainer, cell, sp_size)[0], truth) for sp_size in (1, cell.sp_size))
+    assert not missed(split, whole)
+
+
+def micro_steps(given, gas: int) -> tuple:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            2, folder, config={"gradient_accumulation_steps": given}, gradient_accumulation_steps=gas
+        )
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        unset_hf_deepspeed_config()
+        return (
+            plugin.deepspeed_config["gradient_accumulation_steps"],
+            plugin.deepspeed_config["train_batch_size"],
+            trainer.get_total_train_batch_size(trainer.args),
+        )
+
+
+@pytest.mark.parametrize(("given", "gas", "expected"), [("auto", 3, (6, 6, 6)), (6, 6, (6, 6, 6)), (2, 2, (2, 2, 2))])
+def test_auto_keeps_the_total_batch_and_a_number_counts_micro_steps(given, gas, expected, ranks2):
+    assert ranks2.run(micro_steps, given, gas)[0] == expected
+
+
+def custom_loss(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().mean()
+
+
+REFUSED = {
+    "gradient_accumulation_steps=3": ({"gradient_accumulation_steps": 3}, {}, {"gradient_accumulation_steps": 3}),
+    "compute_loss_func": ({}, {"compute_loss_func": custom_loss}, {}),
+    "neftune_noise_alpha=5": ({"neftune_noise_alpha": 5.0}, {}, {}),
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, {}, {}),
+    "even_batches=False": ({"accelerator_config": {"even_batches": False}}, {}, {}),
+}
+
+
+def train_refused(options: dict, arguments: dict, config: dict) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(2, folder, trainer_arguments=arguments, config=config, **options)
+        try:
+            trainer.train()
+        finally:
+            trainer.model_wrapped.destroy()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_refused_on_all_ranks(name, ranks2):
+    options, arguments, config = REFUSED[name]
+    with pytest.raises(RankError) as caught:
+        ranks2.run(train_refused, options, arguments, config)
+    assert all(isinstance(error, ConfigError) and name in str(error) for error in caught.value.errors)
+
+
+def train_on_logits() -> None:
+    """A compute_loss that leaves the labels in and makes its own loss all the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(2, folder)
+
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(**inputs).logits
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+        trainer.compute_loss = compute_loss
+        try:
+            trainer.train()
+        finally:
+            trainer.model_wrapped.destroy()
+
+
+def test_a_loss_made_of_a_shards_logits_is_refused(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(train_on_logits)
+    assert all(isinstance(error, AlstError) and "the loss of a shard" in str(error) for error in caught.value.errors)
+
+
+def collate_packed(samples: list[dict]) -> dict:
+    from transformers import DataCollatorWithFlattening
+
+    rows = [{key: sample[key].tolist() for key in ("input_ids", "labels")} for sample in samples]
+    return DataCollatorWithFlattening()(rows)
+
+
+def train_packed() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            2, folder, trainer_arguments={"data_collator": collate_packed}, per_device_train_batch_size=2
+        )
+        try:
+            trainer.train()
+        finally:
+            trainer.model_wrapped.destroy()
+
+
+def test_a_packing_collator_is_refused_under_sdpa(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(train_packed)
+    assert all(isinstance(error, AlstError) and "packed" in str(error) for error in caught.value.errors)
+
+
+def accuracy(prediction) -> dict:
+    """Next-token accuracy and what was seen of each sample."""
+    predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    counted = labels != -100
+    return {
+        "accuracy": float((predicted == labels)[counted].mean()),
+        "tokens": int(counted.sum()),
+        "samples": len(labels),
+        "checksum": int(predicted[counted].sum()),
+    }
+
+
+def argmax(logits, labels):
+    return logits.argmax(-1)
+
+
+def evaluate(sp_size: int, options: dict, arguments: dict, times: int = 1) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {"eval_dataset": documents(7, seed=11)} | arguments
+        trainer = make_trainer(sp_size, folder, trainer_arguments=arguments, max_steps=1, **options)
+        trainer.train()
+        metrics = [trainer.evaluate() for _ in range(times)]
+        trainer.model_wrapped.destroy()
+    return metrics
+
+
+EVALUATIONS = {
+    "loss only": ({}, {}),
+    "metrics": ({}, {"compute_metrics": accuracy, "preprocess_logits_for_metrics": argmax}),
+    "metrics of batches of two": (
+        {"per_device_eval_batch_size": 2, "stage": 3},
+        {"compute_metrics": accuracy, "preprocess_logits_for_metrics": argmax},
+    ),
+    "label smoothing, tokens averaged on each rank": (
+        {"label_smoothing_factor": 0.1, "average_tokens_across_devices": False},
+        {"compute_metrics": accuracy, "preprocess_logits_for_metrics": argmax},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_seven_samples_on_four_ranks_are_evaluated_as_at_sp1(name, ranks4):
+    whole = ranks4.run(evaluate, 1, *EVALUATIONS[name])[0][0]
+    for sp_size in (2, 4):
+        split = ranks4.run(evaluate, sp_size, *EVALUATIONS[name])[0][0]
+        for key in set(whole) - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+            assert split[key] == pytest.approx(whole[key], rel=2e-5), key
+    if "compute_metrics" in EVALUATIONS[name][1]:
+        assert whole["eval_samples"] == 7
+
+
+def predict(sp_size: int) -> torch.Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(sp_size, folder, max_steps=1)
+        trainer.train()
+        predictions = trainer.predict(documents(5, seed=12))
+        trainer.model_wrapped.destroy()
+    return torch.from_numpy(predictions.predictions)
+
+
+def test_whole_logits_come_back_where_they_are_asked_for(ranks2):
+    whole, split = (ranks2.run(predict, sp_size)[0] for sp_size in (1, 2))
+    assert whole.shape == split.shape
+    torch.testing.assert_close(split, whole, rtol=2e-4, atol=2e-4)
+
+
+def evaluate_too_much() -> None:
+    from unittest import mock
+
+    with mock.patch("deepspeed_alst.models.predictions._LARGEST", 1000):
+        evaluate(2, {}, {"compute_metrics": accuracy})
+
+
+def test_more_predictions_than_a_rank_should_hold_are_refused(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(evaluate_too_much)
+    assert all(
+        isinstance(error, DataError) and "preprocess_logits_for_metrics" in str(error) for error in caught.value.errors
+    )
+
+
+def mean_logit(logits, labels):
+    return logits.mean()
+
+
+def shifted(logits, labels):
+    return logits[:, :-1].argmax(-1)
+
+
+@pytest.mark.parametrize("preprocess", [mean_logit, shifted])
+def test_a_preprocessing_that_loses_tokens_is_refused(preprocess, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(evaluate, 2, {}, {"compute_metrics": accuracy, "preprocess_logits_for_metrics": preprocess})
+    assert all(isinstance(error, ShapeError) for error in caught.value.errors)
+
+
+def evaluate_only(sp_size: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(sp_size, folder, stage=3, trainer_arguments={"eval_dataset": documents(3, seed=11)})
+        loss = trainer.evaluate()["eval_loss"]
+        trainer.model_wrapped.destroy()
+    return loss
+
+
+def test_evaluation_without_training(ranks2):
+    whole, split = (ranks2.run(evaluate_only, sp_size)[0] for sp_size in (1, 2))
+    assert split == pytest.approx(whole, rel=2e-5)
+
+
+def train_and_generate(sp_size: int, stage: int) -> tuple[list, list[float]]:
+    """Generate after every step, as a callback does it."""
+    from transformers import TrainerCallback
+
+    texts = []
+
+    class Generate(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.eval()
+            prompt = torch.arange(5 + dist.get_rank())[None]
+            out = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            texts.append(out[0].tolist())
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(sp_size, folder, stage=stage, trainer_arguments={"callbacks": [Generate()]})
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        trainer.model_wrapped.destroy()
+    return texts, losses
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_generate_between_steps(stage, ranks2):
+    whole, split = (ranks2.run(train_and_generate, sp_size, stage) for sp_size in (1, 2))
+    for rank in (0, 1):
+        assert split[rank][0] == whole[rank][0]
+        assert split[rank][1] == pytest.approx(whole[rank][1], rel=2e-5)
+    assert len(whole[1][0][-1]) == 12
