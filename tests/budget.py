@@ -6,13 +6,13 @@
 from collections import defaultdict
 
 SECONDS = {
-    "parity": 180,
-    "config and loader": 90,
-    "models": 120,
-    "the programs people have": 330,
+    "parity": 140,
+    "config and loader": 60,
+    "models": 60,
+    "the programs people have": 440,
     "tiles and kernels": 180,
     "offload": 100,
-    "the rest": 200,
+    "the rest": 220,
 }
 
 AREAS = {

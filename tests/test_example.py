@@ -30,7 +30,9 @@ def whole(tmp_path_factory):
     return train("sp1", tmp_path_factory.mktemp("sp1") / "log", "--steps", "4")
 
 
-@pytest.mark.parametrize(("recipe", "later"), [("sp2", "sp1"), ("sp2_zero3", "sp2_zero3")])
+@pytest.mark.parametrize(
+    ("recipe", "later"), [("sp2", "sp1"), pytest.param("sp2_zero3", "sp2_zero3", marks=pytest.mark.slow)]
+)
 def test_the_curve_is_that_of_sp1_and_goes_on_after_a_resume(recipe, later, whole, tmp_path):
     checkpoint = ["--checkpoint", str(tmp_path / "checkpoint")]
     train(recipe, tmp_path / "log", "--steps", "2", *checkpoint)

@@ -147,7 +147,7 @@ def test_an_iterable_dataset(stream, dispatch, ranks2):
     assert_same(split, whole)
 
 
-@pytest.mark.parametrize("sp_size", [2, 4])
+@pytest.mark.parametrize("sp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_four_ranks(sp_size, ranks4):
     whole, split = (ranks4.run(train, size, {"stage": 3}) for size in (1, sp_size))
     assert_same(split[0], whole[0])
