@@ -35,7 +35,8 @@ demo-sp1: setup
 	deepspeed --num_gpus $(RANKS) examples/train.py --deepspeed ds_configs/sp1.json
 
 # The same training by the HF Trainer. Without a GPU it must be told so: accelerate would take each rank for itself.
-HF_ARGUMENTS := --seq_len 16384 --max_steps 10 --per_device_train_batch_size 1 --learning_rate 0.01 \
+HF_ARGUMENTS := --seq_len 16384 --max_steps 10 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 \
+	--learning_rate 0.01 \
 	--lr_scheduler_type constant --max_grad_norm 1.0 --gradient_checkpointing --logging_steps 1 --logging_nan_inf_filter False \
 	--do_eval --save_strategy no --report_to none $(if $(filter 0,$(GPUS)),--use_cpu)
 
