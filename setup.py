@@ -23,10 +23,12 @@ setup(
         "rich>=15.0",  # tables
     ],
     extras_require={
+        "plots": ["matplotlib>=3.11"],  # the ledger's picture
         "dev": [
             "accelerate>=1.15.0",  # transformers' HfDeepSpeedConfig and Trainer need it
             "peft>=0.21.0",  # LoRA
             "trl>=1.16.0",  # SFTTrainer
+            "matplotlib>=3.11",
             "ninja",  # builds DeepSpeed's CPU communication op
             "pytest>=9.0",
             "pytest-timeout>=2.4",

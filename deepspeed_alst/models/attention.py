@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._guards import active_fake_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
@@ -134,9 +135,10 @@ def _only_plain_causal(
     *, mask_function: Callable[..., Any], attention_mask: Any = None, use_vmap: bool = False, **kwargs: Any
 ) -> None:
     """Transformers' mask function: no mask, after making sure that causal is all that is asked for."""
-    # In a compiled model transformers cannot read position_ids, and always asks for the mask of packed samples. That
-    # they are not packed is the batch guard's to see; masks of a model's own have use_vmap.
-    unread = torch.compiler.is_compiling() and mask_function.__qualname__ == _PACKED and not use_vmap
+    # In a compiled model and of fake tensors transformers cannot read position_ids, and always asks for the mask of
+    # packed samples. That they are not packed is the batch guard's to see; masks of a model's own have use_vmap.
+    cannot_read = torch.compiler.is_compiling() or active_fake_mode() is not None
+    unread = cannot_read and mask_function.__qualname__ == _PACKED and not use_vmap
     if mask_function is not causal_mask_function and not unread:
         raise UnsupportedModelError(
             f"the model asks for a mask other than plain causal ({mask_function.__qualname__}): under sequence "

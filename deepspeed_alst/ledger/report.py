@@ -1,0 +1,73 @@
+"""What a ledger found, as text."""
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deepspeed_alst.ledger.blocks import START, Moment
+from deepspeed_alst.ledger.flops import is_attention
+from deepspeed_alst.ledger.scopes import BACKWARD, FORWARD, RECOMPUTE
+from deepspeed_alst.ledger.timeline import Peak
+
+_NUM_PARTS = 8
+
+
+def in_words(moment: Moment) -> str:
+    """As in ``step 1, backward of model.layers.0.mlp, aten.mm``."""
+    module = f"{moment.part} of {moment.module}" if moment.module else moment.part
+    return ", ".join(word for word in (moment.phase, module, moment.operator) if word)
+
+
+def report(ledger: Any) -> str:
+    """Three tables: the peak by owner, its largest parts, FLOPs by operator and part of the step."""
+    out = io.StringIO()
+    # A file has no width of its own; a module's path must not be cut.
+    console = Console(file=out, width=180)
+    peak = ledger.peak
+    console.print(f"Peak: {peak.bytes:,} bytes. {in_words(peak.moment)}")
+    console.print(_owners(peak))
+    console.print("Its largest parts, by what allocated them:")
+    console.print(_parts(peak))
+    console.print(f"FLOPs: {ledger.matmul_flops:,} in matrix products, {ledger.attention_flops:,} in attention.")
+    console.print(_flops(ledger))
+    return out.getvalue()
+
+
+def _table(*headers: str) -> Table:
+    table = Table()
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="right" if place else "left")
+    return table
+
+
+def _owners(peak: Peak) -> Table:
+    table = _table("owner", "bytes", "of the peak")
+    for category, num_bytes in sorted(peak.owners.items(), key=lambda item: -item[1]):
+        if num_bytes:
+            share = "beside it" if category == "host" else f"{num_bytes / peak.bytes:.1%}"
+            table.add_row(category, f"{num_bytes:,}", share)
+    return table
+
+
+def _parts(peak: Peak) -> Table:
+    table = _table("allocated in", "owner", "blocks", "bytes")
+    for part in peak.parts[:_NUM_PARTS]:
+        allocated = "before the start" if part.birth == START else in_words(part.birth)
+        table.add_row(allocated, part.category, f"{part.num_blocks:,}", f"{part.num_bytes:,}")
+    return table
+
+
+def _flops(ledger: Any) -> Table:
+    """By operator and part of the step; an operator that is a whole attention is marked."""
+    parts = sorted({spent.part for spent in ledger.spent}, key=(FORWARD, RECOMPUTE, BACKWARD).index)
+    table = _table("operator", *parts, "all")
+    for operator, flops in ledger.flops.most_common():
+        by_part = [
+            sum(n for spent, n in ledger.spent.items() if (spent.operator, spent.part) == (operator, part))
+            for part in parts
+        ]
+        name = f"{operator} (attention)" if is_attention(operator) else operator
+        table.add_row(name, *(f"{n:,}" for n in by_part), f"{flops:,}")
+    return table
