@@ -5,11 +5,13 @@ which scope, so a node that runs in backward is looked up by its number.
 """
 
 import re
+import sys
 import threading
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import checkpoint
 
 from deepspeed_alst.ledger.owners import Category
 
@@ -31,10 +33,13 @@ OUTSIDE = Scope(None, "")
 
 
 class _Entry:
-    """A scope that was entered and not left; ``node`` is the autograd node that ran then."""
+    """A scope that was entered and not left; ``node`` is the autograd node that ran then, if any did."""
 
-    def __init__(self, holder: object, scope: Scope, node: Any) -> None:
-        self.holder, self.scope, self.node = holder, scope, node
+    def __init__(self, holder: object, scope: Scope) -> None:
+        self.holder, self.scope = holder, scope
+        self.node = torch._C._current_autograd_node()
+        # An owner that a backward names does not make it a forward; a module does, and so does a checkpoint.
+        self.recomputes = self.node is not None and (isinstance(holder, torch.nn.Module) or _called_by_checkpoint())
 
 
 class _Marks:
@@ -100,9 +105,8 @@ class Scopes:
             return (top.scope if top else OUTSIDE), FORWARD
         builds_graph = torch.is_grad_enabled()
         if top is not None and top.node is node:
-            # An owner that a backward names does not make it a forward, a module does.
-            runs_module = any(entry.node is node and isinstance(entry.holder, torch.nn.Module) for entry in self._open)
-            return top.scope, RECOMPUTE if builds_graph or runs_module else BACKWARD
+            recomputes = any(entry.recomputes for entry in self._open if entry.node is node)
+            return top.scope, RECOMPUTE if builds_graph or recomputes else BACKWARD
         scope = self._scope_of(node)
         if builds_graph:
             # The operator's own node has got its number already.
@@ -119,7 +123,7 @@ class Scopes:
         self._open.clear()
 
     def _enter(self, holder: object, scope: Scope) -> None:
-        self._open.append(_Entry(holder, scope, torch._C._current_autograd_node()))
+        self._open.append(_Entry(holder, scope))
         self._mark(scope)
 
     def _leave(self, holder: object) -> None:
@@ -149,6 +153,16 @@ class Scopes:
     def _parameter_of(self, node: Any) -> str | None:
         """The name of the parameter whose gradient a node accumulates; other leaves are none of it."""
         return self._parameters.get(id(getattr(node, "variable", None)))
+
+
+def _called_by_checkpoint() -> bool:
+    """Whether torch's checkpointing runs a forward again, in this thread and below the backward that runs now."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        if frame.f_globals.get("__name__") == checkpoint.__name__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _heads_of(model: torch.nn.Module) -> set[int]:
