@@ -213,7 +213,7 @@ class Ledger:
             self.claim([param], "weights")
             block = self._blocks.find(param.untyped_storage()) if _has_storage(param) else None
             if block is not None and param.dim() == 2:
-                block.parameters[param.storage_offset()] = name
+                block.parameters[int(param.storage_offset())] = name
                 self._shapes[name] = (param.shape, param.stride())
         self._claim_gradients()
 
@@ -233,7 +233,7 @@ class Ledger:
     def _count_rows(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """A linear layer multiplies with its weight's transpose; the gradient of its input with the weight itself."""
         block = self._blocks.find(weight.untyped_storage())
-        name = block.parameters.get(weight.storage_offset()) if block is not None else None
+        name = block.parameters.get(int(weight.storage_offset())) if block is not None else None
         if name is None:
             return
         shape, stride = self._shapes[name]

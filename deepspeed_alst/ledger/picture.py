@@ -1,5 +1,7 @@
 """The timeline of memory over a step, drawn."""
 
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -15,7 +17,7 @@ _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 def draw(timeline: list[Sample], peak: Peak, path: str) -> None:
     """Stacked areas by owner over a step's allocations, host left out; the peak and the phases are marked."""
     owners = [each for each in CATEGORIES if each != "host" and any(sample.bytes[each] for sample in timeline)]
-    places = _thinned(timeline, peak.index)
+    places = _thinned(timeline, peak.place)
     unit, unit_name = next((size, name) for size, name in _UNITS if peak.bytes >= size or size == 1)
     # Without pyplot: a program's own figures and its choice of a backend are left alone.
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -23,7 +25,7 @@ def draw(timeline: list[Sample], peak: Peak, path: str) -> None:
     axes = figure.subplots()
     heights = [[timeline[place].bytes[each] / unit for place in places] for each in owners]
     axes.stackplot(places, heights, labels=owners, step="post", linewidth=0)
-    axes.plot([peak.index], [peak.bytes / unit], "v", color="black")
+    axes.plot([peak.place], [peak.bytes / unit], "v", color="black")
     axes.set_title(f"peak {peak.bytes / unit:.2f} {unit_name}: {in_words(peak.moment)}", loc="left", fontsize=10)
     for place, name in _boundaries(timeline):
         axes.axvline(place, color="grey", linewidth=0.8)
@@ -36,7 +38,7 @@ def draw(timeline: list[Sample], peak: Peak, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _top_first(axes) -> tuple[list, list]:
+def _top_first(axes: Axes) -> tuple[list[Artist], list[str]]:
     handles, labels = axes.get_legend_handles_labels()
     return handles[::-1], labels[::-1]
 

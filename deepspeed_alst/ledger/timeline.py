@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from deepspeed_alst.ledger.blocks import START, Block, Event, Moment
-from deepspeed_alst.ledger.owners import CATEGORIES
+from deepspeed_alst.ledger.owners import CATEGORIES, Category
 
 
 class Sample(NamedTuple):
     """Live bytes by category after an event."""
 
-    bytes: dict[str, int]
+    bytes: dict[Category, int]
     moment: Moment
 
     @property
@@ -34,17 +34,17 @@ class Peak(NamedTuple):
 
     bytes: int
     moment: Moment
-    owners: dict[str, int]
+    owners: dict[Category, int]
     """Bytes by category; host is beside the peak, not in it."""
     parts: list[Part]
     """The same in detail, the largest first."""
-    index: int
+    place: int
     """Of the sample in the timeline."""
 
 
 def samples_of(initial: list[Event], events: list[Event]) -> Iterator[Sample]:
     """The state before the first event, then after each."""
-    live = dict.fromkeys(CATEGORIES, 0)
+    live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
     for event in initial:
         live[event.block.category] += event.change
     yield Sample(dict(live), START)

@@ -52,7 +52,7 @@ def resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]
         seen(self)
         return result
 
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
