@@ -62,6 +62,13 @@ def test_another_attention_core_is_refused_by_name(core):
         check_model(model)
 
 
+def test_a_loss_of_the_programs_own_is_refused_by_name():
+    model = build_model(family_config("llama"))
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    with pytest.raises(UnsupportedModelError, match=r"loss_function is .*lambda.*, not transformers' ForCausalLMLoss"):
+        check_model(model)
+
+
 def test_all_reasons_are_given_at_once():
     model = build_model(family_config("mistral", sliding_window=8, attention_dropout=0.5))
     with pytest.raises(UnsupportedModelError) as caught:

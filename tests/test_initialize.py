@@ -190,6 +190,10 @@ def misuse(case: str) -> None:
                 batch["output_router_logits"] = True
             elif case == "cache":
                 batch["use_cache"] = True
+            elif case == "part of the logits":
+                batch["logits_to_keep"] = 4
+            elif case == "inner model":
+                engine.module.model(input_ids=batch["input_ids"])
             elif case == "one rank's list" and dist.get_rank() == 1:
                 batch["input_ids"] = batch["input_ids"].tolist()
             elif case == "one replica" and dist.get_rank() < 2:
@@ -210,6 +214,8 @@ def misuse(case: str) -> None:
         ("own loss", "a loss made of its logits is the loss of a shard"),
         ("router", "output_router_logits"),
         ("cache", "generation is not yet available"),
+        ("part of the logits", "it asks for logits_to_keep"),
+        ("inner model", "LlamaAttention was called outside of its causal language model"),
         ("one rank's list", "on rank 1 that cannot be trained on: it cannot be read: AttributeError"),
         ("direct backward", r"call engine.backward(loss), not loss.backward()"),
     ],

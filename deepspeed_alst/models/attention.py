@@ -76,6 +76,12 @@ def _attention_over(
                 "parallelism: its attention would mix the sequences of all ranks. Build it from "
                 "copy.deepcopy(model.config)"
             )
+        # A recomputation in the backward runs layers by themselves.
+        if not calls.inside and torch._C._current_graph_task_id() == -1:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} was called outside of its causal language model: what reached it was not "
+                "checked to be a shard. Call the engine, with a batch of the sharded loader."
+            )
         # Not among them are position_ids: they are a shard's, and documents come in cu_seq_lens_q.
         arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None}
         calls.attention += 1

@@ -73,6 +73,11 @@ def _facts(
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
         return _Facts("it asks for a cache: generation is not yet available under sequence parallelism")
+    keep = kwargs.get("logits_to_keep", 0)
+    if isinstance(keep, torch.Tensor) or keep:
+        return _Facts(
+            "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
+        )
     if kwargs.get("output_router_logits") or getattr(module.config, "output_router_logits", False):
         return _Facts(
             "it asks for output_router_logits: the router's auxiliary loss is not yet available; set it to False"

@@ -1,5 +1,7 @@
 """Counts how often a forward reached the patched parts, and refuses one that went round them."""
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +26,19 @@ class Calls:
     """Losses of the whole sequence that a gradient has reached."""
     makes_whole_loss: bool = True
     """Whether the loss is the whole sequence's, and not a shard's that the program aggregates."""
+    inside: bool = False
+    """Whether a forward of the outermost module is under way."""
     whole: bool = False
     """Whether forwards go round the patched parts on purpose: every rank has the whole sequence."""
+
+    @contextlib.contextmanager
+    def of_whole_sequence(self) -> Iterator[None]:
+        """Inside, the loss is the whole sequence's also where a program aggregates shards' in training."""
+        before, self.makes_whole_loss = self.makes_whole_loss, True
+        try:
+            yield
+        finally:
+            self.makes_whole_loss = before
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """A loss of the whole sequence was made; its gradient is to be waited for."""
@@ -49,9 +62,11 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
     @torch.compiler.disable
     def reset(module: torch.nn.Module, args: Any) -> None:
         calls.attention = calls.with_documents = calls.loss = 0
+        calls.inside = True
 
     @torch.compiler.disable
     def check(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls.inside = False
         if calls.whole:
             return
         if not calls.attention:

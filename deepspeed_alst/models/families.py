@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepspeed_alst.config import nearest
@@ -75,7 +76,7 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
     config = base.config
     text_config = config.get_text_config()
     problems = [*_config_problems(config, text_config), *_module_problems(base), *_other_configs(base)]
-    problems += adapter_problems(model)
+    problems += [*_loss_problems(base), *adapter_problems(model)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
     num_heads = text_config.num_attention_heads
@@ -152,6 +153,17 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
             f"{dropouts[0]} is a Dropout with p > 0: ranks cannot draw the dropout of the whole sequence; set p to 0"
         ]
     return []
+
+
+def _loss_problems(model: torch.nn.Module) -> list[str]:
+    """A loss of the program's own, which would be given a shard's logits."""
+    if model.loss_function is ForCausalLMLoss:
+        return []
+    name = getattr(model.loss_function, "__qualname__", type(model.loss_function).__name__)
+    return [
+        f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
+        "model its own, and change outputs.loss, which is the whole sequence's"
+    ]
 
 
 def _other_configs(model: torch.nn.Module) -> list[str]:
