@@ -17,13 +17,56 @@ ReductionDtype = Literal["fp32", "bf16", "fp16"]
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "reduction": ({},),
-    "tiled_mlp_compute": (False,),
-    "tiled_logits_loss": (False, "auto"),
     "liger_kernel": (False, "auto"),
     "activation_checkpoint_cpu_offload": (False,),
     "save_attention_output": (False, "auto"),
     "memory_lean_layer": (False,),
 }
+
+
+def _bytes_or_auto(value: Any) -> Any:
+    """A number of bytes, which JSON may write as 5e8."""
+    if value == "auto":
+        return value
+    if type(value) not in (int, float) or value < 1 or value != int(value):
+        raise ValueError("must be a positive number of bytes, or 'auto'")
+    return int(value)
+
+
+class TiledMlpBlock(BaseModel):
+    """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    tile_tokens: int | None = Field(default=None, ge=1, strict=True)
+    """Tokens of a tile. Unset means as many as fit into tile_bytes."""
+
+    tile_bytes: Literal["auto"] | int = "auto"
+    """What one module's tiles may need in the backward, the fp32 sums of its weight gradients included. "auto" is 512
+    MiB and the sums; of a mixture's experts whose sums pass 1 GiB, one expert's at a time."""
+
+    min_tokens: int = Field(default=2048, ge=0, strict=True)
+    """A module that is given fewer tokens than this stays whole, unless tile_tokens is set."""
+
+    fp32_accumulation: bool = Field(default=True, strict=True)
+    """Whether half-precision weight gradients are summed in fp32 over the tiles."""
+
+    @field_validator("tile_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return _bytes_or_auto(value)
+
+
+class TiledLossBlock(BaseModel):
+    """``alst.tiled_logits_loss`` as an object; ``true`` and ``"torch"`` are an empty one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    tile_tokens: int | None = Field(default=None, ge=1, strict=True)
+    """Labelled tokens of a tile. Unset means as many as fit into tile_bytes."""
+
+    tile_bytes: int = Field(default=2**30, ge=1)
+    """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens."""
 
 
 class AlstBlock(BaseModel):
@@ -40,11 +83,11 @@ class AlstBlock(BaseModel):
     reduction: dict = Field(default_factory=dict)
     """Slices and bucket size of the gradient reduction. Not available in this version."""
 
-    tiled_mlp_compute: Any = False
-    """MLPs tile by tile. Not available in this version."""
+    tiled_mlp_compute: TiledMlpBlock | None = None
+    """MLPs and experts tile by tile: true, false or an object."""
 
-    tiled_logits_loss: Any = "auto"
-    """Logits and loss tile by tile. Not available in this version; "auto" leaves it off."""
+    tiled_logits_loss: TiledLossBlock | Literal["auto"] | None = "auto"
+    """Logits and loss tile by tile: true, "torch", false, an object, or "auto": where sequences are split."""
 
     liger_kernel: Any = "auto"
     """Liger's kernels. Not available in this version; "auto" leaves them off."""
@@ -65,6 +108,24 @@ class AlstBlock(BaseModel):
             raise ValueError("must be a positive number of tokens, or 'auto'")
         return value
 
+    @field_validator("tiled_mlp_compute", mode="before")
+    @classmethod
+    def _tiled_mlp(cls, value: Any) -> Any:
+        if not isinstance(value, bool | Mapping):
+            raise ValueError("use true, false, or an object of tile_tokens, tile_bytes, min_tokens, fp32_accumulation")
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("tiled_logits_loss", mode="before")
+    @classmethod
+    def _tiled_loss(cls, value: Any) -> Any:
+        if value in ("liger", "triton"):
+            raise ValueError("its kernels are not yet available in this version of deepspeed_alst; use 'torch'")
+        if isinstance(value, bool) or value == "torch":
+            return {} if value else None
+        if value != "auto" and not isinstance(value, Mapping):
+            raise ValueError("use true, false, 'auto', 'torch', or an object of tile_bytes")
+        return value
+
     @field_validator(*_NOT_YET)
     @classmethod
     def _not_yet(cls, value: Any, info: Any) -> Any:
@@ -75,6 +136,9 @@ class AlstBlock(BaseModel):
                 f"not yet available in this version of deepspeed_alst; remove the key, or set it to {shown}"
             )
         return value
+
+
+_BLOCKS: dict[str, type[BaseModel]] = {"tiled_mlp_compute": TiledMlpBlock, "tiled_logits_loss": TiledLossBlock}
 
 
 class AlstConfig(BaseModel):
@@ -100,6 +164,12 @@ class AlstConfig(BaseModel):
             raise ValueError(f"use one of {', '.join(get_args(ReductionDtype))}")
         return text
 
+    def tiled_loss(self) -> TiledLossBlock | None:
+        """The settings of tiled logits and loss; None where they stay whole."""
+        if self.alst.tiled_logits_loss == "auto":
+            return TiledLossBlock() if self.sequence_parallel_size > 1 else None
+        return self.alst.tiled_logits_loss
+
     def padding_multiple(self) -> int:
         """Tokens that a whole sequence is padded to a multiple of; always a multiple of the SP degree."""
         if self.alst.pad_to_multiple_of == "auto":
@@ -118,7 +188,8 @@ def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
     try:
         config = AlstConfig.model_validate(given)
     except ValidationError as error:
-        problems += [_line(each) for each in error.errors()]
+        # Of a value that may also be "auto", pydantic says that it is not that either.
+        problems += [_line(each) for each in error.errors() if each["type"] != "literal_error"]
         raise ConfigError("\n".join([*problems, *_padding_problem(ds_config)])) from None
     problems += _padding_problem(ds_config)
     if problems:
@@ -187,9 +258,16 @@ def nearest(name: str, known: Any) -> str:
 
 
 def _line(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(str(part) for part in error["loc"] if part != TiledLossBlock.__name__)
+    if error["type"] == "extra_forbidden" and error["loc"][-1] in AlstConfig.model_fields:
+        return f"{path}: belongs at the top level of the ds_config, as {error['loc'][-1]}."
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key.{nearest(error['loc'][-1], AlstBlock.model_fields)}"
+        known = (
+            _BLOCKS.get(str(error["loc"][1]), AlstBlock).model_fields
+            if len(error["loc"]) > 2
+            else AlstBlock.model_fields
+        )
+        return f"{path}: unknown key.{nearest(error['loc'][-1], known)}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{path}: {message} (got {error['input']!r})."
 

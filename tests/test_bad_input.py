@@ -18,7 +18,7 @@ LIMIT_SECONDS = 10.0
 MISTAKES = {
     "world": r"sequence_parallel_size=3 does not divide the world size \(2 ranks\)\. Use one of \[1, 2\]",
     "heads": r"sequence_parallel_size=2 is more than the model's 1 query heads",
-    "key": r"alst\.tiled_mlp_compute: not yet available.*\n"
+    "key": r"alst\.memory_lean_layer: not yet available.*\n"
     r"alst\.pad_to_multiple: unknown key\. Did you mean 'pad_to_multiple_of'\?",
     "unsharded": r"not split over the ranks.*deepspeed_alst\.shard_dataloader\(loader, engine\)",
     "eager": r"attn_implementation='eager' is not available",

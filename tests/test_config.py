@@ -11,7 +11,7 @@ DEFAULTS = {
     "pad_to_multiple_of": "auto",
     "expandable_segments": None,
     "reduction": {},
-    "tiled_mlp_compute": False,
+    "tiled_mlp_compute": None,
     "tiled_logits_loss": "auto",
     "liger_kernel": "auto",
     "activation_checkpoint_cpu_offload": False,
@@ -21,8 +21,6 @@ DEFAULTS = {
 # What asks for nothing, and so is accepted although the feature is not there yet.
 IDLE = {
     "reduction": [{}],
-    "tiled_mlp_compute": [False],
-    "tiled_logits_loss": [False, "auto"],
     "liger_kernel": [False, "auto"],
     "activation_checkpoint_cpu_offload": [False],
     "save_attention_output": [False, "auto"],
@@ -30,8 +28,6 @@ IDLE = {
 }
 NOT_IDLE = {
     "reduction": [{"slice_bytes": 1 << 20}, {"bucket_size": "auto"}],
-    "tiled_mlp_compute": [True, {}, {"tile_tokens": 63}, 0, 1, None, "auto"],
-    "tiled_logits_loss": [True, {}, "liger", "triton", 0],
     "liger_kernel": [True, {}, {"rope": False}, 0],
     "activation_checkpoint_cpu_offload": [True, {}, {"keep_last": 2}, 0, "auto"],
     "save_attention_output": [True, {}, 0],
@@ -123,6 +119,65 @@ def test_expandable_segments_can_be_said_either_way(value):
     assert parse(alst(expandable_segments=value)).alst.expandable_segments is value
 
 
+@pytest.mark.parametrize(
+    ("value", "tile_bytes"), [(True, "auto"), ({}, "auto"), ({"tile_bytes": 5e8}, 500_000_000), (False, None)]
+)
+def test_tiled_mlp_compute_is_on_off_or_an_object(value, tile_bytes):
+    found = parse(alst(tiled_mlp_compute=value)).alst.tiled_mlp_compute
+    assert (found and found.tile_bytes) == tile_bytes
+
+
+@pytest.mark.parametrize(
+    ("value", "at_sp2", "at_sp1"),
+    [
+        ("auto", 2**30, None),
+        (True, 2**30, 2**30),
+        ("torch", 2**30, 2**30),
+        ({"tile_bytes": 7}, 7, 7),
+        (False, None, None),
+    ],
+)
+def test_the_loss_is_tiled_where_sequences_are_split_or_where_it_is_asked_for(value, at_sp2, at_sp1):
+    for sp_size, expected in ((2, at_sp2), (1, at_sp1)):
+        found = parse({"sequence_parallel_size": sp_size, "alst": {"tiled_logits_loss": value}}).tiled_loss()
+        assert (found and found.tile_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("tiled_mlp_compute", "auto", "alst.tiled_mlp_compute: use true, false, or an object"),
+        ("tiled_mlp_compute", None, "alst.tiled_mlp_compute: use true, false, or an object"),
+        ("tiled_mlp_compute", 1, "alst.tiled_mlp_compute: use true, false, or an object"),
+        (
+            "tiled_mlp_compute",
+            {"tile_token": 3},
+            "alst.tiled_mlp_compute.tile_token: unknown key. Did you mean 'tile_t",
+        ),
+        ("tiled_mlp_compute", {"tile_tokens": 0}, "alst.tiled_mlp_compute.tile_tokens: Input should be greater"),
+        (
+            "tiled_mlp_compute",
+            {"tile_bytes": 0},
+            "alst.tiled_mlp_compute.tile_bytes: must be a positive number of byte",
+        ),
+        ("tiled_mlp_compute", {"tile_bytes": True}, "alst.tiled_mlp_compute.tile_bytes: must be a positive number of"),
+        (
+            "tiled_mlp_compute",
+            {"fp32_accumulation": 1},
+            "alst.tiled_mlp_compute.fp32_accumulation: Input should be a v",
+        ),
+        ("tiled_logits_loss", "liger", "alst.tiled_logits_loss: its kernels are not yet available"),
+        ("tiled_logits_loss", 0, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', or an object"),
+        ("tiled_logits_loss", None, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', or an object"),
+        ("tiled_logits_loss", {"tile_byte": 9}, "alst.tiled_logits_loss.tile_byte: unknown key. Did you mean 'tile_b"),
+        ("tiled_logits_loss", {"tile_bytes": "1G"}, "alst.tiled_logits_loss.tile_bytes: "),
+    ],
+)
+def test_tiles_that_are_said_wrongly_are_refused_in_one_line(key, value, sentence):
+    (line,) = problems_of(alst(**{key: value}))
+    assert line.startswith(sentence)
+
+
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IDLE.items() for value in values])
 def test_a_key_that_is_not_yet_available_may_say_that_it_is_off(key, value):
     assert getattr(parse(alst(**{key: value})).alst, key) == value
@@ -210,6 +265,13 @@ def test_an_alst_block_that_is_no_object_is_refused(value):
 )
 def test_an_unknown_key_of_the_block_is_refused_with_the_nearest_known_one(key, nearest):
     assert problems_of(alst(**{key: True})) == [f"alst.{key}: unknown key. Did you mean '{nearest}'?"]
+
+
+def test_a_key_of_the_top_level_in_the_block_is_told_where_it_belongs():
+    (line,) = problems_of({"alst": {"sequence_parallel_size": 2}})
+    assert line == (
+        "alst.sequence_parallel_size: belongs at the top level of the ds_config, as sequence_parallel_size."
+    )
 
 
 @pytest.mark.parametrize("key", ["zzz", "interval", "int8", "literal[x"])

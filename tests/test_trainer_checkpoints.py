@@ -34,7 +34,7 @@ def train(folder: str, sp_size: int, stage: int, gas: int, resume: str | None = 
     return result
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["stage2", "stage3"])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["stage2", "stage3"])
 def saved(request, ranks2, tmp_path_factory):
     """A run at SP 2 that was not interrupted, and its checkpoint of the second step."""
     folder = str(tmp_path_factory.mktemp("run"))

@@ -27,7 +27,7 @@ if case == "world":
 elif case == "heads":
     config = LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)
 elif case == "key":
-    ds_config["alst"] = {"pad_to_multiple": 2, "tiled_mlp_compute": True}
+    ds_config["alst"] = {"pad_to_multiple": 2, "memory_lean_layer": True}
 elif case == "eager":
     core = "eager"
 elif case == "model":

@@ -1,0 +1,73 @@
+"""The sum of a weight's gradients over the tiles of one pass."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+
+class WeightGradients:
+    """Gradients of some weights, summed over tiles in one flat buffer and handed on in the weights' dtype.
+
+    Args:
+        weights: that need a gradient.
+        num_tiles: whose gradients will be added; of a single one no sum is made, and there is no buffer.
+        fp32: whether half-precision gradients are summed in fp32, for 4 bytes a weight while the pass runs.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], num_tiles: int, fp32: bool) -> None:
+        self._weights = weights
+        self._sums: list[torch.Tensor | None] = [None] * len(weights)
+        self._buffers: list[torch.Tensor] = []
+        if num_tiles > 1 and weights:
+            half = all(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights)
+            self._buffers = _views(weights, torch.float32 if half and fp32 else None)
+
+    def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add one tile's; None for a weight that the tile did not use."""
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            if self._sums[index] is not None:
+                self._sums[index].add_(gradient)
+            elif self._buffers:
+                self._sums[index] = self._buffers[index].copy_(gradient)
+            else:
+                self._sums[index] = gradient
+
+    def sums(self) -> list[torch.Tensor | None]:
+        """The sums as they are summed; None for a weight that no tile used."""
+        return list(self._sums)
+
+    def result(self) -> list[torch.Tensor | None]:
+        """The sums in the weights' dtype."""
+        return [
+            None if total is None else total.to(weight.dtype)
+            for total, weight in zip(self._sums, self._weights, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def without_hooks(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Keep the weights' own hooks (``Tensor.register_hook``) out of the gradients of tiles: theirs is the sum.
+
+    ``torch.autograd.grad`` would call them for every tile, and autograd once more for the sum.
+    """
+    kept = [(weight._backward_hooks, dict(weight._backward_hooks)) for weight in weights if weight._backward_hooks]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
+
+
+def _views(weights: Sequence[torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """A buffer for each weight, all in one allocation where they share a dtype."""
+    kinds = {dtype or weight.dtype for weight in weights}
+    if len(kinds) > 1:
+        return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    sizes = [weight.numel() for weight in weights]
+    flat = torch.empty(sum(sizes), dtype=kinds.pop(), device=weights[0].device)
+    return [part.view(weight.shape) for part, weight in zip(flat.split(sizes), weights, strict=True)]
