@@ -178,6 +178,8 @@ def hook_trainer_config(integration: ModuleType) -> None:
 def hook_trainer(module: ModuleType) -> None:
     """Have the HF Trainer's steps go over shards where its engine splits the sequence; others stay as they are.
 
+    An evaluation gets logits where its program needs them, at SP 1 too.
+
     Args:
         module: ``transformers.trainer``.
     """
@@ -196,7 +198,8 @@ def hook_trainer(module: ModuleType) -> None:
 
     @functools.wraps(evaluate)
     def evaluation_loop(self, *args, **kwargs):
-        if not _trainer_splits_sequences(self):
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or not is_wanted(plugin.deepspeed_config):
             return evaluate(self, *args, **kwargs)
         from deepspeed_alst.models import trainer
 

@@ -49,6 +49,26 @@ def test_the_hf_trainer_is_right(stage, ranks2):
     assert problems(programs.hf_trainer, replace(CELL, stage=stage), ranks2) == []
 
 
+def evaluated(trainer):
+    """The evaluation's loss, and that of a plain model with the same weights, on samples as long as one another."""
+    make = torch.Generator().manual_seed(11)
+    rows = torch.randint(0, 97, (4, 40), generator=make)
+    found = trainer.evaluate([{"input_ids": row, "labels": row} for row in rows])["eval_loss"]
+    plain = build_model(model_config(CELL))
+    plain.load_state_dict(trainer.model.state_dict())
+    with torch.no_grad():
+        return found, sum(plain(input_ids=row[None], labels=row[None]).loss.item() for row in rows) / len(rows)
+
+
+def evaluation_in_the_recipe(cell):
+    return programs.hf_trainer(cell, then=evaluated)
+
+
+def test_the_hf_trainers_evaluation_in_the_recipe_is_that_of_the_whole(ranks2):
+    found, expected = ranks2.run(evaluation_in_the_recipe, replace(CELL, stage=2))[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_four_ranks_are_two_replicas(ranks4):
     cell = Cell(stage=3, unequal_labels=True, world_size=4)
     assert problems(programs.tutorial, cell, ranks4) == []

@@ -216,7 +216,7 @@ def test_what_cannot_be_right_is_refused_on_all_ranks(name, ranks2):
 def train_on_logits() -> None:
     """A compute_loss that leaves the labels in and makes its own loss all the same."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(2, folder)
+        trainer = make_trainer(2, folder, config={"alst": {"tiled_logits_loss": False}})
 
         def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
             logits = model(**inputs).logits

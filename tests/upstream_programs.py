@@ -265,8 +265,8 @@ def accelerate_loop(cell: Cell) -> Result:
             engine.destroy()
 
 
-def hf_trainer(cell: Cell, resume_from: str | None = None, **changed: Any) -> Result:
-    """The HF Trainer with ``TrainingArguments(parallelism_config=...)``."""
+def hf_trainer(cell: Cell, resume_from: str | None = None, then: Any = None, **changed: Any) -> Any:
+    """The HF Trainer with ``TrainingArguments(parallelism_config=...)``; the result of ``then``, given it, if asked."""
     import os
 
     from accelerate import PartialState
@@ -320,7 +320,7 @@ def hf_trainer(cell: Cell, resume_from: str | None = None, **changed: Any) -> Re
         )
         try:
             trainer.train(resume_from_checkpoint=resume_from)
-            return recorders[1]
+            return then(trainer) if then else recorders[1]
         finally:
             trainer.model_wrapped.destroy()
 

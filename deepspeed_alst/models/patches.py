@@ -15,10 +15,11 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.attention import register_attention
 from deepspeed_alst.models.calls import Calls, check_calls
 from deepspeed_alst.models.cores import find_core
+from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
 from deepspeed_alst.models.wrapped import base_model
-from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_loss, whole_sequence_loss
+from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_sequence_divisor, whole_sequence_loss
 
 
 def patch_model(
@@ -86,7 +87,7 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitSt
 
     @torch.compiler.disable
     def loss_function(
-        logits: torch.Tensor,
+        logits: torch.Tensor | DeferredLogits,
         labels: torch.Tensor | None = None,
         vocab_size: int | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
@@ -99,11 +100,11 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitSt
                 f"{type(model).__name__} called its loss with shift_labels={shift_labels} and "
                 f"ignore_index={ignore_index}: only shifted labels and {IGNORED_LABEL} are verified"
             )
-        logits_sV, labels_s = logits.flatten(0, -2), shift_labels.flatten()
         if not calls.makes_whole_loss:
             calls.loss += 1
-            return shard_loss(logits_sV, labels_s, num_items_in_batch)
-        loss = whole_sequence_loss(logits_sV, labels_s, group, num_items_in_batch)
+            return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
+        divisor = whole_sequence_divisor(shift_labels, group, num_items_in_batch)
+        loss = whole_sequence_loss(share_of_loss(logits, shift_labels, divisor), group)
         calls.note_loss(loss)
         return loss
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.models.deferred import share_of_loss
 from deepspeed_alst.models.predictions import check_predictions, gather_predictions
-from deepspeed_alst.parallel.loss import IGNORED_LABEL, whole_sequence_loss
+from deepspeed_alst.models.tiled_loss import logits_wanted
+from deepspeed_alst.parallel.loss import IGNORED_LABEL, whole_sequence_divisor, whole_sequence_loss
 
 # What travels with a batch beside the model's own arguments.
 _NUM_ITEMS = "alst_num_items"
@@ -61,9 +63,13 @@ def evaluation(trainer: Any) -> Iterator[None]:
     @functools.wraps(predict)
     def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         session = getattr(trainer.model_wrapped, "alst", None)
-        if session is None:
-            return predict(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        return _prediction_step(predict, preprocess, trainer, session, model, inputs, prediction_loss_only, ignore_keys)
+        with logits_wanted(trainer.model, not prediction_loss_only):
+            if session is None:
+                loss, logits, labels = predict(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+                return loss, logits if preprocess is None or logits is None else preprocess(logits, labels), labels
+            return _prediction_step(
+                predict, preprocess, trainer, session, model, inputs, prediction_loss_only, ignore_keys
+            )
 
     trainer.prediction_step, trainer.preprocess_logits_for_metrics = prediction_step, None
     try:
@@ -123,7 +129,11 @@ def _prediction_step(
     extras = {_NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
     own_loss, pieces = None, []
     for place, (shard, counts) in enumerate(_exchange(session, inputs, extras)):
-        with _counted_items(trainer, counts), _loss_of_whole_sequence(trainer, session, shard):
+        with (
+            session.calls.of_whole_sequence(),
+            _counted_items(trainer, counts),
+            _loss_of_whole_sequence(trainer, session, shard),
+        ):
             loss, logits, labels = predict(model, shard, prediction_loss_only, ignore_keys=ignore_keys)
         if not prediction_loss_only:
             pieces.append(logits if preprocess is None else preprocess(logits, labels))
@@ -187,13 +197,9 @@ class _LabelSmoother:
         self, model_output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        loss = whole_sequence_loss(
-            logits.flatten(0, -2),
-            self._shift_labels_Bs.flatten(),
-            self._session.groups.sp_group,
-            num_items_in_batch,
-            label_smoothing=self.epsilon,
-        )
+        group = self._session.groups.sp_group
+        divisor = whole_sequence_divisor(self._shift_labels_Bs, group, num_items_in_batch)
+        loss = whole_sequence_loss(share_of_loss(logits, self._shift_labels_Bs, divisor, self.epsilon), group)
         self._session.calls.note_loss(loss)
         return loss
 

@@ -27,52 +27,60 @@ class _WholeSequenceLoss(torch.autograd.Function):
         return grad * ctx.factor, None, None
 
 
-def shard_loss(
-    logits_sV: torch.Tensor, labels_s: torch.Tensor, num_items: torch.Tensor | float | None = None
-) -> torch.Tensor:
-    """Cross-entropy of this rank's shard alone, ``[s, V], [s] -> []``, for programs that aggregate it themselves.
+def shard_divisor(labels: torch.Tensor, num_items: torch.Tensor | float | None = None) -> torch.Tensor:
+    """What a sum of token losses is divided by: ``[]`` in fp64, at least 1, on the labels' device.
 
-    The mean over the shard's labelled tokens, or the sum divided by ``num_items``. Without any label 0, not NaN, with
-    gradients 0: the ranks of a sequence still meet in its backward.
+    The labelled tokens, or ``num_items`` where the caller knows better.
     """
-    local_sum, count = _token_losses(logits_sV, labels_s)
-    divisor = count.clamp(min=1.0) if num_items is None else torch.as_tensor(num_items, device=count.device)
-    return local_sum / divisor.to(local_sum.dtype)
-
-
-def whole_sequence_loss(
-    logits_sV: torch.Tensor,
-    labels_s: torch.Tensor,
-    group: Any,
-    num_items: torch.Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Cross-entropy of a sequence whose tokens are split over a group: ``[s, V], [s] -> []``, the same on all ranks.
-
-    Labels are shifted already; -100 counts for nothing. Divided by the number of labelled tokens on all ranks, or by
-    ``num_items`` where the caller knows better. A sequence without any label has loss 0 and gradients 0.
-    Collective over the group: one all-reduce of two fp64 numbers, no host sync.
-    """
-    local_sum, local_count = _token_losses(logits_sV, labels_s, label_smoothing)
-    totals = torch.stack([local_sum.detach().double(), local_count])
-    dist.all_reduce(totals, group=group)
-    whole_sum, count = totals.unbind()
-    divisor = count.clamp(min=1.0)
     if num_items is not None:
-        divisor = torch.as_tensor(num_items, device=divisor.device).to(divisor.dtype)
-    share = local_sum / divisor.to(local_sum.dtype)
-    return _WholeSequenceLoss.apply(share, whole_sum / divisor, dist.get_world_size(group))
+        return torch.as_tensor(num_items, device=labels.device).double()
+    return _count(labels).clamp(min=1.0)
 
 
-def _token_losses(
-    logits_sV: torch.Tensor, labels_s: torch.Tensor, label_smoothing: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the token losses, and in fp64 the number of labelled tokens."""
+def whole_sequence_divisor(
+    labels: torch.Tensor, group: Any, num_items: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """The same of a sequence whose tokens are split over a group: the labelled tokens of all its ranks.
+
+    Collective over the group, unless ``num_items`` is given: one all-reduce of a number, no host sync.
+    """
+    if num_items is not None:
+        return shard_divisor(labels, num_items)
+    count = _count(labels)
+    dist.all_reduce(count, group=group)
+    return count.clamp(min=1.0)
+
+
+def _count(labels: torch.Tensor) -> torch.Tensor:
+    # fp64: a token count passes 2**24, where fp32 stops counting, at 17M tokens.
+    return (labels != IGNORED_LABEL).sum().double()
+
+
+def shard_loss(
+    logits_sV: torch.Tensor, labels_s: torch.Tensor, divisor: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """This rank's share of a loss, ``[s, V], [s], [] -> []``: the sum of its token losses, divided.
+
+    Labels are shifted already; -100 counts for nothing. Without any label it is 0, not NaN, with gradients 0: the ranks
+    of a sequence still meet in its backward.
+    """
     # fp32 as transformers' own loss does it; fp64 stays fp64.
     logits_sV = logits_sV if logits_sV.dtype == torch.float64 else logits_sV.float()
-    labels_s = labels_s.to(logits_sV.device)
     local_sum = F.cross_entropy(
-        logits_sV, labels_s, ignore_index=IGNORED_LABEL, reduction="sum", label_smoothing=label_smoothing
+        logits_sV,
+        labels_s.to(logits_sV.device),
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
-    # fp64: a token count passes 2**24, where fp32 stops counting, at 17M tokens.
-    return local_sum, (labels_s != IGNORED_LABEL).sum().double()
+    return local_sum / divisor.to(local_sum)
+
+
+def whole_sequence_loss(share: torch.Tensor, group: Any) -> torch.Tensor:
+    """The loss of a sequence whose tokens are split over a group: the sum of the ranks' shares, on all of them.
+
+    Collective over the group: one all-reduce of an fp64 number, no host sync.
+    """
+    whole = share.detach().double()
+    dist.all_reduce(whole, group=group)
+    return _WholeSequenceLoss.apply(share, whole, dist.get_world_size(group))

@@ -1,0 +1,130 @@
+"""Logits and loss of a transformers model in tiles; every change goes onto a stack that undoes it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss
+from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
+
+
+def tile_loss(
+    model: torch.nn.Module, budget: TiledLossBlock, calls: Calls, leaf: Callable[[Any], None], undo: ExitStack
+) -> str:
+    """Have a causal language model make its logits tile by tile, within its loss; returns what was done, in words.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        budget: of a tile's logits and what is made of them.
+        calls: of the model's session; without sequence parallelism a fresh one.
+        leaf: called with the head: the engine is to gather its weights as one (engine/leaves.py).
+        undo: takes everything back.
+
+    Raises:
+        UnsupportedModelError: the model has no output embeddings.
+    """
+    base = base_model(model)
+    module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if module is None:
+        raise UnsupportedModelError(
+            f"alst.tiled_logits_loss: {type(base).__name__} has no output embeddings (lm_head) to run in tiles. "
+            "Set the key to false."
+        )
+    head = DeferredHead(module, module.forward, budget)
+    leaf(module)
+    _defer(head, undo)
+
+    def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        head.deferring = (has_labels or calls.loss_follows) and not calls.whole
+
+    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+        head.deferring = False
+        if isinstance(getattr(output, "logits", None), DeferredLogits) and not calls.loss_follows:
+            if module.training:
+                output.logits = None
+            elif head.logits_wanted:
+                output.logits = output.logits.make()
+
+    # On the outermost module, which every call passes.
+    undo.callback(model.register_forward_pre_hook(start, with_kwargs=True).remove)
+    undo.callback(model.register_forward_hook(end).remove)
+    base.alst_head = head
+    undo.callback(delattr, base, "alst_head")
+    size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
+    return f"{type(module).__name__}, tiles of {size}; outputs.logits is None in training"
+
+
+@contextlib.contextmanager
+def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether an evaluation inside needs logits as tensors; without tiles it gets them in any case."""
+    head = getattr(base_model(model), "alst_head", None)
+    if head is not None:
+        head.logits_wanted = wanted
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.logits_wanted = False
+
+
+def replace_whole_loss(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Without sequence parallelism: have the model's own loss take deferred logits."""
+    base = base_model(model)
+    had_own, before = "_loss_function" in vars(base), base.loss_function
+
+    @torch.compiler.disable
+    def loss_function(
+        logits: torch.Tensor | DeferredLogits,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = IGNORED_LABEL,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(logits, DeferredLogits) or before is not ForCausalLMLoss or ignore_index != IGNORED_LABEL:
+            made = logits.make() if isinstance(logits, DeferredLogits) else logits
+            return before(made, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+        return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
+
+    def restore() -> None:
+        if had_own:
+            base.loss_function = before
+        else:
+            del base._loss_function
+
+    base.loss_function = loss_function
+    undo.callback(restore)
+
+
+def _defer(head: DeferredHead, undo: ExitStack) -> None:
+    """Have a call of the head's module defer its logits, or do the head's work with the module's weights at hand."""
+    module, before = head.module, type(head.module)
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if head.deferring and head.work is None and len(args) == 1 and not kwargs:
+            return DeferredLogits(head, args[0])
+        return before.__call__(self, *args, **kwargs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return head.forward(*args, **kwargs) if head.work is None else head.work(*args, **kwargs)
+
+    # A call must not reach the module's hooks while it is deferred, or ZeRO-3 would gather weights that wait; only the
+    # class can say so.
+    module.__class__ = type(before.__name__, (before,), {"__call__": torch.compiler.disable(call)})
+    undo.callback(setattr, module, "__class__", before)
+    own = vars(module).get("forward")
+    module.forward = forward
+    undo.callback(setattr if own else delattr, module, "forward", *([own] if own else []))

@@ -1,0 +1,171 @@
+"""Logits, loss and gradients tile by tile, in one pass: the logits of the whole sequence never exist.
+
+A tile's logits become the gradient of its summed cross-entropy at once, and that the gradients of the hidden states and
+of the head's weights, which wait for the factor that comes in from behind (the mean, gradient accumulation, loss
+scaling). Rows without a label take no part. The head's weights get one gradient a pass, summed in fp32 over the tiles.
+
+Legend: T rows (tokens, flat), t rows of a tile, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.parallel.loss import IGNORED_LABEL
+from deepspeed_alst.tiling.gradients import WeightGradients, without_hooks
+from deepspeed_alst.tiling.sequence import is_fake
+
+# Of a logit: as the head makes it and as its gradient goes back, in two bytes each, and three fp32 values between.
+_BYTES_PER_LOGIT = 16
+_FEWEST_ROWS = 64
+_BLOCK = 2**24
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+def loss_tile_rows(budget: TiledLossBlock, vocab: int) -> int:
+    """Rows of a tile whose logits fit into its bytes, at least 64, or those that the user sets."""
+    return budget.tile_tokens or max(_FEWEST_ROWS, budget.tile_bytes // (_BYTES_PER_LOGIT * vocab))
+
+
+def tiled_loss(
+    logits: Logits,
+    weights: Sequence[torch.nn.Parameter],
+    hidden_TH: torch.Tensor,
+    labels_T: torch.Tensor,
+    scale: torch.Tensor,
+    tile_rows: int,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The summed cross-entropy of the labelled rows, times ``scale``: ``[T, H], [T], [] -> []`` in fp32, fp64 in fp64.
+
+    Args:
+        logits: ``[t, H] -> [t, V]``, the head with all that the model does to its output.
+        weights: what ``logits`` multiplies with; those that train get a gradient.
+        hidden_TH: the head's input.
+        labels_T: shifted already; rows labelled -100 are left out before the matrix product.
+        scale: the mean's 1/N. It is in the logits' gradient before that is rounded, as in a loss that is not tiled; but
+            for fp16, which has no room for it.
+        tile_rows: rows of a tile, at least 1.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+    """
+    if not torch.is_grad_enabled():
+        total = _sum_of_tiles(logits, hidden_TH, labels_T, tile_rows, label_smoothing)
+        return total * scale.to(total)
+    return _TiledLoss.apply(logits, hidden_TH, labels_T, scale, tile_rows, label_smoothing, *weights)
+
+
+class _TiledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Logits,
+        hidden_TH: torch.Tensor,
+        labels_T: torch.Tensor,
+        scale: torch.Tensor,
+        tile_rows: int,
+        smoothing: float,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.need_hidden, ctx.need_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        trained = [weight for weight, need in zip(weights, ctx.need_weights, strict=True) if need]
+        kept = _labelled_rows(labels_T)
+        parts = kept.split(tile_rows)
+        sums = WeightGradients(trained, len(parts), fp32=True)
+        grad_TH = torch.zeros_like(hidden_TH) if ctx.need_hidden else None
+        total = _zero(hidden_TH)
+        scale = scale.to(total)
+        before = torch.ones_like(scale) if hidden_TH.dtype == torch.float16 else scale
+        ctx.after = scale / before
+        for part in parts:
+            leaf = hidden_TH[part].detach().requires_grad_(ctx.need_hidden)
+            with torch.enable_grad():
+                logits_tV = logits(leaf)
+            loss, grad_tV = _cross_entropy(logits_tV.detach(), labels_T[part], smoothing)
+            total += loss
+            grad_tV *= before
+            wanted = [leaf, *trained] if ctx.need_hidden else trained
+            found = ()
+            if wanted:
+                with without_hooks(trained), torch.autocast(hidden_TH.device.type, enabled=False):
+                    found = torch.autograd.grad(logits_tV, wanted, grad_tV.to(logits_tV.dtype), allow_unused=True)
+            del logits_tV, grad_tV
+            if grad_TH is not None:
+                grad_TH[part] = found[0]
+            sums.add(found[len(found) - len(trained) :])
+        ctx.dtypes = [weight.dtype for weight in trained]
+        ctx.save_for_backward(*(each for each in (grad_TH, *sums.sums()) if each is not None))
+        ctx.is_used = [each is not None for each in sums.sums()]
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        factor = factor * ctx.after
+        of_hidden = _scaled(saved_hidden := next(saved), factor, saved_hidden.dtype) if ctx.need_hidden else None
+        of_trained = iter(
+            [
+                _scaled(next(saved), factor, dtype) if used else None
+                for dtype, used in zip(ctx.dtypes, ctx.is_used, strict=True)
+            ]
+        )
+        return (
+            None,
+            of_hidden,
+            None,
+            None,
+            None,
+            None,
+            *(next(of_trained) if need else None for need in ctx.need_weights),
+        )
+
+
+def _sum_of_tiles(
+    logits: Logits, hidden_TH: torch.Tensor, labels_T: torch.Tensor, tile_rows: int, smoothing: float
+) -> torch.Tensor:
+    total = _zero(hidden_TH)
+    for part in _labelled_rows(labels_T).split(tile_rows):
+        total += _cross_entropy(logits(hidden_TH[part]), labels_T[part], smoothing)[0]
+    return total
+
+
+def _cross_entropy(
+    logits_tV: torch.Tensor, labels_t: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of a tile, and its gradient with respect to the logits ``[t, V]``."""
+    # One fp32 tensor of the size of the logits, which becomes the gradient in place, and one for a moment in logsumexp.
+    # A copy in any case: the graph may hold on to the logits.
+    values_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32), copy=True)
+    t, V = values_tV.shape
+    target_t1 = labels_t.unsqueeze(1)
+    norm_t1 = values_tV.logsumexp(1, keepdim=True)
+    loss_t1 = norm_t1 - (1 - smoothing) * values_tV.gather(1, target_t1)
+    if smoothing:
+        loss_t1 -= smoothing * values_tV.mean(1, keepdim=True)
+    grad_tV = values_tV.sub_(norm_t1).exp_()
+    grad_tV.scatter_add_(1, target_t1, grad_tV.new_full((t, 1), smoothing - 1.0))
+    if smoothing:
+        grad_tV -= smoothing / V
+    return loss_t1.sum(), grad_tV
+
+
+def _labelled_rows(labels_T: torch.Tensor) -> torch.Tensor:
+    if is_fake(labels_T):  # all of them, as far as one can know
+        return torch.arange(len(labels_T), device=labels_T.device)
+    return (labels_T != IGNORED_LABEL).nonzero().flatten()
+
+
+def _zero(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``gradient * factor`` in ``dtype``, block by block: without a second copy in the dtype of the sums."""
+    result = torch.empty_like(gradient, dtype=dtype)
+    for source, target in zip(gradient.flatten().split(_BLOCK), result.flatten().split(_BLOCK), strict=True):
+        target.copy_(source.to(torch.promote_types(source.dtype, factor.dtype)) * factor)
+    return result
