@@ -47,6 +47,8 @@ class Cell:
     checkpointing: str = ""
     lora: bool = False
     """An adapter trains, the model does not."""
+    tiles: bool = False
+    """MLP and loss in tiles of a few tokens."""
     frozen: str = ""
     """What does not train: a key of ``benchmarks.variants.FROZEN``."""
     extra: tuple[tuple[str, Any], ...] = ()
@@ -73,6 +75,7 @@ class Cell:
                 "tied": self.tied,
                 f"ckpt-{self.checkpointing}": self.checkpointing,
                 "LoRA": self.lora,
+                "tiles": self.tiles,
                 f"frozen: {self.frozen}": self.frozen,
                 ",".join(key for key, _ in self.extra): self.extra,
             }.items()
@@ -182,6 +185,8 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": cell.grad_accum}
     if sp_size > 1:
         config |= {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": sp_size}}
+        if cell.tiles:
+            config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_tokens": 5}}
     return config
 
 

@@ -19,15 +19,20 @@ from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
+from deepspeed_alst.engine.leaves import Leaves
 from deepspeed_alst.engine.probe import install_probe
 from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
 from deepspeed_alst.engine.report import print_report, report_rows
 from deepspeed_alst.engine.session import Session
+from deepspeed_alst.engine.wrap import close_at_destroy
 from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.parallel.agreement import raise_together
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
@@ -58,7 +63,7 @@ def initialize(
     config = parse(ds_config)
     allocator = use_expandable_segments(config)
     if config.sequence_parallel_size == 1:
-        return _initialize_whole(original, arguments, allocator)
+        return _initialize_whole(original, arguments, ds_config, config, allocator)
 
     check_features(ds_config)
     _check_arguments(arguments)
@@ -70,7 +75,7 @@ def initialize(
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
         session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
-        attention = _prepare_model(arguments["model"], session, adopted, undo)
+        attention, tiles = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
         passed = _deepspeed_arguments(arguments, ds_config, config, session.mpu)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
@@ -81,28 +86,59 @@ def initialize(
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, undo)
         if dist.get_rank() == 0:
-            print_report(report_rows(config, groups, engine, attention, allocator, adopted is not None))
+            print_report(report_rows(config, groups, engine, attention, tiles, allocator, adopted is not None))
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
 
 
-def _initialize_whole(original: DeepSpeedInitialize, arguments: dict[str, Any], allocator: str) -> Any:
-    """Without sequence parallelism: DeepSpeed's own call, and a report that says so."""
-    results = original(**arguments)
-    install_checkpoints(results[0])
-    if dist.get_rank() == 0:
-        print_report([("sequence", "whole on every rank: sequence_parallel_size is 1"), ("allocator", allocator)])
+def _initialize_whole(
+    original: DeepSpeedInitialize,
+    arguments: dict[str, Any],
+    ds_config: dict[str, Any],
+    config: AlstConfig,
+    allocator: str,
+) -> Any:
+    """Without sequence parallelism: DeepSpeed's own call, with the tiles that are asked for, and a report."""
+    with ExitStack() as undo:
+        tiles = _tile(arguments.get("model"), config, _stage(ds_config), Calls(), False, undo)
+        if config.tiled_loss() is not None:
+            replace_whole_loss(arguments["model"], undo)
+        results = original(**arguments)
+        install_checkpoints(results[0])
+        if dist.get_rank() == 0:
+            rows = [("sequence", "whole on every rank: sequence_parallel_size is 1"), *tiles, ("allocator", allocator)]
+            print_report(rows)
+        close_at_destroy(results[0], undo.pop_all())
     return results
 
 
-def _prepare_model(model: Any, session: Session, adopted: Any, undo: ExitStack) -> str:
-    """Patch the model before its engine is built; returns what its attention is, in words."""
+def _tile(
+    model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, undo: ExitStack
+) -> list[tuple[str, str]]:
+    """Put into tiles what the config says; returns rows of the report."""
+    mlp, loss = config.alst.tiled_mlp_compute, config.tiled_loss()
+    if adopted and config.alst.tiled_logits_loss == "auto":
+        loss = None  # such a program may make its own loss of the logits
+    leaf = Leaves(model, stage, undo)
+    mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
+    loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
+    return [("tiled MLP", mlp_words), ("tiled loss", loss_words)]
+
+
+def _prepare_model(
+    model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
+) -> tuple[str, list[tuple[str, str]]]:
+    """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
     if adopted is not None:
         prepare_adoption(undo)
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
     guard_batches(model, session.groups, session.calls, undo)
-    return attention
+    return attention, _tile(model, session.config, stage, session.calls, adopted is not None, undo)
+
+
+def _stage(ds_config: dict[str, Any]) -> int:
+    return (ds_config.get("zero_optimization") or {}).get("stage", 0)
 
 
 def _start(arguments: dict[str, Any]) -> Any:

@@ -19,7 +19,13 @@ def print_report(rows: list[tuple[str, str]]) -> None:
 
 
 def report_rows(
-    config: AlstConfig, groups: SequenceGroups, engine: Any, attention: str, allocator: str, adopted: bool
+    config: AlstConfig,
+    groups: SequenceGroups,
+    engine: Any,
+    attention: str,
+    tiles: list[tuple[str, str]],
+    allocator: str,
+    adopted: bool,
 ) -> list[tuple[str, str]]:
     """What is on, in the order of the data's way; ``adopted``: the program was written for DeepSpeed's own ALST."""
     P, multiple = groups.sp_size, config.padding_multiple()
@@ -34,12 +40,13 @@ def report_rows(
         ("groups", f"{P} ranks share a sequence, {groups.dp_size} replica(s)"),
         ("data", f"{sharded}sequences padded to a multiple of {multiple} tokens"),
         ("attention", attention),
-        ("loss", f"{loss}; logits not tiled (not yet available)"),
+        ("loss", loss),
+        *tiles,
         (
             "reduction",
             f"ZeRO stage {int(engine.zero_optimization_stage())}, gradients summed in "
             f"{config.seq_parallel_communication_data_type} over {P * groups.dp_size} ranks",
         ),
         ("allocator", allocator),
-        ("not used", "tiled_mlp_compute, tiled_logits_loss, liger_kernel, offload (not yet available)"),
+        ("not used", "liger_kernel, offload (not yet available)"),
     ]
