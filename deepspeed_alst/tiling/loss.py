@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from deepspeed_alst.config import TiledLossBlock
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 from deepspeed_alst.tiling.gradients import WeightGradients, without_hooks
-from deepspeed_alst.tiling.sequence import is_fake
 
 # Of a logit: as the head makes it and as its gradient goes back, in two bytes each, and three fp32 values between.
 _BYTES_PER_LOGIT = 16
@@ -154,8 +153,6 @@ def _cross_entropy(
 
 
 def _labelled_rows(labels_T: torch.Tensor) -> torch.Tensor:
-    if is_fake(labels_T):  # all of them, as far as one can know
-        return torch.arange(len(labels_T), device=labels_T.device)
     return (labels_T != IGNORED_LABEL).nonzero().flatten()
 
 

@@ -149,7 +149,7 @@ class TokenWise:
                 handle.remove()
         self._last_layer = next((layer for output, layer in made if output is found), None)
         self._is_checked = t >= 4
-        if t < 4 or is_fake(some[0]):
+        if t < 4 or _is_fake(some[0]):
             return
         part = slice(t // 4, 3 * t // 4)
         whole = self.outputs(_shaped(some, rows[0].dim()))
@@ -286,6 +286,6 @@ def _shaped(rows: Sequence[torch.Tensor], dims: int) -> list[torch.Tensor]:
     return [each.reshape(*[1] * (dims - 2), *each.shape) for each in rows]
 
 
-def is_fake(x: torch.Tensor) -> bool:
+def _is_fake(x: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values: values cannot be looked at."""
     return type(x).__name__ == "FakeTensor" or x.is_meta
