@@ -60,8 +60,9 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, float]]:
     try:
         outputs = [process.communicate(timeout=60)[0] for process in processes]
         for process, output in zip(processes, outputs, strict=True):
-            started = float(re.search(r"^start (\S+)", output, re.M).group(1))
-            results.append((process.returncode, output, time.time() - started))
+            started = re.search(r"^start (\S+)", output, re.M)
+            assert started, f"the program did not come to its start:\n{output[-3000:]}"
+            results.append((process.returncode, output, time.time() - float(started.group(1))))
     finally:
         for process in processes:
             process.kill()
