@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles clean
 
 setup: $(VENV)/ready
 
@@ -74,6 +74,9 @@ bench-wire: setup
 
 bench-curve: setup
 	$(BIN)/python -m benchmarks.curve
+
+bench-tiles: setup
+	$(BIN)/python -m benchmarks.tiles --picture runs/loss_memory.png shapes loss gathers gradients time
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

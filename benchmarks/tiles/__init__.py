@@ -1,0 +1,1 @@
+"""Tiles of this package beside DeepSpeed's ``TiledMLP`` and ``TiledFusedLogitsLoss``."""

@@ -1,0 +1,90 @@
+"""All-gathers of a step and firings of the reduce hooks under ZeRO-3, on 2 gloo ranks, by the number of tiles.
+
+The ranks have a sample each: nothing but ZeRO makes collectives. Legend: S tokens of a sample.
+"""
+
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# deepspeed and transformers are imported in the ranks, after benchmarks.ranks has set what they read at import.
+
+WORLD_SIZE = 2
+TILES = (1, 4, 64)
+S = 64
+_STEPS = 2
+_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "steps_per_print": 10**9,
+    # No prefetch, nothing that stays gathered: every use of a weight is an all-gather of its own.
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    },
+}
+
+
+def measure(system: str, tiles: int) -> tuple[int, float]:
+    """All-gathers of the last step, and how often an MLP weight's hook fired in it, on this rank."""
+    import deepspeed
+    from transformers import LlamaConfig
+
+    from benchmarks.tiles.systems import build, without_mask
+    from benchmarks.wire import Tally
+
+    keys = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tally, fired = Tally(), Counter()
+    with ExitStack() as undo:
+        model = build(LlamaConfig(**keys, vocab_size=97), 2, torch.float32)
+        model.gradient_checkpointing_enable({"use_reentrant": system == "upstream"})
+        model.enable_input_require_grads()
+        undo.enter_context(without_mask(model))
+        _tile(model, system, tiles, undo)
+        weights = [param for name, param in model.named_parameters() if ".mlp." in name]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=_CONFIG)
+        for param in weights:
+            param.register_post_accumulate_grad_hook(lambda param: fired.update([id(param)]))
+        make = torch.Generator().manual_seed(dist.get_rank())
+        ids = torch.randint(97, (1, S), generator=make)
+        undo.enter_context(tally.installed())
+        for step in range(_STEPS):
+            fired.clear()
+            with tally.phase(f"step {step}"):
+                engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+            engine.step()
+        engine.destroy()
+    last = [count for (phase, name), count in tally.calls.items() if phase == f"step {_STEPS - 1}" and "gather" in name]
+    return sum(last), sum(fired.values()) / len(weights)
+
+
+def _tile(model: Any, system: str, tiles: int, undo: ExitStack) -> None:
+    """MLP and loss in as many tiles, as each system is put in before an engine is built."""
+    from types import SimpleNamespace
+
+    from benchmarks.tiles.systems import upstream_loss, upstream_mlps
+    from deepspeed_alst.config import TiledLossBlock, TiledMlpBlock
+    from deepspeed_alst.engine.leaves import Leaves
+    from deepspeed_alst.models.calls import Calls
+    from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
+    from deepspeed_alst.models.tiles import tile_mlps
+
+    if system == "upstream":
+        undo.enter_context(upstream_mlps(model, tiles))
+
+        def forward(use_cache: bool, **batch: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=upstream_loss(model, batch, tiles))
+
+        model.forward = forward
+        return
+    leaves = Leaves(model, 3, undo)
+    tile_mlps(model, TiledMlpBlock(tile_tokens=S // tiles), leaves, undo)
+    tile_loss(model, TiledLossBlock(tile_tokens=S // tiles), Calls(), leaves, undo)
+    replace_whole_loss(model, undo)

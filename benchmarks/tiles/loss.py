@@ -1,0 +1,78 @@
+"""Logits and loss of a shard: peak bytes and FLOPs with all tokens trained and with 30 % of them.
+
+A model without layers: hidden states go in, the norm and the head are left.
+
+Legend: T tokens, H hidden size, V vocabulary.
+"""
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.tiles.known import Known
+from benchmarks.tiles.systems import IGNORED_LABEL, build, second_step, upstream_loss, without_mask
+from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.ledger.fake import fake_world
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
+
+SYSTEMS = ("whole", "upstream", "ours")
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """Sizes, and the tiles of both systems: upstream's shards and this package's budget."""
+
+    name: str
+    tokens: int
+    hidden: int
+    vocab: int
+    is_real: bool = False
+    num_shards: int | None = None
+    budget: TiledLossBlock = field(default_factory=TiledLossBlock)
+
+
+FAKE = LossCase("Llama-3.1-8B's head", 32768, 4096, 128256)
+SCALED = LossCase("for real, 1/16", 4096, 256, 8016, True, 8, TiledLossBlock(tile_tokens=512))
+SMALL = LossCase("for real, small", 512, 32, 997, True, 8, TiledLossBlock(tile_tokens=64))
+
+
+def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:
+    """A ledger of one step, in which this share of the tokens has a label."""
+    num_trained = round(case.tokens * trained)
+    with ExitStack() as world:
+        if not case.is_real:
+            world.enter_context(fake_world(1))
+        config = LlamaConfig(
+            vocab_size=case.vocab,
+            hidden_size=case.hidden,
+            intermediate_size=case.hidden,
+            num_attention_heads=case.hidden // 32,
+            max_position_embeddings=case.tokens,
+        )
+        model = build(config, 0, torch.bfloat16)
+        hidden_1TH = torch.randn(1, case.tokens, case.hidden, dtype=torch.bfloat16, requires_grad=True)
+        labels_1T = torch.full((1, case.tokens), IGNORED_LABEL)
+        labels_1T[:, :num_trained] = 1
+        batch = {"inputs_embeds": hidden_1TH, "labels": labels_1T, "shift_labels": labels_1T}
+        with ExitStack() as undo, nullcontext() if case.is_real else Known(num_trained):
+            return second_step(model, _loss_of(model, case, system, undo), batch)
+
+
+def _loss_of(model: Any, case: LossCase, system: str, undo: ExitStack) -> Any:
+    undo.enter_context(without_mask(model))
+    if system == "upstream":
+        return lambda batch: upstream_loss(model, batch, case.num_shards)
+    if system == "ours":
+        tile_loss(model, case.budget, Calls(), lambda module: None, undo)
+        replace_whole_loss(model, undo)
+    return lambda batch: model(**batch, use_cache=False).loss
+
+
+def peak_beyond_weights(ledger: Any) -> int:
+    """Bytes; the head's gradient is in them."""
+    return max(sample.total - sample.bytes["weights"] for sample in ledger.timeline)

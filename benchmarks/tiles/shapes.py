@@ -1,0 +1,122 @@
+"""Models of real size on fake tensors and of small size for real: memory of a layer, FLOPs of a step, MLP forwards.
+
+Legend: s tokens of one rank's shard, P = sp_size.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from benchmarks.tiles.known import Known
+from benchmarks.tiles.systems import System, build, second_step
+from deepspeed_alst.config import TiledMlpBlock
+from deepspeed_alst.ledger.fake import fake_ranks, fake_world
+
+GATED = 1.25, 1.24
+OTHER = 1.34, 1.34
+UPSTREAM_WHOLE = 1.58
+BASELINE = System("untiled")
+SYSTEMS = (System("untiled", "non-reentrant"), System("upstream", "reentrant"), System("ours", "non-reentrant"))
+# Checkpointing for checkpointing: on the first model only.
+SWAPPED = (System("upstream", "non-reentrant"), System("ours", "reentrant"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model, and the tokens of a rank's shard."""
+
+    name: str
+    model_type: str
+    num_layers: int
+    keys: dict[str, Any]
+    tokens: int = 32768
+    is_real: bool = False
+    most: tuple[float, float] = GATED
+    """FLOPs at most, of a layer and of the whole model, relative to no tiles and no checkpoints."""
+    mlp: TiledMlpBlock = field(default_factory=TiledMlpBlock)
+
+    def config(self) -> Any:
+        """The model's."""
+        positions = {"max_position_embeddings": 8 * self.tokens}
+        return CONFIG_MAPPING[self.model_type](**{**positions, **self.keys}, pad_token_id=None)
+
+
+def _keys(hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        **more,
+    }
+
+
+_A3B = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+REAL_SIZE = (
+    Shape("Llama-3.1-8B", "llama", 32, _keys(4096, 14336, 32, 8, 128256)),
+    Shape("Llama-3.1-70B", "llama", 80, _keys(8192, 28672, 64, 8, 128256)),
+    Shape("Qwen3-32B", "qwen3", 64, _keys(5120, 25600, 64, 8, 151936, head_dim=128)),
+    Shape("Qwen3-30B-A3B", "qwen3_moe", 48, _keys(2048, 6144, 32, 4, 151936, **_A3B), most=OTHER),
+    Shape("StarCoder2-15B", "starcoder2", 40, _keys(6144, 24576, 48, 4, 49152), most=OTHER),
+)
+_SMALL = {"tokens": 1024, "is_real": True, "mlp": TiledMlpBlock(tile_tokens=256)}
+_TINY_MOE = {"head_dim": 32, "moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2}
+SCALED = (
+    Shape("Llama, 1/16", "llama", 2, _keys(256, 896, 8, 2, 512), **_SMALL),
+    Shape("Qwen3-MoE, 1/8", "qwen3_moe", 2, _keys(256, 768, 8, 2, 512, **_TINY_MOE), most=OTHER, **_SMALL),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one system on one shape."""
+
+    layer_peak: float
+    """Bytes a token beyond the weights, of a model of one layer while the layer's modules run; gradients are in it."""
+    kept: float
+    """Bytes a token and layer between forward and backward."""
+    layer_flops: int
+    model_flops: int
+    forwards: tuple[float, float]
+    """Of the MLP's first matrix and its last; zeros where the weights are stacks."""
+
+
+def measure(shape: Shape, sp_size: int, system: System) -> Found:
+    """One system on one rank of ``sp_size``; a layer's share is a 2-layer model's count less a 1-layer model's."""
+    one, two = (_step(replace(shape, num_layers=count), sp_size, system) for count in (1, 2))
+    layer = two.ledger.matmul_flops - one.ledger.matmul_flops
+    in_layers = [each for each in one.ledger.timeline if each.moment.module.startswith("model.layers.")]
+    forwards = one.ledger.forwards(shape.tokens)
+    of_mlp = [count for name, count in forwards.items() if ".mlp." in name and ".gate." not in name]
+    return Found(
+        max(sample.total - sample.bytes["weights"] for sample in in_layers) / shape.tokens,
+        (_activations(two.kept) - _activations(one.kept)) / shape.tokens,
+        layer,
+        one.ledger.matmul_flops + (shape.num_layers - 1) * layer,
+        (of_mlp[0], of_mlp[-1]) if of_mlp else (0.0, 0.0),
+    )
+
+
+def _step(shape: Shape, sp_size: int, system: System) -> Any:
+    # On real tensors too the ranks are one: the others' share of each collective is missing, bytes and FLOPs are not.
+    world = fake_ranks if shape.is_real else fake_world
+    experts = shape.keys.get("num_experts", 1)
+    per_expert = shape.tokens * shape.keys.get("num_experts_per_tok", 1) // experts
+    with world(sp_size):
+        model = build(shape.config(), shape.num_layers, torch.float32 if shape.is_real else torch.bfloat16)
+        ids = torch.arange(shape.tokens).remainder(shape.config().vocab_size)[None]
+        batch = {"input_ids": ids, "position_ids": torch.arange(shape.tokens)[None], "labels": ids}
+        if sp_size > 1:
+            batch["shift_labels"] = ids
+        with system.on(model, sp_size, shape.mlp) as step:
+            if shape.is_real:
+                return second_step(model, step, batch)
+            with Known(shape.tokens, per_expert):
+                return second_step(model, step, batch)
+
+
+def _activations(sample: Any) -> int:
+    return sample.total - sample.bytes["weights"] - sample.bytes["gradients"]
