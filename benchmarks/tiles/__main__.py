@@ -8,6 +8,7 @@ where a target is missed.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -27,9 +28,13 @@ def shapes() -> Iterator[Row]:
     from benchmarks.tiles.shapes import BASELINE, REAL_SIZE, SCALED, SYSTEMS, measure
 
     _, upstream, ours = SYSTEMS
-    for shape in (*REAL_SIZE, *SCALED):
-        for sp_size in (1,) if shape.is_real else (1, 8):
-            whole, theirs, own = (measure(shape, sp_size, each) for each in (BASELINE, upstream, ours))
+    with Ranks(8) as ranks:
+        for shape, sp_size in itertools.product((*REAL_SIZE, *SCALED), (1, 8)):
+            for_real = shape.is_real and sp_size > 1
+            whole, theirs, own = (
+                ranks.run(measure, shape, sp_size, each)[0] if for_real else measure(shape, sp_size, each)
+                for each in (BASELINE, upstream, ours)
+            )
             name = f"{shape.name}, SP {sp_size}"
             layer, model = shape.most
             for what, most, figures in (

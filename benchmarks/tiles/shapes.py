@@ -1,12 +1,14 @@
-"""Models of real size on fake tensors and of small size for real: memory of a layer, FLOPs of a step, MLP forwards.
+"""Models of real size on fake tensors and small ones on real ranks: memory of a layer, FLOPs of a step, MLP forwards.
 
 Legend: s tokens of one rank's shard, P = sp_size.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import CONFIG_MAPPING
 
 from benchmarks.tiles.known import Known
@@ -101,8 +103,8 @@ def measure(shape: Shape, sp_size: int, system: System) -> Found:
 
 
 def _step(shape: Shape, sp_size: int, system: System) -> Any:
-    # On real tensors too the ranks are one: the others' share of each collective is missing, bytes and FLOPs are not.
-    world = fake_ranks if shape.is_real else fake_world
+    # Inside real ranks the world is there; else this process stands for one of them.
+    world = (nullcontext if dist.is_initialized() else fake_ranks) if shape.is_real else fake_world
     experts = shape.keys.get("num_experts", 1)
     per_expert = shape.tokens * shape.keys.get("num_experts_per_tok", 1) // experts
     with world(sp_size):
