@@ -4,7 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from deepspeed_alst.config import AlstBlock, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.blocks import AlstBlock
+from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
 from deepspeed_alst.errors import AlstError, ConfigError
 
 DEFAULTS = {

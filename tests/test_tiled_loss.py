@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cells import KeepFp64, build_model
-from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits

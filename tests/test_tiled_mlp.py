@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.cells import build_model
-from deepspeed_alst.config import TiledMlpBlock
+from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.models.families import VERIFIED
 from deepspeed_alst.models.tiles import tile_mlps

@@ -70,7 +70,7 @@ def _tile(model: Any, system: str, tiles: int, undo: ExitStack) -> None:
     from types import SimpleNamespace
 
     from benchmarks.tiles.systems import upstream_loss, upstream_mlps
-    from deepspeed_alst.config import TiledLossBlock, TiledMlpBlock
+    from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
     from deepspeed_alst.engine.leaves import Leaves
     from deepspeed_alst.models.calls import Calls
     from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss

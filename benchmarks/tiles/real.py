@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.tiles.systems import System, build, second_step
-from deepspeed_alst.config import TiledMlpBlock
+from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.tiling.sequence import TokenWise
 
 TILES = (1, 4, 16, 64, 128)

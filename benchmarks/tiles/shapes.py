@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from benchmarks.tiles.known import Known
 from benchmarks.tiles.systems import System, build, second_step
-from deepspeed_alst.config import TiledMlpBlock
+from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.ledger.fake import fake_ranks, fake_world
 
 GATED = 1.25, 1.24

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from deepspeed_alst.config import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.ledger.ledger import Ledger
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model

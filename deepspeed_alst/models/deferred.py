@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.parallel.loss import shard_loss
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.config import TiledMlpBlock
+from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.models.token_wise import layer_of, output_features, token_wise_modules
 from deepspeed_alst.models.wrapped import base_model

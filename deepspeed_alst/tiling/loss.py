@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.config import TiledLossBlock
+from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 from deepspeed_alst.tiling.gradients import WeightGradients, without_hooks
 

@@ -4,7 +4,7 @@ A row is a token, as flat as the module sees it. Nothing here needs the ranks to
 pass, whatever the number of tiles (engine/leaves.py).
 """
 
-from deepspeed_alst.config import TiledMlpBlock
+from deepspeed_alst.blocks import TiledMlpBlock
 
 # Of what one row needs beside the layers' outputs: the gradient of each, and what the activations between them save.
 _COPIES = 3

@@ -1,0 +1,129 @@
+"""The ``alst`` block of a ds_config, key by key: typed, frozen, unknown keys refused. Pure: no torch, no I/O."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
+_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "reduction": ({},),
+    "liger_kernel": (False, "auto"),
+    "activation_checkpoint_cpu_offload": (False,),
+    "save_attention_output": (False, "auto"),
+    "memory_lean_layer": (False,),
+}
+
+
+def _bytes_or_auto(value: Any) -> Any:
+    """A number of bytes, which JSON may write as 5e8."""
+    if value == "auto":
+        return value
+    if type(value) not in (int, float) or value < 1 or value != int(value):
+        raise ValueError("must be a positive number of bytes, or 'auto'")
+    return int(value)
+
+
+class TiledMlpBlock(BaseModel):
+    """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    tile_tokens: int | None = Field(default=None, ge=1, strict=True)
+    """Tokens of a tile. Unset means as many as fit into tile_bytes."""
+
+    tile_bytes: Literal["auto"] | int = "auto"
+    """What one module's tiles may need in the backward, the fp32 sums of its weight gradients included. "auto" is 512
+    MiB and the sums; of a mixture's experts whose sums pass 1 GiB, one expert's at a time."""
+
+    min_tokens: int = Field(default=2048, ge=0, strict=True)
+    """A module that is given fewer tokens than this stays whole, unless tile_tokens is set."""
+
+    fp32_accumulation: bool = Field(default=True, strict=True)
+    """Whether half-precision weight gradients are summed in fp32 over the tiles."""
+
+    @field_validator("tile_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return _bytes_or_auto(value)
+
+
+class TiledLossBlock(BaseModel):
+    """``alst.tiled_logits_loss`` as an object; ``true`` and ``"torch"`` are an empty one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    tile_tokens: int | None = Field(default=None, ge=1, strict=True)
+    """Labelled tokens of a tile. Unset means as many as fit into tile_bytes."""
+
+    tile_bytes: int = Field(default=2**30, ge=1)
+    """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens."""
+
+
+class AlstBlock(BaseModel):
+    """The ``alst`` block of a ds_config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    pad_to_multiple_of: Literal["auto"] | int = "auto"
+    """Whole sequences are padded on the right to a multiple of this many tokens; "auto" is 256 x SP."""
+
+    expandable_segments: bool | None = None
+    """The CUDA allocator's expandable segments; unset means on wherever there is CUDA."""
+
+    reduction: dict = Field(default_factory=dict)
+    """Slices and bucket size of the gradient reduction. Not available in this version."""
+
+    tiled_mlp_compute: TiledMlpBlock | None = None
+    """MLPs and experts tile by tile: true, false or an object."""
+
+    tiled_logits_loss: TiledLossBlock | Literal["auto"] | None = "auto"
+    """Logits and loss tile by tile: true, "torch", false, an object, or "auto": where sequences are split."""
+
+    liger_kernel: Any = "auto"
+    """Liger's kernels. Not available in this version; "auto" leaves them off."""
+
+    activation_checkpoint_cpu_offload: Any = False
+    """Checkpointed layer inputs on the host. Not available in this version."""
+
+    save_attention_output: Any = "auto"
+    """Attention's output kept for the backward. Not available in this version; "auto" leaves it off."""
+
+    memory_lean_layer: Any = False
+    """The memory-lean layer schedule. Not available in this version."""
+
+    @field_validator("pad_to_multiple_of", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("must be a positive number of tokens, or 'auto'")
+        return value
+
+    @field_validator("tiled_mlp_compute", mode="before")
+    @classmethod
+    def _tiled_mlp(cls, value: Any) -> Any:
+        if not isinstance(value, bool | Mapping):
+            raise ValueError("use true, false, or an object of tile_tokens, tile_bytes, min_tokens, fp32_accumulation")
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("tiled_logits_loss", mode="before")
+    @classmethod
+    def _tiled_loss(cls, value: Any) -> Any:
+        if value in ("liger", "triton"):
+            raise ValueError("its kernels are not yet available in this version of deepspeed_alst; use 'torch'")
+        if isinstance(value, bool) or value == "torch":
+            return {} if value else None
+        if value != "auto" and not isinstance(value, Mapping):
+            raise ValueError("use true, false, 'auto', 'torch', or an object of tile_bytes")
+        return value
+
+    @field_validator(*_NOT_YET)
+    @classmethod
+    def _not_yet(cls, value: Any, info: Any) -> Any:
+        idle = _NOT_YET[info.field_name]
+        if not any(type(value) is type(ok) and value == ok for ok in idle):
+            shown = " or ".join(repr(ok) for ok in idle)
+            raise ValueError(
+                f"not yet available in this version of deepspeed_alst; remove the key, or set it to {shown}"
+            )
+        return value
