@@ -1,0 +1,94 @@
+// sum_pieces on CPU, on torch's stable ABI: one binary for every torch from 2.10 on. Memory beyond its output: one tile.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+
+#include "sum_pieces.h"
+#include "sum_pieces_check.h"
+
+// The plain loops below are compiled once for each instruction set, and the loader picks. Elsewhere the baseline has
+// what they need (aarch64), or the compiler has no such attribute for inlined templates.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define ALST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ALST_CLONES
+#endif
+
+namespace {
+
+using namespace alst;
+
+constexpr int64_t kTile = 1024;    // 4 KiB of fp32: it stays in L1 while all pieces are added
+constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it saves
+constexpr int kGroup = 4;          // pieces read at once. 8 would be an eighth faster, but fill the ways of a small L1
+
+template <typename In, int kPieces, bool kBegin>
+ALST_INLINE void add_group(const typename In::Stored* from, int64_t stride, float* __restrict total, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = kBegin ? In::widen(from[i]) : total[i] + In::widen(from[i]);
+    for (int k = 1; k < kPieces; ++k) sum += In::widen(from[k * stride + i]);
+    total[i] = sum;
+  }
+}
+
+template <typename In>
+ALST_INLINE void add_pieces(const Sum& sum, int64_t begin, float* total, int64_t n) {
+  const auto* from = static_cast<const typename In::Stored*>(sum.pieces) + begin;
+  int64_t added = 1;
+  if (sum.num_pieces >= kGroup) {
+    add_group<In, kGroup, true>(from, sum.stride, total, n);
+    added = kGroup;
+  } else {
+    add_group<In, 1, true>(from, sum.stride, total, n);
+  }
+  for (; added + kGroup <= sum.num_pieces; added += kGroup) {
+    add_group<In, kGroup, false>(from + added * sum.stride, sum.stride, total, n);
+  }
+  for (; added < sum.num_pieces; ++added) {
+    add_group<In, 1, false>(from + added * sum.stride, sum.stride, total, n);
+  }
+}
+
+template <typename Out>
+ALST_INLINE void store(const Sum& sum, int64_t begin, const float* __restrict total, int64_t n) {
+  auto* __restrict to = static_cast<typename Out::Stored*>(sum.out) + begin;
+  if (sum.accumulate) {
+    for (int64_t i = 0; i < n; ++i) to[i] = Out::narrow(Out::widen(to[i]) + total[i] * sum.scale);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = Out::narrow(total[i] * sum.scale);
+  }
+}
+
+// Functions and no templates: GCC clones no template.
+ALST_CLONES void add_pieces_bf16(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Bf16>(s, begin, t, n); }
+ALST_CLONES void add_pieces_fp16(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Fp16>(s, begin, t, n); }
+ALST_CLONES void add_pieces_fp32(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Fp32>(s, begin, t, n); }
+ALST_CLONES void store_bf16(const Sum& s, int64_t begin, const float* t, int64_t n) { store<Bf16>(s, begin, t, n); }
+ALST_CLONES void store_fp16(const Sum& s, int64_t begin, const float* t, int64_t n) { store<Fp16>(s, begin, t, n); }
+ALST_CLONES void store_fp32(const Sum& s, int64_t begin, const float* t, int64_t n) { store<Fp32>(s, begin, t, n); }
+
+template <typename Function>
+Function of_dtype(ScalarType dtype, Function bf16, Function fp16, Function fp32) {
+  return dtype == ScalarType::BFloat16 ? bf16 : dtype == ScalarType::Half ? fp16 : fp32;
+}
+
+void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
+  const Sum sum = checked_sum(pieces_Pn, out_n, scale, accumulate);
+  const auto add_tile = of_dtype(pieces_Pn.scalar_type(), add_pieces_bf16, add_pieces_fp16, add_pieces_fp32);
+  const auto store_tile = of_dtype(out_n.scalar_type(), store_bf16, store_fp16, store_fp32);
+  torch::stable::parallel_for(0, sum.n, kGrain, [&](int64_t from, int64_t to) {
+    alignas(64) float total[kTile];
+    for (int64_t begin = from; begin < to; begin += kTile) {
+      const int64_t n = std::min(kTile, to - begin);
+      add_tile(sum, begin, total, n);
+      store_tile(sum, begin, total, n);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deepspeed_alst, CPU, library) { library.impl("sum_pieces", TORCH_BOX(&sum_pieces)); }

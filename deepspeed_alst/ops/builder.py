@@ -1,0 +1,293 @@
+"""DeepSpeed builders of the ops in csrc/: prebuilt at installation (``DS_BUILD_ALST=1``), or built at first use.
+
+A build at first use happens in a folder of its own and is moved into place when it is whole. So neither a build that was
+killed, nor its orphaned compilers, nor torch's lock file, which outlives its builder, can hurt or halt a later one; a
+lock that the kernel releases at its holder's death only keeps the ranks of a host from all building the same.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder, assert_no_cuda_mismatch
+from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+from torch.utils import cpp_extension
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# A build takes 10 s on a CPU and a minute for CUDA; who holds the lock for longer than this hangs.
+_WAIT_SECONDS = 300.0
+# The oldest torch whose stable ABI has all that the sources use; the binaries run on this one and every later.
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Fused multiply-adds would round once where the definition rounds twice.
+_CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", _TORCH_TARGET]
+_ARCHITECTURES = (80, 90, 100)
+
+
+class OpBuildError(RuntimeError):
+    """An op that cannot be built or loaded here, and what to do about it."""
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(reason)
+        self.way_out = way_out
+
+
+def source_folder() -> Path:
+    """Where the C++ sources are: in the package if it was installed, beside it in a checkout.
+
+    Raises:
+        OpBuildError: neither has them.
+    """
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if (folder / "sum_pieces.h").is_file():
+            return folder
+    raise OpBuildError(f"no C++ sources beside {_PACKAGE}", "install the package again")
+
+
+class _AlstBuilder(OpBuilder):
+    """What the builders of all devices share: where sources and binaries are, and how a build survives."""
+
+    BUILD_VAR: str
+    NAME: str
+    FILES: tuple[str, ...]
+
+    def __init__(self) -> None:
+        super().__init__(name=self.NAME)
+
+    def absolute_name(self) -> str:
+        """The module that a build at installation makes."""
+        return f"deepspeed_alst.ops.{self.NAME}_op"
+
+    def sources(self) -> list[str]:
+        """Absolute paths, so that DeepSpeed does not look for them in its own folder."""
+        return [str(source_folder() / name) for name in (*self.FILES, "module.cpp")]
+
+    def include_paths(self) -> list[str]:
+        """The folder of the headers."""
+        return [str(source_folder())]
+
+    def cxx_args(self) -> list[str]:
+        """No -march=native, as DeepSpeed has: one binary for all hosts that share a home or an image."""
+        return list(_CXX_FLAGS)
+
+    def why_not(self) -> OpBuildError | None:
+        """What is missing here for a build, if anything."""
+        compiler = cpp_extension.get_cxx_compiler().split()[0]
+        if shutil.which(compiler) is None:
+            return OpBuildError(
+                f"no C++ compiler found ({compiler})",
+                "install g++ or name a compiler in CXX, or install the package with DS_BUILD_ALST=1 where there is one",
+            )
+        if not cpp_extension.is_ninja_available():
+            return OpBuildError("no ninja found", "pip install ninja, and have its folder in PATH")
+        return None
+
+    def load(self, verbose: bool = False) -> ModuleType:
+        """The op's module: prebuilt, else built earlier, else built now.
+
+        Raises:
+            OpBuildError: it cannot be built here; its ``way_out`` says what would help.
+        """
+        if self.name not in OpBuilder._loaded_ops:
+            # A prebuilt op that does not load (another libc, an interrupted copy) is no reason not to build one.
+            with contextlib.suppress(ImportError):
+                OpBuilder._loaded_ops[self.name] = importlib.import_module(self.absolute_name())
+        if self.name not in OpBuilder._loaded_ops:
+            OpBuilder._loaded_ops[self.name] = self.jit_load(verbose)
+        return OpBuilder._loaded_ops[self.name]
+
+    def jit_load(self, verbose: bool = True) -> ModuleType:
+        """The op built at first use, by whoever of this host's processes comes first.
+
+        Raises:
+            OpBuildError: something is missing, the folder cannot be written, or the compiler failed.
+        """
+        folder = self._build_folder()
+        if module := self._built(folder):
+            return module
+        if problem := self.why_not():
+            raise problem
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _only_builder(folder / "builder"):
+                return self._built(folder) or self._build(folder, verbose)
+        except OSError as error:
+            raise OpBuildError(
+                f"cannot build in {folder}: {error.strerror or error}", "name a folder in TORCH_EXTENSIONS_DIR"
+            ) from error
+
+    def _build_folder(self) -> Path:
+        """Where binaries of these very sources and flags are kept: another version of the package has its own."""
+        inputs = hashlib.sha256(
+            repr((self.cxx_args(), self.nvcc_args(), sys.version_info[:2], torch.version.cuda)).encode()
+        )
+        for source in sorted(source_folder().glob("*.[ch]*")):
+            inputs.update(source.name.encode() + source.read_bytes())
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+        return Path(root) / self.name / inputs.hexdigest()[:16]
+
+    def _built(self, folder: Path) -> ModuleType | None:
+        """The module that was built here before; one that does not load counts as none."""
+        for library in sorted(folder.glob("*.so")):
+            spec = importlib.util.spec_from_file_location(library.stem, library)
+            assert spec is not None and spec.loader is not None  # the suffix is one that Python knows
+            with contextlib.suppress(ImportError):
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module
+        return None
+
+    def _build(self, folder: Path, verbose: bool) -> ModuleType:
+        for left in folder.glob("build-*"):  # of builders that were killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
+        workplace = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
+        try:
+            with _environment(TORCH_EXTENSIONS_DIR=str(workplace)):
+                module = super().jit_load(verbose)
+            for library in workplace.glob("*/*.so"):
+                library.replace(folder / library.name)  # at once or not at all
+            return module
+        except (RuntimeError, ImportError) as error:
+            (folder / "failed.log").write_text(str(error), encoding="utf-8")
+            raise OpBuildError(_first_error(str(error)), f"the whole output is in {folder / 'failed.log'}") from error
+        finally:
+            shutil.rmtree(workplace, ignore_errors=True)
+
+
+class SumPiecesBuilder(_AlstBuilder, CPUOpBuilder):
+    """Builds ``deepspeed_alst::sum_pieces`` for CPU."""
+
+    BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES"
+    NAME = "alst_sum_pieces"
+    FILES = ("sum_pieces.cpp",)
+
+    def builder(self) -> Any:
+        """The extension for a build at installation: one for all later CPythons."""
+        return cpp_extension.CppExtension(
+            name=self.absolute_name(),
+            sources=self.sources(),
+            include_dirs=self.include_paths(),
+            extra_compile_args={"cxx": self.cxx_args()},
+            py_limited_api=True,
+        )
+
+
+class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
+    """Builds ``deepspeed_alst::sum_pieces`` for CUDA; its library holds nothing for CPU."""
+
+    BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES_CUDA"
+    NAME = "alst_sum_pieces_cuda"
+    FILES = ("sum_pieces.cu",)
+
+    def cxx_args(self) -> list[str]:
+        """USE_CUDA declares the stable ABI's CUDA streams."""
+        return [*_CXX_FLAGS, "-DUSE_CUDA"]
+
+    def nvcc_args(self) -> list[str]:
+        """No --use_fast_math, as DeepSpeed has: it would round otherwise and lose subnormals."""
+        home = cpp_extension.CUDA_HOME
+        return cuda_flags(f"{home}/bin/nvcc") if home else []
+
+    def why_not(self) -> OpBuildError | None:
+        """What is missing here for a build, if anything."""
+        if cpp_extension.CUDA_HOME is None:
+            return OpBuildError("no CUDA toolkit found", "install one and name its folder in CUDA_HOME")
+        try:
+            assert_no_cuda_mismatch(self.name)
+        except Exception as error:  # DeepSpeed's are plain Exceptions
+            return OpBuildError(str(error), "install the CUDA toolkit that torch was built with")
+        return super().why_not()
+
+    def load(self, verbose: bool = False) -> ModuleType:
+        """As for CPU, on devices that it is compiled for.
+
+        Raises:
+            OpBuildError: no device, an older one than compute capability 8.0, or as for CPU.
+        """
+        if torch.version.hip is not None or not torch.cuda.is_available():
+            raise OpBuildError("torch finds no CUDA device here", "run on a machine that has one")
+        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if 10 * oldest[0] + oldest[1] < _ARCHITECTURES[0]:
+            raise OpBuildError(f"compute capability {oldest[0]}.{oldest[1]}", "it is compiled for 8.0 and newer")
+        return super().load(verbose)
+
+    def builder(self) -> Any:
+        """The extension for a build at installation: one for all later CPythons."""
+        return cpp_extension.CUDAExtension(
+            name=self.absolute_name(),
+            sources=self.sources(),
+            include_dirs=self.include_paths(),
+            extra_compile_args={"cxx": self.cxx_args(), "nvcc": self.nvcc_args()},
+            py_limited_api=True,
+        )
+
+
+BUILDERS: dict[str, type[_AlstBuilder]] = {"cpu": SumPiecesBuilder, "cuda": CudaSumPiecesBuilder}
+
+
+def cuda_flags(nvcc: str) -> list[str]:
+    """What nvcc is called with: every architecture of ours that it knows, and PTX for what is newer."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in _ARCHITECTURES if f"compute_{each}" in known]
+    oldest = f"compute_{_ARCHITECTURES[0]}"
+    return ["-O3", "-std=c++20", "-DUSE_CUDA", _TORCH_TARGET, *targets, f"-gencode=arch={oldest},code={oldest}"]
+
+
+@contextlib.contextmanager
+def _only_builder(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel gives back when its holder dies, however it dies.
+
+    Raises:
+        OpBuildError: another process has held it for too long.
+    """
+    with path.open("w") as file:
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OpBuildError(
+                        f"another process has been building it for {_WAIT_SECONDS:.0f} s",
+                        f"end that process; fuser {path} names it",
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                break  # a file system without locks: all build, each in a folder of its own
+        yield
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _first_error(output: str) -> str:
+    """The line of a compiler's output to show: the first that says error, else the first."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["the build failed without a word"]
+    return next((line for line in lines[1:] if "error" in line.lower()), lines[0])

@@ -1,0 +1,141 @@
+"""The local sum of a gradient reduction: P pieces of a slice, one of each rank, are added in one pass.
+
+The op ``deepspeed_alst::sum_pieces`` is defined here, with its torch definition for every device; ``load_sum_pieces``
+puts the compiled kernel of ``csrc/`` in its place where there is one.
+
+P pieces, n elements of the slice.
+"""
+
+import functools
+import warnings
+
+import torch
+
+from deepspeed_alst.errors import ShapeError
+
+_NAME = "deepspeed_alst::sum_pieces"
+_HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+# The reference works in parts of this many elements: adding bf16 to fp32 makes an fp32 copy of the bf16 on CPU.
+_PART = 1 << 20
+
+
+def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
+    """The definition of ``sum_pieces`` in torch, and what runs where nothing is compiled: ``[P, n] -> [n]``.
+
+    fp64 pieces are added in fp64, and ``out_n`` may then be fp64 too. Needs memory for two fp32 parts of 2**20 elements.
+
+    Raises:
+        ShapeError: sizes, strides, dtypes or devices that do not fit together.
+    """
+    _check(pieces_Pn, out_n)
+    dtype = torch.promote_types(pieces_Pn.dtype, torch.float32)
+    for begin in range(0, out_n.numel(), _PART):
+        part = slice(begin, begin + _PART)
+        total = pieces_Pn[0, part].to(dtype, copy=True)
+        for piece_n in pieces_Pn[1:, part]:
+            total += piece_n
+        total *= scale
+        if accumulate:
+            total += out_n[part]
+        out_n[part] = total if dtype == torch.float32 else _to_odd(total, out_n.dtype)
+
+
+def _to_odd(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Make fp64 ready for a half-precision dtype: torch goes there by fp32, and two roundings are not one.
+
+    The fp32 numbers made here are rounded to odd: a last bit of 1 says that something was cut off, so the second
+    rounding sees no tie that is none.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return total
+    nearest = total.float()
+    lost = total - nearest.double()
+    even = nearest.view(torch.int32) % 2 == 0
+    toward = torch.copysign(torch.full_like(nearest, torch.inf), lost)
+    return torch.where((lost != 0) & even & ~total.isnan(), torch.nextafter(nearest, toward), nearest)
+
+
+def _check(pieces_Pn: torch.Tensor, out_n: torch.Tensor) -> None:
+    """Raise a ShapeError, with all that is known of both tensors, unless they fit together."""
+    dtypes = _HALF_OR_SINGLE if pieces_Pn.dtype in _HALF_OR_SINGLE else (*_HALF_OR_SINGLE, torch.float64)
+    if pieces_Pn.dim() != 2 or pieces_Pn.shape[0] == 0:
+        wrong = "pieces must be [P, n] with P >= 1"
+    elif pieces_Pn.shape[1] > 1 and pieces_Pn.stride(1) != 1:
+        wrong = "each piece must be contiguous (their distance may be any)"
+    elif out_n.shape != pieces_Pn.shape[1:] or not out_n.is_contiguous():
+        wrong = "out must be [n] and contiguous"
+    elif pieces_Pn.dtype not in dtypes or out_n.dtype not in dtypes:
+        wrong = f"pieces and out must be one of {', '.join(str(dtype) for dtype in dtypes)}"
+    elif pieces_Pn.device != out_n.device:
+        wrong = "pieces and out must be on one device"
+    else:
+        return
+    raise ShapeError(
+        f"sum_pieces: {wrong}; pieces are {list(pieces_Pn.shape)} with strides {list(pieces_Pn.stride())}, "
+        f"{pieces_Pn.dtype} on {pieces_Pn.device}, out is {list(out_n.shape)}, {out_n.dtype} on {out_n.device}"
+    )
+
+
+def _fake(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool) -> None:
+    """What the op does to tensors without data: nothing, once they fit together."""
+    _check(pieces_Pn, out_n)
+
+
+_library = torch.library.Library("deepspeed_alst", "FRAGMENT")
+_library.define("sum_pieces(Tensor pieces, Tensor(a!) out, float scale, bool accumulate) -> ()")
+_library.impl("sum_pieces", sum_pieces_reference, "CompositeExplicitAutograd")
+torch.library.register_fake(_NAME, _fake, lib=_library)
+
+
+@functools.cache
+def load_sum_pieces(device_type: str) -> str:
+    """Put the compiled op in place for ``"cpu"`` or ``"cuda"``, once per process, and say in words what will add.
+
+    A prebuilt op is taken if there is one, else it is built, which takes some seconds the first time. Where neither can
+    be, torch adds, with the same result; a warning then gives the reason and the way out.
+
+    Returns:
+        ``"csrc op"``, or ``"torch (<why>)"``.
+    """
+    from deepspeed_alst.ops.builder import BUILDERS, OpBuildError
+
+    if device_type not in BUILDERS:
+        return f"torch (no csrc op for {device_type})"
+    try:
+        BUILDERS[device_type]().load(verbose=False)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(_NAME, device_type.upper()):
+            raise OpBuildError("its library registers no kernel", "rebuild it")
+    except Exception as error:  # a compiler can fail in any way, and training need not
+        reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
+        way_out = error.way_out if isinstance(error, OpBuildError) else "see the compiler's messages above"
+        warnings.warn(
+            f"deepspeed_alst: the sum of gradient pieces on {device_type} runs in torch, slower and with the same "
+            f"result: {reason}. Way out: {way_out}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return f"torch ({reason.splitlines()[0]})"
+    return "csrc op"
+
+
+def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
+    """Add P pieces in one pass: ``[P, n] -> [n]``, ``out = scale * (((p0 + p1) + p2) + ...)``.
+
+    Pieces are bf16, fp16 or fp32, and added in fp32 in this order; the result is rounded once, to nearest even, to
+    bf16, fp16 or fp32. Infinities and NaNs go through (which NaN comes out is not promised). The compiled op and the
+    definition in torch agree bit by bit.
+
+    Args:
+        pieces_Pn: each piece contiguous; the distance between two pieces may be larger than n.
+        out_n: contiguous; its address need be a multiple of its element's size only. Shares no memory with the pieces.
+        scale: what the sum is multiplied by, as fp32.
+        accumulate: ``out = out + scale * (...)`` instead, added in fp32 and rounded once.
+
+    Raises:
+        ShapeError: sizes, strides, dtypes or devices that do not fit together.
+    """
+    _check(pieces_Pn, out_n)
+    if pieces_Pn.dtype == torch.float64:  # a yardstick: the compiled op does not know it
+        sum_pieces_reference(pieces_Pn, out_n, scale, accumulate)
+    else:
+        torch.ops.deepspeed_alst.sum_pieces(pieces_Pn, out_n, scale, accumulate)
