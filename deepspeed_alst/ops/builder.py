@@ -1,13 +1,11 @@
 """DeepSpeed builders of the ops in csrc/: prebuilt at installation (``DS_BUILD_ALST=1``), or built at first use.
 
-A build at first use happens in a folder of its own and is moved into place when it is whole. So neither a build that was
-killed, nor its orphaned compilers, nor torch's lock file, which outlives its builder, can hurt or halt a later one; a
-lock that the kernel releases at its holder's death only keeps the ranks of a host from all building the same.
+A build at first use happens in a folder of its own and is moved into place when it is whole. So neither a build that
+was killed, nor its orphaned compilers, nor torch's lock file, which outlives its builder, can hurt or halt a later one.
+The lock (``build_once``) only keeps the ranks of a host from all building the same.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -16,8 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,22 +23,14 @@ from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder, assert_no
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 from torch.utils import cpp_extension
 
+from deepspeed_alst.ops.build_once import OpBuildError, environment, first_error, only_builder
+
 _PACKAGE = Path(__file__).resolve().parent.parent
-# A build takes 10 s on a CPU and a minute for CUDA; who holds the lock for longer than this hangs.
-_WAIT_SECONDS = 300.0
 # The oldest torch whose stable ABI has all that the sources use; the binaries run on this one and every later.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Fused multiply-adds would round once where the definition rounds twice.
 _CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", _TORCH_TARGET]
 _ARCHITECTURES = (80, 90, 100)
-
-
-class OpBuildError(RuntimeError):
-    """An op that cannot be built or loaded here, and what to do about it."""
-
-    def __init__(self, reason: str, way_out: str) -> None:
-        super().__init__(reason)
-        self.way_out = way_out
 
 
 def source_folder() -> Path:
@@ -122,8 +110,13 @@ class _AlstBuilder(OpBuilder):
             raise problem
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _only_builder(folder / "builder"):
-                return self._built(folder) or self._build(folder, verbose)
+            with only_builder(folder / "builder") as alone:
+                if module := self._built(folder):
+                    return module
+                if alone:  # what is left here is of builders that were killed
+                    for left in folder.glob("build-*"):
+                        shutil.rmtree(left, ignore_errors=True)
+                return self._build(folder, verbose)
         except OSError as error:
             raise OpBuildError(
                 f"cannot build in {folder}: {error.strerror or error}", "name a folder in TORCH_EXTENSIONS_DIR"
@@ -151,18 +144,18 @@ class _AlstBuilder(OpBuilder):
         return None
 
     def _build(self, folder: Path, verbose: bool) -> ModuleType:
-        for left in folder.glob("build-*"):  # of builders that were killed: the lock is ours
-            shutil.rmtree(left, ignore_errors=True)
         workplace = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
         try:
-            with _environment(TORCH_EXTENSIONS_DIR=str(workplace)):
+            with environment(TORCH_EXTENSIONS_DIR=str(workplace)):
                 module = super().jit_load(verbose)
             for library in workplace.glob("*/*.so"):
+                with library.open("rb") as file:
+                    os.fsync(file.fileno())  # loading a library whose pages a power cut has lost ends the process
                 library.replace(folder / library.name)  # at once or not at all
             return module
         except (RuntimeError, ImportError) as error:
             (folder / "failed.log").write_text(str(error), encoding="utf-8")
-            raise OpBuildError(_first_error(str(error)), f"the whole output is in {folder / 'failed.log'}") from error
+            raise OpBuildError(first_error(str(error)), f"the whole output is in {folder / 'failed.log'}") from error
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
 
@@ -244,50 +237,3 @@ def cuda_flags(nvcc: str) -> list[str]:
     targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in _ARCHITECTURES if f"compute_{each}" in known]
     oldest = f"compute_{_ARCHITECTURES[0]}"
     return ["-O3", "-std=c++20", "-DUSE_CUDA", _TORCH_TARGET, *targets, f"-gencode=arch={oldest},code={oldest}"]
-
-
-@contextlib.contextmanager
-def _only_builder(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel gives back when its holder dies, however it dies.
-
-    Raises:
-        OpBuildError: another process has held it for too long.
-    """
-    with path.open("w") as file:
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OpBuildError(
-                        f"another process has been building it for {_WAIT_SECONDS:.0f} s",
-                        f"end that process; fuser {path} names it",
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                break  # a file system without locks: all build, each in a folder of its own
-        yield
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _first_error(output: str) -> str:
-    """The line of a compiler's output to show: the first that says error, else the first."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["the build failed without a word"]
-    return next((line for line in lines[1:] if "error" in line.lower()), lines[0])

@@ -22,7 +22,7 @@ _PART = 1 << 20
 def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
     """The definition of ``sum_pieces`` in torch, and what runs where nothing is compiled: ``[P, n] -> [n]``.
 
-    fp64 pieces are added in fp64, and ``out_n`` may then be fp64 too. Needs memory for two fp32 parts of 2**20 elements.
+    fp64 pieces are added in fp64, and ``out_n`` may then be fp64 too. Memory: two fp32 parts of 2**20 elements.
 
     Raises:
         ShapeError: sizes, strides, dtypes or devices that do not fit together.
@@ -51,7 +51,7 @@ def _to_odd(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     nearest = total.float()
     lost = total - nearest.double()
     even = nearest.view(torch.int32) % 2 == 0
-    toward = torch.copysign(torch.full_like(nearest, torch.inf), lost)
+    toward = torch.copysign(torch.full_like(lost, torch.inf), lost).float()
     return torch.where((lost != 0) & even & ~total.isnan(), torch.nextafter(nearest, toward), nearest)
 
 
@@ -97,7 +97,8 @@ def load_sum_pieces(device_type: str) -> str:
     Returns:
         ``"csrc op"``, or ``"torch (<why>)"``.
     """
-    from deepspeed_alst.ops.builder import BUILDERS, OpBuildError
+    from deepspeed_alst.ops.build_once import OpBuildError
+    from deepspeed_alst.ops.builder import BUILDERS
 
     if device_type not in BUILDERS:
         return f"torch (no csrc op for {device_type})"
