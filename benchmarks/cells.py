@@ -39,6 +39,8 @@ class Cell:
     contiguous_gradients: bool = True
     overlap_comm: bool = False
     grad_accum: str = ""
+    sums: str = ""
+    """What gradients are summed in; fp32 where it is empty."""
     offload_optimizer: bool = False
     kv_heads: int = 2
     odd_lengths: bool = False
@@ -68,6 +70,7 @@ class Cell:
                 "no-contig": not self.contiguous_gradients,
                 "overlap": self.overlap_comm,
                 f"accum-{self.grad_accum}": self.grad_accum,
+                f"sums-{self.sums}": self.sums,
                 "offload": self.offload_optimizer,
                 f"kv{self.kv_heads}": self.kv_heads != 2,
                 "odd": self.odd_lengths,
@@ -183,6 +186,9 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
         config["fp16"]["loss_scale"] = _FP16_LOSS_SCALE
     if cell.grad_accum:
         config["data_types"] = {"grad_accum_dtype": cell.grad_accum}
+    if cell.sums:
+        key = "seq_parallel_communication_data_type" if sp_size > 1 else "communication_data_type"
+        config[key] = cell.sums
     if sp_size > 1:
         config |= {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": sp_size}}
         if cell.tiles:

@@ -100,6 +100,7 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
     "contiguous_gradients": (True, False),
     "overlap_comm": (False, True),
     "grad_accum": ("", "fp32"),
+    "sums": ("", "bf16", "fp16"),
     "offload_optimizer": (False, True),
     "kv_heads": (1, 2, 4),
     "odd_lengths": (True, False),

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "reduction": ({},),
     "liger_kernel": (False, "auto"),
     "activation_checkpoint_cpu_offload": (False,),
     "save_attention_output": (False, "auto"),
@@ -15,12 +14,10 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _bytes_or_auto(value: Any) -> Any:
-    """A number of bytes, which JSON may write as 5e8."""
-    if value == "auto":
-        return value
-    if type(value) not in (int, float) or value < 1 or value != int(value):
-        raise ValueError("must be a positive number of bytes, or 'auto'")
+def _count(value: Any, of_what: str) -> int:
+    """A whole number, which JSON may write as 5e8."""
+    if type(value) not in (int, float) or not 1 <= value < 2**63 or value != int(value):
+        raise ValueError(f"must be a positive number of {of_what}")
     return int(value)
 
 
@@ -45,7 +42,7 @@ class TiledMlpBlock(BaseModel):
     @field_validator("tile_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        return _bytes_or_auto(value)
+        return value if value == "auto" else _count(value, "bytes, or 'auto'")
 
 
 class TiledLossBlock(BaseModel):
@@ -60,6 +57,29 @@ class TiledLossBlock(BaseModel):
     """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens."""
 
 
+class ReductionBlock(BaseModel):
+    """``alst.reduction``: how gradients are averaged over ranks; it counts where sequence_parallel_size is above 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    slice_bytes: int = Field(default=2**26, ge=4096)
+    """Bytes that are reduced at a time. Twice that is what the reduction needs beside the gradients, at most."""
+
+    bucket_size: Literal["auto"] | int | None = None
+    """Elements of DeepSpeed's gradient buckets, in place of zero_optimization.reduce_bucket_size; "auto" takes what the
+    run has to spare. Unset leaves that key alone."""
+
+    @field_validator("slice_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return _count(value, "bytes")
+
+    @field_validator("bucket_size", mode="before")
+    @classmethod
+    def _elements(cls, value: Any) -> Any:
+        return value if value in ("auto", None) else _count(value, "elements, or 'auto'")
+
+
 class AlstBlock(BaseModel):
     """The ``alst`` block of a ds_config."""
 
@@ -71,8 +91,8 @@ class AlstBlock(BaseModel):
     expandable_segments: bool | None = None
     """The CUDA allocator's expandable segments; unset means on wherever there is CUDA."""
 
-    reduction: dict = Field(default_factory=dict)
-    """Slices and bucket size of the gradient reduction. Not available in this version."""
+    reduction: ReductionBlock = Field(default_factory=ReductionBlock)
+    """Slices and bucket size of the gradient reduction."""
 
     tiled_mlp_compute: TiledMlpBlock | None = None
     """MLPs and experts tile by tile: true, false or an object."""

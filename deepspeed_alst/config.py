@@ -10,12 +10,16 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deepspeed_alst.blocks import AlstBlock, TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.blocks import AlstBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.errors import ConfigError
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
 
-_BLOCKS: dict[str, type[BaseModel]] = {"tiled_mlp_compute": TiledMlpBlock, "tiled_logits_loss": TiledLossBlock}
+_BLOCKS: dict[str, type[BaseModel]] = {
+    "reduction": ReductionBlock,
+    "tiled_mlp_compute": TiledMlpBlock,
+    "tiled_logits_loss": TiledLossBlock,
+}
 
 
 class AlstConfig(BaseModel):

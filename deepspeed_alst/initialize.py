@@ -17,12 +17,14 @@ from deepspeed.pipe import PipelineModule
 
 from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.engine.buckets import bucket_numel
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.leaves import Leaves
 from deepspeed_alst.engine.probe import install_probe
 from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
-from deepspeed_alst.engine.report import print_report, report_rows
+from deepspeed_alst.engine.reduction import install_reduction, reduction_of
+from deepspeed_alst.engine.report import print_report, reduction_rows, report_rows
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.wrap import close_at_destroy
 from deepspeed_alst.errors import AlstError, ConfigError
@@ -33,6 +35,7 @@ from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
+from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 from deepspeed_alst.parallel.agreement import raise_together
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
@@ -65,8 +68,7 @@ def initialize(
     if config.sequence_parallel_size == 1:
         return _initialize_whole(original, arguments, ds_config, config, allocator)
 
-    check_features(ds_config)
-    _check_arguments(arguments)
+    _check_arguments(arguments, ds_config)
     control_group = _start(arguments)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     raise_together(_error_in(arguments.get("model"), config), control_group)
@@ -76,17 +78,18 @@ def initialize(
         undo.callback(groups.destroy)
         session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
         attention, tiles = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
-        passed = _deepspeed_arguments(arguments, ds_config, config, session.mpu)
+        passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
+        reduced = _reduce(engine, config, bucket, undo)
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
-        install_probe(engine, groups, undo)
+        install_probe(engine, groups, reduction_of(config).dtype, undo)
         if dist.get_rank() == 0:
-            print_report(report_rows(config, groups, engine, attention, tiles, allocator, adopted is not None))
+            print_report(report_rows(config, groups, engine, attention, tiles, reduced, allocator, adopted is not None))
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
@@ -107,7 +110,12 @@ def _initialize_whole(
         results = original(**arguments)
         install_checkpoints(results[0])
         if dist.get_rank() == 0:
-            rows = [("sequence", "whole on every rank: sequence_parallel_size is 1"), *tiles, ("allocator", allocator)]
+            rows = [
+                ("sequence", "whole on every rank: sequence_parallel_size is 1"),
+                *tiles,
+                ("reduction", "DeepSpeed's: alst.reduction counts where sequence_parallel_size is above 1"),
+                ("allocator", allocator),
+            ]
             print_report(rows)
         close_at_destroy(results[0], undo.pop_all())
     return results
@@ -151,8 +159,9 @@ def _start(arguments: dict[str, Any]) -> Any:
     return build_control_group()
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse what the call itself brings and sequence parallelism cannot use."""
+def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> None:
+    """Refuse what the call brings, in the ds_config and beside it, and sequence parallelism cannot use."""
+    check_features(ds_config)
     problems = []
     if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
         problems.append(
@@ -178,16 +187,41 @@ def _error_in(model: Any, config: AlstConfig) -> AlstError | None:
     return None
 
 
-def _deepspeed_arguments(
-    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, mpu: UlyssesMpu
-) -> dict[str, Any]:
-    """The caller's arguments with our mpu, and the reduction dtype under the key that DeepSpeed reads at SP 1."""
+def _reduce(engine: Any, config: AlstConfig, bucket: str, undo: ExitStack) -> list[tuple[str, str]]:
+    """Put our reduction in the place of the engine's; returns rows of the report."""
+    reduction = reduction_of(config)
+    adder = load_sum_pieces(get_accelerator().device_name())
+    path = install_reduction(engine, reduction, undo)
+    return reduction_rows(engine, reduction, path, adder, bucket)
+
+
+def _reduction_keys(
+    ds_config: dict[str, Any], config: AlstConfig, model: Any, group: dist.ProcessGroup
+) -> tuple[dict[str, Any], str]:
+    """The ds_config as DeepSpeed is to see it: what its buckets hold, and how many; the latter in words too."""
     ours = copy.deepcopy(ds_config)
-    ours["communication_data_type"] = config.seq_parallel_communication_data_type
+    # Gradients go into the buckets as they are where they are summed in fp32; the user's own value is for SP 1.
+    ours.pop("communication_data_type", None)
+    if config.seq_parallel_communication_data_type != "fp32":
+        ours["communication_data_type"] = config.seq_parallel_communication_data_type
+    size, words = config.alst.reduction.bucket_size, "alst.reduction.bucket_size"
+    if size == "auto":
+        size, words = bucket_numel(model, ds_config, group)
+    if size is None:
+        return ours, "reduce_bucket_size"
+    ours["zero_optimization"] = {**(ours.get("zero_optimization") or {}), "reduce_bucket_size": size}
+    return ours, words
+
+
+def _deepspeed_arguments(
+    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Session
+) -> tuple[dict[str, Any], str]:
+    """The caller's arguments with our mpu and our form of the ds_config; and whose its bucket size is, in words."""
+    ours, bucket = _reduction_keys(ds_config, config, arguments["model"], session.groups.control_group)
     passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
     if arguments.get("config") is None and arguments.get("config_params") is None:
         # The configuration came in args. DeepSpeed refuses two, so `ours` takes its place there.
         args = copy.copy(arguments["args"])
         args.deepspeed_config, args.deepscale_config = ours, None
-        return {**passed, "args": args, "mpu": mpu}
-    return {**passed, "config": ours, "mpu": mpu}
+        return {**passed, "args": args, "mpu": session.mpu}, bucket
+    return {**passed, "config": ours, "mpu": session.mpu}, bucket

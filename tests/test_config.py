@@ -11,7 +11,7 @@ from deepspeed_alst.errors import AlstError, ConfigError
 DEFAULTS = {
     "pad_to_multiple_of": "auto",
     "expandable_segments": None,
-    "reduction": {},
+    "reduction": {"slice_bytes": 64 << 20, "bucket_size": None},
     "tiled_mlp_compute": None,
     "tiled_logits_loss": "auto",
     "liger_kernel": "auto",
@@ -21,14 +21,12 @@ DEFAULTS = {
 }
 # What asks for nothing, and so is accepted although the feature is not there yet.
 IDLE = {
-    "reduction": [{}],
     "liger_kernel": [False, "auto"],
     "activation_checkpoint_cpu_offload": [False],
     "save_attention_output": [False, "auto"],
     "memory_lean_layer": [False],
 }
 NOT_IDLE = {
-    "reduction": [{"slice_bytes": 1 << 20}, {"bucket_size": "auto"}],
     "liger_kernel": [True, {}, {"rope": False}, 0],
     "activation_checkpoint_cpu_offload": [True, {}, {"keep_last": 2}, 0, "auto"],
     "save_attention_output": [True, {}, 0],
@@ -230,6 +228,21 @@ def test_a_padding_that_the_sp_degree_does_not_divide_is_refused_with_the_next_t
         f"Use {fitting}, or 'auto'."
     )
     assert parse({"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": fitting}})
+
+
+@pytest.mark.parametrize("given, read", [(5e8, 500_000_000), (1, 1), ("auto", "auto"), (None, None)])
+def test_a_bucket_size_is_a_number_as_json_writes_it_or_auto(given, read):
+    assert parse(alst(reduction={"bucket_size": given})).alst.reduction.bucket_size == read
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("slice_bytes", "bucket_size") for value in (0, -1, 2.5, True, "many", [], float("nan"))]
+    + [("slice_bytes", "auto"), ("slice_bytes", 100)],
+)
+def test_a_slice_or_a_bucket_that_is_no_number_is_refused(key, value):
+    (line,) = problems_of(alst(reduction={key: value}))
+    assert line.startswith(f"alst.reduction.{key}: ") and line.endswith(f"(got {value!r}).")
 
 
 @pytest.mark.parametrize("value", ["auto", 2, "maybe", [], {}])

@@ -1,9 +1,10 @@
-"""The averaging probe: on the first optimizer step, is the gradient that DeepSpeed made the average over all ranks?
+"""The averaging probe: on the first optimizer step, is the gradient of the engine the average over all ranks?
 
-Everything here rests on DeepSpeed dividing by the world size on the path that this engine takes (parallel/mpu.py). The
-probe keeps some elements of the local gradient of every parameter that trains, as autograd makes them, averages those
-of two parameters itself, and compares before the update. Which two shows at the step only: half of a fresh LoRA
-adapter's gradients are zero. It runs at the first optimizer step that has gradients, and leaves nothing behind.
+Everything here rests on each gradient being reduced once and divided by the world size, on the path that this engine
+takes through DeepSpeed (engine/reduction.py). The probe keeps some elements of the local gradient of every parameter
+that trains, as autograd makes them, averages those of two parameters itself, and compares before the update. Which two
+shows at the step only: half of a fresh LoRA adapter's gradients are zero. It runs at the first optimizer step that has
+gradients, and leaves nothing behind.
 """
 
 import functools
@@ -20,12 +21,12 @@ from deepspeed_alst.parallel.groups import SequenceGroups
 _ELEMENTS = 1024
 _LARGEST = 1 << 26  # elements; DeepSpeed hands the whole gradient out in fp32, 256 MiB here
 # A wrong divisor is off by a factor of at least 1 + 1/world; bf16 sums are off by some 1e-2.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE = 1e-3
 _LOW_PRECISION_TOLERANCE = 0.1
 
 
-def install_probe(engine: Any, groups: SequenceGroups, undo: ExitStack) -> None:
-    """Check the averaging factor at the engine's first optimizer step.
+def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, undo: ExitStack) -> None:
+    """Check the averaging factor at the engine's first optimizer step; gradients are ``summed_in`` a dtype.
 
     The wrapped ``engine.step`` raises SetupError on all ranks, before any weight has changed, if the factor is wrong.
     """
@@ -40,7 +41,7 @@ def install_probe(engine: Any, groups: SequenceGroups, undo: ExitStack) -> None:
     @functools.wraps(before)
     def step(*args: Any, **kwargs: Any) -> Any:
         if engine.is_gradient_accumulation_boundary():
-            if _compare(engine, watched, groups):
+            if _compare(engine, watched, groups, summed_in):
                 remove()
             for each in watched:
                 each.local = None
@@ -87,7 +88,7 @@ def _spread(x: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _ELEMENTS)].to(torch.float64)
 
 
-def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> bool:
+def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups, summed_in: torch.dtype) -> bool:
     """Raise if a gradient is not the average; whether there was anything to compare."""
     compared = not watched
     for each in _choose(watched, groups):
@@ -102,14 +103,18 @@ def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups) -> bo
         # fp16's loss scale is in both: DeepSpeed takes it out in the step.
         factor = _factor(expected, reduced)
         compared = compared or factor is not None
-        tolerance = _TOLERANCE.get(each.param.dtype, _LOW_PRECISION_TOLERANCE)
+        tolerance = max(_tolerance(each.param.dtype), _tolerance(summed_in))
         if factor is not None and abs(factor - 1.0) > tolerance:
             raise SetupError(
-                f"DeepSpeed made {factor:.4g} times the average over all ranks of the gradient of {each.name} "
-                f"(ZeRO stage {engine.zero_optimization_stage()}): gradients would be wrong. This configuration is not "
+                f"the gradient of {each.name} came out as {factor:.4g} times the average over all ranks "
+                f"(ZeRO stage {engine.zero_optimization_stage()}): training would go wrong. This configuration is not "
                 "one that deepspeed_alst knows; please report it."
             )
     return compared
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE if dtype in (torch.float32, torch.float64) else _LOW_PRECISION_TOLERANCE
 
 
 def _factor(expected: torch.Tensor, reduced: torch.Tensor) -> float | None:

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.engine.reduction import ReductionPath
 from deepspeed_alst.parallel.groups import SequenceGroups
+from deepspeed_alst.parallel.reduction import Reduction
 
 
 def print_report(rows: list[tuple[str, str]]) -> None:
@@ -24,6 +28,7 @@ def report_rows(
     engine: Any,
     attention: str,
     tiles: list[tuple[str, str]],
+    reduced: list[tuple[str, str]],
     allocator: str,
     adopted: bool,
 ) -> list[tuple[str, str]]:
@@ -42,11 +47,37 @@ def report_rows(
         ("attention", attention),
         ("loss", loss),
         *tiles,
-        (
-            "reduction",
-            f"ZeRO stage {int(engine.zero_optimization_stage())}, gradients summed in "
-            f"{config.seq_parallel_communication_data_type} over {P * groups.dp_size} ranks",
-        ),
+        *reduced,
         ("allocator", allocator),
         ("not used", "liger_kernel, offload (not yet available)"),
     ]
+
+
+def reduction_rows(
+    engine: Any, reduction: Reduction, path: ReductionPath, adder: str, bucket: str
+) -> list[tuple[str, str]]:
+    """What gradients are summed in and by what, what that costs, and the buckets; ``bucket`` says whose size it is."""
+    ranks = dist.get_world_size()
+    sizes = [getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters() if param.requires_grad]
+    numel, stage = sum(sizes), int(engine.zero_optimization_stage())
+    reductions = engine.gradient_accumulation_steps() if path.each_micro_step else 1
+    sent = numel * sum(dtype.itemsize for dtype in path.hops) * (ranks - 1) / ranks * reductions
+    # A parameter larger than the bucket is reduced alone.
+    at_once = max(path.bucket_size or numel, *sizes, 0)
+    extra = min(2 * reduction.slice_bytes, 2 * at_once * max(dtype.itemsize for dtype in path.hops))
+    wire = ", then ".join(_short(dtype) for dtype in path.hops)
+    adder = f" ({adder})" if reduction.dtype == torch.float32 else ""
+    if path.bucket_size is None:
+        buckets = f"none on this path: {bucket} is not used"
+    else:
+        buckets = f"{path.bucket_size:,} elements ({bucket})"
+    return [
+        ("reduction", f"ZeRO stage {stage}, summed in {_short(reduction.dtype)}{adder} over {ranks} ranks"),
+        ("on the wire", f"{wire}: {sent / 1e6:,.1f} MB sent by a rank in a step ({reductions} x {numel:,} elements)"),
+        ("largest extra buffers", f"{extra / 2**20:,.1f} MiB{path.besides}"),
+        ("gradient buckets", buckets),
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

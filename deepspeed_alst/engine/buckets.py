@@ -1,0 +1,67 @@
+"""``alst.reduction.bucket_size``: how many elements DeepSpeed's gradient buckets hold."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+# DeepSpeed's own default: beyond it a bucket gains nothing.
+_MOST = 500_000_000
+# Below it the collectives' latency shows.
+_LEAST = 1 << 20
+# Activations need the rest.
+_SHARE = 32
+
+
+def bucket_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup) -> tuple[int, str]:
+    """The bucket size that ``"auto"`` stands for, the same on all ranks, and what it was made of, in words.
+
+    A thirty-second of the device memory that the rank with the least has left when weights, gradients and optimizer
+    states are in their places, at most 5e8 elements and no more than there are gradients. An estimate: it is made
+    before the engine is.
+    """
+    numel = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
+    spare = torch.tensor([_available() - _needed(numel, model, ds_config)], dtype=torch.int64)
+    spare = spare.to(get_accelerator().current_device_name()) if dist.get_backend(group) == "nccl" else spare
+    dist.all_reduce(spare, op=dist.ReduceOp.MIN, group=group)
+    zero = ds_config.get("zero_optimization") or {}
+    buffers = 2 if zero.get("overlap_comm") and zero.get("stage", 0) < 3 else 1
+    fitting = int(spare.item()) // _SHARE // (buffers * _gradient_bytes(ds_config))
+    size = max(_LEAST, min(fitting, _MOST, numel))
+    return (
+        size,
+        f"auto: 1/{_SHARE} of {max(0, int(spare.item())) / 2**30:.1f} GiB to spare, {numel:,} gradient elements",
+    )
+
+
+def _available() -> int:
+    """Bytes free for this rank."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return accelerator.available_memory()
+    return accelerator.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:
+    """Bytes that weights, gradients and Adam's states still take of the device, by the arithmetic of ZeRO's paper.
+
+    Source: arXiv:1910.02054, section 3.1: 12 bytes a parameter of fp32 weights, momentum and variance.
+    """
+    zero = ds_config.get("zero_optimization") or {}
+    stage, ranks = zero.get("stage", 0), dist.get_world_size()
+    weight_bytes = sum(
+        param.numel() * param.element_size()
+        for param in model.parameters()
+        if param.device.type != get_accelerator().device_name()
+    ) // (ranks if stage == 3 else 1)
+    gradient_bytes = numel * _gradient_bytes(ds_config) // (ranks if stage >= 2 else 1)
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") not in ("none", None)
+    state_bytes = 0 if offloaded else 12 * numel // (ranks if stage >= 1 else 1)
+    return weight_bytes + gradient_bytes + state_bytes
+
+
+def _gradient_bytes(ds_config: dict[str, Any]) -> int:
+    half = any((ds_config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
+    return 2 if half else 4

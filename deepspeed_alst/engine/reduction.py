@@ -1,0 +1,184 @@
+"""Our reduction in the place of DeepSpeed's, on one live engine: methods of the instance, given back by ``undo``.
+
+What DeepSpeed keeps: when a bucket is full, the streams and events around its reduction, accumulation over micro-steps,
+offload, norms, clipping, overflow checks. What it hands over: the gradients of one bucket, to be averaged.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
+
+from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.parallel.reduction import Fragment, Reduction
+
+_STAGE3 = "_DeepSpeedZeroOptimizer_Stage3__"
+
+
+@dataclass(frozen=True)
+class ReductionPath:
+    """How an engine's gradients go, for the report."""
+
+    hops: tuple[torch.dtype, ...]
+    """What is on the wire, exchange by exchange."""
+    each_micro_step: bool
+    bucket_size: int | None
+    """Elements of a bucket, if there are buckets."""
+    besides: str = ""
+    """What else needs memory, in words."""
+
+
+def reduction_of(config: AlstConfig) -> Reduction:
+    """What the configuration says of the reduction."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Reduction(dtype[config.seq_parallel_communication_data_type], config.alst.reduction.slice_bytes)
+
+
+def install_reduction(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+    """Average this engine's gradients by ``reduction`` on whatever path its ZeRO stage and options take.
+
+    Raises:
+        UnsupportedModelError: the model has experts of DeepSpeed's own MoE layer, which are reduced over other ranks.
+    """
+    if any(is_moe_param(param) for param in engine.module.parameters()):
+        raise UnsupportedModelError(
+            "the model has experts of deepspeed.moe, whose groups of ranks know nothing of sequence parallelism; "
+            "use a transformers mixture of experts"
+        )
+    optimizer = engine.optimizer
+    # By what the optimizer can do and not by the stage: with bf16 and fp32 accumulation stage 1 may have stage 0's.
+    if hasattr(optimizer, _STAGE3 + "avg_scatter_grads"):
+        return _install_stage3(optimizer, reduction, undo)
+    if hasattr(optimizer, "gradient_reduction_w_predivide"):
+        return _install_stage12(optimizer, reduction, undo)
+    return _install_stage0(engine, reduction, undo)
+
+
+def _install_stage3(optimizer: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+    """Sums go where the optimizer keeps its shares of the gradients; by way of the device if that is on the host."""
+    # With reduce_scatter false DeepSpeed would all-reduce whole buckets.
+    _set(optimizer, "reduce_scatter", True, undo)
+
+    def avg_scatter_grads(params: list[Any], communication_data_type: torch.dtype) -> _Shares:
+        kept = getattr(optimizer, _STAGE3 + "param_id_to_grad_partition")
+        in_place = get_accelerator().on_accelerator(kept[params[0].ds_id])
+        group = optimizer._get_param_partition_group(params[0])
+        P, r = dist.get_world_size(group), dist.get_rank(group)
+
+        def place(index: int) -> torch.Tensor:
+            if in_place:
+                return kept[params[index].ds_id]
+            grad, c = params[index].grad, math.ceil(params[index].ds_numel / P)
+            return grad.new_empty(c, dtype=optimizer.gradient_accumulation_dtype)
+
+        accumulate = in_place and optimizer.micro_step_id > 0
+        shares = reduction.shard([param.grad for param in params], place, accumulate, group)
+        # Past a gradient's end a share has nothing but padding.
+        ends = [param.ds_numel - r * math.ceil(param.ds_numel / P) for param in params]
+        return _Shares((share[: max(0, end)] for share, end in zip(shares, ends, strict=True)), in_place)
+
+    def partition_grads(original: Callable[..., Any]) -> Callable[..., Any]:
+        def keep(params: list[Any], shares: _Shares) -> Any:
+            # What is in its place already would be added to itself in a later micro-step, but copied in the first.
+            step = optimizer.micro_step_id
+            optimizer.micro_step_id = 0 if shares.in_place else step
+            try:
+                return original(params, shares.shares)
+            finally:
+                optimizer.micro_step_id = step
+
+        return keep
+
+    _set(optimizer, _STAGE3 + "avg_scatter_grads", avg_scatter_grads, undo)
+    wrap_method(optimizer, "partition_grads", partition_grads, undo)
+    wire = reduction.on_wire(optimizer.communication_data_type)
+    return ReductionPath((wire,), each_micro_step=True, bucket_size=optimizer.reduce_bucket_size)
+
+
+@dataclass
+class _Shares:
+    """This rank's shares of a bucket's gradients, made as they are asked for."""
+
+    shares: Iterator[torch.Tensor]
+    in_place: bool
+
+
+def _install_stage12(optimizer: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+    """Sums go to the ranks whose partition they belong to: into the bucket, or added to the fp32 partition."""
+
+    def reduce_bucket(bucket_n: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
+        if bucket_n.numel():
+            params = optimizer.ipg_buckets[communication_data_type].params
+            fragments = [each for param in params for each in _fragments(optimizer, *param)]
+            compact = any(optimizer._use_compact_grad_partition_buffer(group) for group, _, _ in params)
+            dtype = torch.float32 if compact else bucket_n.dtype
+            reduction.to_owners(bucket_n, fragments, dtype, optimizer.dp_process_group)
+        return bucket_n
+
+    def allreduce_bucket(
+        bucket: list[torch.Tensor], communication_data_type: torch.dtype, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """With contiguous_gradients false DeepSpeed flattens buckets itself, and keeps of what comes back its part."""
+        flat_n = optimizer.flatten(bucket)
+        group = optimizer.dp_process_group
+        average_n = flat_n.to(torch.promote_types(flat_n.dtype, optimizer.gradient_accumulation_dtype))
+        reduction.everywhere([flat_n], [average_n], dist.get_world_size(group), group)
+        return average_n
+
+    # The way through a whole-bucket reduction: waits and streams are behind it, and nothing of the bucket is split.
+    _set(optimizer, "reduce_scatter", False, undo)
+    _set(optimizer, "gradient_reduction_w_predivide", reduce_bucket, undo)
+    _set(optimizer, "_add_full_reduction_to_compact_grad_partition", lambda *_: None, undo)
+    _set(optimizer, "allreduce_bucket", allreduce_bucket, undo)
+    dtype = optimizer._gradient_reduction_buffer_dtype()
+    sums = torch.float32 if optimizer._use_compact_grad_partition_buffer(0) else dtype
+    return ReductionPath(
+        (reduction.on_wire(dtype), reduction.on_wire(sums)),
+        each_micro_step=optimizer.partition_gradients,
+        bucket_size=optimizer.reduce_bucket_size,
+        besides="" if optimizer.contiguous_gradients else ", and a copy of the bucket: contiguous_gradients is false",
+    )
+
+
+def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -> Iterator[Fragment]:
+    """The parts of one gradient by the ranks that own them, in the gradient's order."""
+    numel = optimizer.bit16_groups[group][index_in_group].numel()
+    starts = sorted(
+        (optimizer.grad_start_offset[group][owner][param_id], owner)
+        for owner in optimizer.param_to_partition_ids[group][param_id]
+    )
+    for (start, owner), (stop, _) in zip(starts, [*starts[1:], (numel, None)], strict=True):
+        # None unless this rank owns it and keeps its partition apart, in fp32.
+        out = optimizer._get_compact_grad_partition_slice(group, owner, param_id, stop - start)
+        yield Fragment(stop - start, owner, out)
+
+
+def _install_stage0(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+    """Sums go everywhere, in place."""
+
+    def allreduce_and_copy(
+        bucket: list[torch.Tensor], dp_group: dist.ProcessGroup, dp_world_size: float | None = None
+    ) -> None:
+        flat = [grad.contiguous().view(-1) for grad in bucket]
+        reduction.everywhere(flat, flat, dp_world_size or dist.get_world_size(dp_group), dp_group)
+        for grad, flat_n in zip(bucket, flat, strict=True):
+            if not grad.is_contiguous():
+                grad.copy_(flat_n.view_as(grad))
+
+    _set(engine, "allreduce_and_copy", allreduce_and_copy, undo)
+    own = next((param.dtype for param in engine.module.parameters() if param.requires_grad), torch.float32)
+    # DeepSpeed's BF16_Optimizer sums micro-steps in fp32, and hands those over.
+    wire = reduction.on_wire(getattr(engine.optimizer, "grad_acc_dtype", own))
+    return ReductionPath((wire, wire), each_micro_step=False, bucket_size=None)
+
+
+def _set(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
+    wrap_method(owner, name, lambda _: value, undo)
