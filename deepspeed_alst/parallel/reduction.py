@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate as running_sums
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,9 @@ import torch.nn.functional as F
 
 from deepspeed_alst.ops.sum_pieces import sum_pieces
 from deepspeed_alst.parallel.slices import Piece, pieces_by_owner, segments
+
+# Elements; a GPU reads 16 bytes at a time where pieces begin at a multiple of that.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,21 @@ class Reduction:
         P = dist.get_world_size(group)
         columns = [math.ceil(grad.numel() / P) for grad in grads]
         wire = self.on_wire(_widest(grads))
+        width = self._share(2 * P * wire.itemsize, sum(columns))
+        scratch = _Scratch(grads[0], 2 * P * width * wire.itemsize)
         outs: dict[int, torch.Tensor] = {}
         done = 0
-        for parts in segments(columns, self._share(2 * P * wire.itemsize)):
-            send_Pm = grads[0].new_empty(P, parts[-1].at + parts[-1].width, dtype=wire)
+        for parts in segments(columns, width):
+            m = parts[-1].at + parts[-1].width
+            send_Pm = scratch.take(0, P * m, wire).view(P, m)
             for part in parts:
                 _fill(send_Pm[:, part.at : part.at + part.width], grads[part.index], part.start, columns[part.index])
-            pieces_Pm, scale = self._exchange(send_Pm, 1 / P, group)
+            pieces_Pm, scale = self._exchange(send_Pm, scratch, send_Pm.nbytes, 1 / P, group)
             for part in parts:
                 if part.index not in outs:
                     outs[part.index] = place(part.index)
                 out = outs[part.index][part.start : part.stop]
                 _put(pieces_Pm[:, part.at : part.at + part.width], out, scale, accumulate)
-            del send_Pm, pieces_Pm
             # The last gradient of a slice may go on in the next one.
             finished = parts[-1].index + (parts[-1].stop == columns[parts[-1].index])
             for index in range(done, finished):
@@ -101,18 +105,21 @@ class Reduction:
         bounds = [0, *running_sums(fragment.numel for fragment in fragments)]
         owners = [fragment.owner for fragment in fragments]
         wire, sums = self.on_wire(bucket_n.dtype), self.on_wire(dtype)
-        # The pieces and this rank's share of the sums; then that share twice, in order of owners, and what it owns.
-        share = self._share(max(P * wire.itemsize + sums.itemsize, (2 + P) * sums.itemsize))
+        # First the pieces (where the wire adds: what is sent, and the sum); then this rank's share in the order of
+        # owners, and what it gets. Beside both, the share as it was summed.
+        of_pieces = (P if self.dtype == torch.float32 else P + 1) * wire.itemsize
+        region = max(of_pieces, (1 + P) * sums.itemsize)
+        share = self._share(region + sums.itemsize, math.ceil(bucket_n.numel() / P))
+        scratch = _Scratch(bucket_n, share * (region + sums.itemsize))
         stop = 0
         while stop < bucket_n.numel():
             start, stop = stop, _slice_end(stop, bucket_n.numel(), P * share, P)
             m = math.ceil((stop - start) / P)
-            mine_m = bucket_n.new_empty(m, dtype=sums)
-            self._sum_share(bucket_n[start:stop], mine_m, 1 / P, group)
+            mine_m = scratch.take(share * region, m, sums)
+            self._sum_share(bucket_n[start:stop], mine_m, scratch, 1 / P, group)
             shares = [(start + p * m, min(stop, start + (p + 1) * m)) for p in range(P)]
             owned = [pieces_by_owner(bounds, owners, first, last, P) for first, last in shares]
-            received = _hand_over(mine_m, shares[r][0], owned, r, group)
-            for piece, sums_of_piece in received:
+            for piece, sums_of_piece in _hand_over(mine_m, shares[r][0], owned, scratch, group):
                 fragment = fragments[piece.fragment]
                 if fragment.out is None:
                     bucket_n[piece.start : piece.stop].copy_(sums_of_piece)
@@ -126,44 +133,71 @@ class Reduction:
         """Average flat gradients (their sum over ``divisor``) on every rank, into ``outs``, which may be the same."""
         P = dist.get_world_size(group)
         wire, sums = self.on_wire(_widest(grads)), self.on_wire(_widest(outs))
-        share = self._share(max(2 * P * wire.itemsize, P * sums.itemsize) + sums.itemsize)
+        region = max(2 * P * wire.itemsize, P * sums.itemsize)
+        share = self._share(region + sums.itemsize, math.ceil(sum(grad.numel() for grad in grads) / P))
+        scratch = _Scratch(grads[0], share * (region + sums.itemsize))
         for parts in segments([grad.numel() for grad in grads], P * share):
             n = parts[-1].at + parts[-1].width
             m = math.ceil(n / P)
-            send_n = grads[0].new_zeros(P * m, dtype=wire)
+            send_n = scratch.take(0, P * m, wire)
             for part in parts:
                 send_n[part.at : part.at + part.width].copy_(grads[part.index][part.start : part.stop])
-            mine_m = send_n.new_empty(m, dtype=sums)
-            self._sum_share(send_n, mine_m, 1 / divisor, group)
-            del send_n
-            all_n = mine_m.new_empty(P * m)
+            send_n[n:].zero_()
+            mine_m = scratch.take(share * region, m, sums)
+            pieces_Pm, scale = self._exchange(send_n.view(P, m), scratch, send_n.nbytes, 1 / divisor, group)
+            sum_pieces(pieces_Pm, mine_m, scale)
+            all_n = scratch.take(0, P * m, sums)
             dist.all_gather_into_tensor(all_n, mine_m, group=group)
             for part in parts:
                 outs[part.index][part.start : part.stop].copy_(all_n[part.at : part.at + part.width])
 
-    def _share(self, bytes_per_element: int) -> int:
+    def _share(self, bytes_per_element: int, most: int) -> int:
         """A rank's share of a slice, in elements, if each of them needs so many bytes of extra memory on this rank."""
-        return max(1, 2 * self.slice_bytes // bytes_per_element)
+        share = min(2 * self.slice_bytes // bytes_per_element, -(-most // _ALIGNED) * _ALIGNED)
+        return max(1, share - share % _ALIGNED if share > _ALIGNED else share)
 
-    def _sum_share(self, slice_n: torch.Tensor, mine_m: torch.Tensor, scale: float, group: dist.ProcessGroup) -> None:
+    def _sum_share(
+        self, slice_n: torch.Tensor, mine_m: torch.Tensor, scratch: "_Scratch", scale: float, group: dist.ProcessGroup
+    ) -> None:
         """Sum this rank's share of a slice: ``[n] -> [m]``, m = ceil(n/P)."""
-        P = dist.get_world_size(group)
-        if padding := P * mine_m.numel() - slice_n.numel():
+        P, m, wire = dist.get_world_size(group), mine_m.numel(), self.on_wire(slice_n.dtype)
+        if padding := P * m - slice_n.numel():
             slice_n = F.pad(slice_n, (0, padding))
-        pieces_Pm, scale = self._exchange(slice_n.to(self.on_wire(slice_n.dtype)).view(P, -1), scale, group)
+        copied = 0
+        if self.dtype != torch.float32:
+            slice_n = scratch.take(0, P * m, wire).copy_(slice_n)
+            copied = slice_n.nbytes
+        pieces_Pm, scale = self._exchange(slice_n.view(P, m), scratch, copied, scale, group)
         sum_pieces(pieces_Pm, mine_m, scale)
 
-    def _exchange(self, send_Pm: torch.Tensor, scale: float, group: dist.ProcessGroup) -> tuple[torch.Tensor, float]:
-        """This rank's pieces and the factor that their sum still needs; one piece where the wire has summed them."""
+    def _exchange(
+        self, send_Pm: torch.Tensor, scratch: "_Scratch", start: int, scale: float, group: dist.ProcessGroup
+    ) -> tuple[torch.Tensor, float]:
+        """This rank's pieces, in the scratch from byte ``start`` on, and the factor that their sum still needs.
+
+        One piece where the wire adds; what was sent is changed then.
+        """
+        P, m = send_Pm.shape
         if self.dtype == torch.float32:
-            received_Pm = torch.empty_like(send_Pm)
+            received_Pm = scratch.take(start, P * m, send_Pm.dtype).view(P, m)
             dist.all_to_all_single(received_Pm, send_Pm, group=group)
             return received_Pm, scale
         # Before the sum, as DeepSpeed does it: 16 bits overflow early.
         send_Pm.mul_(scale)
-        sum_1m = send_Pm.new_empty(1, send_Pm.shape[1])
+        sum_1m = scratch.take(start, m, send_Pm.dtype).view(1, m)
         dist.reduce_scatter_tensor(sum_1m, send_Pm, group=group)
         return sum_1m, 1.0
+
+
+class _Scratch:
+    """One buffer for all slices of a call: what a collective still holds of the last slice then takes no more."""
+
+    def __init__(self, like: torch.Tensor, num_bytes: int) -> None:
+        self._bytes = like.new_empty(num_bytes, dtype=torch.uint8)
+
+    def take(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """So many elements from byte ``start`` on."""
+        return self._bytes[start : start + numel * dtype.itemsize].view(dtype)
 
 
 def _slice_end(start: int, end: int, numel: int, num_ranks: int) -> int:
@@ -196,7 +230,7 @@ def _put(pieces_Pw: torch.Tensor, out_w: torch.Tensor, scale: float, accumulate:
 
 
 def _hand_over(
-    mine_m: torch.Tensor, first: int, owned: list[list[list[Piece]]], r: int, group: dist.ProcessGroup
+    mine_m: torch.Tensor, first: int, owned: list[list[list[Piece]]], scratch: _Scratch, group: dist.ProcessGroup
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
     """Send each rank what it owns of this rank's share; what this rank owns of all shares, piece by piece.
 
@@ -204,16 +238,16 @@ def _hand_over(
         mine_m: the share, whose first element is element ``first`` of the bucket.
         first: see above.
         owned: ``owned[p][q]`` is what rank q owns of rank p's share.
-        r: this rank.
+        scratch: what is sent and received goes to its beginning.
         group: the ranks.
     """
+    r = dist.get_rank(group)
     to_send = [piece for pieces in owned[r] for piece in pieces]
-    sent = [mine_m[piece.start - first : piece.stop - first] for piece in to_send]
-    in_order = all(a.stop == b.start for a, b in pairwise(to_send))
-    numel = sum(piece.numel for piece in to_send)
-    send = mine_m[:numel] if in_order else torch.cat(sent)
+    send = scratch.take(0, sum(piece.numel for piece in to_send), mine_m.dtype)
+    if to_send:
+        torch.cat([mine_m[piece.start - first : piece.stop - first] for piece in to_send], out=send)
     to_get = [piece for of_rank in owned for piece in of_rank[r]]
-    received = mine_m.new_empty(sum(piece.numel for piece in to_get))
+    received = scratch.take(send.nbytes, sum(piece.numel for piece in to_get), mine_m.dtype)
     dist.all_to_all_single(
         received,
         send,
