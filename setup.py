@@ -1,14 +1,53 @@
 """The package and what it needs. Lower bounds are the versions that the tests ran with."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+
+
+class BuildWithSources(build_py):
+    """Puts csrc/ into the package, where an op is built from at first use; a checkout has it beside the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "csrc", Path(self.build_lib) / "deepspeed_alst" / "csrc", dirs_exist_ok=True)
+
+
+def prebuilt_ops():
+    """What builds the ops of csrc/ with the package: all with DS_BUILD_ALST=1, one by its builder's own variable.
+
+    Needs torch and DeepSpeed at build time: pip install --no-build-isolation.
+    """
+    wanted = {name: value == "1" for name, value in os.environ.items() if name.startswith("DS_BUILD_ALST")}
+    if not any(wanted.values()):
+        return {"cmdclass": {"build_py": BuildWithSources}}
+    sys.path.insert(0, str(HERE))
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
+
+    from deepspeed_alst.ops.builder import BUILDERS
+
+    builders = [each() for device, each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
+    default = wanted.get("DS_BUILD_ALST", False)
+    return {
+        "ext_modules": [each.builder() for each in builders if wanted.get(each.BUILD_VAR, default)],
+        "cmdclass": {"build_py": BuildWithSources, "build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
+
 
 setup(
+    **prebuilt_ops(),
     name="deepspeed-alst",
     version="0.1.0",
     description="Arctic Long Sequence Training for Hugging Face models on DeepSpeed, switched on by ds_config keys",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

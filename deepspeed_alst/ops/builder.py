@@ -153,7 +153,7 @@ class _AlstBuilder(OpBuilder):
                     os.fsync(file.fileno())  # loading a library whose pages a power cut has lost ends the process
                 library.replace(folder / library.name)  # at once or not at all
             return module
-        except (RuntimeError, ImportError) as error:
+        except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             (folder / "failed.log").write_text(str(error), encoding="utf-8")
             raise OpBuildError(first_error(str(error)), f"the whole output is in {folder / 'failed.log'}") from error
         finally:
