@@ -1,0 +1,1 @@
+"""The reduction of gradients: its parts, each beside its target."""
