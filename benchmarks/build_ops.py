@@ -1,10 +1,13 @@
-"""Compile DeepSpeed's CPU communication op ahead of the first run, where DeepSpeed would otherwise do it silently."""
+"""Compile ahead of the first run: DeepSpeed's CPU communication op, otherwise built silently, and the ops of csrc/."""
 
 from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.engine.environment import check_build_lock
+from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 
 if __name__ == "__main__":
     check_build_lock()
-    if get_accelerator().device_name() == "cpu":
+    device = get_accelerator().device_name()
+    if device == "cpu":
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    print(f"sum of gradient pieces on {device}: {load_sum_pieces(device)}")

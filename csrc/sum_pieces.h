@@ -11,8 +11,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define ALST_INLINE __host__ __device__ __forceinline__
+#define ALST_UNROLL _Pragma("unroll")  // so that arrays of a thread are registers
 #else
 #define ALST_INLINE inline __attribute__((always_inline))
+#define ALST_UNROLL
 #endif
 
 namespace alst {
@@ -147,7 +149,7 @@ template <typename In>
 ALST_INLINE Words load_span(const typename In::Stored* from, int count, bool wide) {
   if (wide && count == kSpan<In>) return *reinterpret_cast<const Words*>(from);
   Words words = {{0, 0, 0, 0}};
-#pragma unroll
+  ALST_UNROLL
   for (int i = 0; i < kSpan<In>; ++i) {
     const uint32_t stored = i < count ? from[i] : 0;
     if constexpr (sizeof(typename In::Stored) == 4) {
@@ -171,15 +173,15 @@ ALST_INLINE void store_span(const float* value, typename Out::Stored* to, int co
       typename Out::Stored element[kStoreBytes<In, Out> / sizeof(typename Out::Stored)];
     };
     constexpr int kPerBlock = kStoreBytes<In, Out> / sizeof(typename Out::Stored);
-#pragma unroll
+    ALST_UNROLL
     for (int begin = 0; begin < kSpan<In>; begin += kPerBlock) {
       Block block;
-#pragma unroll
+      ALST_UNROLL
       for (int i = 0; i < kPerBlock; ++i) block.element[i] = Out::narrow(value[begin + i]);
       *reinterpret_cast<Block*>(to + begin) = block;
     }
   } else {
-#pragma unroll
+    ALST_UNROLL
     for (int i = 0; i < kSpan<In>; ++i) {
       if (i < count) to[i] = Out::narrow(value[i]);
     }
@@ -206,23 +208,23 @@ ALST_INLINE void sum_spans(const Sum& sum, int64_t thread, int64_t num_threads) 
     float total[kSpan<In>];
     for (int64_t first = 0; first < sum.num_pieces; first += kBatch) {
       Words batch[kBatch];
-#pragma unroll
+      ALST_UNROLL
       for (int k = 0; k < kBatch; ++k) {
         if (first + k < sum.num_pieces) {
           batch[k] = load_span<In>(pieces + (first + k) * sum.stride + begin, count, sum.wide_loads);
         }
       }
-#pragma unroll
+      ALST_UNROLL
       for (int k = 0; k < kBatch; ++k) {
         if (first + k >= sum.num_pieces) break;
-#pragma unroll
+        ALST_UNROLL
         for (int i = 0; i < kSpan<In>; ++i) {
           const float each = element<In>(batch[k], i);
           total[i] = first + k == 0 ? each : add(total[i], each);
         }
       }
     }
-#pragma unroll
+    ALST_UNROLL
     for (int i = 0; i < kSpan<In>; ++i) {
       total[i] = multiply(total[i], sum.scale);
       if (sum.accumulate && i < count) total[i] = add(Out::widen(out[begin + i]), total[i]);

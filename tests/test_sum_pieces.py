@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.reduction.op import memory
 from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces, sum_pieces_reference
 
@@ -168,6 +169,10 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(threads)
     assert_same_bits(together_n, alone_n)
+
+
+def test_nothing_is_needed_beyond_the_output():
+    assert memory("op") < 1 << 19 < 100 << 20 < memory("plain")  # what torch needs shows that it is measured
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

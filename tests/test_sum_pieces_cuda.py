@@ -25,7 +25,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc he
 def harness(tmp_path_factory):
     """The kernel's body as a program for this CPU; it stops at a misaligned access and at one beyond a tensor's end."""
     program = tmp_path_factory.mktemp("harness") / "sum_by_threads"
-    strict = ["-Wall", "-Wno-unknown-pragmas", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    strict = ["-Wall", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run(
         ["c++", "-std=c++20", "-O1", "-ffp-contract=off", *strict, f"-I{source_folder()}", HARNESS, "-o", program],
         check=True,
