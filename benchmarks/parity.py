@@ -82,10 +82,11 @@ def missed(ours: Errors, sp1: Errors) -> list[str]:
 
 
 def product_cells() -> list[Cell]:
-    """The full product stage x reduce_scatter x accumulation x dtype, at SP 2."""
+    """The full product stage x reduce_scatter x accumulation x dtype, at SP 2; bf16 summed in each dtype there is."""
+    dtypes = (("fp32", ""), ("bf16", ""), ("bf16", "bf16"), ("bf16", "fp16"))
     cells = [
-        Cell(stage=stage, reduce_scatter=scatter, gas=gas, dtype=dtype)
-        for stage, scatter, gas, dtype in itertools.product((0, 1, 2, 3), (True, False), (1, 4), ("fp32", "bf16"))
+        Cell(stage=stage, reduce_scatter=scatter, gas=gas, dtype=dtype, sums=sums)
+        for stage, scatter, gas, (dtype, sums) in itertools.product((0, 1, 2, 3), (True, False), (1, 4), dtypes)
     ]
     return [cell for cell in cells if cell.stage or cell.reduce_scatter]
 
@@ -179,16 +180,16 @@ def short_cells() -> list[Cell]:
         Cell(
             stage=3, gas=4, odd_lengths=True, unequal_labels=True, clip=0.5, checkpointing="non-reentrant", tiles=True
         ),
-        Cell(stage=3, reduce_scatter=False, dtype="bf16", tied=True, tiles=True),
+        Cell(stage=3, reduce_scatter=False, dtype="bf16", tied=True, tiles=True, sums="bf16"),
         Cell(stage=3, gas=4, lora=True, odd_lengths=True, clip=0.5, checkpointing="reentrant", tiles=True),
         Cell(stage=2, gas=2, lora=True, dtype="bf16", unequal_labels=True),
     ]
     return cells + [
         replace(cell, world_size=4, **changed)
         for cell, changed in (
-            (Cell(stage=0, dtype="bf16", odd_lengths=True), {"sp_size": 4}),
+            (Cell(stage=0, dtype="bf16", odd_lengths=True, sums="fp16"), {"sp_size": 4}),
             (Cell(stage=1, gas=2, unequal_labels=True, kv_heads=1), {"sp_size": 4}),
-            (Cell(stage=2, dtype="bf16", offload_optimizer=True, odd_lengths=True), {"sp_size": 2}),
+            (Cell(stage=2, dtype="bf16", offload_optimizer=True, odd_lengths=True, sums="bf16"), {"sp_size": 2}),
             (Cell(stage=3, gas=2, reduce_scatter=False, odd_lengths=True, clip=0.5), {"sp_size": 2}),
         )
     ]
