@@ -7,17 +7,24 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepspeed_alst.ops.builder import cuda_flags, source_folder
-from deepspeed_alst.ops.sum_pieces import sum_pieces_reference
+from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces, sum_pieces_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HARNESS = Path(__file__).parent / "programs" / "sum_by_threads.cpp"
 TORCH_HEADERS = f"-I{Path(torch.__file__).parent / 'include'}"
+REGISTERED = """
+import ctypes, os, sys, torch, deepspeed_alst.ops.sum_pieces
+for library in (None, sys.argv[1]):
+    ctypes.CDLL(library, mode=os.RTLD_LAZY)
+    print(torch._C._dispatch_has_kernel_for_dispatch_key("deepspeed_alst::sum_pieces", "CUDA"))
+"""
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the CUDA kernel is not compiled")
 
 
@@ -92,11 +99,13 @@ def test_a_grid_of_any_size_covers_everything_once(harness, grid):
 
 
 @needs_nvcc
-def test_the_kernel_compiles_for_three_architectures_without_spilling(tmp_path, capsys):
+def test_the_kernel_compiles_for_three_architectures_without_spilling_and_registers_itself(tmp_path, capsys):
     flags = [*cuda_flags("nvcc"), "-Xcompiler", "-fPIC", TORCH_HEADERS]
     checks = ["-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10", "-Xlinker", "-z,lazy"]
+    library = tmp_path / "sum.so"
     done = subprocess.run(
-        ["nvcc", "-c", *flags, *checks, "-o", tmp_path / "sum.o", source_folder() / "sum_pieces.cu"],
+        ["nvcc", "-shared", *flags, *checks, *libraries, "-o", library, source_folder() / "sum_pieces.cu"],
         capture_output=True,
         text=True,
         timeout=240,
@@ -114,6 +123,9 @@ def test_the_kernel_compiles_for_three_architectures_without_spilling(tmp_path, 
             )
     assert {"sm_80", "sm_90"} <= set(architectures)
     assert max(registers) <= 64  # 4 blocks of 256 threads on a multiprocessor
+    # Bound lazily, it loads where torch has no CUDA; in a process of its own, because it cannot be unloaded.
+    done = subprocess.run([sys.executable, "-c", REGISTERED, library], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-2:] == ["False", "True"], done.stderr[-2000:]
 
 
 @needs_nvcc
@@ -128,3 +140,19 @@ def test_every_kernel_loads_16_bytes_at_a_time(tmp_path):
     kernels = ptx.read_text().split(".entry ")[1:]
     assert len(kernels) == 9
     assert all(kernel.count("ld.global.v4.") == 4 for kernel in kernels)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the CUDA kernel is not run")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_on_a_gpu_the_kernel_is_the_definition_bit_by_bit(dtype, out_dtype):
+    assert load_sum_pieces("cuda") == "csrc op"
+    torch.manual_seed(0)
+    for P, n, gap, begin in itertools.product((1, 3, 8), (1, 63, 4097, 1_000_003), (0, 5), (0, 1)):
+        pieces_Pn = torch.randn(P, n + gap, device="cuda").to(dtype)[:, :n]
+        for accumulate in (False, True):
+            got_n = torch.randn(n + begin, device="cuda").to(out_dtype)[begin:]
+            want_n = got_n.clone()
+            sum_pieces(pieces_Pn, got_n, 0.3, accumulate)
+            sum_pieces_reference(pieces_Pn, want_n, 0.3, accumulate)
+            assert torch.equal(got_n, want_n)
