@@ -22,7 +22,7 @@ _PART = 1 << 20
 def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
     """The definition of ``sum_pieces`` in torch, and what runs where nothing is compiled: ``[P, n] -> [n]``.
 
-    fp64 pieces are added in fp64, and ``out_n`` may then be fp64 too. Memory: two fp32 parts of 2**20 elements.
+    fp64 pieces are added in fp64, into fp64: a yardstick. Memory: two fp32 parts of 2**20 elements.
 
     Raises:
         ShapeError: sizes, strides, dtypes or devices that do not fit together.
@@ -37,35 +37,20 @@ def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: fl
         total *= scale
         if accumulate:
             total += out_n[part]
-        out_n[part] = total if dtype == torch.float32 else _to_odd(total, out_n.dtype)
-
-
-def _to_odd(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Make fp64 ready for a half-precision dtype: torch goes there by fp32, and two roundings are not one.
-
-    The fp32 numbers made here are rounded to odd: a last bit of 1 says that something was cut off, so the second
-    rounding sees no tie that is none.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return total
-    nearest = total.float()
-    lost = total - nearest.double()
-    even = nearest.view(torch.int32) % 2 == 0
-    toward = torch.copysign(torch.full_like(lost, torch.inf), lost).float()
-    return torch.where((lost != 0) & even & ~total.isnan(), torch.nextafter(nearest, toward), nearest)
+        out_n[part] = total
 
 
 def _check(pieces_Pn: torch.Tensor, out_n: torch.Tensor) -> None:
     """Raise a ShapeError, with all that is known of both tensors, unless they fit together."""
-    dtypes = _HALF_OR_SINGLE if pieces_Pn.dtype in _HALF_OR_SINGLE else (*_HALF_OR_SINGLE, torch.float64)
+    is_yardstick = pieces_Pn.dtype == out_n.dtype == torch.float64
     if pieces_Pn.dim() != 2 or pieces_Pn.shape[0] == 0:
         wrong = "pieces must be [P, n] with P >= 1"
     elif pieces_Pn.shape[1] > 1 and pieces_Pn.stride(1) != 1:
         wrong = "each piece must be contiguous (their distance may be any)"
     elif out_n.shape != pieces_Pn.shape[1:] or not out_n.is_contiguous():
         wrong = "out must be [n] and contiguous"
-    elif pieces_Pn.dtype not in dtypes or out_n.dtype not in dtypes:
-        wrong = f"pieces and out must be one of {', '.join(str(dtype) for dtype in dtypes)}"
+    elif not is_yardstick and not {pieces_Pn.dtype, out_n.dtype} <= set(_HALF_OR_SINGLE):
+        wrong = f"pieces and out must be one of {', '.join(map(str, _HALF_OR_SINGLE))}, or both torch.float64"
     elif pieces_Pn.device != out_n.device:
         wrong = "pieces and out must be on one device"
     else:
