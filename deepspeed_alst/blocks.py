@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -19,6 +19,13 @@ def _count(value: Any, of_what: str) -> int:
     if type(value) not in (int, float) or not 1 <= value < 2**63 or value != int(value):
         raise ValueError(f"must be a positive number of {of_what}")
     return int(value)
+
+
+def _one_size(values: Any) -> Any:
+    """A tile has its tokens or its bytes."""
+    if isinstance(values, Mapping) and values.get("tile_tokens") is not None and "tile_bytes" in values:
+        raise ValueError("use tile_tokens or tile_bytes, not both")
+    return values
 
 
 class TiledMlpBlock(BaseModel):
@@ -44,6 +51,11 @@ class TiledMlpBlock(BaseModel):
     def _bytes(cls, value: Any) -> Any:
         return value if value == "auto" else _count(value, "bytes, or 'auto'")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, values: Any) -> Any:
+        return _one_size(values)
+
 
 class TiledLossBlock(BaseModel):
     """``alst.tiled_logits_loss`` as an object; ``true`` and ``"torch"`` are an empty one."""
@@ -53,8 +65,18 @@ class TiledLossBlock(BaseModel):
     tile_tokens: int | None = Field(default=None, ge=1, strict=True)
     """Labelled tokens of a tile. Unset means as many as fit into tile_bytes."""
 
-    tile_bytes: int = Field(default=2**30, ge=1)
-    """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens."""
+    tile_bytes: int = 2**30
+    """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens. "auto" is 1 GiB."""
+
+    @field_validator("tile_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return 2**30 if value == "auto" else _count(value, "bytes, or 'auto'")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, values: Any) -> Any:
+        return _one_size(values)
 
 
 class ReductionBlock(BaseModel):
@@ -134,7 +156,7 @@ class AlstBlock(BaseModel):
         if isinstance(value, bool) or value == "torch":
             return {} if value else None
         if value != "auto" and not isinstance(value, Mapping):
-            raise ValueError("use true, false, 'auto', 'torch', or an object of tile_bytes")
+            raise ValueError("use true, false, 'auto', 'torch', or an object of tile_bytes or tile_tokens")
         return value
 
     @field_validator(*_NOT_YET)

@@ -133,9 +133,9 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int) -> None:
 
 
 def nearest(name: str, known: Any) -> str:
-    """The sentence that names the closest known key, or nothing."""
+    """The sentence that names the closest known key, or all of them."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    return f" Did you mean '{found[0]}'?" if found else f" Known are {', '.join(known)}."
 
 
 def _line(error: Any) -> str:
@@ -149,7 +149,7 @@ def _line(error: Any) -> str:
             else AlstBlock.model_fields
         )
         return f"{path}: unknown key.{nearest(error['loc'][-1], known)}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = "must be an object" if error["type"] == "model_type" else error["msg"].removeprefix("Value error, ")
     return f"{path}: {message} (got {error['input']!r})."
 
 
@@ -170,4 +170,4 @@ def _misplaced_keys(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def _similarity(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, str(one), other).ratio()
+    return difflib.SequenceMatcher(None, str(one).lower(), other).ratio()

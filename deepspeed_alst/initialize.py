@@ -28,6 +28,7 @@ from deepspeed_alst.engine.report import print_report, reduction_rows, report_ro
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.wrap import close_at_destroy
 from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
@@ -69,8 +70,8 @@ def initialize(
         return _initialize_whole(original, arguments, ds_config, config, allocator)
 
     _check_arguments(arguments, ds_config)
-    control_group = _start(arguments)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
+    control_group = _start(arguments)
     raise_together(_error_in(arguments.get("model"), config), control_group)
 
     with ExitStack() as undo:
@@ -125,6 +126,7 @@ def _tile(
     model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, undo: ExitStack
 ) -> list[tuple[str, str]]:
     """Put into tiles what the config says; returns rows of the report."""
+    take(model, undo)
     mlp, loss = config.alst.tiled_mlp_compute, config.tiled_loss()
     if adopted and config.alst.tiled_logits_loss == "auto":
         loss = None  # such a program may make its own loss of the logits

@@ -12,7 +12,21 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from deepspeed_alst.mark import is_taken
+
 _MARK = "__deepspeed_alst__"
+# Keys of the alst block: beside it they would do nothing, and are refused.
+BLOCK_KEYS = (
+    "pad_to_multiple_of",
+    "expandable_segments",
+    "reduction",
+    "tiled_mlp_compute",
+    "tiled_logits_loss",
+    "liger_kernel",
+    "activation_checkpoint_cpu_offload",
+    "save_attention_output",
+    "memory_lean_layer",
+)
 
 
 def hook_initialize(deepspeed: ModuleType) -> None:
@@ -30,6 +44,8 @@ def hook_initialize(deepspeed: ModuleType) -> None:
         except TypeError:
             return original(*args, **kwargs)
         _stop_loading_sharded()
+        if is_taken(arguments.get("model")):
+            _refuse_a_second_engine()
         ds_config = find_config(arguments)
         if not is_wanted(ds_config, arguments.get("mpu")):
             return original(*args, **kwargs)
@@ -41,6 +57,15 @@ def hook_initialize(deepspeed: ModuleType) -> None:
     deepspeed.initialize = initialize
     if is_wanted(_command_line_config()):
         _check_lock_at_start(deepspeed)
+
+
+def _refuse_a_second_engine() -> None:
+    from deepspeed_alst.errors import SetupError
+
+    raise SetupError(
+        "deepspeed.initialize was given a model that an engine has changed (sequence parallelism or tiles): the second "
+        "engine would have the first one's. Call destroy() of that engine first."
+    )
 
 
 def _check_lock_at_start(deepspeed: ModuleType) -> None:
@@ -94,10 +119,13 @@ def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None) -> bool:
-    """Whether the package acts: an ``alst`` block, or ``sequence_parallel_size`` > 1 with no mpu and no autosp pass."""
+    """Whether the package acts: an ``alst`` block, or ``sequence_parallel_size`` > 1 with no mpu and no autosp pass.
+
+    It acts on a key of the block's that stands beside it too, to refuse it.
+    """
     if not isinstance(ds_config, dict):
         return False
-    if "alst" in ds_config:
+    if any(str(key).lower() == "alst" or key in BLOCK_KEYS for key in ds_config):
         return True
     sp_size = ds_config.get("sequence_parallel_size", 1)
     if sp_size == 1 or mpu is not None:

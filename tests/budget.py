@@ -42,6 +42,7 @@ AREAS = {
     "test_tiled_loss": "tiles and kernels",
     "test_tiled_mlp": "tiles and kernels",
     "test_tiles_engine": "tiles and kernels",
+    "test_tiles_unusual": "tiles and kernels",
     "test_bench_tiles": "tiles and kernels",
     "test_trainer": "the programs people have",
     "test_trainer_checkpoints": "the programs people have",

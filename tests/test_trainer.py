@@ -124,6 +124,7 @@ OPTIONS = {
     "epochs": {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3},
     "batches of two": {"per_device_train_batch_size": 2, "max_grad_norm": 0.5},
     "label smoothing": {"label_smoothing_factor": 0.2},
+    "label smoothing under ZeRO 3": {"label_smoothing_factor": 0.2, "stage": 3},
     "tokens averaged on each rank": {"average_tokens_across_devices": False},
     "grouped by length": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2},
     "tokens counted": {"include_num_input_tokens_seen": "all", "gradient_accumulation_steps": 1},

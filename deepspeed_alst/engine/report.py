@@ -63,7 +63,7 @@ def reduction_rows(
     reductions = engine.gradient_accumulation_steps() if path.each_micro_step else 1
     sent = numel * sum(dtype.itemsize for dtype in path.hops) * (ranks - 1) / ranks * reductions
     # A parameter larger than the bucket is reduced alone.
-    at_once = max(path.bucket_size or numel, *sizes, 0)
+    at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
     extra = min(2 * reduction.slice_bytes, 2 * at_once * max(dtype.itemsize for dtype in path.hops))
     wire = ", then ".join(_short(dtype) for dtype in path.hops)
     adder = f" ({adder})" if reduction.dtype == torch.float32 else ""

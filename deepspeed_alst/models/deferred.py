@@ -8,18 +8,43 @@ touch. In training the model's ``outputs.logits`` is None.
 Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hidden size, V vocabulary.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.errors import SetupError
 from deepspeed_alst.parallel.loss import shard_loss
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
 
 # What models do to logits one by one; its other arguments are numbers.
-_ELEMENTWISE = ("mul", "multiply", "div", "divide", "true_divide", "tanh", "add", "sub", "neg", "float", "to", "double")
+_ELEMENTWISE = {
+    "mul",
+    "multiply",
+    "div",
+    "divide",
+    "true_divide",
+    "truediv",
+    "tanh",
+    "add",
+    "sub",
+    "neg",
+    "float",
+    "to",
+}
+_ELEMENTWISE |= {"double", "rmul", "radd", "rsub", "rdiv", "rtruediv", "detach"}
+# In place, with what does the same out of place.
+_IN_PLACE = {name: name.strip("_") for name in ("mul_", "div_", "add_", "sub_", "tanh_", "neg_")}
+_IN_PLACE |= {"__imul__": "mul", "__itruediv__": "div", "__iadd__": "add", "__isub__": "sub"}
+# Answered without the values.
+_OF_THE_SHAPE = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"}
+_OF_THE_VALUES = {torch.Tensor.data.__get__, torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
+_VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_SAMPLED = 4096
 
 
 @dataclass
@@ -36,34 +61,107 @@ class DeferredHead:
     """Whether who called the model asked for logits: they are made at the end of its forward."""
     work: Callable[[torch.Tensor], torch.Tensor] | None = None
     """What the head's next call is to do in place of its own forward, with its weights at hand."""
+    is_tiled: bool = False
+    """Whether the loss of this forward was made in tiles."""
+    for_loss: "DeferredLogits | None" = None
+    """Logits of the last forward, whose loss is made after it: ZeRO-3's hooks detach what a model returns."""
+    snapshot: "weakref.ref[Weights] | None" = None
+    """Of the weights since the last forward with a graph, for as long as an evaluation's logits need them."""
 
 
-class DeferredLogits:
+class Weights:
+    """The weights of a head as they are in one evaluation, for the logits that may be asked for after it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        params = list(module.parameters())
+        # ZeRO-3 takes the weights away again, and they come back on all ranks together only: one may ask alone.
+        self._whole = [param.detach().clone() for param in params] if hasattr(params[0], "ds_tensor") else None
+        self._sample = [] if self._whole else [_sample(param) for param in params]
+
+    def call(self, head: DeferredHead, hidden_BsH: torch.Tensor) -> torch.Tensor:
+        """The head's own forward, with these weights.
+
+        Raises:
+            SetupError: the weights have been trained on since.
+        """
+        params = list(head.module.parameters())
+        if self._whole is None:
+            now = [_sample(param) for param in params]
+            if not all(torch.equal(a, b) for a, b in zip(now, self._sample, strict=True)):
+                raise SetupError(
+                    "logits of an evaluation were looked at after training went on, and would be made with other "
+                    "weights (alst.tiled_logits_loss makes them at their first use). Use them before, or clone them."
+                )
+            return head.forward(hidden_BsH)
+        before = [param.data for param in params]
+        try:
+            for param, weight in zip(params, self._whole, strict=True):
+                param.data = weight
+            return head.forward(hidden_BsH)
+        finally:
+            for param, data in zip(params, before, strict=True):
+                param.data = data
+
+
+class DeferredLogits(torch.Tensor):
     """Stands for ``[B, s, V]`` logits; any use that is not known to be elementwise makes them."""
 
-    def __init__(self, head: DeferredHead, hidden_BsH: torch.Tensor, steps: tuple[Any, ...] = ()) -> None:
-        self._head, self._hidden, self._steps = head, hidden_BsH, steps
+    @staticmethod
+    def __new__(cls, head: DeferredHead, hidden_BsH: torch.Tensor, *args: Any) -> "DeferredLogits":
+        """A tensor with a shape and no memory."""
+        weight = next(param for param in head.module.parameters() if param.dim() > 1 or hasattr(param, "ds_shape"))
+        vocab = getattr(head.module, "out_features", None) or getattr(weight, "ds_shape", weight.shape)[0]
+        steps = args[0] if args else ()
+        dtype = _after(hidden_BsH.new_empty(0), steps).dtype
+        shape = (*hidden_BsH.shape[:-1], vocab)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden_BsH.device)
+
+    def __init__(
+        self,
+        head: DeferredHead,
+        hidden_BsH: torch.Tensor,
+        steps: tuple[Any, ...] = (),
+        weights: Weights | None = None,
+    ) -> None:
+        self._head, self._hidden, self._steps, self._weights = head, hidden_BsH, steps, weights
         self._made: torch.Tensor | None = None
 
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """The summed cross-entropy of the labelled tokens, divided, ``[B, s], [] -> []``."""
-        head = self._head
-        weights = list(head.module.parameters())
+        head, vocab = self._head, self.shape[-1]
+        params = list(head.module.parameters())
+        head.is_tiled = True
 
         def work(hidden_TH: torch.Tensor) -> torch.Tensor:
-            rows = loss_tile_rows(head.budget, self.shape[-1])
+            if not torch.is_grad_enabled():
+                self._weights = _weights_now(head)
+            rows = loss_tile_rows(head.budget, vocab)
             labels_T = labels_Bs.flatten().to(hidden_TH.device)
             scale = 1 / divisor.to(hidden_TH.device)
             return tiled_loss(
-                lambda tile: self._after(head.forward(tile)), weights, hidden_TH, labels_T, scale, rows, label_smoothing
+                lambda tile: _after(head.forward(tile), self._steps),
+                params,
+                hidden_TH,
+                labels_T,
+                scale,
+                rows,
+                label_smoothing,
             )
 
         return self._call(work, self._hidden.flatten(0, -2))
 
     def make(self) -> torch.Tensor:
-        """The logits, ``[B, s, V]``."""
+        """The logits, ``[B, s, V]``.
+
+        Raises:
+            SetupError: they are of an evaluation, and the weights have been trained on since.
+        """
         if self._made is None:
-            self._made = self._after(self._call(self._head.forward, self._hidden))
+            if self._weights is not None:
+                logits = self._weights.call(self._head, self._hidden)
+            else:
+                logits = self._call(self._head.forward, self._hidden)
+            self._made = _after(logits, self._steps)
         return self._made
 
     def _call(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
@@ -74,79 +172,61 @@ class DeferredLogits:
         finally:
             self._head.work = None
 
-    def _after(self, logits: torch.Tensor) -> torch.Tensor:
-        for function, before, after, keywords in self._steps:
-            logits = function(*before, logits, *after, **keywords)
-        return logits
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the logits."""
-        weight = next(
-            param for param in self._head.module.parameters() if param.dim() > 1 or hasattr(param, "ds_shape")
-        )
-        vocab = getattr(self._head.module, "out_features", None) or getattr(weight, "ds_shape", weight.shape)[0]
-        return torch.Size([*self._hidden.shape[:-1], vocab])
-
-    @property
-    def device(self) -> torch.device:
-        """Of the logits."""
-        return self._hidden.device
-
-    def dim(self) -> int:
-        """Of the logits."""
-        return self._hidden.dim()
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """Of the logits."""
-        return self.shape if dim is None else self.shape[dim]
+    def _again(self, steps: tuple[Any, ...]) -> "DeferredLogits":
+        return DeferredLogits(self._head, self._hidden, steps, self._weights)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        places = [index for index, each in enumerate(args) if isinstance(each, cls)]
+        name = func.__name__
+        if name in _OF_THE_SHAPE or name == "__set__" or (name == "__get__" and func not in _OF_THE_VALUES):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        own = [each for each in args if isinstance(each, cls)]
+        if name == "contiguous" and len(own) == 1:
+            return own[0]
         others = [each for each in (*args, *kwargs.values()) if not isinstance(each, cls)]
-        plain = not any(isinstance(each, torch.Tensor) and (each.dim() or each.requires_grad) for each in others)
-        if func.__name__ in _ELEMENTWISE and len(places) == 1 and plain:
-            own = args[places[0]]
-            step = func, args[: places[0]], args[places[0] + 1 :], kwargs
-            return cls(own._head, own._hidden, (*own._steps, step))
-        made = [each.make() if isinstance(each, cls) else each for each in args]
-        return func(*made, **{key: each.make() if isinstance(each, cls) else each for key, each in kwargs.items()})
+        is_plain = not any(isinstance(each, torch.Tensor) and (each.dim() or each.requires_grad) for each in others)
+        if len(own) == 1 and is_plain and own[0]._made is None:
+            place = next(index for index, each in enumerate(args) if each is own[0])
+            around = args[:place], args[place + 1 :], kwargs
+            if name in _IN_PLACE and place == 0:
+                own[0]._steps = (*own[0]._steps, (getattr(torch.Tensor, _IN_PLACE[name]), *around))
+                return own[0]
+            if name.strip("_") in _ELEMENTWISE:
+                return own[0]._again((*own[0]._steps, (func, *around)))
+        return func(*_made(args), **_made(kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        # Not of what every object has, so that copying and pickling do not make logits.
-        if name.startswith("_"):
-            raise AttributeError(name)
-        method = getattr(torch.Tensor, name, None)
-        if name in _ELEMENTWISE and method is not None:
-            return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
-        return getattr(self.make(), name)
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _VIEWS and isinstance(args[0], cls) and args[0]._made is None:
+            return args[0]._again((*args[0]._steps, (torch.Tensor.detach, (), (), {})))
+        return func(*_made(args), **_made(kwargs or {}))
 
-    def __mul__(self, other: Any) -> Any:
-        return torch.mul(self, other)
 
-    __rmul__ = __mul__
+def _made(arguments: Any) -> Any:
+    return tree_map_only(DeferredLogits, DeferredLogits.make, arguments)
 
-    def __truediv__(self, other: Any) -> Any:
-        return torch.div(self, other)
 
-    def __add__(self, other: Any) -> Any:
-        return torch.add(self, other)
+def _after(logits: torch.Tensor, steps: tuple[Any, ...]) -> torch.Tensor:
+    for function, before, after, keywords in steps:
+        logits = function(*before, logits, *after, **keywords)
+    return logits
 
-    __radd__ = __add__
 
-    def __sub__(self, other: Any) -> Any:
-        return torch.sub(self, other)
+def _weights_now(head: DeferredHead) -> Weights:
+    """The weights of this evaluation, one object for all its forwards."""
+    weights = head.snapshot() if head.snapshot is not None else None
+    if weights is None:
+        weights = Weights(head.module)
+        head.snapshot = weakref.ref(weights)
+    return weights
 
-    def __neg__(self) -> Any:
-        return torch.neg(self)
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.make()[index]
-
-    def __len__(self) -> int:
-        return self.shape[0]
+def _sample(param: torch.Tensor) -> torch.Tensor:
+    """Some elements from all over a weight: a step of an optimizer changes nearly all of a head's."""
+    flat = param.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLED)].clone()
 
 
 def share_of_loss(

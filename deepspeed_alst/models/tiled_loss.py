@@ -43,14 +43,34 @@ def tile_loss(
     leaf(module)
     _defer(head, undo)
 
+    _watch_calls(model, head, calls, undo)
+    base.alst_head = head
+    undo.callback(delattr, base, "alst_head")
+    size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
+    return f"{type(module).__name__}, tiles of {size}; outputs.logits is None in training"
+
+
+def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo: ExitStack) -> None:
+    """Defer the head's logits inside the forwards that have labels, and see that their loss is made in tiles."""
+
     def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
         head.deferring = (has_labels or calls.loss_follows) and not calls.whole
+        head.is_tiled, head.for_loss = False, None
+        if torch.is_grad_enabled():
+            head.snapshot = None
 
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
-        head.deferring = False
-        if isinstance(getattr(output, "logits", None), DeferredLogits) and not calls.loss_follows:
-            if module.training:
+        makes_loss, head.deferring = head.deferring and not calls.loss_follows, False
+        if makes_loss and module.training and torch.is_grad_enabled() and not head.is_tiled:
+            raise UnsupportedModelError(
+                f"alst.tiled_logits_loss: {type(base_model(model)).__name__} made its loss of whole logits, by a way "
+                "of its own from its head to its loss. Set the key to false."
+            )
+        if isinstance(getattr(output, "logits", None), DeferredLogits):
+            if calls.loss_follows:
+                head.for_loss = output.logits
+            elif module.training:
                 output.logits = None
             elif head.logits_wanted:
                 output.logits = output.logits.make()
@@ -58,10 +78,6 @@ def tile_loss(
     # On the outermost module, which every call passes.
     undo.callback(model.register_forward_pre_hook(start, with_kwargs=True).remove)
     undo.callback(model.register_forward_hook(end).remove)
-    base.alst_head = head
-    undo.callback(delattr, base, "alst_head")
-    size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
-    return f"{type(module).__name__}, tiles of {size}; outputs.logits is None in training"
 
 
 @contextlib.contextmanager
@@ -75,6 +91,14 @@ def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         if head is not None:
             head.logits_wanted = False
+
+
+def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
+    """The logits to make a loss of after a forward, as they left the head."""
+    head = getattr(base_model(model), "alst_head", None)
+    if head is not None and head.for_loss is not None:
+        return head.for_loss
+    return output["logits"] if isinstance(output, dict) else output[0]
 
 
 def replace_whole_loss(model: torch.nn.Module, undo: ExitStack) -> None:

@@ -11,25 +11,13 @@ import torch
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.models.token_wise import layer_of, output_features, token_wise_modules
+from deepspeed_alst.models.unused_values import watch_checkpoints
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
 from deepspeed_alst.tiling.plan import fewest_bytes, row_bytes, sums_fit, tile_rows
 from deepspeed_alst.tiling.sequence import TokenWise
 
 _EXPERT_ARGUMENTS = 3  # the tokens, their experts, the experts' weights
-# Nodes of the graph whose backward needs no value: sums, and tensors seen, copied or converted.
-_NEED_NO_VALUE = (
-    "Add",
-    "Sub",
-    "View",
-    "UnsafeView",
-    "ReshapeAlias",
-    "Alias",
-    "Clone",
-    "ToCopy",
-    "Squeeze",
-    "Unsqueeze",
-)
 
 
 def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any], None], undo: ExitStack) -> str:
@@ -61,7 +49,7 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
         module.forward = _in_tiles(work, budget)
         leaf(module)
     for layer, works in by_layer.items():
-        _watch_checkpoints(layer, works, undo)
+        watch_checkpoints(layer, works, undo)
     kinds = sorted({type(module).__name__ for module in found.values()})
     return f"{len(found)} {' and '.join(kinds)} in {len(by_layer)} layers, {_budget_in_words(budget)}"
 
@@ -73,9 +61,7 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
     @functools.wraps(work.forward)
     @torch.compiler.disable
     def forward(*args: Any, **kwargs: Any) -> Any:
-        rows = signature.bind(*args, **kwargs).args
-        if not all(isinstance(each, torch.Tensor) for each in rows):
-            return work.forward(*args, **kwargs)
+        rows = _rows(work.name, signature, args, kwargs)
         # Experts are told which of them each token goes to; a dense module takes the token alone.
         experts_per_token = rows[1].shape[-1] if len(rows) > 1 else 1
         per_row = row_bytes(features(experts_per_token), rows[0].element_size())
@@ -91,13 +77,27 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
             return by_expert(work, fitting * experts_per_token, *rows)
         if budget.tile_bytes == "auto":
             return work.tiled(fitting, *rows)
+        least, or_half = fewest_bytes(sums, per_row), ", or fp32_accumulation: false" if sums else ""
         raise ConfigError(
-            f"alst.tiled_mlp_compute.tile_bytes={budget.tile_bytes}: the fp32 sums of the weight gradients of "
-            f"{work.name} take {sums} of them. Use at least {fewest_bytes(sums, per_row)}, 'auto', or "
-            "fp32_accumulation: false."
+            f"alst.tiled_mlp_compute.tile_bytes={budget.tile_bytes}: {work.name} takes {sums} of them for the fp32 "
+            f"sums of its weight gradients and {per_row} for each token of a tile. Use at least {least}, or "
+            f"'auto'{or_half}."
         )
 
     return forward
+
+
+def _rows(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that a token-wise module is called with; what is left at its default is left out."""
+    given = signature.bind(*args, **kwargs).arguments
+    rows = [each for key, each in given.items() if each is not signature.parameters[key].default]
+    if rows and all(isinstance(each, torch.Tensor) for each in rows):
+        return rows
+    kinds = ", ".join(type(each).__name__ for each in rows)
+    raise UnsupportedModelError(
+        f"{name} was called with {kinds or 'nothing'}: only a module that takes tensors of tokens alone can run in "
+        "tiles. Leave alst.tiled_mlp_compute out."
+    )
 
 
 def _sum_bytes(work: TokenWise) -> int:
@@ -106,77 +106,6 @@ def _sum_bytes(work: TokenWise) -> int:
     if not work.fp32_accumulation or not all(param.element_size() == 2 for param in trained):
         return 0
     return 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trained)
-
-
-def _watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], undo: ExitStack) -> None:
-    """At the end of a checkpointed layer with a graph, see which results nothing in it will need in the backward."""
-    attribute = "_gradient_checkpointing_func"  # transformers' seam, where the checkpoint of a layer is made
-
-    def wrap(*_: Any) -> None:
-        checkpoint = vars(layer).get(attribute)
-        if checkpoint is None or hasattr(checkpoint, "alst_before"):
-            return
-
-        def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                output = function(*args, **kwargs)
-                if torch.is_grad_enabled():
-                    _note_unused_values(works, output)
-                return output
-
-            return checkpoint(run, *args, **kwargs)
-
-        watched.alst_before = checkpoint
-        setattr(layer, attribute, watched)
-
-    def unwrap() -> None:
-        before = getattr(vars(layer).get(attribute), "alst_before", None)
-        if before is not None:
-            setattr(layer, attribute, before)
-
-    # At each call: checkpointing may be switched on later.
-    undo.callback(layer.register_forward_pre_hook(wrap).remove)
-    undo.callback(unwrap)
-
-
-def _note_unused_values(works: list[TokenWise], output: Any) -> None:
-    outputs = output if isinstance(output, tuple) else (output,)
-    ends = [each.grad_fn for each in outputs if isinstance(each, torch.Tensor) and each.grad_fn is not None]
-    for work in works:
-        node, work.last_node = work.last_node, None
-        if node is not None:
-            work.value_unused = value_unused(ends, node)
-
-
-def value_unused(ends: list[Any], node: Any) -> bool:
-    """Whether no node of the graph between ``node`` and ``ends`` needs the value that ``node`` made."""
-    reaches: dict[Any, bool] = {node: True}
-    needs_none = True
-
-    def visit(each: Any) -> bool:
-        """Whether the node's input comes from ``node``, by ways made after it."""
-        nonlocal needs_none
-        if each not in reaches:
-            reaches[each] = False
-            made_after = each._sequence_nr() > node._sequence_nr()
-            inputs = [inner for inner, _ in each.next_functions if inner is not None] if made_after else []
-            reaches[each] = any([visit(inner) for inner in inputs])
-            if reaches[each]:
-                needs_none &= each.name().removesuffix("Backward0") in _NEED_NO_VALUE or _scales_by_number(each)
-        return reaches[each]
-
-    found = [visit(end) for end in ends]
-    return any(found) and needs_none
-
-
-def _scales_by_number(node: Any) -> bool:
-    """Whether a node multiplies or divides by a number of the program's, which autograd keeps in fp64."""
-    if node.name() not in ("MulBackward0", "DivBackward0"):
-        return False
-    # Their .data does not unpack what a checkpoint has packed, which would run its recomputation.
-    factor, value = node._raw_saved_other.data, node._raw_saved_self.data
-    is_number = isinstance(factor, torch.Tensor) and factor.dim() == 0 and factor.dtype == torch.float64
-    return value is None and is_number
 
 
 def _refuse_dropout(name: str, module: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.models.deferred import share_of_loss
 from deepspeed_alst.models.predictions import check_predictions, gather_predictions
-from deepspeed_alst.models.tiled_loss import logits_wanted
+from deepspeed_alst.models.tiled_loss import logits_for_loss, logits_wanted
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, whole_sequence_divisor, whole_sequence_loss
 
 # What travels with a batch beside the model's own arguments.
@@ -178,7 +178,7 @@ def _loss_of_whole_sequence(trainer: Any, session: Any, shard: dict[str, Any]) -
     if smoother is None or "labels" not in shard:
         yield
         return
-    trainer.label_smoother = _LabelSmoother(smoother.epsilon, shard["shift_labels"], session)
+    trainer.label_smoother = _LabelSmoother(smoother.epsilon, shard["shift_labels"], session, trainer.model)
     session.calls.loss_follows = True
     try:
         yield
@@ -190,13 +190,13 @@ def _loss_of_whole_sequence(trainer: Any, session: Any, shard: dict[str, Any]) -
 class _LabelSmoother:
     """Stands in for transformers' LabelSmoother, with the labels that were shifted before the cut."""
 
-    def __init__(self, epsilon: float, shift_labels_Bs: torch.Tensor, session: Any) -> None:
-        self.epsilon, self._shift_labels_Bs, self._session = epsilon, shift_labels_Bs, session
+    def __init__(self, epsilon: float, shift_labels_Bs: torch.Tensor, session: Any, model: torch.nn.Module) -> None:
+        self.epsilon, self._shift_labels_Bs, self._session, self._model = epsilon, shift_labels_Bs, session, model
 
     def __call__(
         self, model_output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        logits = logits_for_loss(self._model, model_output)
         group = self._session.groups.sp_group
         divisor = whole_sequence_divisor(self._shift_labels_Bs, group, num_items_in_batch)
         loss = whole_sequence_loss(share_of_loss(logits, self._shift_labels_Bs, divisor, self.epsilon), group)

@@ -1,9 +1,11 @@
 """The sum of a weight's gradients over the tiles of one pass."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+
+from deepspeed_alst.errors import UnsupportedModelError
 
 
 class WeightGradients:
@@ -45,6 +47,29 @@ class WeightGradients:
             None if total is None else total.to(weight.dtype)
             for total, weight in zip(self._sums, self._weights, strict=True)
         ]
+
+
+def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor], name: str) -> None:
+    """Check that a tile's graph ends in its rows and its module's own weights: no other gets a gradient.
+
+    Raises:
+        UnsupportedModelError: the forward uses a weight that is not the module's, as a replaced ``forward`` may.
+    """
+    known_ids = {id(each) for each in known}
+    nodes = [each.grad_fn for each in outputs if each.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        weight = getattr(node, "variable", None)
+        if isinstance(weight, torch.Tensor) and id(weight) not in known_ids:
+            raise UnsupportedModelError(
+                f"{name} uses a weight of shape {list(weight.shape)} that is none of its own parameters: in tiles it "
+                "would get no gradient. Make it a parameter of the module, or leave the tiles' key out "
+                "(alst.tiled_mlp_compute, alst.tiled_logits_loss)."
+            )
+        new = [each for each, _ in node.next_functions if each is not None and each not in seen]
+        seen.update(new)
+        nodes += new
 
 
 @contextlib.contextmanager

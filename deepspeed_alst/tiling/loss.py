@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
-from deepspeed_alst.tiling.gradients import WeightGradients, without_hooks
+from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
 # Of a logit: as the head makes it and as its gradient goes back, in two bytes each, and three fp32 values between.
 _BYTES_PER_LOGIT = 16
@@ -86,6 +86,8 @@ class _TiledLoss(torch.autograd.Function):
             loss, grad_tV = _cross_entropy(logits_tV.detach(), labels_T[part], smoothing)
             total += loss
             grad_tV *= before
+            if part is parts[0]:
+                refuse_foreign_weights([logits_tV], (leaf, *weights), "The head")
             wanted = [leaf, *trained] if ctx.need_hidden else trained
             found = ()
             if wanted:

@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.tiling.gradients import WeightGradients, without_hooks
+from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
 # How far rows may be from the same rows among others, of their norm: rounding, in bf16 too. A mix of rows is further.
 _ROUNDING = 0.05
@@ -127,7 +127,7 @@ class TokenWise:
     def last_layer(self) -> torch.nn.Linear | None:
         """The Linear that the module ends in; None if there is none, or if something hangs on its calls."""
         layer = self._last_layer
-        if layer is None or layer._forward_hooks or layer._forward_pre_hooks:
+        if layer is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             return None
         return None if torch.is_autocast_enabled(layer.weight.device.type) else layer
 
@@ -140,7 +140,7 @@ class TokenWise:
         handles = [
             each.register_forward_hook(lambda layer, args, output: made.append((output, layer)))
             for each in self.module.modules()
-            if type(each) is torch.nn.Linear
+            if type(each) is torch.nn.Linear and "forward" not in vars(each)
         ]
         try:
             found = self.forward(*_shaped(some, rows[0].dim()))
@@ -189,7 +189,7 @@ class _Tiled(torch.autograd.Function):
         T = rows[0].shape[0]
         # Inside a backward this is a recomputation.
         if work.value_unused and torch._C._current_graph_task_id() != -1:
-            return tuple(rows[0].new_empty(T, features, dtype=dtype) for features, dtype in work.layout.kinds)
+            return tuple(_nobodys_value(rows[0], T, *kind) for kind in work.layout.kinds)
         results: list[torch.Tensor] = []
         for part in _parts(T, tile_rows):
             outputs = work.outputs(_shaped([each[part] for each in rows], dims))
@@ -215,7 +215,7 @@ class _Tiled(torch.autograd.Function):
             for part in parts:
                 leaves = [each[part].detach().requires_grad_(need) for each, need in zip(rows, need_rows, strict=True)]
                 found, of_weights = _tile_gradients(
-                    ctx.work, ctx.autocast, leaves, ctx.dims, [each[part] for each in grads], trained
+                    ctx.work, ctx.autocast, leaves, ctx.dims, [each[part] for each in grads], trained, part is parts[0]
                 )
                 sums.add(of_weights)
                 for result, gradient in zip(grad_rows, found, strict=True):
@@ -232,6 +232,7 @@ def _tile_gradients(
     dims: int,
     grads: list[torch.Tensor],
     weights: list[torch.Tensor],
+    is_first: bool,
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
     """One tile's gradients: of its rows ``[t, features]``, and of the weights."""
     with torch.enable_grad(), autocast():
@@ -242,6 +243,8 @@ def _tile_gradients(
             with work.input_of_last_layer() as found:
                 work.forward(*inputs)
             outputs = [found[0].flatten(0, -2)]
+    if is_first:
+        refuse_foreign_weights(outputs, (*leaves, *work.module.parameters()), work.name)
     of_layer: dict[int, torch.Tensor] = {}
     if layer is not None:
         of_layer, grads = _linear_gradients(layer, outputs[0], grads[0])
@@ -274,6 +277,11 @@ def autocast_as_here(kind: str) -> Callable[[], Any]:
     return functools.partial(
         torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
     )
+
+
+def _nobodys_value(like: torch.Tensor, T: int, features: int, dtype: torch.dtype) -> torch.Tensor:
+    """A result that is not made. If somebody looks at it after all, gradients are no numbers rather than wrong ones."""
+    return like.new_full((T, features), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
 
 
 def _parts(rows: int, tile_rows: int) -> list[slice]:

@@ -1,0 +1,121 @@
+"""Which results of tiled modules a checkpointed layer's recomputation can leave out, seen from the layer's graph.
+
+Before a sum with the residual the value of an MLP is needed for the forward only: no backward asks for it. What the
+graph does not show counts as a need: a hook of the program's may do anything with the values that it is given.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from deepspeed_alst.tiling.sequence import TokenWise
+
+# Nodes of the graph whose backward needs no value: sums, and tensors seen, copied or converted.
+_NEED_NO_VALUE = (
+    "Add",
+    "Sub",
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Alias",
+    "Clone",
+    "ToCopy",
+    "Squeeze",
+    "Unsqueeze",
+)
+# What torch and ZeRO-3 put around a module with hooks on its gradients: they hand on what they get.
+_HAND_ON = (
+    "BackwardHookFunctionBackward",
+    "PreBackwardFunctionForModuleBackward",
+    "PostBackwardFunctionModuleBackward",
+)
+# Whose forward hooks leave values alone: DeepSpeed's gather weights, this package's are known.
+_HARMLESS = ("deepspeed", "deepspeed_alst")
+
+
+def watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], undo: ExitStack) -> None:
+    """At the end of a checkpointed layer with a graph, see which results nothing in it will need in the backward."""
+    attribute = "_gradient_checkpointing_func"  # transformers' seam, where the checkpoint of a layer is made
+
+    def wrap(*_: Any) -> None:
+        checkpoint = vars(layer).get(attribute)
+        if checkpoint is None or hasattr(checkpoint, "alst_before"):
+            return
+
+        def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                output = function(*args, **kwargs)
+                if torch.is_grad_enabled():
+                    _note_unused_values(layer, works, output)
+                return output
+
+            return checkpoint(run, *args, **kwargs)
+
+        watched.alst_before = checkpoint
+        setattr(layer, attribute, watched)
+
+    def unwrap() -> None:
+        before = getattr(vars(layer).get(attribute), "alst_before", None)
+        if before is not None:
+            setattr(layer, attribute, before)
+
+    # At each call: checkpointing may be switched on later.
+    undo.callback(layer.register_forward_pre_hook(wrap).remove)
+    undo.callback(unwrap)
+
+
+def _note_unused_values(layer: torch.nn.Module, works: list[TokenWise], output: Any) -> None:
+    is_watched = _is_watched(layer, works)
+    outputs = output if isinstance(output, tuple) else (output,)
+    ends = [each.grad_fn for each in outputs if isinstance(each, torch.Tensor) and each.grad_fn is not None]
+    for work in works:
+        node, work.last_node = work.last_node, None
+        if node is not None:
+            work.value_unused = not is_watched and value_unused(ends, node)
+
+
+def value_unused(ends: list[Any], node: Any) -> bool:
+    """Whether no node of the graph between ``node`` and ``ends`` needs the value that ``node`` made."""
+    reaches: dict[Any, bool] = {node: True}
+    needs_none = True
+
+    def visit(each: Any) -> bool:
+        """Whether the node's input comes from ``node``, by ways made after it."""
+        nonlocal needs_none
+        if each not in reaches:
+            reaches[each] = False
+            made_after = each._sequence_nr() > node._sequence_nr()
+            inputs = [inner for inner, _ in each.next_functions if inner is not None] if made_after else []
+            reaches[each] = any([visit(inner) for inner in inputs])
+            if reaches[each]:
+                name = each.name()
+                needs_none &= (
+                    name.removesuffix("Backward0") in _NEED_NO_VALUE or name in _HAND_ON or _scales_by_number(each)
+                )
+        return reaches[each]
+
+    found = [visit(end) for end in ends]
+    return any(found) and needs_none
+
+
+def _scales_by_number(node: Any) -> bool:
+    """Whether a node multiplies or divides by a number of the program's, which autograd keeps in fp64."""
+    if node.name() not in ("MulBackward0", "DivBackward0"):
+        return False
+    # Their .data does not unpack what a checkpoint has packed, which would run its recomputation.
+    factor, value = node._raw_saved_other.data, node._raw_saved_self.data
+    is_number = isinstance(factor, torch.Tensor) and factor.dim() == 0 and factor.dtype == torch.float64
+    return value is None and is_number
+
+
+def _is_watched(layer: torch.nn.Module, works: list[TokenWise]) -> bool:
+    """Whether somebody else's hook is given values in a layer; in a tiled module they are those of tiles."""
+    inside = {id(each) for work in works for each in work.module.modules() if each is not work.module}
+    hooks = [*torch.nn.modules.module._global_forward_hooks.values()]
+    for module in layer.modules():
+        if id(module) not in inside:
+            hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    owners = [getattr(getattr(hook, "func", hook), "__module__", None) or "" for hook in hooks]
+    return any(owner.split(".")[0] not in _HARMLESS for owner in owners)
