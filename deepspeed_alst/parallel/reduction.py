@@ -75,7 +75,8 @@ class Reduction:
         P = dist.get_world_size(group)
         columns = [math.ceil(grad.numel() / P) for grad in grads]
         wire = self.on_wire(_widest(grads))
-        width = self._share(2 * P * wire.itemsize, sum(columns))
+        # Sums that are added in 16 bits are rounded first, into one buffer more.
+        width = self._share((2 * P + accumulate) * wire.itemsize, sum(columns))
         scratch = _Scratch(grads[0], 2 * P * width * wire.itemsize)
         outs: dict[int, torch.Tensor] = {}
         done = 0
