@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles bench-reduction clean
 
 setup: $(VENV)/ready
 
@@ -77,6 +77,9 @@ bench-curve: setup
 
 bench-tiles: setup
 	$(BIN)/python -m benchmarks.tiles --picture runs/loss_memory.png shapes loss gathers gradients time
+
+bench-reduction: setup
+	$(BIN)/python -m benchmarks.reduction
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -10,26 +10,20 @@ Legend: B batch, S whole sequence, H query heads, K kv heads, D head dim, P = sp
 """
 
 import contextlib
-import functools
-import inspect
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.distributed import distributed_c10d
 
 # deepspeed, transformers and benchmarks.upstream are imported in the ranks: a spawned rank imports this file before
 # benchmarks.ranks sets the variables that DeepSpeed reads at import.
 from benchmarks.ranks import Ranks
+from benchmarks.tally import Tally
 
 WORLD_SIZE = 8
 B, S, H, D = 2, 64, 8, 8
@@ -74,87 +68,6 @@ class Traffic:
     num_bytes: int
 
 
-def _size(x: torch.Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
-# Bytes that one rank sends, of a call's arguments by name. A collective that is not here is counted all the same, and
-# refused if a layer makes one.
-_SENT: dict[str, Callable[[dict[str, Any], int], int]] = {
-    "all_to_all_single": lambda a, P: _size(a["input"]) // P * (P - 1),
-    "all_gather": lambda a, P: _size(a["tensor"]) * (P - 1),
-    "all_gather_into_tensor": lambda a, P: _size(a["input_tensor"]) * (P - 1),
-    "all_reduce": lambda a, P: 2 * _size(a["tensor"]) * (P - 1) // P,  # a ring's; no layer makes one today
-}
-_COLLECTIVES = (
-    *("all_to_all", "all_to_all_single", "all_reduce", "all_reduce_coalesced", "reduce", "broadcast"),
-    *("all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_coalesced", "_all_gather_base"),
-    *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base"),
-    *("gather", "scatter", "send", "recv", "isend", "irecv", "batch_isend_irecv", "barrier", "monitored_barrier"),
-    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
-)
-# DeepSpeed's backend took these from torch.distributed when it was made.
-_KEPT_BY_DEEPSPEED = {
-    "all_gather_function": "all_gather_into_tensor",
-    "reduce_scatter_function": "reduce_scatter_tensor",
-}
-
-
-class Tally:
-    """Counts the collectives that this process launches inside a phase, by ``(phase, name)``."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
-        self._phase: str | None = None
-        self._inside = False
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count under this name; a phase inside a phase takes over until it ends."""
-        before, self._phase = self._phase, name
-        try:
-            yield
-        finally:
-            self._phase = before
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Stand in front of every collective, for torch.distributed's users and for its own functions."""
-        import deepspeed
-
-        with ExitStack() as undo:
-            for name in _COLLECTIVES:
-                counting = self._counting(name, getattr(distributed_c10d, name))
-                for owner in (owner for owner in (dist, distributed_c10d) if hasattr(owner, name)):
-                    undo.enter_context(mock.patch.object(owner, name, counting))
-            for attribute, name in _KEPT_BY_DEEPSPEED.items():
-                counting = getattr(distributed_c10d, name)
-                undo.enter_context(mock.patch.object(deepspeed.comm.comm.cdb, attribute, counting))
-            yield
-
-    def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            # all_gather_object and its kind are made of other collectives: what the caller asked for counts once.
-            if self._phase is None or self._inside:
-                return original(*args, **kwargs)
-            arguments = signature.bind(*args, **kwargs).arguments
-            self.calls[self._phase, name] += 1
-            if name in _SENT:
-                num_ranks = dist.get_world_size(arguments.get("group"))
-                self.bytes[self._phase, name] += _SENT[name](arguments, num_ranks)
-            self._inside = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._inside = False
-
-        return collective
-
-
 def measure(case: Case) -> dict[str, dict[str, Traffic]]:
     """One layer's traffic by system and phase, on this rank.
 
@@ -174,12 +87,13 @@ def measure(case: Case) -> dict[str, dict[str, Traffic]]:
 
 
 def _difference(shallow: Tally, deep: Tally, phase: str) -> Traffic:
-    names = {name for at, name in deep.calls | shallow.calls if at == phase}
-    calls = {name: deep.calls[phase, name] - shallow.calls[phase, name] for name in names}
-    if unknown := [name for name, number in calls.items() if number and name not in _SENT]:
-        raise RuntimeError(f"a layer's {phase} makes {unknown}, for which _SENT has no rule")
-    sent = sum(deep.bytes[phase, name] - shallow.bytes[phase, name] for name in names)
-    return Traffic(sum(calls.values()), sent)
+    calls = Counter(each.name for each in deep.of(phase))
+    calls.subtract(each.name for each in shallow.of(phase))
+    unknown = {each.name for each in deep.of(phase) if each.sent is None and calls[each.name]}
+    if unknown:
+        raise RuntimeError(f"a layer's {phase} makes {sorted(unknown)}, for which benchmarks.tally has no rule")
+    sent = sum(each.sent or 0 for each in deep.of(phase)) - sum(each.sent or 0 for each in shallow.of(phase))
+    return Traffic(calls.total(), sent)
 
 
 def _model(case: Case, num_layers: int, tally: Tally) -> torch.nn.Module:

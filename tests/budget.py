@@ -18,6 +18,7 @@ SECONDS = {
 AREAS = {
     "test_parity": "parity",
     "test_features": "parity",
+    "test_bench_reduction": "parity",
     "test_reduction": "parity",
     "test_reduction_engine": "parity",
     "test_slices": "parity",

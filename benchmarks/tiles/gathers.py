@@ -37,8 +37,8 @@ def measure(system: str, tiles: int) -> tuple[int, float]:
     import deepspeed
     from transformers import LlamaConfig
 
+    from benchmarks.tally import Tally
     from benchmarks.tiles.systems import build, without_mask
-    from benchmarks.wire import Tally
 
     keys = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
     tally, fired = Tally(), Counter()
@@ -61,8 +61,8 @@ def measure(system: str, tiles: int) -> tuple[int, float]:
                 engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
             engine.step()
         engine.destroy()
-    last = [count for (phase, name), count in tally.calls.items() if phase == f"step {_STEPS - 1}" and "gather" in name]
-    return sum(last), sum(fired.values()) / len(weights)
+    last = [each for each in tally.of(f"step {_STEPS - 1}") if "gather" in each.name]
+    return len(last), sum(fired.values()) / len(weights)
 
 
 def _tile(model: Any, system: str, tiles: int, undo: ExitStack) -> None:

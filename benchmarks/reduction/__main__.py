@@ -1,0 +1,185 @@
+"""The reduction of gradients beside DeepSpeed 0.19.8's: bytes on the wire, memory, errors, seconds; the local sum.
+
+    python -m benchmarks.reduction [part ...]
+
+Parts are wire, memory, error, time and op; all if none is named. A bf16 model of a few parameters, one of them larger
+than the bucket, data parallel on 2 and 4 gloo ranks. Exits non-zero where a target is missed.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ranks import Ranks
+from benchmarks.reduction import op
+from benchmarks.reduction.engines import BASELINE, OURS, SYSTEMS, Case, cases
+from benchmarks.reduction.measure import Traffic, extra_bytes, seconds, traffic, wire_bytes
+
+Row = tuple[tuple[str, ...], str, bool]
+"""What and its figures, the target, whether it is met."""
+
+SMALL = {
+    "sizes": (4099, 30, 12000, 1, 7001, 300007, 2048, 9973, 100000, 65537),
+    "bucket": 120_000,
+    "slice_bytes": 1 << 16,
+}
+# Of DeepSpeed's default bucket, and the smaller one that its users take to spare memory, and of the default slice.
+SCALE = 1024
+BUCKETS = (125_000_000 // SCALE, 500_000_000 // SCALE)
+SLICE_BYTES = 2**26 // SCALE
+LARGE_SIZES = (50_001, 37_500, 512_503, 77, 62_500, 43_753, 1, 56_250, 31_251, 75_000)
+ROUNDS = 5
+_KIB = 1024
+# Bytes of single numbers, such as a loss scale.
+_NUMBERS = 256
+
+# Of DeepSpeed's fp32 bytes, where it is not a half. ZeRO 1 adds up micro-steps first, so what it sends is fp32.
+_MOST = {(1, "fp32"): 1.0, (2, "fp32"): 0.75}
+# Of an element, to its gradient's root mean square: in another order of ranks fp32 sums differ in their last bits.
+_FP32_ROUNDING = 2**-22
+
+_WIRE = (
+    "Bytes an element of the gradients, of one reduction of all of them: for each collective what its busiest rank "
+    "sends or receives, whichever is more, added up. All-reduce, all-gather and reduce-scatter as rings, 2 (P-1)/P of "
+    "the buffer for the first and (P-1)/P for the others; an all-to-all's real splits; nothing for a rank's share for "
+    "itself. DeepSpeed sums with communication_data_type, on the path of its SP runs: a bucket's all-reduce at stages "
+    "0, 1 and 2, its reduce-scatter at stage 3."
+)
+_MEMORY = (
+    "KiB by which a reduction raises what lives, by this package's ledger; gradients and buckets live before, and what "
+    f"gloo copies within a collective is not in it. All sizes are 1/{SCALE} of real ones, for the time it takes: "
+    "buckets of 1.25e8 and 5e8 elements, slices of 64 MiB, one parameter of 5.2e8. No bucket is kept at stage 0, and "
+    "at stage 1 with fp32: the number is where DeepSpeed cuts the gradients there."
+)
+_ERROR = (
+    "Of the worst parameter's averaged gradient after a step, relative to the average in fp64 of the ranks' own bf16 "
+    "gradients, and how many elements are not those of DeepSpeed's fp32 sum. Accumulation in bf16 rounds for all alike."
+)
+_TIME = (
+    f"Seconds inside the reductions of a step, of the slowest rank, as a ratio to DeepSpeed's fp32: the median of "
+    f"{ROUNDS} rounds in which the systems take turns. gloo over loopback: no network's bandwidth, for information."
+)
+
+
+def wire() -> Iterator[Row]:
+    """Bytes on the wire of one reduction."""
+    numel = sum(SMALL["sizes"])
+    for case, found in _traffics((1,)):
+        sent = {name: wire_bytes([of_rank[name].collectives for of_rank in found]) / numel for name in SYSTEMS}
+        most = _MOST.get((case.stage, case.accumulation), 0.5)
+        # To three digits: shares of a slice that does not split evenly are padded, by less than an element a rank.
+        ratio = round(sent[OURS] / sent[BASELINE], 3)
+        figures = [f"{sent[name]:.2f}, {sent[name] / sent[BASELINE]:.3f} of it" for name in SYSTEMS if name != BASELINE]
+        yield (_setting(case), f"{sent[BASELINE]:.2f}", *figures), f"<= {most:.2f} of it", ratio <= most
+
+
+def memory() -> Iterator[Row]:
+    """Bytes beside gradients and buckets."""
+    for world_size in (2, 4):
+        with Ranks(world_size) as ranks:
+            for bucket in BUCKETS:
+                for case in cases((world_size,), (2,), sizes=LARGE_SIZES, bucket=bucket, slice_bytes=SLICE_BYTES):
+                    found = ranks.run(extra_bytes, case)
+                    most = {name: max(of_rank[name] for of_rank in found) for name in SYSTEMS}
+                    met = all(most[name] <= 2 * SLICE_BYTES + _NUMBERS for name in SYSTEMS if SYSTEMS[name].ours)
+                    figures = [f"{most[name] / _KIB:,.1f}" for name in SYSTEMS]
+                    target = f"<= {2 * SLICE_BYTES / _KIB:,.0f}, two slices"
+                    yield (f"{_setting(case)}, bucket {bucket:,}", *figures), target, met
+
+
+def error() -> Iterator[Row]:
+    """Errors against fp64, and whether the bits are DeepSpeed's."""
+    for case, found in _traffics((1, 4)):
+        figures = []
+        for name in SYSTEMS:
+            worst = max(found, key=lambda of_rank, name=name: of_rank[name].error)[name]
+            figures.append(f"{worst.error:.1e}, " + (f"{worst.num_different:,} differ" if worst.num_different else "="))
+        met = all(of_rank[OURS].worst_difference <= _FP32_ROUNDING for of_rank in found)
+        # Two numbers are added in one order only, and so are those that fit into fp32 without rounding.
+        is_same = not any(of_rank[OURS].num_different for of_rank in found)
+        must = case.world_size == 2 or case.accumulation == "bf16"
+        target = "=, bit by bit" if must else "= but for fp32 rounding"
+        yield (f"{_setting(case)}, {case.gas} micro-steps", *figures), target, is_same if must else met
+
+
+def times() -> Iterator[Row]:
+    """Seconds of the reductions of a step."""
+    with Ranks(2) as ranks:
+        for case in cases((2,), (1,), sizes=LARGE_SIZES, bucket=BUCKETS[1], slice_bytes=SLICE_BYTES):
+            rounds = list(zip(*ranks.run(seconds, case, ROUNDS), strict=True))
+            slowest = [{name: max(of_rank[name] for of_rank in one) for name in SYSTEMS} for one in rounds]
+            median = {name: statistics.median(one[name] for one in slowest) for name in SYSTEMS}
+            ratios = [f"{median[name] / median[BASELINE]:.2f}" for name in SYSTEMS if name != BASELINE]
+            yield (_setting(case), f"{median[BASELINE] * 1000:.0f} ms", *ratios), "", True
+
+
+def local_sum() -> Iterator[Row]:
+    """The op that adds the pieces."""
+    for what, figure, target, met in op.rows():
+        yield (what, figure), target, met
+
+
+def _traffics(gas: tuple[int, ...]) -> Iterator[tuple[Case, list[dict[str, Traffic]]]]:
+    for world_size in (2, 4):
+        yield from ((case, found) for case, found in _traffics_of(world_size) if case.gas in gas)
+
+
+@functools.cache
+def _traffics_of(world_size: int) -> list[tuple[Case, list[dict[str, Traffic]]]]:
+    """What each rank found in each case; wire and error are two views of the same runs."""
+    with Ranks(world_size) as ranks:
+        return [(case, ranks.run(traffic, case)) for case in cases((world_size,), (1, 4), **SMALL)]
+
+
+def _setting(case: Case) -> str:
+    return f"{case.world_size} ranks, ZeRO {case.stage}, accumulated in {case.accumulation}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table."""
+
+    rows: Callable[[], Iterator[Row]]
+    columns: tuple[str, ...]
+    caption: str
+
+
+PARTS = {
+    "wire": Part(wire, tuple(SYSTEMS), _WIRE),
+    "memory": Part(memory, tuple(SYSTEMS), _MEMORY),
+    "error": Part(error, tuple(SYSTEMS), _ERROR),
+    "time": Part(times, tuple(SYSTEMS), _TIME),
+    "op": Part(local_sum, ("figure",), ""),
+}
+
+
+def main() -> int:
+    """Print a table for each part; 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    names = parser.parse_args().parts or list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
+    started, missed, console = time.monotonic(), 0, Console(width=160)
+    for name in names:
+        part = PARTS[name]
+        table = Table(title=name, caption=part.caption, title_justify="left", caption_justify="left")
+        for column in ("", *part.columns, "target of " + OURS if len(part.columns) > 1 else "target", "verdict"):
+            table.add_column(column)
+        for texts, target, met in part.rows():
+            missed += not met
+            table.add_row(*texts, target, ("ok" if met else "MISSED") if target else "")
+        console.print(table)
+    console.print(f"{missed} targets missed; {time.monotonic() - started:.0f} s")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

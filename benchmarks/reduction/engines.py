@@ -1,0 +1,161 @@
+"""One model on one DeepSpeed engine, whose gradients are known exactly, reduced by DeepSpeed or by this package.
+
+The gradient of each parameter is a random vector in bf16 that depends on the rank, the micro-step and the parameter, so
+what the reduction is to give can be computed in fp64 on any rank.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# deepspeed is imported in the ranks, after benchmarks.ranks has set what it reads at import.
+
+
+@dataclass(frozen=True)
+class System:
+    """Who reduces, and what it sums in."""
+
+    ours: bool
+    dtype: str
+
+
+SYSTEMS = {
+    "DeepSpeed fp32": System(False, "fp32"),
+    "DeepSpeed bf16": System(False, "bf16"),
+    "here fp32": System(True, "fp32"),
+    "here bf16": System(True, "bf16"),
+}
+BASELINE, _, OURS, _ = SYSTEMS
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all systems are run on."""
+
+    world_size: int
+    stage: int
+    accumulation: str
+    """What gradients of micro-steps are added up in."""
+    gas: int
+    sizes: tuple[int, ...]
+    """Elements of each parameter."""
+    bucket: int
+    slice_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The case in a few words."""
+        return f"{self.world_size} ranks, ZeRO {self.stage}, accumulated in {self.accumulation}, {self.gas} micro-steps"
+
+
+def cases(world_sizes: tuple[int, ...], gas: tuple[int, ...], **sizes: Any) -> list[Case]:
+    """Every ZeRO stage with both accumulation dtypes; DeepSpeed 0.19.8 refuses fp32 for a bf16 model at stage 0."""
+    return [
+        Case(world_size, stage, accumulation, steps, **sizes)
+        for world_size in world_sizes
+        for stage in (0, 1, 2, 3)
+        for accumulation in ("bf16", "fp32")
+        for steps in gas
+        if stage or accumulation == "bf16"
+    ]
+
+
+class _Vector(torch.nn.Module):
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(numel))
+
+    def forward(self, gradient_n: torch.Tensor) -> torch.Tensor:
+        return torch.dot(self.weight, gradient_n)
+
+
+class Vectors(torch.nn.Module):
+    """Parameters of given sizes, each with the gradient that the forward is told."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.vectors = torch.nn.ModuleList(_Vector(numel) for numel in sizes)
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """A sum whose derivative by each parameter is its gradient."""
+        products = [vector(gradient_n) for vector, gradient_n in zip(self.vectors, gradients, strict=True)]
+        return torch.stack(products).sum()
+
+
+def gradients(case: Case, rank: int, micro_step: int) -> list[torch.Tensor]:
+    """What a rank's own gradients are in a micro-step, times the number of micro-steps (a power of two)."""
+    make = torch.Generator().manual_seed(1000 * rank + micro_step)
+    return [torch.randn(numel, generator=make).bfloat16() for numel in case.sizes]
+
+
+def build(case: Case, system: System) -> Any:
+    """A DeepSpeed engine for the case; this package's reduction is the only thing of it that is put on."""
+    import deepspeed
+
+    from deepspeed_alst.engine.reduction import install_reduction
+    from deepspeed_alst.ops.sum_pieces import load_sum_pieces
+    from deepspeed_alst.parallel.reduction import Reduction
+
+    model = Vectors(case.sizes)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config(case, system))
+    # At stage 0, and where BF16_Optimizer is (stage 1 with fp32), DeepSpeed asks the ds_config for no bucket size.
+    allreduce_gradients = engine.allreduce_gradients
+    engine.allreduce_gradients = lambda bucket_size=case.bucket: allreduce_gradients(bucket_size)
+    if system.ours:
+        if (adder := load_sum_pieces("cpu")) != "csrc op":
+            raise RuntimeError(f"the local sum is not the compiled op: {adder}")
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[system.dtype]
+        install_reduction(engine, Reduction(dtype, case.slice_bytes), ExitStack())
+    return engine
+
+
+def ds_config(case: Case, system: System) -> dict[str, Any]:
+    """The JSON: what an SP run takes from seq_parallel_communication_data_type is communication_data_type here."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": case.gas,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": case.accumulation},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": case.stage, "reduce_bucket_size": case.bucket},
+        "steps_per_print": 10**9,
+    }
+    if not system.ours:
+        config["communication_data_type"] = system.dtype
+    return config
+
+
+def backward(engine: Any, case: Case, micro_step: int) -> None:
+    """One micro-step of this rank."""
+    engine.backward(engine(gradients(case, dist.get_rank(), micro_step)))
+
+
+def around_reductions(engine: Any, inside: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Have each reduction of the engine's run in a context, of one bucket.
+
+    Without what is around it on all systems alike: gradients are in their bucket before, and the gradients that a rank
+    keeps are copied out of it after (but at stage 3, where that is how it ends).
+    """
+    stage3 = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
+    owner, name = next(
+        (owner, name)
+        for owner, name in (
+            (engine.optimizer, stage3),
+            (engine.optimizer, "average_tensor"),
+            (engine, "allreduce_and_copy"),
+        )
+        if hasattr(owner, name)
+    )
+    reduce = getattr(owner, name)
+
+    def reduce_inside(*args: Any, **kwargs: Any) -> Any:
+        with inside():
+            return reduce(*args, **kwargs)
+
+    setattr(owner, name, reduce_inside)

@@ -1,0 +1,143 @@
+"""What the systems do on one case, as one rank sees it: bytes on the wire, errors, extra memory, seconds."""
+
+import contextlib
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.reduction.engines import BASELINE, SYSTEMS, Case, around_reductions, backward, build, gradients
+from benchmarks.tally import Collective, Tally
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One system's reductions of a whole step."""
+
+    collectives: list[Collective]
+    error: float
+    """Of the worst parameter's averaged gradient against fp64, relative to its norm."""
+    num_different: int
+    """Elements of the averaged gradients that are not those of DeepSpeed's fp32 sum, bit by bit."""
+    worst_difference: float
+    """Of an element, relative to the root mean square of its parameter's gradient."""
+
+
+def traffic(case: Case) -> dict[str, Traffic]:
+    """Each system's collectives and gradients of one step."""
+    found, truth = {}, _truth(case)
+    baseline: list[torch.Tensor] = []
+    for name, system in SYSTEMS.items():
+        engine, tally = build(case, system), Tally()
+        around_reductions(engine, lambda tally=tally: tally.phase("reduction"))
+        with tally.installed():
+            averaged = _step(engine, case)
+        engine.destroy()
+        baseline = averaged if name == BASELINE else baseline
+        errors = [(own.double() - true).norm() / true.norm() for own, true in zip(averaged, truth, strict=True)]
+        different = sum(int((own != theirs).sum()) for own, theirs in zip(averaged, baseline, strict=True))
+        worst = max(
+            float((own - theirs).abs().max() / theirs.square().mean().sqrt())
+            for own, theirs in zip(averaged, baseline, strict=True)
+        )
+        found[name] = Traffic(tally.of("reduction"), float(torch.stack(errors).max()), different, worst)
+    return found
+
+
+def wire_bytes(ranks: list[list[Collective]]) -> int:
+    """Bytes that all collectives take one after the other, each as long as its busiest rank."""
+    return sum(max(each.busiest for each in one) for one in zip(*ranks, strict=True))
+
+
+def _step(engine: Any, case: Case) -> list[torch.Tensor]:
+    """The averaged gradients of all micro-steps."""
+    from deepspeed.utils import safe_get_full_grad
+
+    for micro_step in range(case.gas):
+        backward(engine, case, micro_step)
+        if micro_step + 1 < case.gas:
+            engine.step()
+    return [safe_get_full_grad(param).clone() for param in engine.module.parameters()]
+
+
+def _truth(case: Case) -> list[torch.Tensor]:
+    sums = [torch.zeros(numel, dtype=torch.float64) for numel in case.sizes]
+    for rank in range(case.world_size):
+        for micro_step in range(case.gas):
+            for sum_n, gradient_n in zip(sums, gradients(case, rank, micro_step), strict=True):
+                sum_n.add_(gradient_n)
+    return [sum_n / (case.world_size * case.gas) for sum_n in sums]
+
+
+def extra_bytes(case: Case) -> dict[str, int]:
+    """The most bytes by which a reduction raises what lives, by system; of the second micro-step of two at least.
+
+    Buffers that DeepSpeed makes in the first one, and keeps, are gradients and not the reduction's.
+    """
+    found = {}
+    for name, system in SYSTEMS.items():
+        engine, peaks = build(case, system), [0]
+        backward(engine, case, 0)
+        engine.step()
+        lived = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+        around_reductions(engine, functools.partial(allocated, engine, lived, peaks))
+        backward(engine, case, 1)
+        engine.destroy()
+        del engine
+        found[name] = max(peaks)
+    return found
+
+
+@contextlib.contextmanager
+def allocated(engine: Any, lived: list[torch.Tensor], peaks: list[int]) -> Iterator[None]:
+    """Append the most bytes that lived at once inside, beyond those that lived before, by this package's ledger."""
+    from deepspeed_alst.ledger.ledger import Ledger
+
+    # Made since: gradients, and the buckets, which stages 1 and 2 make anew in each backward.
+    buffers = [bucket.buffer for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()]
+    new = [each for buffer in buffers for each in (buffer if isinstance(buffer, list) else [buffer])]
+    new += [getattr(engine.optimizer, "grads_in_partition", None)]
+    new += [each for param in engine.module.parameters() for each in (param.grad, getattr(param, "grad_accum", None))]
+    with Ledger(engine.module) as ledger:
+        ledger.claim([*lived, *(each for each in new if isinstance(each, torch.Tensor))], "other")
+        yield
+    totals = [sample.total for sample in ledger.timeline]
+    peaks.append(max(totals) - totals[0])
+
+
+def seconds(case: Case, rounds: int) -> list[dict[str, float]]:
+    """Each system's seconds inside the reductions of a step, by turns; the first round is not among them."""
+    clocks: dict[str, list[float]] = {}
+    engines = {}
+    for name, system in SYSTEMS.items():
+        clocks[name] = []
+        engines[name] = build(case, system)
+        around_reductions(engines[name], _clock(clocks[name]))
+    found = []
+    for _ in range(1 + rounds):
+        for name, engine in engines.items():
+            clocks[name].clear()
+            for micro_step in range(case.gas):
+                backward(engine, case, micro_step)
+                engine.step()
+        found.append({name: sum(clock) for name, clock in clocks.items()})
+    for engine in engines.values():
+        engine.destroy()
+    return found[1:]
+
+
+def _clock(times: list[float]) -> Callable[[], AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def clock() -> Iterator[None]:
+        dist.barrier()  # waiting for slower ranks is not the reduction's time
+        begin = time.perf_counter()
+        yield
+        times.append(time.perf_counter() - begin)
+
+    return clock
