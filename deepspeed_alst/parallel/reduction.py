@@ -126,7 +126,9 @@ class Reduction:
                     bucket_n[piece.start : piece.stop].copy_(sums_of_piece)
                 else:
                     offset = piece.start - bounds[piece.fragment]
-                    fragment.out[offset : offset + piece.numel].add_(sums_of_piece)
+                    out = fragment.out[offset : offset + piece.numel]
+                    # Not add_, which on CPU copies its operand first where the dtypes differ.
+                    sum_pieces(sums_of_piece[None], out, 1.0, accumulate=True)
 
     def everywhere(
         self, grads: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], divisor: float, group: dist.ProcessGroup
