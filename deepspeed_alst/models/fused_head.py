@@ -26,13 +26,18 @@ class _SummedOverShards(torch.autograd.Function):
         return grad_Bs * ctx.factor, None, None
 
 
+def has_fused_head(output: Any) -> bool:
+    """Whether a forward's output is of a fused head, which makes log-probabilities tile by tile and no logits."""
+    return getattr(output, "log_probs", None) is not None and getattr(output, "label_mask", None) is not None
+
+
 def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
     """Have the sums of a fused head's outputs be the whole sequence's; ``undo.close()`` takes it back."""
 
     def whole(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        log_probs_Bs, mask_Bs = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
-        if calls.whole or log_probs_Bs is None or mask_Bs is None:
+        if calls.whole or not has_fused_head(output):
             return None
+        log_probs_Bs, mask_Bs = output.log_probs, output.label_mask
         local = log_probs_Bs.detach().double().sum()
         totals = torch.stack([local, mask_Bs.sum().double()])
         dist.all_reduce(totals, group=group)

@@ -13,6 +13,7 @@ from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss
+from deepspeed_alst.models.fused_head import has_fused_head
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
 
@@ -62,7 +63,8 @@ def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo:
 
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
         makes_loss, head.deferring = head.deferring and not calls.loss_follows, False
-        if makes_loss and module.training and torch.is_grad_enabled() and not head.is_tiled:
+        is_tiled = head.is_tiled or has_fused_head(output)
+        if makes_loss and module.training and torch.is_grad_enabled() and not is_tiled:
             raise UnsupportedModelError(
                 f"alst.tiled_logits_loss: {type(base_model(model)).__name__} made its loss of whole logits, by a way "
                 "of its own from its head to its loss. Set the key to false."
