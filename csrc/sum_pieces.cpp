@@ -9,6 +9,10 @@
 #include "sum_pieces.h"
 #include "sum_pieces_check.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 // The plain loops below are compiled once for each instruction set, and the loader picks. Elsewhere the baseline has
 // what they need (aarch64), or the compiler has no such attribute for inlined templates.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,7 +27,8 @@ using namespace alst;
 
 constexpr int64_t kTile = 1024;    // 4 KiB of fp32: it stays in L1 while all pieces are added
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it saves
-constexpr int kGroup = 4;          // pieces read at once. 8 would be an eighth faster, but fill the ways of a small L1
+constexpr int kMost = 8;           // pieces read at once, and then
+constexpr int kFewer = 4;
 
 template <typename In, int kPieces, bool kBegin>
 ALST_INLINE void add_group(const typename In::Stored* from, int64_t stride, float* __restrict total, int64_t n) {
@@ -38,28 +43,48 @@ template <typename In>
 ALST_INLINE void add_pieces(const Sum& sum, int64_t begin, float* total, int64_t n) {
   const auto* from = static_cast<const typename In::Stored*>(sum.pieces) + begin;
   int64_t added = 1;
-  if (sum.num_pieces >= kGroup) {
-    add_group<In, kGroup, true>(from, sum.stride, total, n);
-    added = kGroup;
+  if (sum.num_pieces >= kMost) {
+    add_group<In, kMost, true>(from, sum.stride, total, n);
+    added = kMost;
+  } else if (sum.num_pieces >= kFewer) {
+    add_group<In, kFewer, true>(from, sum.stride, total, n);
+    added = kFewer;
   } else {
     add_group<In, 1, true>(from, sum.stride, total, n);
   }
-  for (; added + kGroup <= sum.num_pieces; added += kGroup) {
-    add_group<In, kGroup, false>(from + added * sum.stride, sum.stride, total, n);
+  for (; added + kMost <= sum.num_pieces; added += kMost) {
+    add_group<In, kMost, false>(from + added * sum.stride, sum.stride, total, n);
+  }
+  for (; added + kFewer <= sum.num_pieces; added += kFewer) {
+    add_group<In, kFewer, false>(from + added * sum.stride, sum.stride, total, n);
   }
   for (; added < sum.num_pieces; ++added) {
     add_group<In, 1, false>(from + added * sum.stride, sum.stride, total, n);
   }
 }
 
+// What is larger than a cache is written past it: a line need not be read before it is overwritten.
+constexpr int64_t kStream = 1 << 20;
+
 template <typename Out>
 ALST_INLINE void store(const Sum& sum, int64_t begin, const float* __restrict total, int64_t n) {
   auto* __restrict to = static_cast<typename Out::Stored*>(sum.out) + begin;
   if (sum.accumulate) {
     for (int64_t i = 0; i < n; ++i) to[i] = Out::narrow(Out::widen(to[i]) + total[i] * sum.scale);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = Out::narrow(total[i] * sum.scale);
+    return;
   }
+  int64_t i = 0;
+#if defined(__SSE2__)
+  if constexpr (sizeof(typename Out::Stored) == 4) {
+    if (sum.n >= kStream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      const __m128 scale = _mm_set1_ps(sum.scale);
+      for (; i + 4 <= n; i += 4) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_castps_si128(_mm_mul_ps(_mm_load_ps(total + i), scale)));
+      }
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = Out::narrow(total[i] * sum.scale);
 }
 
 // Functions and no templates: GCC clones no template.
@@ -86,6 +111,9 @@ void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
       add_tile(sum, begin, total, n);
       store_tile(sum, begin, total, n);
     }
+#if defined(__SSE2__)
+    _mm_sfence();  // what went past the cache is there before another thread is told so
+#endif
   });
 }
 

@@ -1,5 +1,6 @@
 """Our reduction on live engines: DeepSpeed's norms, overflow checks, offload and undo go on working; the report."""
 
+import functools
 import math
 import types
 from contextlib import ExitStack
@@ -14,6 +15,8 @@ from benchmarks.cells import Cell, build_model, ds_config, model_config
 from deepspeed_alst.parallel.reduction import Reduction
 from tests.test_features import allow_fp16_on_cpu
 from tests.test_initialize import initialize
+
+_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 
 
 class Odd(torch.nn.Module):
@@ -83,14 +86,17 @@ def train(stage: int, ours: bool, changed: dict[str, Any], steps: int = 2, facto
 def compare(stage: int, changed: dict[str, Any]) -> None:
     theirs, ours = (train(stage, mine, changed) for mine in (False, True))
     assert ours["left"] == [] and ours["skipped"] == 0
-    for what in ("grads", "weights"):
+    # BF16_Optimizer's norm is added up in another order: it may differ in the last bit, and clipped weights with it.
+    has_bf16_optimizer = stage == 1 and "data_types" in changed and changed.get("zero_optimization") != _ON_HOST
+    same = functools.partial(torch.allclose, rtol=1e-6, atol=1e-7) if has_bf16_optimizer else torch.equal
+    for what, equal in (("grads", torch.equal), ("weights", same)):
         for index, (own, other) in enumerate(zip(ours[what], theirs[what], strict=True)):
-            assert torch.equal(own.float(), other.float()), f"{what} of parameter {index}"
-    assert ours["norm"] == theirs["norm"] or math.isnan(theirs["norm"])
+            assert equal(own.float(), other.float()), f"{what} of parameter {index}"
+    assert math.isnan(theirs["norm"]) or same(torch.tensor(ours["norm"]), torch.tensor(theirs["norm"]))
 
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
-OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+OFFLOAD = {"zero_optimization": _ON_HOST}
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ _KIB = 1024
 # Bytes of single numbers, such as a loss scale.
 _NUMBERS = 256
 
-# Of DeepSpeed's fp32 bytes, where it is not a half. ZeRO 1 adds up micro-steps first, so what it sends is fp32.
-_MOST = {(1, "fp32"): 1.0, (2, "fp32"): 0.75}
+# Of DeepSpeed's fp32 bytes, where it is not a half.
+_MOST = {(2, "fp32"): 0.75}
 # Of an element, to its gradient's root mean square: in another order of ranks fp32 sums differ in their last bits.
 _FP32_ROUNDING = 2**-22
 

@@ -143,12 +143,14 @@ def around_reductions(engine: Any, inside: Callable[[], AbstractContextManager[A
     keeps are copied out of it after (but at stage 3, where that is how it ends).
     """
     stage3 = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
+    # DeepSpeed cuts BF16_Optimizer's gradients into buckets itself, this package takes them whole.
+    is_bf16_optimizer = hasattr(engine.optimizer, "fp32_groups_gradients_flat")
     owner, name = next(
         (owner, name)
         for owner, name in (
             (engine.optimizer, stage3),
             (engine.optimizer, "average_tensor"),
-            (engine, "allreduce_and_copy"),
+            (engine, "buffered_allreduce_fallback" if is_bf16_optimizer else "allreduce_and_copy"),
         )
         if hasattr(owner, name)
     )

@@ -54,11 +54,13 @@ def install_reduction(engine: Any, reduction: Reduction, undo: ExitStack) -> Red
             "use a transformers mixture of experts"
         )
     optimizer = engine.optimizer
-    # By what the optimizer can do and not by the stage: with bf16 and fp32 accumulation stage 1 may have stage 0's.
+    # By what the optimizer can do and not by the stage: with bf16 and fp32 accumulation stage 1 has one of its own.
     if hasattr(optimizer, _STAGE3 + "avg_scatter_grads"):
         return _install_stage3(optimizer, reduction, undo)
     if hasattr(optimizer, "gradient_reduction_w_predivide"):
         return _install_stage12(optimizer, reduction, undo)
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+        return _install_bf16_optimizer(engine, reduction, undo)
     return _install_stage0(engine, reduction, undo)
 
 
@@ -161,6 +163,38 @@ def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -
         yield Fragment(stop - start, owner, out)
 
 
+def _install_bf16_optimizer(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+    """Sums go to the rank that steps with them, and nowhere else: the whole gradient is there, in equal partitions.
+
+    DeepSpeed's BF16_Optimizer (ZeRO 1 of a bf16 model with fp32 accumulation) sums micro-steps in flat fp32 buffers,
+    has the engine all-reduce them whole, and reads of them its own partition and the norm. Here the norm is that of
+    the partitions, added over the ranks.
+    """
+    optimizer = engine.optimizer
+    group = optimizer.dp_process_group
+    get_grads_for_norm = optimizer.get_grads_for_norm
+
+    def reduce_partitions(grads: Any = None, elements_per_buffer: int | None = None) -> None:
+        for flat_n, partition in zip(
+            optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            for _ in reduction.shard([flat_n], lambda _, own=partition: own, False, group):
+                pass  # in its place
+
+    def grads_for_norm(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return get_grads_for_norm(for_clipping=True)
+        norms = torch.stack([partition.norm() for partition in optimizer.fp32_groups_gradient_flat_partition])
+        squares = norms.square().sum()
+        dist.all_reduce(squares, group=group)
+        return [squares.sqrt()], {}  # whose norm is the norm
+
+    _set(engine, "buffered_allreduce_fallback", reduce_partitions, undo)
+    _set(optimizer, "get_grads_for_norm", grads_for_norm, undo)
+    wire = reduction.on_wire(optimizer.grad_acc_dtype)
+    return ReductionPath((wire,), each_micro_step=False, bucket_size=None)
+
+
 def _install_stage0(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
     """Sums go everywhere, in place."""
 
@@ -175,8 +209,7 @@ def _install_stage0(engine: Any, reduction: Reduction, undo: ExitStack) -> Reduc
 
     _set(engine, "allreduce_and_copy", allreduce_and_copy, undo)
     own = next((param.dtype for param in engine.module.parameters() if param.requires_grad), torch.float32)
-    # DeepSpeed's BF16_Optimizer sums micro-steps in fp32, and hands those over.
-    wire = reduction.on_wire(getattr(engine.optimizer, "grad_acc_dtype", own))
+    wire = reduction.on_wire(own)
     return ReductionPath((wire, wire), each_micro_step=False, bucket_size=None)
 
 
