@@ -1,19 +1,23 @@
 """Attention over a sequence that is split over ranks: one all-to-all in, the core on whole sequences, one out.
 
 q, k and v travel in one buffer, so a layer makes two collectives in forward, two in the recomputation and two in
-backward. Ulysses, arXiv:2309.14509.
+backward. Where attention's output is kept the recomputation makes one: the output waits as the sequence shard that the
+layer goes on with, and attention's backward gets it with the gradient. Ulysses, arXiv:2309.14509.
 
 Legend: B batch, S whole sequence, H query heads, K kv heads, D head dim, P ranks; lower case = this rank's share
 (s = S/P, h = H/P, k = kv heads per rank); W = h*D + 2*k*D, what one token sends to one rank.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from deepspeed_alst.attention.heads import HeadPlan
+from deepspeed_alst.attention.kept import Ran, record, replayed
+from deepspeed_alst.offload.frames import Frame
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -24,17 +28,59 @@ def ulysses_attention(
     v_BKsD: torch.Tensor,
     group: Any,
     core: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    frame: Frame | None = None,
 ) -> torch.Tensor:
     """Attend over the whole sequence: ``[B, H, s, D], 2 x [B, K, s, D] -> [B, s, H, D]``.
 
     ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``. Head size of v may differ.
+    With a ``frame`` its output is kept for the recomputation.
 
     Raises:
         ShapeError: the ranks cannot split these heads.
     """
     plan = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1])
     q_BhSD, k_BkSD, v_BkSD = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)
-    return _HeadToSeq.apply(core(q_BhSD, k_BkSD, v_BkSD), group)
+    run = partial(core, q_BhSD, k_BkSD, v_BkSD)
+    return _HeadToSeq.apply(run(), group) if frame is None else _attend_once(frame, run, group)
+
+
+def _attend_once(frame: Frame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
+    """The core and the way back of its output, ``[B, s, H, D]``, which is kept or taken instead."""
+    if frame.recomputing:
+        return _attend_again(frame, run, group)
+    o_BhSD, seen = record(frame, run)
+    as_shard = len(seen.ran) == 1 and _is_all_of(o_BhSD, seen.ran[0].outputs[0])
+    flat = [x for ran in seen.ran for x in ran.lay_flat()]
+    if not as_shard:
+        frame.keep(*flat, note=(seen.ran, as_shard))
+        return _HeadToSeq.apply(o_BhSD, group)
+    o_BsHD = _HeadToSeqKept.apply(o_BhSD, None, group)
+    frame.keep(o_BsHD, flat[1], note=(seen.ran, as_shard))
+    return o_BsHD
+
+
+def _attend_again(frame: Frame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
+    ran: list[Ran]
+    ran, as_shard = frame.note()
+    kept = frame.take()
+    if not as_shard:
+        with replayed(ran, [each.raise_up(kept[2 * i : 2 * i + 2]) for i, each in enumerate(ran)]):
+            o_BhSD = run()
+        return _HeadToSeq.apply(o_BhSD, group)
+    o_BsHD, log_sum_exp = kept
+    empty = ran[0].empty_output(like=o_BsHD)
+    with replayed(ran, [ran[0].raise_up([empty, log_sum_exp])]):
+        o_BhSD = run()
+    # No memory until its values come: autograd holds it by the storage.
+    empty.untyped_storage().resize_(0)
+    return _HeadToSeqKept.apply(o_BhSD, o_BsHD, group)
+
+
+def _is_all_of(x: torch.Tensor, of: torch.Tensor) -> bool:
+    """Whether x is another view of all elements of a tensor that has its memory for itself."""
+    memory = of.untyped_storage()
+    is_alone = memory.nbytes() == of.numel() * of.element_size()
+    return is_alone and x.untyped_storage()._cdata == memory._cdata and x.numel() == of.numel() and x.dtype == of.dtype
 
 
 class _SeqToHead(torch.autograd.Function):
@@ -80,6 +126,42 @@ class _HeadToSeq(torch.autograd.Function):
         P = dist.get_world_size(ctx.group)
         send_PsBhD = do_BsHD.unflatten(2, (P, -1)).permute(2, 1, 0, 3, 4)
         return _exchange(send_PsBhD, ctx.group).flatten(0, 1).permute(1, 2, 0, 3), None
+
+
+class _HeadToSeqKept(torch.autograd.Function):
+    """``_HeadToSeq`` whose output, ``[B, s, H, D]``, is there already in the recomputation.
+
+    What it has instead of an input, ``[B, h, S, D]``, has no memory then. The backward fetches the values together with
+    the gradient, before attention's backward, which holds the same storage, reads them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, o_BhSD: torch.Tensor, o_BsHD: torch.Tensor | None, group: Any) -> torch.Tensor:
+        ctx.group = group
+        # In the recomputation as well, where nothing is sent: a checkpoint counts what is saved.
+        o_BsHD = _HeadToSeq.forward(ctx, o_BhSD, group) if o_BsHD is None else o_BsHD.detach()
+        ctx.save_for_backward(o_BhSD, o_BsHD)
+        return o_BsHD
+
+    @staticmethod
+    def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Of a checkpoint that is not reentrant these are the recomputation's, and reading them runs it if need be.
+        o_BhSD, o_BsHD = ctx.saved_tensors
+        storage = o_BhSD.untyped_storage()
+        if storage.nbytes():
+            return *_HeadToSeq.backward(ctx, do_BsHD), None
+        B, h, S, D = o_BhSD.shape
+        P = dist.get_world_size(ctx.group)
+        send_P2sBhD = do_BsHD.new_empty(P, 2, S // P, B, h, D)
+        for index, x_BsHD in enumerate((do_BsHD, o_BsHD)):
+            send_P2sBhD[:, index].copy_(x_BsHD.unflatten(2, (P, -1)).permute(2, 1, 0, 3, 4))
+        recv_P2sBhD = _exchange(send_P2sBhD, ctx.group)
+        storage.resize_(o_BhSD.numel() * o_BhSD.element_size())
+        # It was saved empty, and is to count as unchanged.
+        with torch.autograd._unsafe_preserve_version_counter(o_BhSD):
+            _by_token(o_BhSD.detach()).unflatten(0, (P, -1)).copy_(recv_P2sBhD[:, 1])
+        # A copy: the gradient lives until attention's backward ends, and is not to hold the other half meanwhile.
+        return recv_P2sBhD[:, 0].flatten(0, 1).permute(1, 2, 0, 3), None, None
 
 
 def _exchange(send: torch.Tensor, group: Any) -> torch.Tensor:

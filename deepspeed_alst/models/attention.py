@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from deepspeed_alst.attention.heads import HeadPlan
+from deepspeed_alst.attention.kept import keeping_frame
 from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -94,7 +95,8 @@ def _attention_over(
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attend(module, q, k, v, scaling, arguments)
 
-        return ulysses_attention(query, key, value, group, run), None
+        frame = keeping_frame(core.name, core.runs_operators)
+        return ulysses_attention(query, key, value, group, run, frame), None
 
     return attention
 

@@ -35,6 +35,11 @@ class Core:
     """Makes the function of one model."""
 
     @property
+    def runs_operators(self) -> bool:
+        """Whether it runs as operators of torch, and not as a graph of its own."""
+        return self.make is not _flex
+
+    @property
     def has_windows(self) -> bool:
         """Whether sliding windows reach the core."""
         return "sliding_window" in self.passes_on
@@ -103,8 +108,7 @@ def _flash(core: Core) -> Attend:
         scaling: float | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        # Under the private name transformers would load the kernel anew, and register it over the model's own entry.
-        plain = _Seen(module, config=_Seen(module.config, _attn_implementation=core.name))
+        plain = under_own_name(module, core.name)
         out_BShD, _ = flash_attention_forward(plain, q, k, v, None, scaling=scaling, is_causal=True, **arguments)
         return out_BShD.transpose(1, 2)
 
@@ -138,6 +142,14 @@ def _flex(core: Core) -> Attend:
 def _causal_block_mask(length: int, device: torch.device) -> Any:
     """Of the whole sequence, where transformers' would be of the shard; one row, which flex repeats for the batch."""
     return flex_attention_mask(1, length, length, mask_function=causal_mask_function, device=device)
+
+
+def under_own_name(module: torch.nn.Module, name: str) -> Any:
+    """An attention module as flash attention's function is to see it: with the name that transformers has for its core.
+
+    Under the private name transformers would load the kernel anew, and register it over the model's own entry.
+    """
+    return _Seen(module, config=_Seen(module.config, _attn_implementation=name))
 
 
 class _Seen:

@@ -4,7 +4,6 @@ Nothing is changed outside the model but two entries under a name of the model's
 mask interfaces: other models in the process keep theirs.
 """
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +17,7 @@ from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
+from deepspeed_alst.models.own_config import own_config
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_sequence_divisor, whole_sequence_loss
 
@@ -38,7 +38,7 @@ def patch_model(
     calls.makes_whole_loss = whole_loss
     core = find_core(base.config._attn_implementation)
     assert core is not None, "check_model refuses it"
-    _own_config(model, base, undo)
+    own_config(model, base.config, undo)
     register_attention(base, core, group, calls, undo)
     _replace_loss(base, group, calls, undo)
     if whole_loss:
@@ -47,32 +47,6 @@ def patch_model(
     check_calls(model, calls, undo, whole_loss)
     ranks = dist.get_world_size(group)
     return f"{type(base).__name__}: {core.name} over {ranks} ranks, 2 all-to-alls per layer and pass"
-
-
-def _own_config(model: torch.nn.Module, base: torch.nn.Module, undo: ExitStack) -> None:
-    """A config of the model's own: two models built from one config object share it, and only one is to change.
-
-    What the program changes in it meanwhile (``use_cache``, token ids) goes back with it.
-    """
-    shared = base.config
-    own, as_it_was = copy.deepcopy(shared), copy.deepcopy(shared)
-    # In their own __dict__: wrappers answer for the model inside, and must not be given what they do not hold.
-    holders = [module for module in model.modules() if vars(module).get("config") is shared]
-
-    def give(config: Any) -> None:
-        for module in holders:
-            module.config = config
-
-    def give_back() -> None:
-        for name, value in vars(own).items():
-            if name not in vars(as_it_was) or vars(as_it_was)[name] != value:
-                vars(shared)[name] = value
-        for name in vars(as_it_was).keys() - vars(own).keys():
-            vars(shared).pop(name, None)
-        give(shared)
-
-    give(own)
-    undo.callback(give_back)
 
 
 def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:

@@ -7,6 +7,7 @@ finds the frame of its thread: in a backward that is autograd's.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -30,17 +31,28 @@ class Frame:
     def __init__(self, put: Put = on_device, keeps_attention: bool = False) -> None:
         self.keeps_attention = keeps_attention
         self.recomputing = False
+        self.kept_attention: list[str] = []
+        """What attention ran as in the forward, a name for each call whose output was kept."""
+        self.unkept_attention: list[str] = []
+        """The same of calls whose output could not be kept, which the recomputation runs again."""
         self._put = put
-        self._kept: list[list[Callable[[], torch.Tensor]]] = []
+        self._kept: list[tuple[list[Callable[[], torch.Tensor]], Any]] = []
         self._taken = 0
 
-    def keep(self, *tensors: torch.Tensor) -> None:
-        """In the forward: put tensors aside for the recomputation, which takes them in the same order."""
-        self._kept.append([self._put(tensor.detach()) for tensor in tensors])
+    def keep(self, *tensors: torch.Tensor, note: Any = None) -> None:
+        """In the forward: put tensors aside for the recomputation, which takes them in the same order.
+
+        ``note`` is whatever else the recomputation has to know of them.
+        """
+        self._kept.append(([self._put(tensor.detach()) for tensor in tensors], note))
+
+    def note(self) -> Any:
+        """In the recomputation: the note of what is taken next."""
+        return self._kept[self._taken][1]
 
     def take(self) -> list[torch.Tensor]:
         """In the recomputation: what the forward kept at this place."""
-        found = self._kept[self._taken]
+        found, _ = self._kept[self._taken]
         self._taken += 1
         return [get() for get in found]
 

@@ -1,0 +1,103 @@
+"""Attention that is kept for the recomputation, in a model without sequence parallelism.
+
+The model's attention function is called as it is, with transformers' own masks and arguments, within a frame that keeps
+it. It stands under a name of the model's own in transformers' interfaces (names.py), so that everything that reads the
+name goes on as before, whichever way the model's modules are built. Under sequence parallelism attention.py does it.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from deepspeed_alst.attention.kept import attend_once, keeping_frame
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.cores import under_own_name
+from deepspeed_alst.models.names import PrivateName
+from deepspeed_alst.models.own_config import own_config
+
+
+def keep_attention(model: torch.nn.Module, undo: ExitStack) -> str:
+    """Have a model's attention keep its output in frames that ask for it; returns what was done, in words.
+
+    Args:
+        model: a transformers model, or a wrapper around one. Its configs become its own.
+        undo: ``undo.close()`` takes everything back.
+
+    Raises:
+        UnsupportedModelError: none of its attention runs as operators whose output can be kept.
+    """
+    check_keeps_attention(model)
+    names = []
+    for config in _attention_configs(model):
+        name = config._attn_implementation
+        if _reason_against(name):
+            continue
+        assert not isinstance(name, PrivateName), "under sequence parallelism attention keeps its output by itself"
+        names.append(name)
+        own, private = own_config(model, config, undo), PrivateName(name)
+        AttentionInterface.register(private, _kept(name, AttentionInterface._global_mapping[name]))
+        undo.callback(AttentionInterface._global_mapping.pop, private, None)
+        # A name that is missing from the mask interface means "no mask" to transformers, as it does for the other name.
+        if name in AttentionMaskInterface._global_mapping:
+            AttentionMaskInterface.register(private, AttentionMaskInterface._global_mapping[name])
+            undo.callback(AttentionMaskInterface._global_mapping.pop, private, None)
+        # Not by the property, which sets it in the configs of a model's parts as well.
+        own._attn_implementation_internal = private
+        undo.callback(setattr, own, "_attn_implementation_internal", name)
+    return f"{type(model).__name__}: the output of {', '.join(dict.fromkeys(names))} is kept for the recomputation"
+
+
+def check_keeps_attention(model: torch.nn.Module) -> None:
+    """Whether there is attention whose output can be kept, with sequence parallelism or without.
+
+    Raises:
+        UnsupportedModelError: there is none; the sentence says what to do.
+    """
+    names = list(dict.fromkeys(str(config._attn_implementation) for config in _attention_configs(model)))
+    reasons = [_reason_against(name) for name in names]
+    if not all(reasons):
+        return
+    found = " and ".join(f"attn_implementation={name!r} {why}" for name, why in zip(names, reasons, strict=True))
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: attention's output cannot be kept: {found or 'no module names an attention'}. "
+        "Load the model with attn_implementation='sdpa' or 'flash_attention_2', or leave save_attention_output out"
+    )
+
+
+def _attention_configs(model: torch.nn.Module) -> list[Any]:
+    """The configs that the model's modules hold, each once."""
+    held = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    return [config for config in held.values() if getattr(config, "_attn_implementation", None)]
+
+
+def _reason_against(name: str) -> str:
+    """Why the output of an attention of this name cannot be kept; empty if it can."""
+    function = AttentionInterface._global_mapping.get(str(name))  # under sequence parallelism the name is private
+    if function is sdpa_attention_forward or function is flash_attention_forward:
+        return ""
+    if name.removeprefix("paged|") == "eager":
+        return "has no operator of its own"
+    if "flex" in name:
+        return "runs as a compiled graph"
+    return "is no function of transformers' that is verified for it"
+
+
+def _kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' attention function that is kept where a frame says so."""
+    is_flash = function is flash_attention_forward
+
+    # A compiled layer is two graphs, before and after: what a frame keeps is no part of a graph.
+    @torch.compiler.disable
+    def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen = under_own_name(module, name) if is_flash else module
+        frame = keeping_frame(name)
+        if frame is None:
+            return function(seen, *args, **kwargs)
+        return attend_once(frame, lambda: function(seen, *args, **kwargs))
+
+    return attention
