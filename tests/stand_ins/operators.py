@@ -1,0 +1,174 @@
+"""Flash attention 2 as flash-attn 2.8.3 has it: registered operators with the real signatures, and autograd above them.
+
+The operators run on CPU in plain PyTorch. As in the real ones, heads are padded to a multiple of 8, the forward returns
+output, log-sum-exp, an empty softmax and a seed, and the backward is made from the output and the log-sum-exp that it
+is given. Their namespace is not the real one, as that of the hub's builds is not.
+
+Legend: B batch, S sequence, T tokens of all documents, H query heads, K kv heads, D head dim.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from tests.stand_ins import attend
+
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Have the stand-ins of flash attention run as operators."""
+    with mock.patch.object(attend, "dense", _dense), mock.patch.object(attend, "varlen", _varlen):
+        yield
+
+
+def _dense(kind, q, k, v, scale, causal, left, softcap, sink_H=None, **said):
+    attend.CALLS.append({"kind": kind, "length": q.shape[1], "left": left, "softcap": softcap, **said})
+    return _Dense.apply(q, k, v, 0.0, scale, causal, (left, left), softcap, None, False, False)
+
+
+def _varlen(kind, q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale, causal, left, softcap, sink_H=None):
+    attend.CALLS.append({"kind": kind, "bounds": bounds_q.tolist(), "left": left, "softcap": softcap})
+    lengths = (bounds_q, bounds_k, longest_q, longest_k)
+    return _Varlen.apply(q, k, v, *lengths, 0.0, scale, causal, (left, left), softcap, None, False, False)
+
+
+@torch.library.custom_op("stand_in_of_flash_attn::_flash_attn_forward", mutates_args=())
+def _flash_attn_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    return_softmax: bool,
+) -> Four:
+    out, log_sum_exp = _forward(q, k, v, softmax_scale, window_size_left, softcap)
+    return out, log_sum_exp, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+
+
+@torch.library.custom_op("stand_in_of_flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def _flash_attn_varlen_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Four:
+    pairs = [
+        _forward(*(x[None, start:end] for x in (q, k, v)), softmax_scale, window_size_left, softcap)
+        for start, end in itertools.pairwise(cu_seqlens_q.tolist())
+    ]
+    out_THD = torch.cat([out[0] for out, _ in pairs])
+    return out_THD, torch.cat([lse[0] for _, lse in pairs], dim=1), q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+
+
+class _Dense(torch.autograd.Function):
+    """flash-attn's FlashAttnFunc, ``[B, S, H, D]`` to the same."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout_p, scale, causal, window, softcap, alibi_slopes, deterministic, return_softmax):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        ctx.head_size, padded = q.shape[-1], [_padded(x) for x in (q, k, v)]
+        arguments = (dropout_p, scale, causal, *window, softcap, alibi_slopes, return_softmax)
+        out, lse, _, seed = torch.ops.stand_in_of_flash_attn._flash_attn_forward(*padded, *arguments)
+        ctx.save_for_backward(*padded, out, lse, seed)
+        ctx.arguments = (scale, window[0], softcap)
+        return out[..., : ctx.head_size]
+
+    @staticmethod
+    def backward(ctx, do):
+        *padded, out, lse, _ = ctx.saved_tensors
+        grads = _backward(_padded(do), *padded, out, lse, *ctx.arguments)
+        return *(grad[..., : ctx.head_size] for grad in grads), *(None,) * 8
+
+
+class _Varlen(torch.autograd.Function):
+    """flash-attn's FlashAttnVarlenFunc, ``[T, H, D]`` to the same."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout_p, scale, causal, window, *others):
+        softcap, alibi_slopes, _, return_softmax = others
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        ctx.head_size, padded = q.shape[-1], [_padded(x) for x in (q, k, v)]
+        lengths = (bounds_q, bounds_k, longest_q, longest_k)
+        arguments = (dropout_p, scale, causal, *window, softcap, alibi_slopes, return_softmax)
+        out, lse, _, seed = torch.ops.stand_in_of_flash_attn._flash_attn_varlen_forward(*padded, *lengths, *arguments)
+        ctx.save_for_backward(*padded, out, lse, bounds_q, seed)
+        ctx.arguments = (scale, window[0], softcap)
+        return out[..., : ctx.head_size]
+
+    @staticmethod
+    def backward(ctx, do):
+        *padded, out, lse, bounds, _ = ctx.saved_tensors
+        grads = [
+            _backward(
+                *(x[None, start:end] for x in (_padded(do), *padded, out)), lse[None, :, start:end], *ctx.arguments
+            )
+            for start, end in itertools.pairwise(bounds.tolist())
+        ]
+        cut = (torch.cat([each[0] for each in one])[..., : ctx.head_size] for one in zip(*grads, strict=True))
+        return *cut, *(None,) * 12
+
+
+def _padded(x):
+    return F.pad(x, [0, -x.shape[-1] % 8])
+
+
+def _scores(q_BSHD, k_BSKD, scale, left, softcap):
+    """Scores ``[B, H, S, S]``, those that are hidden at -inf."""
+    k_BSHD = k_BSKD.repeat_interleave(q_BSHD.shape[2] // k_BSKD.shape[2], dim=2)
+    scores_BHSS = torch.einsum("bqhd,bkhd->bhqk", q_BSHD, k_BSHD) * scale
+    if softcap:
+        scores_BHSS = softcap * torch.tanh(scores_BHSS / softcap)
+    S = q_BSHD.shape[1]
+    behind_SS = torch.arange(S)[:, None] - torch.arange(S)
+    return scores_BHSS.masked_fill((behind_SS < 0) | (behind_SS > (left if left >= 0 else S)), -math.inf)
+
+
+def _forward(q_BSHD, k_BSKD, v_BSKD, scale, left, softcap):
+    scores_BHSS = _scores(q_BSHD, k_BSKD, scale, left, softcap)
+    lse_BHS = scores_BHSS.logsumexp(-1)
+    v_BSHD = v_BSKD.repeat_interleave(q_BSHD.shape[2] // v_BSKD.shape[2], dim=2)
+    return torch.einsum("bhqk,bkhd->bqhd", (scores_BHSS - lse_BHS[..., None]).exp(), v_BSHD), lse_BHS
+
+
+def _backward(do_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS, scale, left, softcap):
+    groups = q_BSHD.shape[2] // k_BSKD.shape[2]
+    k_BSHD, v_BSHD = (x.repeat_interleave(groups, dim=2) for x in (k_BSKD, v_BSKD))
+    scores_BHSS = _scores(q_BSHD, k_BSKD, scale, left, softcap)
+    p_BHSS = (scores_BHSS - lse_BHS[..., None]).exp()
+    delta_BHS = (do_BSHD * out_BSHD).sum(-1).transpose(1, 2)
+    ds_BHSS = p_BHSS * (torch.einsum("bqhd,bkhd->bhqk", do_BSHD, v_BSHD) - delta_BHS[..., None])
+    if softcap:
+        ds_BHSS = ds_BHSS * (1 - (scores_BHSS.masked_fill(p_BHSS == 0, 0) / softcap).square())
+    ds_BHSS = ds_BHSS * scale
+    dk_BSHD, dv_BSHD = (
+        torch.einsum("bhqk,bqhd->bkhd", x, y).unflatten(2, (-1, groups)).sum(3)
+        for x, y in ((ds_BHSS, q_BSHD), (p_BHSS, do_BSHD))
+    )
+    return torch.einsum("bhqk,bkhd->bqhd", ds_BHSS, k_BSHD), dk_BSHD, dv_BSHD
