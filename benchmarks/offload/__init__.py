@@ -1,0 +1,1 @@
+"""What waits for the backward: each saving of it beside what it costs."""

@@ -1,0 +1,152 @@
+"""Steps of a checkpointed Llama with and without kept attention: seconds, and how often attention runs forward.
+
+    python -m benchmarks.offload.attention
+
+2 layers, hidden 512, 8 heads of 64, fp32 on CPU without sequence parallelism. Both run by turns in one process on one
+thread, and seconds are the processor's, of the faster round: what else runs on the machine can only make them more.
+Exits non-zero where a target is missed.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+
+from benchmarks.cells import build_model
+from deepspeed_alst.models.kept_attention import keep_attention
+from deepspeed_alst.offload.frames import Frame
+
+Row = tuple[str, str, str, bool]
+"""What, the figure, the target, whether it is met."""
+
+LENGTHS = (8192, 16384)
+LAYERS = 2
+ROUNDS = 2
+# Of the predicted ratio of two steps, by which the measured one may differ.
+SLACK = 0.05
+_FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+class Clock(TorchDispatchMode):
+    """The seconds of attention's operators, forward and backward, each call by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if not name.startswith(_FORWARD):
+            return func(*args, **(kwargs or {}))
+        begin = time.thread_time()
+        result = func(*args, **(kwargs or {}))
+        self.seconds["forward" if name == _FORWARD else "backward"].append(time.thread_time() - begin)
+        return result
+
+
+def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
+    """The model, whose layers run in frames."""
+    model = build_model(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=512,
+            intermediate_size=512,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=length,
+        )
+    )
+    if keeps:
+        keep_attention(model, ExitStack())
+
+    def in_frame(function: Any, *args: Any) -> Any:
+        frame = Frame(keeps_attention=keeps)
+
+        def run(*args: Any) -> Any:
+            with frame.running():
+                return function(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    for layer in model.model.layers:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, in_frame
+    return model.train()
+
+
+def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, Clock]:
+    """The seconds of a forward and a backward, and those of attention in it."""
+    model.zero_grad()
+    begin = time.thread_time()
+    with Clock() as clock:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return time.thread_time() - begin, clock
+
+
+def of_length(length: int) -> list[Row]:
+    """The rows of one sequence length."""
+    models = {keeps: checkpointed(keeps, length) for keeps in (False, True)}
+    ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
+    for model in models.values():
+        step(model, ids[:, :256])  # whatever happens the first time only
+    found: dict[bool, list[tuple[float, Clock]]] = {False: [], True: []}
+    for round in range(ROUNDS):
+        for keeps in (False, True) if round % 2 else (True, False):
+            found[keeps].append(step(models[keeps], ids))
+    plain, kept = (min(took for took, _ in found[keeps]) for keeps in (False, True))
+    forward, backward = (
+        LAYERS * min(one for _, clock in found[False] for one in clock.seconds[which])
+        for which in ("forward", "backward")
+    )
+    ratio, predicted = kept / plain, 1 - forward / plain
+    runs = {keeps: len(each[0][1].seconds["forward"]) / LAYERS for keeps, each in found.items()}
+    name = f"{length:,} tokens"
+    return [
+        (f"{name}: attention of all layers, forward and backward", f"{forward:.2f} s, {backward:.2f} s", "", True),
+        (f"{name}: a step without", f"{plain:.2f} s", "", True),
+        (
+            f"{name}: a step with kept attention, of it",
+            f"{ratio:.3f}",
+            f"{predicted:.3f} by attention's own times, +- {SLACK}",
+            abs(ratio - predicted) <= SLACK,
+        ),
+        (
+            f"{name}: attention forwards per layer and step",
+            f"{runs[True]:g}, {runs[False]:g} without",
+            "1",
+            runs[True] == 1,
+        ),
+    ]
+
+
+def rows() -> list[Row]:
+    """All figures, each with its target."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [row for length in LENGTHS for row in of_length(length)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> int:
+    """Print the figures; 1 where a target is missed."""
+    started, found = time.monotonic(), rows()
+    table = Table("figure", "value", "target", "")
+    for what, value, target, met in found:
+        table.add_row(what, value, target, "" if not target else "met" if met else "MISSED")
+    Console(width=140).print(table)
+    Console().print(f"{time.monotonic() - started:.0f} s")
+    return int(not all(met for *_, met in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
