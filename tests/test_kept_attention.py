@@ -40,13 +40,13 @@ LAYERS = 2
 class Runs(TorchDispatchMode):
     """Counts attention's forward operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
         super().__init__()
         self.forwards = 0
+        self._names = names or (CPU_FLASH, "_flash_attn_forward", "_flash_attn_varlen_forward")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        self.forwards += name == CPU_FLASH or name.endswith(("_flash_attn_forward", "_flash_attn_varlen_forward"))
+        self.forwards += func._schema.name.endswith(self._names)
         return func(*args, **(kwargs or {}))
 
 
@@ -190,6 +190,31 @@ def test_an_operator_with_dropout_is_not_kept():
                 attend_once(frame, lambda: torch.ops.stand_in_of_flash_attn._flash_attn_forward(q, k, v, *arguments))
     assert runs.forwards == 2
     assert frame.unkept_attention == ["stand_in_of_flash_attn::_flash_attn_forward with dropout"]
+
+
+GPU_OPERATORS = {
+    "_scaled_dot_product_flash_attention": (),
+    "_scaled_dot_product_efficient_attention": (None, False),
+    "_scaled_dot_product_cudnn_attention": (None, False),
+}
+
+
+@pytest.mark.parametrize("operator", GPU_OPERATORS)
+def test_the_operators_of_a_gpu_are_kept_with_their_log_sum_exp_and_seeds(operator):
+    """Shapes only, on tensors without data: the forward without gradients, as a reentrant checkpoint runs it."""
+    q, k, v = (torch.empty(2, 6, 37, 8, device="meta", requires_grad=True) for _ in range(3))
+    run = getattr(torch.ops.aten, operator)
+    frame, results = Frame(keeps_attention=True), []
+    for runs_forward in (True, False, False):
+        with Runs(operator) as runs, frame.running(), torch.set_grad_enabled(not runs_forward):
+            results.append(attend_once(frame, lambda: run(q, k, v, *GPU_OPERATORS[operator], is_causal=True)))
+        assert runs.forwards == runs_forward
+    described = [
+        [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in result] for result in results
+    ]
+    assert described[0] == described[1] == described[2] and results[0][1].numel() >= 2 * 6 * 37
+    torch.autograd.grad(results[2][0].sum(), (q, k, v))
+    assert frame.kept_attention == [f"aten::{operator}"]
 
 
 FROZEN = {

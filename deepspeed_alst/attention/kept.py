@@ -58,7 +58,7 @@ class Ran:
         return [x.as_strided((x.numel(),), (1,), x.storage_offset()) for x in outputs]
 
     def raise_up(self, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The reverse: both in the layouts that the operator gave them."""
+        """The reverse: both in the layouts that the operator gave them, as new views."""
         return [x.as_strided(*layout, x.storage_offset()) for x, layout in zip(flat, self.layouts, strict=True)]
 
     def empty_output(self, like: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,8 @@ class Ran:
         return torch.empty_strided(*self.layouts[0], dtype=like.dtype, device=like.device)
 
     def results(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """What the operator returns: aliases, as autograd makes what it is given its own."""
-        return self.container([*(x.detach() for x in outputs), *self.others])
+        """What the operator returns. Outputs are to be new objects, as autograd makes what it is given its own."""
+        return self.container([*outputs, *self.others])
 
 
 @dataclass
