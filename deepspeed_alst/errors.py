@@ -27,3 +27,7 @@ class CheckpointError(AlstError):
 
 class SetupError(AlstError):
     """The environment: an untested DeepSpeed, a stale build lock, an engine that averages by another number."""
+
+
+class OffloadError(AlstError):
+    """Activations that could not be put aside or brought back: a full disk, a failing one, one that does not answer."""

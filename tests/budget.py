@@ -35,6 +35,7 @@ AREAS = {
     "test_checkpoints": "the programs people have",
     "test_recipes_upstream": "the programs people have",
     "test_tiling_compat": "the programs people have",
+    "test_disk_tier": "offload",
     "test_families": "models",
     "test_ledger": "tiles and kernels",
     "test_op_build": "tiles and kernels",

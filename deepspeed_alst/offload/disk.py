@@ -1,0 +1,261 @@
+"""The disk tier's file: space for activations, and their reads and writes in the background.
+
+A file is of one process. Its transfers are done by DeepSpeed's async I/O op where that can be had, else by system calls
+in threads. Whatever does them, each activation is compared with a fingerprint when it comes back: DeepSpeed's op does
+not look at the outcome of what it asked the kernel for, and a write that failed would be a wrong gradient.
+"""
+
+import mmap
+import os
+import threading
+import weakref
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from deepspeed_alst.errors import AlstError, ConfigError, OffloadError, SetupError
+from deepspeed_alst.offload.channels import PAGE_BYTES, Channel, SystemCalls
+from deepspeed_alst.offload.extents import Extents
+from deepspeed_alst.offload.scratch import KEY, ScratchFile
+from deepspeed_alst.offload.transfers import Transfer, Workers, within
+from deepspeed_alst.ops.build_once import OpBuildError
+
+# What is read or written in one go: long enough for any disk's full rate, short enough for signs of life in between.
+_PIECE_BYTES = 64 << 20
+# Every 509th word: each page has one, and as 509 is a prime not always of the same channels. 2 bytes of 1,000 are read.
+_FINGERPRINT_STRIDE = 509
+_CLOSE_SECONDS = 10.0
+
+
+class DiskFile:
+    """Space on a disk for one rank's activations; it vanishes with the process, however that ends.
+
+    An activation is written as a whole, to the offset it was allocated, and read as a whole.
+
+    Args:
+        folder: where; it is made if it is missing.
+        engine: ``"aio"`` is DeepSpeed's op, ``"threads"`` system calls in threads, ``"auto"`` the op if it can be had.
+        silence_seconds: a disk that makes no progress for this long is an error.
+        num_threads: how many transfers are under way at a time; the others queue, in the order they were asked for.
+
+    Attributes:
+        description: what reads and writes, and how, for the report.
+        warning: what is unwise about the folder; empty if nothing is.
+        bytes_written, bytes_read: by transfers that have ended well.
+
+    Raises:
+        ConfigError: the folder cannot be made, written to or read from.
+        SetupError: ``engine="aio"``, and the op cannot be had.
+        OffloadError: the disk does not answer.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        engine: Literal["auto", "aio", "threads"] = "auto",
+        silence_seconds: float = 120.0,
+        num_threads: int = 4,
+    ) -> None:
+        path = Path(folder).expanduser().absolute()
+        self._label = f"{KEY}={str(path)!r}"
+        self._scratch = within(silence_seconds, self._label, lambda: ScratchFile(path))
+        channels, self.engine, reason = _open_channels(self._scratch, engine, num_threads)
+        self.description = _describe(self._scratch, self.engine, reason)
+        self.warning = self._scratch.warning
+        self.bytes_written = 0
+        self.bytes_read = 0
+        self._workers = Workers(channels, silence_seconds)
+        self._lock = threading.Lock()
+        self._extents = Extents()
+        self._sizes_bytes: dict[int, int] = {}  # of what is allocated, by offset
+        self._fingerprints: dict[int, int] = {}  # of what is written, by offset
+        self._latest: dict[int, Transfer] = {}
+        # Also when the interpreter exits: a thread that is in C++ while the interpreter ends aborts the process.
+        self._end = weakref.finalize(self, _end, self._workers, self._scratch, _CLOSE_SECONDS)
+
+    @property
+    def seconds_waited(self) -> float:
+        """How long all calls of ``Transfer.wait`` have lasted."""
+        return self._workers.seconds_waited
+
+    @property
+    def reserved_bytes(self) -> int:
+        """How long the file is."""
+        return self._scratch.size_bytes
+
+    def reserve(self, num_bytes: int) -> None:
+        """Before training: make the file at least this long, with its space set aside on the disk.
+
+        Raises:
+            ConfigError: the disk has not as much left.
+            OffloadError: it does not answer.
+        """
+        with self._lock:
+            self._grow(_in_pages(num_bytes), ConfigError)
+
+    def allocate(self, num_bytes: int) -> int:
+        """The offset of space for this many bytes, rounded up to pages; the file grows if it must.
+
+        Raises:
+            OffloadError: the disk is full, or does not answer.
+        """
+        with self._lock:
+            size_bytes = _in_pages(num_bytes)
+            if lacking := self._extents.missing(size_bytes):
+                self._grow(self._scratch.size_bytes + lacking, OffloadError)
+            offset = self._extents.take(size_bytes)
+            self._sizes_bytes[offset] = size_bytes
+            return offset
+
+    def free(self, offset: int) -> None:
+        """Give space back, once the transfers there have ended.
+
+        Raises:
+            OffloadError: the disk does not answer; the space is not given back.
+        """
+        if transfer := self._latest.pop(offset, None):
+            transfer.wait_ended()
+        with self._lock:
+            self._fingerprints.pop(offset, None)
+            self._extents.free(offset, self._sizes_bytes.pop(offset))
+
+    def new_buffer(self, num_bytes: int) -> torch.Tensor:
+        """Host memory for transfers that the engine takes as it is: ``[num_bytes]``, rounded up to pages.
+
+        For a ring on machines without CUDA, where the engine's own may not be given back; with CUDA, memory that is
+        registered there serves both copies and transfers.
+        """
+        size_bytes = _in_pages(num_bytes)
+        locked = None
+        if self.engine == "aio":
+            from deepspeed_alst.ops.aio import locked_buffer
+
+            locked = locked_buffer(size_bytes)
+        return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8) if locked is None else locked
+
+    def write(self, buffer: torch.Tensor, offset: int) -> Transfer:
+        """Start writing a buffer to space that was allocated for it; it must not change before the transfer is done.
+
+        Raises:
+            OffloadError: the file is closed.
+        """
+        return self._start("writing", self._write, buffer, offset)
+
+    def read(self, buffer: torch.Tensor, offset: int) -> Transfer:
+        """Start reading what was last written there; if that is still under way, the read begins after it.
+
+        Raises:
+            OffloadError: the file is closed.
+        """
+        return self._start("reading", self._read, buffer, offset)
+
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """Give the space back; transfers that have not ended fail.
+
+        A disk that holds a thread for longer than this keeps the space until the process ends.
+        """
+        if self._end.detach():
+            _end(self._workers, self._scratch, seconds)
+
+    def _start(
+        self, doing: str, job: Callable[[Channel, torch.Tensor, int], None], buffer: torch.Tensor, offset: int
+    ) -> Transfer:
+        num_bytes = buffer.numel()
+        assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous() and not buffer.is_cuda
+        assert buffer.data_ptr() % PAGE_BYTES == 0 and num_bytes % PAGE_BYTES == 0
+        assert self._sizes_bytes.get(offset) == num_bytes, "a buffer of another size than what was allocated there"
+        with self._lock:
+            previous = self._latest.get(offset)
+
+            def in_order(channel: Channel) -> None:
+                if previous:  # it was taken from the queue earlier, so it does not wait for this one
+                    previous.settle()
+                job(channel, buffer, offset)
+
+            label = f"{self._label}: {doing} {num_bytes:,} bytes at {offset:,}"
+            self._latest[offset] = transfer = self._workers.start(label, in_order)
+        return transfer
+
+    def _write(self, channel: Channel, buffer: torch.Tensor, offset: int) -> None:
+        self._fingerprints.pop(offset, None)
+        for begin in range(0, buffer.numel(), _PIECE_BYTES):
+            channel.write(buffer[begin : begin + _PIECE_BYTES], offset + begin)
+            self._workers.sign()
+        with self._lock:
+            self._fingerprints[offset] = fingerprint(buffer)
+            self.bytes_written += buffer.numel()
+
+    def _read(self, channel: Channel, buffer: torch.Tensor, offset: int) -> None:
+        written = self._fingerprints.get(offset)
+        if written is None:
+            raise OffloadError(f"{self._label}: nothing was written at {offset:,}, or the write failed.")
+        for begin in range(0, buffer.numel(), _PIECE_BYTES):
+            channel.read(buffer[begin : begin + _PIECE_BYTES], offset + begin)
+            self._workers.sign()
+        if fingerprint(buffer) != written:
+            # Once more by system calls, which say what is wrong.
+            SystemCalls(self._scratch.descriptor, not self._scratch.why_buffered).read(buffer, offset)
+            if fingerprint(buffer) != written:
+                raise OffloadError(
+                    f"{self._label}: {buffer.numel():,} bytes at {offset:,} came back different from what was written. "
+                    "A write has failed without a word, as on a full or a broken disk: see the kernel's log (dmesg)."
+                )
+        with self._lock:
+            self.bytes_read += buffer.numel()
+
+    def _grow(self, size_bytes: int, kind: type[AlstError]) -> None:
+        within(self._workers.silence_seconds, self._label, lambda: self._scratch.grow(size_bytes, kind))
+        self._extents.grow(self._scratch.size_bytes)
+
+
+def fingerprint(buffer: torch.Tensor) -> int:
+    """A checksum of a sample of a buffer, with words of each of its pages: ``[n] -> 32 bits``."""
+    return zlib.crc32(buffer.view(torch.int64)[::_FINGERPRINT_STRIDE].numpy().tobytes())
+
+
+def _end(workers: Workers, scratch: ScratchFile, seconds: float) -> None:
+    """End the threads, and give the space back unless the disk holds one of them."""
+    if workers.close(seconds):
+        scratch.close()
+
+
+def _in_pages(num_bytes: int) -> int:
+    return max(1, -(-num_bytes // PAGE_BYTES)) * PAGE_BYTES
+
+
+def _open_channels(scratch: ScratchFile, engine: str, num_threads: int) -> tuple[list[Channel], str, str]:
+    """A channel for each thread, the engine's name, and why it is not DeepSpeed's op."""
+    reason = "as asked for"
+    if engine != "threads":
+        try:
+            if scratch.why_buffered:
+                raise OpBuildError(scratch.why_buffered, "name a folder on another file system")
+            if not scratch.reserves:
+                raise OpBuildError("the file system cannot set space aside", "name a folder on another file system")
+            from deepspeed_alst.ops.aio import open_aio_channels
+
+            direct: list[Channel] = [SystemCalls(scratch.descriptor, direct=True) for _ in range(num_threads)]
+            return [*open_aio_channels(scratch.descriptor, direct)], "aio", ""
+        except OpBuildError as error:
+            if engine == "aio":
+                scratch.close()
+                raise SetupError(f"DeepSpeed's async I/O op cannot be used: {error}. {error.way_out}.") from error
+            reason = f"{error}; {error.way_out}"
+    channels: list[Channel] = [SystemCalls(scratch.descriptor, not scratch.why_buffered) for _ in range(num_threads)]
+    return channels, "threads", reason
+
+
+def _describe(scratch: ScratchFile, engine: str, reason: str) -> str:
+    """A sentence for the report."""
+    how = f"buffered: {scratch.why_buffered}" if scratch.why_buffered else "O_DIRECT"
+    what = (
+        "DeepSpeed's async I/O op (buffers that are not pinned: system calls)"
+        if engine == "aio"
+        else f"system calls in threads ({reason})"
+    )
+    kind = f", {scratch.file_system}" if scratch.file_system else ""
+    room = "" if scratch.reserves else "; space cannot be set aside there, and may run out in training"
+    return f"{scratch.folder}{kind}: {what}, {how}{room}"

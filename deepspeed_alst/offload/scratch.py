@@ -1,0 +1,169 @@
+"""A file without a name in a folder of the user: nobody else sees it, and it vanishes with its process.
+
+The folder is checked by what will be done in it: made, written to and read from.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.offload.channels import PAGE_BYTES, advice
+
+KEY = "alst.activation_checkpoint_cpu_offload.nvme_path"
+# The name of a moment, where the file system has no files without a name; a crash in that moment leaves it.
+_PREFIX = ".deepspeed-alst-offload-"
+_NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+class ScratchFile:
+    """A file of this process alone, open for reading and writing.
+
+    Attributes:
+        descriptor: of the open file.
+        size_bytes: how long it is.
+        why_buffered: why it is not open with O_DIRECT; empty if it is.
+        reserves: whether its bytes are set aside on the disk as it grows, so that no write finds the disk full.
+        file_system: the name of the file system's kind, if it is known.
+
+    Raises:
+        ConfigError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.size_bytes = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor = _open_nameless(folder)
+        except OSError as error:
+            raise refused(folder, f"{error.strerror or error}. {advice(error)}") from error
+        try:
+            self.file_system = _file_system(os.fstat(self.descriptor).st_dev)
+            self.why_buffered = self._use_direct()
+            self.reserves = self._lengthen(PAGE_BYTES)
+            os.ftruncate(self.descriptor, 0)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise refused(folder, f"a test write failed: {error.strerror or error}. {advice(error)}") from error
+
+    @property
+    def warning(self) -> str:
+        """What is unwise about this folder; empty if nothing is."""
+        if self.file_system in _IN_MEMORY:
+            return f"{self.folder} is in memory ({self.file_system}): what is offloaded there frees none"
+        return ""
+
+    def grow(self, size_bytes: int, kind: type[AlstError]) -> None:
+        """Make the file this long, with its bytes set aside on the disk where the file system can.
+
+        Raises:
+            AlstError: of the given kind: the disk has not as much left. The file is as long as before.
+        """
+        needed = size_bytes - self.size_bytes
+        if needed <= 0:
+            return
+        free = self.free_bytes()
+        # Asked first, so that a file that is far too long does not fill the disk of others for a moment.
+        if free is not None and free < needed:
+            raise self._full(kind, needed, os.strerror(errno.ENOSPC), OSError(errno.ENOSPC, ""))
+        try:
+            self._lengthen(size_bytes)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.descriptor, self.size_bytes)
+            raise self._full(kind, needed, error.strerror, error) from error
+        self.size_bytes = size_bytes
+
+    def free_bytes(self) -> int | None:
+        """What the disk has left for this user; None if its file system does not say."""
+        state = os.fstatvfs(self.descriptor)
+        return state.f_bavail * state.f_frsize if state.f_blocks else None
+
+    def close(self) -> None:
+        """Give the space back."""
+        os.close(self.descriptor)
+
+    def _full(self, kind: type[AlstError], needed_bytes: int, reason: str | None, error: OSError) -> AlstError:
+        free = self.free_bytes()
+        left = "an unknown number of" if free is None else f"{free:,}"
+        return kind(
+            f"{KEY}={str(self.folder)!r}: {reason}: activations need {needed_bytes:,} bytes more there, and {left} "
+            f"bytes are free. {advice(error)}."
+        )
+
+    def _use_direct(self) -> str:
+        """Open with O_DIRECT if a write gets through; why it does not, else."""
+        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+            self._try_page()
+            return ""
+        except OSError as error:
+            if error.errno not in _NO_SUCH_CALL:
+                raise
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags)
+            self._try_page()
+            return f"{self.file_system or 'its file system'} has no O_DIRECT ({error.strerror})"
+
+    def _try_page(self) -> None:
+        """Write a page and read it back."""
+        page = mmap.mmap(-1, PAGE_BYTES)
+        sent = os.urandom(PAGE_BYTES)
+        page[:] = sent
+        written = os.pwritev(self.descriptor, [page], 0)
+        page[:] = bytes(PAGE_BYTES)
+        read = os.preadv(self.descriptor, [page], 0)
+        if (written, read, page[:]) != (PAGE_BYTES, PAGE_BYTES, sent):
+            raise OSError(errno.EIO, "a page that was written came back different")
+
+    def _lengthen(self, size_bytes: int) -> bool:
+        """Set the bytes aside; where the file system cannot, only make the file longer. Whether it could.
+
+        posix_fallocate will not do: without the file system's help it writes to every block of the file.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        begin, length = ctypes.c_int64(self.size_bytes), ctypes.c_int64(size_bytes - self.size_bytes)
+        while libc.fallocate(self.descriptor, 0, begin, length) != 0:
+            code = ctypes.get_errno()
+            if code in _NO_SUCH_CALL:
+                os.ftruncate(self.descriptor, size_bytes)
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        return True
+
+
+def refused(folder: Path, reason: str) -> ConfigError:
+    """The error for a folder that cannot be used."""
+    return ConfigError(f"{KEY}={str(folder)!r}: {reason}.")
+
+
+def _open_nameless(folder: Path) -> int:
+    """A new file that no folder lists: its space is free again as soon as no process has it open."""
+    for left in folder.glob(f"{_PREFIX}*"):  # a living owner is about to do the same
+        with contextlib.suppress(OSError):
+            left.unlink()
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name)
+    return descriptor
+
+
+def _file_system(device: int) -> str:
+    """The kind of the file system on a device, as the kernel names it; empty if it does not tell."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            fields = line.split()
+            if fields[2] == number:
+                return fields[fields.index("-") + 1]
+    return ""
