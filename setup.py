@@ -60,6 +60,7 @@ setup(
         "liger-kernel>=0.8.5; platform_system == 'Linux'",  # Liger's kernels
         "pydantic>=2.14",  # the typed config and its error messages
         "rich>=15.0",  # tables
+        "psutil",  # the host's memory
     ],
     extras_require={
         "plots": ["matplotlib>=3.11"],  # the ledger's picture

@@ -1,0 +1,36 @@
+"""Which CPUs are near a device: host memory that they touch first is near it too."""
+
+from pathlib import Path
+from typing import Any
+
+
+def cpus_near(address: str, sysfs: Path = Path("/sys")) -> frozenset[int]:
+    """The CPUs of the NUMA node that a PCI device hangs on; none where there is one node only, or no telling.
+
+    Args:
+        address: on the PCI bus, such as ``0000:1b:00.0``.
+        sysfs: where the kernel says so.
+    """
+    nodes = sysfs / "devices/system/node"
+    try:
+        node = int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
+        num_nodes = sum(1 for each in nodes.iterdir() if each.name.startswith("node"))
+        if node < 0 or num_nodes < 2:
+            return frozenset()
+        return frozenset(_parse((nodes / f"node{node}" / "cpulist").read_text()))
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def pci_address(properties: Any) -> str:
+    """Of a device's properties, as ``torch.cuda.get_device_properties`` returns them."""
+    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+
+
+def _parse(ranges: str) -> list[int]:
+    """``0-3,8`` is 0, 1, 2, 3, 8."""
+    found = []
+    for part in ranges.strip().split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found

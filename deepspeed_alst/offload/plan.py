@@ -1,0 +1,138 @@
+"""What waits for the backward, what room there is for it, and whether attention's output may wait too: integers only.
+
+Legend: s tokens of a rank's shard, S of the whole sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.offload.pool import pages
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a model's checkpointed layers leave waiting, of one rank in one micro-step."""
+
+    num_layers: int
+    keep_last: int
+    """Layers at the end whose tensors stay on the device."""
+    input_bytes: int
+    """Of one token in one layer."""
+    output_bytes: int
+    """Of attention's output, of one token in one layer."""
+    lse_bytes: int
+    """Of attention's log-sum-exp."""
+    matrix_elements: int
+    """Of the weights that each token is multiplied with in a layer."""
+    head_elements: int
+    """Of a layer's query heads together."""
+
+    def waiting(self, tokens: int, with_outputs: bool) -> int:
+        """Bytes of all layers, to the page."""
+        sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
+        return max(0, self.num_layers - self.keep_last) * sum(pages(tokens * size) for size in sizes if size)
+
+    def longest(self, room: int, with_outputs: bool = False) -> int:
+        """The most tokens of a rank that so many bytes have room for."""
+        low, high = 0, 1
+        while self.num_layers > self.keep_last and self.waiting(high, with_outputs) <= room:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.waiting(middle, with_outputs) <= room else (low, middle)
+        return low
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device was measured to do."""
+
+    copied_bytes: float
+    """Per second, between it and the host."""
+    flops: float
+    """Per second, in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one rank may fill."""
+
+    host: int
+    """Bytes of host memory, all ranks of the host having as much."""
+    disk: int | None = None
+    """Bytes on disk; None without a disk tier."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with the activations of a micro-step."""
+
+    keeps_attention: bool
+    host_bytes: int
+    disk_bytes: int
+    reason: str
+    """Why attention's output is kept or not."""
+
+
+def hides(layers: Layers, rates: Rates, sequence: int) -> bool:
+    """Whether copying a layer's input and attention's output takes no longer than the layer's forward.
+
+    By the arithmetic of matrix products and causal attention alone: a token of one layer is multiplied with its
+    matrices, and its heads with half of the whole sequence's keys and values.
+    """
+    flops = 2 * layers.matrix_elements + 2 * sequence * layers.head_elements
+    copied = layers.input_bytes + layers.output_bytes + layers.lse_bytes
+    return copied / rates.copied_bytes <= flops / rates.flops
+
+
+def decide(
+    layers: Layers,
+    tokens: int,
+    room: Room,
+    wanted: bool | Literal["auto"],
+    is_hidden: bool,
+    shard: tuple[int, int] = (1, 1),
+) -> Plan:
+    """What is kept where.
+
+    Args:
+        layers: of the model.
+        tokens: of this rank's shard, B*s.
+        room: of the rank with the least.
+        wanted: ``save_attention_output``.
+        is_hidden: see ``hides``.
+        shard: ranks of a sequence, and sequences of a batch: for the longest sequence that would fit.
+
+    Raises:
+        OffloadError: there is no room for the inputs, or for the outputs too where they are wanted; with the longest
+            sequence that would fit.
+    """
+    with_outputs = layers.waiting(tokens, True)
+    fits = with_outputs <= room.host
+    keeps, reason = wanted is True, "save_attention_output"
+    if wanted == "auto":
+        keeps = fits and is_hidden
+        reason = "auto: its copy hides behind the computation, and the host has room"
+        if not keeps:
+            reason = "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
+    needed = layers.waiting(tokens, keeps)
+    to_disk = max(0, needed - room.host)
+    if to_disk and (room.disk is None or to_disk > room.disk):
+        raise OffloadError(_too_much(layers, tokens, needed, room, keeps, shard))
+    return Plan(keeps, needed - to_disk, to_disk, reason)
+
+
+def _too_much(layers: Layers, tokens: int, needed: int, room: Room, keeps: bool, shard: tuple[int, int]) -> str:
+    sp_size, batch = shard
+    longest = layers.longest(room.host + (room.disk or 0), keeps)
+    whole, fitting = tokens // batch * sp_size, longest // batch * sp_size
+    what = "layer inputs and attention outputs" if keeps else "layer inputs"
+    disk = "the disk tier (alst.activation_checkpoint_cpu_offload.nvme_path)" if room.disk is None else "a larger disk"
+    drop = ", save_attention_output: false" if keeps else ""
+    return (
+        f"alst.activation_checkpoint_cpu_offload: {what} of a sequence of {whole:,} tokens need {needed / 2**30:,.2f} "
+        f"GiB of host memory for each rank, and there is room for {room.host / 2**30:,.2f} GiB"
+        f"{'' if room.disk is None else f' and {room.disk / 2**30:,.2f} GiB on disk'}. "
+        f"Use {disk}{drop}, or sequences of at most {fitting:,} tokens."
+    )

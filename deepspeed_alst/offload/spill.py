@@ -1,0 +1,148 @@
+"""Tensors that go to disk and come back, by way of a few host buffers.
+
+A thread waits for the copy from the device, then for the disk, and gives the buffer back; the computation goes on
+meanwhile, and waits only when all buffers are under way. What went wrong there is raised by the next call.
+
+Legend: n bytes of a tensor, as they lie in memory.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.offload.copies import Copies
+from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.pool import Buffer, HostPool, pages
+
+# Transfers under way at once: a drive needs several to be busy.
+_COURIERS = 4
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One tensor on disk."""
+
+    offset: int
+    num_bytes: int
+    writing: Future[None] | None = None
+    buffer: Buffer | None = None
+    """That it comes back into."""
+    reading: Future[None] | None = None
+
+
+class Spill:
+    """The way to one file and back.
+
+    Args:
+        file: on the disk.
+        ring: of the buffers; it must have room for two of the largest tensors at least.
+        groups_ahead: how many groups of tensors the disk is asked for before the device is.
+    """
+
+    def __init__(self, file: DiskFile, ring: HostPool, groups_ahead: int = 2) -> None:
+        self.file = file
+        self.ring = ring
+        self.groups_ahead = groups_ahead
+        self._couriers = ThreadPoolExecutor(_COURIERS, thread_name_prefix="alst-disk")
+        self._under_way: list[Future[None]] = []
+
+    def out(self, source_n: torch.Tensor, copies: Copies) -> tuple[Any, Ticket]:
+        """Start the way of a tensor's bytes to disk; returns what the device is to wait for, and the ticket.
+
+        Raises:
+            OffloadError: the disk has no room, or an earlier transfer failed.
+        """
+        buffer = self._buffer(source_n.numel())
+        done = copies.out(source_n, buffer.bytes_n[: source_n.numel()])
+        ticket = Ticket(self.file.allocate(buffer.num_bytes), source_n.numel())
+
+        def write() -> None:
+            try:
+                copies.wait_on_host(done)
+                self.file.write(buffer.bytes_n, ticket.offset).wait()
+            finally:
+                self.ring.give(buffer)
+
+        ticket.writing = self._send(write)
+        return done, ticket
+
+    def fetch(self, ticket: Ticket) -> None:
+        """Start the disk's part of the way back, if there is a buffer for it beside the one that others may need."""
+        size = pages(ticket.num_bytes)
+        if ticket.reading is None and self.ring.in_use + 2 * size <= self.ring.budget:
+            buffer = self.ring.take(size)
+            if buffer is not None:
+                self._read(ticket, buffer)
+
+    def back(self, ticket: Ticket, target_n: torch.Tensor, copies: Copies) -> Any:
+        """Start the device's part; returns what the device is to wait for.
+
+        Raises:
+            OffloadError: a transfer failed.
+        """
+        if ticket.reading is None:
+            self._read(ticket, self._buffer(ticket.num_bytes))
+        assert ticket.reading is not None and ticket.buffer is not None
+        ticket.reading.result()
+        buffer, ticket.buffer, ticket.reading = ticket.buffer, None, None
+        done = copies.back(buffer.bytes_n[: target_n.numel()], target_n)
+
+        def give() -> None:
+            try:
+                copies.wait_on_host(done)
+            finally:
+                self.ring.give(buffer)
+
+        self._send(give)
+        return done
+
+    def drop(self, ticket: Ticket) -> None:
+        """Nobody wants it any more. Never waits: it runs wherever an object happens to die."""
+        assert ticket.writing is not None
+        last = ticket.reading or ticket.writing
+
+        def free(_: Future[None]) -> None:
+            if ticket.buffer is not None:
+                self.ring.give(ticket.buffer)
+                ticket.buffer = None
+            self.file.free(ticket.offset)
+
+        last.add_done_callback(free)
+
+    def close(self) -> None:
+        """Let go of the file, without what is under way."""
+        self._couriers.shutdown(wait=False, cancel_futures=True)
+        self.file.close()
+        self.ring.close()
+
+    def _read(self, ticket: Ticket, buffer: Buffer) -> None:
+        writing = ticket.writing
+        assert writing is not None
+        ticket.buffer = buffer
+
+        def read() -> None:
+            writing.result()  # it is the disk's turn only when it has them
+            self.file.read(buffer.bytes_n, ticket.offset).wait()
+
+        ticket.reading = self._send(read)
+
+    def _buffer(self, num_bytes: int) -> Buffer:
+        """A buffer of the ring; waits for the transfer that began first as long as there is none."""
+        while True:
+            self._raise_what_failed()
+            buffer = self.ring.take(num_bytes)
+            if buffer is not None:
+                return buffer
+            assert self._under_way, f"the ring of {self.ring.budget} bytes is too small for {pages(num_bytes)}"
+            self._under_way[0].result()
+
+    def _send(self, work: Any) -> Future[None]:
+        future = self._couriers.submit(work)
+        self._under_way.append(future)
+        return future
+
+    def _raise_what_failed(self) -> None:
+        while self._under_way and self._under_way[0].done():
+            self._under_way.pop(0).result()

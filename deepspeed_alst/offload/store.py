@@ -1,0 +1,287 @@
+"""Tensors that wait for the backward off the device: on the host, and on disk where the host has no room.
+
+They come in groups, one for each call of a checkpointed layer. The backward takes the groups in reverse: when the first
+tensor of one is asked for, all of the group before it start on their way back, so that they are there in time. At most
+two groups are on the device at once in either direction.
+
+Legend: n bytes of a tensor as they lie in memory.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.ledger.owners import owner
+from deepspeed_alst.offload.copies import Copies, DirectCopies, copies_of
+from deepspeed_alst.offload.pool import Buffer, HostPool
+from deepspeed_alst.offload.spill import Spill
+
+
+@dataclass
+class Counts:
+    """What a store has moved."""
+
+    bytes_out: int = 0
+    bytes_back: int = 0
+    bytes_to_disk: int = 0
+    bytes_from_disk: int = 0
+
+
+class Store:
+    """Where the activations of one engine wait.
+
+    Args:
+        pool: of host memory.
+        spill: what goes to disk when the pool has no room; None: that is an error.
+    """
+
+    def __init__(self, pool: HostPool, spill: Spill | None = None) -> None:
+        self.pool = pool
+        self.spill = spill
+        self.counts = Counts()
+        self._copies: dict[torch.device, Copies] = {}
+        self._last: weakref.ref[Group] | None = None
+        self._leaving: list[Group] = []
+
+    def group(self, stays: bool = False) -> "Group":
+        """A group of a checkpointed layer that begins now.
+
+        Args:
+            stays: whether its tensors stay on the device: the backward wants them at once.
+        """
+        before = self._last() if self._last is not None else None
+        # The tensors of the group before the last have left by now, or the computation waits until they have; between
+        # forward and backward there are none but those that stay.
+        self.let_go(keep=0 if stays else 1)
+        group = Group(self, before, stays)
+        self._last = weakref.ref(group)
+        if not stays:
+            self._leaving.append(group)
+        return group
+
+    def close(self) -> None:
+        """Let go of everything; what still waits is lost when its graph is."""
+        self.let_go()
+        if self.spill is not None:
+            self.spill.close()
+        self.pool.close()
+
+    def copies(self, device: torch.device) -> Copies:
+        """How to copy to and from a device."""
+        if device not in self._copies:
+            self._copies[device] = copies_of(device)
+        return self._copies[device]
+
+    def let_go(self, keep: int = 0) -> None:
+        """Have all groups but the last ``keep`` leave the device."""
+        while len(self._leaving) > keep:
+            self._leaving.pop(0).has_left()
+
+
+class Group:
+    """The tensors of one call of a checkpointed layer."""
+
+    def __init__(self, store: Store, before: "Group | None", stays: bool) -> None:
+        self._store = store
+        self._before = weakref.ref(before) if before is not None else None
+        self._stays = stays
+        self._waiting: list[weakref.ref[Waiting]] = []
+
+    def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Put a tensor aside; what it returns gives it back, as often as it is called (a ``frames.Put``).
+
+        Raises:
+            OffloadError: there is no room for it, on the host or on disk.
+        """
+        waiting = Waiting(self, tensor, self._store)
+        self._waiting.append(weakref.ref(waiting))
+        if not self._stays:
+            waiting.leave()
+        return waiting.get
+
+    def fetch(self) -> None:
+        """Have all of them come back."""
+        for each in self._alive():
+            each.come_back()
+
+    def fetch_from_disk(self) -> None:
+        """Have those on disk come to the host."""
+        for each in self._alive():
+            each.come_to_host()
+
+    def fetch_before(self) -> None:
+        """Have those of the group before this one come back, and start the disk for as many as there are buffers."""
+        before = self._before() if self._before is not None else None
+        if before is None:
+            return
+        before.fetch()
+        spill = self._store.spill
+        for _ in range(spill.groups_ahead if spill is not None else 0):
+            before = before._before() if before._before is not None else None
+            if before is None:
+                return
+            before.fetch_from_disk()
+
+    def has_left(self) -> None:
+        """Let go of the tensors on the device; the computation waits for their copies first."""
+        for each in self._alive():
+            each.has_left()
+
+    def _alive(self) -> "list[Waiting]":
+        return [each for ref in self._waiting if (each := ref()) is not None]
+
+
+@dataclass
+class _Held:
+    """Where the bytes of one tensor are; what its finalizer gives back."""
+
+    buffer: Buffer | None = None
+    ticket: Any = None
+    """Of what is on disk."""
+
+
+@dataclass(eq=False)
+class Waiting:
+    """One tensor that waits."""
+
+    group: Group
+    _tensor: torch.Tensor | None
+    """On the device: it has not left, or it has come back and was not asked for yet."""
+    _store: Store
+    _held: _Held = field(default_factory=_Held)
+    _done: Any = None
+    _version: int = 0
+
+    def __post_init__(self) -> None:
+        tensor = self._tensor
+        assert tensor is not None
+        self._shape, self._device, self._dtype = tensor.shape, tensor.device, tensor.dtype
+        self._strides = tensor.stride() if _is_dense(tensor) else None
+        self._copies = DirectCopies() if _is_fake(tensor) else self._store.copies(tensor.device)
+        self._stays = True
+
+    def leave(self) -> None:
+        """Start the way to the host."""
+        tensor, store = self._tensor, self._store
+        assert tensor is not None
+        if tensor.numel() == 0:
+            return
+        source_n = _bytes(tensor)
+        self._stays, self._version = False, tensor._version
+        copies = self._copies
+        with owner("host"):
+            buffer = None if _is_fake(tensor) else store.pool.take(source_n.numel())
+            if _is_fake(tensor):
+                self._held.buffer = Buffer(torch.empty_like(source_n, device="cpu"))
+                copies.out(source_n, self._held.buffer.bytes_n)
+            elif buffer is not None:
+                self._held.buffer = buffer
+                _at_death(self, store.pool.give, buffer)
+                self._done = copies.out(source_n, buffer.bytes_n[: source_n.numel()])
+            elif store.spill is not None:
+                self._done, self._held.ticket = store.spill.out(source_n, copies)
+                _at_death(self, store.spill.drop, self._held.ticket)
+                store.counts.bytes_to_disk += source_n.numel()
+            else:
+                raise _no_room(store.pool, source_n.numel())
+        store.counts.bytes_out += source_n.numel()
+
+    def has_left(self) -> None:
+        """The device's copy goes.
+
+        Raises:
+            OffloadError: it was written to meanwhile.
+        """
+        if self._stays or self._tensor is None:
+            return
+        self._copies.wait_on_device(self._done)
+        if self._tensor._version != self._version:
+            raise OffloadError(
+                "alst.activation_checkpoint_cpu_offload: a layer's input was changed in place after the layer began, "
+                "while it was copied to the host. Change a clone of it, or leave the key out."
+            )
+        self._tensor = None
+
+    def come_to_host(self) -> None:
+        """Start the way back from disk."""
+        if self._held.ticket is not None and self._tensor is None:
+            assert self._store.spill is not None
+            self._store.spill.fetch(self._held.ticket)
+
+    def come_back(self) -> None:
+        """Start the way back to the device."""
+        if self._tensor is not None:
+            return
+        store, held = self._store, self._held
+        tensor = _empty(self._shape, self._strides, self._dtype, self._device)
+        target_n = _bytes(tensor)
+        copies = self._copies
+        if held.buffer is not None:
+            self._done = copies.back(held.buffer.bytes_n[: target_n.numel()], target_n)
+        else:
+            assert store.spill is not None
+            self._done = store.spill.back(held.ticket, target_n, copies)
+            store.counts.bytes_from_disk += target_n.numel()
+        store.counts.bytes_back += target_n.numel()
+        self._tensor = tensor
+
+    def get(self) -> torch.Tensor:
+        """The tensor, on its device."""
+        self._store.let_go()
+        self.come_back()
+        tensor = self._tensor
+        assert tensor is not None
+        if not self._stays:
+            self._copies.wait_on_device(self._done)
+            self._tensor = None  # the caller's from here on; asked again, it comes again
+        self.group.fetch_before()
+        return tensor
+
+
+def _at_death(waiting: Waiting, function: Callable[[Any], None], what: Any) -> None:
+    weakref.finalize(waiting, function, what).atexit = False
+
+
+def _no_room(pool: HostPool, num_bytes: int) -> OffloadError:
+    return OffloadError(
+        f"alst.activation_checkpoint_cpu_offload: {pool.in_use:,} bytes of activations wait on the host, and this "
+        f"rank's budget of {pool.budget:,} has no room for {num_bytes:,} more. Let the rest go to disk (nvme_path), "
+        "use a shorter sequence, or raise host_budget."
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie in memory without gaps, in whatever order of dims."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as a ledger of real sizes has them: it fills no pool."""
+    return isinstance(tensor, FakeTensor)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory, ``[n]`` uint8; of one with gaps, a copy without."""
+    tensor = tensor.detach()
+    if not _is_dense(tensor):
+        tensor = tensor.contiguous()
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _empty(
+    shape: torch.Size, strides: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if strides is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)

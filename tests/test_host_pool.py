@@ -1,0 +1,187 @@
+"""Host memory of exact size, reused, page-locked as it is; near its device; what the host has to spare."""
+
+import gc
+import inspect
+import os
+
+import pytest
+import torch
+
+from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.offload import memory, numa
+from deepspeed_alst.offload.pool import PAGE, CudaRegistry, HostPool, pages
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 3 * 2**20 + 5])
+def test_a_buffer_has_the_pages_that_it_needs_and_no_more(num_bytes):
+    buffer = HostPool().take(num_bytes)
+    assert buffer.bytes_n.dtype == torch.uint8 and buffer.bytes_n.data_ptr() % PAGE == 0
+    assert 0 <= buffer.num_bytes - num_bytes < PAGE
+    buffer.bytes_n.fill_(7)  # all of it can be written
+
+
+def test_what_is_given_back_is_taken_again():
+    pool = HostPool()
+    first = pool.take(10_000)
+    address = first.bytes_n.data_ptr()
+    pool.give(first)
+    assert pool.take(10_001).bytes_n.data_ptr() == address
+    assert pool.num_bytes == pool.in_use == pool.most_in_use == pages(10_000)
+
+
+def test_the_budget_is_the_most_and_idle_buffers_of_other_sizes_make_room():
+    pool = HostPool(budget=4 * PAGE)
+    small = [pool.take(PAGE) for _ in range(4)]
+    assert pool.take(1) is None
+    for each in small:
+        pool.give(each)
+    assert pool.take(3 * PAGE) is not None
+    assert pool.num_bytes <= 4 * PAGE
+    assert pool.take(2 * PAGE) is None
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE
+
+
+def test_a_closed_pool_gives_its_memory_back_and_takes_late_buffers():
+    pool, size = HostPool(), 64 * 2**20
+    late, idle = pool.take(size), pool.take(size)
+    late.bytes_n.fill_(1)
+    idle.bytes_n.fill_(1)
+    pool.give(idle)
+    before = resident()
+    pool.close()
+    pool.give(late)
+    del late, idle
+    gc.collect()
+    assert pool.num_bytes == 0
+    assert before - resident() > 1.9 * size
+
+
+class Registry:
+    """Keeps a list of what a device knows."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}
+
+    def register(self, address: int, num_bytes: int) -> None:
+        assert address % PAGE == 0 and num_bytes % PAGE == 0
+        assert all(address + num_bytes <= start or start + size <= address for start, size in self.known.items())
+        self.known[address] = num_bytes
+
+    def unregister(self, address: int) -> None:
+        del self.known[address]
+
+
+def test_buffers_are_registered_as_long_as_they_are_mapped():
+    registry = Registry()
+    pool = HostPool(budget=8 * PAGE, registry=registry)
+    taken = [pool.take(3 * PAGE), pool.take(5 * PAGE)]
+    assert sorted(registry.known.values()) == [3 * PAGE, 5 * PAGE]
+    for each in taken:
+        pool.give(each)
+    assert pool.take(8 * PAGE) is not None and list(registry.known.values()) == [8 * PAGE]
+    pool.close()
+
+
+class Cudart:
+    """A stand-in for ``torch.cuda.cudart()``: the numbers that CUDA's runtime answers with."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer, self.calls = answer, []
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
+        self.calls.append(("register", address, num_bytes, flags))
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.calls.append(("unregister", address))
+        return self.answer
+
+
+def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
+    cudart = Cudart(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: cudart.calls.append(("wait",)))
+    pool = HostPool(registry=CudaRegistry())
+    buffer = pool.take(5000)
+    address = buffer.bytes_n.data_ptr()
+    pool.give(buffer)
+    pool.close()
+    # Nothing is unmapped under a copy.
+    assert cudart.calls == [("register", address, 8192, 1), ("wait",), ("unregister", address)]
+    cudart.answer = 2
+    with pytest.raises(OffloadError, match=r"page-lock 8192 bytes.*error 2"):
+        HostPool(registry=CudaRegistry()).take(5000)
+
+
+def test_pages_are_touched_by_the_cpus_that_are_named():
+    cpus = frozenset(list(os.sched_getaffinity(0))[:1])
+    before = os.sched_getaffinity(0)
+    buffer = HostPool(cpus=cpus).take(2**20)
+    assert not buffer.bytes_n.any()
+    assert os.sched_getaffinity(0) == before
+
+
+def test_cpus_near_a_device_are_its_nodes(tmp_path):
+    device = tmp_path / "bus/pci/devices/0000:1b:00.0"
+    device.mkdir(parents=True)
+    (device / "numa_node").write_text("1\n")
+    for node, cpus in ((0, "0-3"), (1, "4-5,8")):
+        folder = tmp_path / f"devices/system/node/node{node}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(cpus + "\n")
+    assert numa.cpus_near("0000:1b:00.0", tmp_path) == {4, 5, 8}
+    (device / "numa_node").write_text("-1\n")
+    assert numa.cpus_near("0000:1b:00.0", tmp_path) == frozenset()
+    assert numa.cpus_near("0000:ff:00.0", tmp_path) == frozenset()
+
+
+def cgroup(folder, version: int, limit: str, usage: int, cache: int):
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+    limit_name, usage_name, cache_name = names.get(version, ("memory.max", "memory.current", "inactive_file"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / usage_name).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{cache_name} {cache}\n")
+
+
+def test_the_tightest_cgroup_counts_less_its_use_but_for_cache(tmp_path):
+    proc = tmp_path / "cgroup"
+    proc.write_text("0::/outer/inner\n")
+    assert memory.cgroup_bytes(proc, tmp_path) == 2**63 - 1
+    cgroup(tmp_path / "outer/inner", 2, "max", 10, 0)
+    cgroup(tmp_path / "outer", 2, "1000", 600, 100)
+    assert memory.cgroup_bytes(proc, tmp_path) == 500
+    cgroup(tmp_path / "outer/inner", 2, "300", 290, 0)
+    assert memory.cgroup_bytes(proc, tmp_path) == 10
+
+
+def test_cgroups_of_version_1_too(tmp_path):
+    proc = tmp_path / "cgroup"
+    proc.write_text("4:cpu,cpuacct:/job\n3:memory:/job\n")
+    cgroup(tmp_path / "memory/job", 1, "2000", 1500, 200)
+    assert memory.cgroup_bytes(proc, tmp_path) == 700
+    # In a container the path is the host's, and the limit is at the root.
+    proc.write_text("3:memory:/docker/abc\n")
+    cgroup(tmp_path / "memory", 1, "900", 100, 0)
+    assert memory.cgroup_bytes(proc, tmp_path) == 800
+
+
+def test_some_memory_is_left_alone(monkeypatch):
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 40 * 2**30)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("M", (), {"available": 100 * 2**30}))
+    assert memory.spare_bytes() == 38 * 2**30
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 2**29)
+    assert memory.spare_bytes() == 0
+
+
+def test_the_stand_in_of_cudas_streams_has_its_signatures():
+    from tests.stand_ins import streams
+
+    for name in ("wait_event", "wait_stream", "record_event", "synchronize"):
+        own = list(inspect.signature(getattr(streams.Stream, name)).parameters)
+        assert own == list(inspect.signature(getattr(torch.cuda.Stream, name)).parameters), name
+    assert list(inspect.signature(torch.cuda.stream).parameters) == ["stream"]

@@ -1,0 +1,96 @@
+"""What waits, what room there is, and what is kept: decided from integers, alike on all ranks."""
+
+import pytest
+
+from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.offload.plan import Layers, Rates, Room, decide, hides
+from deepspeed_alst.offload.pool import pages
+
+GIB = 2**30
+# Llama-3.1-8B: hidden 4096, 32 layers, 32 heads of 128, 218.1M parameters a layer.
+LLAMA_8B = Layers(
+    num_layers=32,
+    keep_last=0,
+    input_bytes=8192,
+    output_bytes=8192,
+    lse_bytes=128,
+    matrix_elements=218_103_808,
+    head_elements=4096,
+)
+
+
+def test_bytes_a_token_are_those_of_the_arithmetic():
+    tokens = 2**20
+    assert LLAMA_8B.waiting(tokens, False) == 262_144 * tokens
+    assert LLAMA_8B.waiting(tokens, True) == 32 * (2 * 8192 + 128) * tokens
+    assert LLAMA_8B.waiting(1, False) == 32 * pages(8192)
+
+
+def test_a_node_of_1900_gb_has_room_for_seven_million_tokens_and_half_with_outputs():
+    # PEERS' figures: 7.2M tokens of inputs, 3.6M with outputs.
+    assert LLAMA_8B.longest(1_900 * 10**9) / 1e6 == pytest.approx(7.2, abs=0.1)
+    assert LLAMA_8B.longest(1_900 * 10**9, True) / 1e6 == pytest.approx(3.6, abs=0.1)
+
+
+@pytest.mark.parametrize("room", [0, 1, 5000, 8192 * 32, 10**9 + 7])
+def test_the_longest_fits_and_one_token_more_does_not(room):
+    for with_outputs in (False, True):
+        longest = LLAMA_8B.longest(room, with_outputs)
+        assert longest == 0 or LLAMA_8B.waiting(longest, with_outputs) <= room
+        assert LLAMA_8B.waiting(longest + 1, with_outputs) > room
+
+
+def test_all_layers_kept_on_the_device_need_nothing():
+    layers = Layers(2, 5, 8192, 8192, 128, 1, 1)
+    assert layers.waiting(1000, True) == 0 and layers.longest(0) == 0
+    assert decide(layers, 1000, Room(0), "auto", True).host_bytes == 0
+
+
+def test_copies_hide_from_the_lengths_on_that_the_rates_give():
+    # 600 TFLOPS: a layer's input alone needs 11.3 GB/s at no length and 3.3 at 128K tokens; with the output twice that.
+    rates = Rates(copied_bytes=25e9, flops=600e12)
+    assert hides(LLAMA_8B, rates, 0)
+    slow = Rates(copied_bytes=10e9, flops=600e12)
+    assert not hides(LLAMA_8B, slow, 0) and hides(LLAMA_8B, slow, 131_072)
+    assert not hides(LLAMA_8B, Rates(1e9, 600e12), 131_072) and hides(LLAMA_8B, Rates(1.2e9, 600e12), 2**20)
+
+
+def test_auto_keeps_the_output_where_it_hides_and_fits():
+    tokens = 100_000
+    both, inputs = LLAMA_8B.waiting(tokens, True), LLAMA_8B.waiting(tokens, False)
+    assert decide(LLAMA_8B, tokens, Room(both), "auto", True).keeps_attention
+    # It never shortens what fits, and it is not kept on disk.
+    shorter = decide(LLAMA_8B, tokens, Room(both - 1), "auto", True)
+    assert not shorter.keeps_attention and shorter.host_bytes == inputs and "no room" in shorter.reason
+    assert not decide(LLAMA_8B, tokens, Room(both - 1, both), "auto", True).keeps_attention
+    slow = decide(LLAMA_8B, tokens, Room(both), "auto", False)
+    assert not slow.keeps_attention and "longer than a layer's forward" in slow.reason
+
+
+def test_what_is_asked_for_is_kept_hidden_or_not_and_goes_to_disk():
+    tokens = 100_000
+    both = LLAMA_8B.waiting(tokens, True)
+    plan = decide(LLAMA_8B, tokens, Room(GIB, both), True, False)
+    assert (plan.keeps_attention, plan.host_bytes, plan.disk_bytes) == (True, GIB, both - GIB)
+    assert not decide(LLAMA_8B, tokens, Room(both), False, True).keeps_attention
+
+
+def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
+    # 8 ranks share a sequence and a host of 1.9 TB.
+    room = Room(1_900 * 10**9 // 8)
+    with pytest.raises(OffloadError) as caught:
+        decide(LLAMA_8B, 1_000_000, room, "auto", True, shard=(8, 1))
+    words = str(caught.value)
+    assert "a sequence of 8,000,000 tokens need 244.14 GiB" in words and "room for 221.19 GiB" in words
+    assert "nvme_path" in words
+    longest = LLAMA_8B.longest(room.host) * 8
+    assert f"sequences of at most {longest:,} tokens" in words
+    assert decide(LLAMA_8B, longest // 8, room, "auto", True, shard=(8, 1)).host_bytes <= room.host
+
+    with pytest.raises(OffloadError, match=r"GiB on disk.*a larger disk, save_attention_output: false, or"):
+        decide(LLAMA_8B, 1_000_000, Room(GIB, GIB), True, True)
+
+
+def test_two_sequences_of_a_batch_share_the_room():
+    with pytest.raises(OffloadError, match=r"sequence of 4,000 tokens.*at most 2,048 tokens"):
+        decide(LLAMA_8B, 4000, Room(32 * 8192 * 2048), "auto", True, shard=(2, 2))
