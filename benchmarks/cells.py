@@ -5,6 +5,7 @@ SP P the ranks of a sequence take turns, so they accumulate ``gas * P``.
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,6 +52,8 @@ class Cell:
     """An adapter trains, the model does not."""
     tiles: bool = False
     """MLP and loss in tiles of a few tokens."""
+    offload: str = ""
+    """Where layer inputs wait: "host", "disk", or "outputs" for attention's outputs too, both on the host."""
     frozen: str = ""
     """What does not train: a key of ``benchmarks.variants.FROZEN``."""
     extra: tuple[tuple[str, Any], ...] = ()
@@ -79,6 +82,7 @@ class Cell:
                 f"ckpt-{self.checkpointing}": self.checkpointing,
                 "LoRA": self.lora,
                 "tiles": self.tiles,
+                f"offload-{self.offload}": self.offload,
                 f"frozen: {self.frozen}": self.frozen,
                 ",".join(key for key, _ in self.extra): self.extra,
             }.items()
@@ -193,7 +197,18 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
         config |= {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": sp_size}}
         if cell.tiles:
             config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_tokens": 5}}
+        config["alst"] |= offload_keys(cell.offload)
     return config
+
+
+def offload_keys(offload: str) -> dict[str, Any]:
+    """The keys of the alst block for a cell's ``offload``; of two layers both leave the device."""
+    if not offload:
+        return {}
+    block: dict[str, Any] = {"keep_last": 0}
+    if offload == "disk":
+        block |= {"nvme_path": tempfile.gettempdir(), "host_budget": 1}
+    return {"activation_checkpoint_cpu_offload": block, "save_attention_output": offload == "outputs"}
 
 
 def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:

@@ -9,19 +9,20 @@ from collections.abc import Callable
 from types import ModuleType
 
 _TARGET = "deepspeed"
-_TRANSFORMERS = {
+_PROGRAMS = {
     "transformers.integrations.deepspeed": ("load_sharded_under_zero3", "hook_trainer_config"),
     "transformers.trainer": ("hook_trainer",),
+    "accelerate.utils.dataclasses": ("hook_accelerate_config",),
 }
 
 
 def install() -> None:
-    """Hook ``deepspeed.initialize``, transformers' loading and its Trainer, now or when they are imported."""
-    for name in _TRANSFORMERS:
+    """Hook ``deepspeed.initialize``, transformers' loading, its Trainer, and accelerate: now, or at their import."""
+    for name in _PROGRAMS:
         if name in sys.modules:
-            _hook_transformers(sys.modules[name])
+            _hook_programs(sys.modules[name])
         else:
-            after_import(name, _hook_transformers)
+            after_import(name, _hook_programs)
     module = sys.modules.get(_TARGET)
     if module is None:
         after_import(_TARGET, _hook)
@@ -44,8 +45,8 @@ def _hook(module: ModuleType) -> None:
     _call_plugin("hook_initialize", module)
 
 
-def _hook_transformers(module: ModuleType) -> None:
-    for function in _TRANSFORMERS[module.__name__]:
+def _hook_programs(module: ModuleType) -> None:
+    for function in _PROGRAMS[module.__name__]:
         _call_plugin(function, module)
 
 

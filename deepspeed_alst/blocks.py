@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "liger_kernel": (False, "auto"),
-    "activation_checkpoint_cpu_offload": (False,),
-    "save_attention_output": (False, "auto"),
     "memory_lean_layer": (False,),
 }
 
@@ -85,7 +83,7 @@ class ReductionBlock(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     slice_bytes: int = Field(default=2**26, ge=4096)
-    """Bytes that are reduced at a time. Twice that is what the reduction needs beside the gradients, at most."""
+    """Bytes that are reduced at a time, at least 4096. The reduction needs twice that beside the gradients, at most."""
 
     bucket_size: Literal["auto"] | int | None = None
     """Elements of DeepSpeed's gradient buckets, in place of zero_optimization.reduce_bucket_size; "auto" takes what the
@@ -100,6 +98,26 @@ class ReductionBlock(BaseModel):
     @classmethod
     def _elements(cls, value: Any) -> Any:
         return value if value in ("auto", None) else _count(value, "elements, or 'auto'")
+
+
+class OffloadBlock(BaseModel):
+    """``alst.activation_checkpoint_cpu_offload`` as an object; ``true`` is an empty one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    nvme_path: str | None = Field(default=None, min_length=1, strict=True)
+    """A folder on a fast disk, for what the host has no room for."""
+
+    host_budget: Literal["auto"] | int = "auto"
+    """Bytes of a host's memory that the activations of all its ranks may take; "auto" is what the host has to spare."""
+
+    keep_last: int = Field(default=1, ge=0, strict=True)
+    """Layers at the end of the model whose tensors stay on the device: the backward wants them at once."""
+
+    @field_validator("host_budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return value if value == "auto" else _count(value, "bytes, or 'auto'")
 
 
 class AlstBlock(BaseModel):
@@ -125,11 +143,12 @@ class AlstBlock(BaseModel):
     liger_kernel: Any = "auto"
     """Liger's kernels. Not available in this version; "auto" leaves them off."""
 
-    activation_checkpoint_cpu_offload: Any = False
-    """Checkpointed layer inputs on the host. Not available in this version."""
+    activation_checkpoint_cpu_offload: OffloadBlock | None = None
+    """Checkpointed layer inputs on the host, and on disk: true, false or an object. Turns checkpointing on."""
 
-    save_attention_output: Any = "auto"
-    """Attention's output kept for the backward. Not available in this version; "auto" leaves it off."""
+    save_attention_output: bool | Literal["auto"] = "auto"
+    """Attention's output and log-sum-exp kept for the backward, where layers are checkpointed: true, false, or "auto":
+    with the offload, where the copy hides behind the computation and the host has room."""
 
     memory_lean_layer: Any = False
     """The memory-lean layer schedule. Not available in this version."""
@@ -147,6 +166,20 @@ class AlstBlock(BaseModel):
         if not isinstance(value, bool | Mapping):
             raise ValueError("use true, false, or an object of tile_tokens, tile_bytes, min_tokens, fp32_accumulation")
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("activation_checkpoint_cpu_offload", mode="before")
+    @classmethod
+    def _offload(cls, value: Any) -> Any:
+        if not isinstance(value, bool | Mapping):
+            raise ValueError("use true, false, or an object of nvme_path, host_budget, keep_last")
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("save_attention_output", mode="before")
+    @classmethod
+    def _save_attention(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("use true, false or 'auto'")
+        return value
 
     @field_validator("tiled_logits_loss", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deepspeed_alst.blocks import AlstBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.blocks import AlstBlock, OffloadBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.errors import ConfigError
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
@@ -19,6 +19,15 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "reduction": ReductionBlock,
     "tiled_mlp_compute": TiledMlpBlock,
     "tiled_logits_loss": TiledLossBlock,
+    "activation_checkpoint_cpu_offload": OffloadBlock,
+}
+
+
+# Where keys of the inner blocks belong.
+_NESTED = {
+    key: " or ".join(f"alst.{name}.{key}" for name, block in _BLOCKS.items() if key in block.model_fields)
+    for block in _BLOCKS.values()
+    for key in block.model_fields
 }
 
 
@@ -142,6 +151,8 @@ def _line(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"] if part != TiledLossBlock.__name__)
     if error["type"] == "extra_forbidden" and error["loc"][-1] in AlstConfig.model_fields:
         return f"{path}: belongs at the top level of the ds_config, as {error['loc'][-1]}."
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 2 and error["loc"][-1] in _NESTED:
+        return f"{path}: belongs into a block of its own, as {_NESTED[error['loc'][-1]]}."
     if error["type"] == "extra_forbidden":
         known = (
             _BLOCKS.get(str(error["loc"][1]), AlstBlock).model_fields
@@ -149,7 +160,10 @@ def _line(error: Any) -> str:
             else AlstBlock.model_fields
         )
         return f"{path}: unknown key.{nearest(error['loc'][-1], known)}"
-    message = "must be an object" if error["type"] == "model_type" else error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        block = _BLOCKS.get(path.removeprefix("alst."), AlstBlock)
+        message = f"must be an object of {', '.join(block.model_fields)}"
     return f"{path}: {message} (got {error['input']!r})."
 
 
@@ -159,6 +173,8 @@ def _misplaced_keys(ds_config: Mapping[str, Any]) -> list[str]:
     for key in ds_config:
         if key in AlstBlock.model_fields:
             lines.append(f"{key}: belongs into the alst block, as alst.{key}.")
+        elif key in _NESTED:
+            lines.append(f"{key}: belongs into the alst block, as {_NESTED[key]}.")
         elif key not in AlstConfig.model_fields:
             # communication_data_type, a key of DeepSpeed's, is 0.78 of seq_parallel_communication_data_type; 'aslt' is
             # 0.75 of 'alst', and nothing of DeepSpeed's is near that.

@@ -21,6 +21,7 @@ from deepspeed_alst.engine.buckets import bucket_numel
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.leaves import Leaves
+from deepspeed_alst.engine.offload import Planner
 from deepspeed_alst.engine.probe import install_probe
 from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
 from deepspeed_alst.engine.reduction import install_reduction, reduction_of
@@ -29,7 +30,7 @@ from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.wrap import close_at_destroy
 from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.mark import take
-from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.families import check_model
@@ -37,9 +38,21 @@ from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
-from deepspeed_alst.parallel.agreement import raise_together
+from deepspeed_alst.parallel.agreement import check_alike, raise_together
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
+
+_SAME_ON_ALL_RANKS = (
+    "sequence_parallel_size",
+    "seq_parallel_communication_data_type",
+    "alst",
+    "zero_optimization",
+    "data_types",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -71,26 +84,25 @@ def initialize(
 
     _check_arguments(arguments, ds_config)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
-    control_group = _start(arguments)
+    control_group = _start(arguments, ds_config)
     raise_together(_error_in(arguments.get("model"), config), control_group)
 
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
         session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
-        attention, tiles = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
+        attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
-        reduced = _reduce(engine, config, bucket, undo)
+        parts = [*tiles, *_make_room(planner, engine, control_group, undo), *_reduce(engine, config, bucket, undo)]
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, reduction_of(config).dtype, undo)
-        if dist.get_rank() == 0:
-            print_report(report_rows(config, groups, engine, attention, tiles, reduced, allocator, adopted is not None))
+        print_report(report_rows(config, groups, engine, attention, parts, allocator, adopted is not None))
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
@@ -108,16 +120,20 @@ def _initialize_whole(
         tiles = _tile(arguments.get("model"), config, _stage(ds_config), Calls(), False, undo)
         if config.tiled_loss() is not None:
             replace_whole_loss(arguments["model"], undo)
+        planner = _keep(arguments.get("model"), config, undo)
+        if planner is not None:
+            plan_batches(arguments["model"], planner, undo)
         results = original(**arguments)
         install_checkpoints(results[0])
-        if dist.get_rank() == 0:
-            rows = [
-                ("sequence", "whole on every rank: sequence_parallel_size is 1"),
-                *tiles,
-                ("reduction", "DeepSpeed's: alst.reduction counts where sequence_parallel_size is above 1"),
-                ("allocator", allocator),
-            ]
-            print_report(rows)
+        kept = _make_room(planner, results[0], None, undo)
+        rows = [
+            ("sequence", "whole on every rank: sequence_parallel_size is 1"),
+            *tiles,
+            *kept,
+            ("reduction", "DeepSpeed's: alst.reduction counts where sequence_parallel_size is above 1"),
+            ("allocator", allocator),
+        ]
+        print_report(rows)
         close_at_destroy(results[0], undo.pop_all())
     return results
 
@@ -136,29 +152,60 @@ def _tile(
     return [("tiled MLP", mlp_words), ("tiled loss", loss_words)]
 
 
+def _keep(model: Any, config: AlstConfig, undo: ExitStack) -> Planner | None:
+    """Have a model's layers keep what the config says for the backward; None where nothing is asked for."""
+    wanted = config.alst.save_attention_output
+    if config.alst.activation_checkpoint_cpu_offload is None and wanted is not True:
+        return None
+    return Planner(model, config, undo)
+
+
+def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack) -> list[tuple[str, str]]:
+    """Room off the device for what is kept; returns rows of the report."""
+    if planner is None:
+        return [("offload", "off")]
+    error = None
+    try:
+        planner.attach(engine, undo)
+    except AlstError as raised:
+        error = raised
+    if group is not None:
+        raise_together(error, group)
+    elif error is not None:
+        raise error
+    return planner.words()
+
+
 def _prepare_model(
     model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
-) -> tuple[str, list[tuple[str, str]]]:
+) -> tuple[str, list[tuple[str, str]], Planner | None]:
     """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
     if adopted is not None:
         prepare_adoption(undo)
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
-    guard_batches(model, session.groups, session.calls, undo)
-    return attention, _tile(model, session.config, stage, session.calls, adopted is not None, undo)
+    planner = _keep(model, session.config, undo)
+    guard_batches(model, session.groups, session.calls, undo, planner)
+    return attention, _tile(model, session.config, stage, session.calls, adopted is not None, undo), planner
 
 
 def _stage(ds_config: dict[str, Any]) -> int:
     return (ds_config.get("zero_optimization") or {}).get("stage", 0)
 
 
-def _start(arguments: dict[str, Any]) -> Any:
-    """The processes' rendezvous, which DeepSpeed would make a little later; returns all ranks' group for agreements."""
+def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
+    """The processes' rendezvous, which DeepSpeed would make a little later; returns all ranks' group for agreements.
+
+    Raises:
+        ConfigError: the ranks have different ds_configs.
+    """
     check_build_lock()
     deepspeed.comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
     )
-    return build_control_group()
+    group = build_control_group()
+    check_alike({key: ds_config.get(key) for key in _SAME_ON_ALL_RANKS}, group)
+    return group
 
 
 def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> None:

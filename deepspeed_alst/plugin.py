@@ -203,6 +203,27 @@ def hook_trainer_config(integration: ModuleType) -> None:
     trainer_config.trainer_config_process = trainer_config_process
 
 
+def hook_accelerate_config(module: ModuleType) -> None:
+    """Have accelerate leave the alst block alone: any "auto" that it has no value for would be an error of its own.
+
+    Args:
+        module: ``accelerate.utils.dataclasses``.
+    """
+    plugin_class = module.DeepSpeedPlugin
+    original = plugin_class.deepspeed_config_process
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def deepspeed_config_process(self, prefix="", mismatches=None, config=None, **kwargs):
+        if config is None and "alst" in self.deepspeed_config:
+            config = {key: value for key, value in self.deepspeed_config.items() if key != "alst"}
+        return original(self, prefix=prefix, mismatches=mismatches, config=config, **kwargs)
+
+    setattr(deepspeed_config_process, _MARK, original)
+    plugin_class.deepspeed_config_process = deepspeed_config_process
+
+
 def hook_trainer(module: ModuleType) -> None:
     """Have the HF Trainer's steps go over shards where its engine splits the sequence; others stay as they are.
 

@@ -230,3 +230,26 @@ def test_a_bad_batch_in_one_replica_stops_the_other_too(ranks4):
     with pytest.raises(RankError) as caught:
         ranks4.run(misuse, "one replica", seconds=20)
     assert all("on rank 0 that cannot be trained on: it has no position_ids" in str(e) for e in caught.value.errors)
+
+
+def different_configs(changed: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    initialize(changed if dist.get_rank() else {})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"seq_parallel_communication_data_type": "bf16"}, {"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}}],
+    ids=["dtype", "bucket"],
+)
+def test_ranks_with_different_ds_configs_stop_together(changed, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(different_configs, changed)
+    for error in caught.value.errors:
+        assert type(error).__name__ == "ConfigError"
+        assert (
+            "have different ds_configs" in str(error)
+            and "on rank 1" in str(error)
+            and next(iter(changed)) in str(error)
+        )

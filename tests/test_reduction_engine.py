@@ -174,6 +174,58 @@ def test_a_nan_on_one_rank_reaches_the_norm_of_all(stage, ranks2):
     assert ranks2.run(norm_of_nan, stage) == [math.inf] * 2
 
 
+def uneven(immediate: bool, again: bool, ours: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+    """ZeRO 1 with fp32 accumulation: a parameter that only the last rank uses, which the first one owns."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from deepspeed_alst.engine.reduction import install_reduction
+
+    model = Odd()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.05,
+        "bf16": {"enabled": True, "immediate_grad_update": immediate},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 1},
+    }
+    if not ours:
+        config["communication_data_type"] = "fp32"
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    weights = list(model.weights)
+    before = [safe_get_full_fp32_param(param).clone() for param in weights]
+    with ExitStack() as undo:
+        if ours:
+            install_reduction(engine, Reduction(slice_bytes=4096), undo)
+        for backward in range(1 + again):
+            factor = 0.3 + dist.get_rank() + backward
+            loss = sum((w.float() * factor).sum() for w in (weights if dist.get_rank() else weights[1:]))
+            engine.backward(loss)
+        grads = [safe_get_full_grad(param).clone() for param in weights]
+        engine.step()
+        after = [safe_get_full_fp32_param(param) for param in weights]
+        norm = float(engine.get_global_grad_norm())
+    engine.destroy()
+    return grads, [old - new for old, new in zip(before, after, strict=True)], norm
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("immediate", [True, False])
+def test_owners_clip_what_other_ranks_alone_have_a_gradient_of(immediate, again, ranks2):
+    theirs, _, _ = ranks2.run(uneven, immediate, again, False)[0]
+    for grads, changes, norm in ranks2.run(uneven, immediate, again, True):
+        # A second backward before the step adds to the average, as it does in DeepSpeed.
+        assert all(torch.equal(own, other) for own, other in zip(grads, theirs, strict=True))
+        # DeepSpeed's own norm and clipping leave out what a rank has no gradient of.
+        assert norm == pytest.approx(math.sqrt(sum(float(grad.square().sum()) for grad in grads)), rel=1e-5)
+        for grad, change in zip(grads, changes, strict=True):
+            assert torch.allclose(change, grad * 0.05 / norm, rtol=1e-3, atol=1e-6)
+
+
 def report_of(cell: Cell, changed: dict[str, Any]) -> dict[str, str]:
     """The rows of the activation report as rank 0 prints them."""
     from deepspeed_alst import initialize as story
@@ -205,7 +257,7 @@ def test_the_report_follows_the_json(ranks2):
     for size in (123_456, "auto"):
         block = {**ds_config(bf16, 2)["alst"], "reduction": {"bucket_size": size, "slice_bytes": 4096}}
         sliced = rows_with(ranks2, bf16, alst=block)
-        assert sliced["largest extra buffers"] == "0.0 MiB"
+        assert sliced["largest extra buffers"] == "8.0 KiB"
         assert ("auto: 1/32 of" if size == "auto" else "123,456 elements (alst.reduction.bucket_size)") in sliced[
             "gradient buckets"
         ]

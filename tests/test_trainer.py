@@ -129,6 +129,13 @@ OPTIONS = {
     "grouped by length": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2},
     "tokens counted": {"include_num_input_tokens_seen": "all", "gradient_accumulation_steps": 1},
     "checkpointing": {"gradient_checkpointing": True, "stage": 3},
+    '"auto" in the alst block': {
+        "config": {"alst": {"pad_to_multiple_of": "auto", "reduction": {"bucket_size": "auto"}}},
+    },
+    "offload": {
+        "stage": 3,
+        "config": {"alst": {"pad_to_multiple_of": 2, "activation_checkpoint_cpu_offload": {"host_budget": "auto"}}},
+    },
 }
 
 

@@ -1,11 +1,12 @@
 """``alst.reduction.bucket_size``: how many elements DeepSpeed's gradient buckets hold."""
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+
+from deepspeed_alst.offload.memory import ranks_on_host
 
 # DeepSpeed's own default: beyond it a bucket gains nothing.
 _MOST = 500_000_000
@@ -41,7 +42,7 @@ def _available() -> int:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return accelerator.available_memory()
-    return accelerator.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return accelerator.available_memory() // ranks_on_host()
 
 
 def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:

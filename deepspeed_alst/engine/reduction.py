@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.engine.partitions import Partitions
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.parallel.reduction import Fragment, Reduction
@@ -164,33 +165,13 @@ def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -
 
 
 def _install_bf16_optimizer(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
-    """Sums go to the rank that steps with them, and nowhere else: the whole gradient is there, in equal partitions.
-
-    DeepSpeed's BF16_Optimizer (ZeRO 1 of a bf16 model with fp32 accumulation) sums micro-steps in flat fp32 buffers,
-    has the engine all-reduce them whole, and reads of them its own partition and the norm. Here the norm is that of
-    the partitions, added over the ranks.
-    """
+    """Sums go to the rank that steps with them, and nowhere else (engine/partitions.py)."""
     optimizer = engine.optimizer
-    group = optimizer.dp_process_group
-    get_grads_for_norm = optimizer.get_grads_for_norm
-
-    def reduce_partitions(grads: Any = None, elements_per_buffer: int | None = None) -> None:
-        for flat_n, partition in zip(
-            optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True
-        ):
-            for _ in reduction.shard([flat_n], lambda _, own=partition: own, False, group):
-                pass  # in its place
-
-    def grads_for_norm(for_clipping: bool = False) -> Any:
-        if for_clipping:
-            return get_grads_for_norm(for_clipping=True)
-        norms = torch.stack([partition.norm() for partition in optimizer.fp32_groups_gradient_flat_partition])
-        squares = norms.square().sum()
-        dist.all_reduce(squares, group=group)
-        return [squares.sqrt()], {}  # whose norm is the norm
-
-    _set(engine, "buffered_allreduce_fallback", reduce_partitions, undo)
-    _set(optimizer, "get_grads_for_norm", grads_for_norm, undo)
+    partitions = Partitions(optimizer, reduction)
+    _set(engine, "buffered_allreduce_fallback", partitions.reduce, undo)
+    _set(optimizer, "get_grads_for_norm", partitions.grads_for_norm, undo)
+    wrap_method(optimizer, "_update_hp_grad", partitions.adding_first, undo)
+    wrap_method(optimizer, "clear_hp_grads", partitions.forgetting_after, undo)
     wire = reduction.on_wire(optimizer.grad_acc_dtype)
     return ReductionPath((wire,), each_micro_step=False, bucket_size=None)
 

@@ -14,7 +14,9 @@ from deepspeed_alst.parallel.reduction import Reduction
 
 
 def print_report(rows: list[tuple[str, str]]) -> None:
-    """Print the report as a table; two columns, what and how."""
+    """Print rows, what and how, as a table on rank 0."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
     table = Table(title="deepspeed_alst", title_justify="left", show_header=False)
     for row in rows:
         table.add_row(*row)
@@ -27,12 +29,21 @@ def report_rows(
     groups: SequenceGroups,
     engine: Any,
     attention: str,
-    tiles: list[tuple[str, str]],
-    reduced: list[tuple[str, str]],
+    parts: list[tuple[str, str]],
     allocator: str,
     adopted: bool,
 ) -> list[tuple[str, str]]:
-    """What is on, in the order of the data's way; ``adopted``: the program was written for DeepSpeed's own ALST."""
+    """What is on, in the order of the data's way.
+
+    Args:
+        config: this package's keys.
+        groups: the ranks of a sequence.
+        engine: that is built.
+        attention: what was done to it, in words.
+        parts: rows of tiles, offload and reduction.
+        allocator: what was done to it, in words.
+        adopted: the program was written for DeepSpeed's own ALST.
+    """
     P, multiple = groups.sp_size, config.padding_multiple()
     sharded = "" if engine.training_dataloader is None else "training_data sharded; "
     loss = "of the whole sequence on every rank"
@@ -46,10 +57,9 @@ def report_rows(
         ("data", f"{sharded}sequences padded to a multiple of {multiple} tokens"),
         ("attention", attention),
         ("loss", loss),
-        *tiles,
-        *reduced,
+        *parts,
         ("allocator", allocator),
-        ("not used", "liger_kernel, offload (not yet available)"),
+        ("not used", "liger_kernel (not yet available)"),
     ]
 
 
@@ -64,7 +74,9 @@ def reduction_rows(
     sent = numel * sum(dtype.itemsize for dtype in path.hops) * (ranks - 1) / ranks * reductions
     # A parameter larger than the bucket is reduced alone.
     at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
-    extra = min(2 * reduction.slice_bytes, 2 * at_once * max(dtype.itemsize for dtype in path.hops))
+    # What is sent and what is received; where all ranks get the sums, this rank's share of them too.
+    widest = max(dtype.itemsize for dtype in path.hops)
+    extra = min(2 * reduction.slice_bytes, 2 * at_once * widest + (at_once // ranks * widest if stage == 0 else 0))
     wire = ", then ".join(_short(dtype) for dtype in path.hops)
     adder = f" ({adder})" if reduction.dtype == torch.float32 else ""
     if path.bucket_size is None:
@@ -73,10 +85,17 @@ def reduction_rows(
         buckets = f"{path.bucket_size:,} elements ({bucket})"
     return [
         ("reduction", f"ZeRO stage {stage}, summed in {_short(reduction.dtype)}{adder} over {ranks} ranks"),
-        ("on the wire", f"{wire}: {sent / 1e6:,.1f} MB sent by a rank in a step ({reductions} x {numel:,} elements)"),
-        ("largest extra buffers", f"{extra / 2**20:,.1f} MiB{path.besides}"),
+        ("on the wire", f"{wire}: {_size(sent, 1000)} sent by a rank in a step ({reductions} x {numel:,} elements)"),
+        ("largest extra buffers", f"{_size(extra, 1024)}{path.besides}"),
         ("gradient buckets", buckets),
     ]
+
+
+def _size(num_bytes: float, step: int) -> str:
+    """In the largest unit that leaves a number of one or more: decimal units on the wire, binary ones in memory."""
+    units = ("B", "kB", "MB", "GB") if step == 1000 else ("B", "KiB", "MiB", "GiB")
+    power = next((power for power in (3, 2, 1) if num_bytes >= step**power), 0)
+    return f"{num_bytes / step**power:,.1f} {units[power]}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -6,9 +6,10 @@ Runs as a forward pre-hook of the model: one small exchange over gloo and two sc
 
 import bisect
 import itertools
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,8 +37,20 @@ class _Facts:
     """A fingerprint of the bounds of packed documents."""
 
 
-def guard_batches(model: torch.nn.Module, groups: SequenceGroups, calls: Calls, undo: ExitStack) -> None:
-    """Install the check; ``undo.close()`` removes it."""
+class Planner(Protocol):
+    """Decides, from what all ranks know of a batch, what the forward is to do with it."""
+
+    def facts(self, shape: Sequence[int]) -> Any:
+        """What this rank knows of a batch of ``[B, s]`` tokens; picklable."""
+
+    def decide(self, everyone: Sequence[Any]) -> None:
+        """Decide from all ranks' facts; raises the same on all ranks."""
+
+
+def guard_batches(
+    model: torch.nn.Module, groups: SequenceGroups, calls: Calls, undo: ExitStack, planner: Planner | None = None
+) -> None:
+    """Install the check, and with it a planner's decision; ``undo.close()`` removes it."""
 
     @torch.compiler.disable
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,9 +65,13 @@ def guard_batches(model: torch.nn.Module, groups: SequenceGroups, calls: Calls, 
             # The others wait in the exchange below, whatever is wrong with this batch.
             facts = _Facts(f"it cannot be read: {error!r}. {_WAY_OUT}")
         # Over all ranks and not the sequence's: the other replicas would wait in the gradients' reduction.
-        problem = _problem(gather_objects(facts, groups.control_group), groups.sp_size)
+        planned = planner.facts(facts.shape) if planner is not None and not facts.problem else None
+        everyone = gather_objects((facts, planned), groups.control_group)
+        problem = _problem([each for each, _ in everyone], groups.sp_size)
         if problem:
             raise DataError(problem)
+        if planner is not None:
+            planner.decide([each for _, each in everyone])
         # transformers would keep every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
         if bounds:
@@ -63,6 +80,19 @@ def guard_batches(model: torch.nn.Module, groups: SequenceGroups, calls: Calls, 
 
     handle = model.register_forward_pre_hook(check, prepend=True, with_kwargs=True)
     undo.callback(handle.remove)
+
+
+def plan_batches(model: torch.nn.Module, planner: Planner, undo: ExitStack) -> None:
+    """Without sequence parallelism: have a planner decide before each forward, each rank from what it knows itself."""
+
+    @torch.compiler.disable
+    def plan(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+        tokens = args[0] if tokens is None and args else tokens
+        if tokens is not None:
+            planner.decide([planner.facts(tokens.shape[:2])])
+
+    undo.callback(model.register_forward_pre_hook(plan, prepend=True, with_kwargs=True).remove)
 
 
 def _facts(

@@ -4,12 +4,13 @@ Before a sum with the residual the value of an MLP is needed for the forward onl
 graph does not show counts as a need: a hook of the program's may do anything with the values that it is given.
 """
 
-from collections.abc import Callable
+import functools
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.models.checkpoints import seam_of
 from deepspeed_alst.tiling.sequence import TokenWise
 
 # Nodes of the graph whose backward needs no value: sums, and tensors seen, copied or converted.
@@ -37,33 +38,7 @@ _HARMLESS = ("deepspeed", "deepspeed_alst")
 
 def watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], undo: ExitStack) -> None:
     """At the end of a checkpointed layer with a graph, see which results nothing in it will need in the backward."""
-    attribute = "_gradient_checkpointing_func"  # transformers' seam, where the checkpoint of a layer is made
-
-    def wrap(*_: Any) -> None:
-        checkpoint = vars(layer).get(attribute)
-        if checkpoint is None or hasattr(checkpoint, "alst_before"):
-            return
-
-        def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                output = function(*args, **kwargs)
-                if torch.is_grad_enabled():
-                    _note_unused_values(layer, works, output)
-                return output
-
-            return checkpoint(run, *args, **kwargs)
-
-        watched.alst_before = checkpoint
-        setattr(layer, attribute, watched)
-
-    def unwrap() -> None:
-        before = getattr(vars(layer).get(attribute), "alst_before", None)
-        if before is not None:
-            setattr(layer, attribute, before)
-
-    # At each call: checkpointing may be switched on later.
-    undo.callback(layer.register_forward_pre_hook(wrap).remove)
-    undo.callback(unwrap)
+    seam_of(layer, undo).at_end.append(functools.partial(_note_unused_values, layer, works))
 
 
 def _note_unused_values(layer: torch.nn.Module, works: list[TokenWise], output: Any) -> None:

@@ -1,10 +1,11 @@
 """What one rank knows and all must act on: small objects over gloo, and errors that all ranks raise together."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed_alst.errors import AlstError
+from deepspeed_alst.errors import AlstError, ConfigError
 
 
 def gather_objects(mine: Any, group: Any) -> list[Any]:
@@ -12,6 +13,23 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def check_alike(settings: Mapping[str, Any], group: Any) -> None:
+    """Make sure that all ranks have the same settings, on which it depends what they exchange. Collective, over gloo.
+
+    Raises:
+        ConfigError: on all ranks alike, with the first rank that differs and how.
+    """
+    first, *others = gather_objects(dict(settings), group)
+    for rank, found in enumerate(others, start=1):
+        lines = [
+            f"{key}={first[key]!r} on rank 0, {found[key]!r} on rank {rank}"
+            for key in first
+            if first[key] != found[key]
+        ]
+        if lines:
+            raise ConfigError("the ranks have different ds_configs, and must have one: " + "; ".join(lines))
 
 
 def raise_together(error: AlstError | None, group: Any) -> None:

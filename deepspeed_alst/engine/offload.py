@@ -1,0 +1,249 @@
+"""Activation offload of one engine: what it is made of, and whether a batch has room, before its forward."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.blocks import OffloadBlock
+from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.engine.report import print_report
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.checkpoints import checkpointed_layers
+from deepspeed_alst.models.kept_attention import check_keeps_attention, keep_attention
+from deepspeed_alst.models.offload import Keeping, check_checkpointing, keep_activations, turn_on_checkpointing
+from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.memory import ranks_on_host, spare_bytes
+from deepspeed_alst.offload.numa import cpus_near, pci_address
+from deepspeed_alst.offload.plan import Layers, Plan, Rates, Room, decide, hides
+from deepspeed_alst.offload.pool import CudaRegistry, HostPool, pages
+from deepspeed_alst.offload.spill import Spill
+from deepspeed_alst.offload.store import Store
+
+_OFFLOAD_KEY = "alst.activation_checkpoint_cpu_offload"
+_ATTENTION_KEY = "alst.save_attention_output"
+
+# Tensors that are under way to disk or back at once.
+_RING = 4
+_KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
+
+_COPIED = 64 * 2**20
+_MATRIX = 1024
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank knows of the batch that comes."""
+
+    tokens: int
+    batch: int
+    room: Room
+    rates: Rates
+
+
+class Planner:
+    """What is kept of one engine's layers: set up with the engine, decided before each forward of a training step.
+
+    Args:
+        model: the engine's, before the engine is built.
+        config: its settings.
+        undo: takes everything back.
+
+    Raises:
+        UnsupportedModelError: its layers cannot be checkpointed, or not one by one.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: AlstConfig, undo: ExitStack) -> None:
+        self._model, self._config = model, config
+        self._block = config.alst.activation_checkpoint_cpu_offload
+        self._wanted = config.alst.save_attention_output
+        self._rates: Rates | None = None
+        self._planned_tokens = 0
+        self._device = torch.device("cpu")
+        self._turned_on = self._block is not None and turn_on_checkpointing(model, undo)
+        keep_last = self._block.keep_last if self._block is not None else 0
+        self.keeping = Keeping(None, keep_last, must_keep_attention=self._wanted is True)
+        self.plan: Plan | None = None
+        self._why_not = "" if self._wanted is False else self._keep_attention(undo)
+        keep_activations(model, self.keeping, undo)
+
+    def _keep_attention(self, undo: ExitStack) -> str:
+        """Prepare attention for it; why it cannot be kept, unless that is an error."""
+        try:
+            if self._config.sequence_parallel_size == 1:
+                keep_attention(self._model, undo)
+            else:
+                check_keeps_attention(self._model)
+        except UnsupportedModelError as error:
+            if self._wanted is True:
+                raise
+            return str(error)
+        return ""
+
+    def attach(self, engine: Any, undo: ExitStack) -> None:
+        """Make room off the device of an engine that is built; ``engine.alst_offload`` is where things wait.
+
+        Raises:
+            ConfigError: the disk tier's folder cannot be used.
+        """
+        self._device = torch.device(engine.device)
+        if self._block is not None:
+            self.keeping.store = engine.alst_offload = _build_store(self._block, self._device)
+            undo.callback(self.keeping.store.close)
+            undo.callback(vars(engine).pop, "alst_offload", None)
+
+    def words(self) -> list[tuple[str, str]]:
+        """Rows of the report."""
+        store = self.keeping.store
+        if store is None:
+            return [("attention output", "kept on the device")]
+        checkpointed = "checkpointing turned on; " if self._turned_on else ""
+        where = "host"
+        if store.spill is not None:
+            file = store.spill.file
+            where = f"host, then {file.description}" + (f" ({file.warning})" if file.warning else "")
+        last = f", but for the last {self.keeping.keep_last}" if self.keeping.keep_last else ""
+        registered = "page-locked" if store.pool.registry is not None else "not page-locked: no CUDA"
+        return [
+            ("offload", f"{checkpointed}layer inputs to the {where}{last}; buffers of exact size, {registered}"),
+            ("attention output", self._why_not or _KEPT[self._wanted]),
+        ]
+
+    def _words_of_plan(self, tokens: int) -> list[tuple[str, str]]:
+        assert self.plan is not None
+        on_disk = f", {self.plan.disk_bytes / 2**30:,.2f} GiB on disk" if self.plan.disk_bytes else ""
+        kept = "kept" if self.plan.keeps_attention else "made again"
+        return [
+            (
+                "offload",
+                f"{self.plan.host_bytes / 2**30:,.2f} GiB on the host{on_disk} of a rank with {tokens:,} tokens",
+            ),
+            ("attention output", f"{kept} ({self._why_not or self.plan.reason})"),
+        ]
+
+    def facts(self, shape: Sequence[int]) -> Facts | None:
+        """Of a batch of ``[B, s]`` tokens on this rank; None where nothing waits for a backward.
+
+        Raises:
+            UnsupportedModelError: layers are not checkpointed, so that the keys could not act.
+        """
+        if not (self._model.training and torch.is_grad_enabled()):
+            return None
+        check_checkpointing(self._model, _OFFLOAD_KEY if self._block is not None else _ATTENTION_KEY)
+        if self._rates is None:
+            # Only where they are asked for: they cost a moment.
+            measured = self._block is not None and self._wanted == "auto" and not self._why_not
+            self._rates = measure(self._device, _dtype(self._model)) if measured else Rates(1.0, 1.0)
+        return Facts(shape[0] * shape[1], shape[0], self._room(), self._rates)
+
+    def decide(self, everyone: Sequence[Facts | None]) -> None:
+        """Decide from what all ranks know, alike on all of them.
+
+        Raises:
+            OffloadError: there is no room.
+        """
+        known = [each for each in everyone if each is not None]
+        if not known or max(each.tokens for each in known) <= self._planned_tokens:
+            return
+        self._planned_tokens = max(each.tokens for each in known)
+        if self._block is None:
+            self.keeping.keeps_attention = self._wanted is True
+            return
+        sp_size = self._config.sequence_parallel_size
+        widest = max(known, key=lambda each: each.tokens)
+        layers = layers_of(self._model, self._block.keep_last)
+        disks = [each.room.disk for each in known if each.room.disk is not None]
+        room = Room(min(each.room.host for each in known), min(disks) if disks else None)
+        rates = Rates(min(each.rates.copied_bytes for each in known), max(each.rates.flops for each in known))
+        is_hidden = hides(layers, rates, widest.tokens // widest.batch * sp_size)
+        wanted = self._wanted if not self._why_not else False
+        self.plan = decide(layers, widest.tokens, room, wanted, is_hidden, (sp_size, widest.batch))
+        self.keeping.keeps_attention = self.plan.keeps_attention
+        self._make_room(room, layers, widest.tokens)
+        print_report(self._words_of_plan(widest.tokens))
+
+    def _make_room(self, room: Room, layers: Layers, tokens: int) -> None:
+        store = self.keeping.store
+        assert store is not None and self.plan is not None
+        store.pool.budget = room.host
+        if store.spill is not None and self.plan.disk_bytes:
+            ring = _RING * pages(tokens * max(layers.input_bytes, layers.output_bytes))
+            store.spill.ring.budget = ring
+            store.pool.budget = max(0, room.host - ring)
+            store.spill.file.reserve(self.plan.disk_bytes + ring)
+
+    def _room(self) -> Room:
+        block, store = self._block, self.keeping.store
+        if block is None or store is None:
+            return Room(2**63 - 1)
+        ranks = ranks_on_host()
+        if block.host_budget == "auto":
+            ring = store.spill.ring.num_bytes if store.spill is not None else 0
+            host = spare_bytes() // ranks + store.pool.num_bytes + ring
+        else:
+            host = block.host_budget // ranks
+        if store.spill is None:
+            return Room(host)
+        free = shutil.disk_usage(block.nvme_path or "").free // ranks
+        return Room(host, free + store.spill.file.reserved_bytes)
+
+
+def _build_store(block: OffloadBlock, device: torch.device) -> Store:
+    registry, cpus = None, frozenset[int]()
+    if device.type == "cuda":
+        registry = CudaRegistry()
+        cpus = cpus_near(pci_address(torch.cuda.get_device_properties(device)))
+    pool = HostPool(registry=registry, cpus=cpus)
+    if block.nvme_path is None:
+        return Store(pool)
+    return Store(pool, Spill(DiskFile(block.nvme_path), HostPool(budget=0, registry=registry, cpus=cpus)))
+
+
+def layers_of(model: torch.nn.Module, keep_last: int) -> Layers:
+    """What the checkpointed layers of a model leave waiting, from its config and its weights."""
+    layers = [layer for layer in checkpointed_layers(model) if layer.gradient_checkpointing]
+    config = base_model(model).config.get_text_config()
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
+    head_elements = heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
+    itemsize = _dtype(model).itemsize
+    shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
+    return Layers(
+        num_layers=len(layers),
+        keep_last=keep_last,
+        input_bytes=hidden * itemsize,
+        output_bytes=head_elements * itemsize,
+        lse_bytes=4 * heads,
+        # Stacked experts are left out: a token passes few of them.
+        matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
+        head_elements=head_elements,
+    )
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Bytes a second from the device to the host, and FLOPs a second of a matrix product; the best of a few rounds."""
+    module = torch.get_device_module(device)
+    source_n = torch.empty(_COPIED, dtype=torch.uint8, device=device)
+    target_n = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    size = 8 * _MATRIX if device.type == "cuda" else _MATRIX
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+
+    def best(function: Any) -> float:
+        times = []
+        for _ in range(1 + _ROUNDS):
+            begin = time.perf_counter()
+            function()
+            module.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])
+
+    return Rates(_COPIED / best(lambda: target_n.copy_(source_n)), 2 * size**3 / best(lambda: matrix @ matrix))
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    return next(each.dtype for each in model.parameters() if each.is_floating_point())

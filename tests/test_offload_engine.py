@@ -1,0 +1,287 @@
+"""Offload by keys on live engines: the bits of the run without it, on every ZeRO path, and errors before a step."""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.cells import Cell, build_model, ds_config, model_config, offload_keys, run_alst
+from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
+from tests.test_initialize import initialize
+
+
+def compare(cell: Cell) -> None:
+    plain = run_alst(replace(cell, offload=""))
+    offloaded = run_alst(cell)
+    assert offloaded.loss == plain.loss and offloaded.norm == plain.norm
+    for what in ("grads", "changes"):
+        for name, tensor in getattr(plain, what).items():
+            assert torch.equal(getattr(offloaded, what)[name], tensor), f"{what} of {name}"
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(stage=0, offload="host", checkpointing="plain", gas=2),
+        Cell(stage=1, offload="disk", checkpointing="reentrant", odd_lengths=True),
+        Cell(stage=2, offload="outputs", checkpointing="plain", dtype="bf16", gas=2),
+        Cell(stage=3, offload="outputs", checkpointing="plain", gas=2, odd_lengths=True),
+        Cell(stage=3, offload="outputs", checkpointing="reentrant", dtype="bf16"),
+        Cell(stage=3, offload="disk", checkpointing="plain", tiles=True),
+        Cell(stage=2, offload="outputs", checkpointing="plain", tiles=True, clip=1.0),
+        Cell(stage=2, offload="outputs", checkpointing="plain", lora=True),
+        Cell(stage=3, offload="host", checkpointing="plain", lora=True),
+        Cell(stage=1, offload="outputs", checkpointing="plain", frozen="layer 0"),
+        Cell(stage=3, offload="disk", checkpointing="plain", frozen="all but lm_head"),
+        Cell(stage=2, offload="outputs", checkpointing="plain", frozen="layer 1", kv_heads=1),
+    ],
+    ids=Cell.name,
+)
+def test_offload_changes_no_bit(cell, ranks2):
+    ranks2.run(compare, cell)
+
+
+# --- without sequence parallelism
+
+
+def whole_model(alst: dict[str, Any], checkpointing: str = "", stage: int = 2, **changed: Any) -> Any:
+    """An engine at SP 1; four layers, so that some are fetched ahead."""
+    import deepspeed
+
+    config = model_config(Cell())
+    config.num_hidden_layers = 4
+    for name, value in changed.items():
+        setattr(config, name, value)
+    model = build_model(config)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    keys = {**ds_config(Cell(stage=stage), 1), "gradient_accumulation_steps": 2}
+    if alst:
+        keys["alst"] = alst
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=keys)[0]
+
+
+def batches(count: int = 4, length: int = 63) -> list[dict[str, torch.Tensor]]:
+    make = torch.Generator().manual_seed(2)
+    ids = [torch.randint(0, 97, (2, length + 7 * (index % 3)), generator=make) for index in range(count)]
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def weights_after(alst: dict[str, Any], between: Any = lambda engine: None, **changed: Any) -> list[torch.Tensor]:
+    torch.manual_seed(5)  # of dropout
+    engine = whole_model(alst, **changed)
+    for batch in batches():
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        between(engine)
+    weights = [param.detach().clone() for param in engine.module.parameters()]
+    engine.destroy()
+    return weights
+
+
+def same_without_sp(checkpointing: str, offload: str, stage: int) -> None:
+    plain = weights_after({}, checkpointing=checkpointing, stage=stage)
+    kept = weights_after(offload_keys(offload), checkpointing=checkpointing, stage=stage)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "offload", "stage"),
+    [("plain", "host", 2), ("reentrant", "outputs", 1), ("plain", "outputs", 0), ("reentrant", "disk", 2)],
+)
+def test_without_sequence_parallelism_too(checkpointing, offload, stage, ranks2):
+    ranks2.run(same_without_sp, checkpointing, offload, stage)
+
+
+def turns_checkpointing_on() -> None:
+    engine = whole_model(offload_keys("host"))
+    model, layers = engine.module, engine.module.model.layers
+    assert model.is_activation_checkpointing
+    engine.backward(engine(**batches(1)[0]).loss)
+    engine.destroy()
+    assert not model.is_activation_checkpointing
+    assert not any("alst" in key for layer in layers for key in vars(layer))
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    assert not any(getattr(hook, "__module__", "").startswith("deepspeed_alst") for hook in hooks)
+
+
+def test_the_key_turns_checkpointing_on_and_destroy_off_again(ranks2):
+    ranks2.run(turns_checkpointing_on)
+
+
+def dropout() -> None:
+    changed = {"checkpointing": "plain", "attention_dropout": 0.1}
+    plain, kept = (weights_after(alst, **changed) for alst in ({}, offload_keys("host")))
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_dropout_draws_the_same_again(ranks2):
+    ranks2.run(dropout)
+
+
+def other_work_between() -> None:
+    """Evaluations, an exception in a forward, and a graph that is kept, between the steps."""
+
+    def between(engine: Any) -> None:
+        batch = batches(1)[0]
+        engine.module.eval()
+        with torch.no_grad():
+            engine(**batch)
+        engine.module.train()
+        last = engine.module.model.layers[-1]
+        broken = mock.patch.object(type(last.mlp), "forward", side_effect=RuntimeError("on purpose"))
+        with broken, pytest.raises(RuntimeError, match="on purpose"):
+            engine(**batch)
+        loss = engine.module(**batch).loss
+        embedding = engine.module.model.embed_tokens.weight
+        once, again = (torch.autograd.grad(loss, embedding, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(once, again)
+
+    plain, kept = (weights_after(alst, between, checkpointing="plain") for alst in ({}, offload_keys("outputs")))
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_evaluations_exceptions_and_kept_graphs_between_steps_change_nothing(ranks2):
+    ranks2.run(other_work_between)
+
+
+def two_engines() -> None:
+    first, second = (whole_model(offload_keys(where), "plain") for where in ("host", "disk"))
+    lone = whole_model({}, "plain")
+    for batch in batches():
+        losses = [engine(**batch).loss for engine in (first, second, lone)]
+        for engine, loss in zip((second, lone, first), (losses[1], losses[2], losses[0]), strict=True):
+            engine.backward(loss)
+            engine.step()
+    stacks = [[param.detach() for param in engine.module.parameters()] for engine in (first, second, lone)]
+    assert all(torch.equal(a, c) and torch.equal(b, c) for a, b, c in zip(*stacks, strict=True))
+    for engine in (first, second, lone):
+        engine.destroy()
+
+
+def test_two_engines_at_once(ranks2):
+    ranks2.run(two_engines)
+
+
+def host_bytes_and_what_stays() -> None:
+    engine = whole_model({"activation_checkpoint_cpu_offload": True, "save_attention_output": False})
+    batch = batches(1)[0]
+    layers, tokens = 4, batch["input_ids"].numel()
+    inputs = []
+    for layer in engine.module.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    loss = engine(**batch).loss
+    store = engine.alst_offload
+    exact = (layers - 1) * tokens * 32 * 4
+    assert store.counts.bytes_out == exact
+    assert exact <= store.pool.in_use < exact + (layers - 1) * 4096
+    gc.collect()
+    assert [ref() is not None for ref in inputs] == [False, False, False, True], "on the device, but for the last"
+    engine.backward(loss)
+    assert store.counts.bytes_back == exact
+    assert store.pool.in_use == 0
+    pool = store.pool
+    engine.destroy()
+    assert pool.num_bytes == 0
+
+
+def test_host_bytes_are_exact_and_the_pool_goes_with_the_engine(ranks2):
+    ranks2.run(host_bytes_and_what_stays)
+
+
+# --- errors
+
+
+def too_long(changed: dict[str, Any], sp_size: int) -> None:
+    if sp_size > 1:
+        engine = initialize({"alst": {"pad_to_multiple_of": 2, **changed}}, Cell())
+        import deepspeed_alst
+
+        loader = deepspeed_alst.shard_dataloader(batches(2), engine)
+        try:
+            for batch in loader:
+                engine(**batch)
+        finally:
+            engine.destroy()
+    else:
+        engine = whole_model(changed)
+        try:
+            engine(**batches(1)[0])
+        finally:
+            engine.destroy()
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_no_room_is_an_error_on_all_ranks_before_the_forward(sp_size, ranks2):
+    from benchmarks.ranks import RankError
+
+    keys = {"activation_checkpoint_cpu_offload": {"host_budget": 20_000, "keep_last": 0}}
+    with pytest.raises(RankError) as caught:
+        ranks2.run(too_long, keys, sp_size)
+    for error in caught.value.errors:
+        assert isinstance(error, OffloadError)
+        assert "nvme_path" in str(error) and "sequences of at most" in str(error)
+
+
+def switched_off() -> None:
+    engine = whole_model(offload_keys("host"))
+    engine.module.activation_checkpointing_disable()
+    with pytest.raises(UnsupportedModelError, match=r"activation_checkpoint_cpu_offload: no layer.*is checkpointed"):
+        engine(**batches(1)[0])
+    engine.destroy()
+    engine = whole_model({"save_attention_output": True})
+    with pytest.raises(UnsupportedModelError, match=r"save_attention_output: no layer.*is checkpointed"):
+        engine(**batches(1)[0])
+    engine.destroy()
+    engine = whole_model(offload_keys("host"))
+    engine.module.activation_checkpointing_enable(offload=True)
+    with pytest.raises(UnsupportedModelError, match="transformers' own offload"):
+        engine(**batches(1)[0])
+    engine.destroy()
+
+
+def test_a_key_that_cannot_act_is_an_error(ranks2):
+    ranks2.run(switched_off)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"nvme": "/x"}, r"activation_checkpoint_cpu_offload.nvme: unknown key. Did you mean 'nvme_path'"),
+        ({"host_budget": 0}, "must be a positive number of bytes, or 'auto'"),
+        ({"keep_last": -1}, "greater than or equal to 0"),
+        ("yes", "use true, false, or an object of nvme_path, host_budget, keep_last"),
+    ],
+)
+def test_bad_values_are_named(value, words):
+    from deepspeed_alst.config import parse
+
+    with pytest.raises(ConfigError, match=words):
+        parse({"alst": {"activation_checkpoint_cpu_offload": value}})
+
+
+# --- what a layer is given
+
+
+def test_a_stream_given_by_keyword_is_moved_too():
+    import functools
+
+    from deepspeed_alst.models.offload import _as_positional
+
+    def forward(layer, hidden_states, mask=None, extra=None):
+        return hidden_states, mask, extra
+
+    hidden, mask = torch.randn(1, 4, 8), torch.zeros(1, 1, 4, 4)
+    extra = torch.randn(1, 4, 8, requires_grad=True)
+    function = functools.partial(forward, None, mask=mask, extra=extra, hidden_states=hidden)
+    called, args = _as_positional(function, (), "hidden_states")
+    assert args[0] is hidden and args[1] is extra and len(args) == 2
+    found = called(*args)
+    assert found[0] is hidden and found[1] is mask and found[2] is extra
+    cells = [cell.cell_contents for cell in called.__closure__]
+    assert not any(each is hidden or each is function for each in cells), "it would live until the backward"
