@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles bench-reduction clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -80,6 +80,9 @@ bench-tiles: setup
 
 bench-reduction: setup
 	$(BIN)/python -m benchmarks.reduction
+
+bench-offload: setup
+	$(BIN)/python -m benchmarks.offload
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

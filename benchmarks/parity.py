@@ -110,6 +110,7 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
     "checkpointing": ("", "reentrant", "non-reentrant"),
     "lora": (False, True),
     "tiles": (True, False),
+    "offload": ("", "outputs", "host", "disk"),
 }
 
 
@@ -175,13 +176,29 @@ def short_cells() -> list[Cell]:
         Cell(stage=0, gas=4),
         Cell(stage=1, gas=4, dtype="bf16", odd_lengths=True, clip=0.5, tiles=True),
         Cell(stage=1, reduce_scatter=False, kv_heads=1, overlap_comm=True),
-        Cell(stage=2, unequal_labels=True, contiguous_gradients=False, checkpointing="reentrant", tiles=True),
+        Cell(
+            stage=2,
+            unequal_labels=True,
+            contiguous_gradients=False,
+            checkpointing="reentrant",
+            tiles=True,
+            offload="outputs",
+        ),
         Cell(stage=2, reduce_scatter=False, gas=4, dtype="bf16", grad_accum="fp32"),
         Cell(
-            stage=3, gas=4, odd_lengths=True, unequal_labels=True, clip=0.5, checkpointing="non-reentrant", tiles=True
+            stage=3,
+            gas=4,
+            odd_lengths=True,
+            unequal_labels=True,
+            clip=0.5,
+            checkpointing="non-reentrant",
+            tiles=True,
+            offload="disk",
         ),
         Cell(stage=3, reduce_scatter=False, dtype="bf16", tied=True, tiles=True, sums="bf16"),
-        Cell(stage=3, gas=4, lora=True, odd_lengths=True, clip=0.5, checkpointing="reentrant", tiles=True),
+        Cell(
+            stage=3, gas=4, lora=True, odd_lengths=True, clip=0.5, checkpointing="reentrant", tiles=True, offload="host"
+        ),
         Cell(stage=2, gas=2, lora=True, dtype="bf16", unequal_labels=True),
     ]
     return cells + [

@@ -1,6 +1,7 @@
 """Offload by keys on live engines: the bits of the run without it, on every ZeRO path, and errors before a step."""
 
 import gc
+import subprocess
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, offload_keys, run_alst
+from benchmarks.ranks import RankError
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
 from tests.test_initialize import initialize
 
@@ -150,6 +152,29 @@ def test_evaluations_exceptions_and_kept_graphs_between_steps_change_nothing(ran
     ranks2.run(other_work_between)
 
 
+def compiled_layers() -> None:
+    def after(alst: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
+        torch._dynamo.reset()
+        engine = whole_model(alst, "plain")
+        for layer in engine.module.model.layers:
+            layer.compile(backend="aot_eager")
+        for batch in batches(2):
+            engine.backward(engine(**batch).loss)
+            engine.step()
+        weights = [param.detach().clone() for param in engine.module.parameters()]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        engine.destroy()
+        return weights, graphs
+
+    (plain, _), (kept, graphs) = after({}), after(offload_keys("outputs"))
+    assert graphs > 0, "what a layer does is compiled, and not what happens around it"
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_compiled_layers(ranks2):
+    ranks2.run(compiled_layers)
+
+
 def two_engines() -> None:
     first, second = (whole_model(offload_keys(where), "plain") for where in ("host", "disk"))
     lone = whole_model({}, "plain")
@@ -218,14 +243,40 @@ def too_long(changed: dict[str, Any], sp_size: int) -> None:
 
 @pytest.mark.parametrize("sp_size", [1, 2])
 def test_no_room_is_an_error_on_all_ranks_before_the_forward(sp_size, ranks2):
-    from benchmarks.ranks import RankError
-
     keys = {"activation_checkpoint_cpu_offload": {"host_budget": 20_000, "keep_last": 0}}
     with pytest.raises(RankError) as caught:
         ranks2.run(too_long, keys, sp_size)
     for error in caught.value.errors:
         assert isinstance(error, OffloadError)
         assert "nvme_path" in str(error) and "sequences of at most" in str(error)
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_a_disk_without_room_is_an_error_before_the_forward(sp_size, ranks2, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        block = {"host_budget": 1, "keep_last": 0, "nvme_path": str(folder)}
+        with pytest.raises(RankError) as caught:
+            ranks2.run(too_long, {"activation_checkpoint_cpu_offload": block}, sp_size)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    for error in caught.value.errors:
+        assert isinstance(error, OffloadError) and "GiB on disk. Use a larger disk" in str(error)
+
+
+def bad_folder(path: str) -> None:
+    whole_model({"activation_checkpoint_cpu_offload": {"nvme_path": path}})
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_at_the_start(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(bad_folder, "/proc/nowhere")
+    for error in caught.value.errors:
+        assert isinstance(error, ConfigError)
+        assert "alst.activation_checkpoint_cpu_offload.nvme_path='/proc/nowhere'" in str(error)
 
 
 def switched_off() -> None:

@@ -162,11 +162,15 @@ class Planner:
         room = Room(min(each.room.host for each in known), min(disks) if disks else None)
         rates = Rates(min(each.rates.copied_bytes for each in known), max(each.rates.flops for each in known))
         is_hidden = hides(layers, rates, widest.tokens // widest.batch * sp_size)
-        wanted = self._wanted if not self._why_not else False
+        wanted, before = self._wanted if not self._why_not else False, self.plan
         self.plan = decide(layers, widest.tokens, room, wanted, is_hidden, (sp_size, widest.batch))
         self.keeping.keeps_attention = self.plan.keeps_attention
         self._make_room(room, layers, widest.tokens)
-        print_report(self._words_of_plan(widest.tokens))
+        if before is None or (before.keeps_attention, bool(before.disk_bytes)) != (
+            self.plan.keeps_attention,
+            bool(self.plan.disk_bytes),
+        ):
+            print_report(self._words_of_plan(widest.tokens))
 
     def _make_room(self, room: Room, layers: Layers, tokens: int) -> None:
         store = self.keeping.store

@@ -1,0 +1,80 @@
+"""Memory that grows with the sequence, and bytes on disk: a pass of many layers' inputs through the store.
+
+No model: each of 32 layers puts a tensor of n tokens aside and lets go of it, and the backward asks for all of them.
+Resident memory is this process's own, at the end of the forward, of each length in a process of its own.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.pool import HostPool, pages
+from deepspeed_alst.offload.spill import Spill
+from deepspeed_alst.offload.store import Store
+
+Row = tuple[str, str, str, bool]
+"""What, the figure, the target, whether it is met."""
+
+LAYERS, HIDDEN, RING = 32, 1024, 4
+# Tensors of more than 32 MiB: smaller ones glibc may keep for itself when they are let go of.
+LENGTHS = (17_000, 25_000, 34_000)
+_PAGE = 4096
+
+
+def one_pass(tier: str, length: int) -> tuple[int, int, int]:
+    """Bytes of resident memory that a forward leaves, and what the disk has written and read after the backward."""
+    size = pages(length * HIDDEN * 2)
+    with tempfile.TemporaryDirectory() as folder:
+        if tier == "disk":
+            file = DiskFile(folder, engine="threads")
+            store = Store(HostPool(budget=0), Spill(file, HostPool(budget=RING * size)))
+        else:
+            store = Store(HostPool())
+        before = _resident()
+        gets = []
+        for layer in range(LAYERS):
+            gets.append(store.group().put(torch.full((1, length, HIDDEN), float(layer), dtype=torch.bfloat16)))
+        store.let_go()
+        grown = _resident() - before
+        for layer in reversed(range(LAYERS)):
+            tensor = gets.pop()()
+            assert tensor[0, 0, 0] == layer and tensor[0, -1, -1] == layer
+        written, read = (file.bytes_written, file.bytes_read) if tier == "disk" else (0, 0)
+        store.close()
+    return grown, written, read
+
+
+def rows() -> list[Row]:
+    """All figures, each with its target."""
+    found: list[Row] = []
+    exact = LAYERS * HIDDEN * 2
+    for tier, expected in (("host", exact), ("disk", RING * HIDDEN * 2)):
+        grown = {length: _in_a_process(tier, length) for length in LENGTHS}
+        first, last = LENGTHS[0], LENGTHS[-1]
+        slope = (grown[last][0] - grown[first][0]) / (last - first)
+        met = slope <= 1.05 * expected
+        what = f"{tier} tier: resident bytes a token of {LAYERS} layers"
+        found.append((what, f"{slope:,.0f}", f"<= {expected:,} + 5 %", met))
+        if tier == "disk":
+            for length in LENGTHS:
+                _, written, read = grown[length]
+                whole = LAYERS * pages(length * HIDDEN * 2)
+                figures = f"{written / 2**20:,.0f} MiB written, {read / 2**20:,.0f} read"
+                met = whole == written and read == whole
+                found.append((f"disk tier: {length:,} tokens", figures, f"{whole / 2**20:,.0f} MiB each", met))
+    return found
+
+
+def _in_a_process(tier: str, length: int) -> tuple[int, int, int]:
+    program = f"import sys; from benchmarks.offload import tiers; print(*tiers.one_pass({tier!r}, {length}))"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    grown, written, read = map(int, done.stdout.split()[-3:])
+    return grown, written, read
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE

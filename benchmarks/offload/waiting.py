@@ -1,0 +1,88 @@
+"""Where the inputs of checkpointed layers wait: bytes on the device and on the host, a token and layer.
+
+A Llama in bf16 on CPU, whose "device" is host memory too: this package's ledger tells the two apart by who allocated.
+DeepSpeed's offload_activations leaves everything where it is on a machine without an accelerator, and transformers'
+offload refuses to run there; what torch's pinned allocator takes, which both use with one, is computed.
+"""
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.cells import build_model
+from deepspeed_alst.ledger.ledger import Ledger
+from deepspeed_alst.models.offload import Keeping, keep_activations
+from deepspeed_alst.offload.pool import HostPool
+from deepspeed_alst.offload.store import Store
+
+Row = tuple[str, str, str, bool]
+"""What, the figure, the target, whether it is met."""
+
+HIDDEN, LAYERS = 768, 6
+LENGTHS = (1000, 3000)
+OURS, NONE, DEEPSPEED, TRANSFORMERS = "here", "checkpointing alone", "DeepSpeed's", "transformers'"
+
+
+def rows() -> list[Row]:
+    """All figures, each with its target."""
+    found = []
+    exact = HIDDEN * 2
+    for length in LENGTHS:
+        whole = _kept(NONE, length)["residual"]
+        for name in (OURS, DEEPSPEED, TRANSFORMERS):
+            try:
+                live = _kept(name, length)
+            except RuntimeError as error:
+                found.append((f"{length} tokens, {name} offload", str(error).split(";")[0], "", True))
+                continue
+            # Beside the layers' inputs the graph has the last norm's tensors, offloaded or not.
+            off = (whole - live["residual"]) / length
+            host = live["host"] / length / (LAYERS - 1)
+            figures = f"{LAYERS - off / exact:.2f} of {LAYERS} layer inputs on the device"
+            is_ours = name == OURS
+            target = "1.00, the last" if is_ours else ""
+            found.append(
+                (f"{length} tokens, {name} offload", figures, target, not is_ours or off == (LAYERS - 1) * exact)
+            )
+            if is_ours:
+                met = exact <= host <= 1.01 * exact
+                found.append((f"{length} tokens, host bytes a token and layer", f"{host:.1f}", f"{exact}, 1 %", met))
+        pinned = 2 ** (length * exact - 1).bit_length() / length
+        found.append((f"{length} tokens, the same of torch's pinned allocator (computed)", f"{pinned:.1f}", "", True))
+    return found
+
+
+def _kept(name: str, length: int) -> dict[str, int]:
+    """Live bytes by owner between forward and backward."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    )
+    model = build_model(config).bfloat16().train()
+    model.activation_checkpointing_enable(offload=name == TRANSFORMERS)
+    ids = torch.randint(0, 128, (1, length))
+    with ExitStack() as undo:
+        if name == OURS:
+            store = Store(HostPool())
+            undo.callback(store.close)
+            keep_activations(model, Keeping(store, keep_last=1), undo)
+        with Ledger(model) as ledger, _context(name):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            live = ledger.timeline[-1].bytes
+            loss.backward()
+    return dict(live)
+
+
+def _context(name: str) -> AbstractContextManager[Any]:
+    if name != DEEPSPEED:
+        return nullcontext()
+    from deepspeed.runtime.activation_checkpointing import offload_activations
+
+    return offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager()
