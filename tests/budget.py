@@ -6,13 +6,13 @@
 from collections import defaultdict
 
 SECONDS = {
-    "parity": 250,
-    "config and loader": 60,
-    "models": 50,
-    "the programs people have": 440,
-    "tiles and kernels": 130,
-    "offload": 40,
-    "the rest": 230,
+    "parity": 240,
+    "config and loader": 45,
+    "models": 30,
+    "the programs people have": 410,
+    "tiles and kernels": 140,
+    "offload": 110,
+    "the rest": 225,
 }
 
 AREAS = {

@@ -15,21 +15,17 @@ DEFAULTS = {
     "tiled_mlp_compute": None,
     "tiled_logits_loss": "auto",
     "liger_kernel": "auto",
-    "activation_checkpoint_cpu_offload": False,
+    "activation_checkpoint_cpu_offload": None,
     "save_attention_output": "auto",
     "memory_lean_layer": False,
 }
 # What asks for nothing, and so is accepted although the feature is not there yet.
 IDLE = {
     "liger_kernel": [False, "auto"],
-    "activation_checkpoint_cpu_offload": [False],
-    "save_attention_output": [False, "auto"],
     "memory_lean_layer": [False],
 }
 NOT_IDLE = {
     "liger_kernel": [True, {}, {"rope": False}, 0],
-    "activation_checkpoint_cpu_offload": [True, {}, {"keep_last": 2}, 0, "auto"],
-    "save_attention_output": [True, {}, 0],
     "memory_lean_layer": [True, {}, 0, "auto"],
 }
 
@@ -259,6 +255,74 @@ def test_a_key_that_is_not_yet_available_is_refused_with_the_values_that_ask_for
         f"alst.{key}: not yet available in this version of deepspeed_alst; remove the key, or set it to {idle} "
         f"(got {value!r})."
     )
+
+
+OFFLOAD = {"nvme_path": None, "host_budget": "auto", "keep_last": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (True, OFFLOAD),
+        ({}, OFFLOAD),
+        (False, None),
+        ({"nvme_path": "/mnt/nvme", "host_budget": 1e11}, OFFLOAD | {"nvme_path": "/mnt/nvme", "host_budget": 10**11}),
+        ({"keep_last": 0, "host_budget": "auto"}, OFFLOAD | {"keep_last": 0}),
+    ],
+)
+def test_offload_is_on_off_or_an_object(value, read):
+    assert (
+        parse(alst(activation_checkpoint_cpu_offload=value)).alst.model_dump()["activation_checkpoint_cpu_offload"]
+        == read
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, ": use true, false, or an object of nvme_path, host_budget, keep_last (got 0)."),
+        ("auto", ": use true, false, or an object of nvme_path, host_budget, keep_last (got 'auto')."),
+        ({"nvme_path": ""}, ".nvme_path: String should have at least 1 character (got '')."),
+        ({"nvme_path": 5}, ".nvme_path: Input should be a valid string (got 5)."),
+        ({"host_budget": 0}, ".host_budget: must be a positive number of bytes, or 'auto' (got 0)."),
+        ({"host_budget": "1TB"}, ".host_budget: must be a positive number of bytes, or 'auto' (got '1TB')."),
+        ({"keep_last": -1}, ".keep_last: Input should be greater than or equal to 0 (got -1)."),
+        ({"keep_last": True}, ".keep_last: Input should be a valid integer (got True)."),
+        ({"nvme": "/x"}, ".nvme: unknown key. Did you mean 'nvme_path'?"),
+    ],
+)
+def test_offload_that_is_said_wrongly_is_refused_in_one_line(value, words):
+    assert problems_of(alst(activation_checkpoint_cpu_offload=value)) == [
+        f"alst.activation_checkpoint_cpu_offload{words}"
+    ]
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes", {}, None])
+def test_save_attention_output_is_true_false_or_auto(value):
+    (line,) = problems_of(alst(save_attention_output=value))
+    assert line == f"alst.save_attention_output: use true, false or 'auto' (got {value!r})."
+    assert parse(alst(save_attention_output=True)).alst.save_attention_output is True
+    assert parse(alst(save_attention_output=False)).alst.save_attention_output is False
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"slice_bytes": 5000}, "slice_bytes: belongs into the alst block, as alst.reduction.slice_bytes."),
+        (
+            {"alst": {"bucket_size": 5}},
+            "alst.bucket_size: belongs into a block of its own, as alst.reduction.bucket_size.",
+        ),
+        (
+            {"alst": {"tile_bytes": 5}},
+            "alst.tile_bytes: belongs into a block of its own, as alst.tiled_mlp_compute.tile_bytes or "
+            "alst.tiled_logits_loss.tile_bytes.",
+        ),
+        ({"alst": {"reduction": True}}, "alst.reduction: must be an object of slice_bytes, bucket_size (got True)."),
+    ],
+)
+def test_keys_of_inner_blocks_in_the_wrong_place_are_told_where_they_belong(config, line):
+    assert problems_of(config) == [line]
 
 
 @pytest.mark.parametrize("value", [True, None, 5, []])

@@ -155,6 +155,8 @@ class Waiting:
     _store: Store
     _held: _Held = field(default_factory=_Held)
     _done: Any = None
+    _leaving: torch.Tensor | None = None
+    """What is copied out."""
     _version: int = 0
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class Waiting:
         assert tensor is not None
         if tensor.numel() == 0:
             return
-        source_n = _bytes(tensor)
+        source_n = self._leaving = _bytes(tensor)  # of one with gaps a copy, which must live as long
         self._stays, self._version = False, tensor._version
         copies = self._copies
         with owner("host"):
@@ -205,7 +207,7 @@ class Waiting:
                 "alst.activation_checkpoint_cpu_offload: a layer's input was changed in place after the layer began, "
                 "while it was copied to the host. Change a clone of it, or leave the key out."
             )
-        self._tensor = None
+        self._tensor = self._leaving = None
 
     def come_to_host(self) -> None:
         """Start the way back from disk."""
