@@ -40,6 +40,30 @@ def test_the_budget_is_the_most_and_idle_buffers_of_other_sizes_make_room():
     assert pool.take(2 * PAGE) is None
 
 
+def test_shorter_sequences_use_the_buffers_of_the_longest():
+    pool = HostPool()
+    pool.round_to([1000, 100_000])
+    for num_bytes in (100_000, 60_000, 7000, 99_999):
+        buffers = [pool.take(num_bytes) for _ in range(3)]
+        assert pool.num_bytes == 3 * pages(100_000)
+        for each in buffers:
+            pool.give(each)
+    assert pool.take(10).num_bytes == PAGE
+    # A longer one has buffers of its own, and the idle ones go.
+    pool.round_to([1000, 150_000])
+    assert pool.num_bytes == PAGE
+    assert pool.take(150_000).num_bytes == pages(150_000)
+    assert pool.take(200_000).num_bytes == pages(200_000)
+
+
+def test_a_forked_process_does_not_have_the_buffers():
+    buffer = HostPool().take(2**20)
+    address = f"{buffer.bytes_n.data_ptr():x}-"
+    with open("/proc/self/smaps") as file:
+        own = file.read().split(address)[1].split("VmFlags:")[1].splitlines()[0]
+    assert "dc" in own.split(), "MADV_DONTFORK"
+
+
 def resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * PAGE

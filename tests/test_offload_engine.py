@@ -1,18 +1,27 @@
 """Offload by keys on live engines: the bits of the run without it, on every ZeRO path, and errors before a step."""
 
+import copy
+import functools
 import gc
 import subprocess
+import tempfile
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, offload_keys, run_alst
 from benchmarks.ranks import RankError
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
+from deepspeed_alst.models.offload import Keeping, keep_activations
+from deepspeed_alst.offload.pool import HostPool
+from deepspeed_alst.offload.store import Store
 from tests.test_initialize import initialize
 
 
@@ -264,7 +273,7 @@ def test_a_disk_without_room_is_an_error_before_the_forward(sp_size, ranks2, tmp
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     for error in caught.value.errors:
-        assert isinstance(error, OffloadError) and "GiB on disk. Use a larger disk" in str(error)
+        assert isinstance(error, OffloadError) and "on disk. Use a larger disk" in str(error)
 
 
 def bad_folder(path: str) -> None:
@@ -277,6 +286,105 @@ def test_a_folder_that_cannot_be_used_is_an_error_at_the_start(ranks2):
     for error in caught.value.errors:
         assert isinstance(error, ConfigError)
         assert "alst.activation_checkpoint_cpu_offload.nvme_path='/proc/nowhere'" in str(error)
+
+
+def refused_each_time() -> None:
+    engine = whole_model({"activation_checkpoint_cpu_offload": {"host_budget": 80_000, "keep_last": 0}})
+    for _ in range(2):
+        with pytest.raises(OffloadError, match="sequences of at most"):
+            engine(**batches(1)[0])
+    short = {key: x[:, :2] for key, x in batches(1)[0].items()}
+    engine.backward(engine(**short).loss)
+    assert 0 < engine.alst_offload.pool.num_bytes <= 40_000
+    engine.destroy()
+
+
+def test_a_batch_without_room_is_refused_each_time_and_a_shorter_one_is_not(ranks2):
+    ranks2.run(refused_each_time)
+
+
+def lengths_vary() -> list[int]:
+    engine = whole_model(offload_keys("outputs"), "reentrant")
+    sizes = []
+    for index in range(6):
+        ids = torch.randint(0, 97, (1, 200 - 31 * (index % 5)))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        # The loss is alive here, and a reentrant checkpoint's node with it.
+        assert engine.alst_offload.pool.in_use == 0
+        sizes.append(engine.alst_offload.pool.num_bytes)
+    engine.destroy()
+    return sizes
+
+
+def test_the_pool_is_as_large_as_the_longest_sequence_needs(ranks2):
+    for sizes in ranks2.run(lengths_vary):
+        assert set(sizes) == {sizes[0]}
+
+
+def two_forwards_on_disk() -> None:
+    """More than one micro-step waits at once: what was not planned goes to disk too."""
+    batch = batches(1)[0]
+    size = batch["input_ids"].numel() * 32 * 4
+    block = {"nvme_path": tempfile.gettempdir(), "host_budget": 2 * (4 * size + 5 * 4096), "keep_last": 0}
+    engine = whole_model({"activation_checkpoint_cpu_offload": block, "save_attention_output": False}, "plain")
+    losses = [engine.module(**batch).loss for _ in range(2)]
+    first, second = (torch.autograd.grad(loss, engine.module.lm_head.weight)[0] for loss in losses)
+    assert torch.equal(first, second) and engine.alst_offload.counts.bytes_to_disk > 0
+    engine.destroy()
+
+
+def test_more_than_was_planned_goes_to_disk(ranks2):
+    ranks2.run(two_forwards_on_disk)
+
+
+class TwoStreams(GradientCheckpointingLayer):
+    """A layer that is given two views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, hidden_states: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        first = hidden_states + torch.tanh(self.a(other))
+        return torch.stack([first, other * torch.sigmoid(self.b(first))])
+
+
+def gradients_of_streams(keeps: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(TwoStreams() for _ in range(3))
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    store = Store(HostPool())
+    with ExitStack() as undo:
+        if keeps:
+            keep_activations(layers, Keeping(store), undo)
+        h = torch.randn(2, 1, 5, 8, requires_grad=True)
+        for layer in layers:
+            h = layer(h[0], h[1])
+        h.square().sum().backward()
+    assert keeps == (store.counts.bytes_out > 0)
+    return [param.grad for param in layers.parameters()]
+
+
+def test_two_views_of_one_tensor_stay_two():
+    plain, kept = gradients_of_streams(False), gradients_of_streams(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def copied() -> None:
+    engine = whole_model(offload_keys("host"), "plain")
+    engine.backward(engine(**batches(1)[0]).loss)
+    twin = copy.deepcopy(engine.module).eval()
+    with torch.no_grad():
+        assert torch.equal(twin(**batches(1)[0]).loss, engine.module.eval()(**batches(1)[0]).loss)
+    engine.destroy()
+
+
+def test_a_model_can_be_copied(ranks2):
+    ranks2.run(copied)
 
 
 def switched_off() -> None:
@@ -296,6 +404,24 @@ def switched_off() -> None:
     engine.destroy()
 
 
+def calls_attention_itself() -> None:
+    import deepspeed
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    config = FalconConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    keys = {**ds_config(Cell(), 1), "alst": offload_keys("outputs")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=keys)[0]
+    with pytest.raises(UnsupportedModelError, match=r"save_attention_output: no layer calls attention where"):
+        engine(**batches(1)[0])
+    engine.destroy()
+
+
+def test_attention_that_nothing_is_seen_of_is_an_error_too(ranks2):
+    ranks2.run(calls_attention_itself)
+
+
 def test_a_key_that_cannot_act_is_an_error(ranks2):
     ranks2.run(switched_off)
 
@@ -304,8 +430,6 @@ def test_a_key_that_cannot_act_is_an_error(ranks2):
 
 
 def test_a_stream_given_by_keyword_is_moved_too():
-    import functools
-
     from deepspeed_alst.models.offload import _as_positional
 
     def forward(layer, hidden_states, mask=None, extra=None):

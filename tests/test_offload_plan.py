@@ -70,8 +70,13 @@ def test_auto_keeps_the_output_where_it_hides_and_fits():
 def test_what_is_asked_for_is_kept_hidden_or_not_and_goes_to_disk():
     tokens = 100_000
     both = LLAMA_8B.waiting(tokens, True)
-    plan = decide(LLAMA_8B, tokens, Room(GIB, both), True, False)
-    assert (plan.keeps_attention, plan.host_bytes, plan.disk_bytes) == (True, GIB, both - GIB)
+    largest = max(LLAMA_8B.sizes(tokens, True))
+    plan = decide(LLAMA_8B, tokens, Room(8 * GIB, both), True, False)
+    # The ring is part of the host's room; one tensor more than bytes would say may have to go to disk.
+    assert (plan.keeps_attention, plan.ring_bytes, plan.host_bytes) == (True, 4 * largest, 8 * GIB - 4 * largest)
+    assert plan.disk_bytes == both - plan.host_bytes + largest
+    small = decide(LLAMA_8B, tokens, Room(1, both), True, False)
+    assert (small.ring_bytes, small.host_bytes, small.disk_bytes) == (1, 0, both)
     assert not decide(LLAMA_8B, tokens, Room(both), False, True).keeps_attention
 
 

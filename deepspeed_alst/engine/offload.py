@@ -1,6 +1,5 @@
 """Activation offload of one engine: what it is made of, and whether a batch has room, before its forward."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,16 +19,14 @@ from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.memory import ranks_on_host, spare_bytes
 from deepspeed_alst.offload.numa import cpus_near, pci_address
-from deepspeed_alst.offload.plan import Layers, Plan, Rates, Room, decide, hides
-from deepspeed_alst.offload.pool import CudaRegistry, HostPool, pages
-from deepspeed_alst.offload.spill import Spill
+from deepspeed_alst.offload.plan import Layers, Plan, Rates, Room, decide, hides, in_words
+from deepspeed_alst.offload.pool import CudaRegistry, HostPool
+from deepspeed_alst.offload.spill import RING, Spill
 from deepspeed_alst.offload.store import Store
 
 _OFFLOAD_KEY = "alst.activation_checkpoint_cpu_offload"
 _ATTENTION_KEY = "alst.save_attention_output"
 
-# Tensors that are under way to disk or back at once.
-_RING = 4
 _KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
 
 _COPIED = 64 * 2**20
@@ -117,12 +114,12 @@ class Planner:
 
     def _words_of_plan(self, tokens: int) -> list[tuple[str, str]]:
         assert self.plan is not None
-        on_disk = f", {self.plan.disk_bytes / 2**30:,.2f} GiB on disk" if self.plan.disk_bytes else ""
+        on_disk = f", {in_words(self.plan.disk_bytes)} on disk" if self.plan.disk_bytes else ""
         kept = "kept" if self.plan.keeps_attention else "made again"
         return [
             (
                 "offload",
-                f"{self.plan.host_bytes / 2**30:,.2f} GiB on the host{on_disk} of a rank with {tokens:,} tokens",
+                f"{in_words(self.plan.host_bytes)} on the host{on_disk} of a rank with {tokens:,} tokens",
             ),
             ("attention output", f"{kept} ({self._why_not or self.plan.reason})"),
         ]
@@ -142,19 +139,19 @@ class Planner:
             self._rates = measure(self._device, _dtype(self._model)) if measured else Rates(1.0, 1.0)
         return Facts(shape[0] * shape[1], shape[0], self._room(), self._rates)
 
-    def decide(self, everyone: Sequence[Facts | None]) -> None:
-        """Decide from what all ranks know, alike on all of them.
+    def decide(self, everyone: Sequence[Facts | None]) -> bool:
+        """Decide from what all ranks know, alike on all of them; whether there was anything to decide.
 
         Raises:
             OffloadError: there is no room.
+            ConfigError: this rank's disk has less than it said.
         """
         known = [each for each in everyone if each is not None]
         if not known or max(each.tokens for each in known) <= self._planned_tokens:
-            return
-        self._planned_tokens = max(each.tokens for each in known)
+            return False
         if self._block is None:
             self.keeping.keeps_attention = self._wanted is True
-            return
+            return False
         sp_size = self._config.sequence_parallel_size
         widest = max(known, key=lambda each: each.tokens)
         layers = layers_of(self._model, self._block.keep_last)
@@ -163,24 +160,27 @@ class Planner:
         rates = Rates(min(each.rates.copied_bytes for each in known), max(each.rates.flops for each in known))
         is_hidden = hides(layers, rates, widest.tokens // widest.batch * sp_size)
         wanted, before = self._wanted if not self._why_not else False, self.plan
-        self.plan = decide(layers, widest.tokens, room, wanted, is_hidden, (sp_size, widest.batch))
-        self.keeping.keeps_attention = self.plan.keeps_attention
+        self.plan = decide(layers, widest.tokens, room, wanted, is_hidden, (sp_size, widest.batch), RING)
         self._make_room(room, layers, widest.tokens)
+        self.keeping.keeps_attention = self.plan.keeps_attention
+        # Only now: a batch that had no room is refused each time that it comes.
+        self._planned_tokens = widest.tokens
         if before is None or (before.keeps_attention, bool(before.disk_bytes)) != (
             self.plan.keeps_attention,
             bool(self.plan.disk_bytes),
         ):
             print_report(self._words_of_plan(widest.tokens))
+        return True
 
     def _make_room(self, room: Room, layers: Layers, tokens: int) -> None:
-        store = self.keeping.store
-        assert store is not None and self.plan is not None
-        store.pool.budget = room.host
-        if store.spill is not None and self.plan.disk_bytes:
-            ring = _RING * pages(tokens * max(layers.input_bytes, layers.output_bytes))
-            store.spill.ring.budget = ring
-            store.pool.budget = max(0, room.host - ring)
-            store.spill.file.reserve(self.plan.disk_bytes + ring)
+        store, plan = self.keeping.store, self.plan
+        assert store is not None and plan is not None
+        sizes = layers.sizes(tokens, plan.keeps_attention)
+        store.pool.round_to(sizes)
+        store.pool.budget = room.host - plan.ring_bytes
+        if store.spill is not None:
+            store.spill.ring.round_to(sizes)
+            store.spill.file.reserve(plan.disk_bytes)
 
     def _room(self) -> Room:
         block, store = self._block, self.keeping.store
@@ -194,8 +194,8 @@ class Planner:
             host = block.host_budget // ranks
         if store.spill is None:
             return Room(host)
-        free = shutil.disk_usage(block.nvme_path or "").free // ranks
-        return Room(host, free + store.spill.file.reserved_bytes)
+        file = store.spill.file
+        return Room(host, file.free_bytes // ranks + file.reserved_bytes)
 
 
 def _build_store(block: OffloadBlock, device: torch.device) -> Store:

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from deepspeed_alst.errors import DataError
+from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.parallel.agreement import gather_objects
+from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
 _WAY_OUT = (
@@ -43,8 +43,8 @@ class Planner(Protocol):
     def facts(self, shape: Sequence[int]) -> Any:
         """What this rank knows of a batch of ``[B, s]`` tokens; picklable."""
 
-    def decide(self, everyone: Sequence[Any]) -> None:
-        """Decide from all ranks' facts; raises the same on all ranks."""
+    def decide(self, everyone: Sequence[Any]) -> bool:
+        """Decide from all ranks' facts; whether there was anything to decide, the same on all ranks."""
 
 
 def guard_batches(
@@ -65,13 +65,20 @@ def guard_batches(
             # The others wait in the exchange below, whatever is wrong with this batch.
             facts = _Facts(f"it cannot be read: {error!r}. {_WAY_OUT}")
         # Over all ranks and not the sequence's: the other replicas would wait in the gradients' reduction.
-        planned = planner.facts(facts.shape) if planner is not None and not facts.problem else None
+        planned, refusal = None, None
+        if planner is not None and not facts.problem:
+            try:
+                planned = planner.facts(facts.shape)
+            except AlstError as error:
+                refusal = error
         everyone = gather_objects((facts, planned), groups.control_group)
+        if planner is not None:
+            raise_together(refusal, groups.control_group)
         problem = _problem([each for each, _ in everyone], groups.sp_size)
         if problem:
             raise DataError(problem)
         if planner is not None:
-            planner.decide([each for _, each in everyone])
+            _decide_together(planner, [each for _, each in everyone], groups)
         # transformers would keep every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
         if bounds:
@@ -82,6 +89,17 @@ def guard_batches(
     undo.callback(handle.remove)
 
 
+def _decide_together(planner: Planner, everyone: Sequence[Any], groups: SequenceGroups) -> None:
+    """What is decided is the same on all ranks; whether it can be done, each finds out by itself."""
+    error, is_new = None, True
+    try:
+        is_new = planner.decide(everyone)
+    except AlstError as raised:
+        error = raised
+    if is_new:
+        raise_together(error, groups.control_group)
+
+
 def plan_batches(model: torch.nn.Module, planner: Planner, undo: ExitStack) -> None:
     """Without sequence parallelism: have a planner decide before each forward, each rank from what it knows itself."""
 
@@ -89,8 +107,12 @@ def plan_batches(model: torch.nn.Module, planner: Planner, undo: ExitStack) -> N
     def plan(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
         tokens = args[0] if tokens is None and args else tokens
-        if tokens is not None:
-            planner.decide([planner.facts(tokens.shape[:2])])
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            raise UnsupportedModelError(
+                f"alst.activation_checkpoint_cpu_offload, alst.save_attention_output: {type(module).__name__} was "
+                "called without input_ids or inputs_embeds, so what will wait cannot be known. Set the keys to false."
+            )
+        planner.decide([planner.facts(tokens.shape[:2])])
 
     undo.callback(model.register_forward_pre_hook(plan, prepend=True, with_kwargs=True).remove)
 

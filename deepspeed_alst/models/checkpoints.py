@@ -28,6 +28,10 @@ class Seam:
         self.at_end: list[Callable[[Any], None]] = []
         """Called with the outputs of each run of the layer that has a graph."""
 
+    def __deepcopy__(self, memo: Any) -> "Seam":
+        """A copy of the model is another's to train: it shares what hangs here, as it shares the checkpoint itself."""
+        return self
+
     def wrap(self, checkpoint: Checkpoint) -> Any:
         """The checkpoint with all of it."""
 

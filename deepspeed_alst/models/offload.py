@@ -37,24 +37,39 @@ class Keeping:
     """Whether an attention whose output cannot be kept is an error, and not said once."""
     keeps_attention: bool = False
     """Whether attention's output is kept in the forward that comes."""
+    layers: list[torch.nn.Module] = field(default_factory=list)
+    """All that can be checkpointed, in the model's order."""
     _unkept: set[str] = field(default_factory=set)
+    _has_kept: bool = False
+
+    def stays(self, layer: torch.nn.Module) -> bool:
+        """Whether what a checkpointed layer keeps stays on the device."""
+        return self.keep_last > 0 and layer in self._checkpointed()[-self.keep_last :]
 
     def check(self, layer: torch.nn.Module, frame: Frame) -> None:
-        """See what attention of a layer's forward was not kept.
+        """See what attention of a layer's forward was kept, and what was not.
 
         Raises:
-            UnsupportedModelError: there is some, and it must be.
+            UnsupportedModelError: none is in the whole model, or some is not, and it must be.
         """
-        for words in frame.unkept_attention:
-            sentence = f"attention of {type(layer).__name__} ran as {words}, whose output cannot be kept"
+        self._has_kept |= bool(frame.kept_attention)
+        if not frame.keeps_attention:
+            return
+        sentences = [f"attention of {type(layer).__name__} ran as {words}" for words in frame.unkept_attention]
+        if not self._has_kept and not sentences and layer is self._checkpointed()[-1]:
+            sentences = [f"no layer calls attention where transformers has it called ({type(layer).__name__})"]
+        for sentence in sentences:
             if self.must_keep_attention:
                 raise UnsupportedModelError(
-                    f"alst.save_attention_output: {sentence}. Load the model with attn_implementation='sdpa' or "
-                    "'flash_attention_2', or set the key to false."
+                    f"alst.save_attention_output: {sentence}: its output cannot be kept. It can be kept of the kernels "
+                    "of sdpa and flash attention, without dropout. Set the key to false."
                 )
-            if words not in self._unkept:
-                self._unkept.add(words)
+            if sentence not in self._unkept:
+                self._unkept.add(sentence)
                 warnings.warn(f"alst.save_attention_output: {sentence}; it runs again in the backward", stacklevel=2)
+
+    def _checkpointed(self) -> list[torch.nn.Module]:
+        return [layer for layer in self.layers if layer.gradient_checkpointing]
 
 
 def keep_activations(model: torch.nn.Module, keeping: Keeping, undo: ExitStack) -> None:
@@ -69,10 +84,10 @@ def keep_activations(model: torch.nn.Module, keeping: Keeping, undo: ExitStack) 
             f"alst.activation_checkpoint_cpu_offload: {type(base_model(model)).__name__} has no layers that "
             "transformers checkpoints one by one (GradientCheckpointingLayer). Set the key to false."
         )
+    keeping.layers = layers
     given_before: list[Any] = []
-    for index, layer in enumerate(layers):
-        stays = index >= len(layers) - keeping.keep_last
-        seam_of(layer, undo).around.append(functools.partial(_around, layer, keeping, stays, given_before))
+    for layer in layers:
+        seam_of(layer, undo).around.append(functools.partial(_around, layer, keeping, given_before))
 
 
 def turn_on_checkpointing(model: torch.nn.Module, undo: ExitStack) -> bool:
@@ -91,8 +106,10 @@ def turn_on_checkpointing(model: torch.nn.Module, undo: ExitStack) -> bool:
             f"alst.activation_checkpoint_cpu_offload: {type(base).__name__} does not support gradient checkpointing. "
             "Set the key to false."
         )
+    has_hook = bool(getattr(base, "_require_grads_hooks", None))
     base.activation_checkpointing_enable()
-    undo.callback(base.disable_input_require_grads)
+    if not has_hook:
+        undo.callback(base.disable_input_require_grads)
     undo.callback(base.activation_checkpointing_disable)
     return True
 
@@ -118,36 +135,34 @@ def check_checkpointing(model: torch.nn.Module, key: str) -> None:
         )
 
 
-def _around(
-    layer: torch.nn.Module, keeping: Keeping, stays: bool, given_before: list[Any], checkpoint: Checkpoint
-) -> Checkpoint:
+def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint that is a frame, and whose inputs wait in its group of the store."""
     first = list(inspect.signature(type(layer).forward).parameters)[1]  # after self
 
     @torch.compiler.disable(recursive=False)
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function, args = _as_positional(function, args, first)
-        if keeping.store is None or not args:
-            frame = Frame(on_device, keeping.keeps_attention)
-            output = checkpoint(_in_frame(frame, function), *args, **kwargs)
-            keeping.check(layer, frame)
-            return output
-        group = keeping.store.group(stays)
-        frame = Frame(group.put, keeping.keeps_attention)
+        store = keeping.store
+        group = store.group(keeping.stays(layer)) if store is not None else None
+        frame = Frame(on_device if group is None else group.put, keeping.keeps_attention)
         # Detached and not what a hook is given: that has no count of changes in place.
         streams = {
-            _storage(each): each.detach()
+            _place(each): each.detach()
             for index, each in enumerate(args)
             if _is_stream(each) and (index == 0 or each.requires_grad)
         }
         # What several layers are given, such as the embeddings beside the stream, stays on the device for them.
-        first_key = _storage(args[0]) if isinstance(args[0], torch.Tensor) else None
-        leaving = {key: each for key, each in streams.items() if key == first_key or key not in given_before}
+        first_place = _place(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+        leaving = {key: each for key, each in streams.items() if key == first_place or key not in given_before}
         given_before[:] = streams
 
-        def pack(tensor: torch.Tensor) -> Any:
-            stream = leaving.get(_storage(tensor))
-            return tensor if stream is None or stream.shape != tensor.shape else group.put(stream)
+        is_saved = False
+
+        def pack(tensor: torch.Tensor) -> _Saved:
+            nonlocal is_saved
+            is_saved = True
+            stream = leaving.get(_place(tensor)) if group is not None else None
+            return _Saved(on_device(tensor) if stream is None else group.put(stream), frame.kept)
 
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
@@ -155,14 +170,24 @@ def _around(
         finally:
             streams.clear()
             leaving.clear()
+        if is_saved:
+            frame.let_go()
         keeping.check(layer, frame)
         return output
 
     return call
 
 
-def _unpack(packed: Any) -> torch.Tensor:
-    return packed if isinstance(packed, torch.Tensor) else packed()
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor that a checkpoint saves; what its frame keeps lives as long."""
+
+    get: Callable[[], torch.Tensor]
+    kept: Any
+
+
+def _unpack(saved: _Saved) -> torch.Tensor:
+    return saved.get()
 
 
 def _in_frame(frame: Frame, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,6 +225,6 @@ def _is_stream(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    """Which memory a tensor is in; saved tensors are other objects over the same."""
-    return tensor.untyped_storage()._cdata
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Which memory a tensor is; saved tensors are other objects over the same."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()

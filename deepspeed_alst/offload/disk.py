@@ -86,6 +86,12 @@ class DiskFile:
         """How long the file is."""
         return self._scratch.size_bytes
 
+    @property
+    def free_bytes(self) -> int:
+        """What the disk has left beside this file; without end if its file system does not say."""
+        free = self._scratch.free_bytes()
+        return 2**63 - 1 if free is None else free
+
     def reserve(self, num_bytes: int) -> None:
         """Before training: make the file at least this long, with its space set aside on the disk.
 

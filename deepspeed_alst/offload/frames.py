@@ -6,6 +6,7 @@ finds the frame of its thread: in a backward that is autograd's.
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +37,8 @@ class Frame:
         self.unkept_attention: list[str] = []
         """The same of calls whose output could not be kept, which the recomputation runs again."""
         self._put = put
-        self._kept: list[tuple[list[Callable[[], torch.Tensor]], Any]] = []
+        self._kept: _Kept | None = _Kept()
+        self._owned = weakref.ref(self._kept)
         self._taken = 0
 
     def keep(self, *tensors: torch.Tensor, note: Any = None) -> None:
@@ -44,17 +46,31 @@ class Frame:
 
         ``note`` is whatever else the recomputation has to know of them.
         """
-        self._kept.append(([self._put(tensor.detach()) for tensor in tensors], note))
+        self.kept.append(([self._put(tensor.detach()) for tensor in tensors], note))
 
     def note(self) -> Any:
         """In the recomputation: the note of what is taken next."""
-        return self._kept[self._taken][1]
+        return self.kept[self._taken][1]
 
     def take(self) -> list[torch.Tensor]:
         """In the recomputation: what the forward kept at this place."""
-        found, _ = self._kept[self._taken]
+        found, _ = self.kept[self._taken]
         self._taken += 1
         return [get() for get in found]
+
+    @property
+    def kept(self) -> "_Kept":
+        """All that was put aside, while anybody holds it."""
+        kept = self._owned()
+        assert kept is not None, "a recomputation after its checkpoint let go of what it had saved"
+        return kept
+
+    def let_go(self) -> None:
+        """After the forward: whoever took ``kept`` holds it from now on.
+
+        The node of a reentrant checkpoint, and the frame with it, lives as long as the loss; what it saved does not.
+        """
+        self._kept = None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -68,6 +84,10 @@ class Frame:
             # A non-reentrant checkpoint leaves its recomputation by an exception, as early as it can.
             _of_thread.frame = before
             self.recomputing = True
+
+
+class _Kept(list[tuple[list[Callable[[], torch.Tensor]], Any]]):
+    """A list that one may hold weakly."""
 
 
 class _OfThread(threading.local):

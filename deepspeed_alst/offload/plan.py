@@ -28,10 +28,14 @@ class Layers:
     head_elements: int
     """Of a layer's query heads together."""
 
+    def sizes(self, tokens: int, with_outputs: bool) -> list[int]:
+        """Bytes of one layer's tensors, to the page."""
+        sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
+        return [pages(tokens * size) for size in sizes if size]
+
     def waiting(self, tokens: int, with_outputs: bool) -> int:
         """Bytes of all layers, to the page."""
-        sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
-        return max(0, self.num_layers - self.keep_last) * sum(pages(tokens * size) for size in sizes if size)
+        return max(0, self.num_layers - self.keep_last) * sum(self.sizes(tokens, with_outputs))
 
     def longest(self, room: int, with_outputs: bool = False) -> int:
         """The most tokens of a rank that so many bytes have room for."""
@@ -71,6 +75,8 @@ class Plan:
     keeps_attention: bool
     host_bytes: int
     disk_bytes: int
+    ring_bytes: int
+    """Of the host's, for what is under way to disk or back."""
     reason: str
     """Why attention's output is kept or not."""
 
@@ -93,6 +99,7 @@ def decide(
     wanted: bool | Literal["auto"],
     is_hidden: bool,
     shard: tuple[int, int] = (1, 1),
+    ring_tensors: int = 4,
 ) -> Plan:
     """What is kept where.
 
@@ -103,6 +110,7 @@ def decide(
         wanted: ``save_attention_output``.
         is_hidden: see ``hides``.
         shard: ranks of a sequence, and sequences of a batch: for the longest sequence that would fit.
+        ring_tensors: how many tensors are under way to disk at once, in host memory.
 
     Raises:
         OffloadError: there is no room for the inputs, or for the outputs too where they are wanted; with the longest
@@ -117,22 +125,34 @@ def decide(
         if not keeps:
             reason = "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
     needed = layers.waiting(tokens, keeps)
-    to_disk = max(0, needed - room.host)
-    if to_disk and (room.disk is None or to_disk > room.disk):
+    if needed <= room.host:
+        return Plan(keeps, needed, 0, 0, reason)
+    # Tensors go as a whole: of the largest, one may not fit that bytes would leave room for.
+    largest = max(layers.sizes(tokens, keeps))
+    ring = min(ring_tensors * largest, room.host)
+    on_host = min(needed, room.host - ring)
+    to_disk = min(needed, needed - on_host + largest)
+    if room.disk is None or to_disk > room.disk:
         raise OffloadError(_too_much(layers, tokens, needed, room, keeps, shard))
-    return Plan(keeps, needed - to_disk, to_disk, reason)
+    return Plan(keeps, on_host, to_disk, ring, reason)
+
+
+def in_words(num_bytes: int) -> str:
+    """Bytes in the largest unit that leaves a number of one or more."""
+    power = next((power for power in (3, 2, 1) if num_bytes >= 1024**power), 0)
+    return f"{num_bytes / 1024**power:,.2f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def _too_much(layers: Layers, tokens: int, needed: int, room: Room, keeps: bool, shard: tuple[int, int]) -> str:
     sp_size, batch = shard
     longest = layers.longest(room.host + (room.disk or 0), keeps)
     whole, fitting = tokens // batch * sp_size, longest // batch * sp_size
+    need, host, on_disk = (in_words(each) for each in (needed, room.host, room.disk or 0))
     what = "layer inputs and attention outputs" if keeps else "layer inputs"
     disk = "the disk tier (alst.activation_checkpoint_cpu_offload.nvme_path)" if room.disk is None else "a larger disk"
     drop = ", save_attention_output: false" if keeps else ""
     return (
-        f"alst.activation_checkpoint_cpu_offload: {what} of a sequence of {whole:,} tokens need {needed / 2**30:,.2f} "
-        f"GiB of host memory for each rank, and there is room for {room.host / 2**30:,.2f} GiB"
-        f"{'' if room.disk is None else f' and {room.disk / 2**30:,.2f} GiB on disk'}. "
+        f"alst.activation_checkpoint_cpu_offload: {what} of a sequence of {whole:,} tokens need {need} of host memory "
+        f"for each rank, and there is room for {host}{'' if room.disk is None else f' and {on_disk} on disk'}. "
         f"Use {disk}{drop}, or sequences of at most {fitting:,} tokens."
     )

@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,11 +81,14 @@ class HostPool:
 
     Args:
         budget: bytes that all buffers may take together.
+        sizes: bytes that buffers are rounded up to where one of these is enough: those of the longest sequence so far.
+            Shorter ones use its buffers again, instead of many more of all sizes.
         registry: page-locks them; None where there is no device to know them.
         cpus: where their pages are to lie: those of the node that the device hangs on. Empty: wherever they come.
     """
 
     budget: int = 2**63 - 1
+    sizes: tuple[int, ...] = ()
     registry: Registry | None = None
     cpus: Set[int] = frozenset()
     num_bytes: int = 0
@@ -97,12 +100,12 @@ class HostPool:
     _closed: bool = False
 
     def take(self, num_bytes: int) -> Buffer | None:
-        """A buffer of so many bytes, to the page; None if the budget has no room for it.
+        """A buffer of so many bytes or a little more; None if the budget has no room for it.
 
         Raises:
             OffloadError: the host, or CUDA, has no room for it although the budget has.
         """
-        size = pages(num_bytes)
+        size = next((each for each in sorted(self.sizes) if each >= num_bytes), pages(num_bytes))
         # Finalizers give back, and run wherever an object happens to die.
         with self._lock:
             if self._idle[size]:
@@ -126,6 +129,14 @@ class HostPool:
             else:
                 self._idle[buffer.num_bytes].append(buffer)
 
+    def round_to(self, sizes: Iterable[int]) -> None:
+        """Have buffers of these sizes from now on; idle ones of other sizes go."""
+        with self._lock:
+            self.sizes = tuple(sorted({pages(each) for each in sizes}))
+            for size in set(self._idle) - set(self.sizes):
+                while self._idle[size]:
+                    self._unmap(self._idle[size].pop())
+
     def close(self) -> None:
         """Let go of all idle buffers, and of the others as they come back."""
         with self._lock:
@@ -148,8 +159,10 @@ class HostPool:
                 f"alst.activation_checkpoint_cpu_offload: the host has no {size} bytes more ({error}). Use a shorter "
                 "sequence, or let the rest go to disk (nvme_path)."
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        # A process that is forked while these are full, as a DataLoader's workers are, is not to have them copied.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                memory.madvise(getattr(mmap, advice))
         with owner("host"):  # by an operator, so that a ledger sees it
             bytes_n = torch.empty(0, dtype=torch.uint8).set_(
                 torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload.copies import Copies
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.pool import Buffer, HostPool, pages
 
 # Transfers under way at once: a drive needs several to be busy.
 _COURIERS = 4
+RING = 4
+"""Tensors of the largest size that are under way at once."""
 
 
 @dataclass(eq=False)
@@ -37,7 +40,7 @@ class Spill:
 
     Args:
         file: on the disk.
-        ring: of the buffers; it must have room for two of the largest tensors at least.
+        ring: of the buffers; its budget becomes that of four of the largest tensor.
         groups_ahead: how many groups of tensors the disk is asked for before the device is.
     """
 
@@ -47,6 +50,7 @@ class Spill:
         self.groups_ahead = groups_ahead
         self._couriers = ThreadPoolExecutor(_COURIERS, thread_name_prefix="alst-disk")
         self._under_way: list[Future[None]] = []
+        self._closed = False
 
     def out(self, source_n: torch.Tensor, copies: Copies) -> tuple[Any, Ticket]:
         """Start the way of a tensor's bytes to disk; returns what the device is to wait for, and the ticket.
@@ -113,6 +117,7 @@ class Spill:
 
     def close(self) -> None:
         """Let go of the file, without what is under way."""
+        self._closed = True
         self._couriers.shutdown(wait=False, cancel_futures=True)
         self.file.close()
         self.ring.close()
@@ -130,15 +135,21 @@ class Spill:
 
     def _buffer(self, num_bytes: int) -> Buffer:
         """A buffer of the ring; waits for the transfer that began first as long as there is none."""
+        self.ring.budget = max(self.ring.budget, RING * pages(num_bytes))
         while True:
             self._raise_what_failed()
             buffer = self.ring.take(num_bytes)
             if buffer is not None:
                 return buffer
-            assert self._under_way, f"the ring of {self.ring.budget} bytes is too small for {pages(num_bytes)}"
+            assert self._under_way, "a buffer is neither under way nor in the ring"
             self._under_way[0].result()
 
     def _send(self, work: Any) -> Future[None]:
+        if self._closed:
+            raise OffloadError(
+                "alst.activation_checkpoint_cpu_offload: what waits on disk was asked for after engine.destroy(), "
+                "which gave the disk's space back. Run the backward before it."
+            )
         future = self._couriers.submit(work)
         self._under_way.append(future)
         return future

@@ -127,7 +127,7 @@ def load_aio() -> ModuleType:
     builder = AsyncIOBuilder()
     folder = build_folder()
     try:
-        if not builder.has_function("io_submit", ("aio",)):
+        if not _has_libaio():
             raise OpBuildError("libaio is missing here", "install libaio-dev (apt) or libaio-devel (dnf)")
         folder.mkdir(parents=True, exist_ok=True)
         with only_builder(folder / "builder") as alone:
@@ -142,6 +142,12 @@ def load_aio() -> ModuleType:
             "see the whole output of: python -c "
             "'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=True)'",
         ) from error
+
+
+@functools.cache
+def _has_libaio() -> bool:
+    """Once a process: DeepSpeed's test program leaves a file descriptor open each time."""
+    return AsyncIOBuilder().has_function("io_submit", ("aio",))
 
 
 def _load_under_lock(builder: AsyncIOBuilder, folder: Path) -> ModuleType:
