@@ -19,7 +19,7 @@ from benchmarks.variants import trained, vary
 
 STEPS = 3
 # Of matrices and of norm weights: three steps move each by at least 5 % of its norm, so that the change is visible.
-_LEARNING_RATES = (1.3, 3.3)
+_LEARNING_RATES = (1.45, 3.8)
 _LORA_RATE = 0.8
 
 
