@@ -6,6 +6,7 @@ Not shown here: races between threads, and how a GPU rounds exp and log.
 import copy
 import os
 from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from benchmarks.cells import build_model
 from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_bf16
 from benchmarks.kernels.judge import Case, Interpreted, in_a_model, judge, measure, tile_peak
+from benchmarks.ranks import Ranks
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
 from deepspeed_alst.models.calls import Calls
@@ -280,6 +282,47 @@ def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
     # An fp32 copy and a bf16 gradient fewer; with a quarter of the bytes a logit, four times the rows fit.
     assert by_torch - same_tile > 1.4 * 523 * 128256 * 4
     assert same_bytes < 1.02 * by_torch
+
+
+# --- in DeepSpeed's engine, by its key
+
+
+@pytest.fixture(scope="module")
+def interpreted_ranks():
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        ranks = Ranks(2)
+        ranks.run(os.getpid)
+    with ranks:
+        yield ranks
+
+
+def _steps_by_key(stage: int, sp_size: int) -> tuple[float, float, int]:
+    """How far three steps by the kernel are from those by torch: loss, gradients; and how many tiles it made."""
+    import benchmarks.cells
+    from benchmarks.cells import Cell, ds_config, run_alst, run_sp1
+    from deepspeed_alst.kernels import cross_entropy
+
+    cell, results = Cell(stage=stage, sp_size=sp_size, gas=2, odd_lengths=True, unequal_labels=True), []
+    with mock.patch.object(cross_entropy, "pick", side_effect=cross_entropy.pick) as picked:
+        for backend in ("torch", "triton"):
+
+            def with_backend(cell, sp_size, backend=backend):
+                config = ds_config(cell, sp_size)
+                loss = {"tiled_logits_loss": {"backend": backend, "tile_tokens": 5}}
+                return {**config, "alst": {**config.get("alst", {}), **loss}}
+
+            with mock.patch.object(benchmarks.cells, "ds_config", with_backend):
+                results.append(run_alst(cell) if sp_size > 1 else run_sp1(cell))
+    one, other = results
+    worst = max((((other.grads[n] - grad).norm() / grad.norm()).item() for n, grad in one.grads.items()), default=0.0)
+    return abs(one.loss - other.loss), worst, picked.call_count
+
+
+@pytest.mark.parametrize(("stage", "sp_size"), [(3, 2), (2, 1)])
+def test_steps_of_an_engine_are_those_of_torchs_tiles(interpreted_ranks, stage, sp_size):
+    found = interpreted_ranks.run(_steps_by_key, stage, sp_size)
+    assert all(num_tiles > 0 for _, _, num_tiles in found)
+    assert max(loss for loss, _, _ in found) < 1e-6 and 0 < max(grads for _, grads, _ in found) < 2e-6
 
 
 # --- where it does not run
