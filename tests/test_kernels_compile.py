@@ -34,6 +34,25 @@ def test_nothing_is_spilled_and_shared_memory_suffices(table, target, capsys):
     assert max(each.registers for each in of_target) <= 128
 
 
+def test_no_thread_overwrites_what_another_has_yet_to_read(table):
+    # The interpreter runs a row's threads as one, and would not see it. Where rows are read 16 bytes at a time, the one
+    # narrow read is the label's logit: before the first barrier, and every write of a gradient comes after the last.
+    aligned = [each for each in table if each.size == "bf16, V 128256" and each.accesses]
+    assert [each.target for each in aligned] == ["sm_80", "sm_90", "sm_100"]
+    for each in aligned:
+        accesses = each.accesses.split()
+        first, last = accesses.index("bar.sync"), len(accesses) - accesses[::-1].index("bar.sync")
+        assert accesses.count("ld.global.b16") == 1 and accesses.index("ld.global.b16") < first
+        writes = [index for index, access in enumerate(accesses) if access.startswith("st.")]
+        assert writes and min(writes) >= last
+        assert {access for access in accesses[last + 1 :]} == {"ld.global.v4.b32", "st.global.v4.b32"}
+
+
+def test_a_kernel_that_spills_is_seen():
+    (unaligned,) = [each for each in compile_all(("sm_90",), config=(32768, 32)) if each.size == "bf16, V 50257"]
+    assert unaligned.spilled > 0 and not unaligned.fits
+
+
 def test_a_spill_or_too_much_shared_memory_fails():
     good = Compiled("k", "sm_80", "s", 40, 163 * 1024, 0)
     assert good.fits

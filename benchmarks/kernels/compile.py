@@ -1,11 +1,12 @@
 """Compiles every kernel for GPUs that are not here, by the wrappers that launch it, on tensors without data.
 
-    python -m benchmarks.kernels.compile [target ...]
+    python -m benchmarks.kernels.compile [--config block,warps] [target ...]
 
 prints a line of JSON a kernel. It needs TRITON_INTERPRET unset, and a process of its own: the driver is replaced for
 good. A kernel that is compiled here has been run nowhere.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -37,6 +38,8 @@ class Compiled:
     shared: int
     spilled: int
     """Bytes on NVIDIA, registers on AMD."""
+    accesses: str = ""
+    """On NVIDIA: reads and writes of the chip's memory and the barriers between them, in the order of the code."""
 
     @property
     def fits(self) -> bool:
@@ -58,8 +61,8 @@ CROSS_ENTROPY = (
 )
 
 
-def compile_all(targets: tuple[str, ...] = tuple(SHARED)) -> list[Compiled]:
-    """Every kernel for these targets, in a process of its own, without a cache.
+def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int] | None = None) -> list[Compiled]:
+    """Every kernel for these targets, in a process of its own, without a cache; in another config if one is given.
 
     Raises:
         RuntimeError: it does not compile.
@@ -70,8 +73,13 @@ def compile_all(targets: tuple[str, ...] = tuple(SHARED)) -> list[Compiled]:
             **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PTXAS_OPTIONS")},
             **{"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
         }
+        options = [] if config is None else ["--config", f"{config[0]},{config[1]}"]
         done = subprocess.run(
-            [sys.executable, "-m", __name__, *targets], env=environment, capture_output=True, text=True, timeout=280
+            [sys.executable, "-m", __name__, *options, *targets],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
         )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:] or done.stdout[-4000:])
@@ -90,12 +98,15 @@ def _launch_cross_entropy(V: int, dtype: torch.dtype, smoothing: float, softcap:
 
 
 def _compile(target: str) -> Iterator[Compiled]:
+    logs: dict[str, str] = {}
     for size, case in CROSS_ENTROPY:
         with _recording(target) as found:
             _launch_cross_entropy(*case)
         ((name, kernel, log),) = found
-        registers, spilled = _resources(kernel, log)
-        yield Compiled(name, target, size, registers, kernel.metadata.shared, spilled)
+        # Sizes that come to the same kernel compile it once.
+        registers, spilled = _resources(kernel, logs.setdefault(kernel.hash, log))
+        accesses = " ".join(re.findall(r"\b(?:ld|st)\.global[\w.]*|\bbar\.sync", kernel.asm.get("ptx", "")))
+        yield Compiled(name, target, size, registers, kernel.metadata.shared, spilled, accesses)
 
 
 def _resources(kernel: Any, log: str) -> tuple[int, int]:
@@ -173,7 +184,16 @@ def _driver(target: str) -> Any:
 
 def main() -> None:
     """Print what each kernel takes."""
-    for target in sys.argv[1:] or SHARED:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", help="block,warps, in place of the kernel's own choice")
+    parser.add_argument("targets", nargs="*", default=tuple(SHARED))
+    arguments = parser.parse_args()
+    if arguments.config:
+        from deepspeed_alst.kernels import cross_entropy
+
+        block, warps = (int(each) for each in arguments.config.split(","))
+        cross_entropy.CONFIGS = ((block, warps),)
+    for target in arguments.targets:
         for each in _compile(target):
             print(json.dumps(dataclasses.asdict(each)), flush=True)
 
