@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -77,6 +77,9 @@ bench-curve: setup
 
 bench-tiles: setup
 	$(BIN)/python -m benchmarks.tiles --picture runs/loss_memory.png shapes loss gathers gradients time
+
+bench-kernels: setup
+	$(BIN)/python -m benchmarks.kernels
 
 bench-reduction: setup
 	$(BIN)/python -m benchmarks.reduction

@@ -26,6 +26,15 @@ def _one_size(values: Any) -> Any:
     return values
 
 
+def _known_backend(value: Any, words: str) -> Any:
+    """What makes the loss of a tile."""
+    if value == "liger":
+        raise ValueError("Liger's kernels are not yet available in this version of deepspeed_alst; use 'torch'")
+    if value not in ("auto", "torch", "triton"):
+        raise ValueError(f"use {words}")
+    return value
+
+
 class TiledMlpBlock(BaseModel):
     """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty one."""
 
@@ -56,7 +65,7 @@ class TiledMlpBlock(BaseModel):
 
 
 class TiledLossBlock(BaseModel):
-    """``alst.tiled_logits_loss`` as an object; ``true`` and ``"torch"`` are an empty one."""
+    """``alst.tiled_logits_loss`` as an object; ``true`` is an empty one, ``"triton"`` and ``"torch"`` a backend."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -65,6 +74,14 @@ class TiledLossBlock(BaseModel):
 
     tile_bytes: int = 2**30
     """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens. "auto" is 1 GiB."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """What makes a tile's loss and gradient; "triton" needs a GPU. "auto" is "torch"."""
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _backend(cls, value: Any) -> Any:
+        return _known_backend(value, "'auto', 'torch' or 'triton'")
 
     @field_validator("tile_bytes", mode="before")
     @classmethod
@@ -138,7 +155,7 @@ class AlstBlock(BaseModel):
     """MLPs and experts tile by tile: true, false or an object."""
 
     tiled_logits_loss: TiledLossBlock | Literal["auto"] | None = "auto"
-    """Logits and loss tile by tile: true, "torch", false, an object, or "auto": where sequences are split."""
+    """Logits and loss tile by tile: true, "torch", "triton", false, an object, or "auto": where sequences are split."""
 
     liger_kernel: Any = "auto"
     """Liger's kernels. Not available in this version; "auto" leaves them off."""
@@ -184,13 +201,12 @@ class AlstBlock(BaseModel):
     @field_validator("tiled_logits_loss", mode="before")
     @classmethod
     def _tiled_loss(cls, value: Any) -> Any:
-        if value in ("liger", "triton"):
-            raise ValueError("its kernels are not yet available in this version of deepspeed_alst; use 'torch'")
-        if isinstance(value, bool) or value == "torch":
+        if isinstance(value, bool):
             return {} if value else None
-        if value != "auto" and not isinstance(value, Mapping):
-            raise ValueError("use true, false, 'auto', 'torch', or an object of tile_bytes or tile_tokens")
-        return value
+        if isinstance(value, Mapping):
+            return value
+        words = "true, false, 'auto', 'torch', 'triton', or an object of tile_bytes or tile_tokens, and backend"
+        return "auto" if _known_backend(value, words) == "auto" else {"backend": value}
 
     @field_validator(*_NOT_YET)
     @classmethod

@@ -41,6 +41,8 @@ AREAS = {
     "test_offload_engine": "offload",
     "test_offload_plan": "offload",
     "test_families": "models",
+    "test_kernels": "tiles and kernels",
+    "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",
     "test_op_build": "tiles and kernels",
     "test_sum_pieces": "tiles and kernels",

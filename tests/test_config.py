@@ -128,6 +128,8 @@ def test_tiled_mlp_compute_is_on_off_or_an_object(value, tile_bytes):
         ("auto", 2**30, None),
         (True, 2**30, 2**30),
         ("torch", 2**30, 2**30),
+        ("triton", 2**30, 2**30),
+        ({"backend": "triton", "tile_bytes": 7}, 7, 7),
         ({"tile_bytes": 7}, 7, 7),
         (False, None, None),
     ],
@@ -136,6 +138,13 @@ def test_the_loss_is_tiled_where_sequences_are_split_or_where_it_is_asked_for(va
     for sp_size, expected in ((2, at_sp2), (1, at_sp1)):
         found = parse({"sequence_parallel_size": sp_size, "alst": {"tiled_logits_loss": value}}).tiled_loss()
         assert (found and found.tile_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "backend"), [(True, "auto"), ("torch", "torch"), ("triton", "triton"), ({"backend": "triton"}, "triton")]
+)
+def test_what_makes_a_tiles_loss_is_a_value_or_a_key_of_its_own(value, backend):
+    assert parse(alst(tiled_logits_loss=value)).tiled_loss().backend == backend
 
 
 @pytest.mark.parametrize(
@@ -161,9 +170,11 @@ def test_the_loss_is_tiled_where_sequences_are_split_or_where_it_is_asked_for(va
             {"fp32_accumulation": 1},
             "alst.tiled_mlp_compute.fp32_accumulation: Input should be a v",
         ),
-        ("tiled_logits_loss", "liger", "alst.tiled_logits_loss: its kernels are not yet available"),
-        ("tiled_logits_loss", 0, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', or an object"),
-        ("tiled_logits_loss", None, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', or an object"),
+        ("tiled_logits_loss", "liger", "alst.tiled_logits_loss: Liger's kernels are not yet available"),
+        ("tiled_logits_loss", {"backend": "liger"}, "alst.tiled_logits_loss.backend: Liger's kernels are not yet av"),
+        ("tiled_logits_loss", {"backend": "tritn"}, "alst.tiled_logits_loss.backend: use 'auto', 'torch' or 'triton'"),
+        ("tiled_logits_loss", 0, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', or an"),
+        ("tiled_logits_loss", None, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', or an"),
         ("tiled_logits_loss", {"tile_byte": 9}, "alst.tiled_logits_loss.tile_byte: unknown key. Did you mean 'tile_b"),
         ("tiled_logits_loss", {"tile_bytes": "1G"}, "alst.tiled_logits_loss.tile_bytes: "),
     ],

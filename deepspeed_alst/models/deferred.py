@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import SetupError
+from deepspeed_alst.models.logit_steps import on_the_way
 from deepspeed_alst.parallel.loss import shard_loss
-from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
+from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
 
 # What models do to logits one by one; its other arguments are numbers.
 _ELEMENTWISE = {
@@ -131,21 +132,26 @@ class DeferredLogits(torch.Tensor):
         head, vocab = self._head, self.shape[-1]
         params = list(head.module.parameters())
         head.is_tiled = True
+        # What the kernel cannot do to the logits, torch does before it.
+        by_kernel = _runs_kernel(head, self.device)
+        fused = on_the_way(self._steps) if by_kernel else None
+        steps = self._steps if fused is None else ()
 
         def work(hidden_TH: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():
                 self._weights = _weights_now(head)
-            rows = loss_tile_rows(head.budget, vocab)
+            rows = loss_tile_rows(head.budget, vocab, in_place=fused is not None)
             labels_T = labels_Bs.flatten().to(hidden_TH.device)
             scale = 1 / divisor.to(hidden_TH.device)
             return tiled_loss(
-                lambda tile: _after(head.forward(tile), self._steps),
+                lambda tile: _after(head.forward(tile), steps),
                 params,
                 hidden_TH,
                 labels_T,
                 scale,
                 rows,
                 label_smoothing,
+                fused or (OnTheWay() if by_kernel else None),
             )
 
         return self._call(work, self._hidden.flatten(0, -2))
@@ -212,6 +218,16 @@ def _after(logits: torch.Tensor, steps: tuple[Any, ...]) -> torch.Tensor:
     for function, before, after, keywords in steps:
         logits = function(*before, logits, *after, **keywords)
     return logits
+
+
+def _runs_kernel(head: DeferredHead, device: torch.device) -> bool:
+    """Whether a tile's loss is the Triton kernel's."""
+    if head.budget.backend != "triton":
+        return False
+    # Triton is loaded for those who ask for it.
+    from deepspeed_alst.kernels.registry import runs_on
+
+    return runs_on(device)
 
 
 def _weights_now(head: DeferredHead) -> Weights:

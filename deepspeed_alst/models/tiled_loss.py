@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepspeed_alst.blocks import TiledLossBlock
-from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import has_fused_head
@@ -32,7 +32,10 @@ def tile_loss(
 
     Raises:
         UnsupportedModelError: the model has no output embeddings.
+        SetupError: its kernels are asked for where they cannot run.
     """
+    if budget.backend == "triton":
+        _check_kernels()
     base = base_model(model)
     module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if module is None:
@@ -48,7 +51,18 @@ def tile_loss(
     base.alst_head = head
     undo.callback(delattr, base, "alst_head")
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
-    return f"{type(module).__name__}, tiles of {size}; outputs.logits is None in training"
+    by_kernel = "by the Triton kernel where the model is on a GPU; " if budget.backend == "triton" else ""
+    return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
+
+
+def _check_kernels() -> None:
+    from deepspeed_alst.kernels.registry import runs_on
+
+    if not torch.cuda.is_available() and not runs_on(torch.device("cpu")):
+        raise SetupError(
+            "alst.tiled_logits_loss: 'triton' needs a GPU, and there is none here. Use 'auto' or 'torch'; to try the "
+            "kernel on CPU, a thousand times slower, set TRITON_INTERPRET=1 in the environment."
+        )
 
 
 def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo: ExitStack) -> None:

@@ -4,10 +4,13 @@ A tile's logits become the gradient of its summed cross-entropy at once, and tha
 of the head's weights, which wait for the factor that comes in from behind (the mean, gradient accumulation, loss
 scaling). Rows without a label take no part. The head's weights get one gradient a pass, summed in fp32 over the tiles.
 
+With ``on_the_way`` the Triton kernel makes a tile's gradient in place of its logits; without, torch does.
+
 Legend: T rows (tokens, flat), t rows of a tile, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +22,29 @@ from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weig
 
 # Of a logit: as the head makes it and as its gradient goes back, in two bytes each, and three fp32 values between.
 _BYTES_PER_LOGIT = 16
+# By the kernel one value, which is both, and fp32 at most.
+_BYTES_IN_PLACE = 4
 _FEWEST_ROWS = 64
 _BLOCK = 2**24
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""``[t, V], [t], [] -> [], [t, V]``: the summed loss of a tile, and its gradient times a number."""
 
 
-def loss_tile_rows(budget: TiledLossBlock, vocab: int) -> int:
+@dataclass(frozen=True)
+class OnTheWay:
+    """What a model does to its logits before its loss, as far as the kernel can do it: a scale, then a soft cap."""
+
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+    """0 is none."""
+
+
+def loss_tile_rows(budget: TiledLossBlock, vocab: int, in_place: bool = False) -> int:
     """Rows of a tile whose logits fit into its bytes, at least 64, or those that the user sets."""
-    return budget.tile_tokens or max(_FEWEST_ROWS, budget.tile_bytes // (_BYTES_PER_LOGIT * vocab))
+    bytes_per_logit = _BYTES_IN_PLACE if in_place else _BYTES_PER_LOGIT
+    return budget.tile_tokens or max(_FEWEST_ROWS, budget.tile_bytes // (bytes_per_logit * vocab))
 
 
 def tiled_loss(
@@ -38,6 +55,7 @@ def tiled_loss(
     scale: torch.Tensor,
     tile_rows: int,
     label_smoothing: float = 0.0,
+    on_the_way: OnTheWay | None = None,
 ) -> torch.Tensor:
     """The summed cross-entropy of the labelled rows, times ``scale``: ``[T, H], [T], [] -> []`` in fp32, fp64 in fp64.
 
@@ -50,11 +68,18 @@ def tiled_loss(
             for fp16, which has no room for it.
         tile_rows: rows of a tile, at least 1.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        on_the_way: have the kernel make loss and gradient, and do this to what ``logits`` returns.
+
+    Raises:
+        DataError: the kernel is to do it, and a label is no token.
     """
+    cross_entropy = _by_torch(label_smoothing)
+    if on_the_way is not None:
+        cross_entropy = _by_kernel(label_smoothing, on_the_way, labels_T)
     if not torch.is_grad_enabled():
-        total = _sum_of_tiles(logits, hidden_TH, labels_T, tile_rows, label_smoothing)
+        total = _sum_of_tiles(logits, hidden_TH, labels_T, tile_rows, cross_entropy)
         return total * scale.to(total)
-    return _TiledLoss.apply(logits, hidden_TH, labels_T, scale, tile_rows, label_smoothing, *weights)
+    return _TiledLoss.apply(logits, hidden_TH, labels_T, scale, tile_rows, cross_entropy, *weights)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -66,7 +91,7 @@ class _TiledLoss(torch.autograd.Function):
         labels_T: torch.Tensor,
         scale: torch.Tensor,
         tile_rows: int,
-        smoothing: float,
+        cross_entropy: CrossEntropy,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         ctx.need_hidden, ctx.need_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
@@ -83,16 +108,15 @@ class _TiledLoss(torch.autograd.Function):
             leaf = hidden_TH[part].detach().requires_grad_(ctx.need_hidden)
             with torch.enable_grad():
                 logits_tV = logits(leaf)
-            loss, grad_tV = _cross_entropy(logits_tV.detach(), labels_T[part], smoothing)
+            loss, grad_tV = cross_entropy(logits_tV, labels_T[part], before)
             total += loss
-            grad_tV *= before
             if part is parts[0]:
                 refuse_foreign_weights([logits_tV], (leaf, *weights), "The head")
             wanted = [leaf, *trained] if ctx.need_hidden else trained
             found = ()
             if wanted:
                 with without_hooks(trained), torch.autocast(hidden_TH.device.type, enabled=False):
-                    found = torch.autograd.grad(logits_tV, wanted, grad_tV.to(logits_tV.dtype), allow_unused=True)
+                    found = torch.autograd.grad(logits_tV, wanted, grad_tV, allow_unused=True)
             del logits_tV, grad_tV
             if grad_TH is not None:
                 grad_TH[part] = found[0]
@@ -126,12 +150,46 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def _sum_of_tiles(
-    logits: Logits, hidden_TH: torch.Tensor, labels_T: torch.Tensor, tile_rows: int, smoothing: float
+    logits: Logits, hidden_TH: torch.Tensor, labels_T: torch.Tensor, tile_rows: int, cross_entropy: CrossEntropy
 ) -> torch.Tensor:
     total = _zero(hidden_TH)
     for part in _labelled_rows(labels_T).split(tile_rows):
-        total += _cross_entropy(logits(hidden_TH[part]), labels_T[part], smoothing)[0]
+        total += cross_entropy(logits(hidden_TH[part]), labels_T[part], torch.ones_like(total))[0]
     return total
+
+
+def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor) -> CrossEntropy:
+    """In place of the logits, in fp32 whatever they are stored in."""
+    # Triton is loaded for those who ask for it.
+    from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_, has_own_rows
+
+    # Right behind the wait for the labelled rows, and not once more for each tile.
+    known_T = labels_T.where(labels_T != IGNORED_LABEL, 0)
+    lowest, highest = torch.stack(known_T.aminmax()).tolist() if known_T.numel() else (0, 0)
+
+    def of_tile(
+        logits_tV: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_labels(lowest, highest, logits_tV.shape[1])
+        grad_tV = logits_tV.detach()
+        # tanh and its like keep their result for the backward; whatever else keeps it stops there, by its version.
+        if not has_own_rows(grad_tV) or hasattr(logits_tV.grad_fn, "_saved_result"):
+            grad_tV = grad_tV.clone(memory_format=torch.contiguous_format)
+        loss = cross_entropy_(grad_tV, labels_t, scale, smoothing, on_the_way.softcap, on_the_way.logit_scale)
+        return loss, grad_tV
+
+    return of_tile
+
+
+def _by_torch(smoothing: float) -> CrossEntropy:
+    def of_tile(
+        logits_tV: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, grad_tV = _cross_entropy(logits_tV.detach(), labels_t, smoothing)
+        grad_tV *= scale
+        return loss, grad_tV.to(logits_tV.dtype)
+
+    return of_tile
 
 
 def _cross_entropy(

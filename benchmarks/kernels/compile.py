@@ -1,0 +1,202 @@
+"""Compiles every kernel for GPUs that are not here, by the wrappers that launch it, on tensors without data.
+
+    python -m benchmarks.kernels.compile [--config block,warps] [target ...]
+
+prints a line of JSON a kernel. It needs TRITON_INTERPRET unset, and a process of its own: the driver is replaced for
+good. A kernel that is compiled here has been run nowhere.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_KIB = 1024
+# Bytes of shared memory that one block may have.
+SHARED = {"sm_80": 163 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB, "gfx942": 64 * _KIB}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes of one chip."""
+
+    kernel: str
+    target: str
+    size: str
+    registers: int
+    shared: int
+    spilled: int
+    """Bytes on NVIDIA, registers on AMD."""
+    accesses: str = ""
+    """On NVIDIA: reads and writes of the chip's memory and the barriers between them, in the order of the code."""
+
+    @property
+    def fits(self) -> bool:
+        """Nothing is spilled, and the chip has the shared memory."""
+        return self.spilled == 0 and self.shared <= SHARED[self.target]
+
+
+# Sizes of models that are trained; 50257, 32001 and 151665 are multiples of nothing. Llama 3, GPT-2, Gemma 2, Qwen 2.5.
+CROSS_ENTROPY = (
+    ("bf16, V 128256", (128256, torch.bfloat16, 0.0, 0.0)),
+    ("bf16, V 50257", (50257, torch.bfloat16, 0.0, 0.0)),
+    ("bf16, V 256000, soft-cap", (256000, torch.bfloat16, 0.0, 30.0)),
+    ("bf16, V 151665, all", (151665, torch.bfloat16, 0.1, 30.0)),
+    ("fp16, V 32001, smoothing", (32001, torch.float16, 0.1, 0.0)),
+    ("fp32, V 128256", (128256, torch.float32, 0.0, 0.0)),
+    ("fp32, V 151665, all", (151665, torch.float32, 0.1, 30.0)),
+    ("bf16, V 4001, all", (4001, torch.bfloat16, 0.1, 30.0)),
+    ("bf16, V 259, all", (259, torch.bfloat16, 0.1, 30.0)),
+)
+
+
+def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int] | None = None) -> list[Compiled]:
+    """Every kernel for these targets, in a process of its own, without a cache; in another config if one is given.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    with tempfile.TemporaryDirectory(prefix="triton_") as folder:
+        # PTXAS_OPTIONS is read when triton is imported.
+        environment = {
+            **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PTXAS_OPTIONS")},
+            **{"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
+        }
+        options = [] if config is None else ["--config", f"{config[0]},{config[1]}"]
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, *options, *targets],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:] or done.stdout[-4000:])
+    return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def _launch_cross_entropy(V: int, dtype: torch.dtype, smoothing: float, softcap: float) -> None:
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference
+    from deepspeed_alst.kernels.registry import registered
+
+    op = registered()["cross_entropy"]
+    assert op.reference is cross_entropy_reference
+    logits_tV = torch.empty(523, V, dtype=dtype, device="meta")
+    labels_t = torch.empty(523, dtype=torch.int64, device="meta")
+    op.launch(logits_tV, labels_t, torch.empty((), device="meta"), smoothing, softcap, 1.0)
+
+
+def _compile(target: str) -> Iterator[Compiled]:
+    logs: dict[str, str] = {}
+    for size, case in CROSS_ENTROPY:
+        with _recording(target) as found:
+            _launch_cross_entropy(*case)
+        ((name, kernel, log),) = found
+        # Sizes that come to the same kernel compile it once.
+        registers, spilled = _resources(kernel, logs.setdefault(kernel.hash, log))
+        accesses = " ".join(re.findall(r"\b(?:ld|st)\.global[\w.]*|\bbar\.sync", kernel.asm.get("ptx", "")))
+        yield Compiled(name, target, size, registers, kernel.metadata.shared, spilled, accesses)
+
+
+def _resources(kernel: Any, log: str) -> tuple[int, int]:
+    """Registers and spills, as the assembler says."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        (registers,) = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
+    else:
+        (registers,) = re.findall(r"Used (\d+) registers", log)
+        spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert len(spilled) == 2, f"the assembler's words have changed:\n{log}"
+    return int(registers), sum(int(each) for each in spilled)
+
+
+@contextlib.contextmanager
+def _recording(target: str) -> Iterator[list[tuple[str, Any, str]]]:
+    """Inside, a launch compiles and launches nothing; yields names, kernels and the assembler's words."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(_driver(target))
+    run, found = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        words = io.StringIO()
+        with contextlib.redirect_stdout(words):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.fn.__name__.strip("_"), kernel, words.getvalue()))
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def _driver(target: str) -> Any:
+    """A driver of a GPU that is not here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    is_nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
+
+    class Absent(DriverBase):
+        def __init__(self) -> None:
+            pass
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return gpu
+
+        def get_current_device(self) -> Any:
+            return gpu.arch  # a cache of kernels for each target
+
+        def get_current_stream(self, device: Any) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_benchmarker(self) -> Any:
+            raise RuntimeError("nothing is timed here")
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+    return Absent()
+
+
+def main() -> None:
+    """Print what each kernel takes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", help="block,warps, in place of the kernel's own choice")
+    parser.add_argument("targets", nargs="*", default=tuple(SHARED))
+    arguments = parser.parse_args()
+    if arguments.config:
+        from deepspeed_alst.kernels import cross_entropy
+
+        block, warps = (int(each) for each in arguments.config.split(","))
+        cross_entropy.CONFIGS = ((block, warps),)
+    for target in arguments.targets:
+        for each in _compile(target):
+            print(json.dumps(dataclasses.asdict(each)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Triton's interpreter made fit to judge a kernel: bf16 as on a GPU, no access beyond a tensor, and bytes counted.
+
+As it is (Triton 3.9), it truncates where a GPU rounds to bf16, computes with the bits of bf16 values as if they were
+integers, passes floats as Python's, and reads and writes wherever a pointer points to. Programs run one after another,
+so races between threads are not seen.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+_ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_fabs")
+
+
+@dataclass
+class Traffic:
+    """Bytes that a kernel's loads and stores touched; lanes that are masked out count for nothing."""
+
+    read: int = 0
+    written: int = 0
+
+
+class OutOfBoundsError(IndexError):
+    """A kernel's access to memory that is not its tensors'."""
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """The bits of fp32 values as bf16, to nearest even."""
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).bfloat16().view(torch.uint16).numpy()
+
+
+@contextmanager
+def faithful() -> Iterator[Traffic]:
+    """Inside, kernels run as described above; the process was started with TRITON_INTERPRET=1."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
+    from triton.runtime import interpreter
+
+    traffic, builder = Traffic(), interpreter.InterpreterBuilder
+    with ExitStack() as undo:
+
+        def replace(owner: Any, name: str, make: Any) -> None:
+            undo.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
+
+        replace(builder, "cast_impl", _casting(interpreter))
+        for name in _ARITHMETIC:
+            replace(builder, name, _without_bf16)
+        replace(interpreter.ReduceScanOpInterface, "check_tensor", _reducing)
+        replace(interpreter, "_implicit_cvt", _with_fp32_scalars(interpreter))
+        ranges: list[tuple[int, int]] = []
+        replace(interpreter.GridExecutor, "_init_args_hst", _noting(ranges))
+        replace(builder, "create_masked_load", _loading(ranges, traffic))
+        replace(builder, "create_masked_store", _storing(ranges, traffic))
+        yield traffic
+
+
+def _is_bf16(handle: Any) -> bool:
+    return getattr(getattr(handle, "dtype", None), "scalar", None) is not None and str(handle.dtype.scalar) == "bf16"
+
+
+def _casting(interpreter: Any) -> Any:
+    import triton.language as tl
+
+    def make(original: Any) -> Any:
+        def cast_impl(self: Any, source: Any, target: Any) -> Any:
+            if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+                bits = round_to_bf16(source.data).reshape(source.data.shape)
+                return interpreter.TensorHandle(bits, tl.bfloat16)
+            return original(self, source, target)
+
+        return cast_impl
+
+    return make
+
+
+def _without_bf16(original: Any) -> Any:
+    def guarded(self: Any, *args: Any) -> Any:
+        if any(_is_bf16(each) for each in args):
+            raise TypeError("arithmetic on bf16 values: the interpreter takes their bits for integers; cast them first")
+        return original(self, *args)
+
+    return guarded
+
+
+def _reducing(original: Any) -> Any:
+    def check_tensor(self: Any, values: Any) -> Any:
+        if any(_is_bf16(each.handle) for each in values):
+            raise TypeError(
+                "a reduction of bf16 values: the interpreter takes their bits for integers; cast them first"
+            )
+        return original(self, values)
+
+    return check_tensor
+
+
+def _with_fp32_scalars(interpreter: Any) -> Any:
+    import triton.language as tl
+
+    def make(original: Any) -> Any:
+        def implicit(argument: Any) -> Any:
+            if type(argument) is not float:
+                return original(argument)
+            return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+
+        return implicit
+
+    return make
+
+
+def _noting(ranges: list[tuple[int, int]]) -> Any:
+    """Note where a launch's tensors begin and end."""
+
+    def make(original: Any) -> Any:
+        def init(self: Any, args: Any, kwargs: Any) -> Any:
+            found = original(self, args, kwargs)
+            ranges.clear()
+            for each in (*found[0], *found[1].values()):
+                if isinstance(each, torch.Tensor) and each.numel():
+                    last = sum((size - 1) * stride for size, stride in zip(each.shape, each.stride(), strict=True))
+                    ranges.append((each.data_ptr(), each.data_ptr() + (last + 1) * each.element_size()))
+            return found
+
+        return init
+
+    return make
+
+
+def _touched(what: str, pointers: Any, mask: np.ndarray, ranges: list[tuple[int, int]]) -> int:
+    """Bytes of the lanes that take part.
+
+    Raises:
+        OutOfBoundsError: one of them lies outside of all tensors.
+    """
+    lanes, size = np.broadcast_arrays(pointers.data, mask), pointers.get_element_ty().primitive_bitwidth // 8
+    addresses = lanes[0][lanes[1].astype(bool)].astype(np.int64)
+    inside = np.zeros(addresses.shape, dtype=bool)
+    for begin, end in ranges:
+        inside |= (addresses >= begin) & (addresses + size <= end)
+    if not inside.all():
+        raise OutOfBoundsError(f"{what}: {int((~inside).sum())} of {inside.size} lanes are beyond the kernel's tensors")
+    return addresses.size * size
+
+
+def _loading(ranges: list[tuple[int, int]], traffic: Traffic) -> Any:
+    def make(original: Any) -> Any:
+        def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            traffic.read += _touched("load", pointers, mask.data, ranges)
+            return original(self, pointers, mask, *rest)
+
+        return load
+
+    return make
+
+
+def _storing(ranges: list[tuple[int, int]], traffic: Traffic) -> Any:
+    def make(original: Any) -> Any:
+        def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            traffic.written += _touched("store", pointers, mask.data, ranges)
+            return original(self, pointers, value, mask, *rest)
+
+        return store
+
+    return make

@@ -1,0 +1,250 @@
+"""Cross-entropy that turns a tile of logits into their gradient, in place.
+
+``z = cap * tanh(logit_scale * x / cap)`` (``logit_scale * x`` without a cap), the loss of a row is
+``logsumexp(z) - (1 - smoothing) * z[label] - smoothing * mean(z)``, and ``x`` becomes ``scale`` times its derivative.
+The normaliser is the online softmax's (arXiv:1805.02867); all maths is in fp32, whatever the logits are stored in.
+
+Bytes moved per logit: 3 * itemsize, the row read twice and written once (6 in bf16, 12 in fp32); the minimum is the
+same. Reading once takes a place for the whole row: 128256 logits in bf16 are 251 KiB, a block of an H100 has 227 KiB of
+shared memory.
+
+Legend: t rows of a tile, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from deepspeed_alst.errors import DataError, ShapeError
+from deepspeed_alst.kernels.registry import pick, register
+
+IGNORED_LABEL = -100
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Logits of a block and the warps that share them. The first that holds a row is taken, else the last: by rule, not by
+# timing, because a trial run would overwrite the logits, and ranks that choose by themselves would differ.
+CONFIGS = ((1024, 4), (4096, 8), (8192, 16))
+
+
+def cross_entropy_reference(
+    logits_tV: torch.Tensor,
+    labels_t: torch.Tensor,
+    scale: torch.Tensor,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
+    """The definition of ``cross_entropy_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
+    with torch.enable_grad():
+        leaf_tV = logits_tV.detach().to(torch.promote_types(logits_tV.dtype, torch.float32), copy=True).requires_grad_()
+        z_tV = leaf_tV * logit_scale
+        if softcap:
+            z_tV = softcap * torch.tanh(z_tV / softcap)
+        loss = F.cross_entropy(
+            z_tV, labels_t, reduction="sum", ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing
+        )
+        (grad_tV,) = torch.autograd.grad(loss, leaf_tV)
+    logits_tV.copy_(grad_tV * scale.to(grad_tV))
+    return loss.detach()
+
+
+@triton.jit
+def _tanh(x):
+    # Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose the digits that it is there for.
+    a = tl.abs(x)
+    s = a * a
+    near = -5.70498872745e-3 * s + 2.06390887954e-2
+    near = (near * s - 5.37397155531e-2) * s + 1.33314422036e-1
+    near = x + x * s * (near * s - 3.33332819422e-1)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _capped(x, softcap, logit_scale, HAS_CAP: tl.constexpr):
+    z = x * logit_scale
+    if HAS_CAP:
+        z = softcap * _tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    x_ptr,
+    labels_ptr,
+    scale_ptr,
+    losses_ptr,
+    row_stride,
+    V,
+    smoothing,
+    softcap,
+    logit_scale,
+    HAS_CAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # t*V passes 2**31
+    x_ptr += row * row_stride
+    label = tl.load(labels_ptr + row)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    is_known = (label >= 0) & (label < V)
+    # Before the first reduction, which all threads wait at: no thread reads it after another wrote its gradient.
+    x_label = tl.load(x_ptr + label, mask=is_known, other=0.0).to(tl.float32)
+    lanes = tl.arange(0, BLOCK)
+
+    highest = float("-inf")
+    total = 0.0
+    sum_z = 0.0
+    for begin in range(0, V, BLOCK):
+        inside = begin + lanes < V
+        x = tl.load(x_ptr + begin + lanes, mask=inside, other=0.0).to(tl.float32)
+        z = _capped(x, softcap, logit_scale, HAS_CAP)
+        if SMOOTH:
+            sum_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
+        z = tl.where(inside, z, float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, axis=0))
+        # A block of -inf alone (a masked vocabulary): -inf less -inf is NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base), axis=0)
+        highest = higher
+
+    # The highest logit and the sum stay apart: added up, their rounding would be in every probability.
+    z_label = _capped(x_label, softcap, logit_scale, HAS_CAP)
+    loss = (highest - z_label) + tl.log(total)
+    if SMOOTH:
+        loss += smoothing * (z_label - sum_z / V)
+    share = 1.0 / total
+    factor = scale * logit_scale
+    # A row without a label counts for nothing; a label that is no token poisons its row.
+    unlabelled = tl.where(label == -100, 0.0, float("nan"))
+    loss = tl.where(is_known, loss, unlabelled)
+    tl.store(losses_ptr + row, loss)
+
+    for begin in range(0, V, BLOCK):
+        columns = begin + lanes
+        inside = columns < V
+        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        z = _capped(x, softcap, logit_scale, HAS_CAP)
+        grad = tl.exp(z - highest) * share - tl.where(columns == label, 1.0 - smoothing, 0.0)
+        if SMOOTH:
+            grad -= smoothing / V
+        if HAS_CAP:
+            capped = z / softcap
+            grad *= 1.0 - capped * capped
+        grad = tl.where(is_known, grad * factor, unlabelled)
+        tl.store(x_ptr + columns, grad.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    logits_tV: torch.Tensor,
+    labels_t: torch.Tensor,
+    scale: torch.Tensor,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+) -> torch.Tensor:
+    t, V = logits_tV.shape
+    losses_t = torch.empty(t, dtype=torch.float32, device=logits_tV.device)
+    block, warps = next((each for each in CONFIGS if each[0] >= V), CONFIGS[-1])
+    if t:
+        _cross_entropy_kernel[(t,)](
+            logits_tV,
+            labels_t,
+            scale,
+            losses_t,
+            logits_tV.stride(0),
+            V,
+            label_smoothing,
+            softcap,
+            logit_scale,
+            HAS_CAP=softcap != 0,
+            SMOOTH=label_smoothing != 0,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return losses_t.sum()
+
+
+# No autograd of its own: its output is a gradient already, which tiling/loss.py hands on.
+_op = torch.library.custom_op("deepspeed_alst::cross_entropy_", _launch, mutates_args=("logits_tV",))
+
+
+@_op.register_fake
+def _fake(logits_tV, labels_t, scale, label_smoothing, softcap, logit_scale):
+    return logits_tV.new_empty((), dtype=torch.float32)
+
+
+register("cross_entropy", reference=cross_entropy_reference, triton=_op, launch=_launch)
+
+
+def has_own_rows(logits_tV: torch.Tensor) -> bool:
+    """Whether a tile's rows can be written in place."""
+    t, V = logits_tV.shape
+    return (V == 1 or logits_tV.stride(1) == 1) and (t <= 1 or logits_tV.stride(0) >= V)
+
+
+def _check(logits_tV: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor) -> None:
+    if logits_tV.dim() != 2 or logits_tV.shape[1] == 0:
+        wrong = "logits must be [t, V] with V >= 1"
+    elif labels_t.shape != logits_tV.shape[:1] or labels_t.dtype != torch.int64:
+        wrong = "labels must be [t] and torch.int64"
+    elif logits_tV.dtype not in (*_DTYPES, torch.float64):
+        wrong = f"logits must be one of {', '.join(map(str, _DTYPES))}"
+    elif scale.numel() != 1 or not scale.is_floating_point():
+        wrong = "scale must be one floating-point number"
+    elif not logits_tV.device == labels_t.device == scale.device:
+        wrong = "logits, labels and scale must be on one device"
+    elif not has_own_rows(logits_tV):
+        wrong = "the rows of logits must be contiguous, and share no memory"
+    else:
+        return
+    raise ShapeError(
+        f"cross_entropy_: {wrong}; logits are {list(logits_tV.shape)} with strides {list(logits_tV.stride())}, "
+        f"{logits_tV.dtype} on {logits_tV.device}, labels {list(labels_t.shape)}, {labels_t.dtype} on "
+        f"{labels_t.device}, scale {list(scale.shape)}, {scale.dtype} on {scale.device}"
+    )
+
+
+def check_labels(lowest: int, highest: int, vocab: int) -> None:
+    """Refuse labels that are no tokens; their range is read from the device once a loss, not once a tile.
+
+    Raises:
+        DataError: with the label and the way out.
+    """
+    if lowest < 0 or highest >= vocab:
+        raise DataError(
+            f"label {lowest if lowest < 0 else highest} is no token of a vocabulary of {vocab}. Labels are in "
+            f"[0, {vocab}), or {IGNORED_LABEL} for a token that is not trained."
+        )
+
+
+def cross_entropy_(
+    logits_tV: torch.Tensor,
+    labels_t: torch.Tensor,
+    scale: torch.Tensor,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
+    """Sum a tile's losses and turn its logits into their gradient, in place: ``[t, V], [t], [] -> []`` in fp32.
+
+    Rows labelled -100 have loss 0 and gradient 0. A label that is no token makes its row NaN, loss and gradient, and
+    never reads beside it; an error at once would stop the device (an assert) or wait for it at every tile, so
+    ``check_labels`` is called with the range of all tiles' labels.
+
+    Args:
+        logits_tV: bf16, fp16 or fp32 (fp64 takes the reference); rows contiguous, their distance may be larger than V.
+        labels_t: int64 on the same device.
+        scale: one fp32 number on the same device, in the gradient and not in the loss.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        softcap: logits are squashed into (-softcap, softcap); 0 for none.
+        logit_scale: logits are multiplied by it before that.
+
+    Raises:
+        ShapeError: sizes, strides, dtypes or devices that do not fit together.
+    """
+    _check(logits_tV, labels_t, scale)
+    if logits_tV.dtype == torch.float64:
+        return cross_entropy_reference(logits_tV, labels_t, scale, label_smoothing, softcap, logit_scale)
+    function = pick("cross_entropy", logits_tV.device)
+    return function(logits_tV, labels_t.contiguous(), scale, label_smoothing, softcap, logit_scale)

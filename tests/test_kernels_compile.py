@@ -1,0 +1,60 @@
+"""The kernels compiled ahead of time for four chips, by their own wrappers: registers, shared memory, no spills.
+
+Compiled is not run: nothing here says that they are right, or fast, on those chips.
+"""
+
+import pytest
+
+from benchmarks.kernels.compile import CROSS_ENTROPY, SHARED, Compiled, compile_all
+
+
+@pytest.fixture(scope="module")
+def table():
+    return compile_all()
+
+
+def test_every_kernel_compiles_for_every_target_at_every_size(table):
+    assert [(each.target, each.size) for each in table] == [
+        (target, size) for target in SHARED for size, _ in CROSS_ENTROPY
+    ]
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_nothing_is_spilled_and_shared_memory_suffices(table, target, capsys):
+    of_target = [each for each in table if each.target == target]
+    with capsys.disabled():
+        for each in of_target:
+            print(
+                f"\n{each.kernel}, {target}, {each.size}: {each.registers} registers, {each.shared} B shared, "
+                f"{each.spilled} spilled",
+                end="",
+            )
+    assert all(each.fits for each in of_target)
+    # A multiprocessor has 65536 registers, and one block of 16 warps takes 512 times a thread's.
+    assert max(each.registers for each in of_target) <= 128
+
+
+def test_no_thread_overwrites_what_another_has_yet_to_read(table):
+    # The interpreter runs a row's threads as one, and would not see it. Where rows are read 16 bytes at a time, the one
+    # narrow read is the label's logit: before the first barrier, and every write of a gradient comes after the last.
+    aligned = [each for each in table if each.size == "bf16, V 128256" and each.accesses]
+    assert [each.target for each in aligned] == ["sm_80", "sm_90", "sm_100"]
+    for each in aligned:
+        accesses = each.accesses.split()
+        first, last = accesses.index("bar.sync"), len(accesses) - accesses[::-1].index("bar.sync")
+        assert accesses.count("ld.global.b16") == 1 and accesses.index("ld.global.b16") < first
+        writes = [index for index, access in enumerate(accesses) if access.startswith("st.")]
+        assert writes and min(writes) >= last
+        assert {access for access in accesses[last + 1 :]} == {"ld.global.v4.b32", "st.global.v4.b32"}
+
+
+def test_a_kernel_that_spills_is_seen():
+    (unaligned,) = [each for each in compile_all(("sm_90",), config=(32768, 32)) if each.size == "bf16, V 50257"]
+    assert unaligned.spilled > 0 and not unaligned.fits
+
+
+def test_a_spill_or_too_much_shared_memory_fails():
+    good = Compiled("k", "sm_80", "s", 40, 163 * 1024, 0)
+    assert good.fits
+    assert not Compiled("k", "sm_80", "s", 40, 163 * 1024 + 1, 0).fits
+    assert not Compiled("k", "gfx942", "s", 40, 0, 1).fits
