@@ -6,12 +6,12 @@
 from collections import defaultdict
 
 SECONDS = {
-    "parity": 240,
-    "config and loader": 45,
+    "parity": 225,
+    "config and loader": 40,
     "models": 30,
     "the programs people have": 410,
-    "tiles and kernels": 140,
-    "offload": 110,
+    "tiles and kernels": 180,
+    "offload": 90,
     "the rest": 225,
 }
 
