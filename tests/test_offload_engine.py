@@ -25,9 +25,17 @@ from deepspeed_alst.offload.store import Store
 from tests.test_initialize import initialize
 
 
+def check_moved(store: Store, offload: str) -> None:
+    """What waited did wait, where it should: a run without offload has the same bits."""
+    counts = store.counts
+    assert counts.bytes_out > 0 and (counts.bytes_to_disk > 0) == (offload == "disk")
+
+
 def compare(cell: Cell) -> None:
     plain = run_alst(replace(cell, offload=""))
-    offloaded = run_alst(cell)
+    stores = []
+    offloaded = run_alst(cell, on_engine=lambda engine: stores.append(engine.alst_offload))
+    check_moved(stores[0], cell.offload)
     assert offloaded.loss == plain.loss and offloaded.norm == plain.norm
     for what in ("grads", "changes"):
         for name, tensor in getattr(plain, what).items():
@@ -54,6 +62,36 @@ def compare(cell: Cell) -> None:
 )
 def test_offload_changes_no_bit(cell, ranks2):
     ranks2.run(compare, cell)
+
+
+# Of a token in a layer in fp32: hidden size 32, and 4 heads' log-sum-exp.
+_INPUT, _OUTPUT = 32 * 4, 32 * 4 + 4 * 4
+
+
+def bytes_of_a_cell() -> int:
+    stores = []
+    run_alst(
+        Cell(offload="outputs", checkpointing="plain"), on_engine=lambda engine: stores.append(engine.alst_offload)
+    )
+    return stores[0].counts.bytes_out
+
+
+def test_a_shard_of_attentions_output_waits_beside_each_input(ranks2):
+    # 3 steps of 2 micro-steps, 24 of 48 tokens on a rank, 2 layers.
+    assert ranks2.run(bytes_of_a_cell) == [3 * 2 * 24 * 2 * (_INPUT + _OUTPUT)] * 2
+
+
+def bytes_without_sp() -> None:
+    engine = whole_model(offload_keys("outputs"))
+    batch = batches(1)[0]
+    engine.backward(engine(**batch).loss)
+    exact = 4 * batch["input_ids"].numel() * (_INPUT + _OUTPUT)
+    assert engine.alst_offload.counts.bytes_out == engine.alst_offload.counts.bytes_back == exact
+    engine.destroy()
+
+
+def test_attentions_output_waits_without_sequence_parallelism_too(ranks2):
+    ranks2.run(bytes_without_sp)
 
 
 # --- without sequence parallelism
@@ -91,6 +129,8 @@ def weights_after(alst: dict[str, Any], between: Any = lambda engine: None, **ch
         engine.step()
         between(engine)
     weights = [param.detach().clone() for param in engine.module.parameters()]
+    if alst:
+        check_moved(engine.alst_offload, "disk" if "nvme_path" in alst["activation_checkpoint_cpu_offload"] else "host")
     engine.destroy()
     return weights
 
@@ -172,6 +212,7 @@ def compiled_layers() -> None:
             engine.step()
         weights = [param.detach().clone() for param in engine.module.parameters()]
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert not alst or engine.alst_offload.counts.bytes_back > 0
         engine.destroy()
         return weights, graphs
 
@@ -194,6 +235,8 @@ def two_engines() -> None:
             engine.step()
     stacks = [[param.detach() for param in engine.module.parameters()] for engine in (first, second, lone)]
     assert all(torch.equal(a, c) and torch.equal(b, c) for a, b, c in zip(*stacks, strict=True))
+    check_moved(first.alst_offload, "host")
+    check_moved(second.alst_offload, "disk")
     for engine in (first, second, lone):
         engine.destroy()
 

@@ -104,6 +104,8 @@ def train(sp_size: int, options: dict, arguments: dict | None = None) -> dict:
         trainer = make_trainer(sp_size, folder, trainer_arguments=arguments, **options)
         trainer.train()
         result = facts(trainer)
+        store = getattr(trainer.model_wrapped, "alst_offload", None)
+        result["moved"] = store.counts.bytes_out if store is not None else 0
         trainer.model_wrapped.destroy()
     return result
 
@@ -143,6 +145,7 @@ OPTIONS = {
 def test_a_trainer_at_sp2_is_the_trainer_at_sp1(name, ranks2):
     whole, split = (ranks2.run(train, sp_size, OPTIONS[name])[0] for sp_size in (1, 2))
     assert_same(split, whole)
+    assert (split["moved"] > 0) == (name == "offload")
     assert len({line["loss"] for line in split["log"] if "loss" in line}) > 1
 
 

@@ -5,7 +5,6 @@
 Parts are compile, numbers and memory; all if none is named. Exits non-zero where a target is missed.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from benchmarks.kernels.compile import SHARED, compile_all
 from benchmarks.kernels.judge import Case, Interpreted, judge, tile_peak
+from benchmarks.parts import chosen_parts
 
 Row = tuple[tuple[str, ...], str, bool]
 """What and its figures, the target, whether it is met."""
@@ -89,13 +89,8 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
 
 def main() -> int:
     """Print a table for each part; 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
-    names = parser.parse_args().parts or list(PARTS)
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     started, missed, console = time.monotonic(), 0, Console(width=160)
-    for name in names:
+    for name in chosen_parts(__doc__, PARTS):
         rows, columns, caption = PARTS[name]
         table = Table(title=f"cross-entropy: {name}", caption=caption, title_justify="left", caption_justify="left")
         for column in ("", *columns, "target", "verdict"):

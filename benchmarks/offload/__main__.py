@@ -5,7 +5,6 @@
 Parts are waiting, tiers and attention; all if none is named. Exits non-zero where a target is missed.
 """
 
-import argparse
 import sys
 import time
 
@@ -13,19 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.offload import attention, tiers, waiting
+from benchmarks.parts import chosen_parts
 
 PARTS = {"waiting": waiting, "tiers": tiers, "attention": attention}
 
 
 def main() -> int:
     """Print a table for each part; 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
-    names = parser.parse_args().parts or list(PARTS)
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     started, missed, console = time.monotonic(), 0, Console(width=140)
-    for name in names:
+    for name in chosen_parts(__doc__, PARTS):
         caption = " ".join((PARTS[name].__doc__ or "").split("\n\n", 1)[-1].split())
         table = Table("", "figure", "target", "verdict", title=name, caption=caption, caption_justify="left")
         for what, figure, target, met in PARTS[name].rows():

@@ -6,7 +6,6 @@ Parts are wire, memory, error, time and op; all if none is named. A bf16 model o
 than the bucket, data parallel on 2 and 4 gloo ranks. Exits non-zero where a target is missed.
 """
 
-import argparse
 import functools
 import statistics
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.parts import chosen_parts
 from benchmarks.ranks import Ranks
 from benchmarks.reduction import op
 from benchmarks.reduction.engines import BASELINE, OURS, SYSTEMS, Case, cases
@@ -162,13 +162,8 @@ PARTS = {
 
 def main() -> int:
     """Print a table for each part; 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
-    names = parser.parse_args().parts or list(PARTS)
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     started, missed, console = time.monotonic(), 0, Console(width=160)
-    for name in names:
+    for name in chosen_parts(__doc__, PARTS):
         part = PARTS[name]
         table = Table(title=name, caption=part.caption, title_justify="left", caption_justify="left")
         for column in ("", *part.columns, "target of " + OURS if len(part.columns) > 1 else "target", "verdict"):

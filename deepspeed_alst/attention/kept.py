@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_alst.offload.frames import Frame, current_frame
+from deepspeed_alst.offload.layout import is_dense, laid_flat
 
 # By the last part of their names: kernels of the hub have a namespace for each build. All of them return the output
 # first, the log-sum-exp second, and then what is small (seeds) or what no backward reads (sums of split kernels).
@@ -55,7 +56,7 @@ class Ran:
     def lay_flat(self) -> list[torch.Tensor]:
         """Both as ``[numel]``, contiguous, whatever their strides are; they are let go of here."""
         outputs, self.outputs = self.outputs, []
-        return [x.as_strided((x.numel(),), (1,), x.storage_offset()) for x in outputs]
+        return [laid_flat(x) for x in outputs]
 
     def raise_up(self, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The reverse: both in the layouts that the operator gave them, as new views."""
@@ -194,7 +195,7 @@ def _refusal(named: dict[str, Any], result: Any) -> str:
     if any(named.get(name) is not None for name in _GIVEN_OUTPUT):
         return "into an output that it was given"
     known = len(result) >= 2 and all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in result[:2])
-    if not known or not all(_is_dense(x) for x in result[:2]):
+    if not known or not all(is_dense(x) for x in result[:2]):
         return "with results of an unknown form"
     return ""
 
@@ -211,12 +212,6 @@ def _ran(func: Any, result: Any) -> Ran:
 
 def _small(x: Any) -> Any:
     return x.new_empty(0) if isinstance(x, torch.Tensor) and x.numel() > _FEW else x
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, in whatever order."""
-    inner_last = sorted(range(x.dim()), key=lambda dim: x.stride(dim), reverse=True)
-    return x.permute(inner_last).is_contiguous()
 
 
 def _what_ran(operators: list[str]) -> str:

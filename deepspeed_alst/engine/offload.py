@@ -19,10 +19,11 @@ from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.memory import ranks_on_host, spare_bytes
 from deepspeed_alst.offload.numa import cpus_near, pci_address
-from deepspeed_alst.offload.plan import Layers, Plan, Rates, Room, decide, hides, in_words
+from deepspeed_alst.offload.plan import Layers, Plan, Rates, Room, decide, hides
 from deepspeed_alst.offload.pool import CudaRegistry, HostPool
 from deepspeed_alst.offload.spill import RING, Spill
 from deepspeed_alst.offload.store import Store
+from deepspeed_alst.words import in_words
 
 _OFFLOAD_KEY = "alst.activation_checkpoint_cpu_offload"
 _ATTENTION_KEY = "alst.save_attention_output"

@@ -11,6 +11,7 @@ from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.engine.reduction import ReductionPath
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.reduction import Reduction
+from deepspeed_alst.words import in_words
 
 
 def print_report(rows: list[tuple[str, str]]) -> None:
@@ -83,19 +84,13 @@ def reduction_rows(
         buckets = f"none on this path: {bucket} is not used"
     else:
         buckets = f"{path.bucket_size:,} elements ({bucket})"
+    in_step = f"sent by a rank in a step ({reductions} x {numel:,} elements)"
     return [
         ("reduction", f"ZeRO stage {stage}, summed in {_short(reduction.dtype)}{adder} over {ranks} ranks"),
-        ("on the wire", f"{wire}: {_size(sent, 1000)} sent by a rank in a step ({reductions} x {numel:,} elements)"),
-        ("largest extra buffers", f"{_size(extra, 1024)}{path.besides}"),
+        ("on the wire", f"{wire}: {in_words(sent, 1, 1000)} {in_step}"),
+        ("largest extra buffers", f"{in_words(extra, 1)}{path.besides}"),
         ("gradient buckets", buckets),
     ]
-
-
-def _size(num_bytes: float, step: int) -> str:
-    """In the largest unit that leaves a number of one or more: decimal units on the wire, binary ones in memory."""
-    units = ("B", "kB", "MB", "GB") if step == 1000 else ("B", "KiB", "MiB", "GiB")
-    power = next((power for power in (3, 2, 1) if num_bytes >= step**power), 0)
-    return f"{num_bytes / step**power:,.1f} {units[power]}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -19,6 +19,7 @@ import torch
 from deepspeed_alst.errors import AlstError, ConfigError, OffloadError, SetupError
 from deepspeed_alst.offload.channels import PAGE_BYTES, Channel, SystemCalls
 from deepspeed_alst.offload.extents import Extents
+from deepspeed_alst.offload.pool import pages
 from deepspeed_alst.offload.scratch import KEY, ScratchFile
 from deepspeed_alst.offload.transfers import Transfer, Workers, within
 from deepspeed_alst.ops.build_once import OpBuildError
@@ -100,7 +101,7 @@ class DiskFile:
             OffloadError: it does not answer.
         """
         with self._lock:
-            self._grow(_in_pages(num_bytes), ConfigError)
+            self._grow(pages(num_bytes), ConfigError)
 
     def allocate(self, num_bytes: int) -> int:
         """The offset of space for this many bytes, rounded up to pages; the file grows if it must.
@@ -109,7 +110,7 @@ class DiskFile:
             OffloadError: the disk is full, or does not answer.
         """
         with self._lock:
-            size_bytes = _in_pages(num_bytes)
+            size_bytes = pages(num_bytes)
             if lacking := self._extents.missing(size_bytes):
                 self._grow(self._scratch.size_bytes + lacking, OffloadError)
             offset = self._extents.take(size_bytes)
@@ -134,7 +135,7 @@ class DiskFile:
         For a ring on machines without CUDA, where the engine's own may not be given back; with CUDA, memory that is
         registered there serves both copies and transfers.
         """
-        size_bytes = _in_pages(num_bytes)
+        size_bytes = pages(num_bytes)
         locked = None
         if self.engine == "aio":
             from deepspeed_alst.ops.aio import locked_buffer
@@ -226,10 +227,6 @@ def _end(workers: Workers, scratch: ScratchFile, seconds: float) -> None:
     """End the threads, and give the space back unless the disk holds one of them."""
     if workers.close(seconds):
         scratch.close()
-
-
-def _in_pages(num_bytes: int) -> int:
-    return max(1, -(-num_bytes // PAGE_BYTES)) * PAGE_BYTES
 
 
 def _open_channels(scratch: ScratchFile, engine: str, num_threads: int) -> tuple[list[Channel], str, str]:

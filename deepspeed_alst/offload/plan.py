@@ -8,6 +8,7 @@ from typing import Literal
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload.pool import pages
+from deepspeed_alst.words import in_words
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,6 @@ def decide(
     if room.disk is None or to_disk > room.disk:
         raise OffloadError(_too_much(layers, tokens, needed, room, keeps, shard))
     return Plan(keeps, on_host, to_disk, ring, reason)
-
-
-def in_words(num_bytes: int) -> str:
-    """Bytes in the largest unit that leaves a number of one or more."""
-    power = next((power for power in (3, 2, 1) if num_bytes >= 1024**power), 0)
-    return f"{num_bytes / 1024**power:,.2f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def _too_much(layers: Layers, tokens: int, needed: int, room: Room, keeps: bool, shard: tuple[int, int]) -> str:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.ledger.owners import owner
 from deepspeed_alst.offload.copies import Copies, DirectCopies, copies_of
+from deepspeed_alst.offload.layout import is_dense, laid_flat
 from deepspeed_alst.offload.pool import Buffer, HostPool
 from deepspeed_alst.offload.spill import Spill
 
@@ -163,7 +164,7 @@ class Waiting:
         tensor = self._tensor
         assert tensor is not None
         self._shape, self._device, self._dtype = tensor.shape, tensor.device, tensor.dtype
-        self._strides = tensor.stride() if _is_dense(tensor) else None
+        self._strides = tensor.stride() if is_dense(tensor) else None
         self._copies = DirectCopies() if _is_fake(tensor) else self._store.copies(tensor.device)
         self._stays = True
 
@@ -257,17 +258,6 @@ def _no_room(pool: HostPool, num_bytes: int) -> OffloadError:
     )
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements lie in memory without gaps, in whatever order of dims."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
 def _is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values, as a ledger of real sizes has them: it fills no pool."""
     return isinstance(tensor, FakeTensor)
@@ -276,9 +266,9 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's memory, ``[n]`` uint8; of one with gaps, a copy without."""
     tensor = tensor.detach()
-    if not _is_dense(tensor):
+    if not is_dense(tensor):
         tensor = tensor.contiguous()
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return laid_flat(tensor).view(torch.uint8)
 
 
 def _empty(
