@@ -12,8 +12,8 @@ def test_fp32_sums_are_deepspeeds_for_half_the_bytes(case, ranks2):
     found = ranks2.run(traffic, case)
     assert all(of_rank[OURS].num_different == 0 for of_rank in found)
     ours, theirs = (wire_bytes([of_rank[name].collectives for of_rank in found]) for name in (OURS, BASELINE))
-    # ZeRO 1 adds up micro-steps before the reduction, so what it sends is fp32; ZeRO 2 after it.
-    most = {(1, "fp32"): 1.0, (2, "fp32"): 0.75}.get((case.stage, case.accumulation), 0.5)
+    # Under ZeRO 2 the sums go on to their owners in fp32.
+    most = {(2, "fp32"): 0.75}.get((case.stage, case.accumulation), 0.5)
     assert 0.4 * theirs < ours < (most + 0.001) * theirs
 
 

@@ -1,10 +1,14 @@
 """What waits, what room there is, and what is kept: decided from integers, alike on all ranks."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload.plan import Layers, Rates, Room, decide, hides
 from deepspeed_alst.offload.pool import pages
+from deepspeed_alst.words import in_words
 
 GIB = 2**30
 # Llama-3.1-8B: hidden 4096, 32 layers, 32 heads of 128, 218.1M parameters a layer.
@@ -94,6 +98,14 @@ def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
 
     with pytest.raises(OffloadError, match=r"GiB on disk.*a larger disk, save_attention_output: false, or"):
         decide(LLAMA_8B, 1_000_000, Room(GIB, GIB), True, True)
+
+
+def test_the_page_has_the_figures_that_are_printed():
+    page = (Path(__file__).parents[1] / "docs" / "offload.md").read_text()
+    assert f"{in_words(replace(LLAMA_8B, keep_last=1).waiting(131_072, True))} on the host of a rank" in page
+    with pytest.raises(OffloadError) as caught:
+        decide(LLAMA_8B, 1_000_000, Room(1_900 * 10**9 // 8), "auto", True, shard=(8, 1))
+    assert str(caught.value) in " ".join(page.split())
 
 
 def test_two_sequences_of_a_batch_share_the_room():
