@@ -33,7 +33,7 @@ def prebuilt_ops():
 
     from deepspeed_alst.ops.builder import BUILDERS
 
-    builders = [each() for device, each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
+    builders = [each() for (_, device), each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
     default = wanted.get("DS_BUILD_ALST", False)
     return {
         "ext_modules": [each.builder() for each in builders if wanted.get(each.BUILD_VAR, default)],

@@ -13,14 +13,6 @@
 #include <emmintrin.h>
 #endif
 
-// The plain loops below are compiled once for each instruction set, and the loader picks. Elsewhere the baseline has
-// what they need (aarch64), or the compiler has no such attribute for inlined templates.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ALST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ALST_CLONES
-#endif
-
 namespace {
 
 using namespace alst;
@@ -87,7 +79,6 @@ ALST_INLINE void store(const Sum& sum, int64_t begin, const float* __restrict to
   for (; i < n; ++i) to[i] = Out::narrow(total[i] * sum.scale);
 }
 
-// Functions and no templates: GCC clones no template.
 ALST_CLONES void add_pieces_bf16(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Bf16>(s, begin, t, n); }
 ALST_CLONES void add_pieces_fp16(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Fp16>(s, begin, t, n); }
 ALST_CLONES void add_pieces_fp32(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Fp32>(s, begin, t, n); }

@@ -76,7 +76,8 @@ class TiledLossBlock(BaseModel):
     """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens. "auto" is 1 GiB."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """What makes a tile's loss and gradient; "triton" needs a GPU. "auto" is "torch"."""
+    """What makes a tile's loss and gradient; "triton" needs a GPU. "auto" is "triton" there, and on
+    CPU the compiled op of csrc."""
 
     @field_validator("backend", mode="before")
     @classmethod

@@ -3,7 +3,9 @@
 Not shown here: races between threads, and how a GPU rounds exp and log.
 """
 
+import contextlib
 import copy
+import dataclasses
 import os
 from contextlib import ExitStack
 from unittest import mock
@@ -13,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cells import build_model
+from benchmarks.kernels.cross_entropy import Case, in_a_model, judge, tile_peak
 from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_bf16
-from benchmarks.kernels.judge import Case, Interpreted, in_a_model, judge, measure, tile_peak
+from benchmarks.kernels.judge import Interpreted, errors_of, measure
 from benchmarks.ranks import Ranks
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
@@ -62,13 +65,13 @@ def test_the_yardstick_sees_a_gradient_that_is_off_by_a_percent():
 # --- what is at the edges
 
 
-def _edges() -> None:
+def _edges(within=faithful) -> None:
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_
 
     scale = torch.tensor(1.0)
-    with faithful() as traffic:
+    with within() as traffic:
         assert cross_entropy_(torch.randn(0, 5), torch.zeros(0, dtype=torch.long), scale) == 0
-        assert traffic.read == traffic.written == 0
+        assert traffic is None or traffic.read == traffic.written == 0
         one_t1 = torch.randn(3, 1)  # a vocabulary of one: nothing to learn
         assert cross_entropy_(one_t1, torch.zeros(3, dtype=torch.long), scale) == 0 and not one_t1.any()
         unlabelled_tV = torch.full((2, 9), torch.nan)
@@ -89,12 +92,12 @@ def test_empty_tiles_one_token_unlabelled_rows_masked_and_broken_logits(interpre
     interpreted.run(_edges)
 
 
-def _labels_out_of_range() -> None:
+def _labels_out_of_range(within=faithful) -> None:
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_
 
     for dtype in DTYPES:
         logits_tV = torch.randn(5, 97).to(dtype)
-        with faithful():  # it stops at a read beyond the tensor
+        with within():  # the interpreter stops at a read beyond the tensor
             loss = cross_entropy_(logits_tV, torch.tensor([96, 97, -1, -(2**40), 2**40]), torch.tensor(1.0))
         assert loss.isnan() and logits_tV[1:].isnan().all() and torch.isfinite(logits_tV[0]).all()
 
@@ -159,8 +162,16 @@ def _opcheck() -> None:
     from deepspeed_alst.kernels.registry import registered
 
     for label_smoothing, softcap in ((0.0, 0.0), (0.1, 30.0)):
-        arguments = (torch.randn(3, 40), torch.tensor([1, -100, 3]), torch.tensor(0.5), label_smoothing, softcap, 1.0)
-        torch.library.opcheck(registered()["cross_entropy"].triton, arguments)
+        arguments = (
+            torch.randn(3, 40),
+            torch.tensor([1, -100, 3]),
+            torch.tensor(0.5),
+            label_smoothing,
+            softcap,
+            1.0,
+            True,
+        )
+        torch.library.opcheck(registered()["cross_entropy"].op, arguments)
 
 
 def test_the_op_tells_torch_the_truth_about_its_schema_and_its_fake(interpreted):
@@ -336,17 +347,75 @@ def test_without_a_gpu_the_kernel_is_refused_by_name():
         tile_loss(_model("llama"), TiledLossBlock(backend="triton"), Calls(), lambda module: None, undo)
 
 
-def test_on_cpu_torch_computes():
-    from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
-    from deepspeed_alst.kernels.registry import pick
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "V"), [(40, 3), (17, 63), (11, 1025), (5, 20001)])
+def test_on_cpu_the_op_of_csrc_is_as_good_as_torch(t, V, dtype, options):
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference, is_fast_on
 
-    assert pick("cross_entropy", torch.device("cpu")) is cross_entropy_reference
-    logits_tV, labels_t = torch.randn(5, 9), torch.tensor([1, 2, -100, 0, 8])
-    leaf_tV = logits_tV.clone().requires_grad_()
-    loss = F.cross_entropy(leaf_tV, labels_t, reduction="sum")
-    (loss / 2).backward()
-    torch.testing.assert_close(cross_entropy_(logits_tV, labels_t, torch.tensor(0.5)), loss.detach())
-    torch.testing.assert_close(logits_tV, leaf_tV.grad)
+    assert is_fast_on(torch.device("cpu"))
+    torch.manual_seed(t)
+    storage = torch.full((t, V + 5), torch.nan, dtype=dtype)
+    logits_tV = storage[:, :V].copy_(3 * torch.randn(t, V))
+    labels_t, scale = torch.randint(0, V, (t,)), torch.tensor(0.37)
+    labels_t[2::5] = -100
+    results = {}
+    for name, of_dtype in (("truth", torch.float64), ("torch", dtype)):
+        grad_tV = logits_tV.to(of_dtype, copy=True)
+        results[name] = (cross_entropy_reference(grad_tV, labels_t, scale, **options), grad_tV)
+    alone = cross_entropy_(logits_tV.clone(), labels_t, scale, **options, gradient=False)
+    loss = cross_entropy_(logits_tV, labels_t, scale, **options)
+    assert torch.equal(loss, alone) and storage[:, V:].isnan().all(), "it wrote between the rows"
+    found = errors_of(("loss", "gradient"), (loss, logits_tV), results["torch"], results["truth"])
+    assert all(error <= most for error, most in found.values()), found
+
+
+def test_on_cpu_the_edges_are_those_of_the_kernel():
+    _edges(contextlib.nullcontext)
+    _labels_out_of_range(contextlib.nullcontext)
+
+
+def test_the_loss_alone_leaves_the_logits_and_reads_them_once(interpreted):
+    assert (
+        interpreted.run(_loss_alone) == 40 * 4 + 2 * 8 + 4 + 2 * 4 + 2 * 4
+    )  # logits, labels, the label's logit, scale, losses
+
+
+def _loss_alone() -> int:
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_
+
+    logits_tV, labels_t = torch.randn(2, 20), torch.tensor([1, -100])
+    expected, before = F.cross_entropy(logits_tV, labels_t, reduction="sum"), logits_tV.clone()
+    with faithful() as traffic:
+        loss = cross_entropy_(logits_tV, labels_t, torch.tensor(1.0), gradient=False)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(logits_tV, before)
+    return traffic.read + traffic.written
+
+
+def test_a_kernel_that_is_wrong_on_a_device_is_left_alone_with_a_warning(monkeypatch):
+    from deepspeed_alst.kernels import registry
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference
+
+    right = registry.registered()["cross_entropy"]
+
+    def off(logits_tV, *rest):
+        loss = right.op(logits_tV, *rest)
+        logits_tV *= 1.0001
+        return loss
+
+    def broken(*arguments):
+        raise RuntimeError("no such instruction")
+
+    device = torch.device("cpu")
+    for op, words in ((off, "result 1 is off by"), (broken, "RuntimeError: no such instruction")):
+        monkeypatch.setitem(registry._OPS, "cross_entropy", dataclasses.replace(right, op=op))
+        registry._is_proven.cache_clear()
+        with pytest.warns(RuntimeWarning, match=f"cross_entropy is not used on cpu, torch computes instead: {words}"):
+            assert registry.pick("cross_entropy", device) is cross_entropy_reference
+    monkeypatch.undo()
+    registry._is_proven.cache_clear()
+    assert registry.pick("cross_entropy", device) is right.op
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernel is not run on one")

@@ -161,7 +161,7 @@ def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
         check=True,
         timeout=180,
     )
-    (prebuilt,) = (installed / "deepspeed_alst" / "ops").glob("*.abi3.so")
+    (prebuilt,) = (installed / "deepspeed_alst" / "ops").glob("alst_sum_pieces_op.*.so")
     report = finish(start(folder, package=installed, CXX="/nonexistent/c++"))
     assert report["package"] == str(installed / "deepspeed_alst") and report["words"] == ["csrc op"]
     assert not folder.exists(), "nothing was built"
@@ -185,8 +185,9 @@ def test_setup_loads_no_torch_unless_it_is_asked_to():
 
 
 def test_builders_have_names_of_their_own_and_sources_that_are_there():
-    assert {builder.NAME for builder in BUILDERS.values()} == {"alst_sum_pieces", "alst_sum_pieces_cuda"}
-    for builder in BUILDERS.values():
+    assert len({builder.NAME for builder in BUILDERS.values()}) == len(BUILDERS)
+    for (library, device), builder in BUILDERS.items():
+        assert f"alst_{library}" + ("_cuda" if device == "cuda" else "") == builder.NAME and builder.OPS
         assert builder.BUILD_VAR.startswith("DS_BUILD_ALST_")
         assert all(Path(source).is_absolute() and Path(source).is_file() for source in builder().sources())
     assert source_folder() == ROOT / "csrc"

@@ -1,33 +1,25 @@
-"""The Triton kernels without a GPU: what they take of each chip, the bytes they move, and their errors.
+"""Kernels without a GPU: what they take of each chip, the bytes they move, their errors, and their speed on CPU.
 
     python -m benchmarks.kernels [part ...]
 
-Parts are compile, numbers and memory; all if none is named. Exits non-zero where a target is missed.
+Parts are compile, numbers, speed and memory; all if none is named. Exits non-zero where a target is missed.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernels.compile import SHARED, compile_all
-from benchmarks.kernels.judge import Case, Interpreted, judge, tile_peak
+from benchmarks.kernels.cross_entropy import tile_peak
+from benchmarks.kernels.judge import Interpreted, subjects
 from benchmarks.parts import chosen_parts
 
 Row = tuple[tuple[str, ...], str, bool]
 """What and its figures, the target, whether it is met."""
 
-CASES = (
-    Case(11, 1000, torch.float32),
-    Case(3, 50257, torch.float32, label_smoothing=0.1, softcap=30.0, logit_scale=0.7),
-    Case(3, 128256, torch.bfloat16),
-    Case(3, 50257, torch.bfloat16, label_smoothing=0.1, gap=7),
-    Case(3, 151665, torch.bfloat16, softcap=30.0),
-    Case(3, 32001, torch.float16, logit_scale=0.7),
-)
 _TILE_TOKENS = 523  # torch's tile of 1 GiB
 
 _COMPILE = (
@@ -35,9 +27,11 @@ _COMPILE = (
     "Registers of a thread; shared memory of a block in bytes; spills in bytes on NVIDIA, in registers on AMD."
 )
 _NUMBERS = (
-    "Run by Triton's interpreter on CPU, against fp64; a target is thrice torch's own error in the same dtype, and one "
-    "rounding. Bytes a logit are those of all loads and stores of a launch; the least is two reads and a write of it."
+    "Run by Triton's interpreter on CPU, against fp64: of all results and metrics the one nearest to what it may be, "
+    "which is thrice torch's own error in the same dtype, and one rounding. Bytes an element are those of all loads "
+    "and stores of a launch; the least is what must be moved."
 )
+_SPEED = "The ops of csrc on CPU, one thread, medians of seven rounds in turns; parts of the other's time."
 _MEMORY = "Peak beside the weights, the head's gradient in it, of 32,768 tokens on fake tensors: Llama-3.1-8B's head."
 
 
@@ -45,26 +39,32 @@ def compiled() -> Iterator[Row]:
     """Registers, shared memory and spills."""
     for each in compile_all():
         figures = (f"{each.registers}", f"{each.shared}", f"{each.spilled}")
-        yield (f"{each.target}, {each.size}", *figures), f"0 spills, shared <= {SHARED[each.target]}", each.fits
+        name = f"{each.kernel}, {each.target}, {each.size}"
+        yield (name, *figures), f"0 spills, shared <= {SHARED[each.target]}", each.fits
 
 
 def numbers() -> Iterator[Row]:
     """Errors and traffic."""
     process = Interpreted()
-    for case in CASES:
-        verdict = process.run(judge, case)
-        name = f"[{case.t}, {case.V}] {str(case.dtype).removeprefix('torch.')}"
-        flags = ("label_smoothing", "softcap", "logit_scale")
-        name += "".join(
-            f", {flag} {getattr(case, flag)}" for flag in flags if getattr(case, flag) != getattr(Case, flag)
-        )
-        errors = tuple(f"{verdict.errors[each][0]:.1e} of {verdict.errors[each][1]:.1e}" for each in _ERRORS)
-        met = verdict.is_accurate and verdict.is_lean
-        yield (name, *errors, f"{verdict.moved:.3f}"), f"errors; <= 1.1 x {verdict.least:.3f}", met
+    for subject in subjects():
+        for case in subject.CASES:
+            verdict = process.run(subject.judge, case)
+            name = f"{subject.__name__.rsplit('.', 1)[-1]} {subject.title(case)}"
+            error, most = verdict.errors[verdict.worst]
+            figures = (verdict.worst, f"{error:.1e} of {most:.1e}", f"{verdict.moved:.3f}")
+            met = verdict.is_accurate and verdict.is_lean
+            yield (name, *figures), f"all errors; <= 1.1 x {verdict.least:.3f}", met
     process.close()
 
 
-_ERRORS = ("loss, max", "gradient, max", "gradient, rms")
+def speed() -> Iterator[Row]:
+    """Of the ops for CPU."""
+    for subject in subjects():
+        for race in subject.races():
+            part = race.ours / race.reference
+            figures = (f"{1e3 * race.ours:.2f} ms", race.reference_name, f"{part:.2f}")
+            name = f"{subject.__name__.rsplit('.', 1)[-1]} {race.name}"
+            yield (name, *figures), f"<= {race.target}", part <= race.target
 
 
 def memory() -> Iterator[Row]:
@@ -82,7 +82,8 @@ def memory() -> Iterator[Row]:
 
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
     "compile": (compiled, ("registers", "shared", "spilled"), _COMPILE),
-    "numbers": (numbers, (*_ERRORS, "bytes a logit"), _NUMBERS),
+    "numbers": (numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
+    "speed": (speed, ("ours", "beside", "ratio"), _SPEED),
     "memory": (memory, ("torch", "triton"), _MEMORY),
 }
 
@@ -92,7 +93,7 @@ def main() -> int:
     started, missed, console = time.monotonic(), 0, Console(width=160)
     for name in chosen_parts(__doc__, PARTS):
         rows, columns, caption = PARTS[name]
-        table = Table(title=f"cross-entropy: {name}", caption=caption, title_justify="left", caption_justify="left")
+        table = Table(title=name, caption=caption, title_justify="left", caption_justify="left")
         for column in ("", *columns, "target", "verdict"):
             table.add_column(column)
         for texts, target, met in rows():

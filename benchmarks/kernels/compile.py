@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.judge import subjects
+
 _KIB = 1024
 # Bytes of shared memory that one block may have.
 SHARED = {"sm_80": 163 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB, "gfx942": 64 * _KIB}
@@ -45,20 +47,6 @@ class Compiled:
     def fits(self) -> bool:
         """Nothing is spilled, and the chip has the shared memory."""
         return self.spilled == 0 and self.shared <= SHARED[self.target]
-
-
-# Sizes of models that are trained; 50257, 32001 and 151665 are multiples of nothing. Llama 3, GPT-2, Gemma 2, Qwen 2.5.
-CROSS_ENTROPY = (
-    ("bf16, V 128256", (128256, torch.bfloat16, 0.0, 0.0)),
-    ("bf16, V 50257", (50257, torch.bfloat16, 0.0, 0.0)),
-    ("bf16, V 256000, soft-cap", (256000, torch.bfloat16, 0.0, 30.0)),
-    ("bf16, V 151665, all", (151665, torch.bfloat16, 0.1, 30.0)),
-    ("fp16, V 32001, smoothing", (32001, torch.float16, 0.1, 0.0)),
-    ("fp32, V 128256", (128256, torch.float32, 0.0, 0.0)),
-    ("fp32, V 151665, all", (151665, torch.float32, 0.1, 30.0)),
-    ("bf16, V 4001, all", (4001, torch.bfloat16, 0.1, 30.0)),
-    ("bf16, V 259, all", (259, torch.bfloat16, 0.1, 30.0)),
-)
 
 
 def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int] | None = None) -> list[Compiled]:
@@ -86,27 +74,17 @@ def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def _launch_cross_entropy(V: int, dtype: torch.dtype, smoothing: float, softcap: float) -> None:
-    from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference
-    from deepspeed_alst.kernels.registry import registered
-
-    op = registered()["cross_entropy"]
-    assert op.reference is cross_entropy_reference
-    logits_tV = torch.empty(523, V, dtype=dtype, device="meta")
-    labels_t = torch.empty(523, dtype=torch.int64, device="meta")
-    op.launch(logits_tV, labels_t, torch.empty((), device="meta"), smoothing, softcap, 1.0)
-
-
 def _compile(target: str) -> Iterator[Compiled]:
     logs: dict[str, str] = {}
-    for size, case in CROSS_ENTROPY:
-        with _recording(target) as found:
-            _launch_cross_entropy(*case)
-        ((name, kernel, log),) = found
-        # Sizes that come to the same kernel compile it once.
-        registers, spilled = _resources(kernel, logs.setdefault(kernel.hash, log))
-        accesses = " ".join(re.findall(r"\b(?:ld|st)\.global[\w.]*|\bbar\.sync", kernel.asm.get("ptx", "")))
-        yield Compiled(name, target, size, registers, kernel.metadata.shared, spilled, accesses)
+    for subject in subjects():
+        for size, case in subject.COMPILED:
+            with _recording(target) as found:
+                subject.launch(*case)
+            for name, kernel, log in found:
+                # Sizes that come to the same kernel compile it once.
+                registers, spilled = _resources(kernel, logs.setdefault(kernel.hash, log))
+                accesses = " ".join(re.findall(r"\b(?:ld|st)\.global[\w.]*|\bbar\.sync", kernel.asm.get("ptx", "")))
+                yield Compiled(name, target, size, registers, kernel.metadata.shared, spilled, accesses)
 
 
 def _resources(kernel: Any, log: str) -> tuple[int, int]:
@@ -185,7 +163,7 @@ def _driver(target: str) -> Any:
 def main() -> None:
     """Print what each kernel takes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", help="block,warps, in place of the kernel's own choice")
+    parser.add_argument("--config", help="block,warps of the cross-entropy, in place of its own choice")
     parser.add_argument("targets", nargs="*", default=tuple(SHARED))
     arguments = parser.parse_args()
     if arguments.config:

@@ -1,52 +1,55 @@
-"""The cross-entropy kernel in Triton's interpreter, judged by the error that torch makes in the same dtype.
+"""Kernels in Triton's interpreter, judged by the error that torch makes in the same dtype; and what a subject is.
 
-Legend: t rows of a tile, V vocabulary.
+A subject is a module of this folder, named in ``SUBJECTS``, with
+
+- ``COMPILED``: sizes in words, and the arguments with which ``launch`` launches the kernels on meta tensors;
+- ``CASES``: what ``judge`` runs in the interpreter, ``title`` its words;
+- ``races``: on CPU, the seconds of what is compared (``Race``).
 """
 
+import importlib
 import os
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.kernels.interpreter import faithful
-
+SUBJECTS = ("cross_entropy",)
 SLACK = 3.0
 MOST_TRAFFIC = 1.1
 """Times the minimum."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One launch."""
-
-    t: int
-    V: int
-    dtype: torch.dtype
-    label_smoothing: float = 0.0
-    softcap: float = 0.0
-    logit_scale: float = 1.0
-    gap: int = 0
-    """Elements between the end of a row and the next; they are NaN."""
+def subjects() -> list[ModuleType]:
+    """Their modules."""
+    return [importlib.import_module(f"benchmarks.kernels.{name}") for name in SUBJECTS]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of the loss and the gradient against fp64, beside what each may be, and bytes an element."""
+    """Errors of all results against fp64, beside what each may be, and bytes an element."""
 
     errors: dict[str, tuple[float, float]]
     moved: float
     least: float
+    """What must be moved."""
 
     @property
     def is_accurate(self) -> bool:
         """Within the yardstick."""
         return all(error <= most for error, most in self.errors.values())
+
+    @property
+    def worst(self) -> str:
+        """The result whose error is the largest part of what it may be."""
+        return max(self.errors, key=lambda each: self.errors[each][0] / (self.errors[each][1] or 1.0))
 
     @property
     def is_lean(self) -> bool:
@@ -71,32 +74,31 @@ class Interpreted:
         self._pool.shutdown()
 
 
-def judge(case: Case) -> Verdict:
-    """Run one launch and compare; a gradient that is written elsewhere, or not everywhere, is an error of its own."""
-    from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
+@dataclass(frozen=True)
+class Race:
+    """On CPU, one thread: seconds of ours and of what it is compared with."""
 
-    torch.manual_seed(0)
-    storage = torch.full((case.t, case.V + case.gap), torch.nan, dtype=case.dtype)
-    logits_tV = storage[:, : case.V]
-    logits_tV.copy_(3 * torch.randn(case.t, case.V))
-    labels_t = torch.randint(0, case.V, (case.t,))
-    labels_t[2::5] = -100
-    scale = torch.tensor(0.37)
-    options = (case.label_smoothing, case.softcap, case.logit_scale)
-    results = {}
-    for name, dtype in (("truth", torch.float64), ("torch", case.dtype)):
-        grad_tV = logits_tV.to(dtype, copy=True)
-        results[name] = (cross_entropy_reference(grad_tV, labels_t, scale, *options), grad_tV)
-    with faithful() as traffic:
-        loss = cross_entropy_(logits_tV, labels_t, scale, *options)
-    assert storage[:, case.V :].isnan().all(), "it wrote between the rows"
-    errors = {}
-    for index, got in ((0, loss), (1, logits_tV)):
-        of_one = measure(got, results["torch"][index], results["truth"][index])
-        errors |= {f"{('loss', 'gradient')[index]}, {metric}": pair for metric, pair in of_one.items()}
-    # Each row is read for its normaliser, read again and written; its label is read, and its loss written.
-    least = 3 * logits_tV.numel() * case.dtype.itemsize + labels_t.nbytes + 4 * case.t
-    return Verdict(errors, (traffic.read + traffic.written) / logits_tV.numel(), least / logits_tV.numel())
+    name: str
+    ours: float
+    reference: float
+    reference_name: str
+    target: float
+    """Ours takes at most this part of it."""
+
+
+def seconds_of(*functions: Callable[[], Any], rounds: int = 7) -> list[float]:
+    """Median seconds of each, run in turns on one thread; the first round warms up."""
+    before, found = torch.get_num_threads(), [[] for _ in functions]
+    torch.set_num_threads(1)
+    try:
+        for _ in range(rounds + 1):
+            for function, times in zip(functions, found, strict=True):
+                started = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return [statistics.median(times[1:]) for times in found]
 
 
 def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[str, tuple[float, float]]:
@@ -115,26 +117,12 @@ def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[
     return found
 
 
-def tile_peak(backend: str, tile_tokens: int | None) -> int:
-    """Bytes beyond the weights that logits and loss of 32K tokens need, on fake tensors: Llama-3.1-8B's head."""
-    import dataclasses
-
-    from benchmarks.tiles.loss import FAKE, peak_beyond_weights, run
-    from deepspeed_alst.blocks import TiledLossBlock
-
-    budget = TiledLossBlock.model_validate({"backend": backend, "tile_tokens": tile_tokens})
-    return peak_beyond_weights(run(dataclasses.replace(FAKE, budget=budget), "ours", 1.0).ledger)
-
-
-def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: ExitStack) -> Any:
-    """Loss and gradients of a model whose loss is tiled by this backend."""
-    from deepspeed_alst.blocks import TiledLossBlock
-    from deepspeed_alst.models.calls import Calls
-    from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
-
-    tile_loss(model, TiledLossBlock(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
-    replace_whole_loss(model, undo)
-    model.zero_grad()
-    loss = model(**batch, use_cache=False).loss
-    (loss * 0.37).backward()
-    return loss.detach(), {name: param.grad.clone() for name, param in model.named_parameters()}
+def errors_of(
+    names: Sequence[str], got: Sequence[Any], same: Sequence[Any], truth: Sequence[Any]
+) -> dict[str, tuple[float, float]]:
+    """``measure`` of several results, by name and metric."""
+    return {
+        f"{name}, {metric}": pair
+        for name, *three in zip(names, got, same, truth, strict=True)
+        for metric, pair in measure(*three).items()
+    }

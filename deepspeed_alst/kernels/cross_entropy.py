@@ -4,12 +4,14 @@
 ``logsumexp(z) - (1 - smoothing) * z[label] - smoothing * mean(z)``, and ``x`` becomes ``scale`` times its derivative.
 The normaliser is the online softmax's (arXiv:1805.02867); all maths is in fp32, whatever the logits are stored in.
 
-Bytes moved per logit: 3 * itemsize, the row read twice and written once (6 in bf16, 12 in fp32); the minimum is the
-same. Reading once takes a place for the whole row: 128256 logits in bf16 are 251 KiB, a block of an H100 has 227 KiB of
-shared memory.
+Bytes moved per logit: 3 * itemsize, the row read twice and written once (6 in bf16, 12 in fp32), and a third of it
+where no gradient is wanted; the minimum is the same. Reading once takes a place for the whole row: 128256 logits in
+bf16 are 251 KiB, a block of an H100 has 227 KiB of shared memory.
 
 Legend: t rows of a tile, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from deepspeed_alst.errors import DataError, ShapeError
-from deepspeed_alst.kernels.registry import pick, register
+from deepspeed_alst.kernels.registry import has_kernel, pick, register
 
 IGNORED_LABEL = -100
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,6 +35,7 @@ def cross_entropy_reference(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    gradient: bool = True,
 ) -> torch.Tensor:
     """The definition of ``cross_entropy_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
     with torch.enable_grad():
@@ -43,8 +46,9 @@ def cross_entropy_reference(
         loss = F.cross_entropy(
             z_tV, labels_t, reduction="sum", ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing
         )
+    if gradient:
         (grad_tV,) = torch.autograd.grad(loss, leaf_tV)
-    logits_tV.copy_(grad_tV * scale.to(grad_tV))
+        logits_tV.copy_(grad_tV * scale.to(grad_tV))
     return loss.detach()
 
 
@@ -81,6 +85,7 @@ def _cross_entropy_kernel(
     logit_scale,
     HAS_CAP: tl.constexpr,
     SMOOTH: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # t*V passes 2**31
@@ -119,6 +124,8 @@ def _cross_entropy_kernel(
     unlabelled = tl.where(label == -100, 0.0, float("nan"))
     loss = tl.where(is_known, loss, unlabelled)
     tl.store(losses_ptr + row, loss)
+    if not GRADIENT:
+        return
 
     for begin in range(0, V, BLOCK):
         columns = begin + lanes
@@ -142,6 +149,7 @@ def _launch(
     label_smoothing: float,
     softcap: float,
     logit_scale: float,
+    gradient: bool,
 ) -> torch.Tensor:
     t, V = logits_tV.shape
     losses_t = torch.empty(t, dtype=torch.float32, device=logits_tV.device)
@@ -159,6 +167,7 @@ def _launch(
             logit_scale,
             HAS_CAP=softcap != 0,
             SMOOTH=label_smoothing != 0,
+            GRADIENT=gradient,
             BLOCK=block,
             num_warps=warps,
         )
@@ -170,11 +179,30 @@ _op = torch.library.custom_op("deepspeed_alst::cross_entropy_", _launch, mutates
 
 
 @_op.register_fake
-def _fake(logits_tV, labels_t, scale, label_smoothing, softcap, logit_scale):
+def _fake(logits_tV, labels_t, scale, label_smoothing, softcap, logit_scale, gradient):
     return logits_tV.new_empty((), dtype=torch.float32)
 
 
-register("cross_entropy", reference=cross_entropy_reference, triton=_op, launch=_launch)
+def _example(device: torch.device) -> tuple[Any, ...]:
+    logits_tV = 3 * torch.randn(7, 1500, device=device)
+    labels_t = torch.randint(0, 1500, (7,), device=device)
+    labels_t[3] = IGNORED_LABEL
+    return logits_tV, labels_t, torch.tensor(0.37, device=device), 0.1, 20.0, 0.7, True
+
+
+register(
+    "cross_entropy",
+    reference=cross_entropy_reference,
+    op=_op,
+    launch=_launch,
+    example=_example,
+    compiled=("cross_entropy_",),
+)
+
+
+def is_fast_on(device: torch.device) -> bool:
+    """Whether a kernel computes it there: Triton's, or on CPU the op of csrc."""
+    return has_kernel("cross_entropy", device)
 
 
 def has_own_rows(logits_tV: torch.Tensor) -> bool:
@@ -225,6 +253,7 @@ def cross_entropy_(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    gradient: bool = True,
 ) -> torch.Tensor:
     """Sum a tile's losses and turn its logits into their gradient, in place: ``[t, V], [t], [] -> []`` in fp32.
 
@@ -239,12 +268,13 @@ def cross_entropy_(
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         softcap: logits are squashed into (-softcap, softcap); 0 for none.
         logit_scale: logits are multiplied by it before that.
+        gradient: False leaves the logits as they are, and reads them once.
 
     Raises:
         ShapeError: sizes, strides, dtypes or devices that do not fit together.
     """
     _check(logits_tV, labels_t, scale)
     if logits_tV.dtype == torch.float64:
-        return cross_entropy_reference(logits_tV, labels_t, scale, label_smoothing, softcap, logit_scale)
+        return cross_entropy_reference(logits_tV, labels_t, scale, label_smoothing, softcap, logit_scale, gradient)
     function = pick("cross_entropy", logits_tV.device)
-    return function(logits_tV, labels_t.contiguous(), scale, label_smoothing, softcap, logit_scale)
+    return function(logits_tV, labels_t.contiguous(), scale.float(), label_smoothing, softcap, logit_scale, gradient)

@@ -133,7 +133,7 @@ class DeferredLogits(torch.Tensor):
         params = list(head.module.parameters())
         head.is_tiled = True
         # What the kernel cannot do to the logits, torch does before it.
-        by_kernel = _runs_kernel(head, self.device)
+        by_kernel = _runs_kernel(head, self._hidden)
         fused = on_the_way(self._steps) if by_kernel else None
         steps = self._steps if fused is None else ()
 
@@ -220,14 +220,15 @@ def _after(logits: torch.Tensor, steps: tuple[Any, ...]) -> torch.Tensor:
     return logits
 
 
-def _runs_kernel(head: DeferredHead, device: torch.device) -> bool:
-    """Whether a tile's loss is the Triton kernel's."""
-    if head.budget.backend != "triton":
+def _runs_kernel(head: DeferredHead, hidden: torch.Tensor) -> bool:
+    """Whether a tile's loss is a kernel's."""
+    if head.budget.backend == "torch" or hidden.dtype == torch.float64:
         return False
-    # Triton is loaded for those who ask for it.
-    from deepspeed_alst.kernels.registry import runs_on
-
-    return runs_on(device)
+    try:  # Triton is loaded where tiles are, and is not to be had for every system
+        from deepspeed_alst.kernels.cross_entropy import is_fast_on
+    except ImportError:
+        return False
+    return is_fast_on(hidden.device)
 
 
 def _weights_now(head: DeferredHead) -> Weights:

@@ -51,7 +51,7 @@ def tile_loss(
     base.alst_head = head
     undo.callback(delattr, base, "alst_head")
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
-    by_kernel = "by the Triton kernel where the model is on a GPU; " if budget.backend == "triton" else ""
+    by_kernel = "" if budget.backend == "torch" else "by Triton's kernel on a GPU, by the op of csrc on CPU; "
     return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
 
 

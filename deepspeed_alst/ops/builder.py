@@ -51,6 +51,8 @@ class _AlstBuilder(OpBuilder):
     BUILD_VAR: str
     NAME: str
     FILES: tuple[str, ...]
+    OPS: tuple[str, ...]
+    """The ops that its library registers kernels of."""
 
     def __init__(self) -> None:
         super().__init__(name=self.NAME)
@@ -160,12 +162,8 @@ class _AlstBuilder(OpBuilder):
             shutil.rmtree(workplace, ignore_errors=True)
 
 
-class SumPiecesBuilder(_AlstBuilder, CPUOpBuilder):
-    """Builds ``deepspeed_alst::sum_pieces`` for CPU."""
-
-    BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES"
-    NAME = "alst_sum_pieces"
-    FILES = ("sum_pieces.cpp",)
+class _AlstCpuBuilder(_AlstBuilder, CPUOpBuilder):
+    """What the builders for CPU share."""
 
     def builder(self) -> Any:
         """The extension for a build at installation: one for all later CPythons."""
@@ -178,12 +176,35 @@ class SumPiecesBuilder(_AlstBuilder, CPUOpBuilder):
         )
 
 
+class SumPiecesBuilder(_AlstCpuBuilder):
+    """Builds ``deepspeed_alst::sum_pieces`` for CPU."""
+
+    BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES"
+    NAME = "alst_sum_pieces"
+    FILES = ("sum_pieces.cpp",)
+    OPS = ("sum_pieces",)
+
+
+class TileOpsBuilder(_AlstCpuBuilder):
+    """Builds for CPU what Triton's kernels do on a GPU."""
+
+    BUILD_VAR = "DS_BUILD_ALST_TILE_OPS"
+    NAME = "alst_tile_ops"
+    FILES = ("cross_entropy.cpp",)
+    OPS = ("cross_entropy_",)
+
+    def cxx_args(self) -> list[str]:
+        """With fused multiply-adds: these ops are judged by their error, and not bit by bit."""
+        return [each.replace("contract=off", "contract=fast") for each in _CXX_FLAGS]
+
+
 class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
     """Builds ``deepspeed_alst::sum_pieces`` for CUDA; its library holds nothing for CPU."""
 
     BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES_CUDA"
     NAME = "alst_sum_pieces_cuda"
     FILES = ("sum_pieces.cu",)
+    OPS = ("sum_pieces",)
 
     def cxx_args(self) -> list[str]:
         """USE_CUDA declares the stable ABI's CUDA streams."""
@@ -228,7 +249,12 @@ class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
         )
 
 
-BUILDERS: dict[str, type[_AlstBuilder]] = {"cpu": SumPiecesBuilder, "cuda": CudaSumPiecesBuilder}
+BUILDERS: dict[tuple[str, str], type[_AlstBuilder]] = {
+    ("sum_pieces", "cpu"): SumPiecesBuilder,
+    ("sum_pieces", "cuda"): CudaSumPiecesBuilder,
+    ("tile_ops", "cpu"): TileOpsBuilder,
+}
+"""By library and device."""
 
 
 def cuda_flags(nvcc: str) -> list[str]:

@@ -6,12 +6,10 @@ puts the compiled kernel of ``csrc/`` in its place where there is one.
 P pieces, n elements of the slice.
 """
 
-import functools
-import warnings
-
 import torch
 
 from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.ops.load import load
 
 _NAME = "deepspeed_alst::sum_pieces"
 _HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,36 +70,9 @@ _library.impl("sum_pieces", sum_pieces_reference, "CompositeExplicitAutograd")
 torch.library.register_fake(_NAME, _fake, lib=_library)
 
 
-@functools.cache
 def load_sum_pieces(device_type: str) -> str:
-    """Put the compiled op in place for ``"cpu"`` or ``"cuda"``, once per process, and say in words what will add.
-
-    A prebuilt op is taken if there is one, else it is built, which takes some seconds the first time. Where neither can
-    be, torch adds, with the same result; a warning then gives the reason and the way out.
-
-    Returns:
-        ``"csrc op"``, or ``"torch (<why>)"``.
-    """
-    from deepspeed_alst.ops.build_once import OpBuildError
-    from deepspeed_alst.ops.builder import BUILDERS
-
-    if device_type not in BUILDERS:
-        return f"torch (no csrc op for {device_type})"
-    try:
-        BUILDERS[device_type]().load(verbose=False)
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(_NAME, device_type.upper()):
-            raise OpBuildError("its library registers no kernel", "rebuild it")
-    except Exception as error:  # a compiler can fail in any way, and training need not
-        reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
-        way_out = error.way_out if isinstance(error, OpBuildError) else "see the compiler's messages above"
-        warnings.warn(
-            f"deepspeed_alst: the sum of gradient pieces on {device_type} runs in torch, slower and with the same "
-            f"result: {reason}. Way out: {way_out}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return f"torch ({reason.splitlines()[0]})"
-    return "csrc op"
+    """Put the compiled op in place for ``"cpu"`` or ``"cuda"``, and say in words what will add (``ops.load.load``)."""
+    return load("sum_pieces", device_type, "the sum of gradient pieces")
 
 
 def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:

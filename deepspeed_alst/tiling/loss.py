@@ -4,7 +4,8 @@ A tile's logits become the gradient of its summed cross-entropy at once, and tha
 of the head's weights, which wait for the factor that comes in from behind (the mean, gradient accumulation, loss
 scaling). Rows without a label take no part. The head's weights get one gradient a pass, summed in fp32 over the tiles.
 
-With ``on_the_way`` the Triton kernel makes a tile's gradient in place of its logits; without, torch does.
+With ``on_the_way`` a kernel makes a tile's gradient in place of its logits (kernels/cross_entropy.py); without, torch
+does.
 
 Legend: T rows (tokens, flat), t rows of a tile, H hidden size, V vocabulary.
 """
@@ -73,10 +74,10 @@ def tiled_loss(
     Raises:
         DataError: the kernel is to do it, and a label is no token.
     """
-    cross_entropy = _by_torch(label_smoothing)
+    wanted, cross_entropy = torch.is_grad_enabled(), _by_torch(label_smoothing)
     if on_the_way is not None:
-        cross_entropy = _by_kernel(label_smoothing, on_the_way, labels_T)
-    if not torch.is_grad_enabled():
+        cross_entropy = _by_kernel(label_smoothing, on_the_way, labels_T, wanted)
+    if not wanted:
         total = _sum_of_tiles(logits, hidden_TH, labels_T, tile_rows, cross_entropy)
         return total * scale.to(total)
     return _TiledLoss.apply(logits, hidden_TH, labels_T, scale, tile_rows, cross_entropy, *weights)
@@ -158,9 +159,9 @@ def _sum_of_tiles(
     return total
 
 
-def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor) -> CrossEntropy:
+def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, gradient: bool) -> CrossEntropy:
     """In place of the logits, in fp32 whatever they are stored in."""
-    # Triton is loaded for those who ask for it.
+    # Triton is loaded where tiles are.
     from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_, has_own_rows
 
     # Right behind the wait for the labelled rows, and not once more for each tile.
@@ -175,8 +176,8 @@ def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor) -
         # tanh and its like keep their result for the backward; whatever else keeps it stops there, by its version.
         if not has_own_rows(grad_tV) or hasattr(logits_tV.grad_fn, "_saved_result"):
             grad_tV = grad_tV.clone(memory_format=torch.contiguous_format)
-        loss = cross_entropy_(grad_tV, labels_t, scale, smoothing, on_the_way.softcap, on_the_way.logit_scale)
-        return loss, grad_tV
+        softcap, logit_scale = on_the_way.softcap, on_the_way.logit_scale
+        return cross_entropy_(grad_tV, labels_t, scale, smoothing, softcap, logit_scale, gradient), grad_tV
 
     return of_tile
 

@@ -1,0 +1,150 @@
+"""The cross-entropy kernel under the judges of this folder.
+
+Legend: t rows of a tile, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.interpreter import faithful
+from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+
+# Sizes of models that are trained; 50257, 32001 and 151665 are multiples of nothing. Llama 3, GPT-2, Gemma 2, Qwen 2.5.
+COMPILED = (
+    ("bf16, V 128256", (128256, torch.bfloat16, 0.0, 0.0)),
+    ("bf16, V 50257", (50257, torch.bfloat16, 0.0, 0.0)),
+    ("bf16, V 256000, soft-cap", (256000, torch.bfloat16, 0.0, 30.0)),
+    ("bf16, V 151665, all", (151665, torch.bfloat16, 0.1, 30.0)),
+    ("fp16, V 32001, smoothing", (32001, torch.float16, 0.1, 0.0)),
+    ("fp32, V 128256", (128256, torch.float32, 0.0, 0.0)),
+    ("fp32, V 151665, all", (151665, torch.float32, 0.1, 30.0)),
+    ("bf16, V 4001, all", (4001, torch.bfloat16, 0.1, 30.0)),
+    ("bf16, V 259, all", (259, torch.bfloat16, 0.1, 30.0)),
+    ("bf16, V 128256, loss alone", (128256, torch.bfloat16, 0.0, 0.0, False)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch."""
+
+    t: int
+    V: int
+    dtype: torch.dtype
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+    gap: int = 0
+    """Elements between the end of a row and the next; they are NaN."""
+
+
+CASES = (
+    Case(11, 1000, torch.float32),
+    Case(3, 50257, torch.float32, label_smoothing=0.1, softcap=30.0, logit_scale=0.7),
+    Case(3, 128256, torch.bfloat16),
+    Case(3, 50257, torch.bfloat16, label_smoothing=0.1, gap=7),
+    Case(3, 151665, torch.bfloat16, softcap=30.0),
+    Case(3, 32001, torch.float16, logit_scale=0.7),
+)
+
+
+def title(case: Case) -> str:
+    """A case in words."""
+    name = f"[{case.t}, {case.V}] {str(case.dtype).removeprefix('torch.')}"
+    flags = ("label_smoothing", "softcap", "logit_scale")
+    return name + "".join(
+        f", {flag} {getattr(case, flag)}" for flag in flags if getattr(case, flag) != getattr(Case, flag)
+    )
+
+
+def launch(V: int, dtype: torch.dtype, smoothing: float, softcap: float, gradient: bool = True) -> None:
+    """What ``cross_entropy_`` launches, on tensors without data."""
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference
+    from deepspeed_alst.kernels.registry import registered
+
+    op = registered()["cross_entropy"]
+    assert op.reference is cross_entropy_reference
+    logits_tV = torch.empty(523, V, dtype=dtype, device="meta")
+    labels_t = torch.empty(523, dtype=torch.int64, device="meta")
+    op.launch(logits_tV, labels_t, torch.empty((), device="meta"), smoothing, softcap, 1.0, gradient)
+
+
+def judge(case: Case) -> Verdict:
+    """Run one launch in the interpreter and compare.
+
+    A gradient that is written elsewhere, or not everywhere, is an error of its own.
+    """
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
+
+    torch.manual_seed(0)
+    storage = torch.full((case.t, case.V + case.gap), torch.nan, dtype=case.dtype)
+    logits_tV = storage[:, : case.V]
+    logits_tV.copy_(3 * torch.randn(case.t, case.V))
+    labels_t = torch.randint(0, case.V, (case.t,))
+    labels_t[2::5] = -100
+    scale = torch.tensor(0.37)
+    options = (case.label_smoothing, case.softcap, case.logit_scale)
+    results = {}
+    for name, dtype in (("truth", torch.float64), ("torch", case.dtype)):
+        grad_tV = logits_tV.to(dtype, copy=True)
+        results[name] = (cross_entropy_reference(grad_tV, labels_t, scale, *options), grad_tV)
+    with faithful() as traffic:
+        loss = cross_entropy_(logits_tV, labels_t, scale, *options)
+    assert storage[:, case.V :].isnan().all(), "it wrote between the rows"
+    errors = errors_of(("loss", "gradient"), (loss, logits_tV), results["torch"], results["truth"])
+    # Each row is read for its normaliser, read again and written; its label is read, and its loss written.
+    least = 3 * logits_tV.numel() * case.dtype.itemsize + labels_t.nbytes + 4 * case.t
+    return Verdict(errors, (traffic.read + traffic.written) / logits_tV.numel(), least / logits_tV.numel())
+
+
+def races() -> Iterator[Race]:
+    """Of the op of csrc against the definition in torch and the tiles' own, of a tile of Llama's vocabulary."""
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
+    from deepspeed_alst.tiling.loss import _by_torch
+
+    labels_t, scale = torch.randint(0, 128256, (16,)), torch.tensor(0.37)
+    by_tiles = _by_torch(0.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        made_tV = 3 * torch.randn(16, 128256).to(dtype)
+        logits_tV, name = made_tV.clone(), str(dtype).removeprefix("torch.")
+
+        def fresh(made: torch.Tensor = made_tV, to: torch.Tensor = logits_tV) -> torch.Tensor:
+            return to.copy_(made)
+
+        ours, reference, tiles, copy = seconds_of(
+            lambda: cross_entropy_(fresh(), labels_t, scale),
+            lambda: cross_entropy_reference(fresh(), labels_t, scale),
+            lambda: by_tiles(fresh(), labels_t, scale),
+            fresh,
+        )
+        yield Race(f"[16, 128256] {name}", ours - copy, reference - copy, "torch's cross_entropy and autograd", 0.4)
+        yield Race(f"[16, 128256] {name}", ours - copy, tiles - copy, "backend torch of the tiles", 0.8)
+
+
+def tile_peak(backend: str, tile_tokens: int | None) -> int:
+    """Bytes beyond the weights that logits and loss of 32K tokens need, on fake tensors: Llama-3.1-8B's head."""
+    import dataclasses
+
+    from benchmarks.tiles.loss import FAKE, peak_beyond_weights, run
+    from deepspeed_alst.blocks import TiledLossBlock
+
+    budget = TiledLossBlock.model_validate({"backend": backend, "tile_tokens": tile_tokens})
+    return peak_beyond_weights(run(dataclasses.replace(FAKE, budget=budget), "ours", 1.0).ledger)
+
+
+def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: ExitStack) -> Any:
+    """Loss and gradients of a model whose loss is tiled by this backend."""
+    from deepspeed_alst.blocks import TiledLossBlock
+    from deepspeed_alst.models.calls import Calls
+    from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
+
+    tile_loss(model, TiledLossBlock(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
+    replace_whole_loss(model, undo)
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    (loss * 0.37).backward()
+    return loss.detach(), {name: param.grad.clone() for name, param in model.named_parameters()}
