@@ -35,6 +35,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
@@ -90,13 +91,19 @@ def initialize(
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
+        proof = prove(arguments["model"], groups)
         session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
         attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
-        parts = [*tiles, *_make_room(planner, engine, control_group, undo), *_reduce(engine, config, bucket, undo)]
+        parts = [
+            *([("model", proof)] if proof else []),
+            *tiles,
+            *_make_room(planner, engine, control_group, undo),
+            *_reduce(engine, config, bucket, undo),
+        ]
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         if arguments.get("training_data") is not None:
@@ -230,7 +237,8 @@ def _error_in(model: Any, config: AlstConfig) -> AlstError | None:
     try:
         check_world(config, dist.get_world_size())
         facts = check_model(model)
-        check_heads(config, facts.num_heads, facts.num_kv_heads)
+        if facts.num_heads and facts.num_kv_heads:
+            check_heads(config, facts.num_heads, facts.num_kv_heads)
     except AlstError as error:
         return error
     return None
