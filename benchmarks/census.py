@@ -31,6 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 120.0
 # What the config of no real model says: transformers' defaults are no model without it.
 _INCOMPLETE: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 4, "clip_qkv": None},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -111,9 +118,11 @@ def small_of(name: str) -> tuple[Any, Any]:
     config = CONFIG_MAPPING[family]()
     values = config.get_text_config().to_dict()
     still = {key: 0.0 for key, value in values.items() if re.search("dropout|_pdrop", key) and isinstance(value, float)}
-    small = shrink(config, **still, **changed)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    if model_class.config_class is type(config.get_text_config()):
+        config = config.get_text_config()
+    small = shrink(config, **still, **changed)
     small._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
     return model_class, small
 

@@ -25,7 +25,9 @@ _HEAD_COUNTS = (
     "swa_num_attention_heads",
 )
 _KV_HEAD_COUNTS = ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "num_query_groups")
+_MLA_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
 _SSM_HEADS = (
+    ("num_heads", "head_dim"),
     ("mamba_n_heads", "mamba_d_head"),
     ("mamba_num_heads", "mamba_head_dim"),
     ("n_mamba_heads", "mamba_headdim"),
@@ -83,6 +85,8 @@ def shrink(config: PreTrainedConfig, **changed: Any) -> PreTrainedConfig:
     for name, value in values.items():
         if name in _LAYERS and value == count:
             small[name] = len(kept)
+        elif _are_layers(value, count):
+            small[name] = [place for place, index in enumerate(kept) if index in value]
         elif isinstance(value, list) and len(value) == count:
             small[name] = [_small(name, value[index], values) for index in kept]
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
@@ -103,8 +107,11 @@ def _keep_products(values: dict[str, Any], small: dict[str, Any]) -> dict[str, A
     found = {}
     if values.get("head_dim") and values["head_dim"] == values.get("qk_rope_head_dim"):
         found["head_dim"] = small["qk_rope_head_dim"]
-    if values.get("swa_head_dim") == values.get("qk_head_dim") is not None:
-        found["swa_head_dim"] = small["qk_head_dim"]
+    if values.get("swa_head_dim") and values["swa_head_dim"] == sum(values.get(each) or 0 for each in _MLA_PARTS):
+        found["swa_head_dim"] = sum(small[each] for each in _MLA_PARTS)
+    if values.get("attention_hidden_size") == 2 * values.get("hidden_size", 0):
+        found["attention_hidden_size"] = 2 * small["hidden_size"]
+        found["attention_head_dim"] = found["attention_hidden_size"] // _HEADS
     expand = values.get("mamba_expand") or values.get("expand")
     for heads, size in _SSM_HEADS:
         if not isinstance(small.get(heads), int) or not isinstance(small.get(size), int):
@@ -140,10 +147,13 @@ def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
 
 def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
     """Which layers stay: the first of every kind, and at least four, in their order."""
-    lists = [value for value in values.values() if isinstance(value, list) and len(value) == count and count > 1]
     sharing = count - values.get(_SHARING, 0)
+    sets = [value for value in values.values() if _are_layers(value, count)]
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == count and count > 1]
+    lists = [each for each in lists if each not in sets]
     kinds = [
-        repr([index >= sharing, *(each[index] for each in lists if not _counts_up(each))]) for index in range(count)
+        repr([index >= sharing, *(index in each for each in sets), *(each[index] for each in lists)])
+        for index in range(count)
     ]
     kept = {kinds.index(kind) for kind in dict.fromkeys(kinds)}
     for index in range(count):
@@ -153,6 +163,8 @@ def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
     return sorted(kept)[:_MOST_LAYERS]
 
 
-def _counts_up(values: list[Any]) -> bool:
-    """A list of layers' numbers says nothing of their kinds."""
-    return values == sorted(values) and all(type(each) is int for each in values) and len(set(values)) == len(values)
+def _are_layers(value: Any, count: int) -> bool:
+    """Whether a value names layers by their numbers, as opposed to saying something of each."""
+    if not isinstance(value, list) or not value or not all(type(each) is int for each in value):
+        return False
+    return value == sorted(set(value)) and value[-1] < count and len(value) > 1
