@@ -443,7 +443,8 @@ def _shims() -> None:
     @triton.jit
     def add(x_ptr, y_ptr, n, BLOCK: tl.constexpr):  # bf16 is not cast first
         lanes = tl.arange(0, BLOCK)
-        tl.store(y_ptr + lanes, tl.load(x_ptr + lanes, mask=lanes < n) + 1, mask=lanes < n)
+        x = tl.load(x_ptr + lanes, mask=lanes < n)
+        tl.store(y_ptr + lanes, x + x, mask=lanes < n)
 
     @triton.jit
     def beyond(x_ptr, y_ptr, BLOCK: tl.constexpr):
