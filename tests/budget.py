@@ -45,6 +45,7 @@ AREAS = {
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",
     "test_op_build": "tiles and kernels",
+    "test_pack_heads": "tiles and kernels",
     "test_sum_pieces": "tiles and kernels",
     "test_sum_pieces_cuda": "tiles and kernels",
     "test_tiled_loss": "tiles and kernels",
