@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full parity census bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -62,6 +62,13 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest --durations=20
+
+# The kernels with another Triton than .venv's, as the torch that brings a GPU's may pin it.
+TRITON := 3.8.0
+test-triton: setup
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)'"
+	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_compile.py
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity

@@ -56,7 +56,7 @@ setup(
         "torch>=2.13.0",  # tensors, gloo and NCCL
         "deepspeed>=0.19.8,<0.20",  # the engine; its internals are relied upon, so no untested release
         "transformers>=5.23.0",  # the models, and their attention and mask interfaces
-        "triton>=3.9.0; platform_system == 'Linux'",  # the tile kernels
+        "triton>=3.8.0; platform_system == 'Linux'",  # the tile kernels
         "liger-kernel>=0.8.5; platform_system == 'Linux'",  # Liger's kernels
         "pydantic>=2.14",  # the typed config and its error messages
         "rich>=15.0",  # tables

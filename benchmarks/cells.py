@@ -52,6 +52,8 @@ class Cell:
     """An adapter trains, the model does not."""
     tiles: bool = False
     """MLP and loss in tiles of a few tokens."""
+    loss: str = ""
+    """What makes a tile's loss: "triton" or "liger", run by Triton's interpreter; with tiles only."""
     offload: str = ""
     """Where layer inputs wait: "host", "disk", or "outputs" for attention's outputs too, both on the host."""
     frozen: str = ""
@@ -82,6 +84,7 @@ class Cell:
                 f"ckpt-{self.checkpointing}": self.checkpointing,
                 "LoRA": self.lora,
                 "tiles": self.tiles,
+                f"loss-{self.loss}": self.loss,
                 f"offload-{self.offload}": self.offload,
                 f"frozen: {self.frozen}": self.frozen,
                 ",".join(key for key, _ in self.extra): self.extra,
@@ -196,7 +199,8 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
     if sp_size > 1:
         config |= {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": sp_size}}
         if cell.tiles:
-            config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_tokens": 5}}
+            loss = {"tile_tokens": 5} | ({"backend": cell.loss} if cell.loss else {})
+            config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": loss}
         config["alst"] |= offload_keys(cell.offload)
     return config
 
@@ -223,6 +227,18 @@ def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
 
     config = ds_config(cell, cell.sp_size)
     return _run(cell, config, micro_batches, lambda engine, batch: engine(**batch).loss, **changed)
+
+
+def run_interpreted(cell: Cell) -> Result:
+    """The cell with this package, in processes that were started with TRITON_INTERPRET=1; a kernel must have run."""
+    from benchmarks.kernels.interpreter import faithful
+
+    with faithful() as traffic:
+        result = run_alst(cell)
+    written = torch.tensor(traffic.written)
+    torch.distributed.all_reduce(written)  # a rank without a label makes no loss
+    assert written, "no Triton kernel ran"
+    return result
 
 
 def run_sp1(cell: Cell) -> Result:

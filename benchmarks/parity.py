@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import resume
-from benchmarks.cells import STEPS, Cell, Result, run_alst, run_sp1, run_truth, run_upstream
-from benchmarks.ranks import RankError, Ranks
+from benchmarks.cells import STEPS, Cell, Result, run_alst, run_interpreted, run_sp1, run_truth, run_upstream
+from benchmarks.ranks import RankError, Ranks, interpreted_ranks
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
 
 SLACK = 2.0
@@ -176,6 +176,17 @@ def _pairs(cell: Cell) -> set[frozenset]:
     return _pairs_of({name: getattr(cell, name) for name in _FACTORS})
 
 
+def kernel_cells() -> list[Cell]:
+    """With a tile's loss made by Triton kernels, run by the interpreter: every stage, every dtype."""
+    tiled = Cell(tiles=True, unequal_labels=True)
+    return [
+        replace(tiled, stage=3, gas=2, loss="triton", odd_lengths=True, clip=0.5),
+        replace(tiled, stage=2, loss="triton", dtype="bf16", tied=True),
+        replace(tiled, stage=1, loss="triton", dtype="fp16"),
+        replace(tiled, stage=0, gas=2, loss="triton"),
+    ]
+
+
 def short_cells() -> list[Cell]:
     """For the tests: every stage with and without reduce_scatter, the other levels dealt out over them."""
     cells = [
@@ -247,7 +258,8 @@ def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
     """Run a cell in all its forms, as a plain loop."""
     truth = run_truth(cell)
     upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream else "not run"
-    sp1, alst = (_errors_of(ranks, truth, function, cell) for function in (run_sp1, run_alst))
+    runs = (run_sp1, run_interpreted if cell.loss else run_alst)
+    sp1, alst = (_errors_of(ranks, truth, function, cell) for function in runs)
     return Row(cell, sp1, alst, upstream, _least_change(truth))
 
 
@@ -296,9 +308,11 @@ def run_cells(cells: list[Cell], trainers: list[Cell]) -> list[Row]:
     """Measure all cells, those of one world size in the same processes."""
     rows = []
     jobs = [(measure, cell) for cell in cells] + [(measure_trainer, cell) for cell in trainers]
-    for world_size in sorted({cell.world_size for _, cell in jobs}):
-        with Ranks(world_size) as ranks:
-            for run, cell in ((run, cell) for run, cell in jobs if cell.world_size == world_size):
+    for world_size, interpreted in sorted({(cell.world_size, bool(cell.loss)) for _, cell in jobs}):
+        with interpreted_ranks(world_size) if interpreted else Ranks(world_size) as ranks:
+            for run, cell in jobs:
+                if (cell.world_size, bool(cell.loss)) != (world_size, interpreted):
+                    continue
                 rows.append(run(cell, ranks))
                 print(f"{len(rows)}/{len(jobs)} {rows[-1].name()}: {_verdict(rows[-1])}", file=sys.stderr, flush=True)
     return rows
@@ -316,6 +330,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
+    cells += kernel_cells()[:1] if short else kernel_cells()
     start = time.monotonic()
     rows = run_cells(cells, trainer_cells()[:2] if short else trainer_cells())
     table = Table(title=f"Relative errors against fp64, {len(rows)} cells", show_lines=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.multiprocessing as mp
 
@@ -90,6 +91,14 @@ class Ranks:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def interpreted_ranks(world_size: int) -> Ranks:
+    """Ranks in which Triton is interpreted: the variable is read at its first import."""
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        ranks = Ranks(world_size)
+        ranks.run(os.getpid)
+    return ranks
 
 
 def remove_shared_memory(port: int) -> None:

@@ -35,7 +35,7 @@ from tests.models import FAMILIES, family_batch, family_config
 
 EXACT = 1e-12
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", stand_ins.HUB_KERNEL)
-# Families whose layers drop what flash attention would need to know of packed documents.
+# Families whose layers drop what flash attention would need to know of packed documents; a mask reaches them.
 NO_DOCUMENTS = ("stablelm", "nemotron")
 # A boundary of shards at SP 2 and 4 (16 and 8 tokens) inside a document, at its start, and behind its only token.
 DOCUMENTS = (7, 1, 8, 13)
@@ -76,8 +76,9 @@ def split_step(core: str, config: Any, batch: dict[str, Any], sp_size: int, mult
         model = model_with(core, config)
         packing = find_core(core).keeps_documents_apart
         sharded = shard_batch(batch, sp_size, multiple, packing)
-        patch_model(model, groups.sp_group, undo)
-        guard_batches(model, groups, Calls(), undo)
+        calls = Calls()
+        patch_model(model, groups.sp_group, undo, calls)
+        guard_batches(model, groups, calls, undo)
         loss, grads = step(model, {**sharded.shards[groups.sp_rank], **sharded.common})
         for grad in grads.values():
             dist.all_reduce(grad, group=groups.sp_group)
@@ -215,40 +216,46 @@ def errors_of_packing(core: str, how: str, sp_size: int, multiple: int, changed:
 
 @pytest.mark.parametrize("changed", [{}, {"sliding_window": 5}], ids=["full", "window"])
 @pytest.mark.parametrize("how", ["position_ids", "flattening", "bounds only", "trl"])
-@pytest.mark.parametrize(("core", "sp_size", "multiple"), [("flash_attention_2", 2, 32), ("flash_attention_3", 4, 4)])
+@pytest.mark.parametrize(
+    ("core", "sp_size", "multiple"), [("flash_attention_2", 2, 32), ("flash_attention_3", 4, 4), ("sdpa", 4, 32)]
+)
 def test_packed_documents_do_not_see_one_another(core, sp_size, multiple, how, changed, ranks4):
-    """Stand-in, against itself at SP 1 and against each document alone through sdpa, which is run here."""
+    """Stand-in (sdpa: run here), against itself at SP 1 and against each document alone through sdpa."""
     same_core, truth, seen = ranks4.run(errors_of_packing, core, how, sp_size, multiple, changed)[0]
     assert truth < EXACT
-    if how != "bounds only":  # transformers at SP 1 then counts positions through, which is the same to rounding only
+    # Without position_ids transformers at SP 1 counts them through, which is the same to rounding only; and under sdpa
+    # it then knows of no documents.
+    if how != "bounds only":
         assert same_core < EXACT
     padded = -(-sum(DOCUMENTS) // multiple) * multiple
     bounds = [0, *itertools.accumulate(DOCUMENTS)] + [padded] * (padded > sum(DOCUMENTS))
-    assert seen == [(f"{core[-1]} varlen", bounds, int)] * 2, "padding is a document of its own"
+    assert seen == ([] if core == "sdpa" else [(f"{core[-1]} varlen", bounds, int)] * 2), "padding is a document"
 
 
-def errors_of_a_packed_family(model_type: str) -> float:
+def errors_of_a_packed_family(model_type: str, cores: tuple[str, ...]) -> list[float]:
     config, batch = family_config(model_type), packed_batch()
     with stand_ins.installed():
-        split = split_step("flash_attention_2", config, batch, 2, 8)
+        split = [split_step(core, config, batch, 2, 8) for core in cores]
     truth = document_by_document(config, batch, DOCUMENTS)
     # A document alone may leave an expert without a token, and its gradient None; together they do not.
-    return worst(split, truth)
+    return [worst(each, truth) for each in split]
 
 
-@pytest.mark.parametrize("model_type", [each for each in FAMILIES if each not in NO_DOCUMENTS])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_verified_families_hand_the_documents_on(model_type, ranks2):
-    """Stand-in, against each document alone through sdpa."""
-    assert ranks2.run(errors_of_a_packed_family, model_type)[0] < EXACT
+    """sdpa: run here. Flash attention: stand-in. Against each document alone through sdpa."""
+    cores = ("sdpa",) if model_type in NO_DOCUMENTS else ("sdpa", "flash_attention_2")
+    assert max(ranks2.run(errors_of_a_packed_family, model_type, cores)[0]) < EXACT
 
 
 @pytest.mark.parametrize("model_type", NO_DOCUMENTS)
 def test_a_family_that_does_not_is_refused(model_type, ranks2):
     """Stand-in. transformers gives their attention no positions either, so packing leaks at SP 1 as well."""
     with pytest.raises(RankError) as caught:
-        ranks2.run(errors_of_a_packed_family, model_type)
+        ranks2.run(errors_of_a_packed_family, model_type, ("flash_attention_2",))
     for error in caught.value.errors:
-        assert isinstance(error, UnsupportedModelError) and "does not hand cu_seq_lens_q on" in str(error)
+        assert isinstance(error, UnsupportedModelError)
+        assert "does not tell its attention where packed documents end" in str(error)
 
 
 # --- other arguments
@@ -492,11 +499,12 @@ def test_a_step_on_packed_documents_is_that_of_the_run_without_sequence_parallel
 # --- what is refused
 
 
-@pytest.mark.parametrize("core", ["sdpa", "flex_attention"])
-def test_windows_are_refused_elsewhere_with_the_core_that_has_them(core):
-    model = build_model(family_config("mistral", sliding_window=8), core=core)
-    with pytest.raises(UnsupportedModelError, match=rf"sliding_window=8: not with .*'{core}'.*flash_attention_2 can"):
-        check_model(model)
+@pytest.mark.parametrize("core", FLASH)
+def test_chunks_are_refused_under_flash_attention_with_the_core_that_has_them(core):
+    with stand_ins.installed():
+        model = model_with(core, family_config("llama4_text", layer_types=["chunked_attention", "full_attention"]))
+        with pytest.raises(UnsupportedModelError, match=rf"chunked_attention: not with .*'{core}'.*; sdpa can do it"):
+            check_model(model)
 
 
 @pytest.mark.parametrize("core", ["eager", "paged|eager"])
@@ -519,9 +527,9 @@ def test_a_function_that_somebody_registered_under_a_cores_name_is_not_the_core(
     assert find_core("flash_attention_3") is not None
 
 
-def test_packed_documents_are_refused_where_the_core_does_not_keep_them_apart():
+def test_packed_documents_are_refused_where_the_model_does_not_keep_them_apart():
     for batch in (packed_batch(), collated(DataCollatorWithFlattening(return_flash_attn_kwargs=True))):
-        with pytest.raises(DataError, match=r"restart at token 7 of row 0.*'flash_attention_2'"):
+        with pytest.raises(DataError, match=r"restart at token 7 of row 0.*does not keep packed samples apart"):
             shard_batch(batch, 2, 2)
 
 
@@ -563,8 +571,9 @@ def guarded(change: str) -> None:
         groups = build_groups(2, build_control_group())
         undo.callback(groups.destroy)
         model = model_with("flash_attention_2", family_config("llama"))
-        patch_model(model, groups.sp_group, undo)
-        guard_batches(model, groups, Calls(), undo)
+        calls = Calls()
+        patch_model(model, groups.sp_group, undo, calls)
+        guard_batches(model, groups, calls, undo)
         sharded = shard_batch(packed_batch((20, 12)), 2, 2, packing=True)
         batch = {**sharded.shards[groups.sp_rank], **sharded.common}
         if change == "no bounds":

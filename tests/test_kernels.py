@@ -18,7 +18,9 @@ from benchmarks.cells import build_model
 from benchmarks.kernels.cross_entropy import Case, in_a_model, judge, tile_peak
 from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_bf16
 from benchmarks.kernels.judge import Interpreted, errors_of, measure
-from benchmarks.ranks import Ranks
+from benchmarks.parity import kernel_cells
+from benchmarks.parity import measure as measure_cell
+from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
 from deepspeed_alst.models.calls import Calls
@@ -300,10 +302,7 @@ def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
 
 @pytest.fixture(scope="module")
 def interpreted_ranks():
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        ranks = Ranks(2)
-        ranks.run(os.getpid)
-    with ranks:
+    with started_interpreted(2) as ranks:
         yield ranks
 
 
@@ -334,6 +333,13 @@ def test_steps_of_an_engine_are_those_of_torchs_tiles(interpreted_ranks, stage, 
     found = interpreted_ranks.run(_steps_by_key, stage, sp_size)
     assert all(num_tiles > 0 for _, _, num_tiles in found)
     assert max(loss for loss, _, _ in found) < 1e-6 and 0 < max(grads for _, grads, _ in found) < 2e-6
+
+
+@pytest.mark.parametrize("cell", kernel_cells()[:3], ids=lambda cell: cell.name())
+def test_three_steps_are_as_exact_as_no_sequence_parallelism(interpreted_ranks, cell):
+    row = measure_cell(cell, interpreted_ranks, with_upstream=False)
+    assert not isinstance(row.sp1, str), row.sp1
+    assert not row.problems()
 
 
 # --- where it does not run
@@ -443,7 +449,8 @@ def _shims() -> None:
     @triton.jit
     def add(x_ptr, y_ptr, n, BLOCK: tl.constexpr):  # bf16 is not cast first
         lanes = tl.arange(0, BLOCK)
-        tl.store(y_ptr + lanes, tl.load(x_ptr + lanes, mask=lanes < n) + 1, mask=lanes < n)
+        x = tl.load(x_ptr + lanes, mask=lanes < n)
+        tl.store(y_ptr + lanes, x + x, mask=lanes < n)
 
     @triton.jit
     def beyond(x_ptr, y_ptr, BLOCK: tl.constexpr):

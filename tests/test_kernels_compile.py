@@ -49,6 +49,18 @@ def test_no_thread_overwrites_what_another_has_yet_to_read(table):
         assert {access for access in accesses[last + 1 :]} == {"ld.global.v4.b32", "st.global.v4.b32"}
 
 
+def test_heads_move_16_bytes_at_a_time_where_they_are_aligned(table):
+    accesses = {
+        (each.target, each.size): set(each.accesses.split())
+        for each in table
+        if each.kernel == "heads_kernel" and each.accesses
+    }
+    assert len(accesses) == 3 * 5
+    for (_, size), found in accesses.items():
+        wide = {"ld.global.v4.b32", "st.global.v4.b32"}
+        assert found == wide or ("D 75" in size and not found & wide), (size, found)
+
+
 def test_a_kernel_that_spills_is_seen():
     (unaligned,) = [each for each in compile_all(("sm_90",), config=(32768, 32)) if each.size == "bf16, V 50257"]
     assert unaligned.spilled > 0 and not unaligned.fits

@@ -293,7 +293,7 @@ def expected_of(rank: int, batch: int, rows: int, length: int, multiple: int) ->
         "input_ids": [row + [0] * (padded - length) for row in ids],
         "labels": [[x + 50 for x in row] + [-100] * (padded - length) for row in ids],
         "shift_labels": [[x + 50 for x in row[1:]] + [-100] * (padded - length + 1) for row in ids],
-        "position_ids": [list(range(padded))] * rows,
+        "position_ids": [[min(place, length - 1) for place in range(padded)]] * rows,
     }
 
 

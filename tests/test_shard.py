@@ -71,7 +71,7 @@ def test_the_shards_put_together_are_the_padded_whole(B, S, P, multiple):
     assert sizes == {(B, length // P)}, "every shard is as long as every other"
     assert whole(sharded, "input_ids").tolist() == padded_rows(ids.tolist(), multiple, 0)
     assert whole(sharded, "labels").tolist() == padded_rows(labels.tolist(), multiple, -100)
-    assert whole(sharded, "position_ids").tolist() == [list(range(length))] * B
+    assert whole(sharded, "position_ids").tolist() == [[min(place, S - 1) for place in range(length)]] * B
     assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(labels.tolist()), multiple, -100)
 
 
@@ -100,20 +100,20 @@ def test_labels_of_no_token_at_all_stay_labels_of_no_token():
     assert (whole(sharded, "shift_labels") == -100).all()
 
 
-def test_given_positions_are_kept_and_count_on_in_the_padding():
+def test_given_positions_are_kept_and_the_last_is_repeated_in_the_padding():
     positions = torch.arange(5).expand(2, 5)
     sharded = cut({"input_ids": tokens(2, 5), "position_ids": positions}, sp_size=2, multiple=4)
-    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 4, 4, 4]] * 2
 
 
 def test_positions_of_one_dim_are_those_of_every_row():
     sharded = cut({"input_ids": tokens(3, 5), "position_ids": torch.arange(5)})
-    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 4]] * 3
 
 
 def test_positions_of_a_single_row_are_cut_like_any_other():
     sharded = cut({"input_ids": tokens(3, 5), "labels": tokens(3, 5), "position_ids": torch.arange(5)[None]})
-    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 4]]
     assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(tokens(3, 5).tolist()), 2, -100)
 
 
@@ -124,7 +124,7 @@ def test_positions_of_three_dims_are_cut_along_the_sequence():
     assert [tuple(shard["position_ids"].shape) for shard in sharded.shards] == [(3, 2, 3)] * 2
     got = whole(sharded, "position_ids", dim=-1)
     assert torch.equal(got[..., :5], positions_3BS)
-    assert torch.equal(got[..., 5], positions_3BS[..., 4] + 1)
+    assert torch.equal(got[..., 5], positions_3BS[..., 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.bfloat16, torch.float64, torch.uint8])
@@ -156,7 +156,7 @@ def test_embeddings_take_the_place_of_ids():
     embeds, labels = torch.randn(2, 5, 3), tokens(2, 5)
     sharded = cut({"inputs_embeds": embeds, "labels": labels})
     assert torch.equal(whole(sharded, "inputs_embeds")[:, :5], embeds)
-    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 3, 4, 4]] * 2
     assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(labels.tolist()), 2, -100)
 
 
@@ -292,6 +292,11 @@ def test_packed_documents_come_with_their_bounds_and_padding_is_a_document_of_it
     # The label of a document's first token is nobody's, as the packing collators have it.
     assert whole(sharded, "labels").tolist() == [[1, 2, 3, -100, 5, -100, -100, -100]]
     assert whole(sharded, "shift_labels").tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]]
+
+
+def test_positions_of_the_padding_of_packed_documents_are_not_higher_than_theirs():
+    sharded = shard_batch({"input_ids": tokens(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, 2, 12, True)
+    assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 2, 2, 2, 2]]
 
 
 def test_documents_that_fill_the_row_need_no_padding():

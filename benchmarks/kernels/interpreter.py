@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 _ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_fabs")
 
@@ -119,7 +120,7 @@ def _noting(ranges: list[tuple[int, int]]) -> Any:
         def init(self: Any, args: Any, kwargs: Any) -> Any:
             found = original(self, args, kwargs)
             ranges.clear()
-            for each in (*found[0], *found[1].values()):
+            for each in tree_leaves(found):
                 if isinstance(each, torch.Tensor) and each.numel():
                     last = sum((size - 1) * stride for size, stride in zip(each.shape, each.stride(), strict=True))
                     ranges.append((each.data_ptr(), each.data_ptr() + (last + 1) * each.element_size()))

@@ -49,9 +49,8 @@ def check_one_document(position_ids_BS: torch.Tensor) -> None:
     if starts_BS.any():
         row, column = starts_BS.nonzero()[0].tolist()
         raise DataError(
-            f"position_ids restart at token {column} of row {row}: under sequence parallelism only flash attention "
-            "keeps packed samples apart. Load the model with attn_implementation='flash_attention_2', give one "
-            "document per row, or leave position_ids out."
+            f"position_ids restart at token {column} of row {row}: this model does not keep packed samples apart under "
+            "sequence parallelism. Give one document per row, or leave position_ids out."
         )
     _check_start(position_ids_BS)
 

@@ -8,7 +8,7 @@ Legend: B batch, S whole sequence, H query heads, K kv heads, D head dim, P rank
 (s = S/P, h = H/P, k = kv heads per rank); W = h*D + 2*k*D, what one token sends to one rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from deepspeed_alst.attention.heads import HeadPlan
 from deepspeed_alst.attention.kept import Ran, record, replayed
+from deepspeed_alst.kernels.wire import by_heads, by_tokens, pack, unpack_
 from deepspeed_alst.offload.frames import Frame
 
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]
 
 
 def ulysses_attention(
@@ -87,27 +88,26 @@ class _SeqToHead(torch.autograd.Function):
     """Sequence shards of all heads in, head shards of the whole sequence out."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any) -> Triple:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any
+    ) -> tuple[torch.Tensor, ...]:
         ctx.plan, ctx.group = plan, group
-        return _unpack_heads(_exchange(_pack_heads(q, k, v, plan), group), _widths(q, k, v, plan))
+        recv_PsBW = _exchange(pack(_pieces((q, k, v), plan), plan.sp_size), group)
+        h, kv = plan.heads_per_rank, plan.kv_heads_per_rank
+        return _unpack_heads(recv_PsBW, [(h, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3])])
 
     @staticmethod
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        P = ctx.plan.sp_size
-        grads_BhSD = (dq, dk, dv)
-        send_PsBW = torch.cat([_by_token(g).flatten(2) for g in grads_BhSD], dim=-1).unflatten(0, (P, -1))
-        recv_PsBW = _exchange(send_PsBW, ctx.group)
-        grads_BHsD = []
-        first = 0
-        for index, g in enumerate(grads_BhSD):
-            heads, D = g.shape[1], g.shape[3]
-            part_PsBhD = recv_PsBW[..., first : first + heads * D].unflatten(-1, (heads, D))
-            first += heads * D
-            if index and ctx.plan.kv_replicas > 1:
-                # Every rank that held a copy of a kv head has a share of its gradient; added in fp32, rounded once.
-                copies = part_PsBhD.unflatten(0, (-1, ctx.plan.kv_replicas))
-                part_PsBhD = copies.sum(1, dtype=_sum_dtype(g)).to(g.dtype)
-            grads_BHsD.append(part_PsBhD.permute(2, 0, 3, 1, 4).flatten(1, 2))
+    def backward(ctx: Any, *grads_BhSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        plan = ctx.plan
+        recv_PsBW = _exchange(pack([by_tokens(g, plan.sp_size) for g in grads_BhSD], plan.sp_size), ctx.group)
+        s, B = recv_PsBW.shape[1:3]
+        # In memory as projections make their outputs: going back through a transposition, autograd copies nothing.
+        grads_BHsD = [
+            recv_PsBW.new_empty(B, s, heads, g.shape[3]).transpose(1, 2)
+            for heads, g in zip((plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), grads_BhSD, strict=True)
+        ]
+        # Every rank that held a copy of a kv head has a share of its gradient.
+        unpack_(recv_PsBW, _pieces(grads_BHsD, plan))
         return (*grads_BHsD, None, None)
 
 
@@ -118,14 +118,18 @@ class _HeadToSeq(torch.autograd.Function):
     def forward(ctx: Any, o_BhSD: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
         P = dist.get_world_size(group)
-        recv_PsBhD = _exchange(_by_token(o_BhSD).unflatten(0, (P, -1)), group)
-        return recv_PsBhD.permute(2, 1, 0, 3, 4).flatten(2, 3)
+        recv_PsBW = _exchange(pack([by_tokens(o_BhSD, P)], P), group)
+        B, h, S, D = o_BhSD.shape
+        o_BsHD = recv_PsBW.new_empty(B, S // P, P * h, D)
+        unpack_(recv_PsBW, [by_heads(o_BsHD.transpose(1, 2), P)])
+        return o_BsHD
 
     @staticmethod
     def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor, None]:
         P = dist.get_world_size(ctx.group)
-        send_PsBhD = do_BsHD.unflatten(2, (P, -1)).permute(2, 1, 0, 3, 4)
-        return _exchange(send_PsBhD, ctx.group).flatten(0, 1).permute(1, 2, 0, 3), None
+        recv_PsBW = _exchange(pack([by_heads(do_BsHD.transpose(1, 2), P)], P), ctx.group)
+        (do_BhSD,) = _unpack_heads(recv_PsBW, [(do_BsHD.shape[2] // P, do_BsHD.shape[3])])
+        return do_BhSD, None
 
 
 class _HeadToSeqKept(torch.autograd.Function):
@@ -152,62 +156,38 @@ class _HeadToSeqKept(torch.autograd.Function):
             return *_HeadToSeq.backward(ctx, do_BsHD), None
         B, h, S, D = o_BhSD.shape
         P = dist.get_world_size(ctx.group)
-        send_P2sBhD = do_BsHD.new_empty(P, 2, S // P, B, h, D)
-        for index, x_BsHD in enumerate((do_BsHD, o_BsHD)):
-            send_P2sBhD[:, index].copy_(x_BsHD.unflatten(2, (P, -1)).permute(2, 1, 0, 3, 4))
-        recv_P2sBhD = _exchange(send_P2sBhD, ctx.group)
+        send_PsBW = pack([by_heads(x_BsHD.transpose(1, 2), P) for x_BsHD in (do_BsHD, o_BsHD)], P)
+        recv_PsBW = _exchange(send_PsBW, ctx.group)
         storage.resize_(o_BhSD.numel() * o_BhSD.element_size())
-        # It was saved empty, and is to count as unchanged.
+        # Not a view: the gradient lives until attention's backward ends, and is not to hold the other half meanwhile.
+        do_BhSD = recv_PsBW.new_empty(B, S, h, D).transpose(1, 2)
+        # The output was saved empty, and is to count as unchanged.
         with torch.autograd._unsafe_preserve_version_counter(o_BhSD):
-            _by_token(o_BhSD.detach()).unflatten(0, (P, -1)).copy_(recv_P2sBhD[:, 1])
-        # A copy: the gradient lives until attention's backward ends, and is not to hold the other half meanwhile.
-        return recv_P2sBhD[:, 0].flatten(0, 1).permute(1, 2, 0, 3), None, None
+            unpack_(recv_PsBW, [by_tokens(do_BhSD, P), by_tokens(o_BhSD.detach(), P)])
+        return do_BhSD, None, None
 
 
 def _exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
     """Piece p of dim 0 goes to rank p; piece p of the result came from rank p."""
-    send = send.contiguous()
     recv = torch.empty_like(send)
     dist.all_to_all_single(recv, send, group=group)
     return recv
 
 
-def _by_token(x_BhSD: torch.Tensor) -> torch.Tensor:
-    """``[B, h, S, D] -> [S, B, h, D]``, a view."""
-    return x_BhSD.permute(2, 0, 1, 3)
+def _pieces(qkv_BHsD: Sequence[torch.Tensor], plan: HeadPlan) -> list[torch.Tensor]:
+    """What each rank gets of q, k and v, and gives back of their gradients."""
+    q, k, v = qkv_BHsD
+    kv_pieces = plan.sp_size // plan.kv_replicas
+    return [by_heads(q, plan.sp_size), by_heads(k, kv_pieces), by_heads(v, kv_pieces)]
 
 
-def _sum_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _unpack_heads(recv_PsBW: torch.Tensor, widths: list[tuple[int, int]]) -> Tensors:
+    """``[P, s, B, W]`` is ``[S, B, W]``: what came of each tensor is a view of it, ``[B, h, S, D]``; nothing is copied.
 
-
-def _widths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan) -> list[tuple[int, int]]:
-    h, kv = plan.heads_per_rank, plan.kv_heads_per_rank
-    return [(h, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3])]
-
-
-def _pack_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan) -> torch.Tensor:
-    """One buffer ``[P, s, B, W]``, each element written once: what each rank gets of q, then of k, then of v."""
-    B, _, s, _ = q.shape
-    P, m = plan.sp_size, plan.kv_replicas
-    widths = _widths(q, k, v, plan)
-    send_PsBW = q.new_empty(P, s, B, sum(heads * D for heads, D in widths))
-    first = 0
-    for x_BHsD, (heads, D) in zip((q, k, v), widths, strict=True):
-        part_PsBhD = send_PsBW[..., first : first + heads * D].unflatten(-1, (heads, D))
-        first += heads * D
-        copies = m if x_BHsD is not q else 1
-        # [B, H, s, D] -> [P/copies, 1, s, B, h, D]; the 1 is broadcast over the ranks that hold the same head.
-        pieces = x_BHsD.unflatten(1, (P // copies, heads)).permute(1, 3, 0, 2, 4).unsqueeze(1)
-        part_PsBhD.unflatten(0, (P // copies, copies)).copy_(pieces)
-    return send_PsBW
-
-
-def _unpack_heads(recv_PsBW: torch.Tensor, widths: list[tuple[int, int]]) -> Triple:
-    """``[P, s, B, W]`` is ``[S, B, W]``: q, k and v of the whole sequence are views of it, nothing is copied."""
+    Attention takes these strides: sdpa, flash attention and flex need a head's D side by side, and no more.
+    """
     recv_SBW = recv_PsBW.flatten(0, 1)
-    q, k, v = (
+    return tuple(
         part_SBW.unflatten(-1, width).permute(1, 2, 0, 3)
         for part_SBW, width in zip(recv_SBW.split([h * D for h, D in widths], dim=-1), widths, strict=True)
     )
-    return q, k, v

@@ -30,11 +30,11 @@ class ShardedBatch:
 def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int, packing: bool = False) -> ShardedBatch:
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
-    ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, positions counting on, or from 0 after
-    packed documents, the rest with 0. ``position_ids`` are made where absent. ``shift_labels`` are the labels moved by
-    one token, once, before the cut; the last token of every document has none. An attention mask of ones or right
-    padding is dropped. Tensors without a sequence dim, and everything that is not a tensor, go to every rank as they
-    are.
+    ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, the rest with 0, positions with none
+    that is higher than the sample's: the last one again, or a count from 0 after packed documents. ``position_ids`` are
+    made where absent. ``shift_labels`` are the labels moved by one token, once, before the cut; the last token of every
+    document has none. An attention mask of ones or right padding is dropped. Tensors without a sequence dim, and
+    everything that is not a tensor, go to every rank as they are.
 
     With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
     (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused.
@@ -145,8 +145,9 @@ def _pad(key: str, x: torch.Tensor, padded: int, packed: bool) -> torch.Tensor:
     if not missing:
         return x
     if key == "position_ids":
-        last = x.narrow(dim, x.shape[dim] - 1, 1)
-        before = torch.full_like(last, -1) if packed else last
-        return torch.cat([x, before + torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)], dim)
+        last = x[..., -1:].expand(*x.shape[:-1], missing)
+        # What goes by a sequence's length takes the highest position for it, and learned positions have an end.
+        counted = torch.arange(missing, dtype=x.dtype, device=x.device).clamp(max=x.max()).expand_as(last)
+        return torch.cat([x, counted if packed else last], dim)
     value = IGNORED_LABEL if key in _LABEL_KEYS else 0
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing], value=value)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.ops.load import is_compiled, load
 
@@ -88,7 +90,9 @@ def pick(name: str, device: torch.device) -> Callable[..., Any]:
 def _is_proven(name: str, device_type: str, index: int | None) -> bool:
     """Whether an op's kernel agrees with its definition on a device; a warning says if not."""
     try:
-        wrong = _worst(_OPS[name], torch.device(device_type, index))
+        # With tensors that have values, which a mode of who asked (fake tensors, a ledger) neither takes away nor sees.
+        with _disable_current_modes():
+            wrong = _worst(_OPS[name], torch.device(device_type, index))
     except Exception as error:  # a compiler or a driver can fail in any way, and training need not
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
@@ -121,12 +125,12 @@ def _worst(op: Op, device: torch.device) -> str:
 
 def _run(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype | None) -> list[torch.Tensor]:
     """Results of a function and what it leaves in its arguments, in fp64."""
-    arguments = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
-    if dtype is not None:
-        arguments = [
-            each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-            for each in arguments
-        ]
-    result = function(*arguments)
-    results = result if isinstance(result, tuple | list) else (result,)
-    return [each.detach().double() for each in (*results, *arguments) if isinstance(each, torch.Tensor)]
+
+    def copied(each: Any) -> Any:
+        if not isinstance(each, torch.Tensor):
+            return each
+        return each.to(dtype, copy=True) if dtype is not None and each.is_floating_point() else each.clone()
+
+    arguments = tree_map(copied, given)
+    found = (function(*arguments), arguments)
+    return [each.detach().double() for each in tree_leaves(found) if isinstance(each, torch.Tensor)]

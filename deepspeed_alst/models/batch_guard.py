@@ -31,8 +31,12 @@ class _Facts:
     problem: str | None = None
     shape: tuple[int, ...] = ()
     """Batch and shard length."""
-    start: int = 0
-    """Where in the sequence the first token stands, as its position says."""
+    first: int = 0
+    """The position of the first token."""
+    place: int = 0
+    """The position that it has in the shard of this rank, padding apart: its place in its document."""
+    highest: int = 0
+    """The highest position of all tokens."""
     documents: int = 0
     """A fingerprint of the bounds of packed documents."""
 
@@ -77,6 +81,8 @@ def guard_batches(
         problem = _problem([each for each, _ in everyone], groups.sp_size)
         if problem:
             raise DataError(problem)
+        calls.documents = tuple(bounds)
+        calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
         if planner is not None:
             _decide_together(planner, [each for _, each in everyone], groups)
         # transformers would keep every layer's keys and values of the shard, which nothing reads.
@@ -150,13 +156,17 @@ def _facts(
     shape = tuple(tokens.shape[:2])
     if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
         return _Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {_WAY_OUT}")
-    first = int(positions.reshape(-1)[0])
-    place = groups.sp_rank * shape[1]
-    counting = torch.arange(first, first + positions.shape[-1]).to(positions)
-    if not bounds and not torch.equal(positions, counting.expand_as(positions)):
+    # Of positions of several dims the first are those of the text.
+    text_s = positions.reshape(-1, positions.shape[-1])[0]
+    first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
+    # On the right the loader repeats the last position as padding.
+    counting_s = torch.arange(first, first + len(text_s)).to(positions).clamp(max=highest)
+    if not bounds and not torch.equal(positions, counting_s.expand_as(positions)):
         return _Facts(f"its position_ids restart, but it has no cu_seq_lens_q of the whole sequence. {_WAY_OUT}")
+    place = groups.sp_rank * shape[1]
+    place -= _document_start(bounds, place)
     # Python's hash of whole numbers is the same in every process.
-    return _Facts(shape=shape, start=first + _document_start(bounds, place), documents=hash(tuple(bounds)))
+    return _Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
 
 
 def _document_start(bounds: list[int], place: int) -> int:
@@ -184,7 +194,9 @@ def _problem(everyone: list[_Facts], sp_size: int) -> str | None:
     for first in range(0, len(everyone), sp_size):
         ranks = everyone[first : first + sp_size]
         shapes = [facts.shape for facts in ranks]
-        starts, expected = [facts.start for facts in ranks], [place * shapes[0][1] for place in range(sp_size)]
+        starts, highest = [facts.first for facts in ranks], max(facts.highest for facts in ranks)
+        # In the padding no position is higher than the last token's.
+        expected = [min(facts.place, highest) for facts in ranks]
         if len({(facts.shape, facts.documents) for facts in ranks}) > 1 or starts != expected:
             return (
                 f"batches reached the engine that are not split over the ranks of their sequence: ranks {first} to "

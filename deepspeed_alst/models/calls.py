@@ -30,6 +30,10 @@ class Calls:
     """Whether a forward of the outermost module is under way."""
     whole: bool = False
     """Whether forwards go round the patched parts on purpose: every rank has the whole sequence."""
+    documents: tuple[int, ...] = ()
+    """Bounds of the packed documents of this forward's whole sequence; empty where it is one document."""
+    highest: int | None = None
+    """The highest position in this forward's whole sequence."""
 
     @contextlib.contextmanager
     def of_whole_sequence(self) -> Iterator[None]:
@@ -74,10 +78,11 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
                 f"{name} did not call transformers' attention interface: its attention sees only a "
                 "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
             )
-        if kwargs.get("cu_seq_lens_q") is not None and calls.with_documents < calls.attention:
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is not None and len(bounds) > 2 and calls.with_documents < calls.attention:
             raise UnsupportedModelError(
-                f"{name} does not hand cu_seq_lens_q on to its attention: packed documents would see "
-                "one another. Give it one document per row."
+                f"{name} does not tell its attention where packed documents end (by cu_seq_lens_q, or by a mask): they "
+                "would see one another. Give it one document per row."
             )
         if not whole_loss:
             return

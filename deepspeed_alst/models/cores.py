@@ -1,7 +1,9 @@
 """The attention cores: what attends between the two all-to-alls, and which arguments of the call it is given.
 
-sdpa is called directly. Of every other core transformers' own function is called, with the whole sequence and this
-rank's heads, so that its special cases (casts, windows, varlen, kernels from the hub) stay transformers'.
+sdpa is called directly, piece by piece where a mask hides something (banded.py). Of every other core transformers' own
+function is called, with the whole sequence and this rank's heads, so that its special cases (casts, windows, varlen,
+kernels from the hub) stay transformers'. Windows and documents reach flash attention as arguments, sdpa and flex
+attention in a mask.
 
 Legend: B batch, S whole sequence, D head dim; h and k are the query and key/value heads of this rank.
 """
@@ -12,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
+from deepspeed_alst.attention.banded import attend as attend_by_sdpa
+from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.errors import UnsupportedModelError
 
 Attend = Callable[..., torch.Tensor]
-"""``(module, q_BhSD, k_BkSD, v_BkSD, scaling, arguments) -> out_BhSD``."""
+"""``(module, q_BhSD, k_BkSD, v_BkSD, mask, scaling, arguments) -> out_BhSD``."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,14 @@ class Core:
         return self.make is not _flex
 
     @property
-    def has_windows(self) -> bool:
-        """Whether sliding windows reach the core."""
-        return "sliding_window" in self.passes_on
+    def takes_masks(self) -> bool:
+        """Whether windows, chunks and packed documents reach the core in a mask; else as arguments."""
+        return self.make is not _flash
 
     @property
     def keeps_documents_apart(self) -> bool:
         """Whether packed documents do not see one another."""
-        return "cu_seq_lens_q" in self.passes_on
+        return self.takes_masks or "cu_seq_lens_q" in self.passes_on
 
 
 def find_core(name: str) -> Core | None:
@@ -90,11 +93,11 @@ def _sdpa(core: Core) -> Attend:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        mask: WholeMask | None,
         scaling: float | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=gqa)
+        return attend_by_sdpa(q, k, v, mask, scaling)
 
     return attend
 
@@ -105,6 +108,7 @@ def _flash(core: Core) -> Attend:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        mask: WholeMask | None,
         scaling: float | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
@@ -116,14 +120,16 @@ def _flash(core: Core) -> Attend:
 
 
 def _flex(core: Core) -> Attend:
-    # A million tokens have a mask of 2**26 blocks: only the last length's is kept.
-    block_mask = functools.lru_cache(maxsize=1)(_causal_block_mask)
+    # A million tokens have a mask of 2**26 blocks: only the last two are kept, as layers with a window and layers
+    # without one take turns.
+    block_mask = functools.lru_cache(maxsize=2)(_block_mask)
 
     def attend(
         module: torch.nn.Module,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        mask: WholeMask | None,
         scaling: float | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
@@ -132,16 +138,17 @@ def _flex(core: Core) -> Attend:
                 "attn_implementation='flex_attention' cannot train on CPU: PyTorch has no backward of it there. Load "
                 "the model with attn_implementation='sdpa'"
             )
-        mask = block_mask(q.shape[2], q.device)
-        out_BShD, _ = flex_attention_forward(module, q, k, v, mask, scaling=scaling, **arguments)
+        blocks = block_mask(mask, q.shape[2], q.device)
+        out_BShD, _ = flex_attention_forward(module, q, k, v, blocks, scaling=scaling, **arguments)
         return out_BShD.transpose(1, 2)
 
     return attend
 
 
-def _causal_block_mask(length: int, device: torch.device) -> Any:
+def _block_mask(mask: WholeMask | None, length: int, device: torch.device) -> Any:
     """Of the whole sequence, where transformers' would be of the shard; one row, which flex repeats for the batch."""
-    return flex_attention_mask(1, length, length, mask_function=causal_mask_function, device=device)
+    rule = causal_mask_function if mask is None else mask.rule(length, device)
+    return flex_attention_mask(1, length, length, mask_function=rule, device=device)
 
 
 def under_own_name(module: torch.nn.Module, name: str) -> Any:

@@ -3,6 +3,7 @@
 Whether what is left is right, the census has found out (verified.py), or a small model of its kind (probe.py).
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ _WHY_NOT = {
     "eager": " (it makes a score of every pair of tokens)",
     "paged|eager": " (it is made for generation)",
 }
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# What a layer may see of a sequence, by the name that transformers has for it; flash attention has no chunks.
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,7 @@ def _of_all_layers(text_config: Any, name: str) -> int | None:
 def _config_problems(config: Any, text_config: Any) -> list[str]:
     problems = []
     problems += _core_problems(config._attn_implementation)
-    problems += _window_problems(config._attn_implementation, text_config)
-    for name in _rope_types(text_config):
-        if name in _LENGTH_DEPENDENT_ROPE:
-            problems.append(f"rope_type='{name}' depends on the sequence's length, of which a rank sees its shard only")
+    problems += _layer_problems(config._attn_implementation, text_config)
     for name, value in sorted(vars(text_config).items()):
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value > 0:
             problems.append(f"{name}={value}: ranks cannot draw the dropout of the whole sequence; set it to 0")
@@ -98,22 +97,18 @@ def _core_problems(name: str) -> list[str]:
     return []
 
 
-def _window_problems(name: str, text_config: Any) -> list[str]:
+def _layer_problems(name: str, text_config: Any) -> list[str]:
+    """Layers that are not attention, or see a part of the sequence that the core cannot be told."""
     core = find_core(name)
-    has_windows = core is not None and core.has_windows
-    available = {"full_attention", "sliding_attention"} if has_windows else {"full_attention"}
-    can = f"not with attn_implementation='{name}' under sequence parallelism"
-    problems = []
-    window = getattr(text_config, "sliding_window", None)
-    if window is not None and getattr(text_config, "use_sliding_window", True) and not has_windows:
-        problems.append(
-            f"sliding_window={window}: {can}; flash_attention_2 can do it, or set it to None if the model allows"
-        )
-    other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - available)
-    if other_layers:
-        way_out = "; flash_attention_2 can do it" if other_layers == ["sliding_attention"] else ""
-        problems.append(f"layer_types has {', '.join(other_layers)}: {can}{way_out}")
-    return problems
+    available = set(_LAYER_TYPES) - (set() if core is None or core.takes_masks else {"chunked_attention"})
+    others = sorted(set(getattr(text_config, "layer_types", None) or ()) - available)
+    if not others:
+        return []
+    way_out = "; sdpa can do it" if others == ["chunked_attention"] else ""
+    return [
+        f"layer_types has {', '.join(others)}: not with attn_implementation='{name}' under sequence parallelism"
+        f"{way_out}"
+    ]
 
 
 def _module_problems(model: torch.nn.Module) -> list[str]:
@@ -122,6 +117,7 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
         return [
             "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
         ]
+    problems = _position_problems(model)
     # An adapter's dropouts, in dicts such as lora_dropout, are refused by the adapter's name.
     dropouts = [
         name
@@ -129,9 +125,24 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
         if isinstance(module, torch.nn.Dropout) and module.p > 0 and "_dropout." not in name
     ]
     if dropouts:
-        return [
+        problems.append(
             f"{dropouts[0]} is a Dropout with p > 0: ranks cannot draw the dropout of the whole sequence; set p to 0"
-        ]
+        )
+    return problems
+
+
+def _position_problems(model: torch.nn.Module) -> list[str]:
+    """Positions that a model counts itself, in what it takes for the sequence and is a shard."""
+    # A subclass may hand its arguments on.
+    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    if not any("position_ids" in inspect.signature(forward).parameters for forward in forwards):
+        return ["it takes no position_ids: it counts the positions of a shard from 0; use another model"]
+    for name, module in model.named_modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return [
+                f"{name} counts positions from behind the padding token's id, where the loader's start at 0; use "
+                "another model"
+            ]
     return []
 
 
@@ -153,11 +164,3 @@ def _other_configs(model: torch.nn.Module) -> list[str]:
         if isinstance(own, PreTrainedConfig) and own is not model.config:
             return [f"{name} has a config of its own, not the model's; set it to the model's: {name}.config = config"]
     return []
-
-
-def _rope_types(text_config: Any) -> set[str]:
-    """The rope types of a config, of which newer models have one per layer type."""
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    found = {parameters.get("rope_type", "default")}
-    found |= {value.get("rope_type", "default") for value in parameters.values() if isinstance(value, dict)}
-    return found

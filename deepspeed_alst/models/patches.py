@@ -18,6 +18,7 @@ from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
 from deepspeed_alst.models.own_config import own_config
+from deepspeed_alst.models.positions import give_whole_length
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_sequence_divisor, whole_sequence_loss
 
@@ -40,6 +41,7 @@ def patch_model(
     assert core is not None, "check_model refuses it"
     own_config(model, base.config, undo)
     register_attention(base, core, group, calls, undo)
+    give_whole_length(base, calls, undo)
     _replace_loss(base, group, calls, undo)
     if whole_loss:
         sum_fused_head(model, group, calls, undo)

@@ -1,0 +1,152 @@
+"""Packing and unpacking of heads under the judges of this folder.
+
+Legend: P ranks, H query heads, K kv heads, D and V head dims of q and k and of v, s tokens of a shard, B batch; m ranks
+hold the same kv head.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.interpreter import faithful
+from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention layer on one rank."""
+
+    P: int
+    H: int
+    K: int
+    D: int
+    V: int
+    s: int
+    B: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    heads_first: bool = False
+    """Tensors lie in memory as ``[B, H, s, D]``, not as ``[B, s, H, D]``."""
+
+    @property
+    def m(self) -> int:
+        """Ranks that hold the same kv head."""
+        return max(1, self.P // self.K)
+
+    def tensor(self, heads: int, tokens: int, D: int, device: str) -> torch.Tensor:
+        """``[B, heads, tokens, D]``."""
+        if self.heads_first:
+            return torch.randn(self.B, heads, tokens, D, device=device).to(self.dtype)
+        return torch.randn(self.B, tokens, heads, D, device=device).to(self.dtype).transpose(1, 2)
+
+    def shards(self, device: str = "cpu") -> list[torch.Tensor]:
+        """Pieces of q, k and v, or of their gradients, as the model has them."""
+        from deepspeed_alst.kernels.wire import by_heads
+
+        sizes = ((self.H, self.D, 1), (self.K, self.D, self.m), (self.K, self.V, self.m))
+        return [by_heads(self.tensor(heads, self.s, D, device), self.P // m) for heads, D, m in sizes]
+
+    def sequences(self, device: str = "cpu") -> list[torch.Tensor]:
+        """Pieces of the same as attention has them."""
+        from deepspeed_alst.kernels.wire import by_tokens
+
+        h, k, S = self.H // self.P, max(1, self.K // self.P), self.s * self.P
+        return [
+            by_tokens(self.tensor(heads, S, D, device), self.P) for heads, D in ((h, self.D), (k, self.D), (k, self.V))
+        ]
+
+
+# Llama-3.1-8B; two ranks to a kv head; heads of 80, two samples; nothing aligned; DeepSeek-V3.
+COMPILED = (
+    ("heads, bf16, Llama-3.1-8B, P 8", (Case(8, 32, 8, 128, 128, 4096),)),
+    ("heads, bf16, Qwen3-8B, P 16", (Case(16, 32, 8, 128, 128, 4096),)),
+    ("heads, fp32, D 80, P 8", (Case(8, 32, 4, 80, 80, 4096, B=2, dtype=torch.float32),)),
+    ("heads, fp16, D 75, P 6", (Case(6, 18, 3, 75, 75, 1001, B=3, dtype=torch.float16),)),
+    ("heads, bf16, MLA, P 8", (Case(8, 128, 128, 192, 128, 4096),)),
+)
+
+CASES = (
+    Case(8, 32, 8, 128, 128, 5),
+    Case(8, 16, 2, 80, 80, 9, B=2, dtype=torch.float32),
+    Case(4, 8, 2, 96, 96, 17, dtype=torch.float16, heads_first=True),
+    Case(3, 9, 3, 75, 33, 7, B=3),
+    Case(2, 6, 6, 192, 128, 33),
+)
+
+
+def title(case: Case) -> str:
+    """A case in words."""
+    order = ", heads first" if case.heads_first else ""
+    return f"P {case.P}, {case.H}/{case.K} heads of {case.D}/{case.V}, [{case.B}, {case.s}]{order} " + str(
+        case.dtype
+    ).removeprefix("torch.")
+
+
+def launch(case: Case) -> None:
+    """What a layer's forward and backward launch, on tensors without data."""
+    from deepspeed_alst.kernels import heads
+    from deepspeed_alst.kernels.registry import registered
+
+    packs, unpacks = registered()["pack_heads"], registered()["unpack_heads_"]
+    assert (packs.reference, unpacks.reference) == (heads.pack_reference, heads.unpack_reference)
+    wire_PsBW = packs.launch(case.shards("meta"), case.P)
+    unpacks.launch(wire_PsBW, case.shards("meta"))
+
+
+def judge(case: Case) -> Verdict:
+    """Run a layer's launches in the interpreter and compare."""
+    with faithful() as traffic:
+        errors = compare(case)
+    least = elements = 0
+    for x_gsBhD in (*case.shards(), *case.sequences()):
+        copies = case.P // x_gsBhD.shape[0]
+        least += 2 * (1 + copies) * x_gsBhD.nbytes
+        elements += 2 * copies * x_gsBhD.numel()
+    return Verdict(errors, (traffic.read + traffic.written) / elements, least / elements)
+
+
+def compare(case: Case) -> dict[str, tuple[float, float]]:
+    """Pack and unpack beside their definitions: moves bit by bit, sums of copies by their errors."""
+    from deepspeed_alst.kernels.wire import pack, pack_reference, unpack_, unpack_reference
+
+    torch.manual_seed(0)
+    errors = {}
+    for name, pieces in (("shards", case.shards()), ("sequences", case.sequences())):
+        assert torch.equal(pack(pieces, case.P), pack_reference(pieces, case.P)), name
+        wire_PsBW = torch.randn_like(pack_reference(pieces, case.P))
+        got, same, truth = (
+            [torch.full_like(x, torch.nan, dtype=dtype) for x in pieces]
+            for dtype in (case.dtype, case.dtype, torch.float64)
+        )
+        unpack_(wire_PsBW, got)
+        unpack_reference(wire_PsBW, same)
+        unpack_reference(wire_PsBW.double(), truth)
+        assert all(torch.equal(x, y) for x, y, z in zip(got, same, pieces, strict=True) if z.shape[0] == case.P), name
+        errors |= errors_of([f"{x} of {name}" for x in "qkv"], got, same, truth)
+    return errors
+
+
+def races() -> Iterator[Race]:
+    """Of the ops of csrc against torch's copies, which were all there was; of memory that is there already."""
+    from deepspeed_alst.kernels.heads import packing, unpacking
+    from deepspeed_alst.kernels.wire import pack_reference, unpack_reference
+
+    pack, unpack = packing(torch.device("cpu")), unpacking(torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(8, 32, 4, 80, 80, 1024, dtype=dtype)
+        words, shards = str(dtype).removeprefix("torch."), case.shards()
+        wire_PsBW = pack(shards, case.P)
+
+        def packed(function: Any, pieces: Sequence[torch.Tensor]) -> Any:
+            return lambda: function(pieces, 8)
+
+        def unpacked(function: Any, wire: torch.Tensor = wire_PsBW, pieces: Any = tuple(shards)) -> Any:
+            return lambda: function(wire, pieces)
+
+        ours, theirs = seconds_of(packed(pack, shards), packed(pack_reference, shards))
+        yield Race(f"pack q, k, v, {words}", ours, theirs, "torch's copies", 1.0)
+        ours, theirs = seconds_of(unpacked(unpack), unpacked(unpack_reference))
+        yield Race(f"unpack, sums of two, {words}", ours, theirs, "torch's sums and copies", 0.8)
+        ours, theirs = seconds_of(packed(pack, shards[:1]), packed(pack_reference, shards[:1]))
+        yield Race(f"pack one tensor, {words}", ours, theirs, "torch's copy", 1.2)

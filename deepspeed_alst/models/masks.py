@@ -1,0 +1,164 @@
+"""Reads what a model asks transformers to mask, and says it of the whole sequence.
+
+transformers makes a mask function out of a few parts, of a shard's length here. The parts are read, not evaluated:
+which they are, and their window or chunk. So nothing is read from the device, a mask of 4M tokens takes no time, and it
+works on tensors without data. That a part means what it is taken for is tried at the start, on every pair of a small
+sequence. A part that is not known is refused by its name.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    chunked_overlay,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+
+from deepspeed_alst.attention.whole_mask import WholeMask
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.cores import Core
+
+_NONE = torch.zeros(1, 1, dtype=torch.long)
+# A part is known by its code, which every function that a factory returns has in common.
+_AND = and_masks(causal_mask_function).__code__
+_REMAP = remap_positions_for_packed_sequence(causal_mask_function, _NONE).__code__
+_PACKED = packed_sequence_mask_function(_NONE).__code__
+_WINDOW = sliding_window_overlay(1).__code__
+_CHUNK = chunked_overlay(1, _NONE).__code__
+
+MaskFunction = Callable[..., WholeMask | None]
+
+
+def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
+    """Transformers' mask function of one model: makes what its layers are given as their attention mask.
+
+    It is None where attention is plain causal, and always for flash attention, whose windows and documents are
+    arguments of its own.
+
+    Raises:
+        UnsupportedModelError: the parts of transformers' masks are not what they are taken for.
+    """
+    _try_parts()
+
+    @torch.compiler.disable
+    def mask_function(
+        *,
+        mask_function: Callable[..., Any],
+        q_length: int,
+        kv_length: int,
+        q_offset: Any = 0,
+        kv_offset: int = 0,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> WholeMask | None:
+        # Models that count positions by a mask make one of ones where they are given none.
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            raise UnsupportedModelError(
+                "attention_mask reached the model: the sharded loader checks and drops it; remove it from the batch"
+            )
+        if kv_length != q_length or q_offset or kv_offset:
+            raise UnsupportedModelError(
+                f"the model asks for a mask of {q_length} queries for {kv_length} keys: generation with a cache, and "
+                "attention to other sequences, are not available under sequence parallelism"
+            )
+        length = q_length * sp_size
+        if not core.takes_masks:
+            _check_for_flash(core, mask_function, length)
+            return None
+        mask = read_mask(mask_function, calls.documents)
+        return None if mask.hides_nothing(length) else mask
+
+    return mask_function
+
+
+def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()) -> WholeMask:
+    """What a mask function of transformers' hides, of the whole sequence.
+
+    Args:
+        mask_function: of a shard. What it says of packed documents is left out: it knows only those of the shard.
+        documents: the bounds of the whole sequence's.
+
+    Raises:
+        UnsupportedModelError: it is not causal, or has a part that is not known.
+    """
+    windows, chunks, causal = set(), set(), False
+    for part in _parts(mask_function):
+        code = getattr(part, "__code__", None)
+        if part is causal_mask_function:
+            causal = True
+        elif code is _WINDOW:
+            windows.add(_enclosed(part)["sliding_window"])
+        elif code is _CHUNK:
+            # Its offset is the left padding, of which there is none.
+            chunks.add(_enclosed(part)["chunk_size"])
+        else:
+            raise UnsupportedModelError(
+                f"the model's mask has a part that is neither causal, nor a window, nor chunks ({_name(part)}): it "
+                "cannot be made for the whole sequence under sequence parallelism"
+            )
+    if not causal or len(chunks) > 1:
+        raise UnsupportedModelError(
+            f"the model asks for a mask that is not causal, or has chunks of several lengths {sorted(chunks)}"
+        )
+    return WholeMask(min(windows, default=None), min(chunks, default=None), documents)
+
+
+def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """The parts that all must allow a pair of tokens, without those about packed documents."""
+    code = getattr(mask_function, "__code__", None)
+    if code is _AND:
+        for part in _enclosed(mask_function)["mask_functions"]:
+            yield from _parts(part)
+    elif code is _REMAP:
+        yield from _parts(_enclosed(mask_function)["mask_function"])
+    elif code is not _PACKED:
+        yield mask_function
+
+
+def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that a function has from the one that made it."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
+
+
+def _name(part: Callable[..., Any]) -> str:
+    return getattr(part, "__qualname__", type(part).__name__)
+
+
+def _check_for_flash(core: Core, mask_function: Callable[..., Any], length: int) -> None:
+    """Refuse chunks, which flash attention has not; transformers looks for them in a shard only."""
+    for part in _parts(mask_function):
+        if getattr(part, "__code__", None) is _CHUNK and (size := _enclosed(part)["chunk_size"]) < length:
+            raise UnsupportedModelError(
+                f"attn_implementation='{core.name}' has no chunked attention, and the sequence of {length} tokens is "
+                f"longer than the model's chunks of {size}; load the model with attn_implementation='sdpa'"
+            )
+
+
+def _try_parts() -> None:
+    """Compare what is read with what transformers' own functions answer, on two documents of 7 and 5 tokens."""
+    documents = (0, 7, 12)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    of_document = torch.tensor([0] * 7 + [1] * 5)[None]
+    query, key = torch.arange(12)[:, None], torch.arange(12)[None, :]
+    none = torch.zeros(1, dtype=torch.long)
+    for plain in (causal_mask_function, sliding_window_causal_mask_function(3), chunked_causal_mask_function(3, none)):
+        packed = and_masks(
+            remap_positions_for_packed_sequence(plain, positions), packed_sequence_mask_function(of_document)
+        )
+        for asked, bounds in ((plain, ()), (packed, documents)):
+            mask = read_mask(asked, bounds)
+            if not torch.equal(asked(0, 0, query, key), mask.rule(12)(0, 0, query, key)):
+                raise UnsupportedModelError(
+                    f"{masking_utils.__name__} of the installed transformers means another mask by {_name(plain)} than "
+                    "the versions that this package was tried with; install another version of transformers"
+                )

@@ -1,0 +1,117 @@
+"""What a model makes of the sequence's length or of a token's place, told those of the whole sequence.
+
+Most of a model goes by ``position_ids``, which are the whole sequence's already. Two things do not:
+
+- a rotary embedding whose frequencies depend on the length (dynamic, longrope) goes by the highest of the positions
+  that it is given. It is given one more, the whole sequence's highest, and its answer for that is cut off again;
+- Llama 4 scales the queries of layers without rotary embedding by their place in the row, which it counts itself.
+
+Legend: B batch, s tokens of this rank's shard, H heads, D head dim.
+"""
+
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Rope types whose frequencies depend on the sequence's length; of the others they do not."""
+
+_TEMPERATURE = "attn_temperature_tuning"
+_TEMPERED = "Llama4TextAttention"
+
+ScaleQueries = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+
+
+def give_whole_length(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:
+    """Have rotary embeddings go by the whole sequence's length; ``undo.close()`` takes it back."""
+    for module in model.modules():
+        if depends_on_length(module):
+            hooks = _WholeLength(module, calls)
+            undo.callback(module.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(hooks.after).remove)
+
+
+def depends_on_length(module: torch.nn.Module) -> bool:
+    """Whether a module is a rotary embedding of a type that reads the sequence's length."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    return any(isinstance(each, str) and any(name in each for name in LENGTH_DEPENDENT) for each in kinds)
+
+
+class _WholeLength:
+    """The hooks of one rotary embedding: ``(x, position_ids [..., s]) -> [..., s, D]``, of which there may be two."""
+
+    def __init__(self, module: torch.nn.Module, calls: Calls) -> None:
+        self._name, self._calls = type(module).__name__, calls
+
+    @torch.compiler.disable
+    def before(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._calls.whole:
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            raise UnsupportedModelError(
+                f"{self._name} depends on the sequence's length, and is part of a layer that is recomputed in the "
+                "backward, when another batch may have gone forward: not available with activation checkpointing under "
+                "sequence parallelism"
+            )
+        if self._calls.highest is None:
+            raise UnsupportedModelError(f"{self._name} was called before the model: the sequence's length is not known")
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": self._with_highest(kwargs["position_ids"])}
+        x, positions, *rest = args
+        return (x, self._with_highest(positions), *rest), kwargs
+
+    def _with_highest(self, positions: torch.Tensor) -> torch.Tensor:
+        highest = positions.new_full((*positions.shape[:-1], 1), self._calls.highest)
+        return torch.cat([positions, highest], dim=-1)
+
+    @torch.compiler.disable
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self._calls.whole:
+            return None
+        if isinstance(output, torch.Tensor):
+            return output[..., :-1, :]
+        return tuple(each[..., :-1, :] for each in output)
+
+
+def take_temperatures(model: torch.nn.Module, sp_rank: int, calls: Calls, undo: ExitStack) -> ScaleQueries:
+    """Keep layers from scaling their queries by their place in the shard; returns what scales them instead.
+
+    The function is given an attention module and its queries, ``[B, H, s, D]``, of this rank's shard.
+    """
+    tempered: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+
+    def off(module: torch.nn.Module, args: Any) -> None:
+        if not calls.whole:
+            setattr(module, _TEMPERATURE, False)
+
+    def on(module: torch.nn.Module, args: Any, output: Any) -> None:
+        setattr(module, _TEMPERATURE, tempered[module])
+
+    for module in model.modules():
+        if is_tempered(module):
+            tempered[module] = getattr(module, _TEMPERATURE)
+            undo.callback(module.register_forward_pre_hook(off).remove)
+            undo.callback(module.register_forward_hook(on, always_call=True).remove)
+
+    def scale(module: torch.nn.Module, query_BHsD: torch.Tensor) -> torch.Tensor:
+        if module not in tempered:
+            return query_BHsD
+        s = query_BHsD.shape[2]
+        places = torch.arange(sp_rank * s, (sp_rank + 1) * s, device=query_BHsD.device).float()
+        steps = torch.floor((places + 1.0) / module.floor_scale)
+        scales_s1 = (torch.log1p(steps) * module.attn_scale + 1.0)[:, None]
+        return (query_BHsD * scales_s1).to(query_BHsD.dtype)
+
+    return scale
+
+
+def is_tempered(module: torch.nn.Module) -> bool:
+    """Whether it is an attention that scales its queries by a place that it counts itself."""
+    return type(module).__name__ == _TEMPERED and bool(getattr(module, _TEMPERATURE)) and not module.use_rope

@@ -1,0 +1,437 @@
+"""Windows, chunks and packed documents of the whole sequence under sdpa, in fp64: run here.
+
+The truth of the pieces is sdpa under a mask of all S x S pairs; that of a model is SP 1 with transformers' own masks.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sliding_window_causal_mask_function,
+)
+
+from benchmarks.cells import Cell, build_model, ds_config, full_weight
+from deepspeed_alst.attention import banded
+from deepspeed_alst.attention.banded import attend
+from deepspeed_alst.attention.whole_mask import Run, WholeMask
+from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models import masks
+from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.cores import find_core
+from deepspeed_alst.models.masks import mask_function_for, read_mask
+from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from tests.models import family_batch, family_config
+from tests.test_cores import EXACT, packed_batch, split_step, whole_step, worst
+from tests.test_kept_attention import checkpoint_layers
+
+NO_PADDING = torch.zeros(1, dtype=torch.long)
+
+
+# --- the pieces
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "runs"),
+    [
+        (WholeMask(), 12, [(0, 1, 12)]),
+        (WholeMask(window=5), 12, [(0, 1, 12)]),
+        (WholeMask(chunk=5), 12, [(0, 2, 5), (10, 1, 2)]),
+        (WholeMask(chunk=4), 12, [(0, 3, 4)]),
+        (WholeMask(documents=(0, 7, 8, 16)), 16, [(0, 1, 7), (7, 1, 1), (8, 1, 8)]),
+        # Neighbours of the same length are attended to together; a chunk starts where its document does.
+        (WholeMask(documents=(0, 1, 2, 3, 7)), 7, [(0, 3, 1), (3, 1, 4)]),
+        (WholeMask(chunk=4, documents=(0, 7, 11, 16)), 16, [(0, 1, 4), (4, 1, 3), (7, 2, 4), (15, 1, 1)]),
+        (WholeMask(documents=(0, 3, 3, 5)), 5, [(0, 1, 3), (3, 1, 2)]),
+    ],
+)
+def test_a_sequence_falls_into_runs_of_stretches_of_the_same_length(mask, length, runs):
+    assert mask.runs(length) == [Run(*run) for run in runs]
+
+
+def inputs(B: int, h: int, k: int, S: int, D: int = 8, Dv: int = 8, seed: int = 0) -> list[torch.Tensor]:
+    """q, k and v as the all-to-all leaves them: views of tokens."""
+    make = torch.Generator().manual_seed(seed)
+    shapes = [(S, B, h, D), (S, B, k, D), (S, B, k, Dv)]
+    return [torch.randn(shape, generator=make, dtype=torch.float64).permute(1, 2, 0, 3) for shape in shapes]
+
+
+def all_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: WholeMask, scaling: float) -> torch.Tensor:
+    index = torch.arange(q.shape[2])
+    sees = mask.rule(q.shape[2])(0, 0, index[:, None], index)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling)
+
+
+DOCUMENTS_300 = (0, 1, 2, 40, 180, 219, 300)
+
+
+@pytest.mark.parametrize(
+    ("mask", "B", "h", "k", "S", "Dv"),
+    [
+        (WholeMask(window=1), 2, 4, 2, 300, 8),
+        (WholeMask(window=5), 1, 4, 1, 300, 8),
+        (WholeMask(window=5), 2, 4, 2, 201, 12),
+        (WholeMask(window=70), 1, 4, 4, 301, 8),
+        (WholeMask(window=70), 2, 2, 1, 140, 8),
+        (WholeMask(window=299), 1, 4, 2, 300, 8),
+        (WholeMask(window=300), 1, 4, 2, 300, 8),
+        (WholeMask(chunk=16), 2, 4, 2, 300, 8),
+        (WholeMask(documents=DOCUMENTS_300), 1, 4, 2, 300, 12),
+        (WholeMask(window=7, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
+        (WholeMask(chunk=16, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
+        (WholeMask(chunk=80, window=7, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
+    ],
+)
+@pytest.mark.parametrize("span", [banded._SPAN, 128])
+def test_attention_by_pieces_is_attention_under_a_mask(mask, B, h, k, S, Dv, span):
+    qkv = [x.requires_grad_() for x in inputs(B, h, k, S, Dv=Dv)]
+    with mock.patch.object(banded, "_SPAN", span):
+        got, true = attend(*qkv, mask, 0.3), all_pairs(*qkv, mask, 0.3)
+    weight = torch.randn(true.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads, truths = (torch.autograd.grad(out, qkv, weight) for out in (got, true))
+    for ours, theirs in zip((got, *grads), (true, *truths), strict=True):
+        assert (ours - theirs).norm() <= EXACT * (1 + theirs.norm())
+
+
+class Scores(TorchDispatchMode):
+    """Counts the scores that attention makes, and the largest mask that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            q, k = args[:2]
+            self.made += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+            mask = (kwargs or {}).get("attn_mask")
+            self.largest = max(self.largest, 0 if mask is None else mask.untyped_storage().nbytes() // mask.itemsize)
+        return func(*args, **(kwargs or {}))
+
+
+def scores(mask: WholeMask | None, S: int) -> Scores:
+    q, k, v = (x.float() for x in inputs(1, 2, 1, S))
+    with Scores() as counted:
+        attend(q, k, v, mask)
+    return counted
+
+
+def test_a_window_costs_twice_its_length_a_row_and_has_a_mask_of_one_block():
+    S, W = 8192, 128
+    counted = scores(WholeMask(window=W), S)
+    assert counted.made == 2 * (S - W) * 2 * W + 2 * W * W
+    assert counted.largest == 2 * W * W
+    assert scores(WholeMask(window=W), 2 * S).made < 2.02 * counted.made
+
+
+def test_packed_documents_cost_what_they_cost_alone_and_have_no_mask():
+    bounds = (0, 1000, 1001, 3000, 4096)
+    counted = scores(WholeMask(documents=bounds), 4096)
+    assert counted.made == 2 * (1000**2 + 1 + 1999**2 + 1096**2) and counted.largest == 0
+    assert scores(WholeMask(chunk=512), 4096).made == 2 * 4096 * 512
+
+
+def test_a_block_of_a_long_window_is_shorter_than_it():
+    sizes = {window: banded._rows_of_block(window) for window in (1, 64, 2047, 4096, 2**17)}
+    assert sizes == {1: 64, 64: 64, 2047: 2047, 4096: 4096, 2**17: 256}
+
+
+# --- what transformers asks for
+
+
+def packed_of(plain: Any) -> Any:
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    documents = packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1]]))
+    return and_masks(remap_positions_for_packed_sequence(plain, positions), documents)
+
+
+@pytest.mark.parametrize(
+    ("plain", "mask"),
+    [
+        (causal_mask_function, WholeMask()),
+        (sliding_window_causal_mask_function(7), WholeMask(window=7)),
+        (chunked_causal_mask_function(7, NO_PADDING), WholeMask(chunk=7)),
+        (
+            and_masks(sliding_window_causal_mask_function(7), sliding_window_causal_mask_function(3)),
+            WholeMask(window=3),
+        ),
+    ],
+)
+def test_a_mask_is_read_from_its_parts_and_documents_are_not_the_shards(plain, mask):
+    assert read_mask(plain) == mask
+    assert read_mask(packed_of(plain), (0, 9, 20)) == WholeMask(mask.window, mask.chunk, (0, 9, 20))
+
+
+def every_other(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return (query - key) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (and_masks(causal_mask_function, every_other), "every_other"),
+        (or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 5))), "or_masks"),
+        (bidirectional_mask_function, "bidirectional_mask_function"),
+        (masking_utils.sliding_window_bidirectional_mask_function(3), "sliding_window_bidirectional_overlay"),
+        (functools.partial(causal_mask_function), "partial"),
+        (masking_utils.sliding_window_overlay(3), "not causal"),
+    ],
+)
+def test_another_mask_is_refused_by_name(asked, name):
+    with pytest.raises(UnsupportedModelError, match=name):
+        read_mask(asked)
+
+
+def asked(core: str, plain: Any, **changed: Any) -> WholeMask | None:
+    calls = Calls(documents=(0, 30, 40)) if changed.pop("packed", False) else Calls()
+    arguments = {"q_length": 10, "kv_length": 10, "mask_function": plain} | changed
+    return mask_function_for(find_core(core), 4, calls)(**arguments)
+
+
+def test_a_mask_that_hides_nothing_of_the_whole_sequence_is_none():
+    windows = [asked("sdpa", sliding_window_causal_mask_function(window)) for window in (1, 11, 39, 40, 99)]
+    assert windows == [WholeMask(window=1), WholeMask(window=11), WholeMask(window=39), None, None]
+    assert asked("sdpa", causal_mask_function) is None
+    assert asked("sdpa", causal_mask_function, attention_mask=torch.ones(2, 10)) is None
+    assert asked("sdpa", causal_mask_function, packed=True) == WholeMask(documents=(0, 30, 40))
+    assert asked("flash_attention_2", sliding_window_causal_mask_function(11), packed=True) is None
+
+
+@pytest.mark.parametrize(
+    ("core", "plain", "changed", "sentence"),
+    [
+        ("sdpa", causal_mask_function, {"attention_mask": torch.eye(10)}, "remove it from the batch"),
+        ("sdpa", causal_mask_function, {"kv_length": 12}, "10 queries for 12 keys"),
+        ("sdpa", causal_mask_function, {"q_offset": 3}, "10 queries for 10 keys"),
+        ("flash_attention_2", chunked_causal_mask_function(20, NO_PADDING), {}, "40 tokens is longer than .* 20"),
+    ],
+)
+def test_what_cannot_be_the_whole_sequences_mask_is_refused(core, plain, changed, sentence):
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        asked(core, plain, **changed)
+
+
+def test_a_version_of_transformers_whose_window_is_another_is_refused():
+    def wider(sliding_window):
+        def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx >= q_idx - sliding_window
+
+        return inner_mask
+
+    window = mock.patch.object(masks, "_WINDOW", wider(1).__code__)
+    causal = mock.patch.object(
+        masks, "sliding_window_causal_mask_function", lambda size: and_masks(wider(size), causal_mask_function)
+    )
+    with window, causal, pytest.raises(UnsupportedModelError, match="installed transformers means another mask"):
+        mask_function_for(find_core("sdpa"), 2, Calls())
+
+
+def test_a_model_that_reads_its_mask_is_refused_and_copies_and_asking_are_not():
+    mask = WholeMask(window=3)
+    for reads in (lambda: mask.dtype, lambda: mask[:, 0], lambda: mask.to("cpu")):
+        with pytest.raises(UnsupportedModelError, match="the model reads"):
+            reads()
+    assert copy.deepcopy(mask) == mask and not hasattr(mask, "shape")
+
+
+# --- models
+
+
+@contextlib.contextmanager
+def masks_dropped(wanted: bool) -> Iterator[None]:
+    """Inside, every mask is taken for plain causal."""
+    with mock.patch.object(masks, "read_mask", lambda *_: WholeMask()) if wanted else contextlib.nullcontext():
+        yield
+
+
+def errors_of(model_type: str, changed: dict[str, Any], length: int, drop: bool) -> dict[str, float]:
+    """At SP 2 and 4, plain and packed."""
+    found = {}
+    config = functools.partial(family_config, model_type, **changed)
+    for name, batch in (("plain", family_batch(length, 2)), ("packed", packed_batch())):
+        true = whole_step("sdpa", config(), batch)
+        for sp_size, multiple in ((2, 8), (4, 32)):
+            with masks_dropped(drop):
+                try:
+                    found[f"{name} SP {sp_size}"] = worst(split_step("sdpa", config(), batch, sp_size, multiple), true)
+                except UnsupportedModelError:  # documents that were told to nobody
+                    found[f"{name} SP {sp_size}"] = float("inf")
+    return found
+
+
+PER_LAYER = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
+CHUNKS = {
+    "attention_chunk_size": 11,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],  # the second scales its queries by their places
+    "floor_scale": 8,
+    "attn_scale": 0.5,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "length"),
+    [
+        ("mistral", {"sliding_window": 2}, 37),
+        ("mistral", {"sliding_window": 12}, 37),
+        ("mistral", {"sliding_window": 30}, 37),  # longer than a shard, and shorter than the whole
+        ("mistral", {"sliding_window": 12}, 181),  # several blocks
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}, 37),
+        ("phi3", {"sliding_window": 11}, 37),
+        ("starcoder2", {"sliding_window": 11}, 37),
+        ("mixtral", {"sliding_window": 11}, 37),
+        ("gemma3_text", PER_LAYER, 37),
+        ("cohere2", PER_LAYER, 37),
+        ("olmo3", PER_LAYER, 37),
+        ("llama4_text", CHUNKS, 37),
+    ],
+)
+def test_a_mask_is_that_of_the_whole_sequence(model_type, changed, length, ranks4):
+    found = ranks4.run(errors_of, model_type, changed, length, False)[0]
+    assert max(found.values()) < EXACT, found
+
+
+def test_the_errors_see_a_mask_that_is_dropped(ranks4):
+    for model_type, changed in (("mistral", {"sliding_window": 12}), ("llama4_text", CHUNKS)):
+        found = ranks4.run(errors_of, model_type, changed, 37, True)[0]
+        assert min(found.values()) > 1e-3, found
+
+
+# --- layers that run twice
+
+
+def two_forwards_then_backwards(reentrant: bool, keeps: bool) -> tuple[float, int]:
+    """The error of fp32 gradients of two batches, of other documents each, and layers that kept attention's output."""
+    batches = [packed_batch(), packed_batch((20, 9)), family_batch(29, 1)]
+    config = functools.partial(family_config, "mistral", sliding_window=5)
+    with contextlib.ExitStack() as undo:
+        groups = build_groups(2, build_control_group())
+        undo.callback(groups.destroy)
+        model, calls = build_model(config()), Calls()
+        whole = build_model(config())
+        patch_model(model, groups.sp_group, undo, calls)
+        guard_batches(model, groups, calls, undo)
+        frames = checkpoint_layers(model, keeps, reentrant)
+        losses = []
+        for batch in batches:
+            sharded = shard_batch(batch, 2, 8, packing=True)
+            losses.append(model(**{**sharded.shards[groups.sp_rank], **sharded.common}).loss)
+        for loss in losses:
+            loss.backward()
+        grads = {name: param.grad for name, param in model.named_parameters()}
+        for grad in grads.values():
+            dist.all_reduce(grad, group=groups.sp_group)
+            grad /= 2
+        loss = sum(whole(**batch, use_cache=False).loss for batch in batches)
+        loss.backward()
+    true = {name: param.grad for name, param in whole.named_parameters()}
+    kept = sum(bool(frame.kept_attention) for frame in frames)
+    return worst((sum(each.item() for each in losses), grads), (loss.item(), true)), kept
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_layer_has_the_mask_of_its_own_forward(reentrant, keeps, ranks2):
+    error, kept = ranks2.run(two_forwards_then_backwards, reentrant, keeps)[0]
+    assert error < 1e-5
+    assert kept == (3 * 2 if keeps else 0), "of three batches and two layers"
+
+
+def trained(stage: int, sp_size: int) -> list[torch.Tensor]:
+    """The weights after two steps of two accumulated batches a rank, through ``deepspeed.initialize``."""
+    import deepspeed
+
+    import deepspeed_alst
+
+    model = build_model(family_config("mistral", sliding_window=7))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    config = ds_config(Cell(stage=stage, gas=2, offload="outputs" if sp_size > 1 else ""), sp_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    lengths = [(9, 5, 20), (3, 30), (17, 17, 1), (40,), (1, 1, 1, 22), (8, 8), (23,), (2, 31)]
+    mine = [packed_batch(lengths[2 * batch + dist.get_rank()], seed=batch) for batch in range(4)]
+    for batch in deepspeed_alst.shard_dataloader(mine, engine):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    weights = [full_weight(param) for param in engine.module.parameters()]
+    engine.destroy()
+    return weights
+
+
+def test_steps_on_packed_documents_with_a_window_are_those_of_sp1(ranks2):
+    """Attention's outputs are kept on the host, piece by piece; at SP 1 layers are recomputed."""
+    split, whole = (ranks2.run(trained, 2, sp_size)[0] for sp_size in (2, 1))
+    assert max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(split, whole, strict=True)) < 1e-6
+
+
+# --- beside sdpa as it is
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flex_attention_has_the_same_masks():
+    """Its forward alone, compiled: PyTorch has no backward of it on CPU."""
+    from torch._inductor import config as inductor
+
+    q, k, v = (x.float() for x in inputs(1, 4, 2, 256, D=16, Dv=16))
+    core = find_core("flex_attention")
+    with torch.no_grad(), inductor.patch(compile_threads=1):
+        attend_by_flex = core.make(core)
+        for mask in (WholeMask(window=40), WholeMask(chunk=50, documents=(0, 100, 101, 256)), WholeMask(window=40)):
+            got = attend_by_flex(torch.nn.Module(), q, k, v, mask, None, {})
+            assert (got - attend(q, k, v, mask)).abs().max() < 1e-5
+
+
+def compiled_step(model_type: str, changed: dict[str, Any]) -> float:
+    """The error of a packed batch's fp32 loss and gradients, in a model that is compiled as a whole."""
+    batch, config = packed_batch(), functools.partial(family_config, model_type, **changed)
+    with contextlib.ExitStack() as undo:
+        groups = build_groups(2, build_control_group())
+        undo.callback(groups.destroy)
+        model, whole, calls = build_model(config()), build_model(config()), Calls()
+        patch_model(model, groups.sp_group, undo, calls)
+        guard_batches(model, groups, calls, undo)
+        sharded = shard_batch(batch, 2, 8, packing=True)
+        compiled = torch.compile(model, backend="eager")
+        loss = compiled(**sharded.shards[groups.sp_rank], **sharded.common).loss
+        loss.backward()
+        grads = {name: param.grad for name, param in model.named_parameters()}
+        for grad in grads.values():
+            dist.all_reduce(grad, group=groups.sp_group)
+            grad /= 2
+    true = whole(**batch, use_cache=False).loss
+    true.backward()
+    return worst((loss.item(), grads), (true.item(), {name: param.grad for name, param in whole.named_parameters()}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [("mistral", {"sliding_window": 5}), pytest.param("llama4_text", CHUNKS, marks=pytest.mark.slow)],
+)
+def test_a_compiled_model_has_its_masks(model_type, changed, ranks2):
+    assert ranks2.run(compiled_step, model_type, changed, seconds=200)[0] < 1e-5
