@@ -91,7 +91,6 @@ def initialize(
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        proof = prove(arguments["model"], groups)
         session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
         attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
@@ -187,12 +186,14 @@ def _prepare_model(
     model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
 ) -> tuple[str, list[tuple[str, str]], Planner | None]:
     """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
+    proof = prove(model, session.groups)
     if adopted is not None:
         prepare_adoption(undo)
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
     planner = _keep(model, session.config, undo)
     guard_batches(model, session.groups, session.calls, undo, planner)
-    return attention, _tile(model, session.config, stage, session.calls, adopted is not None, undo), planner
+    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, undo)
+    return attention, [*([("model", proof)] if proof else []), *tiles], planner
 
 
 def _stage(ds_config: dict[str, Any]) -> int:
