@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -72,6 +72,9 @@ test-triton: setup
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity
+
+census: setup
+	$(BIN)/python -m benchmarks.census
 
 bench-resume: setup
 	$(BIN)/python -m benchmarks.resume

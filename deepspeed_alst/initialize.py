@@ -35,6 +35,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
@@ -96,7 +97,12 @@ def initialize(
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
-        parts = [*tiles, *_make_room(planner, engine, control_group, undo), *_reduce(engine, config, bucket, undo)]
+        parts = [
+            *([("model", proof)] if proof else []),
+            *tiles,
+            *_make_room(planner, engine, control_group, undo),
+            *_reduce(engine, config, bucket, undo),
+        ]
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         if arguments.get("training_data") is not None:
@@ -180,12 +186,14 @@ def _prepare_model(
     model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
 ) -> tuple[str, list[tuple[str, str]], Planner | None]:
     """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
+    proof = prove(model, session.groups)
     if adopted is not None:
         prepare_adoption(undo)
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
     planner = _keep(model, session.config, undo)
     guard_batches(model, session.groups, session.calls, undo, planner)
-    return attention, _tile(model, session.config, stage, session.calls, adopted is not None, undo), planner
+    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, undo)
+    return attention, [*([("model", proof)] if proof else []), *tiles], planner
 
 
 def _stage(ds_config: dict[str, Any]) -> int:
@@ -230,7 +238,8 @@ def _error_in(model: Any, config: AlstConfig) -> AlstError | None:
     try:
         check_world(config, dist.get_world_size())
         facts = check_model(model)
-        check_heads(config, facts.num_heads, facts.num_kv_heads)
+        if facts.num_heads and facts.num_kv_heads:
+            check_heads(config, facts.num_heads, facts.num_kv_heads)
     except AlstError as error:
         return error
     return None

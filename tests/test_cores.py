@@ -26,12 +26,12 @@ from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import find_core
-from deepspeed_alst.models.families import VERIFIED, check_model
+from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from tests import stand_ins
-from tests.models import family_batch, family_config
+from tests.models import FAMILIES, family_batch, family_config
 
 EXACT = 1e-12
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", stand_ins.HUB_KERNEL)
@@ -241,7 +241,7 @@ def errors_of_a_packed_family(model_type: str, cores: tuple[str, ...]) -> list[f
     return [worst(each, truth) for each in split]
 
 
-@pytest.mark.parametrize("model_type", VERIFIED)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_verified_families_hand_the_documents_on(model_type, ranks2):
     """sdpa: run here. Flash attention: stand-in. Against each document alone through sdpa."""
     cores = ("sdpa",) if model_type in NO_DOCUMENTS else ("sdpa", "flash_attention_2")

@@ -12,10 +12,9 @@ from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits
-from deepspeed_alst.models.families import VERIFIED
 from deepspeed_alst.models.tiled_loss import logits_wanted, replace_whole_loss, tile_loss
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
-from tests.models import family_batch, family_config
+from tests.models import FAMILIES, family_batch, family_config
 from tests.test_tiled_mlp import EXACT, Products, error, no_leaf
 
 TILES = TiledLossBlock(tile_tokens=13)
@@ -57,7 +56,7 @@ def model_of(model_type: str, core: str = "sdpa", **changed: Any) -> torch.nn.Mo
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", VERIFIED)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_is_exact(model_type, tied):
     assert_exact(model_of(model_type, tie_word_embeddings=tied), family_batch(150, 2))
 

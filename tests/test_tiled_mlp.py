@@ -14,13 +14,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from benchmarks.cells import build_model
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
-from deepspeed_alst.models.families import VERIFIED
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.models.token_wise import token_wise_modules
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
 from deepspeed_alst.tiling.plan import row_bytes, tile_rows
 from deepspeed_alst.tiling.sequence import TokenWise
-from tests.models import family_batch, family_config
+from tests.models import FAMILIES, family_batch, family_config
 
 EXACT = 1e-12
 # MLP, MLP in the recomputation, in a tile's backward: what runs of it, in matrix products of one forward.
@@ -71,7 +70,7 @@ def no_leaf(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["", "non-reentrant", "reentrant"])
-@pytest.mark.parametrize("model_type", VERIFIED)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_in_tiles_is_exact_and_its_mlps_run_twice(model_type, checkpointing):
     model, batch = model_of(model_type), family_batch(37, 2)
     loss, grads, products = step(model, batch)

@@ -1,7 +1,6 @@
-"""Which models are verified under sequence parallelism, and why any other is refused.
+"""What in a model or its config is refused under sequence parallelism, by name.
 
-A family is in the table when a test trains a small model of it at SP 2 and finds the loss and every gradient of SP 1.
-What a config adds to a family (a window, a RoPE that depends on the length, dropout, ...) is refused by name.
+Whether what is left is right, the census has found out (verified.py), or a small model of its kind (probe.py).
 """
 
 import inspect
@@ -13,36 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from deepspeed_alst.config import nearest
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.wrapped import base_model
-
-VERIFIED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "phi3",
-    "olmo",
-    "olmo2",
-    "granite",
-    "cohere",
-    "glm",
-    "glm4",
-    "helium",
-    "starcoder2",
-    "smollm3",
-    "stablelm",
-    "nemotron",
-    "mixtral",
-    "qwen3_moe",
-    "olmoe",
-)
-"""``model_type`` of the verified families."""
 
 # Of cores that people ask for and that are not available.
 _WHY_NOT = {
@@ -58,12 +32,13 @@ class ModelFacts:
     """What sequence parallelism needs to know of a model before the first step."""
 
     model_type: str
-    num_heads: int
-    num_kv_heads: int
+    num_heads: int | None
+    """None where layers differ: each is checked when it attends."""
+    num_kv_heads: int | None
 
 
 def check_model(model: torch.nn.Module) -> ModelFacts:
-    """Read the facts of a model, inside PEFT's or torch.compile's wrapper or bare, and refuse what is not verified.
+    """Read the facts of a model, inside PEFT's or torch.compile's wrapper or bare, and refuse what is not available.
 
     Raises:
         UnsupportedModelError: one line for each reason: what in the config or the model, its value, the way out.
@@ -81,21 +56,26 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
     problems += [*_loss_problems(base), *adapter_problems(model)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
-    num_heads = text_config.num_attention_heads
-    return ModelFacts(config.model_type, num_heads, getattr(text_config, "num_key_value_heads", None) or num_heads)
+    num_heads, num_kv_heads = (
+        _of_all_layers(text_config, f"num_{which}_heads") for which in ("attention", "key_value")
+    )
+    return ModelFacts(config.model_type, num_heads, num_kv_heads or num_heads)
+
+
+def _of_all_layers(text_config: Any, name: str) -> int | None:
+    """A number that the config has for all its layers; transformers raises where each layer has its own."""
+    try:
+        value = getattr(text_config, name, None)
+    except RuntimeError:
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _config_problems(config: Any, text_config: Any) -> list[str]:
     problems = []
-    if config.model_type not in VERIFIED:
-        problems.append(
-            f"model_type='{config.model_type}' is not verified under sequence parallelism."
-            f"{nearest(config.model_type, VERIFIED)} Verified are: {', '.join(VERIFIED)}"
-        )
     problems += _core_problems(config._attn_implementation)
     problems += _layer_problems(config._attn_implementation, text_config)
-    for name in sorted(vars(text_config)):
-        value = getattr(text_config, name, None)
+    for name, value in sorted(vars(text_config).items()):
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value > 0:
             problems.append(f"{name}={value}: ranks cannot draw the dropout of the whole sequence; set it to 0")
     if getattr(text_config, "output_router_logits", False):

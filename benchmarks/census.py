@@ -1,0 +1,226 @@
+"""Which of transformers' causal language models are right under sequence parallelism: a small one of each, both ways.
+
+    python -m benchmarks.census [--write] [family ...]
+
+Loss and all gradients of a small model of every family, in fp32 on CPU, whole and over 2 and 4 ranks, and of a packed
+sequence over 4. ``--write`` writes the table to docs/census.md and adds to the list of the families that are right.
+Exits non-zero where a family is wrong or crashes, or one of the list is not right.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from benchmarks.ranks import RankError, Ranks
+from deepspeed_alst.models.probe import Verdict, compare
+from deepspeed_alst.models.shrink import shrink
+from deepspeed_alst.models.verified import RIGHT
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+_SECONDS = 120.0
+# What the config of no real model says: transformers' defaults are no model without it.
+_INCOMPLETE: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 4, "clip_qkv": None},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16, "num_key_value_heads": 4},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 4},
+}
+_LONG = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
+# Families in a form that their default config does not show.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, dynamic RoPE": (
+        "llama",
+        {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "llama, YaRN": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "long_factor": _LONG,
+                "short_factor": [1.0] * 8,
+                "original_max_position_embeddings": 64,
+            },
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "qwen2, windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "layer_types": None, "max_window_layers": 2},
+    ),
+    "mixtral, router loss": (
+        "mixtral",
+        {"output_router_logits": True, "router_aux_loss_coef": 1.0, "sliding_window": None},
+    ),
+    "qwen3_moe, router loss": ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 1.0}),
+    "olmoe, router loss": ("olmoe", {"output_router_logits": True, "router_aux_loss_coef": 1.0}),
+}
+CELLS = (("SP 2", 2, False), ("SP 4", 4, False), ("packed, SP 4", 4, True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family's verdicts, cell by cell."""
+
+    name: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def outcome(self) -> str:
+        """The worst of all; packed sequences may be refused."""
+        found = [each.outcome for each in self.verdicts]
+        for bad in ("crash", "wrong"):
+            if bad in found:
+                return bad
+        return "refused" if "refused" in found[:2] else found[0]
+
+    @property
+    def why(self) -> str:
+        """Of the first cell that is not right."""
+        return next((each.why for each in self.verdicts if each.outcome != "right"), "")
+
+
+def small_of(name: str) -> tuple[Any, Any]:
+    """A family's class and a small config of it, with sdpa where it has it and no dropout."""
+    family, changed = VARIANTS.get(name, (name, _INCOMPLETE.get(name, {})))
+    config = CONFIG_MAPPING[family]()
+    values = config.get_text_config().to_dict()
+    still = {key: 0.0 for key, value in values.items() if re.search("dropout|_pdrop", key) and isinstance(value, float)}
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    if model_class.config_class is type(config.get_text_config()):
+        config = config.get_text_config()
+    small = shrink(config, **still, **changed)
+    small._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    return model_class, small
+
+
+_groups: dict[int, Any] = {}
+
+
+def ask(name: str, sp_size: int, packed: bool) -> Verdict:
+    """On every rank: a family's verdict."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if sp_size not in _groups:
+        _groups[sp_size] = build_groups(sp_size, build_control_group())
+    try:
+        model_class, small = small_of(name)
+        model_class(small)
+    except Exception as error:
+        return Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")
+    return compare(model_class, small, _groups[sp_size], packed)
+
+
+def census(names: list[str]) -> Iterator[Row]:
+    """The verdicts of these families, one after the other."""
+    ranks = Ranks(4)
+    for name in names:
+        verdicts: list[Verdict] = []
+        for _, sp_size, packed in CELLS:
+            try:
+                verdicts.append(ranks.run(ask, name, sp_size, packed, seconds=_SECONDS)[0])
+            except RankError as error:
+                verdicts.append(Verdict("crash", str(error).strip().splitlines()[-1]))
+                ranks.close()
+                ranks = Ranks(4)
+                _groups.clear()
+            if verdicts[-1].outcome != "right":
+                break
+        yield Row(name, tuple(verdicts))
+    ranks.close()
+
+
+def everything() -> list[str]:
+    """All families and variants."""
+    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
+
+
+def table_of(rows: list[Row]) -> str:
+    """The table in markdown."""
+    lines = [f"| model_type | {' | '.join(name for name, _, _ in CELLS)} | why not |", "|---" * (len(CELLS) + 2) + "|"]
+    for row in rows:
+        cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
+        cells += [""] * (len(CELLS) - len(cells))
+        why = re.sub(r"\s+", " ", row.why).replace("|", "/")[:200]
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[Row]) -> None:
+    """Put the table into docs/census.md, and what is right into the list."""
+    page = ROOT / "docs" / "census.md"
+    head = page.read_text(encoding="utf-8").split("<!-- table -->")[0]
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tally(rows).items())
+    page.write_text(f"{head}<!-- table -->\n\n{counts}.\n\n{table_of(rows)}", encoding="utf-8")
+    right = sorted(RIGHT | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS})
+    listed = ROOT / "deepspeed_alst" / "models" / "verified.py"
+    lines = "".join(f'        "{name}",\n' for name in right)
+    text = re.sub(r"(    \{\n).*?(    \}\n)", rf"\g<1>{lines}\g<2>", listed.read_text(encoding="utf-8"), flags=re.S)
+    listed.write_text(text, encoding="utf-8")
+
+
+def tally(rows: list[Row]) -> dict[str, int]:
+    """How many rows have each outcome."""
+    outcomes = [row.outcome for row in rows]
+    return {each: outcomes.count(each) for each in ("right", "refused", "not built", "wrong", "crash")}
+
+
+def main() -> int:
+    """Print the table; 1 where something is wrong, crashes, or is no longer right."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write docs/census.md and the list of what is right")
+    parser.add_argument("families", nargs="*", default=everything())
+    arguments = parser.parse_args()
+    started, rows, console = time.monotonic(), [], Console(width=180)
+    table = Table("", *(name for name, _, _ in CELLS), "why not")
+    for row in census(arguments.families):
+        rows.append(row)
+        cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
+        table.add_row(row.name, *cells, *[""] * (len(CELLS) - len(cells)), row.why[:110])
+        print(f"\r{len(rows)} of {len(arguments.families)}", end="", file=sys.stderr, flush=True)
+    console.print(table)
+    lost = sorted(row.name for row in rows if row.name in RIGHT and row.outcome != "right")
+    counts = tally(rows)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()), end="; ")
+    console.print(f"{len(lost)} of the list lost {' '.join(lost)}; {time.monotonic() - started:.0f} s")
+    if arguments.write:
+        write(rows)
+    return 1 if lost or counts["wrong"] or counts["crash"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Is a model right under sequence parallelism? A small model of its kind is trained for one step both ways, on CPU.
+
+Every rank makes the same small model (shrink.py) and the same random sequence, takes the loss and all gradients of the
+whole sequence by itself, and then with the other ranks those of its shard. The census asks this of every family that
+transformers knows; at the start of a training it is asked of a model that no census has found right.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.errors import AlstError, UnsupportedModelError
+from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.families import check_model
+from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.shrink import shrink
+from deepspeed_alst.models.verified import RIGHT
+from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.agreement import gather_objects
+from deepspeed_alst.parallel.groups import SequenceGroups
+
+# In fp32 the two ways differ by 1e-7 to 1e-5, and what is wrong is off by a percent and more.
+_MOST = 3e-4
+# Of the norm of all gradients: what is less is rounding, as of a bias of keys, which softmax does not see.
+_NOTHING = 1e-4
+LENGTH = 101
+"""Longer than every window of a small config, and a multiple of nothing."""
+DOCUMENTS = (37, 1, 30, 33)
+"""Of a packed sequence: they end inside of shards, and one is a single token."""
+
+Build = Callable[[PreTrainedConfig], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a comparison; the same on all ranks."""
+
+    outcome: str
+    """``right``, ``refused``, ``wrong`` or ``crash``."""
+    why: str = ""
+    """Of a refusal or a crash its words; of what is wrong the worst place."""
+    error: float = 0.0
+    """The largest relative error of the loss and of any parameter's gradient."""
+
+
+def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
+    """Let a model through whose family the census found right, or a small one of whose kind is right here.
+
+    Collective over the groups' gloo groups, and a matter of seconds for a model that is not listed.
+
+    Returns:
+        What was found, in words; empty for a listed one.
+
+    Raises:
+        UnsupportedModelError: on all ranks alike.
+    """
+    base = base_model(model)
+    if base.config.model_type in RIGHT:
+        return ""
+    name = (
+        f"{type(base).__name__} (model_type='{base.config.model_type}') is none of the {len(RIGHT)} families that are "
+    )
+    name += "verified under sequence parallelism, and"
+    try:
+        small = shrink(base.config)
+        # The GPU's cores do not run on CPU; what they are given is the same.
+        small._attn_implementation = "sdpa"
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} no small config of its kind could be made: {_words(error)}") from error
+    verdict = compare(type(base), small, groups)
+    if verdict.outcome != "right":
+        raise UnsupportedModelError(f"{name} a small model of its kind is {verdict.outcome} there: {verdict.why}")
+    return f"a small model of its kind is right to {verdict.error:.0e}"
+
+
+def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
+    """Train a model for a step, whole and split over the ranks of ``groups``. Collective over their gloo groups.
+
+    Args:
+        build: makes the model of the config.
+        config: small, with the attention implementation that is asked about.
+        groups: of the ranks of a sequence.
+        packed: the sequence consists of several documents.
+    """
+    batch = _sample(config, packed)
+    try:
+        truth = _step(_small_model(build, config), batch)
+    except Exception as error:
+        return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
+    mine: Any = None
+    try:
+        mine = _split_step(_small_model(build, config), batch, groups)
+        failure = None
+    except AlstError as error:
+        failure = Verdict("refused", str(error))
+    except Exception as error:
+        failure = Verdict("crash", _words(error))
+    failures = [each for each in gather_objects(failure, groups.sp_control_group) if each is not None]
+    if failures:
+        return next((each for each in failures if each.outcome == "crash"), failures[0])
+    verdict = _judge(truth, mine, groups)
+    if verdict.outcome == "wrong":
+        again = _step(_small_model(build, config), batch, seed=1)
+        if any(not torch.equal(again[name], value) for name, value in truth.items()):
+            return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
+    return verdict
+
+
+def _small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
+    """A model with the same weights on every rank, with enough spread to make gradients lively."""
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = build(copy.deepcopy(config)).float()
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.dim() > 1:
+                    param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
+    return model.train()
+
+
+def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
+    """One sequence of random tokens, every third without a label."""
+    make = torch.Generator().manual_seed(3)
+    vocab = config.get_text_config().vocab_size
+    ids = torch.randint(min(5, vocab - 1), vocab - 8, (1, LENGTH), generator=make)
+    labels = ids.clone()
+    labels[:, ::3] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if packed:
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
+    return batch
+
+
+def _step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Loss and gradients of one step, by name."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups) -> dict[str, torch.Tensor]:
+    check_model(model)
+    P, calls = groups.sp_size, Calls()
+    cut = shard_batch(batch, P, P, keeps_documents_apart(model))
+    with ExitStack() as undo:
+        patch_model(model, groups.sp_control_group, undo, calls)
+        guard_batches(model, groups, calls, undo)
+        return _step(model, {**cut.shards[groups.sp_rank], **cut.common})
+
+
+def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups: SequenceGroups) -> Verdict:
+    worst, place = 0.0, "the loss"
+    nothing = _NOTHING * math.sqrt(
+        sum(float(grad.double().norm()) ** 2 for name, grad in truth.items() if name != "loss")
+    )
+    for name, whole in truth.items():
+        found = mine.get(name, torch.zeros_like(whole)).double()
+        if name != "loss":  # as DeepSpeed does it
+            dist.all_reduce(found, group=groups.sp_control_group)
+            found /= groups.sp_size
+        size = float(whole.double().norm())
+        error = float((found - whole).norm()) / (size if name == "loss" else max(size, nothing))
+        if not error <= worst:
+            worst, place = error, name
+    if worst <= _MOST:
+        return Verdict("right", error=worst)
+    return Verdict("wrong", f"{place} is off by {worst:.1e}", worst)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -1,0 +1,58 @@
+"""The census in short, and the probe that lets an unlisted model through or refuses it."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.census import ask, everything
+from benchmarks.ranks import RankError
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.probe import prove
+from deepspeed_alst.models.verified import RIGHT
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
+
+SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe")
+
+
+@pytest.mark.parametrize("family", SHORT)
+def test_a_family_of_the_list_is_right_on_four_ranks(family, ranks4):
+    assert family in RIGHT
+    verdicts = ranks4.run(ask, family, 4, False)
+    assert len(set(verdicts)) == 1 and verdicts[0].outcome == "right", verdicts[0]
+
+
+def test_the_list_holds_families_that_the_census_asks_about():
+    assert set(everything()) >= RIGHT
+
+
+class ByItself(LlamaForCausalLM):
+    """A model that looks at its neighbours in a way of its own: on shards it sees fewer of them."""
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, **kwargs)
+        output.loss = output.loss * (1 + self.lm_head.weight.mean() * input_ids.shape[1])
+        return output
+
+
+def _unlisted(model_class):
+    config = LlamaConfig(hidden_size=2048, num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=2)
+    config.model_type = "of_my_own"
+    with torch.device("meta"):
+        model = model_class(config)
+    groups = build_groups(2, build_control_group())
+    try:
+        return prove(model, groups)
+    finally:
+        groups.destroy()
+
+
+def test_an_unlisted_model_is_let_through_by_a_small_one_of_its_kind(ranks2):
+    assert ranks2.run(_unlisted, LlamaForCausalLM)[0].startswith("a small model of its kind is right to")
+
+
+def test_an_unlisted_model_that_is_wrong_on_shards_is_refused_on_all_ranks(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(_unlisted, ByItself)
+    for error in caught.value.errors:
+        assert isinstance(error, UnsupportedModelError)
+        assert "ByItself (model_type='of_my_own')" in str(error) and "is wrong there: " in str(error)
