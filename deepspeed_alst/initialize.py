@@ -33,6 +33,7 @@ from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
@@ -90,8 +91,10 @@ def initialize(
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
-        attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
+        model = arguments["model"]
+        packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
+        session = Session(config, groups, UlyssesMpu(groups), packing, marks_padding, undo)
+        attention, tiles, planner = _prepare_model(model, session, _stage(ds_config), adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
@@ -147,6 +150,7 @@ def _tile(
     if adopted and config.alst.tiled_logits_loss == "auto":
         loss = None  # such a program may make its own loss of the logits
     leaf = Leaves(model, stage, undo)
+    call_together(model, stage, leaf, undo)
     mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
     loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
     return [("tiled MLP", mlp_words), ("tiled loss", loss_words)]

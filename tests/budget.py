@@ -41,6 +41,7 @@ AREAS = {
     "test_offload_engine": "offload",
     "test_offload_plan": "offload",
     "test_families": "models",
+    "test_mixtures": "models",
     "test_kernels": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",

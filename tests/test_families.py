@@ -46,7 +46,7 @@ def test_heads_are_split_and_replicated_exactly(kv_heads, sp_size, ranks4):
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type='dynamic'",
         ),
-        ("mixtral", {"output_router_logits": True}, "output_router_logits=True"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: ranks cannot draw the noise"),
     ],
 )
 def test_what_is_not_verified_is_refused_by_name(model_type, changed, sentence):

@@ -25,7 +25,7 @@ from tests.models import family_batch, family_config
 EXACT = 1e-12
 # MLP, MLP in the recomputation, in a tile's backward: what runs of it, in matrix products of one forward.
 POST_NORM = ("olmo2", "glm4")
-MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "ernie4_5_moe")
 
 
 class Products(TorchDispatchMode):
@@ -329,6 +329,11 @@ def test_modules_are_found_where_transformers_has_no_table():
         model = build_model(CONFIG_MAPPING[model_type](**small, bos_token_id=None, eos_token_id=None))
         found = token_wise_modules(model)
         assert len(found) == count and all("attn" not in name and "attention" not in name for name in found), model_type
+
+
+def test_a_block_with_its_router_inside_is_not_tiled():
+    # Its router's logits would be recorded tile by tile, without a gradient.
+    assert not token_wise_modules(build_model(family_config("jetmoe")))
 
 
 def test_a_model_with_nothing_to_tile_is_refused():

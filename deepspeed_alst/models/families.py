@@ -17,6 +17,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.names import PrivateName
+from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
 VERIFIED = (
@@ -40,6 +41,9 @@ VERIFIED = (
     "mixtral",
     "qwen3_moe",
     "olmoe",
+    "phimoe",
+    "granitemoe",
+    "ernie4_5_moe",
 )
 """``model_type`` of the verified families."""
 
@@ -76,7 +80,7 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
     config = base.config
     text_config = config.get_text_config()
     problems = [*_config_problems(config, text_config), *_module_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(base), *adapter_problems(model)]
+    problems += [*_loss_problems(base), *_router_problems(base, text_config), *adapter_problems(model)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
     num_heads = text_config.num_attention_heads
@@ -97,10 +101,9 @@ def _config_problems(config: Any, text_config: Any) -> list[str]:
             problems.append(f"rope_type='{name}' depends on the sequence's length, of which a rank sees its shard only")
     for name in sorted(vars(text_config)):
         value = getattr(text_config, name, None)
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value > 0:
-            problems.append(f"{name}={value}: ranks cannot draw the dropout of the whole sequence; set it to 0")
-    if getattr(text_config, "output_router_logits", False):
-        problems.append("output_router_logits=True: the router's auxiliary loss is not yet available; set it to False")
+        drawn = "dropout" if "dropout" in name or name.endswith("_pdrop") else "noise" if "jitter" in name else ""
+        if drawn and isinstance(value, int | float) and value > 0:
+            problems.append(f"{name}={value}: ranks cannot draw the {drawn} of the whole sequence; set it to 0")
     if not getattr(text_config, "is_causal", True):
         problems.append("is_causal=False: only causal attention is verified")
     return problems
@@ -164,6 +167,11 @@ def _loss_problems(model: torch.nn.Module) -> list[str]:
         f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
         "model its own, and change outputs.loss, which is the whole sequence's"
     ]
+
+
+def _router_problems(model: torch.nn.Module, text_config: Any) -> list[str]:
+    problem = unknown_router_loss(model) if getattr(text_config, "output_router_logits", False) else None
+    return [] if problem is None else [problem]
 
 
 def _other_configs(model: torch.nn.Module) -> list[str]:
