@@ -40,7 +40,7 @@ from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 from deepspeed_alst.parallel.agreement import check_alike, raise_together
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
 _SAME_ON_ALL_RANKS = (
@@ -91,10 +91,8 @@ def initialize(
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        model = arguments["model"]
-        packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
-        session = Session(config, groups, UlyssesMpu(groups), packing, marks_padding, undo)
-        attention, tiles, planner = _prepare_model(model, session, _stage(ds_config), adopted, undo)
+        session = _session(arguments["model"], config, groups, undo)
+        attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
@@ -178,6 +176,11 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack
     elif error is not None:
         raise error
     return planner.words()
+
+
+def _session(model: Any, config: AlstConfig, groups: SequenceGroups, undo: ExitStack) -> Session:
+    packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
+    return Session(config, groups, UlyssesMpu(groups), packing, marks_padding, undo)
 
 
 def _prepare_model(

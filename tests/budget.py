@@ -8,11 +8,11 @@ from collections import defaultdict
 SECONDS = {
     "parity": 225,
     "config and loader": 40,
-    "models": 30,
+    "models": 75,
     "the programs people have": 410,
     "tiles and kernels": 180,
     "offload": 90,
-    "the rest": 225,
+    "the rest": 180,
 }
 
 AREAS = {

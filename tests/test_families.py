@@ -33,6 +33,12 @@ def test_heads_are_split_and_replicated_exactly(kv_heads, sp_size, ranks4):
     assert loss < EXACT and max(grads.values()) < EXACT
 
 
+def test_a_routers_loss_on_four_ranks_of_which_two_have_padding_alone(ranks4):
+    config = family_config("qwen3_moe", output_router_logits=True, router_aux_loss_coef=1.0)
+    loss, grads = ranks4.run(split_and_whole, config, 5, 2, 4, 16, 1)[0]
+    assert loss < EXACT and max(grads.values()) < EXACT
+
+
 @pytest.mark.parametrize(
     "model_type, changed, sentence",
     [

@@ -91,6 +91,30 @@ def test_it_is_not_the_mean_of_the_shards_losses(ranks2):
         assert abs(found["mean"] - found["theirs"]) > 0.05 * found["theirs"], "this test would not see a mean of shards"
 
 
+def fused() -> tuple[float, float]:
+    """Losses of TRL's fused head, whole and split: its own and the router's."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    batch = family_batch(16, 1)
+    losses = []
+    for split in (False, True):
+        model = build_model(mixture("olmoe"))
+        add_fused_lm_head(model)
+        with ExitStack() as undo:
+            if split:
+                calls = Calls()
+                patch_model(model, dist.group.WORLD, undo, calls)
+                batch = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
+                calls.real_tokens = batch.pop(REAL_TOKENS)
+            losses.append(model(**batch, fused_lm_head=True).loss.item())
+    return losses[0], losses[1]
+
+
+def test_it_is_added_to_the_loss_of_a_fused_head(ranks2):
+    for whole, split in ranks2.run(fused):
+        assert split == pytest.approx(whole, rel=1e-6)
+
+
 # --- engines
 
 

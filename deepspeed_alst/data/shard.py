@@ -71,8 +71,7 @@ def shard_batch(
         whole["labels"] = whole["labels"].masked_fill(starts_BS, IGNORED_LABEL)
         whole["shift_labels"] = shift_labels(whole["labels"], starts_BS)
     if marks_padding:
-        given_BS = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
-        whole[REAL_TOKENS] = given_BS != 0
+        whole[REAL_TOKENS] = _real_tokens(mask, tokens)
     padded = -(-length // multiple) * multiple
     if documents is not None:
         common |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), with_padding(documents, padded))
@@ -88,6 +87,10 @@ def shift_labels(labels_BS: torch.Tensor, starts_BS: torch.Tensor) -> torch.Tens
     # A token whose successor starts a document predicts nothing.
     masked_BS = labels_BS.masked_fill(starts_BS, IGNORED_LABEL)
     return F.pad(masked_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _real_tokens(mask_BS: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask_BS is None else mask_BS != 0
 
 
 def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> None:

@@ -18,14 +18,11 @@ from deepspeed_alst.models.wrapped import base_model
 
 def router_classes(model: torch.nn.Module) -> tuple[type, ...]:
     """The classes of modules whose router logits a model, bare or wrapped, can return; empty if it has none."""
-    found = []
-    for module in base_model(model).modules():
-        recorded = (
-            (module._can_record_outputs or {}).get("router_logits") if isinstance(module, PreTrainedModel) else None
-        )
-        for each in recorded if isinstance(recorded, list) else [recorded]:
-            found.append(each.target_class if isinstance(each, OutputRecorder) else each)
-    return tuple(dict.fromkeys(each for each in found if isinstance(each, type)))
+    models = [module for module in base_model(model).modules() if isinstance(module, PreTrainedModel)]
+    specs = [(each._can_record_outputs or {}).get("router_logits") for each in models]
+    flat = [each for spec in specs for each in (spec if isinstance(spec, list) else [spec])]
+    classes = [each.target_class if isinstance(each, OutputRecorder) else each for each in flat]
+    return tuple(dict.fromkeys(each for each in classes if isinstance(each, type)))
 
 
 def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None], undo: ExitStack) -> None:
@@ -50,16 +47,9 @@ def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None
 
 def _separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
     """Blocks in decoder layers with a list of as many modules as the config has experts, and that list."""
-    config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
-    counts = (
-        {
-            value
-            for name, value in vars(config).items()
-            if name.endswith("experts") and "shared" not in name and isinstance(value, int) and value > 1
-        }
-        if config is not None
-        else set()
-    )
+    config = vars(base.config.get_text_config()) if isinstance(base, PreTrainedModel) else {}
+    sizes = [value for name, value in config.items() if name.endswith("experts") and "shared" not in name]
+    counts = {size for size in sizes if isinstance(size, int) and size > 1}
     layers = [layer for module in base.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
     # A list in a list is come upon twice.
     for block in dict.fromkeys(block for layer in layers for block in layer.modules()):

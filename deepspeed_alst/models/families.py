@@ -41,9 +41,6 @@ VERIFIED = (
     "mixtral",
     "qwen3_moe",
     "olmoe",
-    "phimoe",
-    "granitemoe",
-    "ernie4_5_moe",
 )
 """``model_type`` of the verified families."""
 

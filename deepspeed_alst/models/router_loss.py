@@ -43,9 +43,9 @@ def unknown_router_loss(model: torch.nn.Module) -> str | None:
 def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Calls) -> str | None:
     """Why a forward with these arguments cannot be given its router's loss of the whole sequence; None if it can."""
     asked = kwargs.get(_SWITCH)
-    if not router_classes(model) or not (
-        getattr(base_model(model).config.get_text_config(), _SWITCH, False) if asked is None else asked
-    ):
+    if asked is None:
+        asked = getattr(base_model(model).config.get_text_config(), _SWITCH, False)
+    if not asked or not router_classes(model):
         return None
     if not calls.makes_whole_loss:
         return (
@@ -125,8 +125,13 @@ def load_balancing_loss(
         num_experts: E.
         top_k: k.
         real_T: which tokens count; padding does not.
-        group: the ranks of a sequence; None for this one alone.
+        group: the ranks of a sequence.
     """
+    return _loss_of(sum_over_shards(_totals(gate_logits, num_experts, top_k, real_T), group))
+
+
+def _totals(gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor) -> torch.Tensor:
+    """Over all layers' tokens, ``[2 E + 1]`` in fp64: each expert's probabilities, its tokens, and all tokens."""
     device = gate_logits[0].device
     real_T = real_T.to(device)
     assigned_Tk = real_T.long().repeat_interleave(top_k)
@@ -139,10 +144,13 @@ def load_balancing_loss(
         counts_E.scatter_add_(0, chosen_Tk.flatten(), assigned_Tk)
         sums_E = sums_E + (probabilities_TE * real_T[:, None]).sum(dim=0, dtype=torch.float64)
     num_rows = len(gate_logits) * real_T.sum().double()
-    totals = torch.cat([sums_E, counts_E.double(), num_rows[None]])
-    if group is not None:
-        totals = sum_over_shards(totals, group)
-    sums_E, counts_E, num_rows = totals[:num_experts], totals[num_experts:-1], totals[-1].clamp(min=1.0)
+    return torch.cat([sums_E, counts_E.double(), num_rows[None]])
+
+
+def _loss_of(totals: torch.Tensor) -> torch.Tensor:
+    num_experts = len(totals) // 2
+    sums_E, counts_E, num_rows = totals.split([num_experts, num_experts, 1])
+    num_rows = num_rows.clamp(min=1.0)
     return (num_experts * (counts_E / num_rows * (sums_E / num_rows)).sum()).float()
 
 
@@ -170,7 +178,7 @@ def _is_known(function: Callable[..., Any]) -> bool:
         logits = torch.randn(layers, batch * length, experts, generator=make, dtype=torch.float32, device="cpu")
         logits.requires_grad_()
         counted = torch.ones_like(mask) if real is None else real
-        ours = load_balancing_loss(tuple(logits), experts, top_k, counted.flatten().bool(), None)
+        ours = _loss_of(_totals(tuple(logits), experts, top_k, counted.flatten().bool()))
         try:
             theirs = function(tuple(logits), experts, top_k, real)
             grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
