@@ -337,7 +337,7 @@ def _loss_scale(cell: Cell) -> int:
 
 
 class KeepFp64(TorchFunctionMode):
-    """Lifts transformers' casts to fp32 (norms, RoPE, loss) from an fp64 run."""
+    """Lifts transformers' casts to fp32 (norms, RoPE, router, loss) from an fp64 run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -345,7 +345,7 @@ class KeepFp64(TorchFunctionMode):
             return args[0].double()
         if func is torch.Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")):
             return args[0].double()
-        if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
+        if func in (torch.nn.functional.softmax, torch.zeros) and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 

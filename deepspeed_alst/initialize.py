@@ -33,6 +33,7 @@ from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
@@ -40,7 +41,7 @@ from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 from deepspeed_alst.parallel.agreement import check_alike, raise_together
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
 _SAME_ON_ALL_RANKS = (
@@ -91,14 +92,13 @@ def initialize(
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
-        session = Session(config, groups, UlyssesMpu(groups), keeps_documents_apart(arguments["model"]), undo)
+        session = _session(arguments["model"], config, groups, undo)
         attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
         parts = [
-            *([("model", proof)] if proof else []),
             *tiles,
             *_make_room(planner, engine, control_group, undo),
             *_reduce(engine, config, bucket, undo),
@@ -153,6 +153,7 @@ def _tile(
     if adopted and config.alst.tiled_logits_loss == "auto":
         loss = None  # such a program may make its own loss of the logits
     leaf = Leaves(model, stage, undo)
+    call_together(model, stage, leaf, undo)
     mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
     loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
     return [("tiled MLP", mlp_words), ("tiled loss", loss_words)]
@@ -180,6 +181,11 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack
     elif error is not None:
         raise error
     return planner.words()
+
+
+def _session(model: Any, config: AlstConfig, groups: SequenceGroups, undo: ExitStack) -> Session:
+    packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
+    return Session(config, groups, UlyssesMpu(groups), packing, marks_padding, undo)
 
 
 def _prepare_model(

@@ -186,8 +186,6 @@ def misuse(case: str) -> None:
                 batch["labels"] = batch["labels"].masked_fill(batch["labels"] > 30, -100)
             elif case == "own loss":
                 batch = {key: batch[key] for key in ("input_ids", "position_ids")}
-            elif case == "router":
-                batch["output_router_logits"] = True
             elif case == "cache":
                 batch["use_cache"] = True
             elif case == "part of the logits":
@@ -212,7 +210,6 @@ def misuse(case: str) -> None:
     [
         ("labels changed", "its labels are not its shift_labels moved by one"),
         ("own loss", "a loss made of its logits is the loss of a shard"),
-        ("router", "output_router_logits"),
         ("cache", "generation is not yet available"),
         ("part of the logits", "it asks for logits_to_keep"),
         ("inner model", "LlamaAttention was called outside of its causal language model"),

@@ -8,7 +8,7 @@ from collections import UserDict
 import pytest
 import torch
 
-from deepspeed_alst.data.shard import shard_batch, shift_labels
+from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch, shift_labels
 from deepspeed_alst.errors import DataError
 
 # B, S, P, multiple: ragged, exact, shorter than one shard, a single token, more padding than tokens.
@@ -73,6 +73,16 @@ def test_the_shards_put_together_are_the_padded_whole(B, S, P, multiple):
     assert whole(sharded, "labels").tolist() == padded_rows(labels.tolist(), multiple, -100)
     assert whole(sharded, "position_ids").tolist() == [[min(place, S - 1) for place in range(length)]] * B
     assert whole(sharded, "shift_labels").tolist() == padded_rows(shifted_rows(labels.tolist()), multiple, -100)
+
+
+def test_real_tokens_are_neither_the_masks_padding_nor_ours():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    for batch, real in (
+        ({}, [[1] * 5 + [0] * 3] * 2),
+        ({"attention_mask": mask}, [[1] * 5 + [0] * 3, [1, 1] + [0] * 6]),
+    ):
+        sharded = shard_batch({"input_ids": tokens(2, 5), **batch}, 4, 8, marks_padding=True)
+        assert whole(sharded, REAL_TOKENS).tolist() == torch.tensor(real).bool().tolist()
 
 
 def test_a_batch_without_labels_gets_none():

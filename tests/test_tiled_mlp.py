@@ -330,6 +330,11 @@ def test_modules_are_found_where_transformers_has_no_table():
         assert len(found) == count and all("attn" not in name and "attention" not in name for name in found), model_type
 
 
+def test_a_block_with_its_router_inside_is_not_tiled():
+    # Its router's logits would be recorded tile by tile, without a gradient.
+    assert not token_wise_modules(build_model(family_config("jetmoe")))
+
+
 def test_a_model_with_nothing_to_tile_is_refused():
     config = CONFIG_MAPPING["opt"](
         hidden_size=32, num_hidden_layers=1, ffn_dim=48, num_attention_heads=4, vocab_size=97, word_embed_proj_dim=32

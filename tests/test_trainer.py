@@ -10,6 +10,7 @@ from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells, trainer_config
 from deepspeed_alst.errors import AlstError, ConfigError, DataError, ShapeError
+from tests.models import family_config
 
 VOCAB = 97
 
@@ -52,12 +53,13 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def make_trainer(sp_size: int, folder: str, stage: int = 2, trainer_arguments=None, model=None, config=None, **options):
-    """A Trainer with plain SGD; ``options`` are TrainingArguments'."""
-    from transformers import Trainer, TrainingArguments
+    """A Trainer with plain SGD, of a model or of its config; ``options`` are TrainingArguments'."""
+    from transformers import PreTrainedConfig, Trainer, TrainingArguments
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
-    model = model or build_model(model_config(Cell()))
+    if model is None or isinstance(model, PreTrainedConfig):
+        model = build_model(model or model_config(Cell()))
     defaults = {
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
@@ -131,6 +133,12 @@ OPTIONS = {
     "grouped by length": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2},
     "tokens counted": {"include_num_input_tokens_seen": "all", "gradient_accumulation_steps": 1},
     "checkpointing": {"gradient_checkpointing": True, "stage": 3},
+    "a mixture with its router's loss": {
+        "model": family_config("olmoe", output_router_logits=True, router_aux_loss_coef=1.0),
+        "per_device_train_batch_size": 2,
+        "gradient_checkpointing": True,
+        "stage": 3,
+    },
     '"auto" in the alst block': {
         "config": {"alst": {"pad_to_multiple_of": "auto", "reduction": {"bucket_size": "auto"}}},
     },

@@ -11,6 +11,7 @@ from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import trainer_config
 from deepspeed_alst.errors import ConfigError
+from tests.models import family_config
 
 
 def tokenizer():
@@ -36,7 +37,7 @@ def texts(count: int):
     return Dataset.from_list(rows)
 
 
-def fine_tune(sp_size: int, stage: int, lora: bool = False, **options) -> dict:
+def fine_tune(sp_size: int, stage: int, lora: bool = False, config=None, **options) -> dict:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from trl import SFTConfig, SFTTrainer
 
@@ -69,7 +70,7 @@ def fine_tune(sp_size: int, stage: int, lora: bool = False, **options) -> dict:
 
             peft_config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
         trainer = SFTTrainer(
-            model=build_model(model_config(Cell())),
+            model=build_model(config or model_config(Cell())),
             args=args,
             train_dataset=texts(24),
             eval_dataset=texts(3),
@@ -80,7 +81,8 @@ def fine_tune(sp_size: int, stage: int, lora: bool = False, **options) -> dict:
         loss = trainer.evaluate()["eval_loss"]
         engine = trainer.model_wrapped
         weights = {name: full_weight(p) for name, p in engine.module.named_parameters() if p.requires_grad}
-        log = [(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "loss" in line]
+        keys = [key for key in ("loss", "grad_norm", "aux_loss") if key != "aux_loss" or config is not None]
+        log = [[line[key] for key in keys] for line in trainer.state.log_history if "loss" in line]
         engine.destroy()
     return {"log": log, "eval_loss": loss, "weights": weights}
 
@@ -98,6 +100,19 @@ def test_sft_at_sp2_is_sft_at_sp1(stage, options, ranks2):
     for name, weight in whole["weights"].items():
         assert (split["weights"][name] - weight).norm() < 1e-5 * weight.norm(), name
     assert whole["log"][0][0] > whole["log"][-1][0] + 0.05
+
+
+def mixture(sp_size: int) -> dict:
+    return fine_tune(sp_size, 2, config=family_config("olmoe"), router_aux_loss_coef=1.0)
+
+
+def test_the_routers_loss_of_a_mixture(ranks2):
+    # TRL's fused head takes Mixtral's function for every family, and adds the loss to its own.
+    whole, split = (ranks2.run(mixture, sp_size)[0] for sp_size in (1, 2))
+    for one, other in zip([*split["log"], [split["eval_loss"]]], [*whole["log"], [whole["eval_loss"]]], strict=True):
+        assert one == pytest.approx(other, rel=2e-5)
+    for name, weight in whole["weights"].items():
+        assert (split["weights"][name] - weight).norm() < 1e-5 * weight.norm(), name
 
 
 def dft(sp_size: int) -> None:

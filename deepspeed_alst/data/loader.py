@@ -54,11 +54,19 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
 class ShardedDataLoader:
     """An iterable of this rank's shards; everything else (dataset, sampler, set_epoch, ...) is the inner loader's."""
 
-    def __init__(self, loader: Any, groups: SequenceGroups, multiple: int, packing: bool = False) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        groups: SequenceGroups,
+        multiple: int,
+        packing: bool = False,
+        marks_padding: bool = False,
+    ) -> None:
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
         self._packing = packing
+        self._marks_padding = marks_padding
         self.num_pending = 0
         """Micro-steps still to come of the batches that the inner loaders have counted as done."""
 
@@ -146,7 +154,7 @@ class ShardedDataLoader:
     def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, ShardedBatch | None, BaseException | None]:
         """A batch, cut, and what the others must know of it."""
         try:
-            sharded = shard_batch(batch, self._groups.sp_size, self._multiple, self._packing)
+            sharded = shard_batch(batch, self._groups.sp_size, self._multiple, self._packing, self._marks_padding)
             specs, num_bytes = layout(sharded)
             header = Header(
                 kind=type(batch) if isinstance(batch, UserDict) else dict,

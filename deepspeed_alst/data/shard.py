@@ -15,6 +15,9 @@ from deepspeed_alst.data.packing import documents_of, positions_within, take_bou
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
+REAL_TOKENS = "alst_real_tokens"
+"""The key that says which of a batch's tokens are the sample's own, and not padding."""
+
 _LENGTH_KEYS = ("input_ids", "inputs_embeds")
 _LABEL_KEYS = ("labels", "shift_labels")
 
@@ -27,7 +30,9 @@ class ShardedBatch:
     common: dict[str, Any]
 
 
-def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int, packing: bool = False) -> ShardedBatch:
+def shard_batch(
+    batch: Mapping[str, Any], sp_size: int, multiple: int, packing: bool = False, marks_padding: bool = False
+) -> ShardedBatch:
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
     ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, the rest with 0, positions with none
@@ -38,6 +43,8 @@ def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int, packing: 
 
     With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
     (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused.
+    With ``marks_padding``, for a router's loss, every shard says which of its tokens are no padding, neither the
+    mask's nor ours (``alst_real_tokens``, ``[B, s]`` bool).
 
     Raises:
         DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
@@ -63,6 +70,8 @@ def shard_batch(batch: Mapping[str, Any], sp_size: int, multiple: int, packing: 
         # The first label of a document is nobody's. The packing collators mask it as well.
         whole["labels"] = whole["labels"].masked_fill(starts_BS, IGNORED_LABEL)
         whole["shift_labels"] = shift_labels(whole["labels"], starts_BS)
+    if marks_padding:
+        whole[REAL_TOKENS] = _real_tokens(mask, tokens)
     padded = -(-length // multiple) * multiple
     if documents is not None:
         common |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), with_padding(documents, padded))
@@ -78,6 +87,10 @@ def shift_labels(labels_BS: torch.Tensor, starts_BS: torch.Tensor) -> torch.Tens
     # A token whose successor starts a document predicts nothing.
     masked_BS = labels_BS.masked_fill(starts_BS, IGNORED_LABEL)
     return F.pad(masked_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _real_tokens(mask_BS: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask_BS is None else mask_BS != 0
 
 
 def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> None:

@@ -1,4 +1,4 @@
-"""Modules whose weights ZeRO-3 gathers as one, before the module runs in tiles and not in each of them."""
+"""Modules whose weights ZeRO-3 gathers as one, before the module runs: in tiles, or with some of its experts."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -48,7 +48,8 @@ class Leaves:
             if shared and id(other) not in inside:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has a weight that is also {name}.{shared[0]}: under ZeRO-3 it cannot run "
-                    "in tiles (alst.tiled_mlp_compute, alst.tiled_logits_loss). Set the key to false, or use ZeRO 2."
+                    "in tiles (alst.tiled_mlp_compute, alst.tiled_logits_loss), nor be a mixture with experts of their "
+                    "own. Set the keys to false, or use ZeRO 2."
                 )
 
 

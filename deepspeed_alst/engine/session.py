@@ -34,10 +34,16 @@ class Session:
     """Sequence parallelism on one engine; ``engine.alst``."""
 
     def __init__(
-        self, config: AlstConfig, groups: SequenceGroups, mpu: UlyssesMpu, packing: bool, undo: ExitStack
+        self,
+        config: AlstConfig,
+        groups: SequenceGroups,
+        mpu: UlyssesMpu,
+        packing: bool,
+        marks_padding: bool,
+        undo: ExitStack,
     ) -> None:
         self.config = config
-        self._packing = packing
+        self._packing, self._marks_padding = packing, marks_padding
         self.groups = groups
         self.mpu = mpu
         self.calls = Calls()
@@ -64,7 +70,8 @@ class Session:
         """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is."""
         if isinstance(loader, ShardedDataLoader):
             return loader
-        return ShardedDataLoader(loader, self.groups, self.config.padding_multiple(), self._packing)
+        multiple = self.config.padding_multiple()
+        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self._marks_padding)
 
     def exchange(self, batch: Any) -> list[Any]:
         """This rank's shards of the batches that the ranks of its sequence bring, in their order."""

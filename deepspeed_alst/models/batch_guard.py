@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.router_loss import router_problem
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
@@ -64,7 +66,8 @@ def guard_batches(
         try:
             if kwargs.get("cu_seq_lens_q") is not None:
                 bounds = kwargs["cu_seq_lens_q"].tolist()
-            facts = _facts(module, args, kwargs, bounds, groups)
+            calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
+            facts = _facts(module, args, kwargs, bounds, groups, calls)
         except Exception as error:
             # The others wait in the exchange below, whatever is wrong with this batch.
             facts = _Facts(f"it cannot be read: {error!r}. {_WAY_OUT}")
@@ -124,7 +127,12 @@ def plan_batches(model: torch.nn.Module, planner: Planner, undo: ExitStack) -> N
 
 
 def _facts(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bounds: list[int], groups: SequenceGroups
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    bounds: list[int],
+    groups: SequenceGroups,
+    calls: Calls,
 ) -> _Facts:
     """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -136,10 +144,8 @@ def _facts(
         return _Facts(
             "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
         )
-    if kwargs.get("output_router_logits") or getattr(module.config, "output_router_logits", False):
-        return _Facts(
-            "it asks for output_router_logits: the router's auxiliary loss is not yet available; set it to False"
-        )
+    if (problem := router_problem(module, kwargs, calls)) is not None:
+        return _Facts(problem)
     if args or tokens is None:
         return _Facts(f"it is not given by keyword. {_WAY_OUT}")
     if kwargs.get("attention_mask") is not None:
@@ -154,6 +160,8 @@ def _facts(
             "the dataset or the collate_fn, before the batch is split"
         )
     shape = tuple(tokens.shape[:2])
+    if calls.real_tokens is not None and tuple(calls.real_tokens.shape) != shape:
+        return _Facts(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {_WAY_OUT}")
     if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
         return _Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {_WAY_OUT}")
     # Of positions of several dims the first are those of the text.

@@ -20,12 +20,15 @@ class Calls:
     with_documents: int = 0
     """Attention calls that were told where packed documents end."""
     loss: int = 0
+    router_loss: int = 0
     loss_follows: bool = False
     """Whether the loss of the whole sequence is made of the logits after the forward."""
     gradients: int = 0
     """Losses of the whole sequence that a gradient has reached."""
     makes_whole_loss: bool = True
     """Whether the loss is the whole sequence's, and not a shard's that the program aggregates."""
+    real_tokens: torch.Tensor | None = None
+    """Which tokens of this rank's shard are the sample's own and not padding, ``[B, s]``; None if nobody said."""
     inside: bool = False
     """Whether a forward of the outermost module is under way."""
     whole: bool = False

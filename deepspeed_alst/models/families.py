@@ -16,6 +16,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.names import PrivateName
+from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
 # Of cores that people ask for and that are not available.
@@ -53,7 +54,7 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
     config = base.config
     text_config = config.get_text_config()
     problems = [*_config_problems(config, text_config), *_module_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(base), *adapter_problems(model)]
+    problems += [*_loss_problems(base), *_router_problems(base, text_config), *adapter_problems(model)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
     num_heads, num_kv_heads = (
@@ -76,10 +77,9 @@ def _config_problems(config: Any, text_config: Any) -> list[str]:
     problems += _core_problems(config._attn_implementation)
     problems += _layer_problems(config._attn_implementation, text_config)
     for name, value in sorted(vars(text_config).items()):
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value > 0:
-            problems.append(f"{name}={value}: ranks cannot draw the dropout of the whole sequence; set it to 0")
-    if getattr(text_config, "output_router_logits", False):
-        problems.append("output_router_logits=True: the router's auxiliary loss is not yet available; set it to False")
+        drawn = "dropout" if "dropout" in name or name.endswith("_pdrop") else "noise" if "jitter" in name else ""
+        if drawn and isinstance(value, int | float) and value > 0:
+            problems.append(f"{name}={value}: ranks cannot draw the {drawn} of the whole sequence; set it to 0")
     if not getattr(text_config, "is_causal", True):
         problems.append("is_causal=False: only causal attention is verified")
     return problems
@@ -155,6 +155,11 @@ def _loss_problems(model: torch.nn.Module) -> list[str]:
         f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
         "model its own, and change outputs.loss, which is the whole sequence's"
     ]
+
+
+def _router_problems(model: torch.nn.Module, text_config: Any) -> list[str]:
+    problem = unknown_router_loss(model) if getattr(text_config, "output_router_logits", False) else None
+    return [] if problem is None else [problem]
 
 
 def _other_configs(model: torch.nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.wrapped import base_model
 
 
 class _SummedOverShards(torch.autograd.Function):
@@ -45,6 +46,9 @@ def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitS
         output["log_probs"] = _SummedOverShards.apply(log_probs_Bs, whole_sum - local, dist.get_world_size(group))
         calls.note_loss(output["log_probs"])
         output["loss"] = -output["log_probs"].sum() / count.clamp(min=1.0).to(log_probs_Bs.dtype)
+        if getattr(output, "aux_loss", None) is not None:  # of the whole sequence already (router_loss.py)
+            config = base_model(module).config.get_text_config()
+            output["loss"] = output["loss"] + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
     undo.callback(model.register_forward_hook(whole).remove)

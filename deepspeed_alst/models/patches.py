@@ -19,6 +19,7 @@ from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
 from deepspeed_alst.models.own_config import own_config
 from deepspeed_alst.models.positions import give_whole_length
+from deepspeed_alst.models.router_loss import whole_router_loss
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_sequence_divisor, whole_sequence_loss
 
@@ -45,6 +46,7 @@ def patch_model(
     _replace_loss(base, group, calls, undo)
     if whole_loss:
         sum_fused_head(model, group, calls, undo)
+    whole_router_loss(model, group, calls, undo)
     generate_whole(base, core.name, calls, undo)
     check_calls(model, calls, undo, whole_loss)
     ranks = dist.get_world_size(group)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.wrapped import base_model
 
 # Arguments of a forward that looks at other tokens, or at where a token stands.
@@ -23,11 +24,13 @@ def token_wise_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     A mixture's experts are among them, its router is not: what a block records of it stays outside of the tiles.
     """
     base = base_model(model)
+    routers = router_classes(base)
     decoder = getattr(base, "base_model", base)
     prefix = next(name for name, module in base.named_modules() if module is decoder)
     found: dict[str, torch.nn.Module] = {}
     for name, layer in _layers(decoder):
         of_layer = dict(_by_table(decoder, name, layer)) or dict(_by_structure(name, layer))
+        of_layer = {inner: module for inner, module in of_layer.items() if not _contains(module, routers)}
         found |= {f"{prefix}.{inner}".lstrip("."): module for inner, module in of_layer.items()}
     return found
 
@@ -82,6 +85,10 @@ def _by_structure(name: str, module: torch.nn.Module) -> Iterator[tuple[str, tor
             yield from inside
         elif len(list(_matrices(child))) > 1 and _takes_rows(child):
             yield path, child
+
+
+def _contains(module: torch.nn.Module, classes: tuple[type, ...]) -> bool:
+    return any(isinstance(inner, classes) for inner in module.modules())
 
 
 def _matrices(module: torch.nn.Module) -> Iterator[torch.Size]:

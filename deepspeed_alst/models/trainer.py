@@ -209,19 +209,22 @@ def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
     """What the Trainer counts of an evaluation batch: the count of its owner's, and not the shard's.
 
     A subclass may divide by a count of its own where ``compute_loss`` is given none (TRL's SFTTrainer does), so it is
-    always given one.
+    always given one. What else it does for a count that it is given (a factor of the number of ranks, a router's loss
+    divided by the accumulation steps) is for training, and stays out.
     """
     compute_loss = trainer.compute_loss
     had_own = "compute_loss" in vars(trainer)
     num_labels = counts[_NUM_LABELS]
-    if num_labels is not None and trainer.args.average_tokens_across_devices and trainer.model_accepts_loss_kwargs:
-        # The Trainer multiplies by the number of ranks again.
-        num_labels = num_labels * trainer.accelerator.num_processes
 
     @functools.wraps(compute_loss)
     def counted(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-        given = num_labels if num_items_in_batch is None else num_items_in_batch
-        return compute_loss(*args, num_items_in_batch=given, **kwargs)
+        if num_items_in_batch is not None or num_labels is None:
+            return compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        with (
+            _for_now(trainer.args, "average_tokens_across_devices", False),
+            _for_now(trainer, "current_gradient_accumulation_steps", 1),
+        ):
+            return compute_loss(*args, num_items_in_batch=num_labels, **kwargs)
 
     trainer._get_num_items_in_batch = lambda *args, **kwargs: counts[_NUM_ITEMS]
     trainer.compute_loss = counted
@@ -233,3 +236,17 @@ def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
             trainer.compute_loss = compute_loss
         else:
             del trainer.compute_loss
+
+
+@contextlib.contextmanager
+def _for_now(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object has another value inside; afterwards it is as it was, or gone."""
+    had_own, before = name in vars(holder), vars(holder).get(name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(holder, name, before)
+        else:
+            delattr(holder, name)

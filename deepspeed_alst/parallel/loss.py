@@ -16,11 +16,12 @@ import torch.nn.functional as F
 IGNORED_LABEL = -100
 
 
-class _WholeSequenceLoss(torch.autograd.Function):
+class _SumOverShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: torch.Tensor, whole: torch.Tensor, factor: int) -> torch.Tensor:
         ctx.factor = factor
-        return whole.to(share.dtype)
+        # A copy also where the dtype is the same: models add to their loss in place.
+        return whole.to(share.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -81,6 +82,16 @@ def whole_sequence_loss(share: torch.Tensor, group: Any) -> torch.Tensor:
 
     Collective over the group: one all-reduce of an fp64 number, no host sync.
     """
+    return sum_over_shards(share, group)
+
+
+def sum_over_shards(share: torch.Tensor, group: Any) -> torch.Tensor:
+    """The ranks' tensors added, on all of them: a part of the whole sequence's loss, of the same shape and dtype.
+
+    A loss that every rank makes of the sum in the same way has in all ranks' parameters together the gradient of the
+    whole sequence, once DeepSpeed has averaged it: each rank hands on to its own share what comes back to it, times P.
+    Collective over the group: one all-reduce in fp64, none in the backward, no host sync.
+    """
     whole = share.detach().double()
     dist.all_reduce(whole, group=group)
-    return _WholeSequenceLoss.apply(share, whole, dist.get_world_size(group))
+    return _SumOverShards.apply(share, whole, dist.get_world_size(group))

@@ -1,0 +1,210 @@
+"""A mixture's load-balancing loss, of the whole sequence.
+
+transformers makes it in the model's forward: over the tokens of all layers together, E times the sum over the experts
+of the share of tokens that an expert gets and the mean of its probability, multiplied (Switch Transformer,
+arXiv:2101.03961). The product of a shard's means is another number. Here counts and probabilities are summed over the
+ranks of a sequence first, without padding, and multiplied after.
+
+Legend: B batch, s tokens of this rank's shard, T = B*s, E experts, k experts of a token.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from deepspeed_alst.data.shard import REAL_TOKENS
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.checkpoints import checkpointed_layers
+from deepspeed_alst.models.experts import router_classes
+from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.loss import sum_over_shards
+
+_FUNCTION = "load_balancing_loss_func"
+_SWITCH = "output_router_logits"
+_CLOSE = 1e-5
+
+
+def unknown_router_loss(model: torch.nn.Module) -> str | None:
+    """Why the loss that a model makes of its routers' logits cannot be made of the whole sequence's; None if it can."""
+    for home in _homes(base_model(model)):
+        if not _is_known(home[_FUNCTION]):
+            return (
+                f"{_SWITCH}=True: {home['__name__']}.{_FUNCTION} is not the load-balancing loss that is known, and "
+                "would be made of a shard; set it to False"
+            )
+    return None
+
+
+def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Calls) -> str | None:
+    """Why a forward with these arguments cannot be given its router's loss of the whole sequence; None if it can."""
+    asked = kwargs.get(_SWITCH)
+    if asked is None:
+        asked = getattr(base_model(model).config.get_text_config(), _SWITCH, False)
+    if not asked or not router_classes(model):
+        return None
+    if not calls.makes_whole_loss:
+        return (
+            f"it asks for {_SWITCH}, whose loss is not a sum over shards, which this program aggregates itself; set it "
+            "to False, or leave mpu and DeepSpeed's ALST classes out"
+        )
+    if calls.real_tokens is None:
+        return (
+            f"it asks for {_SWITCH}, but does not say in {REAL_TOKENS} which tokens are padding; give the model every "
+            f"key of the sharded loader's batch, or set {_SWITCH} to False"
+        )
+    problem = unknown_router_loss(model)
+    return problem and f"it asks for {problem}"
+
+
+def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
+    """Have a model's load-balancing loss be that of the sequence whose tokens are split over a group.
+
+    Its forward looks the function up in the namespace that it was written in, which other models share: ours stands
+    there while a forward of this model runs, and at no other time.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        group: the ranks of a sequence.
+        calls: of the model's session: they know which tokens are real.
+        undo: takes it back.
+    """
+    base = base_model(model)
+    homes = [(home, home[_FUNCTION]) for home in _homes(base) if _is_known(home[_FUNCTION])]
+
+    @torch.compiler.disable
+    def of_whole_sequence(
+        gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Any = None
+    ) -> Any:
+        if not isinstance(gate_logits, tuple):
+            return 0
+        assert calls.real_tokens is not None and num_experts is not None  # the guard has looked
+        calls.router_loss += 1
+        _check_recorded(base, gate_logits, calls.real_tokens.numel())
+        return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
+
+    @torch.compiler.disable
+    def start(module: torch.nn.Module, args: Any) -> None:
+        calls.router_loss = 0
+        if not calls.whole:
+            for home, _ in homes:
+                home[_FUNCTION] = of_whole_sequence
+
+    @torch.compiler.disable
+    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+        restore()
+        if getattr(output, "aux_loss", None) is not None and not calls.router_loss and not calls.whole:
+            raise UnsupportedModelError(
+                f"{type(base).__name__} made its router's loss by a way of its own, of a shard. Undo whatever replaced "
+                f"its forward (Liger, a subclass), or set {_SWITCH} to False."
+            )
+
+    def restore() -> None:
+        for home, before in homes:
+            home[_FUNCTION] = before
+
+    undo.callback(restore)
+    # On the outermost module, which every call passes; at the end of a forward that failed, too.
+    undo.callback(model.register_forward_pre_hook(start).remove)
+    undo.callback(model.register_forward_hook(end, always_call=True).remove)
+
+
+def load_balancing_loss(
+    gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor, group: Any
+) -> torch.Tensor:
+    """The loss of the sequence over a group's ranks, ``L x [T, E], [T] -> []``, on all of them.
+
+    Collective over the group: one all-reduce of 2 E + 1 numbers, none in the backward, no host sync.
+
+    Args:
+        gate_logits: of each layer's router.
+        num_experts: E.
+        top_k: k.
+        real_T: which tokens count; padding does not.
+        group: the ranks of a sequence.
+    """
+    return _loss_of(sum_over_shards(_totals(gate_logits, num_experts, top_k, real_T), group))
+
+
+def _totals(gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor) -> torch.Tensor:
+    """Over all layers' tokens, ``[2 E + 1]`` in fp64: each expert's probabilities, its tokens, and all tokens."""
+    device = gate_logits[0].device
+    real_T = real_T.to(device)
+    assigned_Tk = real_T.long().repeat_interleave(top_k)
+    # int64 and fp64: layers times tokens times k pass 2**24, where fp32 stops counting.
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+    sums_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+    for logits_TE in gate_logits:
+        probabilities_TE = torch.nn.functional.softmax(logits_TE.to(device), dim=-1)
+        chosen_Tk = probabilities_TE.detach().topk(top_k, dim=-1).indices
+        counts_E.scatter_add_(0, chosen_Tk.flatten(), assigned_Tk)
+        sums_E = sums_E + (probabilities_TE * real_T[:, None]).sum(dim=0, dtype=torch.float64)
+    num_rows = len(gate_logits) * real_T.sum().double()
+    return torch.cat([sums_E, counts_E.double(), num_rows[None]])
+
+
+def _loss_of(totals: torch.Tensor) -> torch.Tensor:
+    num_experts = len(totals) // 2
+    sums_E, counts_E, num_rows = totals.split([num_experts, num_experts, 1])
+    num_rows = num_rows.clamp(min=1.0)
+    return (num_experts * (counts_E / num_rows * (sums_E / num_rows)).sum()).float()
+
+
+def _homes(base: torch.nn.Module) -> list[dict[str, Any]]:
+    """The namespaces in which a model's forwards may look the loss up, where they have it."""
+    if not router_classes(base):
+        return []
+    # TRL's fused head takes that of Mixtral for every family.
+    from transformers.models.mixtral import modeling_mixtral
+
+    forwards = [vars(holder).get("forward") for holder in (base, *type(base).__mro__)]
+    functions = [inspect.unwrap(getattr(each, "__func__", each)) for each in forwards if each is not None]
+    found = [getattr(function, "__globals__", {}) for function in functions] + [vars(modeling_mixtral)]
+    return list({id(home): home for home in found if _FUNCTION in home}.values())
+
+
+@functools.cache
+def _is_known(function: Callable[..., Any]) -> bool:
+    """Whether a model's function is the one here, by its value and gradient on an example, masked and not."""
+    make = torch.Generator("cpu").manual_seed(0)
+    layers, batch, length, experts, top_k = 3, 2, 5, 7, 3
+    mask = torch.ones(batch, length, dtype=torch.long, device="cpu")
+    mask[1, 3:] = 0
+    for real in (None, mask):
+        logits = torch.randn(layers, batch * length, experts, generator=make, dtype=torch.float32, device="cpu")
+        logits.requires_grad_()
+        counted = torch.ones_like(mask) if real is None else real
+        ours = _loss_of(_totals(tuple(logits), experts, top_k, counted.flatten().bool()))
+        try:
+            theirs = function(tuple(logits), experts, top_k, real)
+            grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
+        except Exception:  # of another signature, or for logits of another shape
+            return False
+        pairs = ((ours.detach(), theirs.detach()), (grads[0], grads[1]))
+        if not all(torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE * float(b.abs().max())) for a, b in pairs):
+            return False
+    return True
+
+
+def _check_recorded(base: torch.nn.Module, gate_logits: tuple[torch.Tensor, ...], num_tokens: int) -> None:
+    """Refuse logits that were recorded where they have no gradient, or that are not those of all tokens."""
+    name = type(base).__name__
+    rows = {len(logits) for logits in gate_logits}
+    if rows != {num_tokens}:
+        raise UnsupportedModelError(
+            f"{name} recorded router logits of {sorted(rows)} tokens, where its shard has {num_tokens}. Set {_SWITCH} "
+            "to False, or leave alst.tiled_mlp_compute out."
+        )
+    if not torch.is_grad_enabled() or gate_logits[-1].requires_grad:
+        return
+    layers = checkpointed_layers(base)
+    trains = any(param.requires_grad for layer in layers for param in layer.parameters())
+    if trains and any(layer.gradient_checkpointing and layer.training for layer in layers):
+        raise UnsupportedModelError(
+            f"{name}: a reentrant checkpoint records router logits without a gradient, so that {_SWITCH}=True would "
+            "train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
