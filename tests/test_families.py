@@ -68,10 +68,10 @@ def test_a_loss_of_the_programs_own_is_refused_by_name():
 
 
 def test_all_reasons_are_given_at_once():
-    model = build_model(family_config("mixtral", output_router_logits=True, attention_dropout=0.5))
+    model = build_model(family_config("mixtral", router_jitter_noise=0.1, attention_dropout=0.5))
     with pytest.raises(UnsupportedModelError) as caught:
         check_model(model)
-    assert "output_router_logits=True" in str(caught.value) and "attention_dropout=0.5" in str(caught.value)
+    assert "router_jitter_noise=0.1" in str(caught.value) and "attention_dropout=0.5" in str(caught.value)
 
 
 class OwnLoss(LlamaForCausalLM):
