@@ -8,11 +8,11 @@ from collections import defaultdict
 SECONDS = {
     "parity": 225,
     "config and loader": 40,
-    "models": 30,
+    "models": 75,
     "the programs people have": 410,
     "tiles and kernels": 180,
     "offload": 90,
-    "the rest": 225,
+    "the rest": 180,
 }
 
 AREAS = {
@@ -41,6 +41,7 @@ AREAS = {
     "test_offload_engine": "offload",
     "test_offload_plan": "offload",
     "test_families": "models",
+    "test_linear": "models",
     "test_kernels": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",

@@ -17,8 +17,10 @@ class Calls:
     """How often the patched parts were reached in one forward."""
 
     attention: int = 0
+    linear: int = 0
+    """Calls of layers without attention that are split."""
     with_documents: int = 0
-    """Attention calls that were told where packed documents end."""
+    """Calls of either kind that were told where packed documents end."""
     loss: int = 0
     loss_follows: bool = False
     """Whether the loss of the whole sequence is made of the logits after the forward."""
@@ -26,6 +28,8 @@ class Calls:
     """Losses of the whole sequence that a gradient has reached."""
     makes_whole_loss: bool = True
     """Whether the loss is the whole sequence's, and not a shard's that the program aggregates."""
+    expects_attention: bool = True
+    """Whether the model has any."""
     inside: bool = False
     """Whether a forward of the outermost module is under way."""
     whole: bool = False
@@ -39,6 +43,21 @@ class Calls:
             yield
         finally:
             self.makes_whole_loss = before
+
+    def enter(self, layer: str, has_documents: bool) -> None:
+        """A layer without attention was called.
+
+        Raises:
+            UnsupportedModelError: outside of a forward of the outermost module, so nobody has checked its batch.
+        """
+        # A recomputation in the backward runs layers by themselves.
+        if not self.inside and torch._C._current_graph_task_id() == -1:
+            raise UnsupportedModelError(
+                f"{layer} was called outside of its causal language model: what reached it was not checked to be a "
+                "shard. Call the engine, with a batch of the sharded loader."
+            )
+        self.linear += 1
+        self.with_documents += has_documents
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """A loss of the whole sequence was made; its gradient is to be waited for."""
@@ -61,7 +80,7 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
 
     @torch.compiler.disable
     def reset(module: torch.nn.Module, args: Any) -> None:
-        calls.attention = calls.with_documents = calls.loss = 0
+        calls.attention = calls.linear = calls.with_documents = calls.loss = 0
         calls.inside = True
 
     @torch.compiler.disable
@@ -69,14 +88,14 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
         calls.inside = False
         if calls.whole:
             return
-        if not calls.attention:
+        if not calls.attention and calls.expects_attention:
             raise UnsupportedModelError(
                 f"{name} did not call transformers' attention interface: its attention sees only a "
                 "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
             )
-        if kwargs.get("cu_seq_lens_q") is not None and calls.with_documents < calls.attention:
+        if kwargs.get("cu_seq_lens_q") is not None and calls.with_documents < calls.attention + calls.linear:
             raise UnsupportedModelError(
-                f"{name} does not hand cu_seq_lens_q on to its attention: packed documents would see "
+                f"{name} does not hand cu_seq_lens_q on to all of its layers: packed documents would see "
                 "one another. Give it one document per row."
             )
         if not whole_loss:

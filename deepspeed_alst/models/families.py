@@ -16,6 +16,7 @@ from deepspeed_alst.config import nearest
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
+from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.wrapped import base_model
 
@@ -40,6 +41,24 @@ VERIFIED = (
     "mixtral",
     "qwen3_moe",
     "olmoe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "granitemoehybrid",
+    "bamba",
+    "falcon_h1",
+    "nemotron_h",
+    "zamba2",
+    "mamba2",
+    "olmo_hybrid",
+    "kimi_linear",
+    "jamba",
+    "mamba",
+    "falcon_mamba",
+    "zamba",
 )
 """``model_type`` of the verified families."""
 
@@ -57,7 +76,10 @@ class ModelFacts:
 
     model_type: str
     num_heads: int
+    """Of attention; 0 where there is none."""
     num_kv_heads: int
+    linear_heads: frozenset[tuple[int, int]] = frozenset()
+    """Of its layers without attention: heads, or channels, of a scan, and how many of their keys or B and C."""
 
 
 def check_model(model: torch.nn.Module) -> ModelFacts:
@@ -75,23 +97,25 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
         )
     config = base.config
     text_config = config.get_text_config()
-    problems = [*_config_problems(config, text_config), *_module_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(base), *adapter_problems(model)]
+    problems = [*_config_problems(base, text_config), *_module_problems(base), *_other_configs(base)]
+    problems += [*_loss_problems(base), *linear_problems(base), *adapter_problems(model)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
-    num_heads = text_config.num_attention_heads
-    return ModelFacts(config.model_type, num_heads, getattr(text_config, "num_key_value_heads", None) or num_heads)
+    num_heads = text_config.num_attention_heads if has_attention(base) else 0
+    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    return ModelFacts(config.model_type, num_heads, num_kv_heads, frozenset(linear_heads(base)))
 
 
-def _config_problems(config: Any, text_config: Any) -> list[str]:
-    problems = []
+def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
+    config, problems = model.config, []
     if config.model_type not in VERIFIED:
         problems.append(
             f"model_type='{config.model_type}' is not verified under sequence parallelism."
             f"{nearest(config.model_type, VERIFIED)} Verified are: {', '.join(VERIFIED)}"
         )
-    problems += _core_problems(config._attn_implementation)
-    problems += _window_problems(config._attn_implementation, text_config)
+    if has_attention(model):
+        problems += _core_problems(config._attn_implementation)
+    problems += _window_problems(model, text_config)
     for name in _rope_types(text_config):
         if name in _LENGTH_DEPENDENT_ROPE:
             problems.append(f"rope_type='{name}' depends on the sequence's length, of which a rank sees its shard only")
@@ -118,10 +142,12 @@ def _core_problems(name: str) -> list[str]:
     return []
 
 
-def _window_problems(name: str, text_config: Any) -> list[str]:
+def _window_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
+    name = model.config._attn_implementation
     core = find_core(name)
     has_windows = core is not None and core.has_windows
     available = {"full_attention", "sliding_attention"} if has_windows else {"full_attention"}
+    available |= available_layer_types(model, getattr(text_config, "layer_types", None))
     can = f"not with attn_implementation='{name}' under sequence parallelism"
     problems = []
     window = getattr(text_config, "sliding_window", None)
@@ -130,9 +156,10 @@ def _window_problems(name: str, text_config: Any) -> list[str]:
             f"sliding_window={window}: {can}; flash_attention_2 can do it, or set it to None if the model allows"
         )
     other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - available)
-    if other_layers:
-        way_out = "; flash_attention_2 can do it" if other_layers == ["sliding_attention"] else ""
-        problems.append(f"layer_types has {', '.join(other_layers)}: {can}{way_out}")
+    if "sliding_attention" in other_layers:
+        problems.append(f"layer_types has sliding_attention: {can}; flash_attention_2 can do it")
+    if unknown := [each for each in other_layers if each != "sliding_attention"]:
+        problems.append(f"layer_types has {', '.join(unknown)}: how such layers could be split over ranks is not known")
     return problems
 
 
