@@ -135,7 +135,9 @@ def model_config(cell: Cell) -> LlamaConfig:
 def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Module:
     """The same weights on every rank and in every run, with enough spread to make gradients lively."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=core)
+    # A model without any attention refuses to be told which one.
+    attends = AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=core if attends else None)
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() > 1:
@@ -337,13 +339,14 @@ def _loss_scale(cell: Cell) -> int:
 
 
 class KeepFp64(TorchFunctionMode):
-    """Lifts transformers' casts to fp32 (norms, RoPE, router, loss) from an fp64 run."""
+    """Lifts transformers' casts to fp32 (norms, RoPE, routers, loss) from an fp64 run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.float:
             return args[0].double()
-        if func is torch.Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")):
+        casts = func is torch.Tensor.to or func is torch.Tensor.type
+        if casts and torch.float32 in (*args[1:], kwargs.get("dtype")):
             return args[0].double()
         if func in (torch.nn.functional.softmax, torch.zeros) and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64

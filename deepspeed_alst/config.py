@@ -114,14 +114,15 @@ def check_world(config: AlstConfig, world_size: int) -> None:
         )
 
 
-def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int) -> None:
-    """Refuse an SP degree that cannot split these heads.
+def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention") -> None:
+    """Refuse an SP degree that cannot split these heads, of attention or of a scan.
 
     Raises:
         ConfigError: SP does not divide the query heads, or neither of SP and the kv heads divides the other; with
             the degrees that would do.
     """
     sp_size = config.sequence_parallel_size
+    heads, shared = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups of them")
 
     def fits(n: int) -> bool:
         return num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
@@ -129,11 +130,11 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int) -> None:
     if fits(sp_size):
         return
     if num_heads % sp_size:
-        why = f"does not divide the model's {num_heads} query heads"
+        why = f"does not divide the model's {num_heads} {heads}"
         if sp_size > num_heads:
-            why = f"is more than the model's {num_heads} query heads"
+            why = f"is more than the model's {num_heads} {heads}"
     else:
-        why = f"and the model's {num_kv_heads} key/value heads do not divide one another"
+        why = f"and the model's {num_kv_heads} {shared} do not divide one another"
     fitting = [n for n in range(1, num_heads + 1) if fits(n)]
     raise ConfigError(
         f"sequence_parallel_size={sp_size} {why}. Use one of {fitting}; "

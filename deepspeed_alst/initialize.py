@@ -246,6 +246,8 @@ def _error_in(model: Any, config: AlstConfig) -> AlstError | None:
         facts = check_model(model)
         if facts.num_heads and facts.num_kv_heads:
             check_heads(config, facts.num_heads, facts.num_kv_heads)
+        for heads, groups in sorted(facts.linear_heads):
+            check_heads(config, heads, groups, of="scan")
     except AlstError as error:
         return error
     return None

@@ -44,6 +44,7 @@ AREAS = {
     "test_masks": "models",
     "test_positions": "models",
     "test_mixtures": "models",
+    "test_linear": "models",
     "test_kernels": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",

@@ -9,6 +9,7 @@ sdpa at SP 1 with transformers' own masks, or a document at a time.
 import copy
 import itertools
 import pickle
+import re
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,12 +32,14 @@ from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from tests import stand_ins
-from tests.models import FAMILIES, family_batch, family_config
+from tests.models import FAMILIES, LINEAR_FAMILIES, family_batch, family_config
 
 EXACT = 1e-12
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", stand_ins.HUB_KERNEL)
 # Families whose layers drop what flash attention would need to know of packed documents; a mask reaches them.
 NO_DOCUMENTS = ("stablelm", "nemotron")
+# Families with a scan that transformers does not tell of documents, or that drop what they are told.
+LEAKING = ("mamba2", "kimi_linear", "jamba", "mamba", "falcon_mamba", "zamba")
 # A boundary of shards at SP 2 and 4 (16 and 8 tokens) inside a document, at its start, and behind its only token.
 DOCUMENTS = (7, 1, 8, 13)
 
@@ -234,6 +237,7 @@ def test_packed_documents_do_not_see_one_another(core, sp_size, multiple, how, c
 
 def errors_of_a_packed_family(model_type: str, cores: tuple[str, ...]) -> list[float]:
     config, batch = family_config(model_type), packed_batch()
+    batch["seq_idx"] = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS)).int()[None]
     with stand_ins.installed():
         split = [split_step(core, config, batch, 2, 8) for core in cores]
     truth = document_by_document(config, batch, DOCUMENTS)
@@ -241,21 +245,22 @@ def errors_of_a_packed_family(model_type: str, cores: tuple[str, ...]) -> list[f
     return [worst(each, truth) for each in split]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [each for each in FAMILIES + LINEAR_FAMILIES if each not in LEAKING])
 def test_the_verified_families_hand_the_documents_on(model_type, ranks2):
     """sdpa: run here. Flash attention: stand-in. Against each document alone through sdpa."""
     cores = ("sdpa",) if model_type in NO_DOCUMENTS else ("sdpa", "flash_attention_2")
     assert max(ranks2.run(errors_of_a_packed_family, model_type, cores)[0]) < EXACT
 
 
-@pytest.mark.parametrize("model_type", NO_DOCUMENTS)
+@pytest.mark.parametrize("model_type", NO_DOCUMENTS + LEAKING)
 def test_a_family_that_does_not_is_refused(model_type, ranks2):
-    """Stand-in. transformers gives their attention no positions either, so packing leaks at SP 1 as well."""
+    """Stand-in. transformers gives their layers no positions either, so packing leaks at SP 1 as well."""
     with pytest.raises(RankError) as caught:
         ranks2.run(errors_of_a_packed_family, model_type, ("flash_attention_2",))
+    sentence = "does not tell all of its layers where packed documents end"
+    sentence += "|packed documents would see one another in .*Delta|.*Mixer"
     for error in caught.value.errors:
-        assert isinstance(error, UnsupportedModelError)
-        assert "does not tell its attention where packed documents end" in str(error)
+        assert isinstance(error, UnsupportedModelError) and re.search(sentence, str(error))
 
 
 # --- other arguments

@@ -84,6 +84,11 @@ def _is_all_of(x: torch.Tensor, of: torch.Tensor) -> bool:
     return is_alone and x.untyped_storage()._cdata == memory._cdata and x.numel() == of.numel() and x.dtype == of.dtype
 
 
+def head_to_seq(x_BShD: torch.Tensor, group: Any) -> torch.Tensor:
+    """Trade a head shard for a sequence shard: ``[B, S, h, D] -> [B, s, H, D]``. One all-to-all, one in backward."""
+    return _HeadToSeq.apply(x_BShD.transpose(1, 2), group)
+
+
 class _SeqToHead(torch.autograd.Function):
     """Sequence shards of all heads in, head shards of the whole sequence out."""
 
@@ -92,14 +97,14 @@ class _SeqToHead(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any
     ) -> tuple[torch.Tensor, ...]:
         ctx.plan, ctx.group = plan, group
-        recv_PsBW = _exchange(pack(_pieces((q, k, v), plan), plan.sp_size), group)
+        recv_PsBW = exchange(pack(_pieces((q, k, v), plan), plan.sp_size), group)
         h, kv = plan.heads_per_rank, plan.kv_heads_per_rank
         return _unpack_heads(recv_PsBW, [(h, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3])])
 
     @staticmethod
     def backward(ctx: Any, *grads_BhSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         plan = ctx.plan
-        recv_PsBW = _exchange(pack([by_tokens(g, plan.sp_size) for g in grads_BhSD], plan.sp_size), ctx.group)
+        recv_PsBW = exchange(pack([by_tokens(g, plan.sp_size) for g in grads_BhSD], plan.sp_size), ctx.group)
         s, B = recv_PsBW.shape[1:3]
         # In memory as projections make their outputs: going back through a transposition, autograd copies nothing.
         grads_BHsD = [
@@ -118,7 +123,7 @@ class _HeadToSeq(torch.autograd.Function):
     def forward(ctx: Any, o_BhSD: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
         P = dist.get_world_size(group)
-        recv_PsBW = _exchange(pack([by_tokens(o_BhSD, P)], P), group)
+        recv_PsBW = exchange(pack([by_tokens(o_BhSD, P)], P), group)
         B, h, S, D = o_BhSD.shape
         o_BsHD = recv_PsBW.new_empty(B, S // P, P * h, D)
         unpack_(recv_PsBW, [by_heads(o_BsHD.transpose(1, 2), P)])
@@ -127,7 +132,7 @@ class _HeadToSeq(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor, None]:
         P = dist.get_world_size(ctx.group)
-        recv_PsBW = _exchange(pack([by_heads(do_BsHD.transpose(1, 2), P)], P), ctx.group)
+        recv_PsBW = exchange(pack([by_heads(do_BsHD.transpose(1, 2), P)], P), ctx.group)
         (do_BhSD,) = _unpack_heads(recv_PsBW, [(do_BsHD.shape[2] // P, do_BsHD.shape[3])])
         return do_BhSD, None
 
@@ -157,7 +162,7 @@ class _HeadToSeqKept(torch.autograd.Function):
         B, h, S, D = o_BhSD.shape
         P = dist.get_world_size(ctx.group)
         send_PsBW = pack([by_heads(x_BsHD.transpose(1, 2), P) for x_BsHD in (do_BsHD, o_BsHD)], P)
-        recv_PsBW = _exchange(send_PsBW, ctx.group)
+        recv_PsBW = exchange(send_PsBW, ctx.group)
         storage.resize_(o_BhSD.numel() * o_BhSD.element_size())
         # Not a view: the gradient lives until attention's backward ends, and is not to hold the other half meanwhile.
         do_BhSD = recv_PsBW.new_empty(B, S, h, D).transpose(1, 2)
@@ -167,7 +172,7 @@ class _HeadToSeqKept(torch.autograd.Function):
         return do_BhSD, None, None
 
 
-def _exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
+def exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
     """Piece p of dim 0 goes to rank p; piece p of the result came from rank p."""
     recv = torch.empty_like(send)
     dist.all_to_all_single(recv, send, group=group)

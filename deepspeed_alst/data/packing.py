@@ -82,6 +82,23 @@ def _few(ends: torch.Tensor) -> str:
     return shown + (", ..." if len(ends) > 4 else "")
 
 
+def check_numbers(seq_idx_BS: torch.Tensor, starts_BS: torch.Tensor) -> None:
+    """Make sure that ``seq_idx``, the number of each token's document, says the same as the documents' starts.
+
+    Raises:
+        DataError: it changes at other tokens.
+    """
+    changes_BS = torch.zeros_like(starts_BS.expand_as(seq_idx_BS))
+    changes_BS[:, 1:] = seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1]
+    wrong = (changes_BS != starts_BS).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise DataError(
+            f"seq_idx {'starts' if changes_BS[row, column] else 'does not start'} a document at token {column} of row "
+            f"{row}, position_ids say the opposite. Make them agree, or leave seq_idx out."
+        )
+
+
 def with_padding(bounds: torch.Tensor, padded: int) -> torch.Tensor:
     """Make the padding a document of its own: the others keep their lengths, and no attention is spent on it."""
     return bounds if bounds[-1] == padded else torch.cat([bounds, bounds.new_tensor([padded])])

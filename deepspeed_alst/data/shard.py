@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from deepspeed_alst.attention.masks import check_padding_mask, document_starts
-from deepspeed_alst.data.packing import documents_of, positions_within, take_bounds, with_padding
+from deepspeed_alst.data.packing import check_numbers, documents_of, positions_within, take_bounds, with_padding
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
@@ -65,6 +65,8 @@ def shard_batch(
     # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
     positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
     documents = documents_of(positions_BS, given, tokens.shape[0], packing)
+    if "seq_idx" in whole:
+        check_numbers(whole["seq_idx"], document_starts(positions_BS))
     if "labels" in whole and "shift_labels" not in whole:
         starts_BS = document_starts(positions_BS)
         # The first label of a document is nobody's. The packing collators mask it as well.

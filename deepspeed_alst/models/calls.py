@@ -17,8 +17,10 @@ class Calls:
     """How often the patched parts were reached in one forward."""
 
     attention: int = 0
+    linear: int = 0
+    """Calls of layers without attention that are split."""
     with_documents: int = 0
-    """Attention calls that were told where packed documents end."""
+    """Calls of either kind that were told where packed documents end."""
     loss: int = 0
     router_loss: int = 0
     loss_follows: bool = False
@@ -29,6 +31,8 @@ class Calls:
     """Whether the loss is the whole sequence's, and not a shard's that the program aggregates."""
     real_tokens: torch.Tensor | None = None
     """Which tokens of this rank's shard are the sample's own and not padding, ``[B, s]``; None if nobody said."""
+    expects_attention: bool = True
+    """Whether the model has any."""
     inside: bool = False
     """Whether a forward of the outermost module is under way."""
     whole: bool = False
@@ -46,6 +50,21 @@ class Calls:
             yield
         finally:
             self.makes_whole_loss = before
+
+    def enter(self, layer: str, has_documents: bool) -> None:
+        """A layer without attention was called.
+
+        Raises:
+            UnsupportedModelError: outside of a forward of the outermost module, so nobody has checked its batch.
+        """
+        # A recomputation in the backward runs layers by themselves.
+        if not self.inside and torch._C._current_graph_task_id() == -1:
+            raise UnsupportedModelError(
+                f"{layer} was called outside of its causal language model: what reached it was not checked to be a "
+                "shard. Call the engine, with a batch of the sharded loader."
+            )
+        self.linear += 1
+        self.with_documents += has_documents
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """A loss of the whole sequence was made; its gradient is to be waited for."""
@@ -68,7 +87,7 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
 
     @torch.compiler.disable
     def reset(module: torch.nn.Module, args: Any) -> None:
-        calls.attention = calls.with_documents = calls.loss = 0
+        calls.attention = calls.linear = calls.with_documents = calls.loss = 0
         calls.inside = True
 
     @torch.compiler.disable
@@ -76,16 +95,16 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
         calls.inside = False
         if calls.whole:
             return
-        if not calls.attention:
+        if not calls.attention and calls.expects_attention:
             raise UnsupportedModelError(
                 f"{name} did not call transformers' attention interface: its attention sees only a "
                 "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
             )
         bounds = kwargs.get("cu_seq_lens_q")
-        if bounds is not None and len(bounds) > 2 and calls.with_documents < calls.attention:
+        if bounds is not None and len(bounds) > 2 and calls.with_documents < calls.attention + calls.linear:
             raise UnsupportedModelError(
-                f"{name} does not tell its attention where packed documents end (by cu_seq_lens_q, or by a mask): they "
-                "would see one another. Give it one document per row."
+                f"{name} does not tell all of its layers where packed documents end (by cu_seq_lens_q, or by a mask): "
+                "they would see one another. Give it one document per row."
             )
         if not whole_loss:
             return

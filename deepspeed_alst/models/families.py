@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
+from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
@@ -34,8 +35,10 @@ class ModelFacts:
 
     model_type: str
     num_heads: int | None
-    """None where layers differ: each is checked when it attends."""
+    """Of attention; None where there is none, or layers differ: each is checked when it attends."""
     num_kv_heads: int | None
+    linear_heads: frozenset[tuple[int, int]] = frozenset()
+    """Of its layers without attention: heads, or channels, of a scan, and how many of their keys or B and C."""
 
 
 def check_model(model: torch.nn.Module) -> ModelFacts:
@@ -53,14 +56,20 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
         )
     config = base.config
     text_config = config.get_text_config()
-    problems = [*_config_problems(config, text_config), *_module_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(base), *_router_problems(base, text_config), *adapter_problems(model)]
+    problems = [*_config_problems(base, text_config), *_module_problems(base), *_other_configs(base)]
+    problems += [
+        *_loss_problems(base),
+        *_router_problems(base, text_config),
+        *linear_problems(base),
+        *adapter_problems(model),
+    ]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
     num_heads, num_kv_heads = (
         _of_all_layers(text_config, f"num_{which}_heads") for which in ("attention", "key_value")
     )
-    return ModelFacts(config.model_type, num_heads, num_kv_heads or num_heads)
+    num_heads = num_heads if has_attention(base) else None
+    return ModelFacts(config.model_type, num_heads, num_kv_heads or num_heads, frozenset(linear_heads(base)))
 
 
 def _of_all_layers(text_config: Any, name: str) -> int | None:
@@ -72,10 +81,11 @@ def _of_all_layers(text_config: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _config_problems(config: Any, text_config: Any) -> list[str]:
+def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
     problems = []
-    problems += _core_problems(config._attn_implementation)
-    problems += _layer_problems(config._attn_implementation, text_config)
+    if has_attention(model):
+        problems += _core_problems(model.config._attn_implementation)
+    problems += _layer_problems(model, text_config)
     for name, value in sorted(vars(text_config).items()):
         drawn = "dropout" if "dropout" in name or name.endswith("_pdrop") else "noise" if "jitter" in name else ""
         if drawn and isinstance(value, int | float) and value > 0:
@@ -97,18 +107,22 @@ def _core_problems(name: str) -> list[str]:
     return []
 
 
-def _layer_problems(name: str, text_config: Any) -> list[str]:
-    """Layers that are not attention, or see a part of the sequence that the core cannot be told."""
+def _layer_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
+    """Layers that nobody knows how to split, or that see a part of the sequence that the core cannot be told."""
+    name, layer_types = model.config._attn_implementation, getattr(text_config, "layer_types", None)
     core = find_core(name)
-    available = set(_LAYER_TYPES) - (set() if core is None or core.takes_masks else {"chunked_attention"})
-    others = sorted(set(getattr(text_config, "layer_types", None) or ()) - available)
-    if not others:
-        return []
-    way_out = "; sdpa can do it" if others == ["chunked_attention"] else ""
-    return [
-        f"layer_types has {', '.join(others)}: not with attn_implementation='{name}' under sequence parallelism"
-        f"{way_out}"
-    ]
+    others = set(layer_types or ()) - set(_LAYER_TYPES) - available_layer_types(model, layer_types)
+    problems = []
+    if others:
+        problems.append(
+            f"layer_types has {', '.join(sorted(others))}: how such layers could be split over ranks is not known"
+        )
+    if "chunked_attention" in (layer_types or ()) and core is not None and not core.takes_masks:
+        problems.append(
+            f"layer_types has chunked_attention: not with attn_implementation='{name}' under sequence parallelism; "
+            "sdpa can do it"
+        )
+    return problems
 
 
 def _module_problems(model: torch.nn.Module) -> list[str]:

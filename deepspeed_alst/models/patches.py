@@ -17,6 +17,8 @@ from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
+from deepspeed_alst.models.linear_layers import has_attention
+from deepspeed_alst.models.linear_split import split_linear_layers
 from deepspeed_alst.models.own_config import own_config
 from deepspeed_alst.models.positions import give_whole_length
 from deepspeed_alst.models.router_loss import whole_router_loss
@@ -38,19 +40,25 @@ def patch_model(
     """
     calls, base = calls or Calls(), base_model(model)
     calls.makes_whole_loss = whole_loss
-    core = find_core(base.config._attn_implementation)
-    assert core is not None, "check_model refuses it"
+    name = base.config._attn_implementation
     own_config(model, base.config, undo)
-    register_attention(base, core, group, calls, undo)
+    calls.expects_attention = has_attention(base)
+    if calls.expects_attention:
+        core = find_core(name)
+        assert core is not None, "check_model refuses it"
+        register_attention(base, core, group, calls, undo)
     give_whole_length(base, calls, undo)
+    linear = split_linear_layers(base, group, calls, undo)
     _replace_loss(base, group, calls, undo)
     if whole_loss:
         sum_fused_head(model, group, calls, undo)
     whole_router_loss(model, group, calls, undo)
-    generate_whole(base, core.name, calls, undo)
+    generate_whole(base, name, calls, undo)
     check_calls(model, calls, undo, whole_loss)
     ranks = dist.get_world_size(group)
-    return f"{type(base).__name__}: {core.name} over {ranks} ranks, 2 all-to-alls per layer and pass"
+    what = [f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass"] * calls.expects_attention
+    what += [f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls"] * bool(linear)
+    return f"{type(base).__name__}: {'; '.join(what)}"
 
 
 def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
