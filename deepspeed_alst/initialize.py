@@ -98,11 +98,7 @@ def initialize(
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
-        parts = [
-            *tiles,
-            *_make_room(planner, engine, control_group, undo),
-            *_reduce(engine, config, bucket, undo),
-        ]
+        parts = [*tiles, *_make_room(planner, engine, control_group, undo), *_reduce(engine, config, bucket, undo)]
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         if arguments.get("training_data") is not None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, OlmoeForCausalLM
 
 from benchmarks.census import ask, everything
 from benchmarks.ranks import RankError
@@ -35,7 +35,9 @@ class ByItself(LlamaForCausalLM):
 
 
 def _unlisted(model_class):
-    config = LlamaConfig(hidden_size=2048, num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=2)
+    sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    config = model_class.config_class(**sizes)
+    config.output_router_logits, config.router_aux_loss_coef = True, 1.0  # which Llama has no use for
     config.model_type = "of_my_own"
     with torch.device("meta"):
         model = model_class(config)
@@ -46,8 +48,9 @@ def _unlisted(model_class):
         groups.destroy()
 
 
-def test_an_unlisted_model_is_let_through_by_a_small_one_of_its_kind(ranks2):
-    assert ranks2.run(_unlisted, LlamaForCausalLM)[0].startswith("a small model of its kind is right to")
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, OlmoeForCausalLM])
+def test_an_unlisted_model_is_let_through_by_a_small_one_of_its_kind(model_class, ranks2):
+    assert ranks2.run(_unlisted, model_class)[0].startswith("a small model of its kind is right to")
 
 
 def test_an_unlisted_model_that_is_wrong_on_shards_is_refused_on_all_ranks(ranks2):

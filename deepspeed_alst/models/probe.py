@@ -21,6 +21,7 @@ from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.shrink import shrink
@@ -154,7 +155,7 @@ def _step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0) -> dict[
 def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups) -> dict[str, torch.Tensor]:
     check_model(model)
     P, calls = groups.sp_size, Calls()
-    cut = shard_batch(batch, P, P, keeps_documents_apart(model))
+    cut = shard_batch(batch, P, P, keeps_documents_apart(model), bool(router_classes(model)))
     with ExitStack() as undo:
         patch_model(model, groups.sp_control_group, undo, calls)
         guard_batches(model, groups, calls, undo)
