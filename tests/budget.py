@@ -42,7 +42,7 @@ AREAS = {
     "test_offload_plan": "offload",
     "test_families": "models",
     "test_masks": "models",
-    "test_positions": "models",
+    "test_whole_sequence": "models",
     "test_mixtures": "models",
     "test_linear": "models",
     "test_kernels": "tiles and kernels",

@@ -3,16 +3,13 @@
 The truth of the pieces is sdpa under a mask of all S x S pairs; that of a model is SP 1 with transformers' own masks.
 """
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
@@ -28,22 +25,15 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from benchmarks.cells import Cell, build_model, ds_config, full_weight
 from deepspeed_alst.attention import banded
 from deepspeed_alst.attention.banded import attend
 from deepspeed_alst.attention.whole_mask import Run, WholeMask
-from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models import masks
-from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.masks import mask_function_for, read_mask
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
-from tests.models import family_batch, family_config
-from tests.test_cores import EXACT, packed_batch, split_step, whole_step, worst
-from tests.test_kept_attention import checkpoint_layers
+from tests.test_cores import EXACT
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
 
@@ -256,140 +246,7 @@ def test_a_model_that_reads_its_mask_is_refused_and_copies_and_asking_are_not():
     assert copy.deepcopy(mask) == mask and not hasattr(mask, "shape")
 
 
-# --- models
-
-
-@contextlib.contextmanager
-def masks_dropped(wanted: bool) -> Iterator[None]:
-    """Inside, every mask is taken for plain causal."""
-    with mock.patch.object(masks, "read_mask", lambda *_: WholeMask()) if wanted else contextlib.nullcontext():
-        yield
-
-
-def errors_of(model_type: str, changed: dict[str, Any], length: int, drop: bool) -> dict[str, float]:
-    """At SP 2 and 4, plain and packed."""
-    found = {}
-    config = functools.partial(family_config, model_type, **changed)
-    for name, batch in (("plain", family_batch(length, 2)), ("packed", packed_batch())):
-        true = whole_step("sdpa", config(), batch)
-        for sp_size, multiple in ((2, 8), (4, 32)):
-            with masks_dropped(drop):
-                try:
-                    found[f"{name} SP {sp_size}"] = worst(split_step("sdpa", config(), batch, sp_size, multiple), true)
-                except UnsupportedModelError:  # documents that were told to nobody
-                    found[f"{name} SP {sp_size}"] = float("inf")
-    return found
-
-
-PER_LAYER = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
-CHUNKS = {
-    "attention_chunk_size": 11,
-    "layer_types": ["chunked_attention", "full_attention"],
-    "no_rope_layers": [1, 0],  # the second scales its queries by their places
-    "floor_scale": 8,
-    "attn_scale": 0.5,
-    "num_local_experts": 2,
-    "intermediate_size_mlp": 48,
-}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changed", "length"),
-    [
-        ("mistral", {"sliding_window": 2}, 37),
-        ("mistral", {"sliding_window": 12}, 37),
-        ("mistral", {"sliding_window": 30}, 37),  # longer than a shard, and shorter than the whole
-        ("mistral", {"sliding_window": 12}, 181),  # several blocks
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}, 37),
-        ("phi3", {"sliding_window": 11}, 37),
-        ("starcoder2", {"sliding_window": 11}, 37),
-        ("mixtral", {"sliding_window": 11}, 37),
-        ("gemma3_text", PER_LAYER, 37),
-        ("cohere2", PER_LAYER, 37),
-        ("olmo3", PER_LAYER, 37),
-        ("llama4_text", CHUNKS, 37),
-    ],
-)
-def test_a_mask_is_that_of_the_whole_sequence(model_type, changed, length, ranks4):
-    found = ranks4.run(errors_of, model_type, changed, length, False)[0]
-    assert max(found.values()) < EXACT, found
-
-
-def test_the_errors_see_a_mask_that_is_dropped(ranks4):
-    for model_type, changed in (("mistral", {"sliding_window": 12}), ("llama4_text", CHUNKS)):
-        found = ranks4.run(errors_of, model_type, changed, 37, True)[0]
-        assert min(found.values()) > 1e-3, found
-
-
-# --- layers that run twice
-
-
-def two_forwards_then_backwards(reentrant: bool, keeps: bool) -> tuple[float, int]:
-    """The error of fp32 gradients of two batches, of other documents each, and layers that kept attention's output."""
-    batches = [packed_batch(), packed_batch((20, 9)), family_batch(29, 1)]
-    config = functools.partial(family_config, "mistral", sliding_window=5)
-    with contextlib.ExitStack() as undo:
-        groups = build_groups(2, build_control_group())
-        undo.callback(groups.destroy)
-        model, calls = build_model(config()), Calls()
-        whole = build_model(config())
-        patch_model(model, groups.sp_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
-        frames = checkpoint_layers(model, keeps, reentrant)
-        losses = []
-        for batch in batches:
-            sharded = shard_batch(batch, 2, 8, packing=True)
-            losses.append(model(**{**sharded.shards[groups.sp_rank], **sharded.common}).loss)
-        for loss in losses:
-            loss.backward()
-        grads = {name: param.grad for name, param in model.named_parameters()}
-        for grad in grads.values():
-            dist.all_reduce(grad, group=groups.sp_group)
-            grad /= 2
-        loss = sum(whole(**batch, use_cache=False).loss for batch in batches)
-        loss.backward()
-    true = {name: param.grad for name, param in whole.named_parameters()}
-    kept = sum(bool(frame.kept_attention) for frame in frames)
-    return worst((sum(each.item() for each in losses), grads), (loss.item(), true)), kept
-
-
-@pytest.mark.parametrize("keeps", [False, True])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recomputed_layer_has_the_mask_of_its_own_forward(reentrant, keeps, ranks2):
-    error, kept = ranks2.run(two_forwards_then_backwards, reentrant, keeps)[0]
-    assert error < 1e-5
-    assert kept == (3 * 2 if keeps else 0), "of three batches and two layers"
-
-
-def trained(stage: int, sp_size: int) -> list[torch.Tensor]:
-    """The weights after two steps of two accumulated batches a rank, through ``deepspeed.initialize``."""
-    import deepspeed
-
-    import deepspeed_alst
-
-    model = build_model(family_config("mistral", sliding_window=7))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    config = ds_config(Cell(stage=stage, gas=2, offload="outputs" if sp_size > 1 else ""), sp_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    lengths = [(9, 5, 20), (3, 30), (17, 17, 1), (40,), (1, 1, 1, 22), (8, 8), (23,), (2, 31)]
-    mine = [packed_batch(lengths[2 * batch + dist.get_rank()], seed=batch) for batch in range(4)]
-    for batch in deepspeed_alst.shard_dataloader(mine, engine):
-        engine.backward(engine(**batch).loss)
-        engine.step()
-    weights = [full_weight(param) for param in engine.module.parameters()]
-    engine.destroy()
-    return weights
-
-
-def test_steps_on_packed_documents_with_a_window_are_those_of_sp1(ranks2):
-    """Attention's outputs are kept on the host, piece by piece; at SP 1 layers are recomputed."""
-    split, whole = (ranks2.run(trained, 2, sp_size)[0] for sp_size in (2, 1))
-    assert max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(split, whole, strict=True)) < 1e-6
-
-
-# --- beside sdpa as it is
+# --- flex attention
 
 
 @pytest.mark.slow
@@ -405,33 +262,3 @@ def test_flex_attention_has_the_same_masks():
         for mask in (WholeMask(window=40), WholeMask(chunk=50, documents=(0, 100, 101, 256)), WholeMask(window=40)):
             got = attend_by_flex(torch.nn.Module(), q, k, v, mask, None, {})
             assert (got - attend(q, k, v, mask)).abs().max() < 1e-5
-
-
-def compiled_step(model_type: str, changed: dict[str, Any]) -> float:
-    """The error of a packed batch's fp32 loss and gradients, in a model that is compiled as a whole."""
-    batch, config = packed_batch(), functools.partial(family_config, model_type, **changed)
-    with contextlib.ExitStack() as undo:
-        groups = build_groups(2, build_control_group())
-        undo.callback(groups.destroy)
-        model, whole, calls = build_model(config()), build_model(config()), Calls()
-        patch_model(model, groups.sp_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
-        sharded = shard_batch(batch, 2, 8, packing=True)
-        compiled = torch.compile(model, backend="eager")
-        loss = compiled(**sharded.shards[groups.sp_rank], **sharded.common).loss
-        loss.backward()
-        grads = {name: param.grad for name, param in model.named_parameters()}
-        for grad in grads.values():
-            dist.all_reduce(grad, group=groups.sp_group)
-            grad /= 2
-    true = whole(**batch, use_cache=False).loss
-    true.backward()
-    return worst((loss.item(), grads), (true.item(), {name: param.grad for name, param in whole.named_parameters()}))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changed"),
-    [("mistral", {"sliding_window": 5}), pytest.param("llama4_text", CHUNKS, marks=pytest.mark.slow)],
-)
-def test_a_compiled_model_has_its_masks(model_type, changed, ranks2):
-    assert ranks2.run(compiled_step, model_type, changed, seconds=200)[0] < 1e-5
