@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "liger_kernel": (False, "auto"),
     "memory_lean_layer": (False,),
 }
 
@@ -28,9 +27,7 @@ def _one_size(values: Any) -> Any:
 
 def _known_backend(value: Any, words: str) -> Any:
     """What makes the loss of a tile."""
-    if value == "liger":
-        raise ValueError("Liger's kernels are not yet available in this version of deepspeed_alst; use 'torch'")
-    if value not in ("auto", "torch", "triton"):
+    if value not in ("auto", "torch", "triton", "liger"):
         raise ValueError(f"use {words}")
     return value
 
@@ -65,7 +62,7 @@ class TiledMlpBlock(BaseModel):
 
 
 class TiledLossBlock(BaseModel):
-    """``alst.tiled_logits_loss`` as an object; ``true`` is an empty one, ``"triton"`` and ``"torch"`` a backend."""
+    """``alst.tiled_logits_loss`` as an object; ``true`` is an empty one, a word such as ``"triton"`` a backend."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -75,14 +72,14 @@ class TiledLossBlock(BaseModel):
     tile_bytes: int = 2**30
     """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens. "auto" is 1 GiB."""
 
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """What makes a tile's loss and gradient; "triton" needs a GPU. "auto" is "triton" there, and on
-    CPU the compiled op of csrc."""
+    backend: Literal["auto", "torch", "triton", "liger"] = "auto"
+    """What makes a tile's loss and gradient; "triton" and "liger" need a GPU. "auto" is "liger" where
+    alst.liger_kernel is on, else "triton" on a GPU, and on CPU the compiled op of csrc."""
 
     @field_validator("backend", mode="before")
     @classmethod
     def _backend(cls, value: Any) -> Any:
-        return _known_backend(value, "'auto', 'torch' or 'triton'")
+        return _known_backend(value, "'auto', 'torch', 'triton' or 'liger'")
 
     @field_validator("tile_bytes", mode="before")
     @classmethod
@@ -93,6 +90,33 @@ class TiledLossBlock(BaseModel):
     @classmethod
     def _one_of_both(cls, values: Any) -> Any:
         return _one_size(values)
+
+
+class LigerBlock(BaseModel):
+    """``alst.liger_kernel`` as an object: parts by Liger's names. One that is not set is used where it can be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    rms_norm: bool | None = Field(default=None, strict=True)
+    """RMSNorm."""
+
+    rope: bool | None = Field(default=None, strict=True)
+    """Rotary embedding."""
+
+    swiglu: bool | None = Field(default=None, strict=True)
+    """The gated activation of MLPs and experts, GeGLU included."""
+
+    geglu: bool | None = Field(default=None, strict=True)
+    """GeGLU where a family has it; it goes before swiglu."""
+
+    relu_squared: bool | None = Field(default=None, strict=True)
+    """The activation of Nemotron."""
+
+    layer_norm: bool | None = Field(default=None, strict=True)
+    """LayerNorm, which vision towers have."""
+
+    fused_linear_cross_entropy: bool | None = Field(default=None, strict=True)
+    """The loss, by Liger's kernel in this package's tiles (``tiled_logits_loss``)."""
 
 
 class ReductionBlock(BaseModel):
@@ -156,10 +180,11 @@ class AlstBlock(BaseModel):
     """MLPs and experts tile by tile: true, false or an object."""
 
     tiled_logits_loss: TiledLossBlock | Literal["auto"] | None = "auto"
-    """Logits and loss tile by tile: true, "torch", "triton", false, an object, or "auto": where sequences are split."""
+    """Logits and loss tile by tile: true, "torch", "triton", "liger", false, an object, or "auto": where sequences
+    are split, or where Liger's loss is asked for."""
 
-    liger_kernel: Any = "auto"
-    """Liger's kernels. Not available in this version; "auto" leaves them off."""
+    liger_kernel: LigerBlock | Literal["auto", True, False] = "auto"
+    """Liger's kernels: true, false, an object of parts, or "auto": on a GPU, where Liger knows the model."""
 
     activation_checkpoint_cpu_offload: OffloadBlock | None = None
     """Checkpointed layer inputs on the host, and on disk: true, false or an object. Turns checkpointing on."""
@@ -206,8 +231,34 @@ class AlstBlock(BaseModel):
             return {} if value else None
         if isinstance(value, Mapping):
             return value
-        words = "true, false, 'auto', 'torch', 'triton', or an object of tile_bytes or tile_tokens, and backend"
+        words = "true, false, 'auto', 'torch', 'triton', 'liger', or an object of tile_bytes or tile_tokens, backend"
         return "auto" if _known_backend(value, words) == "auto" else {"backend": value}
+
+    @field_validator("liger_kernel", mode="before")
+    @classmethod
+    def _liger(cls, value: Any) -> Any:
+        if not isinstance(value, bool | Mapping) and value != "auto":
+            raise ValueError(f"use true, false, 'auto', or an object of {', '.join(LigerBlock.model_fields)}")
+        return value
+
+    @field_validator("liger_kernel")
+    @classmethod
+    def _one_loss(cls, value: Any, info: Any) -> Any:
+        """Liger's loss is the tiled loss by another backend."""
+        part = value.fused_linear_cross_entropy if isinstance(value, LigerBlock) else None
+        loss = info.data.get("tiled_logits_loss", "auto")
+        if part and loss is None:
+            raise ValueError(
+                "fused_linear_cross_entropy is tiled_logits_loss by Liger's kernel, and tiled_logits_loss is false; "
+                "leave one of them out"
+            )
+        backend = getattr(loss, "backend", "auto")
+        if part is not None and backend != "auto" and part != (backend == "liger"):
+            raise ValueError(
+                f"fused_linear_cross_entropy is {str(part).lower()}, and tiled_logits_loss has the backend "
+                f"'{backend}'; leave one of them out"
+            )
+        return value
 
     @field_validator(*_NOT_YET)
     @classmethod

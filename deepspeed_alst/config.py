@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deepspeed_alst.blocks import AlstBlock, OffloadBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.blocks import AlstBlock, LigerBlock, OffloadBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.errors import ConfigError
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
@@ -19,9 +19,13 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "reduction": ReductionBlock,
     "tiled_mlp_compute": TiledMlpBlock,
     "tiled_logits_loss": TiledLossBlock,
+    "liger_kernel": LigerBlock,
     "activation_checkpoint_cpu_offload": OffloadBlock,
 }
 
+
+# What pydantic puts into the path of a value that may be a block or a word.
+_UNION_MEMBERS = (TiledLossBlock.__name__, LigerBlock.__name__)
 
 # Where keys of the inner blocks belong.
 _NESTED = {
@@ -57,7 +61,9 @@ class AlstConfig(BaseModel):
     def tiled_loss(self) -> TiledLossBlock | None:
         """The settings of tiled logits and loss; None where they stay whole."""
         if self.alst.tiled_logits_loss == "auto":
-            return TiledLossBlock() if self.sequence_parallel_size > 1 else None
+            liger = self.alst.liger_kernel
+            asked = liger if isinstance(liger, bool) else getattr(liger, "fused_linear_cross_entropy", None)
+            return TiledLossBlock() if self.sequence_parallel_size > 1 or asked is True else None
         return self.alst.tiled_logits_loss
 
     def padding_multiple(self) -> int:
@@ -149,7 +155,7 @@ def nearest(name: str, known: Any) -> str:
 
 
 def _line(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"] if part != TiledLossBlock.__name__)
+    path = ".".join(str(part) for part in error["loc"] if part not in _UNION_MEMBERS)
     if error["type"] == "extra_forbidden" and error["loc"][-1] in AlstConfig.model_fields:
         return f"{path}: belongs at the top level of the ds_config, as {error['loc'][-1]}."
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 2 and error["loc"][-1] in _NESTED:

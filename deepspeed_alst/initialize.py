@@ -35,6 +35,8 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
+from deepspeed_alst.models.liger import use_liger
+from deepspeed_alst.models.liger_loss import use_own_loss
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
@@ -119,7 +121,7 @@ def _initialize_whole(
 ) -> Any:
     """Without sequence parallelism: DeepSpeed's own call, with the tiles that are asked for, and a report."""
     with ExitStack() as undo:
-        tiles = _tile(arguments.get("model"), config, _stage(ds_config), Calls(), False, undo)
+        tiles = _tile(arguments.get("model"), config, _stage(ds_config), Calls(), False, None, undo)
         if config.tiled_loss() is not None:
             replace_whole_loss(arguments["model"], undo)
         planner = _keep(arguments.get("model"), config, undo)
@@ -141,18 +143,23 @@ def _initialize_whole(
 
 
 def _tile(
-    model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, undo: ExitStack
+    model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, group: Any, undo: ExitStack
 ) -> list[tuple[str, str]]:
-    """Put into tiles what the config says; returns rows of the report."""
+    """Put Liger's kernels on, and into tiles what the config says; returns rows of the report."""
     take(model, undo)
+    liger = use_liger(model, config, get_accelerator().device_name(), group, undo)
     mlp, loss = config.alst.tiled_mlp_compute, config.tiled_loss()
     if adopted and config.alst.tiled_logits_loss == "auto":
         loss = None  # such a program may make its own loss of the logits
+    if loss is not None and loss.backend == "auto" and liger.makes_loss:
+        loss = loss.model_copy(update={"backend": "liger"})
+    if loss is not None or config.sequence_parallel_size > 1:
+        use_own_loss(model, undo)
     leaf = Leaves(model, stage, undo)
     call_together(model, stage, leaf, undo)
     mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
     loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
-    return [("tiled MLP", mlp_words), ("tiled loss", loss_words)]
+    return [("liger", liger.words), ("tiled MLP", mlp_words), ("tiled loss", loss_words)]
 
 
 def _keep(model: Any, config: AlstConfig, undo: ExitStack) -> Planner | None:
@@ -194,7 +201,8 @@ def _prepare_model(
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
     planner = _keep(model, session.config, undo)
     guard_batches(model, session.groups, session.calls, undo, planner)
-    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, undo)
+    group = session.groups.control_group
+    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, group, undo)
     return attention, [*([("model", proof)] if proof else []), *tiles], planner
 
 

@@ -47,6 +47,7 @@ AREAS = {
     "test_linear": "models",
     "test_kernels": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
+    "test_liger": "tiles and kernels",
     "test_ledger": "tiles and kernels",
     "test_op_build": "tiles and kernels",
     "test_pack_heads": "tiles and kernels",

@@ -21,11 +21,9 @@ DEFAULTS = {
 }
 # What asks for nothing, and so is accepted although the feature is not there yet.
 IDLE = {
-    "liger_kernel": [False, "auto"],
     "memory_lean_layer": [False],
 }
 NOT_IDLE = {
-    "liger_kernel": [True, {}, {"rope": False}, 0],
     "memory_lean_layer": [True, {}, 0, "auto"],
 }
 
@@ -170,11 +168,14 @@ def test_what_makes_a_tiles_loss_is_a_value_or_a_key_of_its_own(value, backend):
             {"fp32_accumulation": 1},
             "alst.tiled_mlp_compute.fp32_accumulation: Input should be a v",
         ),
-        ("tiled_logits_loss", "liger", "alst.tiled_logits_loss: Liger's kernels are not yet available"),
-        ("tiled_logits_loss", {"backend": "liger"}, "alst.tiled_logits_loss.backend: Liger's kernels are not yet av"),
-        ("tiled_logits_loss", {"backend": "tritn"}, "alst.tiled_logits_loss.backend: use 'auto', 'torch' or 'triton'"),
-        ("tiled_logits_loss", 0, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', or an"),
-        ("tiled_logits_loss", None, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', or an"),
+        (
+            "tiled_logits_loss",
+            "ligr",
+            "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', 'liger', or",
+        ),
+        ("tiled_logits_loss", {"backend": "tritn"}, "alst.tiled_logits_loss.backend: use 'auto', 'torch', 'triton' or"),
+        ("tiled_logits_loss", 0, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', 'lig"),
+        ("tiled_logits_loss", None, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', 'lig"),
         ("tiled_logits_loss", {"tile_byte": 9}, "alst.tiled_logits_loss.tile_byte: unknown key. Did you mean 'tile_b"),
         ("tiled_logits_loss", {"tile_bytes": "1G"}, "alst.tiled_logits_loss.tile_bytes: "),
     ],
@@ -182,6 +183,57 @@ def test_what_makes_a_tiles_loss_is_a_value_or_a_key_of_its_own(value, backend):
 def test_tiles_that_are_said_wrongly_are_refused_in_one_line(key, value, sentence):
     (line,) = problems_of(alst(**{key: value}))
     assert line.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (None, "alst.liger_kernel: use true, false, 'auto', or an object of rms_norm, rope, swiglu, geglu,"),
+        (1, "alst.liger_kernel: use true, false, 'auto', or an object of rms_norm, "),
+        ("on", "alst.liger_kernel: use true, false, 'auto', or an object of rms_norm, "),
+        ({"rope": 1}, "alst.liger_kernel.rope: Input should be a valid boolean (got 1)."),
+        ({"rope": "auto"}, "alst.liger_kernel.rope: Input should be a valid boolean (got 'auto')."),
+        ({"rmsnorm": True}, "alst.liger_kernel.rmsnorm: unknown key. Did you mean 'rms_norm'?"),
+        ({"cross_entropy": True}, "alst.liger_kernel.cross_entropy: unknown key. Did you mean 'fused_linear_cross_ent"),
+    ],
+)
+def test_parts_of_liger_that_are_said_wrongly_are_refused_in_one_line(value, sentence):
+    (line,) = problems_of(alst(liger_kernel=value))
+    assert line.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tiled_logits_loss": False, "liger_kernel": {"fused_linear_cross_entropy": True}},
+        {"tiled_logits_loss": "triton", "liger_kernel": {"fused_linear_cross_entropy": True}},
+        {"tiled_logits_loss": "liger", "liger_kernel": {"fused_linear_cross_entropy": False}},
+    ],
+    ids=str,
+)
+def test_a_loss_by_liger_that_two_keys_contradict_is_refused(keys):
+    (line,) = problems_of(alst(**keys))
+    assert line.startswith("alst.liger_kernel: fused_linear_cross_entropy is") and "tiled_logits_loss" in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "backend"),
+    [
+        ({"liger_kernel": True}, "auto"),
+        ({"liger_kernel": {"fused_linear_cross_entropy": True}}, "auto"),
+        ({"liger_kernel": "auto"}, None),
+        ({"liger_kernel": {"rope": True}}, None),
+        ({"liger_kernel": {"fused_linear_cross_entropy": False}}, None),
+        # What is said of the loss itself goes before what is said of all.
+        ({"liger_kernel": True, "tiled_logits_loss": False}, None),
+        ({"liger_kernel": True, "tiled_logits_loss": "torch"}, "torch"),
+        ({"liger_kernel": False, "tiled_logits_loss": "liger"}, "liger"),
+    ],
+    ids=str,
+)
+def test_ligers_loss_switches_tiles_on_without_sequence_parallelism(keys, backend):
+    loss = parse({"alst": keys}).tiled_loss()
+    assert (loss and loss.backend) == backend
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IDLE.items() for value in values])

@@ -30,6 +30,7 @@ LAYERS = (
 # Where a third party may be imported: a folder, or one module of it.
 FENCES = {
     "triton": {"kernels"},
+    "liger_kernel": {"kernels", "models"},
     "transformers": {"models"},
     "matplotlib": {"ledger.picture"},
     "deepspeed": {"engine", "ops", "parallel.mpu", "initialize", "plugin", "cli"},
@@ -141,6 +142,7 @@ def test_an_import_that_points_upward_is_found(name, source):
         ("initialize", "def f():\n    from transformers import AutoModel"),
         ("models.patches", "import triton.language as tl"),
         ("tiling.mlp", "__import__('triton')"),
+        ("tiling.loss", "def f():\n    from liger_kernel.ops import LigerCrossEntropyFunction"),
         ("ledger.ledger", "def f():\n    import matplotlib.figure"),
     ],
 )
@@ -189,7 +191,7 @@ def test_dependencies_point_one_way(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_triton_transformers_and_deepspeed_are_imported_where_they_belong(name):
+def test_third_parties_are_imported_where_they_belong(name):
     assert fenced_imports(name, SOURCES[name]) == []
 
 

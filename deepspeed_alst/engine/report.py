@@ -41,7 +41,7 @@ def report_rows(
         groups: the ranks of a sequence.
         engine: that is built.
         attention: what was done to it, in words.
-        parts: rows of tiles, offload and reduction.
+        parts: rows of Liger's kernels, tiles, offload and reduction.
         allocator: what was done to it, in words.
         adopted: the program was written for DeepSpeed's own ALST.
     """
@@ -60,7 +60,6 @@ def report_rows(
         ("loss", loss),
         *parts,
         ("allocator", allocator),
-        ("not used", "liger_kernel (not yet available)"),
     ]
 
 

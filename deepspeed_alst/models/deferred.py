@@ -10,7 +10,7 @@ Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hid
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import SetupError
-from deepspeed_alst.models.logit_steps import on_the_way
+from deepspeed_alst.models.logit_steps import Steps, on_the_way
 from deepspeed_alst.parallel.loss import shard_loss
 from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
 
@@ -121,7 +121,7 @@ class DeferredLogits(torch.Tensor):
         self,
         head: DeferredHead,
         hidden_BsH: torch.Tensor,
-        steps: tuple[Any, ...] = (),
+        steps: Steps = (),
         weights: Weights | None = None,
     ) -> None:
         self._head, self._hidden, self._steps, self._weights = head, hidden_BsH, steps, weights
@@ -132,15 +132,12 @@ class DeferredLogits(torch.Tensor):
         head, vocab = self._head, self.shape[-1]
         params = list(head.module.parameters())
         head.is_tiled = True
-        # What the kernel cannot do to the logits, torch does before it.
-        by_kernel = _runs_kernel(head, self._hidden)
-        fused = on_the_way(self._steps) if by_kernel else None
-        steps = self._steps if fused is None else ()
+        kernel, steps = _kernel_of(head, self._hidden, self._steps)
 
         def work(hidden_TH: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():
                 self._weights = _weights_now(head)
-            rows = loss_tile_rows(head.budget, vocab, in_place=fused is not None)
+            rows = loss_tile_rows(head.budget, vocab, in_place=kernel is not None and not steps)
             labels_T = labels_Bs.flatten().to(hidden_TH.device)
             scale = 1 / divisor.to(hidden_TH.device)
             return tiled_loss(
@@ -151,7 +148,7 @@ class DeferredLogits(torch.Tensor):
                 scale,
                 rows,
                 label_smoothing,
-                fused or (OnTheWay() if by_kernel else None),
+                kernel,
             )
 
         return self._call(work, self._hidden.flatten(0, -2))
@@ -178,7 +175,7 @@ class DeferredLogits(torch.Tensor):
         finally:
             self._head.work = None
 
-    def _again(self, steps: tuple[Any, ...]) -> "DeferredLogits":
+    def _again(self, steps: Steps) -> "DeferredLogits":
         return DeferredLogits(self._head, self._hidden, steps, self._weights)
 
     @classmethod
@@ -214,21 +211,28 @@ def _made(arguments: Any) -> Any:
     return tree_map_only(DeferredLogits, DeferredLogits.make, arguments)
 
 
-def _after(logits: torch.Tensor, steps: tuple[Any, ...]) -> torch.Tensor:
+def _after(logits: torch.Tensor, steps: Steps) -> torch.Tensor:
     for function, before, after, keywords in steps:
         logits = function(*before, logits, *after, **keywords)
     return logits
 
 
-def _runs_kernel(head: DeferredHead, hidden: torch.Tensor) -> bool:
-    """Whether a tile's loss is a kernel's."""
+def _kernel_of(head: DeferredHead, hidden: torch.Tensor, steps: Steps) -> tuple[OnTheWay | None, Steps]:
+    """The kernel of a tile's loss with what it does to the logits, and the steps that torch does before it."""
     if head.budget.backend == "torch" or hidden.dtype == torch.float64:
-        return False
+        return None, steps
     try:  # Triton is loaded where tiles are, and is not to be had for every system
         from deepspeed_alst.kernels.cross_entropy import is_fast_on
+        from deepspeed_alst.kernels.registry import runs_on
     except ImportError:
-        return False
-    return is_fast_on(hidden.device)
+        return None, steps
+    by_liger = head.budget.backend == "liger" and runs_on(hidden.device)
+    if not by_liger and not is_fast_on(hidden.device):
+        return None, steps
+    fused = on_the_way(steps)
+    if fused is None or (by_liger and fused.logit_scale != 1):
+        return OnTheWay(by_liger=by_liger), steps
+    return replace(fused, by_liger=by_liger), ()
 
 
 def _weights_now(head: DeferredHead) -> Weights:

@@ -10,12 +10,13 @@ from deepspeed_alst.tiling.loss import OnTheWay
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
 """A function, its arguments before and after the logits, and those by name."""
+Steps = tuple[Step, ...]
 
 _TIMES = {"mul", "multiply", "imul", "rmul"}
 _BY = {"div", "divide", "true_divide", "truediv", "itruediv"}
 
 
-def on_the_way(steps: tuple[Step, ...]) -> OnTheWay | None:
+def on_the_way(steps: Steps) -> OnTheWay | None:
     """The steps as ``cap * tanh(scale * x / cap)``, or ``scale * x``; None if they are anything else.
 
     Steps that cast to fp32 are left out: the kernel computes in fp32.

@@ -14,6 +14,7 @@ from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import has_fused_head
+from deepspeed_alst.models.liger import check_liger_runs
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
 
@@ -34,6 +35,8 @@ def tile_loss(
         UnsupportedModelError: the model has no output embeddings.
         SetupError: its kernels are asked for where they cannot run.
     """
+    if budget.backend == "liger":
+        check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
     if budget.backend == "triton":
         _check_kernels()
     base = base_model(model)
@@ -51,7 +54,8 @@ def tile_loss(
     base.alst_head = head
     undo.callback(delattr, base, "alst_head")
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
-    by_kernel = "" if budget.backend == "torch" else "by Triton's kernel on a GPU, by the op of csrc on CPU; "
+    on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
+    by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by the op of csrc on CPU; "
     return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
 
 

@@ -4,8 +4,8 @@ A tile's logits become the gradient of its summed cross-entropy at once, and tha
 of the head's weights, which wait for the factor that comes in from behind (the mean, gradient accumulation, loss
 scaling). Rows without a label take no part. The head's weights get one gradient a pass, summed in fp32 over the tiles.
 
-With ``on_the_way`` a kernel makes a tile's gradient in place of its logits (kernels/cross_entropy.py); without, torch
-does.
+With ``on_the_way`` a kernel makes a tile's gradient in place of its logits (kernels/cross_entropy.py, or Liger's by
+kernels/liger.py); without, torch does.
 
 Legend: T rows (tokens, flat), t rows of a tile, H hidden size, V vocabulary.
 """
@@ -40,6 +40,8 @@ class OnTheWay:
     logit_scale: float = 1.0
     softcap: float = 0.0
     """0 is none."""
+    by_liger: bool = False
+    """Whether Liger's kernel does it, and not this package's; it has no scale."""
 
 
 def loss_tile_rows(budget: TiledLossBlock, vocab: int, in_place: bool = False) -> int:
@@ -76,7 +78,8 @@ def tiled_loss(
     """
     wanted, cross_entropy = torch.is_grad_enabled(), _by_torch(label_smoothing)
     if on_the_way is not None:
-        cross_entropy = _by_kernel(label_smoothing, on_the_way, labels_T, wanted)
+        make = _by_liger if on_the_way.by_liger else _by_kernel
+        cross_entropy = make(label_smoothing, on_the_way, labels_T, wanted)
     if not wanted:
         total = _sum_of_tiles(logits, hidden_TH, labels_T, tile_rows, cross_entropy)
         return total * scale.to(total)
@@ -162,24 +165,61 @@ def _sum_of_tiles(
 def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, gradient: bool) -> CrossEntropy:
     """In place of the logits, in fp32 whatever they are stored in."""
     # Triton is loaded where tiles are.
-    from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_, has_own_rows
+    from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_
 
-    # Right behind the wait for the labelled rows, and not once more for each tile.
-    known_T = labels_T.where(labels_T != IGNORED_LABEL, 0)
-    lowest, highest = torch.stack(known_T.aminmax()).tolist() if known_T.numel() else (0, 0)
+    lowest, highest = _range_of(labels_T)
 
     def of_tile(
         logits_tV: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check_labels(lowest, highest, logits_tV.shape[1])
-        grad_tV = logits_tV.detach()
-        # tanh and its like keep their result for the backward; whatever else keeps it stops there, by its version.
-        if not has_own_rows(grad_tV) or hasattr(logits_tV.grad_fn, "_saved_result"):
-            grad_tV = grad_tV.clone(memory_format=torch.contiguous_format)
+        grad_tV = _to_overwrite(logits_tV)
         softcap, logit_scale = on_the_way.softcap, on_the_way.logit_scale
         return cross_entropy_(grad_tV, labels_t, scale, smoothing, softcap, logit_scale, gradient), grad_tV
 
     return of_tile
+
+
+def _by_liger(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, gradient: bool) -> CrossEntropy:
+    """The same by Liger's kernel, which takes the factor of the gradient from the host: once for all tiles."""
+    from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_
+    from deepspeed_alst.kernels.liger import liger_cross_entropy_
+
+    assert on_the_way.logit_scale == 1, "Liger's kernel has no scale"
+    lowest, highest = _range_of(labels_T)
+    read: list[tuple[torch.Tensor, float]] = []
+
+    def of_tile(
+        logits_tV: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_labels(lowest, highest, logits_tV.shape[1])
+        grad_tV, softcap = _to_overwrite(logits_tV), on_the_way.softcap
+        if grad_tV.dtype == torch.float64:  # Liger computes in fp32
+            return cross_entropy_(grad_tV, labels_t, scale, smoothing, softcap, gradient=gradient), grad_tV
+        if gradient and (not read or read[0][0] is not scale):
+            read[:] = [(scale, 1 / scale.item())]
+        divisor = read[0][1] if gradient else 1.0
+        return liger_cross_entropy_(grad_tV, labels_t, divisor, smoothing, softcap, gradient), grad_tV
+
+    return of_tile
+
+
+def _range_of(labels_T: torch.Tensor) -> tuple[int, int]:
+    """The lowest and the highest label."""
+    # Right behind the wait for the labelled rows, and not once more for each tile.
+    known_T = labels_T.where(labels_T != IGNORED_LABEL, 0)
+    lowest, highest = torch.stack(known_T.aminmax()).tolist() if known_T.numel() else (0, 0)
+    return lowest, highest
+
+
+def _to_overwrite(logits_tV: torch.Tensor) -> torch.Tensor:
+    """The logits where nothing else needs them, or a copy."""
+    from deepspeed_alst.kernels.cross_entropy import has_own_rows
+
+    # tanh and its like keep their result for the backward; whatever else keeps it stops there, by its version.
+    if has_own_rows(logits_tV) and not hasattr(logits_tV.grad_fn, "_saved_result"):
+        return logits_tV.detach()
+    return logits_tV.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _by_torch(smoothing: float) -> CrossEntropy:

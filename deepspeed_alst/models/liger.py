@@ -1,0 +1,242 @@
+"""Liger's kernels in a model: which parts are asked for, which can be had, and what is said of the others."""
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deepspeed_alst.blocks import LigerBlock
+from deepspeed_alst.config import AlstConfig, nearest
+from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
+from deepspeed_alst.models.liger_patches import CannotPatchError, has_ligers_modules, patch
+from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.agreement import gather_objects, raise_together
+
+_KEY = "alst.liger_kernel"
+_LOSS = "fused_linear_cross_entropy"
+_PARTS = tuple(part for part in LigerBlock.model_fields if part != _LOSS)
+# What Liger's functions do to the loss: it is made in this package's tiles.
+_NEVER = ("cross_entropy", _LOSS)
+
+
+@dataclass(frozen=True)
+class LigerUse:
+    """What a model has of Liger's."""
+
+    words: str
+    makes_loss: bool = False
+    """Whether a tiled loss whose backend is "auto" is to be made by Liger's kernel."""
+
+
+@dataclass
+class _Wish:
+    """The key, read: what must be, what may be, and what must not."""
+
+    everything: bool
+    """``true``: an error where there is nothing to be had."""
+    parts: dict[str, bool | None]
+    """None is "if it can"."""
+    loss: bool | None
+    refused: dict[str, str] = field(default_factory=dict)
+    """Parts that cannot be had, and why."""
+
+    @classmethod
+    def read(cls, value: Any) -> "_Wish":
+        block = value if isinstance(value, LigerBlock) else LigerBlock()
+        parts = {part: getattr(block, part) for part in _PARTS}
+        return cls(value is True, parts, block.fused_linear_cross_entropy)
+
+    @property
+    def asks_for_modules(self) -> bool:
+        """Whether anything but the loss is asked for by name."""
+        return self.everything or any(self.parts.values())
+
+    @property
+    def required(self) -> str | None:
+        """A key that makes it an error if Liger cannot run."""
+        if self.everything:
+            return _KEY
+        asked = [part for part, value in {**self.parts, _LOSS: self.loss}.items() if value]
+        return f"{_KEY}.{asked[0]}" if asked else None
+
+    def key_of(self, part: str) -> str | None:
+        """The key that asks for a part by name."""
+        if self.everything:
+            return _KEY
+        names = ("geglu", "swiglu") if part == "geglu" else (part,)
+        return next((f"{_KEY}.{name}" for name in names if self.parts[name]), None)
+
+    def missing_of(self, counts: dict[str, int]) -> str | None:
+        """The key of a part that is asked for and not among those that were put on."""
+        if self.everything:
+            return None if counts else _KEY
+        there = {*counts, *(["swiglu"] if "geglu" in counts else [])}
+        return next((f"{_KEY}.{part}" for part, value in self.parts.items() if value and part not in there), None)
+
+    def arguments(self, apply: Callable[..., None]) -> dict[str, bool]:
+        """Of Liger's function for a family; what is not asked for is left to its default."""
+        parameters = inspect.signature(apply).parameters
+        # Functions of models that are made of others hand on what they do not know.
+        hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        wanted = {**self.parts, **dict.fromkeys([*self.refused, *_NEVER], False)}
+        if wanted["geglu"] is None:
+            wanted["geglu"] = wanted["swiglu"]
+        return {
+            name: value
+            for name, value in wanted.items()
+            if value is not None and (name in parameters or (hands_on and name not in _NEVER))
+        }
+
+
+def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: Any, undo: ExitStack) -> LigerUse:
+    """Put Liger's kernels into a model as ``alst.liger_kernel`` says, before anything else patches its modules.
+
+    Collective over ``group``: what one rank cannot do none does, with words for ``"auto"`` and an error for what is
+    asked for by name.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        config: this package's keys.
+        device: the kind that the engine will put it on.
+        group: all ranks, over gloo; None where ranks are on their own.
+        undo: takes everything back.
+
+    Raises:
+        SetupError: asked for by name, and Liger cannot run here.
+        UnsupportedModelError: asked for by name, and Liger does not know the model, or a part of it.
+    """
+    loss = config.tiled_loss()
+    if loss is not None and loss.backend == "liger":
+        _together(lambda: check_liger_runs("alst.tiled_logits_loss", device), group)
+    if config.alst.liger_kernel is False or not isinstance(model, torch.nn.Module):  # which DeepSpeed refuses
+        return LigerUse("off")
+    wish, base = _Wish.read(config.alst.liger_kernel), base_model(model)
+    reason = _first_reason(_together(lambda: _reason_against(wish, base, device), group), group)
+    if reason:
+        return LigerUse(f"not used: {reason}")
+    return _together(lambda: _patch(wish, base, undo), group)
+
+
+def check_liger_runs(key: str, device: str) -> None:
+    """Refuse Liger's kernels where they cannot run.
+
+    Raises:
+        SetupError: with the key that asks for them.
+    """
+    reason = _reason_against_setup(device, interpreted=True)
+    if reason:
+        raise SetupError(f"{key}: {reason}")
+
+
+def _together(call: Callable[[], Any], group: Any) -> Any:
+    """What ``call`` returns; what it raises on one rank is raised on all."""
+    if group is None:
+        return call()
+    result, error = None, None
+    try:
+        result = call()
+    except AlstError as raised:
+        error = raised
+    raise_together(error, group)
+    return result
+
+
+def _first_reason(mine: str | None, group: Any) -> str | None:
+    """This rank's reason, or the first of all ranks'."""
+    everyone = [mine] if group is None else gather_objects(mine, group)
+    return next((f"{reason} (rank {rank})" if rank else reason for rank, reason in enumerate(everyone) if reason), None)
+
+
+def _reason_against_setup(device: str, interpreted: bool) -> str | None:
+    """Why Liger's kernels cannot run on a kind of device; with ``interpreted``, Triton's interpreter will do."""
+    in_interpreter = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    if in_interpreter and not interpreted:
+        return "TRITON_INTERPRET is set, which makes its kernels a thousand times slower; ask for it by name"
+    if not in_interpreter and device != "cuda":
+        return (
+            f"Liger's kernels need a GPU, and the engine is on {device}; to try them on CPU, a thousand times slower, "
+            "set TRITON_INTERPRET=1 in the environment"
+        )
+    try:
+        _functions()
+    except ImportError as error:
+        return f"liger_kernel cannot be imported ({error}); pip install liger-kernel"
+    return None
+
+
+def _functions() -> dict[str, Callable[..., None]]:
+    """Liger's functions by model_type."""
+    # It takes seconds: for those who ask for it.
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def _reason_against(wish: _Wish, base: torch.nn.Module, device: str) -> str | None:
+    """Why nothing of Liger's is used.
+
+    Raises:
+        AlstError: the reason, where the key asks for it by name.
+    """
+    reason, kind, near = _reason_against_setup(device, interpreted=wish.required is not None), SetupError, ""
+    if reason is None and any(param.dtype == torch.float64 for param in base.parameters()):
+        reason, kind = "the model is fp64, and Liger's kernels compute in fp32", UnsupportedModelError
+    if reason is None and not has_ligers_modules(base):
+        model_type = getattr(getattr(base, "config", None), "model_type", None)
+        if model_type not in _functions() and not (wish.loss and not wish.asks_for_modules):
+            reason, kind = f"model_type={model_type!r} is none of Liger's families", UnsupportedModelError
+            near = nearest(str(model_type), _functions()) if wish.required else ""
+    if reason and wish.required:
+        raise kind(f"{wish.required}: {reason}.{near}")
+    return reason
+
+
+def _patch(wish: _Wish, base: torch.nn.Module, undo: ExitStack) -> LigerUse:
+    """Put on what can be had of what is asked for.
+
+    Raises:
+        UnsupportedModelError: a part that is asked for by name cannot be had.
+    """
+    makes_loss = wish.loss is not False
+    if has_ligers_modules(base):
+        return LigerUse("the model was patched by Liger before, and is left as it is", makes_loss)
+    apply = _functions().get(base.config.model_type)
+    if apply is None or all(value is False for value in wish.parts.values()):
+        return LigerUse("the loss alone" if makes_loss else "off", makes_loss)
+    with ExitStack() as done:
+        try:
+            counts = _patch_what_fits(wish, base, apply, done)
+        except AlstError:
+            raise
+        # What Liger's functions raise is of many kinds.
+        except Exception as error:
+            reason = f"Liger's function for {base.config.model_type} stopped with {type(error).__name__}: {error}"
+            if wish.required:
+                raise UnsupportedModelError(f"{wish.required}: {reason}") from error
+            return LigerUse(f"not used: {reason}")
+        found = ", ".join(f"{part} ({number})" for part, number in sorted(counts.items())) or "nothing"
+        missing = wish.missing_of(counts)
+        if missing:
+            raise UnsupportedModelError(
+                f"{missing}: Liger has no such part for {type(base).__name__}; of what is asked for it has {found}. "
+                "Leave it out."
+            )
+        undo.callback(done.pop_all().close)
+    refused = "".join(f"; not {part}: {reason}" for part, reason in wish.refused.items())
+    return LigerUse(f"{found} in {type(base).__name__}{refused}", makes_loss)
+
+
+def _patch_what_fits(wish: _Wish, base: torch.nn.Module, apply: Callable[..., None], undo: ExitStack) -> dict[str, int]:
+    """Patch, leaving out one part after the other that does not fit, unless it is asked for by name."""
+    while True:
+        try:
+            return patch(base, apply, wish.arguments(apply), undo)
+        except CannotPatchError as error:
+            key = wish.key_of(error.part)
+            if key or error.part in wish.refused:
+                raise UnsupportedModelError(f"{key}: {error}. Set {_KEY}.{error.part} to false.") from None
+            wish.refused[error.part] = str(error)
