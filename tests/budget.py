@@ -48,6 +48,7 @@ AREAS = {
     "test_kernels": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",
+    "test_norm_kernels": "tiles and kernels",
     "test_op_build": "tiles and kernels",
     "test_pack_heads": "tiles and kernels",
     "test_sum_pieces": "tiles and kernels",
