@@ -35,6 +35,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
+from deepspeed_alst.models.fused import fuse_norms_and_rope
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
@@ -150,9 +151,15 @@ def _tile(
         loss = None  # such a program may make its own loss of the logits
     leaf = Leaves(model, stage, undo)
     call_together(model, stage, leaf, undo)
+    fused_words = fuse_norms_and_rope(model, undo) if _fuses(config) else "the model's own"
     mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
     loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
-    return [("tiled MLP", mlp_words), ("tiled loss", loss_words)]
+    return [("norms, rotary", fused_words), ("tiled MLP", mlp_words), ("tiled loss", loss_words)]
+
+
+def _fuses(config: AlstConfig) -> bool:
+    """Whether norms and rotary embedding run this package's ops: on a GPU, unless Liger is switched off."""
+    return config.alst.liger_kernel == "auto" and get_accelerator().device_name() == "cuda"
 
 
 def _keep(model: Any, config: AlstConfig, undo: ExitStack) -> Planner | None:

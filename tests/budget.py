@@ -45,6 +45,7 @@ AREAS = {
     "test_positions": "models",
     "test_mixtures": "models",
     "test_linear": "models",
+    "test_fused_norms": "tiles and kernels",
     "test_kernels": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",

@@ -152,3 +152,29 @@ def races() -> Iterator[Race]:
         name = f"[{T}, {H}] {str(dtype).removeprefix('torch.')}, both ways"
         yield Race(name, seconds, by_module, "transformers' module", 0.5)
         yield Race(name, seconds, by_tiles, "torch tile by tile", 0.9)
+
+
+def layer_peak(model_type: str, checkpointing: str, fused: bool) -> float:
+    """Bytes a token of a model of one real layer at its peak, on fake tensors, with MLP and loss in tiles.
+
+    Args:
+        model_type: of ``benchmarks.tiles.shapes.REAL_SIZE``.
+        checkpointing: none, "non-reentrant" or "reentrant".
+        fused: whether norms and rotary embedding run the ops.
+    """
+    import dataclasses
+
+    from benchmarks.tiles.shapes import REAL_SIZE, step_of
+    from benchmarks.tiles.systems import System
+    from deepspeed_alst.models.fused import fuse_norms_and_rope
+
+    class Fused(System):
+        def _loss_of(self, model: Any, *rest: Any) -> Any:
+            fuse_norms_and_rope(model, rest[-1])
+            return super()._loss_of(model, *rest)
+
+    shape = next(each for each in REAL_SIZE if each.model_type == model_type)
+    system = (Fused if fused else System)("ours", checkpointing)
+    ledger = step_of(dataclasses.replace(shape, num_layers=1), 1, system).ledger
+    in_layer = [each for each in ledger.timeline if each.moment.module.startswith("model.layers.")]
+    return max(each.total - each.bytes["weights"] for each in in_layer) / shape.tokens
