@@ -17,7 +17,7 @@ from deepspeed.pipe import PipelineModule
 
 from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
-from deepspeed_alst.engine.buckets import bucket_numel
+from deepspeed_alst.engine.buckets import reduction_keys
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.leaves import Leaves
@@ -35,7 +35,8 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.liger import use_liger
+from deepspeed_alst.models.fused import fuse_norms_and_rope
+from deepspeed_alst.models.liger import LigerUse, use_liger
 from deepspeed_alst.models.liger_loss import use_own_loss
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
@@ -157,9 +158,20 @@ def _tile(
         use_own_loss(model, undo)
     leaf = Leaves(model, stage, undo)
     call_together(model, stage, leaf, undo)
+    fused_words = fuse_norms_and_rope(model, undo) if _fuses(config, liger) else "the model's own"
     mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
     loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
-    return [("liger", liger.words), ("tiled MLP", mlp_words), ("tiled loss", loss_words)]
+    return [
+        ("liger", liger.words),
+        ("norms, rotary", fused_words),
+        ("tiled MLP", mlp_words),
+        ("tiled loss", loss_words),
+    ]
+
+
+def _fuses(config: AlstConfig, liger: LigerUse) -> bool:
+    """Whether norms and rotary embedding run this package's ops: on a GPU, where Liger's are neither there nor off."""
+    return config.alst.liger_kernel == "auto" and not liger.patched and get_accelerator().device_name() == "cuda"
 
 
 def _keep(model: Any, config: AlstConfig, undo: ExitStack) -> Planner | None:
@@ -265,29 +277,11 @@ def _reduce(engine: Any, config: AlstConfig, bucket: str, undo: ExitStack) -> li
     return reduction_rows(engine, reduction, path, adder, bucket)
 
 
-def _reduction_keys(
-    ds_config: dict[str, Any], config: AlstConfig, model: Any, group: dist.ProcessGroup
-) -> tuple[dict[str, Any], str]:
-    """The ds_config as DeepSpeed is to see it: what its buckets hold, and how many; the latter in words too."""
-    ours = copy.deepcopy(ds_config)
-    # Gradients go into the buckets as they are where they are summed in fp32; the user's own value is for SP 1.
-    ours.pop("communication_data_type", None)
-    if config.seq_parallel_communication_data_type != "fp32":
-        ours["communication_data_type"] = config.seq_parallel_communication_data_type
-    size, words = config.alst.reduction.bucket_size, "alst.reduction.bucket_size"
-    if size == "auto":
-        size, words = bucket_numel(model, ds_config, group)
-    if size is None:
-        return ours, "reduce_bucket_size"
-    ours["zero_optimization"] = {**(ours.get("zero_optimization") or {}), "reduce_bucket_size": size}
-    return ours, words
-
-
 def _deepspeed_arguments(
     arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Session
 ) -> tuple[dict[str, Any], str]:
     """The caller's arguments with our mpu and our form of the ds_config; and whose its bucket size is, in words."""
-    ours, bucket = _reduction_keys(ds_config, config, arguments["model"], session.groups.control_group)
+    ours, bucket = reduction_keys(ds_config, config, arguments["model"], session.groups.control_group)
     passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
     if arguments.get("config") is None and arguments.get("config_params") is None:
         # The configuration came in args. DeepSpeed refuses two, so `ours` takes its place there.

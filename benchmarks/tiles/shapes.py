@@ -88,7 +88,7 @@ class Found:
 
 def measure(shape: Shape, sp_size: int, system: System) -> Found:
     """One system on one rank of ``sp_size``; a layer's share is a 2-layer model's count less a 1-layer model's."""
-    one, two = (_step(replace(shape, num_layers=count), sp_size, system) for count in (1, 2))
+    one, two = (step_of(replace(shape, num_layers=count), sp_size, system) for count in (1, 2))
     layer = two.ledger.matmul_flops - one.ledger.matmul_flops
     in_layers = [each for each in one.ledger.timeline if each.moment.module.startswith("model.layers.")]
     forwards = one.ledger.forwards(shape.tokens)
@@ -102,7 +102,8 @@ def measure(shape: Shape, sp_size: int, system: System) -> Found:
     )
 
 
-def _step(shape: Shape, sp_size: int, system: System) -> Any:
+def step_of(shape: Shape, sp_size: int, system: System) -> Any:
+    """A ledger of one system's second step on one rank of ``sp_size`` (systems.second_step)."""
     # Inside real ranks the world is there; else this process stands for one of them.
     world = (nullcontext if dist.is_initialized() else fake_ranks) if shape.is_real else fake_world
     experts = shape.keys.get("num_experts", 1)

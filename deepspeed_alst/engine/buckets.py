@@ -1,11 +1,13 @@
 """``alst.reduction.bucket_size``: how many elements DeepSpeed's gradient buckets hold."""
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.offload.memory import ranks_on_host
 
 # DeepSpeed's own default: beyond it a bucket gains nothing.
@@ -66,3 +68,21 @@ def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:
 def _gradient_bytes(ds_config: dict[str, Any]) -> int:
     half = any((ds_config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
     return 2 if half else 4
+
+
+def reduction_keys(
+    ds_config: dict[str, Any], config: AlstConfig, model: Any, group: dist.ProcessGroup
+) -> tuple[dict[str, Any], str]:
+    """The ds_config as DeepSpeed is to see it: what its buckets hold, and how many; the latter in words too."""
+    ours = copy.deepcopy(ds_config)
+    # Gradients go into the buckets as they are where they are summed in fp32; the user's own value is for SP 1.
+    ours.pop("communication_data_type", None)
+    if config.seq_parallel_communication_data_type != "fp32":
+        ours["communication_data_type"] = config.seq_parallel_communication_data_type
+    size, words = config.alst.reduction.bucket_size, "alst.reduction.bucket_size"
+    if size == "auto":
+        size, words = bucket_numel(model, ds_config, group)
+    if size is None:
+        return ours, "reduce_bucket_size"
+    ours["zero_optimization"] = {**(ours.get("zero_optimization") or {}), "reduce_bucket_size": size}
+    return ours, words

@@ -7,12 +7,12 @@ alone, with a warning.
 import functools
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.ops.load import is_compiled, load
@@ -77,6 +77,8 @@ def has_kernel(name: str, device: torch.device) -> bool:
         load("tile_ops", "cpu", "what tiles are made of")
         if not all(is_compiled(each, "cpu") for each in _OPS[name].compiled):
             return False
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device.type in ("cpu", "cuda") and _is_proven(name, device.type, device.index)
 
 
@@ -86,13 +88,20 @@ def pick(name: str, device: torch.device) -> Callable[..., Any]:
     return op.op if has_kernel(name, device) else op.reference
 
 
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call in a thread of its own, which no mode, saved-tensor hook or autocast of the caller's reaches.
+
+    So it may be called within a checkpointed layer or among fake tensors.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
 @functools.cache
 def _is_proven(name: str, device_type: str, index: int | None) -> bool:
     """Whether an op's kernel agrees with its definition on a device; a warning says if not."""
     try:
-        # With tensors that have values, which a mode of who asked (fake tensors, a ledger) neither takes away nor sees.
-        with _disable_current_modes():
-            wrong = _worst(_OPS[name], torch.device(device_type, index))
+        wrong = apart(_worst, _OPS[name], torch.device(device_type, index))
     except Exception as error:  # a compiler or a driver can fail in any way, and training need not
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
@@ -106,6 +115,8 @@ def _is_proven(name: str, device_type: str, index: int | None) -> bool:
 
 def _worst(op: Op, device: torch.device) -> str:
     """Where a kernel is further from fp64 than it may be, in words; empty if nowhere."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         given = op.example(device)

@@ -30,6 +30,8 @@ class LigerUse:
     words: str
     makes_loss: bool = False
     """Whether a tiled loss whose backend is "auto" is to be made by Liger's kernel."""
+    patched: bool = False
+    """Whether modules of it are Liger's."""
 
 
 @dataclass
@@ -203,7 +205,7 @@ def _patch(wish: _Wish, base: torch.nn.Module, undo: ExitStack) -> LigerUse:
     """
     makes_loss = wish.loss is not False
     if has_ligers_modules(base):
-        return LigerUse("the model was patched by Liger before, and is left as it is", makes_loss)
+        return LigerUse("the model was patched by Liger before, and is left as it is", makes_loss, patched=True)
     apply = _functions().get(base.config.model_type)
     if apply is None or all(value is False for value in wish.parts.values()):
         return LigerUse("the loss alone" if makes_loss else "off", makes_loss)
@@ -227,7 +229,7 @@ def _patch(wish: _Wish, base: torch.nn.Module, undo: ExitStack) -> LigerUse:
             )
         undo.callback(done.pop_all().close)
     refused = "".join(f"; not {part}: {reason}" for part, reason in wish.refused.items())
-    return LigerUse(f"{found} in {type(base).__name__}{refused}", makes_loss)
+    return LigerUse(f"{found} in {type(base).__name__}{refused}", makes_loss, patched=bool(counts))
 
 
 def _patch_what_fits(wish: _Wish, base: torch.nn.Module, apply: Callable[..., None], undo: ExitStack) -> dict[str, int]:

@@ -1,0 +1,157 @@
+"""The rotary kernel, forward and backward, under the judges of this folder.
+
+Legend: B batch, s tokens, h query heads, g key heads, D head dim, W entries of a token in cos and sin.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.interpreter import faithful
+from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Llama 3 8B; GLM-4 (interleaved, half of a head); gpt-oss (shared, 64 heads); Phi-4-mini (96 of 128); odd ones.
+COMPILED = (
+    ("bf16, 32 + 8 heads of 128", (32, 8, 128, 128, _BF16, False, False)),
+    ("fp32, 32 + 8 heads of 128, back", (32, 8, 128, 128, _FP32, False, False, True)),
+    ("bf16, 32 + 2 heads of 128, 64 interleaved, back", (32, 2, 128, 64, _BF16, True, True, True)),
+    ("bf16, 64 + 8 heads of 64, shared", (64, 8, 64, 64, _BF16, False, True)),
+    ("fp16, 24 + 8 heads of 128, 96 turned, back", (24, 8, 128, 96, _FP16, False, False, True)),
+    ("bf16, 128 + 8 heads of 256, back", (128, 8, 256, 256, _BF16, False, False, True)),
+    ("bf16, 7 + 1 heads of 50, 18 turned", (7, 1, 50, 18, _BF16, False, False)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch each way."""
+
+    B: int
+    s: int
+    h: int
+    g: int
+    D: int
+    rotary: int
+    dtype: torch.dtype
+    interleaved: bool = False
+    shared: bool = False
+    one_table: bool = False
+    """For all batches."""
+    packed: bool = False
+    """q and k are slices of one tensor, with NaN between them."""
+    tables: torch.dtype = torch.float32
+
+
+CASES = (
+    Case(1, 5, 32, 8, 128, 128, _BF16, tables=_BF16),
+    Case(2, 3, 7, 1, 50, 18, _FP32, packed=True),
+    Case(2, 3, 9, 3, 64, 64, _FP16, interleaved=True, one_table=True, packed=True),
+    Case(1, 4, 6, 2, 80, 40, _BF16, interleaved=True, shared=True, tables=_BF16),
+    Case(2, 4, 16, 2, 64, 64, _FP32, shared=True),
+)
+
+
+def title(case: Case) -> str:
+    """A case in words."""
+    words = [f"[{case.B}, {case.s}, {case.h} + {case.g}, {case.D}] {str(case.dtype).removeprefix('torch.')}"]
+    words += [f"{case.rotary} turned"] * (case.rotary < case.D)
+    words += [name for name in ("interleaved", "shared", "packed") if getattr(case, name)]
+    return ", ".join(words)
+
+
+def launch(
+    h: int, g: int, D: int, rotary: int, dtype: torch.dtype, interleaved: bool, shared: bool, inverse: bool = False
+) -> None:
+    """What a forward or a backward launches, on tensors without data."""
+    from deepspeed_alst.kernels import rope
+    from deepspeed_alst.kernels.registry import registered
+
+    assert rope.rope_reference is registered()["rope"].reference
+    q_BshD, k_BsgD = (torch.empty(1, 523, heads, D, dtype=dtype, device="meta") for heads in (h, g))
+    cos_BsW = torch.empty(1, 523, rotary, dtype=dtype, device="meta")
+    registered()["rope"].launch(q_BshD, k_BsgD, cos_BsW, cos_BsW, rotary, interleaved, shared, inverse)
+
+
+def judge(case: Case) -> Verdict:
+    """Run one forward and one backward in the interpreter and compare."""
+    with faithful() as traffic:
+        errors = errors_in(case)
+    elements = case.B * case.s * (case.h + case.g) * case.D
+    used = case.rotary // 2 if case.shared else case.rotary
+    tables = 2 * case.B * case.s * used * case.tables.itemsize
+    least = 2 * (2 * elements * case.dtype.itemsize + tables)
+    return Verdict(errors, (traffic.read + traffic.written) / elements, least / elements)
+
+
+def errors_in(case: Case) -> dict[str, tuple[float, float]]:
+    """The errors of a case's results, by what computes here, beside what they may be."""
+    from deepspeed_alst.kernels.rope import rope, rope_reference
+
+    torch.manual_seed(0)
+    q_BshD, k_BsgD = _queries_and_keys(case)
+    dq_BshD, dk_BsgD = (torch.randn(each.shape).to(case.dtype) for each in (q_BshD, k_BsgD))
+    W = case.rotary // 2 if case.shared else case.rotary
+    cos_BsW, sin_BsW = torch.randn(2, 1 if case.one_table else case.B, case.s, W).to(case.tables)
+    how = case.rotary, case.interleaved, case.shared
+    results = {}
+    for name, dtype in (("truth", torch.float64), ("torch", case.dtype)):
+        tables = [each.to(dtype) if dtype == torch.float64 else each for each in (cos_BsW, sin_BsW)]
+        results[name] = (
+            *rope_reference(q_BshD.to(dtype), k_BsgD.to(dtype), *tables, *how),
+            *rope_reference(dq_BshD.to(dtype), dk_BsgD.to(dtype), *tables, *how, inverse=True),
+        )
+    leaves = q_BshD.detach().requires_grad_(), k_BsgD.detach().requires_grad_()
+    # Heads before tokens, as in transformers, where attention's gradient comes from too.
+    turned = rope(*leaves, cos_BsW, sin_BsW, *how)
+    grads = torch.autograd.grad(
+        turned, leaves, [each.transpose(1, 2).contiguous().transpose(1, 2) for each in (dq_BshD, dk_BsgD)]
+    )
+    got = [*(each.detach() for each in turned), *grads]
+    return errors_of(("q", "k", "dq", "dk"), got, results["torch"], results["truth"])
+
+
+def _queries_and_keys(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    if not case.packed:
+        return tuple(torch.randn(case.B, case.s, heads, case.D).to(case.dtype) for heads in (case.h, case.g))
+    packed = torch.full((case.B, case.s, case.h + case.g + 2, case.D), torch.nan, dtype=case.dtype)
+    q_BshD, k_BsgD = packed[:, :, : case.h], packed[:, :, case.h + 1 : case.h + 1 + case.g]
+    for each in (q_BshD, k_BsgD):
+        each.copy_(torch.randn(each.shape))
+    return q_BshD, k_BsgD
+
+
+def races() -> Iterator[Race]:
+    """Of the op of csrc against Llama's own function, forward and backward, and against torch some tokens at a time."""
+    from unittest import mock
+
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from deepspeed_alst.kernels import rope as ours
+
+    for dtype in (_FP32, _BF16):
+        q, k = (torch.randn(1, 1024, heads, 128).to(dtype).transpose(1, 2).requires_grad_() for heads in (32, 8))
+        cos, sin = torch.randn(2, 1, 1024, 128).to(dtype)
+        dq, dk = torch.randn_like(q), torch.randn_like(k)
+
+        def step(turn: Any, q: Any = q, k: Any = k, grads: Any = (dq, dk)) -> None:
+            torch.autograd.grad(turn(q, k), (q, k), grads)
+
+        def fused(q: torch.Tensor, k: torch.Tensor, tables: Any = (cos, sin)) -> Any:
+            turned = ours.rope(q.transpose(1, 2), k.transpose(1, 2), *tables, 128)
+            return [each.transpose(1, 2) for each in turned]
+
+        def theirs(q: torch.Tensor, k: torch.Tensor, tables: Any = (cos, sin)) -> Any:
+            return apply_rotary_pos_emb(q, k, *tables)
+
+        def tiled(step: Any = step, fused: Any = fused) -> None:
+            with mock.patch.object(ours, "has_kernel", lambda *_: False):
+                step(fused)
+
+        seconds, by_function, by_tiles = seconds_of(lambda: step(fused), lambda: step(theirs), tiled)
+        name = f"[1, 1024, 32 + 8, 128] {str(dtype).removeprefix('torch.')}, both ways"
+        yield Race(name, seconds, by_function, "transformers' function", 0.5)
+        yield Race(name, seconds, by_tiles, "torch some tokens at a time", 0.9)

@@ -1,0 +1,121 @@
+"""RMSNorm that keeps nothing for the backward but its input and its weight, and makes no whole-size fp32 copy.
+
+``y = x / sqrt(mean(x^2) + eps) * (offset + weight)`` row by row (arXiv:1910.07467), in fp32 maths whatever x is stored
+in. The reciprocal root mean square is made again in the backward, which reads x in any case: it would be 4 bytes a
+row to keep. What a launch moves is said in rms_norm_ops.py. Where no kernel runs, torch computes tile by tile.
+
+The gradient of x is new memory: autograd hands one and the same gradient to both sides of a residual's sum, and does
+not say whose it is.
+
+Legend: T rows, H elements of a row, t rows of a tile.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.kernels.registry import has_kernel, registered
+from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_reference, rms_norm_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Elements of torch's fp32 temporaries where no kernel runs: 2 MiB each, which a core's cache and a GPU's both hold.
+_TILE = 1 << 19
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: torch.Tensor, weight_H: torch.Tensor | None, eps: float, offset: float, cast_first: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_TH, weight_H)
+        ctx.eps, ctx.offset = eps, offset
+        if _has_kernel("rms_norm", x_TH):
+            return registered()["rms_norm"].op(x_TH, weight_H, eps, offset, cast_first)
+        y_TH = x_TH.new_empty(x_TH.shape)
+        for tile in _tiles(x_TH):
+            y_TH[tile] = rms_norm_reference(x_TH[tile], weight_H, eps, offset, cast_first)
+        return y_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TH: torch.Tensor) -> tuple[Any, ...]:
+        x_TH, weight_H = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1]
+        dy_TH = dy_TH if _has_dense_rows(dy_TH) else dy_TH.contiguous()
+        if _has_kernel("rms_norm_backward", x_TH):
+            op = registered()["rms_norm_backward"].op
+            dx_TH, dweight_H = op(dy_TH, x_TH, weight_H, ctx.eps, ctx.offset, wanted)
+        else:
+            dx_TH = x_TH.new_empty(x_TH.shape)
+            dweight_H = x_TH.new_zeros(x_TH.shape[1], dtype=torch.promote_types(x_TH.dtype, torch.float32))
+            for tile in _tiles(x_TH):
+                dx_TH[tile], of_tile = rms_norm_backward_reference(
+                    dy_TH[tile], x_TH[tile], weight_H, ctx.eps, ctx.offset, wanted
+                )
+                if wanted:
+                    dweight_H += of_tile
+        return dx_TH, dweight_H.to(weight_H.dtype) if wanted else None, None, None, None
+
+
+def _has_kernel(name: str, x_TH: torch.Tensor) -> bool:
+    return x_TH.dtype in DTYPES and has_kernel(name, x_TH.device)
+
+
+def _tiles(x_TH: torch.Tensor) -> Iterator[slice]:
+    T, H = x_TH.shape
+    t = max(1, _TILE // H)
+    return (slice(begin, begin + t) for begin in range(0, T, t))
+
+
+def _has_dense_rows(x_TH: torch.Tensor) -> bool:
+    return x_TH.shape[1] == 1 or x_TH.stride(1) == 1
+
+
+def _check(x: torch.Tensor, weight_H: torch.Tensor | None, cast_first: bool) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        wrong = "x must be [..., H] with H >= 1"
+    elif x.dtype not in (*DTYPES, torch.float64):
+        wrong = f"x must be one of {', '.join(map(str, DTYPES))}"
+    elif weight_H is None:
+        return
+    elif weight_H.shape != x.shape[-1:]:
+        wrong = "the weight must be [H]"
+    elif weight_H.device != x.device or not weight_H.is_floating_point():
+        wrong = "the weight must be of a floating-point dtype, on x's device"
+    elif cast_first and weight_H.dtype != x.dtype:
+        wrong = "cast_first multiplies in x's dtype, which must be the weight's"
+    else:
+        return
+    of_weight = "none" if weight_H is None else f"{list(weight_H.shape)}, {weight_H.dtype} on {weight_H.device}"
+    raise ShapeError(f"rms_norm: {wrong}; x is {list(x.shape)}, {x.dtype} on {x.device}, the weight {of_weight}")
+
+
+def rms_norm(
+    x: torch.Tensor, weight_H: torch.Tensor | None, eps: float, offset: float = 0.0, cast_first: bool = False
+) -> torch.Tensor:
+    """Divide each row by its root mean square and multiply by ``offset + weight``: ``[..., H] -> [..., H]``, x's dtype.
+
+    The result lies in memory as x does: heads before or after tokens, without the gaps that x may have. x is kept as it
+    is, view or not, unless its rows are no evenly spaced runs of memory: then a copy is.
+
+    Args:
+        x: bf16, fp16 or fp32 (fp64 takes the definition).
+        weight_H: of a floating-point dtype, or None.
+        eps: added to the mean square.
+        offset: added to the weight; 1 in the Gemma family.
+        cast_first: whether the row is rounded to x's dtype before the multiplication too, as in Llama.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices that do not fit together.
+    """
+    _check(x, weight_H, cast_first)
+    # Rows are enumerated in the order of memory, so that those of a transposed x are evenly spaced too.
+    order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
+    in_order = x.permute(*order, -1)
+    x_TH = in_order.reshape(-1, x.shape[-1])
+    y_TH = _RmsNorm.apply(x_TH if _has_dense_rows(x_TH) else x_TH.contiguous(), weight_H, eps, offset, cast_first)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return y_TH.view(in_order.shape).permute(*back, -1)

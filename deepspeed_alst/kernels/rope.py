@@ -1,0 +1,126 @@
+"""Rotary position embedding of queries and keys in one launch, which keeps nothing for the backward but cos and sin.
+
+Pairs (a, b) of a head's first ``rotary`` elements become ``(a cos_a - b sin_a, b cos_b + a sin_b)`` (arXiv:2104.09864);
+the others pass. Maths is in fp32, and rounded once. The backward is the transposed rotation, by the same kernel. What a
+launch moves is said in rope_ops.py. Where no kernel runs, torch computes some tokens at a time.
+
+The results are new memory, in which a token's heads lie side by side as a projection writes them: so attention's
+gradient becomes the projection's without another copy. In place would need that nobody has kept the old values, which
+autograd does not say, and would save nothing at a layer's peak, which is in its MLP.
+
+Legend: B batch, s tokens, h query heads, g key heads, D head dim, W entries of a token in cos and sin.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.kernels.registry import has_kernel, registered
+from deepspeed_alst.kernels.rope_ops import rope_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Elements of torch's fp32 temporaries where no kernel runs.
+_TILE = 1 << 19
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BshD: torch.Tensor,
+        k_BsgD: torch.Tensor,
+        cos_BsW: torch.Tensor,
+        sin_BsW: torch.Tensor,
+        rotary: int,
+        interleaved: bool,
+        shared: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos_BsW, sin_BsW)
+        ctx.how = rotary, interleaved, shared
+        return _rotate(q_BshD, k_BsgD, cos_BsW, sin_BsW, *ctx.how, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_BshD: torch.Tensor, dk_BsgD: torch.Tensor) -> tuple[Any, ...]:
+        return *_rotate(dq_BshD, dk_BsgD, *ctx.saved_tensors, *ctx.how, True), None, None, None, None, None
+
+
+def _rotate(
+    q_BshD: torch.Tensor, k_BsgD: torch.Tensor, cos_BsW: torch.Tensor, sin_BsW: torch.Tensor, *how: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_BshD, k_BsgD, cos_BsW, sin_BsW = (
+        each if each.stride(-1) == 1 else each.contiguous() for each in (q_BshD, k_BsgD, cos_BsW, sin_BsW)
+    )
+    if q_BshD.dtype in DTYPES and has_kernel("rope", q_BshD.device):
+        return registered()["rope"].op(q_BshD, k_BsgD, cos_BsW, sin_BsW, *how)
+    to_q_BshD, to_k_BsgD = q_BshD.new_empty(q_BshD.shape), k_BsgD.new_empty(k_BsgD.shape)
+    B, s, h, D = q_BshD.shape
+    t = max(1, _TILE // max(1, B * h * D))
+    for begin in range(0, s, t):
+        tokens = slice(begin, begin + t)
+        to_q_BshD[:, tokens], to_k_BsgD[:, tokens] = rope_reference(
+            q_BshD[:, tokens], k_BsgD[:, tokens], cos_BsW[:, tokens], sin_BsW[:, tokens], *how
+        )
+    return to_q_BshD, to_k_BsgD
+
+
+def _check(
+    q_BshD: torch.Tensor,
+    k_BsgD: torch.Tensor,
+    cos_BsW: torch.Tensor,
+    sin_BsW: torch.Tensor,
+    rotary: int,
+    shared: bool,
+) -> None:
+    B, s = q_BshD.shape[:2]
+    table = cos_BsW.shape
+    if q_BshD.dim() != 4 or k_BsgD.dim() != 4 or k_BsgD.shape[:2] != (B, s) or k_BsgD.shape[3] != q_BshD.shape[3]:
+        wrong = "q and k must be [B, s, heads, D] of the same B, s and D"
+    elif rotary % 2 or not 2 <= rotary <= q_BshD.shape[3]:
+        wrong = "rotary must be even, and at most D"
+    elif len(table) != 3 or sin_BsW.shape != table or table[0] not in (1, B) or table[1] != s:
+        wrong = "cos and sin must be [B or 1, s, W]"
+    elif table[2] < (rotary // 2 if shared else rotary):
+        wrong = "cos and sin have too few entries for rotary"
+    elif q_BshD.dtype not in (*DTYPES, torch.float64) or k_BsgD.dtype != q_BshD.dtype:
+        wrong = f"q and k must be of one dtype of {', '.join(map(str, DTYPES))}"
+    elif not cos_BsW.is_floating_point() or sin_BsW.dtype != cos_BsW.dtype or cos_BsW.requires_grad:
+        wrong = "cos and sin must be of one floating-point dtype, and need no gradient"
+    elif not q_BshD.device == k_BsgD.device == cos_BsW.device == sin_BsW.device:
+        wrong = "q, k, cos and sin must be on one device"
+    else:
+        return
+    shown = ", ".join(
+        f"{name} {list(each.shape)}, {each.dtype} on {each.device}"
+        for name, each in (("q", q_BshD), ("k", k_BsgD), ("cos", cos_BsW), ("sin", sin_BsW))
+    )
+    raise ShapeError(f"rope: {wrong}; {shown}, rotary {rotary}")
+
+
+def rope(
+    q_BshD: torch.Tensor,
+    k_BsgD: torch.Tensor,
+    cos_BsW: torch.Tensor,
+    sin_BsW: torch.Tensor,
+    rotary: int,
+    interleaved: bool = False,
+    shared: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys: ``[B, s, h, D], [B, s, g, D]`` of any strides, to the same, contiguous.
+
+    Args:
+        q_BshD: bf16, fp16 or fp32 (fp64 takes the definition).
+        k_BsgD: of the same dtype.
+        cos_BsW: of a floating-point dtype; one table for all batches may be given.
+        sin_BsW: as cos.
+        rotary: elements of a head that are rotated, from its first one on.
+        interleaved: pairs are elements (2i, 2i + 1) as in GLM; else (i, i + rotary / 2) as in Llama.
+        shared: both of pair i take entry i of the tables; else each element takes its own.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices that do not fit together.
+    """
+    _check(q_BshD, k_BsgD, cos_BsW, sin_BsW, rotary, shared)
+    return _Rope.apply(q_BshD, k_BsgD, cos_BsW, sin_BsW, rotary, interleaved, shared)

@@ -1,0 +1,203 @@
+"""The rotary embedding of a model's attention by kernels/rope.py instead of transformers' function.
+
+``apply_rotary_pos_emb`` is a name in the module that an attention class is written in, and its forward looks it up
+there. So a dispatcher stands under that name while a model of ours uses it, and is what it was for everybody else: it
+takes the op only inside the forward of an attention module that it was put in place for, recomputation included, and
+only for tensors for which the function was seen to give, on random ones, what a form of the op gives.
+"""
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from deepspeed_alst.kernels.rope import DTYPES, rope
+from deepspeed_alst.kernels.rope_ops import rope_reference
+from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
+
+_NAME = "apply_rotary_pos_emb"
+_ARGUMENTS = ["q", "k", "cos", "sin"]
+_HEADS_DIM = "unsqueeze_dim"
+
+_How = tuple[int, bool, bool]
+"""Elements that are rotated, interleaved, shared: the op's arguments."""
+
+
+def fuse_rope(model: torch.nn.Module, undo: ExitStack) -> dict[str, int]:
+    """Have a model's attention rotate by the op; returns how many of each class do. ``undo.close()`` takes it back.
+
+    A module whose forward is its own already stays as it is.
+    """
+    fused: dict[str, int] = {}
+    for module in model.modules():
+        forward = type(module).forward
+        written = inspect.unwrap(forward)
+        names = getattr(getattr(written, "__code__", None), "co_names", ())
+        if _NAME not in names or "forward" in vars(module):
+            continue
+        rotary = _put_in_place(written.__globals__, undo)
+        if rotary is None:
+            continue
+        # A method, so that a copy of the module runs it on itself.
+        module.forward = types.MethodType(_inside(rotary, forward), module)
+        undo.callback(vars(module).pop, "forward", None)
+        name = type(module).__name__
+        fused[name] = fused.get(name, 0) + 1
+    return fused
+
+
+def _inside(rotary: "_Rotary", forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def inside(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with rotary.switched_on():
+            return forward(self, *args, **kwargs)
+
+    return inside
+
+
+def _put_in_place(names: dict[str, Any], undo: ExitStack) -> "_Rotary | None":
+    """The dispatcher among a module's names, made if there is none; it goes when nobody uses it any more.
+
+    None where the function is of no known form.
+    """
+    rotary = names.get(_NAME)
+    if not isinstance(rotary, _Rotary):
+        rotary = _Rotary(rotary) if inspect.isfunction(rotary) else None
+        if rotary is None or not rotary.is_known():
+            return None
+        names[_NAME] = rotary
+    rotary.num_users += 1
+
+    def leave() -> None:
+        rotary.num_users -= 1
+        if not rotary.num_users and names.get(_NAME) is rotary:
+            names[_NAME] = rotary.original
+
+    undo.callback(leave)
+    return rotary
+
+
+class _Rotary:
+    """Stands for a function ``(q, k, cos, sin, ...) -> (q, k)``.
+
+    Args:
+        original: the function.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.original = original
+        self.num_users = 0
+        self._signature = inspect.signature(original)
+        self._thread = threading.local()  # a backward, and its recomputation, may run in another thread
+        self._proven: dict[Any, _How | None] = {}
+
+    def is_known(self) -> bool:
+        """Whether the function is of some form where a head is rotated whole, or half of it."""
+        if list(self._signature.parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
+            return False
+        return any(self._how_for(torch.float32, torch.float32, 16, W, True, None) is not None for W in (16, 8))
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Inside, calls from this thread may take the op."""
+        before = getattr(self._thread, "on", False)
+        self._thread.on = True
+        try:
+            yield
+        finally:
+            self._thread.on = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result."""
+        if torch.compiler.is_compiling() or not getattr(self._thread, "on", False):
+            return self.original(*args, **kwargs)
+        given = self._signature.bind(*args, **kwargs).arguments
+        tensors = [given.get(name) for name in _ARGUMENTS]
+        heads_dim = self._heads_dim(given)
+        if heads_dim is None or not _fit(*tensors, heads_dim):
+            return self.original(*args, **kwargs)
+        q, k, cos, sin = tensors
+        how = self._how_for(
+            q.dtype, cos.dtype, q.shape[3], cos.shape[2], cos.shape[0] == 1, heads_dim if _HEADS_DIM in given else None
+        )
+        if how is None:
+            return self.original(*args, **kwargs)
+        turned = rope(_tokens_first(q, heads_dim), _tokens_first(k, heads_dim), cos, sin, *how)
+        return tuple(_tokens_first(each, heads_dim) for each in turned)
+
+    def _how_for(self, *key: Any) -> _How | None:
+        """The form of the op for tensors of a kind; proven once."""
+        if key not in self._proven:
+            *kind, heads_dim = key
+            more = {} if heads_dim is None else {_HEADS_DIM: heads_dim}
+            function = functools.partial(self.original, **more)
+            self._proven[key] = proven(_how, function, *kind, self._heads_dim(dict.fromkeys(_ARGUMENTS) | more))
+        return self._proven[key]
+
+    def _heads_dim(self, given: dict[str, Any]) -> int | None:
+        """Which dimension of q and k is their heads'; None if the call has arguments that the op does not know."""
+        if list(given)[: len(_ARGUMENTS)] != _ARGUMENTS or set(given) - {*_ARGUMENTS, _HEADS_DIM}:
+            return None
+        parameter = self._signature.parameters.get(_HEADS_DIM)
+        return given.get(_HEADS_DIM, 1 if parameter is None else parameter.default)
+
+
+def _fit(q: Any, k: Any, cos: Any, sin: Any, heads_dim: Any) -> bool:
+    """Whether the op could take these tensors; what the function makes of them is another question."""
+    if heads_dim not in (1, 2) or not all(is_plain(each) for each in (q, k, cos, sin)):
+        return False
+    if (q.dim(), k.dim(), cos.dim()) != (4, 4, 3) or sin.shape != cos.shape or sin.dtype != cos.dtype:
+        return False
+    B, s = q.shape[0], q.shape[3 - heads_dim]
+    one_size = (k.shape[0], k.shape[3 - heads_dim], k.shape[3], cos.shape[1]) == (B, s, q.shape[3], s)
+    one_kind = q.dtype == k.dtype and q.device == k.device == cos.device == sin.device
+    known = q.dtype in DTYPES and cos.dtype in DTYPES and not cos.requires_grad and not sin.requires_grad
+    return one_size and one_kind and known and cos.shape[0] in (1, B)
+
+
+def _tokens_first(x: torch.Tensor, heads_dim: int) -> torch.Tensor:
+    """``[B, heads, s, D] -> [B, s, heads, D]`` and back, if that is where the heads are."""
+    return x.transpose(1, 2) if heads_dim == 1 else x
+
+
+def _how(
+    function: Callable[..., Any], dtype: torch.dtype, of_tables: torch.dtype, D: int, W: int, one: bool, heads_dim: int
+) -> _How | None:
+    """The form of the op that a function computes: in these dtypes within roundings, in fp32 exactly, and backward."""
+    forms = [(W, interleaved, shared) for interleaved in (False, True) for shared in (False, True)]
+    forms += [(2 * W, interleaved, True) for interleaved in (False, True)]
+    for how in forms:
+        kinds = ((torch.float32, torch.float32), (dtype, of_tables))
+        if not how[0] % 2 and how[0] <= D and all(_turns(function, how, *kind, D, W, one, heads_dim) for kind in kinds):
+            return how
+    return None
+
+
+def _turns(
+    function: Callable[..., Any],
+    how: _How,
+    dtype: torch.dtype,
+    of_tables: torch.dtype,
+    D: int,
+    W: int,
+    one: bool,
+    heads_dim: int,
+) -> bool:
+    make, (B, s, h, g) = draw(), (2, 5, 3, 2)
+    q, k = (make(B, s, heads, D).to(dtype).requires_grad_() for heads in (h, g))
+    tables = [make(1 if one else B, s, W).to(of_tables) for _ in "cs"]
+    found = function(_tokens_first(q, heads_dim), _tokens_first(k, heads_dim), *tables)
+    found = [_tokens_first(each, heads_dim) for each in found]
+    expected = rope_reference(q.detach(), k.detach(), *tables, *how)
+    grads = make(B, s, h, D).to(dtype), make(B, s, g, D).to(dtype)
+    found += torch.autograd.grad(found, (q, k), grads)
+    expected += rope_reference(*grads, *tables, *how, inverse=True)
+    return all(agree(*pair, 8) for pair in zip(found, expected, strict=True))
