@@ -7,6 +7,7 @@ sequence. A part that is not known is refused by its name.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
     Raises:
         UnsupportedModelError: the parts of transformers' masks are not what they are taken for.
     """
-    _try_parts()
+    # In a thread of its own: fake tensors and other modes of whoever asks are not there, and the parts have values.
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(_try_parts).result()
 
     @torch.compiler.disable
     def mask_function(
