@@ -42,6 +42,8 @@ AREAS = {
     "test_offload_plan": "offload",
     "test_families": "models",
     "test_kernels": "tiles and kernels",
+    "test_gated": "tiles and kernels",
+    "test_gated_mlp": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_ledger": "tiles and kernels",
     "test_op_build": "tiles and kernels",

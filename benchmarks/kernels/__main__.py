@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.kernels.compile import SHARED, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak
+from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.judge import Interpreted, subjects
 from benchmarks.parts import chosen_parts
 
@@ -32,7 +33,10 @@ _NUMBERS = (
     "and stores of a launch; the least is what must be moved."
 )
 _SPEED = "The ops of csrc on CPU, one thread, medians of seven rounds in turns; parts of the other's time."
-_MEMORY = "Peak beside the weights, the head's gradient in it, of 32,768 tokens on fake tensors: Llama-3.1-8B's head."
+_MEMORY = (
+    "Peak beside the weights, their gradients in it, of 32,768 tokens on fake tensors: Llama-3.1-8B's head, and the "
+    "backward of one of its MLPs."
+)
 
 
 def compiled() -> Iterator[Row]:
@@ -73,18 +77,23 @@ def memory() -> Iterator[Row]:
     by_torch = process.run(tile_peak, "torch", _TILE_TOKENS)
     for tokens in (_TILE_TOKENS, None):
         peak = process.run(tile_peak, "triton", tokens)
-        words = f"tiles of {tokens} tokens" if tokens else "tiles of 1 GiB: 2,092 tokens, torch's have 523"
+        words = f"loss, tiles of {tokens} tokens" if tokens else "loss, tiles of 1 GiB: 2,092 tokens, torch's have 523"
         most = 0.95 if tokens else 1.02
         figures = f"{by_torch / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
         yield (words, *figures), f"<= {most} of torch's", peak <= most * by_torch
     process.close()
+    rows, by_autograd = mlp_peak(closed=False)
+    for most, (own_rows, peak) in ((0.7, mlp_peak(closed=True, tile_tokens=rows)), (0.85, mlp_peak(closed=True))):
+        words = f"MLP, tiles of {own_rows:,} tokens, by autograd of {rows:,}"
+        figures = f"{by_autograd / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
+        yield (words, *figures), f"<= {most} of autograd's", peak <= most * by_autograd
 
 
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
     "compile": (compiled, ("registers", "shared", "spilled"), _COMPILE),
     "numbers": (numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
     "speed": (speed, ("ours", "beside", "ratio"), _SPEED),
-    "memory": (memory, ("torch", "triton"), _MEMORY),
+    "memory": (memory, ("torch", "kernel"), _MEMORY),
 }
 
 

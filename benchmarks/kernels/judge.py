@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-SUBJECTS = ("cross_entropy",)
+SUBJECTS = ("cross_entropy", "gated")
 SLACK = 3.0
 MOST_TRAFFIC = 1.1
 """Times the minimum."""

@@ -190,8 +190,8 @@ class TileOpsBuilder(_AlstCpuBuilder):
 
     BUILD_VAR = "DS_BUILD_ALST_TILE_OPS"
     NAME = "alst_tile_ops"
-    FILES = ("cross_entropy.cpp",)
-    OPS = ("cross_entropy_",)
+    FILES = ("cross_entropy.cpp", "gated.cpp")
+    OPS = ("cross_entropy_", "gated_activation_", "gated_gradients_")
 
     def cxx_args(self) -> list[str]:
         """With fused multiply-adds: these ops are judged by their error, and not bit by bit."""
