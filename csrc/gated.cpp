@@ -53,11 +53,11 @@ struct GeluTanh {
   }
 };
 
-// NaN is NaN. A minimum and a maximum are vector code without `choose`, but for SSE2.
+// NaN is NaN.
 template <typename Act>
 ALST_INLINE ActAndSlope act_and_slope(float gate) {
-  const float low = gate < -Act::kReach ? -Act::kReach : gate;
-  return Act::of(low, low > Act::kReach ? Act::kReach : low);
+  const float low = choose(gate < -Act::kReach, -Act::kReach, gate);
+  return Act::of(low, choose(low > Act::kReach, Act::kReach, low));
 }
 
 template <typename In, typename Act>
