@@ -68,7 +68,7 @@ TRITON := 3.8.0
 test-triton: setup
 	$(BIN)/python -m pip install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)'"
-	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py tests/test_pack_heads.py tests/test_norm_kernels.py tests/test_kernels_compile.py
+	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py tests/test_gated.py tests/test_pack_heads.py tests/test_norm_kernels.py tests/test_kernels_compile.py
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity

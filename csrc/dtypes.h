@@ -60,9 +60,9 @@ struct Bf16 {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 #else
     const uint32_t bits = bits_of_float(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40u;  // rounding could carry a NaN over into infinity or zero
-    return static_cast<uint16_t>(select((bits & 0x7fffffffu) > 0x7f800000u, quiet_nan, rounded));
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const uint32_t quiet_nan = bits | 0x400000u;  // rounding could carry a NaN over into infinity or zero
+    return static_cast<uint16_t>(select((bits & 0x7fffffffu) > 0x7f800000u, quiet_nan, rounded) >> 16);
 #endif
   }
 };

@@ -47,6 +47,8 @@ AREAS = {
     "test_linear": "models",
     "test_fused_norms": "tiles and kernels",
     "test_kernels": "tiles and kernels",
+    "test_gated": "tiles and kernels",
+    "test_gated_mlp": "tiles and kernels",
     "test_kernels_compile": "tiles and kernels",
     "test_liger": "tiles and kernels",
     "test_ledger": "tiles and kernels",

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.kernels.compile import SHARED, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak
+from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.judge import Interpreted, subjects
 from benchmarks.kernels.rms_norm import layer_peak
 from benchmarks.parts import chosen_parts
@@ -34,8 +35,8 @@ _NUMBERS = (
 )
 _SPEED = "The ops of csrc on CPU, one thread, medians of seven rounds in turns; parts of the other's time."
 _MEMORY = (
-    "Peaks beside the weights, gradients in them, of 32,768 tokens on fake tensors: of Llama-3.1-8B's head, and of "
-    "models of one checkpointed layer, MLP and loss in tiles, while the layer runs."
+    "Peaks beside the weights, gradients in them, of 32,768 tokens on fake tensors: of Llama-3.1-8B's head, of models "
+    "of one checkpointed layer, MLP and loss in tiles, while the layer runs, and of the backward of an MLP."
 )
 
 
@@ -77,7 +78,7 @@ def memory() -> Iterator[Row]:
     by_torch = process.run(tile_peak, "torch", _TILE_TOKENS)
     for tokens in (_TILE_TOKENS, None):
         peak = process.run(tile_peak, "triton", tokens)
-        words = f"tiles of {tokens} tokens" if tokens else "tiles of 1 GiB: 2,092 tokens, torch's have 523"
+        words = f"loss, tiles of {tokens} tokens" if tokens else "loss, tiles of 1 GiB: 2,092 tokens, torch's have 523"
         most = 0.95 if tokens else 1.02
         figures = f"{by_torch / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
         yield (words, *figures), f"<= {most} of torch's", peak <= most * by_torch
@@ -86,6 +87,11 @@ def memory() -> Iterator[Row]:
         own, ours = (layer_peak(model_type, "non-reentrant", fused) for fused in (False, True))
         figures = f"{own / 1024:.0f} KiB a token", f"{ours / 1024:.0f} KiB a token"
         yield (f"a layer of {name}, norms and rotary embedding", *figures), "<= 0.8 of torch's", ours <= 0.8 * own
+    rows, by_autograd = mlp_peak(closed=False)
+    for most, (own_rows, peak) in ((0.75, mlp_peak(closed=True, tile_tokens=rows)), (0.85, mlp_peak(closed=True))):
+        words = f"MLP, tiles of {own_rows:,} tokens, by autograd of {rows:,}"
+        figures = f"{by_autograd / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
+        yield (words, *figures), f"<= {most} of autograd's", peak <= most * by_autograd
 
 
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {

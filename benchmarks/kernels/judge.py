@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-SUBJECTS = ("cross_entropy", "heads", "rms_norm", "rope")
+SUBJECTS = ("cross_entropy", "gated", "heads", "rms_norm", "rope")
 SLACK = 3.0
 MOST_TRAFFIC = 1.1
 """Times the minimum."""

@@ -70,6 +70,10 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
         fitting = tile_rows(budget, num_rows, per_row, sums)
         if fitting >= num_rows:
             return work.forward(*rows)
+        form = work.closed_form(rows, rows[0].dim())
+        if form is not None:  # more of its rows fit
+            per_row = form.row_bytes(rows[0].element_size())
+            fitting = tile_rows(budget, num_rows, per_row, sums)
         if sums_fit(budget, sums, per_row):
             return work.tiled(fitting, *rows)
         if len(rows) == _EXPERT_ARGUMENTS and num_stacked_experts(work.module):

@@ -12,6 +12,7 @@ import torch
 
 from deepspeed_alst.models.checkpoints import seam_of
 from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.structure import is_foreign
 
 # Nodes of the graph whose backward needs no value: sums, and tensors seen, copied or converted.
 _NEED_NO_VALUE = (
@@ -32,8 +33,6 @@ _HAND_ON = (
     "PreBackwardFunctionForModuleBackward",
     "PostBackwardFunctionModuleBackward",
 )
-# Whose forward hooks leave values alone: DeepSpeed's gather weights, this package's are known.
-_HARMLESS = ("deepspeed", "deepspeed_alst")
 
 
 def watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], undo: ExitStack) -> None:
@@ -92,5 +91,4 @@ def _is_watched(layer: torch.nn.Module, works: list[TokenWise]) -> bool:
     for module in layer.modules():
         if id(module) not in inside:
             hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    owners = [getattr(getattr(hook, "func", hook), "__module__", None) or "" for hook in hooks]
-    return any(owner.split(".")[0] not in _HARMLESS for owner in owners)
+    return any(is_foreign(hook) for hook in hooks)

@@ -14,7 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.tiling.gradients import WeightGradients
-from deepspeed_alst.tiling.sequence import TokenWise, autocast_as_here
+from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.tiled_pass import autocast_as_here
 
 
 def num_stacked_experts(module: torch.nn.Module) -> int:

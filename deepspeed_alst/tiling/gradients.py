@@ -19,6 +19,7 @@ class WeightGradients:
 
     def __init__(self, weights: Sequence[torch.Tensor], num_tiles: int, fp32: bool) -> None:
         self._weights = weights
+        self._places = {id(weight): index for index, weight in enumerate(weights)}
         self._sums: list[torch.Tensor | None] = [None] * len(weights)
         self._buffers: list[torch.Tensor] = []
         if num_tiles > 1 and weights:
@@ -28,14 +29,38 @@ class WeightGradients:
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add one tile's; None for a weight that the tile did not use."""
         for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            if self._sums[index] is not None:
-                self._sums[index].add_(gradient)
-            elif self._buffers:
-                self._sums[index] = self._buffers[index].copy_(gradient)
-            else:
-                self._sums[index] = gradient
+            if gradient is not None:
+                self._add(index, gradient)
+
+    def wants(self, weight: torch.Tensor) -> bool:
+        """Whether a weight is one of these."""
+        return id(weight) in self._places
+
+    def add_one(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one tile's gradient of one of the weights."""
+        self._add(self._places[id(weight)], gradient)
+
+    def add_product(self, weight: torch.Tensor, left_tN: torch.Tensor, right_tK: torch.Tensor) -> None:
+        """Add ``left' right [N, K]``, one tile's, unless the weight is none of these."""
+        if not self.wants(weight):
+            return
+        index = self._places[id(weight)]
+        total = self._sums[index]
+        if not self._buffers or self._buffers[index].dtype != left_tN.dtype:
+            self._add(index, left_tN.t() @ right_tK)
+        elif total is None:
+            self._sums[index] = torch.mm(left_tN.t(), right_tK, out=self._buffers[index])
+        else:
+            torch.addmm(total, left_tN.t(), right_tK, out=total)
+
+    def _add(self, index: int, gradient: torch.Tensor) -> None:
+        total = self._sums[index]
+        if total is not None:
+            total.add_(gradient)
+        elif self._buffers:
+            self._sums[index] = self._buffers[index].copy_(gradient)
+        else:
+            self._sums[index] = gradient
 
     def sums(self) -> list[torch.Tensor | None]:
         """The sums as they are summed; None for a weight that no tile used."""

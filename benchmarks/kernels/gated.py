@@ -1,0 +1,221 @@
+"""The gated activation under the judges of this folder.
+
+Legend: t rows of a tile, F inner features.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.kernels.interpreter import faithful
+from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+
+# F of models that are trained: Llama-3.1-8B, Gemma 7B, phi-3-mini, Llama 2 7B; 4097 and 63 are multiples of nothing.
+COMPILED = (
+    ("bf16, F 14336, silu", (14336, torch.bfloat16, "silu", "apart")),
+    ("bf16, F 4097, silu", (4097, torch.bfloat16, "silu", "apart")),
+    ("bf16, F 8192, silu, fused", (8192, torch.bfloat16, "silu", "fused")),
+    ("bf16, F 24576, gelu_tanh", (24576, torch.bfloat16, "gelu_tanh", "apart")),
+    ("bf16, F 4097, gelu, fused", (4097, torch.bfloat16, "gelu", "fused")),
+    ("fp16, F 11008, gelu", (11008, torch.float16, "gelu", "apart")),
+    ("fp32, F 14336, gelu", (14336, torch.float32, "gelu", "apart")),
+    ("fp32, F 63, gelu_tanh, fused", (63, torch.float32, "gelu_tanh", "fused")),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch, of the forward or of the backward."""
+
+    t: int
+    F: int
+    dtype: torch.dtype
+    activation: str = "silu"
+    backward: bool = True
+    layout: str = "apart"
+    """Gate and up apart, or ``"fused"`` in one row, or ``"turned"``, the up half first."""
+    gap: int = 0
+    """Elements between the end of a row and the next; they are NaN."""
+
+
+CASES = (
+    Case(3, 14336, torch.bfloat16, backward=False),
+    Case(3, 14336, torch.bfloat16),
+    Case(3, 4097, torch.bfloat16, "gelu", gap=3),
+    Case(3, 8192, torch.bfloat16, "silu", layout="fused"),
+    Case(3, 4097, torch.float32, "gelu", backward=False, layout="turned", gap=1),
+    Case(3, 4097, torch.float32, "gelu", layout="turned"),
+    Case(3, 24576, torch.float32, "gelu_tanh"),
+    Case(3, 11008, torch.float16, "gelu_tanh", gap=5),
+)
+
+
+def title(case: Case) -> str:
+    """A case in words."""
+    words = f"[{case.t}, {case.F}] {str(case.dtype).removeprefix('torch.')}, {case.activation}"
+    words += ", backward" if case.backward else ", forward"
+    return words + (f", {case.layout}" if case.layout != "apart" else "") + (f", gap {case.gap}" if case.gap else "")
+
+
+def launch(F: int, dtype: torch.dtype, activation: str, layout: str) -> None:
+    """What ``gated_activation_`` and ``gated_gradients_`` launch, on tensors without data."""
+    from deepspeed_alst.kernels.gated import ACTIVATIONS
+    from deepspeed_alst.kernels.registry import registered
+
+    kind = ACTIVATIONS.index(activation)
+    gate_tF, up_tF, grad_tF, _ = tensors(Case(523, F, dtype, layout=layout), "meta")
+    registered()["gated_activation"].launch(gate_tF, up_tF, kind)
+    registered()["gated_gradients"].launch(gate_tF, up_tF, grad_tF, kind)
+
+
+def tensors(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Gate, up and a gradient ``[t, F]``, and what lies between their rows."""
+    widths = (case.F, case.F, case.F) if case.layout == "apart" else (2 * case.F, case.F)
+    rows = [torch.full((case.t, width + case.gap), torch.nan, dtype=case.dtype, device=device) for width in widths]
+    gaps = [each[:, width:] for each, width in zip(rows, widths, strict=True)]
+    halves = [half for each in rows for half in each[:, : each.shape[1] - case.gap].split(case.F, 1)]
+    for half in halves:
+        half.copy_(torch.randn(half.shape))
+    gate, up, grad = (halves[1], halves[0], halves[2]) if case.layout == "turned" else halves
+    gate *= 3
+    return gate, up, grad, gaps
+
+
+def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithful, device: str = "cpu") -> Verdict:
+    """Run one launch in the interpreter, or ``within`` something else, and compare.
+
+    A result that is written elsewhere, or not everywhere, is an error of its own.
+    """
+    from deepspeed_alst.kernels.gated import gated_activation_, gated_gradients_
+
+    torch.manual_seed(0)
+    *three, gaps = tensors(case, device)
+    results = {}
+    for name, dtype in (("truth", torch.float64), ("torch", case.dtype)):
+        results[name] = run_reference(case, *(each.contiguous().to(dtype, copy=True) for each in three))
+    up_before = three[1].clone()
+    with within() as traffic:
+        if case.backward:
+            gated_gradients_(*three, case.activation)
+        else:
+            gated_activation_(*three[:2], case.activation)
+    assert all(each.isnan().all() for each in gaps), "it wrote between the rows"
+    assert case.backward or torch.equal(three[1], up_before), "the forward wrote over up"
+    names, found = (("gate", "up", "act"), three) if case.backward else (("act",), three[:1])
+    errors = errors_of(names, found, results["torch"], results["truth"])
+    moved = 0.0 if traffic is None else (traffic.read + traffic.written) / up_before.numel()
+    return Verdict(errors, moved, (6 if case.backward else 3) * case.dtype.itemsize)
+
+
+def run_reference(case: Case, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The results of the definition, in the place of what it is given."""
+    from deepspeed_alst.kernels.gated import ACTIVATIONS, gated_activation_reference, gated_gradients_reference
+
+    kind = ACTIVATIONS.index(case.activation)
+    if not case.backward:
+        gated_activation_reference(gate, up, kind)
+        return (gate,)
+    gated_gradients_reference(gate, up, grad, kind)
+    return gate, up, grad
+
+
+def races() -> Iterator[Race]:
+    """Of the ops of csrc against the definition and against what transformers and Liger's torch form do, autograd's."""
+    for activation, dtype in (("silu", torch.bfloat16), ("silu", torch.float32), ("gelu", torch.bfloat16)):
+        forward, backward = _seconds(activation, dtype)
+        name = f"[256, 14336] {str(dtype).removeprefix('torch.')}, {activation}"
+        for step, plain, (ours, defined, theirs), most in (
+            ("forward", "act(gate) * up", forward, 1.1),
+            ("backward", "act(gate) * up and its autograd", backward, 0.6),
+        ):
+            yield Race(f"{name}, {step}", ours, defined, "the definition in torch", most)
+            yield Race(f"{name}, {step}", ours, theirs, plain, most)
+    for dtype in (torch.bfloat16, torch.float32):
+        module, x_1sM, grad_1sM = _mlp(1024, 3584, dtype), *torch.randn(2, 1, 2048, 1024).to(dtype)
+        ours, theirs = seconds_of(*(functools.partial(_step, module, x_1sM, grad_1sM, each) for each in (True, False)))
+        name = f"MLP in 4 tiles, [2048, 1024], F 3584, {str(dtype).removeprefix('torch.')}"
+        yield Race(name, ours, theirs, "the same by autograd", 1.05)
+
+
+def _seconds(activation: str, dtype: torch.dtype) -> tuple[list[float], list[float]]:
+    """Of ours, of the definition and of autograd: forward, and backward with what it makes once more."""
+    from deepspeed_alst.kernels import gated
+
+    kind, made = gated.ACTIVATIONS.index(activation), torch.randn(3, 256, 14336).to(dtype)
+    act: Callable[..., torch.Tensor] = getattr(torch.nn.functional, activation)
+    work = made.clone()
+
+    def fresh(num: int) -> torch.Tensor:
+        return work[:num].copy_(made[:num])  # in place, values would shrink to what processors are slow with
+
+    def by_autograd() -> None:
+        gate, up = (each.detach().requires_grad_() for each in made[:2])
+        torch.autograd.grad(act(gate) * up, (gate, up), made[2])
+
+    two, three, *spent = seconds_of(
+        lambda: fresh(2),
+        lambda: fresh(3),
+        lambda: gated.gated_activation_(*fresh(2), activation),
+        lambda: gated.gated_activation_reference(*fresh(2), kind),
+        lambda: act(made[0]) * made[1],
+        lambda: gated.gated_gradients_(*fresh(3), activation),
+        lambda: gated.gated_gradients_reference(*fresh(3), kind),
+        by_autograd,
+    )
+    return [spent[0] - two, spent[1] - two, spent[2]], [spent[3] - three, spent[4] - three, spent[5]]
+
+
+def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
+    """Llama's."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a fake parameter cannot be cast
+    try:
+        return LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner))
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def by_autograd() -> Iterator[None]:
+    """Inside, tiles of a gated MLP are those of any module."""
+    from deepspeed_alst.tiling.structure import ClosedForm
+
+    with mock.patch.object(ClosedForm, "now", lambda *_: None):
+        yield
+
+
+def _step(module: torch.nn.Module, x_1sM: torch.Tensor, grad_1sM: torch.Tensor, closed: bool) -> None:
+    from deepspeed_alst.tiling.sequence import TokenWise
+
+    with nullcontext() if closed else by_autograd():
+        TokenWise("mlp", module).tiled(512, x_1sM.detach().requires_grad_()).backward(grad_1sM)
+
+
+def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
+    """Rows of a tile, and bytes that the backward needs with what comes in: Llama-3.1-8B's MLP, 32K tokens, fake."""
+    from deepspeed_alst.blocks import TiledMlpBlock
+    from deepspeed_alst.ledger.fake import fake_world
+    from deepspeed_alst.ledger.ledger import Ledger
+    from deepspeed_alst.tiling.plan import row_bytes, tile_rows
+    from deepspeed_alst.tiling.sequence import TokenWise
+
+    T, M, F = 32768, 4096, 14336
+    with fake_world(1), nullcontext() if closed else by_autograd():
+        module = _mlp(M, F, torch.bfloat16)
+        x_1TM = torch.empty(1, T, M, dtype=torch.bfloat16, requires_grad=True)
+        work = TokenWise("mlp", module)
+        form = work.closed_form([x_1TM], 3)
+        per_row = row_bytes(2 * F + M, 2) if form is None else form.row_bytes(2)
+        rows = tile_tokens or tile_rows(TiledMlpBlock(), T, per_row, 0)
+        value_1TM = work.tiled(rows, x_1TM)
+        with Ledger(module) as ledger:
+            value_1TM.backward(torch.empty_like(value_1TM))
+        return rows, ledger.peak.bytes - ledger.timeline[0].total

@@ -1,0 +1,266 @@
+"""The gated activation of an MLP, ``a = act(gate) * up``, and its gradients, both in place.
+
+``act`` is silu (SwiGLU), gelu or gelu by tanh (GeGLU, arXiv:2002.05202). Forward: ``a`` takes the place of ``gate``.
+Backward, from ``gate``, ``up`` and the gradient of ``a``: ``gate`` and ``up`` become their gradients, and the gradient
+of ``a`` becomes ``a``, which the gradient of the next matrix is made of. All maths is in fp32, and rounded once.
+
+gelu's normal distribution is ``exp(-x^2 / 2)``, which its derivative needs as well, times a polynomial fitted to
+``erfcx(|x| / sqrt(2)) / 2``: so its lower tail keeps its digits, which ``1 + erf`` loses.
+
+Bytes moved per element of the three: forward 3 * itemsize, two read and one written (6 in bf16, 12 in fp32), backward
+6 * itemsize, all three read and written (12 and 24). The minimum is the same.
+
+Legend: t rows of a tile, F inner features.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.kernels.registry import pick, register
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Features of a block and the warps that share them: 16 bytes a thread and access in bf16. The first that holds a row is
+# taken, else the last.
+CONFIGS = ((128, 1), (1024, 4))
+# Of the definition, at a time: its fp32 copies are those of a block and not of a tile.
+_BLOCK = 2**16
+
+_ACT: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    torch.ops.aten.silu,
+    torch.ops.aten.gelu,
+    functools.partial(torch.ops.aten.gelu, approximate="tanh"),
+)
+_ACT_BACKWARD: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
+    torch.ops.aten.silu_backward,
+    torch.ops.aten.gelu_backward,
+    functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+)
+
+
+def gated_activation_reference(gate_tF: torch.Tensor, up_tF: torch.Tensor, kind: int) -> None:
+    """The definition of ``gated_activation_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
+    for gate, up in _blocks(gate_tF, up_tF):
+        gate.copy_(_ACT[kind](_wide(gate)) * _wide(up))
+
+
+def gated_gradients_reference(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, kind: int) -> None:
+    """The definition of ``gated_gradients_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
+    for gate, up, grad in _blocks(gate_tF, up_tF, grad_tF):
+        x, u, d = _wide(gate), _wide(up), _wide(grad)
+        act = _ACT[kind](x)
+        results = _ACT_BACKWARD[kind](d * u, x), d * act, act * u
+        for each, result in zip((gate, up, grad), results, strict=True):
+            each.copy_(result)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _blocks(*each_tF: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    rows = max(1, _BLOCK // max(1, each_tF[0].shape[1]))
+    return zip(*(each.split(rows) for each in each_tF), strict=True)
+
+
+@triton.jit
+def _act_and_slope(gate, KIND: tl.constexpr):
+    # Beyond it the activation is 0 or its argument to the last digit, and a slope made of larger numbers would be the
+    # difference of infinities. NaN stays NaN, which tl.minimum would drop.
+    REACH: tl.constexpr = 80.0 if KIND == 0 else (12.5 if KIND == 1 else 9.5)
+    low = tl.where(gate < -REACH, -REACH, gate)
+    x = tl.where(low > REACH, REACH, low)
+    if KIND == 1:  # gelu
+        bell = tl.exp(-0.5 * x * x)
+        w = 1.0 / (1.0 + 0.26 * tl.abs(x))
+        p = 0.030230146 * w - 0.15149373
+        p = (p * w + 0.24873185) * w - 0.1477879
+        p = (p * w + 0.15875784) * w + 0.051965185
+        p = (p * w + 0.1027886) * w + 0.1030510
+        tail = (p * w + 0.103757024) * w * bell  # of the normal distribution beyond |x|
+        share = tl.where(x < 0, tail, 1.0 - tail)
+        slope = share + 0.3989422804 * x * bell
+    else:
+        y, dy = x, 1.0
+        if KIND == 2:  # gelu by tanh: (1 + tanh(y)) / 2 is the sigmoid of 2y
+            y = 1.5957691216 * x * (1.0 + 0.044715 * x * x)
+            dy = 1.5957691216 * (1.0 + 0.134145 * x * x)
+        odds = tl.exp(-y)
+        share = 1.0 / (1.0 + odds)
+        slope = share * (1.0 + x * (odds * share) * dy)  # 1 - share would lose the digits of a share near 1
+    return low * share, slope
+
+
+@triton.jit
+def _gated_activation_kernel(gate_ptr, up_ptr, gate_stride, up_stride, F, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # t*F passes 2**31
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate_ptr += row * gate_stride + lanes
+    inside = lanes < F
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + lanes, mask=inside, other=0.0).to(tl.float32)
+    act, _ = _act_and_slope(gate, KIND)
+    tl.store(gate_ptr, (act * up).to(gate_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_gradients_kernel(
+    gate_ptr, up_ptr, grad_ptr, gate_stride, up_stride, grad_stride, F, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)  # t*F passes 2**31
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate_ptr += row * gate_stride + lanes
+    up_ptr += row * up_stride + lanes
+    grad_ptr += row * grad_stride + lanes
+    inside = lanes < F
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
+    act, slope = _act_and_slope(gate, KIND)
+    tl.store(gate_ptr, (grad * up * slope).to(gate_ptr.dtype.element_ty), mask=inside)
+    tl.store(up_ptr, (grad * act).to(up_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_ptr, (act * up).to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch_activation(gate_tF: torch.Tensor, up_tF: torch.Tensor, kind: int) -> None:
+    (t, F), (block, warps) = gate_tF.shape, _config(gate_tF)
+    if t and F:
+        _gated_activation_kernel[(t, triton.cdiv(F, block))](
+            gate_tF, up_tF, gate_tF.stride(0), up_tF.stride(0), F, KIND=kind, BLOCK=block, num_warps=warps
+        )
+
+
+def _launch_gradients(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, kind: int) -> None:
+    (t, F), (block, warps) = gate_tF.shape, _config(gate_tF)
+    strides = (gate_tF.stride(0), up_tF.stride(0), grad_tF.stride(0))
+    if t and F:
+        _gated_gradients_kernel[(t, triton.cdiv(F, block))](
+            gate_tF, up_tF, grad_tF, *strides, F, KIND=kind, BLOCK=block, num_warps=warps
+        )
+
+
+def _config(gate_tF: torch.Tensor) -> tuple[int, int]:
+    return next((each for each in CONFIGS if each[0] >= gate_tF.shape[1]), CONFIGS[-1])
+
+
+# No autograd of their own: the backward of a tile is written out with them (tiling/gated_mlp.py).
+_activation = torch.library.custom_op(
+    "deepspeed_alst::gated_activation_", _launch_activation, mutates_args=("gate_tF",)
+)
+_gradients = torch.library.custom_op(
+    "deepspeed_alst::gated_gradients_", _launch_gradients, mutates_args=("gate_tF", "up_tF", "grad_tF")
+)
+
+
+@_activation.register_fake
+def _fake_activation(gate_tF, up_tF, kind):
+    return None
+
+
+@_gradients.register_fake
+def _fake_gradients(gate_tF, up_tF, grad_tF, kind):
+    return None
+
+
+def _example(num_tensors: int, device: torch.device) -> tuple[Any, ...]:
+    return (*(3 * torch.randn(num_tensors, 7, 1500, device=device)), 1)
+
+
+register(
+    "gated_activation",
+    reference=gated_activation_reference,
+    op=_activation,
+    launch=_launch_activation,
+    example=functools.partial(_example, 2),
+    compiled=("gated_activation_",),
+)
+register(
+    "gated_gradients",
+    reference=gated_gradients_reference,
+    op=_gradients,
+    launch=_launch_gradients,
+    example=functools.partial(_example, 3),
+    compiled=("gated_gradients_",),
+)
+
+
+def _check(op: str, activation: str, *each_tF: torch.Tensor) -> None:
+    first = each_tF[0]
+    if activation not in ACTIVATIONS:
+        wrong = f"{activation!r} is none of {', '.join(ACTIVATIONS)}"
+    elif any(each.dim() != 2 or each.shape != first.shape for each in each_tF):
+        wrong = "all must be [t, F]"
+    elif any(each.dtype != first.dtype for each in each_tF) or first.dtype not in (*_DTYPES, torch.float64):
+        wrong = f"all must be of one of {', '.join(map(str, _DTYPES))}"
+    elif any(each.device != first.device for each in each_tF):
+        wrong = "all must be on one device"
+    elif not all(_has_own_rows(each) for each in each_tF):
+        wrong = "rows must be contiguous, and share no memory"
+    elif any(_share_memory(one, other) for i, one in enumerate(each_tF) for other in each_tF[:i]):
+        wrong = "the tensors must share no memory"
+    else:
+        return
+    given = "; ".join(
+        f"{list(each.shape)} with strides {list(each.stride())}, {each.dtype} on {each.device}" for each in each_tF
+    )
+    raise ShapeError(f"{op}: {wrong}; given {given}")
+
+
+def _has_own_rows(x_tF: torch.Tensor) -> bool:
+    t, F = x_tF.shape
+    return (F <= 1 or x_tF.stride(1) == 1) and (t <= 1 or x_tF.stride(0) >= F)
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of rows that are contiguous; the two halves of the same rows share none."""
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata or not one.numel():
+        return False
+    first, second = sorted((one, other), key=lambda x: x.storage_offset())
+    (t, F), stride, apart = one.shape, one.stride(0), second.storage_offset() - first.storage_offset()
+    if apart >= (t - 1) * first.stride(0) + F:
+        return False
+    return t == 1 or stride != other.stride(0) or not F <= apart % stride <= stride - F
+
+
+def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: str) -> None:
+    """``act(gate) * up`` in the place of ``gate``: ``[t, F], [t, F]``.
+
+    Args:
+        gate_tF: bf16, fp16 or fp32 (fp64 takes the reference); rows contiguous, their distance may be larger than F, as
+            in one half of the output of a fused matrix.
+        up_tF: of the same dtype on the same device; it stays as it is.
+        activation: one of ``ACTIVATIONS``.
+
+    Raises:
+        ShapeError: sizes, strides, dtypes or devices that do not fit together, or memory that two of them share.
+    """
+    _check("gated_activation_", activation, gate_tF, up_tF)
+    is_wide = gate_tF.dtype == torch.float64
+    function = gated_activation_reference if is_wide else pick("gated_activation", gate_tF.device)
+    function(gate_tF, up_tF, ACTIVATIONS.index(activation))
+
+
+def gated_gradients_(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, activation: str) -> None:
+    """Gradients of ``a = act(gate) * up`` from that of ``a``, all in place: ``[t, F]`` three times.
+
+    Afterwards ``gate_tF`` and ``up_tF`` are their own gradients, and ``grad_tF`` is ``a``.
+
+    Args:
+        gate_tF: as in ``gated_activation_``.
+        up_tF: likewise.
+        grad_tF: the gradient of ``a``; likewise.
+        activation: one of ``ACTIVATIONS``.
+
+    Raises:
+        ShapeError: as in ``gated_activation_``.
+    """
+    _check("gated_gradients_", activation, gate_tF, up_tF, grad_tF)
+    is_wide = gate_tF.dtype == torch.float64
+    function = gated_gradients_reference if is_wide else pick("gated_gradients", gate_tF.device)
+    function(gate_tF, up_tF, grad_tF, ACTIVATIONS.index(activation))

@@ -1,0 +1,198 @@
+"""The gated activation: its kernels by Triton's interpreter on CPU in a process of their own, and its ops of csrc.
+
+Not shown here: how a GPU rounds exp; nothing here ran on one.
+"""
+
+import contextlib
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.kernels.gated import CASES, Case, judge
+from benchmarks.kernels.interpreter import faithful
+from benchmarks.kernels.judge import Interpreted
+from deepspeed_alst.errors import ShapeError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+GRID = [
+    Case(t, F, dtype, activation, backward, layout, gap)
+    for dtype, activation, backward in itertools.product(DTYPES, ACTIVATIONS, (False, True))
+    for t, F, layout, gap in ((17, 63, "apart", 5), (2, 1000, "fused", 0), (1, 4097, "turned", 3))
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    process = Interpreted()
+    yield process
+    process.close()
+
+
+# --- against fp64, by the error of torch in the same dtype
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_activation_and_gradients_are_as_good_as_torchs(interpreted, case):
+    verdict = interpreted.run(judge, case)
+    assert verdict.is_accurate, verdict.errors
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_on_cpu_the_ops_of_csrc_are_as_good_as_torch(case):
+    from deepspeed_alst.kernels import gated
+
+    cpu = torch.device("cpu")
+    assert gated.pick("gated_activation", cpu) is gated._activation
+    assert gated.pick("gated_gradients", cpu) is gated._gradients
+    verdict = judge(case, contextlib.nullcontext)
+    assert verdict.is_accurate, verdict.errors
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_bytes_that_a_launch_moves_are_at_most_1_1_times_the_least(interpreted, case):
+    verdict = interpreted.run(judge, case)
+    assert verdict.is_lean and verdict.is_accurate, verdict
+    assert verdict.least == (6 if case.backward else 3) * case.dtype.itemsize
+
+
+def _tail(within=faithful) -> float:
+    """The largest relative error of gelu in fp32 where it is nearly 0."""
+    from deepspeed_alst.kernels.gated import gated_activation_
+
+    x_tF = torch.linspace(-6, -1, 1000)[None]
+    found_tF, one_tF = x_tF.clone(), torch.ones_like(x_tF)
+    with within():
+        gated_activation_(found_tF, one_tF, "gelu")
+    truth_tF = x_tF.double() * torch.special.ndtr(x_tF.double())
+    return float(((found_tF - truth_tF) / truth_tF).abs().max())
+
+
+def test_gelu_keeps_the_digits_of_its_lower_tail(interpreted):
+    # torch's 1 + erf has none left at -6.
+    assert interpreted.run(_tail) < 3e-6 and _tail(contextlib.nullcontext) < 3e-6
+
+
+# --- what is at the edges
+
+
+def _edges(within=faithful) -> None:
+    from deepspeed_alst.kernels.gated import gated_activation_, gated_gradients_
+
+    for activation, dtype in itertools.product(ACTIVATIONS, DTYPES):
+        for shape in ((0, 5), (3, 0), (0, 0)):
+            with within() as traffic:
+                gated_gradients_(*torch.zeros(3, *shape, dtype=dtype), activation)
+                gated_activation_(*torch.zeros(2, *shape, dtype=dtype), activation)
+            assert traffic is None or traffic.read == traffic.written == 0
+        large = torch.finfo(dtype).max
+        gate = torch.tensor([[0.0, 30, -30, 300, -300, large, -large, torch.inf, -torch.inf, torch.nan]], dtype=dtype)
+        other = torch.ones_like(gate)
+        wanted, slope = gate.clone(), (gate > 0).to(dtype)
+        wanted[gate < 0], slope[0, 0] = 0, 0.5
+        value, up, act = gate.clone(), other.clone(), other.clone()
+        with within():
+            gated_activation_(value, up, activation)
+            gated_gradients_(gate, up, act, activation)
+        for found, expected in ((value, wanted), (act, wanted), (up, wanted), (gate[:, :9], slope[:, :9])):
+            torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-10, rtol=1e-6)
+        assert gate[0, 9].isnan()
+
+
+def test_empty_tensors_and_the_largest_numbers_and_none(interpreted):
+    interpreted.run(_edges)
+    _edges(contextlib.nullcontext)
+
+
+def _rows_beyond_int32(within=faithful) -> None:
+    from deepspeed_alst.kernels.gated import gated_gradients_, gated_gradients_reference
+
+    torch.manual_seed(0)
+    # Memory that nothing touches is not taken: three rows, the last of them 2**31 + 16 elements in.
+    far = [torch.empty(2**31 + 100, dtype=torch.bfloat16).as_strided((3, 40), (2**30 + 8, 1)) for _ in range(3)]
+    near = [each.copy_(torch.randn(3, 40)).clone() for each in far]
+    with within():
+        gated_gradients_(*far, "gelu")
+    gated_gradients_reference(*near, 1)
+    for one, other in zip(far, near, strict=True):
+        torch.testing.assert_close(one.clone(), other)
+
+
+def test_rows_may_begin_beyond_2_to_the_31_elements(interpreted):
+    interpreted.run(_rows_beyond_int32)
+    _rows_beyond_int32(contextlib.nullcontext)
+
+
+def parts(*corners: tuple[int, int]) -> list[torch.Tensor]:
+    """Pieces ``[4, 3]`` of one tensor by their first row and column."""
+    whole = torch.zeros(5, 7)
+    return [whole[row : row + 4, column : column + 3] for row, column in corners]
+
+
+def test_pieces_of_one_tensor_may_lie_beside_one_another():
+    from deepspeed_alst.kernels.gated import gated_gradients_
+
+    gated_gradients_(*parts((0, 0), (0, 3)), torch.zeros(4, 3), "silu")
+    gated_gradients_(*parts((1, 4), (0, 1)), torch.zeros(4, 3), "silu")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3)), r"must be \[t, F\]"),
+        (lambda: torch.zeros(3, 2, 3, 4), r"must be \[t, F\]"),
+        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3).half()), "of one of torch.bfloat16"),
+        (lambda: torch.zeros(3, 2, 3, dtype=torch.int32), "of one of torch.bfloat16"),
+        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), "on one device"),
+        (lambda: (torch.zeros(2, 3), torch.zeros(3, 2).t(), torch.zeros(2, 3)), "rows must be contiguous"),
+        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3).expand(2, 3)), "share no memory"),
+        (lambda: (x := torch.zeros(2, 3), x, torch.zeros(2, 3)), "the tensors must share no memory"),
+        (lambda: parts((0, 3), (0, 0), (0, 2)), "the tensors must share no memory"),
+        (lambda: parts((1, 3), (0, 0), (1, 2)), "the tensors must share no memory"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(make, words):
+    from deepspeed_alst.kernels.gated import gated_gradients_
+
+    with pytest.raises(ShapeError, match=words):
+        gated_gradients_(*make(), "silu")
+
+
+def test_an_activation_that_is_none_of_these_is_refused():
+    from deepspeed_alst.kernels.gated import gated_activation_
+
+    with pytest.raises(ShapeError, match="'relu' is none of silu, gelu, gelu_tanh"):
+        gated_activation_(torch.zeros(2, 3), torch.zeros(2, 3), "relu")
+
+
+def _opcheck() -> None:
+    from deepspeed_alst.kernels.registry import registered
+
+    three = torch.randn(3, 4, 70)
+    for kind in range(3):
+        torch.library.opcheck(registered()["gated_activation"].op, (*three[:2], kind))
+        torch.library.opcheck(registered()["gated_gradients"].op, (*three, kind))
+
+
+def test_the_ops_tell_torch_the_truth_about_their_schema_and_their_fake(interpreted):
+    interpreted.run(_opcheck)
+
+
+def test_a_first_use_on_fake_tensors_does_not_speak_against_a_kernel():
+    from deepspeed_alst.kernels import gated
+    from deepspeed_alst.kernels.registry import _is_proven
+    from deepspeed_alst.ledger.fake import fake_world
+
+    _is_proven.cache_clear()
+    with fake_world(1), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert gated.pick("gated_gradients", torch.device("cpu")) is gated._gradients
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernels are not run on one")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_a_gpu_they_are_as_good_as_torch(case):
+    verdict = judge(case, contextlib.nullcontext, "cuda")
+    assert verdict.is_accurate, verdict.errors
