@@ -37,9 +37,8 @@ def shard_batch(
 
     ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, the rest with 0, positions with none
     that is higher than the sample's: the last one again, or a count from 0 after packed documents. ``position_ids`` are
-    made where absent. ``shift_labels`` are the labels moved by one token, once, before the cut; the last token of every
-    document has none. An attention mask of ones or right padding is dropped. Tensors without a sequence dim, and
-    everything that is not a tensor, go to every rank as they are.
+    made where absent. ``shift_labels`` are the labels moved by one token, once, before the cut; the last token of a
+    document has none. A mask of ones or right padding is dropped. All else goes to every rank as it is.
 
     With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
     (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused.
@@ -54,8 +53,7 @@ def shard_batch(
     made = {*_LENGTH_KEYS, *_LABEL_KEYS, "position_ids", "attention_mask"}
     # None under one of the names that are made or dropped here means that it is absent.
     common = {key: value for key, value in batch.items() if key not in whole and not (key in made and value is None)}
-    mask = common.pop("attention_mask", None)
-    if mask is not None:
+    if (mask := common.pop("attention_mask", None)) is not None:
         _check_mask(mask, whole, length)
     given = take_bounds(common, length)
     tokens = next(whole[key] for key in _LENGTH_KEYS if key in whole)
@@ -65,10 +63,10 @@ def shard_batch(
     # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
     positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
     documents = documents_of(positions_BS, given, tokens.shape[0], packing)
+    starts_BS = document_starts(positions_BS)
     if "seq_idx" in whole:
-        check_numbers(whole["seq_idx"], document_starts(positions_BS))
+        check_numbers(whole["seq_idx"], starts_BS)
     if "labels" in whole and "shift_labels" not in whole:
-        starts_BS = document_starts(positions_BS)
         # The first label of a document is nobody's. The packing collators mask it as well.
         whole["labels"] = whole["labels"].masked_fill(starts_BS, IGNORED_LABEL)
         whole["shift_labels"] = shift_labels(whole["labels"], starts_BS)
