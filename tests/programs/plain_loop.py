@@ -6,7 +6,7 @@ import time
 import deepspeed
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 case = next((word for word in sys.argv[1:] if not word.startswith("-")), "none")
 
@@ -31,7 +31,7 @@ elif case == "key":
 elif case == "eager":
     core = "eager"
 elif case == "model":
-    config = GPTNeoXConfig(**sizes, num_attention_heads=4)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.1)
 
 
 class Samples(torch.utils.data.Dataset):
