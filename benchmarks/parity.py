@@ -184,6 +184,8 @@ def kernel_cells() -> list[Cell]:
         replace(tiled, stage=2, loss="triton", dtype="bf16", tied=True),
         replace(tiled, stage=1, loss="triton", dtype="fp16"),
         replace(tiled, stage=0, gas=2, loss="triton"),
+        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, checkpointing="non-reentrant"),
+        replace(tiled, stage=2, loss="liger", dtype="bf16"),
     ]
 
 

@@ -2,19 +2,22 @@
 
     python -m benchmarks.kernels [part ...]
 
-Parts are compile, numbers, speed and memory; all if none is named. Exits non-zero where a target is missed.
+Parts are compile, numbers, speed, memory and gpu (where there is one); all if none is named. Exits non-zero where a
+target is missed.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernels.compile import SHARED, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak
 from benchmarks.kernels.gated import mlp_peak
+from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, Sizes, copy_bytes_a_second, launches, seconds_on_gpu
 from benchmarks.kernels.judge import Interpreted, subjects
 from benchmarks.kernels.rms_norm import layer_peak
 from benchmarks.parts import chosen_parts
@@ -34,6 +37,7 @@ _NUMBERS = (
     "and stores of a launch; the least is what must be moved."
 )
 _SPEED = "The ops of csrc on CPU, one thread, medians of seven rounds in turns; parts of the other's time."
+_GPU = "Medians on the device. Not yet printed on one: every other part runs without."
 _MEMORY = (
     "Peaks beside the weights, gradients in them, of 32,768 tokens on fake tensors: of Llama-3.1-8B's head, of models "
     "of one checkpointed layer, MLP and loss in tiles, while the layer runs, and of the backward of an MLP."
@@ -94,11 +98,27 @@ def memory() -> Iterator[Row]:
         yield (words, *figures), f"<= {most} of autograd's", peak <= most * by_autograd
 
 
+def gpu() -> Iterator[Row]:
+    """Seconds of the kernels on a GPU."""
+    if not torch.cuda.is_available():
+        yield ("no GPU here: nothing is timed", "", "", ""), "", True
+        return
+    bytes_a_second = copy_bytes_a_second(seconds_on_gpu)
+    for each in launches("cuda", Sizes()):
+        seconds = seconds_on_gpu(each.run)
+        of_copy = each.moved / seconds / bytes_a_second
+        of_ligers = seconds / seconds_on_gpu(each.ligers) if each.ligers else None
+        met = of_copy >= OF_A_COPY and (of_ligers is None or of_ligers <= OF_LIGERS)
+        texts = (f"{1e3 * seconds:.3f} ms", f"{of_copy:.2f}", "" if of_ligers is None else f"{of_ligers:.2f}")
+        yield (each.name, *texts), f">= {OF_A_COPY} of a copy, <= {OF_LIGERS} x Liger's", met
+
+
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
     "compile": (compiled, ("registers", "shared", "spilled"), _COMPILE),
     "numbers": (numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
     "speed": (speed, ("ours", "beside", "ratio"), _SPEED),
     "memory": (memory, ("torch", "kernels"), _MEMORY),
+    "gpu": (gpu, ("seconds", "of a copy's bytes a second", "times Liger's"), _GPU),
 }
 
 

@@ -1,0 +1,133 @@
+"""On a GPU: each kernel's time beside what its bytes take by a copy on the same device, and beside Liger's kernel.
+
+No figure of it has been printed on a GPU yet; on CPU, under Triton's interpreter, its launches are run at small sizes.
+
+Legend: T tokens, V vocabulary, F inner features, H hidden size, h heads, D head size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+OF_A_COPY = 0.7
+"""At least this part of a copy's bytes a second."""
+OF_LIGERS = 1.05
+"""At most these times Liger's."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel on one tensor."""
+
+    name: str
+    run: Callable[[], Any]
+    moved: int
+    """Bytes that it reads and writes."""
+    ligers: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer, and of a tile of its loss; Llama-3.1-8B's."""
+
+    T: int = 16384
+    V: int = 128256
+    F: int = 14336
+    H: int = 4096
+    h: int = 32
+    D: int = 128
+
+
+def launches(device: str, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> Iterator[Launch]:
+    """The kernels; each is run again and again, so that what is in place makes numbers of no meaning."""
+    yield _cross_entropy(device, sizes, dtype)
+    yield from _activations(device, sizes, dtype)
+    yield _norm(device, sizes, dtype)
+    yield from _rope_and_pack(device, sizes, dtype)
+
+
+def _cross_entropy(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_
+
+    rows = max(4, s.T // 8)
+    logits_tV, scale = torch.randn(rows, s.V, device=device, dtype=dtype), torch.ones((), device=device)
+    labels_t = torch.randint(0, s.V, (rows,), device=device)
+    leaf_tV = torch.randn(rows, s.V, device=device, dtype=dtype).requires_grad_()
+    return Launch(
+        f"cross-entropy, [{rows}, {s.V}]",
+        lambda: cross_entropy_(logits_tV, labels_t, scale),
+        3 * logits_tV.nbytes,
+        lambda: LigerCrossEntropyFunction.apply(leaf_tV, labels_t, None),
+    )
+
+
+def _activations(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    from deepspeed_alst.kernels.gated import gated_activation_, gated_gradients_
+
+    gate_TF, up_TF, grad_TF = (torch.randn(s.T, s.F, device=device, dtype=dtype) for _ in range(3))
+    yield Launch(
+        f"SwiGLU, [{s.T}, {s.F}]",
+        lambda: gated_activation_(gate_TF, up_TF, "silu"),
+        3 * gate_TF.nbytes,
+        lambda: LigerSiLUMulFunction.apply(gate_TF, up_TF),
+    )
+    yield Launch(
+        f"SwiGLU, backward, [{s.T}, {s.F}]",
+        lambda: gated_gradients_(gate_TF, up_TF, grad_TF, "silu"),
+        6 * gate_TF.nbytes,
+    )
+
+
+def _norm(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    from deepspeed_alst.kernels.rms_norm import rms_norm
+
+    x_TH, weight_H = torch.randn(s.T, s.H, device=device, dtype=dtype), torch.ones(s.H, device=device, dtype=dtype)
+    return Launch(
+        f"RMSNorm, [{s.T}, {s.H}]",
+        lambda: rms_norm(x_TH, weight_H, 1e-6, cast_first=True),
+        2 * x_TH.nbytes,
+        lambda: LigerRMSNormFunction.apply(x_TH, weight_H, 1e-6),
+    )
+
+
+def _rope_and_pack(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    from deepspeed_alst.kernels.rope import rope
+    from deepspeed_alst.kernels.wire import by_heads, pack
+
+    q_BshD, k_BsgD, v_BsgD = (
+        torch.randn(1, s.T, heads, s.D, device=device, dtype=dtype) for heads in (s.h, s.h // 4, s.h // 4)
+    )
+    cos_BsW, sin_BsW = (torch.randn(1, s.T, s.D, device=device, dtype=dtype) for _ in range(2))
+    yield Launch(
+        f"RoPE, {s.T} tokens, {s.h} and {s.h // 4} heads of {s.D}",
+        lambda: rope(q_BshD, k_BsgD, cos_BsW, sin_BsW, s.D),
+        2 * (q_BshD.nbytes + k_BsgD.nbytes),
+        lambda: LigerRopeFunction.apply(q_BshD.transpose(1, 2), k_BsgD.transpose(1, 2), cos_BsW, sin_BsW),
+    )
+    pieces = [by_heads(x.transpose(1, 2), 4) for x in (q_BshD, k_BsgD, v_BsgD)]
+    moved = 2 * (q_BshD.nbytes + 2 * k_BsgD.nbytes)
+    yield Launch(f"pack for 4 ranks, {s.T} tokens", lambda: pack(pieces, 4), moved)
+
+
+def copy_bytes_a_second(seconds_of: Callable[[Callable[[], Any]], float]) -> float:
+    """What a copy of 1 GiB on the device reads and writes in a second."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def seconds_on_gpu(function: Callable[[], Any]) -> float:
+    """Median seconds of a launch, by the device's own clock."""
+    import triton
+
+    return triton.testing.do_bench(function, return_mode="median") / 1e3
