@@ -131,7 +131,7 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
         return [
             "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
         ]
-    problems = _position_problems(model)
+    problems = _position_problems(model) if has_attention(model) else []
     # An adapter's dropouts, in dicts such as lora_dropout, are refused by the adapter's name.
     dropouts = [
         name
