@@ -177,15 +177,18 @@ def _pairs(cell: Cell) -> set[frozenset]:
 
 
 def kernel_cells() -> list[Cell]:
-    """With a tile's loss made by Triton kernels, run by the interpreter: every stage, every dtype."""
+    """With a tile's loss made by Triton kernels, run by the interpreter, on every stage.
+
+    In fp32: of half precision a loss is one number, which SP 1 may have right by luck; tests/test_kernels.py and
+    test_liger.py judge those by all gradients.
+    """
     tiled = Cell(tiles=True, unequal_labels=True)
     return [
         replace(tiled, stage=3, gas=2, loss="triton", odd_lengths=True, clip=0.5),
-        replace(tiled, stage=2, loss="triton", dtype="bf16", tied=True),
-        replace(tiled, stage=1, loss="triton", dtype="fp16"),
+        replace(tiled, stage=1, loss="triton"),
         replace(tiled, stage=0, gas=2, loss="triton"),
-        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, checkpointing="non-reentrant"),
-        replace(tiled, stage=2, loss="liger", dtype="bf16"),
+        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, clip=0.5),
+        replace(tiled, stage=2, loss="liger"),
     ]
 
 

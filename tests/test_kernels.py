@@ -348,7 +348,7 @@ def _launched_as_on_a_gpu() -> list[str]:
     from benchmarks.kernels.gpu import Sizes, launches
 
     names = []
-    for each in launches("cpu", Sizes(T=16, V=64, F=32, H=32, h=8, D=16), torch.float32):
+    for each in launches("cpu", Sizes(T=16, V=64, F=32, H=32, h=16, D=16), torch.float32):
         with faithful() as traffic:
             each.run()
         assert traffic.written and each.moved > 0
