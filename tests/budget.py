@@ -1,18 +1,19 @@
 """How long the tests of each area may take on 2 cores; ``make test`` fails where an area takes longer.
 
-20 minutes in all, shared out so that no area eats another's time: what does not fit is marked slow, for make test-full.
+All take under 20 minutes on a quiet machine; an area may take half again as long as it does there, for noise. What does
+not fit is marked slow, for make test-full.
 """
 
 from collections import defaultdict
 
 SECONDS = {
-    "parity": 225,
-    "config and loader": 40,
-    "models": 120,
-    "the programs people have": 350,
-    "tiles and kernels": 180,
-    "offload": 90,
-    "the rest": 180,
+    "parity": 260,
+    "config and loader": 60,
+    "models": 280,
+    "the programs people have": 450,
+    "tiles and kernels": 450,
+    "offload": 120,
+    "the rest": 240,
 }
 
 AREAS = {
@@ -41,6 +42,7 @@ AREAS = {
     "test_offload_engine": "offload",
     "test_offload_plan": "offload",
     "test_families": "models",
+    "test_census": "models",
     "test_masks": "models",
     "test_whole_sequence": "models",
     "test_mixtures": "models",
