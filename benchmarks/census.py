@@ -16,21 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.ranks import RankError, Ranks
-from deepspeed_alst.models.probe import Verdict, compare
+from deepspeed_alst.models.probe import Verdict, compare, numel
 from deepspeed_alst.models.shrink import shrink
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 120.0
-_LARGEST = 2**25  # parameters that a rank has several times in fp32
 # What the config of no real model says: transformers' defaults are no model without it.
 _INCOMPLETE: dict[str, dict[str, Any]] = {
     "dbrx": {
@@ -141,22 +139,10 @@ def ask(name: str, sp_size: int, packed: bool) -> Verdict:
         _groups[sp_size] = build_groups(sp_size, build_control_group())
     try:
         model_class, small = small_of(name)
-        size = _numel(model_class, small)
+        numel(model_class, small)
     except Exception as error:
         return Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")
-    if size > _LARGEST:
-        return Verdict("not built", f"its small model has {size:,} parameters")
     return compare(model_class, small, _groups[sp_size], packed)
-
-
-def _numel(model_class: Any, small: Any) -> int:
-    """Parameters of a model, without their memory where it can be built so."""
-    try:
-        with torch.device("meta"):
-            model = model_class(small)
-    except Exception:  # it reads values at its building
-        model = model_class(small)
-    return sum(param.numel() for param in model.parameters())
 
 
 def census(names: list[str]) -> Iterator[Row]:

@@ -176,22 +176,6 @@ def _pairs(cell: Cell) -> set[frozenset]:
     return _pairs_of({name: getattr(cell, name) for name in _FACTORS})
 
 
-def kernel_cells() -> list[Cell]:
-    """With a tile's loss made by Triton kernels, run by the interpreter, on every stage.
-
-    In fp32: of half precision a loss is one number, which SP 1 may have right by luck; tests/test_kernels.py and
-    test_liger.py judge those by all gradients.
-    """
-    tiled = Cell(tiles=True, unequal_labels=True)
-    return [
-        replace(tiled, stage=3, gas=2, loss="triton", odd_lengths=True, clip=0.5),
-        replace(tiled, stage=1, loss="triton"),
-        replace(tiled, stage=0, gas=2, loss="triton"),
-        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, clip=0.5),
-        replace(tiled, stage=2, loss="liger"),
-    ]
-
-
 def short_cells() -> list[Cell]:
     """For the tests: every stage with and without reduce_scatter, the other levels dealt out over them."""
     cells = [
@@ -234,6 +218,23 @@ def short_cells() -> list[Cell]:
     ]
 
 
+def kernel_cells() -> list[Cell]:
+    """With a tile's loss made by Triton kernels, run by the interpreter: every stage, every dtype.
+
+    Those of bf16 are the tiled ones of ``short_cells``: their loss is, to the bit, what it is there.
+    """
+    tiled = Cell(tiles=True, unequal_labels=True)
+    in_bf16 = [cell for cell in short_cells() if cell.tiles and cell.dtype == "bf16" and cell.world_size == 2]
+    return [
+        replace(tiled, stage=3, gas=2, loss="triton", odd_lengths=True, clip=0.5),
+        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, clip=0.5),
+        replace(tiled, stage=0, gas=2, loss="triton"),
+        replace(tiled, stage=2, loss="liger"),
+        *(replace(tiled, stage=1, dtype="fp16", loss=loss) for loss in ("triton", "liger")),
+        *(replace(cell, loss=loss) for cell in in_bf16 for loss in ("triton", "liger")),
+    ]
+
+
 @dataclass(frozen=True)
 class Row:
     """A cell's errors; a run that could not be made has its reason instead."""
@@ -262,7 +263,7 @@ class Row:
 def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
     """Run a cell in all its forms, as a plain loop."""
     truth = run_truth(cell)
-    upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream else "not run"
+    upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream and not cell.loss else "not run"
     runs = (run_sp1, run_interpreted if cell.loss else run_alst)
     sp1, alst = (_errors_of(ranks, truth, function, cell) for function in runs)
     return Row(cell, sp1, alst, upstream, _least_change(truth))

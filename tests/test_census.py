@@ -11,13 +11,13 @@ from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
-SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe")
+SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_text", "qwen3_next")
 
 
-@pytest.mark.parametrize("family", SHORT)
-def test_a_family_of_the_list_is_right_on_four_ranks(family, ranks4):
+@pytest.mark.parametrize(("family", "packed"), [(each, False) for each in SHORT] + [("mistral", True), ("opt", True)])
+def test_a_family_of_the_list_is_right_on_four_ranks(family, packed, ranks4):
     assert family in RIGHT
-    verdicts = ranks4.run(ask, family, 4, False)
+    verdicts = ranks4.run(ask, family, 4, packed)
     assert len(set(verdicts)) == 1 and verdicts[0].outcome == "right", verdicts[0]
 
 
@@ -32,6 +32,24 @@ class ByItself(LlamaForCausalLM):
         output = super().forward(input_ids=input_ids, **kwargs)
         output.loss = output.loss * (1 + self.lm_head.weight.mean() * input_ids.shape[1])
         return output
+
+
+class Leaking(LlamaForCausalLM):
+    """A model that is right on one document, and counts those that begin in its shard alone."""
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        if position_ids is not None:
+            output.loss = output.loss * (1 + 10 * self.lm_head.weight.mean() * (position_ids[:, 1:] == 0).sum())
+        return output
+
+
+class Large(LlamaForCausalLM):
+    """A model whose size no small config takes away."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = torch.nn.Embedding(2**20, 64)
 
 
 def _unlisted(model_class):
@@ -53,9 +71,18 @@ def test_an_unlisted_model_is_let_through_by_a_small_one_of_its_kind(model_class
     assert ranks2.run(_unlisted, model_class)[0].startswith("a small model of its kind is right to")
 
 
-def test_an_unlisted_model_that_is_wrong_on_shards_is_refused_on_all_ranks(ranks2):
+@pytest.mark.parametrize(
+    ("model_class", "words"),
+    [
+        (ByItself, "is wrong there on a sequence: "),
+        (Leaking, "is wrong there on a packed sequence: "),
+        (Large, "is refused there on a sequence: its small model has 67,"),
+    ],
+)
+def test_an_unlisted_model_that_is_not_right_in_small_is_refused_on_all_ranks(model_class, words, ranks2):
     with pytest.raises(RankError) as caught:
-        ranks2.run(_unlisted, ByItself)
+        ranks2.run(_unlisted, model_class)
     for error in caught.value.errors:
         assert isinstance(error, UnsupportedModelError)
-        assert "ByItself (model_type='of_my_own')" in str(error) and "is wrong there: " in str(error)
+        assert f"{model_class.__name__} (model_type='of_my_own')" in str(error) and words in str(error)
+        assert "Set sequence_parallel_size to 1" in str(error)

@@ -161,7 +161,9 @@ def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
         check=True,
         timeout=180,
     )
-    (prebuilt,) = (installed / "deepspeed_alst" / "ops").glob("alst_sum_pieces_op.*.so")
+    binaries = {path.name.split(".")[0]: path for path in (installed / "deepspeed_alst" / "ops").glob("*.abi3.so")}
+    assert binaries.keys() == {f"{each.NAME}_op" for (_, device), each in BUILDERS.items() if device == "cpu"}
+    prebuilt = binaries["alst_sum_pieces_op"]
     report = finish(start(folder, package=installed, CXX="/nonexistent/c++"))
     assert report["package"] == str(installed / "deepspeed_alst") and report["words"] == ["csrc op"]
     assert not folder.exists(), "nothing was built"

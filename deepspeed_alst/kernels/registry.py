@@ -7,7 +7,6 @@ alone, with a warning.
 import functools
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import triton
 from torch.utils._pytree import tree_leaves, tree_map
 
+from deepspeed_alst.apart import apart
 from deepspeed_alst.ops.load import is_compiled, load
 
 # Of the error that torch itself makes in the same dtype.
@@ -86,15 +86,6 @@ def pick(name: str, device: torch.device) -> Callable[..., Any]:
     """The function that computes an op on a device."""
     op = _OPS[name]
     return op.op if has_kernel(name, device) else op.reference
-
-
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Call in a thread of its own, which no mode, saved-tensor hook or autocast of the caller's reaches.
-
-    So it may be called within a checkpointed layer or among fake tensors.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args).result()
 
 
 @functools.cache

@@ -7,7 +7,6 @@ sequence. A part that is not known is refused by its name.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from deepspeed_alst.apart import apart
 from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -48,9 +48,7 @@ def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
     Raises:
         UnsupportedModelError: the parts of transformers' masks are not what they are taken for.
     """
-    # In a thread of its own: fake tensors and other modes of whoever asks are not there, and the parts have values.
-    with ThreadPoolExecutor(1) as apart:
-        apart.submit(_try_parts).result()
+    apart(_try_parts)  # with tensors that have values, also where whoever asks has fake ones
 
     @torch.compiler.disable
     def mask_function(

@@ -36,6 +36,7 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL
 _MOST = 3e-4
 # Of the norm of all gradients: what is less is rounding, as of a bias of keys, which softmax does not see.
 _NOTHING = 1e-4
+_LARGEST = 2**25  # parameters, which each rank has several times in fp32
 LENGTH = 101
 """Longer than every window of a small config, and a multiple of nothing."""
 DOCUMENTS = (37, 1, 30, 33)
@@ -70,20 +71,29 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
     base = base_model(model)
     if base.config.model_type in RIGHT:
         return ""
-    name = (
+    unlisted = (
         f"{type(base).__name__} (model_type='{base.config.model_type}') is none of the {len(RIGHT)} families that are "
+        "verified under sequence parallelism (docs/census.md)"
     )
-    name += "verified under sequence parallelism, and"
+    way_out = "Set sequence_parallel_size to 1, or train one of those"
     try:
         small = shrink(base.config)
         # The GPU's cores do not run on CPU; what they are given is the same.
         small._attn_implementation = "sdpa"
     except Exception as error:
-        raise UnsupportedModelError(f"{name} no small config of its kind could be made: {_words(error)}") from error
-    verdict = compare(type(base), small, groups)
-    if verdict.outcome != "right":
-        raise UnsupportedModelError(f"{name} a small model of its kind is {verdict.outcome} there: {verdict.why}")
-    return f"a small model of its kind is right to {verdict.error:.0e}"
+        raise UnsupportedModelError(
+            f"{unlisted}, and no small config of its kind could be made: {_words(error)}. {way_out}."
+        ) from error
+    whole = compare(type(base), small, groups)
+    packed = compare(type(base), small, groups, packed=True) if whole.outcome == "right" else whole
+    # A packed batch that is refused here is refused in the training too.
+    for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
+        if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
+            raise UnsupportedModelError(
+                f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: {verdict.why}. "
+                f"{way_out}."
+            )
+    return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
 
 
 def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
@@ -97,6 +107,8 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     """
     batch = _sample(config, packed)
     try:
+        if (size := numel(build, config)) > _LARGEST:
+            return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
         truth = _step(_small_model(build, config), [batch])
     except Exception as error:
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
@@ -121,6 +133,16 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
             return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
     return verdict
+
+
+def numel(build: Build, config: PreTrainedConfig) -> int:
+    """Parameters of a model, without their memory where it can be built so."""
+    try:
+        with torch.device("meta"):
+            model = build(copy.deepcopy(config))
+    except Exception:  # it reads values when it is built
+        model = build(copy.deepcopy(config))
+    return sum(param.numel() for param in model.parameters())
 
 
 def _small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:

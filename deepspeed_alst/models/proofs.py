@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.kernels.registry import apart
+from deepspeed_alst.apart import apart
 
 _SEED = 4_001
 

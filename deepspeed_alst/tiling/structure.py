@@ -6,13 +6,13 @@ matrices. So what is more or other than a gated MLP (a factor, a limit, an adapt
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_modules
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from deepspeed_alst.apart import apart
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.gradients import refuse_foreign_weights
 
@@ -117,16 +117,9 @@ def find_gated_mlp(
     if any(True for _ in module.buffers()):
         return None
     try:
-        # Whether tensors are fake, or counted by a ledger, or by a checkpoint, is no matter here.
-        with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), _kept_as_they_are():
-            return _prove(forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
+        return apart(_prove, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
     except Exception:  # a forward of any kind is called with what it was not written for
         return None
-
-
-def _kept_as_they_are() -> AbstractContextManager[Any]:
-    """Saved tensors go by no hook from outside: the innermost is asked."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _prove(
