@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.mixtral import modeling_mixtral
 
 from benchmarks.cells import Cell, build_model, ds_config, samples
@@ -283,6 +284,15 @@ def test_transformers_function_is_the_known_one(name):
     with ExitStack() as undo:
         undo.callback(setattr, modeling_mixtral, "load_balancing_loss_func", modeling_mixtral.load_balancing_loss_func)
         modeling_mixtral.load_balancing_loss_func = module.load_balancing_loss_func
+        assert unknown_router_loss(model) is None
+
+
+def test_it_is_known_among_fake_tensors(monkeypatch):
+    original = modeling_mixtral.load_balancing_loss_func
+    # A function of its own: what is known of the other one is kept.
+    monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *args: original(*args))
+    model = build_model(family_config("mixtral"))
+    with FakeTensorMode():
         assert unknown_router_loss(model) is None
 
 
