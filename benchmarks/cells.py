@@ -4,8 +4,10 @@ All three see the same data in the same steps: with SP 1 every rank is a replica
 SP P the ranks of a sequence take turns, so they accumulate ``gas * P``.
 """
 
+import itertools
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,13 +17,17 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.families import kind_config
 from benchmarks.variants import trained, vary
 
 STEPS = 3
 # Of matrices and of norm weights: three steps move each by at least 5 % of its norm, so that the change is visible.
 _LEARNING_RATES = (1.45, 3.8)
 _LORA_RATE = 0.8
-
+# What a step moves each weight of another model by: of its norm, or of its length where it starts at zero.
+_VISIBLE_STEP = 0.06
+# Where documents start: behind, within and at the ends of shards of 24 and of 12 tokens.
+_DOCUMENT_STARTS = ((0, 11, 24, 36), (0, 23, 30), (0, 13, 25))
 
 _FP16_LOSS_SCALE = 128
 
@@ -58,6 +64,10 @@ class Cell:
     """Where layer inputs wait: "host", "disk", or "outputs" for attention's outputs too, both on the host."""
     frozen: str = ""
     """What does not train: a key of ``benchmarks.variants.FROZEN``."""
+    model: str = ""
+    """Another model than the Llama: a key of ``benchmarks.families.KINDS``."""
+    documents: bool = False
+    """Each sample is several, and its position_ids restart."""
     extra: tuple[tuple[str, Any], ...] = ()
     """More top-level keys of the ds_config."""
 
@@ -77,6 +87,8 @@ class Cell:
                 f"accum-{self.grad_accum}": self.grad_accum,
                 f"sums-{self.sums}": self.sums,
                 "offload": self.offload_optimizer,
+                self.model: self.model,
+                "documents": self.documents,
                 f"kv{self.kv_heads}": self.kv_heads != 2,
                 "odd": self.odd_lengths,
                 "labels": self.unequal_labels,
@@ -102,6 +114,17 @@ def learning_rates(cell: Cell) -> tuple[float, float]:
     return rates[0] * factor, rates[1] * factor
 
 
+def _rates(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
+    """The learning rate of each parameter that trains."""
+    if not cell.model:
+        rates = learning_rates(cell)
+        return {name: rates[param.dim() == 1] for name, param in trained(model).items()}
+    _, norm, grads = next(_fp64_steps(cell, plain := _fp64_model(cell)))
+    step = _VISIBLE_STEP * (norm / cell.clip if cell.clip else 1.0)
+    sizes = {name: float(param.detach().norm()) or math.sqrt(param.numel()) for name, param in trained(plain).items()}
+    return {name: step * size / float(grads[name].norm()) for name, size in sizes.items()}
+
+
 @dataclass
 class Result:
     """What a run gave, on the host in fp64: the first step's loss, norm and gradients; the weights' change after all.
@@ -116,8 +139,10 @@ class Result:
     before: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def model_config(cell: Cell) -> LlamaConfig:
-    """A Llama of 4 query heads; its embedding is larger than the cells' reduction bucket."""
+def model_config(cell: Cell) -> Any:
+    """A Llama of 4 query heads, or the cell's model; its embedding is larger than the cells' reduction bucket."""
+    if cell.model:
+        return kind_config(cell.model)
     return LlamaConfig(
         vocab_size=97,
         hidden_size=32,
@@ -129,6 +154,8 @@ def model_config(cell: Cell) -> LlamaConfig:
         tie_word_embeddings=cell.tied,
         bos_token_id=None,
         eos_token_id=None,
+        # Where there is a cache, transformers' sdpa at SP 1 looks for no documents.
+        use_cache=not cell.documents,
     )
 
 
@@ -162,9 +189,16 @@ def samples(cell: Cell, vocab: int) -> list[list[list[dict[str, torch.Tensor]]]]
                     # Ever fewer labels, all in the first half: the last shard of the sequence has none.
                     labels[:, max(3, length // (2 + rank + micro)) :] = -100
                 micros.append({"input_ids": ids, "labels": labels})
+                if cell.documents:
+                    micros[-1]["position_ids"] = _positions(_DOCUMENT_STARTS[(rank + micro) % 3], length)
+                    labels[micros[-1]["position_ids"] == 0] = -100
             ranks.append(micros)
         out.append(ranks)
     return out
+
+
+def _positions(starts: tuple[int, ...], length: int) -> torch.Tensor:
+    return torch.cat([torch.arange(end - start) for start, end in itertools.pairwise((*starts, length))])[None]
 
 
 def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
@@ -311,12 +345,12 @@ def _run(
 
 
 def _param_groups(model: torch.nn.Module, cell: Cell) -> list[dict[str, Any]]:
-    """Matrices, and norm weights if any trains."""
-    by_rate = [
-        {"params": [param for param in trained(model).values() if (param.dim() == 1) == is_norm], "lr": rate}
-        for is_norm, rate in enumerate(learning_rates(cell))
-    ]
-    return [group for group in by_rate if group["params"]]
+    """The parameters of each learning rate: of a Llama, matrices and norm weights."""
+    by_rate = defaultdict(list)
+    rates = _rates(cell, model)
+    for name, param in trained(model).items():
+        by_rate[rates[name]].append(param)
+    return [{"params": params, "lr": rate} for rate, params in by_rate.items()]
 
 
 def full_weight(param: torch.nn.Parameter) -> torch.Tensor:
@@ -355,28 +389,39 @@ class KeepFp64(TorchFunctionMode):
 
 def run_truth(cell: Cell) -> Result:
     """The cell in plain torch, fp64, one process: every sample whole, gradients averaged over all samples of a step."""
-    hf_config = model_config(cell)
-    model = vary(build_model(hf_config), cell.lora, cell.frozen)
-    rounding = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
-    # The run in low precision starts from rounded weights.
-    model = model.to(rounding).double()
+    model = _fp64_model(cell)
     before = {name: param.detach().clone() for name, param in trained(model).items()}
-    result = Result(0.0, None)
-    with KeepFp64():
-        for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
-            batches = [batch for micros in ranks for batch in micros]
-            loss = sum(model(**batch).loss for batch in batches) / len(batches)
-            model.zero_grad()
-            loss.backward()
-            grads = {name: param.grad.clone() for name, param in trained(model).items()}
-            norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
-            if index == 0:
-                result = Result(loss.item(), norm, grads)
-            # DeepSpeed adds 1e-6 to the norm before it compares.
-            factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
-            with torch.no_grad():
-                for name, param in trained(model).items():
-                    param -= learning_rates(cell)[param.dim() == 1] * grads[name] / factor
+    rates, result = _rates(cell, model), Result(0.0, None)
+    for index, (loss, norm, grads) in enumerate(_fp64_steps(cell, model)):
+        if index == 0:
+            result = Result(loss, norm, grads)
+        # DeepSpeed adds 1e-6 to the norm before it compares.
+        factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
+        with torch.no_grad():
+            for name, param in trained(model).items():
+                param -= rates[name] * grads[name] / factor
     result.changes = {name: param.detach() - before[name] for name, param in trained(model).items()}
     result.before = before
     return result
+
+
+def _fp64_model(cell: Cell) -> torch.nn.Module:
+    hf_config = model_config(cell)
+    # The grouped matrix product of the default has no fp64.
+    hf_config._experts_implementation = "eager"
+    model = vary(build_model(hf_config), cell.lora, cell.frozen)
+    rounding = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
+    # The run in low precision starts from rounded weights.
+    return model.to(rounding).double()
+
+
+def _fp64_steps(cell: Cell, model: torch.nn.Module) -> Iterator[tuple[float, float, dict[str, torch.Tensor]]]:
+    """Of each step: loss, gradient norm and gradients of the model as it then is."""
+    for ranks in samples(cell, model.config.vocab_size):
+        batches = [batch for micros in ranks for batch in micros]
+        with KeepFp64():
+            loss = sum(model(**batch).loss for batch in batches) / len(batches)
+            model.zero_grad()
+            loss.backward()
+        grads = {name: param.grad.clone() for name, param in trained(model).items()}
+        yield loss.item(), math.sqrt(sum(grad.square().sum().item() for grad in grads.values())), grads

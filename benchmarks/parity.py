@@ -1,19 +1,18 @@
 """Is a run with the sequence split over ranks as exact as the run without? ``make parity`` prints the table.
 
-Every cell trains a small Llama for three SGD steps: with SP 1, with this package, with DeepSpeed's own ALST, and in
-fp64 plain torch. An error is relative to fp64: of the loss and the norm; of the worst named parameter's gradient; of
-the worst named parameter's change over the three steps. This package may make twice the error of SP 1, per parameter,
-with a floor of 1e-6; for the norm, twice what SP 1's errors in the parameters' norms amount to, if that is more. Exit
-status 1 if a cell is missed.
+Every cell trains a small Llama, or another model, for three SGD steps: with SP 1, with this package, with DeepSpeed's
+own ALST, and in fp64 plain torch. An error is relative to fp64: of the loss and the norm; of the worst named
+parameter's gradient; of the worst named parameter's change over the three steps. This package may make twice the error
+of SP 1, per parameter, with a floor of 1e-6; for the norm, twice what SP 1's errors in the parameters' norms amount to,
+if that is more. Exit status 1 if a cell is missed.
 """
 
 import argparse
-import itertools
 import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +20,8 @@ from rich.table import Table
 
 from benchmarks import resume
 from benchmarks.cells import STEPS, Cell, Result, run_alst, run_interpreted, run_sp1, run_truth, run_upstream
+from benchmarks.families import KINDS, LINEAR_FAMILIES
+from benchmarks.grid import kernel_cells, model_cells, pairwise_cells, product_cells, short_cells
 from benchmarks.ranks import RankError, Ranks, interpreted_ranks
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
 
@@ -67,13 +68,14 @@ def _norm_scale(result: Result, truth: Result) -> float:
     return math.sqrt(sum(off * off for off in offs)) / (2 * whole)
 
 
-def missed(ours: Errors, sp1: Errors, rounded_sums: bool = False) -> list[str]:
+def missed(ours: Errors, sp1: Errors, by_luck: bool = False) -> list[str]:
     """Which bounds a run misses, with its error and the bound.
 
-    Where sums are rounded on the way (``sums`` bf16 or fp16), each run draws its errors anew, and the few elements of a
-    norm weight can be right by luck: there a parameter's yardstick is the median of all parameters' at least.
+    The few elements of a norm weight, or of a scan's decay, can be right by luck. Where each run draws its errors anew
+    (``sums`` bf16 or fp16), or such parameters are many (other models than the Llama), a parameter's yardstick is the
+    median of all parameters' at least.
     """
-    least = [statistics.median(each.values()) if rounded_sums else 0.0 for each in (sp1.grads, sp1.changes)]
+    least = [statistics.median(each.values()) if by_luck else 0.0 for each in (sp1.grads, sp1.changes)]
     pairs = {"loss": (ours.loss, sp1.loss)}
     if sp1.norm is not None:
         pairs["norm"] = (float("nan") if ours.norm is None else ours.norm, max(sp1.norm, sp1.norm_scale))
@@ -84,154 +86,6 @@ def missed(ours: Errors, sp1: Errors, rounded_sums: bool = False) -> list[str]:
         f"{what}: {error:.2e} > {max(SLACK * yardstick, FLOOR):.2e}"
         for what, (error, yardstick) in pairs.items()
         if not error <= max(SLACK * yardstick, FLOOR)
-    ]
-
-
-def product_cells() -> list[Cell]:
-    """The full product stage x reduce_scatter x accumulation x dtype, at SP 2; bf16 summed in each dtype there is."""
-    dtypes = (("fp32", ""), ("bf16", ""), ("bf16", "bf16"), ("bf16", "fp16"))
-    cells = [
-        Cell(stage=stage, reduce_scatter=scatter, gas=gas, dtype=dtype, sums=sums)
-        for stage, scatter, gas, (dtype, sums) in itertools.product((0, 1, 2, 3), (True, False), (1, 4), dtypes)
-    ]
-    return [cell for cell in cells if cell.stage or cell.reduce_scatter]
-
-
-_FACTORS: dict[str, tuple[Any, ...]] = {
-    "sp_size": (4, 2),
-    "stage": (3, 2, 1, 0),
-    "reduce_scatter": (True, False),
-    "gas": (2, 1),
-    "dtype": ("fp32", "bf16"),
-    "clip": (0.0, 0.5),
-    "contiguous_gradients": (True, False),
-    "overlap_comm": (False, True),
-    "grad_accum": ("", "fp32"),
-    "sums": ("", "bf16", "fp16"),
-    "offload_optimizer": (False, True),
-    "kv_heads": (1, 2, 4),
-    "odd_lengths": (True, False),
-    "unequal_labels": (True, False),
-    "tied": (False, True),
-    "checkpointing": ("", "reentrant", "non-reentrant"),
-    "lora": (False, True),
-    "tiles": (True, False),
-    "offload": ("", "outputs", "host", "disk"),
-}
-
-
-def _is_possible(cell: Cell) -> bool:
-    """What DeepSpeed has no meaning for, or refuses at SP 1 too."""
-    zero_only = cell.overlap_comm or cell.offload_optimizer or not cell.contiguous_gradients or not cell.reduce_scatter
-    if cell.stage == 0 and (zero_only or cell.grad_accum):
-        return False
-    # fp32 accumulation is what an fp32 run does anyway.
-    return not (cell.grad_accum and cell.dtype == "fp32")
-
-
-def pairwise_cells(world_size: int = 4) -> list[Cell]:
-    """Few cells in which every pair of two factors' levels occurs that can occur (greedy, the same every time)."""
-    names = list(_FACTORS)
-    levels = {(name, level) for name in names for level in _FACTORS[name]}
-    wanted = {
-        frozenset(pair) for pair in itertools.combinations(sorted(levels, key=str), 2) if pair[0][0] != pair[1][0]
-    }
-    cells: list[Cell] = []
-    while wanted:
-        best, gain = None, 0
-        for seed in sorted(wanted, key=lambda pair: sorted(map(str, pair)))[:12]:
-            chosen = _complete(dict(seed), wanted, world_size)
-            if chosen and (new := len(wanted & _pairs(chosen))) > gain:
-                best, gain = chosen, new
-        if best is None:
-            # Those looked at cannot occur in any possible cell.
-            wanted -= set(sorted(wanted, key=lambda pair: sorted(map(str, pair)))[:12])
-            continue
-        wanted -= _pairs(best)
-        cells.append(best)
-    return cells
-
-
-def _complete(fixed: dict[str, Any], wanted: set[frozenset], world_size: int) -> Cell | None:
-    """A possible cell with the fixed levels, the others chosen for the most new pairs."""
-    plain = {name: next(level for level in (*_FACTORS[name],)) for name in _FACTORS} | {"offload_optimizer": False}
-    choices = [fixed]
-    for name in [name for name in plain if name not in fixed]:
-        choices = [{**choice, name: level} for choice in choices for level in _FACTORS[name]]
-        candidates = [Cell(world_size=world_size, **{**plain, **choice}) for choice in choices]
-        scored = sorted(
-            zip(candidates, choices, strict=True),
-            key=lambda each: (-_is_possible(each[0]), -len(wanted & _pairs_of(each[1]))),
-        )
-        choices = [choice for _, choice in scored[:4]]
-    cell = Cell(world_size=world_size, **choices[0])
-    return cell if _is_possible(cell) and all(getattr(cell, name) == level for name, level in fixed.items()) else None
-
-
-def _pairs_of(chosen: dict[str, Any]) -> set[frozenset]:
-    return {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
-
-
-def _pairs(cell: Cell) -> set[frozenset]:
-    return _pairs_of({name: getattr(cell, name) for name in _FACTORS})
-
-
-def short_cells() -> list[Cell]:
-    """For the tests: every stage with and without reduce_scatter, the other levels dealt out over them."""
-    cells = [
-        Cell(stage=0, gas=4),
-        Cell(stage=1, gas=4, dtype="bf16", odd_lengths=True, clip=0.5, tiles=True),
-        Cell(stage=1, reduce_scatter=False, kv_heads=1, overlap_comm=True),
-        Cell(
-            stage=2,
-            unequal_labels=True,
-            contiguous_gradients=False,
-            checkpointing="reentrant",
-            tiles=True,
-            offload="outputs",
-        ),
-        Cell(stage=2, reduce_scatter=False, gas=4, dtype="bf16", grad_accum="fp32"),
-        Cell(
-            stage=3,
-            gas=4,
-            odd_lengths=True,
-            unequal_labels=True,
-            clip=0.5,
-            checkpointing="non-reentrant",
-            tiles=True,
-            offload="disk",
-        ),
-        Cell(stage=3, reduce_scatter=False, dtype="bf16", tied=True, tiles=True, sums="bf16"),
-        Cell(
-            stage=3, gas=4, lora=True, odd_lengths=True, clip=0.5, checkpointing="reentrant", tiles=True, offload="host"
-        ),
-        Cell(stage=2, gas=2, lora=True, dtype="bf16", unequal_labels=True),
-    ]
-    return cells + [
-        replace(cell, world_size=4, **changed)
-        for cell, changed in (
-            (Cell(stage=0, dtype="bf16", odd_lengths=True, sums="fp16"), {"sp_size": 4}),
-            (Cell(stage=1, gas=2, unequal_labels=True, kv_heads=1), {"sp_size": 4}),
-            (Cell(stage=2, dtype="bf16", offload_optimizer=True, odd_lengths=True, sums="bf16"), {"sp_size": 2}),
-            (Cell(stage=3, gas=2, reduce_scatter=False, odd_lengths=True, clip=0.5), {"sp_size": 2}),
-        )
-    ]
-
-
-def kernel_cells() -> list[Cell]:
-    """With a tile's loss made by Triton kernels, run by the interpreter: every stage, every dtype.
-
-    Those of bf16 are the tiled ones of ``short_cells``: their loss is, to the bit, what it is there.
-    """
-    tiled = Cell(tiles=True, unequal_labels=True)
-    in_bf16 = [cell for cell in short_cells() if cell.tiles and cell.dtype == "bf16" and cell.world_size == 2]
-    return [
-        replace(tiled, stage=3, gas=2, loss="triton", odd_lengths=True, clip=0.5),
-        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, clip=0.5),
-        replace(tiled, stage=0, gas=2, loss="triton"),
-        replace(tiled, stage=2, loss="liger"),
-        *(replace(tiled, stage=1, dtype="fp16", loss=loss) for loss in ("triton", "liger")),
-        *(replace(cell, loss=loss) for cell in in_bf16 for loss in ("triton", "liger")),
     ]
 
 
@@ -257,16 +111,21 @@ class Row:
         if isinstance(self.alst, str):
             return [self.alst]
         faint = [f"a weight moved by {self.least_change:.1%} only"] if self.least_change < VISIBLE_CHANGE else []
-        return missed(self.alst, self.sp1, bool(self.cell.sums)) + faint
+        return missed(self.alst, self.sp1, bool(self.cell.sums or self.cell.model)) + faint
 
 
 def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
     """Run a cell in all its forms, as a plain loop."""
     truth = run_truth(cell)
-    upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream and not cell.loss else "not run"
+    upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream and _has_upstream(cell) else "not run"
     runs = (run_sp1, run_interpreted if cell.loss else run_alst)
     sp1, alst = (_errors_of(ranks, truth, function, cell) for function in runs)
     return Row(cell, sp1, alst, upstream, _least_change(truth))
+
+
+def _has_upstream(cell: Cell) -> bool:
+    # It has no kernels for a tile's loss, and shares attention only.
+    return not cell.loss and KINDS.get(cell.model, ("",))[0] not in LINEAR_FAMILIES
 
 
 def measure_trainer(cell: Cell, ranks: Ranks) -> Row:
@@ -336,7 +195,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
-    cells += kernel_cells()[:1] if short else kernel_cells()
+    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells()
     start = time.monotonic()
     rows = run_cells(cells, trainer_cells()[:2] if short else trainer_cells())
     table = Table(title=f"Relative errors against fp64, {len(rows)} cells", show_lines=True)

@@ -21,6 +21,7 @@ from transformers.modeling_flash_attention_utils import lazy_import_flash_attent
 from transformers.utils.generic import is_flash_attention_requested
 
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
+from benchmarks.families import FAMILIES, LINEAR_FAMILIES, family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import DataError, UnsupportedModelError
@@ -32,7 +33,7 @@ from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from tests import stand_ins
-from tests.models import FAMILIES, LINEAR_FAMILIES, family_batch, family_config
+from tests.models import family_batch
 
 EXACT = 1e-12
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", stand_ins.HUB_KERNEL)

@@ -8,12 +8,13 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.cells import build_model
+from benchmarks.families import FAMILIES, family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
-from tests.models import FAMILIES, family_batch, family_config, split_and_whole
+from tests.models import family_batch, split_and_whole
 
 EXACT = 1e-12
 

@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.cells import KeepFp64, build_model
+from benchmarks.families import family_config
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
 from benchmarks.kernels.rms_norm import layer_peak
@@ -19,7 +20,7 @@ from deepspeed_alst.kernels import registry
 from deepspeed_alst.models import fused_norms, fused_rope
 from deepspeed_alst.models.fused import fuse_norms_and_rope
 from deepspeed_alst.models.fused_norms import fuse_norms
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 
 
 @contextmanager

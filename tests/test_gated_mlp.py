@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
+from benchmarks.families import family_config
 from benchmarks.kernels.gated import by_autograd, mlp_peak
 from benchmarks.kernels.judge import errors_of
 from deepspeed_alst.blocks import TiledMlpBlock
@@ -22,7 +23,7 @@ from deepspeed_alst.models.token_wise import token_wise_modules
 from deepspeed_alst.tiling import gated_mlp
 from deepspeed_alst.tiling.sequence import TokenWise
 from deepspeed_alst.tiling.tiled_pass import TiledPass
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 from tests.test_tiled_mlp import EXACT, error, no_leaf
 
 M, INNER = 16, 24

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.cells import build_model
+from benchmarks.families import family_config
 from benchmarks.tally import Tally
 from deepspeed_alst.attention.kept import attend_once
 from deepspeed_alst.attention.ulysses import ulysses_attention
@@ -28,7 +29,7 @@ from deepspeed_alst.models.kept_attention import check_keeps_attention, keep_att
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.offload.frames import Frame
 from tests import stand_ins
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 from tests.stand_ins import operators
 from tests.test_cores import DOCUMENTS, packed_batch
 

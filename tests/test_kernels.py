@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cells import build_model
+from benchmarks.families import family_config
+from benchmarks.grid import kernel_cells
 from benchmarks.kernels.cross_entropy import Case, in_a_model, judge, tile_peak
 from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_bf16
 from benchmarks.kernels.judge import Interpreted, errors_of, measure
-from benchmarks.parity import kernel_cells
 from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.blocks import TiledLossBlock
@@ -27,7 +28,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.logit_steps import on_the_way
 from deepspeed_alst.models.tiled_loss import tile_loss
 from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = ({}, {"label_smoothing": 0.1}, {"softcap": 2.0, "logit_scale": 0.7}, {"logit_scale": -1.3})

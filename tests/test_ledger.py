@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.families import family_config
 from deepspeed_alst.errors import AlstError, SetupError
 from deepspeed_alst.ledger.fake import fake_ranks, fake_world
 from deepspeed_alst.ledger.ledger import Ledger
 from deepspeed_alst.ledger.owners import CATEGORIES, owner
 from deepspeed_alst.models.patches import patch_model
-from tests.models import family_config
 
 B, T, VOCABULARY, WIDTH, INNER, LAYERS = 1, 256, 1000, 256, 688, 3
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64

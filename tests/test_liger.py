@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cells import Cell, build_model
+from benchmarks.families import family_config
 from benchmarks.kernels.cross_entropy import tile_peak
 from benchmarks.kernels.judge import Interpreted, measure
 from benchmarks.ranks import RankError, Ranks
@@ -28,7 +29,7 @@ from deepspeed_alst.models.liger import use_liger
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.tiling.loss import OnTheWay, tiled_loss
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FULL = {"layer_types": ["full_attention"] * 2}

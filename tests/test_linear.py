@@ -1,8 +1,8 @@
 """Layers without attention over a split sequence: gated delta nets, Mamba, short convolutions.
 
-That every family of them is exact at SP 2, test_families says; here are other SP degrees, shards shorter than a
-convolution, packed documents, checkpoints, an engine, and what is refused. transformers runs them in plain torch here;
-its kernels need a GPU, and functions with their signatures stand in for them where that is said.
+That every family of them is exact at SP 2, test_families says, and test_parity that engines are; here are other SP
+degrees, shards shorter than a convolution, packed documents, checkpoints, and what is refused. transformers runs them
+in plain torch here; its kernels need a GPU, and functions with their signatures stand in for them where that is said.
 """
 
 import copy
@@ -18,9 +18,8 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from benchmarks import cells
-from benchmarks.cells import Cell, build_model, run_alst, run_sp1, run_truth
-from benchmarks.parity import errors, missed
+from benchmarks.cells import build_model
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.tally import Tally
 from deepspeed_alst.attention.exchange import seq_to_head
@@ -35,7 +34,7 @@ from deepspeed_alst.models.linear_functions import Split, convolution, delta_rul
 from deepspeed_alst.models.linear_layers import linear_layers
 from deepspeed_alst.models.patches import patch_model
 from tests import stand_ins
-from tests.models import family_batch, family_config, split_and_whole, step_in_fp64
+from tests.models import family_batch, split_and_whole, step_in_fp64
 from tests.stand_ins import linear as kernels
 from tests.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
 
@@ -187,27 +186,6 @@ def same_gradients_with_checkpoints(model_type: str, reentrant: bool) -> bool:
 @pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2", "falcon_h1"])
 def test_checkpoints_change_no_bit(model_type, reentrant, ranks2):
     assert all(ranks2.run(same_gradients_with_checkpoints, model_type, reentrant))
-
-
-# --- an engine
-
-
-def engine_misses(model_type: str, cell: Cell) -> list[str]:
-    """Bounds of ``make parity`` that a model misses."""
-    config = family_config(model_type, num_experts=0)
-    with (
-        mock.patch.object(cells, "model_config", lambda cell: copy.deepcopy(config)),
-        # The rates of make parity are for a Llama: three steps of them would amplify any rounding here.
-        mock.patch.object(cells, "learning_rates", lambda cell: (0.1, 0.1)),
-    ):
-        truth, sp1, ours = run_truth(cell), run_sp1(cell), run_alst(cell)
-    return missed(errors(ours, truth), errors(sp1, truth)) if dist.get_rank() == 0 else []
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_next", "bamba"])
-def test_an_engine_trains_them_as_without_sequence_parallelism(model_type, ranks2):
-    cell = Cell(stage=3, gas=2, odd_lengths=True, unequal_labels=True, checkpointing="non-reentrant", tiles=True)
-    assert not ranks2.run(engine_misses, model_type, cell)[0]
 
 
 # --- packed documents (test_cores has every family, in plain torch)

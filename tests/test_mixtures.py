@@ -14,12 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.mixtral import modeling_mixtral
 
 from benchmarks.cells import Cell, build_model, ds_config, samples
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.router_loss import load_balancing_loss, router_problem, unknown_router_loss
-from tests.models import family_batch, family_config, split_and_whole
+from tests.models import family_batch, split_and_whole
 
 EXACT = 1e-12
 WITH_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 1.0}

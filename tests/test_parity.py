@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.parity import measure, short_cells
+from benchmarks.grid import short_cells
+from benchmarks.parity import measure
 
 
 @pytest.mark.parametrize("cell", [cell for cell in short_cells() if cell.world_size == 2], ids=lambda cell: cell.name())

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config, samples
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.variants import trained
 from deepspeed_alst.data.shard import shard_batch
@@ -21,7 +22,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import VERIFIED_ADAPTERS
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 from tests.sabotage import twice_the_average
 
 EXACT = 1e-12

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cells import KeepFp64, build_model
+from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits
 from deepspeed_alst.models.tiled_loss import logits_wanted, replace_whole_loss, tile_loss
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
-from tests.models import FAMILIES, family_batch, family_config
+from tests.models import family_batch
 from tests.test_tiled_mlp import EXACT, Products, error, no_leaf
 
 TILES = TiledLossBlock(tile_tokens=13)

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.cells import build_model
+from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.models.tiles import tile_mlps
@@ -19,7 +20,7 @@ from deepspeed_alst.models.token_wise import token_wise_modules
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
 from deepspeed_alst.tiling.plan import row_bytes, tile_rows
 from deepspeed_alst.tiling.sequence import TokenWise
-from tests.models import FAMILIES, family_batch, family_config
+from tests.models import family_batch
 
 EXACT = 1e-12
 # MLP, MLP in the recomputation, in a tile's backward: what runs of it, in matrix products of one forward.

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, run_sp1, samples
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.errors import UnsupportedModelError
-from tests.models import family_config
 
 TILES = {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_tokens": 5}}
 

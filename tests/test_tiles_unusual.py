@@ -10,12 +10,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.plugin import BLOCK_KEYS, is_wanted
-from tests.models import family_config
 from tests.test_tiled_loss import batch, step, tile
 from tests.test_tiled_mlp import EXACT, error, model_of, no_leaf
 

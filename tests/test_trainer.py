@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, full_weight, model_config
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells, trainer_config
 from deepspeed_alst.errors import AlstError, ConfigError, DataError, ShapeError
-from tests.models import family_config
 
 VOCAB = 97
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.cells import Cell, build_model, full_weight, model_config
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import trainer_config
 from deepspeed_alst.errors import ConfigError
-from tests.models import family_config
 
 
 def tokenizer():

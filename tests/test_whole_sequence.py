@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, full_weight
+from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.data.shard import shard_batch
@@ -25,7 +26,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
-from tests.models import family_batch, family_config
+from tests.models import family_batch
 from tests.test_cores import EXACT, packed_batch, split_step, whole_step, worst
 from tests.test_kept_attention import checkpoint_layers
 

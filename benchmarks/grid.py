@@ -1,0 +1,191 @@
+"""The cells of ``make parity``: which configurations are measured, and which of them by the tests."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.cells import Cell
+
+
+def product_cells() -> list[Cell]:
+    """The full product stage x reduce_scatter x accumulation x dtype, at SP 2; bf16 summed in each dtype there is."""
+    dtypes = (("fp32", ""), ("bf16", ""), ("bf16", "bf16"), ("bf16", "fp16"))
+    cells = [
+        Cell(stage=stage, reduce_scatter=scatter, gas=gas, dtype=dtype, sums=sums)
+        for stage, scatter, gas, (dtype, sums) in itertools.product((0, 1, 2, 3), (True, False), (1, 4), dtypes)
+    ]
+    return [cell for cell in cells if cell.stage or cell.reduce_scatter]
+
+
+_FACTORS: dict[str, tuple[Any, ...]] = {
+    "sp_size": (4, 2),
+    "stage": (3, 2, 1, 0),
+    "reduce_scatter": (True, False),
+    "gas": (2, 1),
+    "dtype": ("fp32", "bf16"),
+    "clip": (0.0, 0.5),
+    "contiguous_gradients": (True, False),
+    "overlap_comm": (False, True),
+    "grad_accum": ("", "fp32"),
+    "sums": ("", "bf16", "fp16"),
+    "offload_optimizer": (False, True),
+    "kv_heads": (1, 2, 4),
+    "odd_lengths": (True, False),
+    "unequal_labels": (True, False),
+    "tied": (False, True),
+    "checkpointing": ("", "reentrant", "non-reentrant"),
+    "lora": (False, True),
+    "tiles": (True, False),
+    "offload": ("", "outputs", "host", "disk"),
+}
+
+
+def _is_possible(cell: Cell) -> bool:
+    """What DeepSpeed has no meaning for, or refuses at SP 1 too."""
+    zero_only = cell.overlap_comm or cell.offload_optimizer or not cell.contiguous_gradients or not cell.reduce_scatter
+    if cell.stage == 0 and (zero_only or cell.grad_accum):
+        return False
+    # fp32 accumulation is what an fp32 run does anyway.
+    return not (cell.grad_accum and cell.dtype == "fp32")
+
+
+def pairwise_cells(world_size: int = 4) -> list[Cell]:
+    """Few cells in which every pair of two factors' levels occurs that can occur (greedy, the same every time)."""
+    names = list(_FACTORS)
+    levels = {(name, level) for name in names for level in _FACTORS[name]}
+    wanted = {
+        frozenset(pair) for pair in itertools.combinations(sorted(levels, key=str), 2) if pair[0][0] != pair[1][0]
+    }
+    cells: list[Cell] = []
+    while wanted:
+        best, gain = None, 0
+        for seed in sorted(wanted, key=lambda pair: sorted(map(str, pair)))[:12]:
+            chosen = _complete(dict(seed), wanted, world_size)
+            if chosen and (new := len(wanted & _pairs(chosen))) > gain:
+                best, gain = chosen, new
+        if best is None:
+            # Those looked at cannot occur in any possible cell.
+            wanted -= set(sorted(wanted, key=lambda pair: sorted(map(str, pair)))[:12])
+            continue
+        wanted -= _pairs(best)
+        cells.append(best)
+    return cells
+
+
+def _complete(fixed: dict[str, Any], wanted: set[frozenset], world_size: int) -> Cell | None:
+    """A possible cell with the fixed levels, the others chosen for the most new pairs."""
+    plain = {name: next(level for level in (*_FACTORS[name],)) for name in _FACTORS} | {"offload_optimizer": False}
+    choices = [fixed]
+    for name in [name for name in plain if name not in fixed]:
+        choices = [{**choice, name: level} for choice in choices for level in _FACTORS[name]]
+        candidates = [Cell(world_size=world_size, **{**plain, **choice}) for choice in choices]
+        scored = sorted(
+            zip(candidates, choices, strict=True),
+            key=lambda each: (-_is_possible(each[0]), -len(wanted & _pairs_of(each[1]))),
+        )
+        choices = [choice for _, choice in scored[:4]]
+    cell = Cell(world_size=world_size, **choices[0])
+    return cell if _is_possible(cell) and all(getattr(cell, name) == level for name, level in fixed.items()) else None
+
+
+def _pairs_of(chosen: dict[str, Any]) -> set[frozenset]:
+    return {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
+
+
+def _pairs(cell: Cell) -> set[frozenset]:
+    return _pairs_of({name: getattr(cell, name) for name in _FACTORS})
+
+
+_ALL = Cell(stage=3, gas=2, checkpointing="non-reentrant", tiles=True)
+
+
+def short_cells() -> list[Cell]:
+    """For the tests: every stage with and without reduce_scatter, the other levels dealt out over them."""
+    cells = [
+        Cell(stage=0, gas=4),
+        Cell(stage=1, gas=4, dtype="bf16", odd_lengths=True, clip=0.5, tiles=True),
+        Cell(stage=1, reduce_scatter=False, kv_heads=1, overlap_comm=True),
+        Cell(
+            stage=2,
+            unequal_labels=True,
+            contiguous_gradients=False,
+            checkpointing="reentrant",
+            tiles=True,
+            offload="outputs",
+        ),
+        Cell(stage=2, reduce_scatter=False, gas=4, dtype="bf16", grad_accum="fp32"),
+        Cell(
+            stage=3,
+            gas=4,
+            odd_lengths=True,
+            unequal_labels=True,
+            clip=0.5,
+            checkpointing="non-reentrant",
+            tiles=True,
+            offload="disk",
+        ),
+        Cell(stage=3, reduce_scatter=False, dtype="bf16", tied=True, tiles=True, sums="bf16"),
+        Cell(
+            stage=3, gas=4, lora=True, odd_lengths=True, clip=0.5, checkpointing="reentrant", tiles=True, offload="host"
+        ),
+        Cell(stage=2, gas=2, lora=True, dtype="bf16", unequal_labels=True),
+        *(replace(_ALL, odd_lengths=True, unequal_labels=True, model=kind) for kind in ("gated delta net", "Mamba 2")),
+        replace(_ALL, documents=True, model="mixture"),
+    ]
+    return cells + [
+        replace(cell, world_size=4, **changed)
+        for cell, changed in (
+            (Cell(stage=0, dtype="bf16", odd_lengths=True, sums="fp16"), {"sp_size": 4}),
+            (Cell(stage=1, gas=2, unequal_labels=True, kv_heads=1), {"sp_size": 4}),
+            (Cell(stage=2, dtype="bf16", offload_optimizer=True, odd_lengths=True, sums="bf16"), {"sp_size": 2}),
+            (Cell(stage=3, gas=2, reduce_scatter=False, odd_lengths=True, clip=0.5), {"sp_size": 2}),
+            (Cell(stage=2, gas=2, model="window 7", documents=True), {"sp_size": 4}),
+        )
+    ]
+
+
+def kernel_cells() -> list[Cell]:
+    """With a tile's loss made by Triton kernels, run by the interpreter: every stage, every dtype.
+
+    Those of bf16 are the tiled ones of ``short_cells``: their loss is, to the bit, what it is there.
+    """
+    tiled = Cell(tiles=True, unequal_labels=True)
+    in_bf16 = [cell for cell in short_cells() if cell.tiles and cell.dtype == "bf16" and cell.world_size == 2]
+    return [
+        replace(tiled, stage=3, gas=2, loss="triton", odd_lengths=True, clip=0.5),
+        replace(tiled, stage=3, gas=2, loss="liger", odd_lengths=True, clip=0.5),
+        replace(tiled, stage=0, gas=2, loss="triton"),
+        replace(tiled, stage=2, loss="liger"),
+        *(replace(tiled, stage=1, dtype="fp16", loss=loss) for loss in ("triton", "liger")),
+        *(replace(cell, loss=loss) for cell in in_bf16 for loss in ("triton", "liger")),
+    ]
+
+
+def model_cells() -> list[Cell]:
+    """Other models than a Llama: windows, packed documents, routers' losses, layers without attention."""
+    other, sp4 = Cell(gas=2), {"sp_size": 4, "world_size": 4}
+    packed = replace(other, documents=True)
+    return [
+        replace(other, stage=0, model="window 7"),
+        replace(other, stage=3, model="window 31", unequal_labels=True, odd_lengths=True, clip=0.5, tiles=True),
+        replace(other, stage=2, model="window 7", **sp4),
+        replace(other, stage=1, model="some layers' window", checkpointing="non-reentrant"),
+        replace(other, stage=3, model="chunks", **sp4),
+        replace(packed, stage=1),
+        replace(packed, stage=3, checkpointing="reentrant", tiles=True, offload="outputs"),
+        replace(packed, stage=2, dtype="bf16"),
+        replace(packed, stage=3, clip=0.5, **sp4),
+        replace(packed, stage=2, model="window 7", **sp4),
+        replace(other, stage=2, model="mixture", unequal_labels=True, odd_lengths=True),
+        replace(_ALL, model="mixture"),
+        replace(other, stage=3, model="many experts", clip=0.5, **sp4),
+        replace(packed, stage=1, model="mixture"),
+        replace(_ALL, model="gated delta net", odd_lengths=True, unequal_labels=True),
+        replace(other, stage=2, model="gated delta net", unequal_labels=True, **sp4),
+        replace(other, stage=3, model="Kimi delta attention"),
+        replace(_ALL, model="Mamba 2", odd_lengths=True),
+        replace(other, stage=1, model="Mamba 2 beside attention", odd_lengths=True),
+        replace(other, stage=2, model="Mamba", odd_lengths=True),
+        replace(other, stage=3, model="Mamba and attention", clip=0.5),
+        replace(other, stage=3, model="short convolution", unequal_labels=True, **sp4),
+    ]
