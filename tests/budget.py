@@ -32,6 +32,7 @@ AREAS = {
     "test_recipes": "config and loader",
     "test_shard": "config and loader",
     "test_compile": "the programs people have",
+    "test_verify": "the programs people have",
     "test_cores": "the programs people have",
     "test_checkpoints": "the programs people have",
     "test_recipes_upstream": "the programs people have",

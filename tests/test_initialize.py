@@ -24,6 +24,27 @@ def initialize(changed: dict[str, Any] | None = None, cell: Cell = PLAIN, **argu
     return deepspeed.initialize(**{"model": model, "optimizer": optimizer, "config": config, **arguments})[0]
 
 
+def steps_of_a_wrapped_engine(cell: Cell) -> int:
+    """How many steps a program's own wrapper around ``engine.step`` sees, put on after ``deepspeed.initialize``."""
+    import torch.distributed as dist
+
+    import deepspeed_alst
+
+    engine, seen = initialize(cell=cell), []
+    step = engine.step
+    engine.step = lambda: (seen.append(1), step())
+    for ranks in samples(cell, model_config(cell).vocab_size):
+        for batch in deepspeed_alst.shard_dataloader(ranks[dist.get_rank()], engine):
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    engine.destroy()
+    return len(seen)
+
+
+def test_a_programs_own_wrapper_of_step_outlives_the_probe(ranks2):
+    assert ranks2.run(steps_of_a_wrapped_engine, Cell()) == [6, 6]
+
+
 def first_step(cell: Cell, sabotage: bool) -> tuple[bool, bool]:
     """One optimizer step; sabotaged, the sum over ranks is divided by another number."""
     import torch.distributed as dist

@@ -32,7 +32,7 @@ FENCES = {
     "triton": {"kernels"},
     "liger_kernel": {"kernels", "models"},
     "transformers": {"models"},
-    "matplotlib": {"ledger.picture"},
+    "matplotlib": {"ledger.picture", "cli.picture"},
     "deepspeed": {"engine", "ops", "parallel.mpu", "initialize", "plugin", "cli"},
 }
 MAX_FILE_LINES = 300

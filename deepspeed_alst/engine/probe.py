@@ -36,11 +36,14 @@ def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, u
     def remove() -> None:
         for each in watched:
             each.handle.remove()
-        engine.__dict__["step"] = before
+        watched.clear()
+        # Where the program has wrapped it meanwhile, its wrapper stays, and goes through this one.
+        if engine.__dict__.get("step") is step:
+            engine.__dict__["step"] = before
 
     @functools.wraps(before)
     def step(*args: Any, **kwargs: Any) -> Any:
-        if engine.is_gradient_accumulation_boundary():
+        if watched and engine.is_gradient_accumulation_boundary():
             if _compare(engine, watched, groups, summed_in):
                 remove()
             for each in watched:
@@ -48,7 +51,7 @@ def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, u
         return before(*args, **kwargs)
 
     engine.__dict__["step"] = step
-    undo.callback(lambda: engine.__dict__.get("step") is step and remove())
+    undo.callback(remove)
 
 
 class _Watched:

@@ -1,0 +1,179 @@
+"""What a run computes, written to files that another run's can be compared with: losses, norms, gradients, weights.
+
+It looks at a DeepSpeed engine from outside, whether or not this package is at work in it.
+
+Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors.torch import save_file
+
+LARGEST = 2**20
+"""Elements that are kept of a parameter; of a larger one evenly spaced ones."""
+_POSITIONS = 512
+
+
+class Recorder:
+    """Records the first steps of one engine. All ranks must have one: gathering weights is collective."""
+
+    def __init__(self, engine: Any, folder: Path, steps: int, then: Callable[[], None]) -> None:
+        """Put it around ``engine.backward`` and ``engine.step``.
+
+        Args:
+            engine: of DeepSpeed.
+            folder: takes ``record.json`` and ``.safetensors`` files.
+            steps: optimizer steps.
+            then: is called after the last of them.
+        """
+        self._engine, self._folder, self._steps, self._then = engine, folder, steps, then
+        self._losses: list[torch.Tensor] = []
+        self._curve: dict[str, list[float]] = {"loss": [], "norm": []}
+        self._start = self._gather(_weight)
+        self._backward, self._step = engine.backward, engine.step
+        engine.backward, engine.step = self.backward, self.step
+        self._layers = _LayerOutputs(engine.module)
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``engine.backward``."""
+        # A caller that has divided by the accumulation itself says so.
+        divided = kwargs.get("scale_wrt_gas") is False
+        factor = self._engine.gradient_accumulation_steps() if divided else 1
+        self._losses.append(loss.detach().double().cpu() * factor)
+        self._layers.close()
+        return self._backward(loss, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """``engine.step``."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            return self._step(*args, **kwargs)
+        if not self._curve["loss"]:
+            self._save("gradients", self._gather(_gradient))
+        result = self._step(*args, **kwargs)
+        self._note_step()
+        if len(self._curve["loss"]) == self._steps:
+            self._finish()
+        return result
+
+    def _note_step(self) -> None:
+        loss = torch.stack(self._losses).mean().to(self._engine.device, torch.float32)
+        dist.all_reduce(loss)
+        self._losses.clear()
+        self._curve["loss"].append(float(loss) / dist.get_world_size())
+        norm = self._engine.get_global_grad_norm()  # DeepSpeed has none at stage 0 in fp32
+        self._curve["norm"].append(math.nan if norm is None else float(norm))
+
+    def _finish(self) -> None:
+        self._save("changes", {name: end - self._start[name] for name, end in self._gather(_weight).items()})
+        self._layers.save(self._folder / f"layers-{dist.get_rank()}.safetensors")
+        if dist.get_rank() == 0:
+            record = {**self._curve, "parameters": list(self._start)}  # .safetensors files have an order of their own
+            (self._folder / "record.json").write_text(json.dumps(record))
+        dist.barrier()
+        self._then()
+
+    def _gather(self, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Something of each parameter that trains: on rank 0 ``LARGEST`` elements of each at most."""
+        found = {}
+        for name, param in self._engine.module.named_parameters():
+            if param.requires_grad:
+                whole = read(param)
+                if dist.get_rank() == 0:
+                    found[name.replace("_orig_mod.", "")] = _thinned(whole).float().cpu().clone()
+        return found
+
+    def _save(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+        if dist.get_rank() == 0:
+            save_file(tensors, self._folder / f"{kind}.safetensors")
+
+
+class _LayerOutputs:
+    """What the layers gave in the first forward, on this rank: ``[B, s, H]``, or some of its tokens."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._found: dict[str, torch.Tensor] = {}
+        self._sizes: dict[str, str] = {}
+        self._hooks = [
+            layer.register_forward_hook(partial(self._keep, name)) for name, layer in layers_of(model).items()
+        ]
+
+    def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if name in self._found or not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
+            return
+        stride = max(1, hidden.shape[1] // _POSITIONS)
+        self._found[name] = hidden.detach()[:, ::stride].float().cpu().contiguous()
+        self._sizes[name] = f"{stride} {hidden.shape[1]}"
+
+    def close(self) -> None:
+        """Look no further: the first forward is over."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def save(self, path: Path) -> None:
+        """Write them, each with its stride and s."""
+        save_file(self._found, path, self._sizes)
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """A model's decoder layers by their names, in their order: the members of its outermost list of modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            return {f"{name}.{index}".replace("_orig_mod.", ""): layer for index, layer in enumerate(module)}
+    return {}
+
+
+def _thinned(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().flatten()
+    return flat[:: -(-flat.numel() // LARGEST)]
+
+
+def _weight(param: torch.nn.Parameter) -> torch.Tensor:
+    weight = safe_get_full_fp32_param(param)
+    return param if weight is None else weight
+
+
+def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
+    grad = safe_get_full_grad(param)
+    return torch.zeros(1) if grad is None else grad
+
+
+def record_engines(folder: Path, steps: int) -> None:
+    """Have the first engine that ``deepspeed.initialize`` returns from now on recorded."""
+    original: Callable[..., Any] = deepspeed.initialize
+
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        results = original(*args, **kwargs)
+        deepspeed.initialize = original
+        Recorder(results[0], folder, steps, then=lambda: sys.exit(0))
+        return results
+
+    deepspeed.initialize = initialize
+
+
+def main() -> None:
+    """``deepspeed --module deepspeed_alst.cli.recorder FOLDER STEPS PROGRAM [ARGUMENTS]``: run a program, recorded."""
+    import runpy
+
+    _, local_rank, folder, steps, program, *arguments = sys.argv
+    # As the launcher would have started it.
+    sys.argv = [program, local_rank, *arguments]
+    sys.path[0] = str(Path(program).resolve().parent)
+    record_engines(Path(folder), int(steps))
+    runpy.run_path(program, run_name="__main__")
+    raise SystemExit(f"{program} ended before {steps} optimizer steps were done")
+
+
+if __name__ == "__main__":
+    main()

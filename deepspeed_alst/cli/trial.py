@@ -1,0 +1,113 @@
+"""The program of ``ds_alst verify`` where the user brings none: a plain DeepSpeed loop, once for each ds_config.
+
+    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial FOLDER
+
+FOLDER has ``spec.json``, and takes a folder of records for each run.
+"""
+
+import gc
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from deepspeed_alst.cli.recorder import Recorder
+from deepspeed_alst.models.trials import build, load_config
+
+LEARNING_RATE = 0.3
+_SEED = 5
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the runs have in common, and the ds_config of each."""
+
+    model: str
+    """A config.json, a folder or a name."""
+    small: bool
+    loads_weights: bool
+    core: str
+    half: str
+    """bf16 or fp16, where the user's run is in it."""
+    seq_len: int
+    steps: int
+    data: str = ""
+    """A .jsonl file with ``input_ids`` and, if it likes, ``labels``; random tokens where it is empty."""
+    checkpointing: bool = False
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """For ``read``."""
+        (folder / "spec.json").write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def read(folder: Path) -> "Spec":
+        """What ``write`` wrote."""
+        return Spec(**json.loads((folder / "spec.json").read_text()))
+
+
+def samples(spec: Spec, vocab: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """``count`` samples of ``[S]``; random ones have no label at every third token, and every other none in its end."""
+    if spec.data:
+        with open(spec.data, encoding="utf-8") as lines:
+            read = [json.loads(line) for line in lines if line.strip()]
+        rows = [read[index % len(read)] for index in range(count)]
+        ids = [torch.tensor(row["input_ids"][: spec.seq_len]) for row in rows]
+        labels = [torch.tensor(row.get("labels", row["input_ids"])[: spec.seq_len]) for row in rows]
+        return [{"input_ids": row, "labels": own} for row, own in zip(ids, labels, strict=True)]
+    make = torch.Generator().manual_seed(_SEED)
+    found = []
+    for index in range(count):
+        ids = torch.randint(5, vocab - 1, (spec.seq_len,), generator=make)
+        labels = ids.clone()
+        labels[::3] = _IGNORED
+        if index % 2:
+            # The last shard has no label at all.
+            labels[spec.seq_len // 2 :] = _IGNORED
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def train(spec: Spec, ds_config: dict[str, Any], folder: Path) -> None:
+    """Train a model for some steps and record it."""
+    config = load_config(spec.model, spec.small)
+    model = build(config, spec.model if spec.loads_weights else None, ds_config, spec.core, spec.half)
+    if spec.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    a_step = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
+    world_size = int(torch.distributed.get_world_size())
+    sp_size = ds_config.get("sequence_parallel_size", 1)
+    # The same ones in every step, so that the loss falls.
+    data = samples(spec, config.get_text_config().vocab_size, a_step * world_size // sp_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    # Of data in memory, read again in each step, a worker's start would take most of the time.
+    loader = engine.deepspeed_io(data, pin_memory=False, num_local_io_workers=0)
+    done: list[bool] = []
+    Recorder(engine, folder, spec.steps, then=lambda: done.append(True))
+    while not done:
+        for batch in loader:
+            batch = {key: value.to(engine.device) for key, value in batch.items()}
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    engine.destroy()
+
+
+def main() -> None:
+    """Every run of the spec, one after the other in the same processes."""
+    folder = Path(sys.argv[-1])
+    spec = Spec.read(folder)
+    deepspeed.init_distributed()
+    for name, ds_config in spec.runs.items():
+        (folder / name).mkdir(exist_ok=True)
+        train(spec, ds_config, folder / name)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

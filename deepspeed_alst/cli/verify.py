@@ -1,0 +1,229 @@
+"""``ds_alst verify``: does this ds.json train as the same program does without sequence parallelism?
+
+ALST's own check (arXiv 2506.13996, section 5.4) as one command: DP = n, SP = 1, accumulation 1 against SP = n,
+accumulation n, which see the same samples in a step.
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspeed_alst.errors import ConfigError, SetupError
+
+SUMMARY = "Train with sequence parallelism and without, on the same samples, and say how far apart the two are."
+_BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
+# Of the built-in program; a small model's tiles would hold its whole sequence.
+_OF_CHECKPOINTS = ("activation_checkpoint_cpu_offload", "save_attention_output")
+_SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own words."""
+    parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to verify")
+    parser.add_argument("--model", help="a config.json, a folder or a hub name; a small model of its kind is trained")
+    parser.add_argument("--full", action="store_true", help="train the model itself; with the folder's weights, if any")
+    parser.add_argument("--num_gpus", type=int, help="ranks; default: all GPUs, or 2 on CPU")
+    parser.add_argument("--seq_len", type=int, default=203, help="tokens of a sample (203)")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (5)")
+    parser.add_argument("--data", default="", help=".jsonl with input_ids, labels; default: random tokens")
+    parser.add_argument("--attn_implementation", default="sdpa", help="the model's attention (sdpa)")
+    parser.add_argument("--output", type=Path, default=Path("runs/verify"), help="folder of results (runs/verify)")
+    parser.add_argument(
+        "program", nargs="*", help="-- train.py --deepspeed ds.json ...: your program, instead of --model"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 if what differs is rounding, 1 if it is more.
+
+    Raises:
+        AlstError: the comparison cannot be made.
+    """
+    start = time.monotonic()
+    if bool(arguments.model) == bool(arguments.program):
+        raise ConfigError("verify: give either --model CONFIG, or your program: -- train.py --deepspeed ds.json ...")
+    world_size = arguments.num_gpus or _gpus() or 2
+    ds_config = _read(arguments.ds_config)
+    sp_size, configs = configs_of(ds_config, world_size)
+    output = arguments.output.absolute()
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    if arguments.program:
+        names = _run_program(arguments, configs, world_size, output)
+    else:
+        names = _run_trial(arguments, configs, world_size, output)
+
+    from deepspeed_alst.cli.verdict import judge, show  # torch, rich
+
+    rows = judge(output, *names, sp_size=sp_size)
+    lengths = f"{world_size} ranks; {arguments.steps} steps; {time.monotonic() - start:.0f} s"
+    return show(rows, output, names, lengths)
+
+
+def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The SP degree that is verified, and the ds_config of each run by its name: the one without first.
+
+    Args:
+        ds_config: the user's.
+        world_size: ranks; where they are fewer than the SP degree, all of them share a sequence.
+
+    Raises:
+        ConfigError: accumulation does not divide by the SP degree, or there is nothing to verify.
+    """
+    wanted = ds_config.get("sequence_parallel_size", 1)
+    if wanted == 1 and "alst" not in ds_config:
+        raise ConfigError("sequence_parallel_size=1 and no alst block: there is nothing to verify")
+    sp_size = min(wanted, world_size)
+    if world_size % sp_size:
+        raise ConfigError(f"sequence_parallel_size={wanted} does not divide {world_size} ranks; choose --num_gpus")
+    accumulation = ds_config.get("gradient_accumulation_steps", wanted)
+    split, whole = copy.deepcopy(ds_config), copy.deepcopy(ds_config)
+    if accumulation != "auto":
+        if accumulation % wanted:
+            raise ConfigError(
+                f"gradient_accumulation_steps={accumulation} is no multiple of sequence_parallel_size={wanted}: "
+                "without sequence parallelism no step sees the same samples. Make it one"
+            )
+        whole["gradient_accumulation_steps"] = accumulation // wanted
+        split["gradient_accumulation_steps"] = accumulation // wanted * sp_size
+        for each in (whole, split):
+            each.pop("train_batch_size", None)
+    split["sequence_parallel_size"], whole["sequence_parallel_size"] = sp_size, 1
+    for key in ("alst", "seq_parallel_communication_data_type"):
+        whole.pop(key, None)
+    name = f"SP {sp_size}" if sp_size > 1 else "with alst"
+    return sp_size, {_BASELINE: whole, name: split}
+
+
+def _run_program(
+    arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
+) -> list[str]:
+    """Run the user's program with each ds_config, recorded."""
+    program = list(arguments.program)
+    places = [i for i, word in enumerate(program) if i and program[i - 1] in ("--deepspeed", "--deepspeed_config")]
+    if not places:
+        raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
+    for name, ds_config in configs.items():
+        (output / name).mkdir()
+        (output / name / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
+        program[places[0]] = str(output / name / "ds_config.json")
+        words = ["deepspeed_alst.cli.recorder", str(output / name), str(arguments.steps), *program]
+        _launch(["--module", *words], world_size, output / f"{name}.log")
+    return list(configs)
+
+
+def _run_trial(
+    arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
+) -> list[str]:
+    """Run the built-in program, whose optimizer is SGD: Adam would hide a gradient's scale."""
+    from deepspeed_alst.cli.trial import Spec
+    from deepspeed_alst.models.trials import has_weights
+
+    runs = {name: _plain(ds_config, output, not arguments.full) for name, ds_config in configs.items()}
+    half = next((key for key in ("bf16", "fp16") if (runs[_BASELINE].get(key) or {}).get("enabled")), "")
+    if half and not arguments.full:
+        runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in ("bf16", "fp16")}
+        runs[_ROUNDING].pop("data_types", None)
+    block = next(runs[name] for name in configs if name != _BASELINE).get("alst", {})
+    Spec(
+        model=arguments.model,
+        small=not arguments.full,
+        loads_weights=arguments.full and has_weights(arguments.model),
+        core=arguments.attn_implementation,
+        half=half,
+        seq_len=arguments.seq_len,
+        steps=arguments.steps,
+        data=os.path.abspath(arguments.data) if arguments.data else "",
+        checkpointing=bool(
+            block.get("activation_checkpoint_cpu_offload") or block.get("save_attention_output") is True
+        ),
+        runs=runs,
+    ).write(output)
+    _launch(["--module", "deepspeed_alst.cli.trial", str(output)], world_size, output / "run.log")
+    return list(runs)
+
+
+def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, Any]:
+    """A ds_config for the built-in program: what its own optimizer and a small model need changed."""
+    config = _without_auto(ds_config)
+    for key in ("optimizer", "scheduler", "train_batch_size", "tensorboard", "wandb", "csv_monitor", "comet"):
+        config.pop(key, None)
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    config.setdefault("gradient_accumulation_steps", config["sequence_parallel_size"])
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+    block = config.get("alst")
+    if not small or block is None:
+        return config
+    block.setdefault("pad_to_multiple_of", config["sequence_parallel_size"])
+    for key, tokens in _SMALL_TILES.items():
+        value = block.get(key, "auto" if key == "tiled_logits_loss" else False)
+        if value in (True, "auto"):
+            block[key] = {"tile_tokens": tokens}
+    offload = block.get("activation_checkpoint_cpu_offload")
+    if isinstance(offload, dict) and "nvme_path" in offload:
+        offload["nvme_path"] = str(output)
+    return config
+
+
+def _without_auto(value: Any) -> Any:
+    """Without what the HF Trainer would fill in."""
+    if not isinstance(value, dict):
+        return copy.deepcopy(value)
+    return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}
+
+
+def _launch(words: list[str], world_size: int, log: Path) -> None:
+    """Run something by DeepSpeed's launcher; what it prints goes to a file.
+
+    Raises:
+        SetupError: it failed, with the sentence in which it says why.
+    """
+    environment = dict(os.environ)
+    if not _gpus():
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Threads of several ranks would wait for one another's cores.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
+    with log.open("w") as out:
+        command = [*launcher, "--master_port", str(_free_port()), *words]
+        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if status:
+        raise SetupError(f"{_reason(log)} (exit status {status}; all of it is in {log})")
+
+
+def _reason(log: Path) -> str:
+    """The last exception in what a run printed."""
+    lines = [line.split("]: ", 1)[-1].rstrip() for line in log.read_text(errors="replace").splitlines()]
+    own = [line for line in lines if line.startswith("deepspeed_alst.errors.")]
+    found = own or [line for line in lines if "Error" in line.split(":")[0] and ": " in line]
+    return found[-1] if found else "the run failed"
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--ds_config {path}: {error}") from error
+    if not isinstance(ds_config, dict):
+        raise ConfigError(f"--ds_config {path}: it must hold an object")
+    return ds_config
+
+
+def _gpus() -> int:
+    import torch
+
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

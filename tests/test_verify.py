@@ -1,0 +1,149 @@
+"""``ds_alst verify``: equal runs are found equal, and of unequal ones the first place where they part is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
+
+from deepspeed_alst.cli.main import main
+from deepspeed_alst.cli.verdict import first_difference, judge
+from deepspeed_alst.cli.verify import configs_of
+from deepspeed_alst.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    """The runs of a real comparison: a public shape in small, ZeRO 3, odd lengths, tiles."""
+    folder = tmp_path_factory.mktemp("verify")
+    CONFIG_MAPPING["qwen3"](num_hidden_layers=28, layer_types=["full_attention"] * 28).to_json_file(
+        folder / "config.json"
+    )
+    ds_config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+        "sequence_parallel_size": 8,
+        "alst": {"tiled_mlp_compute": True},
+    }
+    (folder / "ds.json").write_text(json.dumps(ds_config))
+    words = ["verify", "--model", str(folder / "config.json"), "--ds_config", str(folder / "ds.json"), "--steps", "3"]
+    assert main([*words, "--num_gpus", "2", "--output", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def runs(verified, tmp_path):
+    """A copy of them, to be changed."""
+    return Path(shutil.copytree(verified, tmp_path / "out"))
+
+
+def judged(runs):
+    return judge(runs, "SP 1", "SP 2", sp_size=2)
+
+
+def test_equal_runs_are_equal(verified):
+    said = json.loads((verified / "verify.json").read_text())
+    assert (verified / "loss.png").stat().st_size > 1000
+    assert said["loss"].keys() == {"SP 1", "SP 2"} and len(said["loss"]["SP 1"]) == 3
+    assert said["loss"]["SP 1"][0] > said["loss"]["SP 1"][-1]  # it does train
+    assert all(not row["missed"] and row["difference"] < 1e-4 for row in said["rows"])
+    assert first_difference(judged(verified)) == ""
+    # Every layer, and every parameter, took part.
+    layers = load_file(verified / "SP 2" / "layers-1.safetensors")
+    assert layers.keys() == {f"model.layers.{index}" for index in range(4)}
+
+
+def test_half_a_gradient_is_named(runs):
+    path = runs / "SP 2" / "gradients.safetensors"
+    grads = load_file(path)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        grads[name] *= 0.5
+    save_file(grads, path)
+    rows = {row.what: row for row in judged(runs)}
+    row = rows["gradients, first step"]
+    assert row.difference == pytest.approx(0.5, rel=1e-3) and len(row.missed) == 2
+    # Backward, the later layer comes first.
+    assert "model.layers.1.mlp.up_proj.weight is the first to differ" in first_difference(list(rows.values()))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_layer_that_differs_is_named(rank, runs):
+    path = runs / "SP 2" / f"layers-{rank}.safetensors"
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    outputs = load_file(path)
+    for name in ("model.layers.2", "model.layers.3"):
+        outputs[name][:, -3] += 1.0  # one token; the last is padding
+    save_file(outputs, path, said)
+    assert first_difference(judged(runs)) == "The first layer whose output differs is model.layers.2."
+
+
+def test_a_loss_that_is_no_number_differs(runs):
+    path = runs / "SP 2" / "record.json"
+    record = json.loads(path.read_text())
+    record["loss"][1] = float("nan")
+    path.write_text(json.dumps(record))
+    row = judged(runs)[0]
+    assert row.missed == ("step 2",) and row.place == "step 2"
+
+
+def test_a_program_of_ones_own_is_verified(tmp_path, capsys):
+    recipe = str(ROOT / "ds_configs" / "sp2.json")
+    program = [str(ROOT / "examples" / "train.py"), "--deepspeed", recipe, "--seq-len", "301"]
+    words = ["verify", "--ds_config", recipe, "--output", str(tmp_path / "out")]
+    assert main([*words, "--num_gpus", "2", "--steps", "2", "--", *program]) == 0
+    assert "SP 2 against SP 1: 2 ranks; 2 steps" in capsys.readouterr().out
+
+
+# --- what is refused, in words
+
+
+def test_a_refused_model_is_refused_in_its_words(tmp_path, capsys):
+    CONFIG_MAPPING["gpt2"](attn_pdrop=0.1).to_json_file(tmp_path / "config.json")
+    words = ["verify", "--model", str(tmp_path / "config.json"), "--ds_config", str(ROOT / "ds_configs" / "sp2.json")]
+    assert main([*words, "--num_gpus", "2", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "dropout" in error and "run.log" in error
+
+
+@pytest.mark.parametrize(
+    "ds_config, world_size, words",
+    [
+        ({"zero_optimization": {"stage": 1}}, 2, "there is nothing to verify"),
+        ({"sequence_parallel_size": 2, "gradient_accumulation_steps": 3}, 2, "=3 is no multiple of sequence_parallel"),
+        ({"sequence_parallel_size": 2, "alst": {}}, 3, "does not divide 3 ranks"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(ds_config, world_size, words):
+    with pytest.raises(ConfigError, match=words):
+        configs_of(ds_config, world_size)
+
+
+def test_both_runs_see_the_same_samples_in_a_step():
+    ds_config = {"sequence_parallel_size": 8, "gradient_accumulation_steps": 16, "alst": {}, "train_batch_size": 16}
+    sp_size, configs = configs_of(ds_config, 4)
+    assert sp_size == 4 and list(configs) == ["SP 1", "SP 4"]
+    assert [each["gradient_accumulation_steps"] for each in configs.values()] == [2, 8]
+    assert "alst" not in configs["SP 1"] and "train_batch_size" not in configs["SP 4"]
+    assert ds_config["sequence_parallel_size"] == 8
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "give either --model CONFIG, or your program"),
+        (["--model", "nowhere/config.json"], "nowhere/config.json: there is no such file"),
+        (["--", "train.py"], "the program's own words must have --deepspeed JSON"),
+    ],
+)
+def test_a_command_that_makes_no_sense_says_so(words, said, tmp_path, capsys):
+    command = ["verify", "--ds_config", str(ROOT / "ds_configs" / "sp2.json"), "--output", str(tmp_path), *words]
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
