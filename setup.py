@@ -76,7 +76,10 @@ setup(
             "mypy>=2.4",
         ],
     },
-    # PyTorch loads these at `import torch`.
+    # PyTorch loads the entry points of torch.backends at `import torch`.
     py_modules=["_deepspeed_alst_autoload"],
-    entry_points={"torch.backends": ["deepspeed_alst = _deepspeed_alst_autoload:entry_point"]},
+    entry_points={
+        "torch.backends": ["deepspeed_alst = _deepspeed_alst_autoload:entry_point"],
+        "console_scripts": ["ds_alst = deepspeed_alst.cli.main:main"],
+    },
 )

@@ -126,6 +126,7 @@ def long_functions(source: str) -> list[str]:
         ("engine.session", "import importlib\nimportlib.import_module('deepspeed_alst.plugin')"),
         ("initialize", "from .plugin import find_config"),
         ("initialize", "from deepspeed_alst.autoload import install"),
+        ("initialize", "from deepspeed_alst.cli import report"),
     ],
 )
 def test_an_import_that_points_upward_is_found(name, source):
