@@ -61,6 +61,7 @@ setup(
         "pydantic>=2.14",  # the typed config and its error messages
         "rich>=15.0",  # tables
         "psutil",  # the host's memory
+        "packaging",  # ranges of versions, in ds_alst report
     ],
     extras_require={
         "plots": ["matplotlib>=3.11"],  # the ledger's picture

@@ -30,6 +30,7 @@ AREAS = {
     "test_loader": "config and loader",
     "test_plugin": "config and loader",
     "test_recipes": "config and loader",
+    "test_report": "config and loader",
     "test_shard": "config and loader",
     "test_compile": "the programs people have",
     "test_verify": "the programs people have",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.wheel import copy_checkout
 from deepspeed_alst.ops import build_once
 from deepspeed_alst.ops.build_once import OpBuildError
 from deepspeed_alst.ops.builder import BUILDERS, SumPiecesBuilder, source_folder
@@ -147,13 +148,8 @@ def test_the_wait_for_another_builder_ends(tmp_path, monkeypatch):
 
 
 def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
-    checkout, installed, folder = tmp_path / "checkout", tmp_path / "installed", tmp_path / "extensions"
-    # A copy, because setuptools builds inside of it; without binaries of the checkout, if it has any.
-    checkout.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "_deepspeed_alst_autoload.py"):
-        shutil.copy(ROOT / name, checkout)
-    for name in ("deepspeed_alst", "csrc"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    installed, folder = tmp_path / "installed", tmp_path / "extensions"
+    checkout = copy_checkout(tmp_path / "checkout")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run(
         [*install, "--disable-pip-version-check", "--root-user-action=ignore", "--target", installed, checkout],

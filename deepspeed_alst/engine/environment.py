@@ -45,6 +45,18 @@ def check_build_lock() -> None:
     if get_accelerator().device_name() != "cpu" or torch.distributed.is_initialized():
         return
     lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    if is_left_over(lock):
+        raise SetupError(
+            f"{lock} is left over from a build that was killed, and DeepSpeed would wait for it for ever. "
+            f"Remove it: rm {lock}"
+        )
+
+
+def is_left_over(lock: Path) -> bool:
+    """Whether a lock file of torch's is there, and stays so for a second, while no process of this host works under it.
+
+    Of a run on several hosts, which may share the folder, a young one counts as another host's build.
+    """
     several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) != os.environ.get("WORLD_SIZE")
     seen = set()
     # A builder closes the file a moment before it removes it: only a lock that stays so is left over.
@@ -52,17 +64,12 @@ def check_build_lock() -> None:
         try:
             state = lock.stat()
         except OSError:
-            return
+            return False
         if _is_open_somewhere(lock) or (several_hosts and time.time() - state.st_mtime < _REMOTE_BUILD_SECONDS):
-            return
+            return False
         seen.add((state.st_ino, state.st_mtime_ns))
         time.sleep(_LOOK_SECONDS)
-    if len(seen) > 1:  # taken and given back meanwhile
-        return
-    raise SetupError(
-        f"{lock} is left over from a build that was killed, and DeepSpeed would wait for it for ever. "
-        f"Remove it: rm {lock}"
-    )
+    return len(seen) == 1  # else taken and given back meanwhile
 
 
 def use_expandable_segments(config: AlstConfig) -> str:
@@ -78,7 +85,7 @@ def use_expandable_segments(config: AlstConfig) -> str:
         return "no CUDA device"
     if wanted is False:
         return "expandable segments left as they are (alst.expandable_segments=false)"
-    if "expandable_segments" in _allocator_variable(os.environ):
+    if "expandable_segments" in allocator_variable(os.environ):
         return "as the environment says"
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 0:
         late = "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the program starts"
@@ -91,7 +98,8 @@ def use_expandable_segments(config: AlstConfig) -> str:
     return "expandable segments"
 
 
-def _allocator_variable(environ: Mapping[str, str]) -> str:
+def allocator_variable(environ: Mapping[str, str]) -> str:
+    """What the environment says to torch's allocator, under both names that it has."""
     return environ.get("PYTORCH_ALLOC_CONF", "") + environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 
 import deepspeed
 import torch
+from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch.utils import cpp_extension
 
@@ -127,8 +128,8 @@ def load_aio() -> ModuleType:
     builder = AsyncIOBuilder()
     folder = build_folder()
     try:
-        if not _has_libaio():
-            raise OpBuildError("libaio is missing here", "install libaio-dev (apt) or libaio-devel (dnf)")
+        if problem := why_not_aio():
+            raise problem
         folder.mkdir(parents=True, exist_ok=True)
         with only_builder(folder / "builder") as alone:
             if not alone:
@@ -142,6 +143,18 @@ def load_aio() -> ModuleType:
             "see the whole output of: python -c "
             "'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=True)'",
         ) from error
+
+
+def is_aio_there() -> bool:
+    """Whether the op can be had at once: installed with DeepSpeed, or built here before."""
+    return bool(installed_ops.get(AsyncIOBuilder.NAME)) or (build_folder() / "built").exists()
+
+
+def why_not_aio() -> OpBuildError | None:
+    """What is missing here for a build of the op, if anything."""
+    if _has_libaio():
+        return None
+    return OpBuildError("libaio is missing here", "install libaio-dev (apt) or libaio-devel (dnf)")
 
 
 @functools.cache

@@ -85,6 +85,13 @@ class _AlstBuilder(OpBuilder):
             return OpBuildError("no ninja found", "pip install ninja, and have its folder in PATH")
         return None
 
+    def find(self) -> str:
+        """Which binary of it there is that loads here: "prebuilt", "built", or none yet ("")."""
+        with contextlib.suppress(ImportError):
+            importlib.import_module(self.absolute_name())
+            return "prebuilt"
+        return "built" if self._built(self._build_folder()) else ""
+
     def load(self, verbose: bool = False) -> ModuleType:
         """The op's module: prebuilt, else built earlier, else built now.
 

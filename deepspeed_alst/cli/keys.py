@@ -1,0 +1,71 @@
+"""A ds_config by itself: this package's keys, and DeepSpeed's features beside them. Needs neither torch nor a GPU."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed_alst.cli.rows import Row
+from deepspeed_alst.compatibility import check_features
+from deepspeed_alst.config import AlstConfig, check_world, parse
+from deepspeed_alst.errors import ConfigError
+
+
+def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
+    """What a run with this ds_config would refuse at its start, a row for each key; or what it would do.
+
+    Args:
+        path: of the JSON.
+        num_ranks: of the run; None if they are not known.
+    """
+    try:
+        ds_config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield Row("ds_config", f"{path} cannot be read: {error}", "problem", "give the path of a JSON file")
+        return
+    if not isinstance(ds_config, dict):
+        yield Row("ds_config", f"{path} holds no JSON object", "problem", "put the keys into { }")
+        return
+    problems = [*_problems(ds_config, num_ranks)]
+    yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in problems)
+    if problems:
+        return
+    config = parse(ds_config)
+    if config.sequence_parallel_size == 1 and "alst" not in ds_config:
+        yield Row(
+            "ds_config",
+            f"{path} asks for nothing of this package: DeepSpeed runs untouched",
+            "note",
+            "add sequence_parallel_size, or an alst block",
+        )
+        return
+    yield Row("ds_config", _in_words(config, path, num_ranks))
+
+
+def _problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
+    """The lines of all errors; where the keys themselves are wrong, no others can be found."""
+    config, lines = _try(lambda: parse(ds_config))
+    yield from lines
+    if config is None or config.sequence_parallel_size == 1:
+        return
+    yield from _try(lambda: check_features(ds_config))[1]
+    if num_ranks is not None:
+        yield from _try(lambda: check_world(config, num_ranks))[1]
+
+
+def _try(check: Callable[[], Any]) -> tuple[Any, list[str]]:
+    try:
+        return check(), []
+    except ConfigError as error:
+        return None, str(error).splitlines()
+
+
+def _in_words(config: AlstConfig, path: Path, num_ranks: int | None) -> str:
+    sp_size = config.sequence_parallel_size
+    if sp_size == 1:
+        return f"{path}: whole sequences on every rank, with the parts of the alst block"
+    replicas = "" if num_ranks is None else f" in {num_ranks // sp_size} replica(s)"
+    return (
+        f"{path}: {sp_size} ranks share a sequence{replicas}, padded to a multiple of {config.padding_multiple()} "
+        f"tokens; gradients are summed in {config.seq_parallel_communication_data_type}"
+    )

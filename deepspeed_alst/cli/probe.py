@@ -1,0 +1,89 @@
+"""The part of ``ds_alst report`` that needs torch and DeepSpeed: a process of its own, which starts as a program does.
+
+Its parent (report.py) runs ``import torch`` before anything of this package; what that brings in is the first row. Rows
+are printed one a line as they are found, so that those before a crash are not lost.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from deepspeed_alst.cli.packages import autoload_switch
+from deepspeed_alst.cli.rows import Row, guarded
+
+
+def main(loaded: str, nvme_path: str) -> None:
+    """Print all rows.
+
+    Args:
+        loaded: the folder of this package that ``import torch`` brought in; empty if it did not.
+        nvme_path: a folder to measure the disk of; empty for none.
+    """
+    # Others write to stdout too, at their import.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        for row in _rows(loaded, nvme_path):
+            print(json.dumps(dataclasses.asdict(row)), file=out, flush=True)
+
+
+def _rows(loaded: str, nvme_path: str) -> Iterator[Row]:
+    yield _hook_row(loaded)
+    yield from guarded("import deepspeed", _deepspeed_rows)
+    yield from guarded("a run's modules", _run_rows)
+    yield from guarded("device", lambda: _of("device", "device_rows"))
+    yield from guarded("attention", lambda: _of("device", "attention_rows"))
+    for part, name in (("ops", "op_rows"), ("async_io", "aio_rows"), ("build locks", "lock_rows")):
+        yield from guarded(part, lambda name=name: _of("compiled", name))
+    yield from guarded("host memory", lambda: _of("compiled", "memory_rows"))
+    if nvme_path:
+        yield from guarded("disk", lambda: _of("compiled", "disk_rows", nvme_path))
+
+
+def _of(module: str, function: str, *arguments: str) -> Iterable[Row]:
+    """Rows of a module that may not load here."""
+    rows: Callable[..., Iterable[Row]] = getattr(importlib.import_module(f"deepspeed_alst.cli.{module}"), function)
+    return rows(*arguments)
+
+
+def _hook_row(loaded: str) -> Row:
+    name, here = "import torch", str(Path(__file__).parent.parent)
+    if not loaded:
+        switch = autoload_switch()
+        return Row(
+            name,
+            f"does not load deepspeed_alst in a fresh process{f' ({switch})' if switch else ''}",
+            "problem",
+            f"unset {switch.partition('=')[0]}" if switch else "install the package, and see what import torch prints",
+        )
+    if loaded != here:
+        return Row(name, f"loads another copy: {loaded}, not {here}", "note", "uninstall one of the two")
+    return Row(name, f"loads {loaded} in a fresh process")
+
+
+def _deepspeed_rows() -> Iterator[Row]:
+    import deepspeed
+
+    from deepspeed_alst.engine.environment import check_deepspeed
+
+    name = "import deepspeed"
+    check_deepspeed()
+    if hasattr(deepspeed.initialize, "__deepspeed_alst__"):
+        yield Row(name, "deepspeed.initialize reads this package's keys")
+    else:
+        yield Row(
+            name,
+            "deepspeed.initialize does not read this package's keys",
+            "problem",
+            "look at the rows above; or import deepspeed_alst before deepspeed.initialize",
+        )
+
+
+def _run_rows() -> Iterator[Row]:
+    """All that deepspeed.initialize loads for a ds_config with this package's keys, transformers included."""
+    importlib.import_module("deepspeed_alst.initialize")
+    transformers = sys.modules["transformers"]
+    yield Row("a run's modules", f"load, with transformers at {Path(transformers.__file__ or '').parent}")
