@@ -1,0 +1,201 @@
+"""The documentation against what it speaks of: targets, links, JSON, Python, and where README's figures come from."""
+
+import ast
+import importlib
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepspeed_alst.blocks import AlstBlock
+from deepspeed_alst.compatibility import FEATURES
+from deepspeed_alst.config import parse
+from deepspeed_alst.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+# What a page for a feature must say.
+FEATURE_PAGES = ("sequence_parallelism", "tiled_mlp", "tiled_loss", "liger", "offload", "reduction")
+
+
+def text(page: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8")
+
+
+def snippets(content: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", content, re.S | re.M)
+
+
+def without_snippets(content: str) -> str:
+    return re.sub(r"^```.*?^```", "", content, flags=re.S | re.M)
+
+
+def named_targets(content: str) -> set[str]:
+    """Of ``make``, in code: between backticks, or at the start of a line of a fenced block."""
+    spans = re.findall(r"`[^`\n]+`", without_snippets(content))
+    lines = [line for block in snippets(content, r"\w*") for line in block.splitlines() if line.startswith("make ")]
+    return set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", "\n".join(spans + lines)))
+
+
+def makefile_targets(content: str) -> set[str]:
+    return set(re.findall(r"^([a-z][a-z0-9-]*):", content, re.M))
+
+
+def links(content: str) -> list[str]:
+    """Relative links, with what follows a #."""
+    found = re.findall(r"\]\(([^)\s]+)\)", without_snippets(content))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(content: str) -> set[str]:
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", without_snippets(content), re.M)}
+
+
+def broken(page: Path, link: str) -> bool:
+    path, _, place = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    if not target.exists():
+        return True
+    return bool(place) and place not in anchors(target.read_text(encoding="utf-8"))
+
+
+def first_table(content: str) -> list[list[str]]:
+    """The cells of the first table's rows, its head left out."""
+    rows = re.search(r"(?:^\|.*\n)+", content, re.M)
+    assert rows, "no table"
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in rows[0].splitlines()[2:]]
+
+
+def commands(cell: str) -> list[str]:
+    return re.findall(r"`(make [a-z0-9-]+)", cell)
+
+
+# --- the checks find what breaks them
+
+
+def test_a_target_that_is_not_there_is_found():
+    named = named_targets("run `make bench-wire`, or:\n\n```\nmake demo    # makes .venv\n```\nmake sure, `python x`")
+    assert named == {"bench-wire", "demo"}
+    assert makefile_targets("demo: setup\n\techo: x\nTORCH ?= 1\nbench-wire:\n") == {"demo", "bench-wire"}
+
+
+def test_a_link_that_leads_nowhere_is_found():
+    readme = PAGES["README.md"]
+    assert links("[a](docs/faq.md) [b](https://x.y/z.md)\n```\n[c](no.md)\n```\n[d](#the-keys)") == [
+        "docs/faq.md",
+        "#the-keys",
+    ]
+    assert not broken(readme, "docs/faq.md") and not broken(readme, "#the-keys")
+    assert broken(readme, "docs/no.md") and broken(readme, "#no-such-heading") and broken(readme, "docs/faq.md#no")
+
+
+def test_rows_and_commands_of_a_table_are_read():
+    table = "x\n\n| a | b | c |\n|---|---|---|\n| one | 2, 2 | `make parity` |\n| two | | |\n\ny"
+    assert [row[0] for row in first_table(table)] == ["one", "two"]
+    assert [commands(row[-1]) for row in first_table(table)] == [["make parity"], []]
+
+
+# --- and the pages keep them
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_that_is_named_exists(page):
+    targets = makefile_targets((ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert named_targets(text(page)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_leads_somewhere(page):
+    assert [link for link in links(text(page)) if broken(PAGES[page], link)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_json_snippet_is_accepted_by_the_parser(page):
+    for snippet in snippets(text(page), "json"):
+        parse(json.loads(snippet))
+
+
+def test_a_snippet_with_a_wrong_key_is_not_accepted():
+    with pytest.raises(ConfigError, match="tile_tokens"):
+        parse(json.loads('{"alst": {"tiled_mlp_compute": {"tile_tokns": 1}}}'))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_snippet_is_python_and_what_it_imports_of_this_package_is_there(page):
+    for snippet in snippets(text(page), "python"):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepspeed_alst"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, each.name) for each in node.names)
+
+
+def test_each_row_of_readmes_first_table_has_its_command_in_reproduce():
+    wanted = [command for row in first_table(text("README.md")) for command in commands(row[-1])]
+    given = [command for row in first_table(text("docs/reproduce.md")) for command in commands(row[1])]
+    assert len(wanted) > 10
+    assert {each for each in wanted if wanted.count(each) > given.count(each)} == set(), "rows that reproduce.md lacks"
+
+
+def test_every_target_that_prints_figures_is_in_reproduce():
+    targets = makefile_targets((ROOT / "Makefile").read_text(encoding="utf-8"))
+    measuring = {each for each in targets if each.startswith("bench-") or each in ("parity", "census")}
+    assert measuring <= named_targets(text("docs/reproduce.md"))
+
+
+@pytest.mark.parametrize("name", FEATURE_PAGES)
+def test_a_features_page_says_when_not_to_use_it_what_it_costs_and_what_prints_its_figures(name):
+    content = text(f"docs/{name}.md")
+    assert re.search("when not to use it", content, re.I)
+    assert "costs" in content and "saves" in content
+    assert snippets(content, "json") and named_targets(content) and "arxiv.org" in content.lower()
+
+
+def test_every_key_of_the_block_is_named_in_a_page():
+    pages = "\n".join(text(page) for page in PAGES if page != "README.md")
+    assert [key for key in AlstBlock.model_fields if key != "memory_lean_layer" and key not in pages] == []
+
+
+def test_the_compatibility_page_is_the_table():
+    rows = {row[0]: row[2] for row in first_table(text("docs/compatibility.md"))}
+    assert rows == {each.name: f"refused: {each.refusal}" if each.refusal else "right" for each in FEATURES}
+
+
+def files_of(page: str) -> dict[str, str]:
+    """The snippets of a page that are files: a line with a name and a colon stands before each."""
+    pattern = r"^`(\w+\.(?:py|json))`[^\n]*:\n\n```(?:python|json)\n(.*?)^```"
+    return dict(re.findall(pattern, text(page), re.S | re.M))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("program", "config", "says"),
+    [
+        ("before.py", "before.json", "loss 5.5551 norm 0.7668"),
+        ("before.py", "block.json", "loss 5.5551 norm 0.3834"),
+        ("after.py", "after.json", "loss 5.5551 norm 0.3834"),
+        ("trainer_before.py", "trainer_before.json", "'train_loss'"),
+        ("trainer_after.py", "trainer_after.json", "'train_loss'"),
+        ("accelerate_after.py", "accelerate_after.json", "steps 4"),
+    ],
+)
+def test_the_programs_of_the_migration_page_run(program, config, says, tmp_path):
+    for name, content in files_of("docs/migration.md").items():
+        (tmp_path / name).write_text(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    done = subprocess.run([*launcher, program, config], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert says in done.stdout
