@@ -148,7 +148,7 @@ class OffloadBlock(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     nvme_path: str | None = Field(default=None, min_length=1, strict=True)
-    """A folder on a fast disk, for what the host has no room for."""
+    """A folder on a fast disk, which must be there, for what the host has no room for."""
 
     host_budget: Literal["auto"] | int = "auto"
     """Bytes of a host's memory that the activations of all its ranks may take; "auto" is what the host has to spare."""

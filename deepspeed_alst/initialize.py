@@ -130,7 +130,7 @@ def _initialize_whole(
             plan_batches(arguments["model"], planner, undo)
         results = original(**arguments)
         install_checkpoints(results[0])
-        kept = _make_room(planner, results[0], None, undo)
+        kept = _make_room_together(planner, results[0], undo)
         rows = [
             ("sequence", "whole on every rank: sequence_parallel_size is 1"),
             *tiles,
@@ -182,6 +182,15 @@ def _keep(model: Any, config: AlstConfig, undo: ExitStack) -> Planner | None:
     return Planner(model, config, undo)
 
 
+def _make_room_together(planner: Planner | None, engine: Any, undo: ExitStack) -> list[tuple[str, str]]:
+    """``_make_room`` where ranks have no group for agreements: one for this alone."""
+    group = None if planner is None else build_control_group()
+    rows = _make_room(planner, engine, group, undo)
+    if group is not None:
+        dist.destroy_process_group(group)
+    return rows
+
+
 def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack) -> list[tuple[str, str]]:
     """Room off the device for what is kept; returns rows of the report."""
     if planner is None:
@@ -191,10 +200,7 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack
         planner.attach(engine, undo)
     except AlstError as raised:
         error = raised
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
+    raise_together(error, group)
     return planner.words()
 
 

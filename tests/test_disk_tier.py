@@ -310,13 +310,18 @@ def test_a_file_that_may_not_become_longer_is_left_as_it_was(tmp_path):
 # --- folders
 
 
-def test_a_folder_that_is_missing_is_made(tmp_path):
-    with opened(tmp_path / "a" / "b") as file:
-        file.allocate(1)
-        assert (tmp_path / "a" / "b").is_dir()
+@pytest.mark.parametrize("path", ["not mounted", "not mounted/run 7"])
+def test_a_folder_that_is_missing_is_not_made_elsewhere(tmp_path, path):
+    with pytest.raises(ConfigError) as error:
+        DiskFile(tmp_path / path)
+    missing = tmp_path / path
+    assert str(error.value) == (
+        f"{KEY}='{missing}': there is no such folder. Mount its disk, or make it: mkdir -p '{missing}'."
+    )
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", ["a file", "a file/below", "/proc/alst", "/proc/self"])
+@pytest.mark.parametrize("path", ["a file", "a file/below", "/proc/self"])
 def test_a_path_that_cannot_be_a_folder_to_write_to_is_named(tmp_path, path):
     (tmp_path / "a file").write_text("")
     with pytest.raises(ConfigError) as error:

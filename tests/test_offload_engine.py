@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -319,16 +320,28 @@ def test_a_disk_without_room_is_an_error_before_the_forward(sp_size, ranks2, tmp
         assert isinstance(error, OffloadError) and "on disk. Use a larger disk" in str(error)
 
 
-def bad_folder(path: str) -> None:
-    whole_model({"activation_checkpoint_cpu_offload": {"nvme_path": path}})
+def bad_folder(paths: list[str], sp_size: int) -> None:
+    alst = {"activation_checkpoint_cpu_offload": {"nvme_path": paths[dist.get_rank()]}}
+    engine = whole_model(alst) if sp_size == 1 else initialize({"alst": alst}, Cell())
+    engine.destroy()
 
 
-def test_a_folder_that_cannot_be_used_is_an_error_at_the_start(ranks2):
+@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("bad", ["/proc/self", "/nonexistent/x"])
+def test_a_folder_that_cannot_be_used_is_an_error_at_the_start(bad, sp_size, ranks2):
     with pytest.raises(RankError) as caught:
-        ranks2.run(bad_folder, "/proc/nowhere")
+        ranks2.run(bad_folder, [bad, bad], sp_size)
     for error in caught.value.errors:
         assert isinstance(error, ConfigError)
-        assert "alst.activation_checkpoint_cpu_offload.nvme_path='/proc/nowhere'" in str(error)
+        assert f"alst.activation_checkpoint_cpu_offload.nvme_path='{bad}'" in str(error)
+
+
+def test_a_disk_that_is_missing_on_one_host_stops_the_ranks_of_all(ranks2, tmp_path):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(bad_folder, [str(tmp_path), str(tmp_path / "not mounted")], 1)
+    there, missing = caught.value.errors
+    assert isinstance(there, ConfigError) and isinstance(missing, ConfigError)
+    assert str(there) == f"rank 1: {missing}" and "there is no such folder" in str(missing)
 
 
 def refused_each_time() -> None:

@@ -69,8 +69,8 @@ def advice(error: OSError) -> str:
         return "Free space there, name a larger disk, or raise host_budget, so that less goes to disk"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "Name a folder that this user may write to"
-    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-        return "Name a folder, or where one can be made"
+    if error.errno in (errno.ENOTDIR, errno.ENOENT):
+        return "Name a folder on a disk"
     return "Look for the disk's errors in the kernel's log (dmesg), or name another disk"
 
 

@@ -37,7 +37,7 @@ class DiskFile:
     An activation is written as a whole, to the offset it was allocated, and read as a whole.
 
     Args:
-        folder: where; it is made if it is missing.
+        folder: where; it is not made.
         engine: ``"aio"`` is DeepSpeed's op, ``"threads"`` system calls in threads, ``"auto"`` the op if it can be had.
         silence_seconds: a disk that makes no progress for this long is an error.
         num_threads: how many transfers are under way at a time; the others queue, in the order they were asked for.
@@ -48,7 +48,7 @@ class DiskFile:
         bytes_written, bytes_read: by transfers that have ended well.
 
     Raises:
-        ConfigError: the folder cannot be made, written to or read from.
+        ConfigError: the folder is missing, or cannot be written to or read from.
         SetupError: ``engine="aio"``, and the op cannot be had.
         OffloadError: the disk does not answer.
     """

@@ -1,6 +1,6 @@
 """A file without a name in a folder of the user: nobody else sees it, and it vanishes with its process.
 
-The folder is checked by what will be done in it: made, written to and read from.
+The folder must be there, and is checked by what will be done in it: written to and read from.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -33,17 +34,16 @@ class ScratchFile:
         file_system: the name of the file system's kind, if it is known.
 
     Raises:
-        ConfigError: the folder cannot be made or written to.
+        ConfigError: the folder is missing or cannot be written to.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.size_bytes = 0
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = _open_nameless(folder)
         except OSError as error:
-            raise refused(folder, f"{error.strerror or error}. {advice(error)}") from error
+            raise refused(folder, _why_not(folder, error)) from error
         try:
             self.file_system = _file_system(os.fstat(self.descriptor).st_dev)
             self.why_buffered = self._use_direct()
@@ -143,6 +143,14 @@ class ScratchFile:
 def refused(folder: Path, reason: str) -> ConfigError:
     """The error for a folder that cannot be used."""
     return ConfigError(f"{KEY}={str(folder)!r}: {reason}.")
+
+
+def _why_not(folder: Path, error: OSError) -> str:
+    """Why no file can be opened in a folder, and the way out."""
+    if isinstance(error, FileNotFoundError) and not folder.exists():
+        # Not made: under a misspelt name, or where a disk is not mounted, it would lie on the system's disk.
+        return f"there is no such folder. Mount its disk, or make it: mkdir -p {shlex.quote(str(folder))}"
+    return f"{error.strerror or error}. {advice(error)}"
 
 
 def _open_nameless(folder: Path) -> int:
