@@ -8,12 +8,15 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.cells import build_model
+from benchmarks.census import small_of
 from benchmarks.families import FAMILIES, family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.probe import prove
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from tests.models import family_batch, split_and_whole
 
 EXACT = 1e-12
@@ -59,6 +62,73 @@ def test_another_attention_core_is_refused_by_name(core):
     model.set_attn_implementation(core)
     with pytest.raises(UnsupportedModelError, match=f"attn_implementation='{core}'.*sdpa"):
         check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "core", "words"),
+    [
+        ("bloom", "eager", "transformers has neither sdpa nor flash nor flex attention for it.* cannot run under"),
+        ("rwkv", "eager", "transformers has neither sdpa nor flash nor flex attention for it.* cannot run under"),
+        ("xlstm", "eager", "transformers has neither sdpa nor flash nor flex attention for it.* cannot run under"),
+        ("gemma2", "eager", r"nor is 'flash_attention_2' \(.*\) or 'flex_attention', all that.*use another model"),
+        ("llama", "eager", r"load the model with attn_implementation='sdpa' or .*'flex_attention'\.$"),
+        ("gemma3", "sdpa", r"vision_tower is a part with a Siglip.*train its language model alone, Gemma3ForCausalLM"),
+        (
+            "gemma4",
+            "sdpa",
+            r"is a part with a Gemma4.*train .* alone, Gemma4ForCausalLM of config\.get_text_config",
+        ),
+    ],
+)
+def test_a_way_out_is_one_that_the_model_has(model_type, core, words):
+    model_class, config = small_of(model_type)
+    config._attn_implementation = core
+    with torch.device("meta"):
+        model = model_class(config)
+    with pytest.raises(UnsupportedModelError, match=words) as caught:
+        check_model(model)
+    assert ("every pair" in str(caught.value)) == (model_type in ("gemma2", "llama"))
+    assert "None" not in str(caught.value) and ".." not in str(caught.value)
+
+
+def test_rotary_embeddings_may_have_configs_of_their_own():
+    model_class, config = small_of("granite_swa")
+    config._attn_implementation = "flex_attention"
+    config.layer_rope_theta = [1e4, 5e5] * (config.num_hidden_layers // 2)
+    with torch.device("meta"):
+        model = model_class(config)
+    assert model.model.rotary_embs[0].config is not model.config
+    assert check_model(model).num_heads == config.num_attention_heads
+
+
+def prove_it(model_type: str, core: str) -> None:
+    model_class, config = small_of(model_type)
+    config._attn_implementation = core
+    with torch.device("meta"):
+        model = model_class(config)
+    groups = build_groups(2, build_control_group())
+    try:
+        prove(model, groups)
+    finally:
+        groups.destroy()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "core", "words"),
+    [
+        (
+            "falcon",
+            "sdpa",
+            "modeling_falcon has an attention of its own, which cannot be split: use another model. S",
+        ),
+        ("granite_swa", "flex_attention", "transformers has no sdpa for it, with which a small model of its kind"),
+    ],
+)
+def test_a_stock_model_is_not_said_to_have_been_changed(model_type, core, words, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(prove_it, model_type, core)
+    for error in caught.value.errors:
+        assert words in str(error) and "Undo" not in str(error) and ".." not in str(error)
 
 
 def test_a_loss_of_the_programs_own_is_refused_by_name():

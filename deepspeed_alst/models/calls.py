@@ -1,6 +1,7 @@
 """Counts how often a forward reached the patched parts, and refuses one that went round them."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -76,6 +77,15 @@ class Calls:
         self.gradients += 1
 
 
+def _why_not_called(model: torch.nn.Module) -> str:
+    """Why a model goes round transformers' attention interface, and the way out."""
+    homes = (each.__module__ for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
+    home = sys.modules.get(next(homes, ""))
+    if home is not None and not hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
+        return f"{home.__name__} has an attention of its own, which cannot be split: use another model"
+    return "Undo whatever replaced its attention (kernels, a subclass)"
+
+
 def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_loss: bool) -> None:
     """Make sure that a forward went through the patched parts: a subclass, or a library, may have replaced them.
 
@@ -98,7 +108,7 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
         if not calls.attention and calls.expects_attention:
             raise UnsupportedModelError(
                 f"{name} did not call transformers' attention interface: its attention sees only a "
-                "shard of the sequence. Undo whatever replaced its attention (kernels, a subclass)."
+                f"shard of the sequence. {_why_not_called(base_model(module))}."
             )
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is not None and len(bounds) > 2 and calls.with_documents < calls.attention + calls.linear:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.adapters import adapter_problems
@@ -18,8 +18,15 @@ from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.router_loss import unknown_router_loss
+from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.models.wrapped import base_model
 
+# What a class of transformers' says of the attention that it can run, and what to ask for.
+_CORES = (
+    ("_supports_sdpa", "'sdpa'"),
+    ("_supports_flash_attn", "'flash_attention_2' (or 3, 4, or a flash kernel of the hub)"),
+    ("_supports_flex_attn", "'flex_attention'"),
+)
 # Of cores that people ask for and that are not available.
 _WHY_NOT = {
     "eager": " (it makes a score of every pair of tokens)",
@@ -84,7 +91,7 @@ def _of_all_layers(text_config: Any, name: str) -> int | None:
 def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
     problems = []
     if has_attention(model):
-        problems += _core_problems(model.config._attn_implementation)
+        problems += _core_problems(model)
     problems += _layer_problems(model, text_config)
     for name, value in sorted(vars(text_config).items()):
         drawn = "dropout" if "dropout" in name or name.endswith("_pdrop") else "noise" if "jitter" in name else ""
@@ -95,16 +102,26 @@ def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
     return problems
 
 
-def _core_problems(name: str) -> list[str]:
+def _core_problems(model: PreTrainedModel) -> list[str]:
+    name = model.config._attn_implementation
     if isinstance(name, PrivateName):
         return ["it has an engine with sequence parallelism already; destroy() that one, or build a second model"]
-    if find_core(name) is None:
+    if find_core(name) is not None:
+        return []
+    cores = [words for flag, words in _CORES if getattr(model, flag, False)]
+    if not cores:
         return [
-            f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}; load "
-            "the model with attn_implementation='sdpa', 'flash_attention_2' (or 3, 4, or a flash kernel of the hub) or "
-            "'flex_attention'"
+            f"transformers has neither sdpa nor flash nor flex attention for it (attn_implementation='{name}'), and "
+            "how its own layers could be split over ranks is not known: it cannot run under sequence parallelism; use "
+            "another model"
         ]
-    return []
+    refusal = f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}"
+    if not model._supports_sdpa and model.config.model_type not in RIGHT:
+        return [
+            f"{refusal}, nor is {' or '.join(cores)}, all that transformers has for it beside: a family that is not "
+            "verified (docs/census.md) is tried with sdpa first; use another model"
+        ]
+    return [f"{refusal}; load the model with attn_implementation={' or '.join(cores)}"]
 
 
 def _layer_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
@@ -177,9 +194,23 @@ def _router_problems(model: torch.nn.Module, text_config: Any) -> list[str]:
 
 
 def _other_configs(model: torch.nn.Module) -> list[str]:
-    """Modules that would not hear of the change of attention: a layer that was deep-copied has a config of its own."""
+    """Modules that would not hear of the change of attention: a part for images or text, or a deep-copied layer."""
     for name, module in model.named_modules():
         own = vars(module).get("config")
-        if isinstance(own, PreTrainedConfig) and own is not model.config:
+        if not isinstance(own, PreTrainedConfig) or own is model.config or _is_rotary(module):
+            continue
+        if type(own) is type(model.config):
             return [f"{name} has a config of its own, not the model's; set it to the model's: {name}.config = config"]
+        # What the model is for is in its config's parts, and in what transformers has for the text part alone.
+        alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text := model.config.get_text_config()), None)
+        way_out = "use another model"
+        if alone is not None and text is not model.config:
+            alone = alone[0] if isinstance(alone, tuple) else alone
+            way_out = f"train its language model alone, {alone.__name__} of config.get_text_config()"
+        return [f"{name} is a part with a {type(own).__name__}: only models of text alone are verified; {way_out}"]
     return []
+
+
+def _is_rotary(module: torch.nn.Module) -> bool:
+    """Whether it is a rotary embedding, which asks its config for frequencies and not for an attention."""
+    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))

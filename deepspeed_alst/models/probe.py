@@ -24,6 +24,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
+from deepspeed_alst.models.linear_layers import has_attention
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.shrink import shrink
 from deepspeed_alst.models.verified import RIGHT
@@ -76,6 +77,11 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
         "verified under sequence parallelism (docs/census.md)"
     )
     way_out = "Set sequence_parallel_size to 1, or train one of those"
+    if not getattr(base, "_supports_sdpa", False) and has_attention(base):
+        raise UnsupportedModelError(
+            f"{unlisted}, and transformers has no sdpa for it, with which a small model of its kind would be tried on "
+            f"CPU. {way_out}."
+        )
     try:
         small = shrink(base.config)
         # The GPU's cores do not run on CPU; what they are given is the same.
@@ -90,8 +96,8 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
     for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
         if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
             raise UnsupportedModelError(
-                f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: {verdict.why}. "
-                f"{way_out}."
+                f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
+                f"{verdict.why.rstrip('.')}. {way_out}."
             )
     return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
 
