@@ -100,6 +100,20 @@ def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
         decide(LLAMA_8B, 1_000_000, Room(GIB, GIB), True, True)
 
 
+def test_the_users_budget_is_named_where_it_is_what_binds():
+    with pytest.raises(OffloadError) as caught:
+        decide(LLAMA_8B, 100, Room(5, budget=10), "auto", True)
+    assert str(caught.value).endswith(
+        "there is room for 5.00 bytes (host_budget=10, of all ranks of a host). Use a larger host_budget, or the disk "
+        "tier (alst.activation_checkpoint_cpu_offload.nvme_path)."
+    )
+    with pytest.raises(OffloadError, match=r"host_budget=4294967296.*Use a larger host_budget, the.*, or sequences of"):
+        decide(LLAMA_8B, 1_000_000, Room(GIB, budget=4 * GIB), "auto", True)
+    with pytest.raises(OffloadError) as caught:
+        decide(LLAMA_8B, 1_000_000, Room(GIB), "auto", True)
+    assert "host_budget" not in str(caught.value)
+
+
 def test_the_page_has_the_figures_that_are_printed():
     page = (Path(__file__).parents[1] / "docs" / "offload.md").read_text()
     assert f"{in_words(replace(LLAMA_8B, keep_last=1).waiting(131_072, True))} on the host of a rank" in page

@@ -157,7 +157,8 @@ class Planner:
         widest = max(known, key=lambda each: each.tokens)
         layers = layers_of(self._model, self._block.keep_last)
         disks = [each.room.disk for each in known if each.room.disk is not None]
-        room = Room(min(each.room.host for each in known), min(disks) if disks else None)
+        budget = None if self._block.host_budget == "auto" else self._block.host_budget
+        room = Room(min(each.room.host for each in known), min(disks) if disks else None, budget)
         rates = Rates(min(each.rates.copied_bytes for each in known), max(each.rates.flops for each in known))
         is_hidden = hides(layers, rates, widest.tokens // widest.batch * sp_size)
         wanted, before = self._wanted if not self._why_not else False, self.plan

@@ -67,6 +67,8 @@ class Room:
     """Bytes of host memory, all ranks of the host having as much."""
     disk: int | None = None
     """Bytes on disk; None without a disk tier."""
+    budget: int | None = None
+    """The user's bytes for all ranks of a host (``host_budget``); None where it is the host that has no more."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,16 @@ def _too_much(layers: Layers, tokens: int, needed: int, room: Room, keeps: bool,
     sp_size, batch = shard
     longest = layers.longest(room.host + (room.disk or 0), keeps)
     whole, fitting = tokens // batch * sp_size, longest // batch * sp_size
+    budget = "" if room.budget is None else f" (host_budget={room.budget}, of all ranks of a host)"
     need, host, on_disk = (in_words(each) for each in (needed, room.host, room.disk or 0))
     what = "layer inputs and attention outputs" if keeps else "layer inputs"
     disk = "the disk tier (alst.activation_checkpoint_cpu_offload.nvme_path)" if room.disk is None else "a larger disk"
-    drop = ", save_attention_output: false" if keeps else ""
+    ways_out = [*(["a larger host_budget"] if budget else []), disk]
+    ways_out += ["save_attention_output: false"] if keeps else []
+    ways_out += [f"sequences of at most {fitting:,} tokens"] if fitting else []
+    use = ", ".join(ways_out[:-1]) + ", or " + ways_out[-1] if len(ways_out) > 1 else ways_out[0]
     return (
         f"alst.activation_checkpoint_cpu_offload: {what} of a sequence of {whole:,} tokens need {need} of host memory "
-        f"for each rank, and there is room for {host}{'' if room.disk is None else f' and {on_disk} on disk'}. "
-        f"Use {disk}{drop}, or sequences of at most {fitting:,} tokens."
+        f"for each rank, and there is room for {host}{budget}{'' if room.disk is None else f' and {on_disk} on disk'}. "
+        f"Use {use}."
     )
