@@ -124,8 +124,13 @@ class ShardedDataLoader:
                     _check_own_samples(digests, everyone, self._groups.sp_size)
             headers = [everyone[rank] for rank in self._groups.ranks]
             self.num_pending = sum(not header.ended for header in headers)
+            at_end = getattr(self.loader, "end_of_dataloader", False)
             for batch in self._exchange(sharded, headers):
                 self.num_pending -= 1
+                if at_end:
+                    # accelerate's loaders say so as soon as the last batch is read, of which P micro-steps come: said
+                    # too early, each of them would be an optimizer step.
+                    self.loader.end_of_dataloader = self.num_pending == 0
                 yield batch
 
     def _next_header(

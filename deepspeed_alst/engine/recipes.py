@@ -126,17 +126,9 @@ def _shard_adapters(session: Session, undo: ExitStack) -> None:
 
 def _micro_batches(session: Session, inner: Any) -> Iterator[Any]:
     """The session's shards without ``labels``, as the recipes expect them: some make a loss, if they are there."""
-    sharded = session.shard_dataloader(inner)
-    for batch in sharded:
-        # accelerate's loaders say that they are at their end as soon as the last batch is read, of which P
-        # micro-batches come: said too early, each of them would be an optimizer step.
-        at_end = getattr(inner, "end_of_dataloader", False)
-        if at_end:
-            inner.end_of_dataloader = sharded.num_pending == 0
+    for batch in session.shard_dataloader(inner):
         batch.pop("labels", None)
         yield batch
-        if at_end:
-            inner.end_of_dataloader = True
 
 
 def _set_in_class(cls: type, name: str, value: Any, undo: ExitStack) -> None:
