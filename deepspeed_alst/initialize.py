@@ -42,6 +42,7 @@ from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
+from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 from deepspeed_alst.parallel.agreement import check_alike, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
@@ -206,7 +207,7 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack
 
 def _session(model: Any, config: AlstConfig, groups: SequenceGroups, undo: ExitStack) -> Session:
     packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
-    return Session(config, groups, UlyssesMpu(groups), packing, marks_padding, undo)
+    return Session(config, groups, UlyssesMpu(groups), packing, marks_padding, vocabulary_of(model), undo)
 
 
 def _prepare_model(

@@ -202,8 +202,12 @@ def misuse(case: str) -> None:
     engine = initialize(cell=Cell(world_size=dist.get_world_size()))
     try:
         own = samples(Cell(world_size=dist.get_world_size()), model_config(PLAIN).vocab_size)[0][dist.get_rank()]
+        if case == "a label too high" and dist.get_rank() == 1:
+            own[0]["labels"][0, 3] = 97
         for batch in deepspeed_alst.shard_dataloader(own, engine):
-            if case == "labels changed":
+            if case == "labels of halves":
+                batch["shift_labels"] = batch["shift_labels"] + 0.5
+            elif case == "labels changed":
                 batch["labels"] = batch["labels"].masked_fill(batch["labels"] > 30, -100)
             elif case == "own loss":
                 batch = {key: batch[key] for key in ("input_ids", "position_ids")}
@@ -229,12 +233,14 @@ def misuse(case: str) -> None:
 @pytest.mark.parametrize(
     "case, sentence",
     [
+        ("labels of halves", "cannot be trained on: shift_labels has dtype torch.float32"),
+        ("a label too high", "labels of row 0 has 97 at token 3, and the model has logits for 0 to 96"),
         ("labels changed", "its labels are not its shift_labels moved by one"),
         ("own loss", "a loss made of its logits is the loss of a shard"),
-        ("cache", "generation is not yet available"),
+        ("cache", "leave it out. To generate, call model.generate"),
         ("part of the logits", "it asks for logits_to_keep"),
         ("inner model", "LlamaAttention was called outside of its causal language model"),
-        ("one rank's list", "on rank 1 that cannot be trained on: it cannot be read: AttributeError"),
+        ("one rank's list", "on rank 1 that cannot be trained on: input_ids is a list, not a tensor"),
         ("direct backward", r"call engine.backward(loss), not loss.backward()"),
     ],
 )

@@ -556,3 +556,83 @@ def test_repeated_samples_in_one_replica_are_raised_in_the_other_too():
         ranks.run(os.getpid)
         messages = ranks.run(epoch_where_only_the_first_group_repeats_itself, 2, seconds=SECONDS)
     assert all("the same on all 2 ranks" in message for message in messages)
+
+
+# --- what a batch is made of
+
+
+def refused_on_rank_1(sp_size: int, changed: dict[str, Any], vocabulary: int | None = None) -> str:
+    """The words of the error on this rank, where the second rank's second batch has other values."""
+    rows = [batch_of(dist.get_rank(), 0), batch_of(dist.get_rank(), 1) | (changed if dist.get_rank() == 1 else {})]
+    sharded = ShardedDataLoader(rows, groups_of(sp_size), MULTIPLE, vocabulary=vocabulary)
+    with pytest.raises(DataError) as caught:
+        list(sharded)
+    return str(caught.value)
+
+
+LABELS = batch_of(1, 1, rows=3)["labels"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"labels": LABELS[:1].float()},
+            "labels has dtype torch.float32, and must have whole numbers: make them",
+        ),
+        ({"labels": LABELS[:1] > 3}, "labels has dtype torch.bool, and must have whole numbers"),
+        ({"input_ids": LABELS[:1].double()}, "input_ids has dtype torch.float64, and must have whole numbers"),
+        ({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 4]]}, "input_ids is a list, not a tensor"),
+        ({"labels": LABELS[:1].tolist()}, "labels is a list, not a tensor"),
+    ],
+)
+def test_what_is_no_tensor_of_whole_numbers_is_refused_by_its_key_on_all_ranks(changed, words, ranks2):
+    mine, its = ranks2.run(refused_on_rank_1, 2, changed)
+    assert its.startswith(words) and "collate_fn" in its
+    assert mine == f"rank 1: {its}"
+
+
+def labels_at(row: int, token: int, value: int) -> dict[str, torch.Tensor]:
+    labels = LABELS.clone()
+    labels[row, token] = value
+    return {"input_ids": LABELS, "labels": labels}
+
+
+@pytest.mark.parametrize("value", [200_000, -1, -101])
+def test_a_label_without_a_logit_is_named_on_all_ranks(value, ranks2):
+    mine, its = ranks2.run(refused_on_rank_1, 2, labels_at(2, 4, value), 200_000)
+    assert its.startswith(f"labels of row 2 has {value} at token 4, and the model has logits for 0 to 199999. Use")
+    assert mine == f"rank 1: {its}"
+
+
+def epoch_in(dtype: torch.dtype, labels: str, hides: bool) -> list[dict[str, Any]]:
+    """An epoch of one batch, with the smallest and the largest label that there is, and perhaps one that is none."""
+    ids = torch.tensor([[0, 1, 2, 3, 4 + dist.get_rank(), 99]])
+    hidden = ids.masked_fill(ids == 2, -100) if hides else ids
+    batch = {"input_ids": ids.to(dtype), labels: hidden.to(dtype)}
+    sharded = ShardedDataLoader([batch], groups_of(2), MULTIPLE, vocabulary=100)
+    return [{key: plain(value) for key, value in each.items()} for each in sharded]
+
+
+@pytest.mark.parametrize("labels", ["labels", "shift_labels"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_whole_numbers_of_any_dtype_are_those_of_int64(dtype, labels, ranks2):
+    got = ranks2.run(epoch_in, dtype, labels, dtype.is_signed)
+    assert got == ranks2.run(epoch_in, torch.int64, labels, dtype.is_signed)
+    assert all(batch["shift_labels"][0] == "torch.int64" for batches in got for batch in batches)
+
+
+def ends_of(num_batches: int) -> list[list[bool]]:
+    """Of two epochs of accelerate's loader: what its accumulation is told of the end, micro-step by micro-step."""
+    from accelerate.data_loader import DataLoaderShard
+    from accelerate.state import GradientState
+
+    inner = DataLoaderShard([batch_of(dist.get_rank(), each) for each in range(num_batches)], batch_size=None)
+    sharded = ShardedDataLoader(inner, groups_of(2), MULTIPLE)
+    return [[GradientState().end_of_dataloader for _ in sharded] for _ in range(2)]
+
+
+@pytest.mark.parametrize("num_batches", [1, 4])
+def test_accelerate_hears_of_the_end_at_the_last_micro_step(num_batches, ranks2):
+    expected = [False] * (2 * num_batches - 1) + [True]
+    assert ranks2.run(ends_of, num_batches) == [[expected, expected]] * 2

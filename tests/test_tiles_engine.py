@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cells import Cell, build_model, ds_config, model_config, run_sp1, samples
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
-from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.errors import DataError, UnsupportedModelError
 
 TILES = {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_tokens": 5}}
 
@@ -38,6 +38,30 @@ def test_without_sequence_parallelism_a_step_in_tiles_is_that_of_the_whole(stage
 def test_one_process_alone_needs_no_launcher_for_tiles(ranks2):
     # The second rank's result is empty; both train by themselves, which is what SP 1 is.
     assert ranks2.run(worst_errors, Cell(stage=2), TILES)[1] == (pytest.approx(0, abs=1e-6), 0.0, 0.0)
+
+
+def losses_by_dtype() -> tuple[list[float], str]:
+    """At SP 1: the tiled loss of the same labels in several dtypes, and the words of the error about a float's."""
+    import deepspeed
+
+    model = build_model(model_config(Cell()))
+    keys = {**ds_config(Cell(), 1), "alst": {"tiled_logits_loss": {"tile_tokens": 5}}}
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=keys)[0]
+    ids = torch.arange(12).reshape(2, 6)
+    try:
+        losses = [
+            engine(input_ids=ids, labels=ids.to(dtype)).loss.item() for dtype in (torch.int64, torch.int32, torch.uint8)
+        ]
+        with pytest.raises(DataError) as caught:
+            engine(input_ids=ids, labels=ids.float())
+        return losses, str(caught.value)
+    finally:
+        engine.destroy()
+
+
+def test_without_sequence_parallelism_too_labels_are_whole_numbers_of_any_dtype(ranks2):
+    losses, words = ranks2.run(losses_by_dtype)[0]
+    assert len(set(losses)) == 1 and words.startswith("labels has dtype torch.float32, and must have whole numbers")
 
 
 class Gathers(TorchDispatchMode):

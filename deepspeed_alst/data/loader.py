@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.data.checks import checked
 from deepspeed_alst.data.message import Header, digest_of, layout, tokens_of, view
 from deepspeed_alst.data.shard import ShardedBatch, shard_batch
 from deepspeed_alst.errors import AlstError, DataError
@@ -61,12 +62,14 @@ class ShardedDataLoader:
         multiple: int,
         packing: bool = False,
         marks_padding: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
         self._packing = packing
         self._marks_padding = marks_padding
+        self._vocabulary = vocabulary
         self.num_pending = 0
         """Micro-steps still to come of the batches that the inner loaders have counted as done."""
 
@@ -159,7 +162,8 @@ class ShardedDataLoader:
     def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, ShardedBatch | None, BaseException | None]:
         """A batch, cut, and what the others must know of it."""
         try:
-            sharded = shard_batch(batch, self._groups.sp_size, self._multiple, self._packing, self._marks_padding)
+            whole, P = checked(batch, self._vocabulary), self._groups.sp_size
+            sharded = shard_batch(whole, P, self._multiple, self._packing, self._marks_padding)
             specs, num_bytes = layout(sharded)
             header = Header(
                 kind=type(batch) if isinstance(batch, UserDict) else dict,

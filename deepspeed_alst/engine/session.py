@@ -40,10 +40,11 @@ class Session:
         mpu: UlyssesMpu,
         packing: bool,
         marks_padding: bool,
+        vocabulary: int | None,
         undo: ExitStack,
     ) -> None:
         self.config = config
-        self._packing, self._marks_padding = packing, marks_padding
+        self._packing, self._marks_padding, self._vocabulary = packing, marks_padding, vocabulary
         self.groups = groups
         self.mpu = mpu
         self.calls = Calls()
@@ -71,7 +72,7 @@ class Session:
         if isinstance(loader, ShardedDataLoader):
             return loader
         multiple = self.config.padding_multiple()
-        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self._marks_padding)
+        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self._marks_padding, self._vocabulary)
 
     def exchange(self, batch: Any) -> list[Any]:
         """This rank's shards of the batches that the ranks of its sequence bring, in their order."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from deepspeed_alst.data.checks import whole_numbers
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -67,7 +68,10 @@ def guard_batches(
             if kwargs.get("cu_seq_lens_q") is not None:
                 bounds = kwargs["cu_seq_lens_q"].tolist()
             calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
+            kwargs |= whole_numbers(kwargs)
             facts = _facts(module, args, kwargs, bounds, groups, calls)
+        except DataError as error:
+            facts = _Facts(str(error))
         except Exception as error:
             # The others wait in the exchange below, whatever is wrong with this batch.
             facts = _Facts(f"it cannot be read: {error!r}. {_WAY_OUT}")
@@ -137,14 +141,7 @@ def _facts(
     """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
-    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        return _Facts("it asks for a cache: generation is not yet available under sequence parallelism")
-    keep = kwargs.get("logits_to_keep", 0)
-    if isinstance(keep, torch.Tensor) or keep:
-        return _Facts(
-            "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
-        )
-    if (problem := router_problem(module, kwargs, calls)) is not None:
+    if (problem := _asks_too_much(kwargs) or router_problem(module, kwargs, calls)) is not None:
         return _Facts(problem)
     if args or tokens is None:
         return _Facts(f"it is not given by keyword. {_WAY_OUT}")
@@ -175,6 +172,19 @@ def _facts(
     place -= _document_start(bounds, place)
     # Python's hash of whole numbers is the same in every process.
     return _Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
+
+
+def _asks_too_much(kwargs: dict[str, Any]) -> str | None:
+    """What a forward asks for and a shard cannot give."""
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        return (
+            "it asks for a cache (use_cache, past_key_values), which would hold a shard's keys and values; leave it "
+            "out. To generate, call model.generate, which goes round the split"
+        )
+    keep = kwargs.get("logits_to_keep", 0)
+    if isinstance(keep, torch.Tensor) or keep:
+        return "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
+    return None
 
 
 def _document_start(bounds: list[int], place: int) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.data.checks import as_int64
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss
@@ -139,8 +140,10 @@ def replace_whole_loss(model: torch.nn.Module, undo: ExitStack) -> None:
         if not isinstance(logits, DeferredLogits) or before is not ForCausalLMLoss or ignore_index != IGNORED_LABEL:
             made = logits.make() if isinstance(logits, DeferredLogits) else logits
             return before(made, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+        if shift_labels is not None:
+            shift_labels = as_int64("shift_labels", shift_labels)
+        else:
+            shift_labels = F.pad(as_int64("labels", labels), (0, 1), value=IGNORED_LABEL)[..., 1:]
         return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
 
     def restore() -> None:

@@ -20,6 +20,14 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
             return model
 
 
+def vocabulary_of(model: torch.nn.Module) -> int | None:
+    """How many tokens a transformers model has logits for, by its config or its head, whichever has more."""
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    sizes = (getattr(base.config.get_text_config(), "vocab_size", None), getattr(head, "out_features", None))
+    return max((size for size in sizes if isinstance(size, int)), default=None)
+
+
 def is_peft(model: torch.nn.Module) -> bool:
     """Whether a model is PEFT's wrapper; nothing is one as long as nobody has imported PEFT, which takes seconds."""
     peft = sys.modules.get("peft")
