@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import subprocess
 import tempfile
 import time
 import traceback
@@ -15,7 +16,6 @@ from unittest import mock
 import torch.multiprocessing as mp
 
 _ANSWER_SECONDS = 300.0
-_NO_ANSWER = "no answer in time"
 
 
 class RankError(RuntimeError):
@@ -24,6 +24,30 @@ class RankError(RuntimeError):
     def __init__(self, message: str, errors: list[BaseException | None]) -> None:
         super().__init__(message)
         self.errors = errors
+
+
+class LateError(RankError):
+    """Ranks did not answer in time, and none failed: this may say more of the machine than of what was asked."""
+
+
+def no_answer(seconds: float) -> str:
+    """What may be the matter where something has not ended in time."""
+    return (
+        f"no answer within {seconds:.0f} s: the machine was too busy, or a build lock is in the way "
+        "(~/.cache/torch_extensions/*/*/lock). Try again with nothing else running"
+    )
+
+
+def finished(command: list[str], seconds: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command's end, with its output as text.
+
+    Raises:
+        TimeoutError: it has not ended in time, and was killed.
+    """
+    try:
+        return subprocess.run(command, text=True, timeout=seconds, **options)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(no_answer(seconds)) from None
 
 
 class Ranks:
@@ -49,7 +73,8 @@ class Ranks:
         """``function(*args)`` on every rank at once; their results in rank order.
 
         Raises:
-            RankError: it raised on some rank, or a rank did not answer in time. Ranks that did not answer are killed.
+            RankError: it raised on some rank, or a rank did not answer in time (LateError, if none raised). Then all
+                ranks are killed.
         """
         try:
             return self._run(function, args, seconds)
@@ -68,13 +93,15 @@ class Ranks:
         for connection in self._connections:
             # Those that did answer say why the others hang.
             answered = connection.poll(max(0.0, deadline - time.monotonic()))
-            answers.append(connection.recv() if answered else (None, None, _NO_ANSWER))
+            answers.append(connection.recv() if answered else (None, None, no_answer(seconds)))
         errors = [error for _, error, _ in answers]
         traces = "\n".join(f"--- rank {rank}\n{trace}" for rank, (_, _, trace) in enumerate(answers) if trace)
         if traces:
-            if _NO_ANSWER in traces:
+            late = any(trace and error is None for _, error, trace in answers)
+            if late:
                 self.close()
-            raise RankError(f"{function.__qualname__} failed:\n{traces}", errors)
+            kind = LateError if late and not any(errors) else RankError
+            raise kind(f"{function.__qualname__} failed:\n{traces}", errors)
         return [result for result, _, _ in answers]
 
     def close(self) -> None:

@@ -1,13 +1,17 @@
 """The census in short, and the probe that lets an unlisted model through or refuses it."""
 
+import sys
+import time
+
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import LlamaForCausalLM, OlmoeForCausalLM
 
-from benchmarks.census import ask, everything
-from benchmarks.ranks import RankError
+from benchmarks.census import Row, ask, everything, tally
+from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.probe import prove
+from deepspeed_alst.models.probe import Verdict, prove
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
@@ -23,6 +27,35 @@ def test_a_family_of_the_list_is_right_on_four_ranks(family, packed, ranks4):
 
 def test_the_list_holds_families_that_the_census_asks_about():
     assert set(everything()) >= RIGHT
+
+
+def one_fails(which: int, seconds: float) -> None:
+    if dist.get_rank() == which:
+        raise ValueError("of its own")
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("which", [-1, 0])
+def test_ranks_that_are_late_are_told_from_those_that_fail(which):
+    late = r"no answer within 3 s: the machine was too busy, or a build lock"
+    with Ranks(2) as ranks:
+        ranks.run(one_fails, -1, 0.0)  # with all that it imports
+        with pytest.raises(RankError, match=late) as caught:
+            ranks.run(one_fails, which, 60.0, seconds=3)
+    assert isinstance(caught.value, LateError) == (which == -1)
+
+
+def test_a_family_that_has_not_answered_has_not_crashed():
+    rows = [Row("llama", (Verdict("right"), Verdict("no answer", "busy"))), Row("gpt2", (Verdict("right"),))]
+    assert rows[0].outcome == "no answer"
+    assert tally(rows) == {"right": 1, "refused": 0, "not built": 0, "wrong": 0, "crash": 0, "no answer": 1}
+    assert "no answer" not in tally(rows[1:])
+
+
+def test_a_process_that_is_late_is_an_error_in_words():
+    with pytest.raises(TimeoutError, match="the machine was too busy, or a build lock is in the way"):
+        finished([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    assert finished([sys.executable, "-c", "print(7)"], 60.0, capture_output=True).stdout == "7\n"
 
 
 class ByItself(LlamaForCausalLM):

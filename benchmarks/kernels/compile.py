@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,8 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.judge import subjects
+from benchmarks.ranks import finished
 
 _KIB = 1024
+_SECONDS = 1800.0  # minutes where nothing else runs
 # Bytes of shared memory that one block may have.
 SHARED = {"sm_80": 163 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB, "gfx942": 64 * _KIB}
 
@@ -57,6 +58,7 @@ def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int
 
     Raises:
         RuntimeError: it does not compile.
+        TimeoutError: the machine is too busy for that.
     """
     with tempfile.TemporaryDirectory(prefix="triton_") as folder:
         # PTXAS_OPTIONS is read when triton is imported.
@@ -65,12 +67,11 @@ def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int
             **{"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
         }
         options = [] if config is None else ["--config", f"{config[0]},{config[1]}"]
-        done = subprocess.run(
+        done = finished(
             [sys.executable, "-m", __name__, *options, *targets],
+            _SECONDS,
             env=environment,
             capture_output=True,
-            text=True,
-            timeout=280,
         )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:] or done.stdout[-4000:])

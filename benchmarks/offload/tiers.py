@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ranks import finished
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.pool import HostPool, pages
 from deepspeed_alst.offload.spill import Spill
@@ -71,7 +72,7 @@ def rows() -> list[Row]:
 
 def _in_a_process(tier: str, length: int) -> tuple[int, int, int]:
     program = f"import sys; from benchmarks.offload import tiers; print(*tiers.one_pass({tier!r}, {length}))"
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    done = finished([sys.executable, "-c", program], 900.0, stdout=subprocess.PIPE, check=True)
     grown, written, read = map(int, done.stdout.split()[-3:])
     return grown, written, read
 

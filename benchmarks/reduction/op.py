@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.ranks import finished
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces
 
 Row = tuple[str, str, str, bool]
@@ -81,7 +82,7 @@ def memory(name: str) -> int:
         "import torch; from benchmarks.reduction import op; torch.set_num_threads(1); op.load_sum_pieces('cpu'); "
         f"print(op.peak_beyond({name!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    done = finished([sys.executable, "-c", program], 600.0, stdout=subprocess.PIPE, check=True)
     return int(done.stdout.split()[-1])
 
 
