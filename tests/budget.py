@@ -34,6 +34,7 @@ AREAS = {
     "test_shard": "config and loader",
     "test_compile": "the programs people have",
     "test_verify": "the programs people have",
+    "test_plan": "config and loader",
     "test_cores": "the programs people have",
     "test_checkpoints": "the programs people have",
     "test_recipes_upstream": "the programs people have",
