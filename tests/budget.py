@@ -30,6 +30,7 @@ AREAS = {
     "test_input_config": "config and loader",
     "test_input_plans": "config and loader",
     "test_input_loader": "config and loader",
+    "test_input_loss": "the rest",
     "test_input_safety": "the rest",
     "test_loader": "config and loader",
     "test_plugin": "config and loader",
