@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -82,6 +82,10 @@ two-hosts: setup
 
 recipes: setup
 	$(BIN)/python -m benchmarks.recipes --write
+
+# Every benchmark, one after the other, into docs/benchmarks.md; an hour on 2 cores.
+bench: setup
+	$(BIN)/python -m benchmarks.all
 
 # ds_alst verify on the configs of public models, in small.
 verify: setup
