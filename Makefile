@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -75,6 +75,25 @@ parity: setup
 
 census: setup
 	$(BIN)/python -m benchmarks.census
+
+# The example over two network namespaces; Linux, root.
+two-hosts: setup
+	$(BIN)/python -m benchmarks.two_hosts
+
+recipes: setup
+	$(BIN)/python -m benchmarks.recipes --write
+
+# Every benchmark, one after the other, into docs/benchmarks.md; an hour on 2 cores.
+bench: setup
+	$(BIN)/python -m benchmarks.all
+
+# ds_alst verify on the configs of public models, in small.
+verify: setup
+	$(BIN)/python -m benchmarks.verify
+
+# The wheel alone in a clean environment; QUICK=1 borrows this one's packages.
+wheel: setup
+	$(BIN)/python -m benchmarks.wheel $(if $(QUICK),--quick)
 
 bench-resume: setup
 	$(BIN)/python -m benchmarks.resume

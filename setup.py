@@ -72,6 +72,7 @@ setup(
             "matplotlib>=3.11",
             "ninja",  # builds DeepSpeed's CPU communication op
             "pytest>=9.0",
+            "hypothesis>=6.170",  # bad input of every kind
             "pytest-timeout>=2.4",
             "ruff>=0.17",
             "mypy>=2.4",

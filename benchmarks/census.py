@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.ranks import LateError, RankError, Ranks
-from deepspeed_alst.models.probe import Verdict, compare, numel
+from deepspeed_alst.models.probe import Verdict, compare, numel, trial_core
 from deepspeed_alst.models.shrink import shrink
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
@@ -124,7 +124,7 @@ def small_of(name: str) -> tuple[Any, Any]:
     if model_class.config_class is type(config.get_text_config()):
         config = config.get_text_config()
     small = shrink(config, **still, **changed)
-    small._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    small._attn_implementation = trial_core(model_class)
     return model_class, small
 
 

@@ -170,7 +170,7 @@ class AlstBlock(BaseModel):
     pad_to_multiple_of: Literal["auto"] | int = "auto"
     """Whole sequences are padded on the right to a multiple of this many tokens; "auto" is 256 x SP."""
 
-    expandable_segments: bool | None = None
+    expandable_segments: bool | None = Field(default=None, strict=True)
     """The CUDA allocator's expandable segments; unset means on wherever there is CUDA."""
 
     reduction: ReductionBlock = Field(default_factory=ReductionBlock)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.words import shown
 
 Config = Mapping[str, Any]
 
@@ -52,8 +53,25 @@ def _given(path: str) -> Callable[[Config], bool]:
 
 
 def _above_one(path: str) -> Callable[[Config], bool]:
-    # DeepSpeed reads "2" as 2.
-    return lambda ds_config: int(_setting(ds_config, path) or 1) > 1
+    def asked(ds_config: Config) -> bool:
+        value = _setting(ds_config, path)
+        try:
+            # DeepSpeed reads "2" as 2. The negation counts NaN in.
+            return value is not None and not float(value) <= 1
+        except (TypeError, ValueError, OverflowError):  # no number: whatever is meant, it is asked for
+            return True
+
+    return asked
+
+
+def _one_of(path: str, word: str) -> Callable[[Config], bool]:
+    """Whether a list has a word."""
+
+    def asked(ds_config: Config) -> bool:
+        value = value_at(ds_config, path)
+        return isinstance(value, list | tuple) and word in value
+
+    return asked
 
 
 def _optimizer(*names: str) -> Callable[[Config], bool]:
@@ -185,7 +203,7 @@ FEATURES = (
     Feature(
         "AutoTP",
         "tensor_parallel.autotp_size",
-        lambda c: (value_at(c, "tensor_parallel.autotp_size", 0) or 0) > 1,
+        _above_one("tensor_parallel.autotp_size"),
         "tensor and sequence parallelism would both split the attention heads; remove one of the two",
     ),
     Feature("AutoEP", "expert_parallel", _on("expert_parallel"), _UNVERIFIED),
@@ -206,7 +224,7 @@ FEATURES = (
     Feature(
         "AutoSP",
         "compile.passes",
-        lambda c: "autosp" in (value_at(c, "compile.passes") or ()),
+        _one_of("compile.passes", "autosp"),
         "it is sequence parallelism too; remove the pass, or the alst block",
     ),
     Feature("sparse gradients", "sparse_gradients", _given("sparse_gradients"), _REMOVED),
@@ -239,6 +257,27 @@ FEATURES = (
 )
 
 
+# Blocks of DeepSpeed's that this package reads too, before DeepSpeed does.
+_BLOCKS_READ = ("bf16", "fp16", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+
+
+def zero_stage(ds_config: Config) -> int:
+    """The stage of ZeRO, read as DeepSpeed reads it: ``"3"`` is 3, and ``"auto"`` its default.
+
+    Raises:
+        ConfigError: no stage that there is, or a ``zero_optimization`` that is no object.
+    """
+    block = ds_config.get("zero_optimization")
+    if block is not None and not isinstance(block, Mapping):
+        raise ConfigError(f"zero_optimization: must be an object such as {{'stage': 3}} (got {shown(block)}).")
+    stage = value_at(ds_config, "zero_optimization.stage", 0)
+    if stage == "auto":
+        return 0
+    if not isinstance(stage, int | float | str) or stage not in (0, 1, 2, 3, "0", "1", "2", "3"):
+        raise ConfigError(f"zero_optimization.stage: use 0, 1, 2 or 3 (got {shown(stage)}).")
+    return int(stage)
+
+
 def check_features(ds_config: Config) -> None:
     """Refuse what does not go together with sequence parallelism.
 
@@ -246,8 +285,13 @@ def check_features(ds_config: Config) -> None:
         ConfigError: one line for each refused feature: JSON path, value, why, way out.
     """
     lines = []
+    for path in _BLOCKS_READ:
+        block = value_at(ds_config, path)
+        if block is not None and not isinstance(block, Mapping):
+            lines.append(f"{path}: must be an object (got {shown(block)}).")
     for feature in FEATURES:
         if feature.refusal and feature.asked(ds_config):
-            lines.append(f"{feature.path}={value_at(ds_config, feature.path)!r} ({feature.name}): {feature.refusal}.")
+            value = shown(value_at(ds_config, feature.path))
+            lines.append(f"{feature.path}={value} ({feature.name}): {feature.refusal}.")
     if lines:
         raise ConfigError("\n".join(lines))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deepspeed_alst.blocks import AlstBlock, LigerBlock, OffloadBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.words import as_word, shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
 
@@ -24,8 +25,12 @@ _BLOCKS: dict[str, type[BaseModel]] = {
 }
 
 
-# What pydantic puts into the path of a value that may be a block or a word.
-_UNION_MEMBERS = (TiledLossBlock.__name__, LigerBlock.__name__)
+# Into the path of a value that may be a block or a word, pydantic puts which of them it took it for.
+_UNIONS = ("tiled_logits_loss", "liger_kernel")
+# More than any block of DeepSpeed's has. Python copies, compares and prints by recursion, and stops at a thousand.
+_DEEPEST = 100
+# No key of this package's is half as long; comparing takes time by the square of the length.
+_LONGEST_NAME = 100
 
 # Where keys of the inner blocks belong.
 _NESTED = {
@@ -79,6 +84,8 @@ def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
     Raises:
         ConfigError: any of them is unknown, out of range or not available; one line for each.
     """
+    if (bottom := _too_deep(ds_config)) is not None:
+        raise ConfigError(f"{bottom}: objects and lists lie more than {_DEEPEST} deep in one another.")
     problems = _misplaced_keys(ds_config)
     given = {name: ds_config[name] for name in AlstConfig.model_fields if name in ds_config}
     try:
@@ -100,9 +107,25 @@ def _padding_problem(ds_config: Mapping[str, Any]) -> list[str]:
     if type(multiple) is not int or type(sp_size) is not int or multiple < 1 or sp_size < 1 or not multiple % sp_size:
         return []
     return [
-        f"alst.pad_to_multiple_of={multiple} is not a multiple of sequence_parallel_size={sp_size}. "
-        f"Use {-(-multiple // sp_size) * sp_size}, or 'auto'."
+        f"alst.pad_to_multiple_of={shown(multiple)} is not a multiple of sequence_parallel_size={shown(sp_size)}. "
+        f"Use {shown(-(-multiple // sp_size) * sp_size)}, or 'auto'."
     ]
+
+
+def _too_deep(ds_config: Mapping[str, Any]) -> str | None:
+    """The path of something that lies too deep, None if nothing does. A loop: recursion is what it guards."""
+    level: list[tuple[str, Any]] = [(as_word(str(key)), value) for key, value in ds_config.items()]
+    for _ in range(_DEEPEST):
+        # Of a path only its start is kept: it is there to find the place, and names may be long.
+        level = [
+            (f"{path}.{as_word(str(key))}" if len(path) < _LONGEST_NAME else path, inner)
+            for path, value in level
+            if isinstance(value, Mapping | list | tuple)
+            for key, inner in (value.items() if isinstance(value, Mapping) else enumerate(value))
+        ]
+        if not level:
+            return None
+    return level[0][0]
 
 
 def check_world(config: AlstConfig, world_size: int) -> None:
@@ -115,7 +138,7 @@ def check_world(config: AlstConfig, world_size: int) -> None:
     if world_size % sp_size:
         fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ConfigError(
-            f"sequence_parallel_size={sp_size} does not divide the world size ({world_size} ranks). "
+            f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
             f"Use one of {fitting}."
         )
 
@@ -143,19 +166,22 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str =
         why = f"and the model's {num_kv_heads} {shared} do not divide one another"
     fitting = [n for n in range(1, num_heads + 1) if fits(n)]
     raise ConfigError(
-        f"sequence_parallel_size={sp_size} {why}. Use one of {fitting}; "
+        f"sequence_parallel_size={shown(sp_size)} {why}. Use one of {fitting}; "
         f"the remaining ranks form data-parallel replicas by themselves."
     )
 
 
 def nearest(name: str, known: Any) -> str:
     """The sentence that names the closest known key, or all of them."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name[:_LONGEST_NAME], list(known), n=1, cutoff=0.6)
     return f" Did you mean '{found[0]}'?" if found else f" Known are {', '.join(known)}."
 
 
 def _line(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"] if part not in _UNION_MEMBERS)
+    loc = [str(part) for part in error["loc"]]
+    if len(loc) > 2 and loc[1] in _UNIONS:
+        del loc[2]
+    path = ".".join(as_word(part) for part in loc)
     if error["type"] == "extra_forbidden" and error["loc"][-1] in AlstConfig.model_fields:
         return f"{path}: belongs at the top level of the ds_config, as {error['loc'][-1]}."
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 2 and error["loc"][-1] in _NESTED:
@@ -171,7 +197,7 @@ def _line(error: Any) -> str:
     if error["type"] == "model_type":
         block = _BLOCKS.get(path.removeprefix("alst."), AlstBlock)
         message = f"must be an object of {', '.join(block.model_fields)}"
-    return f"{path}: {message} (got {error['input']!r})."
+    return f"{path}: {message} (got {shown(error['input'])})."
 
 
 def _misplaced_keys(ds_config: Mapping[str, Any]) -> list[str]:
@@ -188,9 +214,9 @@ def _misplaced_keys(ds_config: Mapping[str, Any]) -> list[str]:
             near = [
                 name for name in AlstConfig.model_fields if _similarity(key, name) > (0.85 if len(name) > 4 else 0.7)
             ]
-            lines += [f"{key}: unknown key. Did you mean '{name}'?" for name in near[:1]]
+            lines += [f"{as_word(str(key))}: unknown key. Did you mean '{name}'?" for name in near[:1]]
     return lines
 
 
 def _similarity(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, str(one).lower(), other).ratio()
+    return difflib.SequenceMatcher(None, str(one)[:_LONGEST_NAME].lower(), other).ratio()

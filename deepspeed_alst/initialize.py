@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.compatibility import check_features
+from deepspeed_alst.compatibility import check_features, zero_stage
 from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
 from deepspeed_alst.engine.buckets import reduction_keys
 from deepspeed_alst.engine.checkpoint import install_checkpoints
@@ -83,10 +83,10 @@ def initialize(
     adopted = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
     if adopted is not None:  # a program written for DeepSpeed's own ALST
         ds_config = with_upstreams_size(ds_config, adopted)
-    config = parse(ds_config)
+    config, stage = parse(ds_config), zero_stage(ds_config)
     allocator = use_expandable_segments(config)
     if config.sequence_parallel_size == 1:
-        return _initialize_whole(original, arguments, ds_config, config, allocator)
+        return _initialize_whole(original, arguments, stage, config, allocator)
 
     _check_arguments(arguments, ds_config)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
@@ -97,7 +97,7 @@ def initialize(
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
         session = _session(arguments["model"], config, groups, undo)
-        attention, tiles, planner = _prepare_model(arguments["model"], session, _stage(ds_config), adopted, undo)
+        attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
@@ -117,13 +117,13 @@ def initialize(
 def _initialize_whole(
     original: DeepSpeedInitialize,
     arguments: dict[str, Any],
-    ds_config: dict[str, Any],
+    stage: int,
     config: AlstConfig,
     allocator: str,
 ) -> Any:
     """Without sequence parallelism: DeepSpeed's own call, with the tiles that are asked for, and a report."""
     with ExitStack() as undo:
-        tiles = _tile(arguments.get("model"), config, _stage(ds_config), Calls(), False, None, undo)
+        tiles = _tile(arguments.get("model"), config, stage, Calls(), False, None, undo)
         if config.tiled_loss() is not None:
             replace_whole_loss(arguments["model"], undo)
         planner = _keep(arguments.get("model"), config, undo)
@@ -223,10 +223,6 @@ def _prepare_model(
     group = session.groups.control_group
     tiles = _tile(model, session.config, stage, session.calls, adopted is not None, group, undo)
     return attention, [*([("model", proof)] if proof else []), *tiles], planner
-
-
-def _stage(ds_config: dict[str, Any]) -> int:
-    return (ds_config.get("zero_optimization") or {}).get("stage", 0)
 
 
 def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:

@@ -151,7 +151,7 @@ def _command_line_config() -> dict[str, Any]:
     try:
         with open(config_on_command_line(sys.argv) or "") as file:
             ds_config = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return ds_config if isinstance(ds_config, dict) else {}
 

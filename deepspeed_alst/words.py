@@ -1,4 +1,8 @@
-"""How this package says numbers to people."""
+"""How this package says numbers and values to people."""
+
+from typing import Any
+
+_LONGEST = 200
 
 
 def in_words(num_bytes: float, digits: int = 2, step: int = 1024) -> str:
@@ -12,3 +16,18 @@ def in_words(num_bytes: float, digits: int = 2, step: int = 1024) -> str:
     units = ("bytes", "kB", "MB", "GB") if step == 1000 else ("bytes", "KiB", "MiB", "GiB")
     power = next((power for power in (3, 2, 1) if num_bytes >= step**power), 0)
     return f"{num_bytes / step**power:,.{digits}f} {units[power]}"
+
+
+def shown(value: Any) -> str:
+    """A value that a user wrote, as an error shows it: its start, where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits, alone or inside
+        return f"a {type(value).__name__} with a number of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def as_word(name: str) -> str:
+    """A key that a user wrote, as an error names it: on one line, and printable on every terminal."""
+    short = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+    return short if short.isprintable() else ascii(short)

@@ -8,10 +8,16 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 # Rank processes share the cores: more threads than one each only get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 
 from benchmarks.ranks import Ranks
 from tests.budget import Budget
+
+# The same examples in every run, and none remembered: a test passes or fails by the code alone. No deadline: cores are
+# shared; tests that promise a time measure it.
+hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,17 @@ def test_the_lock_of_a_build_that_runs_is_waited_for(tmp_path, monkeypatch):
         check_build_lock()
 
 
+def test_the_lock_of_a_build_that_runs_is_known_behind_a_link_too(tmp_path, monkeypatch):
+    from deepspeed_alst.engine.environment import check_build_lock
+
+    (tmp_path / "disk" / "deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "home"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with open(tmp_path / "home" / "deepspeed_shm_comm" / "lock", "x"):
+        check_build_lock()
+
+
 def test_a_lock_that_is_about_to_be_given_back_is_not_stale(tmp_path, monkeypatch):
     from deepspeed_alst.engine.environment import check_build_lock
 

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM, OlmoeForCausalLM
 
-from benchmarks.census import Row, ask, everything, tally
+from benchmarks.census import Row, ask, everything, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.foreign import check_own_modules
 from deepspeed_alst.models.probe import Verdict, prove
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
@@ -119,3 +120,137 @@ def test_an_unlisted_model_that_is_not_right_in_small_is_refused_on_all_ranks(mo
         assert isinstance(error, UnsupportedModelError)
         assert f"{model_class.__name__} (model_type='of_my_own')" in str(error) and words in str(error)
         assert "Set sequence_parallel_size to 1" in str(error)
+
+
+# --- what is the program's own in a model of a listed family
+
+
+class Cumulative(LlamaForCausalLM):
+    """A listed model_type, and a sum over the tokens before."""
+
+    def forward(self, input_ids=None, **kwargs):
+        embeds = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=embeds + embeds.cumsum(1), **kwargs)
+
+
+class Mixing(torch.nn.Module):
+    """Around an MLP: adds the mean of all tokens, or of those before."""
+
+    def __init__(self, inner, causal):
+        super().__init__()
+        self.inner, self.causal = inner, causal
+
+    def forward(self, x):
+        return self.inner(x + (x.cumsum(1) if self.causal else x.mean(1, keepdim=True)))
+
+
+class Adapter(torch.nn.Module):
+    """Around a linear layer: LoRA of one's own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.down = torch.nn.Linear(inner.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, inner.out_features, bias=False)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
+
+
+def _own(put_in, model_class=LlamaForCausalLM, dtype=torch.float32):
+    config = model_class.config_class(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=97)
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 8
+    model = model_class(config).to(dtype)
+    put_in(model)
+    groups = build_groups(2, build_control_group())
+    try:
+        return prove(model, groups)
+    finally:
+        groups.destroy()
+
+
+def _nothing(model):
+    pass
+
+
+def _adapters(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Adapter(layer.mlp.down_proj).to(layer.mlp.down_proj.weight.dtype)
+
+
+def _mean(model):
+    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp, causal=False)
+
+
+def _sum_before(model):
+    model.model.layers[0].mlp = Mixing(model.model.layers[0].mlp, causal=True)
+
+
+def test_a_class_of_ones_own_with_a_listed_model_type_is_tried(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(_own, _nothing, Cumulative)
+    for error in caught.value.errors:
+        assert "test_census.Cumulative is your own class, not llama's, and a small model of its kind is wrong" in (
+            str(error)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_wise_modules_of_ones_own_are_let_through(dtype, ranks2):
+    assert ranks2.run(_own, _adapters, LlamaForCausalLM, dtype) == ["", ""]
+
+
+@pytest.mark.parametrize(("put_in", "name"), [(_mean, "model.layers.1.mlp"), (_sum_before, "model.layers.0.mlp")])
+def test_a_module_put_in_that_mixes_tokens_is_refused_by_name(put_in, name, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(_own, put_in)
+    for error in caught.value.errors:
+        assert isinstance(error, UnsupportedModelError)
+        assert f"{name} is a tests.test_census.Mixing, which no trial has seen, and mixes tokens" in str(error)
+
+
+def _sharded():
+    """Under ZeRO 3 the module's weights are on no rank alone."""
+    import deepspeed
+
+    config = LlamaForCausalLM.config_class(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=97)
+    with deepspeed.zero.Init(
+        config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    ):
+        model = LlamaForCausalLM(config)
+        _adapters(model)
+    check_own_modules(model, None)
+    assert model.model.layers[0].mlp.down_proj.up.weight.numel() == 0  # sharded again
+    with deepspeed.zero.Init(
+        config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    ):
+        _mean(model)
+    check_own_modules(model, None)
+
+
+def test_it_is_so_for_sharded_weights(ranks2):
+    with pytest.raises(RankError, match=r"model\.layers\.1\.mlp is a tests\.test_census\.Mixing"):
+        ranks2.run(_sharded)
+
+
+# --- models that transformers has no sdpa for
+
+
+@pytest.mark.parametrize("core", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_a_model_without_sdpa_trains_with_the_cores_that_it_has(model_type, core, ranks2):
+    """Tried with plain attention, soft-cap and sinks; the cores themselves are in test_cores."""
+    assert ranks2.run(_with_core, model_type, core)[0].split(" right to ")[0] in ("", "a small model of its kind is")
+
+
+def _with_core(model_type, core):
+    model_class, config = small_of(model_type)
+    config._attn_implementation = "eager"
+    model = model_class(config)
+    model.config._attn_implementation = core
+    groups = build_groups(2, build_control_group())
+    try:
+        return prove(model, groups)
+    finally:
+        groups.destroy()

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
+from deepspeed_alst.cli.compare import Differences, allowed
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.verdict import first_difference, judge
 from deepspeed_alst.cli.verify import configs_of
@@ -100,6 +101,15 @@ def test_a_program_of_ones_own_is_verified(tmp_path, capsys):
     words = ["verify", "--ds_config", recipe, "--output", str(tmp_path / "out")]
     assert main([*words, "--num_gpus", "2", "--steps", "2", "--", *program]) == 0
     assert "SP 2 against SP 1: 2 ranks; 2 steps" in capsys.readouterr().out
+
+
+def test_in_half_precision_a_third_run_says_what_rounding_is():
+    rounding = Differences({"loss": {"step 1": 1e-3, "step 2": 1e-6}, "gradients": {"a": 1e-2, "b": 2e-2, "c": 1e-9}})
+    assert allowed("loss", "step 2", True, rounding) == pytest.approx(3e-3)
+    assert allowed("gradients", "c", True, rounding) == pytest.approx(3e-2)
+    assert allowed("gradients", "b", True, rounding) == pytest.approx(6e-2)
+    # Without one, what it usually is; in fp32 next to nothing.
+    assert allowed("gradients", "b", True, None) == 0.1 and allowed("gradients", "b", False, None) < 1e-3
 
 
 # --- what is refused, in words

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.tiles.known import Known
 from benchmarks.tiles.systems import IGNORED_LABEL, build, second_step, upstream_loss, without_mask
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.ledger.fake import fake_world
+from deepspeed_alst.ledger.known import Known
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import CONFIG_MAPPING
 
-from benchmarks.tiles.known import Known
 from benchmarks.tiles.systems import System, build, second_step
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.ledger.fake import fake_ranks, fake_world
+from deepspeed_alst.ledger.known import Known
 
 GATED = 1.25, 1.24
 OTHER = 1.34, 1.34

@@ -9,7 +9,7 @@ from deepspeed_alst.errors import AlstError
 
 # Modules of this folder. Each has SUMMARY, add_arguments(parser) and run(arguments), which returns the exit status; it
 # imports what is heavy (torch, deepspeed, transformers) in run, so that --help is quick and commands fail one by one.
-COMMANDS = ("report", "verify")
+COMMANDS = ("report", "verify", "plan")
 _ERROR_STATUS = 2  # as argparse's
 
 

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.model) == bool(arguments.program):
         raise ConfigError("verify: give either --model CONFIG, or your program: -- train.py --deepspeed ds.json ...")
     world_size = arguments.num_gpus or _gpus() or 2
-    ds_config = _read(arguments.ds_config)
+    ds_config = read_json(arguments.ds_config)
     sp_size, configs = configs_of(ds_config, world_size)
     output = arguments.output.absolute()
     shutil.rmtree(output, ignore_errors=True)
@@ -207,7 +207,12 @@ def _reason(log: Path) -> str:
     return found[-1] if found else "the run failed"
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """A ds_config out of a file.
+
+    Raises:
+        ConfigError: it has none.
+    """
     try:
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

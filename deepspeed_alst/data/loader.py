@@ -6,6 +6,7 @@ runs on the host over gloo: 24 bytes a token are little beside the compute of a 
 """
 
 import functools
+import itertools
 import pickle
 import warnings
 from collections import UserDict
@@ -63,13 +64,16 @@ class ShardedDataLoader:
         packing: bool = False,
         marks_padding: bool = False,
         vocabulary: int | None = None,
+        note: Callable[[int, int], None] | None = None,
     ) -> None:
+        """``note`` is told before each micro-step whose batch it is: the rank, and its number in the epoch."""
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
         self._packing = packing
         self._marks_padding = marks_padding
         self._vocabulary = vocabulary
+        self._note = note
         self.num_pending = 0
         """Micro-steps still to come of the batches that the inner loaders have counted as done."""
 
@@ -112,7 +116,7 @@ class ShardedDataLoader:
         batches = _own_batches(self.loader)
         digests: list[list[str]] = []
         num_seen = self.num_pending = 0
-        while True:
+        for number in itertools.count():
             header, sharded, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
             everyone = gather_objects(header, self._groups.control_group)
@@ -126,10 +130,13 @@ class ShardedDataLoader:
                 if len(digests) == _BATCHES_COMPARED:
                     _check_own_samples(digests, everyone, self._groups.sp_size)
             headers = [everyone[rank] for rank in self._groups.ranks]
-            self.num_pending = sum(not header.ended for header in headers)
+            turns = [rank for rank, header in zip(self._groups.ranks, headers, strict=True) if not header.ended]
+            self.num_pending = len(turns)
             at_end = getattr(self.loader, "end_of_dataloader", False)
-            for batch in self._exchange(sharded, headers):
+            for rank, batch in zip(turns, self._exchange(sharded, headers), strict=True):
                 self.num_pending -= 1
+                if self._note is not None:
+                    self._note(rank, number)
                 if at_end:
                     # accelerate's loaders say so as soon as the last batch is read, of which P micro-steps come: said
                     # too early, each of them would be an optimizer step.

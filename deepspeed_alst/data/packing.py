@@ -23,18 +23,23 @@ def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
         DataError: they are not the bounds of documents that fill the row, or differ for queries and keys.
     """
     found = {name: common.pop(name) for name in _ARGUMENTS if name in common}
-    given = [(name, found[name]) for name in _LENGTHS if found.get(name) is not None]
-    for name, bounds in given:
+    given = []
+    for name in _LENGTHS:
+        if (bounds := found.get(name)) is None:
+            continue
         if not isinstance(bounds, torch.Tensor) or bounds.dim() != 1 or bounds.is_floating_point() or not len(bounds):
             raise DataError(f"{name} must be one row of whole numbers, the documents' bounds")
+        # Signed, so that what falls is seen to fall.
+        bounds = bounds.long()
+        given.append(bounds)
         if bounds[0] != 0 or bounds[-1] != length or (bounds.diff() < 0).any():
             raise DataError(
                 f"{name} goes from {int(bounds[0])} to {int(bounds[-1])}: it must rise from 0 to the number of tokens "
                 f"in the row, {length}"
             )
-        if not torch.equal(bounds, given[0][1]):
+        if not torch.equal(bounds, given[0]):
             raise DataError("cu_seq_lens_q and cu_seq_lens_k differ: only attention within a sequence can be split")
-    return given[0][1].unique_consecutive() if given else None
+    return given[0].unique_consecutive() if given else None
 
 
 def positions_within(bounds: torch.Tensor) -> torch.Tensor:

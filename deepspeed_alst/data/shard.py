@@ -20,6 +20,7 @@ REAL_TOKENS = "alst_real_tokens"
 
 _LENGTH_KEYS = ("input_ids", "inputs_embeds")
 _LABEL_KEYS = ("labels", "shift_labels")
+_SPLIT_KEYS = (*_LENGTH_KEYS, *_LABEL_KEYS, "position_ids")
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ def shard_batch(
     """
     whole = _whole_sequences(batch)
     length = _sequence_length(whole)
-    made = {*_LENGTH_KEYS, *_LABEL_KEYS, "position_ids", "attention_mask"}
+    made = {*_SPLIT_KEYS, "attention_mask"}
     # None under one of the names that are made or dropped here means that it is absent.
     common = {key: value for key, value in batch.items() if key not in whole and not (key in made and value is None)}
     if (mask := common.pop("attention_mask", None)) is not None:
         _check_mask(mask, whole, length)
     given = take_bounds(common, length)
-    tokens = next(whole[key] for key in _LENGTH_KEYS if key in whole)
+    tokens = _tokens_of(whole)
     if "position_ids" not in whole:
         row = torch.arange(length, device=tokens.device) if given is None else positions_within(given)
         whole["position_ids"] = row.expand(tokens.shape[0], length)
@@ -90,7 +91,9 @@ def shift_labels(labels_BS: torch.Tensor, starts_BS: torch.Tensor) -> torch.Tens
 
 
 def _real_tokens(mask_BS: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask_BS is None else mask_BS != 0
+    if mask_BS is None:
+        return tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+    return (mask_BS != 0).expand(tokens.shape[:2])
 
 
 def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> None:
@@ -98,6 +101,7 @@ def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> No
     if not isinstance(mask_BS, torch.Tensor):
         raise DataError(f"attention_mask must be a tensor, not {type(mask_BS).__name__}")
     _check_same_length("attention_mask", mask_BS, -1, length)
+    _check_same_rows("attention_mask", mask_BS, len(_tokens_of(whole)))
     check_padding_mask(mask_BS)
     for key in _LABEL_KEYS:
         if key in whole:
@@ -125,23 +129,35 @@ def _whole_sequences(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     anchor = next((batch[key] for key in _LENGTH_KEYS if isinstance(batch.get(key), torch.Tensor)), None)
     if anchor is None or anchor.dim() < 2:
         raise DataError(
-            f"a batch needs input_ids or inputs_embeds of shape [batch, sequence, ...]; got the keys {sorted(batch)}"
+            "a batch needs input_ids or inputs_embeds of shape [batch, sequence, ...]; got the keys "
+            f"{sorted(batch, key=str)}"
         )
+    if not len(anchor):
+        raise DataError("a batch has no rows; leave it out")
     whole = {}
     for key, value in batch.items():
+        if key in _SPLIT_KEYS and value is not None and not isinstance(value, torch.Tensor):
+            raise DataError(f"{key} must be a tensor, not {type(value).__name__}; make it one in the collate_fn")
         if not isinstance(value, torch.Tensor) or key == "attention_mask":
             continue
         if key == "position_ids":
-            whole[key] = value if value.dim() > 1 else value.expand(anchor.shape[0], -1)
+            whole[key] = value.expand(anchor.shape[0], -1) if value.dim() == 1 else value
         elif key in _LENGTH_KEYS + _LABEL_KEYS or (value.dim() >= 2 and value.shape[:2] == anchor.shape[:2]):
             whole[key] = value
     return whole
 
 
+def _tokens_of(whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    return next(whole[key] for key in _LENGTH_KEYS if key in whole)
+
+
 def _sequence_length(whole: dict[str, torch.Tensor]) -> int:
-    length = next(whole[key] for key in _LENGTH_KEYS if key in whole).shape[1]
+    rows, length = _tokens_of(whole).shape[:2]
     for key, x in whole.items():
         _check_same_length(key, x, _sequence_dim(key), length)
+        _check_same_rows(key, x, rows)
+        if x.dim() != 2 and key in ("input_ids", *_LABEL_KEYS):
+            raise DataError(f"{key} has shape {list(x.shape)}, and must be [batch, sequence]")
     if not length:
         raise DataError("a batch has sequences of length 0; leave empty documents out")
     return length
@@ -150,6 +166,13 @@ def _sequence_length(whole: dict[str, torch.Tensor]) -> int:
 def _check_same_length(key: str, x: torch.Tensor, dim: int, length: int) -> None:
     if x.dim() < 2 or x.shape[dim] != length:
         raise DataError(f"{key} has shape {list(x.shape)}, but the sequences of its batch have {length} tokens")
+
+
+def _check_same_rows(key: str, x: torch.Tensor, rows: int) -> None:
+    found = x.shape[-2 if key == "position_ids" else 0]
+    # One row of positions, or of a mask, stands for all.
+    if found != rows and (found != 1 or key not in ("position_ids", "attention_mask")):
+        raise DataError(f"{key} has shape {list(x.shape)}, but its batch has {rows} rows")
 
 
 def _pad(key: str, x: torch.Tensor, padded: int, packed: bool) -> torch.Tensor:

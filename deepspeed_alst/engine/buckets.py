@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_alst.compatibility import zero_stage
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.offload.memory import ranks_on_host
 
@@ -30,7 +31,7 @@ def bucket_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup
     spare = spare.to(get_accelerator().current_device_name()) if dist.get_backend(group) == "nccl" else spare
     dist.all_reduce(spare, op=dist.ReduceOp.MIN, group=group)
     zero = ds_config.get("zero_optimization") or {}
-    buffers = 2 if zero.get("overlap_comm") and zero.get("stage", 0) < 3 else 1
+    buffers = 2 if zero.get("overlap_comm") and zero_stage(ds_config) < 3 else 1
     fitting = int(spare.item()) // _SHARE // (buffers * _gradient_bytes(ds_config))
     size = max(_LEAST, min(fitting, _MOST, numel))
     return (
@@ -53,7 +54,7 @@ def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:
     Source: arXiv:1910.02054, section 3.1: 12 bytes a parameter of fp32 weights, momentum and variance.
     """
     zero = ds_config.get("zero_optimization") or {}
-    stage, ranks = zero.get("stage", 0), dist.get_world_size()
+    stage, ranks = zero_stage(ds_config), dist.get_world_size()
     weight_bytes = sum(
         param.numel() * param.element_size()
         for param in model.parameters()

@@ -105,6 +105,7 @@ def allocator_variable(environ: Mapping[str, str]) -> str:
 
 def _is_open_somewhere(path: Path) -> bool:
     """Whether a process of this host holds the file open, as the builder does while it builds."""
+    path = path.resolve()  # the kernel's name for it, where a home is a link
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if descriptor.readlink() == path:

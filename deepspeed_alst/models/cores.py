@@ -20,9 +20,12 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
 from deepspeed_alst.attention.banded import attend as attend_by_sdpa
+from deepspeed_alst.attention.plain import attend_plainly
 from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.errors import UnsupportedModelError
 
+TRIAL = "alst_trial"
+"""Plain attention with soft-cap and sinks, for a trial on CPU of a model for which transformers has no sdpa."""
 Attend = Callable[..., torch.Tensor]
 """``(module, q_BhSD, k_BkSD, v_BkSD, mask, scaling, arguments) -> out_BhSD``."""
 
@@ -62,6 +65,8 @@ def find_core(name: str) -> Core | None:
     function = AttentionInterface._global_mapping.get(name)
     if name == "sdpa":
         return Core(name, (), _sdpa)
+    if name == TRIAL:
+        return Core(name, ("softcap", "s_aux"), _plain)
     if function is flash_attention_forward:
         return Core(name, _FLASH_ARGUMENTS, _flash)
     if function is flex_attention_forward:
@@ -98,6 +103,21 @@ def _sdpa(core: Core) -> Attend:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         return attend_by_sdpa(q, k, v, mask, scaling)
+
+    return attend
+
+
+def _plain(core: Core) -> Attend:
+    def attend(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: WholeMask | None,
+        scaling: float | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        return attend_plainly(q, k, v, mask, scaling, arguments.get("softcap"), arguments.get("s_aux"))
 
     return attend
 

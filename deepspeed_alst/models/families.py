@@ -18,7 +18,6 @@ from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.router_loss import unknown_router_loss
-from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.models.wrapped import base_model
 
 # What a class of transformers' says of the attention that it can run, and what to ask for.
@@ -115,13 +114,10 @@ def _core_problems(model: PreTrainedModel) -> list[str]:
             "how its own layers could be split over ranks is not known: it cannot run under sequence parallelism; use "
             "another model"
         ]
-    refusal = f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}"
-    if not model._supports_sdpa and model.config.model_type not in RIGHT:
-        return [
-            f"{refusal}, nor is {' or '.join(cores)}, all that transformers has for it beside: a family that is not "
-            "verified (docs/census.md) is tried with sdpa first; use another model"
-        ]
-    return [f"{refusal}; load the model with attn_implementation={' or '.join(cores)}"]
+    return [
+        f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}; load the "
+        f"model with attn_implementation={' or '.join(cores)}"
+    ]
 
 
 def _layer_problems(model: PreTrainedModel, text_config: Any) -> list[str]:

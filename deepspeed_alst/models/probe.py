@@ -21,10 +21,10 @@ from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.cores import TRIAL, keeps_documents_apart
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.linear_layers import has_attention
+from deepspeed_alst.models.foreign import check_own_modules, is_own
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.shrink import shrink
 from deepspeed_alst.models.verified import RIGHT
@@ -70,22 +70,19 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
         UnsupportedModelError: on all ranks alike.
     """
     base = base_model(model)
-    if base.config.model_type in RIGHT:
+    if base.config.model_type in RIGHT and not is_own(base):
+        check_own_modules(base, None)
         return ""
     unlisted = (
         f"{type(base).__name__} (model_type='{base.config.model_type}') is none of the {len(RIGHT)} families that are "
         "verified under sequence parallelism (docs/census.md)"
     )
+    if base.config.model_type in RIGHT:
+        unlisted = f"{type(base).__module__}.{type(base).__name__} is your own class, not {base.config.model_type}'s"
     way_out = "Set sequence_parallel_size to 1, or train one of those"
-    if not getattr(base, "_supports_sdpa", False) and has_attention(base):
-        raise UnsupportedModelError(
-            f"{unlisted}, and transformers has no sdpa for it, with which a small model of its kind would be tried on "
-            f"CPU. {way_out}."
-        )
     try:
         small = shrink(base.config)
-        # The GPU's cores do not run on CPU; what they are given is the same.
-        small._attn_implementation = "sdpa"
+        small._attn_implementation = trial_core(type(base))
     except Exception as error:
         raise UnsupportedModelError(
             f"{unlisted}, and no small config of its kind could be made: {_words(error)}. {way_out}."
@@ -99,7 +96,23 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
                 f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
                 f"{verdict.why.rstrip('.')}. {way_out}."
             )
+    check_own_modules(base, _small_model(type(base), small))
     return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
+
+
+def trial_core(model_class: type[PreTrainedModel]) -> str:
+    """The attention of a trial: the GPU's cores do not run on CPU; what they are given is the same."""
+    if model_class._supports_sdpa:
+        return "sdpa"
+    return TRIAL if model_class._supports_flash_attn or model_class._supports_flex_attn else "eager"
+
+
+def _to_build(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that a model can be built of, and whose attention makes the truth."""
+    config = copy.deepcopy(config)
+    if config._attn_implementation == TRIAL:
+        config._attn_implementation = "eager"
+    return config
 
 
 def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
@@ -107,7 +120,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
 
     Args:
         build: makes the model of the config.
-        config: small, with the attention implementation that is asked about.
+        config: small, with the attention implementation that is asked about; of ``TRIAL`` the truth is eager's.
         groups: of the ranks of a sequence.
         packed: the sequence consists of several documents.
     """
@@ -120,7 +133,9 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
     mine: Any = None
     try:
-        mine = _split_step(_small_model(build, config), batch, groups)
+        small = _small_model(build, config)
+        small.config._attn_implementation = config._attn_implementation
+        mine = _split_step(small, batch, groups)
         failure = None
     except AlstError as error:
         failure = Verdict("refused", str(error))
@@ -145,9 +160,9 @@ def numel(build: Build, config: PreTrainedConfig) -> int:
     """Parameters of a model, without their memory where it can be built so."""
     try:
         with torch.device("meta"):
-            model = build(copy.deepcopy(config))
+            model = build(_to_build(config))
     except Exception:  # it reads values when it is built
-        model = build(copy.deepcopy(config))
+        model = build(_to_build(config))
     return sum(param.numel() for param in model.parameters())
 
 
@@ -155,7 +170,7 @@ def _small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
     """A model with the same weights on every rank, with enough spread to make gradients lively."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = build(copy.deepcopy(config)).float()
+        model = build(_to_build(config)).float()
         with torch.no_grad():
             for param in model.parameters():
                 if param.dim() > 1:

@@ -62,6 +62,11 @@ def build(config: Any, weights: str | None, ds_config: dict[str, Any], core: str
     return model.train()
 
 
+def causal_lm(config: Any) -> PreTrainedModel:
+    """A model in bf16 with sdpa, on whatever device is the default; its weights are as transformers makes them."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+
 def has_weights(model: str) -> bool:
     """Whether a path is a folder with weights."""
     return os.path.isdir(model) and any(name.endswith((".safetensors", ".bin")) for name in os.listdir(model))

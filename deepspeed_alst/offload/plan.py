@@ -3,6 +3,7 @@
 Legend: s tokens of a rank's shard, S of the whole sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,13 +41,9 @@ class Layers:
 
     def longest(self, room: int, with_outputs: bool = False) -> int:
         """The most tokens of a rank that so many bytes have room for."""
-        low, high = 0, 1
-        while self.num_layers > self.keep_last and self.waiting(high, with_outputs) <= room:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.waiting(middle, with_outputs) <= room else (low, middle)
-        return low
+        if self.num_layers <= self.keep_last:
+            return 0
+        return _most(lambda tokens: self.waiting(tokens, with_outputs) <= room)
 
 
 @dataclass(frozen=True)
@@ -127,22 +124,40 @@ def decide(
         reason = "auto: its copy hides behind the computation, and the host has room"
         if not keeps:
             reason = "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
+    places = _places(layers, tokens, room, keeps, ring_tensors)
+    if places is None:
+        longest = _most(lambda fewer: _places(layers, fewer, room, keeps, ring_tensors) is not None)
+        raise OffloadError(_too_much(layers, tokens, longest, room, keeps, shard))
+    return Plan(keeps, *places, reason)
+
+
+def _places(layers: Layers, tokens: int, room: Room, keeps: bool, ring_tensors: int) -> tuple[int, int, int] | None:
+    """Bytes on the host, on disk and in the ring between them; None if there is no room."""
     needed = layers.waiting(tokens, keeps)
     if needed <= room.host:
-        return Plan(keeps, needed, 0, 0, reason)
+        return needed, 0, 0
     # Tensors go as a whole: of the largest, one may not fit that bytes would leave room for.
     largest = max(layers.sizes(tokens, keeps))
     ring = min(ring_tensors * largest, room.host)
     on_host = min(needed, room.host - ring)
     to_disk = min(needed, needed - on_host + largest)
-    if room.disk is None or to_disk > room.disk:
-        raise OffloadError(_too_much(layers, tokens, needed, room, keeps, shard))
-    return Plan(keeps, on_host, to_disk, ring, reason)
+    return None if room.disk is None or to_disk > room.disk else (on_host, to_disk, ring)
 
 
-def _too_much(layers: Layers, tokens: int, needed: int, room: Room, keeps: bool, shard: tuple[int, int]) -> str:
+def _most(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, where none fits that is above one that does not."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _too_much(layers: Layers, tokens: int, longest: int, room: Room, keeps: bool, shard: tuple[int, int]) -> str:
     sp_size, batch = shard
-    longest = layers.longest(room.host + (room.disk or 0), keeps)
+    needed = layers.waiting(tokens, keeps)
     whole, fitting = tokens // batch * sp_size, longest // batch * sp_size
     budget = "" if room.budget is None else f" (host_budget={room.budget}, of all ranks of a host)"
     need, host, on_disk = (in_words(each) for each in (needed, room.host, room.disk or 0))

@@ -26,7 +26,8 @@ def check_alike(settings: Mapping[str, Any], group: Any) -> None:
         lines = [
             f"{key}={first[key]!r} on rank 0, {found[key]!r} on rank {rank}"
             for key in first
-            if first[key] != found[key]
+            # NaN, which JSON may have, is not equal to itself.
+            if first[key] != found[key] and repr(first[key]) != repr(found[key])
         ]
         if lines:
             raise ConfigError("the ranks have different ds_configs, and must have one: " + "; ".join(lines))

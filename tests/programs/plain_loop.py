@@ -1,5 +1,6 @@
 """A plain DeepSpeed loop with one mistake in it, named on the command line. It does not know deepspeed_alst."""
 
+import os
 import sys
 import time
 
@@ -28,6 +29,9 @@ elif case == "heads":
     config = LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)
 elif case == "key":
     ds_config["alst"] = {"pad_to_multiple": 2, "memory_lean_layer": True}
+elif case == "everything":  # that may write files; DISK is where the offload may
+    offload = {"nvme_path": os.environ["DISK"], "host_budget": 4096, "keep_last": 0}
+    ds_config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 4}, "activation_checkpoint_cpu_offload": offload}
 elif case == "eager":
     core = "eager"
 elif case == "model":

@@ -9,7 +9,7 @@ aten = torch.ops.aten
 
 
 class Known(TorchDispatchMode):
-    """Open it inside of the fake world and outside of the ledger, which sees the operators all the same.
+    """Open it inside of the fake world (fake.py) and outside of the ledger, which sees the operators all the same.
 
     Args:
         num_labelled: elements that ``nonzero`` finds.

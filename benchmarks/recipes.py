@@ -1,0 +1,254 @@
+"""The recipes of ds_configs as a table: what each is for, and the bytes that it needs of a GPU and of a host.
+
+    python -m benchmarks.recipes [--write]
+
+``--write`` puts the tables into ds_configs/README.md and docs/multi_node.md. Everything is read from the JSON files and
+computed from the models' shapes; nothing of it is measured. Exits non-zero where a recipe breaks a rule (``problems``).
+
+Legend: N parameters, P = sp_size, L layers; GB are 1e9 bytes.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.crossing import RANKS_PER_HOST, crossing_table, markdown, num_params
+from benchmarks.tiles.shapes import REAL_SIZE, Shape
+from deepspeed_alst.compatibility import value_at
+from deepspeed_alst.config import AlstConfig, parse
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "ds_configs"
+GPU_GB = {"h100": 80.0, "h200": 141.0}
+# Of an 8-GPU node, as the paper's had (arXiv:2506.13996, section 5.2); a single GPU is taken to have one to itself.
+HOST_GB = 1900.0
+_SHAPES = {shape.name: shape for shape in REAL_SIZE}
+_MODELS = {"llama-8b": "Llama-3.1-8B", "llama-70b": "Llama-3.1-70B", "qwen3-32b": "Qwen3-32B"}
+
+# For the longest sequences: a GPU's share of the optimizer beyond which it is worth the host's time to move it, and of
+# the weights on a single GPU; and a host's share that its ranks' states may fill before activations need a disk too.
+OPTIMIZER_SHARE, WEIGHTS_SHARE, STATES_SHARE = 0.1, 0.15, 0.5
+
+PURPOSES = {
+    "sp1": "the demo without sequence parallelism: each rank a sample of its own",
+    "sp2": "the demo: two ranks share a sequence, ZeRO 2, fp32",
+    "sp2_zero3": "the same with ZeRO 3",
+    "cpu-sp2-all": "the demo with everything on, on a machine without a GPU",
+    "sp8_zero3_bf16": "one 8-GPU node per sequence; a multiple of 8 ranks are replicas",
+    "sp8_zero3_bf16_offload": "the same for longer sequences",
+    "trainer_sp1": "the HF Trainer's demo without sequence parallelism",
+    "trainer_sp2": "the HF Trainer's demo, two ranks share a sequence",
+    "trainer_sp8_zero3": "the HF Trainer, one 8-GPU node per sequence",
+    "run-sp1-llama-8b-baseline": "is it right? The run without this package: 8 sequences a step, one on each GPU",
+    "run-sp8-llama-8b": "is it right? The same 8 sequences a step, one after the other, each on 8 GPUs",
+    "llama-8b-h100x8-baseline": "ablation 1: nothing of this package",
+    "llama-8b-h100x8-loss": "ablation 2: and tiled logits and loss",
+    "llama-8b-h100x8-loss-sp": "ablation 3: and sequence parallelism",
+    "llama-8b-h100x8-loss-sp-mlp": "ablation 4: and tiled MLPs",
+    "llama-8b-h100x8-loss-sp-offload": "ablation 5: 3 and layer inputs on the host",
+    "llama-8b-h100x8": "ablation 6: all; the longest sequences on a node",
+    **{
+        f"{model}-{gpu}x{count}": f"the longest sequences on {count} x {gpu.upper()}"
+        for model in _MODELS
+        for gpu, counts in {"h100": (1, 8, 16, 32, 64), "h200": (1,)}.items()
+        for count in counts
+        # On one GPU the 70B's weights alone are 141 GB, and its states on the host 1.4 TB.
+        if (model, count) not in {("llama-70b", 1), ("llama-8b", 8)}
+    },
+}
+_PINNED = (
+    "PyTorch pins host memory in powers of two. Of the bf16 gradients, one buffer a rank, that takes beyond the table, "
+    "where it is\nmore than 20 GB:"
+)
+# Of the recipes whose name does not say it.
+_RANKS = {"sp1": 2, "sp2": 2, "sp2_zero3": 2, "cpu-sp2-all": 2, "trainer_sp1": 2, "trainer_sp2": 2}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One JSON file, with the ranks and the model that it is for."""
+
+    name: str
+    ds_config: dict[str, Any]
+    config: AlstConfig
+    ranks: int
+    gpu: str = ""
+    """A key of GPU_GB; empty where the recipe is for any machine."""
+    shape: Shape | None = None
+    """The model; None where the recipe is for any."""
+
+    def zero(self, path: str, default: Any = None) -> Any:
+        """A value of the zero_optimization block."""
+        return value_at(self.ds_config, f"zero_optimization.{path}", default)
+
+    @property
+    def sp_size(self) -> int:
+        """P."""
+        return self.config.sequence_parallel_size
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Of the hosts that the recipe is for."""
+        return min(self.ranks, RANKS_PER_HOST)
+
+
+def load(name: str) -> Recipe:
+    """Read a recipe by its file's name, without ``.json``."""
+    ds_config = json.loads((FOLDER / f"{name}.json").read_text())
+    machine = next((part for part in name.split("-") if part.startswith(tuple(f"{gpu}x" for gpu in GPU_GB))), "")
+    model = next((shape for key, shape in _MODELS.items() if key in name), "")
+    gpu, _, ranks = machine.partition("x")
+    return Recipe(
+        name,
+        ds_config,
+        parse(ds_config),
+        int(ranks or _RANKS.get(name, RANKS_PER_HOST)),
+        gpu or ("h100" if model else ""),
+        _SHAPES[model] if model else None,
+    )
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of weights, gradients and Adam's states under ZeRO 3 in bf16, of one rank."""
+
+    gpu: float
+    host: float
+
+
+def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -> States:
+    """What DeepSpeed 0.19.8 keeps for N parameters on each of so many ranks.
+
+    A parameter has 2 bytes of weight, 2 of gradient and 12 of fp32 weight, momentum and variance. With the optimizer on
+    the host the gradient is there too, and beside it 4 bytes of its fp32 copy, which the step reads.
+    """
+    share = N / ranks
+    gpu, host = (2, 18) if optimizer_on_host else (16, 0)
+    if weights_on_host:
+        gpu, host = gpu - 2, host + 2
+    return States(gpu * share, host * share)
+
+
+def states_of(recipe: Recipe) -> States:
+    """Of a recipe for a model."""
+    assert recipe.shape is not None and recipe.zero("stage") == 3, recipe.name
+    on_host = [bool(recipe.zero(f"offload_{what}")) for what in ("optimizer", "param")]
+    return states(num_params(recipe.shape), recipe.ranks, *on_host)
+
+
+def activation_bytes(recipe: Recipe) -> float:
+    """Bytes of a host that layer inputs take for each token of the whole sequence; 0 where they stay on the GPU."""
+    offload = recipe.config.alst.activation_checkpoint_cpu_offload
+    if offload is None or recipe.shape is None:
+        return 0.0
+    layers = recipe.shape.num_layers - offload.keep_last
+    # A rank has 1/P of its sequence, a host so many ranks.
+    return layers * recipe.shape.keys["hidden_size"] * 2 * recipe.ranks_per_host / recipe.sp_size
+
+
+def pinned_extra(recipe: Recipe) -> float:
+    """GB of a host beyond ``states``: the bf16 gradients on it are one buffer, which PyTorch pins as a power of two."""
+    if recipe.shape is None or not recipe.zero("offload_optimizer.pin_memory"):
+        return 0.0
+    gradients = 2 * num_params(recipe.shape) / recipe.ranks
+    return (2 ** math.ceil(math.log2(gradients)) - gradients) * recipe.ranks_per_host / 1e9
+
+
+def switched_on(recipe: Recipe) -> str:
+    """What of this package is on, in words."""
+    alst = recipe.config.alst
+    offload = alst.activation_checkpoint_cpu_offload
+    parts = {
+        "loss": recipe.config.tiled_loss(),
+        "MLP": alst.tiled_mlp_compute,
+        "offload to host and disk" if offload and offload.nvme_path else "offload": offload,
+    }
+    return ", ".join(part for part, on in parts.items() if on is not None) or "-"
+
+
+def row(recipe: Recipe) -> list[str]:
+    """The recipe's cells."""
+    on_host = ["optimizer"] * bool(recipe.zero("offload_optimizer")) + ["weights"] * bool(recipe.zero("offload_param"))
+    cells = [
+        f"`{recipe.name}.json`",
+        PURPOSES[recipe.name],
+        str(recipe.ranks),
+        f"{recipe.sp_size} x {recipe.ranks // recipe.sp_size}",
+        str(recipe.zero("stage")),
+        switched_on(recipe),
+        ", ".join(on_host) or "-",
+    ]
+    if recipe.shape is None:
+        return [*cells, "-", "-", "-"]
+    needed, waiting = states_of(recipe), activation_bytes(recipe)
+    return [
+        *cells,
+        f"{needed.gpu / 1e9:.1f}",
+        f"{needed.host * recipe.ranks_per_host / 1e9:.0f}" if needed.host else "-",
+        f"{waiting * 1e6 / 1e9:.0f}" if waiting else "-",
+    ]
+
+
+def table() -> str:
+    """The recipes, in Markdown."""
+    head = ["file", "what it is for", "ranks", "SP x DP", "ZeRO", "tiled, offloaded", "on the host"]
+    head += ["GB a GPU", "GB a host", "and each million tokens"]
+    recipes = [load(name) for name in PURPOSES]
+    lines = [f"- `{each.name}.json`: {extra:.0f} GB a host\n" for each in recipes if (extra := pinned_extra(each)) > 20]
+    return markdown(head, [row(each) for each in recipes]) + f"\n{_PINNED}\n\n" + "".join(lines)
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What an expert would write otherwise in a recipe for a model."""
+    if recipe.shape is None:
+        return []
+    N, memory, needed = num_params(recipe.shape), GPU_GB[recipe.gpu] * 1e9, states_of(recipe)
+    host = needed.host * recipe.ranks_per_host / 1e9
+    disk = getattr(recipe.config.alst.activation_checkpoint_cpu_offload, "nvme_path", None)
+    optimizer_moves = 12 * N / recipe.ranks / memory > OPTIMIZER_SHARE
+    weights_move = recipe.ranks == 1 and 2 * N / memory > WEIGHTS_SHARE
+    rules = {
+        "the optimizer belongs elsewhere": bool(recipe.zero("offload_optimizer")) == optimizer_moves,
+        "the weights belong elsewhere": bool(recipe.zero("offload_param")) == weights_move,
+        "layer inputs need a disk, or need none": bool(disk) == (host / HOST_GB > STATES_SHARE),
+        "the states leave less than half of a GPU": needed.gpu < memory / 2,
+        "the states do not fit the host": host < HOST_GB,
+    }
+    return [f"{recipe.name}: {what}" for what, kept in rules.items() if not kept]
+
+
+TABLES: dict[Path, Callable[[], str]] = {
+    FOLDER / "README.md": table,
+    ROOT / "docs" / "multi_node.md": lambda: crossing_table([_SHAPES[name] for name in _MODELS.values()]),
+}
+
+
+def page_with(page: str, made: str) -> str:
+    """The page with the table between its two marks."""
+    before, rest = page.split("<!-- table: python -m benchmarks.recipes --write -->\n")
+    _, after = rest.split("<!-- end of table -->\n")
+    return f"{before}<!-- table: python -m benchmarks.recipes --write -->\n{made}<!-- end of table -->\n{after}"
+
+
+def main() -> int:
+    """Print the tables, or write them too; 1 where a recipe breaks a rule."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages that show them")
+    arguments = parser.parse_args()
+    for path, make in TABLES.items():
+        made = make()
+        print(made)
+        if arguments.write:
+            path.write_text(page_with(path.read_text(), made))
+    broken = [line for name in PURPOSES for line in problems(load(name))]
+    print("\n".join(f"MISSED {line}" for line in broken) or f"ok     {len(PURPOSES)} recipes keep the rules")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

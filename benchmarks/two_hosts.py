@@ -1,0 +1,303 @@
+"""Training over two hosts, tried on one machine: two network namespaces with a virtual cable between them.
+
+    python -m benchmarks.two_hosts
+
+A host is a network, a host name, /dev/shm and System V memory of its own. A launcher starts ``examples/train.py`` on
+each, and the curve is compared with that of one host. Linux only; as root, or where users may make namespaces. What is
+made lives in namespaces of this program's processes, so it is gone with them, however they end. Exits non-zero where a
+figure misses its target, or no namespace can be made.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
+OWN = ("--net", "--mount", "--uts", "--ipc")
+CABLE = "cable0"
+STEPS, LENGTH = 4, 2048
+LARGEST_DIFFERENCE = 1e-4
+SECONDS = 600.0
+_INSIDE = "--inside"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host; ``enter`` is what a command needs before it to run there."""
+
+    name: str
+    address: str
+    enter: tuple[str, ...] = ()
+
+    def run(self, *command: str) -> str:
+        """What a command prints there.
+
+        Raises:
+            RuntimeError: it fails, with what it says.
+        """
+        done = subprocess.run([*self.enter, *command], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: {' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def shared_buffers(self) -> int:
+        """How many buffers DeepSpeed's shared-memory all-reduce has made there; they are removed."""
+        found = [line for line in self.run("ls", "/dev/shm").split() if line.startswith("deepspeed_allreduce_buffer")]
+        if found:
+            self.run("rm", *(f"/dev/shm/{name}" for name in found))
+        return len(found)
+
+    def cable_bytes(self) -> int:
+        """Bytes that went into and came out of its end of the cable."""
+        stats = json.loads(self.run("ip", "-j", "-s", "link", "show", CABLE))[0]["stats64"]
+        return stats["tx"]["bytes"] + stats["rx"]["bytes"]
+
+
+@contextlib.contextmanager
+def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
+    """The host that this process is, and another."""
+    other = subprocess.Popen(["unshare", *OWN, "sleep", "infinity"])
+    try:
+        alpha = Host("alpha", "10.77.0.1")
+        beta = Host("beta", "10.77.0.2", ("nsenter", "--target", str(other.pid), *OWN, f"--wdns={ROOT}"))
+        _wait_for_namespace(other.pid)
+        alpha.run("ip", "link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", str(other.pid))
+        for host in (alpha, beta):
+            host.run("hostname", host.name)
+            # As Debian has it: gloo takes a host's own name for where it can be reached, unless it is told better.
+            names = folder / f"{host.name}.hosts"
+            names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
+            host.run("mount", "--bind", str(names), "/etc/hosts")
+            host.run("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
+            host.run("ip", "address", "add", f"{host.address}/24", "dev", CABLE)
+            for link in ("lo", CABLE):
+                host.run("ip", "link", "set", link, "up")
+        yield alpha, beta
+    finally:
+        other.kill()
+        other.wait()
+
+
+def _wait_for_namespace(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    mine = os.readlink("/proc/self/ns/ipc")
+    while os.readlink(f"/proc/{pid}/ns/ipc") == mine:
+        if time.monotonic() > deadline:
+            raise RuntimeError("unshare made no second host in 10 s")
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ranks on each of the two hosts, the ranks of a sequence, and what starts them."""
+
+    ranks_per_host: int
+    sp_size: int
+    launcher: str = "no_ssh"
+    """DeepSpeed's on each host ("no_ssh"), DeepSpeed's on the first ("pdsh" and .deepspeed_env), torchrun on each."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        where = "on both hosts" if self.sp_size > self.ranks_per_host else "on one host"
+        return f"{self.launcher}, {self.ranks_per_host} + {self.ranks_per_host} ranks, SP {self.sp_size} {where}"
+
+    @property
+    def least_bytes(self) -> int:
+        """What q, k, v and outputs of sequences on both hosts take on the cable: 3 passes of the example's 2 layers.
+
+        It has 4 query heads, 2 kv heads and 32 numbers a head in fp32; a sequence has half of LENGTH at least. A step
+        trains one for each rank, and half of each token's heads go to the other host.
+        """
+        P = self.sp_size
+        if self.ranks_per_host >= P:
+            return 0
+        away_per_token = P // 2 * (2 * (4 // P) + 2 * max(1, 2 // P)) * 32 * 4
+        return 3 * 2 * STEPS * 2 * self.ranks_per_host * (LENGTH // 2) * away_per_token
+
+
+CASES = (Case(1, 2), Case(2, 2), Case(2, 4), Case(1, 2, "pdsh"), Case(1, 2, "torchrun"))
+
+
+def train(hosts: tuple[Host, ...], case: Case, folder: Path) -> list[dict]:
+    """The lines that the example logs: on two hosts, or all of the case's ranks on one, by DeepSpeed's launcher.
+
+    Raises:
+        RuntimeError: a launcher fails or takes too long, with what it printed.
+    """
+    run = Path(tempfile.mkdtemp(dir=folder))
+    recipe = json.loads((ROOT / "ds_configs" / "sp2.json").read_text())
+    recipe |= {"sequence_parallel_size": case.sp_size, "gradient_accumulation_steps": case.sp_size}
+    (run / "ds.json").write_text(json.dumps(recipe))
+    program = ["examples/train.py", "--deepspeed", str(run / "ds.json"), "--log", str(run / "log")]
+    program += ["--steps", str(STEPS), "--seq-len", str(LENGTH)]
+    launched = []
+    for host, command, environment in _commands(hosts, case, run):
+        with (run / f"{host.name}.txt").open("w") as output:
+            started = [*host.enter, *command, *program]
+            launched.append(subprocess.Popen(started, cwd=ROOT, env=environment, stdout=output, stderr=output))
+    try:
+        _wait(launched)
+    except RuntimeError as error:
+        said = "\n".join(f"--- {path.stem}\n{path.read_text()[-3000:]}" for path in run.glob("*.txt"))
+        raise RuntimeError(f"{case.name}: {error}\n{said}") from None
+    return [json.loads(line) for line in (run / "log").read_text().splitlines()]
+
+
+def _commands(hosts: tuple[Host, ...], case: Case, run: Path) -> Iterator[tuple[Host, list[str], dict[str, str]]]:
+    """On which hosts what is started, and with which environment."""
+    from benchmarks.ranks import free_port  # torch takes seconds to import, and namespaces need none
+
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    port, python = str(free_port()), [sys.executable, "-m"]
+    deepspeed = [*python, "deepspeed.launcher.runner", "--master_port", port]
+    if len(hosts) == 1:
+        yield hosts[0], [*deepspeed, "--num_gpus", str(2 * case.ranks_per_host)], os.environ | own
+        return
+    own["GLOO_SOCKET_IFNAME"] = CABLE
+    (run / "hostfile").write_text("".join(f"{host.name} slots={case.ranks_per_host}\n" for host in hosts))
+    deepspeed += ["--hostfile", str(run / "hostfile"), "--master_addr", hosts[0].address]
+    if case.launcher == "pdsh":
+        yield hosts[0], [*deepspeed, "--no_ssh_check"], _for_pdsh(hosts, own, run)
+        return
+    for node, host in enumerate(hosts):
+        command = [*deepspeed, "--no_ssh", "--node_rank", str(node)]
+        if case.launcher == "torchrun":
+            command = [*python, "torch.distributed.run", "--nnodes", str(len(hosts)), "--node_rank", str(node)]
+            command += ["--nproc_per_node", str(case.ranks_per_host)]
+            # Without "--" torchrun takes the program's --log for one of its own, cut short.
+            command += ["--master_addr", hosts[0].address, "--master_port", port, "--"]
+        yield host, command, os.environ | own
+
+
+def _for_pdsh(hosts: tuple[Host, ...], own: dict[str, str], run: Path) -> dict[str, str]:
+    """An environment with a stand-in for pdsh on its path, and a home whose .deepspeed_env has what ranks need."""
+    (run / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in own.items()))
+    enter = {host.name: host.enter for host in hosts}
+    stand_in = run / "pdsh"
+    stand_in.write_text(f"#!{sys.executable}\nENTER, HOME = {enter!r}, {os.environ.get('HOME', '/')!r}\n{_PDSH}")
+    stand_in.chmod(0o755)
+    path = f"{run}:{os.environ['PATH']}"
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "HOME": str(run), "PATH": path}
+
+
+# As pdsh -S -f N -w HOST,... COMMAND over ssh: each host's shell gets the command, with its number for %n, and nothing
+# of this environment; the status is the largest.
+_PDSH = """
+import subprocess, sys
+names, command = sys.argv[5].split(","), " ".join(sys.argv[6:])
+bare = {"HOME": HOME, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+shells = [
+    subprocess.Popen([*ENTER[name], "/bin/sh", "-c", command.replace("%n", str(number))], env=bare)
+    for number, name in enumerate(names)
+]
+sys.exit(max(abs(shell.wait()) for shell in shells))
+"""
+
+
+def _wait(launched: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + SECONDS
+    try:
+        while any(process.poll() is None for process in launched):
+            if any(process.poll() for process in launched):
+                raise RuntimeError("a launcher failed")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no end within {SECONDS:.0f} s")
+            time.sleep(0.2)
+        if any(process.returncode for process in launched):
+            raise RuntimeError("a launcher failed")
+    finally:
+        for process in launched:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def figures(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Each figure beside its target, and whether it is met."""
+    alone: dict[int, list[dict]] = {}
+    with two_hosts(folder) as hosts:
+        for case in CASES:
+            ranks = 2 * case.ranks_per_host
+            if ranks not in alone:
+                alone[ranks] = train(hosts[:1], Case(case.ranks_per_host, 2), folder)
+                buffers = hosts[0].shared_buffers()
+                yield (
+                    f"{ranks} ranks on one host: {buffers} buffers of DeepSpeed's shared-memory op (target: {ranks})",
+                    buffers == ranks,
+                )
+            before = hosts[0].cable_bytes()
+            split = train(hosts, case, folder)
+            moved = hosts[0].cable_bytes() - before
+            buffers = sum(host.shared_buffers() for host in hosts)
+            yield from _figures_of(case, alone[ranks], split, moved, buffers)
+
+
+def _figures_of(
+    case: Case, alone: list[dict], split: list[dict], moved: int, buffers: int
+) -> Iterator[tuple[str, bool]]:
+    for key in ("loss", "grad_norm"):
+        apart = max(abs(one[key] - two[key]) for one, two in zip(alone, split, strict=True))
+        last = f"{key} {split[-1][key]:.6f} after {STEPS} steps, on one host {alone[-1][key]:.6f}"
+        most = f"largest difference {apart:.1e} (target: <= {LARGEST_DIFFERENCE:.0e})"
+        yield f"{case.name}: {last}, {most}", apart <= LARGEST_DIFFERENCE
+    yield f"{case.name}: {buffers} buffers of the shared-memory op (target: 0)", buffers == 0
+    least = max(1, case.least_bytes)
+    yield f"{case.name}: {moved / 1e6:.1f} MB on the cable (target: >= {least / 1e6:.1f})", moved >= least
+
+
+def inside() -> int:
+    """In namespaces of its own: print the figures; 1 where one is missed."""
+    missed = False
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for figure, met in figures(Path(folder)):
+                print(f"{'ok    ' if met else 'MISSED'} {figure}", flush=True)
+                missed |= not met
+        except RuntimeError as error:
+            print(f"MISSED {error}", flush=True)
+            return 1
+    return int(missed)
+
+
+def _end_with_the_parent() -> None:
+    """prctl(PR_SET_PDEATHSIG, SIGKILL): a killed parent has no time to end its child."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def main() -> int:
+    """Go into namespaces; 1 where that, or a target, fails."""
+    if sys.argv[1:] == [_INSIDE]:
+        return inside()
+    lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if lacking:
+        print(f"MISSED not run: {', '.join(lacking)} not found (util-linux, iproute2)")
+        return 1
+    rights = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    # The first process of a PID namespace takes all others with it.
+    enter = ["unshare", *rights, *OWN, "--pid", "--fork", "--kill-child", "--mount-proc"]
+    tried = subprocess.run([*enter, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        print(f"MISSED not run: this machine allows no namespaces: {' '.join(enter)}: {tried.stderr.strip()}")
+        return 1
+    links = os.listdir("/sys/class/net")
+    inner = [*enter, sys.executable, "-m", "benchmarks.two_hosts", _INSIDE]
+    status = subprocess.run(inner, cwd=ROOT, preexec_fn=_end_with_the_parent).returncode
+    left = set(os.listdir("/sys/class/net")) - set(links)
+    print(f"{'MISSED' if left else 'ok    '} {len(left)} network links left behind (target: 0)")
+    return 1 if status or left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

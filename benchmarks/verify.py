@@ -1,0 +1,41 @@
+"""``ds_alst verify`` on the configs of public models, in small: ``make verify`` prints each with its seconds.
+
+The configs are those that the models' authors publish. Exit status 1 if one differs, or takes longer than a minute.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deepspeed_alst.cli.main import main as ds_alst
+
+ROOT = Path(__file__).parents[1]
+MODELS = sorted((ROOT / "benchmarks" / "models").glob("*.json"))
+# A recipe for eight GPUs: ZeRO 3, bf16, tiles, layer inputs and optimizer on the host.
+RECIPE = ROOT / "ds_configs" / "sp8_zero3_bf16_offload.json"
+SECONDS = 60.0
+
+
+def main() -> int:
+    """Print the table; 1 if a model misses."""
+    table = Table("model", "seconds", f"target: {SECONDS:.0f}", "verdict")
+    missed = 0
+    for path in MODELS:
+        with tempfile.TemporaryDirectory() as output:
+            start = time.monotonic()
+            status = ds_alst(["verify", "--model", str(path), "--ds_config", str(RECIPE), "--output", output])
+            seconds = time.monotonic() - start
+        met = status == 0 and seconds <= SECONDS
+        missed += not met
+        table.add_row(path.stem, f"{seconds:.0f}", "ok" if seconds <= SECONDS else "missed", f"exit status {status}")
+    Console().print(table)
+    print(f"{missed} of {len(MODELS)} missed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

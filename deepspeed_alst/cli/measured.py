@@ -1,0 +1,94 @@
+"""Bytes that a small number of layers of a model need on one rank, counted on tensors without data."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.errors import AlstError, UnsupportedModelError
+from deepspeed_alst.ledger.fake import fake_world
+from deepspeed_alst.ledger.known import Known
+from deepspeed_alst.ledger.ledger import Ledger
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.fused import fuse_norms_and_rope
+from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.tiled_loss import tile_loss
+from deepspeed_alst.models.tiles import tile_mlps
+from deepspeed_alst.models.trials import causal_lm
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Beside weights and gradients, at two peaks of a step and between forward and backward."""
+
+    in_layers: int
+    outside: int
+    kept: int
+
+
+def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
+    """What a model of a config needs on one rank for so many tokens, in bf16 and with checkpointed layers.
+
+    Args:
+        config: of transformers.
+        keys: what is tiled, and how many ranks share a sequence.
+        tokens: s, of this rank.
+
+    Raises:
+        UnsupportedModelError: the model does not run without data.
+    """
+    experts = next((getattr(config, key, 0) for key in ("num_experts", "num_local_experts")), 0) or 1
+    per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts > 1 else 0
+    try:
+        with fake_world(max(2, keys.sequence_parallel_size)), ExitStack() as undo:
+            model = causal_lm(config).train()
+            step = _patched(model, keys, undo)
+            ids = torch.arange(tokens).remainder(config.vocab_size)[None]
+            batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
+            with Known(tokens, per_expert):
+                return _second_step(model, step, batch)
+    except AlstError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"this model cannot be planned for: on tensors without data it raises {type(error).__name__}: "
+            f"{str(error).splitlines()[0][:100]}"
+        ) from error
+
+
+def _patched(model: Any, keys: AlstConfig, undo: ExitStack) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    calls = Calls()
+    patch_model(model, dist.group.WORLD, undo, calls)
+    if keys.alst.liger_kernel is not False:
+        fuse_norms_and_rope(model, undo)  # as a GPU would, by Liger's kernels or this package's
+    if keys.alst.tiled_mlp_compute is not None:
+        tile_mlps(model, keys.alst.tiled_mlp_compute, lambda module: None, undo)
+    if (loss := keys.tiled_loss()) is not None:
+        tile_loss(model, loss, calls, lambda module: None, undo)
+    return lambda batch: model(**batch, use_cache=False).loss
+
+
+def _second_step(model: Any, step: Any, batch: dict[str, torch.Tensor]) -> Bytes:
+    # The first one may still learn.
+    step(batch).backward()
+    model.zero_grad()
+    with Ledger(model) as ledger:
+        with ledger.phase("forward"):
+            loss = step(batch)
+        kept = _beside_weights(ledger.timeline[-1])
+        loss.backward()
+    layers = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList))
+    peaks = {True: 0, False: 0}
+    for sample in ledger.timeline:
+        inside = sample.moment.module.startswith(layers)
+        peaks[inside] = max(peaks[inside], _beside_weights(sample))
+    return Bytes(peaks[True], peaks[False], kept)
+
+
+def _beside_weights(sample: Any) -> int:
+    return int(sample.total - sample.bytes["weights"] - sample.bytes["gradients"])

@@ -1,0 +1,137 @@
+"""Bytes of a training by category, from the sizes of a model, a ds_config and a machine. Pure arithmetic.
+
+Legend: N parameters, W ranks, P = sp_size, s tokens of a rank's shard, S of the whole sequence, L layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Sizes = dict[str, float]
+"""Bytes by category."""
+# Of torch, CUDA's context and NCCL's buffers on a GPU: an assumption, as no allocator reports it.
+RESERVED = 3 * 2**30
+_SLICES = 2
+_STATES = {"adam": 8, "adamw": 8, "fusedadam": 8, "adagrad": 4, "lion": 4, "sgd": 0}
+"""Bytes of optimizer state an element, in fp32."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one rank needs for its tokens, measured on a model of one layer: ``fixed + a_token * s`` bytes."""
+
+    fixed: float
+    a_token: float
+    loss_fixed: float
+    loss_a_token: float
+    kept: float
+    """Bytes a token and layer that wait for the backward."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a model."""
+
+    num_params: int
+    num_layers: int
+    largest: int
+    """Elements of the largest module that ZeRO 3 gathers at once: a layer, an embedding or the head."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is."""
+
+    num_gpus: int
+    gpu_bytes: float
+    host_bytes: float
+    gpus_of_host: int
+
+
+def static_bytes(
+    model: Model, ds_config: Mapping[str, Any], num_gpus: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of one GPU, and of one rank on its host, that do not depend on the sequence's length; by category.
+
+    ZeRO's arithmetic (arXiv 1910.02054, section 3): gradients are sharded from stage 2, weights from stage 3, the
+    optimizer's states from stage 1.
+    """
+    zero = ds_config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    half = any((ds_config.get(dtype) or {}).get("enabled") for dtype in ("bf16", "fp16"))
+    width = 2 if half else 4
+    N = model.num_params
+    kind = str((ds_config.get("optimizer") or {}).get("type", "AdamW")).lower()
+    states = N * (_STATES.get(kind, 8) + (4 if half else 0)) / (num_gpus if stage >= 1 else 1)
+    gradients = N * width / (num_gpus if stage >= 2 else 1)
+    weights = N * width / (num_gpus if stage == 3 else 1)
+    gathered = 2 * model.largest * width if stage == 3 else 0  # of weights, and of their gradients before they leave
+    bucket = min(_number(zero.get("reduce_bucket_size"), 5e8), N) * width
+    slices = _SLICES * _number((ds_config.get("alst") or {}).get("reduction", {}).get("slice_bytes"), 64 * 2**20)
+    device = {"weights": weights, "gradients": gradients, "optimizer": states, "gathered at once": gathered}
+    device |= {"gradient bucket and slices": bucket + slices, "reserved": RESERVED}
+    host: dict[str, float] = {}
+    if _device_of(zero, "offload_optimizer") == "cpu":
+        # DeepSpeed keeps the gradients of its part there in fp32 too.
+        host["optimizer"] = device.pop("optimizer") + N * 4 / (num_gpus if stage >= 1 else 1)
+    if _device_of(zero, "offload_param") == "cpu":
+        host["weights"] = device.pop("weights")
+    return device, host
+
+
+def activation_bytes(model: Model, layer: Layer, tokens: int, offloads: bool) -> tuple[Sizes, Sizes]:
+    """The same of what depends on it, in checkpointed layers: at the higher of the layers' peak and the loss'."""
+    waiting = (model.num_layers - 1) * layer.kept * tokens
+    host = {"layers' inputs": waiting} if offloads else {}
+    on_device = layer.kept * tokens if offloads else waiting
+    in_layer = layer.fixed + layer.a_token * tokens
+    in_loss = layer.loss_fixed + layer.loss_a_token * tokens + (0 if offloads else layer.kept * tokens)
+    peak = "a layer's backward" if in_layer >= in_loss else "logits and loss"
+    return {"layers' inputs": on_device, peak: max(in_layer, in_loss)}, host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sequence's length and what it takes."""
+
+    tokens: int
+    """s, of one rank."""
+    device: dict[str, float]
+    """Of one GPU."""
+    host: dict[str, float]
+    """Of one host."""
+
+    def over(self, machine: Machine) -> str:
+        """What there is too little of; empty if it fits."""
+        if sum(self.device.values()) > machine.gpu_bytes:
+            return "GPU"
+        return "host" if sum(self.host.values()) > machine.host_bytes else ""
+
+
+def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine, tokens: int) -> Plan:
+    """What so many tokens on a rank take."""
+    block = (ds_config.get("alst") or {}).get("activation_checkpoint_cpu_offload") or False
+    device, host = static_bytes(model, ds_config, machine.num_gpus)
+    for_tokens, on_host = activation_bytes(model, layer, tokens, bool(block))
+    if isinstance(block, dict) and block.get("nvme_path"):
+        on_host = {}  # what the host has no room for goes to the disk
+    ranks = min(machine.gpus_of_host, machine.num_gpus)
+    return Plan(tokens, device | for_tokens, {key: size * ranks for key, size in (host | on_host).items()})
+
+
+def longest(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Plan, str]:
+    """The longest shard that fits, and what binds it; of 0 tokens where not even the weights do."""
+    low, high, binding = 0, 2**40, plan_of(model, layer, ds_config, machine, 2**40).over(machine)
+    while high - low > 1:
+        middle = (low + high) // 2
+        over = plan_of(model, layer, ds_config, machine, middle).over(machine)
+        low, high, binding = (low, middle, over) if over else (middle, high, binding)
+    return plan_of(model, layer, ds_config, machine, low), binding
+
+
+def _number(value: Any, default: float) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
+def _device_of(zero: Mapping[str, Any], key: str) -> str:
+    return str((zero.get(key) or {}).get("device", "none"))

@@ -1,0 +1,115 @@
+"""Modules in a model that are none of its library's: a program's own layers, put in or subclassed.
+
+What a list of verified families says holds for transformers' own code. A class of the program's own goes through the
+trial of its kind (probe.py); a module that was put into a built model is in no trial, so it must be token-wise: what it
+gives for a part of the tokens is that part of what it gives for all.
+
+Legend: S tokens, H features of the module's first matrix.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from deepspeed_alst.apart import apart
+from deepspeed_alst.errors import UnsupportedModelError
+
+# By the first part of their names: libraries whose modules keep the tokens apart that they replace others in.
+_LIBRARIES = (
+    *("transformers", "torch", "deepspeed_alst", "deepspeed", "peft", "liger_kernel", "kernels"),
+    *("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "hqq", "quanto", "compressed_tensors"),
+)
+_TOKENS = 7
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_CLOSE_IN_HALF = 5e-2
+
+
+def is_own(module: torch.nn.Module) -> bool:
+    """Whether a module's class is defined by no library."""
+    return type(module).__module__.split(".")[0] not in _LIBRARIES
+
+
+def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The outermost modules of a program's own classes, by their names in the model; the model itself is not asked."""
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and is_own(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def check_own_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> None:
+    """Refuse modules of a program's own that its class does not build and that are not token-wise.
+
+    Args:
+        model: the program's.
+        built: one that was tried, of the same class; None if there was no trial.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    tried = {type(module) for module in built.modules()} if built is not None else set()
+    for name, module in own_modules(model).items():
+        if type(module) in tried:
+            continue
+        problem = apart(_problem, module)
+        if problem:
+            cls = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise UnsupportedModelError(
+                f"{name} is a {cls}, which no trial has seen, and {problem}: under sequence parallelism it would see "
+                "a part of the sequence. Build it in the model's class, so that a small model of the class can be "
+                "tried, or set sequence_parallel_size to 1."
+            )
+
+
+def _problem(module: torch.nn.Module) -> str:
+    """Why a module is not known to be token-wise; empty if it is."""
+    matrix = next((param for param in module.parameters() if len(_shape(param)) == 2), None)
+    if matrix is None:
+        return "has no matrix that would say what it takes"
+    make = torch.Generator().manual_seed(0)
+    width = next(
+        (each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear)), _shape(matrix)[1]
+    )
+    x_SH = torch.randn(1, _TOKENS, width, generator=make).to(matrix.dtype).to(matrix.device)
+    training = module.training
+    with torch.no_grad(), torch.random.fork_rng([]), _whole(module):
+        module.eval()
+        try:
+            # What comes before and what comes after must not matter.
+            whole = _output(module(x_SH))
+            parts = [_output(module(part)) for part in (x_SH[:, :3], x_SH[:, 3:])]
+        except Exception as error:
+            return f"cannot be tried by itself ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+        finally:
+            module.train(training)
+    if whole.shape[:2] != x_SH.shape[:2]:
+        return f"gives {list(whole.shape)} for {list(x_SH.shape)}"
+    off = (torch.cat(parts, dim=1) - whole).double().norm() / whole.double().norm().clamp(min=1e-30)
+    return "" if off <= _CLOSE.get(whole.dtype, _CLOSE_IN_HALF) else "mixes tokens"
+
+
+def _output(output: object) -> torch.Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"it gives a {type(found).__name__}")
+    return found
+
+
+def _shape(param: torch.nn.Parameter) -> torch.Size:
+    return getattr(param, "ds_shape", param.shape)
+
+
+@contextlib.contextmanager
+def _whole(module: torch.nn.Module) -> Iterator[None]:
+    """The module's weights, where ZeRO 3 has sharded them already."""
+    sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    if not sharded:
+        yield
+        return
+    sharded[0].all_gather(sharded)
+    try:
+        yield
+    finally:
+        sharded[0].partition(sharded)
