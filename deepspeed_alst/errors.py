@@ -31,3 +31,7 @@ class SetupError(AlstError):
 
 class OffloadError(AlstError):
     """Activations that could not be put aside or brought back: a full disk, a failing one, one that does not answer."""
+
+
+class NonFiniteLossError(AlstError):
+    """A loss that is NaN or infinite: which step, micro-step and batch it is of. The optimizer step was not taken."""

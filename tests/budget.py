@@ -27,6 +27,7 @@ AREAS = {
     "test_compatibility": "config and loader",
     "test_config": "config and loader",
     "test_heads": "config and loader",
+    "test_input_loss": "the rest",
     "test_loader": "config and loader",
     "test_plugin": "config and loader",
     "test_recipes": "config and loader",

@@ -6,6 +6,7 @@ runs on the host over gloo: 24 bytes a token are little beside the compute of a 
 """
 
 import functools
+import itertools
 import pickle
 import warnings
 from collections import UserDict
@@ -61,12 +62,15 @@ class ShardedDataLoader:
         multiple: int,
         packing: bool = False,
         marks_padding: bool = False,
+        note: Callable[[int, int], None] | None = None,
     ) -> None:
+        """``note`` is told before each micro-step whose batch it is: the rank, and its number in the epoch."""
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
         self._packing = packing
         self._marks_padding = marks_padding
+        self._note = note
         self.num_pending = 0
         """Micro-steps still to come of the batches that the inner loaders have counted as done."""
 
@@ -109,7 +113,7 @@ class ShardedDataLoader:
         batches = _own_batches(self.loader)
         digests: list[list[str]] = []
         num_seen = self.num_pending = 0
-        while True:
+        for number in itertools.count():
             header, sharded, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
             everyone = gather_objects(header, self._groups.control_group)
@@ -123,9 +127,12 @@ class ShardedDataLoader:
                 if len(digests) == _BATCHES_COMPARED:
                     _check_own_samples(digests, everyone, self._groups.sp_size)
             headers = [everyone[rank] for rank in self._groups.ranks]
-            self.num_pending = sum(not header.ended for header in headers)
-            for batch in self._exchange(sharded, headers):
+            turns = [rank for rank, header in zip(self._groups.ranks, headers, strict=True) if not header.ended]
+            self.num_pending = len(turns)
+            for rank, batch in zip(turns, self._exchange(sharded, headers), strict=True):
                 self.num_pending -= 1
+                if self._note is not None:
+                    self._note(rank, number)
                 yield batch
 
     def _next_header(

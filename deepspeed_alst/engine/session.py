@@ -12,6 +12,7 @@ from torch.utils.data import DistributedSampler
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.engine.checkpoint import install_checkpoints
+from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -47,6 +48,7 @@ class Session:
         self.groups = groups
         self.mpu = mpu
         self.calls = Calls()
+        self._losses = LossWatch(groups)
         self._undo = undo
         self._in_backward = False
         self._loss_divisor = 1
@@ -60,6 +62,7 @@ class Session:
             self.wrap(engine, name, functools.partial(_under_mpu, self.mpu))
         self.wrap(engine, "forward", self._watch_loss)
         self.wrap(engine, "backward", self._mark_backward)
+        self.wrap(engine, "step", functools.partial(self._losses.before_step, engine))
         self.wrap(engine, "compile", _refuse_compiled_autograd)
         install_checkpoints(engine, self.groups.control_group, self._undo)
         self.wrap(engine, "deepspeed_io", lambda io: functools.partial(self._sharded_io, io))
@@ -71,7 +74,8 @@ class Session:
         if isinstance(loader, ShardedDataLoader):
             return loader
         multiple = self.config.padding_multiple()
-        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self._marks_padding)
+        note = self._losses.note_batch
+        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self._marks_padding, note)
 
     def exchange(self, batch: Any) -> list[Any]:
         """This rank's shards of the batches that the ranks of its sequence bring, in their order."""
@@ -126,6 +130,7 @@ class Session:
         @functools.wraps(backward)
         def marked(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self._in_backward, self.calls.gradients = True, 0
+            self._losses.add(loss)
             try:
                 scaled = loss if self._loss_divisor == 1 else loss / self._loss_divisor
                 result = backward(scaled, *args, **kwargs)

@@ -1,0 +1,74 @@
+"""A loss that is no number stops the run at the optimizer step that it is part of, before a weight has changed.
+
+The losses stay on the device until that step; there they are read at once, and all ranks agree by one number over gloo.
+Under fp16 nothing is done: DeepSpeed's loss scaling skips the step, and lowers the scale.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.errors import NonFiniteLossError
+from deepspeed_alst.parallel.agreement import raise_together
+from deepspeed_alst.parallel.groups import SequenceGroups
+
+
+class LossWatch:
+    """The losses of one engine since its last optimizer step, and whose batches they are of."""
+
+    def __init__(self, groups: SequenceGroups) -> None:
+        self._groups = groups
+        self._losses: list[torch.Tensor] = []
+        self._batches: list[tuple[int, int] | None] = []
+        self._batch: tuple[int, int] | None = None
+
+    def note_batch(self, rank: int, number: int) -> None:
+        """The next micro-step is on this batch of this rank's loader, counted from 0 in each epoch."""
+        self._batch = (rank, number)
+
+    def add(self, loss: torch.Tensor) -> None:
+        """A backward of this loss begins."""
+        self._losses.append(loss.detach())
+        self._batches.append(self._batch)
+        self._batch = None
+
+    def before_step(self, engine: Any, step: Any) -> Any:
+        """``engine.step`` behind the check.
+
+        The wrapped method raises NonFiniteLossError on all ranks, whichever of them saw it.
+        """
+
+        @functools.wraps(step)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if engine.is_gradient_accumulation_boundary():
+                losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+                if not engine.fp16_enabled():
+                    self._check(losses, batches, engine.global_steps)
+            return step(*args, **kwargs)
+
+        return checked
+
+    def _check(self, losses: list[torch.Tensor], batches: list[tuple[int, int] | None], step: int) -> None:
+        values = torch.stack([loss.double() for loss in losses]).tolist() if losses else []
+        wrong = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
+        found = torch.tensor([wrong is not None], dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._groups.control_group)
+        if not found.item():
+            return
+        error = None
+        if wrong is not None:
+            error = NonFiniteLossError(
+                f"the loss is {values[wrong]} in optimizer step {step}, micro-step {wrong} of {len(values)} (all "
+                f"counted from 0): {self._whose(batches[wrong], wrong)}. No weight has changed in this step. Look at "
+                "the tokens and labels of that batch; if they are all right, the weights went astray before: lower "
+                "the learning rate, or set gradient_clipping."
+            )
+        raise_together(error, self._groups.control_group)
+
+    def _whose(self, batch: tuple[int, int] | None, place: int) -> str:
+        if batch is None:  # of the HF Trainer: a batch of each rank, in turns
+            return f"a batch of rank {self._groups.ranks[place % self._groups.sp_size]}"
+        return "rank {}'s batch {} of this epoch".format(*batch)
