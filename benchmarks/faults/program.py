@@ -1,7 +1,7 @@
 """A small training run that breaks where it is told to; benchmarks/faults/runs.py starts it by DeepSpeed's launcher.
 
-A Llama at ZeRO 2 on two ranks that share a sequence. Each rank writes to ``--notes``: its process id, a line of JSON for
-each step (the loss, to the bit), the moment of the fault, and at the end a digest of its weights.
+A Llama at ZeRO 2 on two ranks that share a sequence. Each rank writes to ``--notes``: its process id, a line of JSON
+for each step (the loss, to the bit), the moment of the fault, and at the end a digest of its weights.
 """
 
 import argparse

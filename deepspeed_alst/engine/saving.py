@@ -48,7 +48,7 @@ def saved_together(
             (folder / _LATEST).unlink()
         with agreement_group() as group:
             errors: list[Exception] = []
-            with _kept(engine.checkpoint_engine, errors):
+            with _kept(engine, errors):
                 result = save(*arguments.args, **arguments.kwargs)
             raise_together(_in_words(errors, folder, tag), group)
             if names_latest:
@@ -59,7 +59,7 @@ def saved_together(
 
 
 @contextlib.contextmanager
-def _kept(checkpoint_engine: Any, errors: list[Exception]) -> Iterator[None]:
+def _kept(engine: Any, errors: list[Exception]) -> Iterator[None]:
     """Inside, what goes wrong with a file is kept in ``errors``: raised at once, it would leave the others waiting."""
 
     def keep(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,8 +74,12 @@ def _kept(checkpoint_engine: Any, errors: list[Exception]) -> Iterator[None]:
         return kept
 
     with contextlib.ExitStack() as undo:
-        wrap_method(checkpoint_engine, "save", keep, undo)
-        wrap_method(checkpoint_engine, "makedirs", keep, undo)
+        for owner, name in (
+            (engine.checkpoint_engine, "makedirs"),
+            (engine.checkpoint_engine, "save"),
+            (engine, "_copy_recovery_script"),  # zero_to_fp32.py, by rank 0
+        ):
+            wrap_method(owner, name, keep, undo)
         yield
 
 

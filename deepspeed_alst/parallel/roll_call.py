@@ -33,11 +33,12 @@ def world_timeout() -> timedelta:
 
 
 @contextlib.contextmanager
-def naming_who_is_missing(group: Any) -> Iterator[None]:
+def naming_who_is_missing(group: Any, seconds: float = _ANSWER_SECONDS) -> Iterator[None]:
     """Inside, a collective that fails as another rank is gone or silent is an error with that rank's number.
 
     Args:
         group: all ranks over gloo, for this alone.
+        seconds: how long a rank may take to answer.
 
     Raises:
         RankLostError: instead of the backend's error, which it has as its cause.
@@ -49,10 +50,10 @@ def naming_who_is_missing(group: Any) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _SIGNS):
             raise
-        raise RankLostError(_describe(error, call_roll(group), dist.get_world_size(group))) from error
+        raise RankLostError(_describe(error, call_roll(group, seconds), dist.get_world_size(group))) from error
 
 
-def call_roll(group: Any, seconds: float = _ANSWER_SECONDS) -> dict[int, str]:
+def call_roll(group: Any, seconds: float) -> dict[int, str]:
     """The ranks that do not answer, each with what became of it; blocks for at most ``seconds``."""
     rank, found = dist.get_rank(group), dict[int, str]()
 
