@@ -35,3 +35,7 @@ class OffloadError(AlstError):
 
 class NonFiniteLossError(AlstError):
     """A loss that is NaN or infinite: which step, micro-step and batch it is of. The optimizer step was not taken."""
+
+
+class RankLostError(AlstError, RuntimeError):
+    """A collective failed, as another rank has ended or does not answer. A RuntimeError, too, as torch's own is."""

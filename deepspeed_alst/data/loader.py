@@ -22,6 +22,7 @@ from deepspeed_alst.data.shard import ShardedBatch, shard_batch
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
+from deepspeed_alst.parallel.roll_call import naming_who_is_missing
 
 _BATCHES_COMPARED = 4
 
@@ -119,7 +120,8 @@ class ShardedDataLoader:
         for number in itertools.count():
             header, sharded, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
-            everyone = gather_objects(header, self._groups.control_group)
+            with naming_who_is_missing(self._groups.roll_group):
+                everyone = gather_objects(header, self._groups.control_group)
             _raise_first(error, everyone)
             if self._stop(everyone):
                 if 0 < len(digests) < _BATCHES_COMPARED:
@@ -162,7 +164,8 @@ class ShardedDataLoader:
             DataError: on all ranks, whichever of them saw the reason.
         """
         header, sharded, error = self._header_of(batch, 0)
-        everyone = gather_objects(header, self._groups.control_group)
+        with naming_who_is_missing(self._groups.roll_group):
+            everyone = gather_objects(header, self._groups.control_group)
         _raise_first(error, everyone)
         return list(self._exchange(sharded, [everyone[rank] for rank in self._groups.ranks]))
 
@@ -213,13 +216,14 @@ class ShardedDataLoader:
                     x = sharded.shards[rank][spec.key] if spec.key in sharded.shards[rank] else sharded.common[spec.key]
                     view(piece, spec).copy_(x)
         recv = torch.empty(sum(header.num_bytes for header in headers), dtype=torch.uint8)
-        dist.all_to_all_single(
-            recv,
-            send,
-            [header.num_bytes for header in headers],
-            [mine.num_bytes] * self._groups.sp_size,
-            group=self._groups.sp_control_group,
-        )
+        with naming_who_is_missing(self._groups.roll_group):
+            dist.all_to_all_single(
+                recv,
+                send,
+                [header.num_bytes for header in headers],
+                [mine.num_bytes] * self._groups.sp_size,
+                group=self._groups.sp_control_group,
+            )
         first = 0
         for header in headers:
             piece = recv[first : first + header.num_bytes]

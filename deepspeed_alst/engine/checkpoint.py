@@ -26,6 +26,7 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_alst.engine.checkpoint_files import check_files, read
+from deepspeed_alst.engine.saving import saved_together
 from deepspeed_alst.engine.universal import Source, as_universal, convert_together, is_universal, restore_the_rest
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import AlstError, CheckpointError
@@ -40,13 +41,15 @@ def install_checkpoints(engine: Any, control_group: Any = None, undo: ExitStack 
 
     Args:
         engine: a live engine. One that shards over more than ZeRO (pipeline, tensor or expert parallel) stays as it is.
-        control_group: all ranks over gloo; without one, it is made for each load.
+        control_group: all ranks over gloo; without one, it is made for each call.
         undo: takes it back; without one, it lasts as long as the engine.
     """
     if isinstance(engine, PipelineEngine) or engine.has_moe_layers or engine.mp_world_size != 1:
         return
     undo = ExitStack() if undo is None else undo
     wrap_method(engine, "save_checkpoint", functools.partial(_convertible, engine), undo)
+    agreement_group = functools.partial(_agreement_group, control_group)
+    wrap_method(engine, "save_checkpoint", functools.partial(saved_together, engine, agreement_group), undo)
     wrap_method(engine, "load_checkpoint", functools.partial(_on_any_world_size, engine, control_group), undo)
 
 

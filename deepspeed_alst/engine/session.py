@@ -18,6 +18,7 @@ from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
+from deepspeed_alst.parallel.roll_call import naming_who_is_missing
 
 # Calls that read deepspeed.utils.groups.mpu, directly or in what they call.
 _CALLS_THAT_READ_THE_MPU = (
@@ -29,6 +30,7 @@ _CALLS_THAT_READ_THE_MPU = (
     "save_16bit_model",
     "destroy",
 )
+_CALLS_WITH_COLLECTIVES = ("forward", "backward", "step", "save_checkpoint", "load_checkpoint")
 
 
 class Session:
@@ -68,6 +70,8 @@ class Session:
         install_checkpoints(engine, self.groups.control_group, self._undo)
         self.wrap(engine, "deepspeed_io", lambda io: functools.partial(self._sharded_io, io))
         self.wrap(engine, "destroy", self._and_close)
+        for name in _CALLS_WITH_COLLECTIVES:
+            self.wrap(engine, name, functools.partial(_naming_who_is_missing, self.groups.roll_group))
         self._undo.callback(engine.__dict__.pop, "alst", None)
 
     def shard_dataloader(self, loader: Any) -> ShardedDataLoader:
@@ -180,6 +184,15 @@ def _under_mpu(mpu: UlyssesMpu, method: Any) -> Any:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         with installed(mpu):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _naming_who_is_missing(group: Any, method: Any) -> Any:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with naming_who_is_missing(group):
             return method(*args, **kwargs)
 
     return call

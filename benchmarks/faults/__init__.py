@@ -1,0 +1,1 @@
+"""What becomes of a run when something breaks: ``python -m benchmarks.faults``."""

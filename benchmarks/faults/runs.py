@@ -1,0 +1,174 @@
+"""Runs of benchmarks/faults/program.py through DeepSpeed's launcher, their ends, and disks that are small.
+
+Whatever happens here, no process, no mount and no shared memory is left behind.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+from benchmarks.faults.program import FAULT_RANK, Notes, train
+from benchmarks.ranks import free_port, remove_shared_memory
+
+_ROOT = Path(__file__).parents[2]
+_PROGRAM = Path(__file__).with_name("program.py")
+_WORLD_SIZE = 2
+_START_SECONDS = 240.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the ranks of a run wrote, to the bit."""
+
+    steps: dict[int, list[str]]
+    """The losses of each step's micro-steps, in hex; on all ranks alike."""
+    weights: frozenset[str]
+    """Digests of the ranks' weights; one, where the run came to its end."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended."""
+
+    output: str
+    curve: Curve
+    seconds: float | None
+    """From the fault until the launcher and all ranks were gone; None where there was no fault."""
+
+
+def run(
+    folder: Path, ds_config: Path, arguments: Sequence[str], terminate: bool = False, seconds: float = 120.0
+) -> End:
+    """Start the program on two ranks and wait until nothing is left of it.
+
+    Args:
+        folder: for the ranks' notes and their output; it is made.
+        ds_config: the JSON.
+        arguments: more of the program's.
+        terminate: at the fault, send SIGTERM to all processes, as a scheduler does that wants the node back.
+        seconds: how long after the fault to wait at most; what is left then is killed, and ``seconds`` is infinite.
+    """
+    folder.mkdir(parents=True)
+    port = free_port()
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(_WORLD_SIZE)]
+    program = [str(_PROGRAM), "--deepspeed", str(ds_config), "--notes", str(folder), *arguments]
+    command = [*launcher, "--master_port", str(port), *program]
+    with (folder / "output").open("w") as output:
+        # A session of its own, so that its processes can be told from all others.
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env=_environment(), stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            spent = _wait(process, folder, terminate, seconds)
+        finally:
+            _kill(process)
+            remove_shared_memory(port)
+    return End((folder / "output").read_text(), curve_of(folder), spent)
+
+
+def train_here(config: str, folder: str, load: str | None, save: str | None) -> None:
+    """The same training without a fault, in ranks that are up already (benchmarks/ranks.py)."""
+    paths = [None if each is None else Path(each) for each in (load, save)]
+    train(config, Notes(Path(folder), dist.get_rank()), *paths)
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path, terminate: bool, seconds: float) -> float | None:
+    """Until all processes are gone; the seconds since the fault."""
+    fault, start = folder / f"fault{FAULT_RANK}", time.time()
+    fault_at = None
+    while _alive(process):
+        if fault_at is None and fault.exists():
+            fault_at = float(fault.read_text())
+            if terminate:
+                fault_at = time.time()
+                os.killpg(process.pid, signal.SIGTERM)
+        if time.time() > (start + _START_SECONDS if fault_at is None else fault_at + seconds):
+            return float("inf")
+        time.sleep(0.02)
+    if fault_at is None and fault.exists():
+        fault_at = float(fault.read_text())
+    return None if fault_at is None else time.time() - fault_at
+
+
+def _members(session: int) -> list[psutil.Process]:
+    """The session's processes that have not ended, stopped ones too."""
+    found = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(each.pid) == session and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
+
+
+def _alive(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is None or bool(_members(process.pid))
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    for each in _members(process.pid):
+        with contextlib.suppress(psutil.Error):
+            each.kill()  # stopped ones too
+    process.wait()
+
+
+def curve_of(folder: Path) -> Curve:
+    """What the ranks have written to a folder; of the steps, those that all ranks have done.
+
+    Raises:
+        ValueError: they wrote different losses.
+    """
+    logs = []
+    for rank in range(_WORLD_SIZE):
+        path = folder / f"steps{rank}"
+        lines = path.read_text().splitlines() if path.exists() else []
+        logs.append({each["step"]: each["losses"] for each in map(json.loads, lines)})
+    both = {step: losses for step, losses in logs[0].items() if all(step in log for log in logs)}
+    if any(log[step] != losses for log in logs for step, losses in both.items()):
+        raise ValueError(f"the ranks have different losses: {logs}")
+    return Curve(both, frozenset(path.read_text() for path in folder.glob("weights?")))
+
+
+@contextlib.contextmanager
+def small_disk(size_bytes: int, kind: str) -> Iterator[Path | None]:
+    """A file system of its own, "tmpfs" or "ext4" (in a file, by a loop device); None where none can be mounted."""
+    with tempfile.TemporaryDirectory(prefix="small_disk_") as root:
+        folder, image = Path(root) / "mount", Path(root) / "image"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(folder)]
+        made = shutil.which("mount") is not None
+        if made and kind == "ext4":
+            with image.open("wb") as file:
+                file.truncate(size_bytes)
+            made = shutil.which("mkfs.ext4") is not None and _done(["mkfs.ext4", "-q", str(image)])
+            command = ["mount", "-t", "ext4", "-o", "loop", str(image), str(folder)]
+        if not (made and _done(command)):
+            yield None
+            return
+        try:
+            yield folder
+        finally:
+            # Lazily: whoever still has a file open there does not keep it in sight.
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _done(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True).returncode == 0

@@ -1,0 +1,160 @@
+"""Lost ranks and full disks: what is left says who is missing, stops, and keeps its last whole checkpoint.
+
+All nine faults, each through DeepSpeed's launcher, are in benchmarks/faults; here one of them, and the parts.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.faults.__main__ import rows_of
+from benchmarks.ranks import free_port
+from benchmarks.resume import Job, build_engine
+from deepspeed_alst.errors import AlstError, CheckpointError, RankLostError
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.parallel.roll_call import naming_who_is_missing, world_timeout
+
+JOB = Job.of(2, 2, 2)
+
+
+def test_a_run_whose_rank_is_killed_stops_and_goes_on_to_the_bit():
+    (row,) = rows_of(["kill"])
+    assert row.problems == []
+
+
+# --- who is missing
+
+
+def _lose(rank: int, lost: int, how: int, port: int, said) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="3")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    roll_group = build_control_group()
+    dist.all_reduce(torch.ones(1))
+    if rank == lost:
+        os.kill(os.getpid(), how)
+    try:
+        with naming_who_is_missing(roll_group, seconds=3):
+            dist.all_reduce(torch.ones(1))
+    except RankLostError as error:
+        said.put((rank, str(error)))
+    said.close()
+    said.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("lost", "how", "words"),
+    [(1, signal.SIGKILL, "has ended"), (0, signal.SIGSTOP, "does not answer within 3 s")],
+    ids=["killed", "stopped"],
+)
+def test_every_rank_that_is_left_names_the_one_that_is_missing(lost, how, words):
+    context = multiprocessing.get_context("spawn")
+    said, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_lose, args=(rank, lost, how, port, said)) for rank in range(3)]
+    for each in ranks:
+        each.start()
+    try:
+        messages = dict(said.get(timeout=60) for _ in range(2))
+    finally:
+        for each in ranks:
+            each.kill()
+            each.join()
+    assert messages.keys() == {0, 1, 2} - {lost}
+    # One who has heard enough ends, and may be found to have ended by one who is later.
+    assert all(f"rank {lost} {words}" in message for message in messages.values()), messages
+
+
+def _error_of_a_program(kind: type[Exception], message: str) -> str:
+    roll_group = build_control_group()
+    start = time.monotonic()
+    try:
+        with naming_who_is_missing(roll_group):
+            raise kind(message)
+    except Exception as error:
+        assert time.monotonic() - start < 5
+        return f"{type(error).__name__}: {error}"
+    finally:
+        dist.destroy_process_group(roll_group)
+
+
+def test_errors_of_another_kind_stay_what_they_are(ranks2):
+    assert ranks2.run(_error_of_a_program, RuntimeError, "shapes differ") == ["RuntimeError: shapes differ"] * 2
+    # All are there and one has failed all the same: the ranks called different collectives.
+    both = ranks2.run(_error_of_a_program, RuntimeError, "[gloo/pair.cc:1] op.preamble.length <= op.nbytes. 8 vs 4")
+    assert all("all 2 ranks answer" in each for each in both), both
+
+
+def _timeouts() -> set[float]:
+    groups = build_groups(2, build_control_group())
+    all_groups = (groups.sp_group, groups.world_group, groups.self_group, groups.sp_control_group, groups.control_group)
+    found = {each._get_backend(torch.device("cpu")).options._timeout.total_seconds() for each in all_groups}
+    groups.destroy()
+    return found | {world_timeout().total_seconds()}
+
+
+def test_all_groups_wait_as_long_as_the_world_does(ranks2):
+    from deepspeed.constants import default_pg_timeout
+
+    assert ranks2.run(_timeouts) == [{default_pg_timeout.total_seconds()}] * 2
+
+
+# --- checkpoints on a full disk
+
+
+@contextlib.contextmanager
+def _room_for(num_bytes: int, rank: int):
+    """On one rank, the kernel refuses to write more than this to a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _save_on_a_full_disk(folder: str, rank: int, tag: str) -> tuple[str, str | None, str, str]:
+    engine = build_engine(JOB)
+    engine.save_checkpoint(folder, tag="first")
+    latest = Path(folder) / "latest"
+    refusal = "nothing"
+    with _room_for(4096, rank):
+        try:
+            engine.save_checkpoint(folder, tag=tag)
+        except AlstError as error:
+            assert isinstance(error, CheckpointError)
+            refusal = str(error)
+    dist.barrier()
+    after = latest.read_text() if latest.exists() else None
+    dist.barrier()
+    loaded, _ = engine.load_checkpoint(folder) if after else (None, {})
+    engine.save_checkpoint(folder, tag="second")
+    names = " ".join(sorted(each.name for each in Path(folder).iterdir() if each.is_file() and "late" in each.name))
+    result = refusal, after, Path(loaded).parent.name if loaded else "nothing", f"{latest.read_text()} of {names}"
+    dist.barrier()
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_that_one_rank_cannot_write_is_refused_by_all_and_latest_stays(rank, ranks2, tmp_path):
+    results = ranks2.run(_save_on_a_full_disk, str(tmp_path), rank, "broken", seconds=60)
+    for each, (refusal, after, loaded, last) in enumerate(results):
+        assert "broken could not be written" in refusal and "still names first" in refusal
+        assert refusal.startswith(f"rank {rank}: ") == (each != rank)
+        assert (after, loaded, last) == ("first", "first", "second of latest")
+
+
+def test_a_checkpoint_that_is_written_over_has_no_name_until_it_is_whole(ranks2, tmp_path):
+    for refusal, after, _, last in ranks2.run(_save_on_a_full_disk, str(tmp_path), 1, "first", seconds=60):
+        assert "there is no checkpoint before it" in refusal
+        assert after is None and last == "second of latest"
