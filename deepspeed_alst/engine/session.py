@@ -43,7 +43,11 @@ class Session:
         undo: ExitStack,
     ) -> None:
         self.config = config
-        self._packing, self._marks_padding = packing, marks_padding
+        self._packing = packing
+        self.marks_padding = marks_padding
+        """Whether batches say which of their tokens are padding; read when a loader is made."""
+        self.reduction_bytes = 0.0
+        """What this rank sends in a step for the gradients' reduction."""
         self.groups = groups
         self.mpu = mpu
         self.calls = Calls()
@@ -71,7 +75,7 @@ class Session:
         if isinstance(loader, ShardedDataLoader):
             return loader
         multiple = self.config.padding_multiple()
-        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self._marks_padding)
+        return ShardedDataLoader(loader, self.groups, multiple, self._packing, self.marks_padding)
 
     def exchange(self, batch: Any) -> list[Any]:
         """This rank's shards of the batches that the ranks of its sequence bring, in their order."""
