@@ -134,7 +134,7 @@ def test_without_sequence_parallelism_padding_is_what_the_mask_says(ranks2, tmp_
     expected = model_flops(sizes, 70, [Span().pairs(40) + Span().pairs(30)]) / 70
     # Of a GPU and of the job: two ranks.
     assert _flops_a_token(events, "model") == pytest.approx([expected])
-    assert _flops_a_token(events, "alst") == pytest.approx([alst_flops(sizes, 80, [2 * 40**2]) / 70])
+    assert _flops_a_token(events, "hardware") == pytest.approx([alst_flops(sizes, 80, [2 * 40**2]) / 70])
 
 
 def _flops_a_token(events: dict[str, list[tuple[int, float]]], kind: str, ranks: int = 2) -> list[float]:
@@ -157,7 +157,7 @@ def test_split_sequences_have_the_flops_of_whole_ones(documents, ranks2, tmp_pat
     assert _flops_a_token(events, "model") == pytest.approx([expected] * 3)
     whole = lengths if documents else [44, 50]
     expected = alst_flops(sizes, sum(whole), [sum(length**2 for length in whole)]) / tokens
-    assert _flops_a_token(events, "alst") == pytest.approx([expected] * 3)
+    assert _flops_a_token(events, "hardware") == pytest.approx([expected] * 3)
 
 
 def test_bytes_on_the_wire_are_those_of_all_to_alls_and_reduction(ranks2, tmp_path):
@@ -172,7 +172,7 @@ def test_bytes_on_the_wire_are_those_of_all_to_alls_and_reduction(ranks2, tmp_pa
 @pytest.mark.parametrize("disk", [False, True])
 def test_bytes_of_the_offload_are_those_that_moved(disk, ranks2, tmp_path):
     block = {"keep_last": 0, "host_budget": 1, "nvme_path": str(tmp_path)} if disk else {"keep_last": 0}
-    alst = {"pad_to_multiple_of": 2, "activation_checkpoint_cpu_offload": block}
+    alst = {"pad_to_multiple_of": 2, "activation_checkpoint_cpu_offload": block, "save_attention_output": False}
     results = ranks2.run(train, str(tmp_path), Cell(gas=2), 2, None, alst)
     events, counts = events_in(tmp_path), [each["moved"] for each in results]
     # Four micro-steps of two layers' inputs: 24 tokens of 32 numbers in fp32. All of it goes to one place.
@@ -190,7 +190,7 @@ def test_a_line_every_steps_per_print_on_rank_0(ranks2):
     (line,) = first["lines"]
     assert second["lines"] == []
     assert line.startswith(f"alst: step 2 | loss {first['loss'][1]:.4f} | norm {first['norm'][1]:.4g} | lr 0.05 | ")
-    for part in ("tokens/s, padding 2.1%", "GFLOP/s a GPU (6N, causal half, no recomputation)", "host | wire "):
+    for part in ("tokens/s, padding 2.1%", " GFLOP/s model (6N, causal half), ", "host | wire "):
         assert part in line
     assert first["wrapped"] == {"forward", "backward", "step"}
 
@@ -242,6 +242,53 @@ def different_configs() -> list[str]:
 def test_rank_0_decides_for_all(ranks2):
     lines, others = ranks2.run(different_configs)
     assert len(lines) == 3 and others == []
+
+
+def trainer(folder: str, out: str) -> list[dict[str, float]]:
+    """Two steps of the HF Trainer with an evaluation after each; what it logs."""
+    from transformers import Trainer, TrainingArguments
+
+    make = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 97, (48,), generator=make)} for _ in range(16)]
+    data = [{**each, "labels": each["input_ids"]} for each in data]
+    config = ds_config(Cell(), 2) | {key: "auto" for key in _BATCH_KEYS}
+    config |= {"gradient_clipping": 1.0, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    config["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": "run"}
+    arguments = TrainingArguments(
+        out,
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+        deepspeed=config,
+    )
+    run = Trainer(build_model(model_config(Cell())), arguments, train_dataset=data, eval_dataset=data[:4])
+    run.train()
+    history = run.state.log_history
+    run.model_wrapped.destroy()
+    return [each for each in history if "loss" in each]
+
+
+_BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+
+
+def test_in_the_trainer_they_are_what_it_logs(ranks2, tmp_path):
+    logged = ranks2.run(trainer, str(tmp_path), str(tmp_path / "out"))[0]
+    events = events_in(tmp_path)
+    assert [value for _, value in events["loss"]] == pytest.approx([each["loss"] for each in logged], rel=1e-6)
+    assert [value for _, value in events["grad_norm"]] == pytest.approx([each["grad_norm"] for each in logged])
+    # Evaluations send too, and are no part of a step.
+    assert events["wire_bytes"][0][1] == events["wire_bytes"][1][1]
+    assert [step for step, _ in events["lr"]] == [8, 16]
 
 
 def a_programs_own_wrapper() -> tuple[int, bool, bool]:

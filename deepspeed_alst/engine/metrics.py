@@ -46,7 +46,7 @@ class Asked:
 class _Moved:
     """What this rank has moved since its engine was built."""
 
-    sent: float = 0.0
+    sent: int = 0
     to_host: int = 0
     to_disk: int = 0
     waited: float = 0.0
@@ -86,6 +86,9 @@ class Metrics:
         self._loss: torch.Tensor | None = None
         self._begin: float | None = None
         self._before = _Moved()
+        # What was sent when a step ended, until the next one begins; and what evaluations sent in between.
+        self._step_end: int | None = None
+        self._sent_aside = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -104,8 +107,11 @@ class Metrics:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self._begin is None:
                 self._begin = time.perf_counter()
+            trains = self._engine.module.training and torch.is_grad_enabled()
+            if trains and self._step_end is not None:
+                self._sent_aside, self._step_end = self._sent_aside + self._sent() - self._step_end, None
             output = forward(*args, **kwargs)
-            if self._engine.module.training and torch.is_grad_enabled():
+            if trains:
                 self._count(args, kwargs)
             return output
 
@@ -134,7 +140,7 @@ class Metrics:
             rates = self._engine.get_lr() if due else []
             result = step(*args, **kwargs)
             if self._engine.global_steps != before:
-                self._num_steps += 1
+                self._num_steps, self._step_end = self._num_steps + 1, self._sent()
                 if due:
                     self._tell(float(rates[0]) if rates else None)
             return result
@@ -193,7 +199,7 @@ class Metrics:
             tokens_per_second=real / seconds,
             padding_share=1 - real / num_tokens if num_tokens else 0.0,
             model_flops_per_second=of_model / ranks / seconds if self._sizes else None,
-            alst_flops_per_second=of_alst / ranks / seconds if self._sizes else None,
+            hardware_flops_per_second=of_alst / ranks / seconds if self._sizes else None,
             peak_device_bytes=device_peak or None,
             peak_host_bytes=host_peak,
             wire_bytes=session.reduction_bytes + sent / ranks / steps if session is not None else None,
@@ -211,12 +217,15 @@ class Metrics:
             engine.monitor.write_events([(*each, engine.global_samples) for each in report.events()])
 
     def _moved(self) -> _Moved:
-        sent = 0 if self._session is None else sent_bytes(self._session.groups.sp_group)
+        sent = self._sent() - self._sent_aside
         store = getattr(self._engine, "alst_offload", None)
         if store is None:
             return _Moved(sent)
         counts, waited = store.counts, 0.0 if store.spill is None else store.spill.seconds_waited
         return _Moved(sent, counts.bytes_out - counts.bytes_to_disk, counts.bytes_to_disk, waited)
+
+    def _sent(self) -> int:
+        return 0 if self._session is None else sent_bytes(self._session.groups.sp_group)
 
     def _gather(self, mine: list[float]) -> torch.Tensor:
         """Every rank's numbers, ``[ranks, numbers]`` on the host."""

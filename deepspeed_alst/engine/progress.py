@@ -20,8 +20,9 @@ class Report:
     """Of the whole job, padding left out."""
     padding_share: float
     model_flops_per_second: float | None
-    """Of a rank (``ledger/step_flops.py``)."""
-    alst_flops_per_second: float | None
+    """Of a rank, ``model_flops`` of ``ledger/step_flops.py``."""
+    hardware_flops_per_second: float | None
+    """The same in ALST's convention, ``alst_flops``; padding is computed too, and counts."""
     peak_device_bytes: float | None
     peak_host_bytes: float
     """Of a rank's process."""
@@ -49,9 +50,9 @@ def progress_line(step: int, report: Report) -> str:
     if report.lr is not None:
         parts.append(f"lr {report.lr:.3g}")
     parts.append(f"{report.tokens_per_second:,.0f} tokens/s, padding {report.padding_share:.1%}")
-    if report.model_flops_per_second is not None and report.alst_flops_per_second is not None:
-        model, alst = (_in_flops(each) for each in (report.model_flops_per_second, report.alst_flops_per_second))
-        parts.append(f"{model} a GPU (6N, causal half, no recomputation), {alst} (ALST: whole square, recomputation)")
+    if report.model_flops_per_second is not None and report.hardware_flops_per_second is not None:
+        model, hardware = _in_flops(report.model_flops_per_second), _in_flops(report.hardware_flops_per_second)
+        parts.append(f"a GPU: {model} model (6N, causal half), {hardware} hardware (ALST: whole square, recomputation)")
     device = "" if report.peak_device_bytes is None else f"{in_words(report.peak_device_bytes)} device, "
     parts.append(f"peak {device}{in_words(report.peak_host_bytes)} host")
     if report.wire_bytes is not None:
