@@ -116,18 +116,28 @@ def test_without_sequence_parallelism_losses_are_averaged_over_replicas(ranks2, 
     assert {value for _, value in events["padding_share"]} == {0.0} and "wire_bytes" not in events
 
 
-def masked(folder: str) -> None:
+def masked(folder: str, direct: bool) -> None:
     engine = watched_engine(folder, Cell(), 1, None, {})
     batch = {"input_ids": torch.randint(0, 97, (2, 40))}
     batch["attention_mask"] = torch.ones(2, 40, dtype=torch.long)
     batch["attention_mask"][1, 30:] = 0
-    engine.backward(engine(**batch, labels=batch["input_ids"]).loss)
+    loss = engine(**batch, labels=batch["input_ids"]).loss
+    if direct:
+        loss.backward()
+    else:
+        engine.backward(loss)
     engine.step()
     engine.destroy()
 
 
+def test_without_sequence_parallelism_a_direct_backward_has_no_loss(ranks2, tmp_path):
+    ranks2.run(masked, str(tmp_path), True)
+    events = events_in(tmp_path)
+    assert "loss" not in events and "grad_norm" in events
+
+
 def test_without_sequence_parallelism_padding_is_what_the_mask_says(ranks2, tmp_path):
-    ranks2.run(masked, str(tmp_path))
+    ranks2.run(masked, str(tmp_path), False)
     events = events_in(tmp_path)
     assert events["padding_share"][0][1] == pytest.approx(10 / 80)
     sizes = step_sizes(build_model(model_config(Cell())))
@@ -231,7 +241,7 @@ def reads_and_collectives(every: int | None) -> list[tuple[int, int]]:
 def test_between_lines_nothing_is_read_from_the_device_and_nothing_sent(ranks2):
     plain, watched = ranks2.run(reads_and_collectives, None)[0], ranks2.run(reads_and_collectives, 3)[0]
     assert watched[:2] == plain[:2]
-    # Real tokens, pairs, and the loss; the twelve numbers of each rank in one exchange.
+    # Real tokens, pairs, and the loss; each rank's numbers in one exchange.
     assert watched[2][0] > plain[2][0] and watched[2][1] == plain[2][1] + 1
 
 

@@ -4,7 +4,7 @@ DeepSpeed's own keys decide: a line every ``steps_per_print`` steps where it is 
 where it is not, for whatever monitor is on. Without either nothing is installed.
 
 Between two lines nothing is read from the device: counts are added up there. At a line they are read, and the ranks
-tell one another a dozen numbers, once. What is "of the step" is of the step that ends there; what is a rate, a share or
+tell one another a few numbers, once. What is "of the step" is of the step that ends there; what is a rate, a share or
 a mean is of all steps since the last line.
 
 Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), P = sp_size.
@@ -192,7 +192,7 @@ class Metrics:
         loss, real, num_tokens, of_model, of_alst, sent, to_host, to_disk = sums[:num_added]
         norm, offloads = engine.get_global_grad_norm(), hasattr(engine, "alst_offload")
         return Report(
-            loss=loss / ranks,
+            loss=None if self._loss is None else loss / ranks,
             # Of a step that was skipped there is none.
             grad_norm=float(norm) if norm is not None and engine.was_step_applied() else None,
             lr=rate,

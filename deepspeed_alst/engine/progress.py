@@ -10,7 +10,7 @@ from deepspeed_alst.words import in_words
 class Report:
     """One value each; None where there is none. Of a rank: the mean over ranks; peaks and waits: the highest."""
 
-    loss: float
+    loss: float | None
     """Of the step, in nats a token; mean over micro-steps and replicas."""
     grad_norm: float | None
     """Of the step, before clipping."""
@@ -44,7 +44,9 @@ class Report:
 
 def progress_line(step: int, report: Report) -> str:
     """One line, each number with its unit and, where there are several, its convention."""
-    parts = [f"alst: step {step}", f"loss {report.loss:.4f}"]
+    parts = [f"alst: step {step}"]
+    if report.loss is not None:
+        parts.append(f"loss {report.loss:.4f}")
     if report.grad_norm is not None:
         parts.append(f"norm {report.grad_norm:.4g}")
     if report.lr is not None:
