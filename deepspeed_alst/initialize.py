@@ -21,6 +21,7 @@ from deepspeed_alst.engine.buckets import reduction_keys
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.leaves import Leaves
+from deepspeed_alst.engine.metrics import install_metrics
 from deepspeed_alst.engine.offload import Planner
 from deepspeed_alst.engine.probe import install_probe
 from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
@@ -105,6 +106,7 @@ def initialize(
         parts = [*tiles, *_make_room(planner, engine, control_group, undo), *_reduce(engine, config, bucket, undo)]
         if adopted is not None:
             adopt(engine, session, adopted, undo)
+        install_metrics(engine, undo)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, reduction_of(config).dtype, undo)
@@ -132,6 +134,7 @@ def _initialize_whole(
         results = original(**arguments)
         install_checkpoints(results[0])
         kept = _make_room_together(planner, results[0], undo)
+        install_metrics(results[0], undo)
         rows = [
             ("sequence", "whole on every rank: sequence_parallel_size is 1"),
             *tiles,
@@ -277,6 +280,7 @@ def _reduce(engine: Any, config: AlstConfig, bucket: str, undo: ExitStack) -> li
     reduction = reduction_of(config)
     adder = load_sum_pieces(get_accelerator().device_name())
     path = install_reduction(engine, reduction, undo)
+    engine.alst.reduction_bytes = path.bytes_sent(engine)
     return reduction_rows(engine, reduction, path, adder, bucket)
 
 

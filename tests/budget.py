@@ -73,6 +73,7 @@ AREAS = {
     "test_tiles_engine": "tiles and kernels",
     "test_tiles_unusual": "tiles and kernels",
     "test_bench_tiles": "tiles and kernels",
+    "test_metrics": "the programs people have",
     "test_trainer": "the programs people have",
     "test_trainer_checkpoints": "the programs people have",
     "test_trl": "the programs people have",

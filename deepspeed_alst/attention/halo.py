@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.parallel.traffic import count_sent
+
 
 def with_tokens_before(x_BCs: torch.Tensor, width: int, group: Any) -> torch.Tensor:
     """A shard with the ``width`` tokens before it: ``[B, C, s] -> [B, C, w + s]``, channels innermost in memory.
@@ -56,4 +58,5 @@ def _exchange(send_nBC: torch.Tensor, to_ranks: list[int], from_ranks: list[int]
     """An all-to-all of tokens along dim 0, of which each rank sends and gets another number."""
     recv_nBC = send_nBC.new_empty(sum(from_ranks), *send_nBC.shape[1:])
     dist.all_to_all_single(recv_nBC, send_nBC, from_ranks, to_ranks, group=group)
+    count_sent(group, send_nBC.nbytes)  # a rank has none for itself
     return recv_nBC

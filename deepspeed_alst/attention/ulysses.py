@@ -19,6 +19,7 @@ from deepspeed_alst.attention.heads import HeadPlan
 from deepspeed_alst.attention.kept import Ran, record, replayed
 from deepspeed_alst.kernels.wire import by_heads, by_tokens, pack, unpack_
 from deepspeed_alst.offload.frames import Frame
+from deepspeed_alst.parallel.traffic import count_sent
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -176,6 +177,7 @@ def exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
     """Piece p of dim 0 goes to rank p; piece p of the result came from rank p."""
     recv = torch.empty_like(send)
     dist.all_to_all_single(recv, send, group=group)
+    count_sent(group, send.nbytes - send.nbytes // send.shape[0])
     return recv
 
 

@@ -36,6 +36,17 @@ class ReductionPath:
     besides: str = ""
     """What else needs memory, in words."""
 
+    def reductions(self, engine: Any) -> int:
+        """How often a step reduces each gradient."""
+        return engine.gradient_accumulation_steps() if self.each_micro_step else 1
+
+    def bytes_sent(self, engine: Any) -> float:
+        """By a rank in a step."""
+        ranks = dist.get_world_size()
+        params = [param for param in engine.module.parameters() if param.requires_grad]
+        numel = sum(getattr(param, "ds_numel", param.numel()) for param in params)
+        return numel * sum(dtype.itemsize for dtype in self.hops) * (ranks - 1) / ranks * self.reductions(engine)
+
 
 def reduction_of(config: AlstConfig) -> Reduction:
     """What the configuration says of the reduction."""

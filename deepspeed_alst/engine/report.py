@@ -70,8 +70,7 @@ def reduction_rows(
     ranks = dist.get_world_size()
     sizes = [getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters() if param.requires_grad]
     numel, stage = sum(sizes), int(engine.zero_optimization_stage())
-    reductions = engine.gradient_accumulation_steps() if path.each_micro_step else 1
-    sent = numel * sum(dtype.itemsize for dtype in path.hops) * (ranks - 1) / ranks * reductions
+    reductions, sent = path.reductions(engine), path.bytes_sent(engine)
     # A parameter larger than the bucket is reduced alone.
     at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
     # What is sent and what is received; where all ranks get the sums, this rank's share of them too.

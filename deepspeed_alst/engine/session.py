@@ -47,7 +47,11 @@ class Session:
         undo: ExitStack,
     ) -> None:
         self.config = config
-        self._packing, self._marks_padding, self._vocabulary = packing, marks_padding, vocabulary
+        self._packing, self._vocabulary = packing, vocabulary
+        self.marks_padding = marks_padding
+        """Whether batches say which of their tokens are padding; read when a loader is made."""
+        self.reduction_bytes = 0.0
+        """What this rank sends in a step for the gradients' reduction."""
         self.groups = groups
         self.mpu = mpu
         self.calls = Calls()
@@ -80,7 +84,7 @@ class Session:
             return loader
         multiple = self.config.padding_multiple()
         note, packing = self._losses.note_batch, self._packing
-        return ShardedDataLoader(loader, self.groups, multiple, packing, self._marks_padding, self._vocabulary, note)
+        return ShardedDataLoader(loader, self.groups, multiple, packing, self.marks_padding, self._vocabulary, note)
 
     def exchange(self, batch: Any) -> list[Any]:
         """This rank's shards of the batches that the ranks of its sequence bring, in their order."""

@@ -45,11 +45,16 @@ def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None
             undo.callback(block.register_forward_pre_hook(_gradient_for_each(experts)).remove)
 
 
-def _separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Blocks in decoder layers with a list of as many modules as the config has experts, and that list."""
+def expert_counts(base: torch.nn.Module) -> set[int]:
+    """How many experts a block of a model may have, as its config has it."""
     config = vars(base.config.get_text_config()) if isinstance(base, PreTrainedModel) else {}
     sizes = [value for name, value in config.items() if name.endswith("experts") and "shared" not in name]
-    counts = {size for size in sizes if isinstance(size, int) and size > 1}
+    return {size for size in sizes if isinstance(size, int) and size > 1}
+
+
+def _separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Blocks in decoder layers with a list of as many modules as the config has experts, and that list."""
+    counts = expert_counts(base)
     layers = [layer for module in base.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
     # A list in a list is come upon twice.
     for block in dict.fromkeys(block for layer in layers for block in layer.modules()):

@@ -6,6 +6,7 @@ meanwhile, and waits only when all buffers are under way. What went wrong there 
 Legend: n bytes of a tensor, as they lie in memory.
 """
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class Spill:
         self.file = file
         self.ring = ring
         self.groups_ahead = groups_ahead
+        self.seconds_waited = 0.0
+        """How long the computation stood still for the disk."""
         self._couriers = ThreadPoolExecutor(_COURIERS, thread_name_prefix="alst-disk")
         self._under_way: list[Future[None]] = []
         self._closed = False
@@ -89,7 +92,7 @@ class Spill:
         if ticket.reading is None:
             self._read(ticket, self._buffer(ticket.num_bytes))
         assert ticket.reading is not None and ticket.buffer is not None
-        ticket.reading.result()
+        self._wait(ticket.reading)
         buffer, ticket.buffer, ticket.reading = ticket.buffer, None, None
         done = copies.back(buffer.bytes_n[: target_n.numel()], target_n)
 
@@ -142,7 +145,14 @@ class Spill:
             if buffer is not None:
                 return buffer
             assert self._under_way, "a buffer is neither under way nor in the ring"
-            self._under_way[0].result()
+            self._wait(self._under_way[0])
+
+    def _wait(self, transfer: Future[None]) -> None:
+        begin = time.perf_counter()
+        try:
+            transfer.result()
+        finally:
+            self.seconds_waited += time.perf_counter() - begin
 
     def _send(self, work: Any) -> Future[None]:
         if self._closed:
