@@ -35,28 +35,26 @@ def groups() -> Any:
     return build_groups(2, build_control_group())
 
 
-@pytest.fixture
-def by_program(tmp_path):
-    """Runs a function of this file in a program of its own on two ranks: daemons, as ranks2 are, have no workers."""
+def by_program(folder: Path, function: str, cases: list[Any]) -> list[Any]:
+    """Run a function of this file in a program on two ranks: those of ranks2 are daemons, which have no workers."""
+    (folder / "cases.json").write_text(json.dumps(cases))
     port = free_port()
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-
-    def run(function: str, cases: list[tuple[Any, ...]]) -> list[Any]:
-        (tmp_path / "cases.json").write_text(json.dumps(cases))
-        command = [sys.executable, str(PROGRAM), function, str(tmp_path)]
-        environment = {**os.environ, **common, "PYTHONPATH": str(PROGRAM.parents[2])}
-        ranks = [
-            subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
-        ]
-        try:
-            assert [each.wait(timeout=120) for each in ranks] == [0, 0]
-        finally:
-            for each in ranks:
-                each.kill()
-        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-    yield run
-    remove_shared_memory(port)
+    environment = {**os.environ, **common, "PYTHONPATH": str(PROGRAM.parents[2])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), function, str(folder)],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [each.wait(timeout=200) for each in ranks] == [0, 0]
+    finally:
+        for each in ranks:
+            each.kill()
+        remove_shared_memory(port)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 class Ragged(Dataset):
@@ -157,14 +155,6 @@ def test_an_epoch_of_any_size_gives_each_sample_once_and_both_ranks_as_many_step
         check_epoch(case, [results[0][number], results[1][number]])
 
 
-def test_the_same_with_two_workers(by_program):
-    draw = random.Random(1)
-    cases = [random_case(draw, 2) for _ in range(4)]
-    results = by_program("epochs", cases)
-    for number, case in enumerate(cases):
-        check_epoch(case, [results[0][number], results[1][number]])
-
-
 class Breaks(Ragged):
     """A sample that cannot be read, or is no sample, on one rank."""
 
@@ -215,9 +205,18 @@ def test_a_sample_that_is_none_ends_the_epoch_on_both_ranks_at_the_same_step(ran
     check_broken_epochs(cases, ranks2.run(broken_epochs, cases, seconds=SECONDS))
 
 
-def test_one_that_a_worker_meets_does_too(by_program):
-    cases = broken_cases(2, 1)
-    check_broken_epochs(cases, by_program("broken_epochs", cases))
+def both(cases: list[list[tuple[Any, ...]]]) -> list[Any]:
+    whole, broken = cases
+    return [epochs(whole), broken_epochs(broken)]
+
+
+def test_the_same_with_two_workers(tmp_path):
+    draw = random.Random(1)
+    whole, broken = [random_case(draw, 2) for _ in range(4)], broken_cases(2, 1)
+    results = by_program(tmp_path, "both", [whole, broken])
+    for number, case in enumerate(whole):
+        check_epoch(case, [good[number] for good, _ in results])
+    check_broken_epochs(broken, [bad for _, bad in results])
 
 
 def alike_with_nan() -> None:
