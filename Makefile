@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench faults bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -86,6 +86,13 @@ recipes: setup
 # Every benchmark, one after the other, into docs/benchmarks.md; an hour on 2 cores.
 bench: setup
 	$(BIN)/python -m benchmarks.all
+
+# Runs broken in nine ways, and resumed.
+faults: setup
+	$(BIN)/python -m benchmarks.faults
+
+bench-metrics: setup
+	$(BIN)/python -m benchmarks.metrics
 
 # ds_alst verify on the configs of public models, in small.
 verify: setup

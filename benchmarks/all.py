@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": ["-m", "benchmarks.verify"],
     "recipes": ["-m", "benchmarks.recipes"],
     "faults": ["-m", "benchmarks.faults"],
+    "metrics": ["-m", "benchmarks.metrics"],
     "curve": ["-m", "benchmarks.curve"],
     "two_hosts": ["-m", "benchmarks.two_hosts"],
     "parity": ["-m", "benchmarks.parity"],
