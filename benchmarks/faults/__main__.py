@@ -72,7 +72,7 @@ FAULTS = {
     "disk-layers": Fault(
         "full disk for layer inputs",
         "disk",
-        r"OffloadError: .*(there is room for 0\.00 bytes and .* on disk\. Use a larger disk)",
+        r"OffloadError: .*(there is room for .* on disk)\.",
         disk="layers",
     ),
     "term": Fault("SIGTERM in a step", "held", r"received SIGTERM|return code = -15", terminate=True),
