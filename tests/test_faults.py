@@ -26,6 +26,7 @@ from deepspeed_alst.parallel.roll_call import naming_who_is_missing, world_timeo
 JOB = Job.of(2, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_run_whose_rank_is_killed_stops_and_goes_on_to_the_bit():
     (row,) = rows_of(["kill"])
     assert row.problems == []

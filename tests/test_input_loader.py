@@ -210,6 +210,7 @@ def both(cases: list[list[tuple[Any, ...]]]) -> list[Any]:
     return [epochs(whole), broken_epochs(broken)]
 
 
+@pytest.mark.slow
 def test_the_same_with_two_workers(tmp_path):
     draw = random.Random(1)
     whole, broken = [random_case(draw, 2) for _ in range(4)], broken_cases(2, 1)

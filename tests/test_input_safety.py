@@ -29,7 +29,7 @@ KNOWN = {
     # same files right after. They are the run's own.
     "deepspeed_alst/engine/checkpoint_files.py": ["torch.load without weights_only"],
     # Between the ranks of one job, over its own group. A dataset's strings and numbers pass it as strings and numbers.
-    "deepspeed_alst/parallel/agreement.py": ["dist.all_gather_object"],
+    "deepspeed_alst/parallel/agreement.py": ["dist.all_gather_object", "dist.broadcast_object_list"],
 }
 
 

@@ -317,7 +317,9 @@ def test_a_disk_without_room_is_an_error_before_the_forward(sp_size, ranks2, tmp
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     for error in caught.value.errors:
-        assert isinstance(error, OffloadError) and "on disk. Use a larger disk" in str(error)
+        assert (
+            isinstance(error, OffloadError) and "on disk. Use a larger" in str(error) and "a larger disk" in str(error)
+        )
 
 
 def bad_folder(paths: list[str], sp_size: int) -> None:

@@ -147,6 +147,7 @@ def test_the_wait_for_another_builder_ends(tmp_path, monkeypatch):
         assert 0.4 < time.monotonic() - begin < 5
 
 
+@pytest.mark.slow
 def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
     installed, folder = tmp_path / "installed", tmp_path / "extensions"
     checkout = copy_checkout(tmp_path / "checkout")

@@ -105,6 +105,7 @@ def test_the_pair_of_the_comparison_sees_the_same_data(whole, ranks2, tmp_path):
     assert whole[-1][0] < whole[0][0] - 0.05
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_comparison_in_bf16(ranks2, tmp_path):
     # One step: bf16 is slow on CPU.
     pair = ("run-sp1-llama-8b-baseline", "run-sp8-llama-8b")
@@ -116,9 +117,9 @@ def test_the_pair_of_the_comparison_in_bf16(ranks2, tmp_path):
     "name",
     [
         "llama-8b-h100x1",  # weights and optimizer on the host, each rank a sequence of its own
-        "llama-8b-h100x8-loss-sp-mlp",  # nothing waits
+        pytest.param("llama-8b-h100x8-loss-sp-mlp", marks=pytest.mark.slow),  # nothing waits
         "llama-70b-h100x8",  # layer inputs on disk
-        "qwen3-32b-h100x64",  # the optimizer on the device
+        pytest.param("qwen3-32b-h100x64", marks=pytest.mark.slow),  # the optimizer on the device
         "cpu-sp2-all",
     ],
 )
@@ -151,6 +152,7 @@ def bytes_a_parameter(name: str, folder: Path) -> float:
     return held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "on_host"),
     [("llama-8b-h100x64", (False, False)), ("llama-8b-h100x8", (True, False)), ("llama-8b-h100x1", (True, True))],

@@ -65,6 +65,7 @@ def test_a_resume_at_sp1_on_as_many_ranks(saved, ranks2, tmp_path):
     assert max(differences(resumed, whole)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_resume_at_sp4_on_twice_as_many_ranks(saved, ranks4, tmp_path):
     stage, folder, whole = saved
     resumed = ranks4.run(train, str(tmp_path), 4, stage, 1, f"{folder}/checkpoint-2")[0]

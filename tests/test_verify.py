@@ -95,6 +95,7 @@ def test_a_loss_that_is_no_number_differs(runs):
     assert row.missed == ("step 2",) and row.place == "step 2"
 
 
+@pytest.mark.slow
 def test_a_program_of_ones_own_is_verified(tmp_path, capsys):
     recipe = str(ROOT / "ds_configs" / "sp2.json")
     program = [str(ROOT / "examples" / "train.py"), "--deepspeed", recipe, "--seq-len", "301"]
@@ -115,6 +116,7 @@ def test_in_half_precision_a_third_run_says_what_rounding_is():
 # --- what is refused, in words
 
 
+@pytest.mark.slow
 def test_a_refused_model_is_refused_in_its_words(tmp_path, capsys):
     CONFIG_MAPPING["gpt2"](attn_pdrop=0.1).to_json_file(tmp_path / "config.json")
     words = ["verify", "--model", str(tmp_path / "config.json"), "--ds_config", str(ROOT / "ds_configs" / "sp2.json")]

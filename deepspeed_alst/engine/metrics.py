@@ -29,6 +29,7 @@ from deepspeed_alst.engine.progress import Report, progress_line
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.ledger.step_flops import Span, StepSizes, alst_flops, model_flops
 from deepspeed_alst.models.sizes import attention_spans, step_sizes
+from deepspeed_alst.parallel.agreement import of_rank_0
 from deepspeed_alst.parallel.traffic import sent_bytes
 
 
@@ -57,11 +58,10 @@ def install_metrics(engine: Any, undo: ExitStack) -> None:
 
     Collective over all ranks: rank 0's ds_config decides for all, as it is rank 0 that prints and writes.
     """
-    asked: list[Any] = [_asked(engine)]
-    dist.broadcast_object_list(asked, src=0)
-    if not (asked[0].line or asked[0].events):
+    asked = of_rank_0(_asked(engine))
+    if not (asked.line or asked.events):
         return
-    metrics = Metrics(engine, asked[0])
+    metrics = Metrics(engine, asked)
     for name in ("forward", "backward", "step"):
         wrap_method(engine, name, getattr(metrics, name), undo)
 
@@ -80,7 +80,8 @@ class Metrics:
         self._engine, self._asked = engine, asked
         self._session = getattr(engine, "alst", None)
         if self._session is not None:
-            self._session.marks_padding = True  # of loaders that are made from here on
+            # Of loaders that are made from here on; but a program that makes its own loss may know its keys by heart.
+            self._session.marks_padding |= self._session.calls.makes_whole_loss
         self._spans = [span for span, _ in attention_spans(engine.module)]
         self._sizes: StepSizes | None = None
         self._loss: torch.Tensor | None = None

@@ -15,6 +15,13 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     return everyone
 
 
+def of_rank_0(mine: Any) -> Any:
+    """Rank 0's picklable object, on every rank. Collective over all ranks."""
+    everyones = [mine]
+    dist.broadcast_object_list(everyones, src=0)
+    return everyones[0]
+
+
 def check_alike(settings: Mapping[str, Any], group: Any) -> None:
     """Make sure that all ranks have the same settings, on which it depends what they exchange. Collective, over gloo.
 
