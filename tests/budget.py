@@ -9,11 +9,11 @@ from collections import defaultdict
 SECONDS = {
     "parity": 300,
     "config and loader": 120,
-    "models": 280,
+    "models": 220,
     "the programs people have": 550,
-    "tiles and kernels": 600,
-    "offload": 120,
-    "the rest": 380,
+    "tiles and kernels": 480,
+    "offload": 100,
+    "the rest": 300,
 }
 
 AREAS = {

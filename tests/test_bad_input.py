@@ -15,6 +15,11 @@ from benchmarks.ranks import free_port, remove_shared_memory
 PROGRAM = Path(__file__).parent / "programs" / "plain_loop.py"
 LIMIT_SECONDS = 10.0
 
+
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 MISTAKES = {
     "world": r"sequence_parallel_size=3 does not divide the world size \(2 ranks\)\. Use one of \[1, 2\]",
     "heads": r"sequence_parallel_size=2 is more than the model's 1 query heads",
@@ -69,7 +74,11 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, float]]:
     return results
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+# Each starts two processes; what the others say is tested where it is said, too.
+QUICK = ("world", "unsharded", "identical", "dataset")
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in MISTAKES])
 def test_every_rank_stops_and_says_why_without_a_launcher(case, port):
     for status, output, seconds in finish(start_ranks(case, port)):
         assert status != 0
@@ -77,7 +86,7 @@ def test_every_rank_stops_and_says_why_without_a_launcher(case, port):
         assert seconds < LIMIT_SECONDS
 
 
-@pytest.mark.parametrize("case", ["world", "unsharded", "dataset"])
+@pytest.mark.parametrize("case", ["world", slow("unsharded"), slow("dataset")])
 def test_the_launcher_stops_too(case, port):
     command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
     process = subprocess.Popen(

@@ -69,6 +69,7 @@ def test_the_hf_trainers_evaluation_in_the_recipe_is_that_of_the_whole(ranks2):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_four_ranks_are_two_replicas(ranks4):
     cell = Cell(stage=3, unequal_labels=True, world_size=4)
     assert problems(programs.tutorial, cell, ranks4) == []
