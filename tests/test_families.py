@@ -121,8 +121,9 @@ def test_a_stock_model_is_not_said_to_have_been_changed(ranks2):
         assert "Undo" not in str(error) and ".." not in str(error)
 
 
-def test_a_stock_model_whose_rotary_embeddings_have_configs_is_tried_and_right(ranks2):
-    assert ranks2.run(prove_it, "granite_swa", "flex_attention")[0].startswith("a small model of its kind is right to")
+def test_a_stock_model_whose_rotary_embeddings_have_configs_is_let_through(ranks2):
+    """Flex attention, as transformers has no sdpa for it; the census found it right."""
+    assert ranks2.run(prove_it, "granite_swa", "flex_attention") == ["", ""]
 
 
 def test_a_loss_of_the_programs_own_is_refused_by_name():
