@@ -1,6 +1,7 @@
 """What ``ds_alst verify`` says of two runs: a table, a picture, and the first place where they part."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
     if place := first_difference(rows):
         console.print(place)
     (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
-    console.print(f"{_picture(curves, output)}{output / 'verify.json'}")
+    console.print(f"{_picture(curves, output)}verify.json are in {os.path.relpath(output)}")
     return int(any(row.missed for row in rows))
 
 
@@ -87,4 +88,4 @@ def _picture(curves: dict[str, list[float]], output: Path) -> str:
     except ImportError:
         return "(no picture: pip install matplotlib) "
     draw_curves(curves, str(output / "loss.png"))
-    return f"{output / 'loss.png'}, "
+    return "loss.png and "

@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -229,6 +230,12 @@ def _gpus() -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel hands out, as rank 0 listens seconds later."""
+    for port in random.sample(range(15000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise SetupError("verify: none of 100 ports between 15000 and 32000 is free")
