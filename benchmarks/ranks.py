@@ -1,8 +1,6 @@
 """Rank processes on CPU that stay up: start P of them once, then run functions on all of them."""
 
 import os
-import random
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch.multiprocessing as mp
+
+from deepspeed_alst.cli.launch import free_port
 
 _ANSWER_SECONDS = 300.0
 
@@ -132,21 +132,6 @@ def remove_shared_memory(port: int) -> None:
     """Remove what DeepSpeed's CPU communication leaves behind: 66 MiB a rank in /dev/shm, for each port ever used."""
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         left.unlink(missing_ok=True)
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel hands out: gloo's own sockets would take one of them.
-
-    Rank 0 listens only seconds later, after its imports.
-    """
-    for port in random.sample(range(15000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port between 15000 and 32000")
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, folder: str) -> None:

@@ -157,7 +157,7 @@ def train(hosts: tuple[Host, ...], case: Case, folder: Path) -> list[dict]:
 
 def _commands(hosts: tuple[Host, ...], case: Case, run: Path) -> Iterator[tuple[Host, list[str], dict[str, str]]]:
     """On which hosts what is started, and with which environment."""
-    from benchmarks.ranks import free_port  # torch takes seconds to import, and namespaces need none
+    from deepspeed_alst.cli.launch import free_port  # torch takes seconds to import, and namespaces need none
 
     own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     port, python = str(free_port()), [sys.executable, "-m"]

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from deepspeed_alst.cli.launch import free_port
 
 ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"  # as in the Makefile, and for its reason
@@ -203,15 +204,9 @@ def _train(clean: Clean, program: Path, name: str, ranks: int, ds_config: dict) 
     config.write_text(json.dumps(ds_config), encoding="utf-8")
     launcher = clean.python.with_name("deepspeed")
     command = [str(clean.python), *([str(launcher)] if launcher.exists() else ["-m", "deepspeed.launcher.runner"])]
-    port = ["--num_gpus", str(ranks), "--master_port", str(_free_port())]
+    port = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
     output = _run([*command, *port, str(program), str(config), str(result)], clean.work, clean.environment)
     return json.loads(result.read_text(encoding="utf-8")), output
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def _run(command: list[str], folder: Path, environment: dict[str, str]) -> str:

@@ -11,6 +11,8 @@ from benchmarks.families import SMALL
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.probe import prove
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 
 def family_batch(length: int, rows: int, seed: int = 3) -> dict[str, torch.Tensor]:
@@ -68,3 +70,12 @@ def split_and_whole(
     assert grads.keys() == whole.keys()
     worst = {name: float((grads[name] - true).norm() / true.norm()) for name, true in whole.items() if true.norm()}
     return abs(loss - whole_loss) / whole_loss, worst
+
+
+def proved(model: torch.nn.Module) -> str:
+    """What ``prove`` says of a model that all ranks are to share; one rank of them."""
+    groups = build_groups(dist.get_world_size(), build_control_group())
+    try:
+        return prove(model, groups)
+    finally:
+        groups.destroy()

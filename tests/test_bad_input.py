@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ranks import free_port, remove_shared_memory
+from benchmarks.ranks import remove_shared_memory
+from deepspeed_alst.cli.launch import free_port
 
 PROGRAM = Path(__file__).parent / "programs" / "plain_loop.py"
 LIMIT_SECONDS = 10.0

@@ -12,9 +12,9 @@ from benchmarks.census import Row, ask, everything, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.foreign import check_own_modules
-from deepspeed_alst.models.probe import Verdict, prove
+from deepspeed_alst.models.probe import Verdict
 from deepspeed_alst.models.verified import RIGHT
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from tests.models import proved
 
 SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_text", "qwen3_next")
 
@@ -93,11 +93,7 @@ def _unlisted(model_class):
     config.model_type = "of_my_own"
     with torch.device("meta"):
         model = model_class(config)
-    groups = build_groups(2, build_control_group())
-    try:
-        return prove(model, groups)
-    finally:
-        groups.destroy()
+    return proved(model)
 
 
 @pytest.mark.parametrize("model_class", [LlamaForCausalLM, OlmoeForCausalLM])
@@ -163,15 +159,35 @@ def _own(put_in, model_class=LlamaForCausalLM, dtype=torch.float32):
     config.head_dim = 8
     model = model_class(config).to(dtype)
     put_in(model)
-    groups = build_groups(2, build_control_group())
-    try:
-        return prove(model, groups)
-    finally:
-        groups.destroy()
+    return proved(model)
 
 
 def _nothing(model):
     pass
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm of one's own, whose weight is no matrix."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class Squared(torch.nn.Module):
+    """An activation of one's own."""
+
+    def forward(self, x):
+        return torch.relu(x).square()
+
+
+def _norms(model):
+    for layer in model.model.layers:
+        layer.input_layernorm = Norm(layer.input_layernorm.weight.numel()).to(layer.input_layernorm.weight.dtype)
+        layer.mlp.act_fn = Squared()
 
 
 def _adapters(model):
@@ -197,8 +213,9 @@ def test_a_class_of_ones_own_with_a_listed_model_type_is_tried(ranks2):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_wise_modules_of_ones_own_are_let_through(dtype, ranks2):
-    assert ranks2.run(_own, _adapters, LlamaForCausalLM, dtype) == ["", ""]
+@pytest.mark.parametrize("put_in", [_adapters, _norms])
+def test_token_wise_modules_of_ones_own_are_let_through(put_in, dtype, ranks2):
+    assert ranks2.run(_own, put_in, LlamaForCausalLM, dtype) == ["", ""]
 
 
 @pytest.mark.parametrize(("put_in", "name"), [(_mean, "model.layers.1.mlp"), (_sum_before, "model.layers.0.mlp")])
@@ -240,17 +257,15 @@ def test_it_is_so_for_sharded_weights(ranks2):
 @pytest.mark.parametrize("core", ["flex_attention", "flash_attention_2"])
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_a_model_without_sdpa_trains_with_the_cores_that_it_has(model_type, core, ranks2):
-    """Tried with plain attention, soft-cap and sinks; the cores themselves are in test_cores."""
-    assert ranks2.run(_with_core, model_type, core)[0].split(" right to ")[0] in ("", "a small model of its kind is")
+    """Tried with plain attention, soft-cap and sinks, as no list has them; the cores themselves are in test_cores."""
+    for said in ranks2.run(_with_core, model_type, core):
+        assert said.startswith("a small model of its kind is right to") and said.endswith("packed: right")
 
 
 def _with_core(model_type, core):
     model_class, config = small_of(model_type)
+    config.model_type = "of_my_own"
     config._attn_implementation = "eager"
     model = model_class(config)
     model.config._attn_implementation = core
-    groups = build_groups(2, build_control_group())
-    try:
-        return prove(model, groups)
-    finally:
-        groups.destroy()
+    return proved(model)

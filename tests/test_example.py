@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ranks import free_port, remove_shared_memory
+from benchmarks.ranks import remove_shared_memory
+from deepspeed_alst.cli.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 

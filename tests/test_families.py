@@ -15,9 +15,7 @@ from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.probe import prove
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
-from tests.models import family_batch, split_and_whole
+from tests.models import family_batch, proved, split_and_whole
 
 EXACT = 1e-12
 
@@ -106,11 +104,7 @@ def prove_it(model_type: str, core: str) -> str:
     config._attn_implementation = core
     with torch.device("meta"):
         model = model_class(config)
-    groups = build_groups(2, build_control_group())
-    try:
-        return prove(model, groups)
-    finally:
-        groups.destroy()
+    return proved(model)
 
 
 def test_a_stock_model_is_not_said_to_have_been_changed(ranks2):

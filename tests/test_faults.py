@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.faults.__main__ import rows_of
-from benchmarks.ranks import free_port
 from benchmarks.resume import Job, build_engine
+from deepspeed_alst.cli.launch import free_port
 from deepspeed_alst.errors import AlstError, CheckpointError, RankLostError
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from deepspeed_alst.parallel.roll_call import naming_who_is_missing, world_timeout

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING
 
 from deepspeed_alst.cli.compare import Differences, allowed
 from deepspeed_alst.cli.main import main
-from deepspeed_alst.cli.verdict import first_difference, judge
+from deepspeed_alst.cli.trial import Spec, samples
+from deepspeed_alst.cli.verdict import first_difference, judge, show
 from deepspeed_alst.cli.verify import configs_of
 from deepspeed_alst.errors import ConfigError
 
@@ -93,6 +94,42 @@ def test_a_loss_that_is_no_number_differs(runs):
     path.write_text(json.dumps(record))
     row = judged(runs)[0]
     assert row.missed == ("step 2",) and row.place == "step 2"
+
+
+def test_it_is_so_where_it_is_the_run_without_that_has_none(runs):
+    path = runs / "SP 1" / "record.json"
+    record = json.loads(path.read_text())
+    record["loss"][0] = float("nan")
+    path.write_text(json.dumps(record))
+    assert judged(runs)[0].missed == ("step 1",)
+
+
+def test_what_a_run_has_none_of_is_not_said_to_agree(runs, capsys):
+    path = runs / "SP 1" / "record.json"
+    record = json.loads(path.read_text())
+    record["norm"] = [None] * 3  # as DeepSpeed at stage 0 in fp32
+    path.write_text(json.dumps(record))
+    assert show(judged(runs), runs, ["SP 1", "SP 2"], "") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "gradient norm" in line)
+    assert "not" in row and "ok" not in row
+
+
+def test_ones_own_data_goes_into_a_small_vocabulary(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"input_ids": [5, 70_000, 3], "labels": [-100, 70_000, 3]}) + "\n")
+    spec = Spec("config.json", True, False, "sdpa", "", seq_len=203, steps=1, data=str(tmp_path / "data.jsonl"))
+    (sample,) = samples(spec, 160, 1)
+    assert sample["input_ids"].tolist() == [5, 70_000 % 160, 3]
+    assert sample["labels"].tolist() == [-100, 70_000 % 160, 3]
+
+
+def test_a_folder_of_results_keeps_what_else_is_in_it(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "SP 1").mkdir()
+    (tmp_path / "SP 1" / "record.json").write_text("of an earlier comparison")
+    words = ["verify", "--ds_config", str(ROOT / "ds_configs" / "sp2.json"), "--output", str(tmp_path)]
+    assert main([*words, "--model", str(tmp_path / "no.json"), "--num_gpus", "2", "--", "train.py"]) == 2
+    assert main([*words, "--", "train.py"]) == 2
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and not (tmp_path / "SP 1").exists()
 
 
 @pytest.mark.slow

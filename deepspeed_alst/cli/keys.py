@@ -11,6 +11,21 @@ from deepspeed_alst.config import AlstConfig, check_world, parse
 from deepspeed_alst.errors import ConfigError
 
 
+def read_json(path: str) -> dict[str, Any]:
+    """A ds_config out of a file.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--ds_config {path} cannot be read: {error}") from error
+    if not isinstance(ds_config, dict):
+        raise ConfigError(f"--ds_config {path}: it holds no JSON object; put the keys into {{ }}")
+    return ds_config
+
+
 def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
     """What a run with this ds_config would refuse at its start, a row for each key; or what it would do.
 
@@ -19,12 +34,9 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
         num_ranks: of the run; None if they are not known.
     """
     try:
-        ds_config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        yield Row("ds_config", f"{path} cannot be read: {error}", "problem", "give the path of a JSON file")
-        return
-    if not isinstance(ds_config, dict):
-        yield Row("ds_config", f"{path} holds no JSON object", "problem", "put the keys into { }")
+        ds_config = read_json(str(path))
+    except ConfigError as error:
+        yield Row("ds_config", str(error), "problem", "give the path of a JSON file that holds an object")
         return
     problems = [*_problems(ds_config, num_ranks)]
     yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in problems)

@@ -43,7 +43,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
     experts = next((getattr(config, key, 0) for key in ("num_experts", "num_local_experts")), 0) or 1
     per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts > 1 else 0
     try:
-        with fake_world(max(2, keys.sequence_parallel_size)), ExitStack() as undo:
+        with fake_world(keys.sequence_parallel_size), ExitStack() as undo:
             model = causal_lm(config).train()
             step = _patched(model, keys, undo)
             ids = torch.arange(tokens).remainder(config.vocab_size)[None]

@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         AlstError: the ds_config or the model is not one that could be planned for.
     """
+    from deepspeed_alst.cli.keys import read_json
     from deepspeed_alst.cli.memory import Machine, longest, plan_of
-    from deepspeed_alst.cli.verify import read_json
     from deepspeed_alst.compatibility import check_features
     from deepspeed_alst.config import check_world, parse
 
@@ -80,10 +80,9 @@ def measure(name: str, config: Any) -> tuple[Any, Any]:
     num_layers = getattr(whole, "num_hidden_layers", 0)
     if not num_layers:
         raise ConfigError(f"--model {name}: num_hidden_layers is not in its config")
-    sizes = [numel(causal_lm, _with_layers(whole, count)) for count in (1, 2)]
-    of_layer = sizes[1] - sizes[0]
-    embedding = whole.vocab_size * whole.hidden_size
-    model = Model(sizes[0] + (num_layers - 1) * of_layer, num_layers, max(of_layer, embedding))
+    one, two_layers = (numel(causal_lm, _with_layers(whole, count)) for count in (1, 2))
+    largest = max(two_layers - one, whole.vocab_size * whole.hidden_size)
+    model = Model(numel(causal_lm, whole), num_layers, largest)
     a, b = _TOKENS
     few, many = (bytes_of(_with_layers(whole, 1), config, tokens) for tokens in _TOKENS)
     two = bytes_of(_with_layers(whole, 2), config, a)
@@ -98,6 +97,7 @@ def measure(name: str, config: Any) -> tuple[Any, Any]:
 
 
 def _with_layers(config: Any, count: int) -> Any:
+    """Of the kind that the last layer is: in a model of several kinds, one that sees the whole sequence as a rule."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):

@@ -6,7 +6,6 @@ Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +37,7 @@ class Recorder:
         """
         self._engine, self._folder, self._steps, self._then = engine, folder, steps, then
         self._losses: list[torch.Tensor] = []
-        self._curve: dict[str, list[float]] = {"loss": [], "norm": []}
+        self._curve: dict[str, list[float | None]] = {"loss": [], "norm": []}
         self._start = self._gather(_weight)
         self._backward, self._step = engine.backward, engine.step
         engine.backward, engine.step = self.backward, self.step
@@ -71,7 +70,7 @@ class Recorder:
         self._losses.clear()
         self._curve["loss"].append(float(loss) / dist.get_world_size())
         norm = self._engine.get_global_grad_norm()  # DeepSpeed has none at stage 0 in fp32
-        self._curve["norm"].append(math.nan if norm is None else float(norm))
+        self._curve["norm"].append(None if norm is None else float(norm))
 
     def _finish(self) -> None:
         self._save("changes", {name: end - self._start[name] for name, end in self._gather(_weight).items()})

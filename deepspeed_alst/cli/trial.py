@@ -59,6 +59,9 @@ def samples(spec: Spec, vocab: int, count: int) -> list[dict[str, torch.Tensor]]
         rows = [read[index % len(read)] for index in range(count)]
         ids = [torch.tensor(row["input_ids"][: spec.seq_len]) for row in rows]
         labels = [torch.tensor(row.get("labels", row["input_ids"])[: spec.seq_len]) for row in rows]
+        if spec.small:  # with fewer tokens than the model that they are of
+            ids = [row.remainder(vocab) for row in ids]
+            labels = [row.remainder(vocab).where(row >= 0, row) for row in labels]
         return [{"input_ids": row, "labels": own} for row, own in zip(ids, labels, strict=True)]
     make = torch.Generator().manual_seed(_SEED)
     found = []

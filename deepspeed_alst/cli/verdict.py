@@ -69,6 +69,9 @@ def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")
     for row in rows:
+        if not row.place:
+            table.add_row(row.what, "-", "-", "-", "not compared: a run has none")
+            continue
         verdict = f"{len(row.missed)} DIFFER" if row.missed else "ok"
         table.add_row(row.what, f"{row.difference:.1e}", row.place, f"<= {row.allowed:.1e}", verdict)
     console = Console()

@@ -8,21 +8,19 @@ import argparse
 import copy
 import json
 import os
-import random
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from deepspeed_alst.errors import ConfigError, SetupError
+from deepspeed_alst.cli.keys import read_json
+from deepspeed_alst.cli.launch import launch, num_gpus
+from deepspeed_alst.errors import ConfigError
 
 SUMMARY = "Train with sequence parallelism and without, on the same samples, and say how far apart the two are."
 _BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
-# Of the built-in program; a small model's tiles would hold its whole sequence.
 _OF_CHECKPOINTS = ("activation_checkpoint_cpu_offload", "save_attention_output")
+# By themselves a small model's tiles would hold its whole sequence.
 _SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
 
 
@@ -51,12 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     if bool(arguments.model) == bool(arguments.program):
         raise ConfigError("verify: give either --model CONFIG, or your program: -- train.py --deepspeed ds.json ...")
-    world_size = arguments.num_gpus or _gpus() or 2
+    world_size = arguments.num_gpus or num_gpus() or 2
     ds_config = read_json(arguments.ds_config)
     sp_size, configs = configs_of(ds_config, world_size)
     output = arguments.output.absolute()
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*configs, _ROUNDING):  # of an earlier comparison; what else is there is not ours to remove
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "spec.json").unlink(missing_ok=True)
     if arguments.program:
         names = _run_program(arguments, configs, world_size, output)
     else:
@@ -117,7 +117,7 @@ def _run_program(
         (output / name / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
         program[places[0]] = str(output / name / "ds_config.json")
         words = ["deepspeed_alst.cli.recorder", str(output / name), str(arguments.steps), *program]
-        _launch(["--module", *words], world_size, output / f"{name}.log")
+        launch(["--module", *words], world_size, output / f"{name}.log")
     return list(configs)
 
 
@@ -148,7 +148,7 @@ def _run_trial(
         ),
         runs=runs,
     ).write(output)
-    _launch(["--module", "deepspeed_alst.cli.trial", str(output)], world_size, output / "run.log")
+    launch(["--module", "deepspeed_alst.cli.trial", str(output)], world_size, output / "run.log")
     return list(runs)
 
 
@@ -179,63 +179,3 @@ def _without_auto(value: Any) -> Any:
     if not isinstance(value, dict):
         return copy.deepcopy(value)
     return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}
-
-
-def _launch(words: list[str], world_size: int, log: Path) -> None:
-    """Run something by DeepSpeed's launcher; what it prints goes to a file.
-
-    Raises:
-        SetupError: it failed, with the sentence in which it says why.
-    """
-    environment = dict(os.environ)
-    if not _gpus():
-        environment["DS_ACCELERATOR"] = "cpu"
-        # Threads of several ranks would wait for one another's cores.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
-    with log.open("w") as out:
-        command = [*launcher, "--master_port", str(_free_port()), *words]
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    if status:
-        raise SetupError(f"{_reason(log)} (exit status {status}; all of it is in {log})")
-
-
-def _reason(log: Path) -> str:
-    """The last exception in what a run printed."""
-    lines = [line.split("]: ", 1)[-1].rstrip() for line in log.read_text(errors="replace").splitlines()]
-    own = [line for line in lines if line.startswith("deepspeed_alst.errors.")]
-    found = own or [line for line in lines if "Error" in line.split(":")[0] and ": " in line]
-    return found[-1] if found else "the run failed"
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """A ds_config out of a file.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    try:
-        ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--ds_config {path}: {error}") from error
-    if not isinstance(ds_config, dict):
-        raise ConfigError(f"--ds_config {path}: it must hold an object")
-    return ds_config
-
-
-def _gpus() -> int:
-    import torch
-
-    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-
-
-def _free_port() -> int:
-    """A port below those that the kernel hands out, as rank 0 listens seconds later."""
-    for port in random.sample(range(15000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise SetupError("verify: none of 100 ports between 15000 and 32000 is free")

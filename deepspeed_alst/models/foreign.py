@@ -4,7 +4,7 @@ What a list of verified families says holds for transformers' own code. A class 
 trial of its kind (probe.py); a module that was put into a built model is in no trial, so it must be token-wise: what it
 gives for a part of the tokens is that part of what it gives for all.
 
-Legend: S tokens, H features of the module's first matrix.
+Legend: S tokens, H features that a module takes.
 """
 
 import contextlib
@@ -65,14 +65,12 @@ def check_own_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> 
 
 def _problem(module: torch.nn.Module) -> str:
     """Why a module is not known to be token-wise; empty if it is."""
-    matrix = next((param for param in module.parameters() if len(_shape(param)) == 2), None)
-    if matrix is None:
-        return "has no matrix that would say what it takes"
-    make = torch.Generator().manual_seed(0)
-    width = next(
-        (each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear)), _shape(matrix)[1]
-    )
-    x_SH = torch.randn(1, _TOKENS, width, generator=make).to(matrix.dtype).to(matrix.device)
+    first = next((param for param in module.parameters() if _shape(param)), None)
+    width = next((each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear)), None)
+    if width is None:  # a norm's weight is as wide as what it takes; where there is none, any width will do
+        width = _TOKENS if first is None else _shape(first)[-1]
+    x_SH = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
+    x_SH = x_SH if first is None else x_SH.to(first.device, first.dtype)
     training = module.training
     with torch.no_grad(), torch.random.fork_rng([]), _whole(module):
         module.eval()

@@ -1,0 +1,62 @@
+"""Programs started by DeepSpeed's launcher, and why one failed."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from deepspeed_alst.errors import SetupError
+
+
+def launch(words: list[str], world_size: int, log: Path) -> None:
+    """Run something by DeepSpeed's launcher; what it prints goes to a file.
+
+    Raises:
+        SetupError: it failed, with the sentence in which it says why.
+    """
+    environment = dict(os.environ)
+    if not num_gpus():
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Threads of several ranks would wait for one another's cores.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
+    with log.open("w") as out:
+        command = [*launcher, "--master_port", str(free_port()), *words]
+        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if status:
+        raise SetupError(f"{_reason(log)} (exit status {status}; all of it is in {log})")
+
+
+def _reason(log: Path) -> str:
+    """The last exception in what a run printed."""
+    lines = [line.split("]: ", 1)[-1].rstrip() for line in log.read_text(errors="replace").splitlines()]
+    own = [line for line in lines if line.startswith("deepspeed_alst.errors.")]
+    found = own or [line for line in lines if "Error" in line.split(":")[0] and ": " in line]
+    return found[-1] if found else "the run failed"
+
+
+def num_gpus() -> int:
+    """GPUs that a run would have; 0 where it would run on CPU."""
+    import torch
+
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel hands out: gloo's own sockets would take one of them.
+
+    Rank 0 listens only seconds later, after its imports.
+
+    Raises:
+        SetupError: of a hundred tried none is free.
+    """
+    for port in random.sample(range(15000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise SetupError("none of 100 ports between 15000 and 32000 is free")
