@@ -25,7 +25,7 @@ def run(name: str, folder: Path) -> tuple[list[dict], float]:
     log = folder / f"{name}.jsonl"
     command = ["deepspeed", "--num_gpus", "2", "examples/train.py", "--deepspeed", f"ds_configs/{name}.json"]
     start = time.monotonic()
-    subprocess.run([*command, "--log", str(log)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--log-file", str(log)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in log.read_text().splitlines()], time.monotonic() - start
 
 

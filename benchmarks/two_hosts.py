@@ -140,7 +140,7 @@ def train(hosts: tuple[Host, ...], case: Case, folder: Path) -> list[dict]:
     recipe = json.loads((ROOT / "ds_configs" / "sp2.json").read_text())
     recipe |= {"sequence_parallel_size": case.sp_size, "gradient_accumulation_steps": case.sp_size}
     (run / "ds.json").write_text(json.dumps(recipe))
-    program = ["examples/train.py", "--deepspeed", str(run / "ds.json"), "--log", str(run / "log")]
+    program = ["examples/train.py", "--deepspeed", str(run / "ds.json"), "--log-file", str(run / "log")]
     program += ["--steps", str(STEPS), "--seq-len", str(LENGTH)]
     launched = []
     for host, command, environment in _commands(hosts, case, run):
@@ -176,8 +176,7 @@ def _commands(hosts: tuple[Host, ...], case: Case, run: Path) -> Iterator[tuple[
         if case.launcher == "torchrun":
             command = [*python, "torch.distributed.run", "--nnodes", str(len(hosts)), "--node_rank", str(node)]
             command += ["--nproc_per_node", str(case.ranks_per_host)]
-            # Without "--" torchrun takes the program's --log for one of its own, cut short.
-            command += ["--master_addr", hosts[0].address, "--master_port", port, "--"]
+            command += ["--master_addr", hosts[0].address, "--master_port", port]
         yield host, command, os.environ | own
 
 

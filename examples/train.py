@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint", type=Path, help="folder to save to at the end, and to resume from if it has one"
     )
     parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also save every so many steps")
-    parser.add_argument("--log", type=Path, help="write one JSON line a step to this file")
+    parser.add_argument("--log-file", type=Path, help="write one JSON line a step to this file")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()
 
@@ -162,8 +162,8 @@ def report(args: argparse.Namespace, step: int, engine, loss: torch.Tensor, toke
             f"{line['tokens_per_s']:,.0f} tokens/s  peak {line['peak_gib']:.2f} GiB",
             flush=True,
         )
-        if args.log:
-            with args.log.open("a") as log:
+        if args.log_file:
+            with args.log_file.open("a") as log:
                 log.write(json.dumps(line) + "\n")
 
 

@@ -119,6 +119,25 @@ def test_every_relative_link_leads_somewhere(page):
     assert [link for link in links(text(page)) if broken(PAGES[page], link)] == []
 
 
+def ragged(content: str) -> list[str]:
+    """The rows of tables that have not as many cells as their heads."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", without_snippets(content), re.M):
+        rows = table.splitlines()
+        cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) for row in rows]
+        found += [row for row, count in zip(rows, cells, strict=True) if count != cells[0]]
+    return found
+
+
+def test_a_row_with_a_cell_too_many_is_found():
+    assert ragged("| a | b |\n|---|---|\n| `x|y` | 1 |\n| one | 2 | 3 |\n") == ["| one | 2 | 3 |"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_table_has_the_cells_of_its_head(page):
+    assert ragged(text(page)) == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_json_snippet_is_accepted_by_the_parser(page):
     for snippet in snippets(text(page), "json"):

@@ -17,7 +17,7 @@ def train(recipe: str, log: Path, *arguments: str) -> list[dict]:
     """Run the example on two ranks; the lines that it logs."""
     port = free_port()
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
-    program = ["examples/train.py", "--deepspeed", f"ds_configs/{recipe}.json", "--seq-len", "1000", "--log", log]
+    program = ["examples/train.py", "--deepspeed", f"ds_configs/{recipe}.json", "--seq-len", "1000", "--log-file", log]
     try:
         done = subprocess.run([*launcher, *program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
     finally:

@@ -1,6 +1,7 @@
 """What the host has to spare for activations: the memory that is available, within the limits of the cgroup."""
 
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,9 @@ _CGROUP_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
+# torchrun and accelerate, DeepSpeed's launcher, Open MPI, MPICH and Intel MPI.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
 
 def spare_bytes() -> int:
     """Bytes that this host's processes may still take, less a twentieth and less a GiB at least."""
@@ -23,11 +27,23 @@ def spare_bytes() -> int:
 
 
 def ranks_on_host() -> int:
-    """How many ranks share the host's memory, as torchrun and DeepSpeed's launcher say it; else all there are."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    """How many ranks share the host's memory, as the launcher, MPI or SLURM's ``srun`` says it; else all there are."""
+    for name in _LOCAL_SIZES:
         if os.environ.get(name, "").isdigit():
             return max(1, int(os.environ[name]))
-    return dist.get_world_size() if dist.is_initialized() else 1
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    by_host = _slurm_tasks(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = os.environ.get("SLURM_NODEID", "")
+    # Other counts: srun started something that started the ranks.
+    if sum(by_host) == world_size and node.isdigit() and int(node) < len(by_host):
+        return by_host[int(node)]
+    return world_size
+
+
+def _slurm_tasks(compressed: str) -> list[int]:
+    """Tasks of each host; ``"8(x2),4"`` is 8, 8, 4. Source: SLURM_TASKS_PER_NODE in the manual page of sbatch."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", compressed)
+    return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
 
 
 def cgroup_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
