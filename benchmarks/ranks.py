@@ -7,13 +7,12 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch.multiprocessing as mp
 
-from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
 _ANSWER_SECONDS = 300.0
 
@@ -126,12 +125,6 @@ def interpreted_ranks(world_size: int) -> Ranks:
         ranks = Ranks(world_size)
         ranks.run(os.getpid)
     return ranks
-
-
-def remove_shared_memory(port: int) -> None:
-    """Remove what DeepSpeed's CPU communication leaves behind: 66 MiB a rank in /dev/shm, for each port ever used."""
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        left.unlink(missing_ok=True)
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, folder: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ranks import remove_shared_memory
-from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
 ROOT = Path(__file__).parents[1]
 

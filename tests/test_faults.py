@@ -54,7 +54,10 @@ def _lose(rank: int, lost: int, how: int, port: int, said) -> None:
 
 @pytest.mark.parametrize(
     ("lost", "how", "words"),
-    [(1, signal.SIGKILL, "has ended"), (0, signal.SIGSTOP, "does not answer within 3 s")],
+    [
+        (1, signal.SIGKILL, "has ended"),
+        pytest.param(0, signal.SIGSTOP, "does not answer within 3 s", marks=pytest.mark.slow),
+    ],
     ids=["killed", "stopped"],
 )
 def test_every_rank_that_is_left_names_the_one_that_is_missing(lost, how, words):

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from benchmarks.ranks import remove_shared_memory
-from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.agreement import check_alike

@@ -329,7 +329,7 @@ def _steps_by_key(stage: int, sp_size: int) -> tuple[float, float, int]:
     return abs(one.loss - other.loss), worst, picked.call_count
 
 
-@pytest.mark.parametrize(("stage", "sp_size"), [(3, 2), (2, 1)])
+@pytest.mark.parametrize(("stage", "sp_size"), [pytest.param(3, 2, marks=pytest.mark.slow), (2, 1)])
 def test_steps_of_an_engine_are_those_of_torchs_tiles(interpreted_ranks, stage, sp_size):
     found = interpreted_ranks.run(_steps_by_key, stage, sp_size)
     assert all(num_tiles > 0 for _, _, num_tiles in found)
@@ -337,7 +337,9 @@ def test_steps_of_an_engine_are_those_of_torchs_tiles(interpreted_ranks, stage, 
 
 
 @pytest.mark.parametrize(
-    "cell", [kernel_cells()[0], kernel_cells()[1], kernel_cells()[4]], ids=lambda cell: cell.name()
+    "cell",
+    [kernel_cells()[0], kernel_cells()[1], pytest.param(kernel_cells()[4], marks=pytest.mark.slow)],
+    ids=lambda cell: cell.name(),
 )
 def test_three_steps_are_as_exact_as_no_sequence_parallelism(interpreted_ranks, cell):
     row = measure_cell(cell, interpreted_ranks, with_upstream=False)

@@ -730,7 +730,7 @@ def _patched_before(cell: Cell, keys: dict, on_the_class: bool = False) -> tuple
     [
         (Cell(stage=3, unequal_labels=True), {}, False),
         (Cell(stage=2), {"tiled_logits_loss": False}, True),
-        (Cell(stage=2, lora=True), {}, False),
+        pytest.param(Cell(stage=2, lora=True), {}, False, marks=pytest.mark.slow),
         (Cell(stage=2, sp_size=1), {"tiled_logits_loss": True}, False),
     ],
     ids=["ZeRO 3", "whole, on the class", "LoRA", "SP 1"],
@@ -762,7 +762,11 @@ def _trainer(sp_size: int, is_ligers: bool, **options: Any) -> dict:
     return result
 
 
-@pytest.mark.parametrize("options", [{"prediction_loss_only": True}, {"label_smoothing_factor": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"prediction_loss_only": True}, pytest.param({"label_smoothing_factor": 0.2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_trainer_with_use_liger_kernel_trains_and_evaluates_at_sp2(interpreted_ranks, options):
     from tests.test_trainer import assert_same
 

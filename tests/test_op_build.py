@@ -87,6 +87,7 @@ def test_a_build_that_was_killed_halts_no_later_one(tmp_path):
     assert left_over(folder) == []
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_are_one(tmp_path):
     folder = tmp_path / "extensions"
     noted, log, _ = compiler(tmp_path, seconds=1)

@@ -90,7 +90,11 @@ def fine_tune(sp_size: int, stage: int, lora: bool = False, config=None, **optio
 PACKING = {"packing": True, "max_length": 64}
 
 
-@pytest.mark.parametrize(("stage", "options"), [(2, {}), (3, {}), (2, PACKING)], ids=["2", "3", "packing"])
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [pytest.param(2, {}, marks=pytest.mark.slow), (3, {}), (2, PACKING)],
+    ids=["2", "3", "packing"],
+)
 def test_sft_at_sp2_is_sft_at_sp1(stage, options, ranks2):
     whole, split = (ranks2.run(functools.partial(fine_tune, **options), sp_size, stage)[0] for sp_size in (1, 2))
     assert [x for line in split["log"] for x in line] == pytest.approx(

@@ -61,7 +61,7 @@ def train(order: tuple[int, ...], stage: int, interleaved: bool) -> dict[int, An
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("order", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("order", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_policy_and_reference_do_not_touch_each_other(order, interleaved, stage, ranks2):
     together = ranks2.run(train, order, stage, interleaved)
     for sp_size in order:

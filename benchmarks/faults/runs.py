@@ -20,8 +20,7 @@ import psutil
 import torch.distributed as dist
 
 from benchmarks.faults.program import FAULT_RANK, Notes, train
-from benchmarks.ranks import remove_shared_memory
-from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
 _ROOT = Path(__file__).parents[2]
 _PROGRAM = Path(__file__).with_name("program.py")
