@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench faults bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench pictures faults bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -110,6 +110,10 @@ bench-wire: setup
 
 bench-curve: setup
 	$(BIN)/python -m benchmarks.curve
+
+# README's pictures, into docs/images.
+pictures: setup
+	$(BIN)/python -m benchmarks.pictures
 
 bench-tiles: setup
 	$(BIN)/python -m benchmarks.tiles --picture runs/loss_memory.png shapes loss gathers gradients time

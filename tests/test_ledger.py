@@ -1,6 +1,7 @@
 """The ledger against torch's profiler, against bytes and FLOPs counted by hand, and on fake tensors of real size."""
 
 import itertools
+import struct
 import timeit
 from contextlib import ExitStack
 
@@ -15,9 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.families import family_config
 from deepspeed_alst.errors import AlstError, SetupError
+from deepspeed_alst.ledger import picture
+from deepspeed_alst.ledger.blocks import Moment
 from deepspeed_alst.ledger.fake import fake_ranks, fake_world
 from deepspeed_alst.ledger.ledger import Ledger
 from deepspeed_alst.ledger.owners import CATEGORIES, owner
+from deepspeed_alst.ledger.timeline import Sample
 from deepspeed_alst.models.patches import patch_model
 
 B, T, VOCABULARY, WIDTH, INNER, LAYERS = 1, 256, 1000, 256, 688, 3
@@ -558,3 +562,20 @@ def test_the_picture_is_drawn(tmp_path):
     path = tmp_path / "step.png"
     keep(model, lambda: step(model, tokens())).draw(str(path))
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_steps_are_drawn_below_one_another_on_one_scale(tmp_path):
+    model = build("non-reentrant")
+    ledger = keep(model, lambda: step(model, tokens()))
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    picture.draw({"": ledger.timeline}, str(one), left_out=("host", "weights"))
+    picture.draw({"a": ledger.timeline, "b": ledger.timeline}, str(two), top=1000)
+    # Width and height stand in a PNG's header.
+    sizes = [struct.unpack(">II", path.read_bytes()[16:24]) for path in (one, two)]
+    assert sizes == [(1440, 600), (1080, 504)]
+
+
+def test_only_stretches_that_can_be_seen_are_named():
+    phases = [("", "forward")] * 50 + [("", "backward"), ("", "forward")] * 2 + [("tail", "backward")] * 50
+    samples = [Sample({}, Moment(phase, part, "", "")) for phase, part in [("", "start"), *phases]]
+    assert picture._boundaries(samples) == [(1, "forward"), (55, "tail backward")]

@@ -169,7 +169,7 @@ class Ledger:
         """The timeline as a picture, a PNG or what the path's ending says; needs matplotlib."""
         from deepspeed_alst.ledger.picture import draw
 
-        draw(self.timeline, self.peak, path)
+        draw({"": self.timeline}, path)
 
     # --- torch's side
 

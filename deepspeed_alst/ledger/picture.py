@@ -1,41 +1,67 @@
 """The timeline of memory over a step, drawn."""
 
+from collections.abc import Collection
+
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepspeed_alst.ledger.owners import CATEGORIES
+from deepspeed_alst.ledger.owners import CATEGORIES, Category
 from deepspeed_alst.ledger.report import in_words
-from deepspeed_alst.ledger.timeline import Peak, Sample
+from deepspeed_alst.ledger.timeline import Sample
 
 # A picture is some 1,000 dots wide: of more samples than this, each stretch's first and highest are drawn.
 _MAX_SAMPLES = 4000
+# Of the width: a shorter stretch of forward or backward has no room for its name.
+_NAMED_SHARE = 0.03
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 
-def draw(timeline: list[Sample], peak: Peak, path: str) -> None:
-    """Stacked areas by owner over a step's allocations, host left out; the peak and the phases are marked."""
-    owners = [each for each in CATEGORIES if each != "host" and any(sample.bytes[each] for sample in timeline)]
-    places = _thinned(timeline, peak.place)
-    unit, unit_name = next((size, name) for size, name in _UNITS if peak.bytes >= size or size == 1)
+def draw(
+    timelines: dict[str, list[Sample]], path: str, left_out: Collection[Category] = ("host",), top: int = 0
+) -> None:
+    """Stacked areas by owner over the allocations of steps, below one another; peaks and phases are marked.
+
+    Args:
+        timelines: of each step, by its name, which may be empty.
+        path: a PNG, or what its ending says.
+        left_out: owners that are not drawn.
+        top: bytes where the scale, which all steps share, ends; 0: above the highest.
+    """
+    owners = [each for each in CATEGORIES if each not in left_out and _has(timelines.values(), each)]
+    totals = {name: [sum(each.bytes[o] for o in owners) for each in samples] for name, samples in timelines.items()}
+    most = top or max(map(max, totals.values()))
+    unit, unit_name = next((size, name) for size, name in _UNITS if most >= size or size == 1)
     # Without pyplot: a program's own figures and its choice of a backend are left alone.
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5 if len(timelines) == 1 else 2.8 * len(timelines)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    heights = [[timeline[place].bytes[each] / unit for place in places] for each in owners]
+    all_axes = figure.subplots(len(timelines), sharey=True, squeeze=False)[:, 0]
+    for axes, (name, samples) in zip(all_axes, timelines.items(), strict=True):
+        peak = max(range(len(samples)), key=totals[name].__getitem__)
+        _stack(axes, samples, _thinned(totals[name], peak), owners, unit)
+        height = totals[name][peak] / unit
+        axes.plot([peak], [min(height, most / unit)], "v", color="black", clip_on=False)
+        said = f"peak {height:.2f} {unit_name}: {in_words(samples[peak].moment)}"
+        axes.set_title(f"{name}; {said}" if name else said, loc="left", fontsize=10)
+        axes.set_ylabel(f"live {unit_name}")
+    all_axes[0].set_ylim(0, top / unit if top else None)
+    all_axes[0].legend(*_top_first(all_axes[0]), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    all_axes[-1].set_xlabel("allocations and releases")
+    figure.savefig(path, dpi=120 if len(timelines) == 1 else 90)
+
+
+def _has(timelines: Collection[list[Sample]], owner: Category) -> bool:
+    return any(sample.bytes[owner] for samples in timelines for sample in samples)
+
+
+def _stack(axes: Axes, samples: list[Sample], places: list[int], owners: list[Category], unit: int) -> None:
+    heights = [[samples[place].bytes[each] / unit for place in places] for each in owners]
     axes.stackplot(places, heights, labels=owners, step="post", linewidth=0)
-    axes.plot([peak.place], [peak.bytes / unit], "v", color="black")
-    axes.set_title(f"peak {peak.bytes / unit:.2f} {unit_name}: {in_words(peak.moment)}", loc="left", fontsize=10)
-    for place, name in _boundaries(timeline):
+    for place, name in _boundaries(samples):
         axes.axvline(place, color="grey", linewidth=0.8)
         axes.annotate(name, (place, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="grey")
-    axes.set_xlabel("allocations and releases")
-    axes.set_ylabel(f"live {unit_name}")
-    axes.set_ylim(bottom=0)
     axes.margins(x=0)
-    axes.legend(*_top_first(axes), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=120)
 
 
 def _top_first(axes: Axes) -> tuple[list[Artist], list[str]]:
@@ -44,23 +70,24 @@ def _top_first(axes: Axes) -> tuple[list[Artist], list[str]]:
 
 
 def _boundaries(timeline: list[Sample]) -> list[tuple[int, str]]:
-    """Where a phase starts, or where it goes from forward to backward and back."""
+    """Where a phase starts, or where it goes from forward to backward and back, for long enough to be seen."""
     found: list[tuple[int, str]] = []
     before = None
     for place, sample in enumerate(timeline[1:], start=1):
-        now = (sample.moment.phase, sample.moment.part == "forward")
+        now = (sample.moment.phase, "forward" if sample.moment.part == "forward" else "backward")
         if now != before:
-            part = "forward" if now[1] else "backward"
-            found.append((place, " ".join(word for word in (now[0], part) if word)))
+            found.append((place, " ".join(dict.fromkeys(word for word in now if word))))
             before = now
-    return found
+    ends = [place for place, _ in found[1:]] + [len(timeline)]
+    shortest = _NAMED_SHARE * len(timeline)
+    return [each for each, end in zip(found, ends, strict=True) if end - each[0] >= shortest]
 
 
-def _thinned(timeline: list[Sample], peak: int) -> list[int]:
+def _thinned(totals: list[int], peak: int) -> list[int]:
     """Places of the samples that are drawn: of each stretch its first and its highest, and the peak."""
-    stretch = max(1, 2 * len(timeline) // _MAX_SAMPLES)
-    places = {peak, len(timeline) - 1}
-    for first in range(0, len(timeline), stretch):
-        last = min(first + stretch, len(timeline))
-        places |= {first, max(range(first, last), key=lambda each: timeline[each].total)}
+    stretch = max(1, 2 * len(totals) // _MAX_SAMPLES)
+    places = {peak, len(totals) - 1}
+    for first in range(0, len(totals), stretch):
+        last = min(first + stretch, len(totals))
+        places |= {first, max(range(first, last), key=totals.__getitem__)}
     return sorted(places)
