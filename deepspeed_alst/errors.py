@@ -22,7 +22,7 @@ class DataError(AlstError):
 
 
 class CheckpointError(AlstError):
-    """A checkpoint that cannot be loaded: missing, incomplete, of another model, or not convertible."""
+    """A checkpoint that cannot be written, or loaded: missing, incomplete, of another model, not convertible."""
 
 
 class SetupError(AlstError):

@@ -63,9 +63,7 @@ def steps_with_poison(
 def test_every_rank_stops_before_the_step_with_the_rank_and_the_number_of_the_batch(ranks4, stage, dtype):
     cell = Cell(stage=stage, dtype=dtype, gas=2, world_size=4)
     results = ranks4.run(steps_with_poison, cell, 1, 3, 1)
-    words = (
-        "the loss is nan in optimizer step 1, micro-step 3 of 4 (all counted from 0): rank 3's batch 1 of this epoch"
-    )
+    words = "the loss is nan in optimizer step 2, micro-step 4 of 4: rank 3's batch 1 of this epoch (counted from 0)"
     for rank, (kind, message, steps, same, losses) in enumerate(results):
         assert kind == "NonFiniteLossError", message
         # The other sequence's ranks learn of it from the first that saw it.
@@ -84,4 +82,4 @@ def test_under_fp16_deepspeed_skips_the_step_and_goes_on(ranks2):
 def test_of_batches_that_are_exchanged_one_by_one_the_rank_is_named(ranks2):
     for kind, message, steps, same, _ in ranks2.run(steps_with_poison, Cell(gas=2), 0, 1, 0, True):
         assert kind == "NonFiniteLossError" and (steps, same) == (0, True)
-        assert "optimizer step 0, micro-step 1 of 4 (all counted from 0): a batch of rank 1." in message
+        assert "optimizer step 1, micro-step 2 of 4: a batch of rank 1." in message

@@ -1,6 +1,7 @@
 """``ds_alst plan``: its arithmetic against ZeRO's table, its line against a longer measurement, what it prints."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ DS_CONFIG = {
     "sequence_parallel_size": 8,
     "alst": {"tiled_mlp_compute": True, "activation_checkpoint_cpu_offload": True},
 }
+H100 = Machine(8, 80 * GIB, 1800 * GIB, 8)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,33 @@ def test_the_line_through_two_measurements_holds_further_on(measured):
 )
 def test_states_are_sharded_by_stage(stage, a_parameter):
     model = Model(10**9, 10, 10**8)
-    device, host = static_bytes(model, {**DS_CONFIG, "zero_optimization": {"stage": stage}}, 8)
+    device, host, _ = static_bytes(model, {**DS_CONFIG, "zero_optimization": {"stage": stage}}, H100)
     assert sum(device[key] for key in ("weights", "gradients", "optimizer")) == pytest.approx(a_parameter * 10**9)
     assert not host
+
+
+@pytest.mark.parametrize(
+    ("zero", "reduction", "numel", "key", "num_bytes"),
+    [
+        ({"stage": 3}, {}, 500_000_000, "zero_optimization.reduce_bucket_size", 2 * 500_000_000),
+        ({"stage": 3, "reduce_bucket_size": 1e6}, {}, 10**6, "zero_optimization.reduce_bucket_size", 2 * 10**6),
+        ({"stage": 2, "overlap_comm": True}, {"bucket_size": 5000}, 5000, "alst.reduction.bucket_size", 4 * 5000),
+    ],
+)
+def test_a_bucket_is_as_large_as_its_key_says(zero, reduction, numel, key, num_bytes):
+    model = Model(8 * 10**9, 10, 10**8)
+    ds_config = {**DS_CONFIG, "zero_optimization": zero, "alst": {"reduction": {**reduction, "slice_bytes": 2**20}}}
+    device, _, bucket = static_bytes(model, ds_config, H100)
+    assert (bucket.numel, bucket.key) == (numel, key)
+    assert device["gradient bucket and slices"] == num_bytes + 2 * 2**20
+
+
+def test_an_automatic_bucket_is_a_share_of_what_is_left():
+    ds_config = {**DS_CONFIG, "zero_optimization": {"stage": 0}, "alst": {"reduction": {"bucket_size": "auto"}}}
+    for billions, numel in ((4, (77 * GIB - 4 * 16 * 10**9) // 32 // 2), (1, 500_000_000), (8, 2**20)):
+        device, _, bucket = static_bytes(Model(billions * 10**9, 10, 10**8), ds_config, H100)
+        assert bucket.numel == bucket.auto == numel
+        assert device["gradient bucket and slices"] == 2 * numel + 2 * 64 * 2**20
 
 
 def test_what_is_offloaded_is_on_the_host():
@@ -72,9 +98,13 @@ def test_what_is_offloaded_is_on_the_host():
     assert not {"weights", "optimizer"} & plan.device.keys()
     # Of 16 ranks eight are on this host.
     assert plan.host["optimizer"] == pytest.approx(8 * 16 * 10**9 / 16)
+    assert plan.host["gradients"] == pytest.approx(8 * 2 * 10**9 / 16) and "gradients" not in plan.device
     assert plan.host["layers' inputs"] == 8 * 9 * 800 * 1000
     disk = {**DS_CONFIG, "alst": {"activation_checkpoint_cpu_offload": {"nvme_path": "/nvme"}}}
-    assert "layers' inputs" not in plan_of(model, layer, disk, machine, 1000).host
+    assert plan_of(model, layer, disk, machine, 1000).disk == 0
+    far = plan_of(model, layer, disk, machine, 10**10)
+    assert sum(far.host.values()) == pytest.approx(1000 * GIB) and not far.over(replace(machine, gpu_bytes=10**15))
+    assert far.disk == pytest.approx(8 * 9 * 800 * 10**10 - 1000 * GIB)
 
 
 @pytest.mark.parametrize("gpu, host, binding", [(80, 10**6, "GPU"), (80, 200, "host")])
@@ -92,6 +122,11 @@ def test_the_command_says_where_the_bytes_go(measured, tmp_path, capsys):
     assert main([*words, "--seq_len", "500000", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fits"] and said["sequence"] == 500_000 and said["longest"] > 500_000
+    assert said["bucket"] == {
+        "numel": 500_000_000,
+        "key": "zero_optimization.reduce_bucket_size",
+        "auto": 500_000_000,
+    }
     assert main([*words, "--seq_len", "500000000"]) == 1
     assert "This one does not fit" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from deepspeed_alst.cli.compare import Differences, allowed
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.trial import Spec, samples
 from deepspeed_alst.cli.verdict import first_difference, judge, show
-from deepspeed_alst.cli.verify import configs_of
+from deepspeed_alst.cli.verify import configs_of, with_file
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,19 @@ def test_what_a_run_has_none_of_is_not_said_to_agree(runs, capsys):
     assert "not" in row and "ok" not in row
 
 
+def test_what_rounding_hides_is_said(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    other = Path(shutil.copytree(runs / "SP 1", runs / "SP 1 in fp32"))
+    grads = load_file(other / "gradients.safetensors")
+    grads["model.layers.0.mlp.up_proj.weight"] *= 2.0
+    save_file(grads, other / "gradients.safetensors")
+    rows = judge(runs, "SP 1", "SP 2", "SP 1 in fp32", sp_size=2)
+    assert [row.num_hidden for row in rows] == [0, 0, 0, 1, 0]
+    assert show(rows, runs, ["SP 1", "SP 2"], "") == 0
+    said = capsys.readouterr().out
+    assert "1 hidden by rounding" in " ".join(said.replace("│", " ").split()) and "seen in fp32" in said
+
+
 def test_ones_own_data_goes_into_a_small_vocabulary(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"input_ids": [5, 70_000, 3], "labels": [-100, 70_000, 3]}) + "\n")
     spec = Spec("config.json", True, False, "sdpa", "", seq_len=203, steps=1, data=str(tmp_path / "data.jsonl"))
@@ -168,6 +181,7 @@ def test_a_refused_model_is_refused_in_its_words(tmp_path, capsys):
         ({"zero_optimization": {"stage": 1}}, 2, "there is nothing to verify"),
         ({"sequence_parallel_size": 2, "gradient_accumulation_steps": 3}, 2, "=3 is no multiple of sequence_parallel"),
         ({"sequence_parallel_size": 2, "alst": {}}, 3, "does not divide 3 ranks"),
+        ({"sequence_parallel_size": 8}, 1, "one rank cannot share a sequence"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ds_config, world_size, words):
@@ -196,3 +210,24 @@ def test_a_command_that_makes_no_sense_says_so(words, said, tmp_path, capsys):
     command = ["verify", "--ds_config", str(ROOT / "ds_configs" / "sp2.json"), "--output", str(tmp_path), *words]
     assert main(command) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "changed"),
+    [
+        (["t.py", "--deepspeed", "a.json", "-x"], ["t.py", "--deepspeed", "b.json", "-x"]),
+        (["t.py", "--deepspeed=a.json"], ["t.py", "--deepspeed=b.json"]),
+        (
+            ["t.py", "--deepspeed", "--deepspeed_config", "a.json"],
+            ["t.py", "--deepspeed", "--deepspeed_config", "b.json"],
+        ),
+    ],
+)
+def test_the_programs_ds_config_is_found_in_every_form(program, changed):
+    assert with_file(program, "b.json") == changed
+
+
+@pytest.mark.parametrize("program", [["t.py"], ["t.py", "--deepspeed"], ["t.py", "--deepspeed", "-x"]])
+def test_a_program_without_one_is_refused(program):
+    with pytest.raises(ConfigError, match="must have --deepspeed JSON"):
+        with_file(program, "b.json")

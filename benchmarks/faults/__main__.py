@@ -77,7 +77,7 @@ FAULTS = {
     ),
     "term": Fault("SIGTERM in a step", "held", r"received SIGTERM|return code = -15", terminate=True),
     "term-save": Fault("SIGTERM in a save", "held-in-save", r"received SIGTERM|return code = -15", terminate=True),
-    "nan": Fault("a loss is NaN", "nan", r"NonFiniteLossError: the loss is nan in optimizer step 3, micro-step 1"),
+    "nan": Fault("a loss is NaN", "nan", r"NonFiniteLossError: the loss is nan in optimizer step 4, micro-step 2"),
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed_alst.engine.buckets import fitting_numel, num_buckets
+
 Sizes = dict[str, float]
 """Bytes by category."""
 # Of torch, CUDA's context and NCCL's buffers on a GPU: an assumption, as no allocator reports it.
@@ -48,9 +50,18 @@ class Machine:
     gpus_of_host: int
 
 
-def static_bytes(
-    model: Model, ds_config: Mapping[str, Any], num_gpus: int
-) -> tuple[dict[str, float], dict[str, float]]:
+@dataclass(frozen=True)
+class Bucket:
+    """Of gradients, as DeepSpeed collects them."""
+
+    numel: int
+    key: str
+    """That says so."""
+    auto: int
+    """Elements that ``alst.reduction.bucket_size`` "auto" would take on this machine."""
+
+
+def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Sizes, Sizes, Bucket]:
     """Bytes of one GPU, and of one rank on its host, that do not depend on the sequence's length; by category.
 
     ZeRO's arithmetic (arXiv 1910.02054, section 3): gradients are sharded from stage 2, weights from stage 3, the
@@ -60,23 +71,35 @@ def static_bytes(
     stage = zero.get("stage", 0)
     half = any((ds_config.get(dtype) or {}).get("enabled") for dtype in ("bf16", "fp16"))
     width = 2 if half else 4
-    N = model.num_params
+    N, num_gpus = model.num_params, machine.num_gpus
     kind = str((ds_config.get("optimizer") or {}).get("type", "AdamW")).lower()
     states = N * (_STATES.get(kind, 8) + (4 if half else 0)) / (num_gpus if stage >= 1 else 1)
     gradients = N * width / (num_gpus if stage >= 2 else 1)
     weights = N * width / (num_gpus if stage == 3 else 1)
     gathered = 2 * model.largest * width if stage == 3 else 0  # of weights, and of their gradients before they leave
-    bucket = min(_number(zero.get("reduce_bucket_size"), 5e8), N) * width
-    slices = _SLICES * _number((ds_config.get("alst") or {}).get("reduction", {}).get("slice_bytes"), 64 * 2**20)
+    reduction = (ds_config.get("alst") or {}).get("reduction") or {}
     device = {"weights": weights, "gradients": gradients, "optimizer": states, "gathered at once": gathered}
-    device |= {"gradient bucket and slices": bucket + slices, "reserved": RESERVED}
     host: dict[str, float] = {}
     if _device_of(zero, "offload_optimizer") == "cpu":
-        # DeepSpeed keeps the gradients of its part there in fp32 too.
+        # DeepSpeed keeps the gradients of its part there in fp32 too; under ZeRO 3 also those in their own dtype.
         host["optimizer"] = device.pop("optimizer") + N * 4 / (num_gpus if stage >= 1 else 1)
+        if stage >= 2:
+            left = device.pop("gradients")
+            host |= {"gradients": left} if stage == 3 else {}
     if _device_of(zero, "offload_param") == "cpu":
         host["weights"] = device.pop("weights")
-    return device, host
+    spare = machine.gpu_bytes - RESERVED - sum(device.get(key, 0) for key in ("weights", "gradients", "optimizer"))
+    bucket = _bucket(ds_config, reduction.get("bucket_size"), fitting_numel(ds_config, int(spare), N))
+    slices = _SLICES * _number(reduction.get("slice_bytes"), 64 * 2**20)
+    in_buckets = num_buckets(ds_config) * min(bucket.numel, N) * width
+    return device | {"gradient bucket and slices": in_buckets + slices, "reserved": RESERVED}, host, bucket
+
+
+def _bucket(ds_config: Mapping[str, Any], own: Any, auto: int) -> Bucket:
+    if own is not None:
+        return Bucket(auto if own == "auto" else own, "alst.reduction.bucket_size", auto)
+    size = (ds_config.get("zero_optimization") or {}).get("reduce_bucket_size")
+    return Bucket(int(_number(size, 5e8)), "zero_optimization.reduce_bucket_size", auto)
 
 
 def activation_bytes(model: Model, layer: Layer, tokens: int, offloads: bool) -> tuple[Sizes, Sizes]:
@@ -100,6 +123,9 @@ class Plan:
     """Of one GPU."""
     host: dict[str, float]
     """Of one host."""
+    disk: float
+    """Bytes of one host's ``nvme_path``: what the host has no room for."""
+    bucket: Bucket
 
     def over(self, machine: Machine) -> str:
         """What there is too little of; empty if it fits."""
@@ -111,12 +137,16 @@ class Plan:
 def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine, tokens: int) -> Plan:
     """What so many tokens on a rank take."""
     block = (ds_config.get("alst") or {}).get("activation_checkpoint_cpu_offload") or False
-    device, host = static_bytes(model, ds_config, machine.num_gpus)
+    device, host, bucket = static_bytes(model, ds_config, machine)
     for_tokens, on_host = activation_bytes(model, layer, tokens, bool(block))
-    if isinstance(block, dict) and block.get("nvme_path"):
-        on_host = {}  # what the host has no room for goes to the disk
     ranks = min(machine.gpus_of_host, machine.num_gpus)
-    return Plan(tokens, device | for_tokens, {key: size * ranks for key, size in (host | on_host).items()})
+    host, on_host = ({key: size * ranks for key, size in each.items()} for each in (host, on_host))
+    on_disk = 0.0
+    if isinstance(block, dict) and block.get("nvme_path"):
+        waiting, room = sum(on_host.values()), max(0.0, machine.host_bytes - sum(host.values()))
+        on_disk = max(0.0, waiting - room)
+        on_host = {key: size - on_disk for key, size in on_host.items()}
+    return Plan(tokens, device | for_tokens, host | on_host, on_disk, bucket)
 
 
 def longest(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Plan, str]:

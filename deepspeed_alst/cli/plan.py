@@ -7,11 +7,12 @@ counted; the rest is arithmetic (memory.py). First form: decoders in half precis
 import argparse
 import copy
 import json
+from dataclasses import asdict
 from typing import Any
 
 from deepspeed_alst.errors import ConfigError
 
-SUMMARY = "Say how long a sequence fits into a machine's memory, and where the bytes go."
+SUMMARY = "how long a sequence fits into a machine's memory, where the bytes go, and what binds"
 _TOKENS = (32768, 65536)  # of the two measurements that a line goes through: more than any tile has
 _GIB = 2**30
 
@@ -19,11 +20,11 @@ _GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own words."""
     parser.add_argument("--model", required=True, help="a config.json, a folder or a hub name")
-    parser.add_argument("--ds_config", required=True, metavar="JSON")
+    parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
     parser.add_argument("--num_gpus", type=int, default=8, help="all of them (8)")
     parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one (80)")
     parser.add_argument("--host_memory", type=float, default=1800, help="GiB of one host (1800)")
-    parser.add_argument("--gpus_per_host", type=int, default=8)
+    parser.add_argument("--gpus_per_host", type=int, default=8, help="of those of --num_gpus (8)")
     parser.add_argument("--seq_len", type=int, help="tokens of a sequence; default: as many as fit")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -41,9 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     ds_config = read_json(arguments.ds_config)
     config = parse(ds_config)
-    check_features(ds_config)
-    check_world(config, arguments.num_gpus)
     P = config.sequence_parallel_size
+    if P > 1:
+        check_features(ds_config)
+    check_world(config, arguments.num_gpus)
     model, layer = measure(arguments.model, config)
     machine = Machine(
         arguments.num_gpus, arguments.gpu_memory * _GIB, arguments.host_memory * _GIB, arguments.gpus_per_host
@@ -59,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         "fits": not over,
         "bytes of a GPU": plan.device,
         "bytes of a host": plan.host,
+        "bytes of a host's disk": plan.disk,
+        "bucket": asdict(plan.bucket),
         "bytes a token of a rank": layer.a_token,
         "kept a token and layer": layer.kept,
     }
@@ -120,5 +124,12 @@ def _print(said: dict[str, Any], machine: Any, sp_size: int) -> None:
     table.add_row("there is", f"{machine.gpu_bytes / _GIB:.1f}", f"{machine.host_bytes / _GIB:.1f}")
     console = Console()
     console.print(table)
+    if disk := said["bytes of a host's disk"]:
+        console.print(f"{disk / _GIB:,.1f} GiB of a host's layer inputs go to nvme_path.")
+    bucket = said["bucket"]
+    console.print(
+        f"A gradient bucket holds {bucket['numel']:,} elements by {bucket['key']}; "
+        f'alst.reduction.bucket_size "auto" would take {bucket["auto"]:,}.'
+    )
     console.print(f"The longest that fits has {said['longest']:,} tokens; the {said['bound by']}'s memory binds.")
     console.print("" if said["fits"] else "This one does not fit.")

@@ -10,6 +10,9 @@ from rich.table import Table
 
 from deepspeed_alst.cli.compare import KINDS, Differences, allowed, differences
 
+# Half of a gradient is 0.5 from it.
+_TELLING = 0.5
+
 
 @dataclass(frozen=True)
 class Row:
@@ -21,6 +24,8 @@ class Row:
     allowed: float
     missed: tuple[str, ...]
     """The places where the difference is more than rounding, in the order of the model."""
+    num_hidden: int = 0
+    """Places where rounding alone may be so large that a factor of two would not be seen."""
 
 
 def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) -> list[Row]:
@@ -34,7 +39,8 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
         # Not `value > limit`: NaN must be seen.
         missed = tuple(place for place, value in found.by_kind[kind].items() if not value <= limits[place])
         value, place = _worst(found, kind, missed)
-        rows.append(Row(words, value, place, limits.get(place, 0.0), missed))
+        num_hidden = sum(limit > _TELLING for limit in limits.values())
+        rows.append(Row(words, value, place, limits.get(place, 0.0), missed, num_hidden))
     return rows
 
 
@@ -73,6 +79,7 @@ def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
             table.add_row(row.what, "-", "-", "-", "not compared: a run has none")
             continue
         verdict = f"{len(row.missed)} DIFFER" if row.missed else "ok"
+        verdict += f", {row.num_hidden} hidden by rounding" if row.num_hidden else ""
         table.add_row(row.what, f"{row.difference:.1e}", row.place, f"<= {row.allowed:.1e}", verdict)
     console = Console()
     console.print(table)
@@ -81,6 +88,8 @@ def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
     if place := first_difference(rows):
         console.print(place)
     (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
+    if any(row.num_hidden for row in rows):
+        console.print("What rounding hides is seen in fp32: verify a copy of the file without bf16 or fp16.")
     console.print(f"{_picture(curves, output)}verify.json are in {os.path.relpath(output)}")
     return int(any(row.missed for row in rows))
 

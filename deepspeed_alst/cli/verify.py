@@ -17,9 +17,8 @@ from deepspeed_alst.cli.keys import read_json
 from deepspeed_alst.cli.launch import launch, num_gpus
 from deepspeed_alst.errors import ConfigError
 
-SUMMARY = "Train with sequence parallelism and without, on the same samples, and say how far apart the two are."
+SUMMARY = "train with sequence parallelism and without, on the same samples, and say how far apart the two are"
 _BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
-_OF_CHECKPOINTS = ("activation_checkpoint_cpu_offload", "save_attention_output")
 # By themselves a small model's tiles would hold its whole sequence.
 _SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
 
@@ -29,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to verify")
     parser.add_argument("--model", help="a config.json, a folder or a hub name; a small model of its kind is trained")
     parser.add_argument("--full", action="store_true", help="train the model itself; with the folder's weights, if any")
-    parser.add_argument("--num_gpus", type=int, help="ranks; default: all GPUs, or 2 on CPU")
+    parser.add_argument(
+        "--num_gpus",
+        type=int,
+        help="ranks, which all share a sequence if they are fewer than the file's; default: all GPUs, or 2 on CPU",
+    )
     parser.add_argument("--seq_len", type=int, default=203, help="tokens of a sample (203)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (5)")
     parser.add_argument("--data", default="", help=".jsonl with input_ids, labels; default: random tokens")
@@ -83,6 +86,11 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
     if wanted == 1 and "alst" not in ds_config:
         raise ConfigError("sequence_parallel_size=1 and no alst block: there is nothing to verify")
     sp_size = min(wanted, world_size)
+    if sp_size < min(wanted, 2):
+        raise ConfigError(
+            "one rank cannot share a sequence: verify needs two or more (--num_gpus 2; on a machine with one GPU, "
+            "DS_ACCELERATOR=cpu verifies a small model)"
+        )
     if world_size % sp_size:
         raise ConfigError(f"sequence_parallel_size={wanted} does not divide {world_size} ranks; choose --num_gpus")
     accumulation = ds_config.get("gradient_accumulation_steps", wanted)
@@ -108,17 +116,31 @@ def _run_program(
     arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
 ) -> list[str]:
     """Run the user's program with each ds_config, recorded."""
-    program = list(arguments.program)
-    places = [i for i, word in enumerate(program) if i and program[i - 1] in ("--deepspeed", "--deepspeed_config")]
-    if not places:
-        raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
-    for name, ds_config in configs.items():
+    programs = {name: with_file(arguments.program, str(output / name / "ds_config.json")) for name in configs}
+    for name, program in programs.items():
         (output / name).mkdir()
-        (output / name / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
-        program[places[0]] = str(output / name / "ds_config.json")
+        (output / name / "ds_config.json").write_text(json.dumps(configs[name], indent=1))
         words = ["deepspeed_alst.cli.recorder", str(output / name), str(arguments.steps), *program]
         launch(["--module", *words], world_size, output / f"{name}.log")
     return list(configs)
+
+
+def with_file(program: list[str], path: str) -> list[str]:
+    """A program's words with another ds_config: ``--deepspeed JSON`` or ``--deepspeed_config JSON``, also with ``=``.
+
+    Raises:
+        ConfigError: there is no such word.
+    """
+    for place, word in enumerate(program):
+        key, equals, _ = word.partition("=")
+        if key not in ("--deepspeed", "--deepspeed_config"):
+            continue
+        if equals:
+            return [*program[:place], f"{key}={path}", *program[place + 1 :]]
+        # DeepSpeed's own --deepspeed is a switch beside --deepspeed_config JSON.
+        if not "".join(program[place + 1 : place + 2]).startswith("-") and place + 1 < len(program):
+            return [*program[: place + 1], path, *program[place + 2 :]]
+    raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
 
 
 def _run_trial(

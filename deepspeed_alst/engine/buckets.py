@@ -1,6 +1,7 @@
 """``alst.reduction.bucket_size``: how many elements DeepSpeed's gradient buckets hold."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,14 +31,22 @@ def bucket_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup
     spare = torch.tensor([_available() - _needed(numel, model, ds_config)], dtype=torch.int64)
     spare = spare.to(get_accelerator().current_device_name()) if dist.get_backend(group) == "nccl" else spare
     dist.all_reduce(spare, op=dist.ReduceOp.MIN, group=group)
-    zero = ds_config.get("zero_optimization") or {}
-    buffers = 2 if zero.get("overlap_comm") and zero_stage(ds_config) < 3 else 1
-    fitting = int(spare.item()) // _SHARE // (buffers * _gradient_bytes(ds_config))
-    size = max(_LEAST, min(fitting, _MOST, numel))
     return (
-        size,
+        fitting_numel(ds_config, int(spare.item()), numel),
         f"auto: 1/{_SHARE} of {max(0, int(spare.item())) / 2**30:.1f} GiB to spare, {numel:,} gradient elements",
     )
+
+
+def fitting_numel(ds_config: Mapping[str, Any], spare_bytes: int, numel: int) -> int:
+    """Elements of each bucket for so many bytes to spare, and so many gradients."""
+    fitting = spare_bytes // _SHARE // (num_buckets(ds_config) * _gradient_bytes(ds_config))
+    return max(_LEAST, min(fitting, _MOST, numel))
+
+
+def num_buckets(ds_config: Mapping[str, Any]) -> int:
+    """How many DeepSpeed fills by turns: two where ZeRO 1 or 2 overlaps the reduction with the backward."""
+    zero = ds_config.get("zero_optimization") or {}
+    return 2 if zero.get("overlap_comm") and zero_stage(dict(ds_config)) < 3 else 1
 
 
 def _available() -> int:
@@ -66,7 +75,7 @@ def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:
     return weight_bytes + gradient_bytes + state_bytes
 
 
-def _gradient_bytes(ds_config: dict[str, Any]) -> int:
+def _gradient_bytes(ds_config: Mapping[str, Any]) -> int:
     half = any((ds_config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
     return 2 if half else 4
 

@@ -61,8 +61,8 @@ class LossWatch:
         error = None
         if wrong is not None:
             error = NonFiniteLossError(
-                f"the loss is {values[wrong]} in optimizer step {step}, micro-step {wrong} of {len(values)} (all "
-                f"counted from 0): {self._whose(batches[wrong], wrong)}. No weight has changed in this step. Look at "
+                f"the loss is {values[wrong]} in optimizer step {step + 1}, micro-step {wrong + 1} of "
+                f"{len(values)}: {self._whose(batches[wrong], wrong)}. No weight has changed in this step. Look at "
                 "the tokens and labels of that batch; if they are all right, the weights went astray before: lower "
                 "the learning rate, or set gradient_clipping."
             )
@@ -71,4 +71,4 @@ class LossWatch:
     def _whose(self, batch: tuple[int, int] | None, place: int) -> str:
         if batch is None:  # of the HF Trainer: a batch of each rank, in turns
             return f"a batch of rank {self._groups.ranks[place % self._groups.sp_size]}"
-        return "rank {}'s batch {} of this epoch".format(*batch)
+        return "rank {}'s batch {} of this epoch (counted from 0)".format(*batch)

@@ -54,7 +54,9 @@ def progress_line(step: int, report: Report) -> str:
     parts.append(f"{report.tokens_per_second:,.0f} tokens/s, padding {report.padding_share:.1%}")
     if report.model_flops_per_second is not None and report.hardware_flops_per_second is not None:
         model, hardware = _in_flops(report.model_flops_per_second), _in_flops(report.hardware_flops_per_second)
-        parts.append(f"a GPU: {model} model (6N, causal half), {hardware} hardware (ALST: whole square, recomputation)")
+        parts.append(
+            f"a rank: {model} model (6N, causal half), {hardware} hardware (ALST: whole square, recomputation)"
+        )
     device = "" if report.peak_device_bytes is None else f"{in_words(report.peak_device_bytes)} device, "
     parts.append(f"peak {device}{in_words(report.peak_host_bytes)} host")
     if report.wire_bytes is not None:

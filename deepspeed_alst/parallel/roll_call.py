@@ -54,7 +54,7 @@ def naming_who_is_missing(group: Any, seconds: float = _ANSWER_SECONDS) -> Itera
 
 
 def call_roll(group: Any, seconds: float) -> dict[int, str]:
-    """The ranks that do not answer, each with what became of it; blocks for at most ``seconds``."""
+    """The ranks that do not answer, each with what became of it; blocks for at most twice ``seconds``."""
     rank, found = dist.get_rank(group), dict[int, str]()
 
     def ask(peer: int) -> None:
