@@ -36,7 +36,8 @@ def one_fails(which: int, seconds: float) -> None:
     time.sleep(seconds)
 
 
-@pytest.mark.parametrize("which", [-1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [-1, 0])
 def test_ranks_that_are_late_are_told_from_those_that_fail(which):
     late = r"no answer within 3 s: the machine was too busy, or a build lock"
     with Ranks(2) as ranks:

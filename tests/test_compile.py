@@ -62,7 +62,7 @@ FORMS: dict[str, tuple[int, str, Callable[[str, Any], Any]]] = {
 }
 # Traced by dynamo and run as it is. What makes graphs of the backward too takes minutes: make test-full.
 QUICK = "eager"
-QUICK_FORMS = ("torch.compile(model)", "layers in place", "layers wrapped", "accelerate's regions")
+QUICK_FORMS = ("torch.compile(model)", "accelerate's regions")
 
 
 def compiled(cell: Cell, changed: dict[str, Any]) -> tuple[Any, int]:

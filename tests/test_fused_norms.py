@@ -339,7 +339,9 @@ def _steps_of_an_engine(dtype, checkpointing):
     return *errors, calls.norms.call_count, calls.ropes.call_count
 
 
-@pytest.mark.parametrize(("dtype", "checkpointing"), [("fp32", ""), ("bf16", "non-reentrant")])
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"), [("fp32", ""), pytest.param("bf16", "non-reentrant", marks=pytest.mark.slow)]
+)
 def test_steps_of_an_engine_are_as_near_to_fp64_as_the_models_own(ranks2, dtype, checkpointing):
     for own, ours, norms, ropes in ranks2.run(_steps_of_an_engine, dtype, checkpointing):
         rounding = torch.finfo({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eps

@@ -59,7 +59,15 @@ def steps_with_poison(
         engine.destroy()
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        pytest.param(0, "fp32", marks=pytest.mark.slow),
+        (1, "bf16"),
+        pytest.param(2, "fp32", marks=pytest.mark.slow),
+        (3, "bf16"),
+    ],
+)
 def test_every_rank_stops_before_the_step_with_the_rank_and_the_number_of_the_batch(ranks4, stage, dtype):
     cell = Cell(stage=stage, dtype=dtype, gas=2, world_size=4)
     results = ranks4.run(steps_with_poison, cell, 1, 3, 1)

@@ -338,7 +338,7 @@ def test_steps_of_an_engine_are_those_of_torchs_tiles(interpreted_ranks, stage, 
 
 @pytest.mark.parametrize(
     "cell",
-    [kernel_cells()[0], kernel_cells()[1], pytest.param(kernel_cells()[4], marks=pytest.mark.slow)],
+    [kernel_cells()[0], *(pytest.param(kernel_cells()[place], marks=pytest.mark.slow) for place in (1, 4))],
     ids=lambda cell: cell.name(),
 )
 def test_three_steps_are_as_exact_as_no_sequence_parallelism(interpreted_ranks, cell):

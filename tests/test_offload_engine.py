@@ -222,6 +222,7 @@ def compiled_layers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_layers(ranks2):
     ranks2.run(compiled_layers)
 

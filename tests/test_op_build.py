@@ -70,6 +70,7 @@ def built(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_halts_no_later_one(tmp_path):
     folder = tmp_path / "extensions"
     slow, _, started = compiler(tmp_path, seconds=5)

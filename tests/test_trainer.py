@@ -166,7 +166,8 @@ def test_an_iterable_dataset(stream, dispatch, ranks2):
     assert_same(split, whole)
 
 
-@pytest.mark.parametrize("sp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sp_size", [2, 4])
 def test_four_ranks(sp_size, ranks4):
     whole, split = (ranks4.run(train, size, {"stage": 3}) for size in (1, sp_size))
     assert_same(split[0], whole[0])
@@ -316,7 +317,14 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+# The hardest, and one whose loss is made otherwise.
+QUICK_EVALUATIONS = ("metrics of batches of two", "label smoothing, tokens averaged on each rank")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK_EVALUATIONS else pytest.param(name, marks=pytest.mark.slow) for name in EVALUATIONS],
+)
 def test_seven_samples_on_four_ranks_are_evaluated_as_at_sp1(name, ranks4):
     whole = ranks4.run(evaluate, 1, *EVALUATIONS[name])[0][0]
     for sp_size in (2, 4):

@@ -189,9 +189,10 @@ def error_of_compiled(model_type: str, changed: dict[str, Any]) -> float:
     return in_turns(functools.partial(family_config, model_type, **changed), [packed_batch()], compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changed"),
-    [("mistral", {"sliding_window": 5}), pytest.param("llama4_text", CHUNKS, marks=pytest.mark.slow)],
+    [("mistral", {"sliding_window": 5}), ("llama4_text", CHUNKS)],
 )
 def test_a_compiled_model_has_its_masks(model_type, changed, ranks4):
     assert ranks4.run(error_of_compiled, model_type, changed, seconds=200)[0] < 1e-5
