@@ -83,7 +83,7 @@ two-hosts: setup
 recipes: setup
 	$(BIN)/python -m benchmarks.recipes --write
 
-# Every benchmark, one after the other, into docs/benchmarks.md; an hour on 2 cores.
+# The benchmarks one after the other, into docs/benchmarks.md; an hour on 2 cores.
 bench: setup
 	$(BIN)/python -m benchmarks.all
 
