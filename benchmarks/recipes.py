@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.crossing import RANKS_PER_HOST, crossing_table, markdown, num_params
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
+from deepspeed_alst.cli.memory import Machine, Model, static_bytes
 from deepspeed_alst.compatibility import value_at
 from deepspeed_alst.config import AlstConfig, parse
 
@@ -122,16 +123,16 @@ class States:
 
 
 def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -> States:
-    """What DeepSpeed 0.19.8 keeps for N parameters on each of so many ranks.
+    """What DeepSpeed 0.19.8 keeps for N parameters on each of so many ranks, by the arithmetic of ``ds_alst plan``.
 
     A parameter has 2 bytes of weight, 2 of gradient and 12 of fp32 weight, momentum and variance. With the optimizer on
     the host the gradient is there too, and beside it 4 bytes of its fp32 copy, which the step reads.
     """
-    share = N / ranks
-    gpu, host = (2, 18) if optimizer_on_host else (16, 0)
-    if weights_on_host:
-        gpu, host = gpu - 2, host + 2
-    return States(gpu * share, host * share)
+    on_host = {"offload_optimizer": optimizer_on_host, "offload_param": weights_on_host}
+    zero = {"stage": 3, **{key: {"device": "cpu"} for key, is_there in on_host.items() if is_there}}
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
+    gpu, host, _ = static_bytes(Model(N, 0, 0), ds_config, Machine(ranks, 0, 0, ranks))
+    return States(sum(gpu.get(key, 0) for key in ("weights", "gradients", "optimizer")), sum(host.values()))
 
 
 def states_of(recipe: Recipe) -> States:

@@ -138,7 +138,8 @@ def with_file(program: list[str], path: str) -> list[str]:
         if equals:
             return [*program[:place], f"{key}={path}", *program[place + 1 :]]
         # DeepSpeed's own --deepspeed is a switch beside --deepspeed_config JSON.
-        if not "".join(program[place + 1 : place + 2]).startswith("-") and place + 1 < len(program):
+        following = program[place + 1 : place + 2]
+        if following and not following[0].startswith("-"):
             return [*program[: place + 1], path, *program[place + 2 :]]
     raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
 
