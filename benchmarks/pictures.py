@@ -10,18 +10,18 @@ which takes the same slope off. curve: the loss of ``make demo`` at SP 1 and SP 
 import argparse
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.curve import run
-from benchmarks.tiles.shapes import REAL_SIZE
-from benchmarks.tiles.systems import System, build, second_step
+from benchmarks.tiles.shapes import REAL_SIZE, step_of
+from benchmarks.tiles.systems import System
+from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.cli.picture import draw_curves
-from deepspeed_alst.ledger.fake import fake_world
-from deepspeed_alst.ledger.known import Known
 from deepspeed_alst.ledger.picture import draw
 from deepspeed_alst.models.fused import fuse_norms_and_rope
 from deepspeed_alst.models.offload import Keeping, keep_activations
@@ -32,34 +32,39 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SP_SIZE = 8
 # Without tiles, the logits go far beyond.
 TOP = 20 * 2**30
+
+
+class Whole(System):
+    """This package's tiles with its kernels, as on a GPU, and with layer inputs on the host if it offloads."""
+
+    def __init__(self, offloads: bool) -> None:
+        super().__init__("ours", "non-reentrant")
+        self.offloads = offloads
+
+    @contextmanager
+    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
+        """See System."""
+        with super().on(model, sp_size, mlp) as step, ExitStack() as undo:
+            fuse_norms_and_rope(model, undo)
+            if self.offloads:
+                store = Store(HostPool())
+                undo.callback(store.close)
+                keep_activations(model, Keeping(store, keep_last=1), undo)
+            yield step
+
+
 STEPS = {
-    "checkpointed layers, no tiles": (System("untiled", "non-reentrant"), False),
-    "DeepSpeed's TiledMLP and TiledFusedLogitsLoss": (System("upstream", "non-reentrant"), False),
-    "this package's tiles and kernels": (System("ours", "non-reentrant"), False),
-    "the same, layer inputs on the host": (System("ours", "non-reentrant"), True),
+    "checkpointed layers, no tiles": System("untiled", "non-reentrant"),
+    "DeepSpeed's TiledMLP and TiledFusedLogitsLoss": System("upstream", "non-reentrant"),
+    "this package's tiles and kernels": Whole(offloads=False),
+    "the same, layer inputs on the host": Whole(offloads=True),
 }
 
 
 def memory(path: Path) -> None:
     """Four ways to do a step, below one another."""
-    timelines = {name: _step(REAL_SIZE[0], *how).ledger.timeline for name, how in STEPS.items()}
+    timelines = {name: step_of(REAL_SIZE[0], SP_SIZE, system).ledger.timeline for name, system in STEPS.items()}
     draw(timelines, str(path), left_out=("host", "weights", "gradients"), top=TOP)
-
-
-def _step(shape: Any, system: System, offloads: bool) -> Any:
-    with fake_world(SP_SIZE), ExitStack() as undo:
-        model = build(shape.config(), shape.num_layers, torch.bfloat16)
-        ids = torch.arange(shape.tokens)[None]
-        batch = {"input_ids": ids, "position_ids": ids, "labels": ids, "shift_labels": ids}
-        step = undo.enter_context(system.on(model, SP_SIZE, shape.mlp))
-        if system.tiles == "ours":
-            fuse_norms_and_rope(model, undo)
-        if offloads:
-            store = Store(HostPool())
-            undo.callback(store.close)
-            keep_activations(model, Keeping(store, keep_last=1), undo)
-        with Known(shape.tokens, 0):
-            return second_step(model, step, batch)
 
 
 def curve(path: Path) -> None:
