@@ -1,5 +1,6 @@
 """Rank processes on CPU that stay up: start P of them once, then run functions on all of them."""
 
+import gc
 import os
 import subprocess
 import tempfile
@@ -15,6 +16,21 @@ import torch.multiprocessing as mp
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
 _ANSWER_SECONDS = 300.0
+
+# What ranks import before anything else, once for all of them. None of it starts a thread, which a fork would lose.
+_IMPORTED = [
+    "torch",
+    "deepspeed",
+    "torch._dynamo",
+    "accelerate",
+    "transformers.models.llama.modeling_llama",
+]
+_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "DEEPSPEED_LOG_LEVEL": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 class RankError(RuntimeError):
@@ -50,11 +66,16 @@ def finished(command: list[str], seconds: float, **options: Any) -> subprocess.C
 
 
 class Ranks:
-    """P processes with DeepSpeed and gloo initialised. Close it, or use it in a ``with``."""
+    """P processes with DeepSpeed and gloo initialised. Close it, or use it in a ``with``.
 
-    def __init__(self, world_size: int) -> None:
+    They are forks of a process that has imported the libraries and done nothing else; ``start_method="spawn"`` starts
+    them from nothing, for an environment that is read at import.
+    """
+
+    def __init__(self, world_size: int, start_method: str = "forkserver") -> None:
         self.world_size = world_size
-        context = mp.get_context("spawn")
+        context = mp.get_context(start_method)
+        context.set_forkserver_preload(_IMPORTED)
         self._port = port = free_port()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks_")
         self._connections: list[Connection] = []
@@ -62,9 +83,10 @@ class Ranks:
         for rank in range(world_size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, port, there, self._folder.name), daemon=True
+                target=_serve, args=(rank, world_size, port, there, self._folder.name, dict(os.environ)), daemon=True
             )
-            process.start()
+            with mock.patch.dict(os.environ, _ENVIRONMENT):  # for what the first of them imports
+                process.start()
             self._connections.append(here)
             self._processes.append(process)
 
@@ -122,23 +144,24 @@ class Ranks:
 def interpreted_ranks(world_size: int) -> Ranks:
     """Ranks in which Triton is interpreted: the variable is read at its first import."""
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        ranks = Ranks(world_size)
+        ranks = Ranks(world_size, start_method="spawn")
         ranks.run(os.getpid)
     return ranks
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection, folder: str) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, connection: Connection, folder: str, environment: dict[str, str]
+) -> None:
+    os.environ.clear()
     os.environ.update(
-        DS_ACCELERATOR="cpu",
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DEEPSPEED_LOG_LEVEL="error",
-        TRANSFORMERS_VERBOSITY="error",
-        PYTHONWARNINGS="ignore",
+        **_ENVIRONMENT,
     )
     import warnings
 
@@ -155,6 +178,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, folder
     os.dup2(log, 1)
     os.dup2(log, 2)
     deepspeed.init_distributed("gloo")
+    # DeepSpeed collects garbage several times an engine: through all that was imported, and each page is then copied.
+    gc.freeze()
     while True:
         try:
             function, args = connection.recv()

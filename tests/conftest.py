@@ -1,5 +1,6 @@
 """The environment, set before torch is imported, and rank processes that start once per module."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -37,3 +38,8 @@ def ranks4():
 def pytest_configure(config):
     if config.getoption("markexpr") == "not slow":  # make test; make test-full may take its time
         config.pluginmanager.register(Budget())
+
+
+def pytest_collection_finish():
+    # What was imported and collected stays: every collection of garbage would go through it again.
+    gc.freeze()

@@ -20,7 +20,8 @@ from benchmarks.cells import Cell, build_model
 from benchmarks.families import family_config
 from benchmarks.kernels.cross_entropy import tile_peak
 from benchmarks.kernels.judge import Interpreted, measure
-from benchmarks.ranks import RankError, Ranks
+from benchmarks.ranks import RankError
+from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.config import parse
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
@@ -44,10 +45,7 @@ def interpreted():
 
 @pytest.fixture(scope="module")
 def interpreted_ranks():
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        ranks = Ranks(2)
-        ranks.run(os.getpid)
-    with ranks:
+    with started_interpreted(2) as ranks:
         yield ranks
 
 
