@@ -161,6 +161,8 @@ def _serve(
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        # In the one that all programs share, a build that was killed leaves an empty library, which later runs load.
+        TORCHINDUCTOR_CACHE_DIR=os.path.join(folder, "inductor"),
         **_ENVIRONMENT,
     )
     import warnings

@@ -43,3 +43,7 @@ def pytest_configure(config):
 def pytest_collection_finish():
     # What was imported and collected stays: every collection of garbage would go through it again.
     gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # what libraries look for at the end is collected as usual
