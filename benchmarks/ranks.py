@@ -85,7 +85,8 @@ class Ranks:
             process = context.Process(
                 target=_serve, args=(rank, world_size, port, there, self._folder.name, dict(os.environ)), daemon=True
             )
-            with mock.patch.dict(os.environ, _ENVIRONMENT):  # for what the first of them imports
+            # The first start imports the libraries, which read these then.
+            with mock.patch.dict(os.environ, _ENVIRONMENT):
                 process.start()
             self._connections.append(here)
             self._processes.append(process)
@@ -180,7 +181,7 @@ def _serve(
     os.dup2(log, 1)
     os.dup2(log, 2)
     deepspeed.init_distributed("gloo")
-    # DeepSpeed collects garbage several times an engine: through all that was imported, and each page is then copied.
+    # DeepSpeed collects garbage several times an engine: through all that was imported, where a fork copies each page.
     gc.freeze()
     while True:
         try:
