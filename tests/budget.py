@@ -52,6 +52,7 @@ AREAS = {
     "test_offload_plan": "offload",
     "test_families": "models",
     "test_census": "models",
+    "test_model_check": "models",
     "test_masks": "models",
     "test_whole_sequence": "models",
     "test_mixtures": "models",

@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
 from deepspeed_alst.attention.banded import attend as attend_by_sdpa
@@ -26,6 +27,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 TRIAL = "alst_trial"
 """Plain attention with soft-cap and sinks, for a trial on CPU of a model for which transformers has no sdpa."""
+_LARGEST_MASK = 2**30
 Attend = Callable[..., torch.Tensor]
 """``(module, q_BhSD, k_BkSD, v_BkSD, mask, scaling, arguments) -> out_BhSD``."""
 
@@ -43,7 +45,7 @@ class Core:
     @property
     def runs_operators(self) -> bool:
         """Whether it runs as operators of torch, and not as a graph of its own."""
-        return self.make is not _flex
+        return self.make in (_sdpa, _plain, _flash)
 
     @property
     def takes_masks(self) -> bool:
@@ -60,11 +62,12 @@ def find_core(name: str) -> Core | None:
     """The core behind an ``attn_implementation``; None if it is not available under sequence parallelism.
 
     Flash attention has many names (2, 3, 4, kernels of the hub): it is known by its function. A function that somebody
-    else registered under one of the names is not known.
+    else registered under one of the names is not known; one under "sdpa" attends, to whole sequences of its heads.
     """
     function = AttentionInterface._global_mapping.get(name)
     if name == "sdpa":
-        return Core(name, (), _sdpa)
+        make = _sdpa if function is sdpa_attention_forward else functools.partial(_programs, function)
+        return Core(name, (), make)
     if name == TRIAL:
         return Core(name, ("softcap", "s_aux"), _plain)
     if function is flash_attention_forward:
@@ -105,6 +108,38 @@ def _sdpa(core: Core) -> Attend:
         return attend_by_sdpa(q, k, v, mask, scaling)
 
     return attend
+
+
+def _programs(function: Callable[..., Any], core: Core) -> Attend:
+    """A program's own function in the place of transformers' sdpa, with a mask of the same form."""
+
+    def attend(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: WholeMask | None,
+        scaling: float | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        dense = None if mask is None else _dense(mask, q.shape[2], q.device)
+        seen = under_own_name(module, core.name)
+        out_BShD, _ = function(seen, q, k, v, dense, dropout=0.0, scaling=scaling, **arguments)
+        return out_BShD.transpose(1, 2)
+
+    return attend
+
+
+def _dense(mask: WholeMask, length: int, device: torch.device) -> torch.Tensor:
+    """``[1, 1, S, S]``, true where a token sees another, as transformers makes it for sdpa."""
+    if length**2 > _LARGEST_MASK:
+        raise UnsupportedModelError(
+            f"the program's own function under attn_implementation='sdpa' needs a mask of {length} x {length} tokens "
+            f"for this window, these chunks or packed documents, more than {_LARGEST_MASK} bytes. Leave transformers' "
+            "function there, or give it shorter sequences"
+        )
+    places = torch.arange(length, device=device)
+    return mask.rule(length, device)(0, 0, places[:, None], places[None])[None, None]
 
 
 def _plain(core: Core) -> Attend:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -17,6 +17,7 @@ from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
+from deepspeed_alst.models.program_code import is_programs
 from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
@@ -105,6 +106,11 @@ def _core_problems(model: PreTrainedModel) -> list[str]:
     name = model.config._attn_implementation
     if isinstance(name, PrivateName):
         return ["it has an engine with sequence parallelism already; destroy() that one, or build a second model"]
+    if is_programs(AttentionMaskInterface._global_mapping.get(name)):
+        return [
+            f"a function of the program's own makes the masks of attn_implementation='{name}' "
+            "(AttentionMaskInterface): it would be asked for a shard's; leave transformers' there"
+        ]
     if find_core(name) is not None:
         return []
     cores = [words for flag, words in _CORES if getattr(model, flag, False)]

@@ -14,27 +14,18 @@ import torch
 
 from deepspeed_alst.apart import apart
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.program_code import is_own_class
 
-# By the first part of their names: libraries whose modules keep the tokens apart that they replace others in.
-_LIBRARIES = (
-    *("transformers", "torch", "deepspeed_alst", "deepspeed", "peft", "liger_kernel", "kernels"),
-    *("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "hqq", "quanto", "compressed_tensors"),
-)
 _TOKENS = 7
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _CLOSE_IN_HALF = 5e-2
-
-
-def is_own(module: torch.nn.Module) -> bool:
-    """Whether a module's class is defined by no library."""
-    return type(module).__module__.split(".")[0] not in _LIBRARIES
 
 
 def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The outermost modules of a program's own classes, by their names in the model; the model itself is not asked."""
     found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
-        if name and is_own(module) and not any(name.startswith(f"{outer}.") for outer in found):
+        if name and is_own_class(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
 

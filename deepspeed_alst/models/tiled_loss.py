@@ -91,7 +91,7 @@ def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo:
         if isinstance(getattr(output, "logits", None), DeferredLogits):
             if calls.loss_follows:
                 head.for_loss = output.logits
-            elif module.training:
+            elif module.training and not calls.checking:
                 output.logits = None
             elif head.logits_wanted:
                 output.logits = output.logits.make()

@@ -10,6 +10,7 @@ import torch
 
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.token_wise import layer_of, output_features, token_wise_modules
 from deepspeed_alst.models.unused_values import watch_checkpoints
 from deepspeed_alst.models.wrapped import base_model
@@ -20,7 +21,13 @@ from deepspeed_alst.tiling.sequence import TokenWise
 _EXPERT_ARGUMENTS = 3  # the tokens, their experts, the experts' weights
 
 
-def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any], None], undo: ExitStack) -> str:
+def tile_mlps(
+    model: torch.nn.Module,
+    budget: TiledMlpBlock,
+    leaf: Callable[[Any], None],
+    undo: ExitStack,
+    calls: Calls | None = None,
+) -> str:
     """Run every token-wise module of a model's decoder layers in tiles; returns what was done, in words.
 
     Args:
@@ -28,6 +35,7 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
         budget: of the tiles of one module.
         leaf: called with each module: the engine is to gather its weights as one (engine/leaves.py).
         undo: takes everything back.
+        calls: of the model's session.
 
     Raises:
         UnsupportedModelError: there is no such module, or one has a dropout, whose draw tiles cannot repeat.
@@ -46,7 +54,7 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
         undo.callback(vars(module).pop, "forward", None)
         if "forward" in vars(module):  # somebody else's patch stays under ours
             undo.callback(setattr, module, "forward", module.forward)
-        module.forward = _in_tiles(work, budget)
+        module.forward = _in_tiles(work, budget, calls or Calls())
         leaf(module)
     for layer, works in by_layer.items():
         watch_checkpoints(layer, works, undo)
@@ -54,7 +62,7 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
     return f"{len(found)} {' and '.join(kinds)} in {len(by_layer)} layers, {_budget_in_words(budget)}"
 
 
-def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
+def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[..., Any]:
     signature = inspect.signature(work.forward)
     features = functools.cache(functools.partial(output_features, work.module))
 
@@ -62,6 +70,9 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
     @torch.compiler.disable
     def forward(*args: Any, **kwargs: Any) -> Any:
         rows = _rows(work.name, signature, args, kwargs)
+        if calls.checking:  # whole for the truth, and however few tokens there are, in tiles beside it
+            tokens = rows[0].shape[:-1].numel()
+            return work.forward(*rows) if calls.whole else work.tiled(max(1, tokens // 2), *rows)
         # Experts are told which of them each token goes to; a dense module takes the token alone.
         experts_per_token = rows[1].shape[-1] if len(rows) > 1 else 1
         per_row = row_bytes(features(experts_per_token), rows[0].element_size())
