@@ -131,13 +131,12 @@ def attention_of_the_programs(module, query, key, value, mask, dropout=0.0, scal
 
 
 class PutIn(torch.nn.Module):
-    def __init__(self, inner, mixes):
+    def __init__(self, inner, after):
         super().__init__()
-        self.inner, self.mixes = inner, mixes
+        self.inner, self.after = inner, after
 
     def forward(self, x):
-        out = self.inner(x)
-        return out - out.mean(1, keepdim=True) if self.mixes else out
+        return self.after(self.inner(x))
 
 
 class _Rescaled(torch.autograd.Function):
@@ -150,8 +149,8 @@ class _Rescaled(torch.autograd.Function):
         return grad / grad.norm()
 
 
-def put_in(mixes: bool):
-    return lambda model: replaced(model.model.layers[0], "mlp", PutIn(model.model.layers[0].mlp, mixes))
+def put_in(after):
+    return lambda model: replaced(model.model.layers[0], "mlp", PutIn(model.model.layers[0].mlp, after))
 
 
 def scaled(module, args, output):
@@ -193,8 +192,9 @@ CHANGES: dict[str, tuple[Any, str]] = {
         "refused",
     ),
     "forward of the model, token by token": (wrapped_on_the_instance("model", lambda o: o), "right"),
-    "module put in, token by token": (put_in(False), "right"),
-    "module put in that mixes tokens": (put_in(True), "refused"),
+    "module put in, token by token": (put_in(torch.tanh), "right"),
+    "module put in that mixes tokens": (put_in(lambda x: x - x.mean(1, keepdim=True)), "refused"),
+    "module put in, backward by the norm": (put_in(_Rescaled.apply), "refused"),
     "attention under transformers' name": (
         lambda model: registered(AttentionInterface, "sdpa", attention_of_the_programs),
         "right",

@@ -19,6 +19,7 @@ import torch
 
 from deepspeed_alst.models.wrapped import base_model
 
+_PACKAGES = ("/site-packages/", "/dist-packages/")
 _HOOKS = {
     "_forward_pre_hooks": ("register_forward_pre_hook", "_forward_pre_hooks_with_kwargs"),
     "_forward_hooks": ("register_forward_hook", "_forward_hooks_with_kwargs"),
@@ -30,7 +31,7 @@ _HOOKS = {
 @functools.cache
 def _library_roots() -> tuple[str, ...]:
     """Folders of installed code; a library that is installed in place is known by its own folder."""
-    roots = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    roots = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib")}
     roots.add(huggingface_hub.constants.HF_HUB_CACHE)  # kernels of the hub
     for name in ("torch", "transformers", "deepspeed", "accelerate", "peft", "trl", "liger_kernel", "deepspeed_alst"):
         if file := getattr(sys.modules.get(name), "__file__", None):
@@ -44,7 +45,7 @@ def is_library_module(name: str) -> bool:
     file = getattr(module, "__file__", None)
     if file is None:
         return isinstance(module, ModuleType) and name != "__main__"
-    return str(file).startswith(_library_roots())
+    return any(folder in str(file) for folder in _PACKAGES) or str(file).startswith(_library_roots())
 
 
 def is_programs(value: Any) -> bool:
