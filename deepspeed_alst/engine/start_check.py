@@ -57,7 +57,8 @@ def _check(engine: Any, session: Any) -> None:
         session.calls.of_model_check(),
         uncounted(session.groups.sp_group),
     ):
-        summary = check_live_model(model, session.groups, session.calls, torch.device(engine.device))
+        forget = functools.partial(_forget_trace, engine)
+        summary = check_live_model(model, session.groups, session.calls, torch.device(engine.device), forget)
     _forget_trace(engine)
     if dist.get_rank() == 0:
         mode = "training" if model.training else "evaluation"
@@ -66,7 +67,10 @@ def _check(engine: Any, session: Any) -> None:
 
 
 def _forget_trace(engine: Any) -> None:
-    """Under ZeRO 3: have the order in which parameters are fetched learned from the first step, and not from here."""
+    """Under ZeRO 3: have the order in which parameters are fetched learned from the first step, and not from here.
+
+    Between two forwards of the check too: the one makes its logits in another order than the other.
+    """
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     if hasattr(offload, "get_param_coordinator"):
         coordinator = offload.get_param_coordinator()

@@ -90,18 +90,25 @@ class _Routed(TorchDispatchMode):
         return x.gather(dim, chosen), chosen
 
 
-def check_live_model(model: torch.nn.Module, groups: SequenceGroups, calls: Calls, device: torch.device) -> str:
+def check_live_model(
+    model: torch.nn.Module,
+    groups: SequenceGroups,
+    calls: Calls,
+    device: torch.device,
+    before_run: Callable[[], None] = lambda: None,
+) -> str:
     """Compare the model whole against split; returns what was compared, in words. Collective over all ranks.
 
-    To be called under ``untouched``, without a graph.
+    To be called under ``untouched``, without a graph; ``before_run`` is called before each forward.
 
     Raises:
         UnsupportedModelError: they differ; on all ranks, with the first module that differs.
     """
     short, long, late = lengths(model, groups.sp_size)
-    worst = _compare(model, groups, calls, short, device, at=0, with_loss=True)
+    check = _Check(model, groups, calls, device, before_run)
+    worst = check.compare(short, at=0, with_loss=True)
     if (long, late) != (short, 0):
-        worst = max(worst, _compare(model, groups, calls, long, device, at=late, with_loss=False))
+        worst = max(worst, check.compare(long, at=late, with_loss=False))
     places = f"{long} tokens" + (f" from position {late} on" if late else "")
     return f"whole and split agree to {worst:.0e} on {max(short, long) if not late else f'{short} and {places}'}"
 
@@ -119,43 +126,48 @@ def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
     return short, max(short, long), max(0, most - long)
 
 
-def _compare(
-    model: torch.nn.Module,
-    groups: SequenceGroups,
-    calls: Calls,
-    length: int,
-    device: torch.device,
-    at: int,
-    with_loss: bool,
-) -> float:
-    """Run a sequence of ``length`` tokens from position ``at`` on; returns the largest relative difference."""
-    whole_batch, shard = _batches(model, groups, length, device, at, with_loss)
-    noise = torch.Generator(device).manual_seed(0)
-    recorded: list[torch.Tensor] = []
+@dataclass
+class _Check:
+    """The model, the ranks of its sequence, and what is done before each forward."""
 
-    def whole(rounding: torch.Generator | None = None) -> Outputs:
-        routed = _Routed(recorded if rounding is not None else None, groups, rounding)
-        with calls.unsplit(base_model(model).config), routed:
-            outputs = _run(model, whole_batch)
-        if rounding is None:
-            recorded[:] = routed.chosen
-        return outputs
+    model: torch.nn.Module
+    groups: SequenceGroups
+    calls: Calls
+    device: torch.device
+    before_run: Callable[[], None]
 
-    def split() -> Outputs:
-        calls.documents, calls.highest = (), at + length - 1
-        with _Routed(recorded, groups, None):
-            return _run(model, shard)
+    def compare(self, length: int, at: int, with_loss: bool) -> float:
+        """Run ``length`` tokens from position ``at`` on; returns the largest relative difference."""
+        model, groups, calls = self.model, self.groups, self.calls
+        whole_batch, shard = _batches(model, groups, length, self.device, at, with_loss)
+        noise = torch.Generator(self.device).manual_seed(0)
+        recorded: list[torch.Tensor] = []
 
-    truth, off = _together(whole, groups, "whole"), _together(lambda: whole(noise), groups, "whole")
-    found = _together(split, groups, "split")
-    problem, worst, limit = _judge(found, truth, off, groups)
-    everyone = gather_objects((problem, worst, limit), groups.control_group)
-    problems = [each for each, _, _ in everyone if each]
-    if problems:
-        limit = max(each for _, _, each in everyone)
-        place = first_difference(model, whole, split, length, groups, limit)
-        raise UnsupportedModelError(_words(model, problems[0], place, groups.sp_size))
-    return max(each for _, each, _ in everyone)
+        def whole(rounding: torch.Generator | None = None) -> Outputs:
+            routed = _Routed(recorded if rounding is not None else None, groups, rounding)
+            self.before_run()
+            with calls.unsplit(base_model(model).config), routed:
+                outputs = _run(model, whole_batch)
+            if rounding is None:
+                recorded[:] = routed.chosen
+            return outputs
+
+        def split() -> Outputs:
+            calls.documents, calls.highest = (), at + length - 1
+            self.before_run()
+            with _Routed(recorded, groups, None):
+                return _run(model, shard)
+
+        truth, off = _together(whole, groups, "whole"), _together(lambda: whole(noise), groups, "whole")
+        found = _together(split, groups, "split")
+        problem, worst, limit = _judge(found, truth, off, groups)
+        everyone = gather_objects((problem, worst, limit), groups.control_group)
+        problems = [each for each, _, _ in everyone if each]
+        if problems:
+            limit = max(each for _, _, each in everyone)
+            place = first_difference(model, whole, split, length, groups, limit)
+            raise UnsupportedModelError(_words(model, problems[0], place, groups.sp_size))
+        return max(each for _, each, _ in everyone)
 
 
 def _words(model: torch.nn.Module, problem: str, place: str | None, sp_size: int) -> str:
