@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.ranks import RankError
@@ -213,6 +214,8 @@ def misuse(case: str) -> None:
                 batch = {key: batch[key] for key in ("input_ids", "position_ids")}
             elif case == "cache":
                 batch["use_cache"] = True
+            elif case == "given a cache":
+                batch["cache"] = DynamicCache()
             elif case == "part of the logits":
                 batch["logits_to_keep"] = 4
             elif case == "inner model":
@@ -238,6 +241,7 @@ def misuse(case: str) -> None:
         ("labels changed", "its labels are not its shift_labels moved by one"),
         ("own loss", "a loss made of its logits is the loss of a shard"),
         ("cache", "leave it out. To generate, call model.generate"),
+        ("given a cache", "it asks for a cache (use_cache, cache,"),
         ("part of the logits", "it asks for logits_to_keep"),
         ("inner model", "LlamaAttention was called outside of its causal language model"),
         ("one rank's list", "on rank 1 that cannot be trained on: input_ids is a list, not a tensor"),
