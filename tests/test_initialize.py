@@ -194,6 +194,20 @@ def test_an_untested_deepspeed_is_refused(version, refused, monkeypatch):
         check_deepspeed()
 
 
+@pytest.mark.parametrize("found, newer", [("2.13.0+cpu", False), ("2.14.9", False), ("2.15.0", True), ("3.0", True)])
+def test_a_torch_newer_than_the_tests_is_warned_of_on_rank_0_alone(found, newer, monkeypatch, recwarn):
+    from deepspeed_alst.engine import environment
+
+    monkeypatch.setattr(environment, "version", lambda name: {"torch": found}.get(name, "0"))
+    monkeypatch.setenv("RANK", "1")
+    environment.check_deepspeed()
+    assert not recwarn
+    monkeypatch.setenv("RANK", "0")
+    environment.check_deepspeed()
+    said = [str(each.message) for each in recwarn]
+    assert len(said) == newer and all(f"with: torch {found} (newest tested: 2.14). " in each for each in said)
+
+
 def misuse(case: str) -> None:
     """A program that is right at SP 1 and would be silently wrong on shards."""
     import torch.distributed as dist
