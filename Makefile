@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity census two-hosts recipes bench pictures faults bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census two-hosts recipes bench pictures faults bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -69,6 +69,10 @@ test-triton: setup
 	$(BIN)/python -m pip install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)'"
 	PYTHONPATH=.cache/triton-$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py tests/test_gated.py tests/test_pack_heads.py tests/test_norm_kernels.py tests/test_kernels_compile.py
+
+# The newest torch, transformers and the rest in .cache/canary, and older transformers, into docs/versions.md; 6 GB.
+canary: setup
+	$(BIN)/python -m benchmarks.canary --write
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity

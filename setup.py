@@ -1,4 +1,4 @@
-"""The package and what it needs. Lower bounds are the versions that the tests ran with."""
+"""The package and what it needs. Bounds are those of docs/versions.md, which `make canary` writes."""
 
 import os
 import shutil

@@ -277,9 +277,11 @@ def run_interpreted(cell: Cell) -> Result:
     return result
 
 
-def run_sp1(cell: Cell) -> Result:
-    """The same program with ``sequence_parallel_size`` 1."""
-    return _run(cell, ds_config(cell, 1), lambda engine, own: iter(own), lambda engine, batch: engine(**batch).loss)
+def run_sp1(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
+    """The same program with ``sequence_parallel_size`` 1; ``changed`` as for ``run_alst``."""
+    return _run(
+        cell, ds_config(cell, 1), lambda engine, own: iter(own), lambda engine, batch: engine(**batch).loss, **changed
+    )
 
 
 def run_upstream(cell: Cell) -> Result:

@@ -86,6 +86,7 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+_FP32_ACCUMULATION = _is("data_types.grad_accum_dtype", "fp32")
 _UNVERIFIED = "not verified under sequence parallelism; remove it, or set sequence_parallel_size to 1"
 _REMOVED = "DeepSpeed 0.19.8 has it no more, with or without sequence parallelism; remove it"
 
@@ -154,7 +155,7 @@ FEATURES = (
         _on("zero_optimization.round_robin_gradients"),
         _UNVERIFIED,
     ),
-    Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _is("data_types.grad_accum_dtype", "fp32")),
+    Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _FP32_ACCUMULATION),
     Feature(
         "communication_data_type",
         "communication_data_type",
@@ -213,13 +214,14 @@ FEATURES = (
         lambda c: bool(value_at(c, "pipeline")),
         "a PipelineModule has no sequence dimension that this package could split; use ZeRO",
     ),
+    Feature("1-bit optimizers", "optimizer.type", _optimizer("onebitadam", "zerooneadam", "onebitlamb"), _REMOVED),
+    Feature("Muon", "optimizer.type", _optimizer("muon")),
     Feature(
-        "1-bit optimizers",
-        "optimizer.type",
-        _optimizer("onebitadam", "zerooneadam", "onebitlamb"),
-        _REMOVED,
+        "Muon on ZeRO 1 with bf16 gradients accumulated in fp32",
+        "data_types.grad_accum_dtype",
+        lambda c: _optimizer("muon")(c) and zero_stage(c) == 1 and _on("bf16")(c) and _FP32_ACCUMULATION(c),
+        "DeepSpeed's optimizer for it takes no mpu; use zero_optimization.stage 2, or remove it",
     ),
-    Feature("Muon", "optimizer.type", _optimizer("muon"), _UNVERIFIED),
     Feature("DeepCompile", "compile.deepcompile", _on("compile.deepcompile"), _UNVERIFIED),
     Feature(
         "AutoSP",

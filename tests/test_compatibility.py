@@ -98,6 +98,11 @@ EXAMPLES = {
     "pipeline parallelism": Example({"pipeline": {"stages": 2}}, lambda c: c.pipeline["stages"] == 2),
     "1-bit optimizers": Example(optimizer("OneBitAdam"), lambda c: c.optimizer_name == "OneBitAdam"),
     "Muon": Example(optimizer("Muon"), lambda c: c.optimizer_name == "muon"),
+    "Muon on ZeRO 1 with bf16 gradients accumulated in fp32": Example(
+        {**optimizer("Muon"), "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **zero(1)},
+        lambda c: c.optimizer_name == "muon" and c.grad_accum_dtype == "fp32",
+        also_right=("Muon", "bf16", "fp32 gradient accumulation"),
+    ),
     "DeepCompile": Example({"compile": {"deepcompile": True}}, lambda c: c.compile_config.deepcompile),
     "AutoSP": Example({"compile": {"passes": ["autosp"]}}, lambda c: "autosp" in (c.compile_config.passes or ())),
     "sparse gradients": Example({"sparse_gradients": True}),
@@ -203,7 +208,7 @@ def test_a_right_feature_is_let_through(name):
 
 
 def test_several_refused_features_are_reported_at_once_a_line_each_in_the_order_of_the_table():
-    names = ["torch autocast", "prescale_gradients", "qgZ (ZeRO++)", "AutoTP", "Muon", "data_parallel_size mesh"]
+    names = ["torch autocast", "prescale_gradients", "qgZ (ZeRO++)", "AutoTP", "AutoEP", "data_parallel_size mesh"]
     ds_config: dict[str, Any] = {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
     for name in names:
         ds_config |= EXAMPLES[name].ds_config

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.ranks import RankError
@@ -193,6 +194,20 @@ def test_an_untested_deepspeed_is_refused(version, refused, monkeypatch):
         check_deepspeed()
 
 
+@pytest.mark.parametrize("found, newer", [("2.13.0+cpu", False), ("2.14.9", False), ("2.15.0", True), ("3.0", True)])
+def test_a_torch_newer_than_the_tests_is_warned_of_on_rank_0_alone(found, newer, monkeypatch, recwarn):
+    from deepspeed_alst.engine import environment
+
+    monkeypatch.setattr(environment, "version", lambda name: {"torch": found}.get(name, "0"))
+    monkeypatch.setenv("RANK", "1")
+    environment.check_deepspeed()
+    assert not recwarn
+    monkeypatch.setenv("RANK", "0")
+    environment.check_deepspeed()
+    said = [str(each.message) for each in recwarn]
+    assert len(said) == newer and all(f"with: torch {found} (newest tested: 2.14). " in each for each in said)
+
+
 def misuse(case: str) -> None:
     """A program that is right at SP 1 and would be silently wrong on shards."""
     import torch.distributed as dist
@@ -213,6 +228,8 @@ def misuse(case: str) -> None:
                 batch = {key: batch[key] for key in ("input_ids", "position_ids")}
             elif case == "cache":
                 batch["use_cache"] = True
+            elif case == "given a cache":
+                batch["cache"] = DynamicCache()
             elif case == "part of the logits":
                 batch["logits_to_keep"] = 4
             elif case == "inner model":
@@ -238,6 +255,7 @@ def misuse(case: str) -> None:
         ("labels changed", "its labels are not its shift_labels moved by one"),
         ("own loss", "a loss made of its logits is the loss of a shard"),
         ("cache", "leave it out. To generate, call model.generate"),
+        ("given a cache", "it asks for a cache (use_cache, cache,"),
         ("part of the logits", "it asks for logits_to_keep"),
         ("inner model", "LlamaAttention was called outside of its causal language model"),
         ("one rank's list", "on rank 1 that cannot be trained on: input_ids is a list, not a tensor"),

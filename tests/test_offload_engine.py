@@ -6,6 +6,7 @@ import gc
 import subprocess
 import tempfile
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -32,15 +33,17 @@ def check_moved(store: Store, offload: str) -> None:
     assert counts.bytes_out > 0 and (counts.bytes_to_disk > 0) == (offload == "disk")
 
 
-def compare(cell: Cell) -> None:
-    plain = run_alst(replace(cell, offload=""))
+def compare(cell: Cell, on_model: Callable[[Any], Any] = lambda model: model) -> int:
+    """Compare a cell with the same one without offload; returns the bytes that waited."""
+    plain = run_alst(replace(cell, offload=""), on_model=on_model)
     stores = []
-    offloaded = run_alst(cell, on_engine=lambda engine: stores.append(engine.alst_offload))
+    offloaded = run_alst(cell, on_model=on_model, on_engine=lambda engine: stores.append(engine.alst_offload))
     check_moved(stores[0], cell.offload)
     assert offloaded.loss == plain.loss and offloaded.norm == plain.norm
     for what in ("grads", "changes"):
         for name, tensor in getattr(plain, what).items():
             assert torch.equal(getattr(offloaded, what)[name], tensor), f"{what} of {name}"
+    return stores[0].counts.bytes_out
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,17 @@ def compare(cell: Cell) -> None:
 )
 def test_offload_changes_no_bit(cell, ranks2):
     ranks2.run(compare, cell)
+
+
+def every_second_layer(model: torch.nn.Module) -> torch.nn.Module:
+    model.activation_checkpointing_enable(every_n_layers=2)
+    return model.train()
+
+
+def test_of_layers_of_which_every_second_is_checkpointed_only_those_wait(ranks2):
+    cell = Cell(stage=3, offload="outputs", gas=2)
+    (some, _), (all_of_them, _) = ranks2.run(compare, cell, every_second_layer), ranks2.run(compare, cell)
+    assert 2 * some == all_of_them
 
 
 # Of a token in a layer in fp32: hidden size 32, and 4 heads' log-sum-exp.

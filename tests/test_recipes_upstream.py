@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell, build_model, model_config, run_sp1, run_truth
+from benchmarks.cells import Cell, build_model, model_config, run_alst, run_sp1, run_truth
 from benchmarks.parity import errors, missed
 from benchmarks.ranks import RankError
 from tests import upstream_programs as programs
@@ -89,6 +89,32 @@ def test_the_lm_heads_gradient_is_right_where_deepspeeds_is_not(ranks2):
     assert upstream.grads.pop("lm_head.weight") > 3
     assert max(upstream.grads.values()) < 1e-5
     assert problems(programs.tiled_tutorial, cell, ranks2, 4) == []
+
+
+# --- the loss that DeepSpeed puts into a model
+
+
+def with_chunked_loss(cell, run):
+    """A cell of a program that calls DeepSpeed's ``install_chunked_causal_lm_loss``; whether its loss is back after."""
+    from deepspeed.runtime.chunked_cross_entropy import install_chunked_causal_lm_loss
+
+    models = []
+
+    def install(model):
+        models.append((model, install_chunked_causal_lm_loss(model)))
+        return model
+
+    result = run(cell, on_model=install)
+    ((model, loss),) = models
+    return result, model.loss_function is loss
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_deepspeeds_chunked_loss_is_taken_over_and_given_back(tiles, ranks2):
+    cell = replace(CELL, tiles=tiles)
+    truth = run_truth(cell)
+    (sp1, _), (sp2, given_back) = (ranks2.run(with_chunked_loss, cell, run)[0] for run in (run_sp1, run_alst))
+    assert missed(errors(sp2, truth), errors(sp1, truth)) == [] and given_back
 
 
 # --- without the block

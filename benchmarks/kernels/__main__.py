@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernels.compile import SHARED, compile_all
-from benchmarks.kernels.cross_entropy import tile_peak
+from benchmarks.kernels.cross_entropy import tile_peak, upstreams_bytes_a_logit
 from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, Sizes, copy_bytes_a_second, launches, seconds_on_gpu
 from benchmarks.kernels.judge import Interpreted, subjects
@@ -26,6 +26,7 @@ Row = tuple[tuple[str, ...], str, bool]
 """What and its figures, the target, whether it is met."""
 
 _TILE_TOKENS = 523  # torch's tile of 1 GiB
+_TOKENS, _VOCABULARY = 32768, 128256
 
 _COMPILE = (
     "Compiled ahead of time by the wrappers that launch them, on tensors without data; run on none of these chips. "
@@ -63,6 +64,8 @@ def numbers() -> Iterator[Row]:
             figures = (verdict.worst, f"{error:.1e} of {most:.1e}", f"{verdict.moved:.3f}")
             met = verdict.is_accurate and verdict.is_lean
             yield (name, *figures), f"all errors; <= 1.1 x {verdict.least:.3f}", met
+    moved = process.run(upstreams_bytes_a_logit, 3, 128256)
+    yield ("DeepSpeed's chunked cross-entropy [3, 128256] bfloat16", "", "", f"{moved:.3f}"), "none", True
     process.close()
 
 
@@ -87,6 +90,8 @@ def memory() -> Iterator[Row]:
         figures = f"{by_torch / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
         yield (words, *figures), f"<= {most} of torch's", peak <= most * by_torch
     process.close()
+    whole = f"{2 * 2 * _TOKENS * _VOCABULARY / 2**30:.2f} GiB"
+    yield ("loss, DeepSpeed's chunked on whole logits, computed", "", whole), "none", True
     for name, model_type in (("Llama-3.1-8B", "llama"), ("Qwen3-32B", "qwen3")):
         own, ours = (layer_peak(model_type, "non-reentrant", fused) for fused in (False, True))
         figures = f"{own / 1024:.0f} KiB a token", f"{ours / 1024:.0f} KiB a token"

@@ -125,6 +125,19 @@ def races() -> Iterator[Race]:
         yield Race(f"[16, 128256] {name}", ours - copy, tiles - copy, "backend torch of the tiles", 0.8)
 
 
+def upstreams_bytes_a_logit(t: int, V: int) -> float:
+    """What DeepSpeed's own kernels move, which its ``install_chunked_causal_lm_loss`` brings; of bf16 logits."""
+    from deepspeed.ops.triton_ops import _triton
+
+    _triton._TRITON_AVAILABLE = True  # it looks for a GPU
+    from deepspeed.runtime.chunked_cross_entropy import _TritonCrossEntropy
+
+    logits_tV = torch.randn(t, V).bfloat16().requires_grad_()
+    with faithful() as traffic:
+        _TritonCrossEntropy.apply(logits_tV, torch.randint(0, V, (t,)), -100).mean().backward()
+    return (traffic.read + traffic.written) / logits_tV.numel()
+
+
 def tile_peak(backend: str, tile_tokens: int | None) -> int:
     """Bytes beyond the weights that logits and loss of 32K tokens need, on fake tensors: Llama-3.1-8B's head."""
     import dataclasses

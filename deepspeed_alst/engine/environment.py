@@ -1,26 +1,40 @@
 """What of the machine must be right before DeepSpeed is started."""
 
+import contextlib
 import os
 import time
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
 from torch.utils import cpp_extension
 
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.errors import ConfigError, SetupError
 
 _TESTED = ((0, 19, 8), (0, 20, 0))
+# Of what else is relied upon, the newest minor version that `make canary` has found right: docs/versions.md.
+NEWEST_TESTED = {
+    "torch": "2.14",
+    "transformers": "5.24",
+    "accelerate": "1.15",
+    "trl": "1.16",
+    "peft": "0.21",
+    "liger-kernel": "0.8",
+    "triton": "3.9",
+}
 # Another host's build in a shared home shows no open file here; no build of this op takes as long as this.
 _REMOTE_BUILD_SECONDS = 600
 _LOOKS, _LOOK_SECONDS = 5, 0.3
 
 
 def check_deepspeed() -> None:
-    """Refuse a DeepSpeed that this version was not tested with: it relies on DeepSpeed's internals.
+    """Refuse a DeepSpeed that this version was not tested with, and warn of what else is newer than the tests.
 
     Raises:
         SetupError: older than 0.19.8, or 0.20 and newer.
@@ -30,6 +44,25 @@ def check_deepspeed() -> None:
         raise SetupError(
             f"deepspeed {deepspeed.__version__} is not tested with this version of deepspeed_alst, which relies on its "
             "internals. Install one that is: pip install 'deepspeed>=0.19.8,<0.20'"
+        )
+    _warn_of_untested()
+
+
+def _warn_of_untested() -> None:
+    """Say once, on rank 0, which libraries are newer than what this version was tested with."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    newer = []
+    for name, newest in NEWEST_TESTED.items():
+        with contextlib.suppress(PackageNotFoundError):
+            found = version(name)
+            if Version(found).release[:2] > Version(newest).release:
+                newer.append(f"{name} {found} (newest tested: {newest})")
+    if newer:
+        warnings.warn(
+            f"newer than what this version of deepspeed_alst was tested with: {', '.join(newer)}. "
+            "docs/versions.md has what is right with what.",
+            stacklevel=2,
         )
 
 

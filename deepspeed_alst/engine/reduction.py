@@ -126,15 +126,22 @@ class _Shares:
 
 
 def _install_stage12(optimizer: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
-    """Sums go to the ranks whose partition they belong to: into the bucket, or added to the fp32 partition."""
+    """Sums go to the ranks whose partition they belong to: into the bucket, or added to the fp32 partition.
+
+    Muon steps with whole matrices, so each rank that owns a part of one needs all of its gradient: sums go everywhere.
+    """
+    has_muon = any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups)
 
     def reduce_bucket(bucket_n: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
-        if bucket_n.numel():
+        group = optimizer.dp_process_group
+        if has_muon:
+            reduction.everywhere([bucket_n], [bucket_n], dist.get_world_size(group), group)
+        elif bucket_n.numel():
             params = optimizer.ipg_buckets[communication_data_type].params
             fragments = [each for param in params for each in _fragments(optimizer, *param)]
             compact = any(optimizer._use_compact_grad_partition_buffer(group) for group, _, _ in params)
             dtype = torch.float32 if compact else bucket_n.dtype
-            reduction.to_owners(bucket_n, fragments, dtype, optimizer.dp_process_group)
+            reduction.to_owners(bucket_n, fragments, dtype, group)
         return bucket_n
 
     def allreduce_bucket(
@@ -150,7 +157,8 @@ def _install_stage12(optimizer: Any, reduction: Reduction, undo: ExitStack) -> R
     # The way through a whole-bucket reduction: waits and streams are behind it, and nothing of the bucket is split.
     _set(optimizer, "reduce_scatter", False, undo)
     _set(optimizer, "gradient_reduction_w_predivide", reduce_bucket, undo)
-    _set(optimizer, "_add_full_reduction_to_compact_grad_partition", lambda *_: None, undo)
+    if not has_muon:
+        _set(optimizer, "_add_full_reduction_to_compact_grad_partition", lambda *_: None, undo)
     _set(optimizer, "allreduce_bucket", allreduce_bucket, undo)
     dtype = optimizer._gradient_reduction_buffer_dtype()
     sums = torch.float32 if optimizer._use_compact_grad_partition_buffer(0) else dtype

@@ -17,6 +17,7 @@ from deepspeed_alst.data.checks import whole_numbers
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.linear_split import CACHES
 from deepspeed_alst.models.router_loss import router_problem
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -179,10 +180,10 @@ def _facts(
 
 def _asks_too_much(kwargs: dict[str, Any]) -> str | None:
     """What a forward asks for and a shard cannot give."""
-    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
         return (
-            "it asks for a cache (use_cache, past_key_values), which would hold a shard's keys and values; leave it "
-            "out. To generate, call model.generate, which goes round the split"
+            f"it asks for a cache (use_cache, {', '.join(CACHES)}), which would hold a shard's keys and values; leave "
+            "it out. To generate, call model.generate, which goes round the split"
         )
     keep = kwargs.get("logits_to_keep", 0)
     if isinstance(keep, torch.Tensor) or keep:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepspeed_alst.errors import UnsupportedModelError
@@ -18,6 +17,7 @@ from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.program_code import is_programs
+from deepspeed_alst.models.recipes import is_causal_lm_loss
 from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
@@ -166,7 +166,7 @@ def _position_problems(model: torch.nn.Module) -> list[str]:
 
 def _loss_problems(model: torch.nn.Module) -> list[str]:
     """A loss of the program's own, which would be given a shard's logits."""
-    if model.loss_function is ForCausalLMLoss:
+    if is_causal_lm_loss(model.loss_function):
         return []
     name = getattr(model.loss_function, "__qualname__", type(model.loss_function).__name__)
     return [

@@ -15,7 +15,8 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.linear_functions import Split
 from deepspeed_alst.models.linear_layers import KINDS, functions_of, linear_layers
 
-_CACHES = ("cache", "cache_params", "past_key_values")
+# What transformers has called it: past_key_values before 5.24, cache_params where there is no attention.
+CACHES = ("cache", "cache_params", "past_key_values")
 _Layers = weakref.WeakSet[torch.nn.Module]
 
 
@@ -76,7 +77,7 @@ def _check_arguments(layer: str, arguments: dict[str, Any]) -> None:
     if arguments.get("attention_mask") is not None:
         shape = list(arguments["attention_mask"].shape)
         raise UnsupportedModelError(f"{layer} was given a mask of shape {shape}: not verified on a split sequence")
-    caches = [name for name in _CACHES if arguments.get(name, arguments.get("kwargs", {}).get(name)) is not None]
+    caches = [name for name in CACHES if arguments.get(name, arguments.get("kwargs", {}).get(name)) is not None]
     if caches:
         raise UnsupportedModelError(
             f"{layer} was given {caches[0]}: generation with a cache is not yet available under sequence parallelism"

@@ -1,14 +1,24 @@
-"""What DeepSpeed's ALST recipes leave in transformers and accelerate, taken back or made right for an engine's life."""
+"""What DeepSpeed's recipes leave in models and libraries, taken back or made right for an engine's life."""
 
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _UPSTREAM = "deepspeed.runtime.sequence_parallel.ulysses_sp"
+_CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
 _SKIP = "skip_first_batches"
+
+
+def is_causal_lm_loss(function: Any) -> bool:
+    """Whether a loss is that of transformers' causal models: its own, or DeepSpeed's of the same value.
+
+    The latter is what ``install_chunked_causal_lm_loss`` puts into a model.
+    """
+    return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS
 
 
 def take_out_upstream_attention(undo: ExitStack) -> None:

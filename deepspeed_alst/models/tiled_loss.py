@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.data.checks import as_int64
@@ -16,6 +15,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_of_loss
 from deepspeed_alst.models.fused_head import has_fused_head
 from deepspeed_alst.models.liger import check_liger_runs
+from deepspeed_alst.models.recipes import is_causal_lm_loss
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.draw_mode import branch
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
@@ -138,7 +138,7 @@ def replace_whole_loss(model: torch.nn.Module, undo: ExitStack) -> None:
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not isinstance(logits, DeferredLogits) or before is not ForCausalLMLoss or ignore_index != IGNORED_LABEL:
+        if not isinstance(logits, DeferredLogits) or not is_causal_lm_loss(before) or ignore_index != IGNORED_LABEL:
             made = logits.make() if isinstance(logits, DeferredLogits) else logits
             return before(made, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is not None:

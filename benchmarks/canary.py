@@ -1,0 +1,202 @@
+"""Is the package right with the newest of what it stands on, and with older transformers?
+
+    python -m benchmarks.canary [--write] [--only NAME]
+
+Each combination is an environment of its own below ``.cache``: a second venv with the newest versions that the registry
+serves, and this one with another transformers in front. In each: the short parity, the census of ten families, and the
+tests that lean on what libraries do not promise. ``--write`` puts the table into docs/versions.md. Exits non-zero where
+a combination inside of setup.py's bounds fails.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "liger-kernel", "triton", "deepspeed")
+# What the checks need beside them.
+_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "matplotlib", "ninja")
+# The floor, and what other frameworks ask for: docs/versions.md.
+OLDER_TRANSFORMERS = ("5.23.0", "5.20.2", "5.19.0", "5.16.1")
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "gemma3_text",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "qwen3_next",
+    "mamba2",
+    "gpt2",
+)
+TESTS = (
+    *("masks", "cores", "kept_attention", "checkpoints", "linear", "ledger", "tiled_mlp", "tiled_loss"),
+    *("op_build", "sum_pieces", "kernels", "compile", "offload_engine", "plugin", "initialize"),
+    *("peft", "trainer", "trl"),
+)
+# By name: the module that is run, and the line of its output that sums it up.
+CHECKS = {
+    "parity": (("benchmarks.parity", "--short"), r"this package: (\d+ of \d+) cells"),
+    "census": (("benchmarks.census", *FAMILIES), r"(\d+ right)"),
+    "tests": (("pytest", "-q", "-m", "not slow", *(f"tests/test_{name}.py" for name in TESTS)), r"(\d+ passed.*?) in "),
+}
+
+
+@dataclass
+class Combination:
+    """Versions that are together in an environment, and what was right there."""
+
+    name: str
+    python: Path
+    in_front: Path | None = None
+    """A folder that is looked in before the environment's own packages."""
+    versions: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    """By check: its last word; begins with "failed" if it did."""
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A Python command in it, with this checkout."""
+        places = [str(each) for each in (self.in_front, ROOT) if each]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(places),
+            "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        if self.in_front is None:  # ops are built for one torch
+            environment["TORCH_EXTENSIONS_DIR"] = str(CACHE / f"extensions-{self.versions.get('torch', '')}")
+        return subprocess.run(
+            [str(self.python), *words],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def fails(self) -> bool:
+        """Whether any check failed."""
+        return any(each.startswith("failed") for each in self.outcomes.values())
+
+
+def install_newest() -> Combination:
+    """A venv with the newest of everything that goes together, whatever setup.py's bounds but DeepSpeed's say."""
+    folder = CACHE / "canary"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--upgrade"]
+    wanted = [str(bounds().get(name, name)) if name == "deepspeed" else name for name in LIBRARIES]
+    others = [each for each in bounds() if each not in LIBRARIES]
+    subprocess.run([*pip, *wanted, *others, *_TOOLS], check=True)
+    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
+    return Combination("newest", python)
+
+
+def with_transformers(version: str) -> Combination:
+    """This environment with another transformers, and what that needs, in front of its own."""
+    folder = CACHE / f"transformers-{version}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+        subprocess.run([*pip, f"transformers=={version}"], check=True)
+    return Combination(f"transformers {version}", Path(sys.executable), folder)
+
+
+def bounds() -> dict[str, Requirement]:
+    """What the package asks for, by distribution."""
+    requirements = map(Requirement, importlib.metadata.requires("deepspeed-alst") or ())
+    return {each.name: each for each in requirements if "extra" not in str(each.marker)}
+
+
+def is_inside(versions: dict[str, str]) -> bool:
+    """Whether setup.py would let these versions be installed."""
+    return all(
+        each.specifier.contains(versions[name], prereleases=True) for name, each in bounds().items() if name in versions
+    )
+
+
+def check(combination: Combination, progress: Console) -> None:
+    """Find out its versions, and run all checks in it; where the package cannot be imported, nothing more."""
+    code = f"import importlib.metadata as m; print(*map(m.version, {LIBRARIES!r}))"
+    combination.versions = dict(
+        zip(LIBRARIES, combination.run("-c", code).stdout.split()[-len(LIBRARIES) :], strict=True)
+    )
+    imported = combination.run("-W", "ignore", "-c", "import deepspeed_alst.initialize")
+    if imported.returncode:
+        combination.outcomes = {"import": f"failed: {imported.stdout.strip().splitlines()[-1]}"}
+        return
+    combination.run("-m", "benchmarks.build_ops")
+    for name, (words, pattern) in CHECKS.items():
+        start = time.monotonic()
+        done = combination.run("-m", *words)
+        found = re.search(pattern, done.stdout)
+        said = found[1] if found else next(reversed(done.stdout.strip().splitlines()), "nothing said")
+        combination.outcomes[name] = f"failed: {said}" if done.returncode else said
+        progress.print(f"{combination.name}, {name}: {combination.outcomes[name]}; {time.monotonic() - start:.0f} s")
+        if done.returncode:
+            progress.print("\n".join(done.stdout.splitlines()[-40:]), markup=False)
+
+
+def row(combination: Combination, day: str) -> list[str]:
+    """What the table has of it."""
+    outcomes = combination.outcomes
+    said = [re.sub(r"\s+", " ", outcomes.get(name, "")).replace("|", "/") for name in CHECKS]
+    if "import" in outcomes:
+        said[0] = re.sub(r"\s+", " ", outcomes["import"].split(" (")[0])
+    inside = "yes" if is_inside(combination.versions) else "no"
+    return [day, *(combination.versions[name] for name in LIBRARIES), inside, *said]
+
+
+HEAD = ["when", *LIBRARIES, "in bounds", *CHECKS]
+
+
+def write(rows: list[list[str]], page: Path) -> None:
+    """Put the rows on top of the page's table, in the place of older ones of the same versions."""
+    before, mark, after = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    kept = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in after.splitlines() if line[:3] == "| 2"
+    ]
+    versions = slice(1, 1 + len(LIBRARIES))
+    new = {tuple(each[versions]) for each in rows}
+    lines = [HEAD, ["---"] * len(HEAD), *rows, *(each for each in kept if tuple(each[versions]) not in new)]
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    page.write_text(f"{before}{mark}\n{table}", encoding="utf-8")
+
+
+def main() -> int:
+    """Print the table; 1 where a combination inside of the bounds fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
+    parser.add_argument("--only", metavar="NAME", help="one combination: newest, or a version of transformers")
+    arguments = parser.parse_args()
+    names = [arguments.only] if arguments.only else ["newest", *OLDER_TRANSFORMERS]
+    console, combinations = Console(width=180), []
+    for name in names:
+        combinations.append(install_newest() if name == "newest" else with_transformers(name))
+        check(combinations[-1], console)
+    rows = [row(each, datetime.date.today().isoformat()) for each in combinations]
+    table = Table(*HEAD)
+    for each in rows:
+        table.add_row(*each)
+    console.print(table)
+    if arguments.write:
+        write(rows, ROOT / "docs" / "versions.md")
+    bad = [each.name for each in combinations if each.fails() and is_inside(each.versions)]
+    console.print(f"inside of setup.py's bounds and not right: {', '.join(bad) or 'none'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
