@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,8 @@ from benchmarks.cells import model_config
 from benchmarks.ranks import RankError, Ranks
 from benchmarks.resume import SAVED_AFTER, STEPS, Job, Outcome, build_engine, resumed_rows, run, train_step, weights_of
 from deepspeed_alst.engine.checkpoint_files import STAMP
-from deepspeed_alst.engine.universal import Source, _Conversion, is_universal
+from deepspeed_alst.engine.conversion import Source, _Conversion
+from deepspeed_alst.engine.universal import is_universal
 from deepspeed_alst.errors import CheckpointError, DataError
 from deepspeed_alst.models.names import PrivateName
 
@@ -63,6 +66,10 @@ def copy_of(folder: Path, to: Path) -> Path:
         (to / TAG / each.name).write_bytes(each.read_bytes())
     (to / "latest").write_text(TAG)
     return to
+
+
+def optimizer_files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted((folder / TAG).glob("*_optim_states.pt")))
 
 
 # --- the same layout
@@ -535,6 +542,68 @@ def test_a_failed_conversion_is_an_error_with_the_command_and_leaves_nothing_beh
     assert {each.name for each in copy.iterdir()} == {"latest", TAG}
 
 
+CONVERT_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from deepspeed_alst.engine import conversion
+from deepspeed_alst.engine.conversion import Source, _Conversion
+
+conversion._ENDS_WITH_ITS_PARENT = conversion._ENDS_WITH_ITS_PARENT.replace(conversion._CONVERTER, "waiting_converter")
+folder, tag = Path(sys.argv[1]), sys.argv[2]
+running = _Conversion(Source(folder, tag, tuple(sorted((folder / tag).glob("*_optim_states.pt"))), 1))
+print(running.start(), running._process.pid, flush=True)
+time.sleep(600)
+"""
+WAITING_CONVERTER = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+
+def work(index):
+    print("worker", os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+"""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for whoever started it."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def test_a_conversion_ends_with_the_run_that_started_it_and_there_is_one_at_a_time(saved, tmp_path):
+    _, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    (tmp_path / "waiting_converter.py").write_text(WAITING_CONVERTER)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])])
+    command, environment = [sys.executable, "-c", CONVERT_AND_WAIT, copy, TAG], {**os.environ, "PYTHONPATH": path}
+    log, source = copy / f"{TAG}_universal.partial" / "log", Source(copy, TAG, optimizer_files(copy), 1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        error, converter = run.stdout.readline().split()
+        assert error == "None"
+        wait_until(lambda: log.read_text().count("worker") == 2)
+        pids = [int(converter), *(int(line.split()[1]) for line in log.read_text().splitlines())]
+        assert all(map(is_alive, pids))
+        assert "another run converts this checkpoint right now" in str(_Conversion(source).start())
+        run.kill()
+    wait_until(lambda: not any(map(is_alive, pids)))
+    again = _Conversion(source)
+    assert again.start() is None and again._process is not None
+    again.clean()
+    assert {each.name for each in copy.iterdir()} == {"latest", TAG}
+
+
 def test_where_nothing_can_be_written_the_error_gives_the_command(saved, ranks4, tmp_path):
     _, _, folder = saved(2)
     copy = copy_of(folder, tmp_path / "copy")
@@ -563,7 +632,7 @@ def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(saved
     _, _, folder = saved(2)
     if not (folder / f"{TAG}_universal").exists():
         ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(folder))
-    files = tuple(sorted((folder / TAG).glob("*_optim_states.pt")))
+    files = optimizer_files(folder)
     source = Source(folder, TAG, files, 1)
     assert is_universal(source.target)
     conversion = _Conversion(source)

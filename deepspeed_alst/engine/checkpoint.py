@@ -26,9 +26,10 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_alst.engine.checkpoint_files import STAMP, check_files, check_one_save, read, verify_share
+from deepspeed_alst.engine.conversion import Source, convert_together
 from deepspeed_alst.engine.same_model import check_same_model, check_same_order
 from deepspeed_alst.engine.saving import latest_tag, saved_together
-from deepspeed_alst.engine.universal import Source, as_universal, convert_together, is_universal, restore_the_rest
+from deepspeed_alst.engine.universal import as_universal, is_universal, restore_the_rest
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import AlstError, CheckpointError
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together

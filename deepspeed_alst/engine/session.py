@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.finite import LossWatch
@@ -43,7 +44,7 @@ class Session:
         mpu: UlyssesMpu,
         packing: bool,
         marks_padding: bool,
-        vocabulary: int | None,
+        vocabulary: Vocabulary,
         undo: ExitStack,
     ) -> None:
         self.config = config

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import torch
 
-from deepspeed_alst.data.checks import whole_numbers
+from deepspeed_alst.data.checks import Vocabulary, check_range, whole_numbers
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.router_loss import router_problem
+from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
@@ -58,6 +59,7 @@ def guard_batches(
     model: torch.nn.Module, groups: SequenceGroups, calls: Calls, undo: ExitStack, planner: Planner | None = None
 ) -> None:
     """Install the check, and with it a planner's decision; ``undo.close()`` removes it."""
+    vocabulary = vocabulary_of(model)
 
     @torch.compiler.disable
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,7 +71,7 @@ def guard_batches(
                 bounds = kwargs["cu_seq_lens_q"].tolist()
             calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
             kwargs |= whole_numbers(kwargs)
-            facts = _facts(module, args, kwargs, bounds, groups, calls)
+            facts = _facts(module, args, kwargs, bounds, groups, calls, vocabulary)
         except DataError as error:
             facts = _Facts(str(error))
         except Exception as error:
@@ -137,8 +139,13 @@ def _facts(
     bounds: list[int],
     groups: SequenceGroups,
     calls: Calls,
+    vocabulary: Vocabulary,
 ) -> _Facts:
-    """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
+    """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any.
+
+    Raises:
+        DataError: a token has no embedding.
+    """
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
     if (problem := _asks_too_much(kwargs) or router_problem(module, kwargs, calls)) is not None:
@@ -163,7 +170,11 @@ def _facts(
         return _Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {_WAY_OUT}")
     # Of positions of several dims the first are those of the text.
     text_s = positions.reshape(-1, positions.shape[-1])[0]
-    first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
+    ids = kwargs.get("input_ids")
+    ends = [] if ids is None or vocabulary.embeddings is None else [ids.min().to(positions), ids.max().to(positions)]
+    first, highest, over_all, *ends = torch.stack([text_s[0], text_s.max(), positions.max(), *ends]).tolist()
+    if ends and not 0 <= ends[0] <= ends[1] < vocabulary.embeddings:  # changed since the loader has looked
+        check_range("input_ids", ids, vocabulary)
     # On the right the loader repeats the last position as padding.
     counting_s = torch.arange(first, first + len(text_s)).to(positions).clamp(max=highest)
     if not bounds and not torch.equal(positions, counting_s.expand_as(positions)):
