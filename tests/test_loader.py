@@ -557,12 +557,22 @@ def test_an_epoch_of_fewer_than_four_batches_only_warns(ranks2):
 # --- last, on ranks of their own: a rank that is left waiting here is ended, and cannot be used again
 
 
-@pytest.mark.parametrize("where", ["a mask that is a list", "a value that cannot be pickled"])
-def test_a_batch_that_cannot_be_read_or_sent_is_raised_on_all_ranks_too(where):
+UNSENDABLE = [
+    "a mask that is a list",
+    "a value that cannot be pickled",
+    "a value that cannot be unpickled",
+    "a tensor without data",
+    "a sparse tensor",
+]
+
+
+def test_a_batch_that_cannot_be_read_or_sent_is_raised_on_all_ranks_too():
     with Ranks(2) as ranks:
         ranks.run(os.getpid)
-        results = ranks.run(epoch_that_fails, 2, where, 1, 0, seconds=SECONDS)
-    assert [kind for kind, *_ in results] == ["DataError"] * 2 and results[0][1].startswith("rank 1: ")
+        for where in UNSENDABLE:
+            results = ranks.run(epoch_that_fails, 2, where, 1, 1, seconds=SECONDS)
+            assert [(kind, steps) for kind, _, steps, _ in results] == [("DataError", 2)] * 2, where
+            assert results[0][1].startswith("rank 1: "), where
 
 
 def test_repeated_samples_in_one_replica_are_raised_in_the_other_too():

@@ -71,11 +71,11 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
     numbers = whole_numbers(batch)
     for key, x in numbers.items():
         if x.dim() == 2:
-            check_range(key, x, vocabulary)
+            _check_range(key, x, vocabulary)
     return {**batch, **numbers}
 
 
-def check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
+def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
     """Refuse ids without an embedding, and labels without a logit.
 
     Raises:

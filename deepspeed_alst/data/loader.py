@@ -5,6 +5,7 @@ ever holds another's whole sample; then come P micro-steps, in step i all ranks 
 runs on the host over gloo: 24 bytes a token are little beside the compute of a long sequence.
 """
 
+import dataclasses
 import functools
 import itertools
 import pickle
@@ -157,17 +158,36 @@ class ShardedDataLoader:
             return Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, error
         return self._header_of(batch, num_seen)
 
-    def exchange(self, batch: Any) -> list[Any]:
+    def exchange(self, batch: Any, place: str = "") -> list[Any]:
         """One batch of every rank in, this rank's shards of the batches of its sequence's ranks out, in their order.
 
         Raises:
-            DataError: on all ranks, whichever of them saw the reason.
+            DataError: on all ranks, whichever of them saw the reason; or the ranks are at different places.
         """
         header, message, error = self._header_of(batch, 0)
+        everyone = self._meet(dataclasses.replace(header, place=place), error)
+        return list(self._exchange(message, [everyone[rank] for rank in self._groups.ranks]))
+
+    def meet(self, place: str) -> None:
+        """Make sure that all ranks are at a place where they have no batch.
+
+        Raises:
+            DataError: on all ranks: some are not.
+        """
+        self._meet(Header(place=place), None)
+
+    def _meet(self, header: Header, error: BaseException | None) -> list[Header]:
         with naming_who_is_missing(self._groups.roll_group):
             everyone = gather_objects(header, self._groups.control_group)
         _raise_first(error, everyone)
-        return list(self._exchange(message, [everyone[rank] for rank in self._groups.ranks]))
+        places = [each.place for each in everyone]
+        if len(set(places)) > 1:
+            where = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
+            raise DataError(
+                f"the ranks' data are not of the same length ({where}). Give every rank as many batches: a dataset "
+                "that yields each rank's own samples must yield as many on all of them"
+            )
+        return everyone
 
     def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, torch.Tensor | None, BaseException | None]:
         """A batch as a message of bytes, a part for each rank, and what the others must know of it."""

@@ -40,6 +40,8 @@ class Header:
     num_samples: int | None = None
     """Of the whole dataset; None where it has no length."""
     sampler: str = ""
+    place: str = ""
+    """Where this rank is in its data, of what must be the same on all; empty where nobody counts."""
 
 
 def tokens_of(shard: dict[str, torch.Tensor]) -> torch.Tensor:

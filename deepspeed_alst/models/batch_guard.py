@@ -1,6 +1,6 @@
 """Looks at every batch before the model sees it: is it a shard, and do all ranks of a sequence hold the same cut?
 
-Runs as a forward pre-hook of the model: one small exchange over gloo and two scalars read from the device per forward
+Runs as a forward pre-hook of the model: one small exchange over gloo and a few scalars read from the device per forward
 (not per layer), so that all ranks raise together and none is left waiting in a collective.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deepspeed_alst.data.checks import Vocabulary, check_range, whole_numbers
+from deepspeed_alst.data.checks import checked
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -70,8 +70,8 @@ def guard_batches(
             if kwargs.get("cu_seq_lens_q") is not None:
                 bounds = kwargs["cu_seq_lens_q"].tolist()
             calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
-            kwargs |= whole_numbers(kwargs)
-            facts = _facts(module, args, kwargs, bounds, groups, calls, vocabulary)
+            kwargs |= checked(kwargs, vocabulary)
+            facts = _facts(module, args, kwargs, bounds, groups, calls)
         except DataError as error:
             facts = _Facts(str(error))
         except Exception as error:
@@ -139,13 +139,8 @@ def _facts(
     bounds: list[int],
     groups: SequenceGroups,
     calls: Calls,
-    vocabulary: Vocabulary,
 ) -> _Facts:
-    """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any.
-
-    Raises:
-        DataError: a token has no embedding.
-    """
+    """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
     if (problem := _asks_too_much(kwargs) or router_problem(module, kwargs, calls)) is not None:
@@ -170,11 +165,7 @@ def _facts(
         return _Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {_WAY_OUT}")
     # Of positions of several dims the first are those of the text.
     text_s = positions.reshape(-1, positions.shape[-1])[0]
-    ids = kwargs.get("input_ids")
-    ends = [] if ids is None or vocabulary.embeddings is None else [ids.min().to(positions), ids.max().to(positions)]
-    first, highest, over_all, *ends = torch.stack([text_s[0], text_s.max(), positions.max(), *ends]).tolist()
-    if ends and not 0 <= ends[0] <= ends[1] < vocabulary.embeddings:  # changed since the loader has looked
-        check_range("input_ids", ids, vocabulary)
+    first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
     # On the right the loader repeats the last position as padding.
     counting_s = torch.arange(first, first + len(text_s)).to(positions).clamp(max=highest)
     if not bounds and not torch.equal(positions, counting_s.expand_as(positions)):
