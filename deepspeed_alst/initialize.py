@@ -34,6 +34,7 @@ from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.copying import with_plain_copies
 from deepspeed_alst.models.cores import keeps_documents_apart
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
@@ -90,7 +91,6 @@ def initialize(
     allocator = use_expandable_segments(config)
     if config.sequence_parallel_size == 1:
         return _initialize_whole(original, arguments, stage, config, allocator)
-
     _check_arguments(arguments, ds_config)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
@@ -101,6 +101,7 @@ def initialize(
         undo.callback(groups.destroy)
         session = _session(arguments["model"], config, groups, undo)
         code = program_code(arguments["model"])
+        original = with_plain_copies(original, arguments["model"], undo)
         attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
@@ -130,6 +131,7 @@ def _initialize_whole(
 ) -> Any:
     """Without sequence parallelism: DeepSpeed's own call, with the tiles that are asked for, and a report."""
     with ExitStack() as undo:
+        original = with_plain_copies(original, arguments["model"], undo)
         tiles = _tile(arguments.get("model"), config, stage, Calls(), False, None, undo)
         if config.tiled_loss() is not None:
             replace_whole_loss(arguments["model"], undo)
@@ -258,9 +260,7 @@ def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> No
             "mpu: sequence_parallel_size in the ds_config makes its own process groups; leave mpu out, or the key"
         )
     if arguments.get("mesh_param") is not None:
-        problems.append(
-            "mesh_param: sequence_parallel_size in the ds_config makes its own process groups; leave it out"
-        )
+        problems.append("mesh_param: sequence_parallel_size makes process groups of its own; leave it out")
     if isinstance(arguments.get("model"), PipelineModule):
         problems.append("model: a PipelineModule has no sequence dimension that could be split; use ZeRO")
     if problems:

@@ -42,6 +42,7 @@ AREAS = {
     "test_plan": "config and loader",
     "test_cores": "the programs people have",
     "test_checkpoints": "the programs people have",
+    "test_copies": "the programs people have",
     "test_faults": "the programs people have",
     "test_recipes_upstream": "the programs people have",
     "test_tiling_compat": "the programs people have",

@@ -10,10 +10,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +26,9 @@ import torch.distributed as dist
 from benchmarks.cells import model_config
 from benchmarks.ranks import RankError, Ranks
 from benchmarks.resume import SAVED_AFTER, STEPS, Job, Outcome, build_engine, resumed_rows, run, train_step, weights_of
-from deepspeed_alst.engine.universal import Source, _Conversion, is_universal
+from deepspeed_alst.engine.checkpoint_files import STAMP
+from deepspeed_alst.engine.conversion import Source, _Conversion
+from deepspeed_alst.engine.universal import is_universal
 from deepspeed_alst.errors import CheckpointError, DataError
 from deepspeed_alst.models.names import PrivateName
 
@@ -60,6 +66,10 @@ def copy_of(folder: Path, to: Path) -> Path:
         (to / TAG / each.name).write_bytes(each.read_bytes())
     (to / "latest").write_text(TAG)
     return to
+
+
+def optimizer_files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted((folder / TAG).glob("*_optim_states.pt")))
 
 
 # --- the same layout
@@ -375,12 +385,222 @@ def test_a_file_that_only_one_rank_reads_stops_all_ranks_if_it_is_cut_short(stag
     assert all("is missing" in said for said in refusals(ranks2, job, copy))
 
 
+def damage(path: Path, how: str) -> None:
+    """Change bytes in the middle of the largest tensor of a file."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda each: each.file_size)
+    data = bytearray(path.read_bytes())
+    place = largest.header_offset + 128 + largest.file_size // 2
+    data[place : place + 8] = bytes(8) if how == "zeroed" else bytes(each ^ 0x10 for each in data[place : place + 8])
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "how"),
+    [
+        (0, "mp_rank_00_model_states.pt", "flipped"),
+        (2, "mp_rank_00_model_states.pt", "zeroed"),
+        (2, "zero_pp_rank_1_mp_rank_00_optim_states.pt", "flipped"),
+        (3, "zero_pp_rank_1_mp_rank_00_model_states.pt", "flipped"),
+    ],
+)
+def test_a_file_with_a_damaged_tensor_stops_all_ranks(stage, name, how, saved, ranks2, tmp_path):
+    job, _, folder = saved(stage)
+    copy = copy_of(folder, tmp_path / "copy")
+    damage(copy / TAG / name, how)
+    assert all(f"{name} is damaged" in said for said in refusals(ranks2, job, copy))
+
+
+def test_a_damaged_tensor_of_a_universal_checkpoint_stops_all_ranks(saved, ranks1, ranks4, tmp_path):
+    _, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(copy))
+    damage(copy / f"{TAG}_universal" / "zero" / "lm_head.weight" / "exp_avg.pt", "flipped")
+    job = Job.of(2, 4, 4, freeze=FROZEN)
+    assert all("exp_avg.pt is damaged" in said for said in refusals(ranks4, job, copy, f"{TAG}_universal"))
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(2, "optim"), (3, "model")])
+def test_files_of_two_ranks_that_were_exchanged_stop_all_ranks(stage, kind, saved, ranks2, tmp_path):
+    job, _, folder = saved(stage)
+    copy = copy_of(folder, tmp_path / "copy")
+    first, second = sorted((copy / TAG).glob(f"zero_pp_rank_*_{kind}_states.pt"))
+    first.rename(copy / "aside")
+    second.rename(first)
+    (copy / "aside").rename(second)
+    for said in refusals(ranks2, job, copy):
+        assert f"{first.name} is rank 1's file under the name of rank 0's" in said or "rank 0's file" in said
+
+
+def test_files_of_two_saves_under_one_tag_stop_all_ranks(saved, ranks2, tmp_path):
+    job, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    ranks2.run(run, job, 0, SAVED_AFTER, None, str(tmp_path / "again"))
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (copy / TAG / name).write_bytes((tmp_path / "again" / TAG / name).read_bytes())
+    assert all(f"{name} and mp_rank_00_model_states.pt are not of the same" in x for x in refusals(ranks2, job, copy))
+
+
+def test_files_that_were_saved_without_stamps_are_loaded(saved, ranks2, tmp_path):
+    job, whole, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    for path in (copy / TAG).glob("*.pt"):
+        state = torch.load(path, weights_only=False)
+        assert state.pop(STAMP)["world_size"] == 2
+        torch.save(state, path)
+    assert_every_bit_is_the_same(ranks2.run(run, job, SAVED_AFTER, STEPS, str(copy))[0], whole)
+
+
+def load_in_another_order(job: Job, folder: str, **how: Any) -> dict[str, torch.Tensor]:
+    class Reversed(torch.optim.AdamW):
+        def __init__(self, groups: list[dict[str, Any]]) -> None:
+            super().__init__([{**group, "params": group["params"][::-1]} for group in groups])
+
+    with mock.patch.object(torch.optim, "AdamW", Reversed):
+        return load_and_watch(job, folder, **how)[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_another_order_of_the_optimizers_parameters_is_refused(stage, saved, ranks2):
+    job, _, folder = saved(stage)
+    with pytest.raises(RankError) as raised:
+        ranks2.run(load_in_another_order, job, str(folder), seconds=60)
+    for error in raised.value.errors:
+        assert isinstance(error, CheckpointError) and "has its weights in another order" in str(error)
+        assert "in optimizer group 0, place 0 was model.embed_tokens.weight and is lm_head.weight here" in str(error)
+
+
+def test_weights_alone_and_another_number_of_ranks_go_by_name_in_any_order(saved, ranks2, ranks1):
+    job, _, folder = saved(2)
+    wanted = ranks2.run(load_and_watch, job, str(folder))[0][1]
+    alone = ranks2.run(partial(load_in_another_order, load_module_only=True), job, str(folder))[0]
+    converted = ranks1.run(load_in_another_order, Job.of(2, 1, 1, freeze=FROZEN), str(folder))[0]
+    assert all(torch.equal(alone[name], x) and torch.equal(converted[name], x) for name, x in wanted.items())
+
+
+def save_differently(folder: str, argument: str, values: tuple[Any, Any]) -> str:
+    engine = build_engine(Job.of(2, 2, 2))
+    value = values[dist.get_rank()]
+    value = {"step": lambda: 0} if value == "no pickle" else value
+    try:
+        engine.save_checkpoint(**{"save_dir": folder, argument: value})
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "words"),
+    [
+        ("tag", ("a", "b"), "tag='a' on rank 0, 'b' on rank 1"),
+        ("save_latest", (True, False), "save_latest=True on rank 0"),
+        ("save_dir", ("one", "two"), "save_dir="),
+        ("client_state", ({}, None), "could not be written"),
+        ("client_state", ("no pickle", {}), "could not be written"),
+    ],
+    ids=["tag", "latest", "folder", "state", "no pickle"],
+)
+def test_what_ranks_ask_for_differently_is_not_saved(argument, values, words, ranks2, tmp_path):
+    if argument == "save_dir":
+        values = tuple(str(tmp_path / each) for each in values)
+    for said in ranks2.run(save_differently, str(tmp_path), argument, values, seconds=60):
+        assert words in said
+    assert not (tmp_path / "latest").exists()
+
+
+def load_differently(job: Job, folder: str, tags: tuple[str, str]) -> Any:
+    return load_from(job, folder, tags[dist.get_rank()])
+
+
+def test_different_tags_are_not_loaded(saved, ranks2, tmp_path):
+    job, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path)
+    (copy / TAG).rename(copy / "other")
+    copy_of(folder, tmp_path)
+    with pytest.raises(RankError) as raised:
+        ranks2.run(load_differently, job, str(copy), (TAG, "other"), seconds=60)
+    assert all("rank 1: other" in str(error) for error in raised.value.errors)
+
+
+def test_a_latest_that_is_no_text_stops_all_ranks_in_a_save_and_in_a_load(ranks2, tmp_path):
+    (tmp_path / "latest").write_bytes(b"\xff\xfe\x00")
+    for said in ranks2.run(save_differently, str(tmp_path), "tag", ("a", "a"), seconds=60):
+        assert f"{tmp_path / 'latest'} names no checkpoint" in said
+    assert all("latest names no checkpoint" in said for said in refusals(ranks2, Job.of(2, 2, 2), tmp_path))
+
+
 def test_a_failed_conversion_is_an_error_with_the_command_and_leaves_nothing_behind(saved, ranks1, tmp_path):
     _, _, folder = saved(2)
     copy = copy_of(folder, tmp_path / "copy")
-    torch.save({}, copy / TAG / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    spoilt = copy / TAG / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    torch.save({STAMP: torch.load(spoilt, weights_only=False)[STAMP]}, spoilt)
     (said,) = refusals(ranks1, Job.of(2, 1, 1, freeze=FROZEN), copy)
     assert "could not be converted" in said and "KeyError" in said and "deepspeed.checkpoint.ds_to_universal" in said
+    assert {each.name for each in copy.iterdir()} == {"latest", TAG}
+
+
+CONVERT_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from deepspeed_alst.engine import conversion
+from deepspeed_alst.engine.conversion import Source, _Conversion
+
+conversion._ENDS_WITH_ITS_PARENT = conversion._ENDS_WITH_ITS_PARENT.replace(conversion._CONVERTER, "waiting_converter")
+folder, tag = Path(sys.argv[1]), sys.argv[2]
+running = _Conversion(Source(folder, tag, tuple(sorted((folder / tag).glob("*_optim_states.pt"))), 1))
+print(running.start(), running._process.pid, flush=True)
+time.sleep(600)
+"""
+WAITING_CONVERTER = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+
+def work(index):
+    print("worker", os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+"""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for whoever started it."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def test_a_conversion_ends_with_the_run_that_started_it_and_there_is_one_at_a_time(saved, tmp_path):
+    _, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    (tmp_path / "waiting_converter.py").write_text(WAITING_CONVERTER)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])])
+    command, environment = [sys.executable, "-c", CONVERT_AND_WAIT, copy, TAG], {**os.environ, "PYTHONPATH": path}
+    log, source = copy / f"{TAG}_universal.partial" / "log", Source(copy, TAG, optimizer_files(copy), 1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        error, converter = run.stdout.readline().split()
+        assert error == "None"
+        wait_until(lambda: log.read_text().count("worker") == 2)
+        pids = [int(converter), *(int(line.split()[1]) for line in log.read_text().splitlines())]
+        assert all(map(is_alive, pids))
+        assert "another run converts this checkpoint right now" in str(_Conversion(source).start())
+        run.kill()
+    wait_until(lambda: not any(map(is_alive, pids)))
+    again = _Conversion(source)
+    assert again.start() is None and again._process is not None
+    again.clean()
     assert {each.name for each in copy.iterdir()} == {"latest", TAG}
 
 
@@ -412,7 +632,7 @@ def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(saved
     _, _, folder = saved(2)
     if not (folder / f"{TAG}_universal").exists():
         ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(folder))
-    files = tuple(sorted((folder / TAG).glob("*_optim_states.pt")))
+    files = optimizer_files(folder)
     source = Source(folder, TAG, files, 1)
     assert is_universal(source.target)
     conversion = _Conversion(source)

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -374,6 +375,18 @@ def test_a_name_that_a_crash_has_left_is_removed_at_the_next_start(tmp_path):
     (tmp_path / "of somebody else").write_bytes(b"")
     with opened(tmp_path):
         assert os.listdir(tmp_path) == ["of somebody else"]
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_no_other_user_may_read_the_file(nameless, tmp_path, monkeypatch):
+    if not nameless:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    before = os.umask(0)
+    try:
+        with opened(tmp_path) as file:
+            assert stat.S_IMODE(os.fstat(file._scratch.descriptor).st_mode) == 0o600
+    finally:
+        os.umask(before)
 
 
 def test_a_file_system_without_nameless_files_leaves_no_name_either(tmp_path, monkeypatch):

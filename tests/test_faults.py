@@ -19,6 +19,7 @@ import torch.distributed as dist
 from benchmarks.faults.__main__ import rows_of
 from benchmarks.resume import Job, build_engine
 from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.engine.saving import _name_latest
 from deepspeed_alst.errors import AlstError, CheckpointError, RankLostError
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 from deepspeed_alst.parallel.roll_call import naming_who_is_missing, world_timeout
@@ -156,6 +157,19 @@ def test_a_checkpoint_that_one_rank_cannot_write_is_refused_by_all_and_latest_st
         assert "broken could not be written" in refusal and "still names first" in refusal
         assert refusal.startswith(f"rank {rank}: ") == (each != rank)
         assert (after, loaded, last) == ("first", "first", "second of latest")
+
+
+def test_latest_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    flushed = []
+
+    def note(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        flushed.append((path.name, path.read_text(), (tmp_path / "latest").read_text()))
+
+    (tmp_path / "latest").write_text("step1")
+    monkeypatch.setattr(os, "fsync", note)
+    assert _name_latest(tmp_path, "step2") is None
+    assert flushed == [("latest.new", "step2", "step1")] and (tmp_path / "latest").read_text() == "step2"
 
 
 def test_a_checkpoint_that_is_written_over_has_no_name_until_it_is_whole(ranks2, tmp_path):

@@ -3,12 +3,16 @@
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config, samples
+from deepspeed_alst.engine.finite import LossWatch
+from deepspeed_alst.errors import NonFiniteLossError
+from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 POISON = 96  # a token whose embedding is no number
 
@@ -91,3 +95,22 @@ def test_of_batches_that_are_exchanged_one_by_one_the_rank_is_named(ranks2):
     for kind, message, steps, same, _ in ranks2.run(steps_with_poison, Cell(gas=2), 0, 1, 0, True):
         assert kind == "NonFiniteLossError" and (steps, same) == (0, True)
         assert "optimizer step 1, micro-step 2 of 4: a batch of rank 1." in message
+
+
+def loss_of_one_rank_alone() -> tuple[str, int]:
+    groups, steps = build_groups(1, build_control_group()), []
+    engine = mock.Mock(global_steps=0, **{"fp16_enabled.return_value": False})
+    watch = LossWatch(groups)
+    watch.add(torch.tensor(math.nan if dist.get_rank() == 1 else 1.0))
+    try:
+        with pytest.raises(NonFiniteLossError) as raised:
+            watch.before_step(engine, lambda: steps.append(1))()
+    finally:
+        groups.destroy()
+    return str(raised.value), len(steps)
+
+
+def test_a_loss_that_is_nan_on_one_rank_alone_stops_all(ranks2):
+    results = ranks2.run(loss_of_one_rank_alone, seconds=60)
+    assert all("the loss is nan in optimizer step 1" in said and steps == 0 for said, steps in results)
+    assert results[0][0].startswith("rank 1: ")

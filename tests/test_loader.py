@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import Ranks
+from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.agreement import raise_together
@@ -98,6 +99,13 @@ def epoch_of_dataset(sp_size: int, dataset: Any, batch_size: int, sampler: str) 
     return shards_of(torch.utils.data.DataLoader(dataset, batch_size=batch_size, sampler=chosen), sp_size)
 
 
+class Broken:
+    """What others cannot read though its owner can send it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
 class Fails:
     """A loader that breaks on one rank: in iter(), in a batch, or with a batch that cannot be cut."""
 
@@ -122,6 +130,12 @@ class Fails:
                     yield {**batch_of(0, i), "attention_mask": [[1] * 7]}
                 if self.where == "a value that cannot be pickled":
                     yield {**batch_of(0, i), "function": lambda: None}
+                if self.where == "a value that cannot be unpickled":
+                    yield {**batch_of(0, i), "value": Broken()}
+                if self.where == "a tensor without data":
+                    yield {**batch_of(0, i), "scale": torch.empty(3, device="meta")}
+                if self.where == "a sparse tensor":
+                    yield {**batch_of(0, i), "scale": torch.eye(3).to_sparse()}
             yield batch_of(dist.get_rank(), i)
 
 
@@ -543,12 +557,22 @@ def test_an_epoch_of_fewer_than_four_batches_only_warns(ranks2):
 # --- last, on ranks of their own: a rank that is left waiting here is ended, and cannot be used again
 
 
-@pytest.mark.parametrize("where", ["a mask that is a list", "a value that cannot be pickled"])
-def test_a_batch_that_cannot_be_read_or_sent_is_raised_on_all_ranks_too(where):
+UNSENDABLE = [
+    "a mask that is a list",
+    "a value that cannot be pickled",
+    "a value that cannot be unpickled",
+    "a tensor without data",
+    "a sparse tensor",
+]
+
+
+def test_a_batch_that_cannot_be_read_or_sent_is_raised_on_all_ranks_too():
     with Ranks(2) as ranks:
         ranks.run(os.getpid)
-        results = ranks.run(epoch_that_fails, 2, where, 1, 0, seconds=SECONDS)
-    assert [kind for kind, *_ in results] == ["DataError"] * 2 and results[0][1].startswith("rank 1: ")
+        for where in UNSENDABLE:
+            results = ranks.run(epoch_that_fails, 2, where, 1, 1, seconds=SECONDS)
+            assert [(kind, steps) for kind, _, steps, _ in results] == [("DataError", 2)] * 2, where
+            assert results[0][1].startswith("rank 1: "), where
 
 
 def test_repeated_samples_in_one_replica_are_raised_in_the_other_too():
@@ -561,7 +585,7 @@ def test_repeated_samples_in_one_replica_are_raised_in_the_other_too():
 # --- what a batch is made of
 
 
-def refused_on_rank_1(sp_size: int, changed: dict[str, Any], vocabulary: int | None = None) -> str:
+def refused_on_rank_1(sp_size: int, changed: dict[str, Any], vocabulary: Vocabulary | None = None) -> str:
     """The words of the error on this rank, where the second rank's second batch has other values."""
     rows = [batch_of(dist.get_rank(), 0), batch_of(dist.get_rank(), 1) | (changed if dist.get_rank() == 1 else {})]
     sharded = ShardedDataLoader(rows, groups_of(sp_size), MULTIPLE, vocabulary=vocabulary)
@@ -600,8 +624,17 @@ def labels_at(row: int, token: int, value: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("value", [200_000, -1, -101])
 def test_a_label_without_a_logit_is_named_on_all_ranks(value, ranks2):
-    mine, its = ranks2.run(refused_on_rank_1, 2, labels_at(2, 4, value), 200_000)
+    mine, its = ranks2.run(refused_on_rank_1, 2, labels_at(2, 4, value), Vocabulary(logits=200_000))
     assert its.startswith(f"labels of row 2 has {value} at token 4, and the model has logits for 0 to 199999. Use")
+    assert mine == f"rank 1: {its}"
+
+
+@pytest.mark.parametrize("value", [200_000, -1, -100])
+def test_a_token_without_an_embedding_is_named_on_all_ranks_though_it_has_no_label(value, ranks2):
+    ids = labels_at(2, 4, value)["labels"]
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    mine, its = ranks2.run(refused_on_rank_1, 2, batch, Vocabulary(200_000, 9))
+    assert its.startswith(f"input_ids of row 2 has {value} at token 4, and the model has embeddings for 0 to 199999.")
     assert mine == f"rank 1: {its}"
 
 
@@ -610,7 +643,7 @@ def epoch_in(dtype: torch.dtype, labels: str, hides: bool) -> list[dict[str, Any
     ids = torch.tensor([[0, 1, 2, 3, 4 + dist.get_rank(), 99]])
     hidden = ids.masked_fill(ids == 2, -100) if hides else ids
     batch = {"input_ids": ids.to(dtype), labels: hidden.to(dtype)}
-    sharded = ShardedDataLoader([batch], groups_of(2), MULTIPLE, vocabulary=100)
+    sharded = ShardedDataLoader([batch], groups_of(2), MULTIPLE, vocabulary=Vocabulary(100, 100))
     return [{key: plain(value) for key, value in each.items()} for each in sharded]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell, build_model, full_weight, model_config
+from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells, trainer_config
@@ -164,6 +164,83 @@ def test_an_iterable_dataset(stream, dispatch, ranks2):
     options = {"accelerator_config": {"dispatch_batches": dispatch}}
     whole, split = (ranks2.run(train, sp_size, options, {"train_dataset": stream})[0] for sp_size in (1, 2))
     assert_same(split, whole)
+
+
+class OwnStream(torch.utils.data.IterableDataset):
+    """An iterable that has fewer samples on rank 1."""
+
+    def __iter__(self):
+        yield from documents(16 if dist.get_rank() == 0 else 8)
+
+
+def refusal_of(what: str, options: dict, data: dict) -> str:
+    trainer = make_trainer(2, tempfile.mkdtemp(), trainer_arguments={"data_collator": collate, **data}, **options)
+    with pytest.raises(DataError) as raised:
+        getattr(trainer, what)()
+    trainer.model_wrapped.destroy()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+def test_streams_of_other_lengths_on_other_ranks_are_refused_on_all(gas, ranks2):
+    options = {"accelerator_config": {"dispatch_batches": False}, "max_steps": 20, "gradient_accumulation_steps": gas}
+    for said in ranks2.run(refusal_of, "train", options, {"train_dataset": OwnStream()}, seconds=120):
+        assert "the ranks' data are not of the same length (rank 0: in training of 20 steps" in said
+
+
+@pytest.mark.parametrize("key", ["train_dataset", "eval_dataset"])
+def test_a_token_without_an_embedding_is_refused_on_all_ranks(key, ranks2):
+    samples = documents(8)
+    for sample in samples[1::2]:  # rank 1's
+        sample["input_ids"][2], sample["labels"][2] = VOCAB, -100
+    options = {"train_sampling_strategy": "sequential", "eval_strategy": "steps", "eval_steps": 1}
+    mine, its = ranks2.run(refusal_of, "train", options, {"eval_dataset": documents(8), key: samples}, seconds=120)
+    assert its.startswith(f"input_ids of row 0 has {VOCAB} at token 2, and the model has embeddings for 0 to")
+    assert mine == f"rank 1: {its}"
+
+
+def changed_after_the_loader() -> str:
+    import deepspeed
+
+    import deepspeed_alst
+
+    model = build_model(model_config(Cell()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(Cell(), 2))[0]
+    ids = torch.arange(24)[None]
+    (batch, _) = deepspeed_alst.shard_dataloader([{"input_ids": ids, "labels": ids}], engine)
+    batch["input_ids"][0, 3] = -1 if dist.get_rank() == 1 else 1
+    with pytest.raises(DataError) as raised:
+        engine(**batch)
+    engine.destroy()
+    return str(raised.value)
+
+
+def test_a_token_without_an_embedding_that_a_program_makes_of_a_shard_is_refused_on_all_ranks(ranks2):
+    for said in ranks2.run(changed_after_the_loader, seconds=120):
+        assert "on rank 1 that cannot be trained on: input_ids of row 0 has -1 at token 3" in said
+
+
+def deepspeeds_loader_of(dataset) -> str:
+    import deepspeed
+
+    model = build_model(model_config(Cell()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DataError) as raised:
+        deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(Cell(), 2), training_data=dataset)
+    return str(raised.value)
+
+
+def test_an_iterable_dataset_as_training_data_is_refused_with_the_line_for_a_loader(ranks2):
+    for said in ranks2.run(deepspeeds_loader_of, Stream(), seconds=120):
+        assert "training_data is a Stream, an IterableDataset" in said and "shard_dataloader(torch.utils" in said
+
+
+def test_an_evaluation_of_streams_of_other_lengths_is_refused_on_all(ranks2):
+    options = {"accelerator_config": {"dispatch_batches": False}, "eval_strategy": "steps", "eval_steps": 1}
+    data = {"train_dataset": Stream(), "eval_dataset": OwnStream()}
+    for said in ranks2.run(refusal_of, "train", options, data, seconds=120):
+        assert "(rank 0: within an evaluation; rank 1: at the end of an evaluation)" in said
 
 
 @pytest.mark.slow

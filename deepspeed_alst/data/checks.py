@@ -1,6 +1,7 @@
-"""What the numbers of a batch must be before it is split: tensors of whole numbers, and labels that have a logit."""
+"""What the numbers of a batch must be before it is split: tensors of whole numbers, within the model's vocabulary."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL
 _LABELS = ("labels", "shift_labels")
 _TOKENS = ("input_ids", *_LABELS)
 _TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many tokens a model knows; None where nobody can tell."""
+
+    embeddings: int | None = None
+    """Of its input."""
+    logits: int | None = None
+    """Of its output; the two may differ."""
 
 
 def whole_numbers(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -43,33 +54,45 @@ def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.int64)
 
 
-def checked(batch: Any, vocabulary: int | None) -> Any:
+def checked(batch: Any, vocabulary: Vocabulary) -> Any:
     """A batch with ids and labels in int64; what is no mapping is left to who splits it.
 
-    On one rank, a label that is out of range would stop that rank alone, in its loss, and leave the others waiting.
+    On one rank, a token that is out of range would stop that rank alone, in its forward, and leave the others waiting.
 
     Args:
         batch: names to tensors.
-        vocabulary: how many tokens the model has logits for; None if nobody knows.
+        vocabulary: of the model.
 
     Raises:
-        DataError: see ``whole_numbers``; or a label has no logit.
+        DataError: see ``whole_numbers``; or a token has no embedding, or a label no logit.
     """
     if not isinstance(batch, Mapping):
         return batch
     numbers = whole_numbers(batch)
-    for key in _LABELS if vocabulary is not None else ():
-        if key in numbers and numbers[key].dim() == 2:
-            _check_range(key, numbers[key], vocabulary)
+    for key, x in numbers.items():
+        if x.dim() == 2:
+            _check_range(key, x, vocabulary)
     return {**batch, **numbers}
 
 
-def _check_range(key: str, labels_BS: torch.Tensor, vocabulary: int) -> None:
-    outside_BS = ((labels_BS < 0) & (labels_BS != IGNORED_LABEL)) | (labels_BS >= vocabulary)
+def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
+    """Refuse ids without an embedding, and labels without a logit.
+
+    Raises:
+        DataError: with the first, and where it is.
+    """
+    is_label = key in _LABELS
+    size = vocabulary.logits if is_label else vocabulary.embeddings
+    if size is None:
+        return
+    outside_BS = (x_BS < 0) | (x_BS >= size)
+    if is_label:
+        outside_BS &= x_BS != IGNORED_LABEL
     if outside_BS.any():
         row, token = outside_BS.nonzero()[0].tolist()
         raise DataError(
-            f"{key} of row {row} has {int(labels_BS[row, token])} at token {token}, and the model has logits for 0 to "
-            f"{vocabulary - 1}. Use the model's own tokenizer, or model.resize_token_embeddings before "
-            f"deepspeed.initialize; a token without a label has {IGNORED_LABEL}"
+            f"{key} of row {row} has {int(x_BS[row, token])} at token {token}, and the model has "
+            f"{'logits' if is_label else 'embeddings'} for 0 to {size - 1}. Use the model's own tokenizer, or "
+            "model.resize_token_embeddings before deepspeed.initialize"
+            f"{f'; a token without a label has {IGNORED_LABEL}' * is_label}"
         )

@@ -5,6 +5,7 @@ ever holds another's whole sample; then come P micro-steps, in step i all ranks 
 runs on the host over gloo: 24 bytes a token are little beside the compute of a long sequence.
 """
 
+import dataclasses
 import functools
 import itertools
 import pickle
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.data.checks import checked
-from deepspeed_alst.data.message import Header, digest_of, layout, tokens_of, view
-from deepspeed_alst.data.shard import ShardedBatch, shard_batch
+from deepspeed_alst.data.checks import Vocabulary, checked
+from deepspeed_alst.data.message import Header, digest_of, layout, message_of, tokens_of, view
+from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -64,7 +65,7 @@ class ShardedDataLoader:
         multiple: int,
         packing: bool = False,
         marks_padding: bool = False,
-        vocabulary: int | None = None,
+        vocabulary: Vocabulary | None = None,
         note: Callable[[int, int], None] | None = None,
     ) -> None:
         """``note`` is told before each micro-step whose batch it is: the rank, and its number in the epoch."""
@@ -73,7 +74,7 @@ class ShardedDataLoader:
         self._multiple = multiple
         self._packing = packing
         self._marks_padding = marks_padding
-        self._vocabulary = vocabulary
+        self._vocabulary = vocabulary or Vocabulary()
         self._note = note
         self.num_pending = 0
         """Micro-steps still to come of the batches that the inner loaders have counted as done."""
@@ -118,7 +119,7 @@ class ShardedDataLoader:
         digests: list[list[str]] = []
         num_seen = self.num_pending = 0
         for number in itertools.count():
-            header, sharded, error = self._next_header(batches, num_seen)
+            header, message, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
             with naming_who_is_missing(self._groups.roll_group):
                 everyone = gather_objects(header, self._groups.control_group)
@@ -135,7 +136,7 @@ class ShardedDataLoader:
             turns = [rank for rank, header in zip(self._groups.ranks, headers, strict=True) if not header.ended]
             self.num_pending = len(turns)
             at_end = getattr(self.loader, "end_of_dataloader", False)
-            for rank, batch in zip(turns, self._exchange(sharded, headers), strict=True):
+            for rank, batch in zip(turns, self._exchange(message, headers), strict=True):
                 self.num_pending -= 1
                 if self._note is not None:
                     self._note(rank, number)
@@ -147,7 +148,7 @@ class ShardedDataLoader:
 
     def _next_header(
         self, batches: Iterator[Any], num_seen: int
-    ) -> tuple[Header, ShardedBatch | None, BaseException | None]:
+    ) -> tuple[Header, torch.Tensor | None, BaseException | None]:
         """This rank's next batch, cut. Whatever goes wrong with it is kept for the exchange: the others wait there."""
         try:
             batch = next(batches)
@@ -157,26 +158,47 @@ class ShardedDataLoader:
             return Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, error
         return self._header_of(batch, num_seen)
 
-    def exchange(self, batch: Any) -> list[Any]:
+    def exchange(self, batch: Any, place: str = "") -> list[Any]:
         """One batch of every rank in, this rank's shards of the batches of its sequence's ranks out, in their order.
 
         Raises:
-            DataError: on all ranks, whichever of them saw the reason.
+            DataError: on all ranks, whichever of them saw the reason; or the ranks are at different places.
         """
-        header, sharded, error = self._header_of(batch, 0)
+        header, message, error = self._header_of(batch, 0)
+        everyone = self._meet(dataclasses.replace(header, place=place), error)
+        return list(self._exchange(message, [everyone[rank] for rank in self._groups.ranks]))
+
+    def meet(self, place: str) -> None:
+        """Make sure that all ranks are at a place where they have no batch.
+
+        Raises:
+            DataError: on all ranks: some are not.
+        """
+        self._meet(Header(place=place), None)
+
+    def _meet(self, header: Header, error: BaseException | None) -> list[Header]:
         with naming_who_is_missing(self._groups.roll_group):
             everyone = gather_objects(header, self._groups.control_group)
         _raise_first(error, everyone)
-        return list(self._exchange(sharded, [everyone[rank] for rank in self._groups.ranks]))
+        places = [each.place for each in everyone]
+        if len(set(places)) > 1:
+            where = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
+            raise DataError(
+                f"the ranks' data are not of the same length ({where}). Give every rank as many batches: a dataset "
+                "that yields each rank's own samples must yield as many on all of them"
+            )
+        return everyone
 
-    def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, ShardedBatch | None, BaseException | None]:
-        """A batch, cut, and what the others must know of it."""
+    def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, torch.Tensor | None, BaseException | None]:
+        """A batch as a message of bytes, a part for each rank, and what the others must know of it."""
         try:
             whole, P = checked(batch, self._vocabulary), self._groups.sp_size
             sharded = shard_batch(whole, P, self._multiple, self._packing, self._marks_padding)
             specs, num_bytes = layout(sharded)
+            kind = type(batch) if isinstance(batch, UserDict) else dict
+            message = message_of(sharded, specs, num_bytes)
             header = Header(
-                kind=type(batch) if isinstance(batch, UserDict) else dict,
+                kind=kind,
                 specs=specs,
                 num_bytes=num_bytes,
                 values={key: x for key, x in sharded.common.items() if not isinstance(x, torch.Tensor)},
@@ -185,12 +207,13 @@ class ShardedDataLoader:
                 num_samples=_num_samples(self.loader),
                 sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
             )
-            pickle.dumps(header)
+            # What fails on the way, or on the other side, fails here: there it would stop some ranks alone.
+            kind(pickle.loads(pickle.dumps(header)).values)
         except AlstError as error:
             return Header(error=str(error)), None, error
         except Exception as error:
             return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), None, error
-        return header, sharded, None
+        return header, message, None
 
     def _stop(self, everyone: list[Header]) -> bool:
         """Whether the epoch is over: for all replicas at once, since ZeRO's collectives need every one of them."""
@@ -206,15 +229,10 @@ class ShardedDataLoader:
             )
         return len(set(steps)) > 1 or not any(steps)
 
-    def _exchange(self, sharded: ShardedBatch | None, headers: list[Header]) -> Iterator[Any]:
+    def _exchange(self, message: torch.Tensor | None, headers: list[Header]) -> Iterator[Any]:
         """One all-to-all of bytes; then a micro-batch for each rank that had one."""
         mine = headers[self._groups.sp_rank]
-        send = torch.zeros(mine.num_bytes * self._groups.sp_size, dtype=torch.uint8)
-        if sharded is not None:
-            for rank, piece in enumerate(send.view(self._groups.sp_size, -1)):
-                for spec in mine.specs:
-                    x = sharded.shards[rank][spec.key] if spec.key in sharded.shards[rank] else sharded.common[spec.key]
-                    view(piece, spec).copy_(x)
+        send = torch.empty(0, dtype=torch.uint8) if message is None else message
         recv = torch.empty(sum(header.num_bytes for header in headers), dtype=torch.uint8)
         with naming_who_is_missing(self._groups.roll_group):
             dist.all_to_all_single(

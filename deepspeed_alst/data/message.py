@@ -1,6 +1,7 @@
 """What ranks tell one another about a batch, and how its tensors lie in a message of bytes."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ class Header:
     num_samples: int | None = None
     """Of the whole dataset; None where it has no length."""
     sampler: str = ""
+    place: str = ""
+    """Where this rank is in its data, of what must be the same on all; empty where nobody counts."""
 
 
 def tokens_of(shard: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -54,6 +57,15 @@ def layout(sharded: ShardedBatch) -> tuple[tuple[TensorSpec, ...], int]:
         specs.append(TensorSpec(key, x.dtype, tuple(x.shape), offset))
         offset += -(-x.numel() * x.element_size() // _ALIGNMENT) * _ALIGNMENT
     return tuple(specs), offset
+
+
+def message_of(sharded: ShardedBatch, specs: Sequence[TensorSpec], num_bytes: int) -> torch.Tensor:
+    """The bytes of all shards of a batch, one after the other, ``[P * num_bytes]``."""
+    message = torch.zeros(num_bytes * len(sharded.shards), dtype=torch.uint8)
+    for shard, piece in zip(sharded.shards, message.view(len(sharded.shards), -1), strict=True):
+        for spec in specs:
+            view(piece, spec).copy_(shard[spec.key] if spec.key in shard else sharded.common[spec.key])
+    return message
 
 
 def view(piece: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -9,31 +9,33 @@ All ranks look before any loads, and agree on what they saw: what one cannot loa
 import contextlib
 import functools
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import (
-    PARAM_SHAPES,
+    OPTIMIZER_STATE_DICT,
     UNIVERSAL_CHECKPOINT_INFO,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from deepspeed_alst.engine.checkpoint_files import check_files, read
-from deepspeed_alst.engine.saving import saved_together
-from deepspeed_alst.engine.universal import Source, as_universal, convert_together, is_universal, restore_the_rest
+from deepspeed_alst.engine.checkpoint_files import STAMP, check_files, check_one_save, read, verify_share
+from deepspeed_alst.engine.conversion import Source, convert_together
+from deepspeed_alst.engine.same_model import check_same_model, check_same_order
+from deepspeed_alst.engine.saving import latest_tag, saved_together
+from deepspeed_alst.engine.universal import as_universal, is_universal, restore_the_rest
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import AlstError, CheckpointError
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import build_control_group
 
-_NAMES_SHOWN = 3
+_T = TypeVar("_T")
 
 
 def install_checkpoints(engine: Any, control_group: Any = None, undo: ExitStack | None = None) -> None:
@@ -89,10 +91,8 @@ class _Request:
 class _Seen:
     """What one rank sees in the folder."""
 
-    tag: str | None
-    """None where no tag was given and no file says which is the latest."""
-    saved_world_size: int = 0
-    universal: bool = False
+    saved_world_size: int
+    universal: bool
 
 
 def _on_any_world_size(engine: Any, control_group: Any, load: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ def _on_any_world_size(engine: Any, control_group: Any, load: Callable[..., Any]
             request, seen = found
             if _needs_conversion(engine, request, seen):
                 request = _converted(engine, request, seen, group)
-                seen = _Seen(request.tag, seen.saved_world_size, universal=True)
+                seen = _Seen(seen.saved_world_size, universal=True)
             arguments.arguments.update(load_dir=str(request.load_dir), tag=request.tag)
             return _load_together(engine, load, arguments, request, seen, group)
 
@@ -134,33 +134,61 @@ def _look_together(engine: Any, arguments: dict[str, Any], group: Any) -> tuple[
     Raises:
         CheckpointError: on all ranks: a rank cannot load it, or ranks see different things.
     """
-    request, seen, error = None, _Seen(None), None
-    load_dir, tag = Path(arguments["load_dir"]), arguments["tag"]
+    load_dir = Path(arguments["load_dir"])
+    request = _together(load_dir, lambda: _request(engine, load_dir, arguments), group)
+    _check_same("checkpoints", load_dir, request and request.tag, group)
+    if request is None:
+        return None
+    folder = load_dir / request.tag
+    reads_optimizer = request.with_optimizer or engine.zero_optimization_partition_weights()
+    share = functools.partial(verify_share, folder, reads_optimizer, dist.get_rank(), dist.get_world_size())
+    stamps = ChainMap(*gather_objects(_together(folder, share, group), group))
+    if not engine.use_node_local_storage():
+        check_one_save(folder, stamps)
+    seen = _together(folder, lambda: _look(engine, request), group)
+    _check_same("files", folder, seen, group)
+    return request, seen
+
+
+def _together(path: Path, look: Callable[[], _T], group: Any) -> _T:
+    """What a rank finds out by itself; what goes wrong on one is an error on all. Collective."""
+    error, result = None, None
     try:
-        tag = _latest_tag(engine, load_dir) if tag is None else str(tag)
-        if tag is not None:
-            request = _Request(
-                load_dir,
-                tag,
-                strict=arguments["load_module_strict"] and arguments["custom_load_fn"] is None,
-                with_optimizer=arguments["load_optimizer_states"] and not arguments["load_module_only"],
-            )
-            seen = _look(engine, request)
+        result = look()
     except AlstError as found:
         error = found
     except Exception as found:
-        error = CheckpointError(f"{load_dir / (tag or '')} cannot be read: {found!r}")
+        error = CheckpointError(f"{path} cannot be loaded: {found!r}")
+        error.__cause__ = found
     raise_together(error, group)
+    return cast(_T, result)
+
+
+def _check_same(what: str, path: Path, seen: Any, group: Any) -> None:
     everyone = gather_objects(seen, group)
     if any(each != everyone[0] for each in everyone):
-        views = ", ".join(f"rank {rank}: {each.tag or 'nothing'}" for rank, each in enumerate(everyone))
-        raise CheckpointError(f"{load_dir}: ranks see different checkpoints ({views}). Is the folder shared by all?")
-    return None if request is None else (request, seen)
+        views = ", ".join(f"rank {rank}: {each or 'nothing'}" for rank, each in enumerate(everyone))
+        raise CheckpointError(
+            f"{path}: the ranks ask for or see different {what} ({views}). Give all the same tag, in a folder that "
+            "all share"
+        )
+
+
+def _request(engine: Any, load_dir: Path, arguments: dict[str, Any]) -> _Request | None:
+    tag = arguments["tag"]
+    tag = _latest_tag(engine, load_dir) if tag is None else str(tag)
+    if tag is None:
+        return None
+    return _Request(
+        load_dir,
+        tag,
+        strict=arguments["load_module_strict"] and arguments["custom_load_fn"] is None,
+        with_optimizer=arguments["load_optimizer_states"] and not arguments["load_module_only"],
+    )
 
 
 def _latest_tag(engine: Any, load_dir: Path) -> str | None:
-    latest = load_dir / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
-    return latest.read_text().strip() if latest.is_file() else None
+    return latest_tag(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
 
 
 def _look(engine: Any, request: _Request) -> _Seen:
@@ -183,49 +211,24 @@ def _look(engine: Any, request: _Request) -> _Seen:
         raise CheckpointError(f"checkpoint.load_universal=True: {folder} is not a universal checkpoint")
     if request.strict and request.with_optimizer:
         # Weights alone are compared by DeepSpeed, on all ranks alike; the optimizer's state by nobody.
-        _check_same_model(engine, state, folder)
+        check_same_model(engine, state, folder)
     saved_world_size = state["dp_world_size"]
-    if not universal and engine.zero_optimization() and saved_world_size == engine.seq_dp_world_size:
+    positional = not universal and saved_world_size == engine.seq_dp_world_size
+    if positional and request.with_optimizer:
+        check_same_order(engine, state, folder)
+    if positional and engine.zero_optimization():
         # Of the files that this rank alone reads: an error inside DeepSpeed's load would leave the others waiting.
         own = [Path(engine._get_ckpt_name(str(request.load_dir), request.tag))]
         own += [Path(engine._get_zero_ckpt_name(str(request.load_dir), request.tag))] * request.with_optimizer
         check_files(own)
-    return _Seen(request.tag, saved_world_size, universal)
+        if request.with_optimizer and OPTIMIZER_STATE_DICT not in read(own[-1]):
+            raise CheckpointError(f"{own[-1]} holds no optimizer state of DeepSpeed's")
+    return _Seen(saved_world_size, universal)
 
 
 def _model_file(engine: Any, request: _Request) -> Path:
     """The file with the names of the weights and, below ZeRO 3, the weights; rank 0's, which every checkpoint has."""
     return Path(engine._get_ckpt_name(str(request.load_dir), request.tag, pp_placeholder="0"))
-
-
-def _check_same_model(engine: Any, state: dict[str, Any], folder: Path) -> None:
-    if engine.optimizer is None:
-        return
-    groups = state[PARAM_SHAPES] if engine.zero_optimization() else None
-    if groups is None:
-        saved = {name: tuple(x.shape) for name, x in state["module"].items() if isinstance(x, torch.Tensor)}
-        ours = {name: tuple(x.shape) for name, x in engine.module.state_dict().items()}
-    else:
-        saved = {name: tuple(shape) for group in groups for name, shape in group.items()}
-        ours = {name: tuple(shape) for group in engine._get_zero_param_shapes() for name, shape in group.items()}
-    if engine.zero_optimization() and groups is None:
-        raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
-    different = {
-        "in the checkpoint only": sorted(saved.keys() - ours.keys()),
-        "in the model only": sorted(ours.keys() - saved.keys()),
-        "of another shape": [
-            f"{name} ({list(saved[name])} saved, {list(ours[name])} here)"
-            for name in sorted(saved.keys() & ours.keys())
-            if saved[name] != ours[name]
-        ],
-    }
-    parts = [
-        f"{len(names)} weights {what}: {', '.join(names[:_NAMES_SHOWN])}{', ...' * (len(names) > _NAMES_SHOWN)}"
-        for what, names in different.items()
-        if names
-    ]
-    if parts:
-        raise CheckpointError(f"{folder} is of another model, or one trained in other parts. {'. '.join(parts)}")
 
 
 def _needs_conversion(engine: Any, request: _Request, seen: _Seen) -> bool:
@@ -255,18 +258,16 @@ def _converted(engine: Any, request: _Request, seen: _Seen, group: Any) -> _Requ
 def _load_together(
     engine: Any, load: Callable[..., Any], arguments: Any, request: _Request, seen: _Seen, group: Any
 ) -> Any:
-    error, result = None, None
-    try:
+    def load_here() -> Any:
         with as_universal(engine, seen.universal):
             result = load(*arguments.args, **arguments.kwargs)
         if seen.universal:
             restore_the_rest(
                 engine, request.load_dir / request.tag, _model_file(engine, request), request.with_optimizer
             )
-    except AlstError as found:
-        error = found
-    except Exception as found:
-        error = CheckpointError(f"{request.load_dir / request.tag} could not be loaded: {found!r}")
-        error.__cause__ = found
-    raise_together(error, group)
-    return result
+        return result
+
+    path, client_state = _together(request.load_dir / request.tag, load_here, group)
+    if client_state is not None:
+        client_state.pop(STAMP, None)
+    return path, client_state

@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeed_alst.engine.checkpoint_files import STAMP, Stamp
+from deepspeed_alst.engine.same_model import parameter_order
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import CheckpointError
-from deepspeed_alst.parallel.agreement import raise_together
+from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.words import in_words
 
 _LATEST = "latest"
@@ -38,17 +41,15 @@ def saved_together(
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         given = arguments.arguments
-        if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
-            return save(*args, **kwargs)  # refused by DeepSpeed; written in the background, which says itself when
-        names_latest, given["save_latest"] = given["save_latest"], False
-        folder = Path(given["save_dir"])
-        tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
-        if dist.get_rank() == 0 and _latest(folder) == tag:
-            # Written over, it is of two steps until all files are new. Others start after DeepSpeed's first barrier.
-            (folder / _LATEST).unlink()
         with agreement_group() as group:
+            stamp = _agree(engine, given, group)
+            if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
+                return save(*args, **kwargs)  # refused by DeepSpeed; written in the background, which says itself when
+            names_latest, given["save_latest"] = given["save_latest"], False
+            folder, tag = Path(given["save_dir"]), _tag(engine, given)
+            raise_together(_unname(folder, tag) if dist.get_rank() == 0 else None, group)
             errors: list[Exception] = []
-            with _kept(engine, errors):
+            with _kept(engine, errors, stamp):
                 result = save(*arguments.args, **arguments.kwargs)
             raise_together(_in_words(errors, folder, tag), group)
             if names_latest:
@@ -58,9 +59,41 @@ def saved_together(
     return save_checkpoint
 
 
+def _tag(engine: Any, given: dict[str, Any]) -> str:
+    return f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
+
+
+def _agree(engine: Any, given: dict[str, Any], group: Any) -> Stamp:
+    """Make sure that all ranks save the same checkpoint; returns the stamp of this rank's files. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, with the first rank that differs and how.
+    """
+    asked = {"tag": _tag(engine, given), "save_latest": bool(given["save_latest"])}
+    if not engine.use_node_local_storage():
+        asked["save_dir"] = os.path.abspath(given["save_dir"] or "")
+    everyone = gather_objects((asked, uuid.uuid4().hex), group)
+    first, save = everyone[0]
+    for rank, (other, _) in enumerate(everyone):
+        different = [
+            f"{key}={first[key]!r} on rank 0, {other[key]!r} on rank {rank}"
+            for key in first
+            if first[key] != other.get(key)
+        ]
+        if different:
+            raise CheckpointError(
+                f"save_checkpoint: the ranks ask for different checkpoints ({'; '.join(different)}): each would miss "
+                "the others' files. Make tag and folder of what all ranks have alike, such as the step"
+            )
+    return Stamp(save, dist.get_rank(), dist.get_world_size(), parameter_order(engine))
+
+
 @contextlib.contextmanager
-def _kept(engine: Any, errors: list[Exception]) -> Iterator[None]:
-    """Inside, what goes wrong with a file is kept in ``errors``: raised at once, it would leave the others waiting."""
+def _kept(engine: Any, errors: list[Exception], stamp: Stamp) -> Iterator[None]:
+    """Inside, what goes wrong is kept in ``errors``: raised at once, it would leave the others waiting.
+
+    Files are saved with a stamp.
+    """
 
     def keep(write: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(write)
@@ -73,11 +106,20 @@ def _kept(engine: Any, errors: list[Exception]) -> Iterator[None]:
 
         return kept
 
+    def stamped(write: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(write)
+        def save(state_dict: dict[str, Any], path: str) -> Any:
+            return write({**state_dict, STAMP: stamp.entry()}, path)
+
+        return save
+
     with contextlib.ExitStack() as undo:
+        wrap_method(engine.checkpoint_engine, "save", stamped, undo)
         for owner, name in (
             (engine.checkpoint_engine, "makedirs"),
-            (engine.checkpoint_engine, "save"),
-            (engine, "_copy_recovery_script"),  # zero_to_fp32.py, by rank 0
+            # What is saved is put together there too: the caller's state may have no place in it.
+            (engine, "_save_checkpoint"),
+            (engine, "_save_zero_checkpoint"),
         ):
             wrap_method(owner, name, keep, undo)
         yield
@@ -89,7 +131,7 @@ def _in_words(errors: list[Exception], folder: Path, tag: str) -> CheckpointErro
     room = ""
     with contextlib.suppress(OSError):
         room = f" ({in_words(shutil.disk_usage(folder).free)} free there)"
-    latest = _latest(folder)
+    latest = latest_tag(folder)
     kept = f"{folder / _LATEST} still names {latest}" if latest else "there is no checkpoint before it"
     error = CheckpointError(
         f"{folder / tag} could not be written{room}: {errors[0]!r}. It is not whole, remove it; {kept}"
@@ -98,9 +140,29 @@ def _in_words(errors: list[Exception], folder: Path, tag: str) -> CheckpointErro
     return error
 
 
-def _latest(folder: Path) -> str | None:
-    path = folder / _LATEST
-    return path.read_text().strip() if path.is_file() else None
+def latest_tag(folder: Path, name: str = _LATEST) -> str | None:
+    """The tag that a folder's ``latest`` names; None where there is no such file.
+
+    Raises:
+        CheckpointError: it is no text.
+    """
+    path = folder / name
+    try:
+        return path.read_text().strip() if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} names no checkpoint: {error!r}. Write a tag into it, or remove it") from error
+
+
+def _unname(folder: Path, tag: str) -> CheckpointError | None:
+    """Remove a ``latest`` that names what is about to be written over: it is of two steps until all files are new."""
+    try:
+        if latest_tag(folder) == tag:
+            (folder / _LATEST).unlink()
+    except OSError as error:
+        return CheckpointError(f"{folder / _LATEST} cannot be replaced: {error!r}")
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _name_latest(folder: Path, tag: str) -> CheckpointError | None:

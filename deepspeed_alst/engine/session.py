@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.engine.wrap import wrap_method
-from deepspeed_alst.errors import SetupError, UnsupportedModelError
+from deepspeed_alst.errors import DataError, SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.dropout import Draws
 from deepspeed_alst.parallel.agreement import gather_objects
@@ -45,7 +46,7 @@ class Session:
         mpu: UlyssesMpu,
         packing: bool,
         marks_padding: bool,
-        vocabulary: int | None,
+        vocabulary: Vocabulary,
         undo: ExitStack,
     ) -> None:
         self.config = config
@@ -91,9 +92,13 @@ class Session:
         note, packing = self._losses.note_batch, self._packing
         return ShardedDataLoader(loader, self.groups, multiple, packing, self.marks_padding, self._vocabulary, note)
 
-    def exchange(self, batch: Any) -> list[Any]:
+    def exchange(self, batch: Any, place: str = "") -> list[Any]:
         """This rank's shards of the batches that the ranks of its sequence bring, in their order."""
-        return self.shard_dataloader(()).exchange(batch)
+        return self.shard_dataloader(()).exchange(batch, place)
+
+    def meet(self, place: str) -> None:
+        """All ranks are at a place in their data where no batch follows."""
+        self.shard_dataloader(()).meet(place)
 
     @contextlib.contextmanager
     def averaged_over_micro_steps(self) -> Iterator[None]:
@@ -120,8 +125,13 @@ class Session:
         """``engine.deepspeed_io`` with samples drawn per rank, not per replica: the sharded loader wants all."""
         world_size = self.groups.dp_size * self.groups.sp_size
         rank = self.groups.dp_rank * self.groups.sp_size + self.groups.sp_rank
-        iterable = isinstance(dataset, torch.utils.data.IterableDataset)
-        if len(args) < 4 and kwargs.get("data_sampler") is None and not iterable:
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            raise DataError(
+                f"training_data is a {type(dataset).__name__}, an IterableDataset, which DeepSpeed's loader cannot "
+                "read (it asks for a length and a sampler). Leave it out and make a loader of each rank's own samples: "
+                "loader = deepspeed_alst.shard_dataloader(torch.utils.data.DataLoader(dataset, batch_size=...), engine)"
+            )
+        if len(args) < 4 and kwargs.get("data_sampler") is None:
             # Shuffled for training as DeepSpeed's own loader does it; its other routes read in order.
             shuffle = (args[1] if len(args) > 1 else kwargs.get("route", "train")) == "train"
             kwargs["data_sampler"] = DistributedSampler(dataset, world_size, rank, shuffle=shuffle)

@@ -1,17 +1,7 @@
-"""Universal checkpoints: DeepSpeed's format for another number of ranks, made once by DeepSpeed's own converter.
-
-``<tag>`` becomes ``<tag>_universal`` beside it. The converter runs as a process of its own on rank 0 while all ranks
-meet every few seconds, so that no collective's timeout ends a conversion that takes an hour.
-"""
+"""Universal checkpoints, DeepSpeed's format for another number of ranks: known, and loaded whole."""
 
 import contextlib
-import json
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,59 +9,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import (
-    BASE_OPTIMIZER_STATE,
-    FROZEN_PARAM_FRAGMENTS,
-    FROZEN_PARAM_SHAPES,
-    OPTIMIZER_STATE_DICT,
-    PARAM_GROUPS,
-    PARAM_SHAPES,
-)
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, FROZEN_PARAM_SHAPES, PARAM_GROUPS, PARAM_SHAPES
 
-from deepspeed_alst.engine.checkpoint_files import check_files, read
-from deepspeed_alst.errors import CheckpointError
-from deepspeed_alst.parallel.agreement import gather_objects, raise_together
-
-_CONVERTER = "deepspeed.checkpoint.ds_to_universal"
-_MEETING_SECONDS = 2.0
-_ADAMS_STATE = {"exp_avg", "exp_avg_sq"}
-# Written last, into a folder that this package made: what it was made of.
-_ORIGIN = "made_by_deepspeed_alst.json"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to convert."""
-
-    load_dir: Path
-    tag: str
-    optimizer_files: tuple[Path, ...]
-    """One for each rank that saved it."""
-    world_size: int
-    """Ranks of this run."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoint is."""
-        return self.load_dir / self.tag
-
-    @property
-    def target(self) -> Path:
-        """Where the universal one goes."""
-        return self.load_dir / f"{self.tag}_universal"
-
-    def command(self, target: Path) -> list[str]:
-        """DeepSpeed's converter; the flag only adds what is missing."""
-        folders = ["--input_folder", str(self.folder), "--output_folder", str(target)]
-        return [sys.executable, "-m", _CONVERTER, *folders, "--inject_missing_state"]
-
-    def way_out(self) -> str:
-        """How a user converts it to another place."""
-        command = ["python", *self.command(Path("ELSEWHERE") / self.target.name)[1:]]
-        return (
-            f"To convert it to another folder: {shlex.join(command)}; then "
-            f"engine.load_checkpoint('ELSEWHERE', tag='{self.target.name}')"
-        )
+from deepspeed_alst.engine.checkpoint_files import read
 
 
 def is_universal(folder: Path) -> bool:
@@ -88,150 +28,6 @@ def as_universal(engine: Any, universal: bool) -> Iterator[None]:
         yield
     finally:
         config.load_universal_checkpoint = before
-
-
-def convert_together(source: Source, group: Any) -> str:
-    """Convert on rank 0, or take what an earlier conversion left, while the others wait; returns the tag to load.
-
-    Raises:
-        CheckpointError: on all ranks, with the way out.
-    """
-    conversion = _Conversion(source) if dist.get_rank() == 0 else None
-    try:
-        raise_together(conversion.start() if conversion else None, group)
-        while any(gather_objects(conversion is not None and conversion.is_running(), group)):
-            pass
-        raise_together(conversion.finish() if conversion else None, group)
-    finally:
-        if conversion:
-            conversion.clean()
-    return source.target.name
-
-
-class _Conversion:
-    """Rank 0's part: a process that writes to a folder which takes the target's name once it is whole."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._partial = source.load_dir / f"{source.tag}_universal.partial"
-        self._log = self._partial / "log"
-        self._process: subprocess.Popen | None = None
-
-    def start(self) -> CheckpointError | None:
-        """Start the process, unless there is a universal checkpoint of these very files."""
-        source = self._source
-        saved_on = len(source.optimizer_files)
-        why = f"deepspeed_alst: {source.folder} was saved on {saved_on} ranks and this run has {source.world_size}: "
-        try:
-            _check_convertible(source)
-            if _is_fresh(source):
-                print(f"{why}loading {source.target}, converted before", file=sys.stderr)
-                return None
-            _check_space(source)
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
-        except CheckpointError as error:
-            return error
-        except OSError as error:
-            return CheckpointError(f"{source.folder}: nothing can be written beside it ({error}). {source.way_out()}")
-        print(f"{why}converting it, once, to {source.target}", file=sys.stderr)
-        with self._log.open("w") as log:
-            command = source.command(self._partial / source.target.name)
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        return None
-
-    def is_running(self) -> bool:
-        """Whether the process goes on; waits a moment for its end."""
-        if self._process is None:
-            return False
-        try:
-            self._process.wait(_MEETING_SECONDS)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
-
-    def finish(self) -> CheckpointError | None:
-        """Give the folder its name."""
-        if self._process is None:
-            return None
-        source, made = self._source, self._partial / self._source.target.name
-        try:
-            if self._process.returncode or not is_universal(made):
-                last = "\n".join(self._log.read_text(errors="replace").strip().splitlines()[-5:])
-                return CheckpointError(
-                    f"{source.folder} could not be converted to a universal checkpoint; DeepSpeed's converter ended "
-                    f"with status {self._process.returncode}:\n{last}\n{source.way_out()}"
-                )
-            (made / _ORIGIN).write_text(json.dumps(_fingerprint(source)))
-            shutil.rmtree(source.target, ignore_errors=True)
-            made.rename(source.target)
-            # Which ds_config's checkpoint.load_universal reads.
-            (self._partial / "latest_universal").replace(source.load_dir / "latest_universal")
-        except OSError as error:
-            return CheckpointError(f"{source.target} could not be written: {error}. {source.way_out()}")
-        return None
-
-    def clean(self) -> None:
-        """End what runs and remove what is not whole."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-
-def _check_convertible(source: Source) -> None:
-    check_files(source.optimizer_files)
-    left = {each.name for each in source.folder.glob("*_optim_states.pt")} - {f.name for f in source.optimizer_files}
-    if left:
-        raise CheckpointError(
-            f"{source.folder} was saved on {len(source.optimizer_files)} ranks but holds other optimizer files too, "
-            f"left from an earlier save under the same tag; remove them: {', '.join(sorted(left))}"
-        )
-    # DeepSpeed's own wrapper around torch's state dict has another name at ZeRO 3.
-    saved = read(source.optimizer_files[0])[OPTIMIZER_STATE_DICT]
-    state = saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT))["state"]
-    missing = _ADAMS_STATE - set().union(*state.values())
-    if missing:
-        raise CheckpointError(
-            f"{source.folder} was saved on {len(source.optimizer_files)} ranks and this run has {source.world_size}: "
-            f"DeepSpeed's universal checkpoints hold Adam's state only, and this optimizer has no {min(missing)}. "
-            f"Resume on {len(source.optimizer_files)} ranks, or load the weights alone: load_module_only=True"
-        )
-
-
-def _fingerprint(source: Source) -> dict[str, Any]:
-    return {each.name: [each.stat().st_size, each.stat().st_mtime_ns] for each in source.optimizer_files}
-
-
-def _is_fresh(source: Source) -> bool:
-    """Whether the target is there and made of these files.
-
-    Raises:
-        CheckpointError: it is there, is older than they are, and is not this package's to replace.
-    """
-    target, origin = source.target, source.target / _ORIGIN
-    if not target.exists():
-        return False
-    if origin.is_file():
-        return is_universal(target) and json.loads(origin.read_text()) == _fingerprint(source)
-    newest = max(each.stat().st_mtime_ns for each in source.optimizer_files)
-    if is_universal(target) and (target / "zero" / "optimizer_state.pt").stat().st_mtime_ns >= newest:
-        return True
-    raise CheckpointError(
-        f"{target} is in the way: it is not a universal checkpoint of {source.folder} as it is now. Remove it, or load "
-        f"it by its name: engine.load_checkpoint('{source.load_dir}', tag='{target.name}')"
-    )
-
-
-def _check_space(source: Source) -> None:
-    """The converter writes every optimizer state twice: in pieces, and whole."""
-    needed = 2 * sum(each.stat().st_size for each in source.optimizer_files)
-    free = shutil.disk_usage(source.load_dir).free
-    if free < needed:
-        raise CheckpointError(
-            f"{source.folder}: its conversion needs {needed / 2**30:.1f} GiB beside it, and {free / 2**30:.1f} GiB are "
-            f"free. {source.way_out()}"
-        )
 
 
 def restore_the_rest(engine: Any, folder: Path, model_file: Path, with_optimizer: bool) -> None:
@@ -264,14 +60,17 @@ def _restore_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def _restore_frozen_shards(engine: Any, folder: Path, model_file: Path) -> None:
-    """Frozen weights of ZeRO 3, from the pieces that the ranks saved; rank 0 reads, all take part."""
+    """Frozen weights of ZeRO 3, from the pieces that the ranks saved.
+
+    All ranks open the files, so that a missing one stops all; rank 0's values count.
+    """
     shapes = read(model_file)[FROZEN_PARAM_SHAPES] or {}
     frozen = [(name, param) for name, param in engine.module.named_parameters() if name in shapes]
     num_pieces = len(list(folder.glob("zero_pp_rank_*_mp_rank_00_model_states.pt")))
     files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(num_pieces)]
-    pieces = [read(each)[FROZEN_PARAM_FRAGMENTS] for each in files] if frozen and dist.get_rank() == 0 else []
+    pieces = [read(each)[FROZEN_PARAM_FRAGMENTS] for each in files] if frozen else []
     for name, param in frozen:
         with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-            if pieces:
+            if dist.get_rank() == 0:
                 whole = torch.cat([piece[name].flatten() for piece in pieces])
                 param.data.copy_(whole[: param.numel()].view(shapes[name]))

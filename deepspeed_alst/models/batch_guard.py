@@ -1,6 +1,6 @@
 """Looks at every batch before the model sees it: is it a shard, and do all ranks of a sequence hold the same cut?
 
-Runs as a forward pre-hook of the model: one small exchange over gloo and two scalars read from the device per forward
+Runs as a forward pre-hook of the model: one small exchange over gloo and a few scalars read from the device per forward
 (not per layer), so that all ranks raise together and none is left waiting in a collective.
 """
 
@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
-from deepspeed_alst.data.checks import whole_numbers
+from deepspeed_alst.data.checks import checked
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.linear_split import CACHES
 from deepspeed_alst.models.router_loss import router_problem
+from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
@@ -59,6 +60,7 @@ def guard_batches(
     model: torch.nn.Module, groups: SequenceGroups, calls: Calls, undo: ExitStack, planner: Planner | None = None
 ) -> None:
     """Install the check, and with it a planner's decision; ``undo.close()`` removes it."""
+    vocabulary = vocabulary_of(model)
 
     @torch.compiler.disable
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,7 +74,7 @@ def guard_batches(
             if kwargs.get("cu_seq_lens_q") is not None:
                 bounds = kwargs["cu_seq_lens_q"].tolist()
             calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
-            kwargs |= whole_numbers(kwargs)
+            kwargs |= checked(kwargs, vocabulary)
             facts = _facts(module, args, kwargs, bounds, groups, calls)
         except DataError as error:
             facts = _Facts(str(error))

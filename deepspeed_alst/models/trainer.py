@@ -41,7 +41,12 @@ def training_step(
     check_trainer(trainer)
     gradient_state = trainer.accelerator.gradient_state
     last_of_step = gradient_state.sync_gradients
-    micro_steps = _exchange(session, inputs, {_NUM_ITEMS: num_items_in_batch})
+    batches = getattr(trainer, "current_gradient_accumulation_steps", "?")
+    progress = (
+        f"in training of {trainer.state.max_steps} steps, {batches} batches for a step"
+        f"{', the last of its data' * gradient_state.end_of_dataloader}"
+    )
+    micro_steps = _exchange(session, inputs, {_NUM_ITEMS: num_items_in_batch}, progress)
     losses = []
     for place, (shard, extras) in enumerate(micro_steps):
         # Gradients are reduced and the weights stepped after the last of them only.
@@ -74,6 +79,9 @@ def evaluation(trainer: Any) -> Iterator[None]:
     trainer.prediction_step, trainer.preprocess_logits_for_metrics = prediction_step, None
     try:
         yield
+        session = getattr(trainer.model_wrapped, "alst", None)
+        if session is not None:
+            session.meet("at the end of an evaluation")
     finally:
         trainer.preprocess_logits_for_metrics = preprocess
         if had_own:
@@ -128,7 +136,7 @@ def _prediction_step(
     # Counted over all ranks' own batches, as at SP 1.
     extras = {_NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
     own_loss, pieces = None, []
-    for place, (shard, counts) in enumerate(_exchange(session, inputs, extras)):
+    for place, (shard, counts) in enumerate(_exchange(session, inputs, extras, "within an evaluation")):
         with (
             session.calls.of_whole_sequence(),
             _counted_items(trainer, counts),
@@ -158,14 +166,16 @@ def _own_labels(trainer: Any, inputs: Any) -> Any:
     return labels[0] if len(labels) == 1 else labels
 
 
-def _exchange(session: Any, inputs: Any, extras: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _exchange(
+    session: Any, inputs: Any, extras: dict[str, Any], progress: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """P pairs: this rank's shard of each rank's batch, and the numbers that its owner sent along."""
     labels = inputs.get("labels")
     if labels is not None:
         # A row's first token has no prediction.
         extras = {**extras, _NUM_LABELS: labels[:, 1:].ne(IGNORED_LABEL).sum()}
     pairs = []
-    for shard in session.exchange({**inputs, **extras}):
+    for shard in session.exchange({**inputs, **extras}, progress):
         counts = {name: shard.pop(name, None) for name in (_NUM_ITEMS, _NUM_LABELS)}
         pairs.append((shard, counts))
     return pairs

@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from deepspeed_alst.data.checks import Vocabulary
+
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside PEFT's and torch.compile's wrappers, one within the other; itself if there is none.
@@ -20,12 +22,14 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
             return model
 
 
-def vocabulary_of(model: torch.nn.Module) -> int | None:
-    """How many tokens a transformers model has logits for, by its config or its head, whichever has more."""
+def vocabulary_of(model: torch.nn.Module) -> Vocabulary:
+    """How many tokens a transformers model has embeddings for, and logits by its config or head, whichever has more."""
     base = base_model(model)
+    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None)
     head = base.get_output_embeddings()
     sizes = (getattr(base.config.get_text_config(), "vocab_size", None), getattr(head, "out_features", None))
-    return max((size for size in sizes if isinstance(size, int)), default=None)
+    logits = max((size for size in sizes if isinstance(size, int)), default=None)
+    return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits)
 
 
 def is_peft(model: torch.nn.Module) -> bool:

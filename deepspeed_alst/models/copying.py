@@ -1,0 +1,124 @@
+"""Copies of a patched model: by copy.deepcopy, pickle or torch.save, they are of the model that DeepSpeed was given.
+
+A copy belongs to no engine: what this package and DeepSpeed put on the model (hooks, methods, classes) would use the
+engine's process groups and counters. So a module is copied as it was, with its weights, flags and whatever the program
+has changed since.
+"""
+
+import copyreg
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers.utils import output_capturing
+
+from deepspeed_alst.errors import UnsupportedModelError
+
+_REDUCE = "__reduce_ex__"
+_CONTENTS = ("_parameters", "_buffers", "_modules")
+# Of now: a config's private name is copied as the name that it stands for.
+_CURRENT = (*_CONTENTS, "training", "config")
+_CAPTURING = "_output_capturing_hooks_installed"
+_ABSENT = object()
+
+
+def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, undo: ExitStack) -> Callable[..., Any]:
+    """Have copies of a model, and of each module in it, be of what it is now; ``undo.close()`` takes that back.
+
+    Args:
+        build: builds the engine, when all else is patched. What differs after it is left out of copies.
+        model: not patched yet.
+        undo: takes it back.
+
+    Returns:
+        ``build``, to be called in its place.
+    """
+    before = {module: (type(module), _shallow(module)) for module in model.modules()}
+
+    @functools.wraps(build)
+    def build_and_seal(*args: Any, **kwargs: Any) -> Any:
+        built = build(*args, **kwargs)
+        for module, (cls, attributes) in before.items():
+            changes = _Changes(cls, attributes, _shallow(module))
+            vars(module)[_REDUCE] = functools.partial(_reduce, module, changes)
+            undo.callback(vars(module).pop, _REDUCE, None)
+        for param in model.parameters():
+            if type(param) is torch.nn.Parameter:
+                vars(param)[_REDUCE] = functools.partial(_reduce_weight, param)
+                undo.callback(vars(param).pop, _REDUCE, None)
+        return built
+
+    return build_and_seal
+
+
+class _Changes:
+    """What was done to one module: its class and attributes before, its attributes after."""
+
+    def __init__(self, cls: type, before: dict[str, Any], after: dict[str, Any]) -> None:
+        self.cls = cls
+        self._hooks = {
+            key: value.keys() - before.get(key, {}).keys() for key, value in after.items() if _has_hooks(key, value)
+        }
+        self._values = {
+            key: (before.get(key, _ABSENT), value)
+            for key, value in after.items()
+            if before.get(key, _ABSENT) is not value and key not in (*self._hooks, *_CURRENT)
+        }
+
+    def without(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """A module's attributes of now, without what was done to it."""
+        left = {}
+        for key, value in attributes.items():
+            if key in _CONTENTS:
+                value = dict(value.items())  # of ZeRO's own class
+            elif key in self._hooks:
+                kept = {each: hook for each, hook in value.items() if each not in self._hooks[key]}
+                value = type(value)((each, hook) for each, hook in kept.items() if not _captures(hook))
+            else:
+                value = getattr(value, "alst_before", value)  # checkpoints.py
+            before, after = self._values.get(key, (_ABSENT, _ABSENT))
+            value = before if value is after else value
+            if value is not _ABSENT:
+                left[key] = value
+        return {key: value for key, value in left.items() if key not in (_REDUCE, _CAPTURING)}
+
+
+def _shallow(module: torch.nn.Module) -> dict[str, Any]:
+    return {key: dict(value) if _has_hooks(key, value) else value for key, value in vars(module).items()}
+
+
+def _has_hooks(key: str, value: Any) -> bool:
+    """Whether an attribute of torch's modules has hooks by number, or their properties."""
+    return isinstance(value, dict) and "_hooks" in key
+
+
+def _captures(hook: Any) -> bool:
+    """Whether a hook is what transformers puts on in a first forward, cannot pickle, and puts on again."""
+    return getattr(hook, "__module__", "") == output_capturing.__name__
+
+
+def _reduce(module: torch.nn.Module, changes: _Changes, protocol: Any) -> Any:
+    """``module.__reduce_ex__`` of the module as it was."""
+    for param in module.parameters():
+        if hasattr(param, "ds_status") and param.ds_status.name != "AVAILABLE":
+            raise UnsupportedModelError(
+                f"{changes.cls.__name__} cannot be copied or pickled under ZeRO 3: its weights are split over the "
+                "ranks. Copy it before deepspeed.initialize, or within "
+                "deepspeed.zero.GatheredParameters(model.parameters()); to save it: engine.save_checkpoint"
+            )
+    twin = changes.cls.__new__(changes.cls)
+    vars(twin).update(changes.without(vars(module)))
+    function, arguments, *state = changes.cls.__reduce_ex__(twin, protocol)
+    if function is copyreg.__newobj__:  # which pickle refuses where an object's class is another now
+        function, arguments = copyreg._reconstructor, (changes.cls, object, None)
+    return function, arguments, *state
+
+
+def _reduce_weight(param: torch.nn.Parameter, protocol: Any) -> Any:
+    """Without what DeepSpeed keeps on it; alone, where it is part of a buffer of many."""
+    data = param.detach()
+    if data.untyped_storage().nbytes() > data.nbytes:
+        data = data.clone()
+    return torch._utils._rebuild_parameter, (data, param.requires_grad, {})
