@@ -33,7 +33,7 @@ from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.cores import keeps_documents_apart, starts_at_lowest
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.fused import fuse_norms_and_rope
@@ -107,6 +107,7 @@ def initialize(
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         install_metrics(engine, undo)
+        session.split_whole_batches(engine)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, reduction_of(config).dtype, undo)
@@ -210,7 +211,8 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack
 
 def _session(model: Any, config: AlstConfig, groups: SequenceGroups, undo: ExitStack) -> Session:
     packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
-    return Session(config, groups, UlyssesMpu(groups), packing, marks_padding, vocabulary_of(model), undo)
+    mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
+    return Session(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), undo)
 
 
 def _prepare_model(

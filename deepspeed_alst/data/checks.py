@@ -1,9 +1,11 @@
 """What the numbers of a batch must be before it is split: tensors of whole numbers, and labels that have a logit."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
@@ -72,4 +74,15 @@ def _check_range(key: str, labels_BS: torch.Tensor, vocabulary: int) -> None:
             f"{key} of row {row} has {int(labels_BS[row, token])} at token {token}, and the model has logits for 0 to "
             f"{vocabulary - 1}. Use the model's own tokenizer, or model.resize_token_embeddings before "
             f"deepspeed.initialize; a token without a label has {IGNORED_LABEL}"
+        )
+
+
+def warn_of_padding(length: int, padded: int, multiple: int) -> None:
+    """Say once on rank 0 that sequences are mostly padding to a multiple of tokens."""
+    # The same text each time, so that Python says it once.
+    if padded > 2 * length and dist.get_rank() == 0:
+        warnings.warn(
+            "more than half of the tokens of a batch are padding, which costs as much as they do: sequences are padded "
+            f"to a multiple of {multiple} tokens. Set alst.pad_to_multiple_of to fewer, or pack the samples.",
+            stacklevel=3,
         )
