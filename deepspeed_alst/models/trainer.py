@@ -80,6 +80,8 @@ def evaluation(trainer: Any) -> Iterator[None]:
         splitting = session.whole_batches() if session is not None and whole else contextlib.nullcontext()
         with logits_wanted(trainer.model, not prediction_loss_only), splitting:
             if session is None or whole:
+                if whole and session is not None and model is trainer.model:
+                    model = trainer.model_wrapped  # the engine, which splits
                 loss, logits, labels = predict(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
                 return loss, logits if preprocess is None or logits is None else preprocess(logits, labels), labels
             return _prediction_step(
