@@ -93,7 +93,6 @@ def initialize(
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
     raise_together(_error_in(arguments.get("model"), config), control_group)
-
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)

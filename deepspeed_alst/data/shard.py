@@ -144,11 +144,12 @@ def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
         DataError: it has not as many labels as tokens are kept.
     """
     keep = batch.get("logits_to_keep")
+    batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
     if keep is None or (isinstance(keep, int) and keep == 0) or not _has_labels(batch):
         return batch
     tokens = next(batch[key] for key in _LENGTH_KEYS if batch.get(key) is not None)
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    places = places[slice(-keep, None) if isinstance(keep, int) else keep]
+    places = places[kept_places(keep)]
     key = "shift_labels" if batch.get("shift_labels") is not None else "labels"
     kept = batch[key]
     if kept.shape != (tokens.shape[0], len(places)):
@@ -158,7 +159,12 @@ def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
         )
     shifted = torch.full(tokens.shape[:2], IGNORED_LABEL, dtype=kept.dtype, device=kept.device)
     shifted[:, places.to(kept.device)] = kept if key == "shift_labels" else shift_labels(kept)
-    return {name: x for name, x in batch.items() if name != "logits_to_keep"} | dict.fromkeys(_LABEL_KEYS, shifted)
+    return batch | dict.fromkeys(_LABEL_KEYS, shifted)
+
+
+def kept_places(keep: Any) -> Any:
+    """The tokens that transformers means by ``logits_to_keep``, as an index."""
+    return slice(-keep, None) if isinstance(keep, int) else keep
 
 
 def _has_labels(batch: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from deepspeed_alst.data.shard import PLACE, labels_of_all
+from deepspeed_alst.data.shard import PLACE, kept_places, labels_of_all
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.models.batch_guard import WAY_OUT, Facts, problem_of
 from deepspeed_alst.models.predictions import gather_predictions, is_too_large
@@ -62,7 +62,7 @@ def _is_whole(batch: dict[str, Any]) -> bool:
 
 
 def _forward(session: Any, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
-    groups, trains = session.groups, torch.is_grad_enabled()
+    groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
         facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
         batch = labels_of_all(batch)
@@ -89,7 +89,8 @@ def _forward(session: Any, forward: Callable[..., Any], batch: dict[str, Any]) -
         return output
     logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
-    return type(output)(**found, logits=_whole_logits(logits, length, trains, session))
+    made = _whole_logits(logits, length, trains, session)
+    return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, kept_places(keep)])
 
 
 def _whole_logits(pieces: list[Any], length: int, trains: bool, session: Any) -> Any:
