@@ -13,6 +13,7 @@ _PROGRAMS = {
     "transformers.integrations.deepspeed": ("load_sharded_under_zero3", "hook_trainer_config"),
     "transformers.trainer": ("hook_trainer",),
     "accelerate.utils.dataclasses": ("hook_accelerate_config",),
+    "accelerate.accelerator": ("hook_accelerator",),
 }
 
 

@@ -35,7 +35,7 @@ from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.copying import with_plain_copies
-from deepspeed_alst.models.cores import keeps_documents_apart
+from deepspeed_alst.models.cores import keeps_documents_apart, starts_at_lowest
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.fused import fuse_norms_and_rope
@@ -95,7 +95,6 @@ def initialize(
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
     raise_together(_error_in(arguments.get("model"), config), control_group)
-
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
@@ -111,6 +110,7 @@ def initialize(
         if adopted is not None:
             adopt(engine, session, adopted, undo)
         install_metrics(engine, undo)
+        session.split_whole_batches(engine)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, reduction_of(config).dtype, undo)
@@ -217,7 +217,8 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack
 
 def _session(model: Any, config: AlstConfig, groups: SequenceGroups, undo: ExitStack) -> Session:
     packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
-    return Session(config, groups, UlyssesMpu(groups), packing, marks_padding, vocabulary_of(model), undo)
+    mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
+    return Session(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), undo)
 
 
 def _prepare_model(

@@ -225,6 +225,18 @@ def hook_accelerate_config(module: ModuleType) -> None:
     plugin_class.deepspeed_config_process = deepspeed_config_process
 
 
+def hook_accelerator(module: ModuleType) -> None:
+    """Have the engine split the batches of loaders that accelerate prepares; the HF Trainer's have their own plan.
+
+    Args:
+        module: ``accelerate.accelerator``.
+    """
+    from deepspeed_alst.data.prepared import hook_loaders
+
+    if not hasattr(module.Accelerator.prepare_data_loader, _MARK):
+        hook_loaders(module.Accelerator, _MARK, _splits_sequences)
+
+
 def hook_trainer(module: ModuleType) -> None:
     """Have the HF Trainer's steps go over shards where its engine splits the sequence; others stay as they are.
 

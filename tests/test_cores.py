@@ -550,8 +550,6 @@ def test_a_single_document_of_a_packing_collator_is_a_document():
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"position_ids": torch.tensor([[0, 1, 2, 5, 6, 7]])}, "position_ids jump to 5 at token 3"),
-        ({"position_ids": torch.tensor([[1, 2, 3, 0, 1, 2]])}, "position_ids start at 1"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 6])}, "documents that end at 2, 6, position_ids some that end at 3, 6"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "cu_seq_lens_q goes from 0 to 5"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 3, 6])}, "it must rise"),

@@ -8,7 +8,7 @@ from collections import UserDict
 import pytest
 import torch
 
-from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch, shift_labels
+from deepspeed_alst.data.shard import PLACE, REAL_TOKENS, shard_batch, shift_labels
 from deepspeed_alst.errors import DataError
 
 # B, S, P, multiple: ragged, exact, shorter than one shard, a single token, more padding than tokens.
@@ -39,17 +39,9 @@ def padded_rows(rows: list[list[int]], multiple: int, value: int) -> list[list[i
     return padded
 
 
-def shifted_rows(rows: list[list[int]], starts: list[list[bool]] | None = None) -> list[list[int]]:
-    """The definition of a shift: a token's label is the next token's, unless that starts a document or is not there."""
-    shifted = []
-    for r, row in enumerate(rows):
-        shifted.append(
-            [
-                row[i + 1] if i + 1 < len(row) and not (starts is not None and starts[r][i + 1]) else -100
-                for i in range(len(row))
-            ]
-        )
-    return shifted
+def shifted_rows(rows: list[list[int]]) -> list[list[int]]:
+    """The definition of a shift: a token's label is the next token's; the last token of a row has none."""
+    return [[*row[1:], -100] for row in rows]
 
 
 def refusal(batch, sp_size=2, multiple=2) -> str:
@@ -299,9 +291,9 @@ def test_packed_documents_come_with_their_bounds_and_padding_is_a_document_of_it
     }
     assert {x.dtype for x in sharded.common.values()} == {torch.int32}
     assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
-    # The label of a document's first token is nobody's, as the packing collators have it.
-    assert whole(sharded, "labels").tolist() == [[1, 2, 3, -100, 5, -100, -100, -100]]
-    assert whole(sharded, "shift_labels").tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]]
+    # transformers' loss moves the row's labels and looks at no document; packing collators mask the first of each.
+    assert whole(sharded, "labels").tolist() == [[1, 2, 3, 4, 5, -100, -100, -100]]
+    assert whole(sharded, "shift_labels").tolist() == [[2, 3, 4, 5, -100, -100, -100, -100]]
 
 
 def test_positions_of_the_padding_of_packed_documents_are_not_higher_than_theirs():
@@ -323,17 +315,60 @@ def test_where_packing_is_possible_rows_of_one_document_stay_as_they_are():
         assert {key: x.tolist() for key, x in got.items()} == {key: x.tolist() for key, x in expected.items()}
 
 
-def test_positions_that_do_not_start_at_zero_are_refused():
-    message = refusal({"input_ids": tokens(2, 5), "position_ids": torch.arange(1, 6).expand(2, 5)})
-    assert "position_ids start at 1, not at 0" in message
+@pytest.mark.parametrize(
+    ("positions", "bounds"),
+    [
+        ([7, 8, 9, 10, 11], None),
+        ([0, 1, 5, 6, 7], [0, 2, 5, 8]),
+        ([0, 2, 4, 6, 8], [0, 1, 2, 3, 4, 5, 8]),
+        ([0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 8]),
+        ([3, 4, 0, 1, 2], [0, 2, 5, 8]),
+    ],
+)
+def test_documents_are_those_that_transformers_reads_out_of_positions_and_shards_say_whose_they_are(positions, bounds):
+    from transformers.masking_utils import find_packed_sequence_indices
+
+    batch = {"input_ids": tokens(1, 5), "position_ids": torch.tensor([positions])}
+    sharded = shard_batch(batch, 2, 4, packing=True)
+    found = sharded.common.get("cu_seq_lens_q")
+    assert (found is None and bounds is None) or found.tolist() == bounds
+    theirs = find_packed_sequence_indices(batch["position_ids"])
+    if bounds is not None:
+        numbers = torch.repeat_interleave(torch.arange(len(bounds) - 1), found.diff().long())[:5]
+        assert torch.equal(numbers, theirs[0] - theirs[0, 0])
+    else:
+        assert theirs is None
+    assert whole(sharded, "position_ids")[0, :5].tolist() == positions
+    if positions == [0] * 5:  # a count from 0 in each document tells by itself
+        assert all(PLACE not in shard for shard in sharded.shards)
+    else:
+        (rank_0, one), (rank_1, other) = (shard[PLACE].tolist() for shard in sharded.shards)
+        assert (rank_0, rank_1) == (0, 1) and one == other
+
+
+def test_with_a_mask_positions_are_positions_and_no_documents_as_in_transformers():
+    batch = {"input_ids": tokens(2, 5), "position_ids": torch.tensor([[0, 1, 7, 8, 9], [0, 3, 4, 5, 6]])}
+    sharded = shard_batch({**batch, "attention_mask": torch.ones(2, 5)}, 2, 4, packing=True)
+    assert sharded.common == {} and PLACE in sharded.shards[0]
+    # Flash attention is given no mask of ones.
+    with pytest.raises(DataError, match="2 rows"):
+        again = {**batch, "position_ids": torch.tensor([0, 1, 0, 1, 2]), "attention_mask": torch.ones(2, 5)}
+        shard_batch(again, 2, 4, packing=True, by_lowest=True)
+
+
+def test_flash_attention_starts_documents_at_the_lowest_position():
+    batch = {"input_ids": tokens(1, 6), "position_ids": torch.tensor([[2, 3, 9, 2, 3, 4]])}
+    assert shard_batch(batch, 2, 6, True, by_lowest=True).common["cu_seq_lens_q"].tolist() == [0, 3, 6]
+    batch["position_ids"] = torch.tensor([[5, 6, 0, 1, 2, 3]])
+    with pytest.raises(DataError, match="part of none"):
+        shard_batch(batch, 2, 6, True, by_lowest=True)
 
 
 @pytest.mark.parametrize("S", [1, 2, 7, 63])
-def test_the_last_token_of_a_document_has_no_label_and_every_other_the_next_tokens(S):
-    torch.manual_seed(S)
-    labels, starts = tokens(3, S), torch.rand(3, S) < 0.3
-    got = shift_labels(labels, starts)
-    assert got.tolist() == shifted_rows(labels.tolist(), starts.tolist())
+def test_the_last_token_of_a_row_has_no_label_and_every_other_the_next_tokens(S):
+    labels = tokens(3, S)
+    got = shift_labels(labels)
+    assert got.tolist() == shifted_rows(labels.tolist())
     assert got.shape == labels.shape and got.dtype == labels.dtype
 
 

@@ -11,7 +11,7 @@ from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import trainer_config
-from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.errors import AlstError, ConfigError
 
 
 def tokenizer():
@@ -127,3 +127,55 @@ def test_what_sft_cannot_have_is_refused(ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(dft, 2)
     assert all(isinstance(error, ConfigError) and "loss_type='dft'" in str(error) for error in caught.value.errors)
+
+
+def refuse(name: str) -> None:
+    import trl
+    from datasets import Dataset
+    from transformers import LlamaForSequenceClassification
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    rows = {
+        "DPO": [{"prompt": "ab", "chosen": "cde", "rejected": "fg"}],
+        "KTO": [
+            {"prompt": "ab", "completion": "cde", "label": True},
+            {"prompt": "a", "completion": "d", "label": False},
+        ],
+        "Reward": [{"chosen": "abcde", "rejected": "abfg"}],
+    }.get(name, [{"prompt": "abc"}])
+    generating = {"num_generations": 2, "max_completion_length": 4} if name in ("GRPO", "RLOO") else {}
+    if name in ("GRPO", "RLOO"):
+        generating["generation_batch_size"] = 4
+    with tempfile.TemporaryDirectory() as folder:
+        args = getattr(trl, f"{name}Config")(
+            output_dir=folder,
+            use_cpu=True,
+            deepspeed=trainer_config(Cell(stage=2), 2),
+            per_device_train_batch_size=2,
+            max_steps=1,
+            report_to="none",
+            bf16=False,
+            **generating,
+        )
+        config = model_config(Cell())
+        config.pad_token_id, config.num_labels = 0, 1
+        model = LlamaForSequenceClassification(config) if name == "Reward" else build_model(config)
+        reward = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if generating else {}
+        trainer = getattr(trl, f"{name}Trainer")(
+            model, args=args, train_dataset=Dataset.from_list(8 * rows), processing_class=tokenizer(), **reward
+        )
+        try:
+            trainer.train()
+        finally:
+            getattr(trainer.model_wrapped, "destroy", lambda: None)()
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "RLOO", "GRPO", "Reward"])
+def test_preference_and_reinforcement_learning_are_refused_by_the_trainers_name(name, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(refuse, name)
+    errors = caught.value.errors
+    assert all(isinstance(error, AlstError) for error in errors), errors
+    wanted = "LlamaForSequenceClassification" if name == "Reward" else f"{name}Trainer"
+    assert all(wanted in str(error) for error in errors), errors

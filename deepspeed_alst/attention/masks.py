@@ -32,7 +32,7 @@ def check_padding_mask(mask_BS: torch.Tensor) -> None:
 def document_starts(position_ids_BS: torch.Tensor) -> torch.Tensor:
     """Where a new document starts inside a row: ``[B, S] -> [B, S]`` bool, the first token of a row excluded.
 
-    Packed samples are known by position ids that do not go on by one.
+    As transformers' masks do it: packed samples are known by position ids that do not go on by one.
     """
     starts_BS = torch.zeros_like(position_ids_BS, dtype=torch.bool)
     starts_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
@@ -43,7 +43,7 @@ def check_one_document(position_ids_BS: torch.Tensor) -> None:
     """Refuse packed samples where the attention would let their documents see one another.
 
     Raises:
-        DataError: position ids restart inside a row, or do not start at 0.
+        DataError: position ids restart inside a row.
     """
     starts_BS = document_starts(position_ids_BS)
     if starts_BS.any():
@@ -52,29 +52,27 @@ def check_one_document(position_ids_BS: torch.Tensor) -> None:
             f"position_ids restart at token {column} of row {row}: this model does not keep packed samples apart under "
             "sequence parallelism. Give one document per row, or leave position_ids out."
         )
-    _check_start(position_ids_BS)
 
 
-def document_bounds(position_ids_BS: torch.Tensor) -> torch.Tensor | None:
+def document_bounds(position_ids_BS: torch.Tensor, by_lowest: bool = False) -> torch.Tensor | None:
     """Where the N documents of the first row start and end: ``[B, S] -> [N + 1]`` int32; None if no row has several.
 
+    With ``by_lowest`` a document starts at each token that has the lowest position, as transformers' flash attention
+    has it.
+
     Raises:
-        DataError: the position ids of a document do not start at 0.
+        DataError: with ``by_lowest``, tokens before the first document.
     """
     starts_BS = document_starts(position_ids_BS)
-    _check_start(position_ids_BS)
+    if by_lowest:
+        starts_BS = position_ids_BS == position_ids_BS.amin(dim=1, keepdim=True)
+        if not starts_BS[:, 0].all():
+            raise DataError(
+                "position_ids start higher than their lowest, at which flash attention starts a document: the tokens "
+                "before it would be part of none. Start them at the lowest, or leave them out."
+            )
+        starts_BS[:, 0] = False
     if not starts_BS.any():
         return None
-    if (wrong := starts_BS & (position_ids_BS != 0)).any():
-        row, column = wrong.nonzero()[0].tolist()
-        raise DataError(
-            f"position_ids jump to {int(position_ids_BS[row, column])} at token {column} of row {row}: those of a "
-            "packed document must start at 0, and go on by one."
-        )
     ends = starts_BS.new_ones(1)
     return torch.cat([ends, starts_BS[0, 1:], ends]).nonzero().flatten().to(torch.int32)
-
-
-def _check_start(position_ids_BS: torch.Tensor) -> None:
-    if (position_ids_BS[:, 0] != 0).any():
-        raise DataError(f"position_ids start at {int(position_ids_BS[:, 0].max())}, not at 0. Leave them out.")

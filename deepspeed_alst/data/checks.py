@@ -1,10 +1,12 @@
 """What the numbers of a batch must be before it is split: tensors of whole numbers, within the model's vocabulary."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
@@ -95,4 +97,15 @@ def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
             f"{'logits' if is_label else 'embeddings'} for 0 to {size - 1}. Use the model's own tokenizer, or "
             "model.resize_token_embeddings before deepspeed.initialize"
             f"{f'; a token without a label has {IGNORED_LABEL}' * is_label}"
+        )
+
+
+def warn_of_padding(length: int, padded: int, multiple: int) -> None:
+    """Say once on rank 0 that sequences are mostly padding to a multiple of tokens."""
+    # The same text each time, so that Python says it once.
+    if padded > 2 * length and dist.get_rank() == 0:
+        warnings.warn(
+            "more than half of the tokens of a batch are padding, which costs as much as they do: sequences are padded "
+            f"to a multiple of {multiple} tokens. Set alst.pad_to_multiple_of to fewer, or pack the samples.",
+            stacklevel=3,
         )

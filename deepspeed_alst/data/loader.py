@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.data.checks import Vocabulary, checked
+from deepspeed_alst.data.checks import Vocabulary, checked, warn_of_padding
 from deepspeed_alst.data.message import Header, digest_of, layout, message_of, tokens_of, view
-from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.data.shard import shard_batch, uncut
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -67,8 +67,10 @@ class ShardedDataLoader:
         marks_padding: bool = False,
         vocabulary: Vocabulary | None = None,
         note: Callable[[int, int], None] | None = None,
+        by_lowest: bool = False,
+        whole: bool = False,
     ) -> None:
-        """``note`` is told before each micro-step whose batch it is: the rank, and its number in the epoch."""
+        """``note`` is told before each micro-step whose batch it is, and its number; ``whole``: batches stay uncut."""
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
@@ -76,6 +78,7 @@ class ShardedDataLoader:
         self._marks_padding = marks_padding
         self._vocabulary = vocabulary or Vocabulary()
         self._note = note
+        self._by_lowest, self._whole = by_lowest, whole
         self.num_pending = 0
         """Micro-steps still to come of the batches that the inner loaders have counted as done."""
 
@@ -189,11 +192,28 @@ class ShardedDataLoader:
             )
         return everyone
 
+    def cut(self, batch: Any) -> Any:
+        """This rank's shard of a batch that all ranks of its sequence have.
+
+        Raises:
+            DataError: on all ranks, whichever of them saw the reason.
+        """
+        header, message, error = self._header_of(batch, 0)
+        with naming_who_is_missing(self._groups.roll_group):
+            _raise_first(error, gather_objects(header, self._groups.control_group))
+        assert message is not None
+        piece, device = message.view(self._groups.sp_size, -1)[self._groups.sp_rank], tokens_of(batch).device
+        return {**header.values, **{spec.key: view(piece, spec).clone().to(device) for spec in header.specs}}
+
     def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, torch.Tensor | None, BaseException | None]:
         """A batch as a message of bytes, a part for each rank, and what the others must know of it."""
         try:
             whole, P = checked(batch, self._vocabulary), self._groups.sp_size
-            sharded = shard_batch(whole, P, self._multiple, self._packing, self._marks_padding)
+            if self._whole:
+                sharded = uncut(whole, P)
+            else:
+                sharded = shard_batch(whole, P, self._multiple, self._packing, self._marks_padding, self._by_lowest)
+                warn_of_padding(tokens_of(whole).shape[1], tokens_of(sharded.shards[0]).shape[1] * P, self._multiple)
             specs, num_bytes = layout(sharded)
             kind = type(batch) if isinstance(batch, UserDict) else dict
             message = message_of(sharded, specs, num_bytes)

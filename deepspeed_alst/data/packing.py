@@ -50,7 +50,7 @@ def positions_within(bounds: torch.Tensor) -> torch.Tensor:
 
 
 def documents_of(
-    position_ids_BS: torch.Tensor, given: torch.Tensor | None, rows: int, packing: bool
+    position_ids_BS: torch.Tensor, given: torch.Tensor | None, rows: int, packing: bool, by_lowest: bool = False
 ) -> torch.Tensor | None:
     """The bounds ``[N + 1]`` of a batch's documents, int32; None if every row is one document.
 
@@ -59,17 +59,18 @@ def documents_of(
         given: what the collator said, which must be the same.
         rows: of the batch.
         packing: whether the model's attention keeps documents apart.
+        by_lowest: see ``document_bounds``.
 
     Raises:
         DataError: documents where ``packing`` is off; several rows of them; position ids that say something else.
     """
     if not packing:
         check_one_document(position_ids_BS)
-    bounds = document_bounds(position_ids_BS)
+    bounds = document_bounds(position_ids_BS, by_lowest)
     if rows > 1 and (bounds is not None or given is not None):
         raise DataError(
-            f"packed documents in a batch of {rows} rows: transformers keeps them apart only in a batch of one row. "
-            "Pack all of them into one."
+            f"packed documents in a batch of {rows} rows (position_ids that do not go on by one): they are kept apart "
+            "in a batch of one row only. Pack all of them into one row, or leave position_ids out."
         )
     if given is None:
         return bounds

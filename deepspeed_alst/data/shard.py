@@ -3,6 +3,7 @@
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deepspeed_alst.attention.masks import check_padding_mask, document_starts
+from deepspeed_alst.attention.masks import check_one_document, check_padding_mask, document_starts
 from deepspeed_alst.data.packing import check_numbers, documents_of, positions_within, take_bounds, with_padding
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
@@ -18,9 +19,13 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL
 REAL_TOKENS = "alst_real_tokens"
 """The key that says which of a batch's tokens are the sample's own, and not padding."""
 
+PLACE = "alst_place"
+"""The key that says whose shard of which batch it is, ``[2]``: where position ids do not tell."""
+
 _LENGTH_KEYS = ("input_ids", "inputs_embeds")
 _LABEL_KEYS = ("labels", "shift_labels")
 _SPLIT_KEYS = (*_LENGTH_KEYS, *_LABEL_KEYS, "position_ids")
+_MADE = (*_SPLIT_KEYS, "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -32,28 +37,33 @@ class ShardedBatch:
 
 
 def shard_batch(
-    batch: Mapping[str, Any], sp_size: int, multiple: int, packing: bool = False, marks_padding: bool = False
+    batch: Mapping[str, Any],
+    sp_size: int,
+    multiple: int,
+    packing: bool = False,
+    marks_padding: bool = False,
+    by_lowest: bool = False,
 ) -> ShardedBatch:
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
     ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, the rest with 0, positions with none
     that is higher than the sample's: the last one again, or a count from 0 after packed documents. ``position_ids`` are
-    made where absent. ``shift_labels`` are the labels moved by one token, once, before the cut; the last token of a
-    document has none. A mask of ones or right padding is dropped. All else goes to every rank as it is.
+    made where absent. ``shift_labels`` are the row's labels moved by one token, as transformers' loss moves them. A
+    mask of ones or right padding is dropped. All else goes to every rank as it is.
 
     With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
-    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused.
-    With ``marks_padding``, for a router's loss, every shard says which of its tokens are no padding, neither the
-    mask's nor ours (``alst_real_tokens``, ``[B, s]`` bool).
+    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused. With
+    ``marks_padding``, for a router's loss, every shard says which of its tokens are no padding, neither the mask's nor
+    ours (``alst_real_tokens``, ``[B, s]`` bool). Where positions do not count from 0 in each document, it says whose
+    shard it is (``alst_place``).
 
     Raises:
         DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
     """
     whole = _whole_sequences(batch)
     length = _sequence_length(whole)
-    made = {*_SPLIT_KEYS, "attention_mask"}
     # None under one of the names that are made or dropped here means that it is absent.
-    common = {key: value for key, value in batch.items() if key not in whole and not (key in made and value is None)}
+    common = {key: value for key, value in batch.items() if key not in whole and not (key in _MADE and value is None)}
     if (mask := common.pop("attention_mask", None)) is not None:
         _check_mask(mask, whole, length)
     given = take_bounds(common, length)
@@ -61,16 +71,9 @@ def shard_batch(
     if "position_ids" not in whole:
         row = torch.arange(length, device=tokens.device) if given is None else positions_within(given)
         whole["position_ids"] = row.expand(tokens.shape[0], length)
-    # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
-    positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
-    documents = documents_of(positions_BS, given, tokens.shape[0], packing)
-    starts_BS = document_starts(positions_BS)
-    if "seq_idx" in whole:
-        check_numbers(whole["seq_idx"], starts_BS)
+    documents = _documents(whole, mask, given, packing, by_lowest)
     if "labels" in whole and "shift_labels" not in whole:
-        # The first label of a document is nobody's. The packing collators mask it as well.
-        whole["labels"] = whole["labels"].masked_fill(starts_BS, IGNORED_LABEL)
-        whole["shift_labels"] = shift_labels(whole["labels"], starts_BS)
+        whole["shift_labels"] = shift_labels(whole["labels"])
     if marks_padding:
         whole[REAL_TOKENS] = _real_tokens(mask, tokens)
     padded = -(-length // multiple) * multiple
@@ -80,14 +83,104 @@ def shard_batch(
         key: _pad(key, x, padded, documents is not None).tensor_split(sp_size, _sequence_dim(key))
         for key, x in whole.items()
     }
-    return ShardedBatch([{key: cut[rank] for key, cut in pieces.items()} for rank in range(sp_size)], common)
+    shards = [{key: cut[rank] for key, cut in pieces.items()} for rank in range(sp_size)]
+    _stamp(shards, whole, documents)
+    return ShardedBatch(shards, common)
 
 
-def shift_labels(labels_BS: torch.Tensor, starts_BS: torch.Tensor) -> torch.Tensor:
-    """The label of each token is the next token's: ``[B, S] -> [B, S]``, none at the end of a row or document."""
-    # A token whose successor starts a document predicts nothing.
-    masked_BS = labels_BS.masked_fill(starts_BS, IGNORED_LABEL)
-    return F.pad(masked_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+def _stamp(
+    shards: list[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor], documents: torch.Tensor | None
+) -> None:
+    """Have shards say whose they are, where their positions do not."""
+    positions = whole["position_ids"]
+    usual = torch.arange(positions.shape[-1]) if documents is None else positions_within(documents)
+    if (positions == usual.to(positions.device)).all():
+        return
+    fingerprint = _fingerprint(_tokens_of(whole), positions)
+    for rank, shard in enumerate(shards):
+        shard[PLACE] = torch.tensor([rank, fingerprint])
+
+
+def _documents(
+    whole: dict[str, torch.Tensor],
+    mask: torch.Tensor | None,
+    given: torch.Tensor | None,
+    packing: bool,
+    by_lowest: bool,
+) -> torch.Tensor | None:
+    """The bounds of a batch's packed documents, where transformers would keep them apart.
+
+    Where it is given no mask, it reads them out of position ids that do not go on by one; for flash attention
+    (``by_lowest``) out of those that are the lowest.
+    """
+    # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
+    positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
+    if "seq_idx" in whole:
+        check_numbers(whole["seq_idx"], document_starts(positions_BS))
+    if whole["position_ids"].dim() > 2:
+        check_one_document(positions_BS)
+    # Flash attention is given no mask of ones.
+    masked = mask is not None and (not by_lowest or bool((mask == 0).any()))
+    if masked and packing and given is None and "seq_idx" not in whole:
+        return None
+    return documents_of(positions_BS, given, len(_tokens_of(whole)), packing, by_lowest)
+
+
+def uncut(batch: Mapping[str, Any], sp_size: int) -> ShardedBatch:
+    """The whole batch in the place of each shard.
+
+    Raises:
+        DataError: it has no tokens.
+    """
+    _tokens_of(_whole_sequences(batch))
+    tensors = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor)}
+    return ShardedBatch([tensors] * sp_size, {key: x for key, x in batch.items() if key not in tensors})
+
+
+def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with ``logits_to_keep``, whose labels are those of the kept tokens, as one with labels for all tokens.
+
+    Raises:
+        DataError: it has not as many labels as tokens are kept.
+    """
+    keep = batch.get("logits_to_keep")
+    batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
+    if keep is None or (isinstance(keep, int) and keep == 0) or not _has_labels(batch):
+        return batch
+    tokens = next(batch[key] for key in _LENGTH_KEYS if batch.get(key) is not None)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    places = places[kept_places(keep)]
+    key = "shift_labels" if batch.get("shift_labels") is not None else "labels"
+    kept = batch[key]
+    if kept.shape != (tokens.shape[0], len(places)):
+        raise DataError(
+            f"{key} has shape {list(kept.shape)}, and logits_to_keep keeps {len(places)} of {tokens.shape[1]} tokens: "
+            "give labels to as many, or leave logits_to_keep out"
+        )
+    shifted = torch.full(tokens.shape[:2], IGNORED_LABEL, dtype=kept.dtype, device=kept.device)
+    shifted[:, places.to(kept.device)] = kept if key == "shift_labels" else shift_labels(kept)
+    return batch | dict.fromkeys(_LABEL_KEYS, shifted)
+
+
+def kept_places(keep: Any) -> Any:
+    """The tokens that transformers means by ``logits_to_keep``, as an index."""
+    return slice(-keep, None) if isinstance(keep, int) else keep
+
+
+def _has_labels(batch: Mapping[str, Any]) -> bool:
+    return any(batch.get(key) is not None for key in _LABEL_KEYS)
+
+
+def shift_labels(labels_BS: torch.Tensor) -> torch.Tensor:
+    """The label of each token is the next token's: ``[B, S] -> [B, S]``, none at the end of a row."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _fingerprint(*tensors: torch.Tensor) -> int:
+    digest = hashlib.blake2b(digest_size=7)
+    for x in tensors:
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _real_tokens(mask_BS: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
@@ -109,8 +202,10 @@ def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> No
             if labelled_BS.any():
                 row = int(labelled_BS.any(dim=1).nonzero()[0, 0])
                 raise DataError(
-                    f"{key} of row {row} has labels on tokens that attention_mask hides; set them to {IGNORED_LABEL}: "
-                    "padding has no label"
+                    f"{key} of row {row} has labels on tokens that attention_mask hides, so the loss would train the "
+                    "model to write padding, of which each token sees the sample and no other padding: not available "
+                    "under sequence parallelism. Add where the labels are made: "
+                    f"labels[attention_mask == 0] = {IGNORED_LABEL}"
                 )
 
 

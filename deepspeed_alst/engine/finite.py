@@ -11,16 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.errors import NonFiniteLossError
+from deepspeed_alst.errors import NonFiniteLossError, SetupError
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.agreement import raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
+
+_ALIKE = 1e-5
+"""Relative difference of one loss on two ranks. They make it of the same sum."""
 
 
 class LossWatch:
     """The losses of one engine since its last optimizer step, and whose batches they are of."""
 
-    def __init__(self, groups: SequenceGroups) -> None:
-        self._groups = groups
+    def __init__(self, groups: SequenceGroups, calls: Calls) -> None:
+        self._groups, self._calls = groups, calls
         self._losses: list[torch.Tensor] = []
         self._batches: list[tuple[int, int] | None] = []
         self._batch: tuple[int, int] | None = None
@@ -45,11 +49,31 @@ class LossWatch:
         def checked(*args: Any, **kwargs: Any) -> Any:
             if engine.is_gradient_accumulation_boundary():
                 losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+                if losses and self._calls.makes_whole_loss:
+                    self._check_alike(losses)
                 if not engine.fp16_enabled():
                     self._check(losses, batches, engine.global_steps)
             return step(*args, **kwargs)
 
         return checked
+
+    def _check_alike(self, losses: list[torch.Tensor]) -> None:
+        """The loss of a whole sequence is the same on its ranks; one that is not is made of a shard."""
+        values = torch.stack([loss.double() for loss in losses]).cpu()
+        bounds = torch.stack([values, -values])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._groups.sp_control_group)
+        high, low = bounds[0], -bounds[1]
+        unlike = (high - low > _ALIKE * torch.maximum(high.abs(), low.abs())).nonzero().flatten().tolist()
+        error = None
+        if unlike:
+            place = unlike[0]
+            error = SetupError(
+                f"engine.backward was given {float(values[place]):.6g} on this rank, and losses from "
+                f"{float(low[place]):.6g} to {float(high[place]):.6g} on the ranks of one sequence: the program has "
+                "made its loss of a shard's labels or values, and the model returns that of the whole sequence on "
+                "every rank. Use that as it is, or scale it by what all ranks know (num_items_in_batch)."
+            )
+        raise_together(error, self._groups.control_group)
 
     def _check(self, losses: list[torch.Tensor], batches: list[tuple[int, int] | None], step: int) -> None:
         values = torch.stack([loss.double() for loss in losses]).tolist() if losses else []

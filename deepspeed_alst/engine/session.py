@@ -14,6 +14,7 @@ from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.finite import LossWatch
+from deepspeed_alst.engine.whole_batches import split_whole_batches
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import DataError, SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -45,22 +46,25 @@ class Session:
         groups: SequenceGroups,
         mpu: UlyssesMpu,
         packing: bool,
+        by_lowest: bool,
         marks_padding: bool,
         vocabulary: Vocabulary,
         undo: ExitStack,
     ) -> None:
         self.config = config
-        self._packing, self._vocabulary = packing, vocabulary
+        self._packing, self._by_lowest, self._vocabulary = packing, by_lowest, vocabulary
         self.marks_padding = marks_padding
         """Whether batches say which of their tokens are padding; read when a loader is made."""
         self.reduction_bytes = 0.0
         """What this rank sends in a step for the gradients' reduction."""
+        self.takes_whole = False
+        """Whether the engine is given whole batches, which it splits itself."""
         self.groups = groups
         self.mpu = mpu
         # Rank 0's seed: programs may give each rank another.
         seed = gather_objects(torch.initial_seed(), groups.control_group)[0]
         self.calls = Calls(draws=Draws(seed, replica=groups.dp_rank))
-        self._losses = LossWatch(groups)
+        self._losses = LossWatch(groups, self.calls)
         self._undo = undo
         self._in_backward = False
         self._loss_divisor = 1
@@ -84,21 +88,49 @@ class Session:
             self.wrap(engine, name, functools.partial(_naming_who_is_missing, self.groups.roll_group))
         self._undo.callback(engine.__dict__.pop, "alst", None)
 
-    def shard_dataloader(self, loader: Any) -> ShardedDataLoader:
-        """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is."""
-        if isinstance(loader, ShardedDataLoader):
-            return loader
-        multiple = self.config.padding_multiple()
-        note, packing = self._losses.note_batch, self._packing
-        return ShardedDataLoader(loader, self.groups, multiple, packing, self.marks_padding, self._vocabulary, note)
+    def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
+        """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is.
 
-    def exchange(self, batch: Any, place: str = "") -> list[Any]:
-        """This rank's shards of the batches that the ranks of its sequence bring, in their order."""
-        return self.shard_dataloader(()).exchange(batch, place)
+        With ``whole`` its ranks get each batch whole, for an engine that takes whole batches.
+        """
+        if isinstance(loader, ShardedDataLoader) or hasattr(loader, "alst_whole"):
+            return loader
+        return ShardedDataLoader(
+            loader,
+            self.groups,
+            self.config.padding_multiple(),
+            self._packing,
+            self.marks_padding,
+            self._vocabulary,
+            self._losses.note_batch,
+            self._by_lowest,
+            whole,
+        )
+
+    def exchange(self, batch: Any, place: str = "", whole: bool = False) -> list[Any]:
+        """This rank's shards of the batches that the ranks of its sequence bring, in their order; or the batches."""
+        return self.shard_dataloader((), whole).exchange(batch, place)
 
     def meet(self, place: str) -> None:
         """All ranks are at a place in their data where no batch follows."""
         self.shard_dataloader(()).meet(place)
+
+    def cut(self, batch: Any) -> Any:
+        """This rank's shard of a batch that all ranks of its sequence have."""
+        return self.shard_dataloader(()).cut(batch)
+
+    def split_whole_batches(self, engine: Any) -> None:
+        """Have the engine take whole batches where they may come; what else wraps its forward sees their shards."""
+        self.wrap(engine, "forward", functools.partial(split_whole_batches, self))
+
+    @contextlib.contextmanager
+    def whole_batches(self) -> Iterator[None]:
+        """Inside, the engine takes whole batches too (engine/whole_batches.py)."""
+        before, self.takes_whole = self.takes_whole, True
+        try:
+            yield
+        finally:
+            self.takes_whole = before
 
     @contextlib.contextmanager
     def averaged_over_micro_steps(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from deepspeed_alst.data.checks import checked
-from deepspeed_alst.data.shard import REAL_TOKENS
+from deepspeed_alst.data.shard import PLACE, REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.linear_split import CACHES
@@ -23,14 +23,14 @@ from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
-_WAY_OUT = (
+WAY_OUT = (
     "Call engine(**batch) with the whole batch of the sharded loader; for a loader of your own, add: "
     "loader = deepspeed_alst.shard_dataloader(loader, engine)"
 )
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What a rank's batch looks like."""
 
     problem: str | None = None
@@ -44,6 +44,10 @@ class _Facts:
     """The highest position of all tokens."""
     documents: int = 0
     """A fingerprint of the bounds of packed documents."""
+    whole: str = ""
+    """A fingerprint of a batch that is not split."""
+    batch: int = 0
+    """A fingerprint of the whole batch, where positions do not tell whose shard it is."""
 
 
 class Planner(Protocol):
@@ -77,10 +81,10 @@ def guard_batches(
             kwargs |= checked(kwargs, vocabulary)
             facts = _facts(module, args, kwargs, bounds, groups, calls)
         except DataError as error:
-            facts = _Facts(str(error))
+            facts = Facts(str(error))
         except Exception as error:
             # The others wait in the exchange below, whatever is wrong with this batch.
-            facts = _Facts(f"it cannot be read: {error!r}. {_WAY_OUT}")
+            facts = Facts(f"it cannot be read: {error!r}. {WAY_OUT}")
         # Over all ranks and not the sequence's: the other replicas would wait in the gradients' reduction.
         planned, refusal = None, None
         if planner is not None and not facts.problem:
@@ -89,11 +93,11 @@ def guard_batches(
             except AlstError as error:
                 refusal = error
         everyone = gather_objects((facts, planned), groups.control_group)
-        if planner is not None:
-            raise_together(refusal, groups.control_group)
-        problem = _problem([each for each, _ in everyone], groups.sp_size)
+        problem = problem_of([each for each, _ in everyone], groups.sp_size)
         if problem:
             raise DataError(problem)
+        if planner is not None:
+            raise_together(refusal, groups.control_group)
         calls.documents = tuple(bounds)
         calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
         if planner is not None:
@@ -143,41 +147,61 @@ def _facts(
     bounds: list[int],
     groups: SequenceGroups,
     calls: Calls,
-) -> _Facts:
+) -> Facts:
     """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
+    stamp = kwargs.pop(PLACE, None)
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
     if (problem := _asks_too_much(kwargs) or router_problem(module, kwargs, calls)) is not None:
-        return _Facts(problem)
+        return Facts(problem)
     if args or tokens is None:
-        return _Facts(f"it is not given by keyword. {_WAY_OUT}")
+        return Facts(f"it is not given by keyword. {WAY_OUT}")
     if kwargs.get("attention_mask") is not None:
-        return _Facts(f"it has an attention_mask, which the sharded loader would have checked and dropped. {_WAY_OUT}")
+        return Facts(f"it has an attention_mask, which the sharded loader would have checked and dropped. {WAY_OUT}")
     if positions is None:
-        return _Facts(f"it has no position_ids, so it is not split over the ranks. {_WAY_OUT}")
+        return Facts(f"it has no position_ids, so it is not split over the ranks. {WAY_OUT}")
     if labels is not None and shifted is None:
-        return _Facts(f"it has labels, but no shift_labels, so it is not split over the ranks. {_WAY_OUT}")
+        return Facts(f"it has labels, but no shift_labels, so it is not split over the ranks. {WAY_OUT}")
     if labels is not None and not _are_the_same_labels(labels.to(shifted.device), shifted):
-        return _Facts(
+        return Facts(
             "its labels are not its shift_labels moved by one: the loss is made of shift_labels, so change labels in "
             "the dataset or the collate_fn, before the batch is split"
         )
     shape = tuple(tokens.shape[:2])
     if calls.real_tokens is not None and tuple(calls.real_tokens.shape) != shape:
-        return _Facts(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {_WAY_OUT}")
+        return Facts(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {WAY_OUT}")
     if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
-        return _Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {_WAY_OUT}")
+        return Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {WAY_OUT}")
+    return _place_of(positions, stamp, shape, bounds, groups)
+
+
+def _place_of(
+    positions: torch.Tensor,
+    stamp: torch.Tensor | None,
+    shape: tuple[int, ...],
+    bounds: list[int],
+    groups: SequenceGroups,
+) -> Facts:
+    """Whose shard it is, by its positions where they count from 0 in each document, else by the loader's word."""
     # Of positions of several dims the first are those of the text.
     text_s = positions.reshape(-1, positions.shape[-1])[0]
     first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
+    if stamp is not None:
+        rank, batch = stamp.tolist()
+        if rank != groups.sp_rank:
+            return Facts(f"it is the shard of rank {rank} of the sequence's ranks, on rank {groups.sp_rank}. {WAY_OUT}")
+        return Facts(None, shape, highest=over_all, documents=hash(tuple(bounds)), batch=batch)
     # On the right the loader repeats the last position as padding.
     counting_s = torch.arange(first, first + len(text_s)).to(positions).clamp(max=highest)
     if not bounds and not torch.equal(positions, counting_s.expand_as(positions)):
-        return _Facts(f"its position_ids restart, but it has no cu_seq_lens_q of the whole sequence. {_WAY_OUT}")
+        return Facts(
+            f"its position_ids restart, but it has no cu_seq_lens_q of the whole sequence, or do not count on from 0, "
+            f"but it has no {PLACE}. {WAY_OUT}"
+        )
     place = groups.sp_rank * shape[1]
     place -= _document_start(bounds, place)
     # Python's hash of whole numbers is the same in every process.
-    return _Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
+    return Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
 
 
 def _asks_too_much(kwargs: dict[str, Any]) -> str | None:
@@ -210,21 +234,27 @@ def _are_the_same_labels(labels: torch.Tensor, shifted: torch.Tensor) -> bool:
     return torch.equal(labels[:, 1:], shifted[:, :-1]) or torch.equal(labels, shifted)
 
 
-def _problem(everyone: list[_Facts], sp_size: int) -> str | None:
+def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
     """Why these are not the shards of sequences, or None. The same answer on every rank."""
     for rank, facts in enumerate(everyone):
         if facts.problem:
             return f"a batch reached the engine on rank {rank} that cannot be trained on: {facts.problem}"
+    if len({(bool(facts.whole), facts.whole.endswith("trains")) for facts in everyone}) > 1:
+        return f"whole batches reached the engine on some ranks, shards (or an evaluation's) on others. {WAY_OUT}"
+    if everyone[0].whole:
+        return None
     for first in range(0, len(everyone), sp_size):
         ranks = everyone[first : first + sp_size]
         shapes = [facts.shape for facts in ranks]
         starts, highest = [facts.first for facts in ranks], max(facts.highest for facts in ranks)
         # In the padding no position is higher than the last token's.
         expected = [min(facts.place, highest) for facts in ranks]
-        if len({(facts.shape, facts.documents) for facts in ranks}) > 1 or starts != expected:
+        if any(facts.batch for facts in ranks):
+            expected = starts
+        if len({(facts.shape, facts.documents, facts.batch) for facts in ranks}) > 1 or starts != expected:
             return (
                 f"batches reached the engine that are not split over the ranks of their sequence: ranks {first} to "
                 f"{first + sp_size - 1} have shapes {shapes} and position_ids that start at {starts}, or "
-                f"packed documents that differ. {_WAY_OUT}"
+                f"packed documents that differ. {WAY_OUT}"
             )
     return None

@@ -86,6 +86,12 @@ def keeps_documents_apart(model: Any) -> bool:
     return core is not None and core.keeps_documents_apart
 
 
+def starts_at_lowest(model: Any) -> bool:
+    """Whether packed documents start at the lowest of the positions, as flash attention has it."""
+    core = find_core(model.config._attn_implementation)
+    return core is not None and not core.takes_masks
+
+
 _FLASH_ARGUMENTS = (
     "dropout",
     "sliding_window",

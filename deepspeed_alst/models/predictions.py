@@ -53,6 +53,11 @@ def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -
     return torch.cat(recv.view(groups.sp_size, *own.shape).unbind(), dim=1)[:, :length]
 
 
+def is_too_large(piece: torch.Tensor, sp_size: int) -> bool:
+    """Whether the predictions of one batch would be larger than 2 GiB on a rank."""
+    return piece.numel() * piece.element_size() * sp_size > _LARGEST
+
+
 def _problem(piece: Any, shard_length: int, sp_size: int) -> DataError | ShapeError | None:
     if isinstance(piece, tuple | list):
         return next((problem for each in piece if (problem := _problem(each, shard_length, sp_size))), None)
@@ -62,8 +67,8 @@ def _problem(piece: Any, shard_length: int, sp_size: int) -> DataError | ShapeEr
             f"evaluation: what is predicted on a shard must be [batch, {shard_length} tokens, ...] tensors, not "
             f"{shown}. preprocess_logits_for_metrics is called with a shard's logits and must keep its tokens."
         )
-    num_bytes = piece.numel() * piece.element_size() * sp_size
-    if num_bytes > _LARGEST:
+    if is_too_large(piece, sp_size):
+        num_bytes = piece.numel() * piece.element_size() * sp_size
         return DataError(
             f"evaluation: the predictions of one batch would be {num_bytes / 2**30:.1f} GiB on a rank (shape "
             f"{list(piece.shape)} on a shard, {sp_size} shards), more than {_LARGEST / 2**30:.0f} GiB. Give the "

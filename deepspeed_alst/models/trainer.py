@@ -46,30 +46,47 @@ def training_step(
         f"in training of {trainer.state.max_steps} steps, {batches} batches for a step"
         f"{', the last of its data' * gradient_state.end_of_dataloader}"
     )
-    micro_steps = _exchange(session, inputs, {_NUM_ITEMS: num_items_in_batch}, progress)
+    whole = _has_own(trainer, "compute_loss", "_prepare_inputs")
+    micro_steps = _exchange(session, inputs, {_NUM_ITEMS: num_items_in_batch}, progress, whole)
     losses = []
-    for place, (shard, extras) in enumerate(micro_steps):
+    for place, (batch, extras) in enumerate(micro_steps):
         # Gradients are reduced and the weights stepped after the last of them only.
         gradient_state._set_sync_gradients(last_of_step and place == len(micro_steps) - 1)
-        with session.averaged_over_micro_steps(), _loss_of_whole_sequence(trainer, session, shard):
-            losses.append(original(trainer, model, shard, extras[_NUM_ITEMS]))
+        # A program's own compute_loss sees the whole batch, as at SP 1, and the engine splits it.
+        splitting = session.whole_batches() if whole else contextlib.nullcontext()
+        with session.averaged_over_micro_steps(), _loss_of_whole_sequence(trainer, session, batch, whole), splitting:
+            losses.append(original(trainer, model, batch, extras[_NUM_ITEMS]))
     return losses[session.groups.sp_rank]
+
+
+def _has_own(trainer: Any, *names: str) -> bool:
+    """Whether a Trainer has one of these methods of a program's own: transformers' and TRL's are right on shards."""
+    homes = (getattr(getattr(trainer, name), "__module__", None) or "" for name in names)
+    return any(home != "transformers.trainer" and not home.startswith("trl.") for home in homes)
 
 
 @contextlib.contextmanager
 def evaluation(trainer: Any) -> Iterator[None]:
-    """Have ``Trainer.evaluation_loop`` predict on shards, whichever class's prediction_step it calls.
+    """Have ``Trainer.evaluation_loop`` predict on shards.
 
     ``preprocess_logits_for_metrics`` is called on a shard's logits, before any rank holds those of a whole sequence.
+    A prediction_step or compute_loss of the program's own, and evaluation by generation, is given whole batches, which
+    the engine splits where it makes the loss.
     """
     predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
     had_own = "prediction_step" in vars(trainer)
+    whole = _has_own(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
 
     @functools.wraps(predict)
     def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         session = getattr(trainer.model_wrapped, "alst", None)
-        with logits_wanted(trainer.model, not prediction_loss_only):
-            if session is None:
+        if session is not None:
+            check_trainer(trainer)
+        splitting = session.whole_batches() if session is not None and whole else contextlib.nullcontext()
+        with logits_wanted(trainer.model, not prediction_loss_only), splitting:
+            if session is None or whole:
+                if whole and session is not None and model is trainer.model:
+                    model = trainer.model_wrapped  # the engine, which splits
                 loss, logits, labels = predict(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
                 return loss, logits if preprocess is None or logits is None else preprocess(logits, labels), labels
             return _prediction_step(
@@ -103,7 +120,14 @@ def check_trainer(trainer: Any) -> None:
             "compute_loss_func: it would make the loss of a shard out of a shard's logits; use the model's own loss, "
             "or override Trainer.compute_loss and change outputs.loss, which is the whole sequence's"
         )
-    if getattr(args, "loss_type", "nll") not in (None, "nll"):
+    kind = next((each.__name__ for each in type(trainer).__mro__ if each.__module__.startswith("trl.")), "_BaseTrainer")
+    if kind not in ("SFTTrainer", "_BaseTrainer"):
+        problems.append(
+            f"{kind}: losses of preference and reinforcement learning, rewards and distillation are made of each "
+            "sequence's log-probabilities, of which a rank has a shard's: not available with sequence_parallel_size > "
+            "1. Leave the key out, or use SFTTrainer"
+        )
+    elif getattr(args, "loss_type", "nll") not in (None, "nll"):
         problems.append(f"loss_type={args.loss_type!r}: it is made of a shard's log-probabilities; use 'nll'")
     if args.neftune_noise_alpha:
         problems.append(
@@ -131,7 +155,6 @@ def _prediction_step(
     prediction_loss_only: bool,
     ignore_keys: Any,
 ) -> tuple[Any, Any, Any]:
-    check_trainer(trainer)
     inputs = trainer._prepare_inputs(inputs)
     # Counted over all ranks' own batches, as at SP 1.
     extras = {_NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
@@ -167,27 +190,28 @@ def _own_labels(trainer: Any, inputs: Any) -> Any:
 
 
 def _exchange(
-    session: Any, inputs: Any, extras: dict[str, Any], progress: str
+    session: Any, inputs: Any, extras: dict[str, Any], progress: str, whole: bool = False
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """P pairs: this rank's shard of each rank's batch, and the numbers that its owner sent along."""
+    """P pairs: this rank's shard of each rank's batch, or the batch, and the numbers that its owner sent along."""
     labels = inputs.get("labels")
     if labels is not None:
         # A row's first token has no prediction.
         extras = {**extras, _NUM_LABELS: labels[:, 1:].ne(IGNORED_LABEL).sum()}
     pairs = []
-    for shard in session.exchange({**inputs, **extras}, progress):
+    for shard in session.exchange({**inputs, **extras}, progress, whole):
         counts = {name: shard.pop(name, None) for name in (_NUM_ITEMS, _NUM_LABELS)}
         pairs.append((shard, counts))
     return pairs
 
 
 @contextlib.contextmanager
-def _loss_of_whole_sequence(trainer: Any, session: Any, shard: dict[str, Any]) -> Iterator[None]:
+def _loss_of_whole_sequence(trainer: Any, session: Any, batch: dict[str, Any], whole: bool = False) -> Iterator[None]:
     """The Trainer's label smoothing makes its loss of logits, after the forward: of the whole sequence here too."""
     smoother = trainer.label_smoother
-    if smoother is None or "labels" not in shard:
+    if smoother is None or "labels" not in batch:
         yield
         return
+    shard = session.cut(batch) if whole else batch
     trainer.label_smoother = _LabelSmoother(smoother.epsilon, shard["shift_labels"], session, trainer.model)
     session.calls.loss_follows = True
     try:

@@ -1,0 +1,81 @@
+"""Loaders that accelerate has prepared: the engine, which may come later, splits their batches.
+
+In training every batch is one micro-step on each rank of a sequence, which all get it whole, in turns; so a program may
+generate from it. In an evaluation each rank has its own batches, as without sequence parallelism.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class PreparedLoader:
+    """Stands for a prepared loader; what it has beside its batches and its length is the loader's."""
+
+    alst_whole = True
+
+    def __init__(self, loader: Any, accelerator: Any, sp_size: int) -> None:
+        self.loader, self._accelerator, self._sp_size = loader, accelerator, sp_size
+        self._turns = sp_size
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not set yet: unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        """Batches of an epoch: in an evaluation this rank's own, in training those of all ranks of its sequence."""
+        return len(self.loader) * self._turns
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start an epoch, of the kind that the model is set to."""
+        wrapped = self._accelerator.deepspeed_engine_wrapped
+        session = getattr(getattr(wrapped, "engine", None), "alst", None)
+        if session is None or not wrapped.engine.module.training:
+            self._turns = 1
+            yield from self.loader
+            return
+        self._turns = self._sp_size
+        device = getattr(self.loader, "device", None)
+        for batch in session.shard_dataloader(self.loader, whole=True):
+            if device is not None:
+                for key, x in batch.items():
+                    batch[key] = x.to(device) if isinstance(x, torch.Tensor) else x
+            yield batch
+
+
+def hook_loaders(accelerator_class: Any, mark: str, splits: Callable[[Any, Any], bool]) -> None:
+    """Have an Accelerator hand out loaders of this kind where ``splits(ds_config, parallelism_config)``.
+
+    What replaces its methods has the original under the name of ``mark``.
+    """
+
+    def sp_size_of(accelerator: Any) -> int:
+        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+        # The HF Trainer has a plan of its own, and a kind of configuration.
+        if plugin is None or type(plugin.hf_ds_config).__name__ == "HfTrainerDeepSpeedConfig":
+            return 1
+        config = plugin.deepspeed_config
+        return int(config["sequence_parallel_size"]) if splits(config, accelerator.parallelism_config) else 1
+
+    prepare, build = accelerator_class.prepare_data_loader, accelerator_class._prepare_deepspeed
+
+    @functools.wraps(prepare)
+    def prepare_data_loader(self: Any, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = prepare(self, data_loader, *args, **kwargs)
+        sp_size = sp_size_of(self)
+        return loader if sp_size == 1 or isinstance(loader, PreparedLoader) else PreparedLoader(loader, self, sp_size)
+
+    @functools.wraps(build)
+    def _prepare_deepspeed(self: Any, *args: Any) -> Any:
+        result = build(self, *args)
+        session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
+        if session is not None and sp_size_of(self) > 1:
+            session.takes_whole = True
+        return result
+
+    for wrapper, original in ((prepare_data_loader, prepare), (_prepare_deepspeed, build)):
+        setattr(wrapper, mark, original)
+        setattr(accelerator_class, original.__name__, wrapper)

@@ -1,0 +1,116 @@
+"""Whole batches at the engine, split there, where the model makes the loss: the rest of a program sees them whole.
+
+For callers whose batches are not split before they have them: a Trainer's evaluation by generation, a compute_loss of
+the program's own, loaders that accelerate has prepared. In training the ranks of a sequence hold the same batch, and
+each cuts its shard out of it. In an evaluation each may hold its own: they exchange them, go forward on one after the
+other, and every rank gets its own batch's loss and logits.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from deepspeed_alst.data.shard import PLACE, kept_places, labels_of_all
+from deepspeed_alst.errors import AlstError, DataError
+from deepspeed_alst.models.batch_guard import WAY_OUT, Facts, problem_of
+from deepspeed_alst.models.predictions import gather_predictions, is_too_large
+from deepspeed_alst.parallel.agreement import gather_objects
+from deepspeed_alst.parallel.roll_call import naming_who_is_missing
+
+_OF_THE_WHOLE = ("loss", "aux_loss")
+
+
+class NotHere:
+    """In the place of logits that a rank does not have: whatever looks into it is told so."""
+
+    def __init__(self, why: str) -> None:
+        self.__dict__["_why"] = why
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # protocols that copy and dispatch ask for these
+            raise AttributeError(name)
+        raise DataError(self.__dict__["_why"])
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise DataError(self.__dict__["_why"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise DataError(next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, cls)).__dict__["_why"])
+
+
+def split_whole_batches(session: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``engine.forward`` that takes whole batches where the session says that they may come."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args or not session.takes_whole or session.calls.whole or not _is_whole(kwargs):
+            return forward(*args, **kwargs)
+        return _forward(session, forward, kwargs)
+
+    return call
+
+
+def _is_whole(batch: dict[str, Any]) -> bool:
+    """Whether it is no shard: those have labels that are moved already, and positions."""
+    if batch.get("shift_labels") is not None and batch.get("logits_to_keep") is None:
+        return False
+    return PLACE not in batch and (batch.get("labels") is not None or batch.get("position_ids") is None)
+
+
+def _forward(session: Any, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
+    groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
+    try:
+        facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
+        batch = labels_of_all(batch)
+    except AlstError as error:
+        facts = Facts(str(error))
+    except Exception as error:
+        facts = Facts(f"it cannot be read: {error!r}. {WAY_OUT}")
+    with naming_who_is_missing(groups.roll_group):
+        everyone = [each for each, _ in gather_objects((facts, None), groups.control_group)]
+    if (problem := problem_of(everyone, groups.sp_size)) is not None:
+        raise DataError(problem)
+    same = all(facts.whole == everyone[rank - rank % groups.sp_size].whole for rank, facts in enumerate(everyone))
+    if trains and not same:
+        raise DataError(
+            "batches reached the engine in training that are not split over the ranks of their sequence, and are not "
+            f"the same on all of them. {WAY_OUT}"
+        )
+    length = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
+    shards = [session.cut(batch)] if same else session.exchange(batch)
+    with session.calls.of_whole_sequence():
+        outputs = [forward(**shard) for shard in shards]
+    output = outputs[0 if same else groups.sp_rank]
+    if session.calls.loss_follows and trains:  # what makes it knows that the logits are a shard's
+        return output
+    logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
+    found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
+    made = _whole_logits(logits, length, trains, session)
+    return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, kept_places(keep)])
+
+
+def _whole_logits(pieces: list[Any], length: int, trains: bool, session: Any) -> Any:
+    if trains:
+        return NotHere(
+            "outputs.logits was looked at in training, where each rank has those of a shard: a loss made of them is "
+            "the loss of a shard. Give the batch labels and use the loss that the model returns."
+        )
+    if any(piece is None for piece in pieces) or is_too_large(pieces[0], session.groups.sp_size):
+        return NotHere(
+            "outputs.logits was looked at, and those of this batch's whole sequence are not made: they are larger than "
+            "2 GiB. Use outputs.loss, shorter sequences or fewer rows."
+        )
+    return gather_predictions(pieces, length, session.groups)
+
+
+def _digest(batch: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(batch):
+        if isinstance(x := batch[key], torch.Tensor):
+            digest.update(f"{key} {tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
