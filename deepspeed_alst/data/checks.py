@@ -53,10 +53,17 @@ def checked(batch: Any, vocabulary: int | None) -> Any:
         vocabulary: how many tokens the model has logits for; None if nobody knows.
 
     Raises:
-        DataError: see ``whole_numbers``; or a label has no logit.
+        DataError: see ``whole_numbers``; a label has no logit; a tensor requires a gradient.
     """
     if not isinstance(batch, Mapping):
         return batch
+    for key, x in batch.items():
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            raise DataError(
+                f"{key} requires a gradient, which ends at the exchange between ranks: what has made it would not be "
+                f"trained. Detach it, batch['{key}'].detach(), if that is meant; else make it within the model that "
+                "deepspeed.initialize is given"
+            )
     numbers = whole_numbers(batch)
     for key in _LABELS if vocabulary is not None else ():
         if key in numbers and numbers[key].dim() == 2:
