@@ -246,13 +246,13 @@ def misuse(case: str) -> None:
 )
 def test_what_would_be_silently_wrong_stops_every_rank(case, sentence, ranks2):
     with pytest.raises(RankError) as caught:
-        ranks2.run(misuse, case, seconds=20)
+        ranks2.run(misuse, case)
     assert all(error is not None and sentence in str(error) for error in caught.value.errors)
 
 
 def test_a_bad_batch_in_one_replica_stops_the_other_too(ranks4):
     with pytest.raises(RankError) as caught:
-        ranks4.run(misuse, "one replica", seconds=20)
+        ranks4.run(misuse, "one replica")
     assert all("on rank 0 that cannot be trained on: it has no position_ids" in str(e) for e in caught.value.errors)
 
 
