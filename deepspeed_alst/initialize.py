@@ -28,6 +28,7 @@ from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption,
 from deepspeed_alst.engine.reduction import install_reduction, reduction_of
 from deepspeed_alst.engine.report import print_report, reduction_rows, report_rows
 from deepspeed_alst.engine.session import Session
+from deepspeed_alst.engine.start_check import install_model_check
 from deepspeed_alst.engine.wrap import close_at_destroy
 from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.mark import take
@@ -41,6 +42,7 @@ from deepspeed_alst.models.liger import LigerUse, use_liger
 from deepspeed_alst.models.liger_loss import use_own_loss
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
+from deepspeed_alst.models.program_code import program_code
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.models.wrapped import vocabulary_of
@@ -98,6 +100,7 @@ def initialize(
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
         session = _session(arguments["model"], config, groups, undo)
+        code = program_code(arguments["model"])
         attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
@@ -110,6 +113,8 @@ def initialize(
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, reduction_of(config).dtype, undo)
+        if config.alst.check_model:
+            install_model_check(engine, code, undo)
         print_report(report_rows(config, groups, engine, attention, parts, allocator, adopted is not None))
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
@@ -163,7 +168,7 @@ def _tile(
     leaf = Leaves(model, stage, undo)
     call_together(model, stage, leaf, undo)
     fused_words = fuse_norms_and_rope(model, undo) if _fuses(config, liger) else "the model's own"
-    mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo)
+    mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo, calls)
     loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
     return [
         ("liger", liger.words),

@@ -208,8 +208,9 @@ def test_a_class_of_ones_own_with_a_listed_model_type_is_tried(ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(_own, _nothing, Cumulative)
     for error in caught.value.errors:
-        assert "test_census.Cumulative is your own class, not llama's, and a small model of its kind is wrong" in (
-            str(error)
+        assert (
+            "runs code of the program's own (tests.test_census.Cumulative), and a small model of its kind is wrong"
+            in (str(error))
         )
 
 

@@ -13,6 +13,11 @@ from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.reduction import Reduction
 from deepspeed_alst.words import in_words
 
+_CHECK = {
+    True: "whole against split before the first forward; what only longer sequences reach is unchecked",
+    False: "off: alst.check_model is false",
+}
+
 
 def print_report(rows: list[tuple[str, str]]) -> None:
     """Print rows, what and how, as a table on rank 0."""
@@ -59,6 +64,7 @@ def report_rows(
         ("attention", attention),
         ("loss", loss),
         *parts,
+        ("model check", _CHECK[config.alst.check_model]),
         ("allocator", allocator),
     ]
 

@@ -63,6 +63,9 @@ def guard_batches(
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if calls.whole:
             return None
+        if calls.checking:
+            calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
+            return args, kwargs
         bounds: list[int] = []
         try:
             if kwargs.get("cu_seq_lens_q") is not None:

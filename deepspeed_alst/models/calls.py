@@ -4,12 +4,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.dropout import Draws
 from deepspeed_alst.models.wrapped import base_model
 
 
@@ -17,6 +18,8 @@ from deepspeed_alst.models.wrapped import base_model
 class Calls:
     """How often the patched parts were reached in one forward."""
 
+    draws: Draws = field(default_factory=Draws)
+    """This rank's random numbers."""
     attention: int = 0
     linear: int = 0
     """Calls of layers without attention that are split."""
@@ -37,7 +40,11 @@ class Calls:
     inside: bool = False
     """Whether a forward of the outermost module is under way."""
     whole: bool = False
-    """Whether forwards go round the patched parts on purpose: every rank has the whole sequence."""
+    """Whether forwards bypass the patched parts on purpose: every rank has the whole sequence."""
+    checking: bool = False
+    """Whether forwards are the model check's: nobody else looks at their batch."""
+    core: str = ""
+    """The attention that the model was loaded with."""
     documents: tuple[int, ...] = ()
     """Bounds of the packed documents of this forward's whole sequence; empty where it is one document."""
     highest: int | None = None
@@ -51,6 +58,26 @@ class Calls:
             yield
         finally:
             self.makes_whole_loss = before
+
+    @contextlib.contextmanager
+    def unsplit(self, config: Any) -> Iterator[None]:
+        """Inside, forwards of the model of this config are those without sequence parallelism."""
+        split, before = config._attn_implementation, self.whole
+        config._attn_implementation, self.whole = self.core, True
+        try:
+            yield
+        finally:
+            config._attn_implementation, self.whole = split, before
+
+    @contextlib.contextmanager
+    def of_model_check(self) -> Iterator[None]:
+        """Inside, forwards are the model check's; all counts are as before at the end."""
+        before = dict(vars(self))
+        self.checking, self.makes_whole_loss, self.loss_follows = True, True, False
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def enter(self, layer: str, has_documents: bool) -> None:
         """A layer without attention was called.

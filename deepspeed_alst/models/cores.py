@@ -8,6 +8,7 @@ attention in a mask.
 Legend: B batch, S whole sequence, D head dim; h and k are the query and key/value heads of this rank.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +18,18 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
 from deepspeed_alst.attention.banded import attend as attend_by_sdpa
 from deepspeed_alst.attention.plain import attend_plainly
 from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.parallel.draw_mode import counted_attention
 
 TRIAL = "alst_trial"
 """Plain attention with soft-cap and sinks, for a trial on CPU of a model for which transformers has no sdpa."""
+_LARGEST_MASK = 2**30
 Attend = Callable[..., torch.Tensor]
 """``(module, q_BhSD, k_BkSD, v_BkSD, mask, scaling, arguments) -> out_BhSD``."""
 
@@ -43,7 +47,7 @@ class Core:
     @property
     def runs_operators(self) -> bool:
         """Whether it runs as operators of torch, and not as a graph of its own."""
-        return self.make is not _flex
+        return self.make in (_sdpa, _plain, _flash)
 
     @property
     def takes_masks(self) -> bool:
@@ -60,11 +64,13 @@ def find_core(name: str) -> Core | None:
     """The core behind an ``attn_implementation``; None if it is not available under sequence parallelism.
 
     Flash attention has many names (2, 3, 4, kernels of the hub): it is known by its function. A function that somebody
-    else registered under one of the names is not known.
+    else registered under one of the names is not known; one under "sdpa" attends, to whole sequences of its heads.
     """
     function = AttentionInterface._global_mapping.get(name)
     if name == "sdpa":
-        return Core(name, (), _sdpa)
+        if function is sdpa_attention_forward:
+            return Core(name, ("dropout",), _sdpa)
+        return Core(name, (), functools.partial(_programs, function))
     if name == TRIAL:
         return Core(name, ("softcap", "s_aux"), _plain)
     if function is flash_attention_forward:
@@ -81,6 +87,7 @@ def keeps_documents_apart(model: Any) -> bool:
 
 
 _FLASH_ARGUMENTS = (
+    "dropout",
     "sliding_window",
     "softcap",
     "s_aux",
@@ -102,9 +109,41 @@ def _sdpa(core: Core) -> Attend:
         scaling: float | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        return attend_by_sdpa(q, k, v, mask, scaling)
+        return attend_by_sdpa(q, k, v, mask, scaling, arguments.get("dropout", 0.0))
 
     return attend
+
+
+def _programs(function: Callable[..., Any], core: Core) -> Attend:
+    """A program's own function in the place of transformers' sdpa, with a mask of the same form."""
+
+    def attend(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: WholeMask | None,
+        scaling: float | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        dense = None if mask is None else _dense(mask, q.shape[2], q.device)
+        seen = under_own_name(module, core.name)
+        out_BShD, _ = function(seen, q, k, v, dense, dropout=0.0, scaling=scaling, **arguments)
+        return out_BShD.transpose(1, 2)
+
+    return attend
+
+
+def _dense(mask: WholeMask, length: int, device: torch.device) -> torch.Tensor:
+    """``[1, 1, S, S]``, true where a token sees another, as transformers makes it for sdpa."""
+    if length**2 > _LARGEST_MASK:
+        raise UnsupportedModelError(
+            f"the program's own function under attn_implementation='sdpa' needs a mask of {length} x {length} tokens "
+            f"for this window, these chunks or packed documents, more than {_LARGEST_MASK} bytes. Leave transformers' "
+            "function there, or give it shorter sequences"
+        )
+    places = torch.arange(length, device=device)
+    return mask.rule(length, device)(0, 0, places[:, None], places[None])[None, None]
 
 
 def _plain(core: Core) -> Attend:
@@ -133,7 +172,8 @@ def _flash(core: Core) -> Attend:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         plain = under_own_name(module, core.name)
-        out_BShD, _ = flash_attention_forward(plain, q, k, v, None, scaling=scaling, is_causal=True, **arguments)
+        with counted_attention(q.device) if "dropout" in arguments else contextlib.nullcontext():
+            out_BShD, _ = flash_attention_forward(plain, q, k, v, None, scaling=scaling, is_causal=True, **arguments)
         return out_BShD.transpose(1, 2)
 
     return attend

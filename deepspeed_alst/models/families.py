@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -17,6 +17,7 @@ from deepspeed_alst.models.adapters import adapter_problems
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.linear_layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.models.names import PrivateName
+from deepspeed_alst.models.program_code import is_programs
 from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
@@ -92,10 +93,6 @@ def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
     if has_attention(model):
         problems += _core_problems(model)
     problems += _layer_problems(model, text_config)
-    for name, value in sorted(vars(text_config).items()):
-        drawn = "dropout" if "dropout" in name or name.endswith("_pdrop") else "noise" if "jitter" in name else ""
-        if drawn and isinstance(value, int | float) and value > 0:
-            problems.append(f"{name}={value}: ranks cannot draw the {drawn} of the whole sequence; set it to 0")
     if not getattr(text_config, "is_causal", True):
         problems.append("is_causal=False: only causal attention is verified")
     return problems
@@ -105,6 +102,11 @@ def _core_problems(model: PreTrainedModel) -> list[str]:
     name = model.config._attn_implementation
     if isinstance(name, PrivateName):
         return ["it has an engine with sequence parallelism already; destroy() that one, or build a second model"]
+    if is_programs(AttentionMaskInterface._global_mapping.get(name)):
+        return [
+            f"a function of the program's own makes the masks of attn_implementation='{name}' "
+            "(AttentionMaskInterface): it would be asked for a shard's; leave transformers' there"
+        ]
     if find_core(name) is not None:
         return []
     cores = [words for flag, words in _CORES if getattr(model, flag, False)]
@@ -144,18 +146,7 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
         return [
             "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
         ]
-    problems = _position_problems(model) if has_attention(model) else []
-    # An adapter's dropouts, in dicts such as lora_dropout, are refused by the adapter's name.
-    dropouts = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Dropout) and module.p > 0 and "_dropout." not in name
-    ]
-    if dropouts:
-        problems.append(
-            f"{dropouts[0]} is a Dropout with p > 0: ranks cannot draw the dropout of the whole sequence; set p to 0"
-        )
-    return problems
+    return _position_problems(model) if has_attention(model) else []
 
 
 def _position_problems(model: torch.nn.Module) -> list[str]:

@@ -14,27 +14,19 @@ import torch
 
 from deepspeed_alst.apart import apart
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.program_code import is_own_class
 
-# By the first part of their names: libraries whose modules keep the tokens apart that they replace others in.
-_LIBRARIES = (
-    *("transformers", "torch", "deepspeed_alst", "deepspeed", "peft", "liger_kernel", "kernels"),
-    *("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "hqq", "quanto", "compressed_tensors"),
-)
 _TOKENS = 7
+_PARTS = (slice(0, 3), slice(3, None))
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _CLOSE_IN_HALF = 5e-2
-
-
-def is_own(module: torch.nn.Module) -> bool:
-    """Whether a module's class is defined by no library."""
-    return type(module).__module__.split(".")[0] not in _LIBRARIES
 
 
 def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The outermost modules of a program's own classes, by their names in the model; the model itself is not asked."""
     found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
-        if name and is_own(module) and not any(name.startswith(f"{outer}.") for outer in found):
+        if name and is_own_class(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
 
@@ -69,30 +61,41 @@ def _problem(module: torch.nn.Module) -> str:
     width = next((each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear)), None)
     if width is None:  # a norm's weight is as wide as what it takes; where there is none, any width will do
         width = _TOKENS if first is None else _shape(first)[-1]
-    x_SH = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
+    x_SH, dx_SH = torch.randn(2, 1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
     x_SH = x_SH if first is None else x_SH.to(first.device, first.dtype)
     training = module.training
-    with torch.no_grad(), torch.random.fork_rng([]), _whole(module):
+    with torch.random.fork_rng([]), _whole(module):
         module.eval()
         try:
             # What comes before and what comes after must not matter.
-            whole = _output(module(x_SH))
-            parts = [_output(module(part)) for part in (x_SH[:, :3], x_SH[:, 3:])]
+            whole = _output_and_gradient(module, x_SH, dx_SH)
+            parts = [_output_and_gradient(module, x_SH[:, rows], dx_SH[:, rows]) for rows in _PARTS]
         except Exception as error:
             return f"cannot be tried by itself ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
         finally:
             module.train(training)
-    if whole.shape[:2] != x_SH.shape[:2]:
-        return f"gives {list(whole.shape)} for {list(x_SH.shape)}"
-    off = (torch.cat(parts, dim=1) - whole).double().norm() / whole.double().norm().clamp(min=1e-30)
-    return "" if off <= _CLOSE.get(whole.dtype, _CLOSE_IN_HALF) else "mixes tokens"
+    for all_rows, *of_parts in zip(whole, *parts, strict=True):
+        if all_rows.shape[:2] != x_SH.shape[:2]:
+            return f"gives {list(all_rows.shape)} for {list(x_SH.shape)}"
+        off = (torch.cat(of_parts, dim=1) - all_rows).double().norm() / all_rows.double().norm().clamp(min=1e-30)
+        if not off <= _CLOSE.get(all_rows.dtype, _CLOSE_IN_HALF):
+            return "mixes tokens"
+    return ""
 
 
-def _output(output: object) -> torch.Tensor:
-    found = output[0] if isinstance(output, tuple) else output
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(f"it gives a {type(found).__name__}")
-    return found
+def _output_and_gradient(
+    module: torch.nn.Module, x: torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a module gives for some tokens, and the gradient of those; the weights get none."""
+    x = x.detach().requires_grad_()
+    output = module(x)
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"it gives a {type(output).__name__}")
+    if not output.requires_grad:
+        return output.detach(), torch.zeros_like(x)
+    given = like[..., :1].to(output.device, output.dtype).expand_as(output)
+    return output.detach(), torch.autograd.grad(output, x, given, allow_unused=True, materialize_grads=True)[0]
 
 
 def _shape(param: torch.nn.Parameter) -> torch.Size:

@@ -9,14 +9,13 @@ import torch
 from deepspeed_alst.models.calls import Calls
 
 
-def generate_whole(model: torch.nn.Module, core: str, calls: Calls, undo: ExitStack) -> None:
+def generate_whole(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:
     """Run ``model.generate`` without sequence parallelism; ``undo.close()`` takes it back.
 
     Every rank generates from the prompts that it is given, as at SP 1, with transformers' own attention and caches.
 
     Args:
         model: the transformers model.
-        core: the attention that it was loaded with.
         calls: what looks at its forwards.
         undo: takes the way back.
     """
@@ -26,13 +25,8 @@ def generate_whole(model: torch.nn.Module, core: str, calls: Calls, undo: ExitSt
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        config = model.config
-        split = config._attn_implementation
-        config._attn_implementation, calls.whole = core, True
-        try:
+        with calls.unsplit(model.config):
             return original(*args, **kwargs)
-        finally:
-            config._attn_implementation, calls.whole = split, False
 
     model.generate = generate
     undo.callback(vars(model).pop, "generate", None)

@@ -15,6 +15,7 @@ from deepspeed_alst.models.attention import register_attention
 from deepspeed_alst.models.calls import Calls, check_calls
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
+from deepspeed_alst.models.dropout import count_draws
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
 from deepspeed_alst.models.linear_layers import has_attention
@@ -40,7 +41,7 @@ def patch_model(
     """
     calls, base = calls or Calls(), base_model(model)
     calls.makes_whole_loss = whole_loss
-    name = base.config._attn_implementation
+    calls.core = name = base.config._attn_implementation
     own_config(model, base.config, undo)
     calls.expects_attention = has_attention(base)
     if calls.expects_attention:
@@ -53,8 +54,10 @@ def patch_model(
     if whole_loss:
         sum_fused_head(model, group, calls, undo)
     whole_router_loss(model, group, calls, undo)
-    generate_whole(base, name, calls, undo)
+    generate_whole(base, calls, undo)
     check_calls(model, calls, undo, whole_loss)
+    calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)
+    count_draws(model, calls.draws, undo, lambda: calls.whole, lambda: calls.checking)
     ranks = dist.get_world_size(group)
     what = [f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass"] * calls.expects_attention
     what += [f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls"] * bool(linear)
@@ -63,7 +66,7 @@ def patch_model(
 
 def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
     """The loss of the sequence over ``group``, or of the shard for a program that aggregates it."""
-    had_own, before = "_loss_function" in vars(model), vars(model).get("_loss_function")
+    had_own, before, original = "_loss_function" in vars(model), vars(model).get("_loss_function"), model.loss_function
 
     def restore() -> None:
         if had_own:
@@ -81,6 +84,8 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitSt
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if calls.whole:
+            return original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is None or ignore_index != IGNORED_LABEL:
             raise UnsupportedModelError(
                 f"{type(model).__name__} called its loss with shift_labels={shift_labels} and "

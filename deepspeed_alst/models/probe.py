@@ -22,10 +22,12 @@ from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import TRIAL, keeps_documents_apart
+from deepspeed_alst.models.dropout import Draws, count_draws, without_dropout
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.foreign import check_own_modules, is_own
+from deepspeed_alst.models.foreign import check_own_modules, own_modules
 from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.program_code import install_program_code, program_code
 from deepspeed_alst.models.shrink import shrink
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.models.wrapped import base_model
@@ -69,8 +71,11 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
     Raises:
         UnsupportedModelError: on all ranks alike.
     """
-    base = base_model(model)
-    if base.config.model_type in RIGHT and not is_own(base):
+    base, code = base_model(model), program_code(model)
+    # Modules that it has put in are tried by themselves (foreign.py): a small model would not have them.
+    put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, own_modules(base).values())}
+    code = tuple(each for each in code if each not in put_in)
+    if base.config.model_type in RIGHT and not code:
         check_own_modules(base, None)
         return ""
     unlisted = (
@@ -78,17 +83,22 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
         "verified under sequence parallelism (docs/census.md)"
     )
     if base.config.model_type in RIGHT:
-        unlisted = f"{type(base).__module__}.{type(base).__name__} is your own class, not {base.config.model_type}'s"
+        unlisted = f"{type(base).__name__} runs code of the program's own ({', '.join(code[:4])})"
     way_out = "Set sequence_parallel_size to 1, or train one of those"
     try:
-        small = shrink(base.config)
+        # Attention's is the core's, which draws it by document.
+        small = without_dropout(shrink(base.config), attention_only=True)
         small._attn_implementation = trial_core(type(base))
     except Exception as error:
         raise UnsupportedModelError(
             f"{unlisted}, and no small config of its kind could be made: {_words(error)}. {way_out}."
         ) from error
-    whole = compare(type(base), small, groups)
-    packed = compare(type(base), small, groups, packed=True) if whole.outcome == "right" else whole
+
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
+        return install_program_code(model, type(base)(config))
+
+    whole = compare(build, small, groups)
+    packed = compare(build, small, groups, packed=True) if whole.outcome == "right" else whole
     # A packed batch that is refused here is refused in the training too.
     for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
         if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
@@ -96,7 +106,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
                 f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
                 f"{verdict.why.rstrip('.')}. {way_out}."
             )
-    check_own_modules(base, _small_model(type(base), small))
+    check_own_modules(base, _small_model(build, small))
     return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
 
 
@@ -128,7 +138,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     try:
         if (size := numel(build, config)) > _LARGEST:
             return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
-        truth = _step(_small_model(build, config), [batch])
+        truth = _whole_step(_small_model(build, config), [batch])
     except Exception as error:
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
     mine: Any = None
@@ -148,9 +158,9 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     if verdict.outcome == "wrong" and packed:
         # Some models let packed documents see one another, which is no yardstick: then each goes through it alone.
         parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in _places()]
-        verdict = _judge(_step(_small_model(build, config), parts), mine, groups)
+        verdict = _judge(_whole_step(_small_model(build, config), parts), mine, groups)
     if verdict.outcome == "wrong":
-        again = _step(_small_model(build, config), [batch], seed=1)
+        again = _whole_step(_small_model(build, config), [batch], seed=1)
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
             return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
     return verdict
@@ -179,12 +189,12 @@ def _small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
 
 
 def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
-    """One sequence of random tokens, every third without a label."""
+    """One sequence of random tokens, every seventh without a label."""
     make = torch.Generator().manual_seed(3)
     vocab = config.get_text_config().vocab_size
     ids = torch.randint(min(5, vocab - 1), vocab - 8, (1, LENGTH), generator=make)
     labels = ids.clone()
-    labels[:, ::3] = IGNORED_LABEL
+    labels[:, ::7] = IGNORED_LABEL
     batch = {"input_ids": ids, "labels": labels}
     if packed:
         batch["position_ids"] = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
@@ -195,6 +205,13 @@ def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
 def _places() -> Iterator[tuple[int, int]]:
     """Where the documents begin and end."""
     return itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
+
+
+def _whole_step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """``_step`` of a model that is not split, with the random numbers that its ranks would draw."""
+    with ExitStack() as undo:
+        count_draws(model, Draws(), undo)
+        return _step(model, batches, seed)
 
 
 def _step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:

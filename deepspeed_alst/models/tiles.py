@@ -1,5 +1,6 @@
 """MLPs and experts of a transformers model in tiles; every change goes onto a stack that undoes it."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,17 +11,26 @@ import torch
 
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.token_wise import layer_of, output_features, token_wise_modules
 from deepspeed_alst.models.unused_values import watch_checkpoints
 from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.draw_mode import branch
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
 from deepspeed_alst.tiling.plan import fewest_bytes, row_bytes, sums_fit, tile_rows
 from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.structure import dropout_rates
 
 _EXPERT_ARGUMENTS = 3  # the tokens, their experts, the experts' weights
 
 
-def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any], None], undo: ExitStack) -> str:
+def tile_mlps(
+    model: torch.nn.Module,
+    budget: TiledMlpBlock,
+    leaf: Callable[[Any], None],
+    undo: ExitStack,
+    calls: Calls | None = None,
+) -> str:
     """Run every token-wise module of a model's decoder layers in tiles; returns what was done, in words.
 
     Args:
@@ -28,6 +38,7 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
         budget: of the tiles of one module.
         leaf: called with each module: the engine is to gather its weights as one (engine/leaves.py).
         undo: takes everything back.
+        calls: of the model's session.
 
     Raises:
         UnsupportedModelError: there is no such module, or one has a dropout, whose draw tiles cannot repeat.
@@ -40,13 +51,14 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
         )
     by_layer: dict[torch.nn.Module, list[TokenWise]] = {}
     for name, module in found.items():
-        _refuse_dropout(name, module)
+        if calls is None or not calls.draws.are_counted:  # tiles repeat counted ones
+            _refuse_dropout(name, module)
         work = TokenWise(name, module, budget.fp32_accumulation)
         by_layer.setdefault(layer_of(model, name), []).append(work)
         undo.callback(vars(module).pop, "forward", None)
         if "forward" in vars(module):  # somebody else's patch stays under ours
             undo.callback(setattr, module, "forward", module.forward)
-        module.forward = _in_tiles(work, budget)
+        module.forward = _in_tiles(work, budget, calls or Calls())
         leaf(module)
     for layer, works in by_layer.items():
         watch_checkpoints(layer, works, undo)
@@ -54,7 +66,7 @@ def tile_mlps(model: torch.nn.Module, budget: TiledMlpBlock, leaf: Callable[[Any
     return f"{len(found)} {' and '.join(kinds)} in {len(by_layer)} layers, {_budget_in_words(budget)}"
 
 
-def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
+def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[..., Any]:
     signature = inspect.signature(work.forward)
     features = functools.cache(functools.partial(output_features, work.module))
 
@@ -62,6 +74,10 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
     @torch.compiler.disable
     def forward(*args: Any, **kwargs: Any) -> Any:
         rows = _rows(work.name, signature, args, kwargs)
+        if calls.checking:  # whole for the truth, and however few tokens there are, in tiles beside it
+            tokens = rows[0].shape[:-1].numel()
+            with branch()() if calls.whole else contextlib.nullcontext():  # as many as in tiles
+                return work.forward(*rows) if calls.whole else work.tiled(max(1, tokens // 2), *rows)
         # Experts are told which of them each token goes to; a dense module takes the token alone.
         experts_per_token = rows[1].shape[-1] if len(rows) > 1 else 1
         per_row = row_bytes(features(experts_per_token), rows[0].element_size())
@@ -69,7 +85,8 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock) -> Callable[..., Any]:
         num_rows = rows[0].shape[:-1].numel()
         fitting = tile_rows(budget, num_rows, per_row, sums)
         if fitting >= num_rows:
-            return work.forward(*rows)
+            with branch()():  # as many as in tiles
+                return work.forward(*rows)
         form = work.closed_form(rows, rows[0].dim())
         if form is not None:  # more of its rows fit
             per_row = form.row_bytes(rows[0].element_size())
@@ -113,9 +130,7 @@ def _sum_bytes(work: TokenWise) -> int:
 
 
 def _refuse_dropout(name: str, module: torch.nn.Module) -> None:
-    rates = {f"{inner}.p": each.p for inner, each in module.named_modules() if isinstance(each, torch.nn.Dropout)}
-    rates |= {key: rate for key, rate in vars(module).items() if "dropout" in key and isinstance(rate, float)}
-    for key, rate in rates.items():
+    for key, rate in dropout_rates(module).items():
         if rate > 0:
             raise UnsupportedModelError(
                 f"alst.tiled_mlp_compute: {name}.{key}={rate} is a dropout, which tiles would draw again in the "

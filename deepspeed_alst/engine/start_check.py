@@ -1,0 +1,80 @@
+"""Run the model check of an engine before its first forward."""
+
+import functools
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.apart import apart
+from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.models.dropout import drop_no_attention
+from deepspeed_alst.models.model_check import check_live_model
+from deepspeed_alst.models.probe import prove
+from deepspeed_alst.models.program_code import program_code
+from deepspeed_alst.models.untouched import untouched
+from deepspeed_alst.parallel.traffic import uncounted
+
+
+def install_model_check(engine: Any, code: tuple[str, ...], undo: ExitStack) -> None:
+    """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
+
+    The wrapped ``engine.forward`` raises UnsupportedModelError on all ranks where the model is not right.
+
+    Args:
+        engine: of a session.
+        code: what of the program's a trial of a small model has seen.
+        undo: takes it back.
+    """
+    checked: set[bool] = set()
+    session = engine.alst
+
+    def wrapper(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def checking(*args: Any, **kwargs: Any) -> Any:
+            if engine.module.training not in checked:
+                if not checked and program_code(engine.module) != code:
+                    # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
+                    apart(prove, engine.module, session.groups)
+                _check(engine, session)
+                checked.add(engine.module.training)
+            return forward(*args, **kwargs)
+
+        return checking
+
+    wrap_method(engine, "forward", wrapper, undo)
+
+
+def _check(engine: Any, session: Any) -> None:
+    began = time.perf_counter()
+    model = engine.module
+    with (
+        untouched(model),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        session.calls.of_model_check(),
+        uncounted(session.groups.sp_group),
+    ):
+        drop_no_attention(model)
+        forget = functools.partial(_forget_trace, engine)
+        summary = check_live_model(model, session.groups, session.calls, torch.device(engine.device), forget)
+    _forget_trace(engine)
+    if dist.get_rank() == 0:
+        mode = "training" if model.training else "evaluation"
+        seconds = time.perf_counter() - began
+        print(f"deepspeed_alst: model check ({mode}): {summary} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+
+
+def _forget_trace(engine: Any) -> None:
+    """Under ZeRO 3: have the order in which parameters are fetched learned from the first step, and not from here.
+
+    Between two forwards of the check too: the one makes its logits in another order than the other.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if hasattr(offload, "get_param_coordinator"):
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()

@@ -1,0 +1,102 @@
+"""Find the first module of a model that makes another output of the same input, whole and split over ranks.
+
+Legend: n tokens of a run: S of the whole sequence, s = S/P of a shard.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from deepspeed_alst.models.program_code import module_label
+from deepspeed_alst.parallel.agreement import gather_objects
+from deepspeed_alst.parallel.groups import SequenceGroups
+
+# Of the limit of a last hidden state: inside, what cancels there may be off by more.
+_SLACK = 10.0
+
+_Digest = tuple[int, torch.Tensor]
+_Seen = dict[tuple[str, int], tuple[list[_Digest], list[_Digest]]]
+
+
+def first_difference(
+    model: torch.nn.Module,
+    whole: Callable[[], Any],
+    split: Callable[[], Any],
+    length: int,
+    groups: SequenceGroups,
+    limit: float,
+) -> str | None:
+    """Run whole and split once more and compare what each module takes and gives; the same answer on all ranks.
+
+    Args:
+        model: the live one.
+        whole: runs the whole sequence.
+        split: runs this rank's shard.
+        length: tokens of the whole sequence.
+        groups: the ranks of a sequence.
+        limit: the relative difference that rounding makes.
+    """
+    in_whole = _watch(model, whole, length)
+    in_split = _watch(model, split, length // groups.sp_size)
+    found = None
+    for order, (key, (taken, given)) in enumerate(in_whole.items()):
+        other = in_split.get(key)
+        if other is None:
+            continue
+        if _same(taken, other[0], groups, limit) and not _same(given, other[1], groups, limit):
+            found = (order, module_label(model, key[0]))
+            break
+    everyone = [each for each in gather_objects(found, groups.control_group) if each is not None]
+    return min(everyone)[1] if everyone else None
+
+
+def _watch(model: torch.nn.Module, run: Callable[[], Any], n: int) -> _Seen:
+    """Digests of what every call of every module takes and gives in a run, in the order in which calls end."""
+    seen: _Seen = {}
+    open_calls: dict[str, list[list[_Digest]]] = {}
+    ended: dict[str, int] = {}
+    handles = []
+    for name, module in model.named_modules():
+
+        def before(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            open_calls.setdefault(name, []).append(list(_digests((args, kwargs), n)))
+
+        def after(_: Any, args: Any, output: Any, name: str = name) -> None:
+            taken = open_calls[name].pop()
+            seen[name, ended.get(name, 0)] = (taken, list(_digests(output, n)))
+            ended[name] = ended.get(name, 0) + 1
+
+        # First before what the program's hooks do to the arguments, last after what they do to the output.
+        handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _digests(values: Any, n: int) -> Iterator[_Digest]:
+    """Two numbers for each token of each tensor that has tokens: its norm, and a sum with changing weights."""
+    for x in tree_leaves(values):
+        if type(x) is not torch.Tensor or x.dim() == 0:
+            continue
+        dim = next((d for d in (1, 0, 2, 3) if d < x.dim() and x.shape[d] == n), None)
+        if dim is not None:
+            rows = x.detach().movedim(dim, 0).reshape(n, -1).double()
+            weights = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device))
+            yield dim, torch.stack([rows.norm(dim=1), rows @ weights], dim=1)
+
+
+def _same(whole: list[_Digest], split: list[_Digest], groups: SequenceGroups, limit: float) -> bool:
+    if [dim for dim, _ in whole] != [dim for dim, _ in split]:
+        return False
+    for (_, expected), (_, found) in zip(whole, split, strict=True):
+        mine = expected.tensor_split(groups.sp_size)[groups.sp_rank]
+        off = (mine - found).abs() / mine[:, :1].abs().clamp(min=1e-30)
+        if not bool((off <= _SLACK * limit).all()):
+            return False
+    return True

@@ -1,0 +1,212 @@
+"""Code of the program's own in a live model: methods, functions and hooks that no installed library defines.
+
+What a list of verified families says holds for transformers' own code. Whatever else runs in a model is compared whole
+against split on the live model (model_check.py), which sees its forward; its backward is seen by a trial of a small
+model of the kind, in which the same code is installed here.
+"""
+
+import functools
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import huggingface_hub
+import torch
+
+from deepspeed_alst.models.wrapped import base_model
+
+_PACKAGES = ("/site-packages/", "/dist-packages/")
+_HOOKS = {
+    "_forward_pre_hooks": ("register_forward_pre_hook", "_forward_pre_hooks_with_kwargs"),
+    "_forward_hooks": ("register_forward_hook", "_forward_hooks_with_kwargs"),
+    "_backward_pre_hooks": ("register_full_backward_pre_hook", None),
+    "_backward_hooks": ("register_full_backward_hook", None),
+}
+
+
+@functools.cache
+def _library_roots() -> tuple[str, ...]:
+    """Folders of installed code; a library that is installed in place is known by its own folder."""
+    roots = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib")}
+    roots.add(huggingface_hub.constants.HF_HUB_CACHE)  # kernels of the hub
+    for name in ("torch", "transformers", "deepspeed", "accelerate", "peft", "trl", "liger_kernel", "deepspeed_alst"):
+        if file := getattr(sys.modules.get(name), "__file__", None):
+            roots.add(str(Path(file).parent))
+    return tuple(f"{root}/" for root in roots)
+
+
+def is_library_module(name: str) -> bool:
+    """Whether a module, by its name in ``sys.modules``, is installed code; a script or a notebook is not."""
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return isinstance(module, ModuleType) and name != "__main__"
+    return any(folder in str(file) for folder in _PACKAGES) or str(file).startswith(_library_roots())
+
+
+def is_programs(value: Any) -> bool:
+    """Whether any function that a callable is made of, within decorators and closures, is the program's own."""
+    return any(not is_library_module(each.__globals__.get("__name__", "")) for each in _functions(value, set()))
+
+
+def is_own_class(cls: type) -> bool:
+    """Whether a class is defined by the program, and by no library."""
+    return not is_library_module(cls.__module__)
+
+
+def _functions(value: Any, seen: set[int]) -> Iterator[FunctionType]:
+    if id(value) in seen or len(seen) > 100:
+        return
+    seen.add(id(value))
+    if isinstance(value, FunctionType):
+        yield value
+        for inner in (getattr(value, "__wrapped__", None), *_enclosed(value)):
+            yield from _functions(inner, seen)
+    elif isinstance(value, MethodType | classmethod | staticmethod):
+        yield from _functions(value.__func__, seen)
+    elif isinstance(value, functools.partial):
+        yield from _functions(value.func, seen)
+    elif isinstance(value, property):
+        yield from _functions(value.fget, seen)
+    elif not isinstance(value, type | torch.nn.Module) and isinstance(
+        call := inspect.getattr_static(type(value), "__call__", None), FunctionType
+    ):
+        yield from _functions(call, seen)
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+
+
+def program_code(model: torch.nn.Module) -> tuple[str, ...]:
+    """Name what runs in a model and is the program's own; empty if there is nothing.
+
+    Looked at are the classes of its modules and the modules of source that they are defined in, methods and hooks of
+    single modules, hooks of all modules, and hooks of parameters. A class of the program's own counts as one.
+    """
+    classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__ if cls is not object)
+    own = [cls for cls in classes if is_own_class(cls)]
+    found = [f"{cls.__module__}.{cls.__qualname__}" for cls in own]
+    libraries = [cls for cls in classes if cls not in own]
+    for cls in libraries:
+        found += [f"{cls.__qualname__}.{name}" for name, value in list(vars(cls).items()) if is_programs(value)]
+    for home in dict.fromkeys(cls.__module__ for cls in libraries):
+        functions = [each for each in vars(sys.modules[home]).items() if isinstance(each[1], FunctionType)]
+        found += [f"{home}.{name}" for name, value in functions if is_programs(value)]
+    for name, kind, _ in _installed(model):
+        found.append(f"{kind} of {name or type(model).__name__}")
+    return tuple(found)
+
+
+def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Callable[[torch.nn.Module], None]]]:
+    """What a program has put on single modules: the module's name, what it is, and how to put it on another."""
+    for name, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if not callable(value) or isinstance(value, torch.nn.Module | type) or not hasattr(type(module), attribute):
+                continue
+            if is_programs(value) and not _is_wrapper(value):
+                yield name, f"method '{attribute}'", functools.partial(_set_method, attribute, value)
+        for attribute, (register, with_kwargs) in _HOOKS.items():
+            for key, hook in list(vars(module)[attribute].items()):
+                if is_programs(hook) and not _is_wrapper(hook):
+                    options = {"with_kwargs": key in vars(module)[with_kwargs]} if with_kwargs else {}
+                    yield name, "hook", functools.partial(_register, register, hook, options)
+        for param_name, param in module.named_parameters(recurse=False):
+            for hook in list((param._backward_hooks or {}).values()):
+                if is_programs(hook):
+                    yield name, f"gradient hook '{param_name}'", functools.partial(_register_on, param_name, hook)
+
+
+def _is_wrapper(value: Any) -> bool:
+    """Whether it is this package's or DeepSpeed's, around what was there before."""
+    function = getattr(value, "__func__", value)
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith("deepspeed")
+
+
+def _set_method(name: str, value: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
+    setattr(module, name, moved(value))
+
+
+def _register(
+    register: str, hook: Any, options: dict[str, Any], module: torch.nn.Module, moved: Callable[[Any], Any]
+) -> None:
+    getattr(module, register)(moved(hook), **options)
+
+
+def _register_on(param_name: str, hook: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
+    param = getattr(module, param_name)
+    if param.requires_grad and not param.is_meta:
+        param.register_hook(moved(hook))
+
+
+def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
+    """Put onto a small model of the same kind what the program has put on single modules of its own; returns it.
+
+    What the code reaches in the live model, by a closure or a bound method, is the small model's there.
+
+    Raises:
+        LookupError: the small model has no module of that name.
+    """
+    base = base_model(model)
+    pairs: dict[int, Any] = {id(model): small}
+    for name, module in base.named_modules():
+        if (other := _counterpart(small, name)) is not None:
+            pairs[id(module)] = other
+    moved = functools.partial(_moved, pairs)
+    for name, kind, install in _installed(base):
+        other = _counterpart(small, name)
+        if other is None:
+            raise LookupError(f"{kind} of {name}: a small model of the kind has no such module")
+        install(other, moved)
+    if base is not model:
+        for _, _, install in (each for each in _installed(model) if each[0] == ""):
+            install(small, moved)
+    return small
+
+
+def _counterpart(small: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """The module of the same name; of lists, which are shorter there, an element in the same order."""
+    module = small
+    for part in name.split(".") if name else ():
+        if isinstance(module, torch.nn.ModuleList) and part.isdigit() and len(module):
+            module = module[int(part) % len(module)]
+        elif isinstance(found := getattr(module, part, None), torch.nn.Module):
+            module = found
+        else:
+            return None
+    return module
+
+
+def _moved(pairs: dict[int, Any], value: Any) -> Any:
+    """A callable that works on the small model's modules where the original works on the live one's."""
+    if id(value) in pairs:
+        return pairs[id(value)]
+    if isinstance(value, MethodType):
+        return MethodType(_moved(pairs, value.__func__), _moved(pairs, value.__self__))
+    if isinstance(value, functools.partial):
+        arguments = [_moved(pairs, each) for each in value.args]
+        return functools.partial(
+            _moved(pairs, value.func), *arguments, **{key: _moved(pairs, each) for key, each in value.keywords.items()}
+        )
+    if isinstance(value, FunctionType) and value.__closure__:
+        cells = tuple(CellType() for _ in value.__closure__)
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        made.__kwdefaults__ = value.__kwdefaults__
+        pairs[id(value)] = made  # a closure may hold itself
+        for cell, inner in zip(cells, _enclosed(value), strict=False):
+            cell.cell_contents = _moved(pairs, inner)
+        return made
+    return value
+
+
+def module_label(model: torch.nn.Module, name: str) -> str:
+    """A module's name with its class, for a message."""
+    return f"{name or 'the model'} ({type(model.get_submodule(name)).__name__})"
