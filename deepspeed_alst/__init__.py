@@ -10,6 +10,7 @@ _PUBLIC = {
     "AlstError": "deepspeed_alst.errors",
     "ConfigError": "deepspeed_alst.errors",
     "DataError": "deepspeed_alst.errors",
+    "NonFiniteGradientError": "deepspeed_alst.errors",
     "NonFiniteLossError": "deepspeed_alst.errors",
     "OffloadError": "deepspeed_alst.errors",
     "RankLostError": "deepspeed_alst.errors",

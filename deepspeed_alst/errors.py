@@ -34,7 +34,11 @@ class OffloadError(AlstError):
 
 
 class NonFiniteLossError(AlstError):
-    """A loss that is NaN or infinite: which step, micro-step and batch it is of. The optimizer step was not taken."""
+    """A NaN or Inf loss: which step, micro-step and batch it is of. The optimizer step was dropped whole."""
+
+
+class NonFiniteGradientError(NonFiniteLossError):
+    """A NaN or Inf gradient with finite losses: which step and parameter. The optimizer step was dropped whole."""
 
 
 class RankLostError(AlstError, RuntimeError):

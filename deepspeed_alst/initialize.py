@@ -286,6 +286,7 @@ def _reduce(engine: Any, config: AlstConfig, bucket: str, undo: ExitStack) -> li
     reduction = reduction_of(config)
     adder = load_sum_pieces(get_accelerator().device_name())
     path = install_reduction(engine, reduction, undo)
+    engine.alst.watch_gradients(engine)
     engine.alst.reduction_bytes = path.bytes_sent(engine)
     return reduction_rows(engine, reduction, path, adder, bucket)
 

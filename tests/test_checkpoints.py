@@ -344,7 +344,7 @@ def load_from(job: Job, folder: str, tag: str | None = None) -> Any:
 def refusals(ranks: Ranks, job: Job, folder: Path, tag: str | None = None) -> list[str]:
     """What loading says, rank by rank; every rank must refuse."""
     with pytest.raises(RankError) as raised:
-        ranks.run(load_from, job, str(folder), tag, seconds=60)
+        ranks.run(load_from, job, str(folder), tag)
     assert all(isinstance(error, CheckpointError) for error in raised.value.errors), raised.value
     return [str(error) for error in raised.value.errors]
 

@@ -18,7 +18,7 @@ def train(recipe: str, log: Path, *arguments: str) -> list[dict]:
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
     program = ["examples/train.py", "--deepspeed", f"ds_configs/{recipe}.json", "--seq-len", "1000", "--log-file", log]
     try:
-        done = subprocess.run([*launcher, *program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*launcher, *program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     finally:
         remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -74,7 +74,7 @@ def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
         "--model",
         tmp_path / "model",
     ]
-    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=300)
     remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("sharded at load: True") == 2 and done.stdout.count("trained") == 2

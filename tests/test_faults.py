@@ -68,7 +68,7 @@ def test_every_rank_that_is_left_names_the_one_that_is_missing(lost, how, words)
     for each in ranks:
         each.start()
     try:
-        messages = dict(said.get(timeout=60) for _ in range(2))
+        messages = dict(said.get(timeout=300) for _ in range(2))
     finally:
         for each in ranks:
             each.kill()
@@ -82,10 +82,10 @@ def _error_of_a_program(kind: type[Exception], message: str) -> str:
     roll_group = build_control_group()
     start = time.monotonic()
     try:
-        with naming_who_is_missing(roll_group):
+        with naming_who_is_missing(roll_group, seconds=200):
             raise kind(message)
     except Exception as error:
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 100  # nobody is waited for
         return f"{type(error).__name__}: {error}"
     finally:
         dist.destroy_process_group(roll_group)
@@ -152,7 +152,7 @@ def _save_on_a_full_disk(folder: str, rank: int, tag: str) -> tuple[str, str | N
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_checkpoint_that_one_rank_cannot_write_is_refused_by_all_and_latest_stays(rank, ranks2, tmp_path):
-    results = ranks2.run(_save_on_a_full_disk, str(tmp_path), rank, "broken", seconds=60)
+    results = ranks2.run(_save_on_a_full_disk, str(tmp_path), rank, "broken")
     for each, (refusal, after, loaded, last) in enumerate(results):
         assert "broken could not be written" in refusal and "still names first" in refusal
         assert refusal.startswith(f"rank {rank}: ") == (each != rank)
@@ -173,6 +173,6 @@ def test_latest_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkey
 
 
 def test_a_checkpoint_that_is_written_over_has_no_name_until_it_is_whole(ranks2, tmp_path):
-    for refusal, after, _, last in ranks2.run(_save_on_a_full_disk, str(tmp_path), 1, "first", seconds=60):
+    for refusal, after, _, last in ranks2.run(_save_on_a_full_disk, str(tmp_path), 1, "first"):
         assert "there is no checkpoint before it" in refusal
         assert after is None and last == "second of latest"

@@ -85,6 +85,89 @@ def test_the_probe_runs_once_and_leaves_nothing_behind(stage, dtype, ranks2):
     assert ranks2.run(first_step, Cell(stage=stage, dtype=dtype), False) == [(True, True)] * 2
 
 
+def _halve_later(engine: Any) -> None:
+    for param in engine.module.parameters():
+        param.register_hook(lambda grad: grad / 2)
+
+
+def _halve_after(engine: Any) -> None:
+    def halve(param: torch.nn.Parameter) -> None:
+        if param.grad is not None:
+            param.grad.div_(2)
+
+    for param in engine.module.parameters():
+        param.register_post_accumulate_grad_hook(halve)
+
+
+def _clear(engine: Any) -> None:
+    for param in engine.module.parameters():
+        param.grad = None
+
+
+def _freeze(engine: Any) -> None:
+    engine.module.model.layers[0].requires_grad_(False)
+
+
+def _clip(engine: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(engine.module.parameters(), 1e-3)
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+# What a program does to an engine at its start, to a loss before its backward, and after each backward.
+CLEARED = "optimizer.zero_grad"
+IDIOMS = {
+    "engine.zero_grad": (nothing, nothing, lambda engine: engine.zero_grad()),
+    CLEARED: (nothing, nothing, lambda engine: engine.optimizer.zero_grad()),
+    "model.zero_grad": (nothing, nothing, lambda engine: engine.module.zero_grad(set_to_none=False)),
+    "grad = None": (nothing, nothing, _clear),
+    "clipped by hand": (nothing, nothing, _clip),
+    "frozen later": (_freeze, nothing, nothing),
+    "hooks": (_halve_later, nothing, nothing),
+    "hooks after accumulation": (_halve_after, nothing, nothing),
+    "backward twice": (nothing, lambda engine, loss: engine.backward(loss, retain_graph=True), nothing),
+}
+
+
+def steps_by(cell: Cell, idioms: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Two optimizer steps of an engine for each idiom, which is followed in the first; what is raised in either."""
+    import torch.distributed as dist
+
+    import deepspeed_alst
+
+    raised = []
+    for idiom in idioms:
+        at_start, before, after = IDIOMS[idiom]
+        for sabotage in (False, True) if idiom == CLEARED else (False,):
+            engine = initialize(cell=cell)
+            at_start(engine)
+            try:
+                for step, ranks in enumerate(samples(cell, model_config(cell).vocab_size)[:2]):
+                    with twice_the_average(sabotage and step == 1):
+                        for batch in deepspeed_alst.shard_dataloader(ranks[dist.get_rank()], engine):
+                            loss = engine(**batch).loss
+                            (before if step == 0 else nothing)(engine, loss)
+                            engine.backward(loss)
+                            (after if step == 0 else nothing)(engine)
+                            engine.step()
+            except deepspeed_alst.SetupError as error:
+                raised.append((idiom, f"{sabotage} {engine.global_steps} {error}"))
+            finally:
+                engine.destroy()
+    return raised
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_a_program_does_to_gradients_in_its_first_step_is_no_false_alarm(stage, ranks2):
+    cell = Cell(stage=stage, gas=2)
+    for raised in ranks2.run(steps_by, cell, tuple(IDIOMS)):
+        # The first step was not compared where gradients were cleared in it, and the second was.
+        ((idiom, words),) = raised
+        assert idiom == CLEARED and words.startswith("True 1 the gradient of"), words
+
+
 @pytest.mark.parametrize(
     "changed, arguments, sentence",
     [
@@ -264,13 +347,13 @@ def misuse(case: str) -> None:
 )
 def test_what_would_be_silently_wrong_stops_every_rank(case, sentence, ranks2):
     with pytest.raises(RankError) as caught:
-        ranks2.run(misuse, case, seconds=20)
+        ranks2.run(misuse, case)
     assert all(error is not None and sentence in str(error) for error in caught.value.errors)
 
 
 def test_a_bad_batch_in_one_replica_stops_the_other_too(ranks4):
     with pytest.raises(RankError) as caught:
-        ranks4.run(misuse, "one replica", seconds=20)
+        ranks4.run(misuse, "one replica")
     assert all("on rank 0 that cannot be trained on: it has no position_ids" in str(e) for e in caught.value.errors)
 
 

@@ -26,7 +26,7 @@ from deepspeed_alst.words import as_word, shown
 ROOT = Path(__file__).parents[1]
 RECIPES = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
 # Of one core. Thousands of times what a ds_config takes, and less than a person notices.
-SECONDS = 0.5
+SECONDS = 5.0
 
 INNER_KEYS = sorted({key for block in _BLOCKS.values() for key in block.model_fields})
 WORDS = ("auto", "true", "1", "", "fp32", "BF16", "torch", "triton", "liger", "alst", "TiledLossBlock", "LigerBlock")

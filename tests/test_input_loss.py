@@ -1,7 +1,8 @@
-"""A loss that is no number: every rank stops before a weight changes, and says whose batch it was."""
+"""NaN losses and gradients: all ranks drop the step whole, and say whose batch or which parameter it was."""
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config, samples
 from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.errors import NonFiniteLossError
+from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 POISON = 96  # a token whose embedding is no number
@@ -55,7 +57,8 @@ def steps_with_poison(
                     engine.step()
             except ValueError as error:
                 same = all(torch.equal(a, b) for a, b in zip(before, weights_of(engine), strict=True))
-                return type(error).__name__, str(error), engine.global_steps, same, losses
+                applied = engine.global_steps - engine.skipped_steps
+                return type(error).__name__, str(error), applied, same, losses
             if at == step:
                 same = all(torch.equal(a, b) for a, b in zip(before, weights_of(engine), strict=True))
         return "", "", engine.global_steps, same, losses
@@ -97,20 +100,96 @@ def test_of_batches_that_are_exchanged_one_by_one_the_rank_is_named(ranks2):
         assert "optimizer step 1, micro-step 2 of 4: a batch of rank 1." in message
 
 
-def loss_of_one_rank_alone() -> tuple[str, int]:
-    groups, steps = build_groups(1, build_control_group()), []
-    engine = mock.Mock(global_steps=0, **{"fp16_enabled.return_value": False})
-    watch = LossWatch(groups)
+def loss_of_one_rank_alone() -> tuple[str, bool]:
+    groups = build_groups(1, build_control_group())
+    engine = mock.Mock(global_steps=0)
+    watch = LossWatch(groups, Calls())
+    watch.dropper = mock.MagicMock(parameter="")
     watch.add(torch.tensor(math.nan if dist.get_rank() == 1 else 1.0))
     try:
         with pytest.raises(NonFiniteLossError) as raised:
-            watch.before_step(engine, lambda: steps.append(1))()
+            watch.before_step(engine, lambda: None)()
     finally:
         groups.destroy()
-    return str(raised.value), len(steps)
+    return str(raised.value), watch.dropper.dropping.call_args.args[0]
 
 
 def test_a_loss_that_is_nan_on_one_rank_alone_stops_all(ranks2):
     results = ranks2.run(loss_of_one_rank_alone, seconds=60)
-    assert all("the loss is nan in optimizer step 1" in said and steps == 0 for said, steps in results)
+    assert all("the loss is nan in optimizer step 1" in said and dropped for said, dropped in results)
     assert results[0][0].startswith("rank 1: ")
+
+
+# --- training goes on after it
+
+
+def weights_without(cell: Cell, cause: str, learned: bool) -> tuple[list[torch.Tensor], list[str], list[int]]:
+    """Train three steps, of which the second has a NaN or, where ``learned`` is false, is left out.
+
+    The last weights, the errors, and the steps and micro-steps that DeepSpeed has counted.
+    """
+    import deepspeed
+
+    import deepspeed_alst
+
+    model = build_model(model_config(cell))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = math.nan
+    poisoned = {"gradient": False}
+    named = dict(model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+    named.register_hook(lambda grad: grad * math.nan if poisoned["gradient"] else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(cell, cell.sp_size))[0]
+    errors = []
+    for at, ranks in enumerate(samples(cell, POISON)):
+        own = ranks[dist.get_rank()]
+        if at == 1:
+            if not learned:
+                continue
+            if cause == "loss" and dist.get_rank() == 1:
+                own[0]["input_ids"][0, 5] = POISON
+            poisoned["gradient"] = cause == "gradient" and dist.get_rank() == 1
+        try:
+            for batch in deepspeed_alst.shard_dataloader(own, engine):
+                engine.backward(engine(**batch).loss)
+                engine.step()
+        except deepspeed_alst.NonFiniteLossError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        poisoned["gradient"] = False
+    weights, counts = weights_of(engine), [engine.global_steps, engine.skipped_steps, engine.micro_steps]
+    engine.destroy()
+    return weights, errors, counts
+
+
+NO_CHECK = (("bf16", {"enabled": True, "check_grad_overflow": False}),)
+PATHS = {
+    "zero0 fp32": Cell(stage=0),
+    "zero0 bf16": Cell(stage=0, dtype="bf16"),
+    "zero1 fp32 sums of bf16": Cell(stage=1, dtype="bf16", grad_accum="fp32"),
+    "zero1 fp32, clipped": Cell(stage=1, clip=0.5),
+    "zero2 bf16": Cell(stage=2, dtype="bf16", grad_accum="fp32"),
+    "zero2 bf16, no check of its own": Cell(stage=2, dtype="bf16", extra=NO_CHECK),
+    "zero2 fp32, offloaded": Cell(stage=2, offload_optimizer=True),
+    "zero3 bf16": Cell(stage=3, dtype="bf16"),
+    "zero3 fp32, offloaded": Cell(stage=3, offload_optimizer=True),
+}
+
+
+IN_SHORT = ("zero0 fp32", "zero1 fp32 sums of bf16", "zero2 bf16, no check of its own", "zero3 bf16")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path not in IN_SHORT else []) for path in PATHS]
+)
+def test_training_goes_on_as_if_the_batches_of_the_step_had_not_been_there(path, ranks2):
+    cell = replace(PATHS[path], gas=2)
+    expected = ranks2.run(weights_without, cell, "", False)
+    for cause, words in {
+        "loss": "NonFiniteLossError: the loss is nan in optimizer step 2, micro-step 2 of 4",
+        "gradient": "NonFiniteGradientError: the gradient of model.layers.1.mlp.up_proj.weight is NaN",
+    }.items():
+        results = ranks2.run(weights_without, cell, cause, True)
+        for (weights, errors, counts), (right, _, _) in zip(results, expected, strict=True):
+            assert len(errors) == 1 and words in errors[0]
+            assert counts == [3, 1, 12]
+            assert all(torch.equal(a, b) for a, b in zip(weights, right, strict=True))

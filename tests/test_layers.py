@@ -208,5 +208,5 @@ def test_the_pure_modules_load_neither_torch_nor_anything_that_needs_it():
     pure = "deepspeed_alst.errors, deepspeed_alst.config, deepspeed_alst.compatibility, deepspeed_alst.attention.heads"
     heavy = ("torch", "deepspeed", "transformers", "triton")
     program = f"import sys, {pure}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ Its value and every gradient against transformers' own, in fp64 and in engines.
 """
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -252,7 +253,7 @@ WHOLE = {"tiled_logits_loss": False}
 
 def assert_apart(ranks: Any, expected: Any, *case: Any) -> None:
     """The ranks called different experts, and have the gradients of a run in which DeepSpeed fills in what lacks."""
-    found = ranks.run(separate, *case, seconds=60)
+    found = ranks.run(separate, *case)
     assert [called for called, _ in found] == [[{0, 1}] * 2, [{2, 3}] * 2]
     for name, grad in expected[0][1].items():
         assert (found[0][1][name] - grad).norm() <= 1e-4 * grad.norm(), name
@@ -304,10 +305,22 @@ def test_another_loss_of_the_routers_is_refused_by_name():
     )
 
 
-def beside_another() -> None:
-    """While a model is split, others of its family have transformers' function; a failed forward leaves nothing."""
-    original = modeling_mixtral.load_balancing_loss_func
-    other, model = (build_model(mixture("mixtral")) for _ in range(2))
+class Subclass(modeling_mixtral.MixtralForCausalLM):
+    def forward(self, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+
+class SubSubclass(Subclass):
+    def forward(self, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+
+def beside_another(kind: type) -> None:
+    """During a forward of a split model another of its family is evaluated in a thread; a failed forward, too."""
+    function = modeling_mixtral.load_balancing_loss_func
+    torch.manual_seed(0)
+    other, model = (kind(mixture("mixtral")).eval() for _ in range(2))
+    other.load_state_dict(model.state_dict())
     batch = family_batch(8, 1)
     expected = other(**batch).aux_loss
     with ExitStack() as undo:
@@ -315,20 +328,41 @@ def beside_another() -> None:
         patch_model(model, dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
-        seen = []
-        hook = model.model.register_forward_hook(lambda *_: seen.append(modeling_mixtral.load_balancing_loss_func))
-        assert torch.isclose(model(**shard).aux_loss, expected)
-        assert seen[0] is not original and modeling_mixtral.load_balancing_loss_func is original
-        assert torch.equal(other(**batch).aux_loss, expected)
-        hook.remove()
+
+        def evaluate_other(*_: Any) -> None:
+            assert modeling_mixtral.load_balancing_loss_func is function
+            if dist.get_rank() == 0:  # one rank alone: a collective would wait for the other
+                with ThreadPoolExecutor(1) as thread:
+                    assert torch.equal(thread.submit(other, **batch).result(60).aux_loss, expected)
+
+        model.lm_head.register_forward_hook(evaluate_other)
+        torch.testing.assert_close(model(**shard).aux_loss, expected)
         model.lm_head.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(**shard)
-        assert modeling_mixtral.load_balancing_loss_func is original
+        assert modeling_mixtral.load_balancing_loss_func is function
+    assert type(model) is kind and "forward" not in vars(model)
 
 
-def test_other_models_keep_their_own_function(ranks2):
-    ranks2.run(beside_another)
+@pytest.mark.parametrize("kind", [modeling_mixtral.MixtralForCausalLM, Subclass, SubSubclass])
+def test_another_model_evaluated_in_a_thread_keeps_its_own_function(kind, ranks2):
+    ranks2.run(beside_another, kind, seconds=120)
+
+
+def compiled() -> tuple[float, float]:
+    model, batch = build_model(mixture("mixtral")), family_batch(8, 1)
+    expected = model(**batch).aux_loss.item()
+    with ExitStack() as undo:
+        calls = Calls()
+        patch_model(model, dist.group.WORLD, undo, calls)
+        shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
+        calls.real_tokens = shard.pop(REAL_TOKENS)
+        return torch.compile(model, backend="eager")(**shard).aux_loss.item(), expected
+
+
+def test_it_is_made_outside_of_compiled_graphs(ranks2):
+    for found, expected in ranks2.run(compiled):
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def unmarked(case: str) -> None:

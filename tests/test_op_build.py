@@ -42,7 +42,7 @@ def start(folder, *arguments, package=ROOT, **variables):
 
 def finish(process):
     """What the program printed; it is right in any case, and without a warning if compiled."""
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     report = json.loads(out.splitlines()[-1])
     assert report["right"] and len(report["words"]) == 1
@@ -146,7 +146,7 @@ def test_the_wait_for_another_builder_ends(tmp_path, monkeypatch):
         begin = time.monotonic()
         with pytest.raises(OpBuildError, match="another process"):
             SumPiecesBuilder().jit_load(verbose=False)
-        assert 0.4 < time.monotonic() - begin < 5
+        assert 0.4 < time.monotonic() - begin < 100
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_setup_loads_no_torch_unless_it_is_asked_to():
         env={name: value for name, value in os.environ.items() if not name.startswith("DS_BUILD_ALST")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert done.stdout.strip() and "setuptools" in done.stderr

@@ -192,7 +192,7 @@ def _run(program: str, environment: dict[str, str], folder: Path) -> dict:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not results:

@@ -66,10 +66,17 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
         vocabulary: of the model.
 
     Raises:
-        DataError: see ``whole_numbers``; or a token has no embedding, or a label no logit.
+        DataError: see ``whole_numbers``; a token has no embedding, a label no logit; a tensor requires a gradient.
     """
     if not isinstance(batch, Mapping):
         return batch
+    for key, x in batch.items():
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            raise DataError(
+                f"{key} requires a gradient, which ends at the exchange between ranks: what has made it would not be "
+                f"trained. Detach it, batch['{key}'].detach(), if that is meant; else make it within the model that "
+                "deepspeed.initialize is given"
+            )
     numbers = whole_numbers(batch)
     for key, x in numbers.items():
         if x.dim() == 2:

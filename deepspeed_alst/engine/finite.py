@@ -1,7 +1,8 @@
-"""A loss that is no number stops the run at the optimizer step that it is part of, before a weight has changed.
+"""A NaN or Inf loss, or gradient, drops the optimizer step that it is part of, before a weight changes, and raises.
 
 The losses stay on the device until that step; there they are read at once, and all ranks agree by one number over gloo.
-Under fp16 nothing is done: DeepSpeed's loss scaling skips the step, and lowers the scale.
+Gradients are looked at where DeepSpeed looks at them (engine/dropping.py). Under fp16 nothing is done: DeepSpeed's loss
+scaling skips the step, and lowers the scale.
 """
 
 import functools
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.errors import NonFiniteLossError, SetupError
+from deepspeed_alst.engine.dropping import StepDropper
+from deepspeed_alst.errors import NonFiniteGradientError, NonFiniteLossError, SetupError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.agreement import raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -28,6 +30,8 @@ class LossWatch:
         self._losses: list[torch.Tensor] = []
         self._batches: list[tuple[int, int] | None] = []
         self._batch: tuple[int, int] | None = None
+        self.dropper: StepDropper | None = None
+        """None before the engine is whole, and under fp16."""
 
     def note_batch(self, rank: int, number: int) -> None:
         """The next micro-step is on this batch of this rank's loader, counted from 0 in each epoch."""
@@ -42,18 +46,28 @@ class LossWatch:
     def before_step(self, engine: Any, step: Any) -> Any:
         """``engine.step`` behind the check.
 
-        The wrapped method raises NonFiniteLossError on all ranks, whichever of them saw it.
+        The wrapped method raises NonFiniteLossError or NonFiniteGradientError on all ranks, whichever of them saw it,
+        after the step was dropped: training can go on as if its batches had not been there.
         """
 
         @functools.wraps(step)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if engine.is_gradient_accumulation_boundary():
-                losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
-                if losses and self._calls.makes_whole_loss:
-                    self._check_alike(losses)
-                if not engine.fp16_enabled():
-                    self._check(losses, batches, engine.global_steps)
-            return step(*args, **kwargs)
+            if not engine.is_gradient_accumulation_boundary():
+                return step(*args, **kwargs)
+            losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+            if losses and self._calls.makes_whole_loss:
+                self._check_alike(losses)
+            if self.dropper is None:
+                return step(*args, **kwargs)
+            number = engine.global_steps + 1
+            error, found = self._check(losses, batches, number)
+            with self.dropper.dropping(found):
+                result = step(*args, **kwargs)
+            if found:
+                raise_together(error, self._groups.control_group)
+            if getattr(engine.optimizer, "overflow", False) or self.dropper.parameter:
+                raise _gradient_error(self.dropper.parameter, number)
+            return result
 
         return checked
 
@@ -75,24 +89,34 @@ class LossWatch:
             )
         raise_together(error, self._groups.control_group)
 
-    def _check(self, losses: list[torch.Tensor], batches: list[tuple[int, int] | None], step: int) -> None:
+    def _check(
+        self, losses: list[torch.Tensor], batches: list[tuple[int, int] | None], step: int
+    ) -> tuple[NonFiniteLossError | None, bool]:
+        """The error of this rank's losses, and whether any rank has one."""
         values = torch.stack([loss.double() for loss in losses]).tolist() if losses else []
         wrong = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
         found = torch.tensor([wrong is not None], dtype=torch.int32)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._groups.control_group)
-        if not found.item():
-            return
         error = None
         if wrong is not None:
             error = NonFiniteLossError(
-                f"the loss is {values[wrong]} in optimizer step {step + 1}, micro-step {wrong + 1} of "
-                f"{len(values)}: {self._whose(batches[wrong], wrong)}. No weight has changed in this step. Look at "
-                "the tokens and labels of that batch; if they are all right, the weights went astray before: lower "
-                "the learning rate, or set gradient_clipping."
+                f"the loss is {values[wrong]} in optimizer step {step}, micro-step {wrong + 1} of "
+                f"{len(values)}: {self._whose(batches[wrong], wrong)}. No weight has changed: the step was dropped. "
+                "Look at the tokens and labels of that batch; if they are all right, the weights went astray before: "
+                "lower the learning rate, or set gradient_clipping."
             )
-        raise_together(error, self._groups.control_group)
+        return error, bool(found.item())
 
     def _whose(self, batch: tuple[int, int] | None, place: int) -> str:
         if batch is None:  # of the HF Trainer: a batch of each rank, in turns
             return f"a batch of rank {self._groups.ranks[place % self._groups.sp_size]}"
         return "rank {}'s batch {} of this epoch (counted from 0)".format(*batch)
+
+
+def _gradient_error(parameter: str | None, step: int) -> NonFiniteGradientError:
+    what = "the gradients' norm, though no gradient," if parameter is None else f"the gradient of {parameter}"
+    return NonFiniteGradientError(
+        f"{what} is NaN or infinite in optimizer step {step}, and the losses are finite. No weight has changed: the "
+        "step was dropped. Look at what the backward of that parameter does (a division by 0, a square root at 0, a "
+        "hook, an overflow in half precision); to train on without these batches, catch this error and go on."
+    )

@@ -27,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.engine.progress import Report, progress_line
 from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.ledger.step_flops import Span, StepSizes, alst_flops, model_flops
 from deepspeed_alst.models.sizes import attention_spans, step_sizes
 from deepspeed_alst.parallel.agreement import of_rank_0
@@ -139,7 +140,11 @@ class Metrics:
             before, due = self._engine.global_steps, self._is_due()
             # A schedule goes on to the next step's within the call.
             rates = self._engine.get_lr() if due else []
-            result = step(*args, **kwargs)
+            try:
+                result = step(*args, **kwargs)
+            except NonFiniteLossError:  # the step was dropped: the program may go on
+                self._loss = None
+                raise
             if self._engine.global_steps != before:
                 self._num_steps, self._step_end = self._num_steps + 1, self._sent()
                 if due:

@@ -1,13 +1,18 @@
-"""The averaging probe: on the first optimizer step, is the gradient of the engine the average over all ranks?
+"""The averaging probe: in the first optimizer step, is the gradient of the engine the average over all ranks?
 
 Everything here rests on each gradient being reduced once and divided by the world size, on the path that this engine
 takes through DeepSpeed (engine/reduction.py). The probe keeps some elements of the local gradient of every parameter
-that trains, as autograd makes them, averages those of two parameters itself, and compares before the update. Which two
-shows at the step only: half of a fresh LoRA adapter's gradients are zero. It runs at the first optimizer step that has
-gradients, and leaves nothing behind.
+that trains, as autograd makes them, averages those of two parameters itself, and compares at the end of the backward
+that reduces. Which two shows there only: half of a fresh LoRA adapter's gradients are zero. It runs in the first
+optimizer step that has gradients, and leaves nothing behind.
+
+A program may clear or change gradients between two backwards, by ``zero_grad`` or by hand. What DeepSpeed makes of that
+differs by ZeRO stage, so the step is not compared then, and the next one is.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,32 +31,74 @@ _LOW_PRECISION_TOLERANCE = 0.1
 
 
 def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, undo: ExitStack) -> None:
-    """Check the averaging factor at the engine's first optimizer step; gradients are ``summed_in`` a dtype.
+    """Check the averaging factor in the engine's first optimizer step; gradients are ``summed_in`` a dtype.
 
-    The wrapped ``engine.step`` raises SetupError on all ranks, before any weight has changed, if the factor is wrong.
+    The wrapped ``engine.backward`` raises SetupError on all ranks, before any weight has changed, if it is wrong.
     """
-    watched = [_Watched(name, param) for name, param in _trained(engine.module)]
-    before = engine.__dict__["step"]
+    probe = _Probe(engine, groups, summed_in)
+    undo.callback(probe.remove)
 
-    def remove() -> None:
-        for each in watched:
-            each.handle.remove()
-        watched.clear()
-        # Where the program has wrapped it meanwhile, its wrapper stays, and goes through this one.
-        if engine.__dict__.get("step") is step:
-            engine.__dict__["step"] = before
 
-    @functools.wraps(before)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        if watched and engine.is_gradient_accumulation_boundary():
-            if _compare(engine, watched, groups, summed_in):
-                remove()
-            for each in watched:
-                each.local = None
-        return before(*args, **kwargs)
+class _Probe:
+    """Wraps an engine's ``backward`` and ``step`` and its optimizer's ``zero_grad`` until it has compared."""
 
-    engine.__dict__["step"] = step
-    undo.callback(remove)
+    def __init__(self, engine: Any, groups: SequenceGroups, summed_in: torch.dtype) -> None:
+        self._engine, self._groups, self._summed_in = engine, groups, summed_in
+        self._watched = [_Watched(name, param) for name, param in _trained(engine.module)]
+        self._is_touched = False
+        self._wrapped: list[tuple[Any, str, Any, Any]] = []
+        self._wrap(engine, "backward", self._backward)
+        self._wrap(engine, "step", self._step)
+        self._wrap(engine.optimizer, "zero_grad", self._zero_grad)
+
+    def remove(self) -> None:
+        """Leave nothing behind; where the program has wrapped a method meanwhile, its wrapper stays."""
+        self._watched.clear()
+        for owner, name, wrapper, before in self._wrapped:
+            if vars(owner).get(name) is wrapper:
+                if before is None:
+                    del vars(owner)[name]
+                else:
+                    vars(owner)[name] = before
+        self._wrapped.clear()
+
+    def _wrap(self, owner: Any, name: str, wrap: Any) -> None:
+        before = vars(owner).get(name)
+        vars(owner)[name] = functools.wraps(getattr(owner, name))(wrap(getattr(owner, name)))
+        self._wrapped.append((owner, name, vars(owner)[name], before))
+
+    def _backward(self, backward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._is_touched |= any(each.has_been_touched() for each in self._watched)
+            with ExitStack() as hooks:
+                for each in self._watched:
+                    hooks.enter_context(each.watching())
+                result = backward(*args, **kwargs)
+            reduced = self._watched and self._engine.is_gradient_accumulation_boundary()
+            if reduced and _compare(self._engine, self._watched, self._groups, self._summed_in, self._is_touched):
+                self.remove()
+            return result
+
+        return call
+
+    def _step(self, step: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ends = self._engine.is_gradient_accumulation_boundary()
+            result = step(*args, **kwargs)
+            if ends:
+                self._is_touched = False
+                for each in self._watched:
+                    each.forget()
+            return result
+
+        return call
+
+    def _zero_grad(self, zero_grad: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._is_touched |= any(each.local is not None for each in self._watched)
+            return zero_grad(*args, **kwargs)
+
+        return call
 
 
 class _Watched:
@@ -59,8 +106,33 @@ class _Watched:
 
     def __init__(self, name: str, param: torch.nn.Parameter) -> None:
         self.name, self.param = name, param
+        self._num_hooks = len(param._post_accumulate_grad_hooks or ())
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a step."""
         self.local: torch.Tensor | None = None
-        self.handle = param.register_hook(self._add)
+        self._left: tuple[int, int] | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """A backward is inside. The hook comes after the program's own, which may change the gradient."""
+        handle = self.param.register_hook(self._add) if self.param.requires_grad else None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            self._left = self._state()
+
+    def has_been_touched(self) -> bool:
+        """Whether the gradient was cleared or changed since the last backward, or a hook may change it after it."""
+        added = len(self.param._post_accumulate_grad_hooks or ()) > self._num_hooks
+        return added or (self.local is not None and self._left != self._state())
+
+    def _state(self) -> tuple[int, int] | None:
+        grad = self.param.grad
+        return None if grad is None else (id(grad), grad._version)
 
     def _add(self, grad: torch.Tensor) -> None:
         piece = _spread(grad.detach())
@@ -77,11 +149,16 @@ def _trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return sorted((each for each in trained if 0 < size(each[1]) <= _LARGEST), key=lambda each: size(each[1]))
 
 
-def _choose(watched: list[_Watched], groups: SequenceGroups) -> list[_Watched]:
-    """The smallest and the largest that have a gradient on some rank: DeepSpeed treats those over its bucket apart."""
-    alive = torch.tensor([each.local is not None and bool(each.local.any()) for each in watched], dtype=torch.int32)
-    dist.all_reduce(alive, dist.ReduceOp.MAX, group=groups.control_group)
-    chosen = [each for each, lives in zip(watched, alive.tolist(), strict=True) if lives]
+def _choose(watched: list[_Watched], groups: SequenceGroups, is_touched: bool) -> list[_Watched]:
+    """The smallest and the largest that have a gradient on some rank: DeepSpeed treats those over its bucket apart.
+
+    None where the program has touched gradients on some rank.
+    """
+    alive = [each.local is not None and bool(each.local.any()) for each in watched]
+    facts = torch.tensor([is_touched, *alive], dtype=torch.int32)
+    dist.all_reduce(facts, dist.ReduceOp.MAX, group=groups.control_group)
+    touched, *lives = facts.tolist()
+    chosen = [each for each, life in zip(watched, lives, strict=True) if life and not touched]
     return [chosen[0], chosen[-1]] if chosen else []
 
 
@@ -91,10 +168,12 @@ def _spread(x: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _ELEMENTS)].to(torch.float64)
 
 
-def _compare(engine: Any, watched: list[_Watched], groups: SequenceGroups, summed_in: torch.dtype) -> bool:
+def _compare(
+    engine: Any, watched: list[_Watched], groups: SequenceGroups, summed_in: torch.dtype, is_touched: bool
+) -> bool:
     """Raise if a gradient is not the average; whether there was anything to compare."""
-    compared = not watched
-    for each in _choose(watched, groups):
+    compared = False
+    for each in _choose(watched, groups, is_touched):
         reduced = safe_get_full_grad(each.param)
         local = each.local
         if reduced is None:

@@ -13,6 +13,7 @@ from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.engine.checkpoint import install_checkpoints
+from deepspeed_alst.engine.dropping import StepDropper
 from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.engine.whole_batches import split_whole_batches
 from deepspeed_alst.engine.wrap import wrap_method
@@ -87,6 +88,11 @@ class Session:
         for name in _CALLS_WITH_COLLECTIVES:
             self.wrap(engine, name, functools.partial(_naming_who_is_missing, self.groups.roll_group))
         self._undo.callback(engine.__dict__.pop, "alst", None)
+
+    def watch_gradients(self, engine: Any) -> None:
+        """Have NaN and Inf drop a step; after the reduction is installed, whose norm it reads."""
+        if not engine.fp16_enabled():
+            self._losses.dropper = StepDropper(engine, self._undo)
 
     def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
         """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is.

@@ -124,7 +124,7 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
 
     @torch.compiler.disable
     def reset(module: torch.nn.Module, args: Any) -> None:
-        calls.attention = calls.linear = calls.with_documents = calls.loss = 0
+        calls.attention = calls.linear = calls.with_documents = calls.loss = calls.router_loss = 0
         calls.inside = True
 
     @torch.compiler.disable

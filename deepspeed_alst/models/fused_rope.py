@@ -1,23 +1,22 @@
 """The rotary embedding of a model's attention by kernels/rope.py instead of transformers' function.
 
 ``apply_rotary_pos_emb`` is a name in the module that an attention class is written in, and its forward looks it up
-there. So a dispatcher stands under that name while a model of ours uses it, and is what it was for everybody else: it
-takes the op only inside the forward of an attention module that it was put in place for, recomputation included, and
-only for tensors for which the function was seen to give, on random ones, what a form of the op gives.
+there. So a module's forward becomes a copy that finds a dispatcher under that name. It takes the op only for tensors
+for which the function was seen to give, on random ones, what a form of the op gives.
 """
 
 import functools
 import inspect
-import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from deepspeed_alst.kernels.rope import DTYPES, rope
 from deepspeed_alst.kernels.rope_ops import rope_reference
+from deepspeed_alst.models.own_globals import with_names
 from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
 
 _NAME = "apply_rotary_pos_emb"
@@ -36,52 +35,37 @@ def fuse_rope(model: torch.nn.Module, undo: ExitStack) -> dict[str, int]:
     fused: dict[str, int] = {}
     for module in model.modules():
         forward = type(module).forward
-        written = inspect.unwrap(forward)
-        names = getattr(getattr(written, "__code__", None), "co_names", ())
-        if _NAME not in names or "forward" in vars(module):
-            continue
-        rotary = _put_in_place(written.__globals__, undo)
-        if rotary is None:
+        if "forward" in vars(module) or (copy := with_names(forward, _names_for)) is forward:
             continue
         # A method, so that a copy of the module runs it on itself.
-        module.forward = types.MethodType(_inside(rotary, forward), module)
+        module.forward = types.MethodType(_unless_compiled(copy, forward), module)
         undo.callback(vars(module).pop, "forward", None)
         name = type(module).__name__
         fused[name] = fused.get(name, 0) + 1
     return fused
 
 
-def _inside(rotary: "_Rotary", forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def inside(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs)
-        with rotary.switched_on():
-            return forward(self, *args, **kwargs)
-
-    return inside
+def _names_for(function: types.FunctionType) -> dict[str, Any]:
+    if _NAME not in function.__code__.co_names:
+        return {}
+    original = function.__globals__.get(_NAME)
+    rotary = _rotary_of(original) if inspect.isfunction(original) else None
+    return {} if rotary is None else {_NAME: rotary}
 
 
-def _put_in_place(names: dict[str, Any], undo: ExitStack) -> "_Rotary | None":
-    """The dispatcher among a module's names, made if there is none; it goes when nobody uses it any more.
+def _unless_compiled(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (plain if torch.compiler.is_compiling() else fused)(self, *args, **kwargs)
 
-    None where the function is of no known form.
-    """
-    rotary = names.get(_NAME)
-    if not isinstance(rotary, _Rotary):
-        rotary = _Rotary(rotary) if inspect.isfunction(rotary) else None
-        if rotary is None or not rotary.is_known():
-            return None
-        names[_NAME] = rotary
-    rotary.num_users += 1
+    return forward
 
-    def leave() -> None:
-        rotary.num_users -= 1
-        if not rotary.num_users and names.get(_NAME) is rotary:
-            names[_NAME] = rotary.original
 
-    undo.callback(leave)
-    return rotary
+@functools.cache
+def _rotary_of(original: Callable[..., Any]) -> "_Rotary | None":
+    """The dispatcher for a function, the same for all that call it; None where the function is of no known form."""
+    rotary = _Rotary(original)
+    return rotary if rotary.is_known() else None
 
 
 class _Rotary:
@@ -94,9 +78,7 @@ class _Rotary:
     def __init__(self, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
         self.original = original
-        self.num_users = 0
         self._signature = inspect.signature(original)
-        self._thread = threading.local()  # a backward, and its recomputation, may run in another thread
         self._proven: dict[Any, _How | None] = {}
 
     def is_known(self) -> bool:
@@ -105,20 +87,8 @@ class _Rotary:
             return False
         return any(self._how_for(torch.float32, torch.float32, 16, W, True, None) is not None for W in (16, 8))
 
-    @contextmanager
-    def switched_on(self) -> Iterator[None]:
-        """Inside, calls from this thread may take the op."""
-        before = getattr(self._thread, "on", False)
-        self._thread.on = True
-        try:
-            yield
-        finally:
-            self._thread.on = before
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result."""
-        if torch.compiler.is_compiling() or not getattr(self._thread, "on", False):
-            return self.original(*args, **kwargs)
         given = self._signature.bind(*args, **kwargs).arguments
         tensors = [given.get(name) for name in _ARGUMENTS]
         heads_dim = self._heads_dim(given)

@@ -5,11 +5,10 @@ looks up. The latter go back at once. What is called by such a name, RoPE, this 
 of its own: its forward is the same code with another dict of globals.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from types import CellType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.own_globals import with_names
 
 # Parts of alst.liger_kernel by the modules of Liger's that they come from.
 _PARTS = {
@@ -185,30 +185,19 @@ def _call_instead(model: torch.nn.Module, change: _Change, replaced: set[int], u
         CannotPatchError: the forward of one is not its class's.
     """
     found = []
+
+    def names_for(function: FunctionType) -> dict[str, Any]:
+        reads = function.__globals__ is change.space and change.name in function.__code__.co_names
+        return {change.name: change.now} if reads else {}
+
     for module in model.modules():
-        function = inspect.unwrap(type(module).forward)
-        if getattr(function, "__globals__", None) is not change.space or change.name not in function.__code__.co_names:
+        forward = type(module).forward
+        copy = with_names(forward, names_for)
+        if copy is forward:
             continue
         if id(module) in replaced:
             raise CannotPatchError("rope", f"{_name_of(model, module)}.forward has been replaced by the program")
-        vars(module)["forward"] = MethodType(_with_global(type(module).forward, change.name, change.now), module)
+        vars(module)["forward"] = MethodType(copy, module)
         undo.callback(vars(module).pop, "forward", None)
         found.append(id(module))
     return found
-
-
-def _with_global(function: Any, name: str, value: Any) -> FunctionType:
-    """The same function, wrappers included, in whose innermost a global has another value."""
-    inner = getattr(function, "__wrapped__", None)
-    if inner is None:
-        globals_, cells = {**function.__globals__, name: value}, function.__closure__
-    else:
-        changed = _with_global(inner, name, value)
-        globals_ = function.__globals__
-        cells = tuple(CellType(changed) if cell.cell_contents is inner else cell for cell in function.__closure__)
-    copied = FunctionType(function.__code__, globals_, function.__name__, function.__defaults__, cells)
-    copied.__kwdefaults__, copied.__qualname__ = function.__kwdefaults__, function.__qualname__
-    vars(copied).update(vars(function))
-    if inner is not None:
-        copied.__wrapped__ = changed
-    return copied

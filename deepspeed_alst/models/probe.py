@@ -104,10 +104,20 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
         if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
             raise UnsupportedModelError(
                 f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
-                f"{verdict.why.rstrip('.')}. {way_out}."
+                f"{verdict.why.rstrip('.')}.{_of_a_term(verdict, code)} {way_out}."
             )
     check_own_modules(base, _small_model(build, small))
     return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
+
+
+def _of_a_term(verdict: Verdict, code: tuple[str, ...]) -> str:
+    """The likely cause where a program's forward makes another loss, and the way out."""
+    if not code or verdict.outcome != "wrong" or not verdict.why.startswith("the loss"):
+        return ""
+    return (
+        " Does it add a term to the loss? Of logits or hidden states it is one of a shard's tokens. Add it in the "
+        "training loop, to outputs.loss (README, Limits, says how), or make it of parameters alone."
+    )
 
 
 def trial_core(model_class: type[PreTrainedModel]) -> str:

@@ -9,9 +9,9 @@ Legend: B batch, s tokens of this rank's shard, T = B*s, E experts, k experts of
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.checkpoints import checkpointed_layers
 from deepspeed_alst.models.experts import router_classes
+from deepspeed_alst.models.own_globals import NamesFor, importing, with_names
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import sum_over_shards
 
@@ -32,10 +33,22 @@ _CLOSE = 1e-5
 
 def unknown_router_loss(model: torch.nn.Module) -> str | None:
     """Why the loss that a model makes of its routers' logits cannot be made of the whole sequence's; None if it can."""
-    for home in _homes(base_model(model)):
-        if not _is_known(home[_FUNCTION]):
+    base = base_model(model)
+    if not router_classes(base):
+        return None
+    callers: list[FunctionType] = []
+
+    def note(function: FunctionType) -> dict[str, Any]:
+        if _FUNCTION in function.__code__.co_names and _FUNCTION in function.__globals__:
+            callers.append(function)
+        return {}
+
+    for forward in (base.forward, *_class_forwards(base).values()):
+        with_names(forward, note)
+    for function in callers:
+        if not _is_known(function.__globals__[_FUNCTION]):
             return (
-                f"{_SWITCH}=True: {home['__name__']}.{_FUNCTION} is not the load-balancing loss that is known, and "
+                f"{_SWITCH}=True: {function.__module__}.{_FUNCTION} is not the load-balancing loss that is known, and "
                 "would be made of a shard; set it to False"
             )
     return None
@@ -63,10 +76,10 @@ def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Calls)
 
 
 def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
-    """Have a model's load-balancing loss be that of the sequence whose tokens are split over a group.
+    """Make a model's load-balancing loss of the whole sequence, whose tokens are split over a group.
 
-    Its forward looks the function up in the namespace that it was written in, which other models share: ours stands
-    there while a forward of this model runs, and at no other time.
+    Its forwards look the function up by a global name, which other models share: this model runs copies of its
+    forwards that find another function there.
 
     Args:
         model: a transformers model, or a wrapper around one.
@@ -75,43 +88,65 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: Ex
         undo: takes it back.
     """
     base = base_model(model)
-    homes = [(home, home[_FUNCTION]) for home in _homes(base) if _is_known(home[_FUNCTION])]
+    if not router_classes(base):
+        return
 
-    @torch.compiler.disable
-    def of_whole_sequence(
-        gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Any = None
-    ) -> Any:
-        if not isinstance(gate_logits, tuple):
-            return 0
-        assert calls.real_tokens is not None and num_experts is not None  # the guard has looked
-        calls.router_loss += 1
-        _check_recorded(base, gate_logits, calls.real_tokens.numel())
-        return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
+    def whole(before: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable
+        @functools.wraps(before)
+        def of_whole_sequence(
+            gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Any = None
+        ) -> Any:
+            if calls.whole or not calls.inside or not isinstance(gate_logits, tuple):
+                return before(gate_logits, num_experts, top_k, attention_mask)
+            assert calls.real_tokens is not None and num_experts is not None  # the guard has looked
+            calls.router_loss += 1
+            _check_recorded(base, gate_logits, calls.real_tokens.numel())
+            return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
 
-    @torch.compiler.disable
-    def start(module: torch.nn.Module, args: Any) -> None:
-        calls.router_loss = 0
-        if not calls.whole:
-            for home, _ in homes:
-                home[_FUNCTION] = of_whole_sequence
+        return of_whole_sequence if _is_known(before) else before
+
+    def names_for(function: FunctionType) -> dict[str, Any]:
+        if _FUNCTION not in function.__code__.co_names:
+            return {}
+        if _FUNCTION in function.__globals__:
+            return {_FUNCTION: whole(function.__globals__[_FUNCTION])}
+        return importing(_FUNCTION, whole)  # TRL's fused head imports it in its body
+
+    _replace_forwards(base, names_for, undo)
 
     @torch.compiler.disable
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
-        restore()
         if getattr(output, "aux_loss", None) is not None and not calls.router_loss and not calls.whole:
             raise UnsupportedModelError(
                 f"{type(base).__name__} made its router's loss by a way of its own, of a shard. Undo whatever replaced "
                 f"its forward (Liger, a subclass), or set {_SWITCH} to False."
             )
 
-    def restore() -> None:
-        for home, before in homes:
-            home[_FUNCTION] = before
+    # On the outermost module, which every call passes.
+    undo.callback(model.register_forward_hook(end).remove)
 
-    undo.callback(restore)
-    # On the outermost module, which every call passes; at the end of a forward that failed, too.
-    undo.callback(model.register_forward_pre_hook(start).remove)
-    undo.callback(model.register_forward_hook(end, always_call=True).remove)
+
+def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, undo: ExitStack) -> None:
+    """Give one model copies of its forward and of those that ``super().forward`` reaches."""
+    before = type(base)
+    behind = {kind: with_names(forward, names_for) for kind, forward in _class_forwards(base).items()}
+    inserted = [
+        type(kind.__name__, (kind,), {"forward": copy, "__module__": kind.__module__})
+        for kind, copy in list(behind.items())[1:]
+        if copy is not vars(kind)["forward"]
+    ]
+    if inserted:  # each stands before its class in the order that super() takes
+        base.__class__ = type(before.__name__, (before, *inserted), {"__module__": before.__module__})
+        undo.callback(setattr, base, "__class__", before)
+    own, copy = vars(base).get("forward"), with_names(base.forward, names_for)
+    if copy != base.forward:
+        base.forward = copy
+        undo.callback(setattr if own else delattr, base, "forward", *([own] if own else []))
+
+
+def _class_forwards(base: torch.nn.Module) -> dict[type, Any]:
+    return {kind: vars(kind)["forward"] for kind in type(base).__mro__ if "forward" in vars(kind)}
 
 
 def load_balancing_loss(
@@ -153,19 +188,6 @@ def _loss_of(totals: torch.Tensor) -> torch.Tensor:
     sums_E, counts_E, num_rows = totals.split([num_experts, num_experts, 1])
     num_rows = num_rows.clamp(min=1.0)
     return (num_experts * (counts_E / num_rows * (sums_E / num_rows)).sum()).float()
-
-
-def _homes(base: torch.nn.Module) -> list[dict[str, Any]]:
-    """The namespaces in which a model's forwards may look the loss up, where they have it."""
-    if not router_classes(base):
-        return []
-    # TRL's fused head takes that of Mixtral for every family.
-    from transformers.models.mixtral import modeling_mixtral
-
-    forwards = [vars(holder).get("forward") for holder in (base, *type(base).__mro__)]
-    functions = [inspect.unwrap(getattr(each, "__func__", each)) for each in forwards if each is not None]
-    found = [getattr(function, "__globals__", {}) for function in functions] + [vars(modeling_mixtral)]
-    return list({id(home): home for home in found if _FUNCTION in home}.values())
 
 
 @functools.cache

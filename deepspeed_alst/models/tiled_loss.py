@@ -1,6 +1,8 @@
 """Logits and loss of a transformers model in tiles; every change goes onto a stack that undoes it."""
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -94,12 +96,34 @@ def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo:
                 head.for_loss = output.logits
             elif module.training and not calls.checking:
                 output.logits = None
+                output.__class__ = _without_logits(type(output))
             elif head.logits_wanted:
                 output.logits = output.logits.make()
 
     # On the outermost module, which every call passes.
     undo.callback(model.register_forward_pre_hook(start, with_kwargs=True).remove)
     undo.callback(model.register_forward_hook(end).remove)
+
+
+@functools.cache
+def _without_logits(kind: type) -> type:
+    """An output whose ``logits`` are None, as programs ask, and which says why to one that wants them."""
+
+    def logits(output: Any) -> Any:
+        made = vars(output).get("logits")
+        if made is None:
+            warnings.warn(
+                "outputs.logits is None in training: alst.tiled_logits_loss makes logits in tiles, within the loss. "
+                "Set the key to false to have them. Where sequence_parallel_size is above 1 they are a shard's, and a "
+                "loss made of them is refused: use outputs.loss",
+                stacklevel=2,
+            )
+        return made
+
+    def set_logits(output: Any, value: Any) -> None:
+        vars(output)["logits"] = value
+
+    return type(kind.__name__, (kind,), {"logits": property(logits, set_logits), "__module__": kind.__module__})
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 
 import deepspeed
 import torch
@@ -52,7 +51,7 @@ class Samples(torch.utils.data.Dataset):
 def main() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=core)
     data = Samples()
-    print("start", time.time(), flush=True)
+    print("start", flush=True)
     own_loader = case in ("unsharded", "identical", "dataset")
     engine, _, loader, _ = deepspeed.initialize(
         model=model,
