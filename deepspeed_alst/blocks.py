@@ -189,6 +189,9 @@ class AlstBlock(BaseModel):
     activation_checkpoint_cpu_offload: OffloadBlock | None = None
     """Checkpointed layer inputs on the host, and on disk: true, false or an object. Turns checkpointing on."""
 
+    check_model: bool = Field(default=True, strict=True)
+    """Compare the live model whole against split before the first step: true or false."""
+
     save_attention_output: bool | Literal["auto"] = "auto"
     """Attention's output and log-sum-exp kept for the backward, where layers are checkpointed: true, false, or "auto":
     with the offload, where the copy hides behind the computation and the host has room."""

@@ -24,6 +24,7 @@ BLOCK_KEYS = (
     "tiled_logits_loss",
     "liger_kernel",
     "activation_checkpoint_cpu_offload",
+    "check_model",
     "save_attention_output",
     "memory_lean_layer",
 )

@@ -16,6 +16,7 @@ DEFAULTS = {
     "tiled_logits_loss": "auto",
     "liger_kernel": "auto",
     "activation_checkpoint_cpu_offload": None,
+    "check_model": True,
     "save_attention_output": "auto",
     "memory_lean_layer": False,
 }

@@ -123,6 +123,7 @@ MEANINGS = {
     **{f"alst.liger_kernel.{part}": _only(True, False, None) for part in _BLOCKS["liger_kernel"].model_fields},
     "alst.activation_checkpoint_cpu_offload.host_budget": _count("auto"),
     "alst.activation_checkpoint_cpu_offload.keep_last": _integer(0),
+    "alst.check_model": _only(True, False),
     "alst.save_attention_output": _only(True, False, "auto"),
     "alst.memory_lean_layer": _only(False),
 }
