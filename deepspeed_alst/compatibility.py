@@ -269,7 +269,7 @@ def zero_stage(ds_config: Config) -> int:
     """
     block = ds_config.get("zero_optimization")
     if block is not None and not isinstance(block, Mapping):
-        raise ConfigError(f"zero_optimization: must be an object such as {{'stage': 3}} (got {shown(block)}).")
+        raise ConfigError(f'zero_optimization: must be an object such as {{"stage": 3}} (got {shown(block)}).')
     stage = value_at(ds_config, "zero_optimization.stage", 0)
     if stage == "auto":
         return 0

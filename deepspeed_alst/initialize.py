@@ -44,6 +44,7 @@ from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.models.wrapped import vocabulary_of
+from deepspeed_alst.near_misses import TOP_KEYS
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 from deepspeed_alst.parallel.agreement import check_alike, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
@@ -53,6 +54,7 @@ _SAME_ON_ALL_RANKS = (
     "sequence_parallel_size",
     "seq_parallel_communication_data_type",
     "alst",
+    *TOP_KEYS,
     "zero_optimization",
     "data_types",
     "bf16",

@@ -10,6 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
 from deepspeed_alst.compatibility import FEATURES, check_features, value_at
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.words import shown
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 REFUSED = [feature.name for feature in FEATURES if feature.refusal]
@@ -194,7 +195,7 @@ def test_a_refused_feature_is_refused_with_its_path_its_value_and_its_sentence(n
     (line,) = problems_of({"sequence_parallel_size": 2, **ds_config})
     value = value_at(ds_config, feature.path)
     assert value is not None, f"{feature.path} is not where this feature is asked for in {ds_config}"
-    assert line == f"{feature.path}={value!r} ({name}): {feature.refusal}."
+    assert line == f"{feature.path}={shown(value)} ({name}): {feature.refusal}."
 
 
 @pytest.mark.parametrize("name", RIGHT)

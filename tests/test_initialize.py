@@ -91,7 +91,7 @@ def test_the_probe_runs_once_and_leaves_nothing_behind(stage, dtype, ranks2):
         ({}, {"mesh_param": (1, 2)}, "mesh_param: sequence_parallel_size"),
         ({"data_parallel_size": 1}, {}, "data_parallel_size=1"),
         ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
-        ({"alst": {"expandable_segments": True}}, {}, "alst.expandable_segments=True: this machine has no CUDA device"),
+        ({"alst": {"expandable_segments": True}}, {}, "alst.expandable_segments=true: this machine has no CUDA device"),
         ({}, {"model": None}, "NoneType is not a transformers model"),
     ],
 )

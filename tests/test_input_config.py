@@ -297,7 +297,7 @@ def test_a_spoilt_file_is_read_or_refused_and_what_is_no_json_is_left_to_deepspe
     assert time.process_time() - started < SECONDS
 
 
-UNREADABLE = ("[" * 100_000, '{"alst": 1' + "1" * 5000 + "}", '{"alst": 1,}', '{"a": 1, "a": 2}', "\\ufeff{}", "[]", "")
+UNREADABLE = ("[" * 100_000, '{"alst": 1' + "1" * 5000 + "}", '{"a": 1, "a": 2}', "\\ufeff{}", "[]", "")
 
 
 @pytest.mark.parametrize("text", UNREADABLE, ids=range(len(UNREADABLE)))
@@ -334,4 +334,4 @@ BLOCKS_READ = ["bf16", "fp16", "zero_optimization.offload_optimizer", "zero_opti
 def test_a_block_of_deepspeeds_that_is_no_object_is_named_before_it_is_looked_into(path, value):
     with pytest.raises(ConfigError) as refused:
         check_features(put({"sequence_parallel_size": 2}, path, value))
-    assert f"{path}: must be an object (got {value!r})." in str(refused.value).splitlines()
+    assert f"{path}: must be an object (got {shown(value)})." in str(refused.value).splitlines()

@@ -230,7 +230,7 @@ def test_the_allocator_and_flash_attention_are_judged_on_gpus_only():
         (
             {"sequence_parallel_size": 3, "prescale_gradients": True, "hybrid_engine": {"enabled": True}},
             ["problem"] * 3,
-            "prescale_gradients=True",
+            "prescale_gradients=true",
         ),
         ([1], ["problem"], "no JSON object"),
     ],

@@ -1,6 +1,5 @@
 """A ds_config by itself: this package's keys, and DeepSpeed's features beside them. Needs neither torch nor a GPU."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from deepspeed_alst.cli.rows import Row
 from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import AlstConfig, check_world, parse
+from deepspeed_alst.config_file import is_wanted, read_config
 from deepspeed_alst.errors import ConfigError
 
 
@@ -18,12 +18,9 @@ def read_json(path: str) -> dict[str, Any]:
         ConfigError: it has none.
     """
     try:
-        ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_config(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--ds_config {path} cannot be read: {error}") from error
-    if not isinstance(ds_config, dict):
-        raise ConfigError(f"--ds_config {path}: it holds no JSON object; put the keys into {{ }}")
-    return ds_config
 
 
 def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
@@ -43,7 +40,7 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
     if problems:
         return
     config = parse(ds_config)
-    if config.sequence_parallel_size == 1 and "alst" not in ds_config:
+    if not is_wanted(ds_config):
         yield Row(
             "ds_config",
             f"{path} asks for nothing of this package: DeepSpeed runs untouched",
