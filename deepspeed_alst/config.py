@@ -40,6 +40,20 @@ _NESTED = {
     for key in block.model_fields
 }
 
+# Keys of which ranks with different values would wait for one another, or step apart.
+SAME_ON_ALL_RANKS = (
+    "sequence_parallel_size",
+    "seq_parallel_communication_data_type",
+    "alst",
+    *TOP_KEYS,
+    "zero_optimization",
+    "data_types",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
 
 class AlstConfig(BaseModel):
     """Everything in a ds_config that this package acts on."""

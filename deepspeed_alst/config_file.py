@@ -21,7 +21,7 @@ def read_config(text: str) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is neither; it holds no object; it has a key twice.
     """
-    import hjson  # DeepSpeed's own reader: comments, trailing commas
+    import hjson  # type: ignore[import-untyped]  # DeepSpeed's own reader: comments, trailing commas
 
     try:
         if os.path.exists(text):

@@ -52,8 +52,8 @@ def hook_initialize(deepspeed: ModuleType) -> None:
 
 
 def _warn_of(lines: list[str]) -> None:
-    """Print one line on rank 0 for all keys that do nothing."""
-    if lines and os.environ.get("RANK", "0") == "0":
+    """Print one line for all keys that do nothing; each rank for itself, as each has a ds_config of its own."""
+    if lines:
         print(f"deepspeed_alst: the ds_config switches nothing on here; {' '.join(lines)}", file=sys.stderr)
 
 
@@ -177,6 +177,7 @@ def hook_trainer(module: ModuleType) -> None:
     """
     trainer_class = module.Trainer
     train, evaluate = trainer_class.training_step, trainer_class.evaluation_loop
+    create = trainer_class.create_accelerator_and_postprocess
     if hasattr(train, _MARK):
         return
 
@@ -198,9 +199,18 @@ def hook_trainer(module: ModuleType) -> None:
         with trainer.evaluation(self):
             return evaluate(self, *args, **kwargs)
 
-    for wrapper, original in ((training_step, train), (evaluation_loop, evaluate)):
-        setattr(wrapper, _MARK, original)
-    trainer_class.training_step, trainer_class.evaluation_loop = training_step, evaluation_loop
+    @functools.wraps(create)
+    def create_accelerator_and_postprocess(self):
+        create(self)
+        if _trainer_splits_sequences(self):
+            # accelerate takes DeepSpeed's number in any case, but warns of two numbers.
+            steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
+            if type(steps) is int:
+                self.accelerator.gradient_accumulation_steps = steps
+
+    for wrapper in (training_step, evaluation_loop, create_accelerator_and_postprocess):
+        setattr(wrapper, _MARK, wrapper.__wrapped__)
+        setattr(trainer_class, wrapper.__name__, wrapper)
 
 
 def _trainer_splits_sequences(trainer: Any) -> bool:

@@ -41,6 +41,7 @@ AREAS = {
     "test_verify": "the programs people have",
     "test_plan": "config and loader",
     "test_near_misses": "config and loader",
+    "test_batch_keys": "config and loader",
     "test_cores": "the programs people have",
     "test_checkpoints": "the programs people have",
     "test_faults": "the programs people have",

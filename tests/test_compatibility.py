@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-from deepspeed_alst.compatibility import FEATURES, check_features, value_at
+from deepspeed_alst.compatibility import FEATURES, check_features
+from deepspeed_alst.deepspeed_values import value_at
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import shown
 
@@ -101,6 +102,9 @@ EXAMPLES = {
     "Muon": Example(optimizer("Muon"), lambda c: c.optimizer_name == "muon"),
     "DeepCompile": Example({"compile": {"deepcompile": True}}, lambda c: c.compile_config.deepcompile),
     "AutoSP": Example({"compile": {"passes": ["autosp"]}}, lambda c: "autosp" in (c.compile_config.passes or ())),
+    "checkpoint writer": Example(
+        {"checkpoint": {"writer": {"type": "fast"}}}, lambda c: c.checkpoint_config.get("writer") is not None
+    ),
     "sparse gradients": Example({"sparse_gradients": True}),
     "data_efficiency": Example({"data_efficiency": {"enabled": True}}, lambda c: c.data_efficiency_enabled),
     "curriculum_learning": Example({"curriculum_learning": {"enabled": True}}),
@@ -129,6 +133,11 @@ FALSY = [
     zero(3, zero_hpz_partition_size=0),
     zero(3, zero_quantized_weights=False, zero_quantized_nontrainable_weights=False, zero_quantized_gradients=False),
     zero(2, round_robin_gradients=False),
+    zero(0, round_robin_gradients=True),
+    zero(3, round_robin_gradients=True),
+    zero(2, zero_hpz_partition_size=8, zero_quantized_weights=True),
+    zero(2, offload_param={"device": "nvme", "nvme_path": "/nvme"}),
+    {"checkpoint": {"writer": None, "tag_validation": "Warn"}},
     zero(3, zeropp_loco_param=None),
     zero(3, zenflow=None),
     {"zero_optimization": True},

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from deepspeed_alst import plugin
 from deepspeed_alst.blocks import AlstBlock
-from deepspeed_alst.compatibility import FEATURES, check_features, zero_stage
+from deepspeed_alst.compatibility import FEATURES, check_features
 from deepspeed_alst.config import _BLOCKS, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.deepspeed_values import check_numbers, zero_stage
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import as_word, shown
 
@@ -43,6 +44,7 @@ def read(ds_config: dict[str, Any]) -> AlstConfig:
     """What is done with a ds_config before a process is started: ``initialize`` in its order, on two ranks."""
     config = parse(ds_config)
     zero_stage(ds_config)
+    check_numbers(ds_config)
     if config.sequence_parallel_size > 1:
         check_features(ds_config)
         check_world(config, 2)

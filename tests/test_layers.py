@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # Folders and modules at the top of the package, from the bottom up. Within a layer they may use one another.
 LAYERS = (
     {"errors", "mark", "words", "apart", "near_misses", "config_file"},
-    {"blocks", "config", "compatibility", "plans", "kernels", "ops", "ledger"},
+    {"blocks", "config", "compatibility", "batch_keys", "deepspeed_values", "plans", "kernels", "ops", "ledger"},
     {"parallel"},
     {"data", "attention", "tiling", "offload"},
     {"models", "engine"},
