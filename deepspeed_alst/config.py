@@ -5,7 +5,7 @@ Each reports everything it finds in one ConfigError, a line per key: JSON path, 
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -167,23 +167,36 @@ def _too_deep(ds_config: Mapping[str, Any]) -> str | None:
     return level[0][0]
 
 
-def check_world(config: AlstConfig, world_size: int) -> None:
+def fits_heads(degree: int, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether an SP degree can split these heads."""
+    return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
+
+
+def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int]] = ()) -> None:
     """Refuse an SP degree that does not divide the number of ranks.
+
+    Args:
+        config: this package's keys.
+        world_size: ranks.
+        heads: pairs of heads and key/value heads of the model, where they are known.
 
     Raises:
         ConfigError: with the degrees that would do.
     """
     sp_size = config.sequence_parallel_size
     if world_size % sp_size:
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        known = [*heads]
+        fitting = [n for n in range(1, world_size + 1) if not world_size % n and all(fits_heads(n, *x) for x in known)]
         raise ConfigError(
             f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
             f"Use one of {fitting}."
         )
 
 
-def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention") -> None:
-    """Refuse an SP degree that cannot split these heads, of attention or of a scan.
+def check_heads(
+    config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
+) -> None:
+    """Refuse an SP degree that cannot split these heads, of attention or of a scan, over ``world_size`` ranks.
 
     Raises:
         ConfigError: SP does not divide the query heads, or neither of SP and the kv heads divides the other; with
@@ -192,10 +205,7 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str =
     sp_size = config.sequence_parallel_size
     heads, shared = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups of them")
 
-    def fits(n: int) -> bool:
-        return num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
-
-    if fits(sp_size):
+    if fits_heads(sp_size, num_heads, num_kv_heads):
         return
     if num_heads % sp_size:
         why = f"does not divide the model's {num_heads} {heads}"
@@ -203,7 +213,8 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str =
             why = f"is more than the model's {num_heads} {heads}"
     else:
         why = f"and the model's {num_kv_heads} {shared} do not divide one another"
-    fitting = [n for n in range(1, num_heads + 1) if fits(n)]
+    # No number divides 0 with a rest: without a world every degree is in it.
+    fitting = [n for n in range(1, num_heads + 1) if not world_size % n and fits_heads(n, num_heads, num_kv_heads)]
     raise ConfigError(
         f"sequence_parallel_size={shown(sp_size)} {why}. Use one of {fitting}; "
         f"the remaining ranks form data-parallel replicas by themselves."

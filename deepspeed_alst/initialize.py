@@ -262,13 +262,15 @@ def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> No
 
 def _error_in(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> AlstError | None:
     try:
-        check_world(config, dist.get_world_size())
-        check_batch_keys(ds_config, config.sequence_parallel_size, dist.get_world_size())
+        world_size = dist.get_world_size()
         facts = check_model(model)
-        if facts.num_heads and facts.num_kv_heads:
-            check_heads(config, facts.num_heads, facts.num_kv_heads)
-        for heads, groups in sorted(facts.linear_heads):
-            check_heads(config, heads, groups, of="scan")
+        scans = sorted(facts.linear_heads)
+        attention = [(facts.num_heads, facts.num_kv_heads)] if facts.num_heads and facts.num_kv_heads else []
+        check_world(config, world_size, [*attention, *scans])
+        check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
+        for of, pairs in (("attention", attention), ("scan", scans)):
+            for heads, shared in pairs:
+                check_heads(config, heads, shared, of, world_size)
     except AlstError as error:
         return error
     return None
