@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from deepspeed_alst.words import shown
+
 # Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "memory_lean_layer": (False,),
@@ -53,7 +55,7 @@ class TiledMlpBlock(BaseModel):
     @field_validator("tile_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        return value if value == "auto" else _count(value, "bytes, or 'auto'")
+        return value if value == "auto" else _count(value, 'bytes, or "auto"')
 
     @model_validator(mode="before")
     @classmethod
@@ -79,12 +81,12 @@ class TiledLossBlock(BaseModel):
     @field_validator("backend", mode="before")
     @classmethod
     def _backend(cls, value: Any) -> Any:
-        return _known_backend(value, "'auto', 'torch', 'triton' or 'liger'")
+        return _known_backend(value, '"auto", "torch", "triton" or "liger"')
 
     @field_validator("tile_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        return 2**30 if value == "auto" else _count(value, "bytes, or 'auto'")
+        return 2**30 if value == "auto" else _count(value, 'bytes, or "auto"')
 
     @model_validator(mode="before")
     @classmethod
@@ -139,7 +141,7 @@ class ReductionBlock(BaseModel):
     @field_validator("bucket_size", mode="before")
     @classmethod
     def _elements(cls, value: Any) -> Any:
-        return value if value in ("auto", None) else _count(value, "elements, or 'auto'")
+        return value if value in ("auto", None) else _count(value, 'elements, or "auto"')
 
 
 class OffloadBlock(BaseModel):
@@ -159,7 +161,7 @@ class OffloadBlock(BaseModel):
     @field_validator("host_budget", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        return value if value == "auto" else _count(value, "bytes, or 'auto'")
+        return value if value == "auto" else _count(value, 'bytes, or "auto"')
 
 
 class AlstBlock(BaseModel):
@@ -203,7 +205,7 @@ class AlstBlock(BaseModel):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if value != "auto" and (type(value) is not int or value < 1):
-            raise ValueError("must be a positive number of tokens, or 'auto'")
+            raise ValueError('must be a positive number of tokens, or "auto"')
         return value
 
     @field_validator("tiled_mlp_compute", mode="before")
@@ -224,7 +226,7 @@ class AlstBlock(BaseModel):
     @classmethod
     def _save_attention(cls, value: Any) -> Any:
         if value != "auto" and not isinstance(value, bool):
-            raise ValueError("use true, false or 'auto'")
+            raise ValueError('use true, false or "auto"')
         return value
 
     @field_validator("tiled_logits_loss", mode="before")
@@ -234,14 +236,14 @@ class AlstBlock(BaseModel):
             return {} if value else None
         if isinstance(value, Mapping):
             return value
-        words = "true, false, 'auto', 'torch', 'triton', 'liger', or an object of tile_bytes or tile_tokens, backend"
+        words = 'true, false, "auto", "torch", "triton", "liger", or an object of tile_bytes or tile_tokens, backend'
         return "auto" if _known_backend(value, words) == "auto" else {"backend": value}
 
     @field_validator("liger_kernel", mode="before")
     @classmethod
     def _liger(cls, value: Any) -> Any:
         if not isinstance(value, bool | Mapping) and value != "auto":
-            raise ValueError(f"use true, false, 'auto', or an object of {', '.join(LigerBlock.model_fields)}")
+            raise ValueError(f'use true, false, "auto", or an object of {", ".join(LigerBlock.model_fields)}')
         return value
 
     @field_validator("liger_kernel")
@@ -258,8 +260,8 @@ class AlstBlock(BaseModel):
         backend = getattr(loss, "backend", "auto")
         if part is not None and backend != "auto" and part != (backend == "liger"):
             raise ValueError(
-                f"fused_linear_cross_entropy is {str(part).lower()}, and tiled_logits_loss has the backend "
-                f"'{backend}'; leave one of them out"
+                f"fused_linear_cross_entropy is {shown(part)}, and tiled_logits_loss has the backend "
+                f"{shown(backend)}; leave one of them out"
             )
         return value
 
@@ -268,8 +270,8 @@ class AlstBlock(BaseModel):
     def _not_yet(cls, value: Any, info: Any) -> Any:
         idle = _NOT_YET[info.field_name]
         if not any(type(value) is type(ok) and value == ok for ok in idle):
-            shown = " or ".join(repr(ok) for ok in idle)
+            values = " or ".join(map(shown, idle))
             raise ValueError(
-                f"not yet available in this version of deepspeed_alst; remove the key, or set it to {shown}"
+                f"not yet available in this version of deepspeed_alst; remove the key, or set it to {values}"
             )
         return value

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed_alst.deepspeed_values import Config, value_at, wrong_blocks
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import shown
-
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,16 +21,6 @@ class Feature:
     path: str
     asked: Callable[[Config], bool]
     refusal: str = ""
-
-
-def value_at(ds_config: Config, path: str, default: Any = None) -> Any:
-    """The value at a dotted JSON path, or the default where any part of it is missing."""
-    value: Any = ds_config
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return default
-        value = value[part]
-    return value
 
 
 def _setting(ds_config: Config, path: str) -> Any:
@@ -62,6 +51,12 @@ def _above_one(path: str) -> Callable[[Config], bool]:
             return True
 
     return asked
+
+
+def _at(*stages: int) -> Callable[[Callable[[Config], bool]], Callable[[Config], bool]]:
+    """Where the stage of ZeRO is one of these: others do not read the key."""
+    words = {*stages, *map(str, stages)}
+    return lambda asked: lambda c: value_at(c, "zero_optimization.stage", 0) in words and asked(c)
 
 
 def _one_of(path: str, word: str) -> Callable[[Config], bool]:
@@ -129,7 +124,7 @@ FEATURES = (
         "optimizer offload to NVMe",
         "zero_optimization.offload_optimizer.device",
         _is("zero_optimization.offload_optimizer.device", "nvme"),
-        "not verified under sequence parallelism; use device 'cpu'",
+        'not verified under sequence parallelism; use device "cpu"',
     ),
     Feature(
         "parameter offload to CPU",
@@ -139,8 +134,8 @@ FEATURES = (
     Feature(
         "parameter offload to NVMe",
         "zero_optimization.offload_param.device",
-        _is("zero_optimization.offload_param.device", "nvme"),
-        "not verified under sequence parallelism; use device 'cpu'",
+        _at(3)(_is("zero_optimization.offload_param.device", "nvme")),
+        'not verified under sequence parallelism; use device "cpu"',
     ),
     Feature("reduce_scatter off", "zero_optimization.reduce_scatter", _is("zero_optimization.reduce_scatter", False)),
     Feature(
@@ -152,8 +147,7 @@ FEATURES = (
     Feature(
         "round_robin_gradients",
         "zero_optimization.round_robin_gradients",
-        _on("zero_optimization.round_robin_gradients"),
-        _UNVERIFIED,
+        _at(1, 2)(_on("zero_optimization.round_robin_gradients")),
     ),
     Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _FP32_ACCUMULATION),
     Feature(
@@ -165,19 +159,19 @@ FEATURES = (
     Feature(
         "hpZ (ZeRO++)",
         "zero_optimization.zero_hpz_partition_size",
-        _above_one("zero_optimization.zero_hpz_partition_size"),
+        _at(3)(_above_one("zero_optimization.zero_hpz_partition_size")),
         _UNVERIFIED,
     ),
     Feature(
         "qwZ (ZeRO++)",
         "zero_optimization.zero_quantized_weights",
-        _on("zero_optimization.zero_quantized_weights"),
+        _at(3)(_on("zero_optimization.zero_quantized_weights")),
         "quantized weights do not give the gradients of the run without it; remove it",
     ),
     Feature(
         "qwZ for frozen weights (ZeRO++)",
         "zero_optimization.zero_quantized_nontrainable_weights",
-        _on("zero_optimization.zero_quantized_nontrainable_weights"),
+        _at(3)(_on("zero_optimization.zero_quantized_nontrainable_weights")),
         "quantized weights do not give the gradients of the run without it; remove it",
     ),
     Feature(
@@ -198,7 +192,7 @@ FEATURES = (
     Feature(
         "SuperOffload",
         "zero_optimization.offload_optimizer.super_offload",
-        _on("zero_optimization.offload_optimizer.super_offload"),
+        _at(3)(_on("zero_optimization.offload_optimizer.super_offload")),
         _UNVERIFIED,
     ),
     Feature(
@@ -228,6 +222,12 @@ FEATURES = (
         "compile.passes",
         _one_of("compile.passes", "autosp"),
         "it is sequence parallelism too; remove the pass, or the alst block",
+    ),
+    Feature(
+        "checkpoint writer",
+        "checkpoint.writer",
+        _given("checkpoint.writer"),
+        "it asks for a data-parallel group, where all ranks share the states; remove it",
     ),
     Feature("sparse gradients", "sparse_gradients", _given("sparse_gradients"), _REMOVED),
     Feature(
@@ -259,38 +259,13 @@ FEATURES = (
 )
 
 
-# Blocks of DeepSpeed's that this package reads too, before DeepSpeed does.
-_BLOCKS_READ = ("bf16", "fp16", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-
-
-def zero_stage(ds_config: Config) -> int:
-    """The stage of ZeRO, read as DeepSpeed reads it: ``"3"`` is 3, and ``"auto"`` its default.
-
-    Raises:
-        ConfigError: no stage that there is, or a ``zero_optimization`` that is no object.
-    """
-    block = ds_config.get("zero_optimization")
-    if block is not None and not isinstance(block, Mapping):
-        raise ConfigError(f"zero_optimization: must be an object such as {{'stage': 3}} (got {shown(block)}).")
-    stage = value_at(ds_config, "zero_optimization.stage", 0)
-    if stage == "auto":
-        return 0
-    if not isinstance(stage, int | float | str) or stage not in (0, 1, 2, 3, "0", "1", "2", "3"):
-        raise ConfigError(f"zero_optimization.stage: use 0, 1, 2 or 3 (got {shown(stage)}).")
-    return int(stage)
-
-
 def check_features(ds_config: Config) -> None:
     """Refuse what does not go together with sequence parallelism.
 
     Raises:
         ConfigError: one line for each refused feature: JSON path, value, why, way out.
     """
-    lines = []
-    for path in _BLOCKS_READ:
-        block = value_at(ds_config, path)
-        if block is not None and not isinstance(block, Mapping):
-            lines.append(f"{path}: must be an object (got {shown(block)}).")
+    lines = wrong_blocks(ds_config)
     for feature in FEATURES:
         if feature.refusal and feature.asked(ds_config):
             value = shown(value_at(ds_config, feature.path))

@@ -5,13 +5,14 @@ Each reports everything it finds in one ConfigError, a line per key: JSON path, 
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deepspeed_alst.blocks import AlstBlock, LigerBlock, OffloadBlock, ReductionBlock, TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.near_misses import DEEPSPEED_KEYS, OURS, TOP_KEYS, near_misses, place_of
 from deepspeed_alst.words import as_word, shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
@@ -39,6 +40,20 @@ _NESTED = {
     for key in block.model_fields
 }
 
+# Keys of which ranks with different values would wait for one another, or step apart.
+SAME_ON_ALL_RANKS = (
+    "sequence_parallel_size",
+    "seq_parallel_communication_data_type",
+    "alst",
+    *TOP_KEYS,
+    "zero_optimization",
+    "data_types",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
 
 class AlstConfig(BaseModel):
     """Everything in a ds_config that this package acts on."""
@@ -53,6 +68,16 @@ class AlstConfig(BaseModel):
 
     alst: AlstBlock = Field(default_factory=AlstBlock)
     """The block of this package's own keys."""
+
+    @field_validator("sequence_parallel_size", mode="before")
+    @classmethod
+    def _degree(cls, value: Any) -> Any:
+        if type(value) is int and value >= 1:
+            return value
+        number = value if type(value) is float else int(value) if isinstance(value, str) and value.isdigit() else 0
+        if 1 <= number < 2**31 and number == int(number):
+            raise ValueError(f"write it as {int(number)}, a whole number without quotes or a point")
+        raise ValueError("must be the number of ranks that share a sequence, such as 8; 1 is none, nothing fills it in")
 
     @field_validator("seq_parallel_communication_data_type", mode="before")
     @classmethod
@@ -86,18 +111,32 @@ def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
     """
     if (bottom := _too_deep(ds_config)) is not None:
         raise ConfigError(f"{bottom}: objects and lists lie more than {_DEEPEST} deep in one another.")
-    problems = _misplaced_keys(ds_config)
+    beside = [key for key in TOP_KEYS if key in ds_config]
+    block = ds_config.get("alst")
+    problems = [*near_misses(ds_config, _NESTED)]
+    problems += [
+        f"{key}: stands in the alst block too, as alst.{key}; leave one of them out."
+        for key in beside
+        if isinstance(block, Mapping) and key in block
+    ]
     given = {name: ds_config[name] for name in AlstConfig.model_fields if name in ds_config}
+    if beside and ("alst" not in ds_config or isinstance(block, Mapping)):
+        given["alst"] = block_of(ds_config)
     try:
         config = AlstConfig.model_validate(given)
     except ValidationError as error:
         # Of a value that may also be "auto", pydantic says that it is not that either.
-        problems += [_line(each) for each in error.errors() if each["type"] != "literal_error"]
+        problems += [_line(each, beside) for each in error.errors() if each["type"] != "literal_error"]
         raise ConfigError("\n".join([*problems, *_padding_problem(ds_config)])) from None
     problems += _padding_problem(ds_config)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def block_of(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``alst`` block, with ALST's own names that may stand beside it."""
+    return {key: ds_config[key] for key in TOP_KEYS if key in ds_config} | dict(ds_config.get("alst") or {})
 
 
 def _padding_problem(ds_config: Mapping[str, Any]) -> list[str]:
@@ -108,7 +147,7 @@ def _padding_problem(ds_config: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"alst.pad_to_multiple_of={shown(multiple)} is not a multiple of sequence_parallel_size={shown(sp_size)}. "
-        f"Use {shown(-(-multiple // sp_size) * sp_size)}, or 'auto'."
+        f'Use {shown(-(-multiple // sp_size) * sp_size)}, or "auto".'
     ]
 
 
@@ -128,23 +167,36 @@ def _too_deep(ds_config: Mapping[str, Any]) -> str | None:
     return level[0][0]
 
 
-def check_world(config: AlstConfig, world_size: int) -> None:
+def fits_heads(degree: int, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether an SP degree can split these heads."""
+    return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
+
+
+def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int]] = ()) -> None:
     """Refuse an SP degree that does not divide the number of ranks.
+
+    Args:
+        config: this package's keys.
+        world_size: ranks.
+        heads: pairs of heads and key/value heads of the model, where they are known.
 
     Raises:
         ConfigError: with the degrees that would do.
     """
     sp_size = config.sequence_parallel_size
     if world_size % sp_size:
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        known = [*heads]
+        fitting = [n for n in range(1, world_size + 1) if not world_size % n and all(fits_heads(n, *x) for x in known)]
         raise ConfigError(
             f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
             f"Use one of {fitting}."
         )
 
 
-def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention") -> None:
-    """Refuse an SP degree that cannot split these heads, of attention or of a scan.
+def check_heads(
+    config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
+) -> None:
+    """Refuse an SP degree that cannot split these heads, of attention or of a scan, over ``world_size`` ranks.
 
     Raises:
         ConfigError: SP does not divide the query heads, or neither of SP and the kv heads divides the other; with
@@ -153,10 +205,7 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str =
     sp_size = config.sequence_parallel_size
     heads, shared = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups of them")
 
-    def fits(n: int) -> bool:
-        return num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
-
-    if fits(sp_size):
+    if fits_heads(sp_size, num_heads, num_kv_heads):
         return
     if num_heads % sp_size:
         why = f"does not divide the model's {num_heads} {heads}"
@@ -164,7 +213,8 @@ def check_heads(config: AlstConfig, num_heads: int, num_kv_heads: int, of: str =
             why = f"is more than the model's {num_heads} {heads}"
     else:
         why = f"and the model's {num_kv_heads} {shared} do not divide one another"
-    fitting = [n for n in range(1, num_heads + 1) if fits(n)]
+    # No number divides 0 with a rest: without a world every degree is in it.
+    fitting = [n for n in range(1, num_heads + 1) if not world_size % n and fits_heads(n, num_heads, num_kv_heads)]
     raise ConfigError(
         f"sequence_parallel_size={shown(sp_size)} {why}. Use one of {fitting}; "
         f"the remaining ranks form data-parallel replicas by themselves."
@@ -177,22 +227,15 @@ def nearest(name: str, known: Any) -> str:
     return f" Did you mean '{found[0]}'?" if found else f" Known are {', '.join(known)}."
 
 
-def _line(error: Any) -> str:
+def _line(error: Any, beside: Sequence[str] = ()) -> str:
+    """The sentence of one of pydantic's errors; keys ``beside`` the block are at the top level."""
     loc = [str(part) for part in error["loc"]]
     if len(loc) > 2 and loc[1] in _UNIONS:
         del loc[2]
-    path = ".".join(as_word(part) for part in loc)
-    if error["type"] == "extra_forbidden" and error["loc"][-1] in AlstConfig.model_fields:
-        return f"{path}: belongs at the top level of the ds_config, as {error['loc'][-1]}."
-    if error["type"] == "extra_forbidden" and len(error["loc"]) == 2 and error["loc"][-1] in _NESTED:
-        return f"{path}: belongs into a block of its own, as {_NESTED[error['loc'][-1]]}."
+    path = ".".join(as_word(part) for part in loc[len(loc) > 1 and loc[1] in beside :])
     if error["type"] == "extra_forbidden":
-        known = (
-            _BLOCKS.get(str(error["loc"][1]), AlstBlock).model_fields
-            if len(error["loc"]) > 2
-            else AlstBlock.model_fields
-        )
-        return f"{path}: unknown key.{nearest(error['loc'][-1], known)}"
+        block = _BLOCKS.get(loc[1], AlstBlock) if len(loc) > 2 else AlstBlock
+        return f"{path}: {_unknown(loc[-1], block)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "model_type":
         block = _BLOCKS.get(path.removeprefix("alst."), AlstBlock)
@@ -200,23 +243,13 @@ def _line(error: Any) -> str:
     return f"{path}: {message} (got {shown(error['input'])})."
 
 
-def _misplaced_keys(ds_config: Mapping[str, Any]) -> list[str]:
-    """Top-level keys that are this package's, misspelt or out of place: DeepSpeed ignores what it does not know."""
-    lines = []
-    for key in ds_config:
-        if key in AlstBlock.model_fields:
-            lines.append(f"{key}: belongs into the alst block, as alst.{key}.")
-        elif key in _NESTED:
-            lines.append(f"{key}: belongs into the alst block, as {_NESTED[key]}.")
-        elif key not in AlstConfig.model_fields:
-            # communication_data_type, a key of DeepSpeed's, is 0.78 of seq_parallel_communication_data_type; 'aslt' is
-            # 0.75 of 'alst', and nothing of DeepSpeed's is near that.
-            near = [
-                name for name in AlstConfig.model_fields if _similarity(key, name) > (0.85 if len(name) > 4 else 0.7)
-            ]
-            lines += [f"{as_word(str(key))}: unknown key. Did you mean '{name}'?" for name in near[:1]]
-    return lines
-
-
-def _similarity(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, str(one)[:_LONGEST_NAME].lower(), other).ratio()
+def _unknown(key: str, block: type[BaseModel]) -> str:
+    """Say where a key belongs that a block does not know."""
+    place = place_of(key, OURS) or ""
+    if key in AlstConfig.model_fields or key in DEEPSPEED_KEYS:
+        return f"belongs at the top level of the ds_config, as {key}."
+    if block is AlstBlock and key in _NESTED:
+        return f"belongs into a block of its own, as {_NESTED[key]}."
+    if place and place.removeprefix("alst.") not in ("alst", *AlstBlock.model_fields):
+        return f"unknown key. Did you mean '{place}', outside of the alst block?"
+    return f"unknown key.{nearest(key, block.model_fields)}"

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.compatibility import check_features, zero_stage
-from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.batch_keys import check_batch_keys
+from deepspeed_alst.compatibility import check_features
+from deepspeed_alst.config import SAME_ON_ALL_RANKS, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.deepspeed_values import check_numbers, idle_checkpointing, zero_stage
 from deepspeed_alst.engine.buckets import reduction_keys
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
@@ -26,7 +28,7 @@ from deepspeed_alst.engine.offload import Planner
 from deepspeed_alst.engine.probe import install_probe
 from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
 from deepspeed_alst.engine.reduction import install_reduction, reduction_of
-from deepspeed_alst.engine.report import print_report, reduction_rows, report_rows
+from deepspeed_alst.engine.report import print_report, reduction_rows, report_rows, warn_rank_0
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.start_check import install_model_check
 from deepspeed_alst.engine.wrap import close_at_destroy
@@ -52,18 +54,6 @@ from deepspeed_alst.parallel.agreement import check_alike, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
-_SAME_ON_ALL_RANKS = (
-    "sequence_parallel_size",
-    "seq_parallel_communication_data_type",
-    "alst",
-    "zero_optimization",
-    "data_types",
-    "bf16",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
-
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 
 
@@ -87,14 +77,15 @@ def initialize(
     adopted = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
     if adopted is not None:  # a program written for DeepSpeed's own ALST
         ds_config = with_upstreams_size(ds_config, adopted)
-    config, stage = parse(ds_config), zero_stage(ds_config)
+    config, stage = _read(ds_config)
     allocator = use_expandable_segments(config)
     if config.sequence_parallel_size == 1:
         return _initialize_whole(original, arguments, stage, config, allocator)
     _check_arguments(arguments, ds_config)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
-    raise_together(_error_in(arguments.get("model"), config), control_group)
+    raise_together(_error_in(arguments.get("model"), config, ds_config), control_group)
+
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
@@ -120,6 +111,14 @@ def initialize(
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
+
+
+def _read(ds_config: dict[str, Any]) -> tuple[AlstConfig, int]:
+    """This package's keys and the stage of ZeRO, with DeepSpeed's numbers checked."""
+    config, stage = parse(ds_config), zero_stage(ds_config)
+    check_numbers(ds_config)
+    warn_rank_0(idle_checkpointing(ds_config))
+    return config, stage
 
 
 def _initialize_whole(
@@ -248,7 +247,7 @@ def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
         **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
     )
     group = build_control_group()
-    check_alike({key: ds_config.get(key) for key in _SAME_ON_ALL_RANKS}, group)
+    check_alike({key: ds_config.get(key) for key in SAME_ON_ALL_RANKS}, group)
     return group
 
 
@@ -268,14 +267,17 @@ def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> No
         raise ConfigError("\n".join(problems))
 
 
-def _error_in(model: Any, config: AlstConfig) -> AlstError | None:
+def _error_in(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> AlstError | None:
     try:
-        check_world(config, dist.get_world_size())
+        world_size = dist.get_world_size()
         facts = check_model(model)
-        if facts.num_heads and facts.num_kv_heads:
-            check_heads(config, facts.num_heads, facts.num_kv_heads)
-        for heads, groups in sorted(facts.linear_heads):
-            check_heads(config, heads, groups, of="scan")
+        scans = sorted(facts.linear_heads)
+        attention = [(facts.num_heads, facts.num_kv_heads)] if facts.num_heads and facts.num_kv_heads else []
+        check_world(config, world_size, [*attention, *scans])
+        check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
+        for of, pairs in (("attention", attention), ("scan", scans)):
+            for heads, shared in pairs:
+                check_heads(config, heads, shared, of, world_size)
     except AlstError as error:
         return error
     return None

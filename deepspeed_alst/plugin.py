@@ -12,22 +12,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from deepspeed_alst.config_file import OWN_KEYS, config_on_command_line, find_config, is_wanted
 from deepspeed_alst.mark import is_taken
+from deepspeed_alst.near_misses import ignored
 
 _MARK = "__deepspeed_alst__"
-# Keys of the alst block: beside it they would do nothing, and are refused.
-BLOCK_KEYS = (
-    "pad_to_multiple_of",
-    "expandable_segments",
-    "reduction",
-    "tiled_mlp_compute",
-    "tiled_logits_loss",
-    "liger_kernel",
-    "activation_checkpoint_cpu_offload",
-    "check_model",
-    "save_attention_output",
-    "memory_lean_layer",
-)
 
 
 def hook_initialize(deepspeed: ModuleType) -> None:
@@ -47,8 +36,10 @@ def hook_initialize(deepspeed: ModuleType) -> None:
         _stop_loading_sharded()
         if is_taken(arguments.get("model")):
             _refuse_a_second_engine()
-        ds_config = find_config(arguments)
-        if not is_wanted(ds_config, arguments.get("mpu")):
+        ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
+        if not is_wanted(ds_config, mpu, mesh):
+            if ds_config is not None and mpu is None and not mesh:
+                _warn_of(ignored(ds_config))
             return original(*args, **kwargs)
         from deepspeed_alst.initialize import initialize as alst_initialize
 
@@ -58,6 +49,12 @@ def hook_initialize(deepspeed: ModuleType) -> None:
     deepspeed.initialize = initialize
     if is_wanted(_command_line_config()):
         _check_lock_at_start(deepspeed)
+
+
+def _warn_of(lines: list[str]) -> None:
+    """Print one line for all keys that do nothing; each rank for itself, as each has a ds_config of its own."""
+    if lines:
+        print(f"deepspeed_alst: the ds_config switches nothing on here; {' '.join(lines)}", file=sys.stderr)
 
 
 def _refuse_a_second_engine() -> None:
@@ -97,64 +94,9 @@ def unhook_initialize(deepspeed: ModuleType) -> None:
         holder.init_distributed = getattr(holder.init_distributed, _MARK, holder.init_distributed)
 
 
-def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The ds_config as a dict, from wherever ``deepspeed.initialize`` would take it; None if there is none to read.
-
-    ``config`` (dict or path), else ``config_params``, else what ``args`` has under DeepSpeed's names. What cannot be
-    read is left for DeepSpeed to complain about.
-    """
-    config = arguments.get("config")
-    if config is None:
-        config = arguments.get("config_params")
-    for name in ("deepspeed_config", "deepscale_config"):
-        if config is None:
-            config = getattr(arguments.get("args"), name, None)
-    if config is None or isinstance(config, dict):
-        return config
-    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-
-    try:
-        return load_ds_config(config)
-    except Exception:
-        return None
-
-
-def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None) -> bool:
-    """Whether the package acts: an ``alst`` block, or ``sequence_parallel_size`` > 1 with no mpu and no autosp pass.
-
-    It acts on a key of the block's that stands beside it too, to refuse it.
-    """
-    if not isinstance(ds_config, dict):
-        return False
-    if any(str(key).lower() == "alst" or key in BLOCK_KEYS for key in ds_config):
-        return True
-    sp_size = ds_config.get("sequence_parallel_size", 1)
-    if sp_size == 1 or mpu is not None:
-        return False
-    compile_block = ds_config.get("compile")
-    passes = compile_block.get("passes") if isinstance(compile_block, dict) else None
-    return not isinstance(passes, list | tuple) or "autosp" not in passes
-
-
-def config_on_command_line(argv: list[str]) -> str | None:
-    """The path behind ``--deepspeed`` or ``--deepspeed_config``, as the launcher's programs are given it."""
-    for index, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option in ("--deepspeed", "--deepspeed_config"):
-            path = value if equals else argv[index + 1] if index + 1 < len(argv) else ""
-            if path.endswith(".json"):
-                return path
-    return None
-
-
 def _command_line_config() -> dict[str, Any]:
     """The ds_config of the command line; empty if there is none to read."""
-    try:
-        with open(config_on_command_line(sys.argv) or "") as file:
-            ds_config = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return ds_config if isinstance(ds_config, dict) else {}
+    return find_config({"config": config_on_command_line(sys.argv)}) or {}
 
 
 def load_sharded_under_zero3(integration: ModuleType) -> None:
@@ -169,7 +111,7 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
     """
     ds_config = _command_line_config()
     zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
-    trainers = '"auto"' in json.dumps({key: value for key, value in ds_config.items() if key != "alst"})
+    trainers = '"auto"' in json.dumps({key: value for key, value in ds_config.items() if key not in OWN_KEYS})
     if not isinstance(zero, dict) or zero.get("stage") != 3 or trainers or integration.is_deepspeed_zero3_enabled():
         return
     integration.kept_by_deepspeed_alst = integration.HfDeepSpeedConfig(ds_config)
@@ -217,8 +159,8 @@ def hook_accelerate_config(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def deepspeed_config_process(self, prefix="", mismatches=None, config=None, **kwargs):
-        if config is None and "alst" in self.deepspeed_config:
-            config = {key: value for key, value in self.deepspeed_config.items() if key != "alst"}
+        if config is None and any(key in self.deepspeed_config for key in OWN_KEYS):
+            config = {key: value for key, value in self.deepspeed_config.items() if key not in OWN_KEYS}
         return original(self, prefix=prefix, mismatches=mismatches, config=config, **kwargs)
 
     setattr(deepspeed_config_process, _MARK, original)
@@ -247,6 +189,7 @@ def hook_trainer(module: ModuleType) -> None:
     """
     trainer_class = module.Trainer
     train, evaluate = trainer_class.training_step, trainer_class.evaluation_loop
+    create = trainer_class.create_accelerator_and_postprocess
     if hasattr(train, _MARK):
         return
 
@@ -268,9 +211,18 @@ def hook_trainer(module: ModuleType) -> None:
         with trainer.evaluation(self):
             return evaluate(self, *args, **kwargs)
 
-    for wrapper, original in ((training_step, train), (evaluation_loop, evaluate)):
-        setattr(wrapper, _MARK, original)
-    trainer_class.training_step, trainer_class.evaluation_loop = training_step, evaluation_loop
+    @functools.wraps(create)
+    def create_accelerator_and_postprocess(self):
+        create(self)
+        if _trainer_splits_sequences(self):
+            # accelerate takes DeepSpeed's number in any case, but warns of two numbers.
+            steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
+            if type(steps) is int:
+                self.accelerator.gradient_accumulation_steps = steps
+
+    for wrapper in (training_step, evaluation_loop, create_accelerator_and_postprocess):
+        setattr(wrapper, _MARK, wrapper.__wrapped__)
+        setattr(trainer_class, wrapper.__name__, wrapper)
 
 
 def _trainer_splits_sequences(trainer: Any) -> bool:

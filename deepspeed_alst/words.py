@@ -1,5 +1,6 @@
 """How this package says numbers and values to people."""
 
+import json
 from typing import Any
 
 _LONGEST = 200
@@ -19,8 +20,12 @@ def in_words(num_bytes: float, digits: int = 2, step: int = 1024) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value that a user wrote, as an error shows it: its start, where it is long."""
+    """A value that a user wrote, as JSON writes it: its start, where it is long."""
     try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+        if not text.isprintable():
+            text = json.dumps(value, default=repr)
+    except (TypeError, RecursionError):  # keys that JSON has not; deeper than Python goes
         text = repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits, alone or inside
         return f"a {type(value).__name__} with a number of thousands of digits"
@@ -28,6 +33,8 @@ def shown(value: Any) -> str:
 
 
 def as_word(name: str) -> str:
-    """A key that a user wrote, as an error names it: on one line, and printable on every terminal."""
+    """A key that a user wrote, as an error names it: on one line, printable on every terminal, blanks seen."""
     short = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+    if short != short.strip():
+        return json.dumps(short)
     return short if short.isprintable() else ascii(short)

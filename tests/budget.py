@@ -40,6 +40,8 @@ AREAS = {
     "test_compile": "the programs people have",
     "test_verify": "the programs people have",
     "test_plan": "config and loader",
+    "test_near_misses": "config and loader",
+    "test_batch_keys": "config and loader",
     "test_cores": "the programs people have",
     "test_checkpoints": "the programs people have",
     "test_copies": "the programs people have",

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-from deepspeed_alst.compatibility import FEATURES, check_features, value_at
+from deepspeed_alst.compatibility import FEATURES, check_features
+from deepspeed_alst.deepspeed_values import value_at
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.words import shown
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 REFUSED = [feature.name for feature in FEATURES if feature.refusal]
@@ -105,6 +107,9 @@ EXAMPLES = {
     ),
     "DeepCompile": Example({"compile": {"deepcompile": True}}, lambda c: c.compile_config.deepcompile),
     "AutoSP": Example({"compile": {"passes": ["autosp"]}}, lambda c: "autosp" in (c.compile_config.passes or ())),
+    "checkpoint writer": Example(
+        {"checkpoint": {"writer": {"type": "fast"}}}, lambda c: c.checkpoint_config.get("writer") is not None
+    ),
     "sparse gradients": Example({"sparse_gradients": True}),
     "data_efficiency": Example({"data_efficiency": {"enabled": True}}, lambda c: c.data_efficiency_enabled),
     "curriculum_learning": Example({"curriculum_learning": {"enabled": True}}),
@@ -133,6 +138,11 @@ FALSY = [
     zero(3, zero_hpz_partition_size=0),
     zero(3, zero_quantized_weights=False, zero_quantized_nontrainable_weights=False, zero_quantized_gradients=False),
     zero(2, round_robin_gradients=False),
+    zero(0, round_robin_gradients=True),
+    zero(3, round_robin_gradients=True),
+    zero(2, zero_hpz_partition_size=8, zero_quantized_weights=True),
+    zero(2, offload_param={"device": "nvme", "nvme_path": "/nvme"}),
+    {"checkpoint": {"writer": None, "tag_validation": "Warn"}},
     zero(3, zeropp_loco_param=None),
     zero(3, zenflow=None),
     {"zero_optimization": True},
@@ -199,7 +209,7 @@ def test_a_refused_feature_is_refused_with_its_path_its_value_and_its_sentence(n
     (line,) = problems_of({"sequence_parallel_size": 2, **ds_config})
     value = value_at(ds_config, feature.path)
     assert value is not None, f"{feature.path} is not where this feature is asked for in {ds_config}"
-    assert line == f"{feature.path}={value!r} ({name}): {feature.refusal}."
+    assert line == f"{feature.path}={shown(value)} ({name}): {feature.refusal}."
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -1,5 +1,7 @@
 """The keys of a ds_config that are this package's: what is accepted, and what an error says."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -7,6 +9,7 @@ from pydantic import ValidationError
 from deepspeed_alst.blocks import AlstBlock
 from deepspeed_alst.config import AlstConfig, check_heads, check_world, parse
 from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.near_misses import BLOCK_KEYS, TOP_KEYS
 
 DEFAULTS = {
     "pad_to_multiple_of": "auto",
@@ -70,7 +73,7 @@ def test_every_key_has_a_docstring_of_its_own():
 
 
 def test_the_defaults_in_this_test_name_every_key():
-    assert set(DEFAULTS) == set(AlstBlock.model_fields)
+    assert set(BLOCK_KEYS) == set(DEFAULTS) == set(AlstBlock.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +175,11 @@ def test_what_makes_a_tiles_loss_is_a_value_or_a_key_of_its_own(value, backend):
         (
             "tiled_logits_loss",
             "ligr",
-            "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', 'liger', or",
+            'alst.tiled_logits_loss: use true, false, "auto", "torch", "triton", "liger", or',
         ),
-        ("tiled_logits_loss", {"backend": "tritn"}, "alst.tiled_logits_loss.backend: use 'auto', 'torch', 'triton' or"),
-        ("tiled_logits_loss", 0, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', 'lig"),
-        ("tiled_logits_loss", None, "alst.tiled_logits_loss: use true, false, 'auto', 'torch', 'triton', 'lig"),
+        ("tiled_logits_loss", {"backend": "tritn"}, 'alst.tiled_logits_loss.backend: use "auto", "torch", "triton" or'),
+        ("tiled_logits_loss", 0, 'alst.tiled_logits_loss: use true, false, "auto", "torch", "triton", "lig'),
+        ("tiled_logits_loss", None, 'alst.tiled_logits_loss: use true, false, "auto", "torch", "triton", "lig'),
         ("tiled_logits_loss", {"tile_byte": 9}, "alst.tiled_logits_loss.tile_byte: unknown key. Did you mean 'tile_b"),
         ("tiled_logits_loss", {"tile_bytes": "1G"}, "alst.tiled_logits_loss.tile_bytes: "),
     ],
@@ -189,11 +192,11 @@ def test_tiles_that_are_said_wrongly_are_refused_in_one_line(key, value, sentenc
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        (None, "alst.liger_kernel: use true, false, 'auto', or an object of rms_norm, rope, swiglu, geglu,"),
-        (1, "alst.liger_kernel: use true, false, 'auto', or an object of rms_norm, "),
-        ("on", "alst.liger_kernel: use true, false, 'auto', or an object of rms_norm, "),
+        (None, 'alst.liger_kernel: use true, false, "auto", or an object of rms_norm, rope, swiglu, geglu,'),
+        (1, 'alst.liger_kernel: use true, false, "auto", or an object of rms_norm, '),
+        ("on", 'alst.liger_kernel: use true, false, "auto", or an object of rms_norm, '),
         ({"rope": 1}, "alst.liger_kernel.rope: Input should be a valid boolean (got 1)."),
-        ({"rope": "auto"}, "alst.liger_kernel.rope: Input should be a valid boolean (got 'auto')."),
+        ({"rope": "auto"}, 'alst.liger_kernel.rope: Input should be a valid boolean (got "auto").'),
         ({"rmsnorm": True}, "alst.liger_kernel.rmsnorm: unknown key. Did you mean 'rms_norm'?"),
         ({"cross_entropy": True}, "alst.liger_kernel.cross_entropy: unknown key. Did you mean 'fused_linear_cross_ent"),
     ],
@@ -263,21 +266,22 @@ def test_parsing_leaves_the_ds_config_as_it_was():
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, "2", "auto", True, None, [2]])
 def test_an_sp_degree_that_is_no_positive_integer_is_refused(value):
     (line,) = problems_of({"sequence_parallel_size": value})
-    assert line.startswith("sequence_parallel_size: Input should be ") and line.endswith(f"(got {value!r}).")
+    way_out = f"write it as {int(value)}, a whole" if value in (2.0, "2") else "must be the number of ranks"
+    assert line.startswith(f"sequence_parallel_size: {way_out}") and line.endswith(f"(got {json.dumps(value)}).")
 
 
 @pytest.mark.parametrize("value", ["fp64", "", "auto", 16, None, True, [], {}])
 def test_a_dtype_that_gradients_cannot_be_summed_in_is_refused_with_the_ones_that_do(value):
     (line,) = problems_of({"seq_parallel_communication_data_type": value})
-    assert line == f"seq_parallel_communication_data_type: use one of fp32, bf16, fp16 (got {value!r})."
+    assert line == f"seq_parallel_communication_data_type: use one of fp32, bf16, fp16 (got {json.dumps(value)})."
 
 
 @pytest.mark.parametrize("value", [0, -1, "foo", 2.5, True, False, None, [], {}])
 def test_a_padding_that_is_no_positive_integer_is_refused_in_one_line(value):
     lines = problems_of(alst(pad_to_multiple_of=value))
     assert len(lines) == 1, lines
-    assert lines[0].startswith("alst.pad_to_multiple_of: ") and lines[0].endswith(f"(got {value!r}).")
-    assert "'auto'" in lines[0], "the way out is missing"
+    assert lines[0].startswith("alst.pad_to_multiple_of: ") and lines[0].endswith(f"(got {json.dumps(value)}).")
+    assert '"auto"' in lines[0], "the way out is missing"
 
 
 @pytest.mark.parametrize(("sp_size", "multiple", "fitting"), [(2, 511, 512), (3, 1, 3), (7, 1000, 1001), (8, 12, 16)])
@@ -285,7 +289,7 @@ def test_a_padding_that_the_sp_degree_does_not_divide_is_refused_with_the_next_t
     (line,) = problems_of({"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": multiple}})
     assert line == (
         f"alst.pad_to_multiple_of={multiple} is not a multiple of sequence_parallel_size={sp_size}. "
-        f"Use {fitting}, or 'auto'."
+        f'Use {fitting}, or "auto".'
     )
     assert parse({"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": fitting}})
 
@@ -302,22 +306,22 @@ def test_a_bucket_size_is_a_number_as_json_writes_it_or_auto(given, read):
 )
 def test_a_slice_or_a_bucket_that_is_no_number_is_refused(key, value):
     (line,) = problems_of(alst(reduction={key: value}))
-    assert line.startswith(f"alst.reduction.{key}: ") and line.endswith(f"(got {value!r}).")
+    assert line.startswith(f"alst.reduction.{key}: ") and line.endswith(f"(got {json.dumps(value)}).")
 
 
 @pytest.mark.parametrize("value", ["auto", 2, "maybe", [], {}])
 def test_expandable_segments_that_are_neither_on_nor_off_are_refused(value):
     (line,) = problems_of(alst(expandable_segments=value))
-    assert line.startswith("alst.expandable_segments: ") and line.endswith(f"(got {value!r}).")
+    assert line.startswith("alst.expandable_segments: ") and line.endswith(f"(got {json.dumps(value)}).")
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NOT_IDLE.items() for value in values])
 def test_a_key_that_is_not_yet_available_is_refused_with_the_values_that_ask_for_nothing(key, value):
     (line,) = problems_of(alst(**{key: value}))
-    idle = " or ".join(repr(each) for each in IDLE[key])
+    idle = " or ".join(json.dumps(each) for each in IDLE[key])
     assert line == (
         f"alst.{key}: not yet available in this version of deepspeed_alst; remove the key, or set it to {idle} "
-        f"(got {value!r})."
+        f"(got {json.dumps(value)})."
     )
 
 
@@ -345,13 +349,13 @@ def test_offload_is_on_off_or_an_object(value, read):
     ("value", "words"),
     [
         (0, ": use true, false, or an object of nvme_path, host_budget, keep_last (got 0)."),
-        ("auto", ": use true, false, or an object of nvme_path, host_budget, keep_last (got 'auto')."),
-        ({"nvme_path": ""}, ".nvme_path: String should have at least 1 character (got '')."),
+        ("auto", ': use true, false, or an object of nvme_path, host_budget, keep_last (got "auto").'),
+        ({"nvme_path": ""}, '.nvme_path: String should have at least 1 character (got "").'),
         ({"nvme_path": 5}, ".nvme_path: Input should be a valid string (got 5)."),
-        ({"host_budget": 0}, ".host_budget: must be a positive number of bytes, or 'auto' (got 0)."),
-        ({"host_budget": "1TB"}, ".host_budget: must be a positive number of bytes, or 'auto' (got '1TB')."),
+        ({"host_budget": 0}, '.host_budget: must be a positive number of bytes, or "auto" (got 0).'),
+        ({"host_budget": "1TB"}, '.host_budget: must be a positive number of bytes, or "auto" (got "1TB").'),
         ({"keep_last": -1}, ".keep_last: Input should be greater than or equal to 0 (got -1)."),
-        ({"keep_last": True}, ".keep_last: Input should be a valid integer (got True)."),
+        ({"keep_last": True}, ".keep_last: Input should be a valid integer (got true)."),
         ({"nvme": "/x"}, ".nvme: unknown key. Did you mean 'nvme_path'?"),
     ],
 )
@@ -364,7 +368,7 @@ def test_offload_that_is_said_wrongly_is_refused_in_one_line(value, words):
 @pytest.mark.parametrize("value", [0, 1, "yes", {}, None])
 def test_save_attention_output_is_true_false_or_auto(value):
     (line,) = problems_of(alst(save_attention_output=value))
-    assert line == f"alst.save_attention_output: use true, false or 'auto' (got {value!r})."
+    assert line == f'alst.save_attention_output: use true, false or "auto" (got {json.dumps(value)}).'
     assert parse(alst(save_attention_output=True)).alst.save_attention_output is True
     assert parse(alst(save_attention_output=False)).alst.save_attention_output is False
 
@@ -382,7 +386,7 @@ def test_save_attention_output_is_true_false_or_auto(value):
             "alst.tile_bytes: belongs into a block of its own, as alst.tiled_mlp_compute.tile_bytes or "
             "alst.tiled_logits_loss.tile_bytes.",
         ),
-        ({"alst": {"reduction": True}}, "alst.reduction: must be an object of slice_bytes, bucket_size (got True)."),
+        ({"alst": {"reduction": True}}, "alst.reduction: must be an object of slice_bytes, bucket_size (got true)."),
     ],
 )
 def test_keys_of_inner_blocks_in_the_wrong_place_are_told_where_they_belong(config, line):
@@ -392,7 +396,7 @@ def test_keys_of_inner_blocks_in_the_wrong_place_are_told_where_they_belong(conf
 @pytest.mark.parametrize("value", [True, None, 5, []])
 def test_an_alst_block_that_is_no_object_is_refused(value):
     (line,) = problems_of({"alst": value})
-    assert line.startswith("alst: ") and line.endswith(f"(got {value!r}).")
+    assert line.startswith("alst: ") and line.endswith(f"(got {json.dumps(value)}).")
 
 
 @pytest.mark.parametrize(
@@ -421,7 +425,7 @@ def test_an_unknown_key_that_resembles_none_is_refused_by_its_own_name(key):
     assert problems_of(alst(**{key: 1})) == [f"alst.{key}: unknown key. Known are {', '.join(AlstBlock.model_fields)}."]
 
 
-@pytest.mark.parametrize("key", AlstBlock.model_fields)
+@pytest.mark.parametrize("key", [key for key in AlstBlock.model_fields if key not in TOP_KEYS])
 def test_a_key_of_the_block_at_the_top_level_is_told_where_it_belongs(key):
     assert problems_of({key: DEFAULTS[key]}) == [f"{key}: belongs into the alst block, as alst.{key}."]
 
@@ -444,7 +448,7 @@ def test_all_bad_keys_are_reported_at_once_a_line_each():
         "sequence_parallel_size": 0,
         "sequence_paralel_size": 2,
         "seq_parallel_communication_data_type": "fp8",
-        "tiled_mlp_compute": True,
+        "liger_kernel": True,
         "alst": {"pad_to_multiple_of": -3, "memory_lean_layer": True, "liger": "auto", "reduction": 7},
     }
     lines = problems_of(ds_config)
@@ -454,17 +458,17 @@ def test_all_bad_keys_are_reported_at_once_a_line_each():
         "alst.memory_lean_layer",
         "alst.pad_to_multiple_of",
         "alst.reduction",
+        "liger_kernel",
         "seq_parallel_communication_data_type",
         "sequence_paralel_size",
         "sequence_parallel_size",
-        "tiled_mlp_compute",
     ]
 
 
 def test_a_padding_that_does_not_fit_is_reported_together_with_the_other_bad_keys():
     lines = problems_of(alst(pad_to_multiple_of=511, zzz=1))
     assert len(lines) == 2, lines
-    lines = problems_of({**alst(pad_to_multiple_of=511), "tiled_mlp_compute": True})
+    lines = problems_of({**alst(pad_to_multiple_of=511), "liger_kernel": True})
     assert len(lines) == 2, lines
 
 
@@ -492,6 +496,15 @@ def test_an_sp_degree_that_does_not_divide_the_world_is_refused_with_those_that_
     assert str(refused.value) == (
         f"sequence_parallel_size={sp_size} does not divide the world size ({world_size} ranks). Use one of {fitting}."
     )
+
+
+def test_the_degrees_that_are_named_fit_the_ranks_and_the_heads():
+    with pytest.raises(ConfigError, match=r"Use one of \[1, 3\];"):
+        check_heads(AlstConfig(sequence_parallel_size=9), 6, 3, world_size=9)
+    with pytest.raises(ConfigError, match=r"3 ranks\)\. Use one of \[1\]\."):
+        check_world(AlstConfig(sequence_parallel_size=2), 3, [(8, 8)])
+    with pytest.raises(ConfigError, match=r"6 ranks\)\. Use one of \[1, 2\]\."):
+        check_world(AlstConfig(sequence_parallel_size=4), 6, [(12, 12), (8, 2)])
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,20 @@ def test_the_compatibility_page_is_the_table():
     assert rows == {each.name: f"refused: {each.refusal}" if each.refusal else "right" for each in FEATURES}
 
 
+def test_readme_the_census_and_the_list_count_the_same_models():
+    from deepspeed_alst.models.verified import RIGHT
+
+    rows = [
+        line.strip("|").split("|") for line in text("docs/census.md").splitlines() if re.match(r"\| [\w-]+ \|", line)
+    ]
+    models = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if row[0].strip() != "model_type"}
+    right = {name for name, cells in models.items() if cells[0] not in ("refused", "not built")}
+    packed = sum(models[name][2] not in ("", "refused") for name in right)
+    assert right == RIGHT
+    assert f"{len(models)} models: {len(RIGHT)} right, " in text("docs/census.md")
+    assert f"small, SP 2 and 4: {len(models)} | {len(RIGHT)} right, {packed} of them packed too" in text("README.md")
+
+
 def files_of(page: str) -> dict[str, str]:
     """The snippets of a page that are files: a line with a name and a colon stands before each."""
     pattern = r"^`(\w+\.(?:py|json))`[^\n]*:\n\n```(?:python|json)\n(.*?)^```"

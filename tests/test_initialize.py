@@ -175,7 +175,7 @@ def test_what_a_program_does_to_gradients_in_its_first_step_is_no_false_alarm(st
         ({}, {"mesh_param": (1, 2)}, "mesh_param: sequence_parallel_size"),
         ({"data_parallel_size": 1}, {}, "data_parallel_size=1"),
         ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
-        ({"alst": {"expandable_segments": True}}, {}, "alst.expandable_segments=True: this machine has no CUDA device"),
+        ({"alst": {"expandable_segments": True}}, {}, "alst.expandable_segments=true: this machine has no CUDA device"),
         ({}, {"model": None}, "NoneType is not a transformers model"),
     ],
 )

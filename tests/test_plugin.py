@@ -384,6 +384,14 @@ AUTOSP = {"compile": {"deepcompile": True, "passes": ["autosp"]}}
 @pytest.mark.parametrize(
     ("ds_config", "mpu", "wanted"),
     [
+        ({"tiled_mlp_compute": True}, None, True),
+        ({"activation_checkpoint_cpu_offload": True, "sequence_parallel_size": 1}, None, True),
+        ({"liger_kernel": True}, None, False),
+        ({"ALST": {}}, None, False),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 1}, None, False),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 1, "alst": {}}, None, True),
+        ({"sequence_parallel_size": 1.0}, None, False),
+        ({"sequence_parallel_size": True}, None, True),
         (None, None, False),
         ("text", None, False),
         ({}, None, False),
@@ -415,3 +423,8 @@ AUTOSP = {"compile": {"deepcompile": True, "passes": ["autosp"]}}
 )
 def test_the_package_acts_on_an_alst_block_or_on_sp_without_an_mpu_and_without_autosp(ds_config, mpu, wanted):
     assert is_wanted(ds_config, mpu) is wanted
+
+
+def test_a_mesh_that_is_passed_is_deepspeeds_own_sequence_parallelism():
+    assert not is_wanted({"sequence_parallel_size": 2}, mesh=(1, 2))
+    assert is_wanted({"sequence_parallel_size": 2, "alst": {}}, mesh=(1, 2))

@@ -15,7 +15,6 @@ from benchmarks.ranks import RankError
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.tiles import tile_mlps
-from deepspeed_alst.plugin import BLOCK_KEYS, is_wanted
 from tests.test_tiled_loss import batch, step, tile
 from tests.test_tiled_mlp import EXACT, error, model_of, no_leaf
 
@@ -280,14 +279,6 @@ def second_engine(alst: Any) -> str:
 @pytest.mark.parametrize("alst", [None, KEYS])
 def test_a_second_engine_on_a_model_is_refused_until_the_first_is_destroyed(alst, ranks2):
     assert all("Call destroy() of that engine first" in refused for refused in ranks2.run(second_engine, alst))
-
-
-def test_keys_beside_the_block_are_this_packages_to_refuse():
-    from deepspeed_alst.blocks import AlstBlock
-
-    assert set(BLOCK_KEYS) == set(AlstBlock.model_fields)
-    for key in (*BLOCK_KEYS, "ALST", "Alst"):
-        assert is_wanted({key: True})
 
 
 def test_a_module_that_mixes_tokens_is_refused_when_it_is_called():

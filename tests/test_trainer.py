@@ -1,5 +1,6 @@
 """The HF Trainer by keys only: what it counts, trains, evaluates and generates is what it is at SP 1."""
 
+import logging
 import tempfile
 
 import pytest
@@ -275,7 +276,9 @@ def micro_steps(given, gas: int) -> tuple:
         )
 
 
-@pytest.mark.parametrize(("given", "gas", "expected"), [("auto", 3, (6, 6, 6)), (6, 6, (6, 6, 6)), (2, 2, (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("given", "gas", "expected"), [("auto", 3, (6, 6, 6)), (6, 6, (6, 6, 6)), (2, 2, (2, 2, 2)), (6, 3, (6, 6, 6))]
+)
 def test_auto_keeps_the_total_batch_and_a_number_counts_micro_steps(given, gas, expected, ranks2):
     assert ranks2.run(micro_steps, given, gas)[0] == expected
 
@@ -284,7 +287,25 @@ def custom_loss(outputs, labels, num_items_in_batch=None):
     return outputs.logits.float().mean()
 
 
+def complaints_of_accelerate() -> list[str]:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("accelerate.accelerator").addHandler(handler)
+    try:
+        train(2, {"gradient_accumulation_steps": 1, "max_steps": 1})
+    finally:
+        logging.getLogger("accelerate.accelerator").removeHandler(handler)
+    return [record.getMessage() for record in records]
+
+
+def test_accelerate_does_not_complain_of_the_micro_steps(ranks2):
+    assert not any("accumulation" in line for lines in ranks2.run(complaints_of_accelerate) for line in lines)
+
+
+THREE_NUMBERS = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4}
 REFUSED = {
+    "train_batch_size=8": ({"gradient_accumulation_steps": 4}, {}, THREE_NUMBERS),
     "gradient_accumulation_steps=3": ({"gradient_accumulation_steps": 3}, {}, {"gradient_accumulation_steps": 3}),
     "compute_loss_func": ({}, {"compute_loss_func": custom_loss}, {}),
     "neftune_noise_alpha=5": ({"neftune_noise_alpha": 5.0}, {}, {}),

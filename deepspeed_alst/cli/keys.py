@@ -1,6 +1,5 @@
 """A ds_config by itself: this package's keys, and DeepSpeed's features beside them. Needs neither torch nor a GPU."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,10 @@ from typing import Any
 from deepspeed_alst.cli.rows import Row
 from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import AlstConfig, check_world, parse
+from deepspeed_alst.config_file import is_wanted, read_config
+from deepspeed_alst.deepspeed_values import check_numbers, wrong_blocks, zero_stage
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.words import shown
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -18,12 +20,9 @@ def read_json(path: str) -> dict[str, Any]:
         ConfigError: it has none.
     """
     try:
-        ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_config(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--ds_config {path} cannot be read: {error}") from error
-    if not isinstance(ds_config, dict):
-        raise ConfigError(f"--ds_config {path}: it holds no JSON object; put the keys into {{ }}")
-    return ds_config
 
 
 def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
@@ -43,7 +42,7 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
     if problems:
         return
     config = parse(ds_config)
-    if config.sequence_parallel_size == 1 and "alst" not in ds_config:
+    if not is_wanted(ds_config):
         yield Row(
             "ds_config",
             f"{path} asks for nothing of this package: DeepSpeed runs untouched",
@@ -57,12 +56,24 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
 def _problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
     """The lines of all errors; where the keys themselves are wrong, no others can be found."""
     config, lines = _try(lambda: parse(ds_config))
+    lines += _try(lambda: check_numbers(ds_config))[1] + _try(lambda: zero_stage(ds_config))[1]
     yield from lines
-    if config is None or config.sequence_parallel_size == 1:
+    if config is None or not is_wanted(ds_config):
+        return
+    yield from _missing_folder(config)
+    if config.sequence_parallel_size == 1:
+        yield from wrong_blocks(ds_config)
         return
     yield from _try(lambda: check_features(ds_config))[1]
     if num_ranks is not None:
         yield from _try(lambda: check_world(config, num_ranks))[1]
+
+
+def _missing_folder(config: AlstConfig) -> Iterator[str]:
+    offload = config.alst.activation_checkpoint_cpu_offload
+    if offload is not None and offload.nvme_path is not None and not Path(offload.nvme_path).is_dir():
+        path = "alst.activation_checkpoint_cpu_offload.nvme_path"
+        yield f"{path}: no folder on this host (got {shown(offload.nvme_path)})."
 
 
 def _try(check: Callable[[], Any]) -> tuple[Any, list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed_alst.config import block_of
 from deepspeed_alst.engine.buckets import fitting_numel, num_buckets
 
 Sizes = dict[str, float]
@@ -77,7 +78,7 @@ def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -
     gradients = N * width / (num_gpus if stage >= 2 else 1)
     weights = N * width / (num_gpus if stage == 3 else 1)
     gathered = 2 * model.largest * width if stage == 3 else 0  # of weights, and of their gradients before they leave
-    reduction = (ds_config.get("alst") or {}).get("reduction") or {}
+    reduction = block_of(ds_config).get("reduction") or {}
     device = {"weights": weights, "gradients": gradients, "optimizer": states, "gathered at once": gathered}
     host: dict[str, float] = {}
     if _device_of(zero, "offload_optimizer") == "cpu":
@@ -136,7 +137,7 @@ class Plan:
 
 def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine, tokens: int) -> Plan:
     """What so many tokens on a rank take."""
-    block = (ds_config.get("alst") or {}).get("activation_checkpoint_cpu_offload") or False
+    block = block_of(ds_config).get("activation_checkpoint_cpu_offload") or False
     device, host, bucket = static_bytes(model, ds_config, machine)
     for_tokens, on_host = activation_bytes(model, layer, tokens, bool(block))
     ranks = min(machine.gpus_of_host, machine.num_gpus)

@@ -15,7 +15,9 @@ from typing import Any
 
 from deepspeed_alst.cli.keys import read_json
 from deepspeed_alst.cli.launch import launch, num_gpus
+from deepspeed_alst.config_file import is_wanted
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.near_misses import DTYPE, TOP_KEYS
 
 SUMMARY = "train with sequence parallelism and without, on the same samples, and say how far apart the two are"
 _BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
@@ -83,7 +85,7 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         ConfigError: accumulation does not divide by the SP degree, or there is nothing to verify.
     """
     wanted = ds_config.get("sequence_parallel_size", 1)
-    if wanted == 1 and "alst" not in ds_config:
+    if not is_wanted(ds_config):
         raise ConfigError("sequence_parallel_size=1 and no alst block: there is nothing to verify")
     sp_size = min(wanted, world_size)
     if sp_size < min(wanted, 2):
@@ -106,7 +108,7 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         for each in (whole, split):
             each.pop("train_batch_size", None)
     split["sequence_parallel_size"], whole["sequence_parallel_size"] = sp_size, 1
-    for key in ("alst", "seq_parallel_communication_data_type"):
+    for key in ("alst", DTYPE, *TOP_KEYS):
         whole.pop(key, None)
     name = f"SP {sp_size}" if sp_size > 1 else "with alst"
     return sp_size, {_BASELINE: whole, name: split}

@@ -208,7 +208,7 @@ def _look(engine: Any, request: _Request) -> _Seen:
     state = read(model_file)
     universal = is_universal(folder)
     if engine.load_universal_checkpoint() and not universal:
-        raise CheckpointError(f"checkpoint.load_universal=True: {folder} is not a universal checkpoint")
+        raise CheckpointError(f"checkpoint.load_universal=true: {folder} is not a universal checkpoint")
     if request.strict and request.with_optimizer:
         # Weights alone are compared by DeepSpeed, on all ranks alike; the optimizer's state by nobody.
         check_same_model(engine, state, folder)

@@ -114,7 +114,7 @@ def use_expandable_segments(config: AlstConfig) -> str:
     wanted = config.alst.expandable_segments
     if not torch.cuda.is_available():
         if wanted:
-            raise ConfigError("alst.expandable_segments=True: this machine has no CUDA device. Remove the key.")
+            raise ConfigError("alst.expandable_segments=true: this machine has no CUDA device. Remove the key.")
         return "no CUDA device"
     if wanted is False:
         return "expandable segments left as they are (alst.expandable_segments=false)"
@@ -124,7 +124,7 @@ def use_expandable_segments(config: AlstConfig) -> str:
         late = "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the program starts"
         if wanted:
             raise ConfigError(
-                f"alst.expandable_segments=True: too late, the program has allocated CUDA memory already. {late}."
+                f"alst.expandable_segments=true: too late, the program has allocated CUDA memory already. {late}."
             )
         return f"expandable segments off: the program has allocated CUDA memory already; {late}"
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

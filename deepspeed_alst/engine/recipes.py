@@ -26,6 +26,7 @@ from deepspeed_alst.engine.session import Session
 from deepspeed_alst.errors import ConfigError, SetupError
 from deepspeed_alst.models.recipes import skip_within_shards, take_out_upstream_attention
 from deepspeed_alst.tiling.compat import tiled_logits_loss, tiled_mlp
+from deepspeed_alst.words import shown
 
 _MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
 
@@ -51,8 +52,8 @@ def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
     said = ds_config.get("sequence_parallel_size", size)
     if said != size:
         raise ConfigError(
-            f"sequence_parallel_size={said!r}: the mpu was registered with sequence_parallel_size={size}. Set the key "
-            f"to {size}, or leave it out."
+            f"sequence_parallel_size={shown(said)}: the mpu was registered with sequence_parallel_size={size}. Set the "
+            f"key to {size}, or leave it out."
         )
     return {**ds_config, "sequence_parallel_size": size}
 

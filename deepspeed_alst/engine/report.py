@@ -1,5 +1,7 @@
 """The activation report: what was switched on, printed once on rank 0."""
 
+import os
+import sys
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from deepspeed_alst.batch_keys import step_words
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.engine.reduction import ReductionPath
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -30,6 +33,13 @@ def print_report(rows: list[tuple[str, str]]) -> None:
     Console(stderr=True, width=120).print(table)
 
 
+def warn_rank_0(line: str) -> None:
+    """Print a line on rank 0, before or after the ranks have met; an empty one is not printed."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if line and rank == 0:
+        print(f"deepspeed_alst: {line}", file=sys.stderr, flush=True)
+
+
 def report_rows(
     config: AlstConfig,
     groups: SequenceGroups,
@@ -51,6 +61,7 @@ def report_rows(
         adopted: the program was written for DeepSpeed's own ALST.
     """
     P, multiple = groups.sp_size, config.padding_multiple()
+    micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     sharded = "" if engine.training_dataloader is None else "training_data sharded; "
     loss = "of the whole sequence on every rank"
     if adopted:
@@ -61,6 +72,7 @@ def report_rows(
     return [
         ("groups", f"{P} ranks share a sequence, {groups.dp_size} replica(s)"),
         ("data", f"{sharded}sequences padded to a multiple of {multiple} tokens"),
+        ("a step", step_words(micro, accumulation, P, groups.dp_size, multiple)),
         ("attention", attention),
         ("loss", loss),
         *parts,

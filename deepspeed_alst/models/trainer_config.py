@@ -2,17 +2,18 @@
 
 The Trainer's ``gradient_accumulation_steps`` counts batches of every rank; DeepSpeed's, under sequence parallelism,
 counts micro-steps, of which each of those batches gives P. So "auto" becomes the Trainer's number times P, and the
-total batch size stays what it is at SP 1. A number in the JSON means micro-steps, as in a plain loop.
+total batch size stays what it is at SP 1. A number in the JSON means micro-steps, as in a plain loop: the Trainer's own
+number may be the same, or P times less.
 """
 
 import os
 from collections.abc import Callable
 from typing import Any
 
+from deepspeed_alst.batch_keys import GAS, MICRO, TOTAL, check_batch_keys
 from deepspeed_alst.config import parse
 from deepspeed_alst.errors import ConfigError
 
-_GAS = "gradient_accumulation_steps"
 _PLANNED = "alst_micro_steps"
 
 
@@ -32,19 +33,22 @@ def fill_batch_keys(original: Callable[..., None], hf_config: Any, args: Any, *r
             f"HF Trainer: {ranks} ranks were started, but the Trainer sees {args.world_size}: on machines without an "
             "accelerator, accelerate takes every rank for itself. Add --use_cpu (TrainingArguments(use_cpu=True))."
         )
-    given = config.get(_GAS, "auto")
-    if type(given) is int and given == getattr(args, _PLANNED, None):
-        config[_GAS] = given // P
+    given, micro = config.get(GAS, "auto"), config.get(MICRO, "auto")
+    if type(given) is int and type(config.get(TOTAL)) is int:
+        micro = args.per_device_train_batch_size if micro == "auto" else micro
+        check_batch_keys({TOTAL: config[TOTAL], MICRO: micro, GAS: given}, P, ranks)
+    if type(given) is int and given in (getattr(args, _PLANNED, None), args.gradient_accumulation_steps * P):
+        config[GAS] = given // P
     elif type(given) is int and given == args.gradient_accumulation_steps:
         if given % P:
             raise ConfigError(
-                f"{_GAS}={given}: the HF Trainer draws a batch for every rank at a time, which are "
-                f"sequence_parallel_size={P} micro-steps. Use a multiple of {P}, or 'auto', which keeps the total "
-                "batch size of the run without sequence parallelism."
+                f"{GAS}={given}: the HF Trainer draws a batch for every rank at a time, which are "
+                f'sequence_parallel_size={P} micro-steps. Use a multiple of {P}, or "auto", which keeps the '
+                "total batch size of the run without sequence parallelism."
             )
-        args.gradient_accumulation_steps = config[_GAS] = given // P
+        args.gradient_accumulation_steps = config[GAS] = given // P
     original(hf_config, args, *rest, **kwargs)
-    if config.get(_GAS, args.gradient_accumulation_steps) == args.gradient_accumulation_steps:
+    if config.get(GAS, args.gradient_accumulation_steps) == args.gradient_accumulation_steps:
         micro_steps = args.gradient_accumulation_steps * P
-        config[_GAS] = micro_steps
+        config[GAS] = micro_steps
         setattr(args, _PLANNED, micro_steps)

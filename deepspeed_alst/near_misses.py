@@ -1,0 +1,154 @@
+"""Keys of a ds_config that miss this package's by a little: misspelt, another program's, in the wrong place.
+
+Light, standard library alone: the gate looks through every ds_config. DeepSpeed ignores what it does not know.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from deepspeed_alst.words import as_word, shown
+
+SP = "sequence_parallel_size"
+DTYPE = "seq_parallel_communication_data_type"
+BLOCK_KEYS = (
+    "pad_to_multiple_of",
+    "expandable_segments",
+    "reduction",
+    "tiled_mlp_compute",
+    "tiled_logits_loss",
+    "liger_kernel",
+    "activation_checkpoint_cpu_offload",
+    "check_model",
+    "save_attention_output",
+    "memory_lean_layer",
+)
+# Keys of the block that ALST has at the top level (arXiv:2506.13996), where they work too.
+TOP_KEYS = ("activation_checkpoint_cpu_offload", "tiled_mlp_compute")
+
+# Where each key belongs.
+OURS = {**{name: name for name in (SP, DTYPE, "alst")}, **{key: f"alst.{key}" for key in BLOCK_KEYS}}
+OURS |= {key: key for key in TOP_KEYS}
+# Names for the same thing: a pattern of the normal form, the place of our key, and who has it.
+ALIASES = (
+    ("sp|spsize|spdegree", SP, "accelerate's ParallelismConfig, ColossalAI: sp_size"),
+    ("cp|cpsize|contextparallel.*", SP, "Megatron-LM: --context-parallel-size; torchtitan: context_parallel_degree"),
+    ("(enable|use)?seq(uence)?parallel.*", SP, "Megatron-LM: --sequence-parallel; Axolotl: sequence_parallel_degree"),
+    ("ulysses.*", SP, "verl: ulysses_sequence_parallel_size"),
+    ("ringattnsize", SP, "OpenRLHF: --ring_attn_size"),
+    ("(deepspeed|arctic)?alst.*", "alst", "this package, with a word around its name"),
+    (
+        "(enable|use|apply)?liger(kernels?)?",
+        "alst.liger_kernel",
+        "transformers: use_liger_kernel; LLaMA-Factory: enable_liger_kernel",
+    ),
+    ("(enable|use)?tiled?mlp.*", "alst.tiled_mlp_compute", "Axolotl: tiled_mlp"),
+    ("(enable|use)?tiled?(fused)?(logits?|loss).*", "alst.tiled_logits_loss", "DeepSpeed: TiledFusedLogitsLoss"),
+    (
+        "(enable|use)?activation.*offload.*|offloadactivations?|cpucheckpointing",
+        "alst.activation_checkpoint_cpu_offload",
+        "TRL: activation_offloading; DeepSpeed: activation_checkpointing.cpu_checkpointing",
+    ),
+    ("reducebucketsize", "zero_optimization.reduce_bucket_size", "DeepSpeed, in zero_optimization"),
+)
+# What DeepSpeed 0.19 reads at the top level, and what it has read in earlier versions.
+_DEEPSPEEDS = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
+    compile compression_training csv_monitor curriculum_learning data_efficiency data_parallel_size data_types
+    dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue elasticity
+    expert_parallel flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_allreduce_op
+    gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine log_level managed_gradient_accumulation
+    memory_breakdown nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training scheduler
+    seed sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
+    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
+"""
+DEEPSPEED_KEYS = frozenset(_DEEPSPEEDS.split())
+# The similarity (difflib) from which on a name is taken for a misspelt one. communication_data_type is 0.79 of ours,
+# and 'aslt' 0.75 of 'alst'; of so few letters the first must be right, or 'last' would be near too.
+_CLOSE, _CLOSE_SHORT, _SHORT = 0.82, 0.74, 5
+# No key is half as long; comparing takes time by the square of the length.
+_LONGEST_NAME = 100
+# Inside DeepSpeed's blocks; its deepest has three levels.
+_DEEPEST = 4
+
+
+def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Yield a line for each key that DeepSpeed does not know and that is nearly one of ours.
+
+    Args:
+        ds_config: all of it.
+        nested: keys of the inner blocks, and where each belongs.
+    """
+    places = {**(nested or {}), **OURS}
+    for key, value in ds_config.items():
+        if key in DEEPSPEED_KEYS:
+            yield from _inside(str(key), value)
+        elif key == "model" and isinstance(value, Mapping) and value.get("type") == "liger":
+            yield 'model.type="liger": ArcticTraining reads it; here it is "alst": {"liger_kernel": true}.'
+        elif places.get(key) != key and (place := place_of(str(key), places)) is not None:
+            yield _sentence(str(key), place)
+
+
+def ignored(ds_config: Mapping[str, Any]) -> list[str]:
+    """List what a ds_config without SP and without a block seems to ask of this package."""
+    asking = {key: value for key, value in ds_config.items() if not _is_off(value)}
+    lines = [*near_misses(asking)]
+    if DTYPE in asking and ds_config.get(SP, 1) == 1:
+        lines.append(f"{DTYPE}={shown(asking[DTYPE])}: it counts where {SP} is above 1.")
+    return lines
+
+
+def _is_off(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return value.get("enabled") is False
+    return value is None or value is False or (type(value) in (int, float) and value in (0, 1))
+
+
+def _inside(path: str, block: Any, depth: int = 1) -> Iterator[str]:
+    """Yield a line for each key of the top level that stands in a block of DeepSpeed's."""
+    if not isinstance(block, Mapping) or depth == _DEEPEST:
+        return
+    places = {name: name for name in (SP, DTYPE, "alst", *TOP_KEYS)}
+    for key, value in block.items():
+        inner = f"{path}.{as_word(str(key))}"
+        place = place_of(str(key), places, others=())
+        if place in places and not _is_off(value):
+            hint = "belongs" if key == place else "unknown key. It may be meant"
+            yield f"{inner}: {hint} at the top level of the ds_config, as {place}."
+        else:
+            yield from _inside(inner, value, depth + 1)
+
+
+def _sentence(key: str, place: str) -> str:
+    if place.split(" or ")[0].rsplit(".", 1)[-1] != key:
+        return f"{as_word(key)}: unknown key. Did you mean '{place}'?"
+    return f"{as_word(key)}: belongs into the {place.split('.')[0]} block, as {place}."
+
+
+def place_of(key: str, places: Mapping[str, str] = OURS, others: Iterable[str] = DEEPSPEED_KEYS) -> str | None:
+    """Find the place of the key of ours that a key is, nearly is, or is another name of.
+
+    Args:
+        key: that a user wrote.
+        places: our keys, and where each belongs.
+        others: keys that it may be nearer to.
+    """
+    name = _normal(key[:_LONGEST_NAME])
+    known = {_normal(each): place for each, place in places.items()}
+    if name in known:
+        return known[name]
+    candidates = [*known, *map(_normal, others)]
+    if len(name) > _SHORT:
+        near = get_close_matches(name, [each for each in candidates if len(each) > _SHORT], 1, _CLOSE)
+    else:
+        near = get_close_matches(name, [each for each in candidates if each[0] == name[:1]], 1, _CLOSE_SHORT)
+    if near:
+        return known.get(near[0])
+    return next((place for pattern, place, _ in ALIASES if re.fullmatch(pattern, name)), None)
+
+
+def _normal(key: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", key.lower())
