@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed_alst.deepspeed_values import Config, value_at, wrong_blocks
+from deepspeed_alst.deepspeed_values import Config, value_at, wrong_blocks, zero_stage
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import shown
 
