@@ -56,6 +56,7 @@ setup(
         "torch>=2.13.0",  # tensors, gloo and NCCL
         "deepspeed>=0.19.8,<0.20",  # the engine; its internals are relied upon, so no untested release
         "transformers>=5.23.0",  # the models, and their attention and mask interfaces
+        "accelerate>=1.15.0",  # transformers' HfDeepSpeedConfig and Trainer need it
         "triton>=3.8.0; platform_system == 'Linux'",  # the tile kernels
         "liger-kernel>=0.8.5; platform_system == 'Linux'",  # Liger's kernels
         "pydantic>=2.14",  # the typed config and its error messages
@@ -66,7 +67,6 @@ setup(
     extras_require={
         "plots": ["matplotlib>=3.11"],  # the ledger's picture
         "dev": [
-            "accelerate>=1.15.0",  # transformers' HfDeepSpeedConfig and Trainer need it
             "peft>=0.21.0",  # LoRA
             "trl>=1.16.0",  # SFTTrainer
             "matplotlib>=3.11",

@@ -172,13 +172,13 @@ def fits_heads(degree: int, num_heads: int, num_kv_heads: int) -> bool:
     return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
 
 
-def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int]] = ()) -> None:
+def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int, str]] = ()) -> None:
     """Refuse an SP degree that does not divide the number of ranks.
 
     Args:
         config: this package's keys.
         world_size: ranks.
-        heads: pairs of heads and key/value heads of the model, where they are known.
+        heads: heads, key/value heads and whose they are, where they are known.
 
     Raises:
         ConfigError: with the degrees that would do.
@@ -186,7 +186,9 @@ def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, 
     sp_size = config.sequence_parallel_size
     if world_size % sp_size:
         known = [*heads]
-        fitting = [n for n in range(1, world_size + 1) if not world_size % n and all(fits_heads(n, *x) for x in known)]
+        fitting = [
+            n for n in range(1, world_size + 1) if not world_size % n and all(fits_heads(n, a, b) for a, b, _ in known)
+        ]
         raise ConfigError(
             f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
             f"Use one of {fitting}."

@@ -33,6 +33,7 @@ from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.start_check import install_model_check
 from deepspeed_alst.engine.wrap import close_at_destroy
 from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.kernels.registry import load_tile_ops
 from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
@@ -158,6 +159,7 @@ def _tile(
 ) -> list[tuple[str, str]]:
     """Put Liger's kernels on, and into tiles what the config says; returns rows of the report."""
     take(model, undo)
+    load_tile_ops(get_accelerator().device_name())  # a build takes up to a minute, which is not a step's
     liger = use_liger(model, config, get_accelerator().device_name(), group, undo)
     mlp, loss = config.alst.tiled_mlp_compute, config.tiled_loss()
     if adopted and config.alst.tiled_logits_loss == "auto":
@@ -271,13 +273,12 @@ def _error_in(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> Alst
     try:
         world_size = dist.get_world_size()
         facts = check_model(model)
-        scans = sorted(facts.linear_heads)
-        attention = [(facts.num_heads, facts.num_kv_heads)] if facts.num_heads and facts.num_kv_heads else []
-        check_world(config, world_size, [*attention, *scans])
+        heads = [(facts.num_heads, facts.num_kv_heads, "attention")] if facts.num_heads and facts.num_kv_heads else []
+        heads += [(*each, "scan") for each in sorted(facts.linear_heads)]
+        check_world(config, world_size, heads)
         check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
-        for of, pairs in (("attention", attention), ("scan", scans)):
-            for heads, shared in pairs:
-                check_heads(config, heads, shared, of, world_size)
+        for each in heads:
+            check_heads(config, *each, world_size)
     except AlstError as error:
         return error
     return None

@@ -502,9 +502,9 @@ def test_the_degrees_that_are_named_fit_the_ranks_and_the_heads():
     with pytest.raises(ConfigError, match=r"Use one of \[1, 3\];"):
         check_heads(AlstConfig(sequence_parallel_size=9), 6, 3, world_size=9)
     with pytest.raises(ConfigError, match=r"3 ranks\)\. Use one of \[1\]\."):
-        check_world(AlstConfig(sequence_parallel_size=2), 3, [(8, 8)])
+        check_world(AlstConfig(sequence_parallel_size=2), 3, [(8, 8, "attention")])
     with pytest.raises(ConfigError, match=r"6 ranks\)\. Use one of \[1, 2\]\."):
-        check_world(AlstConfig(sequence_parallel_size=4), 6, [(12, 12), (8, 2)])
+        check_world(AlstConfig(sequence_parallel_size=4), 6, [(12, 12, "attention"), (8, 2, "scan")])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ LAYERS = (
     {"models", "engine"},
     {"initialize"},
     {"cli"},
-    {"plugin", "autoload"},
+    {"plugin", "autoload", "__main__"},
     {"__init__"},
 )
 # Where a third party may be imported: a folder, or one module of it.

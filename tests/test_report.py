@@ -233,6 +233,15 @@ def test_the_allocator_and_flash_attention_are_judged_on_gpus_only():
             "prescale_gradients=true",
         ),
         ([1], ["problem"], "no JSON object"),
+        ({"alst": {}, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["problem"], "bf16.enabled is true too"),
+        ({"alst": {}, "steps_per_print": 0}, ["problem"], "steps_per_print: must be a whole number"),
+        (
+            {"activation_checkpoint_cpu_offload": {"nvme_path": "/no/such/folder"}},
+            ["problem"],
+            "nvme_path: no folder on this host",
+        ),
+        ({"sp_size": 2}, ["problem"], "Did you mean 'sequence_parallel_size'?"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 4}, ["note"], "asks for nothing"),
     ],
 )
 def test_a_ds_config_is_checked_for_a_number_of_ranks(tmp_path, ds_config, verdicts, words):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from deepspeed_alst.cli.compare import Differences, allowed
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.trial import Spec, samples
 from deepspeed_alst.cli.verdict import first_difference, judge, show
-from deepspeed_alst.cli.verify import configs_of, with_file
+from deepspeed_alst.cli.verify import _plain, configs_of, with_file
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +188,58 @@ def test_a_refused_model_is_refused_in_its_words(tmp_path, capsys):
 def test_what_cannot_be_compared_is_refused(ds_config, world_size, words):
     with pytest.raises(ConfigError, match=words):
         configs_of(ds_config, world_size)
+
+
+WRONG = (None, True, [2], {"a": 1}, "text", -1, 0.5)
+BLOCKS = (
+    "sequence_parallel_size",
+    "alst",
+    "zero_optimization",
+    "bf16",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize("key", [*BLOCKS, "train_micro_batch_size_per_gpu", "optimizer", "fp16", "compile", "pipeline"])
+def test_any_wrong_type_is_a_sentence_or_runs(key, value):
+    try:
+        _, configs = configs_of({"sequence_parallel_size": 2, "alst": {}, key: value}, 2)
+    except ConfigError as error:
+        assert key in str(error)
+    else:
+        assert all(_plain(each, Path("out"), small=True) for each in configs.values())
+
+
+def test_wrong_types_are_named_all_at_once():
+    with pytest.raises(ConfigError) as refused:
+        configs_of({"sequence_parallel_size": [2], "alst": 5, "steps_per_print": 0}, 2)
+    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == [
+        "sequence_parallel_size",
+        "alst",
+        "steps_per_print",
+    ]
+
+
+def test_progress_is_shown_while_a_program_runs(tmp_path, capsys, monkeypatch):
+    import subprocess
+
+    from deepspeed_alst.cli import launch
+
+    own = subprocess.Popen
+    program = f"print('rank 0: {launch.PROGRESS} SP 2: step 1 of 5', flush=True); print('noise')"
+    command = [sys.executable, "-c", program]
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **options: own(command, **options))
+    launch.launch([], 2, tmp_path / "log")
+    assert capsys.readouterr().err == f"{launch.PROGRESS} SP 2: step 1 of 5\n"
+
+
+def test_alsts_own_names_at_the_top_level_are_in_the_split_run_alone():
+    _, configs = configs_of({"sequence_parallel_size": 2, "tiled_mlp_compute": True}, 2)
+    whole, split = (_plain(each, Path("out"), small=True) for each in configs.values())
+    assert "tiled_mlp_compute" not in whole and "alst" not in whole
+    assert "tiled_mlp_compute" not in split and split["alst"]["tiled_mlp_compute"] == {"tile_tokens": 37}
 
 
 def test_both_runs_see_the_same_samples_in_a_step():

@@ -37,11 +37,14 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
     except ConfigError as error:
         yield Row("ds_config", str(error), "problem", "give the path of a JSON file that holds an object")
         return
-    problems = [*_problems(ds_config, num_ranks)]
-    yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in problems)
-    if problems:
+    lines = [*problems(ds_config, num_ranks)]
+    yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in lines)
+    if lines:
         return
     config = parse(ds_config)
+    if missing := _missing_folder(config):
+        yield Row("ds_config", missing, "problem", "make the folder on every host, or name another")
+        return
     if not is_wanted(ds_config):
         yield Row(
             "ds_config",
@@ -53,14 +56,13 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
     yield Row("ds_config", _in_words(config, path, num_ranks))
 
 
-def _problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
+def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
     """The lines of all errors; where the keys themselves are wrong, no others can be found."""
     config, lines = _try(lambda: parse(ds_config))
     lines += _try(lambda: check_numbers(ds_config))[1] + _try(lambda: zero_stage(ds_config))[1]
     yield from lines
     if config is None or not is_wanted(ds_config):
         return
-    yield from _missing_folder(config)
     if config.sequence_parallel_size == 1:
         yield from wrong_blocks(ds_config)
         return
@@ -69,11 +71,12 @@ def _problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[s
         yield from _try(lambda: check_world(config, num_ranks))[1]
 
 
-def _missing_folder(config: AlstConfig) -> Iterator[str]:
+def _missing_folder(config: AlstConfig) -> str:
     offload = config.alst.activation_checkpoint_cpu_offload
     if offload is not None and offload.nvme_path is not None and not Path(offload.nvme_path).is_dir():
         path = "alst.activation_checkpoint_cpu_offload.nvme_path"
-        yield f"{path}: no folder on this host (got {shown(offload.nvme_path)})."
+        return f"{path}: no folder on this host (got {shown(offload.nvme_path)})."
+    return ""
 
 
 def _try(check: Callable[[], Any]) -> tuple[Any, list[str]]:

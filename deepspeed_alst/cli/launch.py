@@ -5,13 +5,19 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import IO
 
 from deepspeed_alst.errors import SetupError
 
+_LOOK_SECONDS = 0.2
+# What a line starts with that is shown on the terminal too.
+PROGRESS = "ds_alst verify:"
+
 
 def launch(words: list[str], world_size: int, log: Path) -> None:
-    """Run something by DeepSpeed's launcher; what it prints goes to a file.
+    """Run something by DeepSpeed's launcher; what it prints goes to a file, and its progress to the terminal.
 
     Raises:
         SetupError: it failed, with the sentence in which it says why.
@@ -25,12 +31,25 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
     port = free_port()
     command = [*launcher, "--master_port", str(port), *words]
     try:
-        with log.open("w") as out:
-            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
+        with log.open("w") as out, log.open(errors="replace") as printed:
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            while process.poll() is None:
+                _show_progress(printed)
+                time.sleep(_LOOK_SECONDS)
+            _show_progress(printed)
+    except BaseException:
+        process.kill()
+        raise
     finally:
         remove_shared_memory(port)
-    if done.returncode:
-        raise SetupError(f"{_reason(log)} (exit status {done.returncode}; all of it is in {log})")
+    if process.returncode:
+        raise SetupError(f"{_reason(log)} (exit status {process.returncode}; all of it is in {log})")
+
+
+def _show_progress(printed: IO[str]) -> None:
+    for line in printed:
+        if PROGRESS in line:
+            print(line[line.index(PROGRESS) :].rstrip(), file=sys.stderr, flush=True)
 
 
 def _reason(log: Path) -> str:

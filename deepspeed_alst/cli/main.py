@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from deepspeed_alst.errors import AlstError
 
-# Modules of this folder. Each has SUMMARY, add_arguments(parser) and run(arguments), which returns the exit status; it
-# imports what is heavy (torch, deepspeed, transformers) in run, so that --help is quick and commands fail one by one.
+# Modules of this folder. Each has SUMMARY, EXAMPLES, add_arguments(parser) and run(arguments), which returns the exit
+# status; it imports what is heavy (torch, deepspeed, transformers) in run, so that --help is quick and commands fail
+# one by one.
 COMMANDS = ("report", "verify", "plan")
 _ERROR_STATUS = 2  # as argparse's
 
@@ -33,10 +34,19 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds_alst", description="What one wants to know before a long run.")
+    parser.add_argument(
+        "--version", action="version", version=f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
+    )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name in names:
         module = importlib.import_module(f"deepspeed_alst.cli.{name}")
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=f"examples:\n{module.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

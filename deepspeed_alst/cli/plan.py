@@ -13,6 +13,8 @@ from typing import Any
 from deepspeed_alst.errors import ConfigError
 
 SUMMARY = "how long a sequence fits into a machine's memory, where the bytes go, and what binds"
+EXAMPLES = """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
+  ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json"""
 _TOKENS = (32768, 65536)  # of the two measurements that a line goes through: more than any tile has
 _GIB = 2**30
 

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors.torch import save_file
 
+from deepspeed_alst.cli.launch import PROGRESS
+
 LARGEST = 2**20
 """Elements that are kept of a parameter; of a larger one evenly spaced ones."""
 _POSITIONS = 512
@@ -71,6 +73,9 @@ class Recorder:
         self._curve["loss"].append(float(loss) / dist.get_world_size())
         norm = self._engine.get_global_grad_norm()  # DeepSpeed has none at stage 0 in fp32
         self._curve["norm"].append(None if norm is None else float(norm))
+        if dist.get_rank() == 0:
+            done, mean = len(self._curve["loss"]), self._curve["loss"][-1]
+            print(f"{PROGRESS} {self._folder.name}: step {done} of {self._steps}, loss {mean:.6g}", flush=True)
 
     def _finish(self) -> None:
         self._save("changes", {name: end - self._start[name] for name, end in self._gather(_weight).items()})

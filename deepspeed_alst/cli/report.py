@@ -15,6 +15,9 @@ from deepspeed_alst.cli import host, keys, packages
 from deepspeed_alst.cli.rows import Row, guarded, print_json, print_table
 
 SUMMARY = "the environment that a run would have, with a verdict for each part of it and what to do"
+EXAMPLES = """  ds_alst report
+  ds_alst report --ds_config ds.json --num_gpus 8
+  ds_alst report --nvme_path /mnt/nvme --json"""
 
 # A program like any: `import torch` comes before this package, which only torch's entry points may bring in.
 _PROGRAM = """

@@ -13,13 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepspeed_alst.cli.keys import read_json
+from deepspeed_alst.batch_keys import GAS, MICRO
+from deepspeed_alst.cli.keys import problems, read_json
 from deepspeed_alst.cli.launch import launch, num_gpus
+from deepspeed_alst.config import block_of
 from deepspeed_alst.config_file import is_wanted
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.near_misses import DTYPE, TOP_KEYS
+from deepspeed_alst.words import shown
 
 SUMMARY = "train with sequence parallelism and without, on the same samples, and say how far apart the two are"
+EXAMPLES = """  ds_alst verify --ds_config ds.json --model meta-llama/Llama-3.1-8B
+  ds_alst verify --ds_config ds.json --model ./config.json --num_gpus 2
+  ds_alst verify --ds_config ds.json -- train.py --deepspeed ds.json --max_steps 5"""
 _BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
 # By themselves a small model's tiles would hold its whole sequence.
 _SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
@@ -82,8 +88,10 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         world_size: ranks; where they are fewer than the SP degree, all of them share a sequence.
 
     Raises:
-        ConfigError: accumulation does not divide by the SP degree, or there is nothing to verify.
+        ConfigError: the file is wrong; accumulation does not divide by the SP degree, or there is nothing to verify.
     """
+    if lines := [*problems(ds_config, None), *_wrong_numbers(ds_config)]:
+        raise ConfigError("\n".join(lines))
     wanted = ds_config.get("sequence_parallel_size", 1)
     if not is_wanted(ds_config):
         raise ConfigError("sequence_parallel_size=1 and no alst block: there is nothing to verify")
@@ -112,6 +120,14 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         whole.pop(key, None)
     name = f"SP {sp_size}" if sp_size > 1 else "with alst"
     return sp_size, {_BASELINE: whole, name: split}
+
+
+def _wrong_numbers(ds_config: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: must be a positive whole number (got {shown(value)})."
+        for key in (MICRO, GAS)
+        if (value := ds_config.get(key, "auto")) != "auto" and (type(value) is not int or value < 1)
+    ]
 
 
 def _run_program(
@@ -158,7 +174,7 @@ def _run_trial(
     if half and not arguments.full:
         runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in ("bf16", "fp16")}
         runs[_ROUNDING].pop("data_types", None)
-    block = next(runs[name] for name in configs if name != _BASELINE).get("alst", {})
+    block = block_of(next(runs[name] for name in configs if name != _BASELINE))
     Spec(
         model=arguments.model,
         small=not arguments.full,
@@ -185,9 +201,11 @@ def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, An
     config.setdefault("train_micro_batch_size_per_gpu", 1)
     config.setdefault("gradient_accumulation_steps", config["sequence_parallel_size"])
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
-    block = config.get("alst")
-    if not small or block is None:
+    if not small or not any(key in config for key in ("alst", *TOP_KEYS)):
         return config
+    block = config["alst"] = block_of(config)
+    for key in TOP_KEYS:
+        config.pop(key, None)
     block.setdefault("pad_to_multiple_of", config["sequence_parallel_size"])
     for key, tokens in _SMALL_TILES.items():
         value = block.get(key, "auto" if key == "tiled_logits_loss" else False)

@@ -64,6 +64,11 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or triton.knobs.runtime.interpret
 
 
+def load_tile_ops(device_type: str) -> str:
+    """Put what is compiled from csrc in place, where a device has any (``ops.load.load``)."""
+    return load("tile_ops", device_type, "what tiles are made of")
+
+
 def has_kernel(name: str, device: torch.device) -> bool:
     """Whether something faster than plain torch computes an op on a device: Triton's kernel, or on CPU one of csrc.
 
@@ -74,7 +79,7 @@ def has_kernel(name: str, device: torch.device) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         return True  # of tensors without data, whose machine is elsewhere
     if device.type == "cpu":
-        load("tile_ops", "cpu", "what tiles are made of")
+        load_tile_ops("cpu")
         if not all(is_compiled(each, "cpu") for each in _OPS[name].compiled):
             return False
     if device.type == "cuda" and device.index is None:

@@ -186,7 +186,8 @@ def _batches(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Random tokens, every seventh without a label, as a program would give them and as the sharded loader does."""
     make = torch.Generator().manual_seed(3)
-    vocab = vocabulary_of(model) or 1
+    known = vocabulary_of(model)
+    vocab = min((each for each in (known.embeddings, known.logits) if each is not None), default=1)
     ids = torch.randint(min(5, vocab - 1), max(vocab - 8, min(6, vocab)), (1, length), generator=make)
     labels = ids.clone()
     labels[:, ::7] = IGNORED_LABEL

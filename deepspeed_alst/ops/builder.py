@@ -154,6 +154,8 @@ class _AlstBuilder(OpBuilder):
 
     def _build(self, folder: Path, verbose: bool) -> ModuleType:
         workplace = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
+        # Of all ranks on a host the one that holds the lock comes here.
+        print(f"deepspeed_alst: compiling {self.NAME} into {folder}, once; up to a minute", file=sys.stderr, flush=True)
         try:
             with environment(TORCH_EXTENSIONS_DIR=str(workplace)):
                 module = super().jit_load(verbose)
