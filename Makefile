@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census two-hosts recipes bench pictures faults bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -94,6 +94,10 @@ bench: setup
 # Runs broken in nine ways, and resumed.
 faults: setup
 	$(BIN)/python -m benchmarks.faults
+
+# 300 steps at SP 2 beside SP 1: curves, memory, descriptors, threads.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 bench-metrics: setup
 	$(BIN)/python -m benchmarks.metrics

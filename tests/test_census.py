@@ -214,6 +214,28 @@ def test_a_class_of_ones_own_with_a_listed_model_type_is_tried(ranks2):
         )
 
 
+class OfLogits(LlamaForCausalLM):
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output.loss = output.loss + 0.1 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+class OfWeights(LlamaForCausalLM):
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output.loss = output.loss + 0.1 * self.lm_head.weight.square().sum()
+        return output
+
+
+def test_a_term_that_a_forward_adds_to_the_loss_is_right_of_weights_and_named_of_logits(ranks2):
+    assert all("is right to" in said for said in ranks2.run(_own, _nothing, OfWeights))
+    with pytest.raises(RankError) as caught:
+        ranks2.run(_own, _nothing, OfLogits)
+    for error in caught.value.errors:
+        assert "is off by" in str(error) and "Add it in the training loop, to outputs.loss" in str(error)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("put_in", [_adapters, _norms])
 def test_token_wise_modules_of_ones_own_are_let_through(put_in, dtype, ranks2):

@@ -112,10 +112,10 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
 
 def _of_a_term(verdict: Verdict, code: tuple[str, ...]) -> str:
     """The likely cause where a program's forward makes another loss, and the way out."""
-    if not code or verdict.outcome != "wrong" or not verdict.why.startswith("the loss"):
+    if not code or verdict.outcome != "wrong":
         return ""
     return (
-        " Does it add a term to the loss? Of logits or hidden states it is one of a shard's tokens. Add it in the "
+        " If it adds a term to the loss: made of logits or hidden states it is one of a shard's tokens. Add it in the "
         "training loop, to outputs.loss (README, Limits, says how), or make it of parameters alone."
     )
 
