@@ -82,6 +82,7 @@ AREAS = {
     "test_trainer": "the programs people have",
     "test_trainer_checkpoints": "the programs people have",
     "test_trl": "the programs people have",
+    "test_whole_batches": "the programs people have",
     "test_kept_attention": "offload",
     "test_frozen": "the programs people have",
     "test_peft": "the programs people have",

@@ -161,6 +161,8 @@ def refuse(name: str) -> None:
         config = model_config(Cell())
         config.pad_token_id, config.num_labels = 0, 1
         model = LlamaForSequenceClassification(config) if name == "Reward" else build_model(config)
+        model.save_pretrained(f"{folder}/saved{torch.distributed.get_rank()}")  # whence TRL makes its reference
+        model = type(model).from_pretrained(f"{folder}/saved{torch.distributed.get_rank()}")
         reward = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if generating else {}
         trainer = getattr(trl, f"{name}Trainer")(
             model, args=args, train_dataset=Dataset.from_list(8 * rows), processing_class=tokenizer(), **reward
@@ -171,7 +173,25 @@ def refuse(name: str) -> None:
             getattr(trainer.model_wrapped, "destroy", lambda: None)()
 
 
-@pytest.mark.parametrize("name", ["DPO", "KTO", "RLOO", "GRPO", "Reward"])
+@pytest.mark.parametrize("name", ["DPO", "KTO", "RLOO", "GRPO"])
+def test_a_loss_of_log_probabilities_is_refused_by_the_trainers_name_and_loss_types_are_not_spoken_of(name):
+    import trl
+
+    from deepspeed_alst.models.trainer import check_trainer
+
+    kind = getattr(trl, f"{name}Trainer")
+    for each in (kind, type("Own", (kind,), {})):
+        trainer = each.__new__(each)
+        trainer.compute_loss_func, trainer.args = (
+            None,
+            getattr(trl, f"{name}Config")(output_dir="unused", use_cpu=True, bf16=False),
+        )
+        with pytest.raises(ConfigError, match=f"{name}Trainer: losses of preference") as caught:
+            check_trainer(trainer)
+        assert "nll" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "Reward"])
 def test_preference_and_reinforcement_learning_are_refused_by_the_trainers_name(name, ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(refuse, name)

@@ -70,6 +70,9 @@ def hook_loaders(accelerator_class: Any, mark: str, splits: Callable[[Any, Any],
 
     @functools.wraps(build)
     def _prepare_deepspeed(self: Any, *args: Any) -> Any:
+        if sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
+            # accelerate would fill in a product with all ranks, of which those of a sequence share their samples.
+            del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
         result = build(self, *args)
         session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
         if session is not None and sp_size_of(self) > 1:
