@@ -50,6 +50,7 @@ AREAS = {
     "test_host_pool": "offload",
     "test_offload_engine": "offload",
     "test_offload_plan": "offload",
+    "test_dropout": "models",
     "test_families": "models",
     "test_census": "models",
     "test_model_check": "models",

@@ -168,11 +168,11 @@ def test_in_half_precision_a_third_run_says_what_rounding_is():
 
 @pytest.mark.slow
 def test_a_refused_model_is_refused_in_its_words(tmp_path, capsys):
-    CONFIG_MAPPING["gpt2"](attn_pdrop=0.1).to_json_file(tmp_path / "config.json")
+    CONFIG_MAPPING["gpt2"](is_causal=False).to_json_file(tmp_path / "config.json")
     words = ["verify", "--model", str(tmp_path / "config.json"), "--ds_config", str(ROOT / "ds_configs" / "sp2.json")]
     assert main([*words, "--num_gpus", "2", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "dropout" in error and "run.log" in error
+    assert "is_causal" in error and "run.log" in error
 
 
 @pytest.mark.parametrize(

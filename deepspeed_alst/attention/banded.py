@@ -27,13 +27,14 @@ def attend(
     v_BkSD: torch.Tensor,
     mask: WholeMask | None = None,
     scaling: float | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attend under a mask, causally where there is none: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``.
 
     Head size of v may differ. Every backend of sdpa that can run the pieces may run them.
     """
     if mask is None:
-        return _causal(q_BhSD, k_BkSD, v_BkSD, scaling)
+        return _causal(q_BhSD, k_BkSD, v_BkSD, scaling, dropout)
     runs = mask.runs(q_BhSD.shape[2])
     sizes = [run.count * run.length for run in runs]
     outputs = []
@@ -41,14 +42,14 @@ def attend(
     for run, *qkv in zip(runs, *(x.split(sizes, dim=2) for x in (q_BhSD, k_BkSD, v_BkSD)), strict=True):
         q, k, v = (_stretches_to_rows(x, run.count) for x in qkv)
         banded = mask.window is not None and mask.window < run.length
-        out = _banded(q, k, v, mask.window, scaling) if banded else _causal(q, k, v, scaling)
+        out = _banded(q, k, v, mask.window, scaling, dropout) if banded else _causal(q, k, v, scaling, dropout)
         outputs.append(_rows_to_stretches(out, run.count))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, dropout: float) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scaling, enable_gqa=gqa)
 
 
 def _stretches_to_rows(x_BhSD: torch.Tensor, count: int) -> torch.Tensor:
@@ -61,7 +62,12 @@ def _rows_to_stretches(x_NhLD: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _banded(
-    q_NhLD: torch.Tensor, k_NkLD: torch.Tensor, v_NkLD: torch.Tensor, window: int, scaling: float | None
+    q_NhLD: torch.Tensor,
+    k_NkLD: torch.Tensor,
+    v_NkLD: torch.Tensor,
+    window: int,
+    scaling: float | None,
+    dropout: float,
 ) -> torch.Tensor:
     """A stretch that is longer than its window: ``[N, h, L, D]`` and twice ``[N, k, L, D]`` to ``[N, h, L, D]``."""
     length = q_NhLD.shape[2]
@@ -72,10 +78,10 @@ def _banded(
     sizes = [min(span, length - start) for start in starts]
     first, *others = q_NhLD.split([window, *sizes], dim=2)
     # Up to the window a row sees all before it.
-    outputs = [_causal(first, k_NkLD[:, :, :window], v_NkLD[:, :, :window], scaling)]
+    outputs = [_causal(first, k_NkLD[:, :, :window], v_NkLD[:, :, :window], scaling, dropout)]
     for start, q in zip(starts, others, strict=True):
         keys = slice(start - window, start + q.shape[2])
-        outputs.append(_attend_span(q, k_NkLD[:, :, keys], v_NkLD[:, :, keys], mask_Rj, scaling))
+        outputs.append(_attend_span(q, k_NkLD[:, :, keys], v_NkLD[:, :, keys], mask_Rj, scaling, dropout))
     return torch.cat(outputs, dim=2)
 
 
@@ -96,7 +102,12 @@ def _band(rows: int, window: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _attend_span(
-    q_NhMD: torch.Tensor, k_NkMD: torch.Tensor, v_NkMD: torch.Tensor, mask_Rj: torch.Tensor, scaling: float | None
+    q_NhMD: torch.Tensor,
+    k_NkMD: torch.Tensor,
+    v_NkMD: torch.Tensor,
+    mask_Rj: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
 ) -> torch.Tensor:
     """M query rows and their M + W keys.
 
@@ -105,13 +116,18 @@ def _attend_span(
     """
     group = q_NhMD.shape[1] // k_NkMD.shape[1]
     if group == 1:
-        return _attend_blocks(q_NhMD, k_NkMD, v_NkMD, mask_Rj, scaling)
+        return _attend_blocks(q_NhMD, k_NkMD, v_NkMD, mask_Rj, scaling, dropout)
     per_kv_head = zip(q_NhMD.split(group, 1), k_NkMD.split(1, 1), v_NkMD.split(1, 1), strict=True)
-    return torch.cat([_attend_blocks(*qkv, mask_Rj, scaling) for qkv in per_kv_head], dim=1)
+    return torch.cat([_attend_blocks(*qkv, mask_Rj, scaling, dropout) for qkv in per_kv_head], dim=1)
 
 
 def _attend_blocks(
-    q_NgMD: torch.Tensor, k_NxMD: torch.Tensor, v_NxMD: torch.Tensor, mask_Rj: torch.Tensor, scaling: float | None
+    q_NgMD: torch.Tensor,
+    k_NxMD: torch.Tensor,
+    v_NxMD: torch.Tensor,
+    mask_Rj: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
 ) -> torch.Tensor:
     """The same for heads that have a kv head each or all the same: all whole blocks at once, then what is left."""
     rows, keys = mask_Rj.shape
@@ -121,11 +137,11 @@ def _attend_blocks(
     blocks, rest = q_NgMD.split([count * rows, left], dim=2)
     if count:
         k, v = (_overlapping(x, count, rows, window) for x in (k_NxMD, v_NxMD))
-        out = _under_mask(_stretches_to_rows(blocks, count), k, v, mask_Rj, scaling)
+        out = _under_mask(_stretches_to_rows(blocks, count), k, v, mask_Rj, scaling, dropout)
         outputs.append(_rows_to_stretches(out, count))
     if left:
         k, v = (x[:, :, -left - window :] for x in (k_NxMD, v_NxMD))
-        outputs.append(_under_mask(rest, k, v, mask_Rj[:left, : window + left], scaling))
+        outputs.append(_under_mask(rest, k, v, mask_Rj[:left, : window + left], scaling, dropout))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -136,8 +152,13 @@ def _overlapping(x_NxMD: torch.Tensor, count: int, rows: int, window: int) -> to
 
 
 def _under_mask(
-    q_NgRD: torch.Tensor, k_NxjD: torch.Tensor, v_NxjD: torch.Tensor, mask_Rj: torch.Tensor, scaling: float | None
+    q_NgRD: torch.Tensor,
+    k_NxjD: torch.Tensor,
+    v_NxjD: torch.Tensor,
+    mask_Rj: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
 ) -> torch.Tensor:
     group = q_NgRD.shape[1]
     k, v = (x.expand(-1, group, -1, -1) for x in (k_NxjD, v_NxjD))
-    return F.scaled_dot_product_attention(q_NgRD, k, v, attn_mask=mask_Rj, scale=scaling)
+    return F.scaled_dot_product_attention(q_NgRD, k, v, mask_Rj, dropout, scale=scaling)

@@ -16,6 +16,8 @@ from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.dropout import Draws
+from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 from deepspeed_alst.parallel.roll_call import naming_who_is_missing
@@ -54,7 +56,9 @@ class Session:
         """What this rank sends in a step for the gradients' reduction."""
         self.groups = groups
         self.mpu = mpu
-        self.calls = Calls()
+        # Rank 0's seed: programs may give each rank another.
+        seed = gather_objects(torch.initial_seed(), groups.control_group)[0]
+        self.calls = Calls(draws=Draws(seed, replica=groups.dp_rank))
         self._losses = LossWatch(groups)
         self._undo = undo
         self._in_backward = False
@@ -63,6 +67,7 @@ class Session:
     def attach(self, engine: Any) -> None:
         """Wire a fresh engine: its calls see its own mpu, its loaders are sharded, ``destroy`` undoes everything."""
         engine.alst = self
+        self.calls.draws.clock = functools.partial(_step_and_micro_step, engine)
         # DeepSpeed has None here for an mpu of this kind, and set_train_batch_size multiplies by it.
         engine.dp_world_size = self.groups.dp_size
         for name in _CALLS_THAT_READ_THE_MPU:
@@ -182,6 +187,11 @@ def _refuse_compiled_autograd(compile_engine: Any) -> Any:
         return compile_engine(*args, **kwargs)
 
     return compile_plainly
+
+
+def _step_and_micro_step(engine: Any) -> tuple[int, int]:
+    # DeepSpeed counts micro-steps from 0 again after a resume.
+    return engine.global_steps, engine.micro_steps % engine.gradient_accumulation_steps()
 
 
 def _under_mpu(mpu: UlyssesMpu, method: Any) -> Any:

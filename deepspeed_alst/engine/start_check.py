@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.apart import apart
 from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.models.dropout import drop_no_attention
 from deepspeed_alst.models.model_check import check_live_model
 from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.program_code import program_code
@@ -57,6 +58,7 @@ def _check(engine: Any, session: Any) -> None:
         session.calls.of_model_check(),
         uncounted(session.groups.sp_group),
     ):
+        drop_no_attention(model)
         forget = functools.partial(_forget_trace, engine)
         summary = check_live_model(model, session.groups, session.calls, torch.device(engine.device), forget)
     _forget_trace(engine)

@@ -74,12 +74,8 @@ def _problems(config: Any) -> list[str]:
             f"peft_type='{kind}' is not verified under sequence parallelism; verified are: "
             f"{', '.join(VERIFIED_ADAPTERS)}"
         ]
-    problems = [
+    return [
         f"{option} is not verified under sequence parallelism; leave it out"
         for option in _UNVERIFIED_OPTIONS
         if getattr(config, option, None)
     ]
-    for name, value in sorted(vars(config).items()):
-        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            problems.append(f"{name}={value}: ranks cannot draw the dropout of the whole sequence; set it to 0")
-    return problems

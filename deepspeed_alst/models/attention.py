@@ -89,7 +89,8 @@ def _attention_over(
         # Not among them are position_ids: they are a shard's, and documents come in cu_seq_lens_q, or in the mask.
         beside = _IN_THE_MASK if core.takes_masks else ()
         arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None and name not in beside}
-        _check_call(module, query, key, attention_mask, dropout, is_causal)
+        arguments |= {"dropout": dropout} if dropout else {}
+        _check_call(module, query, key, attention_mask, is_causal)
         _check_arguments(module, core, arguments)
         calls.attention += 1
         documents = arguments.get("cu_seq_lens_q") if attention_mask is None else attention_mask.documents
@@ -101,8 +102,7 @@ def _attention_over(
             return attend(module, q, k, v, attention_mask, scaling, arguments)
 
         frame = keeping_frame(core.name, core.runs_operators)
-        query = scale_queries(module, query)
-        return ulysses_attention(query, key, value, group, run, frame), None
+        return ulysses_attention(scale_queries(module, query), key, value, group, run, frame), None
 
     return attention
 
@@ -114,7 +114,7 @@ def _of_this_rank(per_head_H: torch.Tensor, query: torch.Tensor, key: torch.Tens
     return per_head_H[heads.start : heads.stop]
 
 
-def _check_call(module, query, key, attention_mask, dropout, is_causal) -> None:
+def _check_call(module, query, key, attention_mask, is_causal) -> None:
     """The second net: what the config did not show and the call does."""
     layer = type(module).__name__
     if attention_mask is not None and not isinstance(attention_mask, WholeMask):
@@ -127,8 +127,6 @@ def _check_call(module, query, key, attention_mask, dropout, is_causal) -> None:
             f"{layer} has {query.shape[2]} queries for {key.shape[2]} keys: generation with a cache, and attention to "
             "other sequences, are not yet available under sequence parallelism"
         )
-    if dropout:
-        raise UnsupportedModelError(f"{layer}: attention dropout {dropout} is not available; set it to 0")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedModelError(f"{layer}: attention that is not causal is not verified")
 

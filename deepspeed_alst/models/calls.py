@@ -4,12 +4,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.dropout import Draws
 from deepspeed_alst.models.wrapped import base_model
 
 
@@ -17,6 +18,8 @@ from deepspeed_alst.models.wrapped import base_model
 class Calls:
     """How often the patched parts were reached in one forward."""
 
+    draws: Draws = field(default_factory=Draws)
+    """This rank's random numbers."""
     attention: int = 0
     linear: int = 0
     """Calls of layers without attention that are split."""

@@ -8,6 +8,7 @@ attention in a mask.
 Legend: B batch, S whole sequence, D head dim; h and k are the query and key/value heads of this rank.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from deepspeed_alst.attention.banded import attend as attend_by_sdpa
 from deepspeed_alst.attention.plain import attend_plainly
 from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.parallel.draw_mode import counted_attention
 
 TRIAL = "alst_trial"
 """Plain attention with soft-cap and sinks, for a trial on CPU of a model for which transformers has no sdpa."""
@@ -66,8 +68,9 @@ def find_core(name: str) -> Core | None:
     """
     function = AttentionInterface._global_mapping.get(name)
     if name == "sdpa":
-        make = _sdpa if function is sdpa_attention_forward else functools.partial(_programs, function)
-        return Core(name, (), make)
+        if function is sdpa_attention_forward:
+            return Core(name, ("dropout",), _sdpa)
+        return Core(name, (), functools.partial(_programs, function))
     if name == TRIAL:
         return Core(name, ("softcap", "s_aux"), _plain)
     if function is flash_attention_forward:
@@ -84,6 +87,7 @@ def keeps_documents_apart(model: Any) -> bool:
 
 
 _FLASH_ARGUMENTS = (
+    "dropout",
     "sliding_window",
     "softcap",
     "s_aux",
@@ -105,7 +109,7 @@ def _sdpa(core: Core) -> Attend:
         scaling: float | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        return attend_by_sdpa(q, k, v, mask, scaling)
+        return attend_by_sdpa(q, k, v, mask, scaling, arguments.get("dropout", 0.0))
 
     return attend
 
@@ -168,7 +172,8 @@ def _flash(core: Core) -> Attend:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         plain = under_own_name(module, core.name)
-        out_BShD, _ = flash_attention_forward(plain, q, k, v, None, scaling=scaling, is_causal=True, **arguments)
+        with counted_attention(q.device) if "dropout" in arguments else contextlib.nullcontext():
+            out_BShD, _ = flash_attention_forward(plain, q, k, v, None, scaling=scaling, is_causal=True, **arguments)
         return out_BShD.transpose(1, 2)
 
     return attend

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from deepspeed_alst.blocks import TiledLossBlock
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.models.logit_steps import Steps, on_the_way
+from deepspeed_alst.parallel.draw_mode import Branch, branch
 from deepspeed_alst.parallel.loss import shard_loss
 from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
 
@@ -123,8 +124,10 @@ class DeferredLogits(torch.Tensor):
         hidden_BsH: torch.Tensor,
         steps: Steps = (),
         weights: Weights | None = None,
+        drawing: Branch | None = None,
     ) -> None:
         self._head, self._hidden, self._steps, self._weights = head, hidden_BsH, steps, weights
+        self._drawing = branch() if drawing is None else drawing
         self._made: torch.Tensor | None = None
 
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -149,6 +152,7 @@ class DeferredLogits(torch.Tensor):
                 rows,
                 label_smoothing,
                 kernel,
+                self._drawing,
             )
 
         return self._call(work, self._hidden.flatten(0, -2))
@@ -160,10 +164,11 @@ class DeferredLogits(torch.Tensor):
             SetupError: they are of an evaluation, and the weights have been trained on since.
         """
         if self._made is None:
-            if self._weights is not None:
-                logits = self._weights.call(self._head, self._hidden)
-            else:
-                logits = self._call(self._head.forward, self._hidden)
+            with self._drawing():
+                if self._weights is not None:
+                    logits = self._weights.call(self._head, self._hidden)
+                else:
+                    logits = self._call(self._head.forward, self._hidden)
             self._made = _after(logits, self._steps)
         return self._made
 
@@ -176,7 +181,7 @@ class DeferredLogits(torch.Tensor):
             self._head.work = None
 
     def _again(self, steps: Steps) -> "DeferredLogits":
-        return DeferredLogits(self._head, self._hidden, steps, self._weights)
+        return DeferredLogits(self._head, self._hidden, steps, self._weights, self._drawing)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -93,10 +93,6 @@ def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
     if has_attention(model):
         problems += _core_problems(model)
     problems += _layer_problems(model, text_config)
-    for name, value in sorted(vars(text_config).items()):
-        drawn = "dropout" if "dropout" in name or name.endswith("_pdrop") else "noise" if "jitter" in name else ""
-        if drawn and isinstance(value, int | float) and value > 0:
-            problems.append(f"{name}={value}: ranks cannot draw the {drawn} of the whole sequence; set it to 0")
     if not getattr(text_config, "is_causal", True):
         problems.append("is_causal=False: only causal attention is verified")
     return problems
@@ -150,18 +146,7 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
         return [
             "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
         ]
-    problems = _position_problems(model) if has_attention(model) else []
-    # An adapter's dropouts, in dicts such as lora_dropout, are refused by the adapter's name.
-    dropouts = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Dropout) and module.p > 0 and "_dropout." not in name
-    ]
-    if dropouts:
-        problems.append(
-            f"{dropouts[0]} is a Dropout with p > 0: ranks cannot draw the dropout of the whole sequence; set p to 0"
-        )
-    return problems
+    return _position_problems(model) if has_attention(model) else []
 
 
 def _position_problems(model: torch.nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from deepspeed_alst.models.attention import register_attention
 from deepspeed_alst.models.calls import Calls, check_calls
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
+from deepspeed_alst.models.dropout import count_draws
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
 from deepspeed_alst.models.linear_layers import has_attention
@@ -55,6 +56,8 @@ def patch_model(
     whole_router_loss(model, group, calls, undo)
     generate_whole(base, calls, undo)
     check_calls(model, calls, undo, whole_loss)
+    calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)
+    count_draws(model, calls.draws, undo, lambda: calls.whole, lambda: calls.checking)
     ranks = dist.get_world_size(group)
     what = [f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass"] * calls.expects_attention
     what += [f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls"] * bool(linear)

@@ -22,6 +22,7 @@ from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import TRIAL, keeps_documents_apart
+from deepspeed_alst.models.dropout import Draws, count_draws, without_dropout
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.foreign import check_own_modules, own_modules
@@ -85,7 +86,8 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
         unlisted = f"{type(base).__name__} runs code of the program's own ({', '.join(code[:4])})"
     way_out = "Set sequence_parallel_size to 1, or train one of those"
     try:
-        small = shrink(base.config)
+        # Attention's is the core's, which draws it by document.
+        small = without_dropout(shrink(base.config), attention_only=True)
         small._attn_implementation = trial_core(type(base))
     except Exception as error:
         raise UnsupportedModelError(
@@ -136,7 +138,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     try:
         if (size := numel(build, config)) > _LARGEST:
             return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
-        truth = _step(_small_model(build, config), [batch])
+        truth = _whole_step(_small_model(build, config), [batch])
     except Exception as error:
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
     mine: Any = None
@@ -156,9 +158,9 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     if verdict.outcome == "wrong" and packed:
         # Some models let packed documents see one another, which is no yardstick: then each goes through it alone.
         parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in _places()]
-        verdict = _judge(_step(_small_model(build, config), parts), mine, groups)
+        verdict = _judge(_whole_step(_small_model(build, config), parts), mine, groups)
     if verdict.outcome == "wrong":
-        again = _step(_small_model(build, config), [batch], seed=1)
+        again = _whole_step(_small_model(build, config), [batch], seed=1)
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
             return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
     return verdict
@@ -203,6 +205,13 @@ def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
 def _places() -> Iterator[tuple[int, int]]:
     """Where the documents begin and end."""
     return itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
+
+
+def _whole_step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """``_step`` of a model that is not split, with the random numbers that its ranks would draw."""
+    with ExitStack() as undo:
+        count_draws(model, Draws(), undo)
+        return _step(model, batches, seed)
 
 
 def _step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:

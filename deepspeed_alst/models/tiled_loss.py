@@ -17,6 +17,7 @@ from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits, share_o
 from deepspeed_alst.models.fused_head import has_fused_head
 from deepspeed_alst.models.liger import check_liger_runs
 from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.draw_mode import branch
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
 
 
@@ -163,6 +164,9 @@ def _defer(head: DeferredHead, undo: ExitStack) -> None:
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if head.deferring and head.work is None and len(args) == 1 and not kwargs:
             return DeferredLogits(head, args[0])
+        if head.work is None:
+            with branch()():  # as many as where they are deferred
+                return before.__call__(self, *args, **kwargs)
         return before.__call__(self, *args, **kwargs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """MLPs and experts of a transformers model in tiles; every change goes onto a stack that undoes it."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.token_wise import layer_of, output_features, token_wise_modules
 from deepspeed_alst.models.unused_values import watch_checkpoints
 from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.draw_mode import branch
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
 from deepspeed_alst.tiling.plan import fewest_bytes, row_bytes, sums_fit, tile_rows
 from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.structure import dropout_rates
 
 _EXPERT_ARGUMENTS = 3  # the tokens, their experts, the experts' weights
 
@@ -48,7 +51,8 @@ def tile_mlps(
         )
     by_layer: dict[torch.nn.Module, list[TokenWise]] = {}
     for name, module in found.items():
-        _refuse_dropout(name, module)
+        if calls is None or not calls.draws.are_counted:  # tiles repeat counted ones
+            _refuse_dropout(name, module)
         work = TokenWise(name, module, budget.fp32_accumulation)
         by_layer.setdefault(layer_of(model, name), []).append(work)
         undo.callback(vars(module).pop, "forward", None)
@@ -72,7 +76,8 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[
         rows = _rows(work.name, signature, args, kwargs)
         if calls.checking:  # whole for the truth, and however few tokens there are, in tiles beside it
             tokens = rows[0].shape[:-1].numel()
-            return work.forward(*rows) if calls.whole else work.tiled(max(1, tokens // 2), *rows)
+            with branch()() if calls.whole else contextlib.nullcontext():  # as many as in tiles
+                return work.forward(*rows) if calls.whole else work.tiled(max(1, tokens // 2), *rows)
         # Experts are told which of them each token goes to; a dense module takes the token alone.
         experts_per_token = rows[1].shape[-1] if len(rows) > 1 else 1
         per_row = row_bytes(features(experts_per_token), rows[0].element_size())
@@ -80,7 +85,8 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[
         num_rows = rows[0].shape[:-1].numel()
         fitting = tile_rows(budget, num_rows, per_row, sums)
         if fitting >= num_rows:
-            return work.forward(*rows)
+            with branch()():  # as many as in tiles
+                return work.forward(*rows)
         form = work.closed_form(rows, rows[0].dim())
         if form is not None:  # more of its rows fit
             per_row = form.row_bytes(rows[0].element_size())
@@ -124,9 +130,7 @@ def _sum_bytes(work: TokenWise) -> int:
 
 
 def _refuse_dropout(name: str, module: torch.nn.Module) -> None:
-    rates = {f"{inner}.p": each.p for inner, each in module.named_modules() if isinstance(each, torch.nn.Dropout)}
-    rates |= {key: rate for key, rate in vars(module).items() if "dropout" in key and isinstance(rate, float)}
-    for key, rate in rates.items():
+    for key, rate in dropout_rates(module).items():
         if rate > 0:
             raise UnsupportedModelError(
                 f"alst.tiled_mlp_compute: {name}.{key}={rate} is a dropout, which tiles would draw again in the "

@@ -9,11 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.models.dropout import without_dropout
 from deepspeed_alst.models.shrink import shrink
 
 
 def load_config(model: str, small: bool) -> Any:
-    """The config of a model, without a cache.
+    """The config of a model, without a cache and without dropout.
 
     Args:
         model: a config.json, a folder that has one, or a name on the hub.
@@ -30,7 +31,7 @@ def load_config(model: str, small: bool) -> Any:
         raise ConfigError(f"--model {model}: no config that transformers can read: {error}") from error
     config = shrink(config.get_text_config()) if small else config
     config.use_cache = False
-    return config
+    return without_dropout(config)
 
 
 def build(config: Any, weights: str | None, ds_config: dict[str, Any], core: str, half: str = "") -> PreTrainedModel:

@@ -27,8 +27,10 @@ _NEED_NO_VALUE = (
     "Squeeze",
     "Unsqueeze",
 )
-# What torch and ZeRO-3 put around a module with hooks on its gradients: they hand on what they get.
+# What torch and ZeRO-3 put around a module with hooks on its gradients: they hand on what they get. Dropout by counters
+# draws its mask again.
 _HAND_ON = (
+    "CountedDropoutBackward",
     "BackwardHookFunctionBackward",
     "PreBackwardFunctionForModuleBackward",
     "PostBackwardFunctionModuleBackward",

@@ -102,6 +102,7 @@ RIGHT = frozenset(
         "persimmon",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
         "qwen2_moe",
         "qwen3",

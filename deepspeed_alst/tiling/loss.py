@@ -10,6 +10,7 @@ kernels/liger.py); without, torch does.
 Legend: T rows (tokens, flat), t rows of a tile, H hidden size, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.parallel.draw_mode import Branch
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
@@ -44,6 +46,10 @@ class OnTheWay:
     """Whether Liger's kernel does it, and not this package's; it has no scale."""
 
 
+def _draw_nothing(tile: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def loss_tile_rows(budget: TiledLossBlock, vocab: int, in_place: bool = False) -> int:
     """Rows of a tile whose logits fit into its bytes, at least 64, or those that the user sets."""
     bytes_per_logit = _BYTES_IN_PLACE if in_place else _BYTES_PER_LOGIT
@@ -59,6 +65,7 @@ def tiled_loss(
     tile_rows: int,
     label_smoothing: float = 0.0,
     on_the_way: OnTheWay | None = None,
+    drawing: Branch = _draw_nothing,
 ) -> torch.Tensor:
     """The summed cross-entropy of the labelled rows, times ``scale``: ``[T, H], [T], [] -> []`` in fp32, fp64 in fp64.
 
@@ -72,6 +79,7 @@ def tiled_loss(
         tile_rows: rows of a tile, at least 1.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         on_the_way: have the kernel make loss and gradient, and do this to what ``logits`` returns.
+        drawing: within what the random numbers of ``logits`` are drawn.
 
     Raises:
         DataError: the kernel is to do it, and a label is no token.
@@ -81,9 +89,9 @@ def tiled_loss(
         make = _by_liger if on_the_way.by_liger else _by_kernel
         cross_entropy = make(label_smoothing, on_the_way, labels_T, wanted)
     if not wanted:
-        total = _sum_of_tiles(logits, hidden_TH, labels_T, tile_rows, cross_entropy)
+        total = _sum_of_tiles(logits, drawing, hidden_TH, labels_T, tile_rows, cross_entropy)
         return total * scale.to(total)
-    return _TiledLoss.apply(logits, hidden_TH, labels_T, scale, tile_rows, cross_entropy, *weights)
+    return _TiledLoss.apply(logits, drawing, hidden_TH, labels_T, scale, tile_rows, cross_entropy, *weights)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -91,6 +99,7 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Logits,
+        drawing: Branch,
         hidden_TH: torch.Tensor,
         labels_T: torch.Tensor,
         scale: torch.Tensor,
@@ -98,7 +107,7 @@ class _TiledLoss(torch.autograd.Function):
         cross_entropy: CrossEntropy,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.need_hidden, ctx.need_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        ctx.need_hidden, ctx.need_weights = ctx.needs_input_grad[2], ctx.needs_input_grad[7:]
         trained = [weight for weight, need in zip(weights, ctx.need_weights, strict=True) if need]
         kept = _labelled_rows(labels_T)
         parts = kept.split(tile_rows)
@@ -110,7 +119,7 @@ class _TiledLoss(torch.autograd.Function):
         ctx.after = scale / before
         for part in parts:
             leaf = hidden_TH[part].detach().requires_grad_(ctx.need_hidden)
-            with torch.enable_grad():
+            with torch.enable_grad(), drawing(part):
                 logits_tV = logits(leaf)
             loss, grad_tV = cross_entropy(logits_tV, labels_T[part], before)
             total += loss
@@ -144,6 +153,7 @@ class _TiledLoss(torch.autograd.Function):
         )
         return (
             None,
+            None,
             of_hidden,
             None,
             None,
@@ -154,11 +164,18 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def _sum_of_tiles(
-    logits: Logits, hidden_TH: torch.Tensor, labels_T: torch.Tensor, tile_rows: int, cross_entropy: CrossEntropy
+    logits: Logits,
+    drawing: Branch,
+    hidden_TH: torch.Tensor,
+    labels_T: torch.Tensor,
+    tile_rows: int,
+    cross_entropy: CrossEntropy,
 ) -> torch.Tensor:
     total = _zero(hidden_TH)
     for part in _labelled_rows(labels_T).split(tile_rows):
-        total += cross_entropy(logits(hidden_TH[part]), labels_T[part], torch.ones_like(total))[0]
+        with drawing(part):
+            logits_tV = logits(hidden_TH[part])
+        total += cross_entropy(logits_tV, labels_T[part], torch.ones_like(total))[0]
     return total
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.parallel.draw_mode import Branch, branch
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
-from deepspeed_alst.tiling.structure import ClosedForm
+from deepspeed_alst.tiling.structure import ClosedForm, dropout_rates
 from deepspeed_alst.tiling.tiled_pass import TiledPass, shaped
 
 # How far rows may be from the same rows among others, of their norm: rounding, in bf16 too. A mix of rows is further.
 _ROUNDING = 0.05
 _PROBED_ROWS = 64
+_FEWEST_CHECKED_ROWS = 4
 
 
 class TokenWise:
@@ -43,7 +45,8 @@ class TokenWise:
         self.forward = module.forward
         self._form = ClosedForm(module, self.forward)
         self._last_layer: torch.nn.Linear | None = None
-        self._is_checked = False
+        self._checked: tuple[Any, ...] = ()
+        """The state that was checked: a dropout behind the last Linear may do nothing in another."""
         self._layout: _Layout | None = None
 
     def tiled(self, tile_rows: int, *rows: torch.Tensor) -> Any:
@@ -59,11 +62,14 @@ class TokenWise:
         Raises:
             UnsupportedModelError: the module is not token-wise.
         """
-        if not self._is_checked:
-            self._check(rows)
+        drawing = branch()
+        state = (self.module.training, *dropout_rates(self.module).values())
+        if self._checked != state:
+            self._check(rows, drawing)
+            self._checked = state if rows[0].shape[:-1].numel() >= _FEWEST_CHECKED_ROWS else ()
         lead = rows[0].shape[:-1]
         flat = [each.reshape(-1, each.shape[-1]) for each in rows]
-        result = TiledPass.apply(self, tile_rows, rows[0].dim(), len(rows), *flat, *self.module.parameters())
+        result = TiledPass.apply(self, drawing, tile_rows, rows[0].dim(), len(rows), *flat, *self.module.parameters())
         self.last_node = result[0].grad_fn
         outputs = tuple(
             each.reshape(*lead, each.shape[-1]) if as_rows else each
@@ -141,7 +147,7 @@ class TokenWise:
         return None if torch.is_autocast_enabled(layer.weight.device.type) else layer
 
     @torch.no_grad()
-    def _check(self, rows: Sequence[torch.Tensor]) -> None:
+    def _check(self, rows: Sequence[torch.Tensor], drawing: Branch) -> None:
         """Run some rows alone and among others, which must not matter; see which Linear's output the module returns."""
         some = [each.reshape(-1, each.shape[-1])[:_PROBED_ROWS] for each in rows]
         t = some[0].shape[0]
@@ -152,17 +158,19 @@ class TokenWise:
             if type(each) is torch.nn.Linear and "forward" not in vars(each)
         ]
         try:
-            found = self.forward(*shaped(some, rows[0].dim()))
+            with drawing(slice(0, t)):
+                found = self.forward(*shaped(some, rows[0].dim()))
         finally:
             for handle in handles:
                 handle.remove()
         self._last_layer = next((layer for output, layer in made if output is found), None)
-        self._is_checked = t >= 4
-        if t < 4 or _is_fake(some[0]):
+        if t < _FEWEST_CHECKED_ROWS or _is_fake(some[0]):
             return
         part = slice(t // 4, 3 * t // 4)
-        whole = self.outputs(shaped(some, rows[0].dim()))
-        alone = self.outputs(shaped([each[part] for each in some], rows[0].dim()))
+        with drawing(slice(0, t)):
+            whole = self.outputs(shaped(some, rows[0].dim()))
+        with drawing(part):
+            alone = self.outputs(shaped([each[part] for each in some], rows[0].dim()))
         if len(some) == 1:
             self._form.check(some[0], rows[0].dim(), whole[0])
         for one, other in zip(whole, alone, strict=True):

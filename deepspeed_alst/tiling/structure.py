@@ -49,7 +49,7 @@ class ClosedForm:
         """
         if self._disagrees or not self._is_plain(x):
             return None
-        state = (self._module.training, dims, *self._module.modules())
+        state = (self._module.training, dims, *dropout_rates(self._module).values(), *self._module.modules())
         if state != self._state:
             self._found, self._state = find_gated_mlp(self._module, self._forward, dims, x.device), state
         return self._found
@@ -75,6 +75,13 @@ class ClosedForm:
             param.dtype == x.dtype and param.device == x.device and not is_traceable_wrapper_subclass(param)
             for param in self._module.parameters()
         )
+
+
+def dropout_rates(module: torch.nn.Module) -> dict[str, float]:
+    """The rates of dropout in a module, by where they stand; a program may change them."""
+    dropouts = [(name, each) for name, each in module.named_modules() if isinstance(each, torch.nn.Dropout)]
+    own = {name: rate for name, rate in vars(module).items() if "dropout" in name and isinstance(rate, float)}
+    return {f"{name}.p": each.p for name, each in dropouts} | own
 
 
 def is_foreign(hook: Any) -> bool:

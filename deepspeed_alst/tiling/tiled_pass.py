@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.parallel.draw_mode import Branch
 from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
 if TYPE_CHECKING:
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
 
 
 class TiledPass(torch.autograd.Function):
-    """``apply(work, tile_rows, dims, num_rows, *rows, *weights)``: a module's outputs, ``[T, features]`` each."""
+    """``apply(work, drawing, tile_rows, dims, num_rows, *rows, *weights)``: outputs of a module, ``[T, features]``."""
 
     @staticmethod
     def forward(
-        ctx: Any, work: "TokenWise", tile_rows: int, dims: int, num_rows: int, *tensors: torch.Tensor
+        ctx: Any,
+        work: "TokenWise",
+        drawing: Branch,
+        tile_rows: int,
+        dims: int,
+        num_rows: int,
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Run all tiles; rows are ``[T, features]``, ``dims`` what the module is used to, weights all of its own."""
         rows, ctx.weights = tensors[:num_rows], tensors[num_rows:]
-        ctx.work, ctx.tile_rows, ctx.dims = work, tile_rows, dims
+        ctx.work, ctx.drawing, ctx.tile_rows, ctx.dims = work, drawing, tile_rows, dims
         ctx.autocast = autocast_as_here(rows[0].device.type)
         ctx.save_for_backward(*rows)
         T = rows[0].shape[0]
@@ -43,7 +50,8 @@ class TiledPass(torch.autograd.Function):
             if form is not None:
                 form.forward(rows[0][part], results[0][part])
                 continue
-            outputs = work.outputs(shaped([each[part] for each in rows], dims))
+            with drawing(part):
+                outputs = work.outputs(shaped([each[part] for each in rows], dims))
             results = results or [each.new_empty(T, each.shape[-1]) for each in outputs]
             for result, output in zip(results, outputs, strict=True):
                 result[part] = output
@@ -57,8 +65,8 @@ class TiledPass(torch.autograd.Function):
         # First of all: it may run a checkpoint's recomputation.
         rows = ctx.saved_tensors
         num_rows, T = len(rows), rows[0].shape[0]
-        need_rows = ctx.needs_input_grad[4 : 4 + num_rows]
-        need_weights = ctx.needs_input_grad[4 + num_rows :]
+        need_rows = ctx.needs_input_grad[5 : 5 + num_rows]
+        need_weights = ctx.needs_input_grad[5 + num_rows :]
         trained = [weight for weight, need in zip(ctx.weights, need_weights, strict=True) if need]
         parts = _parts(T, ctx.tile_rows)
         sums = WeightGradients(trained, len(parts), ctx.work.fp32_accumulation)
@@ -72,15 +80,25 @@ class TiledPass(torch.autograd.Function):
                     form.backward(rows[0][part], grads[0][part], sums, of_rows)
                     continue
                 leaves = [each[part].detach().requires_grad_(need) for each, need in zip(rows, need_rows, strict=True)]
-                found, of_weights = _tile_gradients(
-                    ctx.work, ctx.autocast, leaves, ctx.dims, [each[part] for each in grads], trained, part is parts[0]
-                )
+                with ctx.drawing(part):
+                    found, of_weights = _tile_gradients(
+                        *(ctx.work, ctx.autocast, leaves, ctx.dims),
+                        *([each[part] for each in grads], trained, part is parts[0]),
+                    )
                 sums.add(of_weights)
                 for result, gradient in zip(grad_rows, found, strict=True):
                     if result is not None:
                         result[part] = 0 if gradient is None else gradient
         of_trained = iter(sums.result())
-        return (None, None, None, None, *grad_rows, *(next(of_trained) if need else None for need in need_weights))
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            *grad_rows,
+            *(next(of_trained) if need else None for need in need_weights),
+        )
 
 
 def _tile_gradients(

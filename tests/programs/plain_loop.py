@@ -35,7 +35,7 @@ elif case == "everything":  # that may write files; DISK is where the offload ma
 elif case == "eager":
     core = "eager"
 elif case == "model":
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.1)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, is_causal=False)
 
 
 class Samples(torch.utils.data.Dataset):

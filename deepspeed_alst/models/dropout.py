@@ -1,0 +1,154 @@
+"""Random numbers of a transformers model, counted: dropout, router noise and skipped layers under sequence parallelism.
+
+A mode (parallel/draw_mode.py) is around each forward of the outermost module, and around the recomputation of each
+checkpointed layer; every change goes onto a stack that undoes it.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.checkpoints import Checkpoint, checkpointed_layers, seam_of
+from deepspeed_alst.models.wrapped import base_model
+from deepspeed_alst.parallel.draw_mode import CountedDraws, Forward, runs_again
+
+_NEFTUNE = "neftune_noise_alpha"
+
+
+def _step_0() -> tuple[int, int]:
+    return 0, 0
+
+
+@dataclass
+class Draws:
+    """What tells a rank's random numbers from those of every other."""
+
+    seed: int = 0
+    """The same on all ranks."""
+    sp_rank: int = 0
+    sp_size: int = 1
+    """A whole sequence on one rank is rank 0 of 1, and draws what the ranks of a split one draw together."""
+    replica: int = 0
+    clock: Callable[[], tuple[int, int]] = _step_0
+    """The optimizer step and the micro-step in it."""
+    are_counted: bool = False
+    """Whether a model draws so."""
+    _now: tuple[int, int] = (-1, -1)
+    _forwards: int = 0
+
+    def begin(self, rows: int, tokens: int, rank: int, on_trial: bool) -> CountedDraws:
+        """The mode of a forward of ``[B, s]`` tokens, on a rank of the sequence; on trial all draw the same."""
+        key: tuple[int, ...] = (self.seed,)
+        if not on_trial:
+            now = self.clock()
+            self._forwards = self._forwards + 1 if now == self._now else 0
+            self._now = now
+            key = (self.seed, *now, self._forwards)
+        return CountedDraws(Forward(key, self.replica, rank, rows, tokens))
+
+
+def count_draws(
+    model: torch.nn.Module,
+    draws: Draws,
+    undo: ExitStack,
+    is_whole: Callable[[], bool] = lambda: False,
+    on_trial: Callable[[], bool] = lambda: False,
+) -> None:
+    """Have a model draw its random numbers by counters; ``undo.close()`` takes it back.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        draws: of this rank.
+        undo: takes everything back.
+        is_whole: asked at each forward, whether it is given a whole sequence and not this rank's shard.
+        on_trial: asked at each forward, whether it is to draw the same as others, and not to count.
+    """
+    base, entered = base_model(model), ExitStack()
+    draws.are_counted = True
+    states: list[torch.Tensor] = []
+
+    @torch.compiler.disable
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entered.close()
+        states.clear()
+        tokens = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+        tokens = args[0] if tokens is None and args else tokens
+        is_training = any(each.training for each in module.modules())
+        if is_training and isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
+            rank, size = (0, 1) if is_whole() else (draws.sp_rank, draws.sp_size)
+            entered.enter_context(draws.begin(*tokens.shape[:2], rank, on_trial()))
+            _noise_of_whole_length(base, size, entered)
+            states[:] = _generators(base) if any(map(_is_compiled, model.modules())) else []
+
+    @torch.compiler.disable
+    def leave(*_: Any) -> None:
+        entered.close()
+        if states and not all(map(torch.equal, states, _generators(base))):
+            raise UnsupportedModelError(
+                f"{type(base).__name__}: compiled code has drawn random numbers from torch's generator (rand_like, "
+                "randn_like), which are not those of one sequence. Leave its layers out of torch.compile"
+            )
+
+    undo.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    undo.callback(model.register_forward_hook(leave, always_call=True).remove)
+    undo.callback(entered.close)
+    for layer in checkpointed_layers(base):
+        seam_of(layer, undo).around.append(_around)
+
+
+def without_dropout(config: Any, attention_only: bool = False) -> Any:
+    """Set a config's rates of dropout and noise to 0, all or those of attention; returns it."""
+    text_config = config.get_text_config()
+    for name, rate in list(vars(text_config).items()):
+        is_asked_for = "att" in name or not attention_only
+        if is_asked_for and isinstance(rate, float) and re.search("drop|jitter", name):
+            setattr(text_config, name, 0.0)
+    return config
+
+
+def drop_no_attention(model: torch.nn.Module) -> None:
+    """Set the rates of dropout in a model's attention modules to 0: kernels draw for a rank's heads."""
+    without_dropout(base_model(model).config, attention_only=True)
+    for module in model.modules():
+        if "Attention" in type(module).__name__:
+            for name, rate in list(vars(module).items()):
+                if "drop" in name and isinstance(rate, float):
+                    setattr(module, name, 0.0)
+            for child in module.children():
+                if isinstance(child, torch.nn.Dropout):
+                    child.p = 0.0
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _generators(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The states of the generators that compiled code would draw from; a compiler answers some calls by itself."""
+    device = next(model.parameters()).device
+    on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]
+
+
+def _around(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose recomputation draws what its forward drew."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(runs_again(function), *args, **kwargs)
+
+    return call
+
+
+def _noise_of_whole_length(base: torch.nn.Module, sp_size: int, undo: ExitStack) -> None:
+    """NEFTune's hook on the embeddings divides by the root of the length that it sees, which is a shard's."""
+    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    alpha = getattr(embeddings, _NEFTUNE, None)
+    if alpha is not None and sp_size > 1:
+        setattr(embeddings, _NEFTUNE, alpha / math.sqrt(sp_size))
+        undo.callback(setattr, embeddings, _NEFTUNE, alpha)
