@@ -459,7 +459,8 @@ def an_engine(stage: int) -> Any:
 
     from tests.test_peft import adapted, stir
 
-    adapter = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.1}
+    # The model check compares whole and split, dropouts included.
+    adapter = {"r": 4, "target_modules": ["q_proj", "down_proj", "lm_head"], "lora_dropout": 0.1}
     config = model_config(Cell())
     config.attention_dropout = 0.1
     model = adapted("LoraConfig", adapter, build_model(config))

@@ -164,10 +164,10 @@ class DeferredLogits(torch.Tensor):
             SetupError: they are of an evaluation, and the weights have been trained on since.
         """
         if self._made is None:
-            if self._weights is not None:
-                logits = self._weights.call(self._head, self._hidden)
-            else:
-                with self._drawing():
+            with self._drawing():
+                if self._weights is not None:
+                    logits = self._weights.call(self._head, self._hidden)
+                else:
                     logits = self._call(self._head.forward, self._hidden)
             self._made = _after(logits, self._steps)
         return self._made
