@@ -152,7 +152,7 @@ def check(combination: Combination, progress: Console) -> None:
 def row(combination: Combination, day: str) -> list[str]:
     """What the table has of it."""
     outcomes = combination.outcomes
-    said = [re.sub(r"\s+", " ", outcomes.get(name, "")).replace("|", "/") for name in CHECKS]
+    said = [re.sub(r"\s+", " ", outcomes.get(name, "not run")).replace("|", "/") for name in CHECKS]
     if "import" in outcomes:
         said[0] = re.sub(r"\s+", " ", outcomes["import"].split(" (")[0])
     inside = "yes" if is_inside(combination.versions) else "no"

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from deepspeed_alst.blocks import AlstBlock
 from deepspeed_alst.compatibility import FEATURES
 from deepspeed_alst.config import parse
+from deepspeed_alst.engine.environment import NEWEST_TESTED
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -232,3 +234,11 @@ def test_the_programs_of_the_migration_page_run(program, config, says, tmp_path)
     done = subprocess.run([*launcher, program, config], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert says in done.stdout
+
+
+def test_the_newest_versions_that_are_not_warned_of_are_those_that_were_right():
+    table = text("docs/versions.md").partition("<!-- table -->\n")[2].splitlines()
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line[:1] == "|"]
+    right = [dict(zip(head, row, strict=True)) for row in rows if "failed" not in " ".join(row) and row[0][:1] == "2"]
+    newest = {name: max(Version(row[name]).release[:2] for row in right) for name in NEWEST_TESTED}
+    assert newest == {name: Version(version).release for name, version in NEWEST_TESTED.items()}
