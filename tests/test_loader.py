@@ -639,7 +639,7 @@ def test_a_label_without_a_logit_is_named_on_all_ranks(value, ranks2):
 def test_a_token_without_an_embedding_is_named_on_all_ranks_though_it_has_no_label(value, ranks2):
     ids = labels_at(2, 4, value)["labels"]
     batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
-    mine, its = ranks2.run(refused_on_rank_1, 2, batch, Vocabulary(200_000, 9))
+    mine, its = ranks2.run(refused_on_rank_1, 2, batch, Vocabulary(embeddings=200_000))
     assert its.startswith(f"input_ids of row 2 has {value} at token 4, and the model has embeddings for 0 to 199999.")
     assert mine == f"rank 1: {its}"
 

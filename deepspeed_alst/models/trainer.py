@@ -155,11 +155,12 @@ def _prediction_step(
     prediction_loss_only: bool,
     ignore_keys: Any,
 ) -> tuple[Any, Any, Any]:
+    session.meet("within an evaluation")  # before the count, which is gathered too
     inputs = trainer._prepare_inputs(inputs)
     # Counted over all ranks' own batches, as at SP 1.
     extras = {_NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
     own_loss, pieces = None, []
-    for place, (shard, counts) in enumerate(_exchange(session, inputs, extras, "within an evaluation")):
+    for place, (shard, counts) in enumerate(_exchange(session, inputs, extras)):
         with (
             session.calls.of_whole_sequence(),
             _counted_items(trainer, counts),
@@ -190,7 +191,7 @@ def _own_labels(trainer: Any, inputs: Any) -> Any:
 
 
 def _exchange(
-    session: Any, inputs: Any, extras: dict[str, Any], progress: str, whole: bool = False
+    session: Any, inputs: Any, extras: dict[str, Any], progress: str = "", whole: bool = False
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """P pairs: this rank's shard of each rank's batch, or the batch, and the numbers that its owner sent along."""
     labels = inputs.get("labels")
