@@ -56,6 +56,7 @@ def allow_fp16_on_cpu():
     get_accelerator().is_fp16_supported = lambda: True
 
 
+@torch.compiler.set_stance("force_eager")  # its iterations compiled take a minute
 def changes_by_muon(cell: Cell, sp_size: int) -> dict[str, torch.Tensor]:
     """How three steps of DeepSpeed's Muon change each weight."""
     import deepspeed
