@@ -46,7 +46,6 @@ from deepspeed_alst.models.liger import LigerUse, use_liger
 from deepspeed_alst.models.liger_loss import use_own_loss
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
-from deepspeed_alst.models.program_code import program_code
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.models.wrapped import vocabulary_of
@@ -91,7 +90,6 @@ def initialize(
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
         session = _session(arguments["model"], config, groups, undo)
-        code = program_code(arguments["model"])
         original = with_plain_copies(original, arguments["model"], undo)
         attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, undo)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
@@ -106,8 +104,7 @@ def initialize(
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         install_probe(engine, groups, reduction_of(config).dtype, undo)
-        if config.alst.check_model:
-            install_model_check(engine, code, undo)
+        install_model_check(engine, undo)
         print_report(report_rows(config, groups, engine, attention, parts, allocator, adopted is not None))
         # Nothing failed: the engine's session owns what is to be undone from here on.
         session.adopt(undo.pop_all())
@@ -226,23 +223,18 @@ def _prepare_model(
     model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
 ) -> tuple[str, list[tuple[str, str]], Planner | None]:
     """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
-    proof = prove(model, session.groups)
+    proof, group = prove(model, session.groups), session.groups.control_group
     if adopted is not None:
         prepare_adoption(undo)
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
     planner = _keep(model, session.config, undo)
     guard_batches(model, session.groups, session.calls, undo, planner)
-    group = session.groups.control_group
     tiles = _tile(model, session.config, stage, session.calls, adopted is not None, group, undo)
     return attention, [*([("model", proof)] if proof else []), *tiles], planner
 
 
 def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
-    """The processes' rendezvous, which DeepSpeed would make a little later; returns all ranks' group for agreements.
-
-    Raises:
-        ConfigError: the ranks have different ds_configs.
-    """
+    """Make the processes' rendezvous early; returns all ranks' group. ConfigError where ds_configs differ."""
     check_build_lock()
     deepspeed.comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
@@ -258,9 +250,7 @@ def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> No
     check_features(ds_config)
     problems = []
     if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
-        problems.append(
-            "mpu: sequence_parallel_size in the ds_config makes its own process groups; leave mpu out, or the key"
-        )
+        problems.append("mpu: sequence_parallel_size makes its own process groups; leave mpu out, or the key")
     if arguments.get("mesh_param") is not None:
         problems.append("mesh_param: sequence_parallel_size makes process groups of its own; leave it out")
     if isinstance(arguments.get("model"), PipelineModule):

@@ -171,7 +171,7 @@ def test_what_a_program_does_to_gradients_in_its_first_step_is_no_false_alarm(st
 @pytest.mark.parametrize(
     "changed, arguments, sentence",
     [
-        ({}, {"mpu": object()}, "mpu: sequence_parallel_size in the ds_config makes its own process groups"),
+        ({}, {"mpu": object()}, "mpu: sequence_parallel_size makes its own process groups"),
         ({}, {"mesh_param": (1, 2)}, "mesh_param: sequence_parallel_size"),
         ({"data_parallel_size": 1}, {}, "data_parallel_size=1"),
         ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),

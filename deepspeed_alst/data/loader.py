@@ -19,13 +19,12 @@ import torch.distributed as dist
 
 from deepspeed_alst.data.checks import Vocabulary, checked, warn_of_padding
 from deepspeed_alst.data.message import Header, digest_of, layout, message_of, tokens_of, view
+from deepspeed_alst.data.own_samples import BATCHES_COMPARED, check_own_samples, num_samples
 from deepspeed_alst.data.shard import shard_batch, uncut
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.roll_call import naming_who_is_missing
-
-_BATCHES_COMPARED = 4
 
 
 def shard_dataloader(loader: Any, engine: Any) -> Any:
@@ -128,13 +127,13 @@ class ShardedDataLoader:
                 everyone = gather_objects(header, self._groups.control_group)
             _raise_first(error, everyone)
             if self._stop(everyone):
-                if 0 < len(digests) < _BATCHES_COMPARED:
-                    _check_own_samples(digests, everyone, self._groups.sp_size)
+                if 0 < len(digests) < BATCHES_COMPARED:
+                    check_own_samples(digests, everyone, self._groups.sp_size)
                 return
-            if len(digests) < _BATCHES_COMPARED:
+            if len(digests) < BATCHES_COMPARED:
                 digests.append([each.digest for each in everyone])
-                if len(digests) == _BATCHES_COMPARED:
-                    _check_own_samples(digests, everyone, self._groups.sp_size)
+                if len(digests) == BATCHES_COMPARED:
+                    check_own_samples(digests, everyone, self._groups.sp_size)
             headers = [everyone[rank] for rank in self._groups.ranks]
             turns = [rank for rank, header in zip(self._groups.ranks, headers, strict=True) if not header.ended]
             self.num_pending = len(turns)
@@ -224,7 +223,7 @@ class ShardedDataLoader:
                 values={key: x for key, x in sharded.common.items() if not isinstance(x, torch.Tensor)},
                 digest=digest_of(sharded),
                 num_seen=num_seen + tokens_of(sharded.shards[0]).shape[0],
-                num_samples=_num_samples(self.loader),
+                num_samples=num_samples(self.loader),
                 sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
             )
             # What fails on the way, or on the other side, fails here: there it would stop some ranks alone.
@@ -283,36 +282,3 @@ def _raise_first(error: BaseException | None, everyone: list[Header]) -> None:
         raise DataError(everyone[dist.get_rank()].error) from error
     if failed:
         raise DataError("rank {}: {}".format(*failed[0]))
-
-
-def _check_own_samples(digests: list[list[str]], everyone: list[Header], sp_size: int) -> None:
-    """Refuse a sampler that gives all ranks of a sequence the same samples: each would be trained P times.
-
-    Every rank judges every sequence's ranks, so that all raise or none. ``digests`` has one list for each batch so
-    far, with one entry for each rank; after an epoch of fewer than four it only warns.
-    """
-    for first in range(0, len(everyone), sp_size) if sp_size > 1 else ():
-        batches = [per_rank[first : first + sp_size] for per_rank in digests]
-        if any(len(set(batch)) > 1 for batch in batches):
-            continue
-        header = everyone[first]
-        # An iterable without a length that has not ended yet has more.
-        larger = header.num_samples is None or header.num_samples > header.num_seen
-        if len(batches) < _BATCHES_COMPARED or not larger or len({batch[0] for batch in batches}) == 1:
-            if dist.get_rank() == first:
-                warnings.warn(
-                    "all ranks of a sequence are given the same samples; is the dataset that small?", stacklevel=3
-                )
-            continue
-        raise DataError(
-            f"the first {_BATCHES_COMPARED} batches are the same on all {sp_size} ranks of a sequence: the loader's "
-            f"{header.sampler} gives every rank the same samples, so each would be trained {sp_size} times. Use "
-            "torch.utils.data.DistributedSampler(dataset, num_replicas=dist.get_world_size(), rank=dist.get_rank())."
-        )
-
-
-def _num_samples(loader: Any) -> int | None:
-    try:
-        return len(loader.dataset)
-    except (TypeError, AttributeError):
-        return None

@@ -19,18 +19,20 @@ from deepspeed_alst.models.untouched import untouched
 from deepspeed_alst.parallel.traffic import uncounted
 
 
-def install_model_check(engine: Any, code: tuple[str, ...], undo: ExitStack) -> None:
+def install_model_check(engine: Any, undo: ExitStack) -> None:
     """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
+
+    Nothing is installed where ``alst.check_model`` is false.
 
     The wrapped ``engine.forward`` raises UnsupportedModelError on all ranks where the model is not right.
 
     Args:
-        engine: of a session.
-        code: what of the program's a trial of a small model has seen.
+        engine: of a session, whose model's code the trial of a small model has seen.
         undo: takes it back.
     """
-    checked: set[bool] = set()
-    session = engine.alst
+    session, checked, code = engine.alst, set[bool](), program_code(engine.module)
+    if not session.config.alst.check_model:
+        return
 
     def wrapper(forward: Any) -> Any:
         @functools.wraps(forward)
