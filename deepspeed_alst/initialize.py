@@ -77,15 +77,13 @@ def initialize(
     adopted = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
     if adopted is not None:  # a program written for DeepSpeed's own ALST
         ds_config = with_upstreams_size(ds_config, adopted)
-    config, stage = _read(ds_config)
-    allocator = use_expandable_segments(config)
+    config, stage, allocator = _read(ds_config)
     if config.sequence_parallel_size == 1:
         return _initialize_whole(original, arguments, stage, config, allocator)
     _check_arguments(arguments, ds_config)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
     raise_together(_error_in(arguments.get("model"), config, ds_config), control_group)
-
     with ExitStack() as undo:
         groups = build_groups(config.sequence_parallel_size, control_group)
         undo.callback(groups.destroy)
@@ -111,12 +109,12 @@ def initialize(
     return engine, optimizer, engine.training_dataloader, scheduler
 
 
-def _read(ds_config: dict[str, Any]) -> tuple[AlstConfig, int]:
-    """This package's keys and the stage of ZeRO, with DeepSpeed's numbers checked."""
+def _read(ds_config: dict[str, Any]) -> tuple[AlstConfig, int, str]:
+    """This package's keys, the stage of ZeRO and what was done to the allocator, with DeepSpeed's numbers checked."""
     config, stage = parse(ds_config), zero_stage(ds_config)
     check_numbers(ds_config)
     warn_rank_0(idle_checkpointing(ds_config))
-    return config, stage
+    return config, stage, use_expandable_segments(config)
 
 
 def _initialize_whole(
