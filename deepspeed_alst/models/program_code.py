@@ -50,7 +50,9 @@ def is_library_module(name: str) -> bool:
 
 def is_programs(value: Any) -> bool:
     """Whether any function that a callable is made of, within decorators and closures, is the program's own."""
-    return any(not is_library_module(each.__globals__.get("__name__", "")) for each in _functions(value, set()))
+    # Copies with globals of their own have no name there (own_globals.py).
+    homes = (each.__globals__.get("__name__") or each.__module__ or "" for each in _functions(value, set()))
+    return any(not is_library_module(home) for home in homes)
 
 
 def is_own_class(cls: type) -> bool:
