@@ -148,6 +148,7 @@ FEATURES = (
         "round_robin_gradients",
         "zero_optimization.round_robin_gradients",
         _at(1, 2)(_on("zero_optimization.round_robin_gradients")),
+        _UNVERIFIED,
     ),
     Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _FP32_ACCUMULATION),
     Feature(

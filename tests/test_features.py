@@ -9,8 +9,6 @@ from benchmarks.parity import measure
 from deepspeed_alst.compatibility import FEATURES
 
 _ZERO3 = {"stage": 3, "reduce_bucket_size": 2000, "stage3_param_persistence_threshold": 0}
-# Buckets smaller than the model, and parameters that do not stand in the order of their partitions.
-_ROUND_ROBIN = {"reduce_bucket_size": 2000, "round_robin_gradients": True}
 
 CELLS = {
     "fp16": Cell(stage=2, dtype="fp16", gas=2, clip=0.5),
@@ -23,20 +21,12 @@ CELLS = {
     "reduce_scatter off": Cell(stage=3, reduce_scatter=False, gas=2),
     "contiguous_gradients off": Cell(stage=2, contiguous_gradients=False),
     "overlap_comm": Cell(stage=2, overlap_comm=True, gas=2),
-    "round_robin_gradients": Cell(
-        stage=2, gas=2, extra=(("zero_optimization", {"stage": 2, **_ROUND_ROBIN}),), odd_lengths=True
-    ),
     "fp32 gradient accumulation": Cell(stage=1, dtype="bf16", grad_accum="fp32", gas=2),
 }
 
 
 def test_every_right_row_has_a_cell():
     assert set(CELLS) | {"Muon"} == {feature.name for feature in FEATURES if not feature.refusal}
-
-
-def test_round_robin_is_right_in_stage_1_in_half_precision_too(ranks2):
-    cell = Cell(stage=1, dtype="bf16", gas=2, extra=(("zero_optimization", {"stage": 1, **_ROUND_ROBIN}),))
-    assert not measure(cell, ranks2, with_upstream=False).problems()
 
 
 @pytest.mark.parametrize("name", CELLS)

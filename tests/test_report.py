@@ -268,6 +268,15 @@ def test_every_ready_ds_config_passes():
 # --- the command line
 
 
+def test_the_package_is_a_command_with_a_version_and_examples():
+    for words, said in (
+        (["--version"], "deepspeed_alst 0."),
+        (["verify", "--help"], "examples:\n  ds_alst verify --ds"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "deepspeed_alst", *words], capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout
+
+
 def test_the_table_shows_values_and_remedies_as_they_are(capsys):
     print_table(
         [Row("ds_config", "Use one of [1, 3].", "problem", "rm [red]/tmp/lock[/red]"), Row("python", "3.11")], ""
