@@ -66,7 +66,7 @@ def _functions(value: Any, seen: set[int]) -> Iterator[FunctionType]:
     seen.add(id(value))
     if isinstance(value, FunctionType):
         yield value
-        for inner in (getattr(value, "__wrapped__", None), *_enclosed(value)):
+        for inner in (*_enclosed(value), getattr(value, "__wrapped__", None)):
             yield from _functions(inner, seen)
     elif isinstance(value, MethodType | classmethod | staticmethod):
         yield from _functions(value.__func__, seen)
@@ -129,8 +129,8 @@ def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Callable[[tor
 
 def _is_wrapper(value: Any) -> bool:
     """Whether it is this package's or DeepSpeed's, around what was there before."""
-    function = getattr(value, "__func__", value)
-    return getattr(function, "__globals__", {}).get("__name__", "").startswith("deepspeed")
+    names = (each.__globals__.get("__name__", "") for each in _functions(value, set()))
+    return next((name for name in names if not name.startswith("torch.")), "").startswith("deepspeed")
 
 
 def _set_method(name: str, value: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
