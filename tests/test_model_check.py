@@ -153,6 +153,10 @@ def put_in(after):
     return lambda model: replaced(model.model.layers[0], "mlp", PutIn(model.model.layers[0].mlp, after))
 
 
+def gradient_hook(function):
+    return lambda model: contextlib.closing(_Handle(model.model.embed_tokens.weight.register_hook(function)))
+
+
 def scaled(module, args, output):
     return 3 * output
 
@@ -192,6 +196,8 @@ CHANGES: dict[str, tuple[Any, str]] = {
         "refused",
     ),
     "forward of the model, token by token": (wrapped_on_the_instance("model", lambda o: o), "right"),
+    "gradient hook, a mask": (gradient_hook(lambda grad: grad * (torch.arange(64) > 9)[:, None]), "right"),
+    "gradient hook, clipped": (gradient_hook(lambda grad: grad.clamp(-1, 1)), "refused"),
     "module put in, token by token": (put_in(torch.tanh), "right"),
     "module put in that mixes tokens": (put_in(lambda x: x - x.mean(1, keepdim=True)), "refused"),
     "module put in, backward by the norm": (put_in(_Rescaled.apply), "refused"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed_alst.apart import apart
 from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.models.dropout import drop_no_attention
+from deepspeed_alst.models.gradient_hooks import check_gradient_hooks
 from deepspeed_alst.models.model_check import check_live_model
 from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.program_code import program_code
@@ -38,6 +39,7 @@ def install_model_check(engine: Any, undo: ExitStack) -> None:
         @functools.wraps(forward)
         def checking(*args: Any, **kwargs: Any) -> Any:
             if engine.module.training not in checked:
+                check_gradient_hooks(engine.module)
                 if not checked and program_code(engine.module) != code:
                     # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
                     apart(prove, engine.module, session.groups)

@@ -26,6 +26,7 @@ from deepspeed_alst.models.dropout import Draws, count_draws, without_dropout
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.foreign import check_own_modules, own_modules
+from deepspeed_alst.models.gradient_hooks import check_gradient_hooks
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.program_code import install_program_code, program_code
 from deepspeed_alst.models.shrink import shrink
@@ -71,6 +72,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
     Raises:
         UnsupportedModelError: on all ranks alike.
     """
+    check_gradient_hooks(model)
     base, code = base_model(model), program_code(model)
     # Modules that it has put in are tried by themselves (foreign.py): a small model would not have them.
     put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, own_modules(base).values())}

@@ -66,7 +66,7 @@ def _functions(value: Any, seen: set[int]) -> Iterator[FunctionType]:
     seen.add(id(value))
     if isinstance(value, FunctionType):
         yield value
-        for inner in (getattr(value, "__wrapped__", None), *_enclosed(value)):
+        for inner in (*_enclosed(value), getattr(value, "__wrapped__", None)):
             yield from _functions(inner, seen)
     elif isinstance(value, MethodType | classmethod | staticmethod):
         yield from _functions(value.__func__, seen)
@@ -92,7 +92,7 @@ def program_code(model: torch.nn.Module) -> tuple[str, ...]:
     """Name what runs in a model and is the program's own; empty if there is nothing.
 
     Looked at are the classes of its modules and the modules of source that they are defined in, methods and hooks of
-    single modules, hooks of all modules, and hooks of parameters. A class of the program's own counts as one.
+    single modules, and hooks of modules. A class of the program's own counts as one.
     """
     classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__ if cls is not object)
     own = [cls for cls in classes if is_own_class(cls)]
@@ -121,16 +121,12 @@ def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Callable[[tor
                 if is_programs(hook) and not _is_wrapper(hook):
                     options = {"with_kwargs": key in vars(module)[with_kwargs]} if with_kwargs else {}
                     yield name, "hook", functools.partial(_register, register, hook, options)
-        for param_name, param in module.named_parameters(recurse=False):
-            for hook in list((param._backward_hooks or {}).values()):
-                if is_programs(hook):
-                    yield name, f"gradient hook '{param_name}'", functools.partial(_register_on, param_name, hook)
 
 
 def _is_wrapper(value: Any) -> bool:
     """Whether it is this package's or DeepSpeed's, around what was there before."""
-    function = getattr(value, "__func__", value)
-    return getattr(function, "__globals__", {}).get("__name__", "").startswith("deepspeed")
+    names = (each.__globals__.get("__name__", "") for each in _functions(value, set()))
+    return next((name for name in names if not name.startswith("torch.")), "").startswith("deepspeed")
 
 
 def _set_method(name: str, value: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
@@ -141,12 +137,6 @@ def _register(
     register: str, hook: Any, options: dict[str, Any], module: torch.nn.Module, moved: Callable[[Any], Any]
 ) -> None:
     getattr(module, register)(moved(hook), **options)
-
-
-def _register_on(param_name: str, hook: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
-    param = getattr(module, param_name)
-    if param.requires_grad and not param.is_meta:
-        param.register_hook(moved(hook))
 
 
 def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:

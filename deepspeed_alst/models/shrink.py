@@ -134,10 +134,11 @@ def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
     if name.endswith("_token_id"):
         return min(value, _BY_NAME["vocab_size"] - 1)
     if name in _HEAD_COUNTS:
-        return _HEADS
+        return min(value, _HEADS)  # a model that is as small already keeps its heads, and with them its products
     if name in _KV_HEAD_COUNTS:
         heads = next((values[each] for each in _HEAD_COUNTS if isinstance(values.get(each), int)), value)
-        return 1 if value == 1 else _HEADS if value == heads else _KV_HEADS
+        fewer = min(heads, _HEADS)
+        return fewer if value == heads else next(n for n in (_KV_HEADS, 2, 1) if n <= value and fewer % n == 0)
     if name in _EXPERTS:
         return min(value, 8)
     if name in _EXPERTS_OF_A_TOKEN:
