@@ -221,7 +221,7 @@ def _prepare_model(
     model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
 ) -> tuple[str, list[tuple[str, str]], Planner | None]:
     """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
-    proof, group = prove(model, session.groups), session.groups.control_group
+    proof, group = prove(model, session.groups, adopted is not None), session.groups.control_group
     if adopted is not None:
         prepare_adoption(undo)
     attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)

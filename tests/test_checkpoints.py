@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -559,7 +560,7 @@ import os, time
 from concurrent.futures import ProcessPoolExecutor
 
 def work(index):
-    print("worker", os.getpid(), flush=True)
+    os.write(1, f"worker {os.getpid()}\\n".encode())  # at once: two write into one file
     time.sleep(600)
 
 if __name__ == "__main__":
@@ -590,13 +591,15 @@ def test_a_conversion_ends_with_the_run_that_started_it_and_there_is_one_at_a_ti
     command, environment = [sys.executable, "-c", CONVERT_AND_WAIT, copy, TAG], {**os.environ, "PYTHONPATH": path}
     log, source = copy / f"{TAG}_universal.partial" / "log", Source(copy, TAG, optimizer_files(copy), 1)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
-        error, converter = run.stdout.readline().split()
-        assert error == "None"
-        wait_until(lambda: log.read_text().count("worker") == 2)
-        pids = [int(converter), *(int(line.split()[1]) for line in log.read_text().splitlines())]
-        assert all(map(is_alive, pids))
-        assert "another run converts this checkpoint right now" in str(_Conversion(source).start())
-        run.kill()
+        try:
+            error, converter = run.stdout.readline().split()
+            assert error == "None"
+            wait_until(lambda: len(re.findall(r"^worker \d+$", log.read_text(), re.M)) == 2)
+            pids = [int(converter), *map(int, re.findall(r"^worker (\d+)$", log.read_text(), re.M))]
+            assert all(map(is_alive, pids))
+            assert "another run converts this checkpoint right now" in str(_Conversion(source).start())
+        finally:
+            run.kill()  # it would wait for minutes
     wait_until(lambda: not any(map(is_alive, pids)))
     again = _Conversion(source)
     assert again.start() is None and again._process is not None
@@ -625,7 +628,7 @@ def test_files_of_more_ranks_under_the_same_tag_are_refused(saved, ranks1, tmp_p
     first = copy / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     first.with_name("zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(first.read_bytes())
     (said,) = refusals(ranks1, Job.of(2, 1, 1, freeze=FROZEN), copy)
-    assert "saved on 2 ranks but holds other optimizer files" in said and "zero_pp_rank_2" in said
+    assert "zero_pp_rank_2" in said and "is rank 0's file under the name of rank 2's" in said
 
 
 def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(saved, ranks1, tmp_path):

@@ -35,6 +35,8 @@ def test_a_right_row_is_right(name, ranks2):
     if cell.dtype == "fp16":
         ranks2.run(allow_fp16_on_cpu)
     row = measure(cell, ranks2, with_upstream=False)
+    if cell.dtype == "fp16":
+        ranks2.run(forbid_fp16_on_cpu)
     assert not isinstance(row.sp1, str), row.sp1
     assert not row.problems()
 
@@ -44,6 +46,13 @@ def allow_fp16_on_cpu():
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
+
+
+def forbid_fp16_on_cpu():
+    """As it was; Muon asks, and rounds to fp16 where it may."""
+    from deepspeed.accelerator import get_accelerator
+
+    del get_accelerator().is_fp16_supported
 
 
 @torch.compiler.set_stance("force_eager")  # its iterations compiled take a minute

@@ -15,6 +15,7 @@ from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from tests.test_features import allow_fp16_on_cpu, forbid_fp16_on_cpu
 
 POISON = 96  # a token whose embedding is no number
 
@@ -88,7 +89,9 @@ def test_every_rank_stops_before_the_step_with_the_rank_and_the_number_of_the_ba
 
 
 def test_under_fp16_deepspeed_skips_the_step_and_goes_on(ranks2):
+    ranks2.run(allow_fp16_on_cpu)
     results = ranks2.run(steps_with_poison, Cell(stage=1, dtype="fp16"), 1, 0, 0)
+    ranks2.run(forbid_fp16_on_cpu)
     for kind, message, steps, same, losses in results:
         assert (kind, message, steps, same) == ("", "", 3, True)
         assert [math.isnan(loss) for loss in losses] == [False, False, True, False, False, False]

@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.families import family_config
@@ -161,8 +162,10 @@ def refuse(name: str) -> None:
         config = model_config(Cell())
         config.pad_token_id, config.num_labels = 0, 1
         model = LlamaForSequenceClassification(config) if name == "Reward" else build_model(config)
-        model.save_pretrained(f"{folder}/saved{torch.distributed.get_rank()}")  # whence TRL makes its reference
-        model = type(model).from_pretrained(f"{folder}/saved{torch.distributed.get_rank()}")
+        saved = f"{folder}/saved"  # whence TRL makes its reference; save_pretrained would write on rank 0 alone
+        model.config.save_pretrained(saved)
+        save_file(model.state_dict(), f"{saved}/model.safetensors", {"format": "pt"})
+        model = type(model).from_pretrained(saved)
         reward = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if generating else {}
         trainer = getattr(trl, f"{name}Trainer")(
             model, args=args, train_dataset=Dataset.from_list(8 * rows), processing_class=tokenizer(), **reward

@@ -113,6 +113,8 @@ class _LayerOutputs:
 
     def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
+        if not torch.is_grad_enabled():  # of the model check, or an evaluation
+            return
         if name in self._found or not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
             return
         stride = max(1, hidden.shape[1] // _POSITIONS)

@@ -49,7 +49,8 @@ class _Probe:
         self._wrapped: list[tuple[Any, str, Any, Any]] = []
         self._wrap(engine, "backward", self._backward)
         self._wrap(engine, "step", self._step)
-        self._wrap(engine.optimizer, "zero_grad", self._zero_grad)
+        if hasattr(engine.optimizer, "zero_grad"):  # an engine that evaluates only has none
+            self._wrap(engine.optimizer, "zero_grad", self._zero_grad)
 
     def remove(self) -> None:
         """Leave nothing behind; where the program has wrapped a method meanwhile, its wrapper stays."""

@@ -76,7 +76,7 @@ def report_rows(
         ("attention", attention),
         ("loss", loss),
         *parts,
-        ("model check", _CHECK[config.alst.check_model]),
+        ("model check", "off: the program is written for shards" if adopted else _CHECK[config.alst.check_model]),
         ("allocator", allocator),
     ]
 

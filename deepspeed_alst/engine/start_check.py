@@ -23,7 +23,8 @@ from deepspeed_alst.parallel.traffic import uncounted
 def install_model_check(engine: Any, undo: ExitStack) -> None:
     """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
 
-    Nothing is installed where ``alst.check_model`` is false.
+    Nothing is installed where ``alst.check_model`` is false, or in a program written for DeepSpeed's own ALST: what it
+    has put into the model is made for shards.
 
     The wrapped ``engine.forward`` raises UnsupportedModelError on all ranks where the model is not right.
 
@@ -32,7 +33,7 @@ def install_model_check(engine: Any, undo: ExitStack) -> None:
         undo: takes it back.
     """
     session, checked, code = engine.alst, set[bool](), program_code(engine.module)
-    if not session.config.alst.check_model:
+    if not session.config.alst.check_model or not session.calls.makes_whole_loss:
         return
 
     def wrapper(forward: Any) -> Any:

@@ -64,9 +64,10 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or triton.knobs.runtime.interpret
 
 
-def load_tile_ops(device_type: str) -> str:
-    """Put what is compiled from csrc in place, where a device has any (``ops.load.load``)."""
-    return load("tile_ops", device_type, "what tiles are made of")
+def load_tile_ops(device_type: str) -> None:
+    """Put what is compiled from csrc in place, where a device has any; not beside Triton's interpreter."""
+    if not triton.knobs.runtime.interpret:
+        load("tile_ops", device_type, "what tiles are made of")
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
@@ -79,7 +80,7 @@ def has_kernel(name: str, device: torch.device) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         return True  # of tensors without data, whose machine is elsewhere
     if device.type == "cpu":
-        load_tile_ops("cpu")
+        load("tile_ops", "cpu", "what tiles are made of")
         if not all(is_compiled(each, "cpu") for each in _OPS[name].compiled):
             return False
     if device.type == "cuda" and device.index is None:

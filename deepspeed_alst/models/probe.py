@@ -61,10 +61,11 @@ class Verdict:
     """The largest relative error of the loss and of any parameter's gradient."""
 
 
-def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
+def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False) -> str:
     """Let a model through whose family the census found right, or a small one of whose kind is right here.
 
-    Collective over the groups' gloo groups, and a matter of seconds for a model that is not listed.
+    Collective over the groups' gloo groups, and a matter of seconds for a model that is not listed. In an ``adopted``
+    program, written for DeepSpeed's own ALST, the code that it has put into the model is what this package takes over.
 
     Returns:
         What was found, in words; empty for a listed one.
@@ -76,7 +77,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups) -> str:
     base, code = base_model(model), program_code(model)
     # Modules that it has put in are tried by themselves (foreign.py): a small model would not have them.
     put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, own_modules(base).values())}
-    code = tuple(each for each in code if each not in put_in)
+    code = () if adopted else tuple(each for each in code if each not in put_in)
     if base.config.model_type in RIGHT and not code:
         check_own_modules(base, None)
         return ""
