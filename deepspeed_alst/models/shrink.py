@@ -134,16 +134,21 @@ def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
     if name.endswith("_token_id"):
         return min(value, _BY_NAME["vocab_size"] - 1)
     if name in _HEAD_COUNTS:
-        return min(value, _HEADS)  # a model that is as small already keeps its heads, and with them its products
+        return _fewer_heads(value)  # a model that is as small already keeps its heads, and with them its products
     if name in _KV_HEAD_COUNTS:
         heads = next((values[each] for each in _HEAD_COUNTS if isinstance(values.get(each), int)), value)
-        fewer = min(heads, _HEADS)
+        fewer = _fewer_heads(heads)
         return fewer if value == heads else next(n for n in (_KV_HEADS, 2, 1) if n <= value and fewer % n == 0)
     if name in _EXPERTS:
         return min(value, 8)
     if name in _EXPERTS_OF_A_TOKEN:
         return min(value, 2)
     return min(value, _BY_NAME[name]) if name in _BY_NAME else value
+
+
+def _fewer_heads(heads: int) -> int:
+    """A power of two, which every SP degree of a trial divides."""
+    return min(_HEADS, 1 << (heads.bit_length() - 1))
 
 
 def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
