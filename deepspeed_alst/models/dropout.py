@@ -4,7 +4,6 @@ A mode (parallel/draw_mode.py) is around each forward of the outermost module, a
 checkpointed layer; every change goes onto a stack that undoes it.
 """
 
-import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -81,9 +80,10 @@ def count_draws(
         tokens = args[0] if tokens is None and args else tokens
         is_training = any(each.training for each in module.modules())
         if is_training and isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
-            rank, size = (0, 1) if is_whole() else (draws.sp_rank, draws.sp_size)
+            if draws.sp_size > 1:
+                _refuse_neftune(base)
+            rank = 0 if is_whole() else draws.sp_rank
             entered.enter_context(draws.begin(*tokens.shape[:2], rank, on_trial()))
-            _noise_of_whole_length(base, size, entered)
             states[:] = _generators(base) if any(map(_is_compiled, model.modules())) else []
 
     @torch.compiler.disable
@@ -145,10 +145,12 @@ def _around(checkpoint: Checkpoint) -> Checkpoint:
     return call
 
 
-def _noise_of_whole_length(base: torch.nn.Module, sp_size: int, undo: ExitStack) -> None:
-    """NEFTune's hook on the embeddings divides by the root of the length that it sees, which is a shard's."""
+def _refuse_neftune(base: torch.nn.Module) -> None:
+    """Its hook divides by the root of the length that it sees: a shard's, or a padded one, and not the sample's."""
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     alpha = getattr(embeddings, _NEFTUNE, None)
-    if alpha is not None and sp_size > 1:
-        setattr(embeddings, _NEFTUNE, alpha / math.sqrt(sp_size))
-        undo.callback(setattr, embeddings, _NEFTUNE, alpha)
+    if alpha is not None:
+        raise UnsupportedModelError(
+            f"{_NEFTUNE}={alpha}: NEFTune's noise is scaled by the sample's length, of which the embeddings see a "
+            "padded shard under sequence parallelism; leave it out"
+        )
