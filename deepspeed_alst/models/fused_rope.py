@@ -16,7 +16,7 @@ import torch
 
 from deepspeed_alst.kernels.rope import DTYPES, rope
 from deepspeed_alst.kernels.rope_ops import rope_reference
-from deepspeed_alst.models.own_globals import with_names
+from deepspeed_alst.models.function_copies import with_names
 from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
 
 _NAME = "apply_rotary_pos_emb"

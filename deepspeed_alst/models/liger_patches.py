@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.own_globals import with_names
+from deepspeed_alst.models.function_copies import with_names
 
 # Parts of alst.liger_kernel by the modules of Liger's that they come from.
 _PARTS = {

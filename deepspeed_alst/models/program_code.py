@@ -11,12 +11,13 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import huggingface_hub
 import torch
 
+from deepspeed_alst.models.function_copies import with_objects
 from deepspeed_alst.models.wrapped import base_model
 
 _PACKAGES = ("/site-packages/", "/dist-packages/")
@@ -50,7 +51,7 @@ def is_library_module(name: str) -> bool:
 
 def is_programs(value: Any) -> bool:
     """Whether any function that a callable is made of, within decorators and closures, is the program's own."""
-    # Copies with globals of their own have no name there (own_globals.py).
+    # Copies with globals of their own have no name there (function_copies.py).
     homes = (each.__globals__.get("__name__") or each.__module__ or "" for each in _functions(value, set()))
     return any(not is_library_module(home) for home in homes)
 
@@ -148,11 +149,11 @@ def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torc
         LookupError: the small model has no module of that name.
     """
     base = base_model(model)
-    pairs: dict[int, Any] = {id(model): small}
+    pairs = {id(model): small}
     for name, module in base.named_modules():
         if (other := _counterpart(small, name)) is not None:
             pairs[id(module)] = other
-    moved = functools.partial(_moved, pairs)
+    moved = functools.partial(with_objects, replaced=lambda value: pairs.get(id(value), value))
     for name, kind, install in _installed(base):
         other = _counterpart(small, name)
         if other is None:
@@ -175,28 +176,6 @@ def _counterpart(small: torch.nn.Module, name: str) -> torch.nn.Module | None:
         else:
             return None
     return module
-
-
-def _moved(pairs: dict[int, Any], value: Any) -> Any:
-    """A callable that works on the small model's modules where the original works on the live one's."""
-    if id(value) in pairs:
-        return pairs[id(value)]
-    if isinstance(value, MethodType):
-        return MethodType(_moved(pairs, value.__func__), _moved(pairs, value.__self__))
-    if isinstance(value, functools.partial):
-        arguments = [_moved(pairs, each) for each in value.args]
-        return functools.partial(
-            _moved(pairs, value.func), *arguments, **{key: _moved(pairs, each) for key, each in value.keywords.items()}
-        )
-    if isinstance(value, FunctionType) and value.__closure__:
-        cells = tuple(CellType() for _ in value.__closure__)
-        made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-        made.__kwdefaults__ = value.__kwdefaults__
-        pairs[id(value)] = made  # a closure may hold itself
-        for cell, inner in zip(cells, _enclosed(value), strict=False):
-            cell.cell_contents = _moved(pairs, inner)
-        return made
-    return value
 
 
 def module_label(model: torch.nn.Module, name: str) -> str:

@@ -22,7 +22,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.checkpoints import checkpointed_layers
 from deepspeed_alst.models.experts import router_classes
-from deepspeed_alst.models.own_globals import NamesFor, importing, with_names
+from deepspeed_alst.models.function_copies import NamesFor, importing, with_names
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import sum_over_shards
 
