@@ -3,7 +3,8 @@
     python -m benchmarks.census [--write] [family ...]
 
 Loss and all gradients of a small model of every family, in fp32 on CPU, whole and over 2 and 4 ranks, and of a packed
-sequence over 4. ``--write`` writes the table to docs/census.md and adds to the list of the families that are right.
+sequence over 4. What is right must pass the check at the start of a training too, in fp32 and bf16. ``--write`` writes
+the table to docs/census.md and adds to the list of the families that are right.
 Exits non-zero where a family is wrong or crashes, one of the list is not right, or one has not answered in time, which
 may be the machine's doing.
 """
@@ -13,18 +14,27 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.ranks import LateError, RankError, Ranks
-from deepspeed_alst.models.probe import Verdict, compare, numel, trial_core
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.models.batch_guard import guard_batches
+from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.cores import TRIAL
+from deepspeed_alst.models.model_check import check_live_model
+from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.models.probe import Verdict, compare, numel, small_model, trial_core
 from deepspeed_alst.models.shrink import shrink
+from deepspeed_alst.models.untouched import untouched
 from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
@@ -89,6 +99,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe, router loss": ("olmoe", {"output_router_logits": True, "router_aux_loss_coef": 1.0}),
 }
 CELLS = (("SP 2", 2, False), ("SP 4", 4, False), ("packed, SP 4", 4, True))
+COLUMNS = (*(name for name, _, _ in CELLS), "model check, SP 2")
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,27 @@ def ask(name: str, sp_size: int, packed: bool) -> Verdict:
     return compare(model_class, small, _groups[sp_size], packed)
 
 
+def ask_check(name: str, dtype: torch.dtype) -> Verdict:
+    """On every rank: whether the check of a live model lets a small one of a family through."""
+    if 2 not in _groups:
+        _groups[2] = build_groups(2, build_control_group())
+    groups, calls = _groups[2], Calls()
+    model_class, small = small_of(name)
+    model = small_model(model_class, small).to(dtype)
+    model.config._attn_implementation = small._attn_implementation
+    with ExitStack() as undo:
+        patch_model(model, groups.sp_control_group, undo, calls)
+        guard_batches(model, groups, calls, undo)
+        if calls.core == TRIAL:  # which has no whole run of its own
+            calls.core = "eager"
+        with untouched(model), torch.no_grad(), calls.of_model_check():
+            try:
+                check_live_model(model, groups, calls, torch.device("cpu"))
+            except UnsupportedModelError as error:
+                return Verdict("wrong", f"in {dtype}: {error}")
+    return Verdict("right")
+
+
 def census(names: list[str]) -> Iterator[Row]:
     """The verdicts of these families, one after the other."""
     ranks = Ranks(4)
@@ -163,6 +195,9 @@ def census(names: list[str]) -> Iterator[Row]:
                 _groups.clear()
             if verdicts[-1].outcome != "right":
                 break
+        if len(verdicts) == len(CELLS) and verdicts[-1].outcome in ("right", "refused"):
+            checks = [ranks.run(ask_check, name, each)[0] for each in (torch.float32, torch.bfloat16)]
+            verdicts.append(next((each for each in checks if each.outcome != "right"), checks[0]))
         yield Row(name, tuple(verdicts))
     ranks.close()
 
@@ -172,12 +207,21 @@ def everything() -> list[str]:
     return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
 
 
+def cells_of(row: Row) -> list[str]:
+    """A family's cells, in their columns: what it is off by, or why there is no number."""
+    *compared, checked = [*row.verdicts, *[None] * (len(COLUMNS) - len(row.verdicts))]
+    cells = [each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in compared]
+    return [
+        *(each or "" for each in cells),
+        "" if checked is None else "passes" * (checked.outcome == "right") or "fails",
+    ]
+
+
 def table_of(rows: list[Row]) -> str:
     """The table in markdown."""
-    lines = [f"| model_type | {' | '.join(name for name, _, _ in CELLS)} | why not |", "|---" * (len(CELLS) + 2) + "|"]
+    lines = [f"| model_type | {' | '.join(COLUMNS)} | why not |", "|---" * (len(COLUMNS) + 2) + "|"]
     for row in rows:
-        cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
-        cells += [""] * (len(CELLS) - len(cells))
+        cells = cells_of(row)
         why = re.sub(r"\s+", " ", row.why).replace("|", "/")[:200]
         lines.append(f"| {row.name} | {' | '.join(cells)} | {why} |")
     return "\n".join(lines) + "\n"
@@ -212,11 +256,10 @@ def main() -> int:
     parser.add_argument("families", nargs="*", default=everything())
     arguments = parser.parse_args()
     started, rows, console = time.monotonic(), [], Console(width=180)
-    table = Table("", *(name for name, _, _ in CELLS), "why not")
+    table = Table("", *COLUMNS, "why not")
     for row in census(arguments.families):
         rows.append(row)
-        cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
-        table.add_row(row.name, *cells, *[""] * (len(CELLS) - len(cells)), row.why[:110])
+        table.add_row(row.name, *cells_of(row), row.why[:110])
         print(f"\r{len(rows)} of {len(arguments.families)}", end="", file=sys.stderr, flush=True)
     console.print(table)
     lost = sorted(row.name for row in rows if row.name in RIGHT and row.outcome not in ("right", "no answer"))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM, OlmoeForCausalLM
 
-from benchmarks.census import Row, ask, everything, small_of, tally
+from benchmarks.census import Row, ask, ask_check, everything, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.foreign import check_own_modules
@@ -24,6 +24,12 @@ def test_a_family_of_the_list_is_right_on_four_ranks(family, packed, ranks4):
     assert family in RIGHT
     verdicts = ranks4.run(ask, family, 4, packed)
     assert len(set(verdicts)) == 1 and verdicts[0].outcome == "right", verdicts[0]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "flex_olmo", "jamba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_of_the_list_passes_the_model_check(family, dtype, ranks4):
+    assert {verdict.why for verdict in ranks4.run(ask_check, family, dtype)} == {""}
 
 
 def test_the_list_holds_families_that_the_census_asks_about():

@@ -109,7 +109,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False)
                 f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
                 f"{verdict.why.rstrip('.')}.{_of_a_term(verdict, code)} {way_out}."
             )
-    check_own_modules(base, _small_model(build, small))
+    check_own_modules(base, small_model(build, small))
     return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
 
 
@@ -151,12 +151,12 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     try:
         if (size := numel(build, config)) > _LARGEST:
             return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
-        truth = _whole_step(_small_model(build, config), [batch])
+        truth = _whole_step(small_model(build, config), [batch])
     except Exception as error:
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
     mine: Any = None
     try:
-        small = _small_model(build, config)
+        small = small_model(build, config)
         small.config._attn_implementation = config._attn_implementation
         mine = _split_step(small, batch, groups)
         failure = None
@@ -171,9 +171,9 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     if verdict.outcome == "wrong" and packed:
         # Some models let packed documents see one another, which is no yardstick: then each goes through it alone.
         parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in _places()]
-        verdict = _judge(_whole_step(_small_model(build, config), parts), mine, groups)
+        verdict = _judge(_whole_step(small_model(build, config), parts), mine, groups)
     if verdict.outcome == "wrong":
-        again = _whole_step(_small_model(build, config), [batch], seed=1)
+        again = _whole_step(small_model(build, config), [batch], seed=1)
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
             return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
     return verdict
@@ -189,7 +189,7 @@ def numel(build: Build, config: PreTrainedConfig) -> int:
     return sum(param.numel() for param in model.parameters())
 
 
-def _small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
+def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
     """A model with the same weights on every rank, with enough spread to make gradients lively."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(0)
