@@ -13,7 +13,7 @@ CELLS = [
     Cell(stage=1, frozen="embedding", checkpointing="non-reentrant"),
     Cell(stage=2, frozen="all but lm_head"),
     Cell(stage=3, frozen="layer 0", gas=2, clip=0.5),
-    Cell(stage=3, frozen="layer 0", odd_lengths=True),
+    Cell(stage=3, frozen="layer 1", gas=2, odd_lengths=True),
     # The first tiled MLP's input needs no gradient.
     Cell(stage=3, frozen="layer 0", gas=2, tiles=True),
     Cell(stage=3, frozen="embedding", checkpointing="non-reentrant", tiles=True),

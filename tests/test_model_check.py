@@ -5,7 +5,9 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -17,6 +19,8 @@ from transformers import (
     AttentionMaskInterface,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -25,6 +29,7 @@ import deepspeed_alst
 from deepspeed_alst import initialize
 from deepspeed_alst.engine import start_check
 from deepspeed_alst.errors import AlstError
+from deepspeed_alst.models.model_check import Routed, lengths
 from deepspeed_alst.models.program_code import program_code
 from deepspeed_alst.models.untouched import untouched
 
@@ -96,6 +101,14 @@ def counted_from_0(original):
     return lambda self, x, position_ids: original(self, x, torch.arange(x.shape[1])[None])
 
 
+def late_by_length(original):
+    def forward(self, x, position_ids):
+        cos, sin = original(self, x, position_ids)
+        return (cos * x.shape[1] / 32, sin) if position_ids.max() >= 200 else (cos, sin)
+
+    return forward
+
+
 def seeing_the_token_before(original):
     return lambda self, x, *a, **k: original(self, torch.cat([x[:, :1], x[:, 1:] + 0.5 * x[:, :-1]], 1), *a, **k)
 
@@ -163,6 +176,7 @@ def scaled(module, args, output):
 
 CHANGES: dict[str, tuple[Any, str]] = {
     "rotary embedding counts positions itself": (method("LlamaRotaryEmbedding", counted_from_0), "refused"),
+    "rotary embedding by length at late positions": (method("LlamaRotaryEmbedding", late_by_length), "refused"),
     "decoder layer sees the token before": (method("LlamaDecoderLayer", seeing_the_token_before), "refused"),
     "MLP scaled by the sequence's length": (method("LlamaMLP", by_length), "refused"),
     "MLP doubled": (method("LlamaMLP", doubled), "right"),
@@ -249,6 +263,24 @@ def test_a_change_after_initialize_is_seen_too(name, ranks2):
     assert ranks2.run(what_happens, name, True) == [CHANGES[name][1]] * 2
 
 
+def test_experts_are_those_of_the_recorded_run():
+    first, second = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    groups = SimpleNamespace(sp_size=2, sp_rank=1)
+    with Routed(None, groups, None) as recorded:
+        _, chosen = torch.topk(first, 2)
+    with Routed(recorded.chosen, groups, None):
+        values, replayed = torch.topk(second[3:], 2)
+    assert torch.equal(replayed, chosen[3:]) and torch.equal(values, second[3:].gather(1, chosen[3:]))
+
+
+def test_lengths_reach_beyond_windows_and_to_the_last_position():
+    assert lengths(build(max_position_embeddings=512), 2) == (32, 32, 480)
+    narrow = build(MistralForCausalLM, MistralConfig, sliding_window=50, max_position_embeddings=512)
+    assert lengths(narrow, 4) == (64, 100, 412)
+    wide = build(MistralForCausalLM, MistralConfig, sliding_window=9000, max_position_embeddings=10**6)
+    assert lengths(wide, 2) == (32, 8192, 10**6 - 8192)
+
+
 def refusal() -> str:
     model = build()
     with method("LlamaMLP", by_length)(model):
@@ -276,8 +308,8 @@ def test_a_refusal_names_the_first_module_that_differs(ranks2):
         assert "alst.check_model" in words
 
 
-def trained(stage: int, checked: bool, half: bool) -> list[torch.Tensor]:
-    """The weights after two steps of a mixture."""
+def trained(stage: int, checked: bool, half: bool) -> tuple[list[torch.Tensor], int]:
+    """The weights after two steps of a mixture, and how often the model was checked."""
     model = build(MixtralForCausalLM, MixtralConfig, num_local_experts=4, output_router_logits=True)
     config = json.loads(json.dumps(CONFIG))
     config["zero_optimization"]["stage"] = stage
@@ -286,20 +318,22 @@ def trained(stage: int, checked: bool, half: bool) -> list[torch.Tensor]:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     made = torch.Generator().manual_seed(dist.get_rank())
     batches = [{"input_ids": (ids := torch.randint(0, 64, (1, 40), generator=made)), "labels": ids} for _ in range(2)]
-    for batch in deepspeed_alst.shard_dataloader(batches, engine):
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
+    with mock.patch.object(start_check, "check_live_model", wraps=start_check.check_live_model) as check:
+        for batch in deepspeed_alst.shard_dataloader(batches, engine):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         weights = [param.detach().clone() for param in engine.module.parameters()]
     engine.destroy()
-    return weights
+    return weights, check.call_count
 
 
 @pytest.mark.parametrize(("stage", "half"), [(0, False), (2, True), (3, True)])
 def test_a_checked_run_is_the_unchecked_one_to_the_bit(stage, half, ranks2):
     with_check, without = (ranks2.run(trained, stage, checked, half) for checked in (True, False))
-    for mine, others in zip(with_check, without, strict=True):
+    for (mine, checks), (others, none) in zip(with_check, without, strict=True):
+        assert (checks, none) == (1, 0)
         assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 

@@ -58,7 +58,7 @@ class Outputs:
     loss: torch.Tensor | None
 
 
-class _Routed(TorchDispatchMode):
+class Routed(TorchDispatchMode):
     """Records which experts are chosen, or has those of a recorded run chosen; with ``noise`` products are off."""
 
     def __init__(self, recorded: list[torch.Tensor] | None, groups: SequenceGroups, noise: torch.Generator | None):
@@ -144,7 +144,7 @@ class _Check:
         recorded: list[torch.Tensor] = []
 
         def whole(rounding: torch.Generator | None = None) -> Outputs:
-            routed = _Routed(recorded if rounding is not None else None, groups, rounding)
+            routed = Routed(recorded if rounding is not None else None, groups, rounding)
             self.before_run()
             with calls.unsplit(base_model(model).config), routed:
                 outputs = _run(model, whole_batch)
@@ -155,7 +155,7 @@ class _Check:
         def split() -> Outputs:
             calls.documents, calls.highest = (), at + length - 1
             self.before_run()
-            with _Routed(recorded, groups, None):
+            with Routed(recorded, groups, None):
                 return _run(model, shard)
 
         truth, off = _together(whole, groups, "whole"), _together(lambda: whole(noise), groups, "whole")
