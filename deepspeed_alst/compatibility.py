@@ -148,7 +148,9 @@ FEATURES = (
         "round_robin_gradients",
         "zero_optimization.round_robin_gradients",
         _at(1, 2)(_on("zero_optimization.round_robin_gradients")),
-        _UNVERIFIED,
+        "DeepSpeed 0.19.8 cannot read full gradients beside it (safe_get_full_grad fails on one rank, the others "
+        "wait), and the check of the averaging at the first step reads them; remove it, or set sequence_parallel_size "
+        "to 1",
     ),
     Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _FP32_ACCUMULATION),
     Feature(
