@@ -68,6 +68,8 @@ class Cell:
     """Another model than the Llama: a key of ``benchmarks.families.KINDS``."""
     documents: bool = False
     """Each sample is several, and its position_ids restart."""
+    seed: int = 7
+    """Of the samples."""
     extra: tuple[tuple[str, Any], ...] = ()
     """More top-level keys of the ds_config."""
 
@@ -100,6 +102,7 @@ class Cell:
                 f"offload-{self.offload}": self.offload,
                 f"frozen: {self.frozen}": self.frozen,
                 ",".join(key for key, _ in self.extra): self.extra,
+                f"seed {self.seed}": self.seed != 7,
             }.items()
             if said
         ]
@@ -174,7 +177,7 @@ def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Modu
 
 def samples(cell: Cell, vocab: int) -> list[list[list[dict[str, torch.Tensor]]]]:
     """``[step][rank][micro step]``: batches of one sample, different everywhere."""
-    make = torch.Generator().manual_seed(7)
+    make = torch.Generator().manual_seed(cell.seed)
     out = []
     for _ in range(STEPS):
         ranks = []
