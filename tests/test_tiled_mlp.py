@@ -353,6 +353,25 @@ def test_a_module_that_mixes_tokens_is_refused():
         TokenWise("mixing", Mixing(8, 8)).tiled(5, torch.randn(1, 40, 8))
 
 
+def test_a_4bit_layer_in_evaluation_mode_is_refused_where_gradients_are_asked_for():
+    class Linear4bit(torch.nn.Linear):
+        """Named as bitsandbytes names it; the refusal looks at that, the mode and the device."""
+
+    model = build_model(family_config("llama"))
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = Linear4bit(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
+    rows = torch.randn(1, 40, mlp.down_proj.out_features)
+    with ExitStack() as undo:
+        tile_mlps(model, TiledMlpBlock(tile_tokens=8), lambda module: None, undo)
+        mlp.eval()
+        with torch.no_grad():
+            mlp(rows)
+        with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj is a bitsandbytes Linear4bit"):
+            mlp(rows)
+        mlp.train()
+        assert mlp(rows).requires_grad
+
+
 def test_a_dropout_in_a_tiled_module_is_refused():
     model = build_model(family_config("starcoder2", residual_dropout=0.1))
     with ExitStack() as undo, pytest.raises(UnsupportedModelError, match=r"mlp\.residual_dropout=0\.1 is a dropout"):

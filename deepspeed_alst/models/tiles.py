@@ -87,6 +87,7 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[
         if fitting >= num_rows:
             with branch()():  # as many as in tiles
                 return work.forward(*rows)
+        _refuse_packing(work)
         form = work.closed_form(rows, rows[0].dim())
         if form is not None:  # more of its rows fit
             per_row = form.row_bytes(rows[0].element_size())
@@ -127,6 +128,23 @@ def _sum_bytes(work: TokenWise) -> int:
     if not work.fp32_accumulation or not all(param.element_size() == 2 for param in trained):
         return 0
     return 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trained)
+
+
+def _refuse_packing(work: TokenWise) -> None:
+    """Refuse 4-bit weights that a tile's forward without a graph would pack for inference.
+
+    bitsandbytes 0.50 packs them on the CPU for good in the first forward in evaluation mode whose input needs no
+    gradient; from then on such a layer gives its input none.
+    """
+    if work.module.training or not torch.is_grad_enabled():
+        return
+    for name, module in work.module.named_modules():
+        is_4bit = any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__)
+        if is_4bit and module.weight.device.type == "cpu":
+            raise UnsupportedModelError(
+                f"{work.name}.{name} is a bitsandbytes Linear4bit in evaluation mode: in tiles it packs its weight for "
+                "inference, and gives no gradient any more. Call model.train(), or leave alst.tiled_mlp_compute out."
+            )
 
 
 def _refuse_dropout(name: str, module: torch.nn.Module) -> None:
