@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
@@ -175,11 +176,18 @@ def write(rows: list[list[str]], page: Path) -> None:
     page.write_text(f"{before}{mark}\n{table}", encoding="utf-8")
 
 
+def combination_name(word: str) -> str:
+    """Return "newest" or a version of transformers as it was given; argparse says what else is wrong."""
+    return word if word == "newest" else str(Version(word))
+
+
 def main() -> int:
     """Print the table; 1 where a combination inside of the bounds fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
-    parser.add_argument("--only", metavar="NAME", help="one combination: newest, or a version of transformers")
+    parser.add_argument(
+        "--only", metavar="NAME", type=combination_name, help="one combination: newest, or a version of transformers"
+    )
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else ["newest", *OLDER_TRANSFORMERS]
     console, combinations = Console(width=180), []
