@@ -35,8 +35,12 @@ def ranks4():
         yield ranks
 
 
+def pytest_addoption(parser):
+    parser.addoption("--budget", action="store_true", help="fail where an area takes longer than tests/budget.py says")
+
+
 def pytest_configure(config):
-    if config.getoption("markexpr") == "not slow":  # make test; make test-full may take its time
+    if config.getoption("budget"):
         config.pluginmanager.register(Budget())
 
 
