@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -79,6 +79,10 @@ parity: setup
 
 census: setup
 	$(BIN)/python -m benchmarks.census
+
+# How large the package is and how much of it a plain run loads, beside the goals.
+house: setup
+	$(BIN)/python -m benchmarks.house --files
 
 # The example over two network namespaces; Linux, root.
 two-hosts: setup

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.ranks import LateError, RankError, Ranks
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
@@ -165,7 +165,7 @@ def ask_check(name: str, dtype: torch.dtype) -> Verdict:
     model_class, small = small_of(name)
     model = small_model(model_class, small).to(dtype)
     model.config._attn_implementation = small._attn_implementation
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         patch_model(model, groups.sp_control_group, undo, calls)
         guard_batches(model, groups, calls, undo)
         if calls.core == TRIAL:  # which has no whole run of its own

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.cli.picture import draw_curves
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.picture import draw
 from deepspeed_alst.models.fused import fuse_norms_and_rope
 from deepspeed_alst.models.offload import Keeping, keep_activations
@@ -44,7 +45,7 @@ class Whole(System):
     @contextmanager
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
         """See System."""
-        with super().on(model, sp_size, mlp) as step, ExitStack() as undo:
+        with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
             fuse_norms_and_rope(model, undo)
             if self.offloads:
                 store = Store(HostPool())

@@ -8,6 +8,7 @@ from deepspeed_alst.autoload import install as _install
 
 _PUBLIC = {
     "AlstError": "deepspeed_alst.errors",
+    "CheckpointError": "deepspeed_alst.errors",
     "ConfigError": "deepspeed_alst.errors",
     "DataError": "deepspeed_alst.errors",
     "NonFiniteGradientError": "deepspeed_alst.errors",

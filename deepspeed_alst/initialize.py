@@ -7,7 +7,6 @@ The only place where toggles are read.
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import deepspeed
@@ -18,6 +17,8 @@ from deepspeed.pipe import PipelineModule
 from deepspeed_alst.batch_keys import check_batch_keys
 from deepspeed_alst.compatibility import check_features
 from deepspeed_alst.config import SAME_ON_ALL_RANKS, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.core.copying import with_plain_copies
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.deepspeed_values import check_numbers, idle_checkpointing, zero_stage
 from deepspeed_alst.engine.buckets import reduction_keys
 from deepspeed_alst.engine.checkpoint import install_checkpoints
@@ -37,7 +38,6 @@ from deepspeed_alst.kernels.registry import load_tile_ops
 from deepspeed_alst.mark import take
 from deepspeed_alst.models.batch_guard import guard_batches, plan_batches
 from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.copying import with_plain_copies
 from deepspeed_alst.models.cores import keeps_documents_apart, starts_at_lowest
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
@@ -84,28 +84,27 @@ def initialize(
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
     raise_together(_error_in(arguments.get("model"), config, ds_config), control_group)
-    with ExitStack() as undo:
+    with PatchSet().rollback_on_error() as patches:
         groups = build_groups(config.sequence_parallel_size, control_group)
-        undo.callback(groups.destroy)
-        session = _session(arguments["model"], config, groups, undo)
-        original = with_plain_copies(original, arguments["model"], undo)
-        attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, undo)
+        patches.callback(groups.destroy)
+        session = _session(arguments["model"], config, groups, patches)
+        original = with_plain_copies(original, arguments["model"], patches)
+        attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, patches)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
         with installed(session.mpu):
             engine, optimizer, _, scheduler = original(**passed)
         session.attach(engine)
-        parts = [*tiles, *_make_room(planner, engine, control_group, undo), *_reduce(engine, config, bucket, undo)]
+        parts = tiles + _make_room(planner, engine, control_group, patches)
+        parts += _reduce(engine, config, bucket, patches)
         if adopted is not None:
-            adopt(engine, session, adopted, undo)
-        install_metrics(engine, undo)
+            adopt(engine, session, adopted, patches)
+        install_metrics(engine, patches)
         session.split_whole_batches(engine)
         if arguments.get("training_data") is not None:
             engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
-        install_probe(engine, groups, reduction_of(config).dtype, undo)
-        install_model_check(engine, undo)
+        session.probe = install_probe(engine, groups, reduction_of(config).dtype, patches)
+        install_model_check(engine, patches)
         print_report(report_rows(config, groups, engine, attention, parts, allocator, adopted is not None))
-        # Nothing failed: the engine's session owns what is to be undone from here on.
-        session.adopt(undo.pop_all())
     return engine, optimizer, engine.training_dataloader, scheduler
 
 
@@ -125,18 +124,18 @@ def _initialize_whole(
     allocator: str,
 ) -> Any:
     """Without sequence parallelism: DeepSpeed's own call, with the tiles that are asked for, and a report."""
-    with ExitStack() as undo:
-        original = with_plain_copies(original, arguments["model"], undo)
-        tiles = _tile(arguments.get("model"), config, stage, Calls(), False, None, undo)
+    with PatchSet().rollback_on_error() as patches:
+        original = with_plain_copies(original, arguments["model"], patches)
+        tiles = _tile(arguments.get("model"), config, stage, Calls(), False, None, patches)
         if config.tiled_loss() is not None:
-            replace_whole_loss(arguments["model"], undo)
-        planner = _keep(arguments.get("model"), config, undo)
+            replace_whole_loss(arguments["model"], patches)
+        planner = _keep(arguments.get("model"), config, patches)
         if planner is not None:
-            plan_batches(arguments["model"], planner, undo)
+            plan_batches(arguments["model"], planner, patches)
         results = original(**arguments)
         install_checkpoints(results[0])
-        kept = _make_room_together(planner, results[0], undo)
-        install_metrics(results[0], undo)
+        kept = _make_room_together(planner, results[0], patches)
+        install_metrics(results[0], patches)
         rows = [
             ("sequence", "whole on every rank: sequence_parallel_size is 1"),
             *tiles,
@@ -145,29 +144,29 @@ def _initialize_whole(
             ("allocator", allocator),
         ]
         print_report(rows)
-        close_at_destroy(results[0], undo.pop_all())
+        close_at_destroy(results[0], patches)
     return results
 
 
 def _tile(
-    model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, group: Any, undo: ExitStack
+    model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, group: Any, patches: PatchSet
 ) -> list[tuple[str, str]]:
     """Put Liger's kernels on, and into tiles what the config says; returns rows of the report."""
-    take(model, undo)
+    take(model, patches)
     load_tile_ops(get_accelerator().device_name())  # a build takes up to a minute, which is not a step's
-    liger = use_liger(model, config, get_accelerator().device_name(), group, undo)
+    liger = use_liger(model, config, get_accelerator().device_name(), group, patches)
     mlp, loss = config.alst.tiled_mlp_compute, config.tiled_loss()
     if adopted and config.alst.tiled_logits_loss == "auto":
         loss = None  # such a program may make its own loss of the logits
     if loss is not None and loss.backend == "auto" and liger.makes_loss:
         loss = loss.model_copy(update={"backend": "liger"})
     if loss is not None or config.sequence_parallel_size > 1:
-        use_own_loss(model, undo)
-    leaf = Leaves(model, stage, undo)
-    call_together(model, stage, leaf, undo)
-    fused_words = fuse_norms_and_rope(model, undo) if _fuses(config, liger) else "the model's own"
-    mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, undo, calls)
-    loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, undo)
+        use_own_loss(model, patches)
+    leaf = Leaves(model, stage, patches)
+    call_together(model, stage, leaf, patches)
+    fused_words = fuse_norms_and_rope(model, patches) if _fuses(config, liger) else "the model's own"
+    mlp_words = "whole" if mlp is None else tile_mlps(model, mlp, leaf, patches, calls)
+    loss_words = "whole" if loss is None else tile_loss(model, loss, calls, leaf, patches)
     return [
         ("liger", liger.words),
         ("norms, rotary", fused_words),
@@ -181,53 +180,53 @@ def _fuses(config: AlstConfig, liger: LigerUse) -> bool:
     return config.alst.liger_kernel == "auto" and not liger.patched and get_accelerator().device_name() == "cuda"
 
 
-def _keep(model: Any, config: AlstConfig, undo: ExitStack) -> Planner | None:
+def _keep(model: Any, config: AlstConfig, patches: PatchSet) -> Planner | None:
     """Have a model's layers keep what the config says for the backward; None where nothing is asked for."""
     wanted = config.alst.save_attention_output
     if config.alst.activation_checkpoint_cpu_offload is None and wanted is not True:
         return None
-    return Planner(model, config, undo)
+    return Planner(model, config, patches)
 
 
-def _make_room_together(planner: Planner | None, engine: Any, undo: ExitStack) -> list[tuple[str, str]]:
+def _make_room_together(planner: Planner | None, engine: Any, patches: PatchSet) -> list[tuple[str, str]]:
     """``_make_room`` where ranks have no group for agreements: one for this alone."""
     group = None if planner is None else build_control_group()
-    rows = _make_room(planner, engine, group, undo)
+    rows = _make_room(planner, engine, group, patches)
     if group is not None:
         dist.destroy_process_group(group)
     return rows
 
 
-def _make_room(planner: Planner | None, engine: Any, group: Any, undo: ExitStack) -> list[tuple[str, str]]:
+def _make_room(planner: Planner | None, engine: Any, group: Any, patches: PatchSet) -> list[tuple[str, str]]:
     """Room off the device for what is kept; returns rows of the report."""
     if planner is None:
         return [("offload", "off")]
     error = None
     try:
-        planner.attach(engine, undo)
+        planner.attach(engine, patches)
     except AlstError as raised:
         error = raised
     raise_together(error, group)
     return planner.words()
 
 
-def _session(model: Any, config: AlstConfig, groups: SequenceGroups, undo: ExitStack) -> Session:
+def _session(model: Any, config: AlstConfig, groups: SequenceGroups, patches: PatchSet) -> Session:
     packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
     mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
-    return Session(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), undo)
+    return Session(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), patches)
 
 
 def _prepare_model(
-    model: Any, session: Session, stage: int, adopted: Any, undo: ExitStack
+    model: Any, session: Session, stage: int, adopted: Any, patches: PatchSet
 ) -> tuple[str, list[tuple[str, str]], Planner | None]:
     """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
     proof, group = prove(model, session.groups, adopted is not None), session.groups.control_group
     if adopted is not None:
-        prepare_adoption(undo)
-    attention = patch_model(model, session.groups.sp_group, undo, session.calls, whole_loss=adopted is None)
-    planner = _keep(model, session.config, undo)
-    guard_batches(model, session.groups, session.calls, undo, planner)
-    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, group, undo)
+        prepare_adoption(patches)
+    attention = patch_model(model, session.groups.sp_group, patches, session.calls, whole_loss=adopted is None)
+    planner = _keep(model, session.config, patches)
+    guard_batches(model, session.groups, session.calls, patches, planner)
+    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, group, patches)
     return attention, [*([("model", proof)] if proof else []), *tiles], planner
 
 
@@ -272,11 +271,11 @@ def _error_in(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> Alst
     return None
 
 
-def _reduce(engine: Any, config: AlstConfig, bucket: str, undo: ExitStack) -> list[tuple[str, str]]:
+def _reduce(engine: Any, config: AlstConfig, bucket: str, patches: PatchSet) -> list[tuple[str, str]]:
     """Put our reduction in the place of the engine's; returns rows of the report."""
     reduction = reduction_of(config)
     adder = load_sum_pieces(get_accelerator().device_name())
-    path = install_reduction(engine, reduction, undo)
+    path = install_reduction(engine, reduction, patches)
     engine.alst.watch_gradients(engine)
     engine.alst.reduction_bytes = path.bytes_sent(engine)
     return reduction_rows(engine, reduction, path, adder, bucket)

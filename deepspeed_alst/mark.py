@@ -1,16 +1,16 @@
 """The mark on a model that an engine of ours has: its forward is no longer the one that it came with."""
 
-from contextlib import ExitStack
 from typing import Any
+
+from deepspeed_alst.core.patching import PatchSet
 
 _MARK = "_deepspeed_alst_engine"
 
 
-def take(model: Any, undo: ExitStack) -> None:
-    """Mark a model until ``undo`` closes."""
+def take(model: Any, patches: PatchSet) -> None:
+    """Mark a model as an engine's."""
     if hasattr(model, "__dict__"):  # else it is DeepSpeed's to refuse
-        vars(model)[_MARK] = True
-        undo.callback(vars(model).pop, _MARK, None)
+        patches.set(model, _MARK, True)
 
 
 def is_taken(model: Any) -> bool:

@@ -4,29 +4,32 @@ Runs in every process that imports deepspeed or transformers, so it holds little
 us?".
 """
 
-import functools
 import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from deepspeed_alst.config_file import OWN_KEYS, config_on_command_line, find_config, is_wanted
+from deepspeed_alst.core.patching import unwrap, wrap_once
 from deepspeed_alst.mark import is_taken
 from deepspeed_alst.near_misses import ignored
-
-_MARK = "__deepspeed_alst__"
 
 
 def hook_initialize(deepspeed: ModuleType) -> None:
     """Put the gate in front of ``deepspeed.initialize``; a second call does nothing."""
-    original = deepspeed.initialize
-    if hasattr(original, _MARK):
-        return
+    wrap_once(deepspeed, "initialize", _before_initialize)
+    if is_wanted(_command_line_config()):
+        # DeepSpeed builds its CPU op where the ranks meet, which zero.Init or the program may do before initialize.
+        for holder in _holders(deepspeed):
+            wrap_once(holder, "init_distributed", _check_lock_before)
+
+
+def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def initialize(*args, **kwargs):
         # A call that does not fit the signature is DeepSpeed's to refuse.
         try:
@@ -45,10 +48,7 @@ def hook_initialize(deepspeed: ModuleType) -> None:
 
         return alst_initialize(original, dict(arguments), ds_config)
 
-    setattr(initialize, _MARK, original)
-    deepspeed.initialize = initialize
-    if is_wanted(_command_line_config()):
-        _check_lock_at_start(deepspeed)
+    return initialize
 
 
 def _warn_of(lines: list[str]) -> None:
@@ -66,20 +66,14 @@ def _refuse_a_second_engine() -> None:
     )
 
 
-def _check_lock_at_start(deepspeed: ModuleType) -> None:
-    """DeepSpeed builds its CPU op where the ranks meet, which zero.Init or the program may do before initialize."""
-    original = deepspeed.comm.init_distributed
-
-    @functools.wraps(original)
+def _check_lock_before(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_distributed(*args, **kwargs):
         from deepspeed_alst.engine.environment import check_build_lock
 
         check_build_lock()
         return original(*args, **kwargs)
 
-    setattr(init_distributed, _MARK, original)
-    for holder in _holders(deepspeed):
-        holder.init_distributed = init_distributed
+    return init_distributed
 
 
 def _holders(deepspeed: ModuleType) -> tuple[Any, ...]:
@@ -89,9 +83,9 @@ def _holders(deepspeed: ModuleType) -> tuple[Any, ...]:
 
 def unhook_initialize(deepspeed: ModuleType) -> None:
     """Give ``deepspeed.initialize`` back as it was, and ``init_distributed`` where it was hooked too."""
-    deepspeed.initialize = getattr(deepspeed.initialize, _MARK, deepspeed.initialize)
+    unwrap(deepspeed, "initialize")
     for holder in _holders(deepspeed):
-        holder.init_distributed = getattr(holder.init_distributed, _MARK, holder.init_distributed)
+        unwrap(holder, "init_distributed")
 
 
 def _command_line_config() -> dict[str, Any]:
@@ -129,12 +123,10 @@ def hook_trainer_config(integration: ModuleType) -> None:
     Args:
         integration: the module ``transformers.integrations.deepspeed``.
     """
-    trainer_config = integration.HfTrainerDeepSpeedConfig
-    original = trainer_config.trainer_config_process
-    if hasattr(original, _MARK):
-        return
+    wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _count_micro_steps)
 
-    @functools.wraps(original)
+
+def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
     def trainer_config_process(self, args, *rest, **kwargs):
         if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
             return original(self, args, *rest, **kwargs)
@@ -142,8 +134,7 @@ def hook_trainer_config(integration: ModuleType) -> None:
 
         return fill_batch_keys(original, self, args, *rest, **kwargs)
 
-    setattr(trainer_config_process, _MARK, original)
-    trainer_config.trainer_config_process = trainer_config_process
+    return trainer_config_process
 
 
 def hook_accelerate_config(module: ModuleType) -> None:
@@ -152,19 +143,16 @@ def hook_accelerate_config(module: ModuleType) -> None:
     Args:
         module: ``accelerate.utils.dataclasses``.
     """
-    plugin_class = module.DeepSpeedPlugin
-    original = plugin_class.deepspeed_config_process
-    if hasattr(original, _MARK):
-        return
+    wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _without_own_keys)
 
-    @functools.wraps(original)
+
+def _without_own_keys(original: Callable[..., Any]) -> Callable[..., Any]:
     def deepspeed_config_process(self, prefix="", mismatches=None, config=None, **kwargs):
         if config is None and any(key in self.deepspeed_config for key in OWN_KEYS):
             config = {key: value for key, value in self.deepspeed_config.items() if key not in OWN_KEYS}
         return original(self, prefix=prefix, mismatches=mismatches, config=config, **kwargs)
 
-    setattr(deepspeed_config_process, _MARK, original)
-    plugin_class.deepspeed_config_process = deepspeed_config_process
+    return deepspeed_config_process
 
 
 def hook_accelerator(module: ModuleType) -> None:
@@ -175,8 +163,7 @@ def hook_accelerator(module: ModuleType) -> None:
     """
     from deepspeed_alst.data.prepared import hook_loaders
 
-    if not hasattr(module.Accelerator.prepare_data_loader, _MARK):
-        hook_loaders(module.Accelerator, _MARK, _splits_sequences)
+    hook_loaders(module.Accelerator, _splits_sequences)
 
 
 def hook_trainer(module: ModuleType) -> None:
@@ -187,13 +174,12 @@ def hook_trainer(module: ModuleType) -> None:
     Args:
         module: ``transformers.trainer``.
     """
-    trainer_class = module.Trainer
-    train, evaluate = trainer_class.training_step, trainer_class.evaluation_loop
-    create = trainer_class.create_accelerator_and_postprocess
-    if hasattr(train, _MARK):
-        return
+    wrap_once(module.Trainer, "training_step", _step_over_shards)
+    wrap_once(module.Trainer, "evaluation_loop", _evaluate_with_logits)
+    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _agree_on_accumulation)
 
-    @functools.wraps(train)
+
+def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
     def training_step(self, model, inputs, *args, **kwargs):
         if not (hasattr(model, "alst") and _trainer_splits_sequences(self)):
             return train(self, model, inputs, *args, **kwargs)
@@ -201,7 +187,10 @@ def hook_trainer(module: ModuleType) -> None:
 
         return trainer.training_step(train, self, model, inputs, *args, **kwargs)
 
-    @functools.wraps(evaluate)
+    return training_step
+
+
+def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     def evaluation_loop(self, *args, **kwargs):
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is None or not is_wanted(plugin.deepspeed_config):
@@ -211,7 +200,10 @@ def hook_trainer(module: ModuleType) -> None:
         with trainer.evaluation(self):
             return evaluate(self, *args, **kwargs)
 
-    @functools.wraps(create)
+    return evaluation_loop
+
+
+def _agree_on_accumulation(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_accelerator_and_postprocess(self):
         create(self)
         if _trainer_splits_sequences(self):
@@ -220,9 +212,7 @@ def hook_trainer(module: ModuleType) -> None:
             if type(steps) is int:
                 self.accelerator.gradient_accumulation_steps = steps
 
-    for wrapper in (training_step, evaluation_loop, create_accelerator_and_postprocess):
-        setattr(wrapper, _MARK, wrapper.__wrapped__)
-        setattr(trainer_class, wrapper.__name__, wrapper)
+    return create_accelerator_and_postprocess
 
 
 def _trainer_splits_sequences(trainer: Any) -> bool:

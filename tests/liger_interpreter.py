@@ -1,7 +1,7 @@
 """Liger's kernels run by Triton's interpreter: what of them it cannot run is replaced by what computes the same."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import ModuleType
 from unittest import mock
 
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.kernels.interpreter import Traffic, faithful
+from deepspeed_alst.core.patching import PatchSet
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def faithful_liger() -> Iterator[Traffic]:
 
     from deepspeed_alst.kernels.cross_entropy import _tanh
 
-    with ExitStack() as undo:
+    with PatchSet() as undo:
 
         def replace(owner: ModuleType, name: str, value: object) -> None:
             undo.enter_context(mock.patch.object(owner, name, value))

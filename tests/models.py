@@ -1,6 +1,5 @@
 """One step of a small model in fp64, whole and split."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import SMALL
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model
@@ -24,6 +24,20 @@ def family_batch(length: int, rows: int, seed: int = 3) -> dict[str, torch.Tenso
     return {"input_ids": ids, "labels": labels}
 
 
+def state_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Whatever a patch could have changed: classes, attributes and hooks of all modules, and their configs' attention.
+
+    Hooks that transformers adds in a first forward, and keeps, are left out.
+    """
+    state: dict[str, Any] = {"config": model.config._attn_implementation}
+    for name, module in model.named_modules():
+        own = {key: id(value) for key, value in vars(module).items() if key != "_output_capturing_hooks_installed"}
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        mine = [id(each) for each in hooks if "output_capturing" not in getattr(each, "__module__", "")]
+        state[name] = (type(module), own, mine)
+    return state
+
+
 def step_in_fp64(
     config: Any, batch: dict[str, torch.Tensor], group: Any = None, multiple: int = 0
 ) -> tuple[float, dict[str, torch.Tensor]]:
@@ -35,14 +49,16 @@ def step_in_fp64(
     # Eager experts: the grouped matrix product of the default has no fp64.
     config._experts_implementation = "eager"
     model = build_model(config).double()
-    with ExitStack() as undo, KeepFp64():
+    before = state_of(model)
+    with PatchSet() as patches, KeepFp64():
         if group is not None:
             sp_size, calls = dist.get_world_size(group), Calls()
             batch = shard_batch(batch, sp_size, multiple or sp_size, marks_padding=True).shards[dist.get_rank(group)]
             calls.real_tokens = batch.pop(REAL_TOKENS)
-            patch_model(model, group, undo, calls)
+            patch_model(model, group, patches, calls)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
+    assert patches.journal == [] and state_of(model) == before
     grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
     if group is not None:
         for grad in grads.values():

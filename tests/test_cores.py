@@ -10,7 +10,6 @@ import copy
 import itertools
 import pickle
 import re
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import FAMILIES, LINEAR_FAMILIES, family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
@@ -76,7 +76,7 @@ def whole_step(core: str, config: Any, batch: dict[str, Any]) -> Step:
 
 def split_step(core: str, config: Any, batch: dict[str, Any], sp_size: int, multiple: int) -> Step:
     """One step over ``sp_size`` ranks, with gradients averaged as DeepSpeed does it."""
-    with ExitStack() as undo, KeepFp64():
+    with PatchSet() as undo, KeepFp64():
         groups = build_groups(sp_size, build_control_group())
         undo.callback(groups.destroy)
         model = model_with(core, config)
@@ -303,7 +303,7 @@ def test_sinks_are_those_of_this_ranks_heads(sp_size, ranks4):
 
 def facts_of_the_name(core: str) -> dict[str, Any]:
     """What a patched model's name is to those who read it, and to those who look it up."""
-    with stand_ins.installed(), ExitStack() as undo:
+    with stand_ins.installed(), PatchSet() as undo:
         config = family_config("llama")
         model, other = model_with(core, config), model_with(core, config)
         own = AttentionInterface._global_mapping[core]
@@ -360,7 +360,7 @@ def reference_beside(core: str) -> list[Step]:
             return loss, {name: grad.clone() for name, grad in grads.items()}
 
         steps = [look()]
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             model = model_with(core, config)
             patch_model(model, None, undo)
             split = shard_batch(batch, 2, 2).shards[dist.get_rank()]
@@ -382,7 +382,7 @@ def test_a_reference_model_in_the_process_stays_as_it_is(core, ranks2):
 def two_cores() -> float:
     """Two models of two flash cores, one of them of the hub, forward by turns and backward in the other order."""
     names, batch = (FLASH[0], FLASH[3]), family_batch(24, 1)
-    with stand_ins.installed(), ExitStack() as undo:
+    with stand_ins.installed(), PatchSet() as undo:
         # In fp32: recomputation runs in autograd's own thread, where KeepFp64 is not.
         models = [model_with(core, family_config("llama")).float() for core in names]
         for model in models:
@@ -411,7 +411,7 @@ def test_two_flash_cores_by_turns_do_not_take_one_anothers_place(ranks2):
 def another_model_of_its_config() -> tuple[str, float]:
     """What a second model says that is built from a patched model's config, and the loss of one from a copy."""
     batch = family_batch(24, 1)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         model = model_with("sdpa", family_config("llama"))
         alone = model_with("sdpa", family_config("llama"))(**batch).loss
         patch_model(model, None, undo)
@@ -440,7 +440,7 @@ def flex_forward(changed: dict[str, Any]) -> float:
     # Not shorter: PyTorch 2.13's compiled kernel of the CPU is wrong by itself for causal masks of 40 tokens (NaN).
     config, batch = family_config("llama", **changed), family_batch(125, 2)
     whole, split = (model_with(core, config).float().eval() for core in ("sdpa", "flex_attention"))
-    with ExitStack() as undo, torch.no_grad():
+    with PatchSet() as undo, torch.no_grad():
         true = whole(**batch).loss
         patch_model(split, None, undo)
         # Twice: the second finds the mask of this length, whatever it is given beside it.
@@ -458,7 +458,7 @@ def test_flex_attention_is_causal_over_the_whole_sequence(ranks2):
 
 
 def train_flex() -> None:
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         model = model_with("flex_attention", family_config("llama"))
         check_model(model)
         patch_model(model, None, undo)
@@ -578,7 +578,7 @@ def test_packed_documents_in_several_rows_are_refused():
 
 def guarded(change: str) -> None:
     """A packed batch of a loader that is not ours."""
-    with stand_ins.installed(), ExitStack() as undo:
+    with stand_ins.installed(), PatchSet() as undo:
         groups = build_groups(2, build_control_group())
         undo.callback(groups.destroy)
         model = model_with("flash_attention_2", family_config("llama"))

@@ -1,7 +1,6 @@
 """Dropout and router noise: drawn by counters, so that a split sequence has the numbers of the whole one."""
 
 import threading
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from benchmarks.variants import trained
 from deepspeed_alst.attention.banded import attend
 from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -222,7 +222,7 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         model.enable_input_require_grads()
     make, losses = torch.Generator().manual_seed(3), []
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         if not checkpointing:
             undo.enter_context(KeepFp64())
         calls = Calls(draws=Draws(seed=11))
@@ -339,7 +339,7 @@ def adapter_difference(kind: str, arguments: dict[str, Any]) -> float:
         check_model(model)
         ids = torch.randint(5, 97, (2, 40), generator=torch.Generator().manual_seed(3))
         batch = {"input_ids": ids, "labels": ids.clone()}
-        with ExitStack() as undo, KeepFp64():
+        with PatchSet() as undo, KeepFp64():
             if split:
                 batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
                 patch_model(model, dist.group.WORLD, undo)
@@ -370,7 +370,7 @@ def test_the_programs_generator_and_other_threads_models_are_left_alone():
         thread.join()
 
     model = build_model(family_config("seed_oss")).train()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         count_draws(model, Draws(), undo)
         before = torch.get_rng_state()
         model(input_ids=ids, labels=ids).loss.backward()
@@ -384,7 +384,7 @@ def test_the_programs_generator_and_other_threads_models_are_left_alone():
 def test_forwards_draw_anew_and_on_trial_the_same():
     ids = torch.arange(24).view(1, 24) + 5
     model = build_model(family_config("seed_oss")).train()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         trial: list[bool] = []
         count_draws(model, Draws(), undo, on_trial=lambda: bool(trial))
         first, second = (model(input_ids=ids).logits for _ in range(2))
@@ -399,7 +399,7 @@ def test_forwards_draw_anew_and_on_trial_the_same():
 
 def test_an_error_in_a_forward_leaves_no_mode_behind():
     model = build_model(family_config("seed_oss")).train()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         count_draws(model, Draws(), undo)
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 8), 10**6))
@@ -412,7 +412,7 @@ def test_compiled_layers_draw_the_same_and_what_a_compiler_would_draw_is_refused
     ids, losses = torch.arange(24).view(1, 24) + 5, []
     for compiled in (False, True):
         model = build_model(family_config("seed_oss")).train()
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             count_draws(model, Draws(), undo)
             for layer in model.model.layers if compiled else ():
                 layer.mlp.compile(backend="aot_eager")
@@ -441,7 +441,7 @@ def test_neftunes_noise_is_refused_where_a_sequence_is_split():
     embeddings = model.get_input_embeddings()
     embeddings.neftune_noise_alpha = 5.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         count_draws(model, Draws(sp_size=4), undo)
         with pytest.raises(UnsupportedModelError, match=r"neftune_noise_alpha=5\.0: .* leave it out"):
             model(input_ids=torch.arange(64).view(1, 64))

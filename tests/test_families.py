@@ -1,7 +1,5 @@
 """Twenty families give the loss and the gradients of the run without sequence parallelism, in fp64."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +9,7 @@ from benchmarks.cells import build_model
 from benchmarks.census import small_of
 from benchmarks.families import FAMILIES, family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.families import check_model
@@ -134,7 +133,7 @@ class OwnLoss(LlamaForCausalLM):
 def run_own_loss():
     config = family_config("llama")
     model = OwnLoss(config)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         patch_model(model, None, undo)
         model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
 

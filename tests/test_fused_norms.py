@@ -2,7 +2,7 @@
 
 import copy
 import types
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -16,6 +16,7 @@ from benchmarks.families import family_config
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
 from benchmarks.kernels.rms_norm import layer_peak
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.kernels import registry
 from deepspeed_alst.models import fused_norms, fused_rope
 from deepspeed_alst.models.fused import fuse_norms_and_rope
@@ -65,7 +66,7 @@ def _errors(model_type, dtype, changed, length=24):
     with KeepFp64():
         results["truth"] = _step(copy.deepcopy(model).double(), batch)
     results["torch"] = _step(copy.deepcopy(model), batch)
-    with ExitStack() as undo, _counting() as calls:
+    with PatchSet() as undo, _counting() as calls:
         fuse_norms_and_rope(model, undo)
         results["ops"] = _step(model, batch)
     errors, (truth_loss, truth) = {}, results["truth"]
@@ -121,7 +122,7 @@ def test_a_model_trains_as_with_its_own_steps_by_interpreted_kernels():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_model_recomputes_by_the_ops(reentrant):
     model, batch = _model(), family_batch(24, 2)
-    with ExitStack() as undo, _counting() as calls:
+    with PatchSet() as undo, _counting() as calls:
         own_loss, own = _step(model, batch)
         fuse_norms_and_rope(model, undo)
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -134,7 +135,7 @@ def test_a_checkpointed_model_recomputes_by_the_ops(reentrant):
 
 def test_a_first_proof_within_a_checkpoint_leaves_no_trace_in_it():
     registry._is_proven.cache_clear()
-    with ExitStack() as undo, _counting() as calls:
+    with PatchSet() as undo, _counting() as calls:
         model = _model()
         fuse_norms_and_rope(model, undo)
         registry._is_proven.cache_clear()
@@ -208,7 +209,7 @@ STAY = (
 def test_a_module_that_computes_something_else_or_that_something_hangs_on_stays(module):
     before = dict(vars(module))
     state = torch.get_rng_state()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         assert not fuse_norms(module, undo)
         assert vars(module) == before and torch.equal(torch.get_rng_state(), state)
 
@@ -216,7 +217,7 @@ def test_a_module_that_computes_something_else_or_that_something_hangs_on_stays(
 def test_a_fused_norm_takes_its_own_forward_where_the_proof_does_not_hold():
     norm = LlamaRMSNorm(32)
     own = copy.deepcopy(norm)
-    with ExitStack() as undo, _counting() as calls:
+    with PatchSet() as undo, _counting() as calls:
         assert fuse_norms(norm, undo) == {"LlamaRMSNorm": 1}
         for x in (torch.randn(3, 32).double(), torch.randn(3, 32).bfloat16()):  # other than the weight's fp32
             assert torch.equal(norm(x), own(x)) and norm(x).dtype == own(x).dtype
@@ -230,7 +231,7 @@ def test_a_compiler_sees_the_modules_own_steps():
     layer = _model().model.layers[0]
     hidden, tables = torch.randn(1, 5, 32), torch.randn(2, 1, 5, 8).unbind()
     own, _ = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=tables, attention_mask=None)
-    with ExitStack() as undo, _counting() as calls:
+    with PatchSet() as undo, _counting() as calls:
         fuse_norms_and_rope(layer, undo)
 
         @torch.compile(backend="eager", fullgraph=True)
@@ -245,7 +246,7 @@ def test_a_compiler_sees_the_modules_own_steps():
 def test_undo_gives_everything_back():
     function, model = modeling_llama.apply_rotary_pos_emb, _model()
     before = [dict(vars(module)) for module in model.modules()]
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         words = fuse_norms_and_rope(model, undo)
         assert words.startswith("5 LlamaRMSNorm and 2 LlamaAttention (rotary embedding) by a kernel")
         assert modeling_llama.apply_rotary_pos_emb is function
@@ -254,7 +255,7 @@ def test_undo_gives_everything_back():
 
 def test_two_models_of_a_family_come_and_go_in_any_order():
     function, batch = modeling_llama.apply_rotary_pos_emb, family_batch(24, 2)
-    first, second, other = ExitStack(), ExitStack(), _model()
+    first, second, other = PatchSet(), PatchSet(), _model()
     models = _model(), _model()
     fuse_norms_and_rope(models[0], first)
     fuse_norms_and_rope(models[1], second)
@@ -272,7 +273,7 @@ def test_two_models_of_a_family_come_and_go_in_any_order():
 
 def test_a_copy_of_a_model_runs_on_its_own_weights():
     model, batch = _model(), family_batch(24, 2)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         fuse_norms_and_rope(model, undo)
         copied = copy.deepcopy(model)
         with torch.no_grad():
@@ -298,16 +299,16 @@ def test_a_rotation_of_another_form_stays(monkeypatch):
     )
     for other in others:
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             assert not fused_rope.fuse_rope(model, undo)
             assert modeling_llama.apply_rotary_pos_emb is other
 
 
 def test_where_no_kernel_runs_a_model_keeps_its_own():
     model = _model()
-    with ExitStack() as undo, mock.patch("deepspeed_alst.models.fused.has_kernel", lambda *_: False):
+    with PatchSet() as undo, mock.patch("deepspeed_alst.models.fused.has_kernel", lambda *_: False):
         assert fuse_norms_and_rope(model, undo) == "the model's own"
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         assert fuse_norms_and_rope(None, undo) == "the model's own"
 
 
@@ -356,7 +357,7 @@ def _fused_while_partitioned():
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     with deepspeed.zero.Init(config_dict_or_path=config):
         norm = LlamaRMSNorm(4096)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         return norm.weight.numel(), fuse_norms(norm, undo)
 
 

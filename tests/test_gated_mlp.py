@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -17,6 +16,7 @@ from benchmarks.families import family_config
 from benchmarks.kernels.gated import by_autograd, mlp_peak
 from benchmarks.kernels.judge import errors_of
 from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.models.token_wise import token_wise_modules
@@ -349,7 +349,7 @@ def test_a_kernel_that_computes_something_else_is_not_used():
 def test_a_checkpointed_step_runs_it_once_forward_and_once_backward():
     model, batch = build_model(family_config("phi3")).train(), family_batch(37, 2)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile_mlps(model, TiledMlpBlock(tile_tokens=10), no_leaf, undo)
         assert rows_of_a_step(lambda: model(**batch, use_cache=False).loss.backward(), 74, 2) == (1, 1)
 
@@ -366,7 +366,7 @@ def rows_of_a_step(step: Any, tokens: int, num_layers: int) -> tuple[float, floa
         return counted
 
     step()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         for name in rows:
             run = getattr(gated_mlp.GatedMlp, name)
             undo.enter_context(mock.patch.object(gated_mlp.GatedMlp, name, counting(name, run)))
@@ -415,7 +415,7 @@ def test_more_rows_fit_and_what_would_not_fit_whole_is_one_tile(tokens, tiles):
     x = torch.randn(1, tokens, 32, requires_grad=True)
     forward = gated_mlp.GatedMlp.forward
     with (
-        ExitStack() as undo,
+        PatchSet() as undo,
         mock.patch.object(gated_mlp.GatedMlp, "forward", autospec=True, side_effect=forward) as by_tile,
         mock.patch.object(TiledPass, "apply", side_effect=TiledPass.apply) as passes,
     ):

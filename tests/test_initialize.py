@@ -54,7 +54,6 @@ def first_step(cell: Cell, sabotage: bool) -> tuple[bool, bool]:
 
     engine = initialize(cell=cell)
     before = [param.detach().clone() for param in engine.module.parameters()]
-    probed = engine.step
     try:
         own = samples(cell, model_config(cell).vocab_size)[0][dist.get_rank()]
         with twice_the_average(sabotage):
@@ -62,7 +61,7 @@ def first_step(cell: Cell, sabotage: bool) -> tuple[bool, bool]:
                 engine.backward(engine(**batch).loss)
                 engine.step()
         hooks = [param._backward_hooks for param in engine.module.parameters() if param._backward_hooks]
-        return engine.step is not probed, not hooks
+        return engine.alst.probe.is_done, not hooks
     except deepspeed_alst.SetupError:
         assert all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), before, strict=True))
         raise

@@ -5,7 +5,7 @@ signatures (tests/stand_ins/operators.py), which computes its backward from the 
 """
 
 import copy
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from benchmarks.families import family_config
 from benchmarks.tally import Tally
 from deepspeed_alst.attention.kept import attend_once
 from deepspeed_alst.attention.ulysses import ulysses_attention
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.ledger.fake import fake_world
@@ -103,7 +104,7 @@ def pair(model: torch.nn.Module, step: Any, reentrant: bool = False, **frame: An
     found = []
     for keeps in (False, True):
         own = copy.deepcopy(model)
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             if keeps:
                 keep_attention(own, undo)
             frames = checkpoint_layers(own, keeps, reentrant, **(frame if keeps else {}))
@@ -275,7 +276,7 @@ def test_evaluation_in_between_and_a_step_after_an_exception():
 )
 def test_an_attention_without_operators_is_refused_with_the_way_out(core, reason):
     model = small_model(core)
-    for refuse in (check_keeps_attention, lambda model: keep_attention(model, ExitStack())):
+    for refuse in (check_keeps_attention, lambda model: keep_attention(model, PatchSet())):
         with pytest.raises(UnsupportedModelError, match=f"'{core}' {reason}.*attn_implementation='sdpa'"):
             refuse(model)
 
@@ -296,7 +297,7 @@ def test_all_of_it_is_undone_and_no_other_model_sees_it():
     model, other = build_model(config), build_model(config)
     other.config = model.config
     before = [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)]
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         assert "the output of sdpa is kept" in keep_attention(model, undo)
         assert model.config is not config and type(other.config._attn_implementation) is str
         assert model.config._attn_implementation == "sdpa"
@@ -308,7 +309,7 @@ def test_the_ledger_counts_no_forward_that_does_not_run():
     """Fake tensors, FLOPs by torch's formulas."""
     flops = []
     for keeps in (False, True):
-        with fake_world(1), ExitStack() as undo:
+        with fake_world(1), PatchSet() as undo:
             model = build_model(family_config("llama", **GQA))
             if keeps:
                 keep_attention(model, undo)
@@ -384,7 +385,7 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"gradients": []}
         for keeps in (False, True):
             own, tally = copy.deepcopy(model), Tally()
-            with ExitStack() as undo, tally.installed(), Runs() as runs:
+            with PatchSet() as undo, tally.installed(), Runs() as runs:
                 patch_model(own, None, undo)
                 frames = checkpoint_layers(own, keeps, reentrant, tally)
                 for batch in batches:
@@ -491,7 +492,7 @@ def test_the_output_in_head_layout_has_no_memory_until_the_backward_fills_it(ree
 
 
 def flex_is_not_kept() -> list[str]:
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         model = small_model("flex_attention")
         patch_model(model, None, undo)
         frames = checkpoint_layers(model, keeps=True, reentrant=False)

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import os
-from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -23,6 +22,7 @@ from benchmarks.kernels.judge import Interpreted, errors_of, measure
 from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.logit_steps import on_the_way
@@ -231,7 +231,7 @@ def _errors_in_a_model(model_type: str, dtype: torch.dtype, changed: dict) -> di
     results = {}
     for name, of_dtype in (("truth", torch.float64), ("torch", dtype), ("triton", dtype)):
         copied = copy.deepcopy(model).to(of_dtype)
-        with ExitStack() as undo, faithful() as traffic:
+        with PatchSet() as undo, faithful() as traffic:
             results[name] = in_a_model(copied, batch, "torch" if name == "truth" else name, undo)
             assert (traffic.written > 0) == (name == "triton"), "the kernel did not run, or ran where it should not"
     truth_loss, truth = results["truth"]
@@ -370,7 +370,7 @@ def test_without_a_gpu_the_kernel_is_refused_by_name():
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter has leaked out of its process"
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    with ExitStack() as undo, pytest.raises(SetupError, match=r"'triton' needs a GPU.*TRITON_INTERPRET=1"):
+    with PatchSet() as undo, pytest.raises(SetupError, match=r"'triton' needs a GPU.*TRITON_INTERPRET=1"):
         tile_loss(_model("llama"), TiledLossBlock(backend="triton"), Calls(), lambda module: None, undo)
 
 

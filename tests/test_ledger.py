@@ -3,7 +3,6 @@
 import itertools
 import struct
 import timeit
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.families import family_config
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError
 from deepspeed_alst.ledger import picture
 from deepspeed_alst.ledger.blocks import Moment
@@ -446,7 +446,7 @@ def shard_step(model):
 def test_fake_tensors_have_the_bytes_and_flops_of_real_ones(checkpointing):
     ledgers = []
     for world in (fake_ranks, fake_world):
-        with world(2), ExitStack() as undo:
+        with world(2), PatchSet() as undo:
             model = build(checkpointing)
             patch_model(model, dist.group.WORLD, undo)
             ledgers.append(keep(model, lambda model=model: shard_step(model)))
@@ -467,7 +467,7 @@ def test_a_model_of_real_size_under_sequence_parallelism():
         num_key_value_heads=8,
         max_position_embeddings=P * s,
     )
-    with fake_world(P), ExitStack() as undo:
+    with fake_world(P), PatchSet() as undo:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
         model.gradient_checkpointing_enable(CHECKPOINTING["non-reentrant"])
         patch_model(model, dist.group.WORLD, undo)
@@ -509,7 +509,7 @@ def hooks():
 def test_nothing_stays_behind(fails):
     model = torch.nn.Linear(2, 2)
     before = hooks()
-    with ExitStack() as stack:
+    with PatchSet() as stack:
         if fails:
             stack.enter_context(pytest.raises(KeyError))
         with Ledger(model) as ledger:

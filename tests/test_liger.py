@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import tempfile
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -24,6 +23,7 @@ from benchmarks.ranks import RankError
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
 from deepspeed_alst.config import parse
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.liger import use_liger
@@ -189,7 +189,7 @@ def _adapted(model_type: str, **changed: Any) -> torch.nn.Module:
 def _step_with(model: torch.nn.Module, backend: str | None) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Loss and gradients of two micro-steps, and an evaluation's loss, whose logits somebody looks at."""
     batch = family_batch(24, 2)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         if backend is not None:
             tile_loss(model, TiledLossBlock(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
             replace_whole_loss(model, undo)
@@ -279,7 +279,7 @@ def _patched_errors(model_type: str, parts: Any, checkpointing: bool, tiled: boo
 
         return counted
 
-    with ExitStack() as undo, faithful_liger() as traffic:
+    with PatchSet() as undo, faithful_liger() as traffic:
         for module, name in ((swiglu, "swiglu_forward"), (geglu, "geglu_forward")):
             undo.enter_context(mock.patch.object(module, name, counting(getattr(module, name))))
         words = use_liger(model, liger_keys(parts), "cpu", None, undo).words
@@ -383,10 +383,10 @@ def _all_families() -> tuple[dict[str, str], dict[str, list[str]]]:
         if model is None:
             continue
         # What a function of Liger's imports is there before, to be compared.
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             use_liger(model, liger_keys({}), "cuda", None, undo)
         before = _state_of(model)
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             said[model_type] = use_liger(model, liger_keys({}), "cuda", None, undo).words
         left[model_type] = _left_behind(before)
     return said, left
@@ -414,7 +414,7 @@ def test_every_family_that_liger_knows(interpreted):
 
 
 def _words_of(model: Any, parts: Any) -> str:
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         return use_liger(
             _model(model) if isinstance(model, str) else model, liger_keys(parts), "cuda", None, undo
         ).words
@@ -446,7 +446,7 @@ def _other_models() -> None:
 
     model, batch = _model("llama"), family_batch(5, 1)
     names = {name: vars(modeling_llama)[name] for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
-    with ExitStack() as undo, faithful_liger() as traffic:
+    with PatchSet() as undo, faithful_liger() as traffic:
         use_liger(model, liger_keys(True), "cpu", None, undo)
         assert all(vars(modeling_llama)[name] is value for name, value in names.items())
         other, copied = _model("llama"), copy.deepcopy(model)
@@ -554,7 +554,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter has leaked out of its process"
     model = _model("llama")
     for parts in ("auto", {}, {"rope": False}):
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             words = use_liger(model, liger_keys(parts), "cpu", None, undo).words
         assert words.startswith("not used: Liger's kernels need a GPU, and the engine is on cpu")
     for keys, name in (
@@ -563,10 +563,10 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
         ({"liger_kernel": {"fused_linear_cross_entropy": True}}, r"liger_kernel\.fused_linear_cross_entropy"),
         ({"tiled_logits_loss": "liger"}, r"alst\.tiled_logits_loss"),
     ):
-        with ExitStack() as undo, pytest.raises(SetupError, match=f"{name}: .* GPU.* TRITON_INTERPRET=1"):
+        with PatchSet() as undo, pytest.raises(SetupError, match=f"{name}: .* GPU.* TRITON_INTERPRET=1"):
             use_liger(model, parse({"alst": keys}), "cpu", None, undo)
     if not torch.cuda.is_available():
-        with ExitStack() as undo, pytest.raises(SetupError, match="GPU"):
+        with PatchSet() as undo, pytest.raises(SetupError, match="GPU"):
             tile_loss(model, TiledLossBlock(backend="liger"), Calls(), lambda module: None, undo)
 
 
@@ -590,7 +590,7 @@ def _on_unequal_ranks(parts: Any) -> str:
     import torch.distributed as dist
 
     device = "cpu" if dist.get_rank() else "cuda"
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         return use_liger(_model("llama"), liger_keys(parts), device, dist.group.WORLD, undo).words
 
 

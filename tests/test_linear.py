@@ -7,7 +7,6 @@ in plain torch here; its kernels need a GPU, and functions with their signatures
 
 import copy
 import importlib
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -26,6 +25,7 @@ from deepspeed_alst.attention.exchange import seq_to_head
 from deepspeed_alst.attention.halo import with_tokens_before
 from deepspeed_alst.attention.ulysses import head_to_seq
 from deepspeed_alst.config import check_heads, parse
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
 from deepspeed_alst.models import patches
@@ -167,7 +167,7 @@ def test_these_numbers_see_a_shard_that_is_taken_for_the_sequence(model_type, ra
 def gradients(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Of one split step, this rank's."""
     shard = shard_batch(batch, dist.get_world_size(), dist.get_world_size()).shards[dist.get_rank()]
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         patch_model(model, None, undo)
         model(**shard, use_cache=False).loss.backward()
     return {name: param.grad for name, param in model.named_parameters()}
@@ -339,7 +339,7 @@ def what_happens_around(model_type: str) -> tuple[bool, list[str]]:
 
     layer = next(iter(linear_layers(model).values()))
     before, forwards, said = generated(), vars(layer).copy(), []
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         patch_model(model, None, undo)
         inside = generated()
         for call in (layer, copy.deepcopy(model)):

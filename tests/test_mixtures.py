@@ -5,7 +5,6 @@ Its value and every gradient against transformers' own, in fp64 and in engines.
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from transformers.models.mixtral import modeling_mixtral
 from benchmarks.cells import Cell, build_model, ds_config, samples
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model
@@ -103,7 +103,7 @@ def fused() -> tuple[float, float]:
     for split in (False, True):
         model = build_model(mixture("olmoe"))
         add_fused_lm_head(model)
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             if split:
                 calls = Calls()
                 patch_model(model, dist.group.WORLD, undo, calls)
@@ -283,7 +283,7 @@ def family_module(name: str) -> Any:
 def test_transformers_function_is_the_known_one(name):
     module = family_module(name)
     model = build_model(family_config("mixtral"))
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         undo.callback(setattr, modeling_mixtral, "load_balancing_loss_func", modeling_mixtral.load_balancing_loss_func)
         modeling_mixtral.load_balancing_loss_func = module.load_balancing_loss_func
         assert unknown_router_loss(model) is None
@@ -323,7 +323,7 @@ def beside_another(kind: type) -> None:
     other.load_state_dict(model.state_dict())
     batch = family_batch(8, 1)
     expected = other(**batch).aux_loss
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         calls = Calls()
         patch_model(model, dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
@@ -352,7 +352,7 @@ def test_another_model_evaluated_in_a_thread_keeps_its_own_function(kind, ranks2
 def compiled() -> tuple[float, float]:
     model, batch = build_model(mixture("mixtral")), family_batch(8, 1)
     expected = model(**batch).aux_loss.item()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         calls = Calls()
         patch_model(model, dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]

@@ -27,6 +27,7 @@ from transformers import (
 
 import deepspeed_alst
 from deepspeed_alst import initialize
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine import start_check
 from deepspeed_alst.errors import AlstError
 from deepspeed_alst.models.model_check import Routed, lengths
@@ -231,7 +232,7 @@ def what_happens(name: str, later: bool) -> str:
     rank, change = dist.get_rank(), CHANGES[name][0]
     ids = torch.randint(0, 64, (1, 32), generator=torch.Generator().manual_seed(rank))
     model, engine = build(), None
-    with contextlib.ExitStack() as undo:
+    with PatchSet() as undo:
         if not later:
             undo.enter_context(change(model))
         try:

@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -20,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, offload_keys, run_alst
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
 from deepspeed_alst.models.offload import Keeping, keep_activations
 from deepspeed_alst.offload.pool import HostPool
@@ -431,7 +431,7 @@ def gradients_of_streams(keeps: bool) -> list[torch.Tensor]:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     store = Store(HostPool())
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         if keeps:
             keep_activations(layers, Keeping(store), undo)
         h = torch.randn(2, 1, 5, 8, requires_grad=True)

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.variants import trained
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.families import check_model
@@ -80,7 +80,7 @@ def adapter_step(kind: str, arguments: dict[str, Any], split: bool) -> tuple[flo
     model = adapted(kind, arguments).double()
     stir(model)
     batch = family_batch(37, 2)
-    with ExitStack() as undo, KeepFp64():
+    with PatchSet() as undo, KeepFp64():
         if split:
             batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
             patch_model(model, dist.group.WORLD, undo)
@@ -244,11 +244,10 @@ def test_the_active_adapter_trains(ranks2):
 def first_step_of_a_fresh_adapter(sabotage: bool) -> tuple[bool, list[str]]:
     """Half of the gradients are zero, among them those of the smallest and of the largest parameter."""
     engine = start(2, 2, "LoraConfig", {"r": 4, "target_modules": ["up_proj", "down_proj"]}, stirred=False)
-    probed = engine.step
     try:
         with twice_the_average(sabotage):
             _, grads = steps(engine)
-        return engine.step is not probed, [name for name, grad in grads.items() if not grad.any()]
+        return engine.alst.probe.is_done, [name for name, grad in grads.items() if not grad.any()]
     finally:
         engine.destroy()
 

@@ -3,7 +3,6 @@
 import functools
 import math
 import types
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.parallel.reduction import Reduction
 from tests.test_features import allow_fp16_on_cpu
 from tests.test_initialize import initialize
@@ -58,7 +58,7 @@ def train(stage: int, ours: bool, changed: dict[str, Any], steps: int = 2, facto
         config["communication_data_type"] = "fp32"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         if ours:
             install_reduction(engine, Reduction(slice_bytes=4096), undo)
         for step in range(steps):
@@ -198,7 +198,7 @@ def uneven(immediate: bool, again: bool, ours: bool) -> tuple[list[torch.Tensor]
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     weights = list(model.weights)
     before = [safe_get_full_fp32_param(param).clone() for param in weights]
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         if ours:
             install_reduction(engine, Reduction(slice_bytes=4096), undo)
         for backward in range(1 + again):

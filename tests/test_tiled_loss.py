@@ -1,6 +1,5 @@
 """Logits and loss in tiles: loss and gradients of the whole, the head's once, and logits for whoever looks at them."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits
@@ -30,7 +30,7 @@ def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: Any) ->
     return loss.item(), {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def tile(model: torch.nn.Module, undo: ExitStack) -> str:
+def tile(model: torch.nn.Module, undo: PatchSet) -> str:
     words = tile_loss(model, TILES, Calls(), no_leaf, undo)
     replace_whole_loss(model, undo)
     return words
@@ -38,7 +38,7 @@ def tile(model: torch.nn.Module, undo: ExitStack) -> str:
 
 def assert_exact(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: Any) -> None:
     loss, grads = step(model, batch, **more)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile(model, undo)
         with_tiles, tiled_grads = step(model, batch, **more)
         output = model(**batch)
@@ -88,7 +88,7 @@ def test_a_count_of_items_from_elsewhere():
 
 def test_without_any_label_loss_and_gradients_are_0():
     model, tokens = model_of("llama"), batch()["input_ids"]
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile(model, undo)
         loss, grads = step(model, {"input_ids": tokens, "labels": torch.full_like(tokens, -100)})
     assert loss == 0 and len(grads) == len(list(model.parameters()))
@@ -111,7 +111,7 @@ def test_a_head_with_a_bias():
 
 
 def test_a_model_without_a_head_is_refused():
-    with ExitStack() as undo, pytest.raises(UnsupportedModelError, match="LlamaModel has no output embeddings"):
+    with PatchSet() as undo, pytest.raises(UnsupportedModelError, match="LlamaModel has no output embeddings"):
         tile_loss(model_of("llama").model, TILES, Calls(), no_leaf, undo)
 
 
@@ -180,7 +180,7 @@ def test_a_tile_has_the_rows_that_its_bytes_allow():
 def test_an_evaluation_gets_logits_at_the_first_touch():
     model, tokens = model_of("granite", logits_scaling=7.0).eval(), batch()["input_ids"]
     expected = model(input_ids=tokens).logits
-    with ExitStack() as undo, torch.no_grad():
+    with PatchSet() as undo, torch.no_grad():
         tile(model, undo)
         logits = model(input_ids=tokens, labels=tokens).logits
         assert isinstance(logits, DeferredLogits) and logits.shape == expected.shape == logits.size()
@@ -207,7 +207,7 @@ def test_logits_times_a_weight_are_made_at_once_so_that_it_gets_its_gradient():
 def test_generation_between_steps():
     model, tokens = model_of("llama"), batch()["input_ids"][:, :7]
     expected = model.generate(tokens, max_new_tokens=5, do_sample=False)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile(model, undo)
         step(model, batch())
         assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False), expected)

@@ -1,7 +1,6 @@
 """Tiles in programs that do unusual things: hooks, replaced forwards, logits kept, two engines on a model."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.tiles import tile_mlps
 from tests.test_tiled_loss import batch, step, tile
@@ -86,7 +86,7 @@ def test_a_value_that_is_used_after_all_gives_no_wrong_gradient():
     """The net below the hooks: what the recomputation left out is no number."""
     model = build_model(family_config("llama")).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile_mlps(model, TiledMlpBlock(tile_tokens=7), no_leaf, undo)
         model(**batch(), use_cache=False).loss.backward()  # now it is known that nothing needs the value
         model.zero_grad()
@@ -115,7 +115,7 @@ def a_weight_from_elsewhere(module: torch.nn.Module, model: Any) -> None:
 def test_a_weight_that_is_not_the_modules_own_is_refused_by_name():
     model = model_of("llama")
     a_weight_from_elsewhere(model.model.layers[0].mlp, model)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile_mlps(model, TiledMlpBlock(tile_tokens=7), no_leaf, undo)
         with pytest.raises(
             UnsupportedModelError, match=r"layers.0.mlp uses a weight of shape \[1\] that is none of its"
@@ -123,7 +123,7 @@ def test_a_weight_that_is_not_the_modules_own_is_refused_by_name():
             step(model, batch())
     model = model_of("llama")
     a_weight_from_elsewhere(model.lm_head, model)
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile(model, undo)
         with pytest.raises(UnsupportedModelError, match="The head uses a weight of shape"):
             step(model, batch())
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_made_in_tiles_is_refused():
     """A head whose logits are worked on by a way that is not known."""
     model = model_of("llama")
     forward = model.lm_head.forward
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile(model, undo)
         own = model.loss_function
         model.loss_function = lambda logits, **kwargs: own(logits=logits.softmax(-1), **kwargs)
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_made_in_tiles_is_refused():
 def test_a_model_that_only_copies_its_logits_is_tiled():
     model = model_of("opt", word_embed_proj_dim=32, ffn_dim=48, do_layer_norm_before=True, dropout=0.0)
     loss, grads = step(model, batch())
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile(model, undo)
         tiled_loss, tiled = step(model, batch())
         assert model(**batch()).logits is None
@@ -187,7 +187,7 @@ def test_a_model_that_only_copies_its_logits_is_tiled():
 def test_logits_are_a_tensor_in_all_that_programs_do_to_them():
     model, tokens = model_of("llama").eval(), batch()["input_ids"]
     true = model(input_ids=tokens).logits
-    with ExitStack() as undo, torch.no_grad():
+    with PatchSet() as undo, torch.no_grad():
         tile(model, undo)
 
         def logits() -> torch.Tensor:
@@ -283,7 +283,7 @@ def test_a_second_engine_on_a_model_is_refused_until_the_first_is_destroyed(alst
 
 def test_a_module_that_mixes_tokens_is_refused_when_it_is_called():
     model = build_model(family_config("rwkv", attention_hidden_size=32), core="eager").train()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         tile_mlps(model, TiledMlpBlock(tile_tokens=7), no_leaf, undo)
         with pytest.raises(UnsupportedModelError, match=r"cannot run in tiles|tensors of tokens alone"):
             model(**batch(), use_cache=False)

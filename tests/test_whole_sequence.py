@@ -18,6 +18,7 @@ from benchmarks.cells import Cell, build_model, ds_config, full_weight
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.attention.whole_mask import WholeMask
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.models import masks, patches
@@ -45,7 +46,7 @@ CHUNKS = {
 @contextlib.contextmanager
 def split(model: torch.nn.Module) -> Iterator[tuple[SequenceGroups, Calls]]:
     """Inside, a model is split over two ranks, with the guard of its batches."""
-    with contextlib.ExitStack() as undo:
+    with PatchSet() as undo:
         groups, calls = build_groups(2, build_control_group()), Calls()
         undo.callback(groups.destroy)
         patch_model(model, groups.sp_group, undo, calls)

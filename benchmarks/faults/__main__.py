@@ -6,7 +6,6 @@ row has the seconds until the launcher and all ranks are gone, what they said, a
 """
 
 import argparse
-import contextlib
 import json
 import re
 import sys
@@ -23,6 +22,7 @@ from rich.table import Table
 from benchmarks.faults.program import SAVE_EVERY, STEPS
 from benchmarks.faults.runs import MIB, Curve, End, curve_of, run, small_disk, train_here
 from benchmarks.ranks import RankError, Ranks
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.checkpoint_files import check_files
 from deepspeed_alst.errors import CheckpointError
 
@@ -121,7 +121,7 @@ class Bench:
     def row(self, name: str) -> Row:
         """Break a run and look at what is left of it."""
         fault, row = FAULTS[name], Row(FAULTS[name])
-        with contextlib.ExitStack() as stack:
+        with PatchSet() as stack:
             checkpoints, config, arguments = (
                 self._folder / name / "checkpoints",
                 self._plain,

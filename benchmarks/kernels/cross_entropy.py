@@ -4,7 +4,6 @@ Legend: t rows of a tile, V vocabulary.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+from deepspeed_alst.core.patching import PatchSet
 
 # Sizes of models that are trained; 50257, 32001 and 151665 are multiples of nothing. Llama 3, GPT-2, Gemma 2, Qwen 2.5.
 COMPILED = (
@@ -149,7 +149,7 @@ def tile_peak(backend: str, tile_tokens: int | None) -> int:
     return peak_beyond_weights(run(dataclasses.replace(FAKE, budget=budget), "ours", 1.0).ledger)
 
 
-def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: ExitStack) -> Any:
+def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: PatchSet) -> Any:
     """Loss and gradients of a model whose loss is tiled by this backend."""
     from deepspeed_alst.blocks import TiledLossBlock
     from deepspeed_alst.models.calls import Calls

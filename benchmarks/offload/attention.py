@@ -10,7 +10,6 @@ Exits non-zero where a target is missed.
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.kept_attention import keep_attention
 from deepspeed_alst.offload.frames import Frame
 
@@ -66,7 +66,7 @@ def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
         )
     )
     if keeps:
-        keep_attention(model, ExitStack())
+        keep_attention(model, PatchSet())
 
     def in_frame(function: Any, *args: Any) -> Any:
         frame = Frame(keeps_attention=keeps)

@@ -5,13 +5,14 @@ DeepSpeed's offload_activations leaves everything where it is on a machine witho
 offload refuses to run there; what torch's pinned allocator takes, which both use with one, is computed.
 """
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.ledger import Ledger
 from deepspeed_alst.models.offload import Keeping, keep_activations
 from deepspeed_alst.offload.pool import HostPool
@@ -68,7 +69,7 @@ def _kept(name: str, length: int) -> dict[str, int]:
     model = build_model(config).bfloat16().train()
     model.activation_checkpointing_enable(offload=name == TRANSFORMERS)
     ids = torch.randint(0, 128, (1, length))
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         if name == OURS:
             store = Store(HostPool())
             undo.callback(store.close)

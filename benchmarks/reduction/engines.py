@@ -5,12 +5,14 @@ what the reduction is to give can be computed in fp64 on any rank.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from deepspeed_alst.core.patching import PatchSet
 
 # deepspeed is imported in the ranks, after benchmarks.ranks has set what it reads at import.
 
@@ -109,7 +111,7 @@ def build(case: Case, system: System) -> Any:
         if (adder := load_sum_pieces("cpu")) != "csrc op":
             raise RuntimeError(f"the local sum is not the compiled op: {adder}")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[system.dtype]
-        install_reduction(engine, Reduction(dtype, case.slice_bytes), ExitStack())
+        install_reduction(engine, Reduction(dtype, case.slice_bytes), PatchSet())
     return engine
 
 

@@ -4,11 +4,12 @@ The ranks have a sample each: nothing but ZeRO makes collectives. Legend: S toke
 """
 
 from collections import Counter
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from deepspeed_alst.core.patching import PatchSet
 
 # deepspeed and transformers are imported in the ranks, after benchmarks.ranks has set what they read at import.
 
@@ -42,7 +43,7 @@ def measure(system: str, tiles: int) -> tuple[int, float]:
 
     keys = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
     tally, fired = Tally(), Counter()
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         model = build(LlamaConfig(**keys, vocab_size=97), 2, torch.float32)
         model.gradient_checkpointing_enable({"use_reentrant": system == "upstream"})
         model.enable_input_require_grads()
@@ -65,7 +66,7 @@ def measure(system: str, tiles: int) -> tuple[int, float]:
     return len(last), sum(fired.values()) / len(weights)
 
 
-def _tile(model: Any, system: str, tiles: int, undo: ExitStack) -> None:
+def _tile(model: Any, system: str, tiles: int, undo: PatchSet) -> None:
     """MLP and loss in as many tiles, as each system is put in before an engine is built."""
     from types import SimpleNamespace
 

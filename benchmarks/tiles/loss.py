@@ -5,7 +5,7 @@ A model without layers: hidden states go in, the norm and the head are left.
 Legend: T tokens, H hidden size, V vocabulary.
 """
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from benchmarks.tiles.systems import IGNORED_LABEL, build, second_step, upstream_loss, without_mask
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.fake import fake_world
 from deepspeed_alst.ledger.known import Known
 from deepspeed_alst.models.calls import Calls
@@ -44,7 +45,7 @@ SMALL = LossCase("for real, small", 512, 32, 997, True, 8, TiledLossBlock(tile_t
 def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:
     """A ledger of one step, in which this share of the tokens has a label."""
     num_trained = round(case.tokens * trained)
-    with ExitStack() as world:
+    with PatchSet() as world:
         if not case.is_real:
             world.enter_context(fake_world(1))
         config = LlamaConfig(
@@ -59,11 +60,11 @@ def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:
         labels_1T = torch.full((1, case.tokens), IGNORED_LABEL)
         labels_1T[:, :num_trained] = 1
         batch = {"inputs_embeds": hidden_1TH, "labels": labels_1T, "shift_labels": labels_1T}
-        with ExitStack() as undo, nullcontext() if case.is_real else Known(num_trained):
+        with PatchSet() as undo, nullcontext() if case.is_real else Known(num_trained):
             return second_step(model, _loss_of(model, case, system, undo), batch)
 
 
-def _loss_of(model: Any, case: LossCase, system: str, undo: ExitStack) -> Any:
+def _loss_of(model: Any, case: LossCase, system: str, undo: PatchSet) -> Any:
     undo.enter_context(without_mask(model))
     if system == "upstream":
         return lambda batch: upstream_loss(model, batch, case.num_shards)

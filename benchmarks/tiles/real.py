@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.tiles.systems import System, build, second_step
 from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.tiling.sequence import TokenWise
 
 TILES = (1, 4, 16, 64, 128)
@@ -63,7 +64,7 @@ def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
     flops, threads = {}, torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with ExitStack() as stay:
+        with PatchSet() as stay:
             # This package's patches stay on a model of their own, since they learn; DeepSpeed's are on a class.
             models = {system.name: build(config, 1, torch.float32) for system in TIMED}
             ours = stay.enter_context(_on(OURS, models[OURS.name]))

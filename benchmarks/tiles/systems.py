@@ -11,7 +11,7 @@ Legend: B batch, s tokens of this rank's shard, V vocabulary.
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.ledger import Ledger
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model
@@ -46,7 +47,7 @@ class System:
     @contextmanager
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
         """Inside, ``step(batch)`` gives the loss of a batch; ``mlp`` is this package's budget."""
-        with ExitStack() as undo:
+        with PatchSet() as undo:
             if self.checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": self.checkpointing == "reentrant"})
                 model.enable_input_require_grads()
@@ -60,7 +61,7 @@ class System:
             yield self._loss_of(model, sp_size, mlp or TiledMlpBlock(), calls, undo)
 
     def _loss_of(
-        self, model: Any, sp_size: int, mlp: TiledMlpBlock, calls: Calls, undo: ExitStack
+        self, model: Any, sp_size: int, mlp: TiledMlpBlock, calls: Calls, undo: PatchSet
     ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         if self.tiles == "upstream":
             undo.enter_context(upstream_mlps(model))
@@ -89,7 +90,7 @@ def upstream_mlps(model: torch.nn.Module, num_shards: int | None = None) -> Iter
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
     kinds = {type(layer.mlp) for layer in model.model.layers}
-    with ExitStack() as undo:
+    with PatchSet() as undo:
         for kind in kinds:
 
             def forward(self: Any, x: torch.Tensor, original: Any = kind.forward) -> torch.Tensor:

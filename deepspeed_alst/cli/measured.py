@@ -1,6 +1,5 @@
 """Bytes that a small number of layers of a model need on one rank, counted on tensors without data."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.ledger.fake import fake_world
 from deepspeed_alst.ledger.known import Known
@@ -43,9 +43,9 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
     experts = next((getattr(config, key, 0) for key in ("num_experts", "num_local_experts")), 0) or 1
     per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts > 1 else 0
     try:
-        with fake_world(keys.sequence_parallel_size), ExitStack() as undo:
+        with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
             model = causal_lm(config).train()
-            step = _patched(model, keys, undo)
+            step = _patched(model, keys, patches)
             ids = torch.arange(tokens).remainder(config.vocab_size)[None]
             batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
             with Known(tokens, per_expert):
@@ -59,17 +59,17 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
         ) from error
 
 
-def _patched(model: Any, keys: AlstConfig, undo: ExitStack) -> Any:
+def _patched(model: Any, keys: AlstConfig, patches: PatchSet) -> Any:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     calls = Calls()
-    patch_model(model, dist.group.WORLD, undo, calls)
+    patch_model(model, dist.group.WORLD, patches, calls)
     if keys.alst.liger_kernel is not False:
-        fuse_norms_and_rope(model, undo)  # as a GPU would, by Liger's kernels or this package's
+        fuse_norms_and_rope(model, patches)  # as a GPU would, by Liger's kernels or this package's
     if keys.alst.tiled_mlp_compute is not None:
-        tile_mlps(model, keys.alst.tiled_mlp_compute, lambda module: None, undo)
+        tile_mlps(model, keys.alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:
-        tile_loss(model, loss, calls, lambda module: None, undo)
+        tile_loss(model, loss, calls, lambda module: None, patches)
     return lambda batch: model(**batch, use_cache=False).loss
 
 

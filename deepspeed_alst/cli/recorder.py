@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors.torch import save_file
 
 from deepspeed_alst.cli.launch import PROGRESS
+from deepspeed_alst.core.patching import PatchSet
 
 LARGEST = 2**20
 """Elements that are kept of a parameter; of a larger one evenly spaced ones."""
@@ -107,9 +108,9 @@ class _LayerOutputs:
     def __init__(self, model: torch.nn.Module) -> None:
         self._found: dict[str, torch.Tensor] = {}
         self._sizes: dict[str, str] = {}
-        self._hooks = [
-            layer.register_forward_hook(partial(self._keep, name)) for name, layer in layers_of(model).items()
-        ]
+        self._patches = PatchSet()
+        for name, layer in layers_of(model).items():
+            self._patches.hook(layer, "forward", partial(self._keep, name))
 
     def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -123,9 +124,7 @@ class _LayerOutputs:
 
     def close(self) -> None:
         """Look no further: the first forward is over."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._patches.close()
 
     def save(self, path: Path) -> None:
         """Write them, each with its stride and s."""

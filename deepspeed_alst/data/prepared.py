@@ -4,11 +4,12 @@ In training every batch is one micro-step on each rank of a sequence, which all 
 generate from it. In an evaluation each rank has its own batches, as without sequence parallelism.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from deepspeed_alst.core.patching import wrap_once
 
 
 class PreparedLoader:
@@ -46,11 +47,8 @@ class PreparedLoader:
             yield batch
 
 
-def hook_loaders(accelerator_class: Any, mark: str, splits: Callable[[Any, Any], bool]) -> None:
-    """Have an Accelerator hand out loaders of this kind where ``splits(ds_config, parallelism_config)``.
-
-    What replaces its methods has the original under the name of ``mark``.
-    """
+def hook_loaders(accelerator_class: Any, splits: Callable[[Any, Any], bool]) -> None:
+    """Have an Accelerator hand out loaders of this kind where ``splits(ds_config, parallelism_config)``."""
 
     def sp_size_of(accelerator: Any) -> int:
         plugin = getattr(accelerator.state, "deepspeed_plugin", None)
@@ -60,25 +58,26 @@ def hook_loaders(accelerator_class: Any, mark: str, splits: Callable[[Any, Any],
         config = plugin.deepspeed_config
         return int(config["sequence_parallel_size"]) if splits(config, accelerator.parallelism_config) else 1
 
-    prepare, build = accelerator_class.prepare_data_loader, accelerator_class._prepare_deepspeed
+    def preparing(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_data_loader(self: Any, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
+            loader, sp_size = prepare(self, data_loader, *args, **kwargs), sp_size_of(self)
+            is_prepared = sp_size == 1 or isinstance(loader, PreparedLoader)
+            return loader if is_prepared else PreparedLoader(loader, self, sp_size)
 
-    @functools.wraps(prepare)
-    def prepare_data_loader(self: Any, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
-        loader = prepare(self, data_loader, *args, **kwargs)
-        sp_size = sp_size_of(self)
-        return loader if sp_size == 1 or isinstance(loader, PreparedLoader) else PreparedLoader(loader, self, sp_size)
+        return prepare_data_loader
 
-    @functools.wraps(build)
-    def _prepare_deepspeed(self: Any, *args: Any) -> Any:
-        if sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
-            # accelerate would fill in a product with all ranks, of which those of a sequence share their samples.
-            del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
-        result = build(self, *args)
-        session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
-        if session is not None and sp_size_of(self) > 1:
-            session.takes_whole = True
-        return result
+    def building(build: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_deepspeed(self: Any, *args: Any) -> Any:
+            if sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
+                # accelerate would fill in a product with all ranks, of which those of a sequence share their samples.
+                del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
+            result = build(self, *args)
+            session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
+            if session is not None and sp_size_of(self) > 1:
+                session.takes_whole = True
+            return result
 
-    for wrapper, original in ((prepare_data_loader, prepare), (_prepare_deepspeed, build)):
-        setattr(wrapper, mark, original)
-        setattr(accelerator_class, original.__name__, wrapper)
+        return prepare_deepspeed
+
+    wrap_once(accelerator_class, "prepare_data_loader", preparing)
+    wrap_once(accelerator_class, "_prepare_deepspeed", building)

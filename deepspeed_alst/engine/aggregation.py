@@ -7,12 +7,12 @@ makes the right value and 1/P of the gradient, for which DeepSpeed's own factor 
 
 import functools
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -38,6 +38,10 @@ class _Shard:
     num_labels: int
     grad: float = 0.0
 
+    def add(self, grad: torch.Tensor) -> None:
+        """Add what arrived; a hook of the loss."""
+        self.grad += float(grad)
+
 
 @dataclass(frozen=True)
 class _Backward:
@@ -55,9 +59,8 @@ class AggregationCheck:
         self._groups = groups
         self._left = _BACKWARDS
         self._shards: list[_Shard] = []
-        self._seed = 0.0
 
-    def watch_loss_function(self, model: Any, undo: ExitStack) -> None:
+    def watch_loss_function(self, model: Any, patches: PatchSet) -> None:
         """Note what the model's loss is made of, and the gradient that arrives at it."""
         before = model.loss_function
 
@@ -66,12 +69,11 @@ class AggregationCheck:
             loss = before(*args, **kwargs)
             if self._left and loss.requires_grad:
                 shard = _Shard(float(loss.detach()), int((kwargs["shift_labels"] != IGNORED_LABEL).sum()))
-                loss.register_hook(lambda grad: setattr(shard, "grad", shard.grad + float(grad)))
+                loss.register_hook(shard.add)
                 self._shards.append(shard)
             return loss
 
-        model.loss_function = loss_function
-        undo.callback(setattr, model, "loss_function", before)
+        patches.set(model, "_loss_function", loss_function)
 
     def around(self, backward: Any) -> Any:
         """``engine.backward`` that raises SetupError on all ranks if the loss is not the sequence's."""
@@ -81,13 +83,14 @@ class AggregationCheck:
             if not self._left or not loss.requires_grad:  # the latter is DeepSpeed's to refuse
                 return backward(loss, *args, **kwargs)
             value = float(loss.detach())
-            handle = loss.register_hook(lambda grad: setattr(self, "_seed", float(grad)))
+            seeds: list[float] = []
+            handle = loss.register_hook(lambda grad: seeds.append(float(grad)))
             self._raise_first(_different_losses, value)
             result = backward(loss, *args, **kwargs)
             handle.remove()
             # Several forwards in one backward: whose gradient is whose cannot be told.
             shard = self._shards[0] if len(self._shards) == 1 else None
-            self._raise_first(_lost_gradient, _Backward(value, self._seed, shard))
+            self._raise_first(_lost_gradient, _Backward(value, seeds[-1] if seeds else 0.0, shard))
             self._shards.clear()
             self._left -= 1
             return result

@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections import ChainMap
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,12 +24,12 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.checkpoint_files import STAMP, check_files, check_one_save, read, verify_share
 from deepspeed_alst.engine.conversion import Source, convert_together
 from deepspeed_alst.engine.same_model import check_same_model, check_same_order
 from deepspeed_alst.engine.saving import latest_tag, saved_together
 from deepspeed_alst.engine.universal import as_universal, is_universal, restore_the_rest
-from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import AlstError, CheckpointError
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import build_control_group
@@ -38,21 +37,21 @@ from deepspeed_alst.parallel.groups import build_control_group
 _T = TypeVar("_T")
 
 
-def install_checkpoints(engine: Any, control_group: Any = None, undo: ExitStack | None = None) -> None:
+def install_checkpoints(engine: Any, control_group: Any = None, patches: PatchSet | None = None) -> None:
     """Have an engine load checkpoints of any number of ranks, and save what DeepSpeed's converter asks for.
 
     Args:
         engine: a live engine. One that shards over more than ZeRO (pipeline, tensor or expert parallel) stays as it is.
         control_group: all ranks over gloo; without one, it is made for each call.
-        undo: takes it back; without one, it lasts as long as the engine.
+        patches: takes it back; without one, it lasts as long as the engine.
     """
     if isinstance(engine, PipelineEngine) or engine.has_moe_layers or engine.mp_world_size != 1:
         return
-    undo = ExitStack() if undo is None else undo
-    wrap_method(engine, "save_checkpoint", functools.partial(_convertible, engine), undo)
+    patches = PatchSet() if patches is None else patches
+    patches.wrap(engine, "save_checkpoint", functools.partial(_convertible, engine))
     agreement_group = functools.partial(_agreement_group, control_group)
-    wrap_method(engine, "save_checkpoint", functools.partial(saved_together, engine, agreement_group), undo)
-    wrap_method(engine, "load_checkpoint", functools.partial(_on_any_world_size, engine, control_group), undo)
+    patches.wrap(engine, "save_checkpoint", functools.partial(saved_together, engine, agreement_group))
+    patches.wrap(engine, "load_checkpoint", functools.partial(_on_any_world_size, engine, control_group))
 
 
 def _convertible(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,11 +66,9 @@ def _convertible(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
         if hasattr(module, UNIVERSAL_CHECKPOINT_INFO):
             return save(*args, **kwargs)
         info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-        setattr(module, UNIVERSAL_CHECKPOINT_INFO, info)
-        try:
+        with PatchSet() as patches:
+            patches.set(module, UNIVERSAL_CHECKPOINT_INFO, info)
             return save(*args, **kwargs)
-        finally:
-            delattr(module, UNIVERSAL_CHECKPOINT_INFO)
 
     return save_checkpoint
 

@@ -9,20 +9,19 @@ does not compute, but on ZeRO 0 in fp32, where it looks at nothing: there each s
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from deepspeed.runtime.utils import is_invalid_grad_norm
 from deepspeed.utils import safe_get_full_grad
 
-from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.core.patching import PatchSet
 
 
 class StepDropper:
     """Decides in the steps of one engine whether they are dropped."""
 
-    def __init__(self, engine: Any, undo: ExitStack) -> None:
+    def __init__(self, engine: Any, patches: PatchSet) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
         self._wanted = False
         self._norm: Any = 0.0
@@ -31,13 +30,13 @@ class StepDropper:
         self._looks_itself = False
         optimizer = self._optimizer
         if hasattr(optimizer, "overflow_checker"):  # ZeRO 0 in bf16
-            wrap_method(optimizer.overflow_checker, "has_overflow", self._deciding, undo)
+            patches.wrap(optimizer.overflow_checker, "has_overflow", self._deciding)
         elif hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
-            wrap_method(optimizer, "get_grads_for_norm", self._with_invalid_norm, undo)
+            patches.wrap(optimizer, "get_grads_for_norm", self._with_invalid_norm)
         elif hasattr(optimizer, "_update_scale"):
-            wrap_method(optimizer, "_update_scale", self._before_scale_update, undo)
+            patches.wrap(optimizer, "_update_scale", self._before_scale_update)
             if hasattr(optimizer, "scaled_global_norm"):  # which bf16 does not look at if check_grad_overflow is false
-                wrap_method(optimizer, "scaled_global_norm", self._noting_norm, undo)
+                patches.wrap(optimizer, "scaled_global_norm", self._noting_norm)
         else:  # torch's, on ZeRO 0 in fp32
             self._looks_itself = True
 
@@ -45,11 +44,10 @@ class StepDropper:
     def dropping(self, wanted: bool) -> Iterator[None]:
         """Drop the step inside if that is ``wanted``, or if its gradients are NaN or Inf. The same on all ranks."""
         self._wanted, self._norm, self.parameter = wanted, 0.0, None
-        with ExitStack() as undo:
+        with PatchSet() as patches:
             if self._looks_itself and self._is_dropped(self._largest_gradient()):
-                wrap_method(self._optimizer, "step", lambda _: lambda *args, **kwargs: None, undo)
-                self._optimizer.overflow = True
-                undo.callback(delattr, self._optimizer, "overflow")
+                patches.wrap(self._optimizer, "step", lambda _: lambda *args, **kwargs: None)
+                patches.set(self._optimizer, "overflow", True)
             yield
 
     def _is_dropped(self, norm: Any) -> bool:

@@ -1,11 +1,10 @@
 """Modules whose weights ZeRO-3 gathers as one, before the module runs: in tiles, or with some of its experts."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 
 
@@ -15,11 +14,11 @@ class Leaves:
     Args:
         model: that the modules are part of.
         stage: of ZeRO.
-        undo: takes everything back.
+        patches: takes everything back.
     """
 
-    def __init__(self, model: torch.nn.Module, stage: int, undo: ExitStack) -> None:
-        self._model, self._stage, self._undo = model, stage, undo
+    def __init__(self, model: torch.nn.Module, stage: int, patches: PatchSet) -> None:
+        self._model, self._stage, self._patches = model, stage, patches
 
     def __call__(self, module: torch.nn.Module) -> None:
         """Have the weights of a module and of those in it gathered once a pass.
@@ -34,11 +33,9 @@ class Leaves:
         if self._stage != 3 or not list(module.children()):
             return  # a module without others in it is gathered as one in any case
         self._refuse_shared_weights(module)
-        before = getattr(module, "_z3_leaf", None)
-        set_z3_leaf_module(module, True)
-        self._undo.callback(_restore, module, before)
+        self._patches.set(module, "_z3_leaf", True)  # as deepspeed.utils.set_z3_leaf_module
         # Registered before DeepSpeed's own hooks, so it comes first.
-        self._undo.callback(module.register_forward_pre_hook(_give_gradient, with_kwargs=True).remove)
+        self._patches.hook(module, "forward_pre", _give_gradient, with_kwargs=True)
 
     def _refuse_shared_weights(self, module: torch.nn.Module) -> None:
         inside = {id(each) for each in module.modules()}
@@ -58,10 +55,3 @@ def _give_gradient(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
     if not trains or not torch.is_grad_enabled() or not args or args[0].requires_grad:
         return None
     return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-
-
-def _restore(module: torch.nn.Module, before: bool | None) -> None:
-    if before is None:
-        vars(module).pop("_z3_leaf", None)
-    else:
-        set_z3_leaf_module(module, before)

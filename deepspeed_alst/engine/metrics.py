@@ -17,7 +17,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.progress import Report, progress_line
-from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.ledger.step_flops import Span, StepSizes, alst_flops, model_flops
 from deepspeed_alst.models.sizes import attention_spans, step_sizes
@@ -54,7 +53,7 @@ class _Moved:
     waited: float = 0.0
 
 
-def install_metrics(engine: Any, undo: ExitStack) -> None:
+def install_metrics(engine: Any, patches: PatchSet) -> None:
     """Watch an engine's forward, backward and step, if its ds_config asks for a line or has a monitor.
 
     Collective over all ranks: rank 0's ds_config decides for all, as it is rank 0 that prints and writes.
@@ -64,7 +63,7 @@ def install_metrics(engine: Any, undo: ExitStack) -> None:
         return
     metrics = Metrics(engine, asked)
     for name in ("forward", "backward", "step"):
-        wrap_method(engine, name, getattr(metrics, name), undo)
+        patches.wrap(engine, name, getattr(metrics, name))
 
 
 def _asked(engine: Any) -> Asked:

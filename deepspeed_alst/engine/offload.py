@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from deepspeed_alst.blocks import OffloadBlock
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.report import print_report
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.checkpoints import checkpointed_layers
@@ -51,31 +51,31 @@ class Planner:
     Args:
         model: the engine's, before the engine is built.
         config: its settings.
-        undo: takes everything back.
+        patches: takes everything back.
 
     Raises:
         UnsupportedModelError: its layers cannot be checkpointed, or not one by one.
     """
 
-    def __init__(self, model: torch.nn.Module, config: AlstConfig, undo: ExitStack) -> None:
+    def __init__(self, model: torch.nn.Module, config: AlstConfig, patches: PatchSet) -> None:
         self._model, self._config = model, config
         self._block = config.alst.activation_checkpoint_cpu_offload
         self._wanted = config.alst.save_attention_output
         self._rates: Rates | None = None
         self._planned_tokens = 0
         self._device = torch.device("cpu")
-        self._turned_on = self._block is not None and turn_on_checkpointing(model, undo)
+        self._turned_on = self._block is not None and turn_on_checkpointing(model, patches)
         keep_last = self._block.keep_last if self._block is not None else 0
         self.keeping = Keeping(None, keep_last, must_keep_attention=self._wanted is True)
         self.plan: Plan | None = None
-        self._why_not = "" if self._wanted is False else self._keep_attention(undo)
-        keep_activations(model, self.keeping, undo)
+        self._why_not = "" if self._wanted is False else self._keep_attention(patches)
+        keep_activations(model, self.keeping, patches)
 
-    def _keep_attention(self, undo: ExitStack) -> str:
+    def _keep_attention(self, patches: PatchSet) -> str:
         """Prepare attention for it; why it cannot be kept, unless that is an error."""
         try:
             if self._config.sequence_parallel_size == 1:
-                keep_attention(self._model, undo)
+                keep_attention(self._model, patches)
             else:
                 check_keeps_attention(self._model)
         except UnsupportedModelError as error:
@@ -84,7 +84,7 @@ class Planner:
             return str(error)
         return ""
 
-    def attach(self, engine: Any, undo: ExitStack) -> None:
+    def attach(self, engine: Any, patches: PatchSet) -> None:
         """Make room off the device of an engine that is built; ``engine.alst_offload`` is where things wait.
 
         Raises:
@@ -92,9 +92,9 @@ class Planner:
         """
         self._device = torch.device(engine.device)
         if self._block is not None:
-            self.keeping.store = engine.alst_offload = _build_store(self._block, self._device)
-            undo.callback(self.keeping.store.close)
-            undo.callback(vars(engine).pop, "alst_offload", None)
+            self.keeping.store = _build_store(self._block, self._device)
+            patches.set(engine, "alst_offload", self.keeping.store)
+            patches.callback(self.keeping.store.close)
 
     def words(self) -> list[tuple[str, str]]:
         """Rows of the report."""

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.parallel.groups import SequenceGroups
 
@@ -30,45 +31,38 @@ _TOLERANCE = 1e-3
 _LOW_PRECISION_TOLERANCE = 0.1
 
 
-def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, undo: ExitStack) -> None:
+def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, patches: PatchSet) -> "Probe":
     """Check the averaging factor in the engine's first optimizer step; gradients are ``summed_in`` a dtype.
 
     The wrapped ``engine.backward`` raises SetupError on all ranks, before any weight has changed, if it is wrong.
     """
-    probe = _Probe(engine, groups, summed_in)
-    undo.callback(probe.remove)
+    probe = Probe(engine, groups, summed_in)
+    probe.attach(patches)
+    return probe
 
 
-class _Probe:
+class Probe:
     """Wraps an engine's ``backward`` and ``step`` and its optimizer's ``zero_grad`` until it has compared."""
 
     def __init__(self, engine: Any, groups: SequenceGroups, summed_in: torch.dtype) -> None:
         self._engine, self._groups, self._summed_in = engine, groups, summed_in
         self._watched = [_Watched(name, param) for name, param in _trained(engine.module)]
         self._is_touched = False
-        self._wrapped: list[tuple[Any, str, Any, Any]] = []
-        self._wrap(engine, "backward", self._backward)
-        self._wrap(engine, "step", self._step)
-        if hasattr(engine.optimizer, "zero_grad"):  # an engine that evaluates only has none
-            self._wrap(engine.optimizer, "zero_grad", self._zero_grad)
 
-    def remove(self) -> None:
-        """Leave nothing behind; where the program has wrapped a method meanwhile, its wrapper stays."""
-        self._watched.clear()
-        for owner, name, wrapper, before in self._wrapped:
-            if vars(owner).get(name) is wrapper:
-                if before is None:
-                    del vars(owner)[name]
-                else:
-                    vars(owner)[name] = before
-        self._wrapped.clear()
+    @property
+    def is_done(self) -> bool:
+        """Return whether it has compared."""
+        return not self._watched
 
-    def _wrap(self, owner: Any, name: str, wrap: Any) -> None:
-        before = vars(owner).get(name)
-        vars(owner)[name] = functools.wraps(getattr(owner, name))(wrap(getattr(owner, name)))
-        self._wrapped.append((owner, name, vars(owner)[name], before))
+    def attach(self, patches: PatchSet) -> None:
+        """Wrap the engine's methods; once it has compared, they do nothing more."""
+        patches.wrap(self._engine, "backward", self._backward)
+        patches.wrap(self._engine, "step", self._step)
+        if hasattr(self._engine.optimizer, "zero_grad"):  # an engine that evaluates only has none
+            patches.wrap(self._engine.optimizer, "zero_grad", self._zero_grad)
 
     def _backward(self, backward: Any) -> Any:
+        @functools.wraps(backward)
         def call(*args: Any, **kwargs: Any) -> Any:
             self._is_touched |= any(each.has_been_touched() for each in self._watched)
             with ExitStack() as hooks:
@@ -77,12 +71,13 @@ class _Probe:
                 result = backward(*args, **kwargs)
             reduced = self._watched and self._engine.is_gradient_accumulation_boundary()
             if reduced and _compare(self._engine, self._watched, self._groups, self._summed_in, self._is_touched):
-                self.remove()
+                self._watched.clear()
             return result
 
         return call
 
     def _step(self, step: Any) -> Any:
+        @functools.wraps(step)
         def call(*args: Any, **kwargs: Any) -> Any:
             ends = self._engine.is_gradient_accumulation_boundary()
             result = step(*args, **kwargs)
@@ -95,6 +90,7 @@ class _Probe:
         return call
 
     def _zero_grad(self, zero_grad: Any) -> Any:
+        @functools.wraps(zero_grad)
         def call(*args: Any, **kwargs: Any) -> Any:
             self._is_touched |= any(each.local is not None for each in self._watched)
             return zero_grad(*args, **kwargs)

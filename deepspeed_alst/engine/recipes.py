@@ -14,13 +14,13 @@ import itertools
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, UlyssesSPDataLoaderAdapter
 from deepspeed.utils import groups as deepspeed_groups
 
+from deepspeed_alst.core.patching import PatchSet, add_properties
 from deepspeed_alst.engine.aggregation import AggregationCheck
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.errors import ConfigError, SetupError
@@ -58,7 +58,7 @@ def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
     return {**ds_config, "sequence_parallel_size": size}
 
 
-def prepare_adoption(undo: ExitStack) -> None:
+def prepare_adoption(patches: PatchSet) -> None:
     """Before the model is patched: DeepSpeed's attention wrapper leaves transformers.
 
     Raises:
@@ -68,28 +68,26 @@ def prepare_adoption(undo: ExitStack) -> None:
         raise SetupError(
             "DeepSpeed's ALST classes serve another engine of this process already: call its engine.destroy() first"
         )
-    take_out_upstream_attention(undo)
+    take_out_upstream_attention(patches)
 
 
-def adopt(engine: Any, session: Session, mpu: Any, undo: ExitStack) -> None:
-    """Lead what the program uses of DeepSpeed's ALST to this engine's session; ``undo.close()`` takes it back."""
+def adopt(engine: Any, session: Session, mpu: Any, patches: PatchSet) -> None:
+    """Lead what the program uses of DeepSpeed's ALST to this engine's session; ``patches.close()`` takes it back."""
     # Outside of the engine's calls the program asks DeepSpeed for its groups, and means the real degree.
-    before, deepspeed_groups.mpu = deepspeed_groups.mpu, mpu
-    undo.callback(setattr, deepspeed_groups, "mpu", before)
-    _shard_adapters(session, undo)
+    patches.set(deepspeed_groups, "mpu", mpu)
+    _shard_adapters(session, patches)
     for upstream, ours in ((TiledMLP, tiled_mlp), (TiledFusedLogitsLoss, tiled_logits_loss)):
-        upstream.apply = staticmethod(ours)
-        undo.callback(delattr, upstream, "apply")
+        patches.set(upstream, "apply", staticmethod(ours))
     session.wrap(engine, "forward", functools.partial(_with_loss_on_demand, engine))
     check = AggregationCheck(session.groups)
-    check.watch_loss_function(engine.module, undo)
+    check.watch_loss_function(engine.module, patches)
     session.wrap(engine, "backward", check.around)
 
 
 # --- the loader
 
 
-def _shard_adapters(session: Session, undo: ExitStack) -> None:
+def _shard_adapters(session: Session, patches: PatchSet) -> None:
     """Have every ``UlyssesSPDataLoaderAdapter``, made before or after, yield the session's shards.
 
     As a DataLoader does it, ``iter`` starts an epoch; ``next`` without it goes on with the one that runs.
@@ -121,8 +119,8 @@ def _shard_adapters(session: Session, undo: ExitStack) -> None:
         return again
 
     for name, method in (("__iter__", start), ("__next__", advance), ("__getattr__", inner_attribute)):
-        _set_in_class(UlyssesSPDataLoaderAdapter, name, method, undo)
-    skip_within_shards(UlyssesSPDataLoaderAdapter, rewrap, undo)
+        patches.set(UlyssesSPDataLoaderAdapter, name, method)
+    skip_within_shards(UlyssesSPDataLoaderAdapter, rewrap, patches)
 
 
 def _micro_batches(session: Session, inner: Any) -> Iterator[Any]:
@@ -130,15 +128,6 @@ def _micro_batches(session: Session, inner: Any) -> Iterator[Any]:
     for batch in session.shard_dataloader(inner):
         batch.pop("labels", None)
         yield batch
-
-
-def _set_in_class(cls: type, name: str, value: Any, undo: ExitStack) -> None:
-    had_own, before = name in vars(cls), vars(cls).get(name)
-    setattr(cls, name, value)
-    if had_own:
-        undo.callback(setattr, cls, name, before)
-    else:
-        undo.callback(delattr, cls, name)
 
 
 # --- the loss
@@ -157,21 +146,19 @@ def _with_loss_on_demand(engine: Any, forward: Any) -> Any:
         labels = kwargs.get("shift_labels")
         if labels is not None and getattr(output, "loss", ...) is None and getattr(output, "logits", None) is not None:
             model = engine.module
-            vars(output)["_make_loss"] = functools.partial(
+            output._make_loss = functools.partial(
                 model.loss_function, labels=None, shift_labels=labels, vocab_size=model.config.vocab_size
             )
-            output.__class__ = _loss_on_demand(type(output))
+            add_properties(output, loss=_LOSS_ON_DEMAND)
         return output
 
     return call
 
 
-@functools.cache
-def _loss_on_demand(kind: type) -> type:
-    def loss(output: Any) -> torch.Tensor:
-        own = vars(output)
-        if "_made_loss" not in own:
-            own["_made_loss"] = own["_make_loss"](output.logits)
-        return own["_made_loss"]
+def _loss_on_demand(output: Any) -> torch.Tensor:
+    if not hasattr(output, "_made_loss"):
+        output._made_loss = output._make_loss(output.logits)
+    return output._made_loss
 
-    return type(kind.__name__, (kind,), {"loss": property(loss)})
+
+_LOSS_ON_DEMAND = property(_loss_on_demand)

@@ -1,4 +1,4 @@
-"""Our reduction in the place of DeepSpeed's, on one live engine: methods of the instance, given back by ``undo``.
+"""Our reduction in the place of DeepSpeed's, on one live engine: methods of the instance, given back by ``patches``.
 
 What DeepSpeed keeps: when a bucket is full, the streams and events around its reduction, accumulation over micro-steps,
 offload, norms, clipping, overflow checks. What it hands over: the gradients of one bucket, to be averaged.
@@ -6,7 +6,6 @@ offload, norms, clipping, overflow checks. What it hands over: the gradients of 
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.partitions import Partitions
-from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.parallel.reduction import Fragment, Reduction
 
@@ -54,7 +53,7 @@ def reduction_of(config: AlstConfig) -> Reduction:
     return Reduction(dtype[config.seq_parallel_communication_data_type], config.alst.reduction.slice_bytes)
 
 
-def install_reduction(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Average this engine's gradients by ``reduction`` on whatever path its ZeRO stage and options take.
 
     Raises:
@@ -68,18 +67,18 @@ def install_reduction(engine: Any, reduction: Reduction, undo: ExitStack) -> Red
     optimizer = engine.optimizer
     # By what the optimizer can do and not by the stage: with bf16 and fp32 accumulation stage 1 has one of its own.
     if hasattr(optimizer, _STAGE3 + "avg_scatter_grads"):
-        return _install_stage3(optimizer, reduction, undo)
+        return _install_stage3(optimizer, reduction, patches)
     if hasattr(optimizer, "gradient_reduction_w_predivide"):
-        return _install_stage12(optimizer, reduction, undo)
+        return _install_stage12(optimizer, reduction, patches)
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
-        return _install_bf16_optimizer(engine, reduction, undo)
-    return _install_stage0(engine, reduction, undo)
+        return _install_bf16_optimizer(engine, reduction, patches)
+    return _install_stage0(engine, reduction, patches)
 
 
-def _install_stage3(optimizer: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+def _install_stage3(optimizer: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Sums go where the optimizer keeps its shares of the gradients; by way of the device if that is on the host."""
     # With reduce_scatter false DeepSpeed would all-reduce whole buckets.
-    _set(optimizer, "reduce_scatter", True, undo)
+    patches.set(optimizer, "reduce_scatter", True)
 
     def avg_scatter_grads(params: list[Any], communication_data_type: torch.dtype) -> _Shares:
         kept = getattr(optimizer, _STAGE3 + "param_id_to_grad_partition")
@@ -111,8 +110,8 @@ def _install_stage3(optimizer: Any, reduction: Reduction, undo: ExitStack) -> Re
 
         return keep
 
-    _set(optimizer, _STAGE3 + "avg_scatter_grads", avg_scatter_grads, undo)
-    wrap_method(optimizer, "partition_grads", partition_grads, undo)
+    patches.set(optimizer, _STAGE3 + "avg_scatter_grads", avg_scatter_grads)
+    patches.wrap(optimizer, "partition_grads", partition_grads)
     wire = reduction.on_wire(optimizer.communication_data_type)
     return ReductionPath((wire,), each_micro_step=True, bucket_size=optimizer.reduce_bucket_size)
 
@@ -125,7 +124,7 @@ class _Shares:
     in_place: bool
 
 
-def _install_stage12(optimizer: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+def _install_stage12(optimizer: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Sums go to the ranks whose partition they belong to: into the bucket, or added to the fp32 partition.
 
     Muon steps with whole matrices, so each rank that owns a part of one needs all of its gradient: sums go everywhere.
@@ -155,11 +154,11 @@ def _install_stage12(optimizer: Any, reduction: Reduction, undo: ExitStack) -> R
         return average_n
 
     # The way through a whole-bucket reduction: waits and streams are behind it, and nothing of the bucket is split.
-    _set(optimizer, "reduce_scatter", False, undo)
-    _set(optimizer, "gradient_reduction_w_predivide", reduce_bucket, undo)
+    patches.set(optimizer, "reduce_scatter", False)
+    patches.set(optimizer, "gradient_reduction_w_predivide", reduce_bucket)
     if not has_muon:
-        _set(optimizer, "_add_full_reduction_to_compact_grad_partition", lambda *_: None, undo)
-    _set(optimizer, "allreduce_bucket", allreduce_bucket, undo)
+        patches.set(optimizer, "_add_full_reduction_to_compact_grad_partition", lambda *_: None)
+    patches.set(optimizer, "allreduce_bucket", allreduce_bucket)
     dtype = optimizer._gradient_reduction_buffer_dtype()
     sums = torch.float32 if optimizer._use_compact_grad_partition_buffer(0) else dtype
     return ReductionPath(
@@ -183,19 +182,19 @@ def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -
         yield Fragment(stop - start, owner, out)
 
 
-def _install_bf16_optimizer(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+def _install_bf16_optimizer(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Sums go to the rank that steps with them, and nowhere else (engine/partitions.py)."""
     optimizer = engine.optimizer
     partitions = Partitions(optimizer, reduction)
-    _set(engine, "buffered_allreduce_fallback", partitions.reduce, undo)
-    _set(optimizer, "get_grads_for_norm", partitions.grads_for_norm, undo)
-    wrap_method(optimizer, "_update_hp_grad", partitions.adding_first, undo)
-    wrap_method(optimizer, "clear_hp_grads", partitions.forgetting_after, undo)
+    patches.set(engine, "buffered_allreduce_fallback", partitions.reduce)
+    patches.set(optimizer, "get_grads_for_norm", partitions.grads_for_norm)
+    patches.wrap(optimizer, "_update_hp_grad", partitions.adding_first)
+    patches.wrap(optimizer, "clear_hp_grads", partitions.forgetting_after)
     wire = reduction.on_wire(optimizer.grad_acc_dtype)
     return ReductionPath((wire,), each_micro_step=False, bucket_size=None)
 
 
-def _install_stage0(engine: Any, reduction: Reduction, undo: ExitStack) -> ReductionPath:
+def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Sums go everywhere, in place."""
 
     def allreduce_and_copy(
@@ -207,11 +206,11 @@ def _install_stage0(engine: Any, reduction: Reduction, undo: ExitStack) -> Reduc
             if not grad.is_contiguous():
                 grad.copy_(flat_n.view_as(grad))
 
-    _set(engine, "allreduce_and_copy", allreduce_and_copy, undo)
+    patches.set(engine, "allreduce_and_copy", allreduce_and_copy)
     own = next((param.dtype for param in engine.module.parameters() if param.requires_grad), torch.float32)
     wire = reduction.on_wire(own)
     return ReductionPath((wire, wire), each_micro_step=False, bucket_size=None)
 
 
-def _set(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
-    wrap_method(owner, name, lambda _: value, undo)
+def _set(owner: Any, name: str, value: Any, patches: PatchSet) -> None:
+    patches.wrap(owner, name, lambda _: value)

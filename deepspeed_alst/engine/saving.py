@@ -17,9 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.checkpoint_files import STAMP, Stamp
 from deepspeed_alst.engine.same_model import parameter_order
-from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import CheckpointError
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.words import in_words
@@ -113,15 +113,15 @@ def _kept(engine: Any, errors: list[Exception], stamp: Stamp) -> Iterator[None]:
 
         return save
 
-    with contextlib.ExitStack() as undo:
-        wrap_method(engine.checkpoint_engine, "save", stamped, undo)
+    with PatchSet() as patches:
+        patches.wrap(engine.checkpoint_engine, "save", stamped)
         for owner, name in (
             (engine.checkpoint_engine, "makedirs"),
             # What is saved is put together there too: the caller's state may have no place in it.
             (engine, "_save_checkpoint"),
             (engine, "_save_zero_checkpoint"),
         ):
-            wrap_method(owner, name, keep, undo)
+            patches.wrap(owner, name, keep)
         yield
 
 

@@ -3,20 +3,20 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
 
 from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.dropping import StepDropper
 from deepspeed_alst.engine.finite import LossWatch
+from deepspeed_alst.engine.probe import Probe
 from deepspeed_alst.engine.whole_batches import split_whole_batches
-from deepspeed_alst.engine.wrap import wrap_method
 from deepspeed_alst.errors import DataError, SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.dropout import Draws
@@ -50,7 +50,7 @@ class Session:
         by_lowest: bool,
         marks_padding: bool,
         vocabulary: Vocabulary,
-        undo: ExitStack,
+        patches: PatchSet,
     ) -> None:
         self.config = config
         self._packing, self._by_lowest, self._vocabulary = packing, by_lowest, vocabulary
@@ -60,19 +60,21 @@ class Session:
         """What this rank sends in a step for the gradients' reduction."""
         self.takes_whole = False
         """Whether the engine is given whole batches, which it splits itself."""
+        self.probe: Probe | None = None
+        """Of the averaging over ranks; there once the engine is built."""
         self.groups = groups
         self.mpu = mpu
         # Rank 0's seed: programs may give each rank another.
         seed = gather_objects(torch.initial_seed(), groups.control_group)[0]
         self.calls = Calls(draws=Draws(seed, replica=groups.dp_rank))
         self._losses = LossWatch(groups, self.calls)
-        self._undo = undo
+        self._patches = patches
         self._in_backward = False
         self._loss_divisor = 1
 
     def attach(self, engine: Any) -> None:
         """Wire a fresh engine: its calls see its own mpu, its loaders are sharded, ``destroy`` undoes everything."""
-        engine.alst = self
+        self._patches.set(engine, "alst", self)
         self.calls.draws.clock = functools.partial(_step_and_micro_step, engine)
         # DeepSpeed has None here for an mpu of this kind, and set_train_batch_size multiplies by it.
         engine.dp_world_size = self.groups.dp_size
@@ -82,17 +84,16 @@ class Session:
         self.wrap(engine, "backward", self._mark_backward)
         self.wrap(engine, "step", functools.partial(self._losses.before_step, engine))
         self.wrap(engine, "compile", _refuse_compiled_autograd)
-        install_checkpoints(engine, self.groups.control_group, self._undo)
+        install_checkpoints(engine, self.groups.control_group, self._patches)
         self.wrap(engine, "deepspeed_io", lambda io: functools.partial(self._sharded_io, io))
         self.wrap(engine, "destroy", self._and_close)
         for name in _CALLS_WITH_COLLECTIVES:
             self.wrap(engine, name, functools.partial(_naming_who_is_missing, self.groups.roll_group))
-        self._undo.callback(engine.__dict__.pop, "alst", None)
 
     def watch_gradients(self, engine: Any) -> None:
         """Have NaN and Inf drop a step; after the reduction is installed, whose norm it reads."""
         if not engine.fp16_enabled():
-            self._losses.dropper = StepDropper(engine, self._undo)
+            self._losses.dropper = StepDropper(engine, self._patches)
 
     def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
         """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is.
@@ -147,17 +148,13 @@ class Session:
         finally:
             self._loss_divisor = 1
 
-    def adopt(self, undo: ExitStack) -> None:
-        """Own what is to be undone; until now the caller did, and would have undone it at an error."""
-        self._undo = undo
-
     def close(self) -> None:
         """Take everything back: the model, the engine's methods, the process groups."""
-        self._undo.close()
+        self._patches.close()
 
     def wrap(self, engine: Any, name: str, wrapper: Any) -> None:
         """Put a wrapper around one of the engine's methods, on the instance; closing the session takes it off."""
-        wrap_method(engine, name, wrapper, self._undo)
+        self._patches.wrap(engine, name, wrapper)
 
     def _sharded_io(self, io: Any, dataset: Any, *args: Any, **kwargs: Any) -> ShardedDataLoader:
         """``engine.deepspeed_io`` with samples drawn per rank, not per replica: the sharded loader wants all."""

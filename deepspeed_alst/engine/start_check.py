@@ -3,14 +3,13 @@
 import functools
 import sys
 import time
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from deepspeed_alst.apart import apart
-from deepspeed_alst.engine.wrap import wrap_method
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.dropout import drop_no_attention
 from deepspeed_alst.models.gradient_hooks import check_gradient_hooks
 from deepspeed_alst.models.model_check import check_live_model
@@ -20,7 +19,7 @@ from deepspeed_alst.models.untouched import untouched
 from deepspeed_alst.parallel.traffic import uncounted
 
 
-def install_model_check(engine: Any, undo: ExitStack) -> None:
+def install_model_check(engine: Any, patches: PatchSet) -> None:
     """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
 
     Nothing is installed where ``alst.check_model`` is false, or in a program written for DeepSpeed's own ALST: what it
@@ -30,7 +29,7 @@ def install_model_check(engine: Any, undo: ExitStack) -> None:
 
     Args:
         engine: of a session, whose model's code the trial of a small model has seen.
-        undo: takes it back.
+        patches: takes it back.
     """
     session, checked, code = engine.alst, set[bool](), program_code(engine.module)
     if not session.config.alst.check_model or not session.calls.makes_whole_loss:
@@ -50,7 +49,7 @@ def install_model_check(engine: Any, undo: ExitStack) -> None:
 
         return checking
 
-    wrap_method(engine, "forward", wrapper, undo)
+    patches.wrap(engine, "forward", wrapper)
 
 
 def _check(engine: Any, session: Any) -> None:
@@ -62,8 +61,9 @@ def _check(engine: Any, session: Any) -> None:
         torch.compiler.set_stance("force_eager"),
         session.calls.of_model_check(),
         uncounted(session.groups.sp_group),
+        PatchSet() as patches,
     ):
-        drop_no_attention(model)
+        drop_no_attention(model, patches)
         forget = functools.partial(_forget_trace, engine)
         summary = check_live_model(model, session.groups, session.calls, torch.device(engine.device), forget)
     _forget_trace(engine)

@@ -13,7 +13,7 @@ objects and in hooks that are removed at its end: without a ledger nothing is sl
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.blocks import Block, Blocks, Moment
 from deepspeed_alst.ledger.flops import formula, is_attention
 from deepspeed_alst.ledger.owners import Category, check_category, opened
@@ -64,25 +65,22 @@ class Ledger:
         self._scopes = Scopes(model)
         self._blocks = Blocks()
         self._shapes: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
-        self._undo = ExitStack()
+        self._undo = PatchSet()
 
     # --- the program's side
 
     def __enter__(self) -> "Ledger":
-        with ExitStack() as undo:
+        with PatchSet().rollback_on_error() as undo:
             undo.enter_context(opened(self))
             undo.callback(self._scopes.close)
             undo.callback(self._blocks.close)
             self._claim_model()
-            for handle in (
-                torch_modules.register_module_forward_pre_hook(self._before_module),
-                torch_modules.register_module_forward_hook(self._after_module, always_call=True),
-            ):
-                undo.callback(handle.remove)
+            undo.hook(torch_modules, "module_forward_pre", self._before_module)
+            undo.hook(torch_modules, "module_forward", self._after_module, always_call=True)
             undo.enter_context(resizes_seen(self._seen))
             undo.enter_context(Watch(self._run))
             undo.callback(self._claim_gradients)
-            self._undo = undo.pop_all()
+            self._undo = undo
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -1,1 +1,1 @@
-"""The only code that knows transformers: verified families, and the patches with their undo."""
+"""The only code that knows transformers: verified families, and the patches with their patches."""

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from deepspeed_alst.attention.heads import HeadPlan
 from deepspeed_alst.attention.kept import keeping_frame
 from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.attention.whole_mask import WholeMask
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import Core
@@ -40,19 +40,16 @@ _ARGUMENTS = (
 _IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def register_attention(model: torch.nn.Module, core: Core, group: Any, calls: Calls, undo: ExitStack) -> None:
-    """Have a model call Ulysses attention over ``group``, whose calls are counted; ``undo.close()`` takes it back."""
+def register_attention(model: torch.nn.Module, core: Core, group: Any, calls: Calls, patches: PatchSet) -> None:
+    """Register Ulysses attention over ``group`` for one model; its calls are counted."""
     name = PrivateName(core.name)
-    scale_queries = take_temperatures(model, dist.get_rank(group), calls, undo)
+    scale_queries = take_temperatures(model, dist.get_rank(group), calls, patches)
     layers = weakref.WeakSet(model.modules())
-    AttentionInterface.register(name, _attention_over(group, core, calls, layers, scale_queries))
-    undo.callback(AttentionInterface._global_mapping.pop, name, None)
+    functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+    patches.entry(functions, name, _attention_over(group, core, calls, layers, scale_queries))
     # A name that is missing from the mask interface means "no mask" to transformers, silently.
-    AttentionMaskInterface.register(name, mask_function_for(core, dist.get_world_size(group), calls))
-    undo.callback(AttentionMaskInterface._global_mapping.pop, name, None)
-    config, before = model.config, model.config._attn_implementation
-    config._attn_implementation = name
-    undo.callback(setattr, config, "_attn_implementation", before)
+    patches.entry(masks, name, mask_function_for(core, dist.get_world_size(group), calls))
+    patches.set(model.config, "_attn_implementation", name)
 
 
 def _attention_over(

@@ -7,12 +7,12 @@ Runs as a forward pre-hook of the model: one small exchange over gloo and a few 
 import bisect
 import itertools
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.checks import checked
 from deepspeed_alst.data.shard import PLACE, REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
@@ -61,9 +61,9 @@ class Planner(Protocol):
 
 
 def guard_batches(
-    model: torch.nn.Module, groups: SequenceGroups, calls: Calls, undo: ExitStack, planner: Planner | None = None
+    model: torch.nn.Module, groups: SequenceGroups, calls: Calls, patches: PatchSet, planner: Planner | None = None
 ) -> None:
-    """Install the check, and with it a planner's decision; ``undo.close()`` removes it."""
+    """Install the check, and with it a planner's decision; ``patches.close()`` removes it."""
     vocabulary = vocabulary_of(model)
 
     @torch.compiler.disable
@@ -108,8 +108,7 @@ def guard_batches(
             kwargs |= _flash_arguments(bounds, kwargs["cu_seq_lens_q"], kwargs["position_ids"].device)
         return args, kwargs
 
-    handle = model.register_forward_pre_hook(check, prepend=True, with_kwargs=True)
-    undo.callback(handle.remove)
+    patches.hook(model, "forward_pre", check, prepend=True, with_kwargs=True)
 
 
 def _decide_together(planner: Planner, everyone: Sequence[Any], groups: SequenceGroups) -> None:
@@ -123,7 +122,7 @@ def _decide_together(planner: Planner, everyone: Sequence[Any], groups: Sequence
         raise_together(error, groups.control_group)
 
 
-def plan_batches(model: torch.nn.Module, planner: Planner, undo: ExitStack) -> None:
+def plan_batches(model: torch.nn.Module, planner: Planner, patches: PatchSet) -> None:
     """Without sequence parallelism: have a planner decide before each forward, each rank from what it knows itself."""
 
     @torch.compiler.disable
@@ -137,7 +136,7 @@ def plan_batches(model: torch.nn.Module, planner: Planner, undo: ExitStack) -> N
             )
         planner.decide([planner.facts(tokens.shape[:2])])
 
-    undo.callback(model.register_forward_pre_hook(plan, prepend=True, with_kwargs=True).remove)
+    patches.hook(model, "forward_pre", plan, prepend=True, with_kwargs=True)
 
 
 def _facts(

@@ -3,12 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.dropout import Draws
 from deepspeed_alst.models.wrapped import base_model
@@ -113,7 +113,7 @@ def _why_not_called(model: torch.nn.Module) -> str:
     return "Undo whatever replaced its attention (kernels, a subclass)"
 
 
-def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_loss: bool) -> None:
+def check_calls(model: torch.nn.Module, calls: Calls, patches: PatchSet, whole_loss: bool) -> None:
     """Make sure that a forward went through the patched parts: a subclass, or a library, may have replaced them.
 
     Where the loss is not to be the whole sequence's (``whole_loss``), a program may make a shard's as it likes.
@@ -158,5 +158,5 @@ def check_calls(model: torch.nn.Module, calls: Calls, undo: ExitStack, whole_los
                 "whatever replaced its forward (Liger's fused loss, a subclass)."
             )
 
-    for handle in (model.register_forward_pre_hook(reset), model.register_forward_hook(check, with_kwargs=True)):
-        undo.callback(handle.remove)
+    patches.hook(model, "forward_pre", reset)
+    patches.hook(model, "forward", check, with_kwargs=True)

@@ -6,11 +6,12 @@ any time; what it was stays in it and is given back.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deepspeed_alst.core.patching import PatchSet
 
 Checkpoint = Callable[..., Any]
 """``(function, *args) -> outputs``: runs a layer now, and again in the backward."""
@@ -54,14 +55,13 @@ class Seam:
         return wrapped
 
 
-def seam_of(layer: torch.nn.Module, undo: ExitStack) -> Seam:
-    """The seam of a layer; made when it is first asked for, and gone when the ``undo`` of that time closes."""
+def seam_of(layer: torch.nn.Module, patches: PatchSet) -> Seam:
+    """The seam of a layer; made when it is first asked for, and gone when the ``patches`` of that time closes."""
     existing = vars(layer).get(_SEAM)
     if existing is not None:
         return existing
     seam = Seam()
-    vars(layer)[_SEAM] = seam
-    undo.callback(vars(layer).pop, _SEAM, None)
+    patches.set(layer, _SEAM, seam)
 
     def put_on(*_: Any) -> None:
         checkpoint = vars(layer).get(_FUNCTION)
@@ -69,15 +69,9 @@ def seam_of(layer: torch.nn.Module, undo: ExitStack) -> Seam:
             return
         wrapped = seam.wrap(checkpoint)
         wrapped.alst_before = checkpoint
-        setattr(layer, _FUNCTION, wrapped)
+        patches.set(layer, _FUNCTION, wrapped)
 
-    def take_off() -> None:
-        before = getattr(vars(layer).get(_FUNCTION), "alst_before", None)
-        if before is not None:
-            setattr(layer, _FUNCTION, before)
-
-    undo.callback(layer.register_forward_pre_hook(put_on).remove)
-    undo.callback(take_off)
+    patches.hook(layer, "forward_pre", put_on)
     return seam
 
 

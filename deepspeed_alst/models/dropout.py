@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.checkpoints import Checkpoint, checkpointed_layers, seam_of
 from deepspeed_alst.models.wrapped import base_model
@@ -55,16 +56,16 @@ class Draws:
 def count_draws(
     model: torch.nn.Module,
     draws: Draws,
-    undo: ExitStack,
+    patches: PatchSet,
     is_whole: Callable[[], bool] = lambda: False,
     on_trial: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Have a model draw its random numbers by counters; ``undo.close()`` takes it back.
+    """Have a model draw its random numbers by counters; ``patches.close()`` takes it back.
 
     Args:
         model: a transformers model, or a wrapper around one.
         draws: of this rank.
-        undo: takes everything back.
+        patches: takes everything back.
         is_whole: asked at each forward, whether it is given a whole sequence and not this rank's shard.
         on_trial: asked at each forward, whether it is to draw the same as others, and not to count.
     """
@@ -95,34 +96,35 @@ def count_draws(
                 "randn_like), which are not those of one sequence. Leave its layers out of torch.compile"
             )
 
-    undo.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
-    undo.callback(model.register_forward_hook(leave, always_call=True).remove)
-    undo.callback(entered.close)
+    patches.hook(model, "forward_pre", enter, with_kwargs=True)
+    patches.hook(model, "forward", leave, always_call=True)
+    patches.callback(entered.close)
     for layer in checkpointed_layers(base):
-        seam_of(layer, undo).around.append(_around)
+        seam_of(layer, patches).around.append(_around)
 
 
-def without_dropout(config: Any, attention_only: bool = False) -> Any:
+def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet | None = None) -> Any:
     """Set a config's rates of dropout and noise to 0, all or those of attention; returns it."""
+    patches = patches or PatchSet()
     text_config = config.get_text_config()
     for name, rate in list(vars(text_config).items()):
         is_asked_for = "att" in name or not attention_only
         if is_asked_for and isinstance(rate, float) and re.search("drop|jitter", name):
-            setattr(text_config, name, 0.0)
+            patches.set(text_config, name, 0.0)
     return config
 
 
-def drop_no_attention(model: torch.nn.Module) -> None:
+def drop_no_attention(model: torch.nn.Module, patches: PatchSet) -> None:
     """Set the rates of dropout in a model's attention modules to 0: kernels draw for a rank's heads."""
-    without_dropout(base_model(model).config, attention_only=True)
+    without_dropout(base_model(model).config, True, patches)
     for module in model.modules():
         if "Attention" in type(module).__name__:
             for name, rate in list(vars(module).items()):
                 if "drop" in name and isinstance(rate, float):
-                    setattr(module, name, 0.0)
+                    patches.set(module, name, 0.0)
             for child in module.children():
                 if isinstance(child, torch.nn.Dropout):
-                    child.p = 0.0
+                    patches.set(child, "p", 0.0)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -5,13 +5,13 @@ modules of their own, a forward calls those that have tokens, and on shards thes
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.wrapped import base_model
 
@@ -25,7 +25,7 @@ def router_classes(model: torch.nn.Module) -> tuple[type, ...]:
     return tuple(dict.fromkeys(each for each in classes if isinstance(each, type)))
 
 
-def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None], undo: ExitStack) -> None:
+def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
     """Make blocks of separate experts the same to the engine on ranks whose tokens go to different ones.
 
     Under ZeRO-3 a rank that does not call an expert would not join the gathers of its weights; on the other stages it
@@ -36,13 +36,13 @@ def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None
         model: a transformers model, or a wrapper around one.
         stage: of ZeRO.
         leaf: called with each block under ZeRO-3: the engine is to gather its weights as one (engine/leaves.py).
-        undo: takes it back.
+        patches: takes it back.
     """
     for block, experts in _separate_experts(base_model(model)):
         if stage == 3:
             leaf(block)
         else:
-            undo.callback(block.register_forward_pre_hook(_gradient_for_each(experts)).remove)
+            patches.hook(block, "forward_pre", _gradient_for_each(experts))
 
 
 def expert_counts(base: torch.nn.Module) -> set[int]:

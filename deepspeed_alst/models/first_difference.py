@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.program_code import module_label
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -57,7 +58,7 @@ def _watch(model: torch.nn.Module, run: Callable[[], Any], n: int) -> _Seen:
     seen: _Seen = {}
     open_calls: dict[str, list[list[_Digest]]] = {}
     ended: dict[str, int] = {}
-    handles = []
+    patches = PatchSet()
     for name, module in model.named_modules():
 
         def before(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
@@ -69,13 +70,10 @@ def _watch(model: torch.nn.Module, run: Callable[[], Any], n: int) -> _Seen:
             ended[name] = ended.get(name, 0) + 1
 
         # First before what the program's hooks do to the arguments, last after what they do to the output.
-        handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
+        patches.hook(module, "forward_pre", before, prepend=True, with_kwargs=True)
+        patches.hook(module, "forward", after)
+    with patches:
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -1,16 +1,16 @@
 """RMSNorm and rotary embedding of a model by this package's own ops, where Liger's do not."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.kernels.registry import has_kernel
 from deepspeed_alst.models.fused_norms import fuse_norms
 from deepspeed_alst.models.fused_rope import fuse_rope
 
 
-def fuse_norms_and_rope(model: Any, undo: ExitStack) -> str:
+def fuse_norms_and_rope(model: Any, patches: PatchSet) -> str:
     """Have a model's RMSNorm modules and its attention's rotary embedding run the ops; returns what was done, in words.
 
     The ops keep nothing for the backward but what lives anyway. What is not proven to compute the same stays as it is,
@@ -18,14 +18,14 @@ def fuse_norms_and_rope(model: Any, undo: ExitStack) -> str:
 
     Args:
         model: a transformers model, or a wrapper around one, before its engine is built.
-        undo: takes everything back.
+        patches: takes everything back.
     """
     device, parts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     if isinstance(model, torch.nn.Module):  # else it is DeepSpeed's to refuse
         if all(has_kernel(name, device) for name in ("rms_norm", "rms_norm_backward")):
-            parts.append(_counted(fuse_norms(model, undo)))
+            parts.append(_counted(fuse_norms(model, patches)))
         if has_kernel("rope", device):
-            parts.append(_counted(fuse_rope(model, undo), " (rotary embedding)"))
+            parts.append(_counted(fuse_rope(model, patches), " (rotary embedding)"))
     words = " and ".join(part for part in parts if part)
     return f"{words} by a kernel, recomputed in the backward" if words else "the model's own"
 

@@ -4,12 +4,12 @@ It returns the log-probability of every labelled token of this rank's shard, who
 own count. So the sum is made that of the whole sequence, with the gradient that the package's own loss has.
 """
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.wrapped import base_model
 
@@ -32,8 +32,8 @@ def has_fused_head(output: Any) -> bool:
     return getattr(output, "log_probs", None) is not None and getattr(output, "label_mask", None) is not None
 
 
-def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
-    """Have the sums of a fused head's outputs be the whole sequence's; ``undo.close()`` takes it back."""
+def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> None:
+    """Have the sums of a fused head's outputs be the whole sequence's; ``patches.close()`` takes it back."""
 
     def whole(module: torch.nn.Module, args: Any, output: Any) -> Any:
         if calls.whole or not has_fused_head(output):
@@ -51,4 +51,4 @@ def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitS
             output["loss"] = output["loss"] + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
-    undo.callback(model.register_forward_hook(whole).remove)
+    patches.hook(model, "forward", whole)

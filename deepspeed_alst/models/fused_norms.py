@@ -7,14 +7,13 @@ a module that something hangs on: hooks, a forward of its own, a parametrization
 
 import copy
 import functools
-import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.kernels.rms_norm import DTYPES, rms_norm
 from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_reference, rms_norm_reference
 from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
@@ -37,8 +36,8 @@ class _Form:
     cast_first: bool
 
 
-def fuse_norms(model: torch.nn.Module, undo: ExitStack) -> dict[str, int]:
-    """Have a model's RMSNorm modules run the op; returns how many of each class do. ``undo.close()`` takes it back.
+def fuse_norms(model: torch.nn.Module, patches: PatchSet) -> dict[str, int]:
+    """Have a model's RMSNorm modules run the op; returns how many of each class do. ``patches.close()`` takes it back.
 
     A weight that ZeRO-3 partitions is there when the module runs, and again when its backward does.
     """
@@ -48,8 +47,7 @@ def fuse_norms(model: torch.nn.Module, undo: ExitStack) -> dict[str, int]:
         if form is None:
             continue
         # A method, so that a copy of the module runs it on its own weight.
-        module.forward = types.MethodType(_by_op(type(module).forward, form), module)
-        undo.callback(vars(module).pop, "forward", None)
+        patches.forward(module, _by_op(type(module).forward, form))
         name = type(module).__name__
         fused[name] = fused.get(name, 0) + 1
     return fused

@@ -9,14 +9,14 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.function_copies import with_names
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.kernels.rope import DTYPES, rope
 from deepspeed_alst.kernels.rope_ops import rope_reference
-from deepspeed_alst.models.function_copies import with_names
 from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
 
 _NAME = "apply_rotary_pos_emb"
@@ -27,8 +27,8 @@ _How = tuple[int, bool, bool]
 """Elements that are rotated, interleaved, shared: the op's arguments."""
 
 
-def fuse_rope(model: torch.nn.Module, undo: ExitStack) -> dict[str, int]:
-    """Have a model's attention rotate by the op; returns how many of each class do. ``undo.close()`` takes it back.
+def fuse_rope(model: torch.nn.Module, patches: PatchSet) -> dict[str, int]:
+    """Have a model's attention rotate by the op; returns how many of each class do. ``patches.close()`` takes it back.
 
     A module whose forward is its own already stays as it is.
     """
@@ -38,8 +38,7 @@ def fuse_rope(model: torch.nn.Module, undo: ExitStack) -> dict[str, int]:
         if "forward" in vars(module) or (copy := with_names(forward, _names_for)) is forward:
             continue
         # A method, so that a copy of the module runs it on itself.
-        module.forward = types.MethodType(_unless_compiled(copy, forward), module)
-        undo.callback(vars(module).pop, "forward", None)
+        patches.forward(module, _unless_compiled(copy, forward))
         name = type(module).__name__
         fused[name] = fused.get(name, 0) + 1
     return fused

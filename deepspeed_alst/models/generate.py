@@ -1,23 +1,23 @@
 """Generation between steps: every rank holds the whole prompt, so the model is for that time what it was."""
 
 import functools
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.calls import Calls
 
 
-def generate_whole(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:
-    """Run ``model.generate`` without sequence parallelism; ``undo.close()`` takes it back.
+def generate_whole(model: torch.nn.Module, calls: Calls, patches: PatchSet) -> None:
+    """Run ``model.generate`` without sequence parallelism; ``patches.close()`` takes it back.
 
     Every rank generates from the prompts that it is given, as at SP 1, with transformers' own attention and caches.
 
     Args:
         model: the transformers model.
         calls: what looks at its forwards.
-        undo: takes the way back.
+        patches: takes the way back.
     """
     if not hasattr(model, "generate"):
         return
@@ -28,5 +28,4 @@ def generate_whole(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> Non
         with calls.unsplit(model.config):
             return original(*args, **kwargs)
 
-    model.generate = generate
-    undo.callback(vars(model).pop, "generate", None)
+    patches.set(model, "generate", generate)

@@ -6,7 +6,6 @@ name goes on as before, whichever way the model's modules are built. Under seque
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,18 +14,19 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepspeed_alst.attention.kept import attend_once, keeping_frame
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.cores import under_own_name
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.own_config import own_config
 
 
-def keep_attention(model: torch.nn.Module, undo: ExitStack) -> str:
+def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:
     """Have a model's attention keep its output in frames that ask for it; returns what was done, in words.
 
     Args:
         model: a transformers model, or a wrapper around one. Its configs become its own.
-        undo: ``undo.close()`` takes everything back.
+        patches: ``patches.close()`` takes everything back.
 
     Raises:
         UnsupportedModelError: none of its attention runs as operators whose output can be kept.
@@ -39,16 +39,14 @@ def keep_attention(model: torch.nn.Module, undo: ExitStack) -> str:
             continue
         assert not isinstance(name, PrivateName), "under sequence parallelism attention keeps its output by itself"
         names.append(name)
-        own, private = own_config(model, config, undo), PrivateName(name)
-        AttentionInterface.register(private, _kept(name, AttentionInterface._global_mapping[name]))
-        undo.callback(AttentionInterface._global_mapping.pop, private, None)
+        own, private = own_config(model, config, patches), PrivateName(name)
+        functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+        patches.entry(functions, private, _kept(name, functions[name]))
         # A name that is missing from the mask interface means "no mask" to transformers, as it does for the other name.
-        if name in AttentionMaskInterface._global_mapping:
-            AttentionMaskInterface.register(private, AttentionMaskInterface._global_mapping[name])
-            undo.callback(AttentionMaskInterface._global_mapping.pop, private, None)
+        if name in masks:
+            patches.entry(masks, private, masks[name])
         # Not by the property, which sets it in the configs of a model's parts as well.
-        own._attn_implementation_internal = private
-        undo.callback(setattr, own, "_attn_implementation_internal", name)
+        patches.set(own, "_attn_implementation_internal", private)
     return f"{type(model).__name__}: the output of {', '.join(dict.fromkeys(names))} is kept for the recomputation"
 
 

@@ -3,7 +3,6 @@
 import inspect
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from deepspeed_alst.blocks import LigerBlock
 from deepspeed_alst.config import AlstConfig, nearest
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
 from deepspeed_alst.models.liger_patches import CannotPatchError, has_ligers_modules, patch
 from deepspeed_alst.models.wrapped import base_model
@@ -94,7 +94,7 @@ class _Wish:
         }
 
 
-def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: Any, undo: ExitStack) -> LigerUse:
+def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
     """Put Liger's kernels into a model as ``alst.liger_kernel`` says, before anything else patches its modules.
 
     Collective over ``group``: what one rank cannot do none does, with words for ``"auto"`` and an error for what is
@@ -105,7 +105,7 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
         config: this package's keys.
         device: the kind that the engine will put it on.
         group: all ranks, over gloo; None where ranks are on their own.
-        undo: takes everything back.
+        patches: takes everything back.
 
     Raises:
         SetupError: asked for by name, and Liger cannot run here.
@@ -120,7 +120,7 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
     reason = _first_reason(_together(lambda: _reason_against(wish, base, device), group), group)
     if reason:
         return LigerUse(f"not used: {reason}")
-    return _together(lambda: _patch(wish, base, undo), group)
+    return _together(lambda: _patch(wish, base, patches), group)
 
 
 def check_liger_runs(key: str, device: str) -> None:
@@ -197,7 +197,7 @@ def _reason_against(wish: _Wish, base: torch.nn.Module, device: str) -> str | No
     return reason
 
 
-def _patch(wish: _Wish, base: torch.nn.Module, undo: ExitStack) -> LigerUse:
+def _patch(wish: _Wish, base: torch.nn.Module, patches: PatchSet) -> LigerUse:
     """Put on what can be had of what is asked for.
 
     Raises:
@@ -209,7 +209,7 @@ def _patch(wish: _Wish, base: torch.nn.Module, undo: ExitStack) -> LigerUse:
     apply = _functions().get(base.config.model_type)
     if apply is None or all(value is False for value in wish.parts.values()):
         return LigerUse("the loss alone" if makes_loss else "off", makes_loss)
-    with ExitStack() as done:
+    with PatchSet().rollback_on_error() as done:
         try:
             counts = _patch_what_fits(wish, base, apply, done)
         except AlstError:
@@ -227,16 +227,18 @@ def _patch(wish: _Wish, base: torch.nn.Module, undo: ExitStack) -> LigerUse:
                 f"{missing}: Liger has no such part for {type(base).__name__}; of what is asked for it has {found}. "
                 "Leave it out."
             )
-        undo.callback(done.pop_all().close)
+        patches.absorb(done)
     refused = "".join(f"; not {part}: {reason}" for part, reason in wish.refused.items())
     return LigerUse(f"{found} in {type(base).__name__}{refused}", makes_loss, patched=bool(counts))
 
 
-def _patch_what_fits(wish: _Wish, base: torch.nn.Module, apply: Callable[..., None], undo: ExitStack) -> dict[str, int]:
+def _patch_what_fits(
+    wish: _Wish, base: torch.nn.Module, apply: Callable[..., None], patches: PatchSet
+) -> dict[str, int]:
     """Patch, leaving out one part after the other that does not fit, unless it is asked for by name."""
     while True:
         try:
-            return patch(base, apply, wish.arguments(apply), undo)
+            return patch(base, apply, wish.arguments(apply), patches)
         except CannotPatchError as error:
             key = wish.key_of(error.part)
             if key or error.part in wish.refused:

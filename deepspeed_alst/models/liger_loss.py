@@ -6,23 +6,22 @@ forward does; under this package these are the tiled head and the loss of the wh
 
 import functools
 import inspect
-from contextlib import ExitStack
-from types import MethodType
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.liger_patches import is_ligers
 from deepspeed_alst.models.wrapped import base_model
 
 _ARGUMENT = "skip_logits"
 
 
-def use_own_loss(model: torch.nn.Module, undo: ExitStack) -> bool:
+def use_own_loss(model: torch.nn.Module, patches: PatchSet) -> bool:
     """Have a model that Liger has patched make its loss by its head and ``loss_function``; whether it is one.
 
     The HF Trainer does it with ``use_liger_kernel``, and a program by Liger's functions, before or after the model is
-    built. Nothing happens to any other model. ``undo`` takes it back.
+    built. Nothing happens to any other model. ``patches`` takes it back.
     """
     base = base_model(model)
     before = base.forward
@@ -34,7 +33,5 @@ def use_own_loss(model: torch.nn.Module, undo: ExitStack) -> bool:
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return before.__func__(self, *args, **{**kwargs, _ARGUMENT: False})
 
-    own = vars(base).get("forward")
-    base.forward = MethodType(forward, base)
-    undo.callback(setattr if own else delattr, base, "forward", *([own] if own else []))
+    patches.forward(base, forward)
     return True

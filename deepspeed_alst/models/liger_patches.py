@@ -7,16 +7,16 @@ of its own: its forward is the same code with another dict of globals.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
+from deepspeed_alst.core.function_copies import with_names
+from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.function_copies import with_names
 
 # Parts of alst.liger_kernel by the modules of Liger's that they come from.
 _PARTS = {
@@ -35,7 +35,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "geglu": lambda x: F.gelu(x, approximate="tanh"),
     "relu_squared": lambda x: F.relu(x).square(),
 }
-_ABSENT: Any = object()
 
 
 class CannotPatchError(UnsupportedModelError):
@@ -54,12 +53,6 @@ class _Change(NamedTuple):
     before: Any
     now: Any
 
-    def take_back(self) -> None:
-        if self.before is _ABSENT:
-            self.space.pop(self.name, None)
-        else:
-            self.space[self.name] = self.before
-
 
 class _Watch:
     """Namespaces as they are now, to be compared with what they will be."""
@@ -72,7 +65,7 @@ class _Watch:
         for space, before in self._before:
             for name, now in list(dict.items(space)):
                 if name not in before or before[name] is not now:
-                    yield _Change(space, name, before.get(name, _ABSENT), now)
+                    yield _Change(space, name, before.get(name, ABSENT), now)
 
 
 def is_ligers(thing: Any) -> bool:
@@ -90,7 +83,7 @@ def has_ligers_modules(model: torch.nn.Module) -> bool:
 
 
 def patch(
-    model: torch.nn.Module, apply: Callable[..., None], arguments: dict[str, bool], undo: ExitStack
+    model: torch.nn.Module, apply: Callable[..., None], arguments: dict[str, bool], patches: PatchSet
 ) -> dict[str, int]:
     """Have Liger patch a model; returns the parts that took hold, and in how many modules each.
 
@@ -98,7 +91,7 @@ def patch(
         model: a transformers model.
         apply: Liger's function for its family.
         arguments: of that function, beside the model.
-        undo: takes everything back. After an error there is nothing to take back.
+        patches: takes everything back. After an error there is nothing to take back.
 
     Raises:
         CannotPatchError: a module that Liger would compute otherwise, or that somebody else has replaced.
@@ -108,15 +101,15 @@ def patch(
     own = _Watch([space for module in model.modules() for space in (vars(module), module._modules)])
     shared = _Watch([*map(vars, _modeling_modules()), ACT2FN])
     counts: dict[str, set[int]] = {}
-    with ExitStack() as done:
+    with PatchSet().rollback_on_error() as done:
         try:
             apply(model=model, **arguments)
         finally:
             changed, names = list(own.changes()), list(shared.changes())
             for change in names:
-                change.take_back()
+                set_entry(change.space, change.name, change.before)
             for change in changed:
-                done.callback(change.take_back)
+                done.record_entry(change.space, change.name, change.before)
         for change in changed:
             module, part = owners[id(change.space)], _part_of(change.now)
             if part is not None:
@@ -126,7 +119,7 @@ def patch(
             if _part_of(change.now) == "rope" and isinstance(change.now, FunctionType):
                 callers = _call_instead(model, change, replaced, done)
                 counts.setdefault("rope", set()).update(callers)
-        undo.callback(done.pop_all().close)
+        patches.absorb(done)
     return {part: len(modules) for part, modules in counts.items() if modules}
 
 
@@ -178,7 +171,7 @@ def _name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
     return next(name for name, each in model.named_modules() if each is module) or type(model).__name__
 
 
-def _call_instead(model: torch.nn.Module, change: _Change, replaced: set[int], undo: ExitStack) -> list[int]:
+def _call_instead(model: torch.nn.Module, change: _Change, replaced: set[int], patches: PatchSet) -> list[int]:
     """Have the modules whose forward looks up a name find Liger's function there, and nobody else; returns their ids.
 
     Raises:
@@ -197,7 +190,6 @@ def _call_instead(model: torch.nn.Module, change: _Change, replaced: set[int], u
             continue
         if id(module) in replaced:
             raise CannotPatchError("rope", f"{_name_of(model, module)}.forward has been replaced by the program")
-        vars(module)["forward"] = MethodType(copy, module)
-        undo.callback(vars(module).pop, "forward", None)
+        patches.forward(module, copy)
         found.append(id(module))
     return found

@@ -2,14 +2,14 @@
 
 import functools
 import inspect
-import types
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.function_copies import with_names
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.linear_functions import Split
@@ -20,22 +20,21 @@ CACHES = ("cache", "cache_params", "past_key_values")
 _Layers = weakref.WeakSet[torch.nn.Module]
 
 
-def split_linear_layers(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> int:
-    """Give a model's layers without attention the whole sequence; returns how many. ``undo.close()`` takes it back.
+def split_linear_layers(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> int:
+    """Give a model's layers without attention the whole sequence; returns how many. ``patches.close()`` takes it back.
 
     Args:
         model: one of which ``linear_problems`` finds none.
         group: the ranks of a sequence.
         calls: counts how often a forward reaches the layers.
-        undo: takes everything back.
+        patches: takes everything back.
     """
     layers = list(linear_layers(model).values())
     split, owned = Split(group), weakref.WeakSet(layers)
     forwards = {each: _split_forward(each, split, calls, owned) for each in {type(layer) for layer in layers}}
     for layer in layers:
         # A method, so that a deep copy of the layer gets one of its own, which refuses it.
-        layer.forward = types.MethodType(forwards[type(layer)], layer)
-        undo.callback(vars(layer).pop, "forward", None)
+        patches.forward(layer, forwards[type(layer)])
     return len(layers)
 
 
@@ -44,10 +43,7 @@ def _split_forward(layer: type[torch.nn.Module], split: Split, calls: Calls, own
     known = {name: function for name, function in functions_of(layer).items() if name in KINDS}
     replaced = {name: KINDS[name].make(function, split) for name, function in known.items()}
     # The layer's own code, which looks the functions up among the globals of its module.
-    run = types.FunctionType(
-        plain.__code__, plain.__globals__ | replaced, plain.__name__, plain.__defaults__, plain.__closure__
-    )
-    run.__kwdefaults__ = plain.__kwdefaults__
+    run = with_names(plain, lambda function: replaced if function is plain else {})
     signature = inspect.signature(plain)
     leaking = [name for name in known if not KINDS[name].keeps_documents_apart]
 

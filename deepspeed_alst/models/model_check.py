@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -213,14 +214,12 @@ def _run(model: torch.nn.Module, batch: dict[str, Any]) -> Outputs:
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         states.append(output if isinstance(output, torch.Tensor) else output[0])
 
-    handle = decoder.register_forward_hook(keep) if decoder is not base_model(model) else None
     torch.manual_seed(0)
     random.seed(0)
-    try:
+    with PatchSet() as patches:
+        if decoder is not base_model(model):
+            patches.hook(decoder, "forward", keep)
         output = model(**batch, use_cache=False)
-    finally:
-        if handle is not None:
-            handle.remove()
     hidden = states[-1].flatten(0, -2) if states and isinstance(states[-1], torch.Tensor) else None
     return Outputs(hidden, _log_probs(output, batch), getattr(output, "loss", None))
 

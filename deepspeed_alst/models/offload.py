@@ -9,12 +9,12 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.checkpoints import Checkpoint, checkpointed_layers, seam_of
 from deepspeed_alst.models.wrapped import base_model
@@ -72,8 +72,8 @@ class Keeping:
         return [layer for layer in self.layers if layer.gradient_checkpointing]
 
 
-def keep_activations(model: torch.nn.Module, keeping: Keeping, undo: ExitStack) -> None:
-    """Have each checkpointed layer of a model keep what is to be kept; ``undo.close()`` takes it back.
+def keep_activations(model: torch.nn.Module, keeping: Keeping, patches: PatchSet) -> None:
+    """Have each checkpointed layer of a model keep what is to be kept; ``patches.close()`` takes it back.
 
     Raises:
         UnsupportedModelError: transformers checkpoints no layer of it one by one.
@@ -87,13 +87,13 @@ def keep_activations(model: torch.nn.Module, keeping: Keeping, undo: ExitStack) 
     keeping.layers = layers
     given_before: list[Any] = []
     for layer in layers:
-        seam_of(layer, undo).around.append(functools.partial(_around, layer, keeping, given_before))
+        seam_of(layer, patches).around.append(functools.partial(_around, layer, keeping, given_before))
 
 
-def turn_on_checkpointing(model: torch.nn.Module, undo: ExitStack) -> bool:
+def turn_on_checkpointing(model: torch.nn.Module, patches: PatchSet) -> bool:
     """Turn gradient checkpointing on, by transformers' own way, unless it is; whether it was off.
 
-    ``undo.close()`` turns it off again.
+    ``patches.close()`` turns it off again.
 
     Raises:
         UnsupportedModelError: the model cannot.
@@ -109,8 +109,8 @@ def turn_on_checkpointing(model: torch.nn.Module, undo: ExitStack) -> bool:
     has_hook = bool(getattr(base, "_require_grads_hooks", None))
     base.activation_checkpointing_enable()
     if not has_hook:
-        undo.callback(base.disable_input_require_grads)
-    undo.callback(base.activation_checkpointing_disable)
+        patches.callback(base.disable_input_require_grads)
+    patches.callback(base.activation_checkpointing_disable)
     return True
 
 

@@ -4,12 +4,12 @@ Nothing is changed outside the model but two entries under a name of the model's
 mask interfaces: other models in the process keep theirs.
 """
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.attention import register_attention
 from deepspeed_alst.models.calls import Calls, check_calls
@@ -28,51 +28,45 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_seq
 
 
 def patch_model(
-    model: torch.nn.Module, group: Any, undo: ExitStack, calls: Calls | None = None, whole_loss: bool = True
+    model: torch.nn.Module, group: Any, patches: PatchSet, calls: Calls | None = None, whole_loss: bool = True
 ) -> str:
-    """Give a model Ulysses attention and its loss; returns what was done, in words. ``undo.close()`` takes both back.
+    """Patch a model for sequence parallelism; returns a description.
 
     Args:
         model: a verified model (families.py), or a wrapper around one.
         group: the ranks of a sequence.
-        undo: takes everything back.
+        patches: takes everything back.
         calls: counts how often a forward reaches the patched parts.
         whole_loss: whether the loss is the whole sequence's; else it is the shard's, which the program aggregates.
     """
     calls, base = calls or Calls(), base_model(model)
     calls.makes_whole_loss = whole_loss
     calls.core = name = base.config._attn_implementation
-    own_config(model, base.config, undo)
+    own_config(model, base.config, patches)
     calls.expects_attention = has_attention(base)
     if calls.expects_attention:
         core = find_core(name)
         assert core is not None, "check_model refuses it"
-        register_attention(base, core, group, calls, undo)
-    give_whole_length(base, calls, undo)
-    linear = split_linear_layers(base, group, calls, undo)
-    _replace_loss(base, group, calls, undo)
+        register_attention(base, core, group, calls, patches)
+    give_whole_length(base, calls, patches)
+    linear = split_linear_layers(base, group, calls, patches)
+    _replace_loss(base, group, calls, patches)
     if whole_loss:
-        sum_fused_head(model, group, calls, undo)
-    whole_router_loss(model, group, calls, undo)
-    generate_whole(base, calls, undo)
-    check_calls(model, calls, undo, whole_loss)
+        sum_fused_head(model, group, calls, patches)
+    whole_router_loss(model, group, calls, patches)
+    generate_whole(base, calls, patches)
+    check_calls(model, calls, patches, whole_loss)
     calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)
-    count_draws(model, calls.draws, undo, lambda: calls.whole, lambda: calls.checking)
+    count_draws(model, calls.draws, patches, lambda: calls.whole, lambda: calls.checking)
     ranks = dist.get_world_size(group)
     what = [f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass"] * calls.expects_attention
     what += [f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls"] * bool(linear)
     return f"{type(base).__name__}: {'; '.join(what)}"
 
 
-def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
+def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> None:
     """The loss of the sequence over ``group``, or of the shard for a program that aggregates it."""
-    had_own, before, original = "_loss_function" in vars(model), vars(model).get("_loss_function"), model.loss_function
-
-    def restore() -> None:
-        if had_own:
-            model.loss_function = before
-        else:
-            del model._loss_function
+    original = model.loss_function
 
     @torch.compiler.disable
     def loss_function(
@@ -99,5 +93,4 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitSt
         calls.note_loss(loss)
         return loss
 
-    model.loss_function = loss_function
-    undo.callback(restore)
+    patches.set(model, "_loss_function", loss_function)

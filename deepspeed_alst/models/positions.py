@@ -11,11 +11,11 @@ Legend: B batch, s tokens of this rank's shard, H heads, D head dim.
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 
@@ -28,13 +28,13 @@ _TEMPERED = "Llama4TextAttention"
 ScaleQueries = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
 
-def give_whole_length(model: torch.nn.Module, calls: Calls, undo: ExitStack) -> None:
-    """Have rotary embeddings go by the whole sequence's length; ``undo.close()`` takes it back."""
+def give_whole_length(model: torch.nn.Module, calls: Calls, patches: PatchSet) -> None:
+    """Have rotary embeddings go by the whole sequence's length; ``patches.close()`` takes it back."""
     for module in model.modules():
         if depends_on_length(module):
             hooks = _WholeLength(module, calls)
-            undo.callback(module.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(hooks.after).remove)
+            patches.hook(module, "forward_pre", hooks.before, with_kwargs=True)
+            patches.hook(module, "forward", hooks.after)
 
 
 def depends_on_length(module: torch.nn.Module) -> bool:
@@ -80,7 +80,7 @@ class _WholeLength:
         return tuple(each[..., :-1, :] for each in output)
 
 
-def take_temperatures(model: torch.nn.Module, sp_rank: int, calls: Calls, undo: ExitStack) -> ScaleQueries:
+def take_temperatures(model: torch.nn.Module, sp_rank: int, calls: Calls, patches: PatchSet) -> ScaleQueries:
     """Keep layers from scaling their queries by their place in the shard; returns what scales them instead.
 
     The function is given an attention module and its queries, ``[B, H, s, D]``, of this rank's shard.
@@ -89,16 +89,16 @@ def take_temperatures(model: torch.nn.Module, sp_rank: int, calls: Calls, undo: 
 
     def off(module: torch.nn.Module, args: Any) -> None:
         if not calls.whole:
-            setattr(module, _TEMPERATURE, False)
+            module.attn_temperature_tuning = False
 
     def on(module: torch.nn.Module, args: Any, output: Any) -> None:
-        setattr(module, _TEMPERATURE, tempered[module])
+        module.attn_temperature_tuning = tempered[module]
 
     for module in model.modules():
         if is_tempered(module):
             tempered[module] = getattr(module, _TEMPERATURE)
-            undo.callback(module.register_forward_pre_hook(off).remove)
-            undo.callback(module.register_forward_hook(on, always_call=True).remove)
+            patches.hook(module, "forward_pre", off)
+            patches.hook(module, "forward", on, always_call=True)
 
     def scale(module: torch.nn.Module, query_BHsD: torch.Tensor) -> torch.Tensor:
         if module not in tempered:

@@ -9,7 +9,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.batch_guard import guard_batches
@@ -222,8 +222,8 @@ def _places() -> Iterator[tuple[int, int]]:
 
 def _whole_step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
     """``_step`` of a model that is not split, with the random numbers that its ranks would draw."""
-    with ExitStack() as undo:
-        count_draws(model, Draws(), undo)
+    with PatchSet() as patches:
+        count_draws(model, Draws(), patches)
         return _step(model, batches, seed)
 
 
@@ -246,9 +246,9 @@ def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceG
     check_model(model)
     P, calls = groups.sp_size, Calls()
     cut = shard_batch(batch, P, P, keeps_documents_apart(model), bool(router_classes(model)))
-    with ExitStack() as undo:
-        patch_model(model, groups.sp_control_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
+    with PatchSet() as patches:
+        patch_model(model, groups.sp_control_group, patches, calls)
+        guard_batches(model, groups, calls, patches)
         return _step(model, [{**cut.shards[groups.sp_rank], **cut.common}])
 
 

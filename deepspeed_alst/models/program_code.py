@@ -17,7 +17,8 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from deepspeed_alst.models.function_copies import with_objects
+from deepspeed_alst.core.function_copies import with_objects
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.wrapped import base_model
 
 _PACKAGES = ("/site-packages/", "/dist-packages/")
@@ -131,7 +132,7 @@ def _is_wrapper(value: Any) -> bool:
 
 
 def _set_method(name: str, value: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
-    setattr(module, name, moved(value))
+    PatchSet().set(module, name, moved(value))
 
 
 def _register(

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deepspeed_alst.core.patching import PatchSet
 
 _UPSTREAM = "deepspeed.runtime.sequence_parallel.ulysses_sp"
 _CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
@@ -21,19 +22,18 @@ def is_causal_lm_loss(function: Any) -> bool:
     return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS
 
 
-def take_out_upstream_attention(undo: ExitStack) -> None:
+def take_out_upstream_attention(patches: PatchSet) -> None:
     """Give every model its own attention core back, in whose place DeepSpeed has put its wrapper for all of them.
 
-    The wrapper stands in the interface's local mapping, in front of the cores; ``undo.close()`` puts it there again.
+    The wrapper stands in the interface's local mapping, in front of the cores; ``patches.close()`` puts it there again.
     """
     in_front = ALL_ATTENTION_FUNCTIONS._local_mapping
     for name, function in list(in_front.items()):
         if getattr(function, "__module__", "") == _UPSTREAM:
-            del in_front[name]
-            undo.callback(in_front.setdefault, name, function)
+            patches.remove_entry(in_front, name)
 
 
-def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], undo: ExitStack) -> None:
+def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], patches: PatchSet) -> None:
     """Make accelerate's ``skip_first_batches``, by which training is resumed within an epoch, keep an adapter.
 
     It makes a plain loader of whatever has a dataset, whose batches would reach the model whole. Replaced wherever it
@@ -42,7 +42,7 @@ def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], un
     Args:
         adapter: the class of loaders that yield shards.
         rewrap: makes an adapter like a given one, over another inner loader and without its first ``n`` micro-batches.
-        undo: takes the replacement back.
+        patches: takes the replacement back.
     """
     try:
         from accelerate.data_loader import skip_first_batches as original
@@ -58,5 +58,4 @@ def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], un
 
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(_SKIP) is original:
-            setattr(module, _SKIP, skip_first_batches)
-            undo.callback(setattr, module, _SKIP, original)
+            patches.set(module, _SKIP, skip_first_batches)

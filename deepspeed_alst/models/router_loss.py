@@ -10,19 +10,19 @@ Legend: B batch, s tokens of this rank's shard, T = B*s, E experts, k experts of
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from types import FunctionType
 from typing import Any
 
 import torch
 
 from deepspeed_alst.apart import apart
+from deepspeed_alst.core.function_copies import NamesFor, importing, with_names
+from deepspeed_alst.core.patching import PatchSet, subclass
 from deepspeed_alst.data.shard import REAL_TOKENS
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.checkpoints import checkpointed_layers
 from deepspeed_alst.models.experts import router_classes
-from deepspeed_alst.models.function_copies import NamesFor, importing, with_names
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import sum_over_shards
 
@@ -75,7 +75,7 @@ def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Calls)
     return problem and f"it asks for {problem}"
 
 
-def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: ExitStack) -> None:
+def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> None:
     """Make a model's load-balancing loss of the whole sequence, whose tokens are split over a group.
 
     Its forwards look the function up by a global name, which other models share: this model runs copies of its
@@ -85,7 +85,7 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: Ex
         model: a transformers model, or a wrapper around one.
         group: the ranks of a sequence.
         calls: of the model's session: they know which tokens are real.
-        undo: takes it back.
+        patches: takes it back.
     """
     base = base_model(model)
     if not router_classes(base):
@@ -113,7 +113,7 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: Ex
             return {_FUNCTION: whole(function.__globals__[_FUNCTION])}
         return importing(_FUNCTION, whole)  # TRL's fused head imports it in its body
 
-    _replace_forwards(base, names_for, undo)
+    _replace_forwards(base, names_for, patches)
 
     @torch.compiler.disable
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -124,25 +124,22 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, undo: Ex
             )
 
     # On the outermost module, which every call passes.
-    undo.callback(model.register_forward_hook(end).remove)
+    patches.hook(model, "forward", end)
 
 
-def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, undo: ExitStack) -> None:
+def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, patches: PatchSet) -> None:
     """Give one model copies of its forward and of those that ``super().forward`` reaches."""
-    before = type(base)
     behind = {kind: with_names(forward, names_for) for kind, forward in _class_forwards(base).items()}
     inserted = [
-        type(kind.__name__, (kind,), {"forward": copy, "__module__": kind.__module__})
+        subclass(kind, {"forward": copy})
         for kind, copy in list(behind.items())[1:]
         if copy is not vars(kind)["forward"]
     ]
     if inserted:  # each stands before its class in the order that super() takes
-        base.__class__ = type(before.__name__, (before, *inserted), {"__module__": before.__module__})
-        undo.callback(setattr, base, "__class__", before)
-    own, copy = vars(base).get("forward"), with_names(base.forward, names_for)
+        patches.subclass(base, {}, *inserted)
+    copy = with_names(base.forward, names_for)
     if copy != base.forward:
-        base.forward = copy
-        undo.callback(setattr if own else delattr, base, "forward", *([own] if own else []))
+        patches.set(base, "forward", copy)
 
 
 def _class_forwards(base: torch.nn.Module) -> dict[type, Any]:

@@ -1,16 +1,15 @@
 """Logits and loss of a transformers model in tiles; every change goes onto a stack that undoes it."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.core.patching import PatchSet, add_properties, set_entry
 from deepspeed_alst.data.checks import as_int64
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -24,7 +23,7 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
 
 
 def tile_loss(
-    model: torch.nn.Module, budget: TiledLossBlock, calls: Calls, leaf: Callable[[Any], None], undo: ExitStack
+    model: torch.nn.Module, budget: TiledLossBlock, calls: Calls, leaf: Callable[[Any], None], patches: PatchSet
 ) -> str:
     """Have a causal language model make its logits tile by tile, within its loss; returns what was done, in words.
 
@@ -33,7 +32,7 @@ def tile_loss(
         budget: of a tile's logits and what is made of them.
         calls: of the model's session; without sequence parallelism a fresh one.
         leaf: called with the head: the engine is to gather its weights as one (engine/leaves.py).
-        undo: takes everything back.
+        patches: takes everything back.
 
     Raises:
         UnsupportedModelError: the model has no output embeddings.
@@ -52,11 +51,10 @@ def tile_loss(
         )
     head = DeferredHead(module, module.forward, budget)
     leaf(module)
-    _defer(head, undo)
+    _defer(head, patches)
 
-    _watch_calls(model, head, calls, undo)
-    base.alst_head = head
-    undo.callback(delattr, base, "alst_head")
+    _watch_calls(model, head, calls, patches)
+    patches.set(base, "alst_head", head)
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
     on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
     by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by the op of csrc on CPU; "
@@ -73,7 +71,7 @@ def _check_kernels() -> None:
         )
 
 
-def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo: ExitStack) -> None:
+def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, patches: PatchSet) -> None:
     """Defer the head's logits inside the forwards that have labels, and see that their loss is made in tiles."""
 
     def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -96,34 +94,29 @@ def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, undo:
                 head.for_loss = output.logits
             elif module.training and not calls.checking:
                 output.logits = None
-                output.__class__ = _without_logits(type(output))
+                add_properties(output, logits=_LOGITS_OF_TRAINING)
             elif head.logits_wanted:
                 output.logits = output.logits.make()
 
     # On the outermost module, which every call passes.
-    undo.callback(model.register_forward_pre_hook(start, with_kwargs=True).remove)
-    undo.callback(model.register_forward_hook(end).remove)
+    patches.hook(model, "forward_pre", start, with_kwargs=True)
+    patches.hook(model, "forward", end)
 
 
-@functools.cache
-def _without_logits(kind: type) -> type:
-    """An output whose ``logits`` are None, as programs ask, and which says why to one that wants them."""
+def _logits(output: Any) -> Any:
+    """Return an output's ``logits``; where they are None, as programs ask, warn one that wants them."""
+    made = vars(output).get("logits")
+    if made is None:
+        warnings.warn(
+            "outputs.logits is None in training: alst.tiled_logits_loss makes logits in tiles, within the loss. Set "
+            "the key to false to have them. Where sequence_parallel_size is above 1 they are a shard's, and a loss "
+            "made of them is refused: use outputs.loss",
+            stacklevel=2,
+        )
+    return made
 
-    def logits(output: Any) -> Any:
-        made = vars(output).get("logits")
-        if made is None:
-            warnings.warn(
-                "outputs.logits is None in training: alst.tiled_logits_loss makes logits in tiles, within the loss. "
-                "Set the key to false to have them. Where sequence_parallel_size is above 1 they are a shard's, and a "
-                "loss made of them is refused: use outputs.loss",
-                stacklevel=2,
-            )
-        return made
 
-    def set_logits(output: Any, value: Any) -> None:
-        vars(output)["logits"] = value
-
-    return type(kind.__name__, (kind,), {"logits": property(logits, set_logits), "__module__": kind.__module__})
+_LOGITS_OF_TRAINING = property(_logits, lambda output, value: set_entry(vars(output), "logits", value))
 
 
 @contextlib.contextmanager
@@ -147,10 +140,10 @@ def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
     return output["logits"] if isinstance(output, dict) else output[0]
 
 
-def replace_whole_loss(model: torch.nn.Module, undo: ExitStack) -> None:
+def replace_whole_loss(model: torch.nn.Module, patches: PatchSet) -> None:
     """Without sequence parallelism: have the model's own loss take deferred logits."""
     base = base_model(model)
-    had_own, before = "_loss_function" in vars(base), base.loss_function
+    before = base.loss_function
 
     @torch.compiler.disable
     def loss_function(
@@ -171,17 +164,10 @@ def replace_whole_loss(model: torch.nn.Module, undo: ExitStack) -> None:
             shift_labels = F.pad(as_int64("labels", labels), (0, 1), value=IGNORED_LABEL)[..., 1:]
         return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
 
-    def restore() -> None:
-        if had_own:
-            base.loss_function = before
-        else:
-            del base._loss_function
-
-    base.loss_function = loss_function
-    undo.callback(restore)
+    patches.set(base, "_loss_function", loss_function)
 
 
-def _defer(head: DeferredHead, undo: ExitStack) -> None:
+def _defer(head: DeferredHead, patches: PatchSet) -> None:
     """Have a call of the head's module defer its logits, or do the head's work with the module's weights at hand."""
     module, before = head.module, type(head.module)
 
@@ -198,8 +184,5 @@ def _defer(head: DeferredHead, undo: ExitStack) -> None:
 
     # A call must not reach the module's hooks while it is deferred, or ZeRO-3 would gather weights that wait; only the
     # class can say so.
-    module.__class__ = type(before.__name__, (before,), {"__call__": torch.compiler.disable(call)})
-    undo.callback(setattr, module, "__class__", before)
-    own = vars(module).get("forward")
-    module.forward = forward
-    undo.callback(setattr if own else delattr, module, "forward", *([own] if own else []))
+    patches.subclass(module, {"__call__": torch.compiler.disable(call)})
+    patches.set(module, "forward", forward)

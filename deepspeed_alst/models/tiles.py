@@ -4,12 +4,12 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.token_wise import layer_of, output_features, token_wise_modules
@@ -28,7 +28,7 @@ def tile_mlps(
     model: torch.nn.Module,
     budget: TiledMlpBlock,
     leaf: Callable[[Any], None],
-    undo: ExitStack,
+    patches: PatchSet,
     calls: Calls | None = None,
 ) -> str:
     """Run every token-wise module of a model's decoder layers in tiles; returns what was done, in words.
@@ -37,7 +37,7 @@ def tile_mlps(
         model: a transformers model, or a wrapper around one.
         budget: of the tiles of one module.
         leaf: called with each module: the engine is to gather its weights as one (engine/leaves.py).
-        undo: takes everything back.
+        patches: takes everything back.
         calls: of the model's session.
 
     Raises:
@@ -55,13 +55,10 @@ def tile_mlps(
             _refuse_dropout(name, module)
         work = TokenWise(name, module, budget.fp32_accumulation)
         by_layer.setdefault(layer_of(model, name), []).append(work)
-        undo.callback(vars(module).pop, "forward", None)
-        if "forward" in vars(module):  # somebody else's patch stays under ours
-            undo.callback(setattr, module, "forward", module.forward)
-        module.forward = _in_tiles(work, budget, calls or Calls())
+        patches.set(module, "forward", _in_tiles(work, budget, calls or Calls()))
         leaf(module)
     for layer, works in by_layer.items():
-        watch_checkpoints(layer, works, undo)
+        watch_checkpoints(layer, works, patches)
     kinds = sorted({type(module).__name__ for module in found.values()})
     return f"{len(found)} {' and '.join(kinds)} in {len(by_layer)} layers, {_budget_in_words(budget)}"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.models.deferred import share_of_loss
 from deepspeed_alst.models.predictions import check_predictions, gather_predictions
@@ -74,7 +75,6 @@ def evaluation(trainer: Any) -> Iterator[None]:
     the engine splits where it makes the loss.
     """
     predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
-    had_own = "prediction_step" in vars(trainer)
     whole = _has_own(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
 
     @functools.wraps(predict)
@@ -93,18 +93,13 @@ def evaluation(trainer: Any) -> Iterator[None]:
                 predict, preprocess, trainer, session, model, inputs, prediction_loss_only, ignore_keys
             )
 
-    trainer.prediction_step, trainer.preprocess_logits_for_metrics = prediction_step, None
-    try:
+    with PatchSet() as patches:
+        patches.set(trainer, "prediction_step", prediction_step)
+        patches.set(trainer, "preprocess_logits_for_metrics", None)
         yield
         session = getattr(trainer.model_wrapped, "alst", None)
         if session is not None:
             session.meet("at the end of an evaluation")
-    finally:
-        trainer.preprocess_logits_for_metrics = preprocess
-        if had_own:
-            trainer.prediction_step = predict
-        else:
-            del trainer.prediction_step
 
 
 def check_trainer(trainer: Any) -> None:
@@ -248,40 +243,18 @@ def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
     divided by the accumulation steps) is for training, and stays out.
     """
     compute_loss = trainer.compute_loss
-    had_own = "compute_loss" in vars(trainer)
     num_labels = counts[_NUM_LABELS]
 
     @functools.wraps(compute_loss)
     def counted(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         if num_items_in_batch is not None or num_labels is None:
             return compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
-        with (
-            _for_now(trainer.args, "average_tokens_across_devices", False),
-            _for_now(trainer, "current_gradient_accumulation_steps", 1),
-        ):
+        with PatchSet() as patches:
+            patches.set(trainer.args, "average_tokens_across_devices", False)
+            patches.set(trainer, "current_gradient_accumulation_steps", 1)
             return compute_loss(*args, num_items_in_batch=num_labels, **kwargs)
 
-    trainer._get_num_items_in_batch = lambda *args, **kwargs: counts[_NUM_ITEMS]
-    trainer.compute_loss = counted
-    try:
+    with PatchSet() as patches:
+        patches.set(trainer, "_get_num_items_in_batch", lambda *args, **kwargs: counts[_NUM_ITEMS])
+        patches.set(trainer, "compute_loss", counted)
         yield
-    finally:
-        del trainer._get_num_items_in_batch
-        if had_own:
-            trainer.compute_loss = compute_loss
-        else:
-            del trainer.compute_loss
-
-
-@contextlib.contextmanager
-def _for_now(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of an object has another value inside; afterwards it is as it was, or gone."""
-    had_own, before = name in vars(holder), vars(holder).get(name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(holder, name, before)
-        else:
-            delattr(holder, name)

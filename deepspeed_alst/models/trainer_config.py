@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspeed_alst.batch_keys import GAS, MICRO, TOTAL, check_batch_keys
 from deepspeed_alst.config import parse
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError
 
 _PLANNED = "alst_micro_steps"
@@ -51,4 +52,4 @@ def fill_batch_keys(original: Callable[..., None], hf_config: Any, args: Any, *r
     if config.get(GAS, args.gradient_accumulation_steps) == args.gradient_accumulation_steps:
         micro_steps = args.gradient_accumulation_steps * P
         config[GAS] = micro_steps
-        setattr(args, _PLANNED, micro_steps)
+        PatchSet().set(args, _PLANNED, micro_steps)

@@ -5,11 +5,11 @@ graph does not show counts as a need: a hook of the program's may do anything wi
 """
 
 import functools
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.models.checkpoints import seam_of
 from deepspeed_alst.tiling.sequence import TokenWise
 from deepspeed_alst.tiling.structure import is_foreign
@@ -37,9 +37,9 @@ _HAND_ON = (
 )
 
 
-def watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], undo: ExitStack) -> None:
+def watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], patches: PatchSet) -> None:
     """At the end of a checkpointed layer with a graph, see which results nothing in it will need in the backward."""
-    seam_of(layer, undo).at_end.append(functools.partial(_note_unused_values, layer, works))
+    seam_of(layer, patches).at_end.append(functools.partial(_note_unused_values, layer, works))
 
 
 def _note_unused_values(layer: torch.nn.Module, works: list[TokenWise], output: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.parallel.draw_mode import Branch, branch
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
@@ -130,13 +131,9 @@ class TokenWise:
             raise _ReachedError
 
         assert self._last_layer is not None
-        handle = self._last_layer.register_forward_pre_hook(end)
-        try:
+        with PatchSet() as patches, contextlib.suppress(_ReachedError):
+            patches.hook(self._last_layer, "forward_pre", end)
             yield found
-        except _ReachedError:
-            pass
-        finally:
-            handle.remove()
 
     @property
     def last_layer(self) -> torch.nn.Linear | None:
@@ -152,17 +149,11 @@ class TokenWise:
         some = [each.reshape(-1, each.shape[-1])[:_PROBED_ROWS] for each in rows]
         t = some[0].shape[0]
         made: list[tuple[torch.Tensor, torch.nn.Linear]] = []
-        handles = [
-            each.register_forward_hook(lambda layer, args, output: made.append((output, layer)))
-            for each in self.module.modules()
-            if type(each) is torch.nn.Linear and "forward" not in vars(each)
-        ]
-        try:
-            with drawing(slice(0, t)):
-                found = self.forward(*shaped(some, rows[0].dim()))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with PatchSet() as patches, drawing(slice(0, t)):
+            for each in self.module.modules():
+                if type(each) is torch.nn.Linear and "forward" not in vars(each):
+                    patches.hook(each, "forward", lambda layer, args, output: made.append((output, layer)))
+            found = self.forward(*shaped(some, rows[0].dim()))
         self._last_layer = next((layer for output, layer in made if output is found), None)
         if t < _FEWEST_CHECKED_ROWS or _is_fake(some[0]):
             return

@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepspeed_alst.apart import apart
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.gradients import refuse_foreign_weights
 
@@ -143,13 +144,10 @@ def _prove(
 
         return returns
 
-    for linear in linears:
-        vars(linear)["forward"] = returning(linear)
-    try:
-        value = forward(x)
-    finally:
+    with PatchSet() as patches:
         for linear in linears:
-            del vars(linear)["forward"]
+            patches.set(linear, "forward", returning(linear))
+        value = forward(x)
     (*first, (down, act)) = calls
     each_once = len(calls) == len(linears) == len({id(linear) for linear, _ in calls})
     if not each_once or value is not outputs[down] or any(given is not x for _, given in first):

@@ -8,12 +8,12 @@ has changed since.
 import copyreg
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers.utils import output_capturing
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 
 _REDUCE = "__reduce_ex__"
@@ -24,13 +24,13 @@ _CAPTURING = "_output_capturing_hooks_installed"
 _ABSENT = object()
 
 
-def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, undo: ExitStack) -> Callable[..., Any]:
-    """Have copies of a model, and of each module in it, be of what it is now; ``undo.close()`` takes that back.
+def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, patches: PatchSet) -> Callable[..., Any]:
+    """Have copies of a model, and of each module in it, be of what it is now; ``patches.close()`` takes that back.
 
     Args:
         build: builds the engine, when all else is patched. What differs after it is left out of copies.
         model: not patched yet.
-        undo: takes it back.
+        patches: takes it back.
 
     Returns:
         ``build``, to be called in its place.
@@ -42,12 +42,10 @@ def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, undo: E
         built = build(*args, **kwargs)
         for module, (cls, attributes) in before.items():
             changes = _Changes(cls, attributes, _shallow(module))
-            vars(module)[_REDUCE] = functools.partial(_reduce, module, changes)
-            undo.callback(vars(module).pop, _REDUCE, None)
+            patches.set(module, _REDUCE, functools.partial(_reduce, module, changes))
         for param in model.parameters():
             if type(param) is torch.nn.Parameter:
-                vars(param)[_REDUCE] = functools.partial(_reduce_weight, param)
-                undo.callback(vars(param).pop, _REDUCE, None)
+                patches.set(param, _REDUCE, functools.partial(_reduce_weight, param))
         return built
 
     return build_and_seal
