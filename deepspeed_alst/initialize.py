@@ -5,6 +5,7 @@
 The only place where toggles are read.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -20,19 +21,18 @@ from deepspeed_alst.config import SAME_ON_ALL_RANKS, AlstConfig, check_heads, ch
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.deepspeed_values import check_numbers, idle_checkpointing, zero_stage
+from deepspeed_alst.engine.alst_engine import EngineFeatures, extend
 from deepspeed_alst.engine.buckets import reduction_keys
-from deepspeed_alst.engine.checkpoint import install_checkpoints
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.leaves import Leaves
-from deepspeed_alst.engine.metrics import install_metrics
+from deepspeed_alst.engine.metrics import metrics_of
 from deepspeed_alst.engine.offload import Planner
-from deepspeed_alst.engine.probe import install_probe
-from deepspeed_alst.engine.recipes import adopt, is_upstreams, prepare_adoption, with_upstreams_size
+from deepspeed_alst.engine.probe import Probe
+from deepspeed_alst.engine.recipes import UpstreamProgram, is_upstreams, prepare_adoption, with_upstreams_size
 from deepspeed_alst.engine.reduction import install_reduction, reduction_of
-from deepspeed_alst.engine.report import print_report, reduction_rows, report_rows, warn_rank_0
+from deepspeed_alst.engine.report import SHARD_LOSS, WHOLE_LOSS, print_report, reduction_rows, report_rows, warn_rank_0
 from deepspeed_alst.engine.session import Session
-from deepspeed_alst.engine.start_check import install_model_check
-from deepspeed_alst.engine.wrap import close_at_destroy
+from deepspeed_alst.engine.start_check import ModelCheck
 from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.kernels.registry import load_tile_ops
 from deepspeed_alst.mark import take
@@ -51,7 +51,7 @@ from deepspeed_alst.models.tiles import tile_mlps
 from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 from deepspeed_alst.parallel.agreement import check_alike, raise_together
-from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
+from deepspeed_alst.parallel.groups import build_control_group, build_groups, destroy_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu, installed
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
@@ -74,78 +74,43 @@ def initialize(
         AlstError: on all ranks, whichever of them saw the reason, and before any weight has changed.
     """
     check_deepspeed()
-    adopted = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
-    if adopted is not None:  # a program written for DeepSpeed's own ALST
-        ds_config = with_upstreams_size(ds_config, adopted)
+    upstream = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
+    if upstream is not None:  # a program written for DeepSpeed's own ALST
+        ds_config = with_upstreams_size(ds_config, upstream)
     config, stage, allocator = _read(ds_config)
-    if config.sequence_parallel_size == 1:
-        return _initialize_whole(original, arguments, stage, config, allocator)
-    _check_arguments(arguments, ds_config)
+    if config.sequence_parallel_size > 1:
+        _check_arguments(arguments, ds_config)
     # From here on ranks stop together: one that left at once would take the rendezvous away from those still in it.
     control_group = _start(arguments, ds_config)
-    raise_together(_error_in(arguments.get("model"), config, ds_config), control_group)
+    model, session = arguments["model"], None
     with PatchSet().rollback_on_error() as patches:
-        groups = build_groups(config.sequence_parallel_size, control_group)
-        patches.callback(groups.destroy)
-        session = _session(arguments["model"], config, groups, patches)
-        original = with_plain_copies(original, arguments["model"], patches)
-        attention, tiles, planner = _prepare_model(arguments["model"], session, stage, adopted, patches)
+        patches.callback(destroy_groups, control_group)
+        if config.sequence_parallel_size > 1:
+            raise_together(_error_in(model, config, ds_config), control_group)
+            session = _session(model, config, control_group, patches)
+        build = with_plain_copies(original, model, patches)
+        rows, planner = _prepare_model(model, config, session, stage, upstream, control_group, patches)
         passed, bucket = _deepspeed_arguments(arguments, ds_config, config, session)
-        with installed(session.mpu):
-            engine, optimizer, _, scheduler = original(**passed)
-        session.attach(engine)
-        parts = tiles + _make_room(planner, engine, control_group, patches)
-        parts += _reduce(engine, config, bucket, patches)
-        if adopted is not None:
-            adopt(engine, session, adopted, patches)
-        install_metrics(engine, patches)
-        session.split_whole_batches(engine)
-        if arguments.get("training_data") is not None:
-            engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
-        session.probe = install_probe(engine, groups, reduction_of(config).dtype, patches)
-        install_model_check(engine, patches)
-        print_report(report_rows(config, groups, engine, attention, parts, allocator, adopted is not None))
-    return engine, optimizer, engine.training_dataloader, scheduler
+        with installed(session.mpu) if session else contextlib.nullcontext():
+            engine, optimizer, loader, scheduler = build(**passed)
+        rows += _attach_room(planner, engine, control_group, patches)
+        features = EngineFeatures(patches, control_group, session)
+        if session is not None:
+            rows += _attach_session(features, engine, config, bucket, upstream)
+        features.metrics = metrics_of(engine)
+        extend(engine, features)
+        if session is not None and arguments.get("training_data") is not None:
+            loader = engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
+        print_report(report_rows(config, engine, session, rows, allocator, upstream is not None))
+    return engine, optimizer, loader, scheduler
 
 
 def _read(ds_config: dict[str, Any]) -> tuple[AlstConfig, int, str]:
-    """This package's keys, the stage of ZeRO and what was done to the allocator, with DeepSpeed's numbers checked."""
+    """Parse this package's keys and DeepSpeed's ZeRO stage, check DeepSpeed's numbers, and set the allocator."""
     config, stage = parse(ds_config), zero_stage(ds_config)
     check_numbers(ds_config)
     warn_rank_0(idle_checkpointing(ds_config))
     return config, stage, use_expandable_segments(config)
-
-
-def _initialize_whole(
-    original: DeepSpeedInitialize,
-    arguments: dict[str, Any],
-    stage: int,
-    config: AlstConfig,
-    allocator: str,
-) -> Any:
-    """Without sequence parallelism: DeepSpeed's own call, with the tiles that are asked for, and a report."""
-    with PatchSet().rollback_on_error() as patches:
-        original = with_plain_copies(original, arguments["model"], patches)
-        tiles = _tile(arguments.get("model"), config, stage, Calls(), False, None, patches)
-        if config.tiled_loss() is not None:
-            replace_whole_loss(arguments["model"], patches)
-        planner = _keep(arguments.get("model"), config, patches)
-        if planner is not None:
-            plan_batches(arguments["model"], planner, patches)
-        results = original(**arguments)
-        install_checkpoints(results[0])
-        kept = _make_room_together(planner, results[0], patches)
-        install_metrics(results[0], patches)
-        rows = [
-            ("sequence", "whole on every rank: sequence_parallel_size is 1"),
-            *tiles,
-            *kept,
-            ("reduction", "DeepSpeed's: alst.reduction counts where sequence_parallel_size is above 1"),
-            ("allocator", allocator),
-        ]
-        print_report(rows)
-        close_at_destroy(results[0], patches)
-    return results
 
 
 def _tile(
@@ -180,25 +145,16 @@ def _fuses(config: AlstConfig, liger: LigerUse) -> bool:
     return config.alst.liger_kernel == "auto" and not liger.patched and get_accelerator().device_name() == "cuda"
 
 
-def _keep(model: Any, config: AlstConfig, patches: PatchSet) -> Planner | None:
-    """Have a model's layers keep what the config says for the backward; None where nothing is asked for."""
-    wanted = config.alst.save_attention_output
-    if config.alst.activation_checkpoint_cpu_offload is None and wanted is not True:
+def _plan_offload(model: Any, config: AlstConfig, patches: PatchSet) -> Planner | None:
+    """Prepare a model's layers to keep or offload activations; None where nothing is asked for."""
+    block = config.alst
+    if block.activation_checkpoint_cpu_offload is None and block.save_attention_output is not True:
         return None
     return Planner(model, config, patches)
 
 
-def _make_room_together(planner: Planner | None, engine: Any, patches: PatchSet) -> list[tuple[str, str]]:
-    """``_make_room`` where ranks have no group for agreements: one for this alone."""
-    group = None if planner is None else build_control_group()
-    rows = _make_room(planner, engine, group, patches)
-    if group is not None:
-        dist.destroy_process_group(group)
-    return rows
-
-
-def _make_room(planner: Planner | None, engine: Any, group: Any, patches: PatchSet) -> list[tuple[str, str]]:
-    """Room off the device for what is kept; returns rows of the report."""
+def _attach_room(planner: Planner | None, engine: Any, group: Any, patches: PatchSet) -> list[tuple[str, str]]:
+    """Make room off the device for offloaded activations; return rows of the report."""
     if planner is None:
         return [("offload", "off")]
     error = None
@@ -210,24 +166,59 @@ def _make_room(planner: Planner | None, engine: Any, group: Any, patches: PatchS
     return planner.words()
 
 
-def _session(model: Any, config: AlstConfig, groups: SequenceGroups, patches: PatchSet) -> Session:
+def _session(model: Any, config: AlstConfig, control_group: Any, patches: PatchSet) -> Session:
+    """Build the process groups, and the state of sequence parallelism on one engine."""
+    groups = build_groups(config.sequence_parallel_size, control_group)
+    patches.callback(groups.destroy)
     packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
     mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
     return Session(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), patches)
 
 
 def _prepare_model(
-    model: Any, session: Session, stage: int, adopted: Any, patches: PatchSet
-) -> tuple[str, list[tuple[str, str]], Planner | None]:
-    """Patch the model before its engine is built; returns what its attention is, in words, and the tiles' rows."""
-    proof, group = prove(model, session.groups, adopted is not None), session.groups.control_group
-    if adopted is not None:
-        prepare_adoption(patches)
-    attention = patch_model(model, session.groups.sp_group, patches, session.calls, whole_loss=adopted is None)
-    planner = _keep(model, session.config, patches)
-    guard_batches(model, session.groups, session.calls, patches, planner)
-    tiles = _tile(model, session.config, stage, session.calls, adopted is not None, group, patches)
-    return attention, [*([("model", proof)] if proof else []), *tiles], planner
+    model: Any, config: AlstConfig, session: Session | None, stage: int, upstream: Any, group: Any, patches: PatchSet
+) -> tuple[list[tuple[str, str]], Planner | None]:
+    """Patch the model before its engine is built; return rows of the report, and what plans its offload."""
+    rows: list[tuple[str, str]] = []
+    if session is None:
+        planner = _plan_offload(model, config, patches)
+        if planner is not None:
+            plan_batches(model, planner, patches)
+        if config.tiled_loss() is not None:
+            replace_whole_loss(model, patches)
+    else:
+        is_upstream = upstream is not None
+        proof = prove(model, session.groups, is_upstream)
+        if is_upstream:
+            prepare_adoption(patches)
+        rows += [
+            ("attention", patch_model(model, session.groups.sp_group, patches, session.calls, not is_upstream)),
+            ("loss", SHARD_LOSS if is_upstream else WHOLE_LOSS),
+            *([("model", proof)] if proof else []),
+        ]
+        planner = _plan_offload(model, config, patches)
+        guard_batches(model, session.groups, session.calls, patches, planner)
+    calls = session.calls if session else Calls()
+    return rows + _tile(model, config, stage, calls, upstream is not None, group, patches), planner
+
+
+def _attach_session(
+    features: EngineFeatures, engine: Any, config: AlstConfig, bucket: str, upstream: Any
+) -> list[tuple[str, str]]:
+    """Wire sequence parallelism to an engine that is built; return rows of the report."""
+    session, patches, reduction = features.session, features.patches, reduction_of(config)
+    assert session is not None
+    session.attach(engine)
+    adder = load_sum_pieces(get_accelerator().device_name())
+    path = install_reduction(engine, reduction, patches)
+    session.watch_gradients(engine)
+    session.reduction_bytes = path.bytes_sent(engine)
+    if upstream is not None:
+        features.upstream = UpstreamProgram(engine, session, upstream, patches)
+    features.gradient_check = Probe(engine, session.groups, reduction.dtype, patches)
+    if config.alst.check_model and upstream is None:
+        features.model_check = ModelCheck(engine)
+    return reduction_rows(engine, reduction, path, adder, bucket)
 
 
 def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
@@ -271,20 +262,12 @@ def _error_in(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> Alst
     return None
 
 
-def _reduce(engine: Any, config: AlstConfig, bucket: str, patches: PatchSet) -> list[tuple[str, str]]:
-    """Put our reduction in the place of the engine's; returns rows of the report."""
-    reduction = reduction_of(config)
-    adder = load_sum_pieces(get_accelerator().device_name())
-    path = install_reduction(engine, reduction, patches)
-    engine.alst.watch_gradients(engine)
-    engine.alst.reduction_bytes = path.bytes_sent(engine)
-    return reduction_rows(engine, reduction, path, adder, bucket)
-
-
 def _deepspeed_arguments(
-    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Session
+    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Session | None
 ) -> tuple[dict[str, Any], str]:
-    """The caller's arguments with our mpu and our form of the ds_config; and whose its bucket size is, in words."""
+    """Return the arguments of DeepSpeed's call, with its mpu and ds_config, and a description of the bucket size."""
+    if session is None:
+        return arguments, ""
     ours, bucket = reduction_keys(ds_config, config, arguments["model"], session.groups.control_group)
     passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
     if arguments.get("config") is None and arguments.get("config_params") is None:

@@ -188,3 +188,18 @@ def test_two_stores_do_not_see_one_another(lazy, tmp_path):
     stores[0].close()
     check_backward(groups[1], values[1])
     stores[1].close()
+
+
+def test_a_disk_without_room_keeps_no_buffer(tmp_path, monkeypatch):
+    store = on_disk(tmp_path, budget=0, ring=4 * pages(4000))
+    spill = store.spill
+
+    def full(num_bytes: int) -> int:
+        raise OffloadError("no room")
+
+    monkeypatch.setattr(spill.file, "allocate", full)
+    for _ in range(6):  # more than the ring has
+        with pytest.raises(OffloadError, match="no room"):
+            store.group(stays=False).put(torch.ones(1000))
+    assert spill.ring.in_use == 0
+    store.close()

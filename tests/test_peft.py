@@ -247,7 +247,7 @@ def first_step_of_a_fresh_adapter(sabotage: bool) -> tuple[bool, list[str]]:
     try:
         with twice_the_average(sabotage):
             _, grads = steps(engine)
-        return engine.alst.probe.is_done, [name for name, grad in grads.items() if not grad.any()]
+        return engine.alst_features.gradient_check.is_done, [name for name, grad in grads.items() if not grad.any()]
     finally:
         engine.destroy()
 

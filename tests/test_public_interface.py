@@ -1,4 +1,4 @@
-"""What programs, ds_configs and dashboards depend on: a change here is a change for users, and needs a CHANGELOG line."""
+"""What programs, ds_configs and dashboards depend on: a change here needs a line in the CHANGELOG."""
 
 import argparse
 import dataclasses

@@ -30,18 +30,18 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
     port = free_port()
     command = [*launcher, "--master_port", str(port), *words]
-    try:
-        with log.open("w") as out, log.open(errors="replace") as printed:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    with log.open("w") as out, log.open(errors="replace") as printed:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
             while process.poll() is None:
                 _show_progress(printed)
                 time.sleep(_LOOK_SECONDS)
             _show_progress(printed)
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        remove_shared_memory(port)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            remove_shared_memory(port)
     if process.returncode:
         raise SetupError(f"{_reason(log)} (exit status {process.returncode}; all of it is in {log})")
 

@@ -40,7 +40,8 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
     Raises:
         UnsupportedModelError: the model does not run without data.
     """
-    experts = next((getattr(config, key, 0) for key in ("num_experts", "num_local_experts")), 0) or 1
+    counts = (getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
+    experts = next((count for count in counts if count), 1)
     per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts > 1 else 0
     try:
         with fake_world(keys.sequence_parallel_size), PatchSet() as patches:

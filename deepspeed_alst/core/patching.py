@@ -86,6 +86,12 @@ class PatchSet(ExitStack):
         owner.__class__ = subclass(before, attributes, *bases)
         self._add(Patch(owner, "__class__", "class", before), setattr, owner, "__class__", before)
 
+    def mixin(self, owner: Any, cls: type) -> None:
+        """Give an object a subclass of its class in which another class's methods come first."""
+        before = type(owner)
+        owner.__class__ = type(before.__name__, (cls, before), {"__module__": before.__module__})
+        self._add(Patch(owner, "__class__", "class", before), setattr, owner, "__class__", before)
+
     def hook(self, owner: Any, kind: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by ``owner.register_<kind>_hook``."""
         handle = getattr(owner, f"register_{kind}_hook")(function, **options)

@@ -5,8 +5,10 @@ arrives at the losses of the P shards is, added up, P times what the loss was se
 makes the right value and 1/P of the gradient, for which DeepSpeed's own factor on ZeRO 0 to 2 makes up, and ours not.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,27 +77,23 @@ class AggregationCheck:
 
         patches.set(model, "_loss_function", loss_function)
 
-    def around(self, backward: Any) -> Any:
-        """``engine.backward`` that raises SetupError on all ranks if the loss is not the sequence's."""
-
-        @functools.wraps(backward)
-        def checked(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._left or not loss.requires_grad:  # the latter is DeepSpeed's to refuse
-                return backward(loss, *args, **kwargs)
-            value = float(loss.detach())
-            seeds: list[float] = []
-            handle = loss.register_hook(lambda grad: seeds.append(float(grad)))
-            self._raise_first(_different_losses, value)
-            result = backward(loss, *args, **kwargs)
-            handle.remove()
-            # Several forwards in one backward: whose gradient is whose cannot be told.
-            shard = self._shards[0] if len(self._shards) == 1 else None
-            self._raise_first(_lost_gradient, _Backward(value, seeds[-1] if seeds else 0.0, shard))
-            self._shards.clear()
-            self._left -= 1
-            return result
-
-        return checked
+    @contextlib.contextmanager
+    def backward(self, loss: torch.Tensor) -> Iterator[None]:
+        """Run the engine's backward inside; raise SetupError on all ranks if the loss is not the sequence's."""
+        if not self._left or not loss.requires_grad:  # the latter is DeepSpeed's to refuse
+            yield
+            return
+        value = float(loss.detach())
+        seeds: list[float] = []
+        handle = loss.register_hook(lambda grad: seeds.append(float(grad)))
+        self._raise_first(_different_losses, value)
+        yield
+        handle.remove()
+        # Several forwards in one backward: whose gradient is whose cannot be told.
+        shard = self._shards[0] if len(self._shards) == 1 else None
+        self._raise_first(_lost_gradient, _Backward(value, seeds[-1] if seeds else 0.0, shard))
+        self._shards.clear()
+        self._left -= 1
 
     def _raise_first(self, problem_of: Any, mine: Any) -> None:
         """Judge every sequence's ranks on every rank, so that all raise or none."""

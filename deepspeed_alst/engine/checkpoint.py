@@ -6,11 +6,10 @@ number of ranks DeepSpeed loads a universal checkpoint only: it is made here, on
 All ranks look before any loads, and agree on what they saw: what one cannot load, none loads.
 """
 
-import contextlib
 import functools
 import inspect
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,59 +17,23 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import (
     OPTIMIZER_STATE_DICT,
-    UNIVERSAL_CHECKPOINT_INFO,
-    UNIVERSAL_CHECKPOINT_VERSION_KEY,
-    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.checkpoint_files import STAMP, check_files, check_one_save, read, verify_share
 from deepspeed_alst.engine.conversion import Source, convert_together
 from deepspeed_alst.engine.same_model import check_same_model, check_same_order
-from deepspeed_alst.engine.saving import latest_tag, saved_together
+from deepspeed_alst.engine.saving import latest_tag
 from deepspeed_alst.engine.universal import as_universal, is_universal, restore_the_rest
 from deepspeed_alst.errors import AlstError, CheckpointError
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
-from deepspeed_alst.parallel.groups import build_control_group
 
 _T = TypeVar("_T")
 
 
-def install_checkpoints(engine: Any, control_group: Any = None, patches: PatchSet | None = None) -> None:
-    """Have an engine load checkpoints of any number of ranks, and save what DeepSpeed's converter asks for.
-
-    Args:
-        engine: a live engine. One that shards over more than ZeRO (pipeline, tensor or expert parallel) stays as it is.
-        control_group: all ranks over gloo; without one, it is made for each call.
-        patches: takes it back; without one, it lasts as long as the engine.
-    """
-    if isinstance(engine, PipelineEngine) or engine.has_moe_layers or engine.mp_world_size != 1:
-        return
-    patches = PatchSet() if patches is None else patches
-    patches.wrap(engine, "save_checkpoint", functools.partial(_convertible, engine))
-    agreement_group = functools.partial(_agreement_group, control_group)
-    patches.wrap(engine, "save_checkpoint", functools.partial(saved_together, engine, agreement_group))
-    patches.wrap(engine, "load_checkpoint", functools.partial(_on_any_world_size, engine, control_group))
-
-
-def _convertible(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
-    """``save_checkpoint`` with the entry without which ds_to_universal refuses to convert ZeRO 1 and 2.
-
-    DeepSpeed writes it into the checkpoint if the module has it, so that the caller's client_state stays the caller's.
-    """
-
-    @functools.wraps(save)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        module = engine.module
-        if hasattr(module, UNIVERSAL_CHECKPOINT_INFO):
-            return save(*args, **kwargs)
-        info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-        with PatchSet() as patches:
-            patches.set(module, UNIVERSAL_CHECKPOINT_INFO, info)
-            return save(*args, **kwargs)
-
-    return save_checkpoint
+def takes_any_world_size(engine: Any) -> bool:
+    """Return False for an engine that shards over more than ZeRO: pipeline, tensor or expert parallel."""
+    return not (isinstance(engine, PipelineEngine) or engine.has_moe_layers or engine.mp_world_size != 1)
 
 
 @dataclass(frozen=True)
@@ -92,37 +55,27 @@ class _Seen:
     universal: bool
 
 
-def _on_any_world_size(engine: Any, control_group: Any, load: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(load)
+def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
+    """Load a checkpoint by DeepSpeed's ``load_checkpoint``; one of another world size is converted before.
 
-    @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        with _agreement_group(control_group) as group:
-            found = _look_together(engine, arguments.arguments, group)
-            if found is None:
-                return load(*args, **kwargs)
-            request, seen = found
-            if _needs_conversion(engine, request, seen):
-                request = _converted(engine, request, seen, group)
-                seen = _Seen(seen.saved_world_size, universal=True)
-            arguments.arguments.update(load_dir=str(request.load_dir), tag=request.tag)
-            return _load_together(engine, load, arguments, request, seen, group)
+    Args:
+        engine: that loads it.
+        load: DeepSpeed's own method.
+        call: its arguments.
+        group: all ranks over gloo.
 
-    return load_checkpoint
-
-
-@contextlib.contextmanager
-def _agreement_group(given: Any) -> Iterator[Any]:
-    if given is not None:
-        yield given
-        return
-    group = build_control_group()
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+    Raises:
+        CheckpointError: on all ranks, whichever could not load it.
+    """
+    found = _look_together(engine, call.arguments, group)
+    if found is None:
+        return load(*call.args, **call.kwargs)
+    request, seen = found
+    if _needs_conversion(engine, request, seen):
+        request = _converted(engine, request, seen, group)
+        seen = _Seen(seen.saved_world_size, universal=True)
+    call.arguments.update(load_dir=str(request.load_dir), tag=request.tag)
+    return _load_together(engine, load, call, request, seen, group)
 
 
 def _look_together(engine: Any, arguments: dict[str, Any], group: Any) -> tuple[_Request, _Seen] | None:

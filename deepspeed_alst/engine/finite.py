@@ -5,8 +5,9 @@ Gradients are looked at where DeepSpeed looks at them (engine/dropping.py). Unde
 scaling skips the step, and lowers the scale.
 """
 
-import functools
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,33 +44,32 @@ class LossWatch:
         self._batches.append(self._batch)
         self._batch = None
 
-    def before_step(self, engine: Any, step: Any) -> Any:
-        """``engine.step`` behind the check.
+    @contextlib.contextmanager
+    def step(self, engine: Any) -> Iterator[None]:
+        """Run the engine's step inside.
 
-        The wrapped method raises NonFiniteLossError or NonFiniteGradientError on all ranks, whichever of them saw it,
-        after the step was dropped: training can go on as if its batches had not been there.
+        Raises:
+            NonFiniteLossError: on all ranks, whichever saw it, after the step was dropped; training can go on as if its
+                batches had not been there.
+            NonFiniteGradientError: the same, for gradients.
         """
-
-        @functools.wraps(step)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if not engine.is_gradient_accumulation_boundary():
-                return step(*args, **kwargs)
-            losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
-            if losses and self._calls.makes_whole_loss:
-                self._check_alike(losses)
-            if self.dropper is None:
-                return step(*args, **kwargs)
-            number = engine.global_steps + 1
-            error, found = self._check(losses, batches, number)
-            with self.dropper.dropping(found):
-                result = step(*args, **kwargs)
-            if found:
-                raise_together(error, self._groups.control_group)
-            if getattr(engine.optimizer, "overflow", False) or self.dropper.parameter:
-                raise _gradient_error(self.dropper.parameter, number)
-            return result
-
-        return checked
+        if not engine.is_gradient_accumulation_boundary():
+            yield
+            return
+        losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+        if losses and self._calls.makes_whole_loss:
+            self._check_alike(losses)
+        if self.dropper is None:
+            yield
+            return
+        number = engine.global_steps + 1
+        error, found = self._check(losses, batches, number)
+        with self.dropper.dropping(found):
+            yield
+        if found:
+            raise_together(error, self._groups.control_group)
+        if getattr(engine.optimizer, "overflow", False) or self.dropper.parameter:
+            raise _gradient_error(self.dropper.parameter, number)
 
     def _check_alike(self, losses: list[torch.Tensor]) -> None:
         """The loss of a whole sequence is the same on its ranks; one that is not is made of a shard."""

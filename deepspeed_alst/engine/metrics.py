@@ -10,13 +10,13 @@ a mean is of all steps since the last line.
 Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), P = sp_size.
 """
 
-import functools
+import contextlib
 import itertools
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.progress import Report, progress_line
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.ledger.step_flops import Span, StepSizes, alst_flops, model_flops
@@ -53,17 +52,13 @@ class _Moved:
     waited: float = 0.0
 
 
-def install_metrics(engine: Any, patches: PatchSet) -> None:
-    """Watch an engine's forward, backward and step, if its ds_config asks for a line or has a monitor.
+def metrics_of(engine: Any) -> "Metrics | None":
+    """Build an engine's metrics if its ds_config asks for a line or has a monitor.
 
     Collective over all ranks: rank 0's ds_config decides for all, as it is rank 0 that prints and writes.
     """
     asked = of_rank_0(_asked(engine))
-    if not (asked.line or asked.events):
-        return
-    metrics = Metrics(engine, asked)
-    for name in ("forward", "backward", "step"):
-        patches.wrap(engine, name, getattr(metrics, name))
+    return Metrics(engine, asked) if asked.line or asked.events else None
 
 
 def _asked(engine: Any) -> Asked:
@@ -101,56 +96,39 @@ class Metrics:
         """Whether a line or events follow the step that is under way."""
         return (self._engine.global_steps + 1) % self._asked.every == 0
 
-    def forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Counts the tokens of what is trained on."""
+    @contextlib.contextmanager
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Run a forward inside; count the tokens of what is trained on."""
+        if self._begin is None:
+            self._begin = time.perf_counter()
+        trains = self._engine.module.training and torch.is_grad_enabled()
+        if trains and self._step_end is not None:
+            self._sent_aside, self._step_end = self._sent_aside + self._sent() - self._step_end, None
+        yield
+        if trains:
+            self._count(args, kwargs)
 
-        @functools.wraps(forward)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if self._begin is None:
-                self._begin = time.perf_counter()
-            trains = self._engine.module.training and torch.is_grad_enabled()
-            if trains and self._step_end is not None:
-                self._sent_aside, self._step_end = self._sent_aside + self._sent() - self._step_end, None
-            output = forward(*args, **kwargs)
-            if trains:
-                self._count(args, kwargs)
-            return output
+    def add_loss(self, scaled: torch.Tensor) -> None:
+        """Add the loss of a backward, scaled as its gradient is, to those of a step that is reported."""
+        if self._is_due():
+            loss = scaled.detach().double()
+            self._loss = loss if self._loss is None else self._loss + loss
 
-        return counted
-
-    def backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """Adds up the losses of a step that is to be told of, each scaled as its gradient is."""
-
-        @functools.wraps(backward)
-        def added(*args: Any, **kwargs: Any) -> Any:
-            scaled = backward(*args, **kwargs)
-            if self._is_due():
-                loss = scaled.detach().double()
-                self._loss = loss if self._loss is None else self._loss + loss
-            return scaled
-
-        return added
-
-    def step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Tells, where it is time."""
-
-        @functools.wraps(step)
-        def told(*args: Any, **kwargs: Any) -> Any:
-            before, due = self._engine.global_steps, self._is_due()
-            # A schedule goes on to the next step's within the call.
-            rates = self._engine.get_lr() if due else []
-            try:
-                result = step(*args, **kwargs)
-            except NonFiniteLossError:  # the step was dropped: the program may go on
-                self._loss = None
-                raise
-            if self._engine.global_steps != before:
-                self._num_steps, self._step_end = self._num_steps + 1, self._sent()
-                if due:
-                    self._tell(float(rates[0]) if rates else None)
-            return result
-
-        return told
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Run the engine's step inside; report when it is due."""
+        before, due = self._engine.global_steps, self._is_due()
+        # A schedule goes on to the next step's within the call.
+        rates = self._engine.get_lr() if due else []
+        try:
+            yield
+        except NonFiniteLossError:  # the step was dropped: the program may go on
+            self._loss = None
+            raise
+        if self._engine.global_steps != before:
+            self._num_steps, self._step_end = self._num_steps + 1, self._sent()
+            if due:
+                self._tell(float(rates[0]) if rates else None)
 
     def _count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])

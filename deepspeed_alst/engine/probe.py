@@ -31,63 +31,45 @@ _TOLERANCE = 1e-3
 _LOW_PRECISION_TOLERANCE = 0.1
 
 
-def install_probe(engine: Any, groups: SequenceGroups, summed_in: torch.dtype, patches: PatchSet) -> "Probe":
-    """Check the averaging factor in the engine's first optimizer step; gradients are ``summed_in`` a dtype.
-
-    The wrapped ``engine.backward`` raises SetupError on all ranks, before any weight has changed, if it is wrong.
-    """
-    probe = Probe(engine, groups, summed_in)
-    probe.attach(patches)
-    return probe
-
-
 class Probe:
-    """Wraps an engine's ``backward`` and ``step`` and its optimizer's ``zero_grad`` until it has compared."""
+    """Check the averaging factor in an engine's first optimizer step; gradients are ``summed_in`` a dtype.
 
-    def __init__(self, engine: Any, groups: SequenceGroups, summed_in: torch.dtype) -> None:
+    ``backward`` raises SetupError on all ranks, before any weight has changed, if it is wrong.
+    """
+
+    def __init__(self, engine: Any, groups: SequenceGroups, summed_in: torch.dtype, patches: PatchSet) -> None:
         self._engine, self._groups, self._summed_in = engine, groups, summed_in
         self._watched = [_Watched(name, param) for name, param in _trained(engine.module)]
         self._is_touched = False
+        if hasattr(engine.optimizer, "zero_grad"):  # an engine that evaluates only has none
+            patches.wrap(engine.optimizer, "zero_grad", self._zero_grad)
 
     @property
     def is_done(self) -> bool:
         """Return whether it has compared."""
         return not self._watched
 
-    def attach(self, patches: PatchSet) -> None:
-        """Wrap the engine's methods; once it has compared, they do nothing more."""
-        patches.wrap(self._engine, "backward", self._backward)
-        patches.wrap(self._engine, "step", self._step)
-        if hasattr(self._engine.optimizer, "zero_grad"):  # an engine that evaluates only has none
-            patches.wrap(self._engine.optimizer, "zero_grad", self._zero_grad)
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """Run the engine's backward inside."""
+        self._is_touched |= any(each.has_been_touched() for each in self._watched)
+        with ExitStack() as hooks:
+            for each in self._watched:
+                hooks.enter_context(each.watching())
+            yield
+        reduced = self._watched and self._engine.is_gradient_accumulation_boundary()
+        if reduced and _compare(self._engine, self._watched, self._groups, self._summed_in, self._is_touched):
+            self._watched.clear()
 
-    def _backward(self, backward: Any) -> Any:
-        @functools.wraps(backward)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._is_touched |= any(each.has_been_touched() for each in self._watched)
-            with ExitStack() as hooks:
-                for each in self._watched:
-                    hooks.enter_context(each.watching())
-                result = backward(*args, **kwargs)
-            reduced = self._watched and self._engine.is_gradient_accumulation_boundary()
-            if reduced and _compare(self._engine, self._watched, self._groups, self._summed_in, self._is_touched):
-                self._watched.clear()
-            return result
-
-        return call
-
-    def _step(self, step: Any) -> Any:
-        @functools.wraps(step)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            ends = self._engine.is_gradient_accumulation_boundary()
-            result = step(*args, **kwargs)
-            if ends:
-                self._is_touched = False
-                for each in self._watched:
-                    each.forget()
-            return result
-
-        return call
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Run the engine's step inside."""
+        ends = self._engine.is_gradient_accumulation_boundary()
+        yield
+        if ends:
+            self._is_touched = False
+            for each in self._watched:
+                each.forget()
 
     def _zero_grad(self, zero_grad: Any) -> Any:
         @functools.wraps(zero_grad)

@@ -71,17 +71,32 @@ def prepare_adoption(patches: PatchSet) -> None:
     take_out_upstream_attention(patches)
 
 
-def adopt(engine: Any, session: Session, mpu: Any, patches: PatchSet) -> None:
-    """Lead what the program uses of DeepSpeed's ALST to this engine's session; ``patches.close()`` takes it back."""
-    # Outside of the engine's calls the program asks DeepSpeed for its groups, and means the real degree.
-    patches.set(deepspeed_groups, "mpu", mpu)
-    _shard_adapters(session, patches)
-    for upstream, ours in ((TiledMLP, tiled_mlp), (TiledFusedLogitsLoss, tiled_logits_loss)):
-        patches.set(upstream, "apply", staticmethod(ours))
-    session.wrap(engine, "forward", functools.partial(_with_loss_on_demand, engine))
-    check = AggregationCheck(session.groups)
-    check.watch_loss_function(engine.module, patches)
-    session.wrap(engine, "backward", check.around)
+class UpstreamProgram:
+    """Lead what a program uses of DeepSpeed's ALST to an engine's session."""
+
+    def __init__(self, engine: Any, session: Session, mpu: Any, patches: PatchSet) -> None:
+        self._engine = engine
+        # Outside of the engine's calls the program asks DeepSpeed for its groups, and means the real degree.
+        patches.set(deepspeed_groups, "mpu", mpu)
+        _shard_adapters(session, patches)
+        for upstream, ours in ((TiledMLP, tiled_mlp), (TiledFusedLogitsLoss, tiled_logits_loss)):
+            patches.set(upstream, "apply", staticmethod(ours))
+        self.aggregation = AggregationCheck(session.groups)
+        self.aggregation.watch_loss_function(engine.module, patches)
+
+    def add_loss(self, output: Any, kwargs: dict[str, Any]) -> None:
+        """Add ``outputs.loss`` without labels in the batch: made of ``shift_labels`` when it is read, and not before.
+
+        accelerate's documented loop reads it; DeepSpeed's makes its own, beside which a second one would hold a second
+        copy of the logits.
+        """
+        labels = kwargs.get("shift_labels")
+        if labels is not None and getattr(output, "loss", ...) is None and getattr(output, "logits", None) is not None:
+            model = self._engine.module
+            output._make_loss = functools.partial(
+                model.loss_function, labels=None, shift_labels=labels, vocab_size=model.config.vocab_size
+            )
+            add_properties(output, loss=_LOSS_ON_DEMAND)
 
 
 # --- the loader
@@ -131,28 +146,6 @@ def _micro_batches(session: Session, inner: Any) -> Iterator[Any]:
 
 
 # --- the loss
-
-
-def _with_loss_on_demand(engine: Any, forward: Any) -> Any:
-    """``outputs.loss`` without labels in the batch: made of ``shift_labels`` when it is read, and not before.
-
-    accelerate's documented loop reads it; DeepSpeed's makes its own, beside which a second one would hold a second copy
-    of the logits.
-    """
-
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        labels = kwargs.get("shift_labels")
-        if labels is not None and getattr(output, "loss", ...) is None and getattr(output, "logits", None) is not None:
-            model = engine.module
-            output._make_loss = functools.partial(
-                model.loss_function, labels=None, shift_labels=labels, vocab_size=model.config.vocab_size
-            )
-            add_properties(output, loss=_LOSS_ON_DEMAND)
-        return output
-
-    return call
 
 
 def _loss_on_demand(output: Any) -> torch.Tensor:

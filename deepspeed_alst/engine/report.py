@@ -12,10 +12,13 @@ from rich.table import Table
 from deepspeed_alst.batch_keys import step_words
 from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.engine.reduction import ReductionPath
-from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.reduction import Reduction
 from deepspeed_alst.words import in_words
 
+WHOLE_LOSS = "of the whole sequence on every rank"
+SHARD_LOSS = (
+    "of this rank's shard, which the program aggregates (DeepSpeed's mpu); TiledMLP, TiledFusedLogitsLoss: ours"
+)
 _CHECK = {
     True: "whole against split before the first forward; what only longer sequences reach is unchecked",
     False: "off: alst.check_model is false",
@@ -41,42 +44,35 @@ def warn_rank_0(line: str) -> None:
 
 
 def report_rows(
-    config: AlstConfig,
-    groups: SequenceGroups,
-    engine: Any,
-    attention: str,
-    parts: list[tuple[str, str]],
-    allocator: str,
-    adopted: bool,
+    config: AlstConfig, engine: Any, session: Any, rows: list[tuple[str, str]], allocator: str, upstream: bool
 ) -> list[tuple[str, str]]:
-    """What is on, in the order of the data's way.
+    """Return all rows, in the order of the data's path.
 
     Args:
         config: this package's keys.
-        groups: the ranks of a sequence.
         engine: that is built.
-        attention: what was done to it, in words.
-        parts: rows of Liger's kernels, tiles, offload and reduction.
-        allocator: what was done to it, in words.
-        adopted: the program was written for DeepSpeed's own ALST.
+        session: of sequence parallelism; None at SP 1.
+        rows: of the model's patches and the engine's.
+        allocator: what was done to it.
+        upstream: the program was written for DeepSpeed's own ALST.
     """
-    P, multiple = groups.sp_size, config.padding_multiple()
+    if session is None:
+        return [
+            ("sequence", "whole on every rank: sequence_parallel_size is 1"),
+            *rows,
+            ("reduction", "DeepSpeed's: alst.reduction counts where sequence_parallel_size is above 1"),
+            ("allocator", allocator),
+        ]
+    P, dp_size, multiple = session.groups.sp_size, session.groups.dp_size, config.padding_multiple()
     micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     sharded = "" if engine.training_dataloader is None else "training_data sharded; "
-    loss = "of the whole sequence on every rank"
-    if adopted:
-        sharded = "UlyssesSPDataLoaderAdapter leads here; "
-        loss = (
-            "of this rank's shard, which the program aggregates (DeepSpeed's mpu); TiledMLP, TiledFusedLogitsLoss: ours"
-        )
+    sharded = "UlyssesSPDataLoaderAdapter leads here; " if upstream else sharded
     return [
-        ("groups", f"{P} ranks share a sequence, {groups.dp_size} replica(s)"),
+        ("groups", f"{P} ranks share a sequence, {dp_size} replica(s)"),
         ("data", f"{sharded}sequences padded to a multiple of {multiple} tokens"),
-        ("a step", step_words(micro, accumulation, P, groups.dp_size, multiple)),
-        ("attention", attention),
-        ("loss", loss),
-        *parts,
-        ("model check", "off: the program is written for shards" if adopted else _CHECK[config.alst.check_model]),
+        ("a step", step_words(micro, accumulation, P, dp_size, multiple)),
+        *rows,
+        ("model check", "off: the program is written for shards" if upstream else _CHECK[config.alst.check_model]),
         ("allocator", allocator),
     ]
 

@@ -11,11 +11,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.checkpoint_files import STAMP, Stamp
@@ -27,36 +31,46 @@ from deepspeed_alst.words import in_words
 _LATEST = "latest"
 
 
-def saved_together(
-    engine: Any, agreement_group: Callable[[], AbstractContextManager[Any]], save: Callable[..., Any]
-) -> Callable[..., Any]:
-    """``save_checkpoint`` of an engine that raises CheckpointError on all ranks if one could not write its files.
+def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
+    """Save a checkpoint by DeepSpeed's ``save_checkpoint``.
 
-    ``agreement_group`` gives all ranks over gloo for the time of a call.
+    Args:
+        engine: that saves it.
+        save: DeepSpeed's own method.
+        call: its arguments.
+        group: all ranks over gloo.
+
+    Raises:
+        CheckpointError: on all ranks, if one could not write its files.
     """
-    signature = inspect.signature(save)
+    given = call.arguments
+    stamp = _agree(engine, given, group)
+    with _convertible(engine.module):
+        if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
+            return save(*call.args, **call.kwargs)  # refused by DeepSpeed; written in the background, which says when
+        names_latest, given["save_latest"] = given["save_latest"], False
+        folder, tag = Path(given["save_dir"]), _tag(engine, given)
+        raise_together(_unname(folder, tag) if dist.get_rank() == 0 else None, group)
+        errors: list[Exception] = []
+        with _kept(engine, errors, stamp):
+            result = save(*call.args, **call.kwargs)
+    raise_together(_in_words(errors, folder, tag), group)
+    if names_latest:
+        raise_together(_name_latest(folder, tag) if dist.get_rank() == 0 else None, group)
+    return result
 
-    @functools.wraps(save)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        given = arguments.arguments
-        with agreement_group() as group:
-            stamp = _agree(engine, given, group)
-            if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
-                return save(*args, **kwargs)  # refused by DeepSpeed; written in the background, which says itself when
-            names_latest, given["save_latest"] = given["save_latest"], False
-            folder, tag = Path(given["save_dir"]), _tag(engine, given)
-            raise_together(_unname(folder, tag) if dist.get_rank() == 0 else None, group)
-            errors: list[Exception] = []
-            with _kept(engine, errors, stamp):
-                result = save(*arguments.args, **arguments.kwargs)
-            raise_together(_in_words(errors, folder, tag), group)
-            if names_latest:
-                raise_together(_name_latest(folder, tag) if dist.get_rank() == 0 else None, group)
-        return result
 
-    return save_checkpoint
+@contextlib.contextmanager
+def _convertible(module: Any) -> Iterator[None]:
+    """Add the entry without which ds_to_universal refuses to convert a checkpoint of ZeRO 1 and 2.
+
+    DeepSpeed writes it if the module has it, so that the caller's client_state stays the caller's.
+    """
+    with PatchSet() as patches:
+        if not hasattr(module, UNIVERSAL_CHECKPOINT_INFO):
+            info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+            patches.set(module, UNIVERSAL_CHECKPOINT_INFO, info)
+        yield
 
 
 def _tag(engine: Any, given: dict[str, Any]) -> str:

@@ -19,37 +19,31 @@ from deepspeed_alst.models.untouched import untouched
 from deepspeed_alst.parallel.traffic import uncounted
 
 
-def install_model_check(engine: Any, patches: PatchSet) -> None:
+class ModelCheck:
     """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
-
-    Nothing is installed where ``alst.check_model`` is false, or in a program written for DeepSpeed's own ALST: what it
-    has put into the model is made for shards.
-
-    The wrapped ``engine.forward`` raises UnsupportedModelError on all ranks where the model is not right.
 
     Args:
         engine: of a session, whose model's code the trial of a small model has seen.
-        patches: takes it back.
     """
-    session, checked, code = engine.alst, set[bool](), program_code(engine.module)
-    if not session.config.alst.check_model or not session.calls.makes_whole_loss:
-        return
 
-    def wrapper(forward: Any) -> Any:
-        @functools.wraps(forward)
-        def checking(*args: Any, **kwargs: Any) -> Any:
-            if engine.module.training not in checked:
-                check_gradient_hooks(engine.module)
-                if not checked and program_code(engine.module) != code:
-                    # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
-                    apart(prove, engine.module, session.groups)
-                _check(engine, session)
-                checked.add(engine.module.training)
-            return forward(*args, **kwargs)
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._checked, self._code = engine, set[bool](), program_code(engine.module)
 
-        return checking
+    def run_once(self) -> None:
+        """Check the model in its mode, unless that was done.
 
-    patches.wrap(engine, "forward", wrapper)
+        Raises:
+            UnsupportedModelError: on all ranks, where the model is not right.
+        """
+        engine, session = self._engine, self._engine.alst
+        if engine.module.training in self._checked:
+            return
+        check_gradient_hooks(engine.module)
+        if not self._checked and program_code(engine.module) != self._code:
+            # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
+            apart(prove, engine.module, session.groups)
+        _check(engine, session)
+        self._checked.add(engine.module.training)
 
 
 def _check(engine: Any, session: Any) -> None:

@@ -6,7 +6,6 @@ each cuts its shard out of it. In an evaluation each may hold its own: they exch
 other, and every rank gets its own batch's loss and logits.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -42,26 +41,17 @@ class NotHere:
         raise DataError(next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, cls)).__dict__["_why"])
 
 
-def split_whole_batches(session: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``engine.forward`` that takes whole batches where the session says that they may come."""
-
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if args or not session.takes_whole or session.calls.whole or not _is_whole(kwargs):
-            return forward(*args, **kwargs)
-        return _forward(session, forward, kwargs)
-
-    return call
-
-
-def _is_whole(batch: dict[str, Any]) -> bool:
-    """Whether it is no shard: those have labels that are moved already, and positions."""
+def is_whole_batch(session: Any, batch: dict[str, Any]) -> bool:
+    """Return True for a whole batch where one may come; a shard has shifted labels and positions."""
+    if not session.takes_whole or session.calls.whole:
+        return False
     if batch.get("shift_labels") is not None and batch.get("logits_to_keep") is None:
         return False
     return PLACE not in batch and (batch.get("labels") is not None or batch.get("position_ids") is None)
 
 
-def _forward(session: Any, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
+def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
+    """Split a batch that the ranks of a sequence hold whole, and run the shards."""
     groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
         facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))

@@ -62,8 +62,12 @@ class Spill:
             OffloadError: the disk has no room, or an earlier transfer failed.
         """
         buffer = self._buffer(source_n.numel())
+        try:
+            ticket = Ticket(self.file.allocate(buffer.num_bytes), source_n.numel())
+        except OffloadError:
+            self.ring.give(buffer)
+            raise
         done = copies.out(source_n, buffer.bytes_n[: source_n.numel()])
-        ticket = Ticket(self.file.allocate(buffer.num_bytes), source_n.numel())
 
         def write() -> None:
             try:

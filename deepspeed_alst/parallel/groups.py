@@ -44,11 +44,15 @@ class SequenceGroups:
 
     def destroy(self) -> None:
         """Give the process groups back; the object is of no use afterwards."""
-        device_groups = (self.sp_group, self.world_group, self.self_group)
-        for group in (*device_groups, self.sp_control_group, self.control_group, self.roll_group):
-            # After dist.destroy_process_group() there is nothing left to give back.
-            with contextlib.suppress(ValueError, AssertionError, KeyError):
-                dist.destroy_process_group(group)
+        destroy_groups(self.sp_group, self.world_group, self.self_group, self.sp_control_group)
+        destroy_groups(self.control_group, self.roll_group)
+
+
+def destroy_groups(*groups: Any) -> None:
+    """Destroy process groups; one that is gone already, with the world, is skipped."""
+    for group in groups:
+        with contextlib.suppress(ValueError, AssertionError, KeyError):
+            dist.destroy_process_group(group)
 
 
 def build_control_group() -> Any:
