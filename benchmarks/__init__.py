@@ -1,1 +1,1 @@
-"""Measurements, each with its target beside it; the tests use the same rank processes and cells."""
+"""Benchmarks with targets; the tests share their rank processes and parity cells."""

@@ -1,9 +1,9 @@
-"""All benchmarks one after the other, their tables into docs/benchmarks.md: ``make bench``.
+"""Run all benchmarks in sequence and write their tables to docs/benchmarks.md: ``make bench``.
 
-    python -m benchmarks.all [NAME ...]     # only some: the others' tables stay as they are
+    python -m benchmarks.all [NAME ...]     # only some; the other tables are unchanged
 
-Each table is what its command printed, with its exit status and seconds, under the versions and the machine. Exit
-status 1 if a benchmark missed a target.
+Each section holds the command's output, exit status, seconds, versions and machine. Exit status 1 if a benchmark missed
+a target.
 """
 
 import argparse
@@ -45,7 +45,7 @@ _NOISE = re.compile(r"[Ww]arning|warnings\.warn|^\[transformers\]|^\[rank\d|^\d+
 
 
 def machine() -> str:
-    """Versions and machine, in a line each."""
+    """Describe versions and machine in one line."""
     versions = []
     for name in _PACKAGES:
         try:
@@ -60,7 +60,7 @@ def machine() -> str:
 
 
 def section(name: str) -> tuple[str, int]:
-    """Run a benchmark; its section of the page, and its exit status."""
+    """Run a benchmark; return its section of the page and its exit status."""
     start = time.monotonic()
     environment = {**os.environ, "COLUMNS": _COLUMNS, "PYTHONWARNINGS": "ignore", "TERM": "dumb"}
     command = [sys.executable, *COMMANDS[name]]
@@ -73,12 +73,12 @@ def section(name: str) -> tuple[str, int]:
 
 
 def sections(page: str) -> dict[str, str]:
-    """What a page has, by name."""
+    """Split a page into its sections by name."""
     return {part.split("\n", 1)[0]: f"## {part}" for part in page.split("\n## ")[1:]}
 
 
 def main() -> int:
-    """Run what is asked for, and write the page after each."""
+    """Run the requested benchmarks and update the page after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*COMMANDS, []], default=list(COMMANDS))
     missed = []

@@ -1,4 +1,4 @@
-"""Compile ahead of the first run: DeepSpeed's CPU communication op, otherwise built silently, and the ops of csrc/."""
+"""Build ahead of the first run: DeepSpeed's CPU communication op, otherwise built silently, and the csrc/ ops."""
 
 from deepspeed.accelerator import get_accelerator
 

@@ -1,11 +1,11 @@
-"""Is the package right with the newest of what it stands on, and with older transformers?
+"""Test the package with the newest dependencies and with older transformers versions.
 
     python -m benchmarks.canary [--write] [--only NAME]
 
-Each combination is an environment of its own below ``.cache``: a second venv with the newest versions that the registry
-serves, and this one with another transformers in front. In each: the short parity, the census of ten families, and the
-tests that lean on what libraries do not promise. ``--write`` puts the table into docs/versions.md. Exits non-zero where
-a combination inside of setup.py's bounds fails.
+Each combination is a separate environment below ``.cache``: a second venv with the newest versions from the registry,
+and the current one with another transformers first in the path. Each runs the short parity, the census of ten families,
+and the tests that depend on library internals. ``--write`` updates the table in docs/versions.md. The exit status is
+non-zero if a combination within setup.py's bounds fails.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "liger-kernel", "triton", "deepspeed")
-# What the checks need beside them.
+# Additional requirements of the checks.
 _TOOLS = ("pytest", "pytest-timeout", "hypothesis", "matplotlib", "ninja")
-# The floor, and what other frameworks ask for: docs/versions.md.
+# The lower bound, and versions required by other frameworks: docs/versions.md.
 OLDER_TRANSFORMERS = ("5.23.0", "5.20.2", "5.19.0", "5.16.1")
 FAMILIES = (
     "llama",
@@ -48,7 +48,7 @@ TESTS = (
     *("op_build", "sum_pieces", "kernels", "compile", "offload_engine", "plugin", "initialize"),
     *("peft", "trainer", "trl"),
 )
-# By name: the module that is run, and the line of its output that sums it up.
+# By name: the module to run, and the pattern of its summary line.
 CHECKS = {
     "parity": (("benchmarks.parity", "--short"), r"this package: (\d+ of \d+) cells"),
     "census": (("benchmarks.census", *FAMILIES), r"(\d+ right)"),
@@ -58,25 +58,25 @@ CHECKS = {
 
 @dataclass
 class Combination:
-    """Versions that are together in an environment, and what was right there."""
+    """Versions installed together in an environment, and the results of its checks."""
 
     name: str
     python: Path
     in_front: Path | None = None
-    """A folder that is looked in before the environment's own packages."""
+    """Folder searched before the environment's own packages."""
     versions: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
-    """By check: its last word; begins with "failed" if it did."""
+    """Summary by check; starts with "failed" on failure."""
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A Python command in it, with this checkout."""
+        """Run a Python command in the environment, with this checkout."""
         places = [str(each) for each in (self.in_front, ROOT) if each]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(places),
             "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
         }
-        if self.in_front is None:  # ops are built for one torch
+        if self.in_front is None:  # ops are built per torch version
             environment["TORCH_EXTENSIONS_DIR"] = str(CACHE / f"extensions-{self.versions.get('torch', '')}")
         return subprocess.run(
             [str(self.python), *words],
@@ -88,12 +88,12 @@ class Combination:
         )
 
     def fails(self) -> bool:
-        """Whether any check failed."""
+        """Return True if any check failed."""
         return any(each.startswith("failed") for each in self.outcomes.values())
 
 
 def install_newest() -> Combination:
-    """A venv with the newest of everything that goes together, whatever setup.py's bounds but DeepSpeed's say."""
+    """Create a venv with the newest compatible versions, ignoring setup.py's bounds except DeepSpeed's."""
     folder = CACHE / "canary"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -107,7 +107,7 @@ def install_newest() -> Combination:
 
 
 def with_transformers(version: str) -> Combination:
-    """This environment with another transformers, and what that needs, in front of its own."""
+    """Prepend another transformers and its dependencies to this environment."""
     folder = CACHE / f"transformers-{version}"
     if not folder.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
@@ -116,20 +116,20 @@ def with_transformers(version: str) -> Combination:
 
 
 def bounds() -> dict[str, Requirement]:
-    """What the package asks for, by distribution."""
+    """Return the package's requirements by distribution."""
     requirements = map(Requirement, importlib.metadata.requires("deepspeed-alst") or ())
     return {each.name: each for each in requirements if "extra" not in str(each.marker)}
 
 
 def is_inside(versions: dict[str, str]) -> bool:
-    """Whether setup.py would let these versions be installed."""
+    """Return True if setup.py's bounds allow these versions."""
     return all(
         each.specifier.contains(versions[name], prereleases=True) for name, each in bounds().items() if name in versions
     )
 
 
 def check(combination: Combination, progress: Console) -> None:
-    """Find out its versions, and run all checks in it; where the package cannot be imported, nothing more."""
+    """Record the versions and run all checks; stop if the package cannot be imported."""
     code = f"import importlib.metadata as m; print(*map(m.version, {LIBRARIES!r}))"
     combination.versions = dict(
         zip(LIBRARIES, combination.run("-c", code).stdout.split()[-len(LIBRARIES) :], strict=True)
@@ -151,7 +151,7 @@ def check(combination: Combination, progress: Console) -> None:
 
 
 def row(combination: Combination, day: str) -> list[str]:
-    """What the table has of it."""
+    """Return the combination's table row."""
     outcomes = combination.outcomes
     said = [re.sub(r"\s+", " ", outcomes.get(name, "not run")).replace("|", "/") for name in CHECKS]
     if "import" in outcomes:
@@ -164,7 +164,7 @@ HEAD = ["when", *LIBRARIES, "in bounds", *CHECKS]
 
 
 def write(rows: list[list[str]], page: Path) -> None:
-    """Put the rows on top of the page's table, in the place of older ones of the same versions."""
+    """Insert the rows at the top of the page's table, replacing older rows of the same versions."""
     before, mark, after = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
     kept = [
         [cell.strip() for cell in line.strip("| ").split(" | ")] for line in after.splitlines() if line[:3] == "| 2"
@@ -177,12 +177,12 @@ def write(rows: list[list[str]], page: Path) -> None:
 
 
 def combination_name(word: str) -> str:
-    """Return "newest" or a version of transformers as it was given; argparse says what else is wrong."""
+    """Return "newest" or a transformers version as given; argparse reports anything else."""
     return word if word == "newest" else str(Version(word))
 
 
 def main() -> int:
-    """Print the table; 1 where a combination inside of the bounds fails."""
+    """Print the table; return 1 if a combination within the bounds fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""One cell of the parity table: a small model, a few samples, three SGD steps, as SP 1, as SP P, and in fp64.
+"""One parity cell: a tiny model, a few samples, three SGD steps, with SP 1, with SP P, and in fp64.
 
 All three see the same data in the same steps: with SP 1 every rank is a replica and accumulates ``gas`` samples; with
-SP P the ranks of a sequence take turns, so they accumulate ``gas * P``.
+SP P the ranks of a sequence alternate samples, so they accumulate ``gas * P``.
 """
 
 import itertools
@@ -21,12 +21,12 @@ from benchmarks.families import kind_config
 from benchmarks.variants import trained, vary
 
 STEPS = 3
-# Of matrices and of norm weights: three steps move each by at least 5 % of its norm, so that the change is visible.
+# Of matrices and of norm weights: three steps change each by at least 5 % of its norm, a visible change.
 _LEARNING_RATES = (1.45, 3.8)
 _LORA_RATE = 0.8
-# What a step moves each weight of another model by: of its norm, or of its length where it starts at zero.
+# Relative change of a weight per step in other models; of sqrt(numel) if it starts at zero.
 _VISIBLE_STEP = 0.06
-# Where documents start: behind, within and at the ends of shards of 24 and of 12 tokens.
+# Document starts after, within and at the ends of shards of 24 and 12 tokens.
 _DOCUMENT_STARTS = ((0, 11, 24, 36), (0, 23, 30), (0, 13, 25))
 
 _FP16_LOSS_SCALE = 128
@@ -34,7 +34,7 @@ _FP16_LOSS_SCALE = 128
 
 @dataclass(frozen=True)
 class Cell:
-    """What is varied. The defaults are the plain case."""
+    """Varied settings; the defaults are the plain case."""
 
     stage: int = 2
     reduce_scatter: bool = True
@@ -47,7 +47,7 @@ class Cell:
     overlap_comm: bool = False
     grad_accum: str = ""
     sums: str = ""
-    """What gradients are summed in; fp32 where it is empty."""
+    """Dtype of gradient sums; empty for fp32."""
     offload_optimizer: bool = False
     kv_heads: int = 2
     odd_lengths: bool = False
@@ -55,26 +55,26 @@ class Cell:
     tied: bool = False
     checkpointing: str = ""
     lora: bool = False
-    """An adapter trains, the model does not."""
+    """Train an adapter on a frozen model."""
     tiles: bool = False
-    """MLP and loss in tiles of a few tokens."""
+    """Tile MLP and loss, a few tokens per tile."""
     loss: str = ""
-    """What makes a tile's loss: "triton" or "liger", run by Triton's interpreter; with tiles only."""
+    """Loss backend of the tiles, "triton" or "liger", run by Triton's interpreter; needs ``tiles``."""
     offload: str = ""
-    """Where layer inputs wait: "host", "disk", or "outputs" for attention's outputs too, both on the host."""
+    """Offload target of layer inputs: "host", "disk", or "outputs" for attention outputs too, both on the host."""
     frozen: str = ""
-    """What does not train: a key of ``benchmarks.variants.FROZEN``."""
+    """Frozen part: a key of ``benchmarks.variants.FROZEN``."""
     model: str = ""
-    """Another model than the Llama: a key of ``benchmarks.families.KINDS``."""
+    """Model other than the Llama: a key of ``benchmarks.families.KINDS``."""
     documents: bool = False
-    """Each sample is several, and its position_ids restart."""
+    """Pack several documents per sample; position_ids restart."""
     seed: int = 7
-    """Of the samples."""
+    """Seed of the samples."""
     extra: tuple[tuple[str, Any], ...] = ()
-    """More top-level keys of the ds_config."""
+    """Additional top-level keys of the ds_config."""
 
     def name(self) -> str:
-        """The cell in a few words: only what differs from the defaults."""
+        """Describe the cell briefly: only settings that differ from the defaults."""
         words = [f"Z{self.stage}", self.dtype, f"gas{self.gas}"]
         if self.stage in (1, 2, 3):
             words.append("rs" if self.reduce_scatter else "no-rs")
@@ -110,15 +110,15 @@ class Cell:
 
 
 def learning_rates(cell: Cell) -> tuple[float, float]:
-    """Of matrices and of norm weights, larger where averaging or clipping makes the gradients smaller."""
-    # The gradient norm of two samples, and random samples average as the root of their number.
+    """Return rates of matrices and norm weights, larger if averaging or clipping shrinks the gradients."""
+    # Gradient norm of two samples; random samples average as the root of their number.
     norm, rates = (1.7, (_LORA_RATE, 0.0)) if cell.lora else (2.5, _LEARNING_RATES)
     factor = norm / cell.clip if cell.clip else math.sqrt(cell.world_size * cell.gas / 2)
     return rates[0] * factor, rates[1] * factor
 
 
 def _rates(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
-    """The learning rate of each parameter that trains."""
+    """Return the learning rate of each trained parameter."""
     if not cell.model:
         rates = learning_rates(cell)
         return {name: rates[param.dim() == 1] for name, param in trained(model).items()}
@@ -130,9 +130,9 @@ def _rates(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
 
 @dataclass
 class Result:
-    """What a run gave, on the host in fp64: the first step's loss, norm and gradients; the weights' change after all.
+    """Results on the host in fp64: loss, norm and gradients of the first step, total weight changes.
 
-    ``before`` are the weights it started from, in the fp64 run only.
+    ``before`` holds the initial weights, in the fp64 run only.
     """
 
     loss: float
@@ -143,7 +143,7 @@ class Result:
 
 
 def model_config(cell: Cell) -> Any:
-    """A Llama of 4 query heads, or the cell's model; its embedding is larger than the cells' reduction bucket."""
+    """Build the config of the cell's model or a Llama, whose embedding exceeds the reduction bucket."""
     if cell.model:
         return kind_config(cell.model)
     return LlamaConfig(
@@ -157,15 +157,15 @@ def model_config(cell: Cell) -> Any:
         tie_word_embeddings=cell.tied,
         bos_token_id=None,
         eos_token_id=None,
-        # Where there is a cache, transformers' sdpa at SP 1 looks for no documents.
+        # With a cache, transformers' sdpa ignores packed documents at SP 1.
         use_cache=not cell.documents,
     )
 
 
 def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Module:
-    """The same weights on every rank and in every run, with enough spread to make gradients lively."""
+    """Build a model with the same weights in every run, spread enough for large gradients."""
     torch.manual_seed(seed)
-    # A model without any attention refuses to be told which one.
+    # A model without attention rejects attn_implementation.
     attends = AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
     model = AutoModelForCausalLM.from_config(config, attn_implementation=core if attends else None)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Modu
 
 
 def samples(cell: Cell, vocab: int) -> list[list[list[dict[str, torch.Tensor]]]]:
-    """``[step][rank][micro step]``: batches of one sample, different everywhere."""
+    """Create batches of one sample, all different: ``[step][rank][micro step]``."""
     make = torch.Generator().manual_seed(cell.seed)
     out = []
     for _ in range(STEPS):
@@ -184,12 +184,12 @@ def samples(cell: Cell, vocab: int) -> list[list[list[dict[str, torch.Tensor]]]]
         for rank in range(cell.world_size):
             micros = []
             for micro in range(cell.gas):
-                # Without odd lengths all samples are as long; with them every sample differs and none divides.
+                # Without odd lengths all samples are equally long; with them all differ and none is divisible.
                 length = 43 + 2 * ((3 * rank + micro) % 5) if cell.odd_lengths else 48
                 ids = torch.randint(0, vocab, (1, length), generator=make)
                 labels = ids.clone()
                 if cell.unequal_labels:
-                    # Ever fewer labels, all in the first half: the last shard of the sequence has none.
+                    # A decreasing number of labels in the first half: the last shard of the sequence has none.
                     labels[:, max(3, length // (2 + rank + micro)) :] = -100
                 micros.append({"input_ids": ids, "labels": labels})
                 if cell.documents:
@@ -205,7 +205,7 @@ def _positions(starts: tuple[int, ...], length: int) -> torch.Tensor:
 
 
 def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
-    """The cell's ds_config, at the given SP degree."""
+    """Return the cell's ds_config for an SP degree."""
     zero: dict[str, Any] = {
         "stage": cell.stage,
         "reduce_scatter": cell.reduce_scatter,
@@ -245,7 +245,7 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
 
 
 def offload_keys(offload: str) -> dict[str, Any]:
-    """The keys of the alst block for a cell's ``offload``; of two layers both leave the device."""
+    """Return the alst keys for a cell's ``offload``; both of two layers are offloaded."""
     if not offload:
         return {}
     block: dict[str, Any] = {"keep_last": 0}
@@ -255,9 +255,9 @@ def offload_keys(offload: str) -> dict[str, Any]:
 
 
 def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
-    """The cell with this package, by its keys alone.
+    """Run the cell with this package, configured by its keys only.
 
-    ``changed`` may have ``on_model``, applied to the model before the engine is built, and ``on_engine``.
+    ``changed`` may hold ``on_model``, applied to the model before the engine is built, and ``on_engine``.
     """
     import deepspeed_alst
 
@@ -269,26 +269,26 @@ def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
 
 
 def run_interpreted(cell: Cell) -> Result:
-    """The cell with this package, in processes that were started with TRITON_INTERPRET=1; a kernel must have run."""
+    """Run the cell with TRITON_INTERPRET=1 set at process start, and assert that a kernel ran."""
     from benchmarks.kernels.interpreter import faithful
 
     with faithful() as traffic:
         result = run_alst(cell)
     written = torch.tensor(traffic.written)
-    torch.distributed.all_reduce(written)  # a rank without a label makes no loss
+    torch.distributed.all_reduce(written)  # a rank without labels computes no loss
     assert written, "no Triton kernel ran"
     return result
 
 
 def run_sp1(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
-    """The same program with ``sequence_parallel_size`` 1; ``changed`` as for ``run_alst``."""
+    """Run the same program with ``sequence_parallel_size`` 1; ``changed`` as for ``run_alst``."""
     return _run(
         cell, ds_config(cell, 1), lambda engine, own: iter(own), lambda engine, batch: engine(**batch).loss, **changed
     )
 
 
 def run_upstream(cell: Cell) -> Result:
-    """The same cell with DeepSpeed's own ALST, as its documentation says."""
+    """Run the cell with DeepSpeed's own ALST, as documented there."""
     from benchmarks.upstream import Upstream
 
     upstream = Upstream(model_config(cell), cell.sp_size)
@@ -350,7 +350,7 @@ def _run(
 
 
 def _param_groups(model: torch.nn.Module, cell: Cell) -> list[dict[str, Any]]:
-    """The parameters of each learning rate: of a Llama, matrices and norm weights."""
+    """Group parameters by learning rate: matrices and norm weights, for a Llama."""
     by_rate = defaultdict(list)
     rates = _rates(cell, model)
     for name, param in trained(model).items():
@@ -359,7 +359,7 @@ def _param_groups(model: torch.nn.Module, cell: Cell) -> list[dict[str, Any]]:
 
 
 def full_weight(param: torch.nn.Parameter) -> torch.Tensor:
-    """The whole fp32 weight, wherever the engine keeps it; stage 0 in fp32 has no other than the parameter."""
+    """Return the full fp32 weight from the engine; stage 0 in fp32 has only the parameter itself."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weight = safe_get_full_fp32_param(param)
@@ -373,12 +373,12 @@ def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _loss_scale(cell: Cell) -> int:
-    # ZeRO's gradients still hold the loss scale before the step; at stage 0 DeepSpeed 0.19.8 never puts it in.
+    # ZeRO's gradients still contain the loss scale before the step; DeepSpeed 0.19.8 omits it at stage 0.
     return _FP16_LOSS_SCALE if cell.dtype == "fp16" and cell.stage else 1
 
 
 class KeepFp64(TorchFunctionMode):
-    """Lifts transformers' casts to fp32 (norms, RoPE, routers, loss) from an fp64 run."""
+    """Replacement of transformers' fp32 casts (norms, RoPE, routers, loss) by fp64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -393,14 +393,14 @@ class KeepFp64(TorchFunctionMode):
 
 
 def run_truth(cell: Cell) -> Result:
-    """The cell in plain torch, fp64, one process: every sample whole, gradients averaged over all samples of a step."""
+    """Run the cell in plain torch, fp64, one process, with gradients averaged over a step's unsharded samples."""
     model = _fp64_model(cell)
     before = {name: param.detach().clone() for name, param in trained(model).items()}
     rates, result = _rates(cell, model), Result(0.0, None)
     for index, (loss, norm, grads) in enumerate(_fp64_steps(cell, model)):
         if index == 0:
             result = Result(loss, norm, grads)
-        # DeepSpeed adds 1e-6 to the norm before it compares.
+        # DeepSpeed adds 1e-6 to the norm before the comparison.
         factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
         with torch.no_grad():
             for name, param in trained(model).items():
@@ -412,16 +412,16 @@ def run_truth(cell: Cell) -> Result:
 
 def _fp64_model(cell: Cell) -> torch.nn.Module:
     hf_config = model_config(cell)
-    # The grouped matrix product of the default has no fp64.
+    # The default grouped matmul has no fp64 kernel.
     hf_config._experts_implementation = "eager"
     model = vary(build_model(hf_config), cell.lora, cell.frozen)
     rounding = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
-    # The run in low precision starts from rounded weights.
+    # The low-precision run starts from rounded weights.
     return model.to(rounding).double()
 
 
 def _fp64_steps(cell: Cell, model: torch.nn.Module) -> Iterator[tuple[float, float, dict[str, torch.Tensor]]]:
-    """Of each step: loss, gradient norm and gradients of the model as it then is."""
+    """Yield loss, gradient norm and gradients of each step."""
     for ranks in samples(cell, model.config.vocab_size):
         batches = [batch for micros in ranks for batch in micros]
         with KeepFp64():

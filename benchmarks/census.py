@@ -1,12 +1,11 @@
-"""Which of transformers' causal language models are right under sequence parallelism: a small one of each, both ways.
+"""Check all causal language models of transformers under sequence parallelism, on tiny models.
 
     python -m benchmarks.census [--write] [family ...]
 
-Loss and all gradients of a small model of every family, in fp32 on CPU, whole and over 2 and 4 ranks, and of a packed
-sequence over 4. What is right must pass the check at the start of a training too, in fp32 and bf16. ``--write`` writes
-the table to docs/census.md and adds to the list of the families that are right.
-Exits non-zero where a family is wrong or crashes, one of the list is not right, or one has not answered in time, which
-may be the machine's doing.
+Compares loss and all gradients of a tiny model per family, in fp32 on CPU: whole, over 2 and 4 ranks, and packed over
+4. A correct family must also pass the check at training start, in fp32 and bf16. ``--write`` writes the table to
+docs/census.md and adds to the list of verified families. The exit status is non-zero if a family is wrong or crashes, a
+listed one is not right, or one times out, possibly because the machine is busy.
 """
 
 import argparse
@@ -40,7 +39,7 @@ from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 600.0
-# What the config of no real model says: transformers' defaults are no model without it.
+# Keys that transformers' default configs lack for a valid model.
 _INCOMPLETE: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 4, "clip_qkv": None},
@@ -56,7 +55,7 @@ _INCOMPLETE: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": 4},
 }
 _LONG = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
-# Families in a form that their default config does not show.
+# Variants that a family's default config does not cover.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, dynamic RoPE": (
         "llama",
@@ -104,14 +103,14 @@ COLUMNS = (*(name for name, _, _ in CELLS), "model check, SP 2")
 
 @dataclass(frozen=True)
 class Row:
-    """A family's verdicts, cell by cell."""
+    """Verdicts of one family by cell."""
 
     name: str
     verdicts: tuple[Verdict, ...]
 
     @property
     def outcome(self) -> str:
-        """The worst of all; packed sequences may be refused."""
+        """Worst outcome; packed sequences may be refused."""
         found = [each.outcome for each in self.verdicts]
         for bad in ("crash", "wrong", "no answer"):
             if bad in found:
@@ -120,12 +119,12 @@ class Row:
 
     @property
     def why(self) -> str:
-        """Of the first cell that is not right."""
+        """Reason of the first cell that is not right."""
         return next((each.why for each in self.verdicts if each.outcome != "right"), "")
 
 
 def small_of(name: str) -> tuple[Any, Any]:
-    """A family's class and a small config of it, with sdpa where it has it and no dropout."""
+    """Return a family's class and a tiny config, with sdpa if supported and no dropout."""
     family, changed = VARIANTS.get(name, (name, _INCOMPLETE.get(name, {})))
     config = CONFIG_MAPPING[family]()
     values = config.get_text_config().to_dict()
@@ -143,7 +142,7 @@ _groups: dict[int, Any] = {}
 
 
 def ask(name: str, sp_size: int, packed: bool) -> Verdict:
-    """On every rank: a family's verdict."""
+    """Return a family's verdict; runs on every rank."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -158,7 +157,7 @@ def ask(name: str, sp_size: int, packed: bool) -> Verdict:
 
 
 def ask_check(name: str, dtype: torch.dtype) -> Verdict:
-    """On every rank: whether the check of a live model lets a small one of a family through."""
+    """Return the verdict of the live model check on a tiny model; runs on every rank."""
     if 2 not in _groups:
         _groups[2] = build_groups(2, build_control_group())
     groups, calls = _groups[2], Calls()
@@ -168,7 +167,7 @@ def ask_check(name: str, dtype: torch.dtype) -> Verdict:
     with PatchSet() as undo:
         patch_model(model, groups.sp_control_group, undo, calls)
         guard_batches(model, groups, calls, undo)
-        if calls.core == TRIAL:  # which has no whole run of its own
+        if calls.core == TRIAL:  # it has no unsplit run of its own
             calls.core = "eager"
         with untouched(model), torch.no_grad(), calls.of_model_check():
             try:
@@ -179,7 +178,7 @@ def ask_check(name: str, dtype: torch.dtype) -> Verdict:
 
 
 def census(names: list[str]) -> Iterator[Row]:
-    """The verdicts of these families, one after the other."""
+    """Yield the verdicts of these families in sequence."""
     ranks = Ranks(4)
     for name in names:
         verdicts: list[Verdict] = []
@@ -187,7 +186,7 @@ def census(names: list[str]) -> Iterator[Row]:
             try:
                 verdicts.append(ranks.run(ask, name, sp_size, packed, seconds=_SECONDS)[0])
             except RankError as error:
-                # Of ranks that wait for one another for ever, too: it is for a second look, with the machine to itself.
+                # Includes deadlocked ranks; to be repeated on an idle machine.
                 outcome = "no answer" if isinstance(error, LateError) else "crash"
                 verdicts.append(Verdict(outcome, str(error).strip().splitlines()[-1]))
                 ranks.close()
@@ -203,12 +202,12 @@ def census(names: list[str]) -> Iterator[Row]:
 
 
 def everything() -> list[str]:
-    """All families and variants."""
+    """Return all families and variants."""
     return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
 
 
 def cells_of(row: Row) -> list[str]:
-    """A family's cells, in their columns: what it is off by, or why there is no number."""
+    """Return a family's table cells: its error, or the outcome without a number."""
     *compared, checked = [*row.verdicts, *[None] * (len(COLUMNS) - len(row.verdicts))]
     cells = [each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in compared]
     return [
@@ -218,7 +217,7 @@ def cells_of(row: Row) -> list[str]:
 
 
 def table_of(rows: list[Row]) -> str:
-    """The table in markdown."""
+    """Format the table in markdown."""
     lines = [f"| model_type | {' | '.join(COLUMNS)} | why not |", "|---" * (len(COLUMNS) + 2) + "|"]
     for row in rows:
         cells = cells_of(row)
@@ -228,7 +227,7 @@ def table_of(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row]) -> None:
-    """Put the table into docs/census.md, and what is right into the list."""
+    """Write the table to docs/census.md and add the verified families to the list."""
     page = ROOT / "docs" / "census.md"
     head = page.read_text(encoding="utf-8").split("<!-- table -->")[0]
     models = [row for row in rows if row.name not in VARIANTS]
@@ -243,14 +242,14 @@ def write(rows: list[Row]) -> None:
 
 
 def tally(rows: list[Row]) -> dict[str, int]:
-    """How many rows have each outcome."""
+    """Count the rows of each outcome."""
     outcomes = [row.outcome for row in rows]
     counts = {each: outcomes.count(each) for each in ("right", "refused", "not built", "wrong", "crash", "no answer")}
     return {each: count for each, count in counts.items() if count or each != "no answer"}
 
 
 def main() -> int:
-    """Print the table; 1 where something is wrong, crashes, or is no longer right."""
+    """Print the table; return 1 if a family is wrong, crashes, or is no longer right."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write docs/census.md and the list of what is right")
     parser.add_argument("families", nargs="*", default=everything())

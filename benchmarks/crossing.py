@@ -1,4 +1,4 @@
-"""What a sequence on several hosts costs: bytes that leave a host, and their share of a layer's time. Computed.
+"""Computed cost of a sequence across hosts: bytes that leave a host, and their share of a layer's time.
 
 ``python -m benchmarks.recipes`` prints the table. Legend: P = sp_size, S tokens of a sequence, s = S/P, D head dim.
 """
@@ -7,13 +7,13 @@ from benchmarks.tiles.shapes import Shape
 from deepspeed_alst.attention.heads import HeadPlan
 
 RANKS_PER_HOST = 8
-# What a GPU sends to other hosts in a second, and computes: a link of 400 Gb/s each, half of an H100's peak in bf16.
+# Per GPU and second: bytes to other hosts (a 400 Gb/s link each) and FLOPs (half of an H100's bf16 peak).
 LINK_BYTES, FLOPS = 50e9, 500e12
 _LENGTHS = {"128K": 2**17, "1M": 2**20, "8M": 2**23}
 
 
 def num_params(shape: Shape) -> int:
-    """N of a model with gated MLPs, RMSNorms and no biases, embedding and head apart; Qwen3 has norms of q and k."""
+    """Count a model's parameters: gated MLPs, RMSNorms, no biases, untied head; q and k norms for Qwen3."""
     keys = shape.keys
     hidden, heads, kv_heads = keys["hidden_size"], keys["num_attention_heads"], keys["num_key_value_heads"]
     D = keys.get("head_dim", hidden // heads)
@@ -23,7 +23,7 @@ def num_params(shape: Shape) -> int:
 
 
 def crossing_bytes(shape: Shape, sp_size: int) -> int:
-    """Bytes that leave a rank's host in one pass of a layer for each token of its shard: q, k, v and the output."""
+    """Return bytes per shard token leaving a host in a layer pass: q, k, v, output."""
     keys = shape.keys
     heads = HeadPlan(sp_size, keys["num_attention_heads"], keys["num_key_value_heads"])
     D = keys.get("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
@@ -31,20 +31,20 @@ def crossing_bytes(shape: Shape, sp_size: int) -> int:
 
 
 def crossing_share(shape: Shape, sp_size: int, S: int) -> float:
-    """Seconds on the link beside those of the arithmetic, of a checkpointed layer, if the two do not overlap."""
+    """Return a checkpointed layer's link time relative to its compute time, without overlap."""
     keys = shape.keys
     width = keys["num_attention_heads"] * keys.get("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
     outside = 2 * keys["vocab_size"] * keys["hidden_size"]
     layer = (num_params(shape) - outside) / shape.num_layers
     s = S / sp_size
-    # Two FLOPs a weight and token, 2 * S * width a token of causal attention; a backward is twice a forward, of
-    # attention 2.5 times; a checkpointed forward runs twice, attention's once with its output kept.
+    # 2 FLOPs per weight and token, 2 * S * width per token for causal attention. A backward is twice a forward, 2.5
+    # times for attention; a checkpointed forward runs twice, attention once with its output kept.
     flops = s * (4 * 2 * layer + 3.5 * 2 * S * width)
     return (3 * crossing_bytes(shape, sp_size) * s / LINK_BYTES) / (flops / FLOPS)
 
 
 def crossing_table(shapes: list[Shape]) -> str:
-    """What leaves the host under SP 16, 32 and 64, in Markdown."""
+    """Format bytes that leave the host under SP 16, 32 and 64, in Markdown."""
     rows = [
         [shape.name, str(P), f"{(P - RANKS_PER_HOST) / (P - 1):.2f}", f"{crossing_bytes(shape, P) / 1024:.0f}"]
         + [f"{crossing_share(shape, P, S):.1%}" for S in _LENGTHS.values()]
@@ -57,6 +57,6 @@ def crossing_table(shapes: list[Shape]) -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

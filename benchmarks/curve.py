@@ -1,7 +1,7 @@
-"""The main job with and without sequence parallelism: the same curve? ``make bench-curve`` prints both.
+"""Compare the demo's loss curve with and without sequence parallelism; ``make bench-curve`` prints both.
 
-Both runs are the command of ``make demo`` on 2 ranks: SP 2 with gradient accumulation 2, and SP 1 with accumulation 1.
-Exit status 1 if the losses differ by more than 1e-4, or the last is not under 3.5 nats a byte.
+Both runs use the command of ``make demo`` on 2 ranks: SP 2 with gradient accumulation 2, and SP 1 with accumulation 1.
+Exit status 1 if the losses differ by more than 1e-4, or the last is not below 3.5 nats per byte.
 """
 
 import json
@@ -21,7 +21,7 @@ LONGEST_SECONDS = 180.0
 
 
 def run(name: str, folder: Path) -> tuple[list[dict], float]:
-    """The lines that a run of the example logs, and its seconds, start-up included."""
+    """Run the example; return its log lines and its seconds with startup."""
     log = folder / f"{name}.jsonl"
     command = ["deepspeed", "--num_gpus", "2", "examples/train.py", "--deepspeed", f"ds_configs/{name}.json"]
     start = time.monotonic()
@@ -30,7 +30,7 @@ def run(name: str, folder: Path) -> tuple[list[dict], float]:
 
 
 def main() -> int:
-    """Print both curves; 1 if a target is missed."""
+    """Print both curves; return 1 if a target is missed."""
     with tempfile.TemporaryDirectory() as folder:
         split, seconds = run("sp2", Path(folder))
         whole, whole_seconds = run("sp1", Path(folder))

@@ -1,4 +1,4 @@
-"""Small configs of many model families, with each kind of layer."""
+"""Tiny configs of many model families, with every kind of layer."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ FAMILIES = (
     "qwen3_moe",
     "olmoe",
 )
-"""Of all kinds that are tested at length; the census asks about every other."""
+"""Families with full tests; the census covers all others."""
 LINEAR_FAMILIES = (
     "qwen3_next",
     "qwen3_5_text",
@@ -60,7 +60,7 @@ LINEAR_FAMILIES = (
     "falcon_mamba",
     "zamba",
 )
-"""With layers that are no attention."""
+"""Families with layers other than attention."""
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 _DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -81,7 +81,7 @@ _PER_FAMILY = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "phimoe": {"num_local_experts": 4, "sliding_window": None, "router_jitter_noise": 0.0},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 8},
-    # A layer without rotary embedding (NoPE), as in the real one.
+    # One layer without rotary embedding (NoPE), as in the real model.
     "smollm3": {"no_rope_layers": [1, 0]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, **_EXPERTS},
@@ -147,20 +147,20 @@ _PER_FAMILY = {
 
 
 def family_config(model_type: str, **changed: Any) -> Any:
-    """A small config of a family."""
+    """Build a tiny config of a family."""
     return CONFIG_MAPPING[model_type](**{**SMALL, **_PER_FAMILY.get(model_type, {}), **changed})
 
 
 _ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Of the cells' sequences of 48 tokens, and shards of 24 and 12.
+    # For the cells' sequences of 48 tokens, and shards of 24 and 12.
     "window 7": ("mistral", {"sliding_window": 7}),
     "window 31": ("mistral", {"sliding_window": 31}),
     "some layers' window": ("qwen2", {"use_sliding_window": True, "sliding_window": 15, "max_window_layers": 1}),
     "chunks": ("llama4_text", {"attention_chunk_size": 10, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 9}),
     "mixture": ("mixtral", _ROUTED),
     "many experts": ("qwen3_moe", _ROUTED),
-    # A norm of a head's output, which may be near zero, amplifies any rounding where its eps is small, at SP 1 too.
+    # The norm of a head's output, which may be near zero, amplifies rounding if its eps is small, at SP 1 too.
     "gated delta net": ("qwen3_next", {"num_experts": 0, "rms_norm_eps": 1e-2}),
     "Kimi delta attention": ("kimi_linear", {}),
     "Mamba 2": ("bamba", {}),
@@ -169,10 +169,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba and attention": ("jamba", {}),
     "short convolution": ("lfm2", {}),
 }
-"""What a cell of ``make parity`` may train instead of its Llama: a family and what is changed."""
+"""Models that a parity cell may train instead of its Llama: a family and the changed keys."""
 
 
 def kind_config(kind: str) -> Any:
-    """The config of one of ``KINDS``; without a cache, as packed documents are not looked for where there is one."""
+    """Build the config of one of ``KINDS``; without a cache, which would disable packed documents."""
     model_type, changed = KINDS[kind]
     return family_config(model_type, use_cache=False, **changed)

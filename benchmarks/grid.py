@@ -1,4 +1,4 @@
-"""The cells of ``make parity``: which configurations are measured, and which of them by the tests."""
+"""Cells of ``make parity``: all measured configurations, and the subset for the tests."""
 
 import itertools
 from dataclasses import replace
@@ -8,7 +8,7 @@ from benchmarks.cells import Cell
 
 
 def product_cells() -> list[Cell]:
-    """The full product stage x reduce_scatter x accumulation x dtype, at SP 2; bf16 summed in each dtype there is."""
+    """Return the product stage x reduce_scatter x accumulation x dtype x sum dtype at SP 2."""
     dtypes = (("fp32", ""), ("bf16", ""), ("bf16", "bf16"), ("bf16", "fp16"))
     cells = [
         Cell(stage=stage, reduce_scatter=scatter, gas=gas, dtype=dtype, sums=sums)
@@ -41,16 +41,16 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def _is_possible(cell: Cell) -> bool:
-    """What DeepSpeed has no meaning for, or refuses at SP 1 too."""
+    """Return False for settings that DeepSpeed ignores, or rejects at SP 1 too."""
     zero_only = cell.overlap_comm or cell.offload_optimizer or not cell.contiguous_gradients or not cell.reduce_scatter
     if cell.stage == 0 and (zero_only or cell.grad_accum):
         return False
-    # fp32 accumulation is what an fp32 run does anyway.
+    # An fp32 run accumulates in fp32 anyway.
     return not (cell.grad_accum and cell.dtype == "fp32")
 
 
 def pairwise_cells(world_size: int = 4) -> list[Cell]:
-    """Few cells in which every pair of two factors' levels occurs that can occur (greedy, the same every time)."""
+    """Return few cells that cover every possible pair of two factors' levels (greedy, deterministic)."""
     names = list(_FACTORS)
     levels = {(name, level) for name in names for level in _FACTORS[name]}
     wanted = {
@@ -64,7 +64,7 @@ def pairwise_cells(world_size: int = 4) -> list[Cell]:
             if chosen and (new := len(wanted & _pairs(chosen))) > gain:
                 best, gain = chosen, new
         if best is None:
-            # Those looked at cannot occur in any possible cell.
+            # These pairs occur in no possible cell.
             wanted -= set(sorted(wanted, key=lambda pair: sorted(map(str, pair)))[:12])
             continue
         wanted -= _pairs(best)
@@ -73,7 +73,7 @@ def pairwise_cells(world_size: int = 4) -> list[Cell]:
 
 
 def _complete(fixed: dict[str, Any], wanted: set[frozenset], world_size: int) -> Cell | None:
-    """A possible cell with the fixed levels, the others chosen for the most new pairs."""
+    """Return a possible cell with the fixed levels, the others chosen to cover the most new pairs."""
     plain = {name: next(level for level in (*_FACTORS[name],)) for name in _FACTORS} | {"offload_optimizer": False}
     choices = [fixed]
     for name in [name for name in plain if name not in fixed]:
@@ -100,7 +100,7 @@ _ALL = Cell(stage=3, gas=2, checkpointing="non-reentrant", tiles=True)
 
 
 def short_cells() -> list[Cell]:
-    """For the tests: every stage with and without reduce_scatter, the other levels dealt out over them."""
+    """Return the tests' cells: each stage with and without reduce_scatter, other levels spread over them."""
     cells = [
         Cell(stage=0, gas=4),
         Cell(stage=1, gas=4, dtype="bf16", odd_lengths=True, clip=0.5, tiles=True),
@@ -145,9 +145,9 @@ def short_cells() -> list[Cell]:
 
 
 def kernel_cells() -> list[Cell]:
-    """With a tile's loss made by Triton kernels, run by the interpreter: every stage, every dtype.
+    """Return cells of all stages and dtypes with Triton loss kernels, run by the interpreter.
 
-    Those of bf16 are the tiled ones of ``short_cells``: their loss is, to the bit, what it is there.
+    Those in bf16 repeat the tiled ones of ``short_cells``, with a bit-equal loss.
     """
     tiled = Cell(tiles=True, unequal_labels=True)
     in_bf16 = [cell for cell in short_cells() if cell.tiles and cell.dtype == "bf16" and cell.world_size == 2]
@@ -162,7 +162,7 @@ def kernel_cells() -> list[Cell]:
 
 
 def model_cells() -> list[Cell]:
-    """Other models than a Llama: windows, packed documents, routers' losses, layers without attention."""
+    """Return cells of other models than a Llama: windows, packed documents, router losses, attention-free layers."""
     other, sp4 = Cell(gas=2), {"sp_size": 4, "world_size": 4}
     packed = replace(other, documents=True)
     return [

@@ -1,4 +1,4 @@
-"""How large the package is, how much of it a plain run loads, and how far apart what belongs together is.
+"""Measure the package: its size, and the modules that a plain run loads, beside their goals.
 
     python -m benchmarks.house [--files]
 
@@ -42,7 +42,7 @@ if dist.get_rank() == 0:
 
 
 def lines_of(paths: Iterable[Path]) -> tuple[int, int]:
-    """Physical lines, and lines with code: no comments, docstrings or blanks."""
+    """Count physical lines, and lines with code: no comments, docstrings or blanks."""
     physical = logical = 0
     for path in paths:
         source = path.read_text(encoding="utf-8")
@@ -69,14 +69,14 @@ def _is_code(line: str) -> bool:
 
 
 def docstrings(paths: Iterable[Path]) -> list[str]:
-    """The first lines of all docstrings of modules, classes and functions."""
+    """Return the first lines of all docstrings of modules, classes and functions."""
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, kinds))
     return [found.splitlines()[0] for node in nodes if (found := ast.get_docstring(node))]
 
 
 def loaded_after_a_step() -> list[str]:
-    """The package's modules that rank 0 has loaded after a step with ``sequence_parallel_size`` alone."""
+    """Return the package's modules on rank 0 after a step with ``sequence_parallel_size`` alone."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "step.py"
         program.write_text(_STEP, encoding="utf-8")
@@ -94,7 +94,7 @@ def _path_of(module: str) -> Path:
 
 
 def rows(loaded: list[str]) -> list[tuple[str, int, int | None]]:
-    """Each figure with its goal, which is the most that it may be."""
+    """Return each figure with its goal, an upper bound."""
     package = sorted(PACKAGE.rglob("*.py"))
     initialize = (PACKAGE / "initialize.py").read_text(encoding="utf-8")
     rest = [*ROOT.glob("csrc/**/*.c*"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("benchmarks/**/*.py")]

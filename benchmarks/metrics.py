@@ -1,9 +1,9 @@
-"""What the metrics cost: steps of an engine with them beside steps of one without, in turn, on 2 gloo ranks.
+"""Overhead of the metrics: step times with and without them, alternating on 2 gloo ranks.
 
     python -m benchmarks.metrics
 
-The worst case, a line and CSV events in every step, and one line in ten steps. Steps of the three engines alternate, so
-that whatever else the machine does hits all of them; a ratio is the median over rounds. Exits non-zero above 1.05.
+The worst case, a line and CSV events in every step, and a line every ten steps. Steps of the three engines alternate,
+so that load on the machine affects all; a ratio is the median over rounds. Exit status 1 above 1.05.
 """
 
 import statistics
@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def seconds_a_step(folder: str) -> dict[str, list[float]]:
-    """Of each case, on this rank; the first steps, which build and fill things, are left out."""
+    """Return this rank's step times by case, without the first steps, which build ops and fill caches."""
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,7 +75,7 @@ def seconds_a_step(folder: str) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    """Print a row for each case; 1 if one is too slow."""
+    """Print a row for each case; return 1 if one is too slow."""
     with tempfile.TemporaryDirectory() as folder, Ranks(2) as ranks:
         seconds = ranks.run(seconds_a_step, folder)[0]
     plain = seconds["without"]

@@ -1,10 +1,10 @@
-"""Is a run with the sequence split over ranks as exact as the run without? ``make parity`` prints the table.
+"""Compare the accuracy of sequence-parallel and plain runs; ``make parity`` prints the table.
 
-Every cell trains a small Llama, or another model, for three SGD steps: with SP 1, with this package, with DeepSpeed's
-own ALST, and in fp64 plain torch. An error is relative to fp64: of the loss and the norm; of the worst named
-parameter's gradient; of the worst named parameter's change over the three steps. This package may make twice the error
-of SP 1, per parameter, with a floor of 1e-6; for the norm, twice what SP 1's errors in the parameters' norms amount to,
-if that is more. Exit status 1 if a cell is missed.
+Every cell trains a tiny Llama, or another model, for three SGD steps: with SP 1, with this package, with DeepSpeed's
+own ALST, and in fp64 plain torch. Errors are relative to fp64: of the loss and the norm; of the worst named parameter's
+gradient; of the worst named parameter's change over the three steps. This package may have twice the error of SP 1, per
+parameter, with a floor of 1e-6; for the norm, twice the error that SP 1's parameter norms imply, if larger. Exit status
+1 if a cell misses.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
 
 SLACK = 2.0
 FLOOR = 1e-6
-# A change below this share of the weight's norm would hide a wrong step behind the weight.
+# A change below this share of the weight's norm would hide a wrong step.
 VISIBLE_CHANGE = 0.05
 
 
@@ -42,11 +42,11 @@ class Errors:
     grads: dict[str, float]
     changes: dict[str, float]
     norm_scale: float
-    """How large the norm's error is expected to be, from the errors of the parameters' own norms."""
+    """Expected error of the norm, from the errors of the parameters' own norms."""
 
 
 def errors(result: Result, truth: Result) -> Errors:
-    """Relative errors of every kind."""
+    """Return relative errors of every kind."""
 
     def each(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
         return {name: float((ours[name] - true).norm() / true.norm()) for name, true in theirs.items()}
@@ -61,9 +61,9 @@ def errors(result: Result, truth: Result) -> Errors:
 
 
 def _norm_scale(result: Result, truth: Result) -> float:
-    """The norm's relative error if the parameters' norms err independently.
+    """Return the norm's relative error if the parameters' norms err independently.
 
-    One number can be right by luck (in bf16, 1e-5 where 1e-3 is usual), so its own error at SP 1 is no yardstick alone.
+    A single number can be accurate by chance (in bf16, 1e-5, not the usual 1e-3), so SP 1's own error is not enough.
     """
     whole = sum(float(true.square().sum()) for true in truth.grads.values())
     offs = [float(result.grads[name].square().sum() - true.square().sum()) for name, true in truth.grads.items()]
@@ -71,11 +71,11 @@ def _norm_scale(result: Result, truth: Result) -> float:
 
 
 def missed(ours: Errors, sp1: Errors, by_luck: bool = False) -> list[str]:
-    """Which bounds a run misses, with its error and the bound.
+    """Return the bounds that a run misses, with its error and the bound.
 
-    The few elements of a norm weight, or of a scan's decay, can be right by luck. Where each run draws its errors anew
-    (``sums`` bf16 or fp16), or such parameters are many (other models than the Llama), a parameter's yardstick is the
-    median of all parameters' at least.
+    The few elements of a norm weight, or of a scan's decay, can be accurate by chance. If errors vary between runs
+    (``sums`` bf16 or fp16), or such parameters are many (models other than the Llama), a parameter's reference error is
+    at least the median of all.
     """
     least = [statistics.median(each.values()) if by_luck else 0.0 for each in (sp1.grads, sp1.changes)]
     pairs = {"loss": (ours.loss, sp1.loss)}
@@ -83,7 +83,7 @@ def missed(ours: Errors, sp1: Errors, by_luck: bool = False) -> list[str]:
         pairs["norm"] = (float("nan") if ours.norm is None else ours.norm, max(sp1.norm, sp1.norm_scale))
     pairs |= {f"gradient of {name}": (error, max(least[0], sp1.grads[name])) for name, error in ours.grads.items()}
     pairs |= {f"change of {name}": (error, max(least[1], sp1.changes[name])) for name, error in ours.changes.items()}
-    # Not `error > bound`: NaN must miss.
+    # `not <=` instead of `>`, so that NaN misses.
     return [
         f"{what}: {error:.2e} > {max(SLACK * yardstick, FLOOR):.2e}"
         for what, (error, yardstick) in pairs.items()
@@ -93,7 +93,7 @@ def missed(ours: Errors, sp1: Errors, by_luck: bool = False) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell's errors; a run that could not be made has its reason instead."""
+    """Errors of a cell; a failed run has its reason instead."""
 
     cell: Cell
     sp1: Errors | str
@@ -102,17 +102,17 @@ class Row:
     least_change: float
     program: str = ""
     others: tuple["Row", ...] = ()
-    """The same cell with other samples, where it missed."""
+    """The same cell with other samples, if it missed."""
 
     def name(self) -> str:
-        """The program, where it is not a plain loop, and the cell."""
+        """Return the program, if it is not a plain loop, and the cell."""
         return f"{self.program} {self.cell.name()}".strip()
 
     def problems(self) -> list[str]:
-        """Why the cell is missed; empty if it is met, or DeepSpeed refuses it at SP 1 too.
+        """Return reasons for a miss; empty if met or rejected by DeepSpeed at SP 1.
 
-        With other samples beside it, what most of the runs miss counts: one run of SP 1 is a yardstick with luck in
-        it, and a wrong sum is wrong with any samples.
+        With runs on other samples, a bound counts if most runs miss it: SP 1 can be accurate by chance in one run, but
+        a wrong sum is wrong with all samples.
         """
         if isinstance(self.sp1, str):
             return []
@@ -125,14 +125,14 @@ class Row:
         return [bound for bound in bounds if 2 * counts[bound.split(":")[0]] > len(runs)] + faint
 
     def bounds_missed(self) -> list[str]:
-        """Those of its own samples alone; none where a run could not be made."""
+        """Return the bounds missed with its own samples; empty if a run failed."""
         if isinstance(self.sp1, str) or isinstance(self.alst, str):
             return []
         return missed(self.alst, self.sp1, bool(self.cell.sums or self.cell.model))
 
 
 def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
-    """Run a cell in all its forms, as a plain loop."""
+    """Run a cell in all variants, as a plain loop."""
     truth = run_truth(cell)
     upstream = _errors_of(ranks, truth, run_upstream, cell) if with_upstream and _has_upstream(cell) else "not run"
     runs = (run_sp1, run_interpreted if cell.loss else run_alst)
@@ -141,12 +141,12 @@ def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
 
 
 def _has_upstream(cell: Cell) -> bool:
-    # It has no kernels for a tile's loss, and shares attention only.
+    # Upstream has no Triton loss kernels, and shards attention layers only.
     return not cell.loss and KINDS.get(cell.model, ("",))[0] not in LINEAR_FAMILIES
 
 
 def measure_trainer(cell: Cell, ranks: Ranks) -> Row:
-    """Run a cell by the HF Trainer, whose ds_config alone says what the SP degree is."""
+    """Run a cell with the HF Trainer, configured only by the ds_config."""
     truth = run_trainer_truth(cell)
     sp1, alst = (_errors_of(ranks, truth, run_trainer, cell, sp_size) for sp_size in (1, cell.sp_size))
     return Row(cell, sp1, alst, "not run", _least_change(truth), "HF Trainer")
@@ -164,14 +164,14 @@ def _least_change(truth: Result) -> float:
 
 
 _KINDS = {"loss": "loss", "grads": "worst gradient", "norm": "norm", "changes": f"worst change, {STEPS} steps"}
-# Of the samples of a missed cell's further runs.
+# Seeds of the samples in a missed cell's further runs.
 _OTHER_SEEDS = (1, 2)
-# DeepSpeed's own ALST is called wrong where it is off by more than rounding could be, in any dtype.
+# DeepSpeed's ALST counts as wrong above this error, beyond rounding in any dtype.
 _WRONG = 0.25
 
 
 def _cell_texts(row: Row) -> list[str]:
-    """One text for each kind of error, one line for each run."""
+    """Format one text per kind of error, with a line per run."""
 
     def text(run: Errors | str, kind: str) -> str:
         if isinstance(run, str) or (value := getattr(run, kind)) is None:
@@ -182,14 +182,14 @@ def _cell_texts(row: Row) -> list[str]:
 
 
 def _is_wrong(run: Errors | str) -> bool:
-    """Off by more than rounding, in the loss or any parameter; NaN counts."""
+    """Return True if loss or any parameter is off by more than rounding; NaN counts."""
     if isinstance(run, str):
         return False
     return not max(run.loss, *run.grads.values(), *run.changes.values()) < _WRONG or math.isnan(run.loss)
 
 
 def run_cells(cells: list[Cell], trainers: list[Cell]) -> list[Row]:
-    """Measure all cells, those of one world size in the same processes."""
+    """Measure all cells; those of one world size share processes."""
     rows = []
     jobs = [(measure, cell) for cell in cells] + [(measure_trainer, cell) for cell in trainers]
     for world_size, interpreted in sorted({(cell.world_size, bool(cell.loss)) for _, cell in jobs}):
@@ -216,7 +216,7 @@ def _verdict(row: Row) -> str:
 
 
 def main() -> int:
-    """Print the table; 1 if a cell is missed."""
+    """Print the table; return 1 if a cell misses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
     short = parser.parse_args().short

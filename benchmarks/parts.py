@@ -1,11 +1,11 @@
-"""Which tables of a benchmark to print: those that the command line names, or all."""
+"""Selection of a benchmark's tables: those named on the command line, or all."""
 
 import argparse
 from collections.abc import Collection
 
 
 def chosen_parts(description: str, parts: Collection[str]) -> list[str]:
-    """The parts to print, in the order in which they were named."""
+    """Return the parts to print, in the order given."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(parts))
     names = parser.parse_args().parts or list(parts)

@@ -1,10 +1,10 @@
-"""The pictures of the README, into docs/images: ``make pictures``.
+"""Plots of the README, written to docs/images: ``make pictures``.
 
     python -m benchmarks.pictures [memory | curve ...]
 
-memory: the bytes of a step by owner, on tensors without data; one rank of 8 that share a sequence, 32,768 tokens a
-rank, Llama-3.1-8B in bf16. Weights and gradients, which ZeRO divides, are left out, and so is DeepSpeed's own offload,
-which takes the same slope off. curve: the loss of ``make demo`` at SP 1 and SP 2.
+memory: bytes of a step by owner on fake tensors; one of 8 ranks that share a sequence, 32,768 tokens per rank,
+Llama-3.1-8B in bf16. Weights and gradients, which ZeRO shards, are omitted, as is DeepSpeed's own offload, which
+removes the same slope. curve: the loss of ``make demo`` at SP 1 and SP 2.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from deepspeed_alst.offload.store import Store
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SP_SIZE = 8
-# Without tiles, the logits go far beyond.
+# Without tiles, the logits exceed it by far.
 TOP = 20 * 2**30
 
 
 class Whole(System):
-    """This package's tiles with its kernels, as on a GPU, and with layer inputs on the host if it offloads."""
+    """Our tiles with kernels, as on a GPU, and optionally layer inputs offloaded to the host."""
 
     def __init__(self, offloads: bool) -> None:
         super().__init__("ours", "non-reentrant")
@@ -44,7 +44,7 @@ class Whole(System):
 
     @contextmanager
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
-        """See System."""
+        """Patch the model as in System, with fused kernels and offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
             fuse_norms_and_rope(model, undo)
             if self.offloads:
@@ -63,13 +63,13 @@ STEPS = {
 
 
 def memory(path: Path) -> None:
-    """Four ways to do a step, below one another."""
+    """Plot four variants of a step, one below another."""
     timelines = {name: step_of(REAL_SIZE[0], SP_SIZE, system).ledger.timeline for name, system in STEPS.items()}
     draw(timelines, str(path), left_out=("host", "weights", "gradients"), top=TOP)
 
 
 def curve(path: Path) -> None:
-    """The demo's losses at SP 1 and SP 2, drawn over one another."""
+    """Plot the demo's losses at SP 1 and SP 2 in one chart."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: run(file, Path(folder))[0] for name, file in (("SP 1", "sp1"), ("SP 2", "sp2"))}
     draw_curves({name: [line["loss"] for line in lines] for name, lines in runs.items()}, str(path))
@@ -79,7 +79,7 @@ PICTURES = {"memory": memory, "curve": curve}
 
 
 def main() -> int:
-    """Draw what is asked for."""
+    """Draw the requested plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*PICTURES, []], default=list(PICTURES))
     IMAGES.mkdir(exist_ok=True)

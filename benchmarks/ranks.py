@@ -1,4 +1,4 @@
-"""Rank processes on CPU that stay up: start P of them once, then run functions on all of them."""
+"""Persistent rank processes on CPU: start P of them once, then run functions on all of them."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
 _ANSWER_SECONDS = 300.0
 
-# What ranks import before anything else, once for all of them. None of it starts a thread, which a fork would lose.
+# Imported once before the ranks fork. These imports must not start threads, which a fork would lose.
 _IMPORTED = [
     "torch",
     "deepspeed",
@@ -34,7 +34,7 @@ _ENVIRONMENT = {
 
 
 class RankError(RuntimeError):
-    """A function failed on some ranks; ``errors`` has each rank's exception, None where there was none."""
+    """Failure of a function on some ranks; ``errors`` holds each rank's exception or None."""
 
     def __init__(self, message: str, errors: list[BaseException | None]) -> None:
         super().__init__(message)
@@ -42,11 +42,11 @@ class RankError(RuntimeError):
 
 
 class LateError(RankError):
-    """Ranks did not answer in time, and none failed: this may say more of the machine than of what was asked."""
+    """Timeout of ranks without an exception; the cause may be the machine, not the function."""
 
 
 def no_answer(seconds: float) -> str:
-    """What may be the matter where something has not ended in time."""
+    """Return an error message for a timeout."""
     return (
         f"no answer within {seconds:.0f} s: the machine was too busy, or a build lock is in the way "
         "(~/.cache/torch_extensions/*/*/lock). Try again with nothing else running"
@@ -54,10 +54,10 @@ def no_answer(seconds: float) -> str:
 
 
 def finished(command: list[str], seconds: float, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A command's end, with its output as text.
+    """Run a command to completion, with its output as text.
 
     Raises:
-        TimeoutError: it has not ended in time, and was killed.
+        TimeoutError: it exceeded the time limit and was killed.
     """
     try:
         return subprocess.run(command, text=True, timeout=seconds, **options)
@@ -66,10 +66,10 @@ def finished(command: list[str], seconds: float, **options: Any) -> subprocess.C
 
 
 class Ranks:
-    """P processes with DeepSpeed and gloo initialised. Close it, or use it in a ``with``.
+    """P processes with DeepSpeed and gloo initialized; close them, or use as a context manager.
 
-    They are forks of a process that has imported the libraries and done nothing else; ``start_method="spawn"`` starts
-    them from nothing, for an environment that is read at import.
+    They are forked from a process that has only imported the libraries. ``start_method="spawn"`` starts fresh
+    processes, for environment variables that are read at import.
     """
 
     def __init__(self, world_size: int, start_method: str = "forkserver") -> None:
@@ -85,25 +85,25 @@ class Ranks:
             process = context.Process(
                 target=_serve, args=(rank, world_size, port, there, self._folder.name, dict(os.environ)), daemon=True
             )
-            # The first start imports the libraries, which read these then.
+            # The first start imports the libraries, which read these variables.
             with mock.patch.dict(os.environ, _ENVIRONMENT):
                 process.start()
             self._connections.append(here)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, seconds: float = _ANSWER_SECONDS) -> list[Any]:
-        """``function(*args)`` on every rank at once; their results in rank order.
+        """Run ``function(*args)`` on all ranks; return their results in rank order.
 
         Raises:
-            RankError: it raised on some rank, or a rank did not answer in time (LateError, if none raised). Then all
-                ranks are killed.
+            RankError: it raised on some rank, or a rank timed out (LateError, if none raised). On a timeout all ranks
+                are killed.
         """
         try:
             return self._run(function, args, seconds)
         except RankError:
             raise
         except BaseException:
-            # Interrupted between question and answer: the next question would get this one's answer.
+            # Interrupted between request and reply: the next request would receive this reply.
             self.close()
             raise
 
@@ -113,7 +113,7 @@ class Ranks:
         deadline = time.monotonic() + seconds
         answers = []
         for connection in self._connections:
-            # Those that did answer say why the others hang.
+            # The replies of other ranks explain why some hang.
             answered = connection.poll(max(0.0, deadline - time.monotonic()))
             answers.append(connection.recv() if answered else (None, None, no_answer(seconds)))
         errors = [error for _, error, _ in answers]
@@ -127,7 +127,7 @@ class Ranks:
         return [result for result, _, _ in answers]
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -143,7 +143,7 @@ class Ranks:
 
 
 def interpreted_ranks(world_size: int) -> Ranks:
-    """Ranks in which Triton is interpreted: the variable is read at its first import."""
+    """Start ranks that run Triton's interpreter; the variable is read at Triton's first import."""
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         ranks = Ranks(world_size, start_method="spawn")
         ranks.run(os.getpid)
@@ -162,7 +162,7 @@ def _serve(
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        # In the one that all programs share, a build that was killed leaves an empty library, which later runs load.
+        # In the shared default cache, a killed build leaves an empty library, which later runs load.
         TORCHINDUCTOR_CACHE_DIR=os.path.join(folder, "inductor"),
         **_ENVIRONMENT,
     )
@@ -175,13 +175,13 @@ def _serve(
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
-    # What libraries print goes to a file; results and errors go through the pipe.
+    # Library output goes to a file; results and errors go through the pipe.
     os.chdir(folder)
     log = os.open(f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     deepspeed.init_distributed("gloo")
-    # DeepSpeed collects garbage several times an engine: through all that was imported, where a fork copies each page.
+    # DeepSpeed collects garbage several times per engine, over all imported objects, and a fork would copy their pages.
     gc.freeze()
     while True:
         try:
@@ -194,5 +194,5 @@ def _serve(
             answer = (None, error, traceback.format_exc())
         try:
             connection.send(answer)
-        except Exception:  # an error that cannot be pickled
+        except Exception:  # errors that cannot be pickled
             connection.send((None, RuntimeError(str(answer[1])), traceback.format_exc()))

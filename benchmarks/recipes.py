@@ -1,9 +1,9 @@
-"""The recipes of ds_configs as a table: what each is for, and the bytes that it needs of a GPU and of a host.
+"""Table of the ds_configs recipes: their purposes, and the bytes needed per GPU and host.
 
     python -m benchmarks.recipes [--write]
 
-``--write`` puts the tables into ds_configs/README.md and docs/multi_node.md. Everything is read from the JSON files and
-computed from the models' shapes; nothing of it is measured. Exits non-zero where a recipe breaks a rule (``problems``).
+``--write`` updates the tables in ds_configs/README.md and docs/multi_node.md. Everything is read from the JSON files
+and computed from model shapes, not measured. The exit status is non-zero if a recipe breaks a rule (``problems``).
 
 Legend: N parameters, P = sp_size, L layers; GB are 1e9 bytes.
 """
@@ -26,13 +26,13 @@ from deepspeed_alst.deepspeed_values import value_at
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "ds_configs"
 GPU_GB = {"h100": 80.0, "h200": 141.0}
-# Of an 8-GPU node, as the paper's had (arXiv:2506.13996, section 5.2); a single GPU is taken to have one to itself.
+# Host memory of an 8-GPU node as in the paper (arXiv:2506.13996, section 5.2), also assumed for a single GPU.
 HOST_GB = 1900.0
 _SHAPES = {shape.name: shape for shape in REAL_SIZE}
 _MODELS = {"llama-8b": "Llama-3.1-8B", "llama-70b": "Llama-3.1-70B", "qwen3-32b": "Qwen3-32B"}
 
-# For the longest sequences: a GPU's share of the optimizer beyond which it is worth the host's time to move it, and of
-# the weights on a single GPU; and a host's share that its ranks' states may fill before activations need a disk too.
+# For the longest sequences: the optimizer's share of a GPU above which offloading it pays, the same for weights on a
+# single GPU, and the share of host memory for states above which activations need a disk too.
 OPTIMIZER_SHARE, WEIGHTS_SHARE, STATES_SHARE = 0.1, 0.15, 0.5
 
 PURPOSES = {
@@ -58,7 +58,7 @@ PURPOSES = {
         for model in _MODELS
         for gpu, counts in {"h100": (1, 8, 16, 32, 64), "h200": (1,)}.items()
         for count in counts
-        # On one GPU the 70B's weights alone are 141 GB, and its states on the host 1.4 TB.
+        # On one GPU the 70B's weights alone are 141 GB, and its host states 1.4 TB.
         if (model, count) not in {("llama-70b", 1), ("llama-8b", 8)}
     },
 }
@@ -66,40 +66,40 @@ _PINNED = (
     "PyTorch pins host memory in powers of two. Of the bf16 gradients, one buffer a rank, that takes beyond the table, "
     "where it is\nmore than 20 GB:"
 )
-# Of the recipes whose name does not say it.
+# Ranks of recipes whose name does not contain them.
 _RANKS = {"sp1": 2, "sp2": 2, "sp2_zero3": 2, "cpu-sp2-all": 2, "trainer_sp1": 2, "trainer_sp2": 2}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One JSON file, with the ranks and the model that it is for."""
+    """One JSON file, with its ranks and model."""
 
     name: str
     ds_config: dict[str, Any]
     config: AlstConfig
     ranks: int
     gpu: str = ""
-    """A key of GPU_GB; empty where the recipe is for any machine."""
+    """Key of GPU_GB; empty if the recipe is for any machine."""
     shape: Shape | None = None
-    """The model; None where the recipe is for any."""
+    """Model shape; None if the recipe is for any model."""
 
     def zero(self, path: str, default: Any = None) -> Any:
-        """A value of the zero_optimization block."""
+        """Return a value of the zero_optimization block."""
         return value_at(self.ds_config, f"zero_optimization.{path}", default)
 
     @property
     def sp_size(self) -> int:
-        """P."""
+        """Sequence parallel degree P."""
         return self.config.sequence_parallel_size
 
     @property
     def ranks_per_host(self) -> int:
-        """Of the hosts that the recipe is for."""
+        """Ranks per host, at most 8."""
         return min(self.ranks, RANKS_PER_HOST)
 
 
 def load(name: str) -> Recipe:
-    """Read a recipe by its file's name, without ``.json``."""
+    """Read a recipe by its file name without ``.json``."""
     ds_config = json.loads((FOLDER / f"{name}.json").read_text())
     machine = next((part for part in name.split("-") if part.startswith(tuple(f"{gpu}x" for gpu in GPU_GB))), "")
     model = next((shape for key, shape in _MODELS.items() if key in name), "")
@@ -116,17 +116,17 @@ def load(name: str) -> Recipe:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of weights, gradients and Adam's states under ZeRO 3 in bf16, of one rank."""
+    """Bytes per rank of weights, gradients and Adam states under ZeRO 3 in bf16."""
 
     gpu: float
     host: float
 
 
 def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -> States:
-    """What DeepSpeed 0.19.8 keeps for N parameters on each of so many ranks, by the arithmetic of ``ds_alst plan``.
+    """Compute DeepSpeed 0.19.8's states of N parameters per rank, as ``ds_alst plan`` does.
 
     A parameter has 2 bytes of weight, 2 of gradient and 12 of fp32 weight, momentum and variance. With the optimizer on
-    the host the gradient is there too, and beside it 4 bytes of its fp32 copy, which the step reads.
+    the host the gradient is there too, plus 4 bytes of its fp32 copy, which the step reads.
     """
     on_host = {"offload_optimizer": optimizer_on_host, "offload_param": weights_on_host}
     zero = {"stage": 3, **{key: {"device": "cpu"} for key, is_there in on_host.items() if is_there}}
@@ -136,24 +136,24 @@ def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -
 
 
 def states_of(recipe: Recipe) -> States:
-    """Of a recipe for a model."""
+    """Return the states of a recipe with a model."""
     assert recipe.shape is not None and recipe.zero("stage") == 3, recipe.name
     on_host = [bool(recipe.zero(f"offload_{what}")) for what in ("optimizer", "param")]
     return states(num_params(recipe.shape), recipe.ranks, *on_host)
 
 
 def activation_bytes(recipe: Recipe) -> float:
-    """Bytes of a host that layer inputs take for each token of the whole sequence; 0 where they stay on the GPU."""
+    """Return host bytes of layer inputs per token of the whole sequence; 0 without offload."""
     offload = recipe.config.alst.activation_checkpoint_cpu_offload
     if offload is None or recipe.shape is None:
         return 0.0
     layers = recipe.shape.num_layers - offload.keep_last
-    # A rank has 1/P of its sequence, a host so many ranks.
+    # A rank holds 1/P of its sequence; a host has several ranks.
     return layers * recipe.shape.keys["hidden_size"] * 2 * recipe.ranks_per_host / recipe.sp_size
 
 
 def pinned_extra(recipe: Recipe) -> float:
-    """GB of a host beyond ``states``: the bf16 gradients on it are one buffer, which PyTorch pins as a power of two."""
+    """Return GB per host beyond ``states``: PyTorch pins the bf16 gradient buffer as a power of two."""
     if recipe.shape is None or not recipe.zero("offload_optimizer.pin_memory"):
         return 0.0
     gradients = 2 * num_params(recipe.shape) / recipe.ranks
@@ -161,7 +161,7 @@ def pinned_extra(recipe: Recipe) -> float:
 
 
 def switched_on(recipe: Recipe) -> str:
-    """What of this package is on, in words."""
+    """Describe the enabled features of this package."""
     alst = recipe.config.alst
     offload = alst.activation_checkpoint_cpu_offload
     parts = {
@@ -173,7 +173,7 @@ def switched_on(recipe: Recipe) -> str:
 
 
 def row(recipe: Recipe) -> list[str]:
-    """The recipe's cells."""
+    """Return the recipe's table row."""
     on_host = ["optimizer"] * bool(recipe.zero("offload_optimizer")) + ["weights"] * bool(recipe.zero("offload_param"))
     cells = [
         f"`{recipe.name}.json`",
@@ -196,7 +196,7 @@ def row(recipe: Recipe) -> list[str]:
 
 
 def table() -> str:
-    """The recipes, in Markdown."""
+    """Format the recipes in Markdown."""
     head = ["file", "what it is for", "ranks", "SP x DP", "ZeRO", "tiled, offloaded", "on the host"]
     head += ["GB a GPU", "GB a host", "and each million tokens"]
     recipes = [load(name) for name in PURPOSES]
@@ -205,7 +205,7 @@ def table() -> str:
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """What an expert would write otherwise in a recipe for a model."""
+    """Return the rules that a recipe with a model breaks."""
     if recipe.shape is None:
         return []
     N, memory, needed = num_params(recipe.shape), GPU_GB[recipe.gpu] * 1e9, states_of(recipe)
@@ -230,14 +230,14 @@ TABLES: dict[Path, Callable[[], str]] = {
 
 
 def page_with(page: str, made: str) -> str:
-    """The page with the table between its two marks."""
+    """Insert the table between its two marks in the page."""
     before, rest = page.split("<!-- table: python -m benchmarks.recipes --write -->\n")
     _, after = rest.split("<!-- end of table -->\n")
     return f"{before}<!-- table: python -m benchmarks.recipes --write -->\n{made}<!-- end of table -->\n{after}"
 
 
 def main() -> int:
-    """Print the tables, or write them too; 1 where a recipe breaks a rule."""
+    """Print the tables, optionally write them; return 1 if a recipe breaks a rule."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into the pages that show them")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Does a run that is saved and resumed end where the uninterrupted run ends? ``python -m benchmarks.resume``.
+"""Compare saved and resumed runs with uninterrupted ones: ``python -m benchmarks.resume``.
 
-Four steps of a small Llama at SP 2 on 2 ranks, against two steps, a checkpoint, and two more in another run: with the
-same SP degree, with another, and on other numbers of ranks. The same samples in the same steps everywhere. A row has
-the largest relative difference of the loss and of a named parameter after the last step; the target is bit-equal where
-the layout is the same, else 1e-6. Exit status 1 if a row misses it.
+Four steps of a tiny Llama at SP 2 on 2 ranks, against two steps, a checkpoint, and two more steps in another run: with
+the same SP degree, with another, and on other numbers of ranks, all with the same samples per step. A row shows the
+largest relative difference of the loss and of a named parameter after the last step; the target is bit-equal for the
+same layout, else 1e-6. Exit status 1 if a row misses it.
 """
 
 import sys
@@ -23,9 +23,9 @@ from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_co
 from benchmarks.ranks import RankError, Ranks
 
 STEPS, SAVED_AFTER = 4, 2
-SAMPLES = 4  # a step, over all ranks
+SAMPLES = 4  # per step, over all ranks
 TARGET = 1e-6
-# Less would hide a wrong step behind the weight.
+# A smaller change would hide a wrong step.
 VISIBLE_CHANGE = 1e-2
 
 
@@ -36,7 +36,7 @@ class Job:
     cell: Cell
     optimizer: str = "adamw"
     freeze: str = ""
-    """Part of the names of parameters that do not train."""
+    """Substring of the names of frozen parameters."""
 
     @classmethod
     def of(
@@ -49,22 +49,22 @@ class Job:
         extra: tuple[tuple[str, Any], ...] = (("alst", {}),),
         **cell: Any,
     ) -> "Job":
-        """A job of ``SAMPLES`` samples a step, however many ranks share them.
+        """Create a job of ``SAMPLES`` samples per step, for any number of ranks.
 
-        ``extra`` are more keys of the ds_config; the alst block is what switches the package on at SP 1, too.
+        ``extra`` adds keys to the ds_config; the alst block enables the package at SP 1, too.
         """
         gas = SAMPLES // world_size
         cell = Cell(stage=stage, sp_size=sp_size, world_size=world_size, gas=gas, extra=extra, **cell)
         return cls(cell, optimizer, freeze)
 
     def layout(self) -> str:
-        """The SP degree and the number of ranks, in words."""
+        """Describe the SP degree and the number of ranks."""
         return f"SP {self.cell.sp_size} on {self.cell.world_size} rank{'s' * (self.cell.world_size > 1)}"
 
 
 @dataclass
 class Outcome:
-    """The mean loss of each step, and the fp32 weights before the first and after the last."""
+    """Mean loss of each step, and the fp32 weights before the first and after the last."""
 
     losses: list[float]
     before: dict[str, torch.Tensor]
@@ -72,14 +72,14 @@ class Outcome:
 
 
 def step_samples(step: int, vocab: int) -> list[dict[str, torch.Tensor]]:
-    """The samples of a step, in the order of the data set; lengths differ."""
+    """Return the samples of a step in dataset order; lengths differ."""
     make = torch.Generator().manual_seed(step)
     ids = [torch.randint(0, vocab, (1, 40 + 8 * (each % 3)), generator=make) for each in range(SAMPLES)]
     return [{"input_ids": each, "labels": each.clone()} for each in ids]
 
 
 def build_engine(job: Job, from_scratch: bool = True) -> Any:
-    """The job's engine, on every rank. A run that starts doubles its frozen weights: a checkpoint must bring them."""
+    """Build the job's engine; a new run doubles its frozen weights, to test their restore."""
     import deepspeed
 
     model = build_model(model_config(job.cell))
@@ -88,7 +88,7 @@ def build_engine(job: Job, from_scratch: bool = True) -> Any:
             param.requires_grad_(False)
             param.data *= 2 if from_scratch else 1
     trained = [param for param in model.parameters() if param.requires_grad]
-    # Two groups with settings of their own, as the HF Trainer makes them.
+    # Two groups with different settings, as the HF Trainer creates them.
     groups = [
         {"params": [param for param in trained if param.dim() > 1], "lr": 1e-2, "weight_decay": 0.1},
         {"params": [param for param in trained if param.dim() == 1], "lr": 3e-2, "weight_decay": 0.0},
@@ -98,7 +98,7 @@ def build_engine(job: Job, from_scratch: bool = True) -> Any:
 
 
 def micro_batches(engine: Any, step: int, vocab: int) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's part of a step."""
+    """Return this rank's micro-batches of a step."""
     import deepspeed_alst
 
     own = step_samples(step, vocab)[dist.get_rank() :: dist.get_world_size()]
@@ -106,7 +106,7 @@ def micro_batches(engine: Any, step: int, vocab: int) -> Iterator[dict[str, torc
 
 
 def train_step(engine: Any, step: int, vocab: int) -> float:
-    """One optimizer step; the mean loss of its samples."""
+    """Run one optimizer step; return the mean loss of its samples."""
     losses = []
     for batch in micro_batches(engine, step, vocab):
         loss = engine(**batch).loss
@@ -119,12 +119,12 @@ def train_step(engine: Any, step: int, vocab: int) -> float:
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
-    """Every parameter, whole."""
+    """Return the full weights of all parameters."""
     return {name: full_weight(param) for name, param in engine.module.named_parameters()}
 
 
 def run(job: Job, first: int, last: int, load: str | None = None, save: str | None = None) -> Outcome:
-    """Steps ``[first, last)`` of a job, from a checkpoint if there is one; runs on every rank."""
+    """Run steps ``[first, last)`` of a job on every rank, from a checkpoint if given."""
     engine = build_engine(job, from_scratch=load is None)
     vocab = model_config(job.cell).vocab_size
     if load is not None:
@@ -141,7 +141,7 @@ def run(job: Job, first: int, last: int, load: str | None = None, save: str | No
 
 @dataclass(frozen=True)
 class Row:
-    """One resumed run beside the uninterrupted one; a run that failed has its reason instead."""
+    """Comparison of a resumed and the uninterrupted run, or the reason of a failure."""
 
     saved: Job
     resumed: Job
@@ -152,15 +152,15 @@ class Row:
 
     @property
     def target(self) -> float:
-        """0 where the layout is the same."""
+        """0 for the same layout."""
         return 0.0 if self.saved.cell == self.resumed.cell else TARGET
 
     def problems(self) -> list[str]:
-        """Why the row misses its target; empty if it meets it."""
+        """Return reasons for a miss; empty if the target is met."""
         if self.failure:
             return [self.failure]
         found = [f"a weight moved by {self.change:.1%} only"] if self.change < VISIBLE_CHANGE else []
-        # Not `difference > target`: NaN must miss.
+        # `not <=` instead of `>`, so that NaN misses.
         return found + [
             f"{what}: {difference:.1e} > {self.target:.0e}"
             for what, difference in (("loss", self.loss), ("weights", self.weights))
@@ -169,7 +169,7 @@ class Row:
 
 
 def compare(saved: Job, resumed: Job, whole: Outcome, rest: Outcome) -> Row:
-    """The largest relative differences."""
+    """Compute the largest relative differences."""
     theirs = whole.losses[SAVED_AFTER:]
     return Row(
         saved,
@@ -185,7 +185,7 @@ def compare(saved: Job, resumed: Job, whole: Outcome, rest: Outcome) -> Row:
 
 
 def resumed_rows(saved: Job, whole: Outcome, folder: str, jobs: Sequence[Job], ranks: Ranks) -> list[Row]:
-    """Resume a checkpoint as each of the jobs, all of one number of ranks."""
+    """Resume a checkpoint as each of the jobs, all with the same number of ranks."""
     rows = []
     for job in jobs:
         try:
@@ -201,7 +201,7 @@ LAYOUTS = ((2, 2), (1, 2), (4, 4), (1, 1))
 
 
 def run_all(stages: Sequence[int] = (1, 2, 3)) -> list[Row]:
-    """Save at SP 2 on 2 ranks, resume at every layout, for each stage."""
+    """Save at SP 2 on 2 ranks, resume in every layout, for each stage."""
     saved = {stage: Job.of(stage, 2, 2) for stage in stages}
     wholes: dict[int, Outcome] = {}
     rows: list[Row] = []
@@ -223,7 +223,7 @@ def _layout(job: Job) -> tuple[int, int]:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The rows as a table."""
+    """Format the rows as a table."""
     table = Table(title=f"Saved after step {SAVED_AFTER} at SP 2 on 2 ranks, resumed, against {STEPS} steps in one run")
     for column in ("ZeRO stage", "resumed at", "loss", "worst weight", "target", "verdict"):
         table.add_column(column, overflow="fold")
@@ -236,7 +236,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def measure(console: Console) -> tuple[list[Row], list[str]]:
-    """Run and print all; the rows, and a line for each that misses its target."""
+    """Run and print all; return the rows, and a line for each miss."""
     rows = run_all()
     console.print(table_of(rows))
     problems = [
@@ -248,7 +248,7 @@ def measure(console: Console) -> tuple[list[Row], list[str]]:
 
 
 def main() -> int:
-    """Print the table; 1 if a row misses its target."""
+    """Print the table; return 1 if a row misses its target."""
     start = time.monotonic()
     console = Console(width=120)
     rows, problems = measure(console)

@@ -1,9 +1,9 @@
-"""300 optimizer steps: does a long run drift from SP 1, or leak? ``python -m benchmarks.soak``.
+"""Soak test: drift from SP 1 and leaks over 300 optimizer steps. ``python -m benchmarks.soak``.
 
-A small Llama with activation checkpoints, AdamW and ZeRO 2 on 2 ranks, on samples of other lengths in every step. At
-SP 2 with MLP and loss in tiles, offload to disk and to the host in turns, a line and CSV events by the metrics. After
-every 50 steps it is evaluated, saved and resumed by a new engine in the same process. Beside it the same at SP 1, and
-at SP 1 with the same tiles, which round otherwise: what rounding alone does in 300 steps is the yardstick.
+A tiny Llama with activation checkpoints, AdamW and ZeRO 2 on 2 ranks, with new sequence lengths in every step. At SP 2
+with tiled MLP and loss, offload alternating between disk and host, log lines and CSV events. Every 50 steps it is
+evaluated, saved, and resumed by a new engine in the same process. It is compared with SP 1, and with SP 1 with the same
+tiles, whose different rounding gives the tolerance for 300 steps.
 
 Exit status 1 if a row misses its target.
 """
@@ -27,30 +27,30 @@ from benchmarks.cells import Cell, build_model, ds_config, model_config
 from benchmarks.ranks import Ranks
 
 STEPS, CHAPTER = 300, 50
-SAMPLES = 4  # a step, over all ranks
-# The first two chapters fill pools and caches, on either tier.
+SAMPLES = 4  # per step, over all ranks
+# The first two chapters fill the pools and caches of both tiers.
 SETTLED = 2
 SLACK, EPSILON = 10.0, torch.finfo(torch.float32).eps
-LARGEST_GROWTH = 0.03  # of the resident memory, in the 200 steps after the first 100
+LARGEST_GROWTH = 0.03  # of resident memory, in the 200 steps after the first 100
 
 CELL = Cell(stage=2, gas=SAMPLES // 2, checkpointing="non-reentrant")
 _VOCABULARY = 97
-# Of each run the SP degree, and whether MLP and loss are in tiles.
+# SP degree of each run, and True if MLP and loss are tiled.
 CASES = {"whole": (1, False), "tiled": (1, True), "split": (2, True)}
 
 
 @dataclass
 class Run:
-    """What a run gave on one rank."""
+    """Results of a run on one rank."""
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
     held: list[dict[str, int]] = field(default_factory=list)
-    """After each chapter, what the process holds."""
+    """Resources held by the process after each chapter."""
 
 
 def step_samples(step: int) -> list[dict[str, torch.Tensor]]:
-    """Sequences that count in steps of their own, so there is something to learn; 17 to 128 tokens."""
+    """Create learnable sequences, each counting by its own increment; 17 to 128 tokens."""
     make = torch.Generator().manual_seed(step)
 
     def draw(low: int, high: int) -> int:
@@ -61,7 +61,7 @@ def step_samples(step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def build_engine(sp_size: int, tiled: bool, chapter: int, folder: str) -> Any:
-    """A fresh engine, as a program that is started again would build it."""
+    """Build a new engine, as a restarted program does."""
     import deepspeed
 
     config = ds_config(CELL, sp_size)
@@ -82,7 +82,7 @@ def build_engine(sp_size: int, tiled: bool, chapter: int, folder: str) -> Any:
 
 
 def train(sp_size: int, tiled: bool, folder: str) -> Run:
-    """All steps, on every rank."""
+    """Run all steps, on every rank."""
     import deepspeed_alst
 
     run = Run()
@@ -127,7 +127,7 @@ def _mean(losses: list[torch.Tensor]) -> float:
 
 
 def held() -> dict[str, int]:
-    """What this process holds of the machine."""
+    """Return the system resources that this process holds."""
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]
     ends = [[int(end, 16) for end in each[0].split("-")] for each in maps]
     return {
@@ -142,7 +142,7 @@ def held() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure beside its target, which it must not exceed."""
+    """One figure with its target, an upper limit."""
 
     what: str
     before: str
@@ -151,17 +151,17 @@ class Row:
 
     @property
     def is_met(self) -> bool:
-        """Whether it does not; NaN does."""
+        """True if the figure is within its target; NaN is not."""
         return self.figure <= self.target
 
 
 def difference(ours: list[float], theirs: list[float]) -> float:
-    """The largest relative difference of two curves."""
+    """Return the largest relative difference of two curves."""
     return max((abs(a - b) / abs(b) if math.isfinite(a) else math.inf) for a, b in zip(ours, theirs, strict=True))
 
 
 def rows_of(split: list[Run], whole: Run, tiled: Run) -> list[Row]:
-    """The table's rows: curves of rank 0, and what each rank of the split run holds."""
+    """Return the rows: curves of rank 0, and resources of each rank of the split run."""
     rows = []
     for what in ("losses", "evaluations"):
         curve = getattr(whole, what)
@@ -183,7 +183,7 @@ def rows_of(split: list[Run], whole: Run, tiled: Run) -> list[Row]:
 
 
 def main() -> int:
-    """Print the table; 1 if a row misses its target."""
+    """Print the table; return 1 if a row misses its target."""
     start = time.monotonic()
     with Ranks(2) as ranks:
         runs = {}

@@ -1,7 +1,7 @@
-"""Every collective of torch.distributed that a process launches, and the bytes that its rank sends and receives.
+"""Record of all torch.distributed collectives that a process launches, with bytes sent and received.
 
-Bytes are those of the usual algorithms: a ring for all-reduce, all-gather and reduce-scatter; of an all-to-all what
-goes to, or comes from, other ranks, uneven splits included. A rank's share for itself is not on the wire.
+Bytes assume the usual algorithms: a ring for all-reduce, all-gather and reduce-scatter; for an all-to-all the data to
+and from other ranks, uneven splits included. A rank's own share is not counted.
 """
 
 import contextlib
@@ -17,26 +17,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# deepspeed is imported in the ranks: a spawned rank imports this file before benchmarks.ranks sets the variables that
-# DeepSpeed reads at import.
+# The ranks import deepspeed: a spawned rank imports this file before benchmarks.ranks sets the variables that DeepSpeed
+# reads at import.
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective as one rank sees it."""
+    """One collective on one rank."""
 
     phase: str
     name: str
     sent: int | None
-    """Bytes to other ranks; None where there is no rule for this collective."""
+    """Bytes to other ranks; None for collectives without a rule."""
     received: int | None
 
     @property
     def busiest(self) -> int:
-        """The larger of what goes out and what comes in: links carry both at once.
+        """The larger of bytes sent and received, since links are full duplex.
 
         Raises:
-            RuntimeError: there is no rule for this collective's bytes.
+            RuntimeError: the collective has no rule for its bytes.
         """
         if self.sent is None or self.received is None:
             raise RuntimeError(f"{self.name} in phase {self.phase!r}: no rule for its bytes")
@@ -48,13 +48,13 @@ def _size(x: torch.Tensor) -> int:
 
 
 def _split_to_others(x: torch.Tensor, splits: list[int] | None, P: int, r: int) -> int:
-    """Bytes of a buffer but for this rank's own part of it; splits are of the first dimension."""
+    """Return bytes of a buffer without this rank's own part; splits are along the first dim."""
     if not splits:
         return _size(x) // P * (P - 1)
     return _size(x) // max(1, x.shape[0]) * (sum(splits) - splits[r])
 
 
-# Bytes that one rank sends and receives, of a call's arguments by name.
+# Bytes that one rank sends and receives, from a call's arguments by name.
 _RULES: dict[str, Callable[[dict[str, Any], int, int], tuple[int, int]]] = {
     "all_to_all_single": lambda a, P, r: (
         _split_to_others(a["input"], a.get("input_split_sizes"), P, r),
@@ -72,7 +72,7 @@ _COLLECTIVES = (
     *("gather", "scatter", "send", "recv", "isend", "irecv", "batch_isend_irecv", "barrier", "monitored_barrier"),
     *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
 )
-# DeepSpeed's backend took these from torch.distributed when it was made.
+# DeepSpeed's backend binds these functions of torch.distributed at construction.
 _KEPT_BY_DEEPSPEED = {
     "all_gather_function": "all_gather_into_tensor",
     "reduce_scatter_function": "reduce_scatter_tensor",
@@ -80,7 +80,7 @@ _KEPT_BY_DEEPSPEED = {
 
 
 class Tally:
-    """Writes down the collectives that this process launches inside a phase, in order."""
+    """Recorder of the collectives launched inside a phase, in order."""
 
     def __init__(self) -> None:
         self.launched: list[Collective] = []
@@ -89,7 +89,7 @@ class Tally:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count under this name; a phase inside a phase takes over until it ends."""
+        """Record under this name; an inner phase overrides an outer one."""
         before, self._phase = self._phase, name
         try:
             yield
@@ -97,12 +97,12 @@ class Tally:
             self._phase = before
 
     def of(self, phase: str) -> list[Collective]:
-        """A phase's collectives."""
+        """Return a phase's collectives."""
         return [each for each in self.launched if each.phase == phase]
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Stand in front of every collective, for torch.distributed's users and for its own functions."""
+        """Wrap every collective, for users of torch.distributed and its own functions."""
         import deepspeed
 
         with ExitStack() as undo:
@@ -120,7 +120,7 @@ class Tally:
 
         @functools.wraps(original)
         def collective(*args: Any, **kwargs: Any) -> Any:
-            # all_gather_object and its kind are made of other collectives: what the caller asked for counts once.
+            # all_gather_object and others call further collectives; only the outer call counts.
             if self._phase is None or self._inside:
                 return original(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments

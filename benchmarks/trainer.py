@@ -1,7 +1,7 @@
-"""The HF Trainer in a parity cell: a plain Trainer, told of sequence parallelism by its ds_config alone.
+"""HF Trainer in a parity cell: an unmodified Trainer, configured for sequence parallelism by its ds_config.
 
-The same program at SP 1 and at SP P, with every batch key "auto". Its loss is the mean over all labelled tokens of a
-step, whoever holds them (the Trainer's ``num_items_in_batch``), so the fp64 run takes the same mean.
+The same program runs at SP 1 and at SP P, with every batch key "auto". Its loss is the mean over all labelled tokens of
+a step on all ranks (the Trainer's ``num_items_in_batch``), so the fp64 run takes the same mean.
 """
 
 import math
@@ -33,7 +33,7 @@ _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 
 
 def trainer_cells() -> list[Cell]:
-    """Every stage at two ranks, and four ranks as one sequence and as two."""
+    """Return cells of every stage on two ranks, and of SP 4 and SP 2 on four."""
     two = [
         Cell(stage=0, gas=2, odd_lengths=True),
         Cell(stage=1, gas=2, unequal_labels=True, clip=0.5),
@@ -51,12 +51,12 @@ def trainer_cells() -> list[Cell]:
 
 
 def trainer_config(cell: Cell, sp_size: int) -> dict[str, Any]:
-    """The cell's ds_config with every batch key left to the Trainer."""
+    """Return the cell's ds_config with every batch key left to the Trainer."""
     return ds_config(cell, sp_size) | dict.fromkeys(_BATCH_KEYS, "auto")
 
 
 def run_trainer(cell: Cell, sp_size: int) -> Result:
-    """Three steps of the Trainer; ``sp_size`` is all that differs between two runs."""
+    """Run three steps of the Trainer; runs differ in ``sp_size`` only."""
     # transformers keeps the last ds_config while its TrainingArguments live, and would build the model sharded.
     unset_hf_deepspeed_config()
     model = build_model(model_config(cell))
@@ -94,7 +94,7 @@ def run_trainer(cell: Cell, sp_size: int) -> Result:
 
 
 class _Trainer(Trainer):
-    """A Trainer with SGD, which keeps the gradients of its first step."""
+    """Trainer with SGD that keeps the gradients of its first step."""
 
     def __init__(self, *args: Any, cell: Cell, **kwargs: Any) -> None:
         self._cell = cell
@@ -103,7 +103,7 @@ class _Trainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """SGD: Adam hides a wrong scale."""
+        """Use SGD, as Adam hides a wrong gradient scale."""
         if self.optimizer is None:
             matrix_rate, norm_rate = learning_rates(self._cell)
             params = [p for p in self.model.parameters() if p.requires_grad]
@@ -136,7 +136,7 @@ class _Trainer(Trainer):
 
 
 def run_trainer_truth(cell: Cell) -> Result:
-    """The cell in plain torch and fp64: the mean over all labelled tokens of a step."""
+    """Run the cell in fp64 plain torch, averaging over a step's labelled tokens."""
     hf_config = model_config(cell)
     rounding = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.dtype]
     model = build_model(hf_config).to(rounding).double()

@@ -1,11 +1,11 @@
-"""Training over two hosts, tried on one machine: two network namespaces with a virtual cable between them.
+"""Training over two hosts, emulated on one machine by two network namespaces and a virtual cable.
 
     python -m benchmarks.two_hosts
 
-A host is a network, a host name, /dev/shm and System V memory of its own. A launcher starts ``examples/train.py`` on
-each, and the curve is compared with that of one host. Linux only; as root, or where users may make namespaces. What is
-made lives in namespaces of this program's processes, so it is gone with them, however they end. Exits non-zero where a
-figure misses its target, or no namespace can be made.
+Each host has its own network, host name, /dev/shm and System V memory. A launcher starts ``examples/train.py`` on each,
+and the loss curve is compared with that of one host. Linux only; needs root, or unprivileged user namespaces. All
+resources live in namespaces of this program's processes and vanish with them. The exit status is non-zero if a figure
+misses its target, or namespaces are unavailable.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ _INSIDE = "--inside"
 
 @dataclass(frozen=True)
 class Host:
-    """One host; ``enter`` is what a command needs before it to run there."""
+    """One host; ``enter`` is the command prefix that runs a command there."""
 
     name: str
     address: str
     enter: tuple[str, ...] = ()
 
     def run(self, *command: str) -> str:
-        """What a command prints there.
+        """Run a command there and return its output.
 
         Raises:
-            RuntimeError: it fails, with what it says.
+            RuntimeError: it fails, with its error output.
         """
         done = subprocess.run([*self.enter, *command], capture_output=True, text=True)
         if done.returncode:
@@ -52,21 +52,21 @@ class Host:
         return done.stdout
 
     def shared_buffers(self) -> int:
-        """How many buffers DeepSpeed's shared-memory all-reduce has made there; they are removed."""
+        """Count and remove the host's buffers of DeepSpeed's shared-memory all-reduce."""
         found = [line for line in self.run("ls", "/dev/shm").split() if line.startswith("deepspeed_allreduce_buffer")]
         if found:
             self.run("rm", *(f"/dev/shm/{name}" for name in found))
         return len(found)
 
     def cable_bytes(self) -> int:
-        """Bytes that went into and came out of its end of the cable."""
+        """Return bytes sent and received at the host's end of the cable."""
         stats = json.loads(self.run("ip", "-j", "-s", "link", "show", CABLE))[0]["stats64"]
         return stats["tx"]["bytes"] + stats["rx"]["bytes"]
 
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """The host that this process is, and another."""
+    """Set up this process's host and a second one."""
     other = subprocess.Popen(["unshare", *OWN, "sleep", "infinity"])
     try:
         alpha = Host("alpha", "10.77.0.1")
@@ -75,7 +75,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         alpha.run("ip", "link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", str(other.pid))
         for host in (alpha, beta):
             host.run("hostname", host.name)
-            # As Debian has it: gloo takes a host's own name for where it can be reached, unless it is told better.
+            # As on Debian: by default gloo binds to the address that the host name resolves to.
             names = folder / f"{host.name}.hosts"
             names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
             host.run("mount", "--bind", str(names), "/etc/hosts")
@@ -100,7 +100,7 @@ def _wait_for_namespace(pid: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """Ranks on each of the two hosts, the ranks of a sequence, and what starts them."""
+    """Ranks per host, ranks of a sequence, and the launcher."""
 
     ranks_per_host: int
     sp_size: int
@@ -109,16 +109,16 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Short description of the case."""
         where = "on both hosts" if self.sp_size > self.ranks_per_host else "on one host"
         return f"{self.launcher}, {self.ranks_per_host} + {self.ranks_per_host} ranks, SP {self.sp_size} {where}"
 
     @property
     def least_bytes(self) -> int:
-        """What q, k, v and outputs of sequences on both hosts take on the cable: 3 passes of the example's 2 layers.
+        """Minimum bytes on the cable for q, k, v and outputs: 3 passes, 2 layers.
 
-        It has 4 query heads, 2 kv heads and 32 numbers a head in fp32; a sequence has half of LENGTH at least. A step
-        trains one for each rank, and half of each token's heads go to the other host.
+        It has 4 query heads, 2 KV heads and head dim 32 in fp32; a sequence has at least half of LENGTH tokens. A step
+        trains one sequence per rank, and half of each token's heads go to the other host.
         """
         P = self.sp_size
         if self.ranks_per_host >= P:
@@ -131,10 +131,10 @@ CASES = (Case(1, 2), Case(2, 2), Case(2, 4), Case(1, 2, "pdsh"), Case(1, 2, "tor
 
 
 def train(hosts: tuple[Host, ...], case: Case, folder: Path) -> list[dict]:
-    """The lines that the example logs: on two hosts, or all of the case's ranks on one, by DeepSpeed's launcher.
+    """Run the example on two hosts, or all ranks on one, and return its log lines.
 
     Raises:
-        RuntimeError: a launcher fails or takes too long, with what it printed.
+        RuntimeError: a launcher fails or times out, with its output.
     """
     run = Path(tempfile.mkdtemp(dir=folder))
     recipe = json.loads((ROOT / "ds_configs" / "sp2.json").read_text())
@@ -156,7 +156,7 @@ def train(hosts: tuple[Host, ...], case: Case, folder: Path) -> list[dict]:
 
 
 def _commands(hosts: tuple[Host, ...], case: Case, run: Path) -> Iterator[tuple[Host, list[str], dict[str, str]]]:
-    """On which hosts what is started, and with which environment."""
+    """Yield hosts with their launch commands and environments."""
     from deepspeed_alst.cli.launch import free_port  # torch takes seconds to import, and namespaces need none
 
     own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -181,7 +181,7 @@ def _commands(hosts: tuple[Host, ...], case: Case, run: Path) -> Iterator[tuple[
 
 
 def _for_pdsh(hosts: tuple[Host, ...], own: dict[str, str], run: Path) -> dict[str, str]:
-    """An environment with a stand-in for pdsh on its path, and a home whose .deepspeed_env has what ranks need."""
+    """Return an environment with a fake pdsh in PATH, and a HOME whose .deepspeed_env configures the ranks."""
     (run / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in own.items()))
     enter = {host.name: host.enter for host in hosts}
     stand_in = run / "pdsh"
@@ -191,8 +191,8 @@ def _for_pdsh(hosts: tuple[Host, ...], own: dict[str, str], run: Path) -> dict[s
     return os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "HOME": str(run), "PATH": path}
 
 
-# As pdsh -S -f N -w HOST,... COMMAND over ssh: each host's shell gets the command, with its number for %n, and nothing
-# of this environment; the status is the largest.
+# Emulates pdsh -S -f N -w HOST,... COMMAND over ssh: each host's shell gets the command, with its index for %n, in a
+# bare environment; the exit status is the largest.
 _PDSH = """
 import subprocess, sys
 names, command = sys.argv[5].split(","), " ".join(sys.argv[6:])
@@ -224,7 +224,7 @@ def _wait(launched: list[subprocess.Popen]) -> None:
 
 
 def figures(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Each figure beside its target, and whether it is met."""
+    """Yield each figure with its target, and True if it is met."""
     alone: dict[int, list[dict]] = {}
     with two_hosts(folder) as hosts:
         for case in CASES:
@@ -257,7 +257,7 @@ def _figures_of(
 
 
 def inside() -> int:
-    """In namespaces of its own: print the figures; 1 where one is missed."""
+    """Print the figures, inside the namespaces; return 1 if one is missed."""
     missed = False
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -271,12 +271,12 @@ def inside() -> int:
 
 
 def _end_with_the_parent() -> None:
-    """prctl(PR_SET_PDEATHSIG, SIGKILL): a killed parent has no time to end its child."""
+    """Kill this process with its parent: prctl(PR_SET_PDEATHSIG, SIGKILL)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main() -> int:
-    """Go into namespaces; 1 where that, or a target, fails."""
+    """Run in new namespaces; return 1 if that or a target fails."""
     if sys.argv[1:] == [_INSIDE]:
         return inside()
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]

@@ -1,11 +1,11 @@
-"""DeepSpeed's own ALST beside ours in one process: its attention, its loader, and the loss of its documentation.
+"""DeepSpeed's own ALST in the same process as ours: its attention, its loader, and its documented loss.
 
-DeepSpeed switches it on for the whole process and has no way back (deepspeed 0.19.8: a second size asserts, every model
-with sdpa goes through the wrapper). Here all that it sets is in place inside ``Upstream.active()`` only, so that other
-engines, and other SP degrees, live in the same process.
+DeepSpeed enables it for the whole process without a way to disable it (deepspeed 0.19.8: a second size asserts, and
+every sdpa model runs through the wrapper). Here its settings apply only inside ``Upstream.active()``, so that other
+engines and SP degrees can run in the same process.
 
-The recipe is https://www.deepspeed.ai/tutorials/ulysses-alst-sequence-parallelism/, taken as it stands: a shard without
-any label makes the loss NaN, and gradients are too large by the SP degree on ZeRO 0, 1 and 2.
+The recipe is https://www.deepspeed.ai/tutorials/ulysses-alst-sequence-parallelism/, unchanged: a shard without labels
+makes the loss NaN, and gradients are too large by the SP degree on ZeRO 0, 1 and 2.
 
 Legend: B batch, S whole sequence, s = S/P one shard, V vocabulary, P = sp_size.
 """
@@ -37,12 +37,12 @@ _GROUPS = ("_SEQUENCE_PARALLEL_GROUP", "_SEQUENCE_DATA_PARALLEL_GROUP")
 class Upstream:
     """DeepSpeed's Ulysses for models of one config at one SP degree.
 
-    Everything that concerns its engine happens inside ``with upstream.active()``: building it, forward, backward, step,
-    destroy. Its loader may be iterated anywhere.
+    Everything on its engine must run inside ``with upstream.active()``: construction, forward, backward, step, destroy.
+    Its loader may be iterated anywhere.
     """
 
     def __init__(self, model_config: Any, sp_size: int, micro_batch_size: int = 1) -> None:
-        """Make the groups and the attention wrapper, and leave neither installed. Collective over the world.
+        """Create the groups and the attention wrapper, without installing them. Collective over all ranks.
 
         Args:
             model_config: a transformers config; only its head counts and head size are read.
@@ -55,10 +55,10 @@ class Upstream:
         if sp_size == 1:
             raise ValueError("Upstream: sp_size must be more than 1, got 1: DeepSpeed does nothing then")
         config = copy.deepcopy(model_config)
-        # A bare config holds no attention yet or "eager", which DeepSpeed compares with what it is asked for.
+        # A bare config has no attention or "eager", which DeepSpeed compares with the requested one.
         config._attn_implementation = _CORE
         self.mpu = parallel_state_sp
-        """What ``deepspeed.initialize(mpu=...)`` is handed: a module, whose answers hold inside ``active()``."""
+        """Module for ``deepspeed.initialize(mpu=...)``, valid inside ``active()``."""
         with (
             mock.patch.multiple(parallel_state_sp, **dict.fromkeys(_GROUPS)),
             mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping),
@@ -77,7 +77,7 @@ class Upstream:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Install attention, groups and mpu, and put back what was there, come what may. Other models wait outside."""
+        """Install attention, groups and mpu, and restore the previous ones in every case."""
         with (
             mock.patch.multiple(parallel_state_sp, **self._groups),
             mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping, {_CORE: self._attention}),
@@ -86,9 +86,9 @@ class Upstream:
             yield
 
     def loader(self, dataloader: Iterable[Mapping[str, Any]]) -> Any:
-        """DeepSpeed's adapter over batches ``[B, S]``, made fit for it; yields ``[B, s]`` with ``shift_labels``.
+        """Wrap batches ``[B, S]`` in DeepSpeed's adapter; yields ``[B, s]`` with ``shift_labels``.
 
-        Every rank's loader yields its own samples, as ours does; P micro-batches come out for each.
+        Every rank's loader yields its own samples, as ours does; each gives P micro-batches.
         """
         return UlyssesSPDataLoaderAdapter(
             _Prepared(dataloader, self._sp_group),
@@ -99,11 +99,11 @@ class Upstream:
         )
 
     def loss(self, engine: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Forward and the documented loss: each shard's mean, weighted by its labelled tokens; the same on all ranks.
+        """Compute the documented loss: each shard's mean, weighted by its labelled tokens; equal on all ranks.
 
-        NaN where a shard has no label: its mean is 0/0, which a weight of 0 does not take away; gradients stay finite.
+        NaN if a shard has no label: its mean is 0/0, which a weight of 0 does not remove; gradients stay finite.
         """
-        # The shards are views until they are copied to a GPU, and transformers' loss refuses a view at B > 1.
+        # The shards are views until copied to a GPU, and transformers' loss rejects a view at B > 1.
         batch = {key: x.contiguous() for key, x in move_to_device(dict(batch), engine.device).items()}
         logits_BsV = engine(**batch).logits
         labels_Bs = batch["shift_labels"]
@@ -116,16 +116,16 @@ class Upstream:
         return total / max(sum(weights), 1)
 
     def close(self) -> None:
-        """Give the process groups back; the object is of no use afterwards. Collective over the world."""
+        """Destroy the process groups; the object is unusable afterwards. Collective over all ranks."""
         sequence_layer._all_to_all_groups.pop(self._sp_group.group_name, None)
         for group in self._groups.values():
             dist.destroy_process_group(group)
 
 
 class _AllGather(differentiable._AllGather):
-    """``torch.distributed.nn.functional.all_gather`` with the backward that it has on NCCL, on every backend.
+    """``torch.distributed.nn.functional.all_gather`` with its NCCL backward on every backend.
 
-    On gloo, torch's own takes ranks of the group for global ones and raises in every group but the first (2.13).
+    On gloo, torch's own confuses group ranks with global ones and raises in every group but the first (2.13).
     """
 
     @staticmethod
@@ -136,9 +136,9 @@ class _AllGather(differentiable._AllGather):
 
 
 class _Prepared:
-    """Batches of ``input_ids`` and ``labels`` with what the adapter demands: position_ids, and a length that divides.
+    """Batches of ``input_ids`` and ``labels`` with position_ids and a divisible length, as the adapter requires.
 
-    Nothing else passes. An attention mask stays behind: DeepSpeed's wrapper discards it, and right padding needs none.
+    Other keys are dropped, the attention mask too: DeepSpeed's wrapper discards it, and padding is on the right.
     """
 
     def __init__(self, loader: Any, group: Any) -> None:
@@ -150,7 +150,7 @@ class _Prepared:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self._loader:
             B, S = batch["input_ids"].shape
-            # The longest of the group: the adapter gathers unequal lengths as they are, which gloo refuses.
+            # Maximum over the group: the adapter gathers unequal lengths unchanged, which gloo rejects.
             longest = torch.tensor(S, device=get_accelerator().current_device_name())
             dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._group)
             P = dist.get_world_size(self._group)
@@ -158,6 +158,6 @@ class _Prepared:
             yield {
                 "input_ids": F.pad(batch["input_ids"], (0, missing), value=0),
                 "labels": F.pad(batch["labels"], (0, missing), value=_IGNORED_LABEL),
-                # Contiguous: gloo refuses an expanded view.
+                # Contiguous, as gloo rejects an expanded view.
                 "position_ids": torch.arange(S + missing).expand(B, -1).contiguous(),
             }

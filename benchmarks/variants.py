@@ -1,4 +1,4 @@
-"""The model of a cell: whole or with a LoRA adapter, parts of it frozen, compiled or not; the same in every run."""
+"""Variants of a cell's model: with a LoRA adapter, partly frozen, or compiled; identical in every run."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 _RANK = 4
 _LORA_SEED = 11
-# Of A and B: large enough for lively gradients, small enough for three large steps not to end in chaos.
+# Spread of A and B: large enough for visible gradients, small enough for three large steps to stay stable.
 _LORA_SPREAD = {"lora_A": 0.25, "lora_B": 0.15}
 
 FROZEN = {
@@ -17,14 +17,14 @@ FROZEN = {
     "all but norms": lambda name: "norm" not in name,
     "layer 1": lambda name: "layers.1." in name,
 }
-"""Names of what does not train, by the name of a cell's level."""
+"""Predicates for names of frozen parameters, by the name of a cell's level."""
 
 
 def vary(model: torch.nn.Module, lora: bool = False, frozen: str = "") -> torch.nn.Module:
-    """Put an adapter into a model, or freeze a part of it.
+    """Add an adapter to a model, or freeze a part of it.
 
-    The adapter is LoRA on every linear layer of attention and MLP. Its B is not zero, as it would be at the start of a
-    training: A's gradients would be zero with it, and nothing could be compared.
+    The adapter is LoRA on every linear layer of attention and MLP. Its B is not zero, unlike at the start of a
+    training: A's gradients would be zero too, with nothing to compare.
     """
     if frozen:
         for name, param in model.named_parameters():
@@ -44,5 +44,5 @@ def vary(model: torch.nn.Module, lora: bool = False, frozen: str = "") -> torch.
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters that train, by names that compiling does not change."""
+    """Return the trained parameters, by names that compilation does not change."""
     return {name.replace("_orig_mod.", ""): param for name, param in model.named_parameters() if param.requires_grad}

@@ -1,6 +1,6 @@
-"""``ds_alst verify`` on the configs of public models, in small: ``make verify`` prints each with its seconds.
+"""``ds_alst verify`` on tiny models from public configs: ``make verify`` prints each with its seconds.
 
-The configs are those that the models' authors publish. Exit status 1 if one differs, or takes longer than a minute.
+The configs are those published by the models' authors. Exit status 1 if one differs, or takes longer than a minute.
 """
 
 import sys
@@ -14,13 +14,13 @@ from deepspeed_alst.cli.main import main as ds_alst
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted((ROOT / "benchmarks" / "models").glob("*.json"))
-# A recipe for eight GPUs: ZeRO 3, bf16, tiles, layer inputs and optimizer on the host.
+# Recipe for eight GPUs: ZeRO 3, bf16, tiles, layer inputs and optimizer on the host.
 RECIPE = ROOT / "ds_configs" / "sp8_zero3_bf16_offload.json"
 SECONDS = 60.0
 
 
 def main() -> int:
-    """Print the table; 1 if a model misses."""
+    """Print the table; return 1 if a model misses."""
     table = Table("model", "seconds", f"target: {SECONDS:.0f}", "verdict")
     missed = 0
     for path in MODELS:

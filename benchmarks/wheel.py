@@ -1,9 +1,9 @@
-"""Does the package work where only its wheel is? ``python -m benchmarks.wheel``.
+"""Test the package installed from its wheel only: ``python -m benchmarks.wheel``.
 
-Builds the wheel, installs it with torch and its dependencies from the registry into a venv that has nothing else, and
-works there outside of the source tree: import, ``ds_alst report``, the ops of csrc/, and a program that does not know
-the package, trained by ``deepspeed`` on two ranks that share a sequence and on one that does not. One line for each
-check, with its seconds; exit status 1 if one fails. With ``--quick`` the venv borrows the packages of this one.
+Builds the wheel, installs it with torch and its dependencies from the registry into an empty venv, and runs there,
+outside the source tree: import, ``ds_alst report``, the csrc/ ops, and a program without any reference to the package,
+trained by ``deepspeed`` on two ranks that share a sequence and on one that does not. One line per check, with its
+seconds; exit status 1 if one fails. With ``--quick`` the venv uses the packages of this one.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from deepspeed_alst.cli.launch import free_port
 
 ROOT = Path(__file__).parent.parent
-TORCH = "torch==2.13.0"  # as in the Makefile, and for its reason
+TORCH = "torch==2.13.0"  # as in the Makefile, for the same reason
 STEPS, TOLERANCE = 3, 1e-5
 
 _OPS = """
@@ -32,7 +32,7 @@ from deepspeed_alst.ops.builder import BUILDERS
 from deepspeed_alst.ops.load import load
 print(json.dumps({library: load(library, device, library) for library, device in BUILDERS if device == "cpu"}))
 """
-# Two samples a step whatever the number of ranks: one epoch is one step.
+# Two samples per step for any number of ranks: one epoch is one step.
 _PROGRAM = f"""
 import json, sys
 import deepspeed, torch
@@ -75,11 +75,11 @@ _SEQUENCE_PARALLEL = {
 
 
 class CheckFailedError(Exception):
-    """What a check found instead of what it wanted."""
+    """Failure of a check, with the unexpected finding."""
 
 
 def copy_checkout(folder: Path) -> Path:
-    """A copy of what setup.py needs, without binaries: setuptools builds inside of the tree it is given."""
+    """Copy the files setup.py needs, without binaries, as setuptools builds inside the source tree."""
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "_deepspeed_alst_autoload.py"):
         shutil.copy(ROOT / name, folder)
@@ -89,11 +89,11 @@ def copy_checkout(folder: Path) -> Path:
 
 
 class Clean:
-    """A venv, and a folder outside of the source tree to work in.
+    """A venv, and a working folder outside the source tree.
 
     Args:
-        folder: for all of it.
-        quick: borrow the packages of the running interpreter.
+        folder: for both.
+        quick: use the packages of the running interpreter.
     """
 
     def __init__(self, folder: Path, quick: bool) -> None:
@@ -108,20 +108,20 @@ class Clean:
             self.environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
 
     def make(self) -> str:
-        """The venv; returns what it begins with."""
+        """Create the venv; return a description of its initial packages."""
         self.work.mkdir()
         _run([sys.executable, "-m", "venv", str(self.folder / "venv")], self.folder, dict(os.environ))
         if self.quick:
             borrowed = sysconfig.get_path("purelib")
             (site,) = self.folder.glob("venv/lib/python*/site-packages")
-            # Its .pth files are not read from here, so an editable installation of the package does not come along.
+            # Its .pth files are not processed from here, which excludes an editable installation of the package.
             (site / "borrowed.pth").write_text(borrowed + "\n", encoding="utf-8")
             return f"with the packages of {borrowed}"
         self.run("-m", "pip", "install", "--quiet", TORCH)
         return f"{TORCH} from the registry"
 
     def run(self, *words: str) -> str:
-        """A Python command in it; returns what that prints, stdout last.
+        """Run a Python command in the venv; return its output, stdout last.
 
         Raises:
             CheckFailedError: it fails.
@@ -130,7 +130,7 @@ class Clean:
 
 
 def build(folder: Path) -> str:
-    """The wheel, with all modules and sources in it and nothing else."""
+    """Build the wheel and check that it holds all modules and sources and nothing else."""
     source = copy_checkout(folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DS_BUILD")}
@@ -148,7 +148,7 @@ def build(folder: Path) -> str:
 
 
 def install(clean: Clean, wheel: Path) -> str:
-    """The wheel with what it depends on."""
+    """Install the wheel with its dependencies."""
     clean.run("-m", "pip", "install", "--quiet", *(["--no-deps"] if clean.quick else []), str(wheel))
     script = clean.python.with_name("ds_alst")
     _want(script.exists(), f"{script} is missing")
@@ -159,7 +159,7 @@ def install(clean: Clean, wheel: Path) -> str:
 
 
 def imports(clean: Clean) -> str:
-    """The package comes from the venv, and ``import torch`` brings it in."""
+    """Check that ``import torch`` loads the package from the venv."""
     code = "import sys, torch; print(sys.modules['deepspeed_alst'].__file__)"
     file = clean.run("-c", code).splitlines()[-1]
     _want(Path(file).is_relative_to(clean.folder / "venv"), f"import torch loads {file}")
@@ -167,9 +167,9 @@ def imports(clean: Clean) -> str:
 
 
 def report(clean: Clean) -> str:
-    """``ds_alst report --json`` finds no problem."""
+    """Check that ``ds_alst report --json`` finds no problem."""
     command = [str(clean.python.with_name("ds_alst")), "report", "--json"]
-    # Its exit status says only that there is a problem.
+    # Its exit status only tells that there is a problem.
     done = subprocess.run(command, cwd=clean.work, env=clean.environment, stdout=subprocess.PIPE, text=True)
     rows = json.loads(done.stdout)
     problems = [f"{row['name']}: {row['value']}" for row in rows if row["verdict"] == "problem"]
@@ -179,14 +179,14 @@ def report(clean: Clean) -> str:
 
 
 def ops(clean: Clean) -> str:
-    """The ops of csrc/, from the sources that the wheel brought."""
+    """Check the csrc/ ops, built from the sources in the wheel."""
     words = json.loads(clean.run("-c", _OPS).splitlines()[-1])
     _want(set(words.values()) == {"csrc op"}, str(words))
     return ", ".join(words)
 
 
 def train(clean: Clean) -> str:
-    """Three steps on two ranks that share sequences, and on one that has whole ones: the same losses."""
+    """Compare losses of three steps on two ranks that share sequences, and on one with whole ones."""
     program = clean.work / "train.py"
     program.write_text(_PROGRAM, encoding="utf-8")
     alone, _ = _train(clean, program, "sp1", 1, _DS_CONFIG)
@@ -210,7 +210,7 @@ def _train(clean: Clean, program: Path, name: str, ranks: int, ds_config: dict) 
 
 
 def _run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
-    """A command's errors and its output behind them."""
+    """Run a command; return its stderr followed by its stdout."""
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise CheckFailedError(f"{' '.join(command[:4])} ended with {done.returncode}: {done.stderr[-3000:]}")
@@ -233,7 +233,7 @@ def _workplace(keep: Path | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    """All checks, in an order in which each needs the ones before it; returns the exit status."""
+    """Run all checks in order of dependency; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="borrow this environment's packages: the wheel alone")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this new folder, and leave it")

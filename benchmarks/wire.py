@@ -1,12 +1,12 @@
-"""What one decoder layer sends: collectives and bytes of this package beside DeepSpeed's own ALST, on 8 gloo ranks.
+"""Communication of one decoder layer: collectives and bytes, against DeepSpeed's own ALST, on 8 gloo ranks.
 
     python -m benchmarks.wire
 
-Both systems run the same model on the same sample, with gradient checkpointing. Every collective of torch.distributed
-is counted as it is launched, by phase; one layer's share is a 2-layer model's count less a 1-layer model's, in which
-loss, loader and checks cancel. Gradients are not reduced: the one micro-step is the first of two.
+Both systems run the same model on the same sample, with gradient checkpointing. Every torch.distributed collective is
+counted at launch, by phase; a layer's share is a 2-layer model's count minus a 1-layer model's, which cancels loss,
+loader and checks. Gradients are not reduced: the one micro-step is the first of two.
 
-Legend: B batch, S whole sequence, H query heads, K kv heads, D head dim, P = sp_size; lower case = one rank's share.
+Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P = sp_size; lower case = one rank's share.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-# deepspeed, transformers and benchmarks.upstream are imported in the ranks: a spawned rank imports this file before
+# The ranks import deepspeed, transformers and benchmarks.upstream: a spawned rank imports this file before
 # benchmarks.ranks sets the variables that DeepSpeed reads at import.
 from benchmarks.ranks import Ranks
 from benchmarks.tally import Tally
@@ -44,14 +44,14 @@ _CONVENTION = (
 
 @dataclass(frozen=True)
 class Case:
-    """One model and SP degree. Kv heads below the SP degree travel as copies, one for each rank that needs them."""
+    """One model and SP degree; each rank has a copy of a shared KV head."""
 
     sp_size: int
     num_kv_heads: int
 
     @property
     def least_bytes(self) -> int:
-        """What one rank must send in one pass: to each other rank its q, k, v heads of my tokens, and my o heads."""
+        """Minimum bytes sent per rank and pass: others' q, k, v heads and its output heads."""
         P = self.sp_size
         h, k = H // P, max(1, self.num_kv_heads // P)
         return (P - 1) * B * (S // P) * (2 * h + 2 * k) * D * 4
@@ -62,18 +62,18 @@ CASES = [Case(sp_size, num_kv_heads) for sp_size in (2, 4, 8) for num_kv_heads i
 
 @dataclass(frozen=True)
 class Traffic:
-    """What went over the wire in one phase."""
+    """Communication in one phase."""
 
     num_collectives: int
     num_bytes: int
 
 
 def measure(case: Case) -> dict[str, dict[str, Traffic]]:
-    """One layer's traffic by system and phase, on this rank.
+    """Return one layer's traffic by system and phase, on this rank.
 
     Raises:
-        RuntimeError: the systems disagree about the loss, so they did not do the same work; or a layer makes a
-            collective that has no rule for its bytes.
+        RuntimeError: the systems' losses differ, so their work differs; or a layer launches a collective without a rule
+            for its bytes.
     """
     traffic, losses = {}, []
     for system, run in {"ours": _run_ours, "upstream": _run_upstream}.items():
@@ -97,7 +97,7 @@ def _difference(shallow: Tally, deep: Tally, phase: str) -> Traffic:
 
 
 def _model(case: Case, num_layers: int, tally: Tally) -> torch.nn.Module:
-    """A small Llama with the same weights every time, whose recomputations the tally knows."""
+    """Build a tiny Llama with fixed weights, whose recomputations the tally records as a phase."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def _sample() -> dict[str, torch.Tensor]:
 
 
 def _run_ours(model: torch.nn.Module, case: Case, tally: Tally) -> float:
-    """One micro-step of this package; returns the loss."""
+    """Run one micro-step of this package; return the loss."""
     import deepspeed
 
     from deepspeed_alst import shard_dataloader
@@ -145,7 +145,7 @@ def _run_ours(model: torch.nn.Module, case: Case, tally: Tally) -> float:
 
 
 def _run_upstream(model: torch.nn.Module, case: Case, tally: Tally) -> float:
-    """One micro-step of DeepSpeed's own ALST; returns the loss."""
+    """Run one micro-step of DeepSpeed's own ALST; return the loss."""
     import deepspeed
 
     from benchmarks.upstream import Upstream
@@ -168,7 +168,7 @@ def _run_upstream(model: torch.nn.Module, case: Case, tally: Tally) -> float:
 
 
 def _add_row(table: Table, case: Case, phase: str, ours: Traffic, upstream: Traffic) -> bool:
-    """One line of the table; returns whether the target is met."""
+    """Add one line to the table; return True if the target is met."""
     met = ours == Traffic(TARGET, case.least_bytes) and ours.num_bytes <= upstream.num_bytes
     ratio = (
         f"{upstream.num_collectives / max(1, ours.num_collectives):.1f} / "
@@ -184,7 +184,7 @@ def _add_row(table: Table, case: Case, phase: str, ours: Traffic, upstream: Traf
 
 
 def main() -> int:
-    """Measure, print, and return the exit status: 1 if this package misses a target."""
+    """Measure and print; return 1 if this package misses a target."""
     started = time.perf_counter()
     title = "One decoder layer on the wire: collectives / bytes"
     table = Table(title=title, caption=_CONVENTION, title_justify="left", caption_justify="left")

@@ -1,7 +1,7 @@
-"""Arctic Long Sequence Training for Hugging Face models, switched on by keys in the ds_config JSON.
+"""Arctic Long Sequence Training for Hugging Face models, enabled by keys in the ds_config JSON.
 
-Importing this package (or ``torch``, through the ``torch.backends`` entry point) hooks ``deepspeed.initialize``.
-Names are loaded on first use (PEP 562), so that the import itself stays within a few milliseconds.
+Importing this package (or ``torch``, through the ``torch.backends`` entry point) hooks ``deepspeed.initialize``. Names
+load on first use (PEP 562), so that the import takes a few milliseconds.
 """
 
 from deepspeed_alst.autoload import install as _install

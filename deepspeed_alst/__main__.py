@@ -1,4 +1,4 @@
-"""``python -m deepspeed_alst``: the same as ``ds_alst``, for a checkout that is not installed."""
+"""Entry point of ``python -m deepspeed_alst``: the same as ``ds_alst``, for a checkout that is not installed."""
 
 import sys
 

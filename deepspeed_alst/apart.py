@@ -1,4 +1,4 @@
-"""Calls out of reach of what surrounds them: a trial or a proof, in the middle of somebody's forward."""
+"""Calls isolated from their context: a trial or a proof during the caller's forward."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Call in a thread of its own, which no mode, saved-tensor hook, autocast or ``no_grad`` of the caller's reaches.
+    """Call in a separate thread, without the caller's modes, saved-tensor hooks, autocast and ``no_grad``.
 
-    So it may be called within a checkpointed layer, in an evaluation, or among fake tensors.
+    It is safe within a checkpointed layer, in evaluation, and among fake tensors.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result()

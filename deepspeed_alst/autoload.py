@@ -1,7 +1,7 @@
-"""The post-import hook for ``deepspeed``: standard library only, a few milliseconds, and nothing else.
+"""Post-import hook for ``deepspeed``: standard library only, a few milliseconds.
 
-It runs inside other people's imports (``torch``, through _deepspeed_alst_autoload.py, and ``deepspeed``), so what goes
-wrong in it is printed and not raised.
+It runs inside other imports (``torch``, through _deepspeed_alst_autoload.py, and ``deepspeed``), so its errors are
+printed and not raised.
 """
 
 import sys
@@ -18,7 +18,7 @@ _PROGRAMS = {
 
 
 def install() -> None:
-    """Hook ``deepspeed.initialize``, transformers' loading, its Trainer, and accelerate: now, or at their import."""
+    """Install the hooks of ``deepspeed.initialize``, transformers and accelerate, now or at their import."""
     for name in _PROGRAMS:
         if name in sys.modules:
             _hook_programs(sys.modules[name])
@@ -28,8 +28,8 @@ def install() -> None:
     if module is None:
         after_import(_TARGET, _hook)
     elif _is_half_imported(module):
-        # `import deepspeed` before `import torch`: deepspeed's own import of torch brought us here, and its
-        # `initialize` does not exist yet. The first look at the finished module installs the hook.
+        # `import deepspeed` before `import torch`: deepspeed's import of torch runs this, and `initialize` does not
+        # exist yet. The first attribute access on the finished module installs the hook.
         if type(module) is ModuleType:
             module.__class__ = _HalfImportedModule
     else:
@@ -37,7 +37,7 @@ def install() -> None:
 
 
 def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
-    """Call back with a module that is not imported yet, once it is; a second wish for the same module does nothing."""
+    """Call back with a module once it is imported; a second request for the same module is ignored."""
     if not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(name, call))
 
@@ -75,9 +75,9 @@ class _HalfImportedModule(ModuleType):
 
 
 class _AfterImport:
-    """Finds one module with the finders behind this one, and calls back once it has been executed.
+    """Meta path finder for one module: delegates to the finders behind it, and calls back after execution.
 
-    It stays in place until then: others look a module up without importing it (``importlib.util.find_spec``).
+    It stays installed until then: others look a module up without importing it (``importlib.util.find_spec``).
     """
 
     def __init__(self, name: str, call: Callable[[ModuleType], None]) -> None:

@@ -1,4 +1,4 @@
-"""The three batch numbers of a ds_config under sequence parallelism, where a micro-step is one rank's batch. Pure."""
+"""The three batch size keys of a ds_config under sequence parallelism, where a micro-step is one rank's batch. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ TOTAL, MICRO, GAS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradi
 
 
 def check_batch_keys(ds_config: Mapping[str, Any], sp_size: int, world_size: int) -> None:
-    """Refuse batch numbers that do not fit together, with the number to change.
+    """Raise ConfigError if the batch size keys are inconsistent, with the value to change.
 
     Raises:
-        ConfigError: none is given, one is no positive number, or their product is another.
+        ConfigError: none is given, one is not a positive integer, or their product differs.
     """
     given = {name: ds_config[name] for name in (TOTAL, MICRO, GAS) if ds_config.get(name) is not None}
     wrong = [
@@ -32,7 +32,7 @@ def check_batch_keys(ds_config: Mapping[str, Any], sp_size: int, world_size: int
 
 
 def _filled_in(given: Mapping[str, Any], replicas: int) -> tuple[int, int, int]:
-    """All three numbers, as DeepSpeed works out what is not given (_set_batch_related_parameters)."""
+    """Return all three numbers, missing ones derived like in DeepSpeed (_set_batch_related_parameters)."""
     total, micro, accumulation = (None if name not in given else int(given[name]) for name in (TOTAL, MICRO, GAS))
     if micro is None:
         assert total is not None
@@ -58,7 +58,7 @@ def _explained(total: int, micro: int, accumulation: int, sp_size: int, world_si
 
 
 def step_words(micro: int, accumulation: int, sp_size: int, replicas: int, multiple: int) -> str:
-    """What an optimizer step sees: samples, micro-steps, tokens and padding."""
+    """Describe an optimizer step: samples, micro-steps, tokens and padding."""
     words = (
         f"{micro * accumulation * replicas} samples: {accumulation} micro-steps of {micro} on {replicas} replica(s); a "
         f"micro-step is {micro} x {multiple // sp_size} tokens of a rank or a multiple, padding included"

@@ -1,4 +1,4 @@
-"""The ``alst`` block of a ds_config, key by key: typed, frozen, unknown keys refused. Pure: no torch, no I/O."""
+"""The ``alst`` block of a ds_config: typed, frozen, unknown keys rejected. Pure: no torch, no I/O."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -7,50 +7,50 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from deepspeed_alst.words import shown
 
-# Keys of the alst block whose feature is not in this version, with the values that ask for nothing.
+# Keys whose feature is not in this version, with the values that disable it.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "memory_lean_layer": (False,),
 }
 
 
 def _count(value: Any, of_what: str) -> int:
-    """A whole number, which JSON may write as 5e8."""
+    """Return a positive integer, which JSON may write as 5e8."""
     if type(value) not in (int, float) or not 1 <= value < 2**63 or value != int(value):
         raise ValueError(f"must be a positive number of {of_what}")
     return int(value)
 
 
 def _one_size(values: Any) -> Any:
-    """A tile has its tokens or its bytes."""
+    """Raise ValueError if a tile has both tile_tokens and tile_bytes."""
     if isinstance(values, Mapping) and values.get("tile_tokens") is not None and "tile_bytes" in values:
         raise ValueError("use tile_tokens or tile_bytes, not both")
     return values
 
 
 def _known_backend(value: Any, words: str) -> Any:
-    """What makes the loss of a tile."""
+    """Return the backend of the tiled loss; raise ValueError if it is unknown."""
     if value not in ("auto", "torch", "triton", "liger"):
         raise ValueError(f"use {words}")
     return value
 
 
 class TiledMlpBlock(BaseModel):
-    """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty one."""
+    """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty object."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tile_tokens: int | None = Field(default=None, ge=1, strict=True)
-    """Tokens of a tile. Unset means as many as fit into tile_bytes."""
+    """Tokens per tile. Unset means as many as fit into tile_bytes."""
 
     tile_bytes: Literal["auto"] | int = "auto"
-    """What one module's tiles may need in the backward, the fp32 sums of its weight gradients included. "auto" is 512
-    MiB and the sums; of a mixture's experts whose sums pass 1 GiB, one expert's at a time."""
+    """Memory for one module's tiles in the backward, including the fp32 sums of its weight gradients. "auto" is 512 MiB
+    plus the sums; for a mixture of experts whose sums exceed 1 GiB, plus those of one expert at a time."""
 
     min_tokens: int = Field(default=2048, ge=0, strict=True)
-    """A module that is given fewer tokens than this stays whole, unless tile_tokens is set."""
+    """A module with fewer input tokens than this is not tiled, unless tile_tokens is set."""
 
     fp32_accumulation: bool = Field(default=True, strict=True)
-    """Whether half-precision weight gradients are summed in fp32 over the tiles."""
+    """True if half-precision weight gradients are summed in fp32 over the tiles."""
 
     @field_validator("tile_bytes", mode="before")
     @classmethod
@@ -64,19 +64,19 @@ class TiledMlpBlock(BaseModel):
 
 
 class TiledLossBlock(BaseModel):
-    """``alst.tiled_logits_loss`` as an object; ``true`` is an empty one, a word such as ``"triton"`` a backend."""
+    """``alst.tiled_logits_loss`` as an object; ``true`` is an empty object, a string such as ``"triton"`` a backend."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tile_tokens: int | None = Field(default=None, ge=1, strict=True)
-    """Labelled tokens of a tile. Unset means as many as fit into tile_bytes."""
+    """Labelled tokens per tile. Unset means as many as fit into tile_bytes."""
 
     tile_bytes: int = 2**30
-    """What one tile of logits may need, with what is made of it; a tile has at least 64 tokens. "auto" is 1 GiB."""
+    """Memory for one tile of logits and its temporaries; a tile has at least 64 tokens. "auto" is 1 GiB."""
 
     backend: Literal["auto", "torch", "triton", "liger"] = "auto"
-    """What makes a tile's loss and gradient; "triton" and "liger" need a GPU. "auto" is "liger" where
-    alst.liger_kernel is on, else "triton" on a GPU, and on CPU the compiled op of csrc."""
+    """Implementation of a tile's loss and gradient; "triton" and "liger" need a GPU. "auto" is "liger" if
+    alst.liger_kernel is on, else "triton" on a GPU, and the compiled op of csrc on CPU."""
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -95,7 +95,7 @@ class TiledLossBlock(BaseModel):
 
 
 class LigerBlock(BaseModel):
-    """``alst.liger_kernel`` as an object: parts by Liger's names. One that is not set is used where it can be."""
+    """``alst.liger_kernel`` as an object of parts with Liger's names; unset parts are used where possible."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -106,32 +106,32 @@ class LigerBlock(BaseModel):
     """Rotary embedding."""
 
     swiglu: bool | None = Field(default=None, strict=True)
-    """The gated activation of MLPs and experts, GeGLU included."""
+    """Gated activation of MLPs and experts, including GeGLU."""
 
     geglu: bool | None = Field(default=None, strict=True)
-    """GeGLU where a family has it; it goes before swiglu."""
+    """GeGLU where a family has it; takes precedence over swiglu."""
 
     relu_squared: bool | None = Field(default=None, strict=True)
-    """The activation of Nemotron."""
+    """Activation of Nemotron."""
 
     layer_norm: bool | None = Field(default=None, strict=True)
-    """LayerNorm, which vision towers have."""
+    """LayerNorm, as in vision towers."""
 
     fused_linear_cross_entropy: bool | None = Field(default=None, strict=True)
-    """The loss, by Liger's kernel in this package's tiles (``tiled_logits_loss``)."""
+    """Loss by Liger's kernel in this package's tiles (``tiled_logits_loss``)."""
 
 
 class ReductionBlock(BaseModel):
-    """``alst.reduction``: how gradients are averaged over ranks; it counts where sequence_parallel_size is above 1."""
+    """``alst.reduction``: gradient averaging over ranks, used if sequence_parallel_size is above 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     slice_bytes: int = Field(default=2**26, ge=4096)
-    """Bytes that are reduced at a time, at least 4096. The reduction needs twice that beside the gradients, at most."""
+    """Bytes reduced at a time, at least 4096. The reduction needs at most twice that in addition to the gradients."""
 
     bucket_size: Literal["auto"] | int | None = None
-    """Elements of DeepSpeed's gradient buckets, in place of zero_optimization.reduce_bucket_size; "auto" takes what the
-    run has to spare. Unset leaves that key alone."""
+    """Elements of DeepSpeed's gradient buckets, instead of zero_optimization.reduce_bucket_size; "auto" derives it from
+    the spare memory. Unset leaves that key unchanged."""
 
     @field_validator("slice_bytes", mode="before")
     @classmethod
@@ -145,18 +145,18 @@ class ReductionBlock(BaseModel):
 
 
 class OffloadBlock(BaseModel):
-    """``alst.activation_checkpoint_cpu_offload`` as an object; ``true`` is an empty one."""
+    """``alst.activation_checkpoint_cpu_offload`` as an object; ``true`` is an empty object."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     nvme_path: str | None = Field(default=None, min_length=1, strict=True)
-    """A folder on a fast disk, which must be there, for what the host has no room for."""
+    """Existing folder on a fast disk, for activations that exceed the host memory."""
 
     host_budget: Literal["auto"] | int = "auto"
-    """Bytes of a host's memory that the activations of all its ranks may take; "auto" is what the host has to spare."""
+    """Bytes of a host's memory for the activations of all its ranks; "auto" is the spare memory of the host."""
 
     keep_last: int = Field(default=1, ge=0, strict=True)
-    """Layers at the end of the model whose tensors stay on the device: the backward wants them at once."""
+    """Number of last layers whose tensors stay on the device: the backward needs them at once."""
 
     @field_validator("host_budget", mode="before")
     @classmethod
@@ -170,36 +170,36 @@ class AlstBlock(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     pad_to_multiple_of: Literal["auto"] | int = "auto"
-    """Whole sequences are padded on the right to a multiple of this many tokens; "auto" is 256 x SP."""
+    """Multiple of tokens to which whole sequences are padded on the right; "auto" is 256 x SP."""
 
     expandable_segments: bool | None = Field(default=None, strict=True)
-    """The CUDA allocator's expandable segments; unset means on wherever there is CUDA."""
+    """Expandable segments of the CUDA allocator; unset means on if there is CUDA."""
 
     reduction: ReductionBlock = Field(default_factory=ReductionBlock)
-    """Slices and bucket size of the gradient reduction."""
+    """Slice size and bucket size of the gradient reduction."""
 
     tiled_mlp_compute: TiledMlpBlock | None = None
-    """MLPs and experts tile by tile: true, false or an object."""
+    """Tiling of MLPs and experts: true, false or an object."""
 
     tiled_logits_loss: TiledLossBlock | Literal["auto"] | None = "auto"
-    """Logits and loss tile by tile: true, "torch", "triton", "liger", false, an object, or "auto": where sequences
-    are split, or where Liger's loss is asked for."""
+    """Tiling of logits and loss: true, "torch", "triton", "liger", false, an object, or "auto": on if sequences are
+    sharded or Liger's loss is requested."""
 
     liger_kernel: LigerBlock | Literal["auto", True, False] = "auto"
-    """Liger's kernels: true, false, an object of parts, or "auto": on a GPU, where Liger knows the model."""
+    """Liger kernels: true, false, an object of parts, or "auto": on a GPU, if Liger supports the model."""
 
     activation_checkpoint_cpu_offload: OffloadBlock | None = None
-    """Checkpointed layer inputs on the host, and on disk: true, false or an object. Turns checkpointing on."""
+    """Offload of checkpointed layer inputs to host and disk: true, false or an object. Enables checkpointing."""
 
     check_model: bool = Field(default=True, strict=True)
-    """Compare the live model whole against split before the first step: true or false."""
+    """Comparison of the live model, unsharded against sharded, before the first step: true or false."""
 
     save_attention_output: bool | Literal["auto"] = "auto"
-    """Attention's output and log-sum-exp kept for the backward, where layers are checkpointed: true, false, or "auto":
-    with the offload, where the copy hides behind the computation and the host has room."""
+    """Attention output and log-sum-exp kept for the backward of checkpointed layers: true, false, or "auto": with the
+    offload, if the copy overlaps with computation and the host has memory."""
 
     memory_lean_layer: Any = False
-    """The memory-lean layer schedule. Not available in this version."""
+    """Memory-lean layer schedule. Not available in this version."""
 
     @field_validator("pad_to_multiple_of", mode="before")
     @classmethod
@@ -249,7 +249,7 @@ class AlstBlock(BaseModel):
     @field_validator("liger_kernel")
     @classmethod
     def _one_loss(cls, value: Any, info: Any) -> Any:
-        """Liger's loss is the tiled loss by another backend."""
+        """Raise ValueError if Liger's loss contradicts tiled_logits_loss, of which it is a backend."""
         part = value.fused_linear_cross_entropy if isinstance(value, LigerBlock) else None
         loss = info.data.get("tiled_logits_loss", "auto")
         if part and loss is None:

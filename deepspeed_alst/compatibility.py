@@ -1,7 +1,7 @@
-"""Which features of DeepSpeed go together with sequence parallelism: right, or refused by name. Pure.
+"""DeepSpeed's features under sequence parallelism: supported, or rejected with the key's name. Pure.
 
-A row is a feature, the ds_config that asks for it, and the verdict. ``docs/compatibility.md`` is this table, and every
-row has a test: a "right" row trains and is compared with SP=1, a "refused" row is refused with its sentence.
+A row is a feature, the ds_config that enables it, and the verdict. ``docs/compatibility.md`` is this table, and every
+row has a test: a "right" row trains and is compared with SP=1, a "refused" row raises ConfigError with its message.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from deepspeed_alst.words import shown
 
 @dataclass(frozen=True)
 class Feature:
-    """One row: what is asked for, where in the JSON, and why it is refused (empty: it goes together with SP)."""
+    """One row: name, JSON path, predicate on the ds_config, and the reason to reject it (empty if supported)."""
 
     name: str
     path: str
@@ -24,7 +24,7 @@ class Feature:
 
 
 def _setting(ds_config: Config, path: str) -> Any:
-    """The value at a path; "auto" is DeepSpeed's default, which asks for nothing."""
+    """Return the value at a path; None for "auto", DeepSpeed's default, which enables nothing."""
     value = value_at(ds_config, path)
     return None if value == "auto" else value
 
@@ -45,22 +45,22 @@ def _above_one(path: str) -> Callable[[Config], bool]:
     def asked(ds_config: Config) -> bool:
         value = _setting(ds_config, path)
         try:
-            # DeepSpeed reads "2" as 2. The negation counts NaN in.
+            # DeepSpeed reads "2" as 2; the negation includes NaN.
             return value is not None and not float(value) <= 1
-        except (TypeError, ValueError, OverflowError):  # no number: whatever is meant, it is asked for
+        except (TypeError, ValueError, OverflowError):  # not a number: counts as enabled
             return True
 
     return asked
 
 
 def _at(*stages: int) -> Callable[[Callable[[Config], bool]], Callable[[Config], bool]]:
-    """Where the stage of ZeRO is one of these: others do not read the key."""
+    """Restrict a predicate to these ZeRO stages; other stages do not read the key."""
     words = {*stages, *map(str, stages)}
     return lambda asked: lambda c: value_at(c, "zero_optimization.stage", 0) in words and asked(c)
 
 
 def _one_of(path: str, word: str) -> Callable[[Config], bool]:
-    """Whether a list has a word."""
+    """Return a predicate for a list that contains a word."""
 
     def asked(ds_config: Config) -> bool:
         value = value_at(ds_config, path)
@@ -190,7 +190,7 @@ FEATURES = (
         _REMOVED,
     ),
     Feature("MiCS", "zero_optimization.mics_shard_size", _given("zero_optimization.mics_shard_size"), _REMOVED),
-    # Any block switches it on, an empty one too.
+    # Any block enables it, even an empty one.
     Feature("ZenFlow", "zero_optimization.zenflow", _given("zero_optimization.zenflow"), _UNVERIFIED),
     Feature(
         "SuperOffload",
@@ -236,7 +236,7 @@ FEATURES = (
     Feature(
         "data_efficiency",
         "data_efficiency",
-        # DeepSpeed's engine asks the inner switches, and not the outer one.
+        # DeepSpeed's engine reads the inner switches, not the outer one.
         lambda c: any(
             _on(f"data_efficiency{inner}")(c)
             for inner in ("", ".data_sampling.curriculum_learning", ".data_routing.random_ltd")
@@ -263,10 +263,10 @@ FEATURES = (
 
 
 def check_features(ds_config: Config) -> None:
-    """Refuse what does not go together with sequence parallelism.
+    """Raise ConfigError if a feature does not work with sequence parallelism.
 
     Raises:
-        ConfigError: one line for each refused feature: JSON path, value, why, way out.
+        ConfigError: one line per rejected feature: JSON path, value, reason, remedy.
     """
     lines = wrong_blocks(ds_config)
     for feature in FEATURES:

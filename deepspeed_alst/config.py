@@ -1,7 +1,7 @@
-"""The JSON's interface: what of a ds_config belongs to this package, parsed, checked, frozen. Pure: no torch, no I/O.
+"""This package's part of a ds_config: parsed, checked, frozen. Pure: no torch, no I/O.
 
-``parse`` checks the keys by themselves, ``check_world`` against the number of ranks, ``check_heads`` against the model.
-Each reports everything it finds in one ConfigError, a line per key: JSON path, value, way out.
+``parse`` checks the keys alone, ``check_world`` against the number of ranks, ``check_heads`` against the model. Each
+reports all problems in one ConfigError, a line per key: JSON path, value, remedy.
 """
 
 import difflib
@@ -26,21 +26,21 @@ _BLOCKS: dict[str, type[BaseModel]] = {
 }
 
 
-# Into the path of a value that may be a block or a word, pydantic puts which of them it took it for.
+# Union types: pydantic inserts the chosen member into the error path.
 _UNIONS = ("tiled_logits_loss", "liger_kernel")
-# More than any block of DeepSpeed's has. Python copies, compares and prints by recursion, and stops at a thousand.
+# Deeper than any block of DeepSpeed's. Python copies, compares and prints recursively, up to about 1000 levels.
 _DEEPEST = 100
-# No key of this package's is half as long; comparing takes time by the square of the length.
+# This package's keys are less than half as long; comparison time is quadratic.
 _LONGEST_NAME = 100
 
-# Where keys of the inner blocks belong.
+# Full paths of the inner blocks' keys.
 _NESTED = {
     key: " or ".join(f"alst.{name}.{key}" for name, block in _BLOCKS.items() if key in block.model_fields)
     for block in _BLOCKS.values()
     for key in block.model_fields
 }
 
-# Keys of which ranks with different values would wait for one another, or step apart.
+# Ranks with different values of these keys would deadlock or diverge.
 SAME_ON_ALL_RANKS = (
     "sequence_parallel_size",
     "seq_parallel_communication_data_type",
@@ -56,18 +56,18 @@ SAME_ON_ALL_RANKS = (
 
 
 class AlstConfig(BaseModel):
-    """Everything in a ds_config that this package acts on."""
+    """All keys of a ds_config that this package acts on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     sequence_parallel_size: int = Field(default=1, ge=1, strict=True)
-    """SP degree: how many ranks share one sequence."""
+    """SP degree: number of ranks that share one sequence."""
 
     seq_parallel_communication_data_type: ReductionDtype = "fp32"
-    """What gradients are summed in under SP."""
+    """Dtype of gradient sums under SP."""
 
     alst: AlstBlock = Field(default_factory=AlstBlock)
-    """The block of this package's own keys."""
+    """Block of this package's own keys."""
 
     @field_validator("sequence_parallel_size", mode="before")
     @classmethod
@@ -82,14 +82,14 @@ class AlstConfig(BaseModel):
     @field_validator("seq_parallel_communication_data_type", mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
-        # DeepSpeed lowers it too (deepspeed.runtime.config.get_communication_data_type).
+        # DeepSpeed lowercases it too (deepspeed.runtime.config.get_communication_data_type).
         text = value.lower() if isinstance(value, str) else value
         if not isinstance(text, str) or text not in get_args(ReductionDtype):
             raise ValueError(f"use one of {', '.join(get_args(ReductionDtype))}")
         return text
 
     def tiled_loss(self) -> TiledLossBlock | None:
-        """The settings of tiled logits and loss; None where they stay whole."""
+        """Return the settings of tiled logits and loss; None if they are not tiled."""
         if self.alst.tiled_logits_loss == "auto":
             liger = self.alst.liger_kernel
             asked = liger if isinstance(liger, bool) else getattr(liger, "fused_linear_cross_entropy", None)
@@ -97,17 +97,17 @@ class AlstConfig(BaseModel):
         return self.alst.tiled_logits_loss
 
     def padding_multiple(self) -> int:
-        """Tokens that a whole sequence is padded to a multiple of; always a multiple of the SP degree."""
+        """Return the padding multiple of whole sequences, in tokens; always a multiple of the SP degree."""
         if self.alst.pad_to_multiple_of == "auto":
             return 256 * self.sequence_parallel_size
         return self.alst.pad_to_multiple_of
 
 
 def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
-    """Read this package's keys out of a ds_config.
+    """Parse this package's keys of a ds_config.
 
     Raises:
-        ConfigError: any of them is unknown, out of range or not available; one line for each.
+        ConfigError: keys are unknown, out of range or unavailable; one line per key.
     """
     if (bottom := _too_deep(ds_config)) is not None:
         raise ConfigError(f"{bottom}: objects and lists lie more than {_DEEPEST} deep in one another.")
@@ -125,7 +125,7 @@ def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
     try:
         config = AlstConfig.model_validate(given)
     except ValidationError as error:
-        # Of a value that may also be "auto", pydantic says that it is not that either.
+        # For a value that may be "auto", pydantic also reports that it is not "auto".
         problems += [_line(each, beside) for each in error.errors() if each["type"] != "literal_error"]
         raise ConfigError("\n".join([*problems, *_padding_problem(ds_config)])) from None
     problems += _padding_problem(ds_config)
@@ -135,12 +135,12 @@ def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
 
 
 def block_of(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``alst`` block, with ALST's own names that may stand beside it."""
+    """Return the ``alst`` block merged with ALST's own names at the top level."""
     return {key: ds_config[key] for key in TOP_KEYS if key in ds_config} | dict(ds_config.get("alst") or {})
 
 
 def _padding_problem(ds_config: Mapping[str, Any]) -> list[str]:
-    """Of the raw values: it is to be said beside whatever else is wrong."""
+    """Check the padding multiple on raw values, so that it is reported along with other problems."""
     block, sp_size = ds_config.get("alst"), ds_config.get("sequence_parallel_size", 1)
     multiple = block.get("pad_to_multiple_of", "auto") if isinstance(block, Mapping) else "auto"
     if type(multiple) is not int or type(sp_size) is not int or multiple < 1 or sp_size < 1 or not multiple % sp_size:
@@ -152,10 +152,10 @@ def _padding_problem(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def _too_deep(ds_config: Mapping[str, Any]) -> str | None:
-    """The path of something that lies too deep, None if nothing does. A loop: recursion is what it guards."""
+    """Return the path of a value nested too deep, or None. Iterative, as it guards against recursion."""
     level: list[tuple[str, Any]] = [(as_word(str(key)), value) for key, value in ds_config.items()]
     for _ in range(_DEEPEST):
-        # Of a path only its start is kept: it is there to find the place, and names may be long.
+        # Only a path's start is kept: it locates the value, and names may be long.
         level = [
             (f"{path}.{as_word(str(key))}" if len(path) < _LONGEST_NAME else path, inner)
             for path, value in level
@@ -168,20 +168,20 @@ def _too_deep(ds_config: Mapping[str, Any]) -> str | None:
 
 
 def fits_heads(degree: int, num_heads: int, num_kv_heads: int) -> bool:
-    """Whether an SP degree can split these heads."""
+    """Return True if an SP degree can split these heads."""
     return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
 
 
 def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int, str]] = ()) -> None:
-    """Refuse an SP degree that does not divide the number of ranks.
+    """Raise ConfigError if the SP degree does not divide the number of ranks.
 
     Args:
-        config: this package's keys.
-        world_size: ranks.
-        heads: heads, key/value heads and whose they are, where they are known.
+        config: this package's config.
+        world_size: number of ranks.
+        heads: heads, KV heads and their owner, if known.
 
     Raises:
-        ConfigError: with the degrees that would do.
+        ConfigError: with the valid degrees.
     """
     sp_size = config.sequence_parallel_size
     if world_size % sp_size:
@@ -198,11 +198,11 @@ def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, 
 def check_heads(
     config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
 ) -> None:
-    """Refuse an SP degree that cannot split these heads, of attention or of a scan, over ``world_size`` ranks.
+    """Raise ConfigError if the SP degree cannot split these heads, of attention or a scan.
 
     Raises:
-        ConfigError: SP does not divide the query heads, or neither of SP and the kv heads divides the other; with
-            the degrees that would do.
+        ConfigError: SP does not divide the query heads, or neither of SP and the KV heads divides the other; with the
+            valid degrees for ``world_size`` ranks.
     """
     sp_size = config.sequence_parallel_size
     heads, shared = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups of them")
@@ -215,7 +215,7 @@ def check_heads(
             why = f"is more than the model's {num_heads} {heads}"
     else:
         why = f"and the model's {num_kv_heads} {shared} do not divide one another"
-    # No number divides 0 with a rest: without a world every degree is in it.
+    # A world size of 0 (unknown) allows every degree.
     fitting = [n for n in range(1, num_heads + 1) if not world_size % n and fits_heads(n, num_heads, num_kv_heads)]
     raise ConfigError(
         f"sequence_parallel_size={shown(sp_size)} {why}. Use one of {fitting}; "
@@ -224,13 +224,13 @@ def check_heads(
 
 
 def nearest(name: str, known: Any) -> str:
-    """The sentence that names the closest known key, or all of them."""
+    """Return a sentence with the closest known key, or with all of them."""
     found = difflib.get_close_matches(name[:_LONGEST_NAME], list(known), n=1, cutoff=0.6)
     return f" Did you mean '{found[0]}'?" if found else f" Known are {', '.join(known)}."
 
 
 def _line(error: Any, beside: Sequence[str] = ()) -> str:
-    """The sentence of one of pydantic's errors; keys ``beside`` the block are at the top level."""
+    """Format one pydantic error; keys in ``beside`` are at the top level."""
     loc = [str(part) for part in error["loc"]]
     if len(loc) > 2 and loc[1] in _UNIONS:
         del loc[2]
@@ -246,7 +246,7 @@ def _line(error: Any, beside: Sequence[str] = ()) -> str:
 
 
 def _unknown(key: str, block: type[BaseModel]) -> str:
-    """Say where a key belongs that a block does not know."""
+    """Return a hint about the right place of a key that a block does not know."""
     place = place_of(key, OURS) or ""
     if key in AlstConfig.model_fields or key in DEEPSPEED_KEYS:
         return f"belongs at the top level of the ds_config, as {key}."

@@ -1,6 +1,6 @@
-"""A ds_config as DeepSpeed reads it, a dict, a file or base64 in hjson; and whether it asks for this package.
+"""Reading of a ds_config as DeepSpeed reads it (dict, file, or base64 in hjson), and detection of this package's keys.
 
-Light, for the gate and for ``ds_alst report``.
+Lightweight, for the gate and for ``ds_alst report``.
 """
 
 import base64
@@ -9,17 +9,17 @@ from typing import Any
 
 from deepspeed_alst.near_misses import SP, TOP_KEYS
 
-# Keys that are this package's alone, whose "auto" nobody else fills in.
+# Only this package reads these keys, so nothing else resolves their "auto".
 OWN_KEYS = ("alst", *TOP_KEYS)
 _OPTIONS = ("--deepspeed", "--deepspeed_config", "--deepscale_config")
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """Read a ds_config from a path or from base64, like deepspeed.runtime.tensor_parallel.init_utils.load_ds_config.
+    """Read a ds_config from a path or base64, like deepspeed.runtime.tensor_parallel.init_utils.load_ds_config.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is neither; it holds no object; it has a key twice.
+        ValueError: the text is neither, holds no object, or has a duplicate key.
     """
     import hjson  # type: ignore[import-untyped]  # DeepSpeed's own reader: comments, trailing commas
 
@@ -29,7 +29,7 @@ def read_config(text: str) -> dict[str, Any]:
                 ds_config = hjson.load(file, object_pairs_hook=_without_duplicates)
         else:
             ds_config = hjson.loads(base64.urlsafe_b64decode(text).decode("utf-8"))
-    except (RecursionError, OverflowError) as error:  # endless nesting, endless numbers
+    except (RecursionError, OverflowError) as error:  # deep nesting, huge numbers
         raise ValueError(str(error)) from error
     if not isinstance(ds_config, dict):
         raise ValueError("it holds no JSON object; put the keys into { }")
@@ -45,21 +45,21 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def config_on_command_line(argv: list[str]) -> str | None:
-    """What follows ``--deepspeed`` or ``--deepspeed_config``, as the launcher's programs are given it."""
+    """Return the value of ``--deepspeed`` or ``--deepspeed_config``, as the launcher passes it."""
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         given = value if equals else following
-        # DeepSpeed's own --deepspeed is a switch beside --deepspeed_config.
+        # DeepSpeed's own --deepspeed is a flag next to --deepspeed_config.
         if option in _OPTIONS and given and not given.startswith("-"):
             return given
     return None
 
 
 def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The ds_config as a dict, from wherever ``deepspeed.initialize`` would take it; None if there is none to read.
+    """Return the ds_config as a dict from the arguments of ``deepspeed.initialize``; None if unreadable.
 
-    ``config`` (dict or path), else ``config_params``, else what ``args`` has under DeepSpeed's names. What cannot be
-    read is left for DeepSpeed to complain about.
+    The source is ``config`` (dict or path), else ``config_params``, else ``args`` under DeepSpeed's names. DeepSpeed
+    itself reports a config that cannot be read.
     """
     config = arguments.get("config")
     if config is None:
@@ -76,12 +76,12 @@ def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None, mesh: Any = None) -> bool:
-    """Whether the package acts: a key of its own, or ``sequence_parallel_size`` > 1 that is nobody else's.
+    """Return True if the config has a key of this package, or a ``sequence_parallel_size`` > 1 for it alone.
 
     Args:
-        ds_config: as ``find_config`` finds it.
-        mpu: an mpu of the program's.
-        mesh: the ``mesh_param`` of DeepSpeed's own sequence parallelism; ``data_parallel_size`` asks for it too.
+        ds_config: result of ``find_config``.
+        mpu: the program's mpu.
+        mesh: ``mesh_param`` of DeepSpeed's own sequence parallelism; ``data_parallel_size`` requests it too.
     """
     if not isinstance(ds_config, dict):
         return False

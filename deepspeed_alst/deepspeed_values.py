@@ -13,7 +13,7 @@ _BLOCKS = ("bf16", "fp16", "zero_optimization.offload_optimizer", "zero_optimiza
 
 
 def value_at(ds_config: Config, path: str, default: Any = None) -> Any:
-    """The value at a dotted JSON path, or the default where any part of it is missing."""
+    """Return the value at a dotted JSON path, or the default if any part is missing."""
     value: Any = ds_config
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -23,10 +23,10 @@ def value_at(ds_config: Config, path: str, default: Any = None) -> Any:
 
 
 def zero_stage(ds_config: Config) -> int:
-    """The stage of ZeRO, read as DeepSpeed reads it: ``"3"`` is 3, and ``"auto"`` its default.
+    """Return the ZeRO stage as DeepSpeed reads it: ``"3"`` is 3, and ``"auto"`` its default.
 
     Raises:
-        ConfigError: no stage that there is, or a ``zero_optimization`` that is no object.
+        ConfigError: the stage does not exist, or ``zero_optimization`` is not an object.
     """
     block = ds_config.get("zero_optimization")
     if block is not None and not isinstance(block, Mapping):
@@ -40,7 +40,7 @@ def zero_stage(ds_config: Config) -> int:
 
 
 def wrong_blocks(ds_config: Config) -> list[str]:
-    """A line for each block that is no object, and for two half precisions at once."""
+    """Return a line for each block that is not an object, and for two half precisions at once."""
     lines = [
         f"{path}: must be an object (got {shown(block)})."
         for path in _BLOCKS
@@ -52,14 +52,14 @@ def wrong_blocks(ds_config: Config) -> list[str]:
 
 
 def check_numbers(ds_config: Config) -> None:
-    """Refuse numbers that would fail in the middle of a step.
+    """Raise ConfigError for numbers that would fail in the middle of a step.
 
     Raises:
-        ConfigError: ``steps_per_print`` is no whole number above 0, or ``gradient_clipping`` is no number.
+        ConfigError: ``steps_per_print`` is not a positive integer, or ``gradient_clipping`` is not a number.
     """
     lines = []
     steps = ds_config.get("steps_per_print")
-    # accelerate says infinity for never.
+    # accelerate uses infinity for never.
     if steps is not None and (type(steps) not in (int, float) or steps < 1 or (math.isfinite(steps) and steps % 1)):
         lines.append(f"steps_per_print: must be a whole number above 0, or null for never (got {shown(steps)}).")
     clipping = ds_config.get("gradient_clipping", "auto")
@@ -70,7 +70,7 @@ def check_numbers(ds_config: Config) -> None:
 
 
 def idle_checkpointing(ds_config: Config) -> str:
-    """Say that DeepSpeed's activation checkpointing does nothing for these models, where it is set; else empty."""
+    """Return a warning if DeepSpeed's activation checkpointing is set, which these models ignore; else empty."""
     block = ds_config.get("activation_checkpointing")
     set_here = [each for each in block.items() if each[1]] if isinstance(block, Mapping) else []
     if not set_here:

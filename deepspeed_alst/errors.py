@@ -1,45 +1,45 @@
-"""What this package raises. All are ValueErrors, so a program that catches those catches these."""
+"""Exceptions of this package. All are ValueErrors, so a handler of ValueError catches them."""
 
 
 class AlstError(ValueError):
-    """Base of every error that this package raises for a user to read."""
+    """Base of all user-facing errors of this package."""
 
 
 class ConfigError(AlstError):
-    """A ds_config key that cannot be honoured; the message lists every such key with its JSON path."""
+    """Unsupported keys in a ds_config; the message lists each with its JSON path."""
 
 
 class ShapeError(AlstError):
-    """Sizes that do not fit together: heads and ranks, lengths, dims."""
+    """Inconsistent sizes: heads and ranks, lengths, dims."""
 
 
 class UnsupportedModelError(AlstError):
-    """A model, or a part of one, whose gradients under sequence parallelism are not verified."""
+    """Model, or part of one, whose gradients under sequence parallelism are not verified."""
 
 
 class DataError(AlstError):
-    """A batch or a loader that sequence parallelism cannot use as it is."""
+    """Batch or loader that sequence parallelism cannot use."""
 
 
 class CheckpointError(AlstError):
-    """A checkpoint that cannot be written, or loaded: missing, incomplete, of another model, not convertible."""
+    """Checkpoint that cannot be written or loaded: missing, incomplete, of another model, not convertible."""
 
 
 class SetupError(AlstError):
-    """The environment: an untested DeepSpeed, a stale build lock, an engine that averages by another number."""
+    """Bad environment: an untested DeepSpeed, a stale build lock, an engine with a wrong averaging factor."""
 
 
 class OffloadError(AlstError):
-    """Activations that could not be put aside or brought back: a full disk, a failing one, one that does not answer."""
+    """Activations that cannot be offloaded or fetched: the disk is full, fails, or does not respond."""
 
 
 class NonFiniteLossError(AlstError):
-    """A NaN or Inf loss: which step, micro-step and batch it is of. The optimizer step was dropped whole."""
+    """NaN or Inf loss, with its step, micro-step and batch. The whole optimizer step was dropped."""
 
 
 class NonFiniteGradientError(NonFiniteLossError):
-    """A NaN or Inf gradient with finite losses: which step and parameter. The optimizer step was dropped whole."""
+    """NaN or Inf gradient with finite losses, with its step and parameter. The whole optimizer step was dropped."""
 
 
 class RankLostError(AlstError, RuntimeError):
-    """A collective failed, as another rank has ended or does not answer. A RuntimeError, too, as torch's own is."""
+    """Failed collective: another rank has ended or does not respond. A RuntimeError too, like torch's own."""

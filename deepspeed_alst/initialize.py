@@ -1,8 +1,8 @@
-"""The story of a call of ``deepspeed.initialize``, in the order of the data's way.
+"""Steps of a ``deepspeed.initialize`` call, in data-flow order.
 
     ds_config["alst"] -> typed config -> checks (world, model) -> process groups -> loader -> model patches -> engine
 
-The only place where toggles are read.
+Toggles are read here only.
 """
 
 import contextlib
@@ -60,18 +60,18 @@ DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 def initialize(
     original: DeepSpeedInitialize, arguments: dict[str, Any], ds_config: dict[str, Any]
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for a ds_config that asks for this package.
+    """Run ``deepspeed.initialize`` for a ds_config that enables this package.
 
     Args:
         original: DeepSpeed's own function.
         arguments: the caller's arguments, by name.
-        ds_config: the configuration among them, as a dict.
+        ds_config: the config among them, as a dict.
 
     Returns:
-        What DeepSpeed returns: engine, optimizer, training loader (sharded), learning-rate scheduler.
+        DeepSpeed's results: engine, optimizer, training loader (sharded), learning-rate scheduler.
 
     Raises:
-        AlstError: on all ranks, whichever of them saw the reason, and before any weight has changed.
+        AlstError: on all ranks, whichever rank found the problem, and before any weight changes.
     """
     check_deepspeed()
     upstream = arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
@@ -116,13 +116,13 @@ def _read(ds_config: dict[str, Any]) -> tuple[AlstConfig, int, str]:
 def _tile(
     model: Any, config: AlstConfig, stage: int, calls: Calls, adopted: bool, group: Any, patches: PatchSet
 ) -> list[tuple[str, str]]:
-    """Put Liger's kernels on, and into tiles what the config says; returns rows of the report."""
+    """Apply Liger kernels and the configured tiles; return the rows of the report."""
     take(model, patches)
-    load_tile_ops(get_accelerator().device_name())  # a build takes up to a minute, which is not a step's
+    load_tile_ops(get_accelerator().device_name())  # built outside of a step: it takes up to a minute
     liger = use_liger(model, config, get_accelerator().device_name(), group, patches)
     mlp, loss = config.alst.tiled_mlp_compute, config.tiled_loss()
     if adopted and config.alst.tiled_logits_loss == "auto":
-        loss = None  # such a program may make its own loss of the logits
+        loss = None  # such a program may compute its own loss from the logits
     if loss is not None and loss.backend == "auto" and liger.makes_loss:
         loss = loss.model_copy(update={"backend": "liger"})
     if loss is not None or config.sequence_parallel_size > 1:
@@ -141,7 +141,7 @@ def _tile(
 
 
 def _fuses(config: AlstConfig, liger: LigerUse) -> bool:
-    """Whether norms and rotary embedding run this package's ops: on a GPU, where Liger's are neither there nor off."""
+    """Return True if this package's norm and rotary ops run: on a GPU, with Liger neither active nor off."""
     return config.alst.liger_kernel == "auto" and not liger.patched and get_accelerator().device_name() == "cuda"
 
 
@@ -222,7 +222,7 @@ def _attach_session(
 
 
 def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
-    """Make the processes' rendezvous early; returns all ranks' group. ConfigError where ds_configs differ."""
+    """Initialize torch.distributed early; return a group of all ranks. ConfigError if ds_configs differ."""
     check_build_lock()
     deepspeed.comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
@@ -234,7 +234,7 @@ def _start(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
 
 
 def _check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> None:
-    """Refuse what the call brings, in the ds_config and beside it, and sequence parallelism cannot use."""
+    """Raise ConfigError for arguments and keys that sequence parallelism cannot use."""
     check_features(ds_config)
     problems = []
     if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
@@ -271,7 +271,7 @@ def _deepspeed_arguments(
     ours, bucket = reduction_keys(ds_config, config, arguments["model"], session.groups.control_group)
     passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
     if arguments.get("config") is None and arguments.get("config_params") is None:
-        # The configuration came in args. DeepSpeed refuses two, so `ours` takes its place there.
+        # The config came in args. DeepSpeed rejects two, so `ours` replaces it there.
         args = copy.copy(arguments["args"])
         args.deepspeed_config, args.deepscale_config = ours, None
         return {**passed, "args": args, "mpu": session.mpu}, bucket

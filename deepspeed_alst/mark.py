@@ -1,4 +1,4 @@
-"""The mark on a model that an engine of ours has: its forward is no longer the one that it came with."""
+"""Mark on a model that an engine of this package has patched."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ _MARK = "_deepspeed_alst_engine"
 
 
 def take(model: Any, patches: PatchSet) -> None:
-    """Mark a model as an engine's."""
-    if hasattr(model, "__dict__"):  # else it is DeepSpeed's to refuse
+    """Mark a model as patched by an engine."""
+    if hasattr(model, "__dict__"):  # DeepSpeed rejects other types
         patches.set(model, _MARK, True)
 
 
 def is_taken(model: Any) -> bool:
-    """Whether an engine has the model."""
+    """Return True if an engine has patched the model."""
     return _MARK in getattr(model, "__dict__", {})

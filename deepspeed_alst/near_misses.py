@@ -1,6 +1,6 @@
-"""Keys of a ds_config that miss this package's by a little: misspelt, another program's, in the wrong place.
+"""Near misses of this package's keys in a ds_config: misspelt, from another program, or in the wrong place.
 
-Light, standard library alone: the gate looks through every ds_config. DeepSpeed ignores what it does not know.
+Standard library only: the gate checks every ds_config. DeepSpeed ignores unknown keys.
 """
 
 import re
@@ -24,13 +24,13 @@ BLOCK_KEYS = (
     "save_attention_output",
     "memory_lean_layer",
 )
-# Keys of the block that ALST has at the top level (arXiv:2506.13996), where they work too.
+# Keys of the block that ALST has at the top level (arXiv:2506.13996); they work there too.
 TOP_KEYS = ("activation_checkpoint_cpu_offload", "tiled_mlp_compute")
 
-# Where each key belongs.
+# Full path of each key.
 OURS = {**{name: name for name in (SP, DTYPE, "alst")}, **{key: f"alst.{key}" for key in BLOCK_KEYS}}
 OURS |= {key: key for key in TOP_KEYS}
-# Names for the same thing: a pattern of the normal form, the place of our key, and who has it.
+# Synonyms: pattern of the normalized name, path of this package's key, origin.
 ALIASES = (
     ("sp|spsize|spdegree", SP, "accelerate's ParallelismConfig, ColossalAI: sp_size"),
     ("cp|cpsize|contextparallel.*", SP, "Megatron-LM: --context-parallel-size; torchtitan: context_parallel_degree"),
@@ -52,7 +52,7 @@ ALIASES = (
     ),
     ("reducebucketsize", "zero_optimization.reduce_bucket_size", "DeepSpeed, in zero_optimization"),
 )
-# What DeepSpeed 0.19 reads at the top level, and what it has read in earlier versions.
+# Top-level keys of DeepSpeed 0.19 and of earlier versions.
 _DEEPSPEEDS = """
     activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
     compile compression_training csv_monitor curriculum_learning data_efficiency data_parallel_size data_types
@@ -66,21 +66,21 @@ _DEEPSPEEDS = """
     zero_optimization
 """
 DEEPSPEED_KEYS = frozenset(_DEEPSPEEDS.split())
-# The similarity (difflib) from which on a name is taken for a misspelt one. communication_data_type is 0.79 of ours,
-# and 'aslt' 0.75 of 'alst'; of so few letters the first must be right, or 'last' would be near too.
+# Similarity (difflib) from which a name counts as misspelt. communication_data_type has 0.79 with a key of this
+# package, 'aslt' 0.75 with 'alst'; in short names the first letter must match, or 'last' would be close too.
 _CLOSE, _CLOSE_SHORT, _SHORT = 0.82, 0.74, 5
-# No key is half as long; comparing takes time by the square of the length.
+# Keys are less than half as long; comparison time is quadratic.
 _LONGEST_NAME = 100
-# Inside DeepSpeed's blocks; its deepest has three levels.
+# Depth limit in DeepSpeed's blocks, which have up to three levels.
 _DEEPEST = 4
 
 
 def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Yield a line for each key that DeepSpeed does not know and that is nearly one of ours.
+    """Yield a line for each key unknown to DeepSpeed that is close to one of this package's.
 
     Args:
-        ds_config: all of it.
-        nested: keys of the inner blocks, and where each belongs.
+        ds_config: the whole ds_config.
+        nested: keys of the inner blocks and their full paths.
     """
     places = {**(nested or {}), **OURS}
     for key, value in ds_config.items():
@@ -93,7 +93,7 @@ def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None =
 
 
 def ignored(ds_config: Mapping[str, Any]) -> list[str]:
-    """List what a ds_config without SP and without a block seems to ask of this package."""
+    """List the keys meant for this package in a ds_config that does not enable it."""
     asking = {key: value for key, value in ds_config.items() if not _is_off(value)}
     lines = [*near_misses(asking)]
     if DTYPE in asking and ds_config.get(SP, 1) == 1:
@@ -108,7 +108,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _inside(path: str, block: Any, depth: int = 1) -> Iterator[str]:
-    """Yield a line for each key of the top level that stands in a block of DeepSpeed's."""
+    """Yield a line for each of this package's top-level keys inside a block of DeepSpeed's."""
     if not isinstance(block, Mapping) or depth == _DEEPEST:
         return
     places = {name: name for name in (SP, DTYPE, "alst", *TOP_KEYS)}
@@ -129,12 +129,12 @@ def _sentence(key: str, place: str) -> str:
 
 
 def place_of(key: str, places: Mapping[str, str] = OURS, others: Iterable[str] = DEEPSPEED_KEYS) -> str | None:
-    """Find the place of the key of ours that a key is, nearly is, or is another name of.
+    """Return the path of this package's key that a key equals, resembles or is a synonym of.
 
     Args:
-        key: that a user wrote.
-        places: our keys, and where each belongs.
-        others: keys that it may be nearer to.
+        key: key as the user wrote it.
+        places: this package's keys and their paths.
+        others: keys that it may resemble more.
     """
     name = _normal(key[:_LONGEST_NAME])
     known = {_normal(each): place for each, place in places.items()}

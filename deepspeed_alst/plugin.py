@@ -1,7 +1,6 @@
-"""The gate in front of ``deepspeed.initialize``: reads the config, and loads the package only if it asks for it.
+"""Gate in front of ``deepspeed.initialize``: reads the config, and loads the package only if the config enables it.
 
-Runs in every process that imports deepspeed or transformers, so it holds little but the question "is this config for
-us?".
+Runs in every process that imports deepspeed or transformers, so it contains little beyond that check.
 """
 
 import inspect
@@ -19,10 +18,10 @@ from deepspeed_alst.near_misses import ignored
 
 
 def hook_initialize(deepspeed: ModuleType) -> None:
-    """Put the gate in front of ``deepspeed.initialize``; a second call does nothing."""
+    """Wrap ``deepspeed.initialize`` with the gate; a second call does nothing."""
     wrap_once(deepspeed, "initialize", _before_initialize)
     if is_wanted(_command_line_config()):
-        # DeepSpeed builds its CPU op where the ranks meet, which zero.Init or the program may do before initialize.
+        # DeepSpeed builds its CPU op in init_distributed, which zero.Init or the program may call before initialize.
         for holder in _holders(deepspeed):
             wrap_once(holder, "init_distributed", _check_lock_before)
 
@@ -31,7 +30,7 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def initialize(*args, **kwargs):
-        # A call that does not fit the signature is DeepSpeed's to refuse.
+        # DeepSpeed rejects a call that does not match the signature.
         try:
             arguments = signature.bind(*args, **kwargs).arguments
         except TypeError:
@@ -52,7 +51,7 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _warn_of(lines: list[str]) -> None:
-    """Print one line for all keys that do nothing; each rank for itself, as each has a ds_config of its own."""
+    """Print one line for all ignored keys, on every rank, since each has its own ds_config."""
     if lines:
         print(f"deepspeed_alst: the ds_config switches nothing on here; {' '.join(lines)}", file=sys.stderr)
 
@@ -77,31 +76,31 @@ def _check_lock_before(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _holders(deepspeed: ModuleType) -> tuple[Any, ...]:
-    """Where DeepSpeed looks ``init_distributed`` up; zero.Init has a name of its own for it."""
+    """Return the modules in which DeepSpeed looks up ``init_distributed``; zero.Init has its own reference."""
     return deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters
 
 
 def unhook_initialize(deepspeed: ModuleType) -> None:
-    """Give ``deepspeed.initialize`` back as it was, and ``init_distributed`` where it was hooked too."""
+    """Restore ``deepspeed.initialize``, and ``init_distributed`` where it was hooked."""
     unwrap(deepspeed, "initialize")
     for holder in _holders(deepspeed):
         unwrap(holder, "init_distributed")
 
 
 def _command_line_config() -> dict[str, Any]:
-    """The ds_config of the command line; empty if there is none to read."""
+    """Return the ds_config of the command line; empty if none can be read."""
     return find_config({"config": config_on_command_line(sys.argv)}) or {}
 
 
 def load_sharded_under_zero3(integration: ModuleType) -> None:
-    """Have transformers load models sharded, in a plain ZeRO-3 loop that does not ask for it.
+    """Make transformers load models sharded in a plain ZeRO-3 loop that does not request it.
 
-    The model is built before ``deepspeed.initialize`` can say anything, so the config is looked up on the command line.
-    A config with "auto" outside the alst block is the HF Trainer's, which makes its own.
+    The model is built before ``deepspeed.initialize`` is called, so the config is looked up on the command line. A
+    config with "auto" outside the alst block belongs to the HF Trainer, which registers its own.
 
     Args:
-        integration: the module ``transformers.integrations.deepspeed``, which gets an attribute that keeps the config
-            alive: transformers holds a weak reference.
+        integration: module ``transformers.integrations.deepspeed``; an attribute on it keeps the config alive, since
+            transformers holds a weak reference.
     """
     ds_config = _command_line_config()
     zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
@@ -118,10 +117,10 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
 
 
 def hook_trainer_config(integration: ModuleType) -> None:
-    """Have the HF Trainer's ``"auto"`` batch keys count micro-steps where the sequence is split over ranks.
+    """Make the HF Trainer's ``"auto"`` batch keys count micro-steps if sequences are sharded over ranks.
 
     Args:
-        integration: the module ``transformers.integrations.deepspeed``.
+        integration: module ``transformers.integrations.deepspeed``.
     """
     wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _count_micro_steps)
 
@@ -138,7 +137,7 @@ def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hook_accelerate_config(module: ModuleType) -> None:
-    """Have accelerate leave the alst block alone: any "auto" that it has no value for would be an error of its own.
+    """Hide the alst block from accelerate, which raises on any "auto" that it has no value for.
 
     Args:
         module: ``accelerate.utils.dataclasses``.
@@ -156,7 +155,7 @@ def _without_own_keys(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hook_accelerator(module: ModuleType) -> None:
-    """Have the engine split the batches of loaders that accelerate prepares; the HF Trainer's have their own plan.
+    """Make the engine split batches of loaders that accelerate prepares, the HF Trainer's loaders excepted.
 
     Args:
         module: ``accelerate.accelerator``.
@@ -167,9 +166,9 @@ def hook_accelerator(module: ModuleType) -> None:
 
 
 def hook_trainer(module: ModuleType) -> None:
-    """Have the HF Trainer's steps go over shards where its engine splits the sequence; others stay as they are.
+    """Make the HF Trainer's steps run on shards if its engine shards sequences; others are unchanged.
 
-    An evaluation gets logits where its program needs them, at SP 1 too.
+    Evaluation gets logits where its program needs them, also at SP 1.
 
     Args:
         module: ``transformers.trainer``.
@@ -207,7 +206,7 @@ def _agree_on_accumulation(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_accelerator_and_postprocess(self):
         create(self)
         if _trainer_splits_sequences(self):
-            # accelerate takes DeepSpeed's number in any case, but warns of two numbers.
+            # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
             steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
             if type(steps) is int:
                 self.accelerator.gradient_accumulation_steps = steps
@@ -224,7 +223,7 @@ def _trainer_splits_sequences(trainer: Any) -> bool:
 
 
 def _splits_sequences(ds_config: dict[str, Any], parallelism: Any) -> bool:
-    """Whether the keys of a Trainer's ds_config split sequences, and not accelerate's parallelism."""
+    """Return True if a Trainer's ds_config shards sequences, and accelerate's parallelism does not."""
     return (
         is_wanted(ds_config)
         and ds_config.get("sequence_parallel_size", 1) != 1
@@ -233,7 +232,7 @@ def _splits_sequences(ds_config: dict[str, Any], parallelism: Any) -> bool:
 
 
 def _stop_loading_sharded() -> None:
-    """The model is loaded once deepspeed.initialize is called; others in the process are to stay whole."""
+    """Stop sharded loading: models that the process loads after deepspeed.initialize stay unsharded."""
     integration = sys.modules.get("transformers.integrations.deepspeed")
     if hasattr(integration, "kept_by_deepspeed_alst"):
         del integration.kept_by_deepspeed_alst

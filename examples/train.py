@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 2 examples/train.py --deepspeed ds_configs/sp2.json
 
-Without arguments: a small Llama, built from a config, on the source files of this machine's Python standard library,
-read as bytes. The last line of each step's progress is loss (nats per token), gradient norm, tokens/s and peak memory.
+By default, a tiny byte-level Llama, built from a config, trains on the sources of Python's standard library. Each step
+prints its loss (nats per token), gradient norm, tokens/s and peak memory.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--deepspeed", required=True, metavar="JSON", help="the ds_config")
     parser.add_argument("--model", help="a hub name or a local folder; default: a small byte-level Llama")
@@ -41,14 +41,14 @@ def parse_args() -> argparse.Namespace:
 
 
 class Documents(torch.utils.data.Dataset):
-    """Long documents as token ids, cut into windows of at most ``seq_len``; the last window of each may be shorter."""
+    """Documents as token ids, cut into windows of at most ``seq_len`` tokens."""
 
     def __init__(self, texts, tokenize, seq_len: int) -> None:
         self.windows = []
         for text in texts:
             ids = tokenize(text)
             cuts = [ids[first : first + seq_len] for first in range(0, len(ids), seq_len)]
-            # Scraps teach nothing about long context.
+            # Short windows do not train long context.
             self.windows += [cut for cut in cuts if len(cut) >= seq_len // 2]
         if not self.windows:
             raise SystemExit(f"no document has {seq_len // 2} tokens or more; choose a smaller --seq-len")
@@ -62,7 +62,7 @@ class Documents(torch.utils.data.Dataset):
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """The documents: each line's "text" of a .jsonl, a .txt as one, or the standard library's sources."""
+    """Read the documents: "text" of each .jsonl line, a .txt as one, or the standard library's sources."""
     if path is None:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         return [source.read_text(encoding="utf-8") for source in sources]
@@ -73,7 +73,7 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def build(args: argparse.Namespace):
-    """The model and what turns text into its token ids."""
+    """Return the model and a function that tokenizes text."""
     if args.model is None:
         config = LlamaConfig(
             vocab_size=256,
@@ -93,11 +93,11 @@ def build(args: argparse.Namespace):
 
 
 def main() -> None:
-    """Train."""
+    """Train the model."""
     args = parse_args()
     torch.manual_seed(args.seed)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # The ranks of a host share its cores; more threads than cores spin while they wait for one another.
+        # The ranks of a host share its cores; excess threads waste time in spin waits.
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, os.cpu_count() // ranks_here))
     model, tokenize = build(args)
@@ -107,7 +107,7 @@ def main() -> None:
         model=model, model_parameters=model.parameters(), training_data=data, config=args.deepspeed
     )
 
-    # Counted in samples, the place in the data is the same with another SP degree or number of ranks.
+    # Counted in samples, which are independent of the SP degree and the number of ranks.
     samples_per_batch = engine.train_batch_size() // engine.gradient_accumulation_steps()
     step, epoch, consumed = 0, 0, 0
     if args.checkpoint and (args.checkpoint / "latest").exists():
@@ -121,7 +121,7 @@ def main() -> None:
     while step < args.steps:
         loader.data_sampler.set_epoch(epoch)
         for index, batch in enumerate(loader):
-            if (index + 1) * samples_per_batch <= consumed:  # seen before the checkpoint
+            if (index + 1) * samples_per_batch <= consumed:  # trained before the checkpoint
                 continue
             batch = {key: value.to(engine.device) for key, value in batch.items()}
             loss = engine(**batch).loss
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, step: int, engine, loss: torch.Tensor, tokens: int, seconds: float) -> None:
-    """One progress line on rank 0; the loss is the mean over all ranks."""
+    """Print a progress line on rank 0; the loss is the mean over all ranks."""
     dist.all_reduce(loss)
     norm = engine.get_global_grad_norm()
     line = {

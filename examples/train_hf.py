@@ -1,9 +1,9 @@
-"""Train a causal language model on long documents with the Hugging Face Trainer, which knows nothing of the sequence.
+"""Train a causal language model on long documents with the unmodified Hugging Face Trainer.
 
     deepspeed --num_gpus 2 examples/train_hf.py --deepspeed ds_configs/trainer_sp2.json --output_dir runs/hf
 
-Every argument of transformers.TrainingArguments can be given. Without --model and --data: a small byte-level Llama,
-built from a config, on the source files of this machine's Python standard library.
+All arguments of transformers.TrainingArguments are accepted. Without --model and --data, a tiny byte-level Llama, built
+from a config, trains on the sources of Python's standard library.
 """
 
 import json
@@ -29,20 +29,20 @@ from transformers.trainer_utils import get_last_checkpoint
 
 @dataclass
 class Arguments:
-    """What this script has beside the Trainer's own arguments."""
+    """Arguments of this script besides the Trainer's."""
 
     model: str | None = None
-    """A hub name or a local folder; default: a small byte-level Llama."""
+    """Hub name or local folder; default: a tiny byte-level Llama."""
 
     data: Path | None = None
     """A .jsonl (key "text") or .txt file; default: Python's standard library."""
 
     seq_len: int = 16384
-    """Longest sequence, in tokens."""
+    """Maximum sequence length in tokens."""
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """The documents: each line's "text" of a .jsonl, a .txt as one, or the standard library's sources."""
+    """Read the documents: "text" of each .jsonl line, a .txt as one, or the standard library's sources."""
     if path is None:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         return [source.read_text(encoding="utf-8") for source in sources]
@@ -53,13 +53,13 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def windows(texts: list[str], tokenize, seq_len: int) -> list[dict[str, list[int]]]:
-    """Windows of at most ``seq_len`` tokens; scraps of less than half of it teach nothing about long context."""
+    """Cut texts into windows of at most ``seq_len`` tokens; drop those shorter than half of it."""
     cuts = [ids[first : first + seq_len] for ids in map(tokenize, texts) for first in range(0, len(ids), seq_len)]
     return [{"input_ids": cut, "labels": cut} for cut in cuts if len(cut) >= seq_len // 2]
 
 
 def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad on the right; padding has no label."""
+    """Pad samples on the right; padding has label -100."""
     ids, labels = ([torch.tensor(sample[key]) for sample in samples] for key in ("input_ids", "labels"))
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=0),
@@ -69,7 +69,7 @@ def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def build(name: str | None):
-    """The model and what turns text into its token ids."""
+    """Return the model and a function that tokenizes text."""
     if name is None:
         config = LlamaConfig(
             vocab_size=256,
@@ -89,10 +89,10 @@ def build(name: str | None):
 
 
 def main() -> None:
-    """Train, evaluate, save."""
+    """Train, evaluate and save the model."""
     own, args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
     if args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # The ranks of a host share its cores; more threads than cores spin while they wait for one another.
+        # The ranks of a host share its cores; excess threads waste time in spin waits.
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, os.cpu_count() // ranks_here))
     set_seed(args.seed)

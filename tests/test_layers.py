@@ -108,6 +108,18 @@ def long_functions(source: str) -> list[str]:
     return found
 
 
+def vague_docstrings(source: str) -> list[str]:
+    """First lines of docstrings that begin with a question word instead of a verb or a noun."""
+    blocks = [node.body for node in ast.walk(ast.parse(source)) if isinstance(getattr(node, "body", None), list)]
+    strings = [each.value.value for body in blocks for each in body if isinstance(each, ast.Expr) and _is_string(each)]
+    firsts = [string.strip().splitlines()[0] for string in strings]
+    return [first for first in firsts if first.split()[0] in ("What", "Whether", "Which", "How", "Of")]
+
+
+def _is_string(node: ast.Expr) -> bool:
+    return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 # --- the rules find what breaks them
 
 
@@ -177,6 +189,12 @@ def test_a_function_that_is_too_long_is_found_and_a_kernel_may_be_longer():
     assert long_functions(f"@triton.jit\ndef f():\n{body}{body}") == ["f: 102 lines"]
 
 
+def test_a_vague_docstring_is_found_and_a_field_s_too():
+    assert vague_docstrings('"""What it does."""') == ["What it does."]
+    assert vague_docstrings('class C:\n    x: int = 0\n    """Whether it is on."""') == ["Whether it is on."]
+    assert vague_docstrings('def f():\n    """Return x."""\n    return "What"') == []
+
+
 # --- and the package keeps them
 
 
@@ -201,6 +219,11 @@ def test_files_and_functions_are_short_enough_to_be_read(name):
     lines = SOURCES[name].count("\n")
     assert lines <= MAX_FILE_LINES, f"{name} has {lines} lines"
     assert long_functions(SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_begin_with_a_verb_or_a_noun(name):
+    assert vague_docstrings(SOURCES[name]) == []
 
 
 def test_the_pure_modules_load_neither_torch_nor_anything_that_needs_it():

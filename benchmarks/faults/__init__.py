@@ -1,1 +1,1 @@
-"""What becomes of a run when something breaks: ``python -m benchmarks.faults``."""
+"""Fault injection into training runs: ``python -m benchmarks.faults``."""

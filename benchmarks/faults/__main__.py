@@ -1,8 +1,8 @@
-"""Break runs in the ways that long ones break, and look at what is left: ``python -m benchmarks.faults [fault ...]``.
+"""Inject faults into training runs and check the recovery: ``python -m benchmarks.faults [fault ...]``.
 
-Two ranks share a sequence at ZeRO 2 and save after every second step; rank 1 breaks in step 4 of 5, or in its save. A
-row has the seconds until the launcher and all ranks are gone, what they said, and whether a run that resumes from what
-``latest`` names ends on the curve of an uninterrupted one, to the bit. Exit status 1 if a row misses one of these.
+Two ranks share a sequence at ZeRO 2 and save after every second step; rank 1 fails in step 4 of 5, or in its save. A
+row shows the seconds until the launcher and all ranks are gone, their error message, and whether a run resumed from
+``latest`` ends on the loss curve of an uninterrupted one, bit-equal. Exit status 1 if a row fails a check.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from deepspeed_alst.engine.checkpoint_files import check_files
 from deepspeed_alst.errors import CheckpointError
 
 TARGET_SECONDS = 60.0
-# Ranks wait this long for one another in the run that stalls; then they call the roll for 10 s, and DeepSpeed's
+# Ranks time out after this long in the stalled run; then they wait 10 s for each rank to answer, and DeepSpeed's
 # launcher gives a stopped process 30 s before it kills it.
 STALL_TIMEOUT = 20.0
 STALL_TARGET = STALL_TIMEOUT + 10.0 + 30.0 + 15.0
@@ -40,22 +40,22 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Fault:
-    """What breaks, and what is expected."""
+    """Fault and its expected outcome."""
 
     words: str
     program: str
-    """The program's name for it."""
+    """Name of the fault in program.py."""
     says: str
-    """A pattern: the output names the cause. Its group, where it has one, is what the table shows."""
+    """Pattern that finds the cause in the output. Its group, if any, is shown in the table."""
     terminate: bool = False
     target: float = TARGET_SECONDS
     timeout: float | None = None
     disk: str = ""
-    """What is on a small disk: "checkpoints" or "layers"."""
+    """Content of the small disk: "checkpoints" or "layers"."""
 
 
 FAULTS = {
-    # The launcher looks once a second and ends the others: whoever is first names it.
+    # The launcher polls once a second and ends the others; the launcher or the peer reports it first.
     "kill": Fault("rank 1 is killed in a step", "killed", r"rank 1 has ended|return code = -9"),
     "kill-save": Fault("rank 1 is killed in a save", "killed-in-save", r"rank 1 has ended|return code = -9"),
     "raise": Fault("rank 1 raises in a step", "raises", r"RuntimeError: rank 1 breaks in its own program"),
@@ -83,7 +83,7 @@ FAULTS = {
 
 @dataclass
 class Row:
-    """One fault and what became of the run."""
+    """Result of a run with one fault."""
 
     fault: Fault
     seconds: float | None = None
@@ -94,7 +94,7 @@ class Row:
 
 
 def ds_config(nvme_path: Path | None) -> dict[str, Any]:
-    """ZeRO 2 at SP 2; with a path, layer inputs wait on that disk."""
+    """Return a ZeRO 2, SP 2 config, with layer inputs offloaded to a disk if given."""
     alst: dict[str, Any] = {}
     if nvme_path is not None:
         alst["activation_checkpoint_cpu_offload"] = {"nvme_path": str(nvme_path), "host_budget": 1, "keep_last": 0}
@@ -111,7 +111,7 @@ def ds_config(nvme_path: Path | None) -> dict[str, Any]:
 
 
 class Bench:
-    """A folder, ranks that stay up for what does not break, and the uninterrupted run."""
+    """Working folder, ranks that stay up for fault-free runs, and the uninterrupted run."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._folder, self._ranks = folder, ranks
@@ -119,7 +119,7 @@ class Bench:
         self.whole = self._run_here("whole")
 
     def row(self, name: str) -> Row:
-        """Break a run and look at what is left of it."""
+        """Run with one fault and check the outcome."""
         fault, row = FAULTS[name], Row(FAULTS[name])
         with PatchSet() as stack:
             checkpoints, config, arguments = (
@@ -128,7 +128,7 @@ class Bench:
                 ["--fault", fault.program],
             )
             if fault.disk == "checkpoints":
-                # Room for one checkpoint and the half of another.
+                # Room for one and a half checkpoints.
                 disk = stack.enter_context(small_disk(self._checkpoint_bytes() * 3 // 2, "tmpfs"))
                 if disk is None:
                     arguments = ["--fault", "short-file"]
@@ -150,7 +150,7 @@ class Bench:
 
     def _judge(self, row: Row, end: End) -> None:
         row.seconds = end.seconds
-        # Not `>`: a run without a fault has None.
+        # None for a run without a fault.
         if end.seconds is None or not end.seconds <= row.fault.target:
             row.problems.append(f"not stopped within {row.fault.target:.0f} s")
         found = re.search(row.fault.says, end.output)
@@ -181,14 +181,14 @@ class Bench:
         row.resume = f"from step {SAVE_EVERY}, bit-equal" if not row.problems else "see verdict"
 
     def _checkpoint_bytes(self) -> int:
-        """Of one checkpoint of the uninterrupted run."""
+        """Return the size of one checkpoint of the uninterrupted run."""
         one = self._folder / "size" / f"global_step{SAVE_EVERY}"
         return sum(path.stat().st_size for path in one.glob("*.pt"))
 
     def _run_here(self, name: str, load: str | None = None) -> Curve:
         folder = self._folder / name
         folder.mkdir(parents=True)
-        # The first one saves, too: how large is a checkpoint?
+        # The first run saves too, to measure the checkpoint size.
         save = str(self._folder / "size") if load is None else None
         self._ranks.run(train_here, str(self._plain), str(folder), load, save)
         return curve_of(folder)
@@ -206,7 +206,7 @@ def _same(row: Row, when: str, found: Curve, whole: Curve, steps: range) -> None
 
 
 def rows_of(names: Sequence[str]) -> Iterator[Row]:
-    """Break a run in each of these ways."""
+    """Run each of these faults."""
     with tempfile.TemporaryDirectory(prefix="faults_") as folder, Ranks(2) as ranks:
         bench = Bench(Path(folder), ranks)
         for name in names:
@@ -214,7 +214,7 @@ def rows_of(names: Sequence[str]) -> Iterator[Row]:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The rows as a table."""
+    """Format the rows as a table."""
     table = Table(title=f"Two ranks share a sequence; saved after step {SAVE_EVERY}, broken in step 4 or in its save")
     for column in ("fault", "s to stop", "target", "what the output says", "steps done again", "resume", "verdict"):
         table.add_column(column, overflow="fold")
@@ -226,7 +226,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def main() -> int:
-    """Print the table; 1 if a row misses its target."""
+    """Print the table; return 1 if a row misses its target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "faults", nargs="*", metavar="fault", help=f"one or more of: {', '.join(FAULTS)} (default: all)"

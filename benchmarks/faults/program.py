@@ -1,7 +1,7 @@
-"""A small training run that breaks where it is told to; benchmarks/faults/runs.py starts it by DeepSpeed's launcher.
+"""Small training run with an injectable fault, started through DeepSpeed's launcher by benchmarks/faults/runs.py.
 
 A Llama at ZeRO 2 on two ranks that share a sequence. Each rank writes to ``--notes``: its process id, a line of JSON
-for each step (the loss, to the bit), the moment of the fault, and at the end a digest of its weights.
+per step (the exact loss), the time of the fault, and at the end a digest of its weights.
 """
 
 import argparse
@@ -27,32 +27,32 @@ import deepspeed_alst
 
 STEPS, SAVE_EVERY = 5, 2
 FAULT_STEP = 4
-"""Counted from 1, and saved after: a fault in the step or in its save loses what is not in the checkpoint of step 2."""
+"""Step of the fault, counted from 1 and followed by a save: the fault loses all since the checkpoint of step 2."""
 FAULT_RANK = 1
 _GAS = 2
 _VOCAB = 256
-# The longer samples of the later steps need more room than was set aside for the first ones, where layers wait on disk.
+# Longer samples in the later steps need more disk space than was allocated for the first ones.
 _TOKENS, _LONG_TOKENS = 400, 2000
 
 
 class Notes:
-    """What one rank tells the one who started it."""
+    """Files in which one rank reports to its parent."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
         self._write("pid", str(os.getpid()))
 
     def step(self, step: int, losses: list[torch.Tensor]) -> None:
-        """A step is done."""
+        """Record a finished step."""
         with (self._folder / f"steps{self._rank}").open("a") as file:
             file.write(json.dumps({"step": step, "losses": [loss.item().hex() for loss in losses]}) + "\n")
 
     def fault(self) -> None:
-        """Now."""
+        """Record the time of the fault."""
         self._write("fault", repr(time.time()))
 
     def weights(self, model: torch.nn.Module) -> None:
-        """A digest of all bits of all weights."""
+        """Record a digest of all bits of all weights."""
         digest = hashlib.sha256()
         for param in model.parameters():
             digest.update(param.detach().numpy().tobytes())
@@ -65,7 +65,7 @@ class Notes:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--deepspeed", required=True)
     parser.add_argument("--notes", type=Path, required=True)
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def _hold() -> None:
-    # A signal from outside meets the step or the write here; those of a real run are as long by themselves.
+    # Leaves time for a signal to arrive within a step or write; those of a real run are long enough.
     time.sleep(60)
 
 
@@ -101,7 +101,7 @@ IN_SAVE: dict[str, Callable[[], None]] = {
 
 
 def break_step(model: torch.nn.Module, notes: Notes, fault: str) -> Any:
-    """Have the next forward break in the middle of the model; returns the hook's handle."""
+    """Make the next forward fail in the middle of the model; return the hook's handle."""
 
     def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         notes.fault()
@@ -112,14 +112,14 @@ def break_step(model: torch.nn.Module, notes: Notes, fault: str) -> Any:
 
 
 def break_save(engine: Any, notes: Notes, fault: str) -> None:
-    """Have this rank's next file of a checkpoint stop half way."""
+    """Make this rank's next checkpoint file stop halfway."""
 
     def save(state_dict: Any, path: str) -> None:
         whole = io.BytesIO()
         torch.save(state_dict, whole)
         half = whole.getvalue()[: whole.tell() // 2]
         notes.fault()
-        if fault == "short-file":  # the kernel refuses more, as on a full disk, where none can be mounted
+        if fault == "short-file":  # the kernel rejects further writes, as on a full disk, where none can be mounted
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(half), resource.RLIM_INFINITY))
             torch.save(state_dict, path)
@@ -132,21 +132,21 @@ def break_save(engine: Any, notes: Notes, fault: str) -> None:
 
 
 def fill_disk(folder: Path) -> None:
-    """Take all the space that is left."""
+    """Fill all free space of a folder's disk."""
     with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
 
 
 def own_batch(step: int, micro: int, tokens: int) -> dict[str, torch.Tensor]:
-    """The sample of one rank in one refill, the same however often the run was interrupted."""
+    """Create one rank's sample of one refill, reproducible across restarts."""
     make = torch.Generator().manual_seed(1000 * step + 10 * micro + dist.get_rank())
     ids = torch.randint(0, _VOCAB, (1, tokens), generator=make)
     return {"input_ids": ids, "labels": ids.clone()}
 
 
 def build_engine(config: str) -> Any:
-    """The model and its engine; gradient checkpointing is what puts layer inputs aside, where the ds_config asks."""
+    """Build the model and engine; gradient checkpointing enables offload of layer inputs if configured."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -163,7 +163,7 @@ def build_engine(config: str) -> Any:
 
 
 def train_step(engine: Any, step: int, notes: Notes, fault: str | None, tokens: int) -> None:
-    """One optimizer step of one sample for each rank, with the fault in its second micro-step."""
+    """Run one optimizer step of one sample per rank, with the fault in its second micro-step."""
     losses = []
     batches = deepspeed_alst.shard_dataloader([own_batch(step, 0, tokens)], engine)
     for micro, batch in enumerate(batches):
@@ -186,15 +186,15 @@ def train(
     fault: str | None = None,
     fill: Path | None = None,
 ) -> None:
-    """All steps, or those that a checkpoint has not seen; runs on every rank.
+    """Run all steps, or those after a checkpoint; runs on every rank.
 
     Args:
-        config: the ds_config's path.
-        notes: this rank's.
-        load: a folder of checkpoints to resume from.
-        save: a folder to save to.
-        fault: what breaks in step ``FAULT_STEP`` or the save after it.
-        fill: a folder whose disk is filled before that step, by the fault "disk".
+        config: path of the ds_config.
+        notes: of this rank.
+        load: checkpoint folder to resume from.
+        save: checkpoint folder to save to.
+        fault: fault in step ``FAULT_STEP`` or in the save after it.
+        fill: folder whose disk the fault "disk" fills before that step.
     """
     engine, first = build_engine(config), 0
     if load is not None:
@@ -220,7 +220,7 @@ def train(
 
 
 def main() -> None:
-    """Train, and break."""
+    """Train with the fault of the command line."""
     args = parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=args.timeout))

@@ -1,6 +1,6 @@
-"""Runs of benchmarks/faults/program.py through DeepSpeed's launcher, their ends, and disks that are small.
+"""Runs of benchmarks/faults/program.py through DeepSpeed's launcher, their outcomes, and small disks.
 
-Whatever happens here, no process, no mount and no shared memory is left behind.
+All processes, mounts and shared memory are cleaned up in every case.
 """
 
 import contextlib
@@ -31,35 +31,35 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Curve:
-    """What the ranks of a run wrote, to the bit."""
+    """Losses and weights that the ranks of a run reported, exact to the bit."""
 
     steps: dict[int, list[str]]
-    """The losses of each step's micro-steps, in hex; on all ranks alike."""
+    """Losses of each step's micro-steps in hex, equal on all ranks."""
     weights: frozenset[str]
-    """Digests of the ranks' weights; one, where the run came to its end."""
+    """Digests of the ranks' weights; one if the run completed."""
 
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended."""
+    """Outcome of a run."""
 
     output: str
     curve: Curve
     seconds: float | None
-    """From the fault until the launcher and all ranks were gone; None where there was no fault."""
+    """Time from the fault until the launcher and all ranks are gone; None without a fault."""
 
 
 def run(
     folder: Path, ds_config: Path, arguments: Sequence[str], terminate: bool = False, seconds: float = 120.0
 ) -> End:
-    """Start the program on two ranks and wait until nothing is left of it.
+    """Start the program on two ranks and wait until all its processes are gone.
 
     Args:
-        folder: for the ranks' notes and their output; it is made.
-        ds_config: the JSON.
-        arguments: more of the program's.
-        terminate: at the fault, send SIGTERM to all processes, as a scheduler does that wants the node back.
-        seconds: how long after the fault to wait at most; what is left then is killed, and ``seconds`` is infinite.
+        folder: for the ranks' notes and output; created here.
+        ds_config: the JSON file.
+        arguments: further arguments of the program.
+        terminate: at the fault, send SIGTERM to all processes, as a preempting scheduler does.
+        seconds: maximum wait after the fault; then the rest is killed, and ``seconds`` is infinite.
     """
     folder.mkdir(parents=True)
     port = free_port()
@@ -67,7 +67,7 @@ def run(
     program = [str(_PROGRAM), "--deepspeed", str(ds_config), "--notes", str(folder), *arguments]
     command = [*launcher, "--master_port", str(port), *program]
     with (folder / "output").open("w") as output:
-        # A session of its own, so that its processes can be told from all others.
+        # A separate session, to identify its processes.
         process = subprocess.Popen(
             command, cwd=_ROOT, env=_environment(), stdout=output, stderr=output, start_new_session=True
         )
@@ -80,7 +80,7 @@ def run(
 
 
 def train_here(config: str, folder: str, load: str | None, save: str | None) -> None:
-    """The same training without a fault, in ranks that are up already (benchmarks/ranks.py)."""
+    """Run the same training without a fault, in ranks that are up already (benchmarks/ranks.py)."""
     paths = [None if each is None else Path(each) for each in (load, save)]
     train(config, Notes(Path(folder), dist.get_rank()), *paths)
 
@@ -92,7 +92,7 @@ def _environment() -> dict[str, str]:
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path, terminate: bool, seconds: float) -> float | None:
-    """Until all processes are gone; the seconds since the fault."""
+    """Wait until all processes are gone; return the seconds since the fault."""
     fault, start = folder / f"fault{FAULT_RANK}", time.time()
     fault_at = None
     while _alive(process):
@@ -110,7 +110,7 @@ def _wait(process: subprocess.Popen[bytes], folder: Path, terminate: bool, secon
 
 
 def _members(session: int) -> list[psutil.Process]:
-    """The session's processes that have not ended, stopped ones too."""
+    """Return the session's live processes, stopped ones included."""
     found = []
     for each in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -126,15 +126,15 @@ def _alive(process: subprocess.Popen[bytes]) -> bool:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     for each in _members(process.pid):
         with contextlib.suppress(psutil.Error):
-            each.kill()  # stopped ones too
+            each.kill()  # stopped ones included
     process.wait()
 
 
 def curve_of(folder: Path) -> Curve:
-    """What the ranks have written to a folder; of the steps, those that all ranks have done.
+    """Read the ranks' notes from a folder; steps count if all ranks completed them.
 
     Raises:
-        ValueError: they wrote different losses.
+        ValueError: the ranks' losses differ.
     """
     logs = []
     for rank in range(_WORLD_SIZE):
@@ -149,7 +149,7 @@ def curve_of(folder: Path) -> Curve:
 
 @contextlib.contextmanager
 def small_disk(size_bytes: int, kind: str) -> Iterator[Path | None]:
-    """A file system of its own, "tmpfs" or "ext4" (in a file, by a loop device); None where none can be mounted."""
+    """Mount a small "tmpfs" or loop-device "ext4" file system; yield None on failure."""
     with tempfile.TemporaryDirectory(prefix="small_disk_") as root:
         folder, image = Path(root) / "mount", Path(root) / "image"
         folder.mkdir()
@@ -166,7 +166,7 @@ def small_disk(size_bytes: int, kind: str) -> Iterator[Path | None]:
         try:
             yield folder
         finally:
-            # Lazily: whoever still has a file open there does not keep it in sight.
+            # Lazy unmount: a process with an open file there does not block it.
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 

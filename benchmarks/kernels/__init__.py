@@ -1,1 +1,1 @@
-"""Triton kernels without a GPU: run by the interpreter, and compiled ahead of time for the GPUs that they are for."""
+"""Triton kernels without a GPU: run in the interpreter, and compiled ahead of time for their target GPUs."""

@@ -1,8 +1,8 @@
-"""Kernels without a GPU: what they take of each chip, the bytes they move, their errors, and their speed on CPU.
+"""Kernels without a GPU: resources per chip, bytes moved, errors, and speed on CPU.
 
     python -m benchmarks.kernels [part ...]
 
-Parts are compile, numbers, speed, memory and gpu (where there is one); all if none is named. Exits non-zero where a
+Parts are compile, numbers, speed, memory and gpu (if there is one); default: all. The exit status is non-zero if a
 target is missed.
 """
 
@@ -23,9 +23,9 @@ from benchmarks.kernels.rms_norm import layer_peak
 from benchmarks.parts import chosen_parts
 
 Row = tuple[tuple[str, ...], str, bool]
-"""What and its figures, the target, whether it is met."""
+"""Name and figures, the target, and True if it is met."""
 
-_TILE_TOKENS = 523  # torch's tile of 1 GiB
+_TILE_TOKENS = 523  # the torch backend's tile of 1 GiB
 _TOKENS, _VOCABULARY = 32768, 128256
 
 _COMPILE = (
@@ -46,7 +46,7 @@ _MEMORY = (
 
 
 def compiled() -> Iterator[Row]:
-    """Registers, shared memory and spills."""
+    """Yield registers, shared memory and spills."""
     for each in compile_all():
         figures = (f"{each.registers}", f"{each.shared}", f"{each.spilled}")
         name = f"{each.kernel}, {each.target}, {each.size}"
@@ -54,7 +54,7 @@ def compiled() -> Iterator[Row]:
 
 
 def numbers() -> Iterator[Row]:
-    """Errors and traffic."""
+    """Yield errors and memory traffic."""
     process = Interpreted()
     for subject in subjects():
         for case in subject.CASES:
@@ -70,17 +70,17 @@ def numbers() -> Iterator[Row]:
 
 
 def speed() -> Iterator[Row]:
-    """Of the ops for CPU."""
+    """Yield times of the CPU ops."""
     for subject in subjects():
         for race in subject.races():
             part = race.ours / race.reference
             figures = (f"{1e3 * race.ours:.2f} ms", race.reference_name, f"{part:.2f}")
             name = f"{subject.__name__.rsplit('.', 1)[-1]} {race.name}"
-            yield (name, *figures), f"<= {race.target}", 0 < part <= race.target  # less than nothing is noise
+            yield (name, *figures), f"<= {race.target}", 0 < part <= race.target  # negative is noise
 
 
 def memory() -> Iterator[Row]:
-    """What one value a logit is worth."""
+    """Yield memory peaks with and without the kernels."""
     process = Interpreted()
     by_torch = process.run(tile_peak, "torch", _TILE_TOKENS)
     for tokens in (_TILE_TOKENS, None):
@@ -104,7 +104,7 @@ def memory() -> Iterator[Row]:
 
 
 def gpu() -> Iterator[Row]:
-    """Seconds of the kernels on a GPU."""
+    """Yield times of the kernels on a GPU."""
     if not torch.cuda.is_available():
         yield ("no GPU here: nothing is timed", "", "", ""), "", True
         return
@@ -128,7 +128,7 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
 
 
 def main() -> int:
-    """Print a table for each part; 1 where a target is missed."""
+    """Print a table for each part; return 1 if a target is missed."""
     started, missed, console = time.monotonic(), 0, Console(width=160)
     for name in chosen_parts(__doc__, PARTS):
         rows, columns, caption = PARTS[name]

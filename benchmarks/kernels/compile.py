@@ -1,9 +1,9 @@
-"""Compiles every kernel for GPUs that are not here, by the wrappers that launch it, on tensors without data.
+"""Compile every kernel for GPUs that are not present, by its own launch wrapper, on meta tensors.
 
     python -m benchmarks.kernels.compile [--config block,warps] [target ...]
 
-prints a line of JSON a kernel. It needs TRITON_INTERPRET unset, and a process of its own: the driver is replaced for
-good. A kernel that is compiled here has been run nowhere.
+prints a line of JSON per kernel. It needs TRITON_INTERPRET unset, and a separate process, since it replaces the driver
+permanently. Kernels are compiled only, not run.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from benchmarks.kernels.judge import subjects
 from benchmarks.ranks import finished
 
 _KIB = 1024
-_SECONDS = 1800.0  # minutes where nothing else runs
-# Bytes of shared memory that one block may have.
+_SECONDS = 1800.0  # a few minutes on an idle machine
+# Limit of shared memory per block in bytes.
 SHARED = {"sm_80": 163 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB, "gfx942": 64 * _KIB}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes of one chip."""
+    """Resources of one kernel on one chip."""
 
     kernel: str
     target: str
@@ -43,25 +43,25 @@ class Compiled:
     spilled: int
     """Bytes on NVIDIA, registers on AMD."""
     accesses: str = ""
-    """On NVIDIA: reads and writes of the chip's memory and the barriers between them, in the order of the code."""
+    """NVIDIA only: global memory accesses and barriers, in code order."""
 
     @property
     def fits(self) -> bool:
-        """Nothing is spilled, and the chip has the shared memory."""
+        """True without spills and within the chip's shared memory."""
         return self.spilled == 0 and self.shared <= SHARED[self.target]
 
 
 def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int] | None = None) -> list[Compiled]:
-    """Every kernel for these targets, in a process of its own, without a cache.
+    """Compile every kernel for these targets, in a separate process without a cache.
 
-    With a config it is the cross-entropy alone, in that one.
+    With a config, only the cross-entropy is compiled, in that config.
 
     Raises:
-        RuntimeError: it does not compile.
-        TimeoutError: the machine is too busy for that.
+        RuntimeError: compilation fails.
+        TimeoutError: the machine is too busy.
     """
     with tempfile.TemporaryDirectory(prefix="triton_") as folder:
-        # PTXAS_OPTIONS is read when triton is imported.
+        # PTXAS_OPTIONS is read on import of triton.
         environment = {
             **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PTXAS_OPTIONS")},
             **{"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
@@ -85,14 +85,14 @@ def _compile(target: str, chosen: list[ModuleType]) -> Iterator[Compiled]:
             with _recording(target) as found:
                 subject.launch(*case)
             for name, kernel, log in found:
-                # Sizes that come to the same kernel compile it once.
+                # Cases that share a kernel compile it once.
                 registers, spilled = _resources(kernel, logs.setdefault(kernel.hash, log))
                 accesses = " ".join(re.findall(r"\b(?:ld|st)\.global[\w.]*|\bbar\.sync", kernel.asm.get("ptx", "")))
                 yield Compiled(name, target, size, registers, kernel.metadata.shared, spilled, accesses)
 
 
 def _resources(kernel: Any, log: str) -> tuple[int, int]:
-    """Registers and spills, as the assembler says."""
+    """Parse registers and spills from the assembler's output."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         (registers,) = re.findall(r"\.vgpr_count:\s*(\d+)", text)
@@ -106,7 +106,7 @@ def _resources(kernel: Any, log: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _recording(target: str) -> Iterator[list[tuple[str, Any, str]]]:
-    """Inside, a launch compiles and launches nothing; yields names, kernels and the assembler's words."""
+    """Compile without launching; yield a list of names, kernels and assembler output."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -128,7 +128,7 @@ def _recording(target: str) -> Iterator[list[tuple[str, Any, str]]]:
 
 
 def _driver(target: str) -> Any:
-    """A driver of a GPU that is not here."""
+    """Create a driver for a GPU that is not present."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -147,7 +147,7 @@ def _driver(target: str) -> Any:
             return gpu
 
         def get_current_device(self) -> Any:
-            return gpu.arch  # a cache of kernels for each target
+            return gpu.arch  # key of the kernel cache per target
 
         def get_current_stream(self, device: Any) -> int:
             return 0
@@ -165,7 +165,7 @@ def _driver(target: str) -> Any:
 
 
 def main() -> None:
-    """Print what each kernel takes."""
+    """Print each kernel's resources."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="block,warps of the cross-entropy, in place of its own choice")
     parser.add_argument("targets", nargs="*", default=tuple(SHARED))

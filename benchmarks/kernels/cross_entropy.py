@@ -1,4 +1,4 @@
-"""The cross-entropy kernel under the judges of this folder.
+"""Test cases of the cross-entropy kernel, run by judge.py.
 
 Legend: t rows of a tile, V vocabulary.
 """
@@ -13,7 +13,7 @@ from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
 from deepspeed_alst.core.patching import PatchSet
 
-# Sizes of models that are trained; 50257, 32001 and 151665 are multiples of nothing. Llama 3, GPT-2, Gemma 2, Qwen 2.5.
+# Vocabularies of Llama 3, GPT-2, Gemma 2 and Qwen 2.5; 50257, 32001 and 151665 have no useful divisors.
 COMPILED = (
     ("bf16, V 128256", (128256, torch.bfloat16, 0.0, 0.0)),
     ("bf16, V 50257", (50257, torch.bfloat16, 0.0, 0.0)),
@@ -39,7 +39,7 @@ class Case:
     softcap: float = 0.0
     logit_scale: float = 1.0
     gap: int = 0
-    """Elements between the end of a row and the next; they are NaN."""
+    """Elements between consecutive rows, filled with NaN."""
 
 
 CASES = (
@@ -53,7 +53,7 @@ CASES = (
 
 
 def title(case: Case) -> str:
-    """A case in words."""
+    """Describe a case."""
     name = f"[{case.t}, {case.V}] {str(case.dtype).removeprefix('torch.')}"
     flags = ("label_smoothing", "softcap", "logit_scale")
     return name + "".join(
@@ -62,7 +62,7 @@ def title(case: Case) -> str:
 
 
 def launch(V: int, dtype: torch.dtype, smoothing: float, softcap: float, gradient: bool = True) -> None:
-    """What ``cross_entropy_`` launches, on tensors without data."""
+    """Launch the kernel of ``cross_entropy_`` on meta tensors."""
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference
     from deepspeed_alst.kernels.registry import registered
 
@@ -74,9 +74,9 @@ def launch(V: int, dtype: torch.dtype, smoothing: float, softcap: float, gradien
 
 
 def judge(case: Case) -> Verdict:
-    """Run one launch in the interpreter and compare.
+    """Run one launch in the interpreter and compare with fp64.
 
-    A gradient that is written elsewhere, or not everywhere, is an error of its own.
+    An incomplete gradient, or a write outside it, is an error too.
     """
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 
@@ -96,13 +96,13 @@ def judge(case: Case) -> Verdict:
         loss = cross_entropy_(logits_tV, labels_t, scale, *options)
     assert storage[:, case.V :].isnan().all(), "it wrote between the rows"
     errors = errors_of(("loss", "gradient"), (loss, logits_tV), results["torch"], results["truth"])
-    # Each row is read for its normaliser, read again and written; its label is read, and its loss written.
+    # Each row is read twice and written once; its label is read, and its loss written.
     least = 3 * logits_tV.numel() * case.dtype.itemsize + labels_t.nbytes + 4 * case.t
     return Verdict(errors, (traffic.read + traffic.written) / logits_tV.numel(), least / logits_tV.numel())
 
 
 def races() -> Iterator[Race]:
-    """Of the op of csrc against the definition in torch and the tiles' own, of a tile of Llama's vocabulary."""
+    """Time the csrc op against the reference and the torch backend, with Llama's vocabulary."""
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
     from deepspeed_alst.tiling.loss import _by_torch
 
@@ -126,10 +126,10 @@ def races() -> Iterator[Race]:
 
 
 def upstreams_bytes_a_logit(t: int, V: int) -> float:
-    """What DeepSpeed's own kernels move, which its ``install_chunked_causal_lm_loss`` brings; of bf16 logits."""
+    """Return bytes per bf16 logit moved by DeepSpeed's kernels of ``install_chunked_causal_lm_loss``."""
     from deepspeed.ops.triton_ops import _triton
 
-    _triton._TRITON_AVAILABLE = True  # it looks for a GPU
+    _triton._TRITON_AVAILABLE = True  # it checks for a GPU
     from deepspeed.runtime.chunked_cross_entropy import _TritonCrossEntropy
 
     logits_tV = torch.randn(t, V).bfloat16().requires_grad_()
@@ -139,7 +139,7 @@ def upstreams_bytes_a_logit(t: int, V: int) -> float:
 
 
 def tile_peak(backend: str, tile_tokens: int | None) -> int:
-    """Bytes beyond the weights that logits and loss of 32K tokens need, on fake tensors: Llama-3.1-8B's head."""
+    """Return peak bytes beyond the weights of a 32K-token loss: Llama-3.1-8B's head, on fake tensors."""
     import dataclasses
 
     from benchmarks.tiles.loss import FAKE, peak_beyond_weights, run
@@ -150,7 +150,7 @@ def tile_peak(backend: str, tile_tokens: int | None) -> int:
 
 
 def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: PatchSet) -> Any:
-    """Loss and gradients of a model whose loss is tiled by this backend."""
+    """Return loss and gradients of a model whose tiled loss uses this backend."""
     from deepspeed_alst.blocks import TiledLossBlock
     from deepspeed_alst.models.calls import Calls
     from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss

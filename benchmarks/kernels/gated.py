@@ -1,4 +1,4 @@
-"""The gated activation under the judges of this folder.
+"""Test cases of the gated activation, run by judge.py.
 
 Legend: t rows of a tile, F inner features.
 """
@@ -15,7 +15,7 @@ import torch
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
 
-# F of models that are trained: Llama-3.1-8B, Gemma 7B, phi-3-mini, Llama 2 7B; 4097 and 63 are multiples of nothing.
+# F of Llama-3.1-8B, Gemma 7B, phi-3-mini and Llama 2 7B; 4097 and 63 have no useful divisors.
 COMPILED = (
     ("bf16, F 14336, silu", (14336, torch.bfloat16, "silu", "apart")),
     ("bf16, F 4097, silu", (4097, torch.bfloat16, "silu", "apart")),
@@ -30,7 +30,7 @@ COMPILED = (
 
 @dataclass(frozen=True)
 class Case:
-    """One launch, of the forward or of the backward."""
+    """One launch, forward or backward."""
 
     t: int
     F: int
@@ -38,9 +38,9 @@ class Case:
     activation: str = "silu"
     backward: bool = True
     layout: str = "apart"
-    """Gate and up apart, or ``"fused"`` in one row, or ``"turned"``, the up half first."""
+    """Gate and up ``"apart"``, ``"fused"`` in one row, or ``"turned"``: fused with up first."""
     gap: int = 0
-    """Elements between the end of a row and the next; they are NaN."""
+    """Elements between consecutive rows, filled with NaN."""
 
 
 CASES = (
@@ -56,14 +56,14 @@ CASES = (
 
 
 def title(case: Case) -> str:
-    """A case in words."""
+    """Describe a case."""
     words = f"[{case.t}, {case.F}] {str(case.dtype).removeprefix('torch.')}, {case.activation}"
     words += ", backward" if case.backward else ", forward"
     return words + (f", {case.layout}" if case.layout != "apart" else "") + (f", gap {case.gap}" if case.gap else "")
 
 
 def launch(F: int, dtype: torch.dtype, activation: str, layout: str) -> None:
-    """What ``gated_activation_`` and ``gated_gradients_`` launch, on tensors without data."""
+    """Launch the kernels of ``gated_activation_`` and ``gated_gradients_`` on meta tensors."""
     from deepspeed_alst.kernels.gated import ACTIVATIONS
     from deepspeed_alst.kernels.registry import registered
 
@@ -74,7 +74,7 @@ def launch(F: int, dtype: torch.dtype, activation: str, layout: str) -> None:
 
 
 def tensors(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Gate, up and a gradient ``[t, F]``, and what lies between their rows."""
+    """Create gate, up and a gradient ``[t, F]``, and views of the gaps between their rows."""
     widths = (case.F, case.F, case.F) if case.layout == "apart" else (2 * case.F, case.F)
     rows = [torch.full((case.t, width + case.gap), torch.nan, dtype=case.dtype, device=device) for width in widths]
     gaps = [each[:, width:] for each, width in zip(rows, widths, strict=True)]
@@ -87,9 +87,9 @@ def tensors(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor
 
 
 def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithful, device: str = "cpu") -> Verdict:
-    """Run one launch in the interpreter, or ``within`` something else, and compare.
+    """Run one launch in the interpreter, or in another context ``within``, and compare with fp64.
 
-    A result that is written elsewhere, or not everywhere, is an error of its own.
+    An incomplete result, or a write outside it, is an error too.
     """
     from deepspeed_alst.kernels.gated import gated_activation_, gated_gradients_
 
@@ -113,7 +113,7 @@ def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithf
 
 
 def run_reference(case: Case, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The results of the definition, in the place of what it is given."""
+    """Run the reference in place and return its results."""
     from deepspeed_alst.kernels.gated import ACTIVATIONS, gated_activation_reference, gated_gradients_reference
 
     kind = ACTIVATIONS.index(case.activation)
@@ -125,7 +125,7 @@ def run_reference(case: Case, gate: torch.Tensor, up: torch.Tensor, grad: torch.
 
 
 def races() -> Iterator[Race]:
-    """Of the ops of csrc against the definition and against what transformers and Liger's torch form do, autograd's."""
+    """Time the csrc ops against the reference and against transformers' and Liger's torch forms with autograd."""
     for activation, dtype in (("silu", torch.bfloat16), ("silu", torch.float32), ("gelu", torch.bfloat16)):
         forward, backward = _seconds(activation, dtype)
         name = f"[256, 14336] {str(dtype).removeprefix('torch.')}, {activation}"
@@ -143,7 +143,7 @@ def races() -> Iterator[Race]:
 
 
 def _seconds(activation: str, dtype: torch.dtype) -> tuple[list[float], list[float]]:
-    """Of ours, of the definition and of autograd: forward, and backward with what it makes once more."""
+    """Return seconds of the op, the reference and autograd: forward, and backward with recomputation."""
     from deepspeed_alst.kernels import gated
 
     kind, made = gated.ACTIVATIONS.index(activation), torch.randn(3, 256, 14336).to(dtype)
@@ -151,7 +151,7 @@ def _seconds(activation: str, dtype: torch.dtype) -> tuple[list[float], list[flo
     work = made.clone()
 
     def fresh(num: int) -> torch.Tensor:
-        return work[:num].copy_(made[:num])  # in place, values would shrink to what processors are slow with
+        return work[:num].copy_(made[:num])  # repeated in-place runs would produce denormals, which are slow
 
     def by_autograd() -> None:
         gate, up = (each.detach().requires_grad_() for each in made[:2])
@@ -171,7 +171,7 @@ def _seconds(activation: str, dtype: torch.dtype) -> tuple[list[float], list[flo
 
 
 def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
-    """Llama's."""
+    """Build Llama's MLP."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -185,7 +185,7 @@ def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
 
 @contextmanager
 def by_autograd() -> Iterator[None]:
-    """Inside, tiles of a gated MLP are those of any module."""
+    """Run tiles of a gated MLP by autograd, as those of any module."""
     from deepspeed_alst.tiling.structure import ClosedForm
 
     with mock.patch.object(ClosedForm, "now", lambda *_: None):
@@ -200,7 +200,7 @@ def _step(module: torch.nn.Module, x_1sM: torch.Tensor, grad_1sM: torch.Tensor, 
 
 
 def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
-    """Rows of a tile, and bytes that the backward needs with what comes in: Llama-3.1-8B's MLP, 32K tokens, fake."""
+    """Return rows per tile and peak bytes of the backward: Llama-3.1-8B's MLP, 32K tokens, fake tensors."""
     from deepspeed_alst.blocks import TiledMlpBlock
     from deepspeed_alst.ledger.fake import fake_world
     from deepspeed_alst.ledger.ledger import Ledger

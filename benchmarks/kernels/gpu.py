@@ -1,6 +1,6 @@
-"""On a GPU: each kernel's time beside what its bytes take by a copy on the same device, and beside Liger's kernel.
+"""Kernel times on a GPU, against a copy of as many bytes and against Liger's kernels.
 
-No figure of it has been printed on a GPU yet; on CPU, under Triton's interpreter, its launches are run at small sizes.
+It has not been run on a GPU yet; tests run its launches at small sizes on CPU, in Triton's interpreter.
 
 Legend: T tokens, V vocabulary, F inner features, H hidden size, h heads, D head size.
 """
@@ -12,25 +12,25 @@ from typing import Any
 import torch
 
 OF_A_COPY = 0.7
-"""At least this part of a copy's bytes a second."""
+"""Minimum share of a copy's bandwidth."""
 OF_LIGERS = 1.05
-"""At most these times Liger's."""
+"""Maximum time relative to Liger's."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel on one tensor."""
+    """One kernel on one input."""
 
     name: str
     run: Callable[[], Any]
     moved: int
-    """Bytes that it reads and writes."""
+    """Bytes read and written."""
     ligers: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a layer, and of a tile of its loss; Llama-3.1-8B's."""
+    """Sizes of a layer and of a loss tile; Llama-3.1-8B's."""
 
     T: int = 16384
     V: int = 128256
@@ -41,7 +41,7 @@ class Sizes:
 
 
 def launches(device: str, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> Iterator[Launch]:
-    """The kernels; each is run again and again, so that what is in place makes numbers of no meaning."""
+    """Yield the kernels; repeated in-place runs leave meaningless values."""
     yield _cross_entropy(device, sizes, dtype)
     yield from _activations(device, sizes, dtype)
     yield _norm(device, sizes, dtype)
@@ -120,14 +120,14 @@ def _rope_and_pack(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch
 
 
 def copy_bytes_a_second(seconds_of: Callable[[Callable[[], Any]], float]) -> float:
-    """What a copy of 1 GiB on the device reads and writes in a second."""
+    """Return the bandwidth of a 1 GiB copy on the device, reads and writes, in bytes/s."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
 
 
 def seconds_on_gpu(function: Callable[[], Any]) -> float:
-    """Median seconds of a launch, by the device's own clock."""
+    """Return the median seconds of a launch, by device timers."""
     import triton
 
     return triton.testing.do_bench(function, return_mode="median") / 1e3

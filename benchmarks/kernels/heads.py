@@ -1,7 +1,7 @@
-"""Packing and unpacking of heads under the judges of this folder.
+"""Test cases of packing and unpacking of heads, run by judge.py.
 
-Legend: P ranks, H query heads, K kv heads, D and V head dims of q and k and of v, s tokens of a shard, B batch; m ranks
-hold the same kv head.
+Legend: P ranks, H query heads, K KV heads, D and V head dims of q and k and of v, s tokens of a shard, B batch; m ranks
+share a KV head.
 """
 
 from collections.abc import Iterator
@@ -27,28 +27,28 @@ class Case:
     B: int = 1
     dtype: torch.dtype = torch.bfloat16
     heads_first: bool = False
-    """Tensors lie in memory as ``[B, H, s, D]``, not as ``[B, s, H, D]``."""
+    """True if tensors are stored as ``[B, H, s, D]`` instead of ``[B, s, H, D]``."""
 
     @property
     def m(self) -> int:
-        """Ranks that hold the same kv head."""
+        """Number of ranks that share a KV head."""
         return max(1, self.P // self.K)
 
     def tensor(self, heads: int, tokens: int, D: int, device: str) -> torch.Tensor:
-        """``[B, heads, tokens, D]``."""
+        """Create a random ``[B, heads, tokens, D]`` tensor."""
         if self.heads_first:
             return torch.randn(self.B, heads, tokens, D, device=device).to(self.dtype)
         return torch.randn(self.B, tokens, heads, D, device=device).to(self.dtype).transpose(1, 2)
 
     def shards(self, device: str = "cpu") -> list[torch.Tensor]:
-        """Pieces of q, k and v, or of their gradients, as the model has them."""
+        """Create pieces of q, k and v, or of their gradients, in the model's layout."""
         from deepspeed_alst.kernels.wire import by_heads
 
         sizes = ((self.H, self.D, 1), (self.K, self.D, self.m), (self.K, self.V, self.m))
         return [by_heads(self.tensor(heads, self.s, D, device), self.P // m) for heads, D, m in sizes]
 
     def sequences(self, device: str = "cpu") -> list[torch.Tensor]:
-        """Pieces of the same as attention has them."""
+        """Create pieces of q, k and v in attention's layout."""
         from deepspeed_alst.kernels.wire import by_tokens
 
         h, k, S = self.H // self.P, max(1, self.K // self.P), self.s * self.P
@@ -57,7 +57,7 @@ class Case:
         ]
 
 
-# Llama-3.1-8B; two ranks to a kv head; heads of 80, two samples; nothing aligned; DeepSeek-V3.
+# Llama-3.1-8B; two ranks per KV head; head dim 80, two samples; unaligned sizes; DeepSeek-V3.
 COMPILED = (
     ("heads, bf16, Llama-3.1-8B, P 8", (Case(8, 32, 8, 128, 128, 4096),)),
     ("heads, bf16, Qwen3-8B, P 16", (Case(16, 32, 8, 128, 128, 4096),)),
@@ -76,7 +76,7 @@ CASES = (
 
 
 def title(case: Case) -> str:
-    """A case in words."""
+    """Describe a case."""
     order = ", heads first" if case.heads_first else ""
     return f"P {case.P}, {case.H}/{case.K} heads of {case.D}/{case.V}, [{case.B}, {case.s}]{order} " + str(
         case.dtype
@@ -84,7 +84,7 @@ def title(case: Case) -> str:
 
 
 def launch(case: Case) -> None:
-    """What a layer's forward and backward launch, on tensors without data."""
+    """Launch the kernels of a layer's forward and backward on meta tensors."""
     from deepspeed_alst.kernels import heads
     from deepspeed_alst.kernels.registry import registered
 
@@ -95,7 +95,7 @@ def launch(case: Case) -> None:
 
 
 def judge(case: Case) -> Verdict:
-    """Run a layer's launches in the interpreter and compare."""
+    """Run a layer's launches in the interpreter and compare with the reference."""
     with faithful() as traffic:
         errors = compare(case)
     least = elements = 0
@@ -107,7 +107,7 @@ def judge(case: Case) -> Verdict:
 
 
 def compare(case: Case) -> dict[str, tuple[float, float]]:
-    """Pack and unpack beside their definitions: moves bit by bit, sums of copies by their errors."""
+    """Compare pack and unpack with their references: copies bit by bit, sums of copies by error."""
     from deepspeed_alst.kernels.wire import pack, pack_reference, unpack_, unpack_reference
 
     torch.manual_seed(0)
@@ -128,14 +128,14 @@ def compare(case: Case) -> dict[str, tuple[float, float]]:
 
 
 def races() -> Iterator[Race]:
-    """Of the ops of csrc against torch's, where there is more than one tensor to pack or copies to add."""
+    """Time the csrc ops against torch, for several tensors to pack or copies to sum."""
     from deepspeed_alst.kernels.heads import packing, unpacking
     from deepspeed_alst.kernels.wire import pack_reference, unpack_reference
 
     pack, unpack = packing(torch.device("cpu")), unpacking(torch.device("cpu"))
     for dtype in (torch.float32, torch.bfloat16):
-        # Of 1 MiB at most: the new pages of a large buffer cost several times its copy, whoever copies. Malloc is in
-        # the ratio of packing here too: 0.7 to 0.9 on a quiet machine, up to 1.1 on a busy one.
+        # At most 1 MiB: page faults of a large buffer cost several times its copy. Packing here includes malloc: ratio
+        # 0.7 to 0.9 on an idle machine, up to 1.1 on a busy one.
         case = Case(8, 32, 4, 80, 80, 64, dtype=dtype)
         words, shards = str(dtype).removeprefix("torch."), case.shards()
         wire_PsBW = pack(shards, case.P)

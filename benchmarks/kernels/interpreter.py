@@ -1,8 +1,8 @@
-"""Triton's interpreter made fit to judge a kernel: bf16 as on a GPU, no access beyond a tensor, and bytes counted.
+"""Triton's interpreter with GPU-like bf16, bounds checks, and counts of bytes moved.
 
-As it is (Triton 3.9), it truncates where a GPU rounds to bf16, computes with the bits of bf16 values as if they were
-integers, passes floats as Python's, and reads and writes wherever a pointer points to. Programs run one after another,
-so races between threads are not seen.
+Unpatched (Triton 3.9), it truncates where a GPU rounds to bf16, treats the bits of bf16 values as integers in
+arithmetic, passes floats as Python floats, and allows access to any address. Programs run one after another, so races
+between threads are not detected.
 """
 
 import os
@@ -21,24 +21,24 @@ _ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_fabs")
 
 @dataclass
 class Traffic:
-    """Bytes that a kernel's loads and stores touched; lanes that are masked out count for nothing."""
+    """Bytes of a kernel's loads and stores, masked lanes excluded."""
 
     read: int = 0
     written: int = 0
 
 
 class OutOfBoundsError(IndexError):
-    """A kernel's access to memory that is not its tensors'."""
+    """Access of a kernel outside its tensors."""
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """The bits of fp32 values as bf16, to nearest even."""
+    """Round fp32 values to bf16, to nearest even, and return the bits."""
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).bfloat16().view(torch.uint16).numpy()
 
 
 @contextmanager
 def faithful() -> Iterator[Traffic]:
-    """Inside, kernels run as described above; the process was started with TRITON_INTERPRET=1."""
+    """Patch the interpreter as described above; needs a process started with TRITON_INTERPRET=1."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
     from triton.runtime import interpreter
 
@@ -114,7 +114,7 @@ def _with_fp32_scalars(interpreter: Any) -> Any:
 
 
 def _noting(ranges: list[tuple[int, int]]) -> Any:
-    """Note where a launch's tensors begin and end."""
+    """Record the address ranges of a launch's tensors."""
 
     def make(original: Any) -> Any:
         def init(self: Any, args: Any, kwargs: Any) -> Any:
@@ -132,10 +132,10 @@ def _noting(ranges: list[tuple[int, int]]) -> Any:
 
 
 def _touched(what: str, pointers: Any, mask: np.ndarray, ranges: list[tuple[int, int]]) -> int:
-    """Bytes of the lanes that take part.
+    """Return the bytes of the active lanes.
 
     Raises:
-        OutOfBoundsError: one of them lies outside of all tensors.
+        OutOfBoundsError: a lane is outside all tensors.
     """
     lanes, size = np.broadcast_arrays(pointers.data, mask), pointers.get_element_ty().primitive_bitwidth // 8
     addresses = lanes[0][lanes[1].astype(bool)].astype(np.int64)

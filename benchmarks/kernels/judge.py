@@ -1,10 +1,10 @@
-"""Kernels in Triton's interpreter, judged by the error that torch makes in the same dtype; and what a subject is.
+"""Tests of kernels in Triton's interpreter, by torch's own error in the same dtype; interface of a subject.
 
 A subject is a module of this folder, named in ``SUBJECTS``, with
 
-- ``COMPILED``: sizes in words, and the arguments with which ``launch`` launches the kernels on meta tensors;
-- ``CASES``: what ``judge`` runs in the interpreter, ``title`` its words;
-- ``races``: on CPU, the seconds of what is compared (``Race``).
+- ``COMPILED``: names of sizes, and the arguments with which ``launch`` launches the kernels on meta tensors;
+- ``CASES``: cases that ``judge`` runs in the interpreter; ``title`` describes a case;
+- ``races``: times of ours and its baselines on CPU (``Race``).
 """
 
 import importlib
@@ -24,41 +24,41 @@ import torch
 SUBJECTS = ("cross_entropy", "gated", "heads", "rms_norm", "rope")
 SLACK = 3.0
 MOST_TRAFFIC = 1.1
-"""Times the minimum."""
+"""Limit relative to the minimum traffic."""
 
 
 def subjects() -> list[ModuleType]:
-    """Their modules."""
+    """Return the modules of all subjects."""
     return [importlib.import_module(f"benchmarks.kernels.{name}") for name in SUBJECTS]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of all results against fp64, beside what each may be, and bytes an element."""
+    """Errors of all results against fp64 with their limits, and bytes per element."""
 
     errors: dict[str, tuple[float, float]]
     moved: float
     least: float
-    """What must be moved."""
+    """Minimum bytes per element."""
 
     @property
     def is_accurate(self) -> bool:
-        """Within the yardstick."""
+        """True if all errors are within their limits."""
         return all(error <= most for error, most in self.errors.values())
 
     @property
     def worst(self) -> str:
-        """The result whose error is the largest part of what it may be."""
+        """Result whose error is the largest share of its limit."""
         return max(self.errors, key=lambda each: self.errors[each][0] / (self.errors[each][1] or 1.0))
 
     @property
     def is_lean(self) -> bool:
-        """Within 1.1 times the least traffic."""
+        """True if traffic is at most 1.1 times the minimum."""
         return self.moved <= MOST_TRAFFIC * self.least
 
 
 class Interpreted:
-    """A process in which Triton is interpreted: TRITON_INTERPRET is set before its first import, and stays in there."""
+    """Separate process with TRITON_INTERPRET set before the first import of Triton."""
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
@@ -66,7 +66,7 @@ class Interpreted:
             self._pool.submit(os.getpid).result()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)`` in there; raises what it raises."""
+        """Run ``function(*args)`` in the process; exceptions propagate."""
         return self._pool.submit(function, *args).result()
 
     def close(self) -> None:
@@ -76,18 +76,18 @@ class Interpreted:
 
 @dataclass(frozen=True)
 class Race:
-    """On CPU, one thread: seconds of ours and of what it is compared with."""
+    """Times of ours and of a baseline, on one CPU thread."""
 
     name: str
     ours: float
     reference: float
     reference_name: str
     target: float
-    """Ours takes at most this part of it."""
+    """Maximum ratio of ours to the baseline."""
 
 
 def seconds_of(*functions: Callable[[], Any], rounds: int = 7) -> list[float]:
-    """Median seconds of each, run in turns on one thread; the first round warms up."""
+    """Return the median seconds of each, alternating on one thread after a warm-up round."""
     before, found = torch.get_num_threads(), [[] for _ in functions]
     torch.set_num_threads(1)
     try:
@@ -102,7 +102,7 @@ def seconds_of(*functions: Callable[[], Any], rounds: int = 7) -> list[float]:
 
 
 def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """The kernel's error and what it may be: thrice torch's in the same dtype, and rounding."""
+    """Return the kernel's error and its limit: three times torch's in the same dtype, plus rounding."""
     assert torch.isfinite(got).all(), "not finite"
     eps, found = torch.finfo(got.dtype).eps, {}
     sizes: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
@@ -112,7 +112,7 @@ def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[
     for metric, (size, rounding) in sizes.items():
         ours, theirs = (size(each.double() - truth).item() for each in (got, same))
         found[metric] = (ours, SLACK * theirs + rounding * size(truth).item())
-    if got.dim() == 0:  # one number: torch's may be right by luck
+    if got.dim() == 0:  # for a scalar, torch's error may be near 0 by chance
         return {"max": (found["max"][0], found["max"][1] + eps * truth.abs().item())}
     return found
 
@@ -120,7 +120,7 @@ def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[
 def errors_of(
     names: Sequence[str], got: Sequence[Any], same: Sequence[Any], truth: Sequence[Any]
 ) -> dict[str, tuple[float, float]]:
-    """``measure`` of several results, by name and metric."""
+    """Apply ``measure`` to several results; keys are name and metric."""
     return {
         f"{name}, {metric}": pair
         for name, *three in zip(names, got, same, truth, strict=True)

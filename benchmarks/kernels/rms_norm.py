@@ -1,4 +1,4 @@
-"""The RMSNorm kernels, forward and backward, under the judges of this folder.
+"""Test cases of the RMSNorm kernels, forward and backward, run by judge.py.
 
 Legend: T rows, H elements of a row.
 """
@@ -14,7 +14,7 @@ from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Hidden sizes of Llama 3 8B, 70B and 405B, Qwen3-32B, gpt-oss; heads of Qwen3 and Gemma 3; 65 is a multiple of nothing.
+# Hidden sizes of Llama 3 8B, 70B and 405B, Qwen3-32B, gpt-oss; head dims of Qwen3 and Gemma 3; 65 is unaligned.
 COMPILED = (
     ("bf16, H 4096", (4096, _BF16, True)),
     ("bf16, H 8192", (8192, _BF16, True)),
@@ -31,7 +31,7 @@ COMPILED = (
 
 @dataclass(frozen=True)
 class Case:
-    """One launch each way."""
+    """One launch in each direction."""
 
     T: int
     H: int
@@ -41,9 +41,9 @@ class Case:
     weighs: bool = True
     weight_gradient: bool = True
     gap: int = 0
-    """Elements between the end of a row and the next; they are NaN."""
+    """Elements between consecutive rows, filled with NaN."""
     size: float = 1.0
-    """Of the rows' elements."""
+    """Standard deviation of the rows' elements."""
 
 
 CASES = (
@@ -58,7 +58,7 @@ CASES = (
 
 
 def title(case: Case) -> str:
-    """A case in words."""
+    """Describe a case."""
     words = [f"[{case.T}, {case.H}] {str(case.dtype).removeprefix('torch.')}"]
     words += ["cast first"] * case.cast_first + [f"offset {case.offset:g}"] * (case.offset != 0)
     words += ["no weight"] * (not case.weighs) + ["rows read twice"] * (case.H > 8192)
@@ -66,7 +66,7 @@ def title(case: Case) -> str:
 
 
 def launch(H: int, dtype: torch.dtype, cast_first: bool, weighs: bool = True) -> None:
-    """What a forward and a backward launch, on tensors without data."""
+    """Launch the kernels of a forward and a backward on meta tensors."""
     from deepspeed_alst.kernels import rms_norm_ops
     from deepspeed_alst.kernels.registry import registered
 
@@ -78,16 +78,16 @@ def launch(H: int, dtype: torch.dtype, cast_first: bool, weighs: bool = True) ->
 
 
 def judge(case: Case) -> Verdict:
-    """Run one forward and one backward in the interpreter and compare.
+    """Run one forward and one backward in the interpreter and compare with fp64.
 
-    An element that is written elsewhere, or not everywhere, is an error of its own.
+    An incomplete result, or a write outside it, is an error too.
     """
     with faithful() as traffic:
         errors = errors_in(case)
     element = case.dtype.itemsize
-    # y of x, dx of dy and x; the weight each way, and its gradient.
+    # y from x, dx from dy and x; the weight in each direction, and its gradient.
     least = 5 * element * case.T * case.H + case.weighs * (2 * element + 4 * case.weight_gradient) * case.H
-    if case.H > 8192:  # both passes read twice, and each row's part of the weight's gradient is added to the others
+    if case.H > 8192:  # both passes read twice, and each row's partial weight gradient is added in memory
         least += 3 * element * case.T * case.H + 8 * case.T * case.H * case.weight_gradient
         least += 2 * element * (case.T - 1) * case.H * case.weighs * 2
     elements = case.T * case.H
@@ -95,7 +95,7 @@ def judge(case: Case) -> Verdict:
 
 
 def errors_in(case: Case) -> dict[str, tuple[float, float]]:
-    """The errors of a case's results, by what computes here, beside what they may be."""
+    """Return the errors of a case's results on this backend, with their limits."""
     from deepspeed_alst.kernels.rms_norm import rms_norm
     from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_reference, rms_norm_reference
 
@@ -127,7 +127,7 @@ def errors_in(case: Case) -> dict[str, tuple[float, float]]:
 
 
 def races() -> Iterator[Race]:
-    """Of the ops of csrc against Llama's own module, forward and backward, and against torch tile by tile."""
+    """Time the csrc ops against Llama's module, forward and backward, and against torch tile by tile."""
     from unittest import mock
 
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -155,12 +155,12 @@ def races() -> Iterator[Race]:
 
 
 def layer_peak(model_type: str, checkpointing: str, fused: bool) -> float:
-    """Bytes a token of a model of one real layer at its peak, on fake tensors, with MLP and loss in tiles.
+    """Return peak bytes per token of a one-layer model on fake tensors, with tiled MLP and loss.
 
     Args:
         model_type: of ``benchmarks.tiles.shapes.REAL_SIZE``.
         checkpointing: none, "non-reentrant" or "reentrant".
-        fused: whether norms and rotary embedding run the ops.
+        fused: run norms and rotary embedding as fused ops.
     """
     import dataclasses
 

@@ -1,4 +1,4 @@
-"""The rotary kernel, forward and backward, under the judges of this folder.
+"""Test cases of the rotary kernel, forward and backward, run by judge.py.
 
 Legend: B batch, s tokens, h query heads, g key heads, D head dim, W entries of a token in cos and sin.
 """
@@ -14,7 +14,7 @@ from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Llama 3 8B; GLM-4 (interleaved, half of a head); gpt-oss (shared, 64 heads); Phi-4-mini (96 of 128); odd ones.
+# Llama 3 8B; GLM-4 (interleaved, half a head); gpt-oss (shared, 64 heads); Phi-4-mini (96 of 128); unaligned sizes.
 COMPILED = (
     ("bf16, 32 + 8 heads of 128", (32, 8, 128, 128, _BF16, False, False)),
     ("fp32, 32 + 8 heads of 128, back", (32, 8, 128, 128, _FP32, False, False, True)),
@@ -28,7 +28,7 @@ COMPILED = (
 
 @dataclass(frozen=True)
 class Case:
-    """One launch each way."""
+    """One launch in each direction."""
 
     B: int
     s: int
@@ -40,9 +40,9 @@ class Case:
     interleaved: bool = False
     shared: bool = False
     one_table: bool = False
-    """For all batches."""
+    """True if one table serves all batches."""
     packed: bool = False
-    """q and k are slices of one tensor, with NaN between them."""
+    """True if q and k are slices of one tensor, with NaN between them."""
     tables: torch.dtype = torch.float32
 
 
@@ -56,7 +56,7 @@ CASES = (
 
 
 def title(case: Case) -> str:
-    """A case in words."""
+    """Describe a case."""
     words = [f"[{case.B}, {case.s}, {case.h} + {case.g}, {case.D}] {str(case.dtype).removeprefix('torch.')}"]
     words += [f"{case.rotary} turned"] * (case.rotary < case.D)
     words += [name for name in ("interleaved", "shared", "packed") if getattr(case, name)]
@@ -66,7 +66,7 @@ def title(case: Case) -> str:
 def launch(
     h: int, g: int, D: int, rotary: int, dtype: torch.dtype, interleaved: bool, shared: bool, inverse: bool = False
 ) -> None:
-    """What a forward or a backward launches, on tensors without data."""
+    """Launch the kernel of a forward or a backward on meta tensors."""
     from deepspeed_alst.kernels import rope
     from deepspeed_alst.kernels.registry import registered
 
@@ -77,7 +77,7 @@ def launch(
 
 
 def judge(case: Case) -> Verdict:
-    """Run one forward and one backward in the interpreter and compare."""
+    """Run one forward and one backward in the interpreter and compare with fp64."""
     with faithful() as traffic:
         errors = errors_in(case)
     elements = case.B * case.s * (case.h + case.g) * case.D
@@ -88,7 +88,7 @@ def judge(case: Case) -> Verdict:
 
 
 def errors_in(case: Case) -> dict[str, tuple[float, float]]:
-    """The errors of a case's results, by what computes here, beside what they may be."""
+    """Return the errors of a case's results on this backend, with their limits."""
     from deepspeed_alst.kernels.rope import rope, rope_reference
 
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def errors_in(case: Case) -> dict[str, tuple[float, float]]:
             *rope_reference(dq_BshD.to(dtype), dk_BsgD.to(dtype), *tables, *how, inverse=True),
         )
     leaves = q_BshD.detach().requires_grad_(), k_BsgD.detach().requires_grad_()
-    # Heads before tokens, as in transformers, where attention's gradient comes from too.
+    # Heads before tokens, as in transformers, which is also the layout of attention's gradient.
     turned = rope(*leaves, cos_BsW, sin_BsW, *how)
     grads = torch.autograd.grad(
         turned, leaves, [each.transpose(1, 2).contiguous().transpose(1, 2) for each in (dq_BshD, dk_BsgD)]
@@ -125,7 +125,7 @@ def _queries_and_keys(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def races() -> Iterator[Race]:
-    """Of the op of csrc against Llama's own function, forward and backward, and against torch some tokens at a time."""
+    """Time the csrc op, both directions, against Llama's function and torch a few tokens at a time."""
     from unittest import mock
 
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

@@ -1,1 +1,1 @@
-"""What waits for the backward: each saving of it beside what it costs."""
+"""Activation offload and kept attention: memory savings and their costs."""

@@ -1,8 +1,8 @@
-"""Activation offload: bytes on the device, on the host and on disk, attention's forwards, seconds.
+"""Activation offload: bytes on device, host and disk, attention forwards, and step times.
 
     python -m benchmarks.offload [part ...]
 
-Parts are waiting, tiers and attention; all if none is named. Exits non-zero where a target is missed.
+Parts are waiting, tiers and attention; default: all. The exit status is non-zero if a target is missed.
 """
 
 import sys
@@ -18,7 +18,7 @@ PARTS = {"waiting": waiting, "tiers": tiers, "attention": attention}
 
 
 def main() -> int:
-    """Print a table for each part; 1 where a target is missed."""
+    """Print a table for each part; return 1 if a target is missed."""
     started, missed, console = time.monotonic(), 0, Console(width=140)
     for name in chosen_parts(__doc__, PARTS):
         caption = " ".join((PARTS[name].__doc__ or "").split("\n\n", 1)[-1].split())

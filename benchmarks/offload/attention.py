@@ -1,10 +1,10 @@
-"""Steps of a checkpointed Llama with and without kept attention: seconds, and how often attention runs forward.
+"""Step time and attention forwards of a checkpointed Llama with and without kept attention.
 
     python -m benchmarks.offload.attention
 
-2 layers, hidden 512, 8 heads of 64, fp32 on CPU without sequence parallelism. Both run by turns in one process on one
-thread, and seconds are the processor's, of the faster round: what else runs on the machine can only make them more.
-Exits non-zero where a target is missed.
+2 layers, hidden 512, 8 heads of 64, fp32 on CPU without sequence parallelism. Both variants alternate in one process on
+one thread; times are CPU time of the faster round, since load on the machine only adds to it. The exit status is
+non-zero if a target is missed.
 """
 
 import sys
@@ -25,18 +25,18 @@ from deepspeed_alst.models.kept_attention import keep_attention
 from deepspeed_alst.offload.frames import Frame
 
 Row = tuple[str, str, str, bool]
-"""What, the figure, the target, whether it is met."""
+"""Row name, figure, target, and True if it is met."""
 
 LENGTHS = (8192, 16384)
 LAYERS = 2
 ROUNDS = 2
-# By which the measured ratio of two steps may be above the predicted one.
+# Tolerance of the measured over the predicted ratio of the two steps.
 SLACK = 0.05
 _FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 class Clock(TorchDispatchMode):
-    """The seconds of attention's operators, forward and backward, each call by itself."""
+    """Dispatch mode that records the CPU seconds of each attention call, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Clock(TorchDispatchMode):
 
 
 def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
-    """The model, whose layers run in frames."""
+    """Build the model with each layer run in a frame."""
     model = build_model(
         LlamaConfig(
             vocab_size=512,
@@ -83,7 +83,7 @@ def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
 
 
 def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, Clock]:
-    """The seconds of a forward and a backward, and those of attention in it."""
+    """Return the seconds of a forward and backward, and the clock of attention in it."""
     model.zero_grad()
     begin = time.thread_time()
     with Clock() as clock:
@@ -92,17 +92,17 @@ def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, Clock]:
 
 
 def of_length(length: int) -> list[Row]:
-    """The rows of one sequence length."""
+    """Return the rows of one sequence length."""
     models = {keeps: checkpointed(keeps, length) for keeps in (False, True)}
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
     for model in models.values():
-        step(model, ids[:, :256])  # whatever happens the first time only
+        step(model, ids[:, :256])  # warm-up
     found: dict[bool, list[tuple[float, Clock]]] = {False: [], True: []}
     for round in range(ROUNDS):
         for keeps in (False, True) if round % 2 else (True, False):
             found[keeps].append(step(models[keeps], ids))
     (plain, clock), (kept, _) = (min(found[keeps], key=lambda one: one[0]) for keeps in (False, True))
-    # Of the same step, as the machine is not as fast in the next one: it ran each layer's forward twice.
+    # From the same step, as machine speed varies between steps; it ran each layer's forward twice.
     forward, backward = sum(clock.seconds["forward"]) / 2, sum(clock.seconds["backward"])
     ratio, predicted = kept / plain, 1 - forward / plain
     runs = {keeps: len(each[0][1].seconds["forward"]) / LAYERS for keeps, each in found.items()}
@@ -126,7 +126,7 @@ def of_length(length: int) -> list[Row]:
 
 
 def rows() -> list[Row]:
-    """All figures, each with its target."""
+    """Return all figures with their targets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,7 +136,7 @@ def rows() -> list[Row]:
 
 
 def main() -> int:
-    """Print the figures; 1 where a target is missed."""
+    """Print the figures; return 1 if a target is missed."""
     started, found = time.monotonic(), rows()
     table = Table("figure", "value", "target", "")
     for what, value, target, met in found:

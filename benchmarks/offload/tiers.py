@@ -1,7 +1,7 @@
-"""Memory that grows with the sequence, and bytes on disk: a pass of many layers' inputs through the store.
+"""Resident memory per token, and bytes on disk: the inputs of many layers pass through the store.
 
-No model: each of 32 layers puts a tensor of n tokens aside and lets go of it, and the backward asks for all of them.
-Resident memory is this process's own, at the end of the forward, of each length in a process of its own.
+Without a model: each of 32 layers offloads and frees a tensor of n tokens, and the backward fetches all of them.
+Resident memory is that of the process at the end of the forward; each length runs in a separate process.
 """
 
 import subprocess
@@ -18,16 +18,16 @@ from deepspeed_alst.offload.spill import Spill
 from deepspeed_alst.offload.store import Store
 
 Row = tuple[str, str, str, bool]
-"""What, the figure, the target, whether it is met."""
+"""Row name, figure, target, and True if it is met."""
 
 LAYERS, HIDDEN, RING = 32, 1024, 4
-# Tensors of more than 32 MiB: smaller ones glibc may keep for itself when they are let go of.
+# Tensors of more than 32 MiB: glibc may keep the memory of smaller ones after they are freed.
 LENGTHS = (17_000, 25_000, 34_000)
 _PAGE = 4096
 
 
 def one_pass(tier: str, length: int) -> tuple[int, int, int]:
-    """Bytes of resident memory that a forward leaves, and what the disk has written and read after the backward."""
+    """Return resident bytes added by a forward, and bytes written to and read from disk."""
     size = pages(length * HIDDEN * 2)
     with tempfile.TemporaryDirectory() as folder:
         if tier == "disk":
@@ -50,7 +50,7 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
 
 
 def rows() -> list[Row]:
-    """All figures, each with its target."""
+    """Return all figures with their targets."""
     found: list[Row] = []
     exact = LAYERS * HIDDEN * 2
     for tier, expected in (("host", exact), ("disk", RING * HIDDEN * 2)):

@@ -1,8 +1,8 @@
-"""Where the inputs of checkpointed layers wait: bytes on the device and on the host, a token and layer.
+"""Placement of checkpointed layers' inputs: bytes on the device and on the host, per token and layer.
 
-A Llama in bf16 on CPU, whose "device" is host memory too: this package's ledger tells the two apart by who allocated.
-DeepSpeed's offload_activations leaves everything where it is on a machine without an accelerator, and transformers'
-offload refuses to run there; what torch's pinned allocator takes, which both use with one, is computed.
+A Llama in bf16 on CPU, whose "device" is host memory too: the ledger separates the two by allocation owner. Without an
+accelerator, DeepSpeed's offload_activations leaves all tensors in place, and transformers' offload refuses to run; the
+size in torch's pinned allocator, which both use with an accelerator, is computed.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +19,7 @@ from deepspeed_alst.offload.pool import HostPool
 from deepspeed_alst.offload.store import Store
 
 Row = tuple[str, str, str, bool]
-"""What, the figure, the target, whether it is met."""
+"""Row name, figure, target, and True if it is met."""
 
 HIDDEN, LAYERS = 768, 6
 LENGTHS = (1000, 3000)
@@ -27,7 +27,7 @@ OURS, NONE, DEEPSPEED, TRANSFORMERS = "here", "checkpointing alone", "DeepSpeed'
 
 
 def rows() -> list[Row]:
-    """All figures, each with its target."""
+    """Return all figures with their targets."""
     found = []
     exact = HIDDEN * 2
     for length in LENGTHS:
@@ -38,7 +38,7 @@ def rows() -> list[Row]:
             except RuntimeError as error:
                 found.append((f"{length} tokens, {name} offload", str(error).split(";")[0], "", True))
                 continue
-            # Beside the layers' inputs the graph has the last norm's tensors, offloaded or not.
+            # Besides the layers' inputs, the graph holds the last norm's tensors, offloaded or not.
             off = (whole - live["residual"]) / length
             host = live["host"] / length / (LAYERS - 1)
             figures = f"{LAYERS - off / exact:.2f} of {LAYERS} layer inputs on the device"
@@ -56,7 +56,7 @@ def rows() -> list[Row]:
 
 
 def _kept(name: str, length: int) -> dict[str, int]:
-    """Live bytes by owner between forward and backward."""
+    """Return live bytes by owner between forward and backward."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,

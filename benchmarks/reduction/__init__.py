@@ -1,1 +1,1 @@
-"""The reduction of gradients: its parts, each beside its target."""
+"""Gradient reduction: measurements of its parts against their targets."""

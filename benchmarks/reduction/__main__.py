@@ -1,9 +1,9 @@
-"""The reduction of gradients beside DeepSpeed 0.19.8's: bytes on the wire, memory, errors, seconds; the local sum.
+"""Gradient reduction against DeepSpeed 0.19.8: bytes on the wire, memory, errors, times; the local sum.
 
     python -m benchmarks.reduction [part ...]
 
-Parts are wire, memory, error, time and op; all if none is named. A bf16 model of a few parameters, one of them larger
-than the bucket, data parallel on 2 and 4 gloo ranks. Exits non-zero where a target is missed.
+Parts are wire, memory, error, time and op; default: all. A bf16 model with a few parameters, one larger than the
+bucket, data parallel on 2 and 4 gloo ranks. The exit status is non-zero if a target is missed.
 """
 
 import functools
@@ -23,26 +23,26 @@ from benchmarks.reduction.engines import BASELINE, OURS, SYSTEMS, Case, cases
 from benchmarks.reduction.measure import Traffic, extra_bytes, seconds, traffic, wire_bytes
 
 Row = tuple[tuple[str, ...], str, bool]
-"""What and its figures, the target, whether it is met."""
+"""Name and figures, the target, and True if it is met."""
 
 SMALL = {
     "sizes": (4099, 30, 12000, 1, 7001, 300007, 2048, 9973, 100000, 65537),
     "bucket": 120_000,
     "slice_bytes": 1 << 16,
 }
-# Of DeepSpeed's default bucket, and the smaller one that its users take to spare memory, and of the default slice.
+# Scale of DeepSpeed's default bucket, of a smaller one that saves memory, and of the default slice.
 SCALE = 1024
 BUCKETS = (125_000_000 // SCALE, 500_000_000 // SCALE)
 SLICE_BYTES = 2**26 // SCALE
 LARGE_SIZES = (50_001, 37_500, 512_503, 77, 62_500, 43_753, 1, 56_250, 31_251, 75_000)
 ROUNDS = 5
 _KIB = 1024
-# Bytes of single numbers, such as a loss scale.
+# Bytes of scalars, such as a loss scale.
 _NUMBERS = 256
 
-# Of DeepSpeed's fp32 bytes, where it is not a half.
+# Limit relative to DeepSpeed's fp32 bytes, if not one half.
 _MOST = {(2, "fp32"): 0.75}
-# Of an element, to its gradient's root mean square: in another order of ranks fp32 sums differ in their last bits.
+# Relative to the RMS of the gradient: a different rank order changes the last bits of fp32 sums.
 _FP32_ROUNDING = 2**-22
 
 _WIRE = (
@@ -69,19 +69,19 @@ _TIME = (
 
 
 def wire() -> Iterator[Row]:
-    """Bytes on the wire of one reduction."""
+    """Yield bytes on the wire of one reduction."""
     numel = sum(SMALL["sizes"])
     for case, found in _traffics((1,)):
         sent = {name: wire_bytes([of_rank[name].collectives for of_rank in found]) / numel for name in SYSTEMS}
         most = _MOST.get((case.stage, case.accumulation), 0.5)
-        # To three digits: shares of a slice that does not split evenly are padded, by less than an element a rank.
+        # Three digits: unevenly split slices are padded by less than an element per rank.
         ratio = round(sent[OURS] / sent[BASELINE], 3)
         figures = [f"{sent[name]:.2f}, {sent[name] / sent[BASELINE]:.3f} of it" for name in SYSTEMS if name != BASELINE]
         yield (_setting(case), f"{sent[BASELINE]:.2f}", *figures), f"<= {most:.2f} of it", ratio <= most
 
 
 def memory() -> Iterator[Row]:
-    """Bytes beside gradients and buckets."""
+    """Yield peak bytes beyond gradients and buckets."""
     for world_size in (2, 4):
         with Ranks(world_size) as ranks:
             for bucket in BUCKETS:
@@ -95,14 +95,14 @@ def memory() -> Iterator[Row]:
 
 
 def error() -> Iterator[Row]:
-    """Errors against fp64, and whether the bits are DeepSpeed's."""
+    """Yield errors against fp64, and differences from DeepSpeed's bits."""
     for case, found in _traffics((1, 4)):
         figures = []
         for name in SYSTEMS:
             worst = max(found, key=lambda of_rank, name=name: of_rank[name].error)[name]
             figures.append(f"{worst.error:.1e}, " + (f"{worst.num_different:,} differ" if worst.num_different else "="))
         met = all(of_rank[OURS].worst_difference <= _FP32_ROUNDING for of_rank in found)
-        # Two numbers are added in one order only, and so are those that fit into fp32 without rounding.
+        # Sums of two numbers, and sums exact in fp32, do not depend on the order.
         is_same = not any(of_rank[OURS].num_different for of_rank in found)
         must = case.world_size == 2 or case.accumulation == "bf16"
         target = "=, bit by bit" if must else "= but for fp32 rounding"
@@ -110,7 +110,7 @@ def error() -> Iterator[Row]:
 
 
 def times() -> Iterator[Row]:
-    """Seconds of the reductions of a step."""
+    """Yield times of the reductions of a step."""
     with Ranks(2) as ranks:
         for case in cases((2,), (1,), sizes=LARGE_SIZES, bucket=BUCKETS[1], slice_bytes=SLICE_BYTES):
             rounds = list(zip(*ranks.run(seconds, case, ROUNDS), strict=True))
@@ -121,7 +121,7 @@ def times() -> Iterator[Row]:
 
 
 def local_sum() -> Iterator[Row]:
-    """The op that adds the pieces."""
+    """Yield figures of the local sum op."""
     for what, figure, target, met in op.rows():
         yield (what, figure), target, met
 
@@ -133,7 +133,7 @@ def _traffics(gas: tuple[int, ...]) -> Iterator[tuple[Case, list[dict[str, Traff
 
 @functools.cache
 def _traffics_of(world_size: int) -> list[tuple[Case, list[dict[str, Traffic]]]]:
-    """What each rank found in each case; wire and error are two views of the same runs."""
+    """Run each case on all ranks; the wire and error parts share the results."""
     with Ranks(world_size) as ranks:
         return [(case, ranks.run(traffic, case)) for case in cases((world_size,), (1, 4), **SMALL)]
 
@@ -161,7 +161,7 @@ PARTS = {
 
 
 def main() -> int:
-    """Print a table for each part; 1 where a target is missed."""
+    """Print a table for each part; return 1 if a target is missed."""
     started, missed, console = time.monotonic(), 0, Console(width=160)
     for name in chosen_parts(__doc__, PARTS):
         part = PARTS[name]

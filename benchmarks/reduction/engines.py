@@ -1,7 +1,7 @@
-"""One model on one DeepSpeed engine, whose gradients are known exactly, reduced by DeepSpeed or by this package.
+"""DeepSpeed engines with known gradients, reduced by DeepSpeed or by this package.
 
-The gradient of each parameter is a random vector in bf16 that depends on the rank, the micro-step and the parameter, so
-what the reduction is to give can be computed in fp64 on any rank.
+The gradient of each parameter is a random bf16 vector determined by rank, micro-step and parameter, so any rank can
+compute the expected result in fp64.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from deepspeed_alst.core.patching import PatchSet
 
-# deepspeed is imported in the ranks, after benchmarks.ranks has set what it reads at import.
+# The ranks import deepspeed after benchmarks.ranks has set its environment.
 
 
 @dataclass(frozen=True)
 class System:
-    """Who reduces, and what it sums in."""
+    """Implementation of the reduction, and the dtype of its sums."""
 
     ours: bool
     dtype: str
@@ -36,12 +36,12 @@ BASELINE, _, OURS, _ = SYSTEMS
 
 @dataclass(frozen=True)
 class Case:
-    """What all systems are run on."""
+    """Setup that all systems are run on."""
 
     world_size: int
     stage: int
     accumulation: str
-    """What gradients of micro-steps are added up in."""
+    """Accumulation dtype of the micro-steps' gradients."""
     gas: int
     sizes: tuple[int, ...]
     """Elements of each parameter."""
@@ -50,12 +50,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The case in a few words."""
+        """Short description of the case."""
         return f"{self.world_size} ranks, ZeRO {self.stage}, accumulated in {self.accumulation}, {self.gas} micro-steps"
 
 
 def cases(world_sizes: tuple[int, ...], gas: tuple[int, ...], **sizes: Any) -> list[Case]:
-    """Every ZeRO stage with both accumulation dtypes; DeepSpeed 0.19.8 refuses fp32 for a bf16 model at stage 0."""
+    """List all stages and accumulation dtypes; DeepSpeed 0.19.8 rejects fp32 for bf16 models at stage 0."""
     return [
         Case(world_size, stage, accumulation, steps, **sizes)
         for world_size in world_sizes
@@ -76,26 +76,26 @@ class _Vector(torch.nn.Module):
 
 
 class Vectors(torch.nn.Module):
-    """Parameters of given sizes, each with the gradient that the forward is told."""
+    """Parameters of given sizes, each with a gradient passed to the forward."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.vectors = torch.nn.ModuleList(_Vector(numel) for numel in sizes)
 
     def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """A sum whose derivative by each parameter is its gradient."""
+        """Return a sum whose derivative by each parameter is its gradient."""
         products = [vector(gradient_n) for vector, gradient_n in zip(self.vectors, gradients, strict=True)]
         return torch.stack(products).sum()
 
 
 def gradients(case: Case, rank: int, micro_step: int) -> list[torch.Tensor]:
-    """What a rank's own gradients are in a micro-step, times the number of micro-steps (a power of two)."""
+    """Return a rank's gradients in a micro-step, times the number of micro-steps (a power of two)."""
     make = torch.Generator().manual_seed(1000 * rank + micro_step)
     return [torch.randn(numel, generator=make).bfloat16() for numel in case.sizes]
 
 
 def build(case: Case, system: System) -> Any:
-    """A DeepSpeed engine for the case; this package's reduction is the only thing of it that is put on."""
+    """Build a DeepSpeed engine for the case, with at most our reduction installed."""
     import deepspeed
 
     from deepspeed_alst.engine.reduction import install_reduction
@@ -104,7 +104,7 @@ def build(case: Case, system: System) -> Any:
 
     model = Vectors(case.sizes)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config(case, system))
-    # At stage 0, and where BF16_Optimizer is (stage 1 with fp32), DeepSpeed asks the ds_config for no bucket size.
+    # At stage 0 and with BF16_Optimizer (stage 1 with fp32), DeepSpeed ignores the configured bucket size.
     allreduce_gradients = engine.allreduce_gradients
     engine.allreduce_gradients = lambda bucket_size=case.bucket: allreduce_gradients(bucket_size)
     if system.ours:
@@ -116,7 +116,7 @@ def build(case: Case, system: System) -> Any:
 
 
 def ds_config(case: Case, system: System) -> dict[str, Any]:
-    """The JSON: what an SP run takes from seq_parallel_communication_data_type is communication_data_type here."""
+    """Return the ds_config; communication_data_type stands for an SP run's seq_parallel_communication_data_type."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.gas,
@@ -134,18 +134,18 @@ def ds_config(case: Case, system: System) -> dict[str, Any]:
 
 
 def backward(engine: Any, case: Case, micro_step: int) -> None:
-    """One micro-step of this rank."""
+    """Run the backward of one micro-step on this rank."""
     engine.backward(engine(gradients(case, dist.get_rank(), micro_step)))
 
 
 def around_reductions(engine: Any, inside: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Have each reduction of the engine's run in a context, of one bucket.
+    """Wrap each reduction of one bucket in a context.
 
-    Without what is around it on all systems alike: gradients are in their bucket before, and the gradients that a rank
-    keeps are copied out of it after (but at stage 3, where that is how it ends).
+    Steps common to all systems are outside: gradients are in their bucket before, and the gradients that a rank keeps
+    are copied out after (except at stage 3, where the copy is part of the reduction).
     """
     stage3 = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
-    # DeepSpeed cuts BF16_Optimizer's gradients into buckets itself, this package takes them whole.
+    # DeepSpeed splits BF16_Optimizer's gradients into buckets, this package takes them whole.
     is_bf16_optimizer = hasattr(engine.optimizer, "fp32_groups_gradients_flat")
     owner, name = next(
         (owner, name)

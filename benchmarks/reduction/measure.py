@@ -1,4 +1,4 @@
-"""What the systems do on one case, as one rank sees it: bytes on the wire, errors, extra memory, seconds."""
+"""Measurements of all systems on one case, per rank: bytes on the wire, errors, extra memory, times."""
 
 import contextlib
 import functools
@@ -18,19 +18,19 @@ from benchmarks.tally import Collective, Tally
 
 @dataclass(frozen=True)
 class Traffic:
-    """One system's reductions of a whole step."""
+    """Reductions of one system over a step."""
 
     collectives: list[Collective]
     error: float
-    """Of the worst parameter's averaged gradient against fp64, relative to its norm."""
+    """Largest error of a parameter's averaged gradient against fp64, relative to its norm."""
     num_different: int
-    """Elements of the averaged gradients that are not those of DeepSpeed's fp32 sum, bit by bit."""
+    """Elements of the averaged gradients that differ from DeepSpeed's fp32 sum in any bit."""
     worst_difference: float
-    """Of an element, relative to the root mean square of its parameter's gradient."""
+    """Largest difference of an element, relative to the RMS of its parameter's gradient."""
 
 
 def traffic(case: Case) -> dict[str, Traffic]:
-    """Each system's collectives and gradients of one step."""
+    """Return each system's collectives and gradients of one step."""
     found, truth = {}, _truth(case)
     baseline: list[torch.Tensor] = []
     for name, system in SYSTEMS.items():
@@ -51,12 +51,12 @@ def traffic(case: Case) -> dict[str, Traffic]:
 
 
 def wire_bytes(ranks: list[list[Collective]]) -> int:
-    """Bytes that all collectives take one after the other, each as long as its busiest rank."""
+    """Sum the bytes of sequential collectives, each counted by its busiest rank."""
     return sum(max(each.busiest for each in one) for one in zip(*ranks, strict=True))
 
 
 def _step(engine: Any, case: Case) -> list[torch.Tensor]:
-    """The averaged gradients of all micro-steps."""
+    """Return the averaged gradients of all micro-steps."""
     from deepspeed.utils import safe_get_full_grad
 
     for micro_step in range(case.gas):
@@ -76,9 +76,9 @@ def _truth(case: Case) -> list[torch.Tensor]:
 
 
 def extra_bytes(case: Case) -> dict[str, int]:
-    """The most bytes by which a reduction raises what lives, by system; of the second micro-step of two at least.
+    """Return each system's peak bytes of a reduction beyond live memory, in the second micro-step or later.
 
-    Buffers that DeepSpeed makes in the first one, and keeps, are gradients and not the reduction's.
+    Buffers that DeepSpeed creates in the first one and keeps count as gradients, not as the reduction's.
     """
     found = {}
     for name, system in SYSTEMS.items():
@@ -96,10 +96,10 @@ def extra_bytes(case: Case) -> dict[str, int]:
 
 @contextlib.contextmanager
 def allocated(engine: Any, lived: list[torch.Tensor], peaks: list[int]) -> Iterator[None]:
-    """Append the most bytes that lived at once inside, beyond those that lived before, by this package's ledger."""
+    """Append the peak bytes inside the block beyond the bytes live before, by the ledger."""
     from deepspeed_alst.ledger.ledger import Ledger
 
-    # Made since: gradients, and the buckets, which stages 1 and 2 make anew in each backward.
+    # Newer than ``lived``: gradients, and the buckets, which stages 1 and 2 recreate in each backward.
     buffers = [bucket.buffer for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()]
     new = [each for buffer in buffers for each in (buffer if isinstance(buffer, list) else [buffer])]
     new += [getattr(engine.optimizer, "grads_in_partition", None)]
@@ -112,7 +112,7 @@ def allocated(engine: Any, lived: list[torch.Tensor], peaks: list[int]) -> Itera
 
 
 def seconds(case: Case, rounds: int) -> list[dict[str, float]]:
-    """Each system's seconds inside the reductions of a step, by turns; the first round is not among them."""
+    """Return each system's seconds in a step's reductions per round; systems alternate, after a warm-up round."""
     clocks: dict[str, list[float]] = {}
     engines = {}
     for name, system in SYSTEMS.items():
@@ -135,7 +135,7 @@ def seconds(case: Case, rounds: int) -> list[dict[str, float]]:
 def _clock(times: list[float]) -> Callable[[], AbstractContextManager[None]]:
     @contextlib.contextmanager
     def clock() -> Iterator[None]:
-        dist.barrier()  # waiting for slower ranks is not the reduction's time
+        dist.barrier()  # exclude the wait for slower ranks
         begin = time.perf_counter()
         yield
         times.append(time.perf_counter() - begin)

@@ -1,9 +1,9 @@
-"""The local sum of a gradient reduction beside plain torch: time, memory, share of a copy's bandwidth, on one thread.
+"""Local sum of a gradient reduction against plain torch: time, memory and bandwidth on one thread.
 
     python -m benchmarks.reduction.op
 
-8 pieces of 4 Mi elements; medians of interleaved rounds, so that what else runs on the machine slows all alike. Exits
-non-zero where a target is missed.
+8 pieces of 4 Mi elements; medians of interleaved rounds, so that load on the machine affects all alike. The exit status
+is non-zero if a target is missed.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from benchmarks.ranks import finished
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces
 
 Row = tuple[str, str, str, bool]
-"""What, the figure, the target, whether it is met."""
+"""Row name, figure, target, and True if it is met."""
 
 NUM_PIECES, NUM_ELEMENTS = 8, 4 << 20
 ROUNDS = 11
@@ -29,12 +29,12 @@ MIB = 1 << 20
 
 
 def plain(pieces_Pn: torch.Tensor) -> torch.Tensor:
-    """What one writes without an op."""
+    """Sum the pieces in plain torch."""
     return torch.stack(list(pieces_Pn)).float().sum(0)
 
 
 def seconds(**functions: Callable[[], object]) -> dict[str, float]:
-    """The median time of each function, by turns; the first round is not counted."""
+    """Return the median time of each function; functions alternate, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(1 + ROUNDS):
         for name, function in functions.items():
@@ -45,10 +45,10 @@ def seconds(**functions: Callable[[], object]) -> dict[str, float]:
 
 
 def speed(dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[float, float]:
-    """How many times faster than plain torch, and the share of a copy's bandwidth, of bytes read and written."""
+    """Return the speedup over plain torch, and the share of a copy's bandwidth (bytes read and written)."""
     pieces_Pn = torch.randn(NUM_PIECES, NUM_ELEMENTS).to(dtype)
     out_n = torch.empty(NUM_ELEMENTS, dtype=out_dtype)
-    source, target = torch.ones(128 * MIB // 4), torch.ones(128 * MIB // 4)  # far beyond any cache
+    source, target = torch.ones(128 * MIB // 4), torch.ones(128 * MIB // 4)  # far larger than any cache
     took = seconds(
         op=lambda: sum_pieces(pieces_Pn, out_n, 1.0), plain=lambda: plain(pieces_Pn), copy=lambda: target.copy_(source)
     )
@@ -57,15 +57,15 @@ def speed(dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[float, float]:
 
 
 def peak_beyond(name: str) -> int:
-    """Bytes by which one addition raises this process's peak of resident memory; a fresh process is to call it.
+    """Return the bytes one sum adds to peak resident memory; needs a fresh process.
 
-    The tensors' pages are there before, the output's too, and a small addition has loaded all code.
+    All tensors' pages are resident before, the output's included, and a small sum has loaded all code.
     """
     pieces_Pn = torch.ones(NUM_PIECES, NUM_ELEMENTS, dtype=torch.bfloat16)
     out_n = torch.ones(NUM_ELEMENTS)
     functions = {"op": lambda p_Pn, o_n: sum_pieces(p_Pn, o_n, 1.0), "plain": lambda p_Pn, o_n: plain(p_Pn)}
     functions[name](pieces_Pn[:, :4097], out_n[:4097])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     before = _peak()
     functions[name](pieces_Pn, out_n)
     return _peak() - before
@@ -77,7 +77,7 @@ def _peak() -> int:
 
 
 def memory(name: str) -> int:
-    """``peak_beyond`` in a process of its own."""
+    """Run ``peak_beyond`` in a separate process."""
     program = (
         "import torch; from benchmarks.reduction import op; torch.set_num_threads(1); op.load_sum_pieces('cpu'); "
         f"print(op.peak_beyond({name!r}))"
@@ -87,7 +87,7 @@ def memory(name: str) -> int:
 
 
 def rows() -> list[Row]:
-    """All figures, each with its target."""
+    """Return all figures with their targets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,7 +114,7 @@ def rows() -> list[Row]:
 
 
 def main() -> int:
-    """Print the figures; 1 where a target is missed."""
+    """Print the figures; return 1 if a target is missed."""
     found = rows()
     table = Table("figure", "value", "target", "")
     for what, value, target, met in found:

@@ -1,1 +1,1 @@
-"""Tiles of this package beside DeepSpeed's ``TiledMLP`` and ``TiledFusedLogitsLoss``."""
+"""Comparison of our tiled MLP and loss with DeepSpeed's ``TiledMLP`` and ``TiledFusedLogitsLoss``."""

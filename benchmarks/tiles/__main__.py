@@ -1,10 +1,10 @@
-"""Tiles of this package beside DeepSpeed 0.19.8's: memory, FLOPs, gathers, gradients, loss and seconds.
+"""Our tiles against those of DeepSpeed 0.19.8: memory, FLOPs, gathers, gradients, loss and step time.
 
     python -m benchmarks.tiles [part ...] [--picture runs/loss_memory.png]
 
-Parts are shapes, loss, gathers, gradients and time; all if none is named. Figures of bytes and FLOPs are the ledger's:
-FLOPs of matrix products, attention's scores left out, relative to a step without tiles and checkpoints. Exits non-zero
-where a target is missed.
+Parts are shapes, loss, gathers, gradients and time; default: all. Bytes and FLOPs come from the ledger: FLOPs of
+matmuls without attention scores, relative to a step without tiles and checkpoints. The exit status is non-zero if a
+target is missed.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from rich.table import Table
 from benchmarks.ranks import Ranks
 
 Row = tuple[str, str, str, str, bool]
-"""What, this package's figure, DeepSpeed's, the target, whether it is met."""
+"""Row name, our figure, DeepSpeed's, the target, and True if it is met."""
 
 
 def shapes() -> Iterator[Row]:
-    """Bytes a token, FLOPs and MLP forwards of real shapes on fake tensors, and of small ones for real."""
+    """Yield bytes per token, FLOPs and MLP forwards of real-size (fake) and small (real) shapes."""
     from benchmarks.tiles.shapes import BASELINE, REAL_SIZE, SCALED, SYSTEMS, measure
 
     _, upstream, ours = SYSTEMS
@@ -57,7 +57,7 @@ def shapes() -> Iterator[Row]:
 
 
 def loss() -> Iterator[Row]:
-    """Peak bytes and FLOPs of logits and loss, with all tokens trained and with 30 % of them."""
+    """Yield peak bytes and FLOPs of the loss, with 100 % and 30 % of tokens trained."""
     from benchmarks.tiles.loss import FAKE, SCALED, SYSTEMS, peak_beyond_weights, run
 
     for case in (FAKE, SCALED):
@@ -84,7 +84,7 @@ def loss() -> Iterator[Row]:
 
 
 def gathers() -> Iterator[Row]:
-    """All-gathers of a step under ZeRO-3, and how often a weight's reduce hook fires."""
+    """Yield all-gathers per step under ZeRO-3, and reduce hook calls per weight."""
     from benchmarks.tiles.gathers import TILES, WORLD_SIZE, measure
 
     with Ranks(WORLD_SIZE) as ranks:
@@ -99,7 +99,7 @@ def gathers() -> Iterator[Row]:
 
 
 def gradients() -> Iterator[Row]:
-    """Error of weight gradients in bf16 against fp64, by the number of tiles."""
+    """Yield errors of bf16 weight gradients against fp64, by number of tiles."""
     from benchmarks.tiles.real import TILES, gradient_errors
 
     errors = gradient_errors()
@@ -109,7 +109,7 @@ def gradients() -> Iterator[Row]:
 
 
 def times() -> Iterator[Row]:
-    """Seconds of a step for real, as a ratio to the checkpointed step without tiles."""
+    """Yield step times on real tensors, relative to the checkpointed step without tiles."""
     from benchmarks.tiles.real import TIMED, step_times
 
     seconds, flops = step_times()
@@ -125,7 +125,7 @@ PARTS = {"shapes": shapes, "loss": loss, "gathers": gathers, "gradients": gradie
 
 
 def draw(path: Path) -> None:
-    """The memory of logits and loss over a step, whole and in tiles, one picture each."""
+    """Plot the memory of logits and loss over a step, whole and tiled, one file each."""
     from benchmarks.tiles.loss import FAKE, run
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def draw(path: Path) -> None:
 
 
 def main() -> int:
-    """Print a table for each part; 1 where a target is missed."""
+    """Print a table for each part; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--picture", type=Path)

@@ -1,6 +1,6 @@
-"""All-gathers of a step and firings of the reduce hooks under ZeRO-3, on 2 gloo ranks, by the number of tiles.
+"""All-gathers and reduce hook calls per step under ZeRO-3, on 2 gloo ranks, by number of tiles.
 
-The ranks have a sample each: nothing but ZeRO makes collectives. Legend: S tokens of a sample.
+Each rank has its own sample, so only ZeRO issues collectives. Legend: S tokens of a sample.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.core.patching import PatchSet
 
-# deepspeed and transformers are imported in the ranks, after benchmarks.ranks has set what they read at import.
+# The ranks import deepspeed and transformers after benchmarks.ranks has set their environment.
 
 WORLD_SIZE = 2
 TILES = (1, 4, 64)
@@ -23,7 +23,7 @@ _CONFIG = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "steps_per_print": 10**9,
-    # No prefetch, nothing that stays gathered: every use of a weight is an all-gather of its own.
+    # Without prefetch and persistent parameters, every use of a weight is a separate all-gather.
     "zero_optimization": {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -34,7 +34,7 @@ _CONFIG = {
 
 
 def measure(system: str, tiles: int) -> tuple[int, float]:
-    """All-gathers of the last step, and how often an MLP weight's hook fired in it, on this rank."""
+    """Return this rank's all-gathers in the last step, and hook calls per MLP weight in it."""
     import deepspeed
     from transformers import LlamaConfig
 
@@ -67,7 +67,7 @@ def measure(system: str, tiles: int) -> tuple[int, float]:
 
 
 def _tile(model: Any, system: str, tiles: int, undo: PatchSet) -> None:
-    """MLP and loss in as many tiles, as each system is put in before an engine is built."""
+    """Tile MLP and loss, as each system does before an engine is built."""
     from types import SimpleNamespace
 
     from benchmarks.tiles.systems import upstream_loss, upstream_mlps

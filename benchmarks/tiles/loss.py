@@ -1,6 +1,6 @@
-"""Logits and loss of a shard: peak bytes and FLOPs with all tokens trained and with 30 % of them.
+"""Logits and loss of a shard: peak bytes and FLOPs with 100 % and 30 % of tokens trained.
 
-A model without layers: hidden states go in, the norm and the head are left.
+The model has no layers: hidden states are the input, and only the norm and the head remain.
 
 Legend: T tokens, H hidden size, V vocabulary.
 """
@@ -26,7 +26,7 @@ SYSTEMS = ("whole", "upstream", "ours")
 
 @dataclass(frozen=True)
 class LossCase:
-    """Sizes, and the tiles of both systems: upstream's shards and this package's budget."""
+    """Sizes, and the tiles of both systems: upstream's shards and our budget."""
 
     name: str
     tokens: int
@@ -43,7 +43,7 @@ SMALL = LossCase("for real, small", 512, 32, 997, True, 8, TiledLossBlock(tile_t
 
 
 def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:
-    """A ledger of one step, in which this share of the tokens has a label."""
+    """Run a step with this share of labelled tokens and return its ledger."""
     num_trained = round(case.tokens * trained)
     with PatchSet() as world:
         if not case.is_real:
@@ -75,5 +75,5 @@ def _loss_of(model: Any, case: LossCase, system: str, undo: PatchSet) -> Any:
 
 
 def peak_beyond_weights(ledger: Any) -> int:
-    """Bytes; the head's gradient is in them."""
+    """Return the peak bytes beyond the weights, with the head's gradient."""
     return max(sample.total - sample.bytes["weights"] for sample in ledger.timeline)

@@ -1,4 +1,4 @@
-"""What only real tensors tell: the error of weight gradients in bf16 tiles, and seconds of a step."""
+"""Measurements that need real tensors: bf16 weight gradient errors of tiles, and step times."""
 
 import functools
 import statistics
@@ -23,7 +23,7 @@ TOKENS = 2048
 
 
 def gradient_errors(tiles: tuple[int, ...] = TILES) -> dict[str, list[float]]:
-    """Of an MLP's weight gradients in bf16 against fp64, the largest of the three; by system, for each tile count."""
+    """Return the largest bf16 weight gradient error of an MLP against fp64, by system and tile count."""
     config = LlamaConfig(hidden_size=_HIDDEN, intermediate_size=_INNER, num_attention_heads=4)
     torch.manual_seed(1)
     module = LlamaMLP(config).bfloat16()
@@ -55,7 +55,7 @@ def _upstream(module: Any, x: torch.Tensor, shards: int) -> torch.Tensor:
 
 
 def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of a step and FLOPs, attention's among them, by system; 2 threads, the systems take turns."""
+    """Return median step seconds and FLOPs with attention, by system; 2 threads, systems alternate."""
     keys = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
     config = LlamaConfig(**keys, vocab_size=256, max_position_embeddings=TOKENS)
     ids = torch.arange(TOKENS).remainder(256)[None]
@@ -65,7 +65,7 @@ def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
     torch.set_num_threads(2)
     try:
         with PatchSet() as stay:
-            # This package's patches stay on a model of their own, since they learn; DeepSpeed's are on a class.
+            # Our patches stay on a separate model, since they keep state; DeepSpeed's are on a class.
             models = {system.name: build(config, 1, torch.float32) for system in TIMED}
             ours = stay.enter_context(_on(OURS, models[OURS.name]))
             contexts = {
@@ -78,7 +78,7 @@ def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
                 with context() as step:
                     flops[name] = second_step(models[name], step, batch).ledger.flops.total()
             for index in range(rounds):
-                # Another order each time: a busy machine meets all of them alike.
+                # Rotate the order, so that load on the machine affects all systems equally.
                 for system in TIMED[index % 3 :] + TIMED[: index % 3]:
                     with contexts[system.name]() as step:
                         seconds[system.name].append(_timed(models[system.name], step, batch))
@@ -88,7 +88,7 @@ def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _on(system: System, model: Any) -> AbstractContextManager[Any]:
-    """As many tiles of the MLP in both systems: upstream's rule gives two."""
+    """Patch the model with two MLP tiles in both systems, as upstream's rule gives."""
     return system.on(model, mlp=TiledMlpBlock(tile_tokens=TOKENS // 2))
 
 

@@ -1,4 +1,4 @@
-"""Models of real size on fake tensors and small ones on real ranks: memory of a layer, FLOPs of a step, MLP forwards.
+"""Real-size models on fake tensors and small ones on real ranks: layer memory, step FLOPs, MLP forwards.
 
 Legend: s tokens of one rank's shard, P = sp_size.
 """
@@ -21,7 +21,7 @@ OTHER = 1.34, 1.34
 UPSTREAM_WHOLE = 1.58
 BASELINE = System("untiled")
 SYSTEMS = (System("untiled", "non-reentrant"), System("upstream", "reentrant"), System("ours", "non-reentrant"))
-# Checkpointing for checkpointing: on the first model only.
+# Each system with the other's checkpointing, for the first model only.
 SWAPPED = (System("upstream", "non-reentrant"), System("ours", "reentrant"))
 
 
@@ -36,11 +36,11 @@ class Shape:
     tokens: int = 32768
     is_real: bool = False
     most: tuple[float, float] = GATED
-    """FLOPs at most, of a layer and of the whole model, relative to no tiles and no checkpoints."""
+    """FLOP limits of a layer and of the model, relative to no tiles and no checkpoints."""
     mlp: TiledMlpBlock = field(default_factory=TiledMlpBlock)
 
     def config(self) -> Any:
-        """The model's."""
+        """Build the model's config."""
         positions = {"max_position_embeddings": 8 * self.tokens}
         return CONFIG_MAPPING[self.model_type](**{**positions, **self.keys}, pad_token_id=None)
 
@@ -74,20 +74,20 @@ SCALED = (
 
 @dataclass(frozen=True)
 class Found:
-    """Of one system on one shape."""
+    """Results of one system on one shape."""
 
     layer_peak: float
-    """Bytes a token beyond the weights, of a model of one layer while the layer's modules run; gradients are in it."""
+    """Peak bytes per token beyond the weights in a one-layer model's layer; gradients included."""
     kept: float
-    """Bytes a token and layer between forward and backward."""
+    """Bytes per token and layer between forward and backward."""
     layer_flops: int
     model_flops: int
     forwards: tuple[float, float]
-    """Of the MLP's first matrix and its last; zeros where the weights are stacks."""
+    """Forwards of the MLP's first and last matrix; zeros if the weights are stacked."""
 
 
 def measure(shape: Shape, sp_size: int, system: System) -> Found:
-    """One system on one rank of ``sp_size``; a layer's share is a 2-layer model's count less a 1-layer model's."""
+    """Measure a system on one rank of ``sp_size``; a layer is a 2-layer minus a 1-layer model."""
     one, two = (step_of(replace(shape, num_layers=count), sp_size, system) for count in (1, 2))
     layer = two.ledger.matmul_flops - one.ledger.matmul_flops
     in_layers = [each for each in one.ledger.timeline if each.moment.module.startswith("model.layers.")]
@@ -103,8 +103,8 @@ def measure(shape: Shape, sp_size: int, system: System) -> Found:
 
 
 def step_of(shape: Shape, sp_size: int, system: System) -> Any:
-    """A ledger of one system's second step on one rank of ``sp_size`` (systems.second_step)."""
-    # Inside real ranks the world is there; else this process stands for one of them.
+    """Return a ledger of the system's second step on one rank of ``sp_size`` (systems.second_step)."""
+    # Inside real ranks the process group exists; else this process simulates one of them.
     world = (nullcontext if dist.is_initialized() else fake_ranks) if shape.is_real else fake_world
     experts = shape.keys.get("num_experts", 1)
     per_expert = shape.tokens * shape.keys.get("num_experts_per_tok", 1) // experts

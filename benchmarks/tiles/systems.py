@@ -1,8 +1,8 @@
-"""The systems that are compared, each put onto a model and taken off again, and one step of them under a ledger.
+"""Systems under comparison, each patched onto a model and removed again, and one step under a ledger.
 
-Attention is the same in all of them (this package's under sequence parallelism, else the model's own): what differs is
-tiles and checkpointing. DeepSpeed's tiles are put in as ArcticTraining does it: the MLP's forward (a mixture's block)
-goes through ``TiledMLP`` in ``ceil(tokens / hidden size)`` shards under reentrant checkpointing, and the loss through
+All use the same attention (ours under sequence parallelism, else the model's own) and differ in tiles and
+checkpointing. DeepSpeed's tiles are applied as in ArcticTraining: the forward of the MLP (or MoE block) runs through
+``TiledMLP`` in ``ceil(tokens / hidden size)`` shards under reentrant checkpointing, and the loss through
 ``TiledFusedLogitsLoss`` in shards of 1 GiB of fp32 logits.
 
 Legend: B batch, s tokens of this rank's shard, V vocabulary.
@@ -41,12 +41,12 @@ class System:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Display name."""
         return self.tiles + (f", {self.checkpointing}" if self.checkpointing else ", no checkpoints")
 
     @contextmanager
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
-        """Inside, ``step(batch)`` gives the loss of a batch; ``mlp`` is this package's budget."""
+        """Patch the model and yield ``step(batch)``, which returns the loss; ``mlp`` is our tile budget."""
         with PatchSet() as undo:
             if self.checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": self.checkpointing == "reentrant"})
@@ -65,7 +65,7 @@ class System:
     ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         if self.tiles == "upstream":
             undo.enter_context(upstream_mlps(model))
-            calls.inside = True  # its loss calls the decoder by itself
+            calls.inside = True  # its loss calls the decoder directly
             return lambda batch: upstream_loss(model, batch)
         if self.tiles == "ours":
             tile_mlps(model, mlp, lambda module: None, undo)
@@ -77,7 +77,7 @@ class System:
 
 @contextmanager
 def without_mask(model: torch.nn.Module) -> Iterator[None]:
-    """The S x S mask is left out, as on real tensors that are not packed: fake ones cannot tell, and get one."""
+    """Omit the S x S mask, which transformers omits for unpacked real tensors only."""
     module = sys.modules[type(model).__module__]
     name = "create_sliding_window_causal_mask" if not hasattr(module, "create_causal_mask") else "create_causal_mask"
     with mock.patch.object(module, name, lambda **_: None):
@@ -86,7 +86,7 @@ def without_mask(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def upstream_mlps(model: torch.nn.Module, num_shards: int | None = None) -> Iterator[None]:
-    """The classes of a model's MLPs with a forward that goes through ``TiledMLP``; ceil(s / hidden) shards if unset."""
+    """Patch a model's MLP classes to run through ``TiledMLP``, by default in ceil(s / hidden) shards."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
     kinds = {type(layer.mlp) for layer in model.model.layers}
@@ -96,7 +96,7 @@ def upstream_mlps(model: torch.nn.Module, num_shards: int | None = None) -> Iter
             def forward(self: Any, x: torch.Tensor, original: Any = kind.forward) -> torch.Tensor:
                 shards = num_shards or math.ceil(x.shape[-2] / x.shape[-1])
 
-                # A mixture's block takes [B, s, hidden] only, and the backward's shards are flat.
+                # An MoE block takes only [B, s, hidden], but the backward's shards are flat.
                 def whole(self: Any, x: torch.Tensor) -> torch.Tensor:
                     return original(self, x if x.dim() == 3 else x.unsqueeze(0)).view_as(x)
 
@@ -107,7 +107,7 @@ def upstream_mlps(model: torch.nn.Module, num_shards: int | None = None) -> Iter
 
 
 def upstream_loss(model: Any, batch: dict[str, torch.Tensor], num_shards: int | None = None) -> torch.Tensor:
-    """The mean loss of a shard by ``TiledFusedLogitsLoss``, as ArcticTraining calls it: the sum, then divided."""
+    """Return the mean loss of a shard by ``TiledFusedLogitsLoss``, summed and divided as in ArcticTraining."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     batch = dict(batch)
@@ -129,7 +129,7 @@ def upstream_loss(model: Any, batch: dict[str, torch.Tensor], num_shards: int | 
 
 
 def build(config: Any, num_layers: int, dtype: torch.dtype) -> Any:
-    """A model of a config with another number of layers."""
+    """Build a model from a config with another number of layers."""
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1] * num_layers
@@ -138,7 +138,7 @@ def build(config: Any, num_layers: int, dtype: torch.dtype) -> Any:
 
 
 def second_step(model: Any, step: Callable[[Any], torch.Tensor], batch: dict[str, torch.Tensor]) -> Any:
-    """A ledger of the second step, and the live bytes at the end of its forward: the first step may still learn."""
+    """Return a ledger of the second step and its live bytes after the forward; the first may set up state."""
     step(batch).backward()
     model.zero_grad()
     with Ledger(model) as ledger:

@@ -1,10 +1,10 @@
-"""Causal attention of a whole sequence in which not every token sees all before it, by torch's own attention.
+"""Causal attention on whole sequences with a window, chunks or packed documents, by torch's sdpa.
 
-A sequence falls into stretches that do not see one another (documents, chunks), and each is attended to by itself; one
-that is longer than its window, in blocks of query rows that are given the keys of their band alone. So a packed batch
-costs what its documents cost, and a window of W tokens the scores of 2W keys a row; the only mask is a block's.
+A sequence falls into stretches that do not attend to one another (documents, chunks), each computed separately; one
+longer than its window is computed in blocks of query rows with only the keys of their band. So a packed batch costs
+what its documents cost, and a window of W tokens the scores of 2W keys per row; the only mask is a block's.
 
-Legend: B batch, S whole sequence, h query heads, k kv heads, g = h/k, D head dim; N rows, of a batch or of stretches of
+Legend: B batch, S whole sequence, h query heads, k KV heads, g = h/k, D head dim; N rows, of a batch or of stretches of
 the same length; L length of a stretch; W window; R query rows of a block.
 """
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from deepspeed_alst.attention.whole_mask import WholeMask
 
 _LEAST_ROWS = 64
-"""A block of fewer rows would leave a kernel's tile half empty."""
+"""Minimum rows of a block; fewer would leave a kernel's tile half empty."""
 _MASK_ELEMENTS = 2**26
-"""Of a block's mask: 128 MiB in half precision. Up to 5,792 tokens a window has blocks as long as itself."""
+"""Maximum elements of a block's mask: 128 MiB in half precision. Up to W = 5,792 a block has W rows."""
 _SPAN = 2**16
-"""Query rows at a time: the backward holds a gradient of every block's keys, which overlap."""
+"""Query rows per span, which bounds the backward's gradients of the blocks' overlapping keys."""
 
 
 def attend(
@@ -29,16 +29,16 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend under a mask, causally where there is none: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``.
+    """Attend under a mask, or causally without one: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``.
 
-    Head size of v may differ. Every backend of sdpa that can run the pieces may run them.
+    Head size of v may differ. Every sdpa backend that supports the pieces may run them.
     """
     if mask is None:
         return _causal(q_BhSD, k_BkSD, v_BkSD, scaling, dropout)
     runs = mask.runs(q_BhSD.shape[2])
     sizes = [run.count * run.length for run in runs]
     outputs = []
-    # Split and not sliced: the backward of the one is a cat, of each of the others a gradient of the whole sequence.
+    # The backward of split is one cat; that of each slice would be a gradient of the whole sequence.
     for run, *qkv in zip(runs, *(x.split(sizes, dim=2) for x in (q_BhSD, k_BkSD, v_BkSD)), strict=True):
         q, k, v = (_stretches_to_rows(x, run.count) for x in qkv)
         banded = mask.window is not None and mask.window < run.length
@@ -53,7 +53,7 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | 
 
 
 def _stretches_to_rows(x_BhSD: torch.Tensor, count: int) -> torch.Tensor:
-    """``[B, h, count * L, D] -> [B * count, h, L, D]``; a view where the batch is one row."""
+    """Fold stretches into rows: ``[B, h, count * L, D] -> [B * count, h, L, D]``; a view if B is 1."""
     return x_BhSD if count == 1 else x_BhSD.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -69,7 +69,7 @@ def _banded(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """A stretch that is longer than its window: ``[N, h, L, D]`` and twice ``[N, k, L, D]`` to ``[N, h, L, D]``."""
+    """Attend within stretches longer than the window: ``[N, h, L, D], 2 x [N, k, L, D] -> [N, h, L, D]``."""
     length = q_NhLD.shape[2]
     rows = min(_rows_of_block(window), length - window)
     mask_Rj = _band(rows, window, q_NhLD)
@@ -77,7 +77,7 @@ def _banded(
     starts = range(window, length, span)
     sizes = [min(span, length - start) for start in starts]
     first, *others = q_NhLD.split([window, *sizes], dim=2)
-    # Up to the window a row sees all before it.
+    # The first W rows attend to all tokens before them.
     outputs = [_causal(first, k_NkLD[:, :, :window], v_NkLD[:, :, :window], scaling, dropout)]
     for start, q in zip(starts, others, strict=True):
         keys = slice(start - window, start + q.shape[2])
@@ -86,7 +86,7 @@ def _banded(
 
 
 def _rows_of_block(window: int) -> int:
-    """As many as the window is long, if the mask can be that large: then half of the scores count."""
+    """Return the rows of a block: W, where half of the scores count, unless its mask would be too large."""
     rows = max(window, _LEAST_ROWS)
     while rows > _LEAST_ROWS and rows * (rows + window) > _MASK_ELEMENTS:
         rows //= 2
@@ -94,7 +94,7 @@ def _rows_of_block(window: int) -> int:
 
 
 def _band(rows: int, window: int, like: torch.Tensor) -> torch.Tensor:
-    """What is added to the scores of a block, ``[R, W + R]``: its keys begin W tokens before its rows."""
+    """Return the additive mask of a block, ``[R, W + R]``; its keys begin W tokens before its rows."""
     row = torch.arange(rows, device=like.device)[:, None]
     key = torch.arange(window + rows, device=like.device)
     hidden = (key <= row) | (key > row + window)
@@ -109,10 +109,10 @@ def _attend_span(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """M query rows and their M + W keys.
+    """Attend from M query rows to their M + W keys.
 
-    With a mask sdpa's kernels know no groups of heads, and copies of the kv heads would be g times as large: so one kv
-    head at a time, which its query heads see as theirs without a copy.
+    With a mask, sdpa's kernels do not support head groups, and copies of the KV heads would be g times as large. So one
+    KV head runs at a time, expanded to its query heads without a copy.
     """
     group = q_NhMD.shape[1] // k_NkMD.shape[1]
     if group == 1:
@@ -129,7 +129,7 @@ def _attend_blocks(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """The same for heads that have a kv head each or all the same: all whole blocks at once, then what is left."""
+    """Attend for heads with one KV head each or one for all: all full blocks at once, then the rest."""
     rows, keys = mask_Rj.shape
     window = keys - rows
     count, left = divmod(q_NgMD.shape[2], rows)
@@ -146,7 +146,7 @@ def _attend_blocks(
 
 
 def _overlapping(x_NxMD: torch.Tensor, count: int, rows: int, window: int) -> torch.Tensor:
-    """The keys of each block, of which neighbours share W: ``[N * count, x, W + R, D]``; a view where N is 1."""
+    """Return each block's keys, overlapping by W: ``[N * count, x, W + R, D]``; a view if N is 1."""
     of_blocks = x_NxMD[:, :, : window + count * rows].unfold(2, window + rows, rows)
     return of_blocks.permute(0, 2, 1, 4, 3).flatten(0, 1)
 

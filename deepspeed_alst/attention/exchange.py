@@ -1,8 +1,8 @@
-"""Sequence shards of all heads for whole sequences of some, of several tensors at once: what a scan needs.
+"""All-to-all of several tensors from sequence shards of all heads to whole sequences of some, for scans.
 
-Queries, keys and values of attention have an exchange of their own (ulysses.py), with kernels; here tensors may be more
-than three and keep their dtypes: decays are in fp32 beside keys in bf16. What a token sends to a rank travels in one
-piece: one collective, and one in the backward. Ulysses, arXiv:2309.14509.
+Queries, keys and values of attention have their own exchange with kernels (ulysses.py); here tensors may be more than
+three and keep their dtypes: decays are in fp32 beside keys in bf16. A token's bytes for a rank are contiguous: one
+collective, and one in the backward. Ulysses, arXiv:2309.14509.
 
 Legend: B batch, S whole sequence, H heads, D head dim, P ranks; lower case = this rank's share (s = S/P, h = heads of a
 tensor that one rank gets); m = neighbouring ranks that hold the same head; W = bytes of one token for one rank.
@@ -17,18 +17,18 @@ import torch.distributed as dist
 from deepspeed_alst.attention.ulysses import exchange
 from deepspeed_alst.kernels.wire import by_heads, by_tokens
 
-# In each token's bytes every tensor begins at a multiple: its dtype needs it, and kernels that load 16 bytes at once.
+# Alignment of each tensor in a token's bytes, for its dtype and for kernels that load 16 bytes at once.
 _ALIGNMENT = 16
 _Layout = list[tuple[int, int, torch.dtype]]
 """h, D and dtype of each tensor."""
 
 
 def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], copies: Sequence[int], group: Any) -> tuple[torch.Tensor, ...]:
-    """Trade sequence shards for head shards, tensor by tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
+    """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
 
-    H, D and dtype may differ. Rank r gets heads ``[r*h, (r+1)*h)``. Where a tensor's ``copies`` m are above 1, H*m is
-    P, and m ranks get the same head; their gradients of it are added. Collective over the group: one all-to-all here,
-    one in the backward.
+    H, D and dtype may differ. Rank r gets heads ``[r*h, (r+1)*h)``. If a tensor's ``copies`` m are above 1, H*m is P,
+    and m ranks get the same head; their gradients of it are summed. Collective over the group: one all-to-all here, one
+    in the backward.
     """
     return _SeqToHead.apply(tuple(copies), group, *tensors_BsHD)
 
@@ -43,7 +43,7 @@ class _SeqToHead(torch.autograd.Function):
         send_PsBW = _buffer(tensors_BsHD[0], (P, s, B), ctx.layout)
         for x_BsHD, m, part_PsBhD in zip(tensors_BsHD, copies, _parts(send_PsBW, ctx.layout), strict=True):
             pieces = by_heads(x_BsHD.transpose(1, 2), P // m)
-            # The 1 is broadcast over the ranks that hold the same head.
+            # Broadcast over the m ranks that hold the same head.
             part_PsBhD.unflatten(0, (P // m, m)).copy_(pieces.unsqueeze(1))
         received = _parts(exchange(send_PsBW, group), ctx.layout)
         return tuple(part_PsBhD.flatten(0, 1).transpose(0, 1) for part_PsBhD in received)
@@ -58,7 +58,7 @@ class _SeqToHead(torch.autograd.Function):
         grads_BsHD = []
         for m, part_PsBhD in zip(ctx.copies, _parts(exchange(send_PsBW, ctx.group), ctx.layout), strict=True):
             if m > 1:
-                # Every rank that held a copy of a head has a share of its gradient; added in fp32, rounded once.
+                # The gradients of a head's copies are summed in fp32 and rounded once.
                 dtype = torch.promote_types(part_PsBhD.dtype, torch.float32)
                 part_PsBhD = part_PsBhD.unflatten(0, (-1, m)).sum(1, dtype=dtype).to(part_PsBhD.dtype)
             grads_BsHD.append(part_PsBhD.permute(2, 1, 0, 3, 4).flatten(2, 3))
@@ -66,13 +66,13 @@ class _SeqToHead(torch.autograd.Function):
 
 
 def _buffer(like: torch.Tensor, shape_PsB: tuple[int, int, int], layout: _Layout) -> torch.Tensor:
-    """Room for what all tokens send: ``[P, s, B, W]`` bytes."""
+    """Allocate the send buffer of all tokens: ``[P, s, B, W]`` bytes."""
     width = sum(_aligned_bytes(*each) for each in layout)
     return like.new_empty(*shape_PsB, width, dtype=torch.uint8)
 
 
 def _parts(buffer_PsBW: torch.Tensor, layout: _Layout) -> list[torch.Tensor]:
-    """A buffer's tensors, ``[P, s, B, h, D]`` each: views."""
+    """Return views of a buffer's tensors, ``[P, s, B, h, D]`` each."""
     parts, first = [], 0
     for h, D, dtype in layout:
         own_PsBw = buffer_PsBW[..., first : first + h * D * dtype.itemsize]

@@ -1,4 +1,4 @@
-"""The last tokens of the ranks before this one, for convolutions that look a few tokens back.
+"""Exchange of the tokens before a shard, for convolutions that look a few tokens back.
 
 Legend: B batch, C channels, s tokens of this rank's shard, P ranks; w = width, the tokens before the shard; t = w + s.
 """
@@ -12,16 +12,16 @@ from deepspeed_alst.parallel.traffic import count_sent
 
 
 def with_tokens_before(x_BCs: torch.Tensor, width: int, group: Any) -> torch.Tensor:
-    """A shard with the ``width`` tokens before it: ``[B, C, s] -> [B, C, w + s]``, channels innermost in memory.
+    """Prepend the ``width`` tokens before a shard: ``[B, C, s] -> [B, C, w + s]``, channels innermost in memory.
 
-    Before the sequence they are 0. A shard shorter than the width gets tokens of several ranks. Collective over the
-    group: one all-to-all of ``width`` tokens a rank, and one in the backward.
+    Tokens before the sequence are 0. A shard shorter than the width gets tokens of several ranks. Collective over the
+    group: one all-to-all of ``width`` tokens per rank, and one in the backward.
     """
     return _WithTokensBefore.apply(x_BCs, width, group) if width else x_BCs
 
 
 def tokens_from(distance: int, width: int, length: int) -> int:
-    """How many of the ``width`` tokens before a shard are in the one ``distance`` ranks before: its last ones."""
+    """Return how many of its last tokens the rank ``distance`` before sends, out of the ``width`` tokens."""
     return min(max(width - (distance - 1) * length, 0), length)
 
 
@@ -55,8 +55,8 @@ class _WithTokensBefore(torch.autograd.Function):
 
 
 def _exchange(send_nBC: torch.Tensor, to_ranks: list[int], from_ranks: list[int], group: Any) -> torch.Tensor:
-    """An all-to-all of tokens along dim 0, of which each rank sends and gets another number."""
+    """Run an all-to-all of tokens along dim 0, with a count per rank."""
     recv_nBC = send_nBC.new_empty(sum(from_ranks), *send_nBC.shape[1:])
     dist.all_to_all_single(recv_nBC, send_nBC, from_ranks, to_ranks, group=group)
-    count_sent(group, send_nBC.nbytes)  # a rank has none for itself
+    count_sent(group, send_nBC.nbytes)  # a rank sends none to itself
     return recv_nBC

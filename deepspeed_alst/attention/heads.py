@@ -1,7 +1,7 @@
-"""Which rank holds which heads: integers only, decided once per layer shape. Ulysses, arXiv:2309.14509.
+"""Split of heads across ranks: integers only, decided once per layer shape. Ulysses, arXiv:2309.14509.
 
-Rank r of P holds query heads ``[r*H/P, (r+1)*H/P)``. Where the K kv heads are at least P, it holds K/P of them; where
-they are fewer, P/K neighbouring ranks hold the same one.
+Rank r of P holds query heads ``[r*H/P, (r+1)*H/P)``. With K >= P KV heads it holds K/P of them; with fewer, P/K
+neighbouring ranks hold the same one.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from deepspeed_alst.errors import ShapeError
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """The split of H query heads and K kv heads over P ranks."""
+    """Split of H query heads and K KV heads over P ranks."""
 
     sp_size: int
     num_heads: int
@@ -28,25 +28,25 @@ class HeadPlan:
 
     @property
     def heads_per_rank(self) -> int:
-        """Query heads that one rank holds."""
+        """Number of query heads per rank."""
         return self.num_heads // self.sp_size
 
     @property
     def kv_heads_per_rank(self) -> int:
-        """Key/value heads that one rank holds, at least one."""
+        """Number of KV heads per rank, at least one."""
         return max(1, self.num_kv_heads // self.sp_size)
 
     @property
     def kv_replicas(self) -> int:
-        """How many ranks hold the same kv head."""
+        """Number of ranks that hold the same KV head."""
         return max(1, self.sp_size // self.num_kv_heads)
 
     def heads_of(self, rank: int) -> range:
-        """The query heads of a rank."""
+        """Return the query heads of a rank."""
         h = self.heads_per_rank
         return range(rank * h, (rank + 1) * h)
 
     def kv_heads_of(self, rank: int) -> range:
-        """The key/value heads of a rank."""
+        """Return the KV heads of a rank."""
         first = rank // self.kv_replicas * self.kv_heads_per_rank
         return range(first, first + self.kv_heads_per_rank)

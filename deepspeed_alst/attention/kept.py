@@ -1,10 +1,10 @@
-"""Attention that runs forward once a step, in a layer that runs twice: its output is kept, the recomputation takes it.
+"""Attention that runs forward once per step in a checkpointed layer: recomputation reuses its saved output.
 
-A dispatch mode knows attention's forward operators. In a layer's forward it notes what they return; in the
-recomputation it returns that again, and runs nothing. It stands below autograd, which builds the same backward node
-over the same numbers both times: gradients are the same bit by bit, whatever masks, windows and documents there were.
+A dispatch mode records the results of attention's forward operators in a layer's forward; in the recomputation it
+returns them without running the operators. It is below autograd, which builds the same backward node over the same
+numbers both times: gradients are bitwise equal, under any masks, windows and documents.
 
-The mode is there within the attention call only. What ran without a known operator is not kept, and runs again.
+The mode is active within the attention call only. Calls without a known operator are not saved, and run again.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepspeed_alst.offload.frames import Frame, current_frame
 from deepspeed_alst.offload.layout import is_dense, laid_flat
 
-# By the last part of their names: kernels of the hub have a namespace for each build. All of them return the output
-# first, the log-sum-exp second, and then what is small (seeds) or what no backward reads (sums of split kernels).
+# Names without namespace, as each build of a hub kernel has its own. All return the output, the log-sum-exp, then small
+# values (seeds) or values that no backward reads (sums of split kernels).
 _OPERATORS = frozenset(
     {
         "_scaled_dot_product_flash_attention_for_cpu",
@@ -35,58 +35,58 @@ _OPERATORS = frozenset(
 _DROPOUT = ("dropout_p", "p_dropout")
 _GIVEN_OUTPUT = ("out", "out_")
 _LOG_SUM_EXP = "compute_log_sumexp"
-# Elements of a result that is held as it is: a seed, an offset.
+# Maximum elements of a result that is saved as it is: a seed, an offset.
 _FEW = 16
 
 
 @dataclass
 class Ran:
-    """An attention operator that ran in a forward."""
+    """Attention operator that ran in a forward."""
 
     name: str
     outputs: list[torch.Tensor]
-    """Output and log-sum-exp; empty once they are kept."""
+    """Output and log-sum-exp; empty once they are saved."""
     layouts: list[tuple[torch.Size, tuple[int, ...]]]
     """Sizes and strides of both."""
     others: list[Any]
-    """What else it returned, without what is large."""
+    """Other results, the large ones emptied."""
     container: Callable[[list[Any]], Any]
-    """Makes of a list what the operator returns: a tuple or a list."""
+    """Builds the operator's return value, a tuple or a list, from a list."""
 
     def lay_flat(self) -> list[torch.Tensor]:
-        """Both as ``[numel]``, contiguous, whatever their strides are; they are let go of here."""
+        """Return both as ``[numel]``, contiguous for any strides, and drop the references to them."""
         outputs, self.outputs = self.outputs, []
         return [laid_flat(x) for x in outputs]
 
     def raise_up(self, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The reverse: both in the layouts that the operator gave them, as new views."""
+        """Return flat tensors in the layouts of the operator's results, as new views."""
         return [x.as_strided(*layout, x.storage_offset()) for x, layout in zip(flat, self.layouts, strict=True)]
 
     def empty_output(self, like: torch.Tensor) -> torch.Tensor:
-        """An output of this layout without values, where ``like`` is and of its dtype."""
+        """Return an output of this layout without values, with the device and dtype of ``like``."""
         return torch.empty_strided(*self.layouts[0], dtype=like.dtype, device=like.device)
 
     def results(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """What the operator returns. Outputs are to be new objects, as autograd makes what it is given its own."""
+        """Return the operator's results. Outputs must be new objects, since autograd takes ownership of them."""
         return self.container([*outputs, *self.others])
 
 
 @dataclass
 class Seen:
-    """What an attention call did."""
+    """Operators of an attention call."""
 
     ran: list[Ran] = field(default_factory=list)
-    """Its attention operators, if all of them can be kept."""
+    """Its attention operators, if all of them can be saved."""
     words: str = ""
-    """What it ran as."""
+    """Names of the operators it ran as."""
 
 
 def keeping_frame(attention: str, has_operators: bool = True) -> Frame | None:
-    """The frame that is to keep the output of the attention that is about to run, if there is one.
+    """Return the frame that is to save the output of the next attention call, or None.
 
     Args:
-        attention: its name.
-        has_operators: whether it runs as operators that a mode can see; a compiled graph is not to meet a mode.
+        attention: name of the attention.
+        has_operators: True if it runs as operators that a mode can see; a compiled graph must not run under a mode.
     """
     frame = current_frame()
     if frame is None or not frame.keeps_attention:
@@ -99,7 +99,7 @@ def keeping_frame(attention: str, has_operators: bool = True) -> Frame | None:
 
 
 def attend_once(frame: Frame, run: Callable[[], Any]) -> Any:
-    """``run()``, one attention call: in a layer's forward its output is kept, in the recomputation it is taken."""
+    """Run one attention call: save its output in a layer's forward, reuse it in the recomputation."""
     if frame.recomputing:
         ran: list[Ran] = frame.note()
         flat = frame.take()
@@ -112,7 +112,7 @@ def attend_once(frame: Frame, run: Callable[[], Any]) -> Any:
 
 
 def record(frame: Frame, run: Callable[[], Any]) -> tuple[Any, Seen]:
-    """``run()`` and what it did, which the frame is told as well."""
+    """Run an attention call; return its result and its operators, which are also noted in the frame."""
     recording = _Recording()
     with recording:
         result = run()
@@ -123,7 +123,7 @@ def record(frame: Frame, run: Callable[[], Any]) -> tuple[Any, Seen]:
 
 @contextlib.contextmanager
 def replayed(ran: list[Ran], outputs: list[list[torch.Tensor]]) -> Iterator[None]:
-    """Inside, operators that ran once return these outputs and log-sum-exps, one pair each, and do not run."""
+    """Replay these outputs and log-sum-exps, one pair per recorded operator, instead of running the operators."""
     if not ran:
         yield
         return
@@ -132,12 +132,12 @@ def replayed(ran: list[Ran], outputs: list[list[torch.Tensor]]) -> Iterator[None
 
 
 class _Recording(TorchDispatchMode):
-    """Lets everything run."""
+    """Dispatch mode that runs everything and records attention operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ran: list[Ran] = []
-        self._others: dict[str, None] = {}  # a set in order
+        self._others: dict[str, None] = {}  # an ordered set
         self._refusals: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -148,7 +148,7 @@ class _Recording(TorchDispatchMode):
             return func(*args, **kwargs)
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         if not named.get(_LOG_SUM_EXP, True):
-            # A reentrant checkpoint runs its forward without gradients, for which the kernel would leave it out.
+            # A reentrant checkpoint runs its forward without gradients, where the kernel would omit it.
             args, kwargs = (), named | {_LOG_SUM_EXP: True}
         result = func(*args, **kwargs)
         refusal = _refusal(named, result)
@@ -167,7 +167,7 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Gives each operator its results of the first time, in order."""
+    """Dispatch mode that returns each operator's recorded results, in order."""
 
     def __init__(self, ran: list[Ran], outputs: list[list[torch.Tensor]]) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class _Replaying(TorchDispatchMode):
             ran, outputs = self._left.pop(0)
             if ran.name == func.name():
                 return ran.results(outputs)
-            # With gradients sdpa may choose another backend than a reentrant checkpoint's forward had without them.
+            # With gradients, sdpa may choose another backend than in a reentrant checkpoint's forward.
             self._left.clear()
         return func(*args, **(kwargs or {}))
 
@@ -188,9 +188,9 @@ def _is_attention(func: Any) -> bool:
 
 
 def _refusal(named: dict[str, Any], result: Any) -> str:
-    """Why the results of an operator cannot be kept; empty if they can."""
+    """Return the reason why an operator's results cannot be saved; empty if they can."""
     if any(named.get(name) for name in _DROPOUT):
-        # What it drew would be kept, but not that it drew: dropout behind it would find the generator elsewhere.
+        # A replay does not advance the generator, so that later dropout would draw other numbers.
         return "with dropout"
     if any(named.get(name) is not None for name in _GIVEN_OUTPUT):
         return "into an output that it was given"

@@ -1,4 +1,4 @@
-"""What a mask asks for, decided on the whole sample before it is cut. Legend: B batch, S whole sequence."""
+"""Mask checks on the whole sample before it is cut. Legend: B batch, S whole sequence."""
 
 import torch
 
@@ -6,9 +6,9 @@ from deepspeed_alst.errors import DataError
 
 
 def check_padding_mask(mask_BS: torch.Tensor) -> None:
-    """Accept a mask that causal attention makes superfluous: all ones, or zeros on the right only.
+    """Check that causal attention makes a mask redundant: all ones, or zeros on the right only.
 
-    Padding on the right is seen by no labelled token, so such a mask can be dropped without changing anything.
+    No labelled token attends to padding on the right, so such a mask can be dropped without effect.
 
     Raises:
         DataError: padding on the left, holes, or a mask that is not ``[B, S]``.
@@ -30,9 +30,9 @@ def check_padding_mask(mask_BS: torch.Tensor) -> None:
 
 
 def document_starts(position_ids_BS: torch.Tensor) -> torch.Tensor:
-    """Where a new document starts inside a row: ``[B, S] -> [B, S]`` bool, the first token of a row excluded.
+    """Mark the starts of documents inside a row: ``[B, S] -> [B, S]`` bool, the first token of a row excluded.
 
-    As transformers' masks do it: packed samples are known by position ids that do not go on by one.
+    As in transformers' masks, packed samples are recognized by position ids that do not increase by one.
     """
     starts_BS = torch.zeros_like(position_ids_BS, dtype=torch.bool)
     starts_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
@@ -40,7 +40,7 @@ def document_starts(position_ids_BS: torch.Tensor) -> torch.Tensor:
 
 
 def check_one_document(position_ids_BS: torch.Tensor) -> None:
-    """Refuse packed samples where the attention would let their documents see one another.
+    """Check that there are no packed samples, whose documents the attention would mix.
 
     Raises:
         DataError: position ids restart inside a row.
@@ -55,10 +55,9 @@ def check_one_document(position_ids_BS: torch.Tensor) -> None:
 
 
 def document_bounds(position_ids_BS: torch.Tensor, by_lowest: bool = False) -> torch.Tensor | None:
-    """Where the N documents of the first row start and end: ``[B, S] -> [N + 1]`` int32; None if no row has several.
+    """Return the bounds of the first row's N documents: ``[B, S] -> [N + 1]`` int32; None if no row has several.
 
-    With ``by_lowest`` a document starts at each token that has the lowest position, as transformers' flash attention
-    has it.
+    With ``by_lowest`` a document starts at each token with the lowest position, as in transformers' flash attention.
 
     Raises:
         DataError: with ``by_lowest``, tokens before the first document.

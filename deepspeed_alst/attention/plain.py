@@ -1,6 +1,6 @@
-"""Attention as its formula has it, with a score of every pair of tokens: for trials of a hundred tokens, on any device.
+"""Reference attention with the full score matrix: for trials of about a hundred tokens, on any device.
 
-Legend: B batch, S whole sequence, h query heads, k kv heads, D head dim.
+Legend: B batch, S whole sequence, h query heads, k KV heads, D head dim.
 """
 
 import torch
@@ -17,16 +17,16 @@ def attend_plainly(
     softcap: float | None = None,
     sinks_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``, causal.
+    """Attend causally: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``.
 
     Args:
         q_BhSD: queries.
         k_BkSD: keys.
         v_BkSD: values, whose head size may differ.
-        mask: what is hidden beside the future.
-        scaling: of the scores; ``D ** -0.5`` where it is None.
+        mask: hidden tokens beside the causal mask.
+        scaling: factor of the scores; ``D ** -0.5`` if None.
         softcap: scores are ``softcap * tanh(score / softcap)``, before the mask.
-        sinks_h: a score for each head that takes part in the softmax and has no value, ``[h]``.
+        sinks_h: one score per head that takes part in the softmax without a value, ``[h]``.
     """
     S, groups = q_BhSD.shape[2], q_BhSD.shape[1] // k_BkSD.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k_BkSD, v_BkSD))

@@ -1,11 +1,11 @@
-"""Attention over a sequence that is split over ranks: one all-to-all in, the core on whole sequences, one out.
+"""Ulysses attention over a sharded sequence: all-to-all in, the core on whole sequences, all-to-all out.
 
-q, k and v travel in one buffer, so a layer makes two collectives in forward, two in the recomputation and two in
-backward. Where attention's output is kept the recomputation makes one: the output waits as the sequence shard that the
-layer goes on with, and attention's backward gets it with the gradient. Ulysses, arXiv:2309.14509.
+q, k and v share one buffer, so a layer makes two collectives in forward, two in the recomputation and two in backward.
+If attention's output is saved, the recomputation makes one: the output is saved as the sequence shard that the layer
+continues with, and attention's backward gets it with the gradient. Ulysses, arXiv:2309.14509.
 
-Legend: B batch, S whole sequence, H query heads, K kv heads, D head dim, P ranks; lower case = this rank's share
-(s = S/P, h = H/P, k = kv heads per rank); W = h*D + 2*k*D, what one token sends to one rank.
+Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P ranks; lower case = local share (s = S/P,
+h = H/P, k = KV heads per rank); W = h*D + 2*k*D, the elements of one token for one rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ def ulysses_attention(
     """Attend over the whole sequence: ``[B, H, s, D], 2 x [B, K, s, D] -> [B, s, H, D]``.
 
     ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``. Head size of v may differ.
-    With a ``frame`` its output is kept for the recomputation.
+    With a ``frame`` its output is saved for the recomputation.
 
     Raises:
-        ShapeError: the ranks cannot split these heads.
+        ShapeError: these heads cannot be split over the ranks.
     """
     plan = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1])
     q_BhSD, k_BkSD, v_BkSD = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)
@@ -47,7 +47,7 @@ def ulysses_attention(
 
 
 def _attend_once(frame: Frame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
-    """The core and the way back of its output, ``[B, s, H, D]``, which is kept or taken instead."""
+    """Run the core and return its output as ``[B, s, H, D]``, saved for or reused in the recomputation."""
     if frame.recomputing:
         return _attend_again(frame, run, group)
     o_BhSD, seen = record(frame, run)
@@ -73,25 +73,25 @@ def _attend_again(frame: Frame, run: Callable[[], torch.Tensor], group: Any) -> 
     empty = ran[0].empty_output(like=o_BsHD)
     with replayed(ran, [ran[0].raise_up([empty, log_sum_exp])]):
         o_BhSD = run()
-    # No memory until its values come: autograd holds it by the storage.
+    # Autograd holds the storage, which stays empty until the backward fills it.
     empty.untyped_storage().resize_(0)
     return _HeadToSeqKept.apply(o_BhSD, o_BsHD, group)
 
 
 def _is_all_of(x: torch.Tensor, of: torch.Tensor) -> bool:
-    """Whether x is another view of all elements of a tensor that has its memory for itself."""
+    """Return True if x is a view of all elements of a tensor that has its storage for itself."""
     memory = of.untyped_storage()
     is_alone = memory.nbytes() == of.numel() * of.element_size()
     return is_alone and x.untyped_storage()._cdata == memory._cdata and x.numel() == of.numel() and x.dtype == of.dtype
 
 
 def head_to_seq(x_BShD: torch.Tensor, group: Any) -> torch.Tensor:
-    """Trade a head shard for a sequence shard: ``[B, S, h, D] -> [B, s, H, D]``. One all-to-all, one in backward."""
+    """Exchange a head shard for a sequence shard: ``[B, S, h, D] -> [B, s, H, D]``. One all-to-all, one in backward."""
     return _HeadToSeq.apply(x_BShD.transpose(1, 2), group)
 
 
 class _SeqToHead(torch.autograd.Function):
-    """Sequence shards of all heads in, head shards of the whole sequence out."""
+    """All-to-all from sequence shards of all heads to head shards of the whole sequence."""
 
     @staticmethod
     def forward(
@@ -107,18 +107,18 @@ class _SeqToHead(torch.autograd.Function):
         plan = ctx.plan
         recv_PsBW = exchange(pack([by_tokens(g, plan.sp_size) for g in grads_BhSD], plan.sp_size), ctx.group)
         s, B = recv_PsBW.shape[1:3]
-        # In memory as projections make their outputs: going back through a transposition, autograd copies nothing.
+        # Memory layout of projection outputs: the backward of their transposition copies nothing.
         grads_BHsD = [
             recv_PsBW.new_empty(B, s, heads, g.shape[3]).transpose(1, 2)
             for heads, g in zip((plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), grads_BhSD, strict=True)
         ]
-        # Every rank that held a copy of a kv head has a share of its gradient.
+        # unpack_ sums the gradients of a KV head's copies.
         unpack_(recv_PsBW, _pieces(grads_BHsD, plan))
         return (*grads_BHsD, None, None)
 
 
 class _HeadToSeq(torch.autograd.Function):
-    """Head shards of the whole sequence in, ``[B, h, S, D]``; sequence shards of all heads out, ``[B, s, H, D]``."""
+    """All-to-all from head shards of the whole sequence, ``[B, h, S, D]``, to sequence shards, ``[B, s, H, D]``."""
 
     @staticmethod
     def forward(ctx: Any, o_BhSD: torch.Tensor, group: Any) -> torch.Tensor:
@@ -139,23 +139,23 @@ class _HeadToSeq(torch.autograd.Function):
 
 
 class _HeadToSeqKept(torch.autograd.Function):
-    """``_HeadToSeq`` whose output, ``[B, s, H, D]``, is there already in the recomputation.
+    """``_HeadToSeq`` whose output, ``[B, s, H, D]``, is already available in the recomputation.
 
-    What it has instead of an input, ``[B, h, S, D]``, has no memory then. The backward fetches the values together with
-    the gradient, before attention's backward, which holds the same storage, reads them.
+    Its input, ``[B, h, S, D]``, then has no memory. The backward exchanges the input's values together with the
+    gradient, before attention's backward, which holds the same storage, reads them.
     """
 
     @staticmethod
     def forward(ctx: Any, o_BhSD: torch.Tensor, o_BsHD: torch.Tensor | None, group: Any) -> torch.Tensor:
         ctx.group = group
-        # In the recomputation as well, where nothing is sent: a checkpoint counts what is saved.
+        # Also saved in the recomputation, which sends nothing: a checkpoint counts saved tensors.
         o_BsHD = _HeadToSeq.forward(ctx, o_BhSD, group) if o_BsHD is None else o_BsHD.detach()
         ctx.save_for_backward(o_BhSD, o_BsHD)
         return o_BsHD
 
     @staticmethod
     def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Of a checkpoint that is not reentrant these are the recomputation's, and reading them runs it if need be.
+        # Under a non-reentrant checkpoint, reading these triggers the recomputation.
         o_BhSD, o_BsHD = ctx.saved_tensors
         storage = o_BhSD.untyped_storage()
         if storage.nbytes():
@@ -165,16 +165,16 @@ class _HeadToSeqKept(torch.autograd.Function):
         send_PsBW = pack([by_heads(x_BsHD.transpose(1, 2), P) for x_BsHD in (do_BsHD, o_BsHD)], P)
         recv_PsBW = exchange(send_PsBW, ctx.group)
         storage.resize_(o_BhSD.numel() * o_BhSD.element_size())
-        # Not a view: the gradient lives until attention's backward ends, and is not to hold the other half meanwhile.
+        # A view would keep the buffer's other half in memory until attention's backward ends.
         do_BhSD = recv_PsBW.new_empty(B, S, h, D).transpose(1, 2)
-        # The output was saved empty, and is to count as unchanged.
+        # Filling the output, which was saved empty, must not count as a modification.
         with torch.autograd._unsafe_preserve_version_counter(o_BhSD):
             unpack_(recv_PsBW, [by_tokens(do_BhSD, P), by_tokens(o_BhSD.detach(), P)])
         return do_BhSD, None, None
 
 
 def exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
-    """Piece p of dim 0 goes to rank p; piece p of the result came from rank p."""
+    """Run an all-to-all: piece p of dim 0 goes to rank p, and piece p of the result comes from rank p."""
     recv = torch.empty_like(send)
     dist.all_to_all_single(recv, send, group=group)
     count_sent(group, send.nbytes - send.nbytes // send.shape[0])
@@ -182,16 +182,16 @@ def exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _pieces(qkv_BHsD: Sequence[torch.Tensor], plan: HeadPlan) -> list[torch.Tensor]:
-    """What each rank gets of q, k and v, and gives back of their gradients."""
+    """Return views of each rank's pieces of q, k and v, or of their gradients."""
     q, k, v = qkv_BHsD
     kv_pieces = plan.sp_size // plan.kv_replicas
     return [by_heads(q, plan.sp_size), by_heads(k, kv_pieces), by_heads(v, kv_pieces)]
 
 
 def _unpack_heads(recv_PsBW: torch.Tensor, widths: list[tuple[int, int]]) -> Tensors:
-    """``[P, s, B, W]`` is ``[S, B, W]``: what came of each tensor is a view of it, ``[B, h, S, D]``; nothing is copied.
+    """Return views of the tensors in ``[P, s, B, W]``, which is ``[S, B, W]``: ``[B, h, S, D]`` each, without a copy.
 
-    Attention takes these strides: sdpa, flash attention and flex need a head's D side by side, and no more.
+    Attention accepts these strides: sdpa, flash attention and flex only need D to be contiguous.
     """
     recv_SBW = recv_PsBW.flatten(0, 1)
     return tuple(

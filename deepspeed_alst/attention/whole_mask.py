@@ -1,6 +1,6 @@
-"""Which tokens of a whole sequence see which: plain causal, less what a window, chunks and packed documents hide.
+"""Masks of a whole sequence: plain causal, less the tokens that a window, chunks and packed documents hide.
 
-Integers only, however long the sequence is. Legend: S whole sequence, N documents.
+Integers only, at any sequence length. Legend: S whole sequence, N documents.
 """
 
 import itertools
@@ -13,16 +13,16 @@ import torch
 from deepspeed_alst.errors import UnsupportedModelError
 
 Rule = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
-"""``(batch, head, query, key) -> bool``, index tensors in: the form of transformers' and flex attention's masks."""
+"""``(batch, head, query, key) -> bool`` on index tensors: the form of transformers' and flex attention's masks."""
 
 
 class MaskReadError(UnsupportedModelError, AttributeError):
-    """A model looked into its mask, of which a rank has no tensor."""
+    """Error of a model that reads its mask, of which a rank has no tensor."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring stretches of the same length, none of which sees another."""
+    """Adjacent stretches of equal length that do not attend to one another."""
 
     start: int
     count: int
@@ -31,25 +31,25 @@ class Run:
 
 @dataclass(frozen=True)
 class WholeMask:
-    """What is hidden of a causal mask. It takes a mask's place among a layer's arguments.
+    """Tokens hidden from a causal mask. It replaces the mask among a layer's arguments.
 
-    So it is there again when a checkpointed layer is recomputed, whatever other batches went forward meanwhile.
+    So it is available when a checkpointed layer is recomputed, even after forwards of other batches.
     """
 
     window: int | None = None
-    """A token sees itself and the ``window - 1`` tokens before it."""
+    """Number of tokens a token attends to: itself and the ``window - 1`` before it."""
     chunk: int | None = None
-    """A token sees its own chunk; chunks are counted from the start of its document."""
+    """Length of a chunk; tokens attend within theirs, and chunks count from the start of a document."""
     documents: tuple[int, ...] = ()
-    """Where packed documents start and end, ``[N + 1]`` from 0 to S; empty where the sequence is one document."""
+    """Bounds of packed documents, ``[N + 1]`` from 0 to S; empty if the sequence is one document."""
 
     def hides_nothing(self, length: int) -> bool:
-        """Whether it is plain causal attention over a sequence of this length."""
+        """Return True if it is plain causal attention over a sequence of this length."""
         short = [size for size in (self.window, self.chunk) if size is not None and size < length]
         return not short and len(self.documents) <= 2
 
     def runs(self, length: int) -> list[Run]:
-        """The stretches that a sequence falls into, in order; within one only the window hides anything."""
+        """Return the stretches of a sequence, in order; within one, only the window hides tokens."""
         runs: list[Run] = []
         for start, end in itertools.pairwise(self.documents or (0, length)):
             for piece in self._chunks(end - start):
@@ -62,7 +62,7 @@ class WholeMask:
         return runs
 
     def _chunks(self, length: int) -> Iterator[Run]:
-        """Whole chunks of a document, and what is left."""
+        """Yield the full chunks of a document, then the rest."""
         size = self.chunk or length
         count = length // size if size else 0
         if count:
@@ -71,7 +71,7 @@ class WholeMask:
             yield Run(count * size, 1, length - count * size)
 
     def rule(self, length: int, device: torch.device | str = "cpu") -> Rule:
-        """The same as a function of indices, for flex attention's block masks."""
+        """Return the mask as a function of indices, for flex attention's block masks."""
         window, chunk = self.window, self.chunk
         bounds = torch.tensor(self.documents or (0, length), device=device)
         starts_S = torch.repeat_interleave(bounds[:-1], bounds.diff())
@@ -88,7 +88,7 @@ class WholeMask:
         return sees
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # protocols that copy, pickle and dispatch ask for these
+        if name.startswith("__"):  # copy, pickle and dispatch protocols look these up
             raise AttributeError(name)
         _refuse(name)
 

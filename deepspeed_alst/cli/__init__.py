@@ -1,1 +1,1 @@
-"""The command line: ``ds_alst <command>``, or ``python -m deepspeed_alst <command>``."""
+"""Command line of the package: ``ds_alst <command>``, or ``python -m deepspeed_alst <command>``."""

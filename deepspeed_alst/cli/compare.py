@@ -1,7 +1,7 @@
-"""How far apart two recorded runs are: their losses, norms, layers' outputs, gradients and weights.
+"""Relative differences between two recorded runs: losses, norms, layer outputs, gradients and weights.
 
-A difference is relative: of a tensor, the norm of the difference over the norm. Legend: S tokens of the whole sequence,
-s of a shard, P = sp_size, H hidden.
+A tensor's difference is the norm of the difference over the norm. Legend: S tokens of the whole sequence, s tokens of a
+shard, P = sp_size, H hidden.
 """
 
 import json
@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-# Of all gradients' norm: what is less is rounding, as of a bias of keys, which softmax does not see.
+# Fraction of the global gradient norm below which a gradient is rounding, e.g. of a key bias, which softmax cancels.
 _NOTHING = 1e-4
-# Two runs in half precision each err by about the yardstick.
+# Each of the two half-precision runs deviates by about the measured rounding.
 _SLACK = 3.0
 KINDS = {
     "loss": "loss",
@@ -25,31 +25,31 @@ KINDS = {
     "gradients": "gradients, first step",
     "changes": "weights' change, all steps",
 }
-"""What is compared, and its name in words."""
-# Differences that are rounding: in fp32, and in half precision where no run in fp32 says how much of it there is.
+"""Compared quantities and their names in the table."""
+# Differences up to these are rounding: in fp32, and in half precision without a run in fp32 to measure it.
 FP32 = {"loss": 1e-4, "norm": 3e-4, "layers": 3e-4, "gradients": 3e-4, "changes": 3e-3}
 HALF = {"loss": 5e-3, "norm": 3e-2, "layers": 5e-2, "gradients": 1e-1, "changes": 2e-1}
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Of two runs, by kind (``KINDS``) and then by step, layer or parameter, each in the order of the model."""
+    """Differences of two runs by kind (``KINDS``), then by step, layer or parameter, each in model order."""
 
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def worst(self, kind: str) -> tuple[float, str]:
-        """The largest difference of a kind and its place; NaN counts as the largest."""
+        """Return the largest difference of a kind and its place; NaN counts as the largest."""
         found = self.by_kind[kind]
         place = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name], default="")
         return found.get(place, 0.0), place
 
 
 def differences(run: Path, truth: Path, sp_size: int) -> Differences:
-    """How far a run is from another one.
+    """Return the differences of a run from a reference run.
 
     Args:
-        run: folder of a run with ``sp_size`` ranks to a sequence.
-        truth: folder of one without sequence parallelism, on the same samples.
+        run: folder of a run with ``sp_size`` ranks per sequence.
+        truth: folder of a run without sequence parallelism, on the same samples.
         sp_size: P.
     """
     curves = [json.loads((folder / "record.json").read_text()) for folder in (run, truth)]
@@ -73,18 +73,18 @@ def differences(run: Path, truth: Path, sp_size: int) -> Differences:
 
 
 def allowed(kind: str, place: str, half: bool, rounding: Differences | None) -> float:
-    """The largest difference that is rounding.
+    """Return the largest difference that counts as rounding.
 
     Args:
         kind: one of ``KINDS``.
         place: a step, layer or parameter.
-        half: whether the runs are in bf16 or fp16.
-        rounding: of such a run without sequence parallelism, what it is from one in fp32.
+        half: True if the runs are in bf16 or fp16.
+        rounding: differences of a run without sequence parallelism from the same run in fp32.
     """
     if rounding is None:
         return (HALF if half else FP32)[kind]
     values = rounding.by_kind[kind]
-    # A single number, or a parameter of few elements, may be right by luck; curves cross.
+    # A scalar or a parameter of few elements may agree by chance, and curves cross.
     usual = (max if kind in ("loss", "norm") else statistics.median)(values.values() or [0.0])
     return max(_SLACK * max(values.get(place, 0.0), usual), FP32[kind])
 
@@ -94,7 +94,7 @@ def _layer_differences(run: Path, truth: Path, sp_size: int) -> dict[str, float]
     split = _read_outputs([run / f"layers-{rank}.safetensors" for rank in range(sp_size)])
     found = {}
     for name, tokens in whole.items():
-        # Padding is in one of them only, and of a long sequence each has tokens of its own choice.
+        # Only one of the runs has padding, and each samples its own tokens of a long sequence.
         common = sorted(tokens.keys() & split.get(name, {}).keys())
         if common:
             a, b = (torch.stack([each[place] for place in common]) for each in (split[name], tokens))
@@ -103,7 +103,7 @@ def _layer_differences(run: Path, truth: Path, sp_size: int) -> dict[str, float]
 
 
 def _read_outputs(files: list[Path]) -> dict[str, dict[int, torch.Tensor]]:
-    """By layer and by place in the whole sequence: ``[B, H]``."""
+    """Read layer outputs ``[B, H]`` by layer and by position in the whole sequence."""
     found: dict[str, dict[int, torch.Tensor]] = {}
     for rank, path in enumerate(files):
         with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""Compiled ops, what their builds left behind, host memory and disks, as a run would find them. Imports torch."""
+"""Report rows on compiled ops, stale build locks, host memory and disks. Imports torch."""
 
 import os
 import time
@@ -17,15 +17,15 @@ from deepspeed_alst.ops.aio import is_aio_there, why_not_aio
 from deepspeed_alst.ops.builder import BUILDERS
 from deepspeed_alst.words import in_words
 
-# In pieces of the size that the disk tier has, all of them under way at once.
+# Pieces have the disk tier's size and are all in flight at once.
 _DISK_BYTES, _PIECES = 256 << 20, 4
 _SILENCE_SECONDS = 30.0
-# A rank's four handles have two queues of 32 requests each; eight ranks on a host.
+# 8 ranks per host, 4 handles per rank, 2 queues per handle, 32 requests per queue.
 _AIO_REQUESTS = 8 * 4 * 2 * 32
 
 
 def op_rows() -> Iterator[Row]:
-    """The ops of csrc/ for this device, and DeepSpeed's own that runs use; nothing is built."""
+    """Yield rows on the csrc/ ops of this device and the DeepSpeed ops that runs use; nothing is built."""
     device = get_accelerator().device_name()
     for (library, kind), builder_class in BUILDERS.items():
         if kind != device:
@@ -43,7 +43,7 @@ def op_rows() -> Iterator[Row]:
         else:
             yield Row(f"op {library}", "not built yet: at its first use, in 10 s on CPU and a minute for CUDA")
     if device == "cpu":
-        # In a folder for each kind of torch, unless TORCH_EXTENSIONS_DIR names another.
+        # torch builds into one folder per kind of torch, or into TORCH_EXTENSIONS_DIR.
         name = "deepspeed_shm_comm/deepspeed_shm_comm.so"
         root = _extensions_folder()
         built = any((folder / name).exists() for folder in (root, *root.glob("*")))
@@ -52,7 +52,7 @@ def op_rows() -> Iterator[Row]:
 
 
 def aio_rows() -> Iterator[Row]:
-    """DeepSpeed's async I/O op, which the disk tier uses where it can be had."""
+    """Yield the row on DeepSpeed's async I/O op, which the disk tier uses if it is available."""
     name, otherwise = "op async_io", "the disk tier does its transfers by system calls in threads"
     if not is_aio_there():
         problem = why_not_aio()
@@ -67,15 +67,15 @@ def aio_rows() -> Iterator[Row]:
 
 
 def lock_rows() -> Iterator[Row]:
-    """Locks of torch's builds in its extensions' folder. A killed build leaves its own, and the next waits for ever."""
+    """Yield rows on build locks in torch's extensions folder. After a killed build, its lock blocks the next one."""
     root = _extensions_folder()
-    # Our own builds (alst_*) survive it.
+    # Builds of this package (alst_*) tolerate a stale lock.
     locks = [lock for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}) if "/alst_" not in str(lock)]
     found = False
     for lock in locks:
         try:
             minutes = (time.time() - lock.stat().st_mtime) / 60
-        except FileNotFoundError:  # given back meanwhile
+        except FileNotFoundError:  # released meanwhile
             continue
         found = True
         if is_left_over(lock):
@@ -92,7 +92,7 @@ def lock_rows() -> Iterator[Row]:
 
 
 def memory_rows() -> Iterator[Row]:
-    """Host memory, and what of it activations may take."""
+    """Yield the row on host memory and the part of it available to offloaded activations."""
     memory, limit, spare = psutil.virtual_memory(), cgroup_bytes(), spare_bytes()
     value = f"{in_words(memory.total, 1)}, {in_words(memory.available, 1)} available"
     if limit < memory.available:
@@ -105,10 +105,10 @@ def memory_rows() -> Iterator[Row]:
 
 
 def disk_rows(folder: str) -> Iterator[Row]:
-    """The rate of a folder's disk, by the disk tier's own transfers, to a file that vanishes.
+    """Measure a folder's disk with the disk tier's own transfers to a temporary file.
 
     Raises:
-        AlstError: the folder cannot be written to, its disk has no 256 MiB left, or does not answer.
+        AlstError: the folder is not writable, its disk has less than 256 MiB free, or it does not respond.
     """
     # "auto" would build the op now.
     disk = DiskFile(folder, "auto" if is_aio_there() else "threads", silence_seconds=_SILENCE_SECONDS)
@@ -129,7 +129,7 @@ def disk_rows(folder: str) -> Iterator[Row]:
 
 
 def _rate(transfers: list) -> float:
-    """MB/s of transfers that are under way at once."""
+    """Return the rate of concurrent transfers in MB/s."""
     begin = time.perf_counter()
     for transfer in [start() for start in transfers]:
         transfer.wait()
@@ -141,7 +141,7 @@ def _extensions_folder() -> Path:
 
 
 def _free_aio_requests() -> int | None:
-    """How many requests for asynchronous I/O the kernel still takes; None if it does not say."""
+    """Return the number of async I/O requests the kernel still accepts, or None if unknown."""
     try:
         taken, most = (int(Path("/proc/sys/fs", name).read_text()) for name in ("aio-nr", "aio-max-nr"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What torch computes with: its build, the GPUs, the allocator's setting and the attention kernels. Imports torch."""
+"""Report rows on torch's build, the GPUs, the allocator setting and the attention kernels. Imports torch."""
 
 import collections
 import importlib
@@ -18,7 +18,7 @@ from deepspeed_alst.words import in_words
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _OLDEST_CAPABILITY = (8, 0)
-# Distribution, and what transformers imports of it, by the number in attn_implementation="flash_attention_<number>".
+# Distribution and the module transformers imports, by the number in attn_implementation="flash_attention_<number>".
 _FLASH = {
     2: ("flash-attn", "flash_attn"),
     3: ("flash-attn-3", "flash_attn_interface"),
@@ -27,7 +27,7 @@ _FLASH = {
 
 
 def device_rows() -> Iterator[Row]:
-    """Torch's build, the GPUs, and what the environment says to their allocator."""
+    """Yield rows on torch's build, the GPUs and the CUDA allocator setting."""
     driver = driver_version(_DRIVER)
     on_gpu = torch.cuda.is_available()
     yield build_row(torch.version.cuda, torch.version.hip, on_gpu, driver)
@@ -40,7 +40,7 @@ def device_rows() -> Iterator[Row]:
 
 
 def attention_rows() -> Iterator[Row]:
-    """The attention kernels that transformers can be told to use, by attn_implementation."""
+    """Yield rows on the attention kernels that attn_implementation can select in transformers."""
     on_gpu = torch.cuda.is_available()
     yield _sdpa_row(on_gpu)
     yield flash_row({number: _flash_version(*names) for number, names in _FLASH.items()}, on_gpu)
@@ -48,13 +48,13 @@ def attention_rows() -> Iterator[Row]:
 
 
 def build_row(cuda: str | None, hip: str | None, on_gpu: bool, driver: str) -> Row:
-    """Whether torch's build suits the machine.
+    """Check that torch's build suits the machine.
 
     Args:
-        cuda: the CUDA version that torch was built with.
-        hip: the ROCm version that torch was built with.
-        on_gpu: whether torch finds a GPU.
-        driver: the version of NVIDIA's driver; empty if there is none.
+        cuda: CUDA version of torch's build.
+        hip: ROCm version of torch's build.
+        on_gpu: True if torch finds a GPU.
+        driver: version of NVIDIA's driver; empty if there is none.
     """
     built = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else "CPU"
     value = f"built for {built}"
@@ -72,7 +72,7 @@ def build_row(cuda: str | None, hip: str | None, on_gpu: bool, driver: str) -> R
 
 
 def gpu_rows(properties: Iterable[Any], driver: str) -> Iterator[Row]:
-    """One row for each kind of GPU."""
+    """Yield one row per kind of GPU."""
     kinds = collections.Counter((each.name, each.total_memory, (each.major, each.minor)) for each in properties)
     for (name, total_bytes, capability), count in kinds.items():
         value = f"{count} x {name}, {in_words(total_bytes, 1)}, compute capability {capability[0]}.{capability[1]}"
@@ -87,11 +87,11 @@ def gpu_rows(properties: Iterable[Any], driver: str) -> Iterator[Row]:
 
 
 def allocator_row(setting: str, on_gpu: bool) -> Row:
-    """What the environment says to the CUDA allocator.
+    """Return the row on the CUDA allocator setting.
 
     Args:
-        setting: of PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF.
-        on_gpu: whether torch finds a GPU.
+        setting: value of PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF.
+        on_gpu: True if torch finds a GPU.
     """
     if not on_gpu:
         return Row("allocator", "no CUDA device")
@@ -106,7 +106,7 @@ def allocator_row(setting: str, on_gpu: bool) -> Row:
 
 
 def flash_row(versions: dict[int, str], on_gpu: bool) -> Row:
-    """The flash attention packages by their number: a version, an error's text, or nothing."""
+    """Return the row on flash attention packages by number: a version, an error's text, or empty."""
     value = ", ".join(f"{number}: {found or 'not installed'}" for number, found in versions.items())
     if any("Error" in found for found in versions.values()):
         return Row("flash attention", value, "problem", "build the package again, against this torch, or uninstall it")
@@ -116,7 +116,7 @@ def flash_row(versions: dict[int, str], on_gpu: bool) -> Row:
 
 
 def driver_version(path: Path) -> str:
-    """The version of NVIDIA's kernel driver; empty if there is none."""
+    """Return the version of NVIDIA's kernel driver, or empty if there is none."""
     try:
         found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", path.read_text(encoding="utf-8"))
     except OSError:
@@ -148,12 +148,12 @@ def _sdpa_row(on_gpu: bool) -> Row:
 
 
 def _flash_version(distribution: str, module: str) -> str:
-    """A version, or why it does not load; empty if it is not installed."""
+    """Return a package's version, with its import error if any; empty if it is not installed."""
     version = version_of(distribution)
     if not version:
         return ""
     try:
         importlib.import_module(module)
-    except Exception as error:  # built against another torch, as a rule
+    except Exception as error:  # usually built against another torch
         return f"{version}, which does not load ({in_short(error)})"
     return version

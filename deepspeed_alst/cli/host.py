@@ -1,4 +1,4 @@
-"""What the host gives: shared memory and memory that may be locked. Standard library only."""
+"""Report rows on the host: shared memory and the locked memory limit. Standard library only."""
 
 import os
 import resource
@@ -10,16 +10,16 @@ from deepspeed_alst.cli.rows import Row
 from deepspeed_alst.words import in_words
 
 _SHARED = Path("/dev/shm")
-# DeepSpeed's CPU op makes one for each rank, and 0.19 leaves it behind, however a run ends.
+# DeepSpeed's CPU op creates one per rank, and 0.19 never removes it.
 _BUFFERS = "deepspeed_allreduce_buffer_*"
 _BUFFER_BYTES = 69_206_024
-# NCCL, the workers of data loaders and DeepSpeed's op all take of it; a container has 64 MiB unless it is given more.
+# NCCL, data loader workers and DeepSpeed's op share it; a container has 64 MiB by default.
 _ENOUGH_SHARED_BYTES = 1 << 30
 _ENOUGH_LOCKED_BYTES = 1 << 30
 
 
 def rows() -> Iterator[Row]:
-    """Shared memory, what is left in it, and the limit of locked memory."""
+    """Yield rows on shared memory, leftover buffers in it, and the locked memory limit."""
     if _SHARED.is_dir():
         yield shared_memory_row(shutil.disk_usage(_SHARED).free)
         yield buffers_row(_SHARED)
@@ -27,7 +27,7 @@ def rows() -> Iterator[Row]:
 
 
 def shared_memory_row(free_bytes: int) -> Row:
-    """Whether /dev/shm has room for a run."""
+    """Check that /dev/shm has room for a run."""
     value = f"{in_words(free_bytes, 1)} free in {_SHARED}"
     remedy = "in a container: docker run --ipc=host, or --shm-size=16g; else remount it larger"
     if free_bytes < _BUFFER_BYTES:
@@ -38,7 +38,7 @@ def shared_memory_row(free_bytes: int) -> Row:
 
 
 def buffers_row(folder: Path) -> Row:
-    """Buffers of DeepSpeed's CPU op that no process maps: they take memory until somebody removes them."""
+    """Report buffers of DeepSpeed's CPU op that no process maps; they hold memory until removed."""
     found = {str(path) for path in folder.glob(_BUFFERS)}
     used = _mapped(found) if found else set()
     left = sorted(found - used)
@@ -55,7 +55,7 @@ def buffers_row(folder: Path) -> Row:
 
 
 def locked_memory_row(limit_bytes: int) -> Row:
-    """How much memory a process may lock, which the disk tier's async I/O does; CUDA's pinned memory is not counted."""
+    """Report the locked memory limit, which bounds the disk tier's async I/O but not CUDA's pinned memory."""
     if limit_bytes == resource.RLIM_INFINITY:
         return Row("locked memory", "unlimited")
     value = f"{in_words(limit_bytes, 1)} may be locked (ulimit -l)"
@@ -70,7 +70,7 @@ def locked_memory_row(limit_bytes: int) -> Row:
 
 
 def _mapped(paths: set[str]) -> set[str]:
-    """Those of the files that a process has in its memory, as far as this user may look."""
+    """Return the files that some process has mapped, as far as this user has access."""
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:

@@ -1,4 +1,4 @@
-"""A ds_config by itself: this package's keys, and DeepSpeed's features beside them. Needs neither torch nor a GPU."""
+"""Check a ds_config: this package's keys and DeepSpeed features beside them. Needs neither torch nor a GPU."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +14,10 @@ from deepspeed_alst.words import shown
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A ds_config out of a file.
+    """Read a ds_config from a file.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the file cannot be read or holds no ds_config.
     """
     try:
         return read_config(path)
@@ -26,11 +26,11 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
-    """What a run with this ds_config would refuse at its start, a row for each key; or what it would do.
+    """Yield one row per error that would stop a run with this ds_config, or one row on the run.
 
     Args:
-        path: of the JSON.
-        num_ranks: of the run; None if they are not known.
+        path: of the JSON file.
+        num_ranks: number of ranks in the run, or None if unknown.
     """
     try:
         ds_config = read_json(str(path))
@@ -57,7 +57,7 @@ def rows(path: Path, num_ranks: int | None) -> Iterator[Row]:
 
 
 def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
-    """The lines of all errors; where the keys themselves are wrong, no others can be found."""
+    """Yield the lines of all errors; the checks of a parsed config are skipped if parsing fails."""
     config, lines = _try(lambda: parse(ds_config))
     lines += _try(lambda: check_numbers(ds_config))[1] + _try(lambda: zero_stage(ds_config))[1]
     yield from lines

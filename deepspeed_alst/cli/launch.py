@@ -1,4 +1,4 @@
-"""Programs started by DeepSpeed's launcher, and why one failed."""
+"""Run programs with DeepSpeed's launcher and find the cause of a failure."""
 
 import os
 import random
@@ -12,20 +12,20 @@ from typing import IO
 from deepspeed_alst.errors import SetupError
 
 _LOOK_SECONDS = 0.2
-# What a line starts with that is shown on the terminal too.
+# Marker of lines that are also shown on the terminal.
 PROGRESS = "ds_alst verify:"
 
 
 def launch(words: list[str], world_size: int, log: Path) -> None:
-    """Run something by DeepSpeed's launcher; what it prints goes to a file, and its progress to the terminal.
+    """Run a command with DeepSpeed's launcher; write its output to a log and its progress to the terminal.
 
     Raises:
-        SetupError: it failed, with the sentence in which it says why.
+        SetupError: it failed; the message has the cause.
     """
     environment = dict(os.environ)
     if not num_gpus():
         environment["DS_ACCELERATOR"] = "cpu"
-        # Threads of several ranks would wait for one another's cores.
+        # Threads of several ranks would compete for cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
     port = free_port()
@@ -53,7 +53,7 @@ def _show_progress(printed: IO[str]) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The last exception in what a run printed."""
+    """Return the last exception in a run's log."""
     lines = [line.split("]: ", 1)[-1].rstrip() for line in log.read_text(errors="replace").splitlines()]
     own = [line for line in lines if line.startswith("deepspeed_alst.errors.")]
     found = own or [line for line in lines if "Error" in line.split(":")[0] and ": " in line]
@@ -61,19 +61,19 @@ def _reason(log: Path) -> str:
 
 
 def num_gpus() -> int:
-    """GPUs that a run would have; 0 where it would run on CPU."""
+    """Return the number of GPUs of a run, or 0 if it would run on CPU."""
     import torch
 
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel hands out: gloo's own sockets would take one of them.
+    """Return an unused port below the kernel's ephemeral range, from which gloo's sockets take theirs.
 
     Rank 0 listens only seconds later, after its imports.
 
     Raises:
-        SetupError: of a hundred tried none is free.
+        SetupError: none of 100 tried ports is free.
     """
     for port in random.sample(range(15000, 32000), 100):
         with socket.socket() as probe:
@@ -86,6 +86,6 @@ def free_port() -> int:
 
 
 def remove_shared_memory(port: int) -> None:
-    """Remove what DeepSpeed's CPU communication leaves behind: 66 MiB a rank in /dev/shm, for each port ever used."""
+    """Remove buffers of DeepSpeed's CPU communication: 66 MiB per rank in /dev/shm for each port used."""
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""``ds_alst``: finds the command that is asked for, and loads that one alone."""
+"""``ds_alst``: dispatches to the requested command and imports only its module."""
 
 import argparse
 import importlib
@@ -7,21 +7,20 @@ from collections.abc import Sequence
 
 from deepspeed_alst.errors import AlstError
 
-# Modules of this folder. Each has SUMMARY, EXAMPLES, add_arguments(parser) and run(arguments), which returns the exit
-# status; it imports what is heavy (torch, deepspeed, transformers) in run, so that --help is quick and commands fail
-# one by one.
+# Modules of this folder, each with SUMMARY, EXAMPLES, add_arguments(parser) and run(arguments) -> exit status. Heavy
+# imports (torch, deepspeed, transformers) belong in run: --help stays fast, and commands fail independently.
 COMMANDS = ("report", "verify", "plan")
-_ERROR_STATUS = 2  # as argparse's
+_ERROR_STATUS = 2  # same as argparse
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        words: of the command line, without the program's name; None: of this process.
+        words: command-line arguments without the program's name; None for those of this process.
 
     Returns:
-        The exit status: the command's own, or 2 for an error that is this package's to explain.
+        Exit status: the command's own, or 2 for an AlstError.
     """
     words = sys.argv[1:] if words is None else words
     arguments = _parser([name for name in COMMANDS if name in words[:1]] or COMMANDS).parse_args(words)

@@ -1,4 +1,4 @@
-"""Bytes that a small number of layers of a model need on one rank, counted on tensors without data."""
+"""Measure the bytes that a few layers of a model need on one rank, on tensors without data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from deepspeed_alst.models.trials import causal_lm
 
 @dataclass(frozen=True)
 class Bytes:
-    """Beside weights and gradients, at two peaks of a step and between forward and backward."""
+    """Bytes beside weights and gradients: two peaks of a step, and the level between forward and backward."""
 
     in_layers: int
     outside: int
@@ -30,12 +30,12 @@ class Bytes:
 
 
 def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
-    """What a model of a config needs on one rank for so many tokens, in bf16 and with checkpointed layers.
+    """Measure a model's bytes on one rank, in bf16 and with checkpointed layers.
 
     Args:
-        config: of transformers.
-        keys: what is tiled, and how many ranks share a sequence.
-        tokens: s, of this rank.
+        config: transformers config.
+        keys: tile sizes and number of ranks per sequence.
+        tokens: s, tokens of this rank.
 
     Raises:
         UnsupportedModelError: the model does not run without data.
@@ -66,7 +66,7 @@ def _patched(model: Any, keys: AlstConfig, patches: PatchSet) -> Any:
     calls = Calls()
     patch_model(model, dist.group.WORLD, patches, calls)
     if keys.alst.liger_kernel is not False:
-        fuse_norms_and_rope(model, patches)  # as a GPU would, by Liger's kernels or this package's
+        fuse_norms_and_rope(model, patches)  # as on a GPU, where Liger's kernels or this package's run
     if keys.alst.tiled_mlp_compute is not None:
         tile_mlps(model, keys.alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:
@@ -75,7 +75,7 @@ def _patched(model: Any, keys: AlstConfig, patches: PatchSet) -> Any:
 
 
 def _second_step(model: Any, step: Any, batch: dict[str, torch.Tensor]) -> Bytes:
-    # The first one may still learn.
+    # Not measured: patches may still set themselves up in the first step.
     step(batch).backward()
     model.zero_grad()
     with Ledger(model) as ledger:

@@ -1,4 +1,4 @@
-"""Bytes of a training by category, from the sizes of a model, a ds_config and a machine. Pure arithmetic.
+"""Training memory by category, from the sizes of a model, a ds_config and a machine. Pure arithmetic.
 
 Legend: N parameters, W ranks, P = sp_size, s tokens of a rank's shard, S of the whole sequence, L layers.
 """
@@ -12,23 +12,23 @@ from deepspeed_alst.engine.buckets import fitting_numel, num_buckets
 
 Sizes = dict[str, float]
 """Bytes by category."""
-# Of torch, CUDA's context and NCCL's buffers on a GPU: an assumption, as no allocator reports it.
+# Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU, which no allocator reports.
 RESERVED = 3 * 2**30
 _SLICES = 2
 _STATES = {"adam": 8, "adamw": 8, "fusedadam": 8, "adagrad": 4, "lion": 4, "sgd": 0}
-"""Bytes of optimizer state an element, in fp32."""
+"""Bytes of optimizer state per element, in fp32."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one rank needs for its tokens, measured on a model of one layer: ``fixed + a_token * s`` bytes."""
+    """Bytes one rank needs for its tokens, measured on a one-layer model: ``fixed + a_token * s``."""
 
     fixed: float
     a_token: float
     loss_fixed: float
     loss_a_token: float
     kept: float
-    """Bytes a token and layer that wait for the backward."""
+    """Bytes per token and layer saved for the backward."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is."""
+    """GPUs and memory of the machine to plan for."""
 
     num_gpus: int
     gpu_bytes: float
@@ -53,20 +53,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Of gradients, as DeepSpeed collects them."""
+    """Gradient bucket of DeepSpeed's reduction."""
 
     numel: int
     key: str
-    """That says so."""
+    """Config key that sets ``numel``."""
     auto: int
-    """Elements that ``alst.reduction.bucket_size`` "auto" would take on this machine."""
+    """Number of elements under ``alst.reduction.bucket_size`` "auto" on this machine."""
 
 
 def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Sizes, Sizes, Bucket]:
-    """Bytes of one GPU, and of one rank on its host, that do not depend on the sequence's length; by category.
+    """Return sequence-independent bytes by category of one GPU and of one rank on its host, and the bucket.
 
-    ZeRO's arithmetic (arXiv 1910.02054, section 3): gradients are sharded from stage 2, weights from stage 3, the
-    optimizer's states from stage 1.
+    ZeRO's arithmetic (arXiv 1910.02054, section 3): gradients are sharded from stage 2, weights from stage 3, optimizer
+    states from stage 1.
     """
     zero = ds_config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
@@ -77,12 +77,12 @@ def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -
     states = N * (_STATES.get(kind, 8) + (4 if half else 0)) / (num_gpus if stage >= 1 else 1)
     gradients = N * width / (num_gpus if stage >= 2 else 1)
     weights = N * width / (num_gpus if stage == 3 else 1)
-    gathered = 2 * model.largest * width if stage == 3 else 0  # of weights, and of their gradients before they leave
+    gathered = 2 * model.largest * width if stage == 3 else 0  # weights, and their gradients before reduction
     reduction = block_of(ds_config).get("reduction") or {}
     device = {"weights": weights, "gradients": gradients, "optimizer": states, "gathered at once": gathered}
     host: dict[str, float] = {}
     if _device_of(zero, "offload_optimizer") == "cpu":
-        # DeepSpeed keeps the gradients of its part there in fp32 too; under ZeRO 3 also those in their own dtype.
+        # DeepSpeed also keeps its partition's fp32 gradients there, and under ZeRO 3 those in their own dtype.
         host["optimizer"] = device.pop("optimizer") + N * 4 / (num_gpus if stage >= 1 else 1)
         if stage >= 2:
             left = device.pop("gradients")
@@ -104,7 +104,7 @@ def _bucket(ds_config: Mapping[str, Any], own: Any, auto: int) -> Bucket:
 
 
 def activation_bytes(model: Model, layer: Layer, tokens: int, offloads: bool) -> tuple[Sizes, Sizes]:
-    """The same of what depends on it, in checkpointed layers: at the higher of the layers' peak and the loss'."""
+    """Return the sequence-dependent part, with checkpointed layers, at the higher of the layer and loss peaks."""
     waiting = (model.num_layers - 1) * layer.kept * tokens
     host = {"layers' inputs": waiting} if offloads else {}
     on_device = layer.kept * tokens if offloads else waiting
@@ -116,27 +116,27 @@ def activation_bytes(model: Model, layer: Layer, tokens: int, offloads: bool) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """A sequence's length and what it takes."""
+    """Sequence length and its memory."""
 
     tokens: int
-    """s, of one rank."""
+    """s, tokens of one rank."""
     device: dict[str, float]
-    """Of one GPU."""
+    """Bytes of one GPU by category."""
     host: dict[str, float]
-    """Of one host."""
+    """Bytes of one host by category."""
     disk: float
-    """Bytes of one host's ``nvme_path``: what the host has no room for."""
+    """Bytes on one host's ``nvme_path``, for which host memory has no room."""
     bucket: Bucket
 
     def over(self, machine: Machine) -> str:
-        """What there is too little of; empty if it fits."""
+        """Return the memory that is exceeded, "GPU" or "host"; empty if the plan fits."""
         if sum(self.device.values()) > machine.gpu_bytes:
             return "GPU"
         return "host" if sum(self.host.values()) > machine.host_bytes else ""
 
 
 def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine, tokens: int) -> Plan:
-    """What so many tokens on a rank take."""
+    """Return the memory plan for a number of tokens per rank."""
     block = block_of(ds_config).get("activation_checkpoint_cpu_offload") or False
     device, host, bucket = static_bytes(model, ds_config, machine)
     for_tokens, on_host = activation_bytes(model, layer, tokens, bool(block))
@@ -151,7 +151,7 @@ def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: M
 
 
 def longest(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Plan, str]:
-    """The longest shard that fits, and what binds it; of 0 tokens where not even the weights do."""
+    """Return the plan of the longest shard that fits and the binding memory; 0 tokens if not even weights fit."""
     low, high, binding = 0, 2**40, plan_of(model, layer, ds_config, machine, 2**40).over(machine)
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""What is installed, beside the versions that the package asks for, and how it gets loaded. Imports none of it."""
+"""Report rows on installed packages, their required versions and the autoload hook. Imports none of them."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ _DISTRIBUTION = "deepspeed-alst"
 
 
 class _Part(NamedTuple):
-    """A distribution, and what a run has without it; empty: there is none."""
+    """Distribution and the effect of its absence; ``without`` is empty if it is required."""
 
     name: str
     without: str = ""
@@ -30,12 +30,12 @@ _PARTS = (
     _Part("peft", "no LoRA"),
     _Part("trl", "no SFTTrainer"),
 )
-# DeepSpeed's ALST tutorial and ArcticTraining warn of it.
+# DeepSpeed's ALST tutorial and ArcticTraining warn of its memory leak in torch.distributed.barrier.
 _LEAKING_TORCH = ">=2.6.0,<=2.7.0"
 
 
 def rows() -> Iterator[Row]:
-    """Python, this package, how it is loaded, and what it stands on."""
+    """Yield rows on Python, this package, its autoload hook and its dependencies."""
     requirements = _requirements()
     yield Row("python", f"{platform.python_version()} at {sys.executable}")
     yield _package_row()
@@ -46,7 +46,7 @@ def rows() -> Iterator[Row]:
 
 
 def autoload_switch() -> str:
-    """The environment variable that keeps ``import torch`` from loading this package; empty if none does."""
+    """Return the environment setting that disables autoload at ``import torch``; empty if there is none."""
     for name in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "DEEPSPEED_ALST_AUTOLOAD"):
         if os.environ.get(name, "1") == "0":
             return f"{name}=0"
@@ -54,7 +54,7 @@ def autoload_switch() -> str:
 
 
 def version_of(distribution: str) -> str:
-    """The version of a distribution; empty if it is not installed."""
+    """Return the version of a distribution, or empty if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -62,7 +62,7 @@ def version_of(distribution: str) -> str:
 
 
 def _requirements() -> dict[str, str]:
-    """By distribution, the versions that this package asks for, also of what is optional; empty if not installed."""
+    """Return this package's version specifiers by distribution, extras included; empty if not installed."""
     from packaging.requirements import Requirement
 
     try:

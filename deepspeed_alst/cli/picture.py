@@ -1,12 +1,12 @@
-"""The loss curves of several runs, drawn over one another."""
+"""Plot of several runs' loss curves in one figure."""
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
 def draw_curves(curves: dict[str, list[float]], path: str) -> None:
-    """One line a run over its steps; later ones are drawn thinner, so that equal ones are seen to be equal."""
-    # Without pyplot: a program's own figures and its choice of a backend are left alone.
+    """Draw one curve per run over its steps; later ones are thinner, so that equal ones stay visible."""
+    # pyplot would change the program's own figures and backend.
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -1,7 +1,7 @@
-"""``ds_alst plan``: how long a sequence fits, where the bytes go, and what binds, for a machine that one need not have.
+"""``ds_alst plan``: longest sequence that fits, memory by category and the binding limit, for any machine.
 
-A layer of the model runs with the ds_config's tiles on tensors without data (ledger/fake.py), and its bytes a token are
-counted; the rest is arithmetic (memory.py). First form: decoders in half precision whose layers are checkpointed.
+One layer of the model runs with the ds_config's tiles on tensors without data (ledger/fake.py) to count bytes per
+token; the rest is arithmetic (memory.py). Covers decoders in half precision with checkpointed layers.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from deepspeed_alst.errors import ConfigError
 SUMMARY = "how long a sequence fits into a machine's memory, where the bytes go, and what binds"
 EXAMPLES = """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
   ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json"""
-_TOKENS = (32768, 65536)  # of the two measurements that a line goes through: more than any tile has
+_TOKENS = (32768, 65536)  # of the two measurements of a linear fit: more than any tile has
 _GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own words."""
+    """Add the options of ``ds_alst plan``."""
     parser.add_argument("--model", required=True, help="a config.json, a folder or a hub name")
     parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
     parser.add_argument("--num_gpus", type=int, default=8, help="all of them (8)")
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if the sequence fits, 1 if it does not.
+    """Print the plan; return 0 if the sequence fits, 1 if it does not.
 
     Raises:
-        AlstError: the ds_config or the model is not one that could be planned for.
+        AlstError: the ds_config or the model cannot be planned for.
     """
     from deepspeed_alst.cli.keys import read_json
     from deepspeed_alst.cli.memory import Machine, longest, plan_of
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(name: str, config: Any) -> tuple[Any, Any]:
-    """The sizes of a model, and what one layer of it needs on one of P ranks with the ds_config's tiles."""
+    """Return a model's sizes, and the bytes of one layer on one of P ranks with the ds_config's tiles."""
     from deepspeed_alst.cli.measured import bytes_of
     from deepspeed_alst.cli.memory import Layer, Model
     from deepspeed_alst.models.probe import numel
@@ -103,7 +103,7 @@ def measure(name: str, config: Any) -> tuple[Any, Any]:
 
 
 def _with_layers(config: Any, count: int) -> Any:
-    """Of the kind that the last layer is: in a model of several kinds, one that sees the whole sequence as a rule."""
+    """Return a config with layers of the last layer's kind, which usually attends to the whole sequence."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):

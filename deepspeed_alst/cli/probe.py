@@ -1,7 +1,7 @@
-"""The part of ``ds_alst report`` that needs torch and DeepSpeed: a process of its own, which starts as a program does.
+"""Rows of ``ds_alst report`` that need torch and DeepSpeed, found in a process of its own.
 
-Its parent (report.py) runs ``import torch`` before anything of this package; what that brings in is the first row. Rows
-are printed one a line as they are found, so that those before a crash are not lost.
+Its parent (report.py) runs ``import torch`` before anything of this package; the first row reports what that loads.
+Rows are printed one per line as they are found, so that a crash does not lose them.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ def main(loaded: str, nvme_path: str) -> None:
     """Print all rows.
 
     Args:
-        loaded: the folder of this package that ``import torch`` brought in; empty if it did not.
-        nvme_path: a folder to measure the disk of; empty for none.
+        loaded: folder of this package if ``import torch`` loaded it, else empty.
+        nvme_path: folder whose disk is measured; empty for none.
     """
-    # Others write to stdout too, at their import.
+    # Other packages write to stdout at import.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         for row in _rows(loaded, nvme_path):
@@ -44,7 +44,7 @@ def _rows(loaded: str, nvme_path: str) -> Iterator[Row]:
 
 
 def _of(module: str, function: str, *arguments: str) -> Iterable[Row]:
-    """Rows of a module that may not load here."""
+    """Return the rows of a module that may fail to import."""
     rows: Callable[..., Iterable[Row]] = getattr(importlib.import_module(f"deepspeed_alst.cli.{module}"), function)
     return rows(*arguments)
 
@@ -83,7 +83,7 @@ def _deepspeed_rows() -> Iterator[Row]:
 
 
 def _run_rows() -> Iterator[Row]:
-    """All that deepspeed.initialize loads for a ds_config with this package's keys, transformers included."""
+    """Import all that deepspeed.initialize loads for this package's keys, transformers included."""
     importlib.import_module("deepspeed_alst.initialize")
     transformers = sys.modules["transformers"]
     yield Row("a run's modules", f"load, with transformers at {Path(transformers.__file__ or '').parent}")

@@ -1,6 +1,6 @@
-"""What a run computes, written to files that another run's can be compared with: losses, norms, gradients, weights.
+"""Record a run for comparison with another: losses, norms, layer outputs, gradients and weights.
 
-It looks at a DeepSpeed engine from outside, whether or not this package is at work in it.
+Wraps a DeepSpeed engine from outside, with or without this package in it.
 
 Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
 """
@@ -22,21 +22,21 @@ from deepspeed_alst.cli.launch import PROGRESS
 from deepspeed_alst.core.patching import PatchSet
 
 LARGEST = 2**20
-"""Elements that are kept of a parameter; of a larger one evenly spaced ones."""
+"""Maximum number of recorded elements per parameter; a larger one is sampled at even spacing."""
 _POSITIONS = 512
 
 
 class Recorder:
-    """Records the first steps of one engine. All ranks must have one: gathering weights is collective."""
+    """Recorder of an engine's first steps. All ranks must create one: gathering weights is collective."""
 
     def __init__(self, engine: Any, folder: Path, steps: int, then: Callable[[], None]) -> None:
-        """Put it around ``engine.backward`` and ``engine.step``.
+        """Wrap ``engine.backward`` and ``engine.step``.
 
         Args:
-            engine: of DeepSpeed.
-            folder: takes ``record.json`` and ``.safetensors`` files.
-            steps: optimizer steps.
-            then: is called after the last of them.
+            engine: DeepSpeed engine.
+            folder: receives ``record.json`` and ``.safetensors`` files.
+            steps: number of optimizer steps.
+            then: called after the last step.
         """
         self._engine, self._folder, self._steps, self._then = engine, folder, steps, then
         self._losses: list[torch.Tensor] = []
@@ -47,8 +47,8 @@ class Recorder:
         self._layers = _LayerOutputs(engine.module)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``engine.backward``."""
-        # A caller that has divided by the accumulation itself says so.
+        """Record the loss, then run ``engine.backward``."""
+        # With scale_wrt_gas=False the caller has already divided by the accumulation steps.
         divided = kwargs.get("scale_wrt_gas") is False
         factor = self._engine.gradient_accumulation_steps() if divided else 1
         self._losses.append(loss.detach().double().cpu() * factor)
@@ -56,7 +56,7 @@ class Recorder:
         return self._backward(loss, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """``engine.step``."""
+        """Run ``engine.step``, and record at gradient accumulation boundaries."""
         if not self._engine.is_gradient_accumulation_boundary():
             return self._step(*args, **kwargs)
         if not self._curve["loss"]:
@@ -82,13 +82,13 @@ class Recorder:
         self._save("changes", {name: end - self._start[name] for name, end in self._gather(_weight).items()})
         self._layers.save(self._folder / f"layers-{dist.get_rank()}.safetensors")
         if dist.get_rank() == 0:
-            record = {**self._curve, "parameters": list(self._start)}  # .safetensors files have an order of their own
+            record = {**self._curve, "parameters": list(self._start)}  # .safetensors files do not keep the order
             (self._folder / "record.json").write_text(json.dumps(record))
         dist.barrier()
         self._then()
 
     def _gather(self, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Something of each parameter that trains: on rank 0 ``LARGEST`` elements of each at most."""
+        """Read a tensor of each trainable parameter; rank 0 keeps at most ``LARGEST`` elements of each."""
         found = {}
         for name, param in self._engine.module.named_parameters():
             if param.requires_grad:
@@ -103,7 +103,7 @@ class Recorder:
 
 
 class _LayerOutputs:
-    """What the layers gave in the first forward, on this rank: ``[B, s, H]``, or some of its tokens."""
+    """Layer outputs of the first forward on this rank: ``[B, s, H]``, or a subset of its tokens."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._found: dict[str, torch.Tensor] = {}
@@ -114,7 +114,7 @@ class _LayerOutputs:
 
     def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if not torch.is_grad_enabled():  # of the model check, or an evaluation
+        if not torch.is_grad_enabled():  # model check or evaluation
             return
         if name in self._found or not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
             return
@@ -123,16 +123,16 @@ class _LayerOutputs:
         self._sizes[name] = f"{stride} {hidden.shape[1]}"
 
     def close(self) -> None:
-        """Look no further: the first forward is over."""
+        """Remove the hooks once the first forward is over."""
         self._patches.close()
 
     def save(self, path: Path) -> None:
-        """Write them, each with its stride and s."""
+        """Write the outputs, each with its stride and s."""
         save_file(self._found, path, self._sizes)
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """A model's decoder layers by their names, in their order: the members of its outermost list of modules."""
+    """Return the decoder layers by name, in order: the members of the model's outermost ModuleList."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module):
             return {f"{name}.{index}".replace("_orig_mod.", ""): layer for index, layer in enumerate(module)}
@@ -155,7 +155,7 @@ def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
 
 
 def record_engines(folder: Path, steps: int) -> None:
-    """Have the first engine that ``deepspeed.initialize`` returns from now on recorded."""
+    """Patch ``deepspeed.initialize`` so that the next engine it returns is recorded."""
     original: Callable[..., Any] = deepspeed.initialize
 
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -168,11 +168,11 @@ def record_engines(folder: Path, steps: int) -> None:
 
 
 def main() -> None:
-    """``deepspeed --module deepspeed_alst.cli.recorder FOLDER STEPS PROGRAM [ARGUMENTS]``: run a program, recorded."""
+    """Run a program, recorded: ``deepspeed --module deepspeed_alst.cli.recorder FOLDER STEPS PROGRAM [ARGUMENTS]``."""
     import runpy
 
     _, local_rank, folder, steps, program, *arguments = sys.argv
-    # As the launcher would have started it.
+    # Same argv and import path as started by the launcher itself.
     sys.argv = [program, local_rank, *arguments]
     sys.path[0] = str(Path(program).resolve().parent)
     record_engines(Path(folder), int(steps))

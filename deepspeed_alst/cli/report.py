@@ -1,7 +1,7 @@
-"""``ds_alst report``: the environment, a verdict for each part of it.
+"""``ds_alst report``: the environment, with a verdict per part.
 
-What needs torch is found out by a process of its own (probe.py), so that a torch or a DeepSpeed that does not load, or
-that ends its process, is a row of the report and not its end.
+A separate process (probe.py) checks all that needs torch: if torch or DeepSpeed fails to load or crashes, that is a row
+of the report instead of its end.
 """
 
 import argparse
@@ -19,7 +19,7 @@ EXAMPLES = """  ds_alst report
   ds_alst report --ds_config ds.json --num_gpus 8
   ds_alst report --nvme_path /mnt/nvme --json"""
 
-# A program like any: `import torch` comes before this package, which only torch's entry points may bring in.
+# Like a user's program, it imports torch first: only torch's entry points may load this package.
 _PROGRAM = """
 import sys
 import torch
@@ -33,7 +33,7 @@ _PROBE_SECONDS = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ds_alst report``."""
+    """Add the options of ``ds_alst report``."""
     parser.add_argument("--json", action="store_true", help="print the rows as JSON: name, value, verdict, remedy")
     parser.add_argument("--nvme_path", default="", metavar="FOLDER", help="measure this folder's disk, with 256 MiB")
     parser.add_argument("--ds_config", type=Path, metavar="JSON", help="also check the keys of this ds_config")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; returns 1 if anything in it is a problem."""
+    """Print the report; return 1 if any row is a problem, else 0."""
     probe = _start_probe(arguments.nvme_path)
     rows = [*guarded("packages", packages.rows), *guarded("host", host.rows)]
     if arguments.ds_config is not None:
@@ -56,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _start_probe(nvme_path: str) -> subprocess.Popen[str]:
     folder = Path(__file__).parent.parent.parent
-    # -P: neither this folder nor the current one is in the path of a program that is installed.
+    # -P keeps this folder and the current one out of sys.path, as for an installed program.
     command = [sys.executable, "-P", "-c", _PROGRAM, str(folder), nvme_path]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _rows_of(probe: subprocess.Popen[str]) -> Iterator[Row]:
-    """Rows that the probe printed, and one more if it did not come to its end."""
+    """Yield the probe's rows, plus one if it crashed or timed out."""
     try:
         out, errors = probe.communicate(timeout=_PROBE_SECONDS)
         end = f"ended with status {probe.returncode}" if probe.returncode else ""

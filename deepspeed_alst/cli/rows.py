@@ -1,4 +1,4 @@
-"""A row of a report, and how rows are printed: as a table for people, as JSON for programs."""
+"""Rows of a report, printed as a table for people or as JSON for programs."""
 
 import dataclasses
 import json
@@ -15,17 +15,17 @@ _ERROR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Row:
-    """One part of the environment. The four names are the keys of the JSON, and stay as they are."""
+    """One part of the environment. The field names are the keys of the JSON and must not change."""
 
     name: str
     value: str
     verdict: Verdict = "ok"
-    """``note``: a run works, with less than it could have. ``problem``: it fails, or is not what the ds_config says."""
+    """``note``: a run works, with reduced speed or features. ``problem``: it fails, or deviates from the ds_config."""
     remedy: str = ""
 
 
 def guarded(name: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
-    """Rows of one part; an error in finding them out is a row too, so that the other parts are still reported."""
+    """Yield the rows of one part; an exception becomes a row, so that other parts are still reported."""
     try:
         yield from rows()
     except Exception as error:  # whatever a broken installation raises
@@ -33,18 +33,18 @@ def guarded(name: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
 
 
 def in_short(error: BaseException) -> str:
-    """An error in one line."""
+    """Format an exception as one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return textwrap.shorten(text, _ERROR_CHARACTERS, placeholder=" ...")
 
 
 def print_json(rows: Iterable[Row]) -> None:
-    """A JSON list of objects: name, value, verdict, remedy."""
+    """Print rows as a JSON list of objects: name, value, verdict, remedy."""
     print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
 
 
 def print_table(rows: list[Row], title: str) -> None:
-    """A table of all rows, with each remedy under the value that needs it, and a last line that counts the verdicts."""
+    """Print rows as a table, each remedy under its value, and a last line with the verdict counts."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -58,7 +58,7 @@ def print_table(rows: list[Row], title: str) -> None:
         verdict = f"[{_STYLES[row.verdict]}]{row.verdict}[/]"
         table.add_row(escape(row.name), verdict, escape(row.value) + remedy)
     console = Console()
-    # A log file has no width of its own.
+    # A log file has no terminal width.
     console = console if console.is_terminal else Console(width=140)
     console.print(table)
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in _STYLES}

@@ -1,8 +1,8 @@
-"""The program of ``ds_alst verify`` where the user brings none: a plain DeepSpeed loop, once for each ds_config.
+"""Built-in program of ``ds_alst verify``: a plain DeepSpeed loop, run once per ds_config.
 
     deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial FOLDER
 
-FOLDER has ``spec.json``, and takes a folder of records for each run.
+FOLDER has ``spec.json`` and receives one folder of records per run.
 """
 
 import gc
@@ -25,41 +25,41 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Spec:
-    """What the runs have in common, and the ds_config of each."""
+    """Settings common to all runs, and the ds_config of each."""
 
     model: str
-    """A config.json, a folder or a name."""
+    """A config.json, a folder or a hub name."""
     small: bool
     loads_weights: bool
     core: str
     half: str
-    """bf16 or fp16, where the user's run is in it."""
+    """bf16 or fp16 if the user's run is in it, else empty."""
     seq_len: int
     steps: int
     data: str = ""
-    """A .jsonl file with ``input_ids`` and, if it likes, ``labels``; random tokens where it is empty."""
+    """A .jsonl file with ``input_ids`` and optional ``labels``; random tokens if empty."""
     checkpointing: bool = False
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """For ``read``."""
+        """Write ``spec.json``."""
         (folder / "spec.json").write_text(json.dumps(asdict(self)))
 
     @staticmethod
     def read(folder: Path) -> "Spec":
-        """What ``write`` wrote."""
+        """Read the spec from ``spec.json``."""
         return Spec(**json.loads((folder / "spec.json").read_text()))
 
 
 def samples(spec: Spec, vocab: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """``count`` samples of ``[S]``; random ones have no label at every third token, and every other none in its end."""
+    """Return ``count`` samples of ``[S]``; random ones ignore every third label, every other one its second half."""
     if spec.data:
         with open(spec.data, encoding="utf-8") as lines:
             read = [json.loads(line) for line in lines if line.strip()]
         rows = [read[index % len(read)] for index in range(count)]
         ids = [torch.tensor(row["input_ids"][: spec.seq_len]) for row in rows]
         labels = [torch.tensor(row.get("labels", row["input_ids"])[: spec.seq_len]) for row in rows]
-        if spec.small:  # with fewer tokens than the model that they are of
+        if spec.small:  # a tiny model has a smaller vocabulary
             ids = [row.remainder(vocab) for row in ids]
             labels = [row.remainder(vocab).where(row >= 0, row) for row in labels]
         return [{"input_ids": row, "labels": own} for row, own in zip(ids, labels, strict=True)]
@@ -70,7 +70,7 @@ def samples(spec: Spec, vocab: int, count: int) -> list[dict[str, torch.Tensor]]
         labels = ids.clone()
         labels[::3] = _IGNORED
         if index % 2:
-            # The last shard has no label at all.
+            # Leaves the last shard without labels.
             labels[spec.seq_len // 2 :] = _IGNORED
         found.append({"input_ids": ids, "labels": labels})
     return found
@@ -85,11 +85,11 @@ def train(spec: Spec, ds_config: dict[str, Any], folder: Path) -> None:
     a_step = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
     world_size = int(torch.distributed.get_world_size())
     sp_size = ds_config.get("sequence_parallel_size", 1)
-    # The same ones in every step, so that the loss falls.
+    # Every step uses the same samples, so that the loss falls.
     data = samples(spec, config.get_text_config().vocab_size, a_step * world_size // sp_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    # Of data in memory, read again in each step, a worker's start would take most of the time.
+    # No workers: the data is in memory and read again in each step, so starting workers would dominate.
     loader = engine.deepspeed_io(data, pin_memory=False, num_local_io_workers=0)
     done: list[bool] = []
     Recorder(engine, folder, spec.steps, then=lambda: done.append(True))
@@ -102,7 +102,7 @@ def train(spec: Spec, ds_config: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
-    """Every run of the spec, one after the other in the same processes."""
+    """Train every run of the spec in turn, in the same processes."""
     folder = Path(sys.argv[-1])
     spec = Spec.read(folder)
     deepspeed.init_distributed()

@@ -1,4 +1,4 @@
-"""What ``ds_alst verify`` says of two runs: a table, a picture, and the first place where they part."""
+"""Verdict of ``ds_alst verify`` on two runs: a table, a plot and the first difference."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deepspeed_alst.cli.compare import KINDS, Differences, allowed, differences
 
-# Half of a gradient is 0.5 from it.
+# Relative difference of a gradient from its half.
 _TELLING = 0.5
 
 
@@ -23,20 +23,20 @@ class Row:
     place: str
     allowed: float
     missed: tuple[str, ...]
-    """The places where the difference is more than rounding, in the order of the model."""
+    """Places where the difference exceeds rounding, in model order."""
     num_hidden: int = 0
-    """Places where rounding alone may be so large that a factor of two would not be seen."""
+    """Number of places where rounding may hide a factor of two."""
 
 
 def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) -> list[Row]:
-    """Compare the runs in ``output``: the split one with the whole one; a third, in fp32, says what rounding does."""
+    """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
     found = differences(output / split, output / whole, sp_size)
     rounding = differences(output / whole, output / others[0], 1) if others else None
     half = _is_half(output, split)
     rows = []
     for kind, words in KINDS.items():
         limits = {place: allowed(kind, place, half, rounding) for place in found.by_kind[kind]}
-        # Not `value > limit`: NaN must be seen.
+        # `value > limit` would miss NaN.
         missed = tuple(place for place, value in found.by_kind[kind].items() if not value <= limits[place])
         value, place = _worst(found, kind, missed)
         num_hidden = sum(limit > _TELLING for limit in limits.values())
@@ -59,7 +59,7 @@ def _is_half(output: Path, split: str) -> bool:
 
 
 def first_difference(rows: list[Row]) -> str:
-    """Where the runs part: forward in the order of the layers, then backward in the opposite one."""
+    """Describe the first difference: forward in layer order, then backward in reverse order."""
     by_name = {row.what: row.missed for row in rows}
     if layers := by_name[KINDS["layers"]]:
         return f"The first layer whose output differs is {layers[0]}."
@@ -69,7 +69,7 @@ def first_difference(rows: list[Row]) -> str:
 
 
 def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
-    """Print the table, write ``verify.json`` and ``loss.png``; 1 if anything is more than rounding."""
+    """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
     curves = {name: json.loads((output / name / "record.json").read_text())["loss"] for name in names}
     table = Table(title=f"{names[1]} against {names[0]}: {lengths}")
     for column in ("", "largest difference", "where", "rounding", "verdict"):

@@ -1,7 +1,7 @@
-"""``ds_alst verify``: does this ds.json train as the same program does without sequence parallelism?
+"""``ds_alst verify``: compare training under a ds_config with training without sequence parallelism.
 
-ALST's own check (arXiv 2506.13996, section 5.4) as one command: DP = n, SP = 1, accumulation 1 against SP = n,
-accumulation n, which see the same samples in a step.
+Runs ALST's own check (arXiv 2506.13996, section 5.4): DP = n, SP = 1, accumulation 1 against SP = n, accumulation n,
+with the same samples in a step.
 """
 
 import argparse
@@ -27,12 +27,12 @@ EXAMPLES = """  ds_alst verify --ds_config ds.json --model meta-llama/Llama-3.1-
   ds_alst verify --ds_config ds.json --model ./config.json --num_gpus 2
   ds_alst verify --ds_config ds.json -- train.py --deepspeed ds.json --max_steps 5"""
 _BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
-# By themselves a small model's tiles would hold its whole sequence.
+# A default tile would hold a tiny model's whole sequence.
 _SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own words."""
+    """Add the options of ``ds_alst verify``."""
     parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to verify")
     parser.add_argument("--model", help="a config.json, a folder or a hub name; a small model of its kind is trained")
     parser.add_argument("--full", action="store_true", help="train the model itself; with the folder's weights, if any")
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if what differs is rounding, 1 if it is more.
+    """Compare the runs; return 0 if they differ by rounding only, else 1.
 
     Raises:
         AlstError: the comparison cannot be made.
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     sp_size, configs = configs_of(ds_config, world_size)
     output = arguments.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    for name in (*configs, _ROUNDING):  # of an earlier comparison; what else is there is not ours to remove
+    for name in (*configs, _ROUNDING):  # of an earlier comparison; other files stay
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "spec.json").unlink(missing_ok=True)
     if arguments.program:
@@ -81,14 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The SP degree that is verified, and the ds_config of each run by its name: the one without first.
+    """Return the SP degree to verify and the ds_config of each run by name, the baseline first.
 
     Args:
         ds_config: the user's.
-        world_size: ranks; where they are fewer than the SP degree, all of them share a sequence.
+        world_size: number of ranks; if fewer than the SP degree, all of them share a sequence.
 
     Raises:
-        ConfigError: the file is wrong; accumulation does not divide by the SP degree, or there is nothing to verify.
+        ConfigError: the file is invalid, accumulation is no multiple of the SP degree, or there is nothing to verify.
     """
     if lines := [*problems(ds_config, None), *_wrong_numbers(ds_config)]:
         raise ConfigError("\n".join(lines))
@@ -133,7 +133,7 @@ def _wrong_numbers(ds_config: dict[str, Any]) -> list[str]:
 def _run_program(
     arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
 ) -> list[str]:
-    """Run the user's program with each ds_config, recorded."""
+    """Run and record the user's program with each ds_config."""
     programs = {name: with_file(arguments.program, str(output / name / "ds_config.json")) for name in configs}
     for name, program in programs.items():
         (output / name).mkdir()
@@ -144,10 +144,10 @@ def _run_program(
 
 
 def with_file(program: list[str], path: str) -> list[str]:
-    """A program's words with another ds_config: ``--deepspeed JSON`` or ``--deepspeed_config JSON``, also with ``=``.
+    """Replace a program's ds_config: ``--deepspeed JSON`` or ``--deepspeed_config JSON``, also with ``=``.
 
     Raises:
-        ConfigError: there is no such word.
+        ConfigError: the program has no such option.
     """
     for place, word in enumerate(program):
         key, equals, _ = word.partition("=")
@@ -155,7 +155,7 @@ def with_file(program: list[str], path: str) -> list[str]:
             continue
         if equals:
             return [*program[:place], f"{key}={path}", *program[place + 1 :]]
-        # DeepSpeed's own --deepspeed is a switch beside --deepspeed_config JSON.
+        # Without a value, --deepspeed is DeepSpeed's own switch beside --deepspeed_config JSON.
         following = program[place + 1 : place + 2]
         if following and not following[0].startswith("-"):
             return [*program[: place + 1], path, *program[place + 2 :]]
@@ -165,7 +165,7 @@ def with_file(program: list[str], path: str) -> list[str]:
 def _run_trial(
     arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
 ) -> list[str]:
-    """Run the built-in program, whose optimizer is SGD: Adam would hide a gradient's scale."""
+    """Run the built-in program, with SGD because Adam would hide a gradient's scale."""
     from deepspeed_alst.cli.trial import Spec
     from deepspeed_alst.models.trials import has_weights
 
@@ -194,7 +194,7 @@ def _run_trial(
 
 
 def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, Any]:
-    """A ds_config for the built-in program: what its own optimizer and a small model need changed."""
+    """Adapt a ds_config to the built-in program's optimizer and a tiny model."""
     config = _without_auto(ds_config)
     for key in ("optimizer", "scheduler", "train_batch_size", "tensorboard", "wandb", "csv_monitor", "comet"):
         config.pop(key, None)
@@ -218,7 +218,7 @@ def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, An
 
 
 def _without_auto(value: Any) -> Any:
-    """Without what the HF Trainer would fill in."""
+    """Drop the "auto" values that the HF Trainer would fill in."""
     if not isinstance(value, dict):
         return copy.deepcopy(value)
     return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}

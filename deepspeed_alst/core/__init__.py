@@ -1,1 +1,1 @@
-"""What every feature builds on."""
+"""Services that every feature builds on."""

@@ -1,8 +1,8 @@
-"""Copies of a patched model: by copy.deepcopy, pickle or torch.save, they are of the model that DeepSpeed was given.
+"""Copies of a patched model, by copy.deepcopy, pickle or torch.save, without its patches.
 
-A copy belongs to no engine: what this package and DeepSpeed put on the model (hooks, methods, classes) would use the
-engine's process groups and counters. So a module is copied as it was, with its weights, flags and whatever the program
-has changed since.
+A copy belongs to no engine: the hooks, methods and classes that this package and DeepSpeed add would use the engine's
+process groups and counters. So a module is copied as before patching, with its current weights, flags and the program's
+own later changes.
 """
 
 import copyreg
@@ -18,22 +18,22 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 _REDUCE = "__reduce_ex__"
 _CONTENTS = ("_parameters", "_buffers", "_modules")
-# Of now: a config's private name is copied as the name that it stands for.
+# Copied at their current values; a config's copy has the public attention name.
 _CURRENT = (*_CONTENTS, "training", "config")
 _CAPTURING = "_output_capturing_hooks_installed"
 _ABSENT = object()
 
 
 def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, patches: PatchSet) -> Callable[..., Any]:
-    """Have copies of a model, and of each module in it, be of what it is now; ``patches.close()`` takes that back.
+    """Make copies of a model and of its modules unpatched; ``patches.close()`` undoes it.
 
     Args:
-        build: builds the engine, when all else is patched. What differs after it is left out of copies.
-        model: not patched yet.
-        patches: takes it back.
+        build: engine builder, called after all other patches. Changes made until it returns are left out of copies.
+        model: the model before any patch.
+        patches: records the undo.
 
     Returns:
-        ``build``, to be called in its place.
+        Replacement of ``build``.
     """
     before = {module: (type(module), _shallow(module)) for module in model.modules()}
 
@@ -52,7 +52,7 @@ def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, patches
 
 
 class _Changes:
-    """What was done to one module: its class and attributes before, its attributes after."""
+    """Changes to one module: its class and attributes before, its attributes after."""
 
     def __init__(self, cls: type, before: dict[str, Any], after: dict[str, Any]) -> None:
         self.cls = cls
@@ -66,16 +66,16 @@ class _Changes:
         }
 
     def without(self, attributes: dict[str, Any]) -> dict[str, Any]:
-        """A module's attributes of now, without what was done to it."""
+        """Return a module's current attributes without the recorded changes."""
         left = {}
         for key, value in attributes.items():
             if key in _CONTENTS:
-                value = dict(value.items())  # of ZeRO's own class
+                value = dict(value.items())  # ZeRO sets a dict class of its own
             elif key in self._hooks:
                 kept = {each: hook for each, hook in value.items() if each not in self._hooks[key]}
                 value = type(value)((each, hook) for each, hook in kept.items() if not _captures(hook))
             else:
-                value = getattr(value, "alst_before", value)  # checkpoints.py
+                value = getattr(value, "alst_before", value)  # wrapped by models/checkpoints.py
             before, after = self._values.get(key, (_ABSENT, _ABSENT))
             value = before if value is after else value
             if value is not _ABSENT:
@@ -88,17 +88,17 @@ def _shallow(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _has_hooks(key: str, value: Any) -> bool:
-    """Whether an attribute of torch's modules has hooks by number, or their properties."""
+    """Return True if a torch module's attribute holds hooks, or their properties, by number."""
     return isinstance(value, dict) and "_hooks" in key
 
 
 def _captures(hook: Any) -> bool:
-    """Whether a hook is what transformers puts on in a first forward, cannot pickle, and puts on again."""
+    """Return True for the hook of transformers' first forward, which cannot pickle and is reinstalled on use."""
     return getattr(hook, "__module__", "") == output_capturing.__name__
 
 
 def _reduce(module: torch.nn.Module, changes: _Changes, protocol: Any) -> Any:
-    """``module.__reduce_ex__`` of the module as it was."""
+    """Implement ``module.__reduce_ex__`` for the unpatched module."""
     for param in module.parameters():
         if hasattr(param, "ds_status") and param.ds_status.name != "AVAILABLE":
             raise UnsupportedModelError(
@@ -109,13 +109,13 @@ def _reduce(module: torch.nn.Module, changes: _Changes, protocol: Any) -> Any:
     twin = changes.cls.__new__(changes.cls)
     vars(twin).update(changes.without(vars(module)))
     function, arguments, *state = changes.cls.__reduce_ex__(twin, protocol)
-    if function is copyreg.__newobj__:  # which pickle refuses where an object's class is another now
+    if function is copyreg.__newobj__:  # pickle rejects it if the object's class has changed
         function, arguments = copyreg._reconstructor, (changes.cls, object, None)
     return function, arguments, *state
 
 
 def _reduce_weight(param: torch.nn.Parameter, protocol: Any) -> Any:
-    """Without what DeepSpeed keeps on it; alone, where it is part of a buffer of many."""
+    """Reduce a parameter without DeepSpeed's attributes; clone it if it is part of a larger buffer."""
     data = param.detach()
     if data.untyped_storage().nbytes() > data.nbytes:
         data = data.clone()

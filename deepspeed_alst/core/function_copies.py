@@ -1,8 +1,7 @@
-"""Copies of a function that look some global names up elsewhere, or work on other objects.
+"""Copies of a function that resolve some global names differently, or work on other objects.
 
-transformers' forwards call functions by a global name that all models of a family share. One model is given a copy of
-its forward, the same code with another dict of globals, and the shared name stays what it is for every other model and
-thread.
+transformers' forwards call functions by a global name that all models of a family share. One model gets a copy of its
+forward, the same code with another dict of globals; other models and threads keep the shared name.
 """
 
 import builtins
@@ -12,20 +11,19 @@ from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 NamesFor = Callable[[FunctionType], Mapping[str, Any]]
-"""Returns what a function is to find under some of its global names; nothing where it stays as it is."""
+"""Returns a function's replaced global names; empty if the function stays as it is."""
 
 
 def with_names(function: Any, names_for: NamesFor) -> Any:
-    """Copy a function, or a method, with other values of some global names.
+    """Copy a function or method with other values of some global names.
 
-    What it wraps, functions and methods in its closure, is copied in the same way. Returns the function itself where
-    there is nothing to change.
+    Functions and methods in its closure are copied the same way. Returns the function itself if nothing changes.
     """
     return _Copier(names_for, lambda value: value).copy(function)
 
 
 def importing(name: str, wrap: Callable[[Any], Any]) -> dict[str, Any]:
-    """Builtins by which a function that imports a name in its body gets ``wrap(value)``; for ``with_names``."""
+    """Return builtins that give a function ``wrap(value)`` if its body imports a name; for ``with_names``."""
 
     def own_import(*args: Any, **kwargs: Any) -> Any:
         module = builtins.__import__(*args, **kwargs)
@@ -40,16 +38,16 @@ def importing(name: str, wrap: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def with_objects(function: Any, replaced: Callable[[Any], Any]) -> Any:
-    """Copy a callable so that what it is bound to, holds in a closure or has as a partial argument is another object.
+    """Copy a callable with other objects bound to it, in closures or as partial arguments.
 
-    ``replaced(value)`` gives the other object, and the value itself where it stays. Returns the callable itself where
-    there is nothing to change.
+    ``replaced(value)`` returns the other object, or the value itself to keep it. Returns the callable itself if nothing
+    changes.
     """
     return _Copier(lambda _: {}, replaced).copy(function)
 
 
 class _Copier:
-    """Copies a callable with all functions in it; one that is in its own closure is copied once."""
+    """Copier of a callable and all functions in it; one that is in its own closure is copied once."""
 
     def __init__(self, names_for: NamesFor, replaced: Callable[[Any], Any]) -> None:
         self._names_for, self._replaced = names_for, replaced
@@ -79,9 +77,9 @@ class _Copier:
         globals_ = function.__globals__
         if names:
             globals_ = {**globals_, **names}
-            # Where it finds a module's name, torch.compile looks up the names in that module.
+            # With __name__ set, torch.compile would look up the names in that module.
             globals_.pop("__name__", None)
-        # A code object of its own: torch.compile keeps what it has compiled by code.
+        # torch.compile caches by code object.
         code = function.__code__.replace()
         copy = FunctionType(code, globals_, function.__name__, function.__defaults__, cells)
         copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
@@ -95,7 +93,7 @@ class _Copier:
     def _copy_cell(self, cell: CellType) -> CellType:
         try:
             content = cell.cell_contents
-        except ValueError:  # empty yet
+        except ValueError:  # still empty
             return cell
         copy = self.copy(content)
         return cell if copy is content else CellType(copy)

@@ -1,1 +1,1 @@
-"""From whole samples to shards: pure cutting, and the loader that exchanges the cuts."""
+"""Batch sharding: pure cutting of whole samples, and the loader that exchanges the shards."""

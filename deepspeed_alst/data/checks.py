@@ -1,4 +1,4 @@
-"""What the numbers of a batch must be before it is split: tensors of whole numbers, within the model's vocabulary."""
+"""Checks of a batch before it is sharded: integer tensors within the model's vocabulary."""
 
 import warnings
 from collections.abc import Mapping
@@ -18,19 +18,19 @@ _TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many tokens a model knows; None where nobody can tell."""
+    """Vocabulary sizes of a model; None if unknown."""
 
     embeddings: int | None = None
-    """Of its input."""
+    """Size of the input embedding."""
     logits: int | None = None
-    """Of its output; the two may differ."""
+    """Size of the output, which may differ."""
 
 
 def whole_numbers(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The ids and labels of a batch, as int64 where they are of another integer dtype.
+    """Return the ids and labels of a batch, as int64 if they have another integer dtype.
 
     Raises:
-        DataError: they are lists, or of a dtype that has no whole numbers; with the key.
+        DataError: they are lists or have a dtype that is not an integer one; names the key.
     """
     for key in _TENSORS:
         if batch.get(key) is not None and not isinstance(batch[key], torch.Tensor):
@@ -43,10 +43,10 @@ def whole_numbers(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
-    """Ids or labels of any integer dtype, as int64.
+    """Convert ids or labels of any integer dtype to int64.
 
     Raises:
-        DataError: of another dtype.
+        DataError: the dtype is not an integer one.
     """
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise DataError(
@@ -57,12 +57,12 @@ def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def checked(batch: Any, vocabulary: Vocabulary) -> Any:
-    """A batch with ids and labels in int64; what is no mapping is left to who splits it.
+    """Return a batch with checked int64 ids and labels; a batch that is no mapping is returned as it is.
 
-    On one rank, a token that is out of range would stop that rank alone, in its forward, and leave the others waiting.
+    An out-of-range token would otherwise raise on one rank alone, in its forward, and the others would hang.
 
     Args:
-        batch: names to tensors.
+        batch: mapping of names to tensors.
         vocabulary: of the model.
 
     Raises:
@@ -85,10 +85,10 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
 
 
 def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
-    """Refuse ids without an embedding, and labels without a logit.
+    """Check that ids have embeddings and labels have logits.
 
     Raises:
-        DataError: with the first, and where it is.
+        DataError: names the first that does not, and its position.
     """
     is_label = key in _LABELS
     size = vocabulary.logits if is_label else vocabulary.embeddings
@@ -108,8 +108,8 @@ def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
 
 
 def warn_of_padding(length: int, padded: int, multiple: int) -> None:
-    """Say once on rank 0 that sequences are mostly padding to a multiple of tokens."""
-    # The same text each time, so that Python says it once.
+    """Warn once on rank 0 if sequences are mostly padding to a multiple of tokens."""
+    # Python shows a warning of identical text once.
     if padded > 2 * length and dist.get_rank() == 0:
         warnings.warn(
             "more than half of the tokens of a batch are padding, which costs as much as they do: sequences are padded "

@@ -1,8 +1,8 @@
-"""P samples in, P micro-steps out: every rank's loader yields its own batches, and the ranks of a sequence take turns.
+"""Sharded data loader: each rank loads its own batches, and the ranks of a sequence process them in turn.
 
-A refill takes one batch of each rank. Rank i cuts its batch into P shards and sends shard j to rank j, so that no rank
-ever holds another's whole sample; then come P micro-steps, in step i all ranks work on rank i's batch. The exchange
-runs on the host over gloo: 24 bytes a token are little beside the compute of a long sequence.
+A refill takes one batch per rank. Rank i cuts its batch into P shards and sends shard j to rank j, so that no rank ever
+holds another rank's whole sample. P micro-steps follow; in step i all ranks process rank i's batch. The exchange runs
+on the host over gloo: 24 bytes per token are small next to the compute of a long sequence.
 """
 
 import dataclasses
@@ -28,19 +28,18 @@ from deepspeed_alst.parallel.roll_call import naming_who_is_missing
 
 
 def shard_dataloader(loader: Any, engine: Any) -> Any:
-    """Split the batches of a loader over the ranks that share a sequence.
+    """Shard the batches of a loader across the ranks of a sequence.
 
     Every rank's loader must yield its own samples, as under plain data parallelism (a DistributedSampler over all
-    ranks). ``len`` is ``len(loader)`` times the SP degree. With ``sequence_parallel_size`` 1 the loader comes back as
-    it is, so that a program keeps this line for its comparison without sequence parallelism.
+    ranks). ``len`` is ``len(loader)`` times the SP degree. With ``sequence_parallel_size`` 1 the loader is returned as
+    it is, so that a program can keep this line in its comparison without sequence parallelism.
 
     Args:
         loader: a DataLoader, or any iterable of dicts with ``input_ids`` of shape [batch, sequence].
-        engine: what ``deepspeed.initialize`` returned.
+        engine: the engine that ``deepspeed.initialize`` returned.
 
     Raises:
-        DataError: the engine's ds_config asks for sequence parallelism, but it was built before this package was
-            loaded.
+        DataError: the ds_config asks for sequence parallelism, but the engine was built before this package was loaded.
     """
     session = getattr(engine, "alst", None)
     if session is not None:
@@ -55,7 +54,7 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
 
 
 class ShardedDataLoader:
-    """An iterable of this rank's shards; everything else (dataset, sampler, set_epoch, ...) is the inner loader's."""
+    """Iterable of this rank's shards; other attributes (dataset, sampler, set_epoch, ...) are the inner loader's."""
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class ShardedDataLoader:
         by_lowest: bool = False,
         whole: bool = False,
     ) -> None:
-        """``note`` is told before each micro-step whose batch it is, and its number; ``whole``: batches stay uncut."""
+        """Wrap a loader; ``note(rank, number)`` is called before each micro-step, ``whole`` leaves batches uncut."""
         self.loader = loader
         self._groups = groups
         self._multiple = multiple
@@ -79,10 +78,10 @@ class ShardedDataLoader:
         self._note = note
         self._by_lowest, self._whole = by_lowest, whole
         self.num_pending = 0
-        """Micro-steps still to come of the batches that the inner loaders have counted as done."""
+        """Micro-steps left of batches that the inner loaders have counted as done."""
 
     def __len__(self) -> int:
-        """Micro-steps in an epoch, if the loaders of all ranks of a sequence are as long as this rank's."""
+        """Return the micro-steps in an epoch, if all ranks of a sequence have loaders of equal length."""
         return len(self.loader) * self._groups.sp_size
 
     def __getattr__(self, name: str) -> Any:
@@ -92,7 +91,7 @@ class ShardedDataLoader:
 
     @property
     def state_dict(self) -> Callable[..., Any]:
-        """The inner loader's ``state_dict``, where it has one: this rank's place in its own data.
+        """Inner loader's ``state_dict``, if it has one: this rank's position in its own data.
 
         The function raises DataError between the micro-steps of one refill, whose batches the state counts as done.
         """
@@ -112,10 +111,10 @@ class ShardedDataLoader:
         return state_dict
 
     def __iter__(self) -> Iterator[Any]:
-        """Start an epoch.
+        """Iterate over one epoch.
 
         Raises:
-            DataError: on all ranks, whichever of them saw the reason.
+            DataError: on all ranks if any rank has an error.
         """
         batches = _own_batches(self.loader)
         digests: list[list[str]] = []
@@ -143,15 +142,14 @@ class ShardedDataLoader:
                 if self._note is not None:
                     self._note(rank, number)
                 if at_end:
-                    # accelerate's loaders say so as soon as the last batch is read, of which P micro-steps come: said
-                    # too early, each of them would be an optimizer step.
+                    # accelerate sets it at the last batch: each of its P micro-steps would be an optimizer step.
                     self.loader.end_of_dataloader = self.num_pending == 0
                 yield batch
 
     def _next_header(
         self, batches: Iterator[Any], num_seen: int
     ) -> tuple[Header, torch.Tensor | None, BaseException | None]:
-        """This rank's next batch, cut. Whatever goes wrong with it is kept for the exchange: the others wait there."""
+        """Return this rank's next batch, cut; an error is kept for the exchange, where the other ranks wait."""
         try:
             batch = next(batches)
         except StopIteration:
@@ -161,20 +159,20 @@ class ShardedDataLoader:
         return self._header_of(batch, num_seen)
 
     def exchange(self, batch: Any, place: str = "") -> list[Any]:
-        """One batch of every rank in, this rank's shards of the batches of its sequence's ranks out, in their order.
+        """Exchange one batch per rank; return this rank's shards of its sequence's batches, in rank order.
 
         Raises:
-            DataError: on all ranks, whichever of them saw the reason; or the ranks are at different places.
+            DataError: on all ranks if any rank has an error, or if the ranks are at different places.
         """
         header, message, error = self._header_of(batch, 0)
         everyone = self._meet(dataclasses.replace(header, place=place), error)
         return list(self._exchange(message, [everyone[rank] for rank in self._groups.ranks]))
 
     def meet(self, place: str) -> None:
-        """Make sure that all ranks are at a place where they have no batch.
+        """Check that all ranks are at the same place, where they have no batch.
 
         Raises:
-            DataError: on all ranks: some are not.
+            DataError: on all ranks if some are not.
         """
         self._meet(Header(place=place), None)
 
@@ -192,10 +190,10 @@ class ShardedDataLoader:
         return everyone
 
     def cut(self, batch: Any) -> Any:
-        """This rank's shard of a batch that all ranks of its sequence have.
+        """Return this rank's shard of a batch that all ranks of its sequence have.
 
         Raises:
-            DataError: on all ranks, whichever of them saw the reason.
+            DataError: on all ranks if any rank has an error.
         """
         header, message, error = self._header_of(batch, 0)
         with naming_who_is_missing(self._groups.roll_group):
@@ -205,7 +203,7 @@ class ShardedDataLoader:
         return {**header.values, **{spec.key: view(piece, spec).clone().to(device) for spec in header.specs}}
 
     def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, torch.Tensor | None, BaseException | None]:
-        """A batch as a message of bytes, a part for each rank, and what the others must know of it."""
+        """Return a batch's header and its bytes, a part for each rank; or the error."""
         try:
             whole, P = checked(batch, self._vocabulary), self._groups.sp_size
             if self._whole:
@@ -226,7 +224,7 @@ class ShardedDataLoader:
                 num_samples=num_samples(self.loader),
                 sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
             )
-            # What fails on the way, or on the other side, fails here: there it would stop some ranks alone.
+            # Pickling errors must occur here: during the exchange they would stop some ranks alone.
             kind(pickle.loads(pickle.dumps(header)).values)
         except AlstError as error:
             return Header(error=str(error)), None, error
@@ -235,7 +233,7 @@ class ShardedDataLoader:
         return header, message, None
 
     def _stop(self, everyone: list[Header]) -> bool:
-        """Whether the epoch is over: for all replicas at once, since ZeRO's collectives need every one of them."""
+        """Return True if the epoch is over, on all replicas at once: ZeRO's collectives need every rank."""
         P = self._groups.sp_size
         steps = [sum(not h.ended for h in everyone[first : first + P]) for first in range(0, len(everyone), P)]
         if len(set(steps)) > 1 and dist.get_rank() == 0:
@@ -249,7 +247,7 @@ class ShardedDataLoader:
         return len(set(steps)) > 1 or not any(steps)
 
     def _exchange(self, message: torch.Tensor | None, headers: list[Header]) -> Iterator[Any]:
-        """One all-to-all of bytes; then a micro-batch for each rank that had one."""
+        """Run one all-to-all of bytes, then yield a micro-batch for each rank that had one."""
         mine = headers[self._groups.sp_rank]
         send = torch.empty(0, dtype=torch.uint8) if message is None else message
         recv = torch.empty(sum(header.num_bytes for header in headers), dtype=torch.uint8)
@@ -271,12 +269,12 @@ class ShardedDataLoader:
 
 
 def _own_batches(loader: Any) -> Iterator[Any]:
-    # A generator, so that an error of iter(loader) itself comes out of the first next(), where it is caught.
+    # A generator defers an error of iter(loader) itself to the first next(), where it is caught.
     yield from loader
 
 
 def _raise_first(error: BaseException | None, everyone: list[Header]) -> None:
-    """Raise on every rank if any rank had an error: its own where it had one, else the first rank's."""
+    """Raise on every rank if any rank had an error: its own if it had one, else the first rank's."""
     failed = [(rank, header.error) for rank, header in enumerate(everyone) if header.error is not None]
     if error is not None:
         raise DataError(everyone[dist.get_rank()].error) from error

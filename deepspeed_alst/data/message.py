@@ -1,4 +1,4 @@
-"""What ranks tell one another about a batch, and how its tensors lie in a message of bytes."""
+"""Headers that ranks exchange about a batch, and the byte layout of its tensors in a message."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 
 from deepspeed_alst.data.shard import ShardedBatch
 
-# Every tensor of a message starts at a multiple of the widest dtype, so that its bytes can be viewed in place.
+# Tensors start at a multiple of the widest dtype's size, so that their bytes can be viewed in place.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor on the way: where it stands in the message, and what it is."""
+    """Key, dtype, shape and byte offset of a tensor in a message."""
 
     key: str
     dtype: torch.dtype
@@ -25,12 +25,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What a rank says about its next batch before the bytes travel."""
+    """Description of a rank's next batch, exchanged before its bytes."""
 
     error: str | None = None
     ended: bool = False
     kind: type = dict
-    """What the batch is: BatchEncoding and its like have methods of their own (.to), which programs use."""
+    """Type of the batch: BatchEncoding and similar types have methods (.to) that programs use."""
     specs: tuple[TensorSpec, ...] = ()
     num_bytes: int = 0
     values: dict[str, Any] = field(default_factory=dict)
@@ -38,19 +38,19 @@ class Header:
     num_seen: int = 0
     """Samples this rank has taken in this epoch, this batch included."""
     num_samples: int | None = None
-    """Of the whole dataset; None where it has no length."""
+    """Samples of the whole dataset; None if it has no length."""
     sampler: str = ""
     place: str = ""
-    """Where this rank is in its data, of what must be the same on all; empty where nobody counts."""
+    """Position of this rank in its data, which must be equal on all ranks; empty if it is not counted."""
 
 
 def tokens_of(shard: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor of a shard that has its tokens, whole or embedded."""
+    """Return the tensor with a shard's tokens, as ids or embeddings."""
     return shard["input_ids"] if "input_ids" in shard else shard["inputs_embeds"]
 
 
 def layout(sharded: ShardedBatch) -> tuple[tuple[TensorSpec, ...], int]:
-    """Where each tensor of a shard stands in the message; the same for all shards of a batch."""
+    """Return each tensor's offset in a shard's message and the size in bytes; equal for all shards of a batch."""
     specs, offset = [], 0
     common = {key: x for key, x in sharded.common.items() if isinstance(x, torch.Tensor)}
     for key, x in {**sharded.shards[0], **common}.items():
@@ -60,7 +60,7 @@ def layout(sharded: ShardedBatch) -> tuple[tuple[TensorSpec, ...], int]:
 
 
 def message_of(sharded: ShardedBatch, specs: Sequence[TensorSpec], num_bytes: int) -> torch.Tensor:
-    """The bytes of all shards of a batch, one after the other, ``[P * num_bytes]``."""
+    """Return the bytes of all shards of a batch, concatenated, ``[P * num_bytes]``."""
     message = torch.zeros(num_bytes * len(sharded.shards), dtype=torch.uint8)
     for shard, piece in zip(sharded.shards, message.view(len(sharded.shards), -1), strict=True):
         for spec in specs:
@@ -69,7 +69,7 @@ def message_of(sharded: ShardedBatch, specs: Sequence[TensorSpec], num_bytes: in
 
 
 def view(piece: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The bytes of one tensor in a message, as that tensor."""
+    """View the bytes of one tensor in a message as that tensor."""
     numel = 1
     for size in spec.shape:
         numel *= size
@@ -77,7 +77,7 @@ def view(piece: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def digest_of(sharded: ShardedBatch) -> str:
-    """A fingerprint of a batch's tokens."""
+    """Return a digest of a batch's tokens."""
     digest = hashlib.blake2b(digest_size=16)
     for shard in sharded.shards:
         digest.update(tokens_of(shard).detach().cpu().contiguous().view(torch.uint8).numpy())

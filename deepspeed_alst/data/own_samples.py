@@ -1,4 +1,4 @@
-"""Check that the ranks of a sequence are given samples of their own."""
+"""Check that the ranks of a sequence get different samples."""
 
 import warnings
 from typing import Any
@@ -12,17 +12,17 @@ BATCHES_COMPARED = 4
 
 
 def check_own_samples(digests: list[list[str]], everyone: list[Header], sp_size: int) -> None:
-    """Refuse a sampler that gives all ranks of a sequence the same samples: each would be trained P times.
+    """Raise DataError if all ranks of a sequence get the same samples: each would be trained P times.
 
-    Every rank judges every sequence's ranks, so that all raise or none. ``digests`` has one list for each batch so
-    far, with one entry for each rank; after an epoch of fewer than four it only warns.
+    Every rank checks the ranks of every sequence, so that all raise or none. ``digests`` has one list per batch so far,
+    with one entry per rank; after an epoch of fewer than four batches it only warns.
     """
     for first in range(0, len(everyone), sp_size) if sp_size > 1 else ():
         batches = [per_rank[first : first + sp_size] for per_rank in digests]
         if any(len(set(batch)) > 1 for batch in batches):
             continue
         header = everyone[first]
-        # An iterable without a length that has not ended yet has more.
+        # An iterable without a length counts as having more.
         larger = header.num_samples is None or header.num_samples > header.num_seen
         if len(batches) < BATCHES_COMPARED or not larger or len({batch[0] for batch in batches}) == 1:
             if dist.get_rank() == first:
@@ -38,7 +38,7 @@ def check_own_samples(digests: list[list[str]], everyone: list[Header], sp_size:
 
 
 def num_samples(loader: Any) -> int | None:
-    """Samples of a loader's dataset; None where it has no length."""
+    """Return the number of samples in a loader's dataset, or None if it has no length."""
     try:
         return len(loader.dataset)
     except (TypeError, AttributeError):

@@ -1,7 +1,7 @@
-"""Packed documents: several in one row, which must not see one another.
+"""Packed documents: several in one row, which must not attend to one another.
 
-They come as position ids that start again at 0, as the sequence lengths of transformers' and TRL's packing collators
-(``cu_seq_lens_q``), or as both; the model gets both. Legend: B batch, S whole sequence, N documents.
+They are given by position ids that restart at 0, by the sequence lengths of transformers' and TRL's packing collators
+(``cu_seq_lens_q``), or by both; the model gets both. Legend: B batch, S whole sequence, N documents.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from deepspeed_alst.attention.masks import check_one_document, document_bounds
 from deepspeed_alst.errors import DataError
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
-# What a collator adds for flash attention. The longest document is measured again, after padding, where it is needed.
+# Collators add these for flash attention; the longest document is measured again after padding, if needed.
 _ARGUMENTS = (*_LENGTHS, "max_length_q", "max_length_k")
 
 
 def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
-    """Take a collator's document bounds ``[N + 1]`` out of a batch; None if it has none.
+    """Pop a collator's document bounds ``[N + 1]`` from a batch; return None if it has none.
 
     Raises:
         DataError: they are not the bounds of documents that fill the row, or differ for queries and keys.
@@ -29,7 +29,7 @@ def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
             continue
         if not isinstance(bounds, torch.Tensor) or bounds.dim() != 1 or bounds.is_floating_point() or not len(bounds):
             raise DataError(f"{name} must be one row of whole numbers, the documents' bounds")
-        # Signed, so that what falls is seen to fall.
+        # Signed, so that diff() is negative at a decrease.
         bounds = bounds.long()
         given.append(bounds)
         if bounds[0] != 0 or bounds[-1] != length or (bounds.diff() < 0).any():
@@ -43,7 +43,7 @@ def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
 
 
 def positions_within(bounds: torch.Tensor) -> torch.Tensor:
-    """Each token's place in its document: ``[N + 1] -> [1, S]``."""
+    """Return each token's position in its document: ``[N + 1] -> [1, S]``."""
     lengths = bounds.long().diff()
     starts = torch.repeat_interleave(bounds[:-1].long(), lengths)
     return (torch.arange(int(bounds[-1]), device=bounds.device) - starts)[None]
@@ -52,17 +52,17 @@ def positions_within(bounds: torch.Tensor) -> torch.Tensor:
 def documents_of(
     position_ids_BS: torch.Tensor, given: torch.Tensor | None, rows: int, packing: bool, by_lowest: bool = False
 ) -> torch.Tensor | None:
-    """The bounds ``[N + 1]`` of a batch's documents, int32; None if every row is one document.
+    """Return the bounds ``[N + 1]`` of a batch's documents, int32; None if every row is one document.
 
     Args:
         position_ids_BS: of the whole sequences; a single row may stand for all.
-        given: what the collator said, which must be the same.
-        rows: of the batch.
-        packing: whether the model's attention keeps documents apart.
+        given: bounds from the collator, which must be equal.
+        rows: number of rows in the batch.
+        packing: True if the model's attention keeps documents apart.
         by_lowest: see ``document_bounds``.
 
     Raises:
-        DataError: documents where ``packing`` is off; several rows of them; position ids that say something else.
+        DataError: documents without ``packing``; documents in several rows; position ids that differ from ``given``.
     """
     if not packing:
         check_one_document(position_ids_BS)
@@ -89,7 +89,7 @@ def _few(ends: torch.Tensor) -> str:
 
 
 def check_numbers(seq_idx_BS: torch.Tensor, starts_BS: torch.Tensor) -> None:
-    """Make sure that ``seq_idx``, the number of each token's document, says the same as the documents' starts.
+    """Check that ``seq_idx``, the number of each token's document, agrees with the documents' starts.
 
     Raises:
         DataError: it changes at other tokens.
@@ -106,5 +106,5 @@ def check_numbers(seq_idx_BS: torch.Tensor, starts_BS: torch.Tensor) -> None:
 
 
 def with_padding(bounds: torch.Tensor, padded: int) -> torch.Tensor:
-    """Make the padding a document of its own: the others keep their lengths, and no attention is spent on it."""
+    """Append the padding as a document: the others keep their lengths, and spend no attention on it."""
     return bounds if bounds[-1] == padded else torch.cat([bounds, bounds.new_tensor([padded])])

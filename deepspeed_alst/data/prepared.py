@@ -1,7 +1,7 @@
-"""Loaders that accelerate has prepared: the engine, which may come later, splits their batches.
+"""Loaders prepared by accelerate, whose batches the engine shards; it may be created after them.
 
-In training every batch is one micro-step on each rank of a sequence, which all get it whole, in turns; so a program may
-generate from it. In an evaluation each rank has its own batches, as without sequence parallelism.
+In training every batch is one micro-step on each rank of a sequence; all of them get it whole, in turn, so that a
+program may generate from it. In evaluation each rank has its own batches, as without sequence parallelism.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from deepspeed_alst.core.patching import wrap_once
 
 
 class PreparedLoader:
-    """Stands for a prepared loader; what it has beside its batches and its length is the loader's."""
+    """Wrapper of a prepared loader; attributes other than batches and length are the loader's."""
 
     alst_whole = True
 
@@ -27,11 +27,11 @@ class PreparedLoader:
         return getattr(self.loader, name)
 
     def __len__(self) -> int:
-        """Batches of an epoch: in an evaluation this rank's own, in training those of all ranks of its sequence."""
+        """Return the batches of an epoch: this rank's own in evaluation, all of its sequence's ranks in training."""
         return len(self.loader) * self._turns
 
     def __iter__(self) -> Iterator[Any]:
-        """Start an epoch, of the kind that the model is set to."""
+        """Iterate over one epoch, of training or evaluation as the model's mode says."""
         wrapped = self._accelerator.deepspeed_engine_wrapped
         session = getattr(getattr(wrapped, "engine", None), "alst", None)
         if session is None or not wrapped.engine.module.training:
@@ -48,11 +48,11 @@ class PreparedLoader:
 
 
 def hook_loaders(accelerator_class: Any, splits: Callable[[Any, Any], bool]) -> None:
-    """Have an Accelerator hand out loaders of this kind where ``splits(ds_config, parallelism_config)``."""
+    """Patch an Accelerator class to return PreparedLoaders where ``splits(ds_config, parallelism_config)``."""
 
     def sp_size_of(accelerator: Any) -> int:
         plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-        # The HF Trainer has a plan of its own, and a kind of configuration.
+        # The HF Trainer shards its batches elsewhere and has its own config class.
         if plugin is None or type(plugin.hf_ds_config).__name__ == "HfTrainerDeepSpeedConfig":
             return 1
         config = plugin.deepspeed_config
@@ -69,7 +69,7 @@ def hook_loaders(accelerator_class: Any, splits: Callable[[Any, Any], bool]) -> 
     def building(build: Callable[..., Any]) -> Callable[..., Any]:
         def prepare_deepspeed(self: Any, *args: Any) -> Any:
             if sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
-                # accelerate would fill in a product with all ranks, of which those of a sequence share their samples.
+                # accelerate would multiply by all ranks, although the ranks of a sequence share their samples.
                 del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
             result = build(self, *args)
             session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)

@@ -1,4 +1,4 @@
-"""One batch, prepared as a whole and cut into P shards. Pure: no process group, no state.
+"""Preparation of one whole batch and its cut into P shards. Pure: no process group, no state.
 
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 """
@@ -17,10 +17,10 @@ from deepspeed_alst.errors import DataError
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
 REAL_TOKENS = "alst_real_tokens"
-"""The key that says which of a batch's tokens are the sample's own, and not padding."""
+"""Key of the mask of a sample's own tokens, as opposed to padding."""
 
 PLACE = "alst_place"
-"""The key that says whose shard of which batch it is, ``[2]``: where position ids do not tell."""
+"""Key of a shard's rank and its batch's fingerprint, ``[2]``, for position ids that do not identify them."""
 
 _LENGTH_KEYS = ("input_ids", "inputs_embeds")
 _LABEL_KEYS = ("labels", "shift_labels")
@@ -30,7 +30,7 @@ _MADE = (*_SPLIT_KEYS, "attention_mask")
 
 @dataclass(frozen=True)
 class ShardedBatch:
-    """A batch in P pieces: ``shards[r]`` holds the sequence tensors of rank r, ``common`` what each gets whole."""
+    """Batch in P pieces: ``shards[r]`` has the sequence tensors of rank r, ``common`` is whole on every rank."""
 
     shards: list[dict[str, torch.Tensor]]
     common: dict[str, Any]
@@ -46,23 +46,23 @@ def shard_batch(
 ) -> ShardedBatch:
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
-    ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, the rest with 0, positions with none
-    that is higher than the sample's: the last one again, or a count from 0 after packed documents. ``position_ids`` are
-    made where absent. ``shift_labels`` are the row's labels moved by one token, as transformers' loss moves them. A
-    mask of ones or right padding is dropped. All else goes to every rank as it is.
+    ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, other tensors with 0, position ids
+    with the last one again, or after packed documents with a count from 0, at most the sample's highest.
+    ``position_ids`` are created if absent. ``shift_labels`` are the row's labels shifted by one token, as transformers'
+    loss shifts them. A mask of ones or right padding is dropped. Everything else goes to every rank unchanged.
 
     With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
-    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being a document of its own); without it they are refused. With
-    ``marks_padding``, for a router's loss, every shard says which of its tokens are no padding, neither the mask's nor
-    ours (``alst_real_tokens``, ``[B, s]`` bool). Where positions do not count from 0 in each document, it says whose
-    shard it is (``alst_place``).
+    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being its own document); without it they raise DataError. With
+    ``marks_padding``, for a router's loss, every shard marks the tokens that are padding neither of the mask nor of
+    this function (``alst_real_tokens``, ``[B, s]`` bool). If positions do not count from 0 in each document, each
+    shard has its rank and its batch's fingerprint (``alst_place``).
 
     Raises:
         DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
     """
     whole = _whole_sequences(batch)
     length = _sequence_length(whole)
-    # None under one of the names that are made or dropped here means that it is absent.
+    # None counts as absent for keys that are made or dropped here.
     common = {key: value for key, value in batch.items() if key not in whole and not (key in _MADE and value is None)}
     if (mask := common.pop("attention_mask", None)) is not None:
         _check_mask(mask, whole, length)
@@ -91,7 +91,7 @@ def shard_batch(
 def _stamp(
     shards: list[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor], documents: torch.Tensor | None
 ) -> None:
-    """Have shards say whose they are, where their positions do not."""
+    """Add rank and batch fingerprint to shards whose positions do not identify them."""
     positions = whole["position_ids"]
     usual = torch.arange(positions.shape[-1]) if documents is None else positions_within(documents)
     if (positions == usual.to(positions.device)).all():
@@ -108,18 +108,18 @@ def _documents(
     packing: bool,
     by_lowest: bool,
 ) -> torch.Tensor | None:
-    """The bounds of a batch's packed documents, where transformers would keep them apart.
+    """Return the bounds of a batch's packed documents, where transformers would keep them apart.
 
-    Where it is given no mask, it reads them out of position ids that do not go on by one; for flash attention
-    (``by_lowest``) out of those that are the lowest.
+    Without a mask, transformers reads them from position ids that do not increase by one; for flash attention
+    (``by_lowest``), from those that are the lowest.
     """
-    # The text positions of multi-dimensional ids ([3, B, S]) are the first of the three.
+    # Multi-dimensional ids ([3, B, S]) have the text positions first.
     positions_BS = whole["position_ids"].reshape(-1, *whole["position_ids"].shape[-2:])[0]
     if "seq_idx" in whole:
         check_numbers(whole["seq_idx"], document_starts(positions_BS))
     if whole["position_ids"].dim() > 2:
         check_one_document(positions_BS)
-    # Flash attention is given no mask of ones.
+    # transformers drops a mask of ones for flash attention.
     masked = mask is not None and (not by_lowest or bool((mask == 0).any()))
     if masked and packing and given is None and "seq_idx" not in whole:
         return None
@@ -127,7 +127,7 @@ def _documents(
 
 
 def uncut(batch: Mapping[str, Any], sp_size: int) -> ShardedBatch:
-    """The whole batch in the place of each shard.
+    """Return the whole batch in place of each shard.
 
     Raises:
         DataError: it has no tokens.
@@ -138,10 +138,10 @@ def uncut(batch: Mapping[str, Any], sp_size: int) -> ShardedBatch:
 
 
 def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with ``logits_to_keep``, whose labels are those of the kept tokens, as one with labels for all tokens.
+    """Expand the labels of a batch with ``logits_to_keep`` from the kept tokens to all tokens.
 
     Raises:
-        DataError: it has not as many labels as tokens are kept.
+        DataError: the numbers of labels and of kept tokens differ.
     """
     keep = batch.get("logits_to_keep")
     batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
@@ -163,7 +163,7 @@ def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_places(keep: Any) -> Any:
-    """The tokens that transformers means by ``logits_to_keep``, as an index."""
+    """Return the tokens that transformers' ``logits_to_keep`` selects, as an index."""
     return slice(-keep, None) if isinstance(keep, int) else keep
 
 
@@ -172,7 +172,7 @@ def _has_labels(batch: Mapping[str, Any]) -> bool:
 
 
 def shift_labels(labels_BS: torch.Tensor) -> torch.Tensor:
-    """The label of each token is the next token's: ``[B, S] -> [B, S]``, none at the end of a row."""
+    """Shift labels so that each token has the next one's: ``[B, S] -> [B, S]``, none at the end of a row."""
     return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
@@ -190,7 +190,7 @@ def _real_tokens(mask_BS: torch.Tensor | None, tokens: torch.Tensor) -> torch.Te
 
 
 def _check_mask(mask_BS: Any, whole: dict[str, torch.Tensor], length: int) -> None:
-    """Accept a mask that can be dropped: ones, or right padding that has no label."""
+    """Check that a mask can be dropped: ones, or right padding without labels."""
     if not isinstance(mask_BS, torch.Tensor):
         raise DataError(f"attention_mask must be a tensor, not {type(mask_BS).__name__}")
     _check_same_length("attention_mask", mask_BS, -1, length)
@@ -215,7 +215,7 @@ def _sequence_dim(key: str) -> int:
 
 
 def _whole_sequences(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a batch that have a sequence dim."""
+    """Return the tensors of a batch that have a sequence dim."""
     if not isinstance(batch, Mapping):
         raise DataError(
             f"a batch must be a mapping of names to tensors (input_ids, labels, ...), not {type(batch).__name__}; "
@@ -277,7 +277,7 @@ def _pad(key: str, x: torch.Tensor, padded: int, packed: bool) -> torch.Tensor:
         return x
     if key == "position_ids":
         last = x[..., -1:].expand(*x.shape[:-1], missing)
-        # What goes by a sequence's length takes the highest position for it, and learned positions have an end.
+        # The highest position may be read as the sequence length, and learned positions are limited.
         counted = torch.arange(missing, dtype=x.dtype, device=x.device).clamp(max=x.max()).expand_as(last)
         return torch.cat([x, counted if packed else last], dim)
     value = IGNORED_LABEL if key in _LABEL_KEYS else 0

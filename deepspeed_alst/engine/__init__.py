@@ -1,1 +1,1 @@
-"""What is done to a live DeepSpeed engine: wiring, the averaging probe, the activation report."""
+"""Changes to a live DeepSpeed engine: wiring, the averaging probe, the activation report."""

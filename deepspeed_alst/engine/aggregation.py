@@ -1,8 +1,8 @@
-"""Does a program that aggregates its loss itself do so, and so that autograd sees it? Its first backwards tell.
+"""Check of the first backwards of a program that aggregates its loss itself: equal losses, complete gradients.
 
-Ranks of a sequence must hand ``engine.backward`` the same loss. And its gradient must come through the collective: what
-arrives at the losses of the P shards is, added up, P times what the loss was sent off with. A plain ``dist.all_reduce``
-makes the right value and 1/P of the gradient, for which DeepSpeed's own factor on ZeRO 0 to 2 makes up, and ours not.
+Ranks of a sequence must pass ``engine.backward`` the same loss, and its gradient must flow through the collective: the
+gradients at the P shards' losses must sum to P times the incoming gradient. A plain ``dist.all_reduce`` gives the right
+value but 1/P of the gradient. DeepSpeed's own factor on ZeRO 0 to 2 compensates for it, this package's does not.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
 _BACKWARDS = 4
-# The aggregated loss is the same to the bit where ranks add in the same order; shards' losses differ by far more.
+# The aggregated loss is bitwise equal if ranks add in the same order; losses of shards differ by far more.
 _SAME_LOSS = 1e-5
-# Gradients through the collective or round it differ by a factor of P.
+# Gradients that bypass the collective are off by a factor of P.
 _SAME_FACTOR = 0.01
 
 _WAY_OUT = (
@@ -34,20 +34,20 @@ _WAY_OUT = (
 
 @dataclass
 class _Shard:
-    """A loss that the model made of a shard, and the gradient that arrived at it."""
+    """Loss that the model computed on one shard, and the gradient that arrived at it."""
 
     loss: float
     num_labels: int
     grad: float = 0.0
 
     def add(self, grad: torch.Tensor) -> None:
-        """Add what arrived; a hook of the loss."""
+        """Accumulate the gradient; a hook on the loss."""
         self.grad += float(grad)
 
 
 @dataclass(frozen=True)
 class _Backward:
-    """What a rank saw of a backward."""
+    """Loss, incoming gradient and shard of one backward on one rank."""
 
     loss: float
     seed: float
@@ -55,7 +55,7 @@ class _Backward:
 
 
 class AggregationCheck:
-    """Watches the model's losses and the engine's backward until enough of them were right."""
+    """Check of the model's losses and of ``engine.backward``, active in the first ``_BACKWARDS`` backwards."""
 
     def __init__(self, groups: SequenceGroups) -> None:
         self._groups = groups
@@ -63,7 +63,7 @@ class AggregationCheck:
         self._shards: list[_Shard] = []
 
     def watch_loss_function(self, model: Any, patches: PatchSet) -> None:
-        """Note what the model's loss is made of, and the gradient that arrives at it."""
+        """Record the model's loss on each shard and the gradient that arrives at it."""
         before = model.loss_function
 
         @functools.wraps(before)
@@ -96,7 +96,7 @@ class AggregationCheck:
         self._left -= 1
 
     def _raise_first(self, problem_of: Any, mine: Any) -> None:
-        """Judge every sequence's ranks on every rank, so that all raise or none."""
+        """Check every sequence on every rank, so that all ranks raise SetupError or none does."""
         P = self._groups.sp_size
         everyone = gather_objects(mine, self._groups.control_group)
         for first in range(0, len(everyone), P):
@@ -119,7 +119,7 @@ def _same(one: float, other: float) -> bool:
 
 
 def _lost_gradient(ranks: list[_Backward]) -> str | None:
-    """Compares by what factor the loss's value and its gradient differ from the mean over the sequence's tokens."""
+    """Compare the scales of the loss and of its gradient, relative to the mean over the sequence's tokens."""
     P = len(ranks)
     shards = [rank.shard for rank in ranks if rank.shard is not None]
     num_labels = sum(shard.num_labels for shard in shards)

@@ -1,4 +1,4 @@
-"""``alst.reduction.bucket_size``: how many elements DeepSpeed's gradient buckets hold."""
+"""Number of elements of DeepSpeed's gradient buckets (``alst.reduction.bucket_size``)."""
 
 import copy
 from collections.abc import Mapping
@@ -12,20 +12,20 @@ from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.deepspeed_values import zero_stage
 from deepspeed_alst.offload.memory import ranks_on_host
 
-# DeepSpeed's own default: beyond it a bucket gains nothing.
+# DeepSpeed's default; larger buckets gain nothing.
 _MOST = 500_000_000
-# Below it the collectives' latency shows.
+# Smaller buckets are bound by the collectives' latency.
 _LEAST = 1 << 20
-# Activations need the rest.
+# Buckets get 1/32 of the spare memory; activations need the rest.
 _SHARE = 32
 
 
 def bucket_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup) -> tuple[int, str]:
-    """The bucket size that ``"auto"`` stands for, the same on all ranks, and what it was made of, in words.
+    """Return the bucket size for ``"auto"``, equal on all ranks, and a description of its derivation.
 
-    A thirty-second of the device memory that the rank with the least has left when weights, gradients and optimizer
-    states are in their places, at most 5e8 elements and no more than there are gradients. An estimate: it is made
-    before the engine is.
+    The size is 1/32 of the device memory left after weights, gradients and optimizer states, on the rank with the
+    least; at most 5e8 elements and at most the number of gradient elements. It is an estimate, made before the engine
+    is built.
     """
     numel = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
     spare = torch.tensor([_available() - _needed(numel, model, ds_config)], dtype=torch.int64)
@@ -38,19 +38,19 @@ def bucket_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup
 
 
 def fitting_numel(ds_config: Mapping[str, Any], spare_bytes: int, numel: int) -> int:
-    """Elements of each bucket for so many bytes to spare, and so many gradients."""
+    """Return the elements per bucket for ``spare_bytes`` of memory and ``numel`` gradient elements."""
     fitting = spare_bytes // _SHARE // (num_buckets(ds_config) * _gradient_bytes(ds_config))
     return max(_LEAST, min(fitting, _MOST, numel))
 
 
 def num_buckets(ds_config: Mapping[str, Any]) -> int:
-    """How many DeepSpeed fills by turns: two where ZeRO 1 or 2 overlaps the reduction with the backward."""
+    """Return the number of alternating buckets: 2 if ZeRO 1 or 2 overlaps the reduction with the backward."""
     zero = ds_config.get("zero_optimization") or {}
     return 2 if zero.get("overlap_comm") and zero_stage(dict(ds_config)) < 3 else 1
 
 
 def _available() -> int:
-    """Bytes free for this rank."""
+    """Return the bytes free for this rank."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return accelerator.available_memory()
@@ -58,9 +58,9 @@ def _available() -> int:
 
 
 def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:
-    """Bytes that weights, gradients and Adam's states still take of the device, by the arithmetic of ZeRO's paper.
+    """Return the device bytes that weights, gradients and Adam states still need, by ZeRO's arithmetic.
 
-    Source: arXiv:1910.02054, section 3.1: 12 bytes a parameter of fp32 weights, momentum and variance.
+    Source: arXiv:1910.02054, section 3.1: 12 bytes per parameter for fp32 weights, momentum and variance.
     """
     zero = ds_config.get("zero_optimization") or {}
     stage, ranks = zero_stage(ds_config), dist.get_world_size()
@@ -83,9 +83,9 @@ def _gradient_bytes(ds_config: Mapping[str, Any]) -> int:
 def reduction_keys(
     ds_config: dict[str, Any], config: AlstConfig, model: Any, group: dist.ProcessGroup
 ) -> tuple[dict[str, Any], str]:
-    """The ds_config as DeepSpeed is to see it: what its buckets hold, and how many; the latter in words too."""
+    """Return the ds_config with DeepSpeed's bucket dtype and size, and a description of the size's source."""
     ours = copy.deepcopy(ds_config)
-    # Gradients go into the buckets as they are where they are summed in fp32; the user's own value is for SP 1.
+    # Buckets keep the gradients' dtype if the sum is in fp32; the user's communication_data_type is for SP 1.
     ours.pop("communication_data_type", None)
     if config.seq_parallel_communication_data_type != "fp32":
         ours["communication_data_type"] = config.seq_parallel_communication_data_type

@@ -1,9 +1,9 @@
-"""``save_checkpoint`` and ``load_checkpoint`` of an engine: DeepSpeed's own, on any number of ranks.
+"""``save_checkpoint`` and ``load_checkpoint`` of an engine on any number of ranks, in DeepSpeed's format.
 
-The files are DeepSpeed's. ZeRO shards over all ranks, so another SP degree on as many ranks needs nothing. On another
-number of ranks DeepSpeed loads a universal checkpoint only: it is made here, on rank 0, next to the one asked for.
+ZeRO shards over all ranks, so another SP degree on as many ranks needs no conversion. On another number of ranks
+DeepSpeed loads universal checkpoints only: rank 0 makes one next to the given checkpoint.
 
-All ranks look before any loads, and agree on what they saw: what one cannot load, none loads.
+All ranks inspect the files and agree on the result before any rank loads: either all ranks load, or none does.
 """
 
 import functools
@@ -38,18 +38,18 @@ def takes_any_world_size(engine: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Request:
-    """What a call of ``load_checkpoint`` asks for."""
+    """Request of one ``load_checkpoint`` call."""
 
     load_dir: Path
     tag: str
     strict: bool
-    """The names and shapes of the checkpoint's weights must be the model's."""
+    """True if names and shapes of the checkpoint's weights must match the model's."""
     with_optimizer: bool
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one rank sees in the folder."""
+    """Properties of the checkpoint folder, as seen by one rank."""
 
     saved_world_size: int
     universal: bool
@@ -79,10 +79,10 @@ def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.
 
 
 def _look_together(engine: Any, arguments: dict[str, Any], group: Any) -> tuple[_Request, _Seen] | None:
-    """What all ranks see; None where none sees a checkpoint and none was named, which DeepSpeed answers with None.
+    """Return the agreed request and folder properties; None if no checkpoint is named or found, as in DeepSpeed.
 
     Raises:
-        CheckpointError: on all ranks: a rank cannot load it, or ranks see different things.
+        CheckpointError: on all ranks, if a rank cannot load it or ranks see different files.
     """
     load_dir = Path(arguments["load_dir"])
     request = _together(load_dir, lambda: _request(engine, load_dir, arguments), group)
@@ -101,7 +101,7 @@ def _look_together(engine: Any, arguments: dict[str, Any], group: Any) -> tuple[
 
 
 def _together(path: Path, look: Callable[[], _T], group: Any) -> _T:
-    """What a rank finds out by itself; what goes wrong on one is an error on all. Collective."""
+    """Run ``look`` on this rank; an error on one rank is raised on all. Collective."""
     error, result = None, None
     try:
         result = look()
@@ -142,7 +142,7 @@ def _latest_tag(engine: Any, load_dir: Path) -> str | None:
 
 
 def _look(engine: Any, request: _Request) -> _Seen:
-    """Check, without reading a weight, that this rank can load the checkpoint."""
+    """Check that this rank can load the checkpoint, without reading a weight."""
     folder = request.load_dir / request.tag
     if not folder.is_dir():
         there = sorted(each.parent.name for each in request.load_dir.glob("*/*_model_states.pt"))
@@ -160,14 +160,14 @@ def _look(engine: Any, request: _Request) -> _Seen:
     if engine.load_universal_checkpoint() and not universal:
         raise CheckpointError(f"checkpoint.load_universal=true: {folder} is not a universal checkpoint")
     if request.strict and request.with_optimizer:
-        # Weights alone are compared by DeepSpeed, on all ranks alike; the optimizer's state by nobody.
+        # DeepSpeed compares weights, on all ranks alike, but not the optimizer state.
         check_same_model(engine, state, folder)
     saved_world_size = state["dp_world_size"]
     positional = not universal and saved_world_size == engine.seq_dp_world_size
     if positional and request.with_optimizer:
         check_same_order(engine, state, folder)
     if positional and engine.zero_optimization():
-        # Of the files that this rank alone reads: an error inside DeepSpeed's load would leave the others waiting.
+        # Only this rank reads these files: an error inside DeepSpeed's load would leave the other ranks waiting.
         own = [Path(engine._get_ckpt_name(str(request.load_dir), request.tag))]
         own += [Path(engine._get_zero_ckpt_name(str(request.load_dir), request.tag))] * request.with_optimizer
         check_files(own)
@@ -177,14 +177,14 @@ def _look(engine: Any, request: _Request) -> _Seen:
 
 
 def _model_file(engine: Any, request: _Request) -> Path:
-    """The file with the names of the weights and, below ZeRO 3, the weights; rank 0's, which every checkpoint has."""
+    """Return rank 0's model file, which every checkpoint has: weight names and, below ZeRO 3, the weights."""
     return Path(engine._get_ckpt_name(str(request.load_dir), request.tag, pp_placeholder="0"))
 
 
 def _needs_conversion(engine: Any, request: _Request, seen: _Seen) -> bool:
     if seen.universal or not engine.zero_optimization() or seen.saved_world_size == engine.seq_dp_world_size:
         return False
-    # Weights alone are whole in one file below ZeRO 3.
+    # Below ZeRO 3 one file holds all weights unsharded.
     return request.with_optimizer or engine.zero_optimization_partition_weights()
 
 

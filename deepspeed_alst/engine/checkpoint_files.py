@@ -1,4 +1,4 @@
-"""The files of a checkpoint, looked at before they are read: whole, undamaged, and of one save."""
+"""Checks of checkpoint files before they are read: complete, undamaged, and from one save."""
 
 import re
 import zipfile
@@ -12,63 +12,63 @@ import torch
 from deepspeed_alst.errors import CheckpointError
 
 STAMP = "deepspeed_alst"
-"""The key under which a file of DeepSpeed's has this package's entry."""
+"""Key of this package's entry in DeepSpeed's files."""
 
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Which save a file is of, and whose it is there."""
+    """Identity of a checkpoint file: its save and the rank that wrote it."""
 
     save: str
-    """The same for all files of one save, and no other."""
+    """Id shared by all files of one save and by no other file."""
     rank: int
     world_size: int
     order: tuple[tuple[str, ...], ...] | None = None
-    """The names of the parameters by optimizer group, in order; None where it is not known."""
+    """Parameter names by optimizer group, in order; None if unknown."""
 
     def entry(self) -> dict[str, Any]:
-        """The stamp in plain types, which a program without this package can read."""
+        """Return the stamp as plain types, readable without this package."""
         return dict(vars(self))
 
 
 def read(path: Path) -> Any:
-    """What torch.save wrote, its tensors still on disk.
+    """Load a file of torch.save with memory-mapped tensors.
 
     Raises:
-        CheckpointError: missing, or cut short.
+        CheckpointError: the file is missing or truncated.
     """
     check_files([path])
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
 def stamp_of(state: Mapping[str, Any]) -> Stamp | None:
-    """The stamp in what a file holds; None in one that was saved without this package, or before it had stamps."""
+    """Return the stamp of a loaded file; None if it was saved without this package or before stamps existed."""
     return Stamp(**state[STAMP]) if STAMP in state else None
 
 
 def check_files(paths: Iterable[Path]) -> None:
-    """Refuse files that are missing or cut short.
+    """Raise CheckpointError if a file is missing or truncated.
 
     Raises:
-        CheckpointError: with the first such file.
+        CheckpointError: names the first such file.
     """
     for path in paths:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, or was saved in another dtype")
-        # The table of contents is a zip's last piece.
+        # A zip file ends with its table of contents.
         if not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is cut short or damaged ({path.stat().st_size} bytes)")
 
 
 def verify_share(folder: Path, with_optimizer: bool, rank: int, world_size: int) -> dict[str, Stamp | None]:
-    """Read a rank's share of a checkpoint once and compare it with its checksums; returns the stamps found there.
+    """Verify the checksums of a rank's share of the files in one read; return the stamps found.
 
-    A rank's own files are in its share, so that the read that follows finds them in memory; files of all are dealt out.
+    A rank's own files are in its share, so that the next read finds them in memory; ranks split the common files.
 
     Raises:
-        CheckpointError: with the first file that is damaged, or that has another rank's name.
+        CheckpointError: names the first file that is damaged or has another rank's name.
     """
     files = [*sorted(folder.glob("*_model_states.pt"))]
     files += sorted(folder.glob("*_optim_states.pt")) * with_optimizer + sorted((folder / "zero").rglob("*.pt"))
@@ -80,7 +80,7 @@ def verify_share(folder: Path, with_optimizer: bool, rank: int, world_size: int)
             continue
         _check_sums(path)
         if path.parent != folder:
-            continue  # a tensor of a universal checkpoint, known by its path
+            continue  # tensors of a universal checkpoint are identified by their path
         found[path.name] = stamp = stamp_of(read(path))
         if stamp is not None and named and stamp.rank != owner:
             raise CheckpointError(f"{path} is rank {stamp.rank}'s file under the name of rank {owner}'s")
@@ -88,12 +88,12 @@ def verify_share(folder: Path, with_optimizer: bool, rank: int, world_size: int)
 
 
 def check_one_save(folder: Path, stamps: Mapping[str, Stamp | None]) -> None:
-    """Refuse files of several saves, as they are left where one is written over and not finished.
+    """Raise CheckpointError if files of several saves are mixed, as after an interrupted overwrite.
 
-    Files of more ranks than saved last are not looked at: they belong to an earlier save, and nobody reads them.
+    Files of ranks beyond the last save's world size are skipped: they belong to an earlier save and are never read.
 
     Raises:
-        CheckpointError: with the first that differs.
+        CheckpointError: names the first file that differs.
     """
     first, kept = next(iter(sorted(stamps.items())), ("", None))
     for name, stamp in sorted(stamps.items()):
@@ -108,10 +108,10 @@ def check_one_save(folder: Path, stamps: Mapping[str, Stamp | None]) -> None:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare a file with the checksums that torch.save put into it."""
+    """Verify a file against the checksums that torch.save stored in it."""
     check_files([path])
     if not torch.serialization.get_crc32_options():
-        return  # the program has torch.save leave them out
+        return  # the program disables torch.save's checksums
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

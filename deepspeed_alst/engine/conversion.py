@@ -1,7 +1,7 @@
-"""Conversion of a checkpoint for another number of ranks: made once, by DeepSpeed's own converter.
+"""Conversion of a checkpoint for another number of ranks, done once by DeepSpeed's own converter.
 
-``<tag>`` becomes ``<tag>_universal`` beside it. The converter runs as a process of its own on rank 0 while all ranks
-meet every few seconds, so that no collective's timeout ends a conversion that takes an hour.
+``<tag>`` is converted to ``<tag>_universal`` beside it. The converter runs as a subprocess of rank 0 while all ranks
+synchronize every few seconds, so that a conversion of an hour hits no collective's timeout.
 """
 
 import fcntl
@@ -24,8 +24,8 @@ from deepspeed_alst.errors import CheckpointError
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
-# The converter, which the kernel ends with the process that started it, and its workers with it: PR_SET_PDEATHSIG is 1,
-# and not inherited. One whose parent was gone before says so by another parent.
+# Runs the converter so that the kernel kills it and its workers when the parent process ends: PR_SET_PDEATHSIG is 1,
+# and is not inherited. Another parent pid at the start means that the parent ended first.
 _ENDS_WITH_ITS_PARENT = f"""
 import ctypes, os, runpy, signal, sys
 
@@ -40,37 +40,37 @@ runpy.run_module({_CONVERTER!r}, run_name="__main__", alter_sys=True)
 """
 _MEETING_SECONDS = 2.0
 _ADAMS_STATE = {"exp_avg", "exp_avg_sq"}
-# Written last, into a folder that this package made: what it was made of.
+# Fingerprint of the source files, written last, into a folder that this package made.
 _ORIGIN = "made_by_deepspeed_alst.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert."""
+    """Checkpoint to convert."""
 
     load_dir: Path
     tag: str
     optimizer_files: tuple[Path, ...]
-    """One for each rank that saved it."""
+    """One file per rank that saved the checkpoint."""
     world_size: int
-    """Ranks of this run."""
+    """Number of ranks of this run."""
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoint is."""
+        """Folder of the checkpoint."""
         return self.load_dir / self.tag
 
     @property
     def target(self) -> Path:
-        """Where the universal one goes."""
+        """Folder of the universal checkpoint."""
         return self.load_dir / f"{self.tag}_universal"
 
     def arguments(self, target: Path) -> list[str]:
-        """What DeepSpeed's converter is given; the flag only adds what is missing."""
+        """Return the converter's arguments; --inject_missing_state only adds missing entries."""
         return ["--input_folder", str(self.folder), "--output_folder", str(target), "--inject_missing_state"]
 
     def way_out(self) -> str:
-        """How a user converts it to another place."""
+        """Return the instructions for a conversion to another folder."""
         command = ["python", "-m", _CONVERTER, *self.arguments(Path("ELSEWHERE") / self.target.name)]
         return (
             f"To convert it to another folder: {shlex.join(command)}; then "
@@ -79,10 +79,10 @@ class Source:
 
 
 def convert_together(source: Source, group: Any) -> str:
-    """Convert on rank 0, or take what an earlier conversion left, while the others wait; returns the tag to load.
+    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait; return the tag to load.
 
     Raises:
-        CheckpointError: on all ranks, with the way out.
+        CheckpointError: on all ranks, with the remedy.
     """
     conversion = _Conversion(source) if dist.get_rank() == 0 else None
     try:
@@ -97,7 +97,7 @@ def convert_together(source: Source, group: Any) -> str:
 
 
 class _Conversion:
-    """Rank 0's part: a process that writes to a folder which takes the target's name once it is whole."""
+    """Rank 0's conversion: a subprocess fills a partial folder, which is renamed to the target once complete."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -107,7 +107,7 @@ class _Conversion:
         self._lock: int | None = None
 
     def start(self) -> CheckpointError | None:
-        """Start the process, unless there is a universal checkpoint of these very files."""
+        """Start the subprocess, unless a universal checkpoint of these files exists."""
         source = self._source
         saved_on = len(source.optimizer_files)
         why = f"deepspeed_alst: {source.folder} was saved on {saved_on} ranks and this run has {source.world_size}: "
@@ -118,7 +118,7 @@ class _Conversion:
                 return None
             _check_space(source)
             self._lock = _lock(self._partial)
-            for each in self._partial.iterdir():  # what a killed conversion left
+            for each in self._partial.iterdir():  # left by a killed conversion
                 if each.is_dir():
                     shutil.rmtree(each)
             print(f"{why}converting it, once, to {source.target}", file=sys.stderr)
@@ -127,7 +127,7 @@ class _Conversion:
             return error
         except OSError as error:
             return CheckpointError(f"{source.folder}: nothing can be written beside it ({error}). {source.way_out()}")
-        except Exception as error:  # of files that are not what they should be; the others wait
+        except Exception as error:  # malformed files; the other ranks wait
             return CheckpointError(f"{source.folder} or {source.target} cannot be read: {error!r}")
         return None
 
@@ -138,7 +138,7 @@ class _Conversion:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def is_running(self) -> bool:
-        """Whether the process goes on; waits a moment for its end."""
+        """Wait briefly for the subprocess; return True if it still runs."""
         if self._process is None:
             return False
         try:
@@ -148,7 +148,7 @@ class _Conversion:
         return False
 
     def finish(self) -> CheckpointError | None:
-        """Give the folder its name."""
+        """Rename the partial folder to the target; return the error, if any."""
         if self._process is None:
             return None
         source, made = self._source, self._partial / self._source.target.name
@@ -162,14 +162,14 @@ class _Conversion:
             (made / _ORIGIN).write_text(json.dumps(_fingerprint(source)))
             shutil.rmtree(source.target, ignore_errors=True)
             made.rename(source.target)
-            # Which ds_config's checkpoint.load_universal reads.
+            # The file that checkpoint.load_universal reads.
             (self._partial / "latest_universal").replace(source.load_dir / "latest_universal")
         except OSError as error:
             return CheckpointError(f"{source.target} could not be written: {error}. {source.way_out()}")
         return None
 
     def clean(self) -> None:
-        """End what runs and remove what is not whole."""
+        """Kill the subprocess and remove the partial folder."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -180,13 +180,13 @@ class _Conversion:
 
 
 def _lock(folder: Path) -> int:
-    """Make the folder of a conversion, and hold it as long as this process lives.
+    """Make the folder of a conversion, and lock it for the lifetime of this process.
 
     Raises:
-        CheckpointError: a conversion is under way there.
+        CheckpointError: another conversion holds the lock.
     """
     folder.mkdir(exist_ok=True)
-    # Of the folder itself: a file's lock would have to outlive the folder.
+    # Locks the folder itself: a lock file would have to outlive the folder.
     lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,7 +197,7 @@ def _lock(folder: Path) -> int:
             "output says"
         ) from None
     except OSError:
-        pass  # a file system without locks
+        pass  # the file system does not support locks
     return lock
 
 
@@ -209,7 +209,7 @@ def _check_convertible(source: Source) -> None:
             f"{source.folder} was saved on {len(source.optimizer_files)} ranks but holds other optimizer files too, "
             f"left from an earlier save under the same tag; remove them: {', '.join(sorted(left))}"
         )
-    # DeepSpeed's own wrapper around torch's state dict has another name at ZeRO 3.
+    # DeepSpeed stores torch's state dict under another key at ZeRO 3.
     saved = read(source.optimizer_files[0])[OPTIMIZER_STATE_DICT]
     state = saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT))["state"]
     missing = _ADAMS_STATE - set().union(*state.values())
@@ -226,10 +226,10 @@ def _fingerprint(source: Source) -> dict[str, Any]:
 
 
 def _is_fresh(source: Source) -> bool:
-    """Whether the target is there and made of these files.
+    """Return True if the target exists and was made from these files.
 
     Raises:
-        CheckpointError: it is there, is older than they are, and is not this package's to replace.
+        CheckpointError: the target is outdated or not universal, and was not made by this package.
     """
     target, origin = source.target, source.target / _ORIGIN
     if not target.exists():
@@ -246,7 +246,7 @@ def _is_fresh(source: Source) -> bool:
 
 
 def _check_space(source: Source) -> None:
-    """The converter writes every optimizer state twice: in pieces, and whole."""
+    """Raise CheckpointError if the disk lacks space for optimizer states written twice, in pieces and whole."""
     needed = 2 * sum(each.stat().st_size for each in source.optimizer_files)
     free = shutil.disk_usage(source.load_dir).free
     if free < needed:

@@ -1,9 +1,9 @@
-"""Drop an optimizer step whole, as DeepSpeed drops one whose gradients overflow.
+"""Drop a whole optimizer step, as DeepSpeed does if gradients overflow.
 
-DeepSpeed's optimizers look at the gradients before they change a weight. Where these are NaN or Inf they clear what has
-been accumulated, and the engine counts the step as skipped. Here is where each of them looks: a step can be dropped for
-another reason too, and the parameter is found while its gradient is still there. Nothing is computed that DeepSpeed
-does not compute, but on ZeRO 0 in fp32, where it looks at nothing: there each step reads the gradients once.
+DeepSpeed's optimizers check the gradients before they change a weight. If these are NaN or Inf, they clear the
+accumulated gradients, and the engine counts a skipped step. This module wraps each optimizer's check, so that a step
+can be dropped for another reason too, and finds the parameter while its gradient exists. It adds no computation except
+on ZeRO 0 in fp32, where DeepSpeed has no check: there each step reads the gradients once.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from deepspeed_alst.core.patching import PatchSet
 
 
 class StepDropper:
-    """Decides in the steps of one engine whether they are dropped."""
+    """Decision for each optimizer step of one engine: take it or drop it."""
 
     def __init__(self, engine: Any, patches: PatchSet) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
         self._wanted = False
         self._norm: Any = 0.0
         self.parameter: str | None = None
-        """The first parameter with a NaN or Inf gradient in the last step."""
+        """First parameter with a NaN or Inf gradient in the last step."""
         self._looks_itself = False
         optimizer = self._optimizer
         if hasattr(optimizer, "overflow_checker"):  # ZeRO 0 in bf16
@@ -35,14 +35,14 @@ class StepDropper:
             patches.wrap(optimizer, "get_grads_for_norm", self._with_invalid_norm)
         elif hasattr(optimizer, "_update_scale"):
             patches.wrap(optimizer, "_update_scale", self._before_scale_update)
-            if hasattr(optimizer, "scaled_global_norm"):  # which bf16 does not look at if check_grad_overflow is false
+            if hasattr(optimizer, "scaled_global_norm"):  # bf16 ignores it if check_grad_overflow is false
                 patches.wrap(optimizer, "scaled_global_norm", self._noting_norm)
-        else:  # torch's, on ZeRO 0 in fp32
+        else:  # torch optimizer, on ZeRO 0 in fp32
             self._looks_itself = True
 
     @contextlib.contextmanager
     def dropping(self, wanted: bool) -> Iterator[None]:
-        """Drop the step inside if that is ``wanted``, or if its gradients are NaN or Inf. The same on all ranks."""
+        """Drop the enclosed step if ``wanted``, equal on all ranks, or if its gradients are NaN or Inf."""
         self._wanted, self._norm, self.parameter = wanted, 0.0, None
         with PatchSet() as patches:
             if self._looks_itself and self._is_dropped(self._largest_gradient()):
@@ -57,7 +57,7 @@ class StepDropper:
         return invalid or self._wanted
 
     def _find(self) -> str | None:
-        """Collective over all ranks, which have the same norm."""
+        """Return the first parameter with a NaN or Inf gradient. Collective: all ranks have the same norm."""
         for name, param in self._engine.module.named_parameters():
             grad = safe_get_full_grad(param) if param.requires_grad else None
             if grad is not None and not torch.isfinite(grad).all():
@@ -76,7 +76,7 @@ class StepDropper:
         return decide
 
     def _with_invalid_norm(self, grads_for_norm: Callable[..., Any]) -> Callable[..., Any]:
-        """Around engine/partitions.py's, which returns the norm in the gradients' place."""
+        """Wrap ``get_grads_for_norm`` of engine/partitions.py, which returns the norm in place of gradients."""
 
         @functools.wraps(grads_for_norm)
         def invalid_norm(for_clipping: bool = False) -> Any:
@@ -97,7 +97,7 @@ class StepDropper:
         return note
 
     def _before_scale_update(self, update_scale: Callable[..., None]) -> Callable[..., None]:
-        """ZeRO 1 to 3 read ``overflow`` after this call."""
+        """Wrap ``_update_scale``, after which ZeRO 1 to 3 read ``overflow``."""
 
         @functools.wraps(update_scale)
         def decide(has_overflow: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What of the machine must be right before DeepSpeed is started."""
+"""Checks of the machine before DeepSpeed starts."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.errors import ConfigError, SetupError
 
 _TESTED = ((0, 19, 8), (0, 20, 0))
-# Of what else is relied upon, the newest minor version that `make canary` has found right: docs/versions.md.
+# Newest minor version of each further dependency that `make canary` has passed with: docs/versions.md.
 NEWEST_TESTED = {
     "torch": "2.14",
     "transformers": "5.24",
@@ -28,16 +28,16 @@ NEWEST_TESTED = {
     "liger-kernel": "0.8",
     "triton": "3.9",
 }
-# Another host's build in a shared home shows no open file here; no build of this op takes as long as this.
+# Another host's build in a shared home has no open file here; no build of this op takes this long.
 _REMOTE_BUILD_SECONDS = 600
 _LOOKS, _LOOK_SECONDS = 5, 0.3
 
 
 def check_deepspeed() -> None:
-    """Refuse a DeepSpeed that this version was not tested with, and warn of what else is newer than the tests.
+    """Raise SetupError for an untested DeepSpeed, and warn about other libraries newer than tested.
 
     Raises:
-        SetupError: older than 0.19.8, or 0.20 and newer.
+        SetupError: the version is older than 0.19.8, or 0.20 or newer.
     """
     found = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3] if part.isdigit())
     if not _TESTED[0] <= found < _TESTED[1]:
@@ -49,7 +49,7 @@ def check_deepspeed() -> None:
 
 
 def _warn_of_untested() -> None:
-    """Say once, on rank 0, which libraries are newer than what this version was tested with."""
+    """Warn on rank 0 about libraries newer than the tested versions."""
     if os.environ.get("RANK", "0") != "0":
         return
     newer = []
@@ -67,13 +67,13 @@ def _warn_of_untested() -> None:
 
 
 def check_build_lock() -> None:
-    """Refuse to wait for a build that nobody runs.
+    """Raise SetupError if a killed build has left its lock file behind.
 
     On CPU, DeepSpeed compiles its shared-memory op at the first ``init_distributed``, under a lock file. A killed run
-    leaves the file behind, and every later run waits for it for ever, without a message.
+    leaves the file behind, and every later run waits for it forever, without a message.
 
     Raises:
-        SetupError: the lock is there and no process holds it open; where it is, and how to clear it.
+        SetupError: the lock file exists and no process holds it open; the message has its path and the remedy.
     """
     if get_accelerator().device_name() != "cpu" or torch.distributed.is_initialized():
         return
@@ -86,13 +86,13 @@ def check_build_lock() -> None:
 
 
 def is_left_over(lock: Path) -> bool:
-    """Whether a lock file of torch's is there, and stays so for a second, while no process of this host works under it.
+    """Return True if a torch lock file persists for a second while no process of this host has it open.
 
-    Of a run on several hosts, which may share the folder, a young one counts as another host's build.
+    With several hosts, which may share the folder, a recent lock file counts as another host's build.
     """
     several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) != os.environ.get("WORLD_SIZE")
     seen = set()
-    # A builder closes the file a moment before it removes it: only a lock that stays so is left over.
+    # A builder closes the file shortly before it removes it, so only a persistent lock file is stale.
     for _ in range(_LOOKS):
         try:
             state = lock.stat()
@@ -102,14 +102,14 @@ def is_left_over(lock: Path) -> bool:
             return False
         seen.add((state.st_ino, state.st_mtime_ns))
         time.sleep(_LOOK_SECONDS)
-    return len(seen) == 1  # else taken and given back meanwhile
+    return len(seen) == 1  # otherwise released and taken again meanwhile
 
 
 def use_expandable_segments(config: AlstConfig) -> str:
-    """Switch the CUDA allocator to expandable segments, before its first allocation; returns what was done.
+    """Enable the CUDA allocator's expandable segments before its first allocation; return a description.
 
     Raises:
-        ConfigError: asked for by name on a machine without CUDA.
+        ConfigError: the key is true, and there is no CUDA device or memory is allocated already.
     """
     wanted = config.alst.expandable_segments
     if not torch.cuda.is_available():
@@ -132,13 +132,13 @@ def use_expandable_segments(config: AlstConfig) -> str:
 
 
 def allocator_variable(environ: Mapping[str, str]) -> str:
-    """What the environment says to torch's allocator, under both names that it has."""
+    """Return the allocator settings of the environment, from both of torch's variables."""
     return environ.get("PYTORCH_ALLOC_CONF", "") + environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
 def _is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this host holds the file open, as the builder does while it builds."""
-    path = path.resolve()  # the kernel's name for it, where a home is a link
+    """Return True if a process of this host holds the file open, as a builder does."""
+    path = path.resolve()  # /proc has resolved paths, and a home may be a symlink
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if descriptor.readlink() == path:

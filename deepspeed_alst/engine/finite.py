@@ -1,8 +1,8 @@
-"""A NaN or Inf loss, or gradient, drops the optimizer step that it is part of, before a weight changes, and raises.
+"""Drop an optimizer step with a NaN or Inf loss or gradient before a weight changes, and raise.
 
-The losses stay on the device until that step; there they are read at once, and all ranks agree by one number over gloo.
-Gradients are looked at where DeepSpeed looks at them (engine/dropping.py). Under fp16 nothing is done: DeepSpeed's loss
-scaling skips the step, and lowers the scale.
+Losses stay on the device until the step, where they are read at once; all ranks agree through one number over gloo.
+Gradients are checked where DeepSpeed checks them (engine/dropping.py). Under fp16 nothing is done: DeepSpeed's loss
+scaling skips the step and lowers the scale.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from deepspeed_alst.parallel.agreement import raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
 _ALIKE = 1e-5
-"""Relative difference of one loss on two ranks. They make it of the same sum."""
+"""Relative tolerance for one loss on two ranks, which compute it from the same sum."""
 
 
 class LossWatch:
-    """The losses of one engine since its last optimizer step, and whose batches they are of."""
+    """Losses of one engine since its last optimizer step, with the batches they belong to."""
 
     def __init__(self, groups: SequenceGroups, calls: Calls) -> None:
         self._groups, self._calls = groups, calls
@@ -32,14 +32,14 @@ class LossWatch:
         self._batches: list[tuple[int, int] | None] = []
         self._batch: tuple[int, int] | None = None
         self.dropper: StepDropper | None = None
-        """None before the engine is whole, and under fp16."""
+        """None before the engine is built, and under fp16."""
 
     def note_batch(self, rank: int, number: int) -> None:
-        """The next micro-step is on this batch of this rank's loader, counted from 0 in each epoch."""
+        """Record the next micro-step's batch: its rank and its number in that rank's loader, from 0 in each epoch."""
         self._batch = (rank, number)
 
     def add(self, loss: torch.Tensor) -> None:
-        """A backward of this loss begins."""
+        """Record the loss of a backward that begins."""
         self._losses.append(loss.detach())
         self._batches.append(self._batch)
         self._batch = None
@@ -72,7 +72,7 @@ class LossWatch:
             raise _gradient_error(self.dropper.parameter, number)
 
     def _check_alike(self, losses: list[torch.Tensor]) -> None:
-        """The loss of a whole sequence is the same on its ranks; one that is not is made of a shard."""
+        """Raise SetupError if the ranks of a sequence have different losses, which are then losses of shards."""
         values = torch.stack([loss.double() for loss in losses]).cpu()
         bounds = torch.stack([values, -values])
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._groups.sp_control_group)
@@ -92,7 +92,7 @@ class LossWatch:
     def _check(
         self, losses: list[torch.Tensor], batches: list[tuple[int, int] | None], step: int
     ) -> tuple[NonFiniteLossError | None, bool]:
-        """The error of this rank's losses, and whether any rank has one."""
+        """Return the error of this rank's losses, and True if any rank has one."""
         values = torch.stack([loss.double() for loss in losses]).tolist() if losses else []
         wrong = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
         found = torch.tensor([wrong is not None], dtype=torch.int32)
@@ -108,7 +108,7 @@ class LossWatch:
         return error, bool(found.item())
 
     def _whose(self, batch: tuple[int, int] | None, place: int) -> str:
-        if batch is None:  # of the HF Trainer: a batch of each rank, in turns
+        if batch is None:  # HF Trainer: one batch of each rank in turn
             return f"a batch of rank {self._groups.ranks[place % self._groups.sp_size]}"
         return "rank {}'s batch {} of this epoch (counted from 0)".format(*batch)
 

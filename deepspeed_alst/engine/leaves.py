@@ -1,4 +1,4 @@
-"""Modules whose weights ZeRO-3 gathers as one, before the module runs: in tiles, or with some of its experts."""
+"""ZeRO-3 leaf modules, gathered as one before they run: tiled modules, and modules that run some of their experts."""
 
 from typing import Any
 
@@ -9,32 +9,32 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 
 class Leaves:
-    """Makes modules of one model ZeRO-3 leaves, before its engine is built; on other stages there is nothing to do.
+    """Marker of ZeRO-3 leaf modules in one model, applied before its engine is built; a no-op on other stages.
 
     Args:
-        model: that the modules are part of.
-        stage: of ZeRO.
-        patches: takes everything back.
+        model: model that contains the modules.
+        stage: ZeRO stage.
+        patches: undoes the changes.
     """
 
     def __init__(self, model: torch.nn.Module, stage: int, patches: PatchSet) -> None:
         self._model, self._stage, self._patches = model, stage, patches
 
     def __call__(self, module: torch.nn.Module) -> None:
-        """Have the weights of a module and of those in it gathered once a pass.
+        """Make a module a leaf module, so that its weights and its children's are gathered once per pass.
 
-        DeepSpeed 0.19.8 releases a leaf's weights when the gradient of its input is there: before those of the weights,
-        if the input needs none (layers before it are frozen). So the input is given a gradient, which nobody looks at.
+        DeepSpeed 0.19.8 releases a leaf's weights once the gradient of its input exists. Without an input gradient
+        (layers before it are frozen) this is before the weight gradients, so the input is given an unused one.
 
         Raises:
-            UnsupportedModelError: another module has one of the weights too. DeepSpeed reduces a leaf's gradients when
-                its backward ends, so that the other's part would be lost.
+            UnsupportedModelError: another module shares one of the weights. DeepSpeed reduces a leaf's gradients at the
+                end of its backward, so the other module's part would be lost.
         """
         if self._stage != 3 or not list(module.children()):
-            return  # a module without others in it is gathered as one in any case
+            return  # a module without children is gathered as one anyway
         self._refuse_shared_weights(module)
         self._patches.set(module, "_z3_leaf", True)  # as deepspeed.utils.set_z3_leaf_module
-        # Registered before DeepSpeed's own hooks, so it comes first.
+        # Registered before DeepSpeed's own hooks, so it runs first.
         self._patches.hook(module, "forward_pre", _give_gradient, with_kwargs=True)
 
     def _refuse_shared_weights(self, module: torch.nn.Module) -> None:

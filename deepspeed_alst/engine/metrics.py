@@ -1,11 +1,11 @@
-"""What a training does, step by step: events for DeepSpeed's monitor and a line on rank 0 (docs/metrics.md).
+"""Training metrics per step: events for DeepSpeed's monitor and a line on rank 0 (docs/metrics.md).
 
-DeepSpeed's own keys decide: a line every ``steps_per_print`` steps where it is set, events as often, or in every step
-where it is not, for whatever monitor is on. Without either nothing is installed.
+DeepSpeed's own keys decide: a line every ``steps_per_print`` steps if it is set; events at the same interval, or at
+every step if it is not, for any enabled monitor. Without either nothing is installed.
 
-Between two lines nothing is read from the device: counts are added up there. At a line they are read, and the ranks
-tell one another a few numbers, once. What is "of the step" is of the step that ends there; what is a rate, a share or
-a mean is of all steps since the last line.
+Between two lines counts accumulate on the device and nothing is read. At a line they are read, and the ranks exchange a
+few numbers once. Values of a step belong to the step that ends there; rates, shares and means cover all steps since the
+last line.
 
 Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), P = sp_size.
 """
@@ -34,17 +34,17 @@ from deepspeed_alst.parallel.traffic import sent_bytes
 
 @dataclass(frozen=True)
 class Asked:
-    """How often, and for whom."""
+    """Reporting interval and enabled outputs."""
 
     every: int
-    """Optimizer steps."""
+    """Interval in optimizer steps."""
     line: bool
     events: bool
 
 
 @dataclass(frozen=True)
 class _Moved:
-    """What this rank has moved since its engine was built."""
+    """Bytes moved and seconds waited by this rank since its engine was built."""
 
     sent: int = 0
     to_host: int = 0
@@ -55,7 +55,7 @@ class _Moved:
 def metrics_of(engine: Any) -> "Metrics | None":
     """Build an engine's metrics if its ds_config asks for a line or has a monitor.
 
-    Collective over all ranks: rank 0's ds_config decides for all, as it is rank 0 that prints and writes.
+    Collective over all ranks: rank 0's ds_config decides for all, because rank 0 prints and writes.
     """
     asked = of_rank_0(_asked(engine))
     return Metrics(engine, asked) if asked.line or asked.events else None
@@ -63,37 +63,37 @@ def metrics_of(engine: Any) -> "Metrics | None":
 
 def _asked(engine: Any) -> Asked:
     steps = engine.steps_per_print()
-    # accelerate says infinity for never.
+    # accelerate uses infinity for never.
     line = steps is not None and math.isfinite(steps)
     return Asked(int(steps) if line else 1, line, bool(engine.monitor.enabled))
 
 
 class Metrics:
-    """The counts of one engine since its last line."""
+    """Counters of one engine since its last line."""
 
     def __init__(self, engine: Any, asked: Asked) -> None:
         self._engine, self._asked = engine, asked
         self._session = getattr(engine, "alst", None)
         if self._session is not None:
-            # Of loaders that are made from here on; but a program that makes its own loss may know its keys by heart.
+            # For loaders made from here on. A program that computes its own loss may rely on the exact batch keys.
             self._session.marks_padding |= self._session.calls.makes_whole_loss
         self._spans = [span for span, _ in attention_spans(engine.module)]
         self._sizes: StepSizes | None = None
         self._loss: torch.Tensor | None = None
         self._begin: float | None = None
         self._before = _Moved()
-        # What was sent when a step ended, until the next one begins; and what evaluations sent in between.
+        # Bytes sent by the end of the last step, until the next one begins; bytes sent by evaluations in between.
         self._step_end: int | None = None
         self._sent_aside = 0
         self._clear()
 
     def _clear(self) -> None:
         self._num_steps = self._num_tokens = 0
-        # Real tokens, and pairs of each span that count for the model and for ALST; on the device where it knows them.
+        # Real tokens, then each span's pairs for the model and for ALST; on the device if computed there.
         self._sums: list[Any] = [0] * (1 + 2 * len(self._spans))
 
     def _is_due(self) -> bool:
-        """Whether a line or events follow the step that is under way."""
+        """Return True if a line or events follow the current step."""
         return (self._engine.global_steps + 1) % self._asked.every == 0
 
     @contextlib.contextmanager
@@ -149,9 +149,9 @@ class Metrics:
         self._sums = [before + more for before, more in zip(self._sums, found, strict=True)]
 
     def _tell(self, rate: float | None) -> None:
-        if self._sizes is None:  # not before: checkpointing may be switched on after the engine is built
+        if self._sizes is None:  # late: checkpointing may be enabled after the engine is built
             self._sizes = step_sizes(self._engine.module)
-        real, *pairs = [float(each) for each in self._sums]  # the first read waits for the device
+        real, *pairs = [float(each) for each in self._sums]  # the first read synchronizes with the device
         seen, whole = pairs[: len(self._spans)], pairs[len(self._spans) :]
         flops = [0.0, 0.0]
         if self._sizes is not None:
@@ -169,14 +169,14 @@ class Metrics:
         self._loss, self._before, self._begin = None, now, end
 
     def _report(self, everyone: torch.Tensor, num_added: int, seconds: float, rate: float | None) -> Report:
-        """Of all ranks' numbers, of which the first so many are added up and of the others the highest counts."""
+        """Build the report from all ranks' numbers: the sum of the first ``num_added``, the maximum of the others."""
         engine, session, ranks, steps = self._engine, self._session, len(everyone), self._num_steps
         sums, (waited, device_peak, host_peak) = everyone.sum(0).tolist(), everyone[:, num_added:].amax(0).tolist()
         loss, real, num_tokens, of_model, of_alst, sent, to_host, to_disk = sums[:num_added]
         norm, offloads = engine.get_global_grad_norm(), hasattr(engine, "alst_offload")
         return Report(
             loss=None if self._loss is None else loss / ranks,
-            # Of a step that was skipped there is none.
+            # A skipped step has no gradient norm.
             grad_norm=float(norm) if norm is not None and engine.was_step_applied() else None,
             lr=rate,
             tokens_per_second=real / seconds,
@@ -196,7 +196,7 @@ class Metrics:
         if self._asked.line:
             print(progress_line(engine.global_steps, report), file=sys.stderr, flush=True)
         if self._asked.events:
-            # DeepSpeed's own events count samples too, and some monitors refuse a step that goes back.
+            # Samples, as in DeepSpeed's own events: some monitors reject a step that decreases.
             engine.monitor.write_events([(*each, engine.global_samples) for each in report.events()])
 
     def _moved(self) -> _Moved:
@@ -211,7 +211,7 @@ class Metrics:
         return 0 if self._session is None else sent_bytes(self._session.groups.sp_group)
 
     def _gather(self, mine: list[float]) -> torch.Tensor:
-        """Every rank's numbers, ``[ranks, numbers]`` on the host."""
+        """Gather the numbers of all ranks: ``[ranks, numbers]`` on the host."""
         group, device = None, self._engine.device
         if self._session is not None:
             group, device = self._session.groups.control_group, "cpu"
@@ -222,7 +222,7 @@ class Metrics:
 
 
 def _whole_counts(B: int, S: int, kwargs: dict[str, Any], spans: list[Span]) -> list[Any]:
-    """Real tokens and pairs of whole sequences, whose mask is there: what ``Metrics._sums`` adds up."""
+    """Count real tokens and pairs of whole sequences with their mask, in the order of ``Metrics._sums``."""
     mask_BS, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     mask_BS = mask_BS != 0 if isinstance(mask_BS, torch.Tensor) and mask_BS.shape == (B, S) else None
     of_rows = [B * span.both_ways(S) for span in spans]
@@ -230,19 +230,19 @@ def _whole_counts(B: int, S: int, kwargs: dict[str, Any], spans: list[Span]) -> 
         return [B * S, *(B * span.pairs(S) for span in spans), *of_rows]
     positions_BS = mask_BS.cumsum(1) - 1 if positions is None else _text_positions(positions, B)
     real = B * S if mask_BS is None else mask_BS.sum()
-    if positions is not None:  # they may begin anew, at packed documents
+    if positions is not None:  # they restart at packed documents
         of_rows = [2 * _seen(positions_BS, None, span) - B * S for span in spans]
     return [real, *(_seen(positions_BS, mask_BS, span) for span in spans), *of_rows]
 
 
 def _text_positions(positions: torch.Tensor, B: int) -> torch.Tensor:
-    """``[S]``, ``[1, S]``, ``[B, S]`` or, of several dims, ``[3, B, S]``, as ``[B, S]``."""
+    """Expand ``[S]``, ``[1, S]``, ``[B, S]`` or, with several dims, ``[3, B, S]`` to ``[B, S]``."""
     text = positions[0] if positions.dim() == 3 else positions
     return text.expand(B, text.shape[-1])
 
 
 def _seen(positions_Bs: torch.Tensor, real_Bs: torch.Tensor | None, span: Span) -> torch.Tensor:
-    """Pairs of the real tokens at these positions and those that they see."""
+    """Count the pairs of the real tokens at these positions and the tokens that they attend to."""
     seen_Bs = positions_Bs + 1
     if span.window is not None:
         seen_Bs = seen_Bs.clamp(max=span.window)
@@ -252,11 +252,11 @@ def _seen(positions_Bs: torch.Tensor, real_Bs: torch.Tensor | None, span: Span) 
 
 
 def _peak_device_bytes() -> int:
-    """Since the program began, or since it was last reset; 0 on CPU, where DeepSpeed has the host's for it."""
+    """Return the peak since program start or last reset; 0 on CPU, where DeepSpeed reports host memory."""
     accelerator = get_accelerator()
     return 0 if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
 
 
 def _peak_host_bytes() -> int:
-    # Linux counts it in KiB.
+    # Linux reports KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Activation offload of one engine: what it is made of, and whether a batch has room, before its forward."""
+"""Activation offload of one engine: its setup, and the memory check before each forward."""
 
 import time
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank knows of the batch that comes."""
+    """Batch size, available memory and transfer rates of one rank before a forward."""
 
     tokens: int
     batch: int
@@ -46,15 +46,15 @@ class Facts:
 
 
 class Planner:
-    """What is kept of one engine's layers: set up with the engine, decided before each forward of a training step.
+    """Offload plan of one engine's layers, set up with the engine and decided before each training forward.
 
     Args:
-        model: the engine's, before the engine is built.
-        config: its settings.
-        patches: takes everything back.
+        model: the engine's model, before the engine is built.
+        config: this package's config.
+        patches: undoes the changes.
 
     Raises:
-        UnsupportedModelError: its layers cannot be checkpointed, or not one by one.
+        UnsupportedModelError: the layers do not support checkpointing, or not individually.
     """
 
     def __init__(self, model: torch.nn.Module, config: AlstConfig, patches: PatchSet) -> None:
@@ -72,7 +72,7 @@ class Planner:
         keep_activations(model, self.keeping, patches)
 
     def _keep_attention(self, patches: PatchSet) -> str:
-        """Prepare attention for it; why it cannot be kept, unless that is an error."""
+        """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""
         try:
             if self._config.sequence_parallel_size == 1:
                 keep_attention(self._model, patches)
@@ -85,7 +85,7 @@ class Planner:
         return ""
 
     def attach(self, engine: Any, patches: PatchSet) -> None:
-        """Make room off the device of an engine that is built; ``engine.alst_offload`` is where things wait.
+        """Build the activation store of a built engine, as ``engine.alst_offload``.
 
         Raises:
             ConfigError: the disk tier's folder cannot be used.
@@ -97,7 +97,7 @@ class Planner:
             patches.callback(self.keeping.store.close)
 
     def words(self) -> list[tuple[str, str]]:
-        """Rows of the report."""
+        """Return the rows of the report."""
         store = self.keeping.store
         if store is None:
             return [("attention output", "kept on the device")]
@@ -126,26 +126,26 @@ class Planner:
         ]
 
     def facts(self, shape: Sequence[int]) -> Facts | None:
-        """Of a batch of ``[B, s]`` tokens on this rank; None where nothing waits for a backward.
+        """Return the facts on a batch of ``[B, s]`` tokens on this rank; None if no backward follows.
 
         Raises:
-            UnsupportedModelError: layers are not checkpointed, so that the keys could not act.
+            UnsupportedModelError: layers are not checkpointed, so the keys would have no effect.
         """
         if not (self._model.training and torch.is_grad_enabled()):
             return None
         check_checkpointing(self._model, _OFFLOAD_KEY if self._block is not None else _ATTENTION_KEY)
         if self._rates is None:
-            # Only where they are asked for: they cost a moment.
+            # Measured only if used, since it takes time.
             measured = self._block is not None and self._wanted == "auto" and not self._why_not
             self._rates = measure(self._device, _dtype(self._model)) if measured else Rates(1.0, 1.0)
         return Facts(shape[0] * shape[1], shape[0], self._room(), self._rates)
 
     def decide(self, everyone: Sequence[Facts | None]) -> bool:
-        """Decide from what all ranks know, alike on all of them; whether there was anything to decide.
+        """Decide the plan from all ranks' facts, alike on all ranks; return True if there was anything to decide.
 
         Raises:
-            OffloadError: there is no room.
-            ConfigError: this rank's disk has less than it said.
+            OffloadError: there is not enough memory.
+            ConfigError: this rank's disk has less space than it reported.
         """
         known = [each for each in everyone if each is not None]
         if not known or max(each.tokens for each in known) <= self._planned_tokens:
@@ -165,7 +165,7 @@ class Planner:
         self.plan = decide(layers, widest.tokens, room, wanted, is_hidden, (sp_size, widest.batch), RING)
         self._make_room(room, layers, widest.tokens)
         self.keeping.keeps_attention = self.plan.keeps_attention
-        # Only now: a batch that had no room is refused each time that it comes.
+        # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = widest.tokens
         if before is None or (before.keeps_attention, bool(before.disk_bytes)) != (
             self.plan.keeps_attention,
@@ -212,7 +212,7 @@ def _build_store(block: OffloadBlock, device: torch.device) -> Store:
 
 
 def layers_of(model: torch.nn.Module, keep_last: int) -> Layers:
-    """What the checkpointed layers of a model leave waiting, from its config and its weights."""
+    """Return the sizes of the activations that checkpointed layers keep, from the config and the weights."""
     layers = [layer for layer in checkpointed_layers(model) if layer.gradient_checkpointing]
     config = base_model(model).config.get_text_config()
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
@@ -225,14 +225,14 @@ def layers_of(model: torch.nn.Module, keep_last: int) -> Layers:
         input_bytes=hidden * itemsize,
         output_bytes=head_elements * itemsize,
         lse_bytes=4 * heads,
-        # Stacked experts are left out: a token passes few of them.
+        # Excludes stacked experts: each token uses few of them.
         matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
         head_elements=head_elements,
     )
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Bytes a second from the device to the host, and FLOPs a second of a matrix product; the best of a few rounds."""
+    """Measure device-to-host bytes/s and matmul FLOP/s; return the best of a few rounds."""
     module = torch.get_device_module(device)
     source_n = torch.empty(_COPIED, dtype=torch.uint8, device=device)
     target_n = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")

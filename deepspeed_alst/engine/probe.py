@@ -1,13 +1,12 @@
-"""The averaging probe: in the first optimizer step, is the gradient of the engine the average over all ranks?
+"""Averaging probe: check in the first optimizer step that gradients are averages over all ranks.
 
-Everything here rests on each gradient being reduced once and divided by the world size, on the path that this engine
-takes through DeepSpeed (engine/reduction.py). The probe keeps some elements of the local gradient of every parameter
-that trains, as autograd makes them, averages those of two parameters itself, and compares at the end of the backward
-that reduces. Which two shows there only: half of a fresh LoRA adapter's gradients are zero. It runs in the first
-optimizer step that has gradients, and leaves nothing behind.
+The package relies on each gradient being reduced once and divided by the world size, on this engine's path through
+DeepSpeed (engine/reduction.py). The probe keeps some elements of each trainable parameter's local gradient as autograd
+computes it, averages those of two parameters itself, and compares after the backward that reduces. The two are only
+chosen there: half of a fresh LoRA adapter's gradients are zero. It runs in the first optimizer step with gradients.
 
-A program may clear or change gradients between two backwards, by ``zero_grad`` or by hand. What DeepSpeed makes of that
-differs by ZeRO stage, so the step is not compared then, and the next one is.
+A program may clear or change gradients between two backwards, by ``zero_grad`` or by hand. DeepSpeed's result then
+depends on the ZeRO stage, so that step is not compared, and the next one is.
 """
 
 import contextlib
@@ -25,8 +24,8 @@ from deepspeed_alst.errors import SetupError
 from deepspeed_alst.parallel.groups import SequenceGroups
 
 _ELEMENTS = 1024
-_LARGEST = 1 << 26  # elements; DeepSpeed hands the whole gradient out in fp32, 256 MiB here
-# A wrong divisor is off by a factor of at least 1 + 1/world; bf16 sums are off by some 1e-2.
+_LARGEST = 1 << 26  # elements; DeepSpeed returns the full gradient in fp32, 256 MiB here
+# A wrong divisor gives a factor of at least 1 + 1/world; bf16 sums err by about 1e-2.
 _TOLERANCE = 1e-3
 _LOW_PRECISION_TOLERANCE = 0.1
 
@@ -46,7 +45,7 @@ class Probe:
 
     @property
     def is_done(self) -> bool:
-        """Return whether it has compared."""
+        """True once it has compared."""
         return not self._watched
 
     @contextlib.contextmanager
@@ -81,7 +80,7 @@ class Probe:
 
 
 class _Watched:
-    """A parameter and the sum of a slice of its local gradients."""
+    """Parameter with the sum of a slice of its local gradients."""
 
     def __init__(self, name: str, param: torch.nn.Parameter) -> None:
         self.name, self.param = name, param
@@ -89,13 +88,13 @@ class _Watched:
         self.forget()
 
     def forget(self) -> None:
-        """Begin a step."""
+        """Reset for the next step."""
         self.local: torch.Tensor | None = None
         self._left: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A backward is inside. The hook comes after the program's own, which may change the gradient."""
+        """Record the enclosed backward's gradient, after the program's own hooks, which may change it."""
         handle = self.param.register_hook(self._add) if self.param.requires_grad else None
         try:
             yield
@@ -105,7 +104,7 @@ class _Watched:
             self._left = self._state()
 
     def has_been_touched(self) -> bool:
-        """Whether the gradient was cleared or changed since the last backward, or a hook may change it after it."""
+        """Return True if the gradient was cleared or changed since the last backward, or a new hook may change it."""
         added = len(self.param._post_accumulate_grad_hooks or ()) > self._num_hooks
         return added or (self.local is not None and self._left != self._state())
 
@@ -119,7 +118,7 @@ class _Watched:
 
 
 def _trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters that train and are not too large to look at, the smallest first."""
+    """Return the trainable parameters of up to ``_LARGEST`` elements, smallest first."""
 
     def size(param: torch.nn.Parameter) -> int:
         return getattr(param, "ds_numel", param.numel())
@@ -129,9 +128,9 @@ def _trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _choose(watched: list[_Watched], groups: SequenceGroups, is_touched: bool) -> list[_Watched]:
-    """The smallest and the largest that have a gradient on some rank: DeepSpeed treats those over its bucket apart.
+    """Return the smallest and the largest parameter with a gradient on some rank.
 
-    None where the program has touched gradients on some rank.
+    DeepSpeed handles parameters larger than its bucket separately. Empty if the program touched gradients on a rank.
     """
     alive = [each.local is not None and bool(each.local.any()) for each in watched]
     facts = torch.tensor([is_touched, *alive], dtype=torch.int32)
@@ -142,7 +141,7 @@ def _choose(watched: list[_Watched], groups: SequenceGroups, is_touched: bool) -
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
-    """A few thousand elements from all over a tensor: most rows of an embedding's gradient are zero."""
+    """Sample up to 2047 elements across a tensor: most rows of an embedding's gradient are zero."""
     flat = x.reshape(-1)
     return flat[:: max(1, flat.numel() // _ELEMENTS)].to(torch.float64)
 
@@ -150,7 +149,7 @@ def _spread(x: torch.Tensor) -> torch.Tensor:
 def _compare(
     engine: Any, watched: list[_Watched], groups: SequenceGroups, summed_in: torch.dtype, is_touched: bool
 ) -> bool:
-    """Raise if a gradient is not the average; whether there was anything to compare."""
+    """Raise SetupError if a gradient is not the average; return True if any was compared."""
     compared = False
     for each in _choose(watched, groups, is_touched):
         reduced = safe_get_full_grad(each.param)
@@ -161,7 +160,7 @@ def _compare(
         expected = torch.zeros_like(reduced) if local is None else local.to(reduced.device)
         dist.all_reduce(expected, group=groups.world_group)
         expected /= groups.dp_size * groups.sp_size
-        # fp16's loss scale is in both: DeepSpeed takes it out in the step.
+        # Both include fp16's loss scale: DeepSpeed unscales in the step.
         factor = _factor(expected, reduced)
         compared = compared or factor is not None
         tolerance = max(_tolerance(each.param.dtype), _tolerance(summed_in))
@@ -179,7 +178,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _factor(expected: torch.Tensor, reduced: torch.Tensor) -> float | None:
-    """By what number the reduced gradient is off, as a projection; None where there is nothing to compare."""
+    """Return the reduced gradient's factor, as a projection; None if there is nothing to compare."""
     square = expected.dot(expected)
     if not torch.isfinite(square) or square == 0:
         return None

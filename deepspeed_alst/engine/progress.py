@@ -1,4 +1,4 @@
-"""The metrics of one report: their names for a monitor, and their line for people."""
+"""Metrics of one report: event names for a monitor, and the progress line."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -8,34 +8,34 @@ from deepspeed_alst.words import in_words
 
 @dataclass(frozen=True)
 class Report:
-    """One value each; None where there is none. Of a rank: the mean over ranks; peaks and waits: the highest."""
+    """Values of one report, None if absent. Per-rank values are means over ranks; peaks and waits are maxima."""
 
     loss: float | None
-    """Of the step, in nats a token; mean over micro-steps and replicas."""
+    """Loss of the step, in nats per token; mean over micro-steps and replicas."""
     grad_norm: float | None
-    """Of the step, before clipping."""
+    """Gradient norm of the step, before clipping."""
     lr: float | None
-    """That the step was made with, of the first parameter group."""
+    """Learning rate of the step, of the first parameter group."""
     tokens_per_second: float
-    """Of the whole job, padding left out."""
+    """Rate of the whole job, without padding."""
     padding_share: float
     model_flops_per_second: float | None
-    """Of a rank, ``model_flops`` of ``ledger/step_flops.py``."""
+    """Per rank, ``model_flops`` of ``ledger/step_flops.py``."""
     hardware_flops_per_second: float | None
-    """The same in ALST's convention, ``alst_flops``; padding is computed too, and counts."""
+    """Per rank in ALST's convention, ``alst_flops``; includes padding, which is computed too."""
     peak_device_bytes: float | None
     peak_host_bytes: float
-    """Of a rank's process."""
+    """Peak of a rank's process."""
     wire_bytes: float | None
-    """Sent by a rank in a step, by the gradients' reduction and the layers' all-to-alls."""
+    """Sent by a rank per step, for the gradient reduction and the layers' all-to-alls."""
     offload_host_bytes: float | None
-    """Sent to the host's memory by a rank in a step."""
+    """Sent to host memory by a rank per step."""
     offload_disk_bytes: float | None
     offload_wait_seconds: float | None
-    """That a step stood still for the disk."""
+    """Time per step that waits for the disk."""
 
     def events(self) -> Iterator[tuple[str, float]]:
-        """Names and values for a monitor."""
+        """Yield names and values for a monitor."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None:
@@ -43,7 +43,7 @@ class Report:
 
 
 def progress_line(step: int, report: Report) -> str:
-    """One line, each number with its unit and, where there are several, its convention."""
+    """Format one line; each number has its unit and, if there are several, its convention."""
     parts = [f"alst: step {step}"]
     if report.loss is not None:
         parts.append(f"loss {report.loss:.4f}")

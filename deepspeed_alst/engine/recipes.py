@@ -1,11 +1,11 @@
-"""Programs written for DeepSpeed's own ALST: their mpu, loaders, loss and tiles, led to this package's code.
+"""Programs written for DeepSpeed's own ALST: their mpu, loaders, loss and tiles, redirected to this package.
 
-Such a program has registered DeepSpeed's attention before ``deepspeed.initialize``, hands over DeepSpeed's mpu, wraps
-its loader in ``UlyssesSPDataLoaderAdapter`` and aggregates the loss itself, through a differentiable all_gather:
+Such a program registers DeepSpeed's attention before ``deepspeed.initialize``, passes DeepSpeed's mpu, wraps its loader
+in ``UlyssesSPDataLoaderAdapter`` and aggregates the loss itself, through a differentiable all_gather:
 
     sum over the P ranks of  (mean over the n_r labelled tokens of shard r) * n_r / N
 
-Each rank runs that sum's backward, so a shard's mean gets P * n_r / N, and DeepSpeed, told that SP is 1, divides by all
+Each rank runs that sum's backward, so a shard's mean gets P * n_r / N, and DeepSpeed, called with SP 1, divides by all
 W ranks: each sequence counts 1 / (W / P), the mean over the replicas.
 """
 
@@ -32,15 +32,15 @@ _MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
 
 
 def is_upstreams(mpu: Any) -> bool:
-    """Whether an mpu is what DeepSpeed's ``register_with_transformers`` returns: a module of its own."""
+    """Return True if an mpu is the module that DeepSpeed's ``register_with_transformers`` returns."""
     return mpu is not None and mpu is sys.modules.get(_MPU)
 
 
 def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
-    """The ds_config with the SP degree of DeepSpeed's groups, which recipes need not repeat in it.
+    """Return the ds_config with the SP degree of DeepSpeed's groups, which recipes need not repeat.
 
     Raises:
-        ConfigError: there are no groups yet, or the ds_config says another degree.
+        ConfigError: the groups do not exist yet, or the ds_config has another degree.
     """
     try:
         size = mpu.get_sequence_parallel_world_size()
@@ -59,10 +59,10 @@ def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
 
 
 def prepare_adoption(patches: PatchSet) -> None:
-    """Before the model is patched: DeepSpeed's attention wrapper leaves transformers.
+    """Remove DeepSpeed's attention wrapper from transformers, before the model is patched.
 
     Raises:
-        SetupError: DeepSpeed's classes lead to another engine already.
+        SetupError: DeepSpeed's classes are redirected to another engine already.
     """
     if "__getattr__" in vars(UlyssesSPDataLoaderAdapter):
         raise SetupError(
@@ -99,13 +99,13 @@ class UpstreamProgram:
             add_properties(output, loss=_LOSS_ON_DEMAND)
 
 
-# --- the loader
+# --- loader
 
 
 def _shard_adapters(session: Session, patches: PatchSet) -> None:
-    """Have every ``UlyssesSPDataLoaderAdapter``, made before or after, yield the session's shards.
+    """Make every ``UlyssesSPDataLoaderAdapter``, old or new, yield the session's shards.
 
-    As a DataLoader does it, ``iter`` starts an epoch; ``next`` without it goes on with the one that runs.
+    As in a DataLoader, ``iter`` starts an epoch; ``next`` without it continues the current one.
     """
     epochs: weakref.WeakKeyDictionary[Any, Iterator[Any]] = weakref.WeakKeyDictionary()
     skipped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -124,7 +124,7 @@ def _shard_adapters(session: Session, patches: PatchSet) -> None:
             raise
 
     def inner_attribute(adapter: Any, name: str) -> Any:
-        if name == "dl":  # not set yet: unpickling
+        if name == "dl":  # not set yet while unpickling
             raise AttributeError(name)
         return getattr(adapter.dl, name)
 
@@ -139,13 +139,13 @@ def _shard_adapters(session: Session, patches: PatchSet) -> None:
 
 
 def _micro_batches(session: Session, inner: Any) -> Iterator[Any]:
-    """The session's shards without ``labels``, as the recipes expect them: some make a loss, if they are there."""
+    """Yield the session's shards without ``labels``, as recipes expect: some compute a loss from them."""
     for batch in session.shard_dataloader(inner):
         batch.pop("labels", None)
         yield batch
 
 
-# --- the loss
+# --- loss
 
 
 def _loss_on_demand(output: Any) -> torch.Tensor:

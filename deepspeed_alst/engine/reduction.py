@@ -1,7 +1,7 @@
-"""Our reduction in the place of DeepSpeed's, on one live engine: methods of the instance, given back by ``patches``.
+"""Gradient reduction of this package in place of DeepSpeed's: instance methods of one engine, undone by ``patches``.
 
-What DeepSpeed keeps: when a bucket is full, the streams and events around its reduction, accumulation over micro-steps,
-offload, norms, clipping, overflow checks. What it hands over: the gradients of one bucket, to be averaged.
+DeepSpeed keeps the bucket filling, the streams and events around the reduction, accumulation over micro-steps, offload,
+norms, clipping and overflow checks. It passes the gradients of one bucket, to be averaged.
 """
 
 import math
@@ -25,22 +25,22 @@ _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3__"
 
 @dataclass(frozen=True)
 class ReductionPath:
-    """How an engine's gradients go, for the report."""
+    """Path of an engine's gradients, for the report."""
 
     hops: tuple[torch.dtype, ...]
-    """What is on the wire, exchange by exchange."""
+    """Dtype on the wire of each exchange."""
     each_micro_step: bool
     bucket_size: int | None
-    """Elements of a bucket, if there are buckets."""
+    """Elements per bucket; None without buckets."""
     besides: str = ""
-    """What else needs memory, in words."""
+    """Further memory use, as text."""
 
     def reductions(self, engine: Any) -> int:
-        """How often a step reduces each gradient."""
+        """Return the number of reductions of each gradient per step."""
         return engine.gradient_accumulation_steps() if self.each_micro_step else 1
 
     def bytes_sent(self, engine: Any) -> float:
-        """By a rank in a step."""
+        """Return the bytes sent by one rank per step."""
         ranks = dist.get_world_size()
         params = [param for param in engine.module.parameters() if param.requires_grad]
         numel = sum(getattr(param, "ds_numel", param.numel()) for param in params)
@@ -48,13 +48,13 @@ class ReductionPath:
 
 
 def reduction_of(config: AlstConfig) -> Reduction:
-    """What the configuration says of the reduction."""
+    """Build the Reduction that the config asks for."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return Reduction(dtype[config.seq_parallel_communication_data_type], config.alst.reduction.slice_bytes)
 
 
 def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Average this engine's gradients by ``reduction`` on whatever path its ZeRO stage and options take.
+    """Average an engine's gradients by ``reduction``, on the path of its ZeRO stage and options.
 
     Raises:
         UnsupportedModelError: the model has experts of DeepSpeed's own MoE layer, which are reduced over other ranks.
@@ -65,7 +65,7 @@ def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> R
             "use a transformers mixture of experts"
         )
     optimizer = engine.optimizer
-    # By what the optimizer can do and not by the stage: with bf16 and fp32 accumulation stage 1 has one of its own.
+    # By the optimizer's methods, not by stage: with bf16 and fp32 accumulation stage 1 has its own optimizer.
     if hasattr(optimizer, _STAGE3 + "avg_scatter_grads"):
         return _install_stage3(optimizer, reduction, patches)
     if hasattr(optimizer, "gradient_reduction_w_predivide"):
@@ -76,7 +76,7 @@ def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> R
 
 
 def _install_stage3(optimizer: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Sums go where the optimizer keeps its shares of the gradients; by way of the device if that is on the host."""
+    """Write sums to the optimizer's gradient partitions, through the device if they are on the host."""
     # With reduce_scatter false DeepSpeed would all-reduce whole buckets.
     patches.set(optimizer, "reduce_scatter", True)
 
@@ -94,13 +94,13 @@ def _install_stage3(optimizer: Any, reduction: Reduction, patches: PatchSet) -> 
 
         accumulate = in_place and optimizer.micro_step_id > 0
         shares = reduction.shard([param.grad for param in params], place, accumulate, group)
-        # Past a gradient's end a share has nothing but padding.
+        # Beyond a gradient's end a shard is only padding.
         ends = [param.ds_numel - r * math.ceil(param.ds_numel / P) for param in params]
         return _Shares((share[: max(0, end)] for share, end in zip(shares, ends, strict=True)), in_place)
 
     def partition_grads(original: Callable[..., Any]) -> Callable[..., Any]:
         def keep(params: list[Any], shares: _Shares) -> Any:
-            # What is in its place already would be added to itself in a later micro-step, but copied in the first.
+            # An in-place shard would be added to itself in a later micro-step, but is copied in the first.
             step = optimizer.micro_step_id
             optimizer.micro_step_id = 0 if shares.in_place else step
             try:
@@ -118,16 +118,16 @@ def _install_stage3(optimizer: Any, reduction: Reduction, patches: PatchSet) -> 
 
 @dataclass
 class _Shares:
-    """This rank's shares of a bucket's gradients, made as they are asked for."""
+    """This rank's shards of a bucket's gradients, computed lazily."""
 
     shares: Iterator[torch.Tensor]
     in_place: bool
 
 
 def _install_stage12(optimizer: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Sums go to the ranks whose partition they belong to: into the bucket, or added to the fp32 partition.
+    """Send sums to the ranks that own them: into the bucket, or added to the fp32 partition.
 
-    Muon steps with whole matrices, so each rank that owns a part of one needs all of its gradient: sums go everywhere.
+    Muon steps with whole matrices, so each rank that owns part of one needs its whole gradient: sums go to all ranks.
     """
     has_muon = any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups)
 
@@ -146,14 +146,14 @@ def _install_stage12(optimizer: Any, reduction: Reduction, patches: PatchSet) ->
     def allreduce_bucket(
         bucket: list[torch.Tensor], communication_data_type: torch.dtype, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """With contiguous_gradients false DeepSpeed flattens buckets itself, and keeps of what comes back its part."""
+        """Return the bucket's average: with contiguous_gradients false DeepSpeed flattens, and keeps its part."""
         flat_n = optimizer.flatten(bucket)
         group = optimizer.dp_process_group
         average_n = flat_n.to(torch.promote_types(flat_n.dtype, optimizer.gradient_accumulation_dtype))
         reduction.everywhere([flat_n], [average_n], dist.get_world_size(group), group)
         return average_n
 
-    # The way through a whole-bucket reduction: waits and streams are behind it, and nothing of the bucket is split.
+    # The whole-bucket path: it keeps DeepSpeed's waits and streams, and does not split the bucket.
     patches.set(optimizer, "reduce_scatter", False)
     patches.set(optimizer, "gradient_reduction_w_predivide", reduce_bucket)
     if not has_muon:
@@ -170,20 +170,20 @@ def _install_stage12(optimizer: Any, reduction: Reduction, patches: PatchSet) ->
 
 
 def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -> Iterator[Fragment]:
-    """The parts of one gradient by the ranks that own them, in the gradient's order."""
+    """Yield the fragments of one gradient with their owner ranks, in the gradient's order."""
     numel = optimizer.bit16_groups[group][index_in_group].numel()
     starts = sorted(
         (optimizer.grad_start_offset[group][owner][param_id], owner)
         for owner in optimizer.param_to_partition_ids[group][param_id]
     )
     for (start, owner), (stop, _) in zip(starts, [*starts[1:], (numel, None)], strict=True):
-        # None unless this rank owns it and keeps its partition apart, in fp32.
+        # None unless this rank owns it and keeps a separate fp32 partition.
         out = optimizer._get_compact_grad_partition_slice(group, owner, param_id, stop - start)
         yield Fragment(stop - start, owner, out)
 
 
 def _install_bf16_optimizer(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Sums go to the rank that steps with them, and nowhere else (engine/partitions.py)."""
+    """Send sums only to the rank that steps with them (engine/partitions.py)."""
     optimizer = engine.optimizer
     partitions = Partitions(optimizer, reduction)
     patches.set(engine, "buffered_allreduce_fallback", partitions.reduce)
@@ -195,7 +195,7 @@ def _install_bf16_optimizer(engine: Any, reduction: Reduction, patches: PatchSet
 
 
 def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Sums go everywhere, in place."""
+    """Send sums to all ranks, in place."""
 
     def allreduce_and_copy(
         bucket: list[torch.Tensor], dp_group: dist.ProcessGroup, dp_world_size: float | None = None

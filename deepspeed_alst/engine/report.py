@@ -1,4 +1,4 @@
-"""The activation report: what was switched on, printed once on rank 0."""
+"""Activation report: the enabled features, printed once on rank 0."""
 
 import os
 import sys
@@ -26,18 +26,18 @@ _CHECK = {
 
 
 def print_report(rows: list[tuple[str, str]]) -> None:
-    """Print rows, what and how, as a table on rank 0."""
+    """Print rows of name and value as a table on rank 0."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     table = Table(title="deepspeed_alst", title_justify="left", show_header=False)
     for row in rows:
         table.add_row(*row)
-    # A log file has no width of its own; rows are sentences and must not be cut.
+    # A log file has no width, and rows must not be truncated.
     Console(stderr=True, width=120).print(table)
 
 
 def warn_rank_0(line: str) -> None:
-    """Print a line on rank 0, before or after the ranks have met; an empty one is not printed."""
+    """Print a non-empty line on rank 0, with or without an initialized process group."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if line and rank == 0:
         print(f"deepspeed_alst: {line}", file=sys.stderr, flush=True)
@@ -80,14 +80,14 @@ def report_rows(
 def reduction_rows(
     engine: Any, reduction: Reduction, path: ReductionPath, adder: str, bucket: str
 ) -> list[tuple[str, str]]:
-    """What gradients are summed in and by what, what that costs, and the buckets; ``bucket`` says whose size it is."""
+    """Return the rows on the gradient sums' dtype, cost and buckets; ``bucket`` is the size's source."""
     ranks = dist.get_world_size()
     sizes = [getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters() if param.requires_grad]
     numel, stage = sum(sizes), int(engine.zero_optimization_stage())
     reductions, sent = path.reductions(engine), path.bytes_sent(engine)
     # A parameter larger than the bucket is reduced alone.
     at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
-    # What is sent and what is received; where all ranks get the sums, this rank's share of them too.
+    # Send and receive buffers, and on stage 0 this rank's shard of the sums.
     widest = max(dtype.itemsize for dtype in path.hops)
     extra = min(2 * reduction.slice_bytes, 2 * at_once * widest + (at_once // ranks * widest if stage == 0 else 0))
     wire = ", then ".join(_short(dtype) for dtype in path.hops)

@@ -1,4 +1,4 @@
-"""Compare the weights of a checkpoint with an engine's: their names, their shapes, and their order."""
+"""Comparison of a checkpoint's weights with an engine's: names, shapes and order."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +13,14 @@ from deepspeed_alst.errors import CheckpointError
 _NAMES_SHOWN = 3
 
 Order = tuple[tuple[str, ...], ...]
-"""Names by optimizer group."""
+"""Parameter names by optimizer group."""
 
 
 def check_same_model(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint whose weights have other names or shapes than the engine's.
+    """Raise CheckpointError if the checkpoint's weights have other names or shapes than the engine's.
 
     Raises:
-        CheckpointError: with the first of them.
+        CheckpointError: names the first differences.
     """
     if engine.optimizer is None:
         return
@@ -52,10 +52,10 @@ def check_same_model(engine: Any, state: Mapping[str, Any], folder: Path) -> Non
 
 
 def check_same_order(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Refuse optimizer states that would be given to other weights; a universal checkpoint's go by name.
+    """Raise CheckpointError if optimizer states would go to other weights; universal ones match by name.
 
     Raises:
-        CheckpointError: with the first place that differs.
+        CheckpointError: names the first position that differs.
     """
     saved, ours = _saved_order(state), parameter_order(engine)
     problem = _order_problem(saved, ours) if saved is not None and ours is not None else None
@@ -68,13 +68,13 @@ def check_same_order(engine: Any, state: Mapping[str, Any], folder: Path) -> Non
 
 
 def parameter_order(engine: Any) -> Order | None:
-    """The names of an engine's trained parameters by optimizer group; None where they cannot be told."""
+    """Return the names of the trained parameters by optimizer group; None if they are unknown."""
     if engine.optimizer is None:
         return None
     if engine.zero_optimization():
         return tuple(map(tuple, engine._get_zero_param_shapes()))
     optimizer, names = engine.optimizer, engine.param_names
-    for groups in ("bf16_groups", "fp16_groups"):  # the optimizer's own groups have copies in fp32
+    for groups in ("bf16_groups", "fp16_groups"):  # the optimizer's own groups hold fp32 copies
         if hasattr(optimizer, groups):
             found = getattr(optimizer, groups)
             break
@@ -86,7 +86,7 @@ def parameter_order(engine: Any) -> Order | None:
 
 
 def _saved_order(state: Mapping[str, Any]) -> Order | None:
-    """The same of a checkpoint's model file."""
+    """Return the parameter order in a checkpoint's model file; None if it is unknown."""
     if state.get(PARAM_SHAPES) is not None:
         return tuple(map(tuple, state[PARAM_SHAPES]))
     stamp = stamp_of(state)
@@ -94,7 +94,7 @@ def _saved_order(state: Mapping[str, Any]) -> Order | None:
 
 
 def _order_problem(saved: Order, ours: Order) -> str | None:
-    """Where two orders differ, in words; None where they are the same."""
+    """Describe the first difference of two orders; None if they are equal."""
     if saved == ours:
         return None
     if list(map(len, saved)) != list(map(len, ours)):

@@ -1,7 +1,7 @@
-"""``save_checkpoint`` that all ranks finish or all refuse, and a ``latest`` that names nothing but whole checkpoints.
+"""``save_checkpoint`` that succeeds or fails on all ranks, with a ``latest`` that only names complete checkpoints.
 
-DeepSpeed's rank 0 writes ``latest`` once its own files are there, whatever has become of the others'; and a rank that
-cannot write leaves the others in a barrier. Here ``latest`` comes last, when every rank has written all of its files.
+DeepSpeed's rank 0 writes ``latest`` after its own files, regardless of other ranks' files, and a rank that cannot write
+leaves the others in a barrier. Here ``latest`` is written last, after every rank has written all of its files.
 """
 
 import contextlib
@@ -78,10 +78,10 @@ def _tag(engine: Any, given: dict[str, Any]) -> str:
 
 
 def _agree(engine: Any, given: dict[str, Any], group: Any) -> Stamp:
-    """Make sure that all ranks save the same checkpoint; returns the stamp of this rank's files. Collective.
+    """Check that all ranks save the same checkpoint; return the stamp of this rank's files. Collective.
 
     Raises:
-        CheckpointError: on all ranks, with the first rank that differs and how.
+        CheckpointError: on all ranks, with the first rank that differs and the difference.
     """
     asked = {"tag": _tag(engine, given), "save_latest": bool(given["save_latest"])}
     if not engine.use_node_local_storage():
@@ -104,16 +104,13 @@ def _agree(engine: Any, given: dict[str, Any], group: Any) -> Stamp:
 
 @contextlib.contextmanager
 def _kept(engine: Any, errors: list[Exception], stamp: Stamp) -> Iterator[None]:
-    """Inside, what goes wrong is kept in ``errors``: raised at once, it would leave the others waiting.
-
-    Files are saved with a stamp.
-    """
+    """Stamp saved files, and collect errors in ``errors``: a raise would leave other ranks waiting."""
 
     def keep(write: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(write)
         def kept(*args: Any, **kwargs: Any) -> Any:
             try:
-                # One file missing is enough: a full disk is not tried again.
+                # No retry after the first error: the disk may be full.
                 return None if errors else write(*args, **kwargs)
             except Exception as error:
                 errors.append(error)
@@ -131,7 +128,7 @@ def _kept(engine: Any, errors: list[Exception], stamp: Stamp) -> Iterator[None]:
         patches.wrap(engine.checkpoint_engine, "save", stamped)
         for owner, name in (
             (engine.checkpoint_engine, "makedirs"),
-            # What is saved is put together there too: the caller's state may have no place in it.
+            # These assemble the state dict too, which fails on an unsuitable client_state.
             (engine, "_save_checkpoint"),
             (engine, "_save_zero_checkpoint"),
         ):
@@ -155,10 +152,10 @@ def _in_words(errors: list[Exception], folder: Path, tag: str) -> CheckpointErro
 
 
 def latest_tag(folder: Path, name: str = _LATEST) -> str | None:
-    """The tag that a folder's ``latest`` names; None where there is no such file.
+    """Return the tag in a folder's ``latest`` file; None if there is no such file.
 
     Raises:
-        CheckpointError: it is no text.
+        CheckpointError: the file cannot be read as text.
     """
     path = folder / name
     try:
@@ -168,7 +165,7 @@ def latest_tag(folder: Path, name: str = _LATEST) -> str | None:
 
 
 def _unname(folder: Path, tag: str) -> CheckpointError | None:
-    """Remove a ``latest`` that names what is about to be written over: it is of two steps until all files are new."""
+    """Remove a ``latest`` that names the tag to overwrite: until all files are new it is a mix of two steps."""
     try:
         if latest_tag(folder) == tag:
             (folder / _LATEST).unlink()
@@ -180,7 +177,7 @@ def _unname(folder: Path, tag: str) -> CheckpointError | None:
 
 
 def _name_latest(folder: Path, tag: str) -> CheckpointError | None:
-    """Replace ``latest`` in one go: written in place, it would be empty for a moment, and stay so on a full disk."""
+    """Replace ``latest`` atomically: written in place, it would be empty briefly, or for good on a full disk."""
     new = folder / f"{_LATEST}.new"
     try:
         with new.open("w") as file:

@@ -1,4 +1,4 @@
-"""What the package has done to one engine, and how it is undone."""
+"""Sequence parallelism on one engine: its state, its wrappers, and their undo."""
 
 import contextlib
 import functools
@@ -39,14 +39,14 @@ class Session:
         self.config = config
         self._packing, self._by_lowest, self._vocabulary = packing, by_lowest, vocabulary
         self.marks_padding = marks_padding
-        """Whether batches say which of their tokens are padding; read when a loader is made."""
+        """True if batches mark their padding tokens; read when a loader is made."""
         self.reduction_bytes = 0.0
-        """What this rank sends in a step for the gradients' reduction."""
+        """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
-        """Whether the engine is given whole batches, which it splits itself."""
+        """True if the engine accepts whole batches, which it splits itself."""
         self.groups = groups
         self.mpu = mpu
-        # Rank 0's seed: programs may give each rank another.
+        # Rank 0's seed: programs may seed each rank differently.
         seed = gather_objects(torch.initial_seed(), groups.control_group)[0]
         self.calls = Calls(draws=Draws(seed, replica=groups.dp_rank))
         self.losses = LossWatch(groups, self.calls)
@@ -58,18 +58,18 @@ class Session:
         """Use an engine's clock for random numbers, and give it the size of its batches."""
         self._patches.set(engine, "alst", self)
         self.calls.draws.clock = functools.partial(_step_and_micro_step, engine)
-        # DeepSpeed has None here for an mpu of this kind, and set_train_batch_size multiplies by it.
+        # DeepSpeed sets None for such an mpu, and set_train_batch_size multiplies by it.
         engine.dp_world_size = self.groups.dp_size
 
     def watch_gradients(self, engine: Any) -> None:
-        """Have NaN and Inf drop a step; after the reduction is installed, whose norm it reads."""
+        """Drop steps with NaN or Inf gradients. Runs after the reduction is installed, whose norm it reads."""
         if not engine.fp16_enabled():
             self.losses.dropper = StepDropper(engine, self._patches)
 
     def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
-        """The loader's batches, split over the ranks of a sequence; a loader that is split already stays as it is.
+        """Wrap a loader to yield this rank's shards; a sharded loader is returned unchanged.
 
-        With ``whole`` its ranks get each batch whole, for an engine that takes whole batches.
+        With ``whole`` ranks get each batch whole, for an engine that accepts whole batches.
         """
         if isinstance(loader, ShardedDataLoader) or hasattr(loader, "alst_whole"):
             return loader
@@ -86,20 +86,20 @@ class Session:
         )
 
     def exchange(self, batch: Any, place: str = "", whole: bool = False) -> list[Any]:
-        """This rank's shards of the batches that the ranks of its sequence bring, in their order; or the batches."""
+        """Return this rank's shards of its sequence-parallel group's batches, in rank order; or whole batches."""
         return self.shard_dataloader((), whole).exchange(batch, place)
 
     def meet(self, place: str) -> None:
-        """All ranks are at a place in their data where no batch follows."""
+        """Synchronize all ranks at a place in their data that no batch follows."""
         self.shard_dataloader(()).meet(place)
 
     def cut(self, batch: Any) -> Any:
-        """This rank's shard of a batch that all ranks of its sequence have."""
+        """Return this rank's shard of a batch that all ranks of its sequence have."""
         return self.shard_dataloader(()).cut(batch)
 
     @contextlib.contextmanager
     def whole_batches(self) -> Iterator[None]:
-        """Inside, the engine takes whole batches too (engine/whole_batches.py)."""
+        """Accept whole batches too while the context is open (engine/whole_batches.py)."""
         before, self.takes_whole = self.takes_whole, True
         try:
             yield
@@ -108,7 +108,7 @@ class Session:
 
     @contextlib.contextmanager
     def averaged_over_micro_steps(self) -> Iterator[None]:
-        """Inside, P micro-steps count as one: for callers who scale the loss themselves, without DeepSpeed's 1/GAS."""
+        """Count P micro-steps as one in the context, for callers that scale the loss without DeepSpeed's 1/GAS."""
         self._loss_divisor = self.groups.sp_size
         try:
             yield
@@ -126,7 +126,7 @@ class Session:
                 "loader = deepspeed_alst.shard_dataloader(torch.utils.data.DataLoader(dataset, batch_size=...), engine)"
             )
         if len(args) < 4 and kwargs.get("data_sampler") is None:
-            # Shuffled for training as DeepSpeed's own loader does it; its other routes read in order.
+            # Shuffled for training like DeepSpeed's own loader; its other routes read in order.
             shuffle = (args[1] if len(args) > 1 else kwargs.get("route", "train")) == "train"
             kwargs["data_sampler"] = DistributedSampler(dataset, world_size, rank, shuffle=shuffle)
         return self.shard_dataloader(io(dataset, *args, **kwargs))
@@ -167,5 +167,5 @@ class Session:
 
 
 def _step_and_micro_step(engine: Any) -> tuple[int, int]:
-    # DeepSpeed counts micro-steps from 0 again after a resume.
+    # DeepSpeed restarts micro_steps at 0 after a resume.
     return engine.global_steps, engine.micro_steps % engine.gradient_accumulation_steps()

@@ -1,4 +1,4 @@
-"""Run the model check of an engine before its first forward."""
+"""Model check of an engine before its first forward."""
 
 import functools
 import sys
@@ -68,9 +68,9 @@ def _check(engine: Any, session: Any) -> None:
 
 
 def _forget_trace(engine: Any) -> None:
-    """Under ZeRO 3: have the order in which parameters are fetched learned from the first step, and not from here.
+    """Invalidate ZeRO 3's parameter fetch trace, so that it is recorded in the first step and not here.
 
-    Between two forwards of the check too: the one makes its logits in another order than the other.
+    Also between two forwards of the check, which compute their logits in different orders.
     """
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     if hasattr(offload, "get_param_coordinator"):

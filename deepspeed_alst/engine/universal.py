@@ -1,4 +1,4 @@
-"""Universal checkpoints, DeepSpeed's format for another number of ranks: known, and loaded whole."""
+"""Universal checkpoints, DeepSpeed's format for another number of ranks: detection and complete loading."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from deepspeed_alst.engine.checkpoint_files import read
 
 
 def is_universal(folder: Path) -> bool:
-    """Whether a folder is a whole universal checkpoint; the converter writes this file last but the model's."""
+    """Return True if a folder is a complete universal checkpoint, by the files that the converter writes last."""
     return (folder / "zero" / "optimizer_state.pt").is_file() and any(folder.glob("*_model_states.pt"))
 
 
 @contextlib.contextmanager
 def as_universal(engine: Any, universal: bool) -> Iterator[None]:
-    """The engine loads universal checkpoints, as ``checkpoint.load_universal`` has it, for the length of a call."""
+    """Set the engine's ``checkpoint.load_universal`` for the duration of a call."""
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, universal
     try:
@@ -31,10 +31,10 @@ def as_universal(engine: Any, universal: bool) -> Iterator[None]:
 
 
 def restore_the_rest(engine: Any, folder: Path, model_file: Path, with_optimizer: bool) -> None:
-    """What DeepSpeed 0.19.8 leaves out, or mixes up, when it loads a universal checkpoint. Collective.
+    """Restore state that DeepSpeed 0.19.8 omits or mixes up in a universal checkpoint. Collective.
 
-    Frozen weights and buffers are left as they were; at ZeRO 3 all parameter groups get the first one's settings and
-    share its step count, which each of them advances.
+    DeepSpeed leaves frozen weights and buffers unchanged; at ZeRO 3 all parameter groups get the first one's settings
+    and share its step count, which each of them advances.
     """
     state = read(model_file)
     trained = set().union(*state[PARAM_SHAPES])
@@ -60,9 +60,9 @@ def _restore_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def _restore_frozen_shards(engine: Any, folder: Path, model_file: Path) -> None:
-    """Frozen weights of ZeRO 3, from the pieces that the ranks saved.
+    """Restore ZeRO 3's frozen weights from the shards that the ranks saved.
 
-    All ranks open the files, so that a missing one stops all; rank 0's values count.
+    All ranks open the files, so that a missing one stops all ranks; rank 0's values are used.
     """
     shapes = read(model_file)[FROZEN_PARAM_SHAPES] or {}
     frozen = [(name, param) for name, param in engine.module.named_parameters() if name in shapes]

@@ -1,9 +1,9 @@
-"""Whole batches at the engine, split there, where the model makes the loss: the rest of a program sees them whole.
+"""Splitting of whole batches at the engine, if the model computes the loss; the rest of a program sees them whole.
 
-For callers whose batches are not split before they have them: a Trainer's evaluation by generation, a compute_loss of
-the program's own, loaders that accelerate has prepared. In training the ranks of a sequence hold the same batch, and
-each cuts its shard out of it. In an evaluation each may hold its own: they exchange them, go forward on one after the
-other, and every rank gets its own batch's loss and logits.
+For batches that no loader splits: a Trainer's evaluation by generation, a compute_loss of the program's own, loaders
+prepared by accelerate. In training the ranks of a sequence have the same batch, and each cuts its shard out of it. In
+evaluation each may have its own: they exchange them, run one forward per batch, and every rank gets its own batch's
+loss and logits.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ _OF_THE_WHOLE = ("loss", "aux_loss")
 
 
 class NotHere:
-    """In the place of logits that a rank does not have: whatever looks into it is told so."""
+    """Placeholder for logits that a rank does not have; any access raises DataError."""
 
     def __init__(self, why: str) -> None:
         self.__dict__["_why"] = why
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # protocols that copy and dispatch ask for these
+        if name.startswith("__"):  # copy and dispatch protocols look these up
             raise AttributeError(name)
         raise DataError(self.__dict__["_why"])
 
@@ -75,7 +75,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     with session.calls.of_whole_sequence():
         outputs = [forward(**shard) for shard in shards]
     output = outputs[0 if same else groups.sp_rank]
-    if session.calls.loss_follows and trains:  # what makes it knows that the logits are a shard's
+    if session.calls.loss_follows and trains:  # the loss code knows that the logits are a shard's
         return output
     logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, each beside its definition in plain torch; the only code that knows Triton."""
+"""Triton kernels, one file per op, next to its PyTorch reference; the only code that imports Triton."""

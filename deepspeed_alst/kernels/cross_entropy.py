@@ -1,12 +1,12 @@
-"""Cross-entropy that turns a tile of logits into their gradient, in place.
+"""Cross-entropy that overwrites a tile of logits with their gradient.
 
-``z = cap * tanh(logit_scale * x / cap)`` (``logit_scale * x`` without a cap), the loss of a row is
-``logsumexp(z) - (1 - smoothing) * z[label] - smoothing * mean(z)``, and ``x`` becomes ``scale`` times its derivative.
-The normaliser is the online softmax's (arXiv:1805.02867); all maths is in fp32, whatever the logits are stored in.
+``z = cap * tanh(logit_scale * x / cap)`` (``logit_scale * x`` without a cap), the loss of a row is ``logsumexp(z) - (1
+- smoothing) * z[label] - smoothing * mean(z)``, and ``x`` becomes ``scale`` times its derivative. The normalizer is an
+online softmax (arXiv:1805.02867). All math is in fp32.
 
 Bytes moved per logit: 3 * itemsize, the row read twice and written once (6 in bf16, 12 in fp32), and a third of it
-where no gradient is wanted; the minimum is the same. Reading once takes a place for the whole row: 128256 logits in
-bf16 are 251 KiB, a block of an H100 has 227 KiB of shared memory.
+without a gradient. This is the minimum: a single read would need the whole row on chip, but 128256 logits in bf16 are
+251 KiB and a block of an H100 has 227 KiB of shared memory.
 
 Legend: t rows of a tile, V vocabulary.
 """
@@ -23,8 +23,8 @@ from deepspeed_alst.kernels.registry import has_kernel, pick, register
 
 IGNORED_LABEL = -100
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Logits of a block and the warps that share them. The first that holds a row is taken, else the last: by rule, not by
-# timing, because a trial run would overwrite the logits, and ranks that choose by themselves would differ.
+# (logits per block, warps). The first block that holds a row is taken, else the last. There is no autotuning, because a
+# trial run would overwrite the logits and ranks could choose different configs.
 CONFIGS = ((1024, 4), (4096, 8), (8192, 16))
 
 
@@ -37,7 +37,7 @@ def cross_entropy_reference(
     logit_scale: float = 1.0,
     gradient: bool = True,
 ) -> torch.Tensor:
-    """The definition of ``cross_entropy_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
+    """Compute ``cross_entropy_`` in PyTorch, as reference and fallback; fp64 stays fp64."""
     with torch.enable_grad():
         leaf_tV = logits_tV.detach().to(torch.promote_types(logits_tV.dtype, torch.float32), copy=True).requires_grad_()
         z_tV = leaf_tV * logit_scale
@@ -54,7 +54,7 @@ def cross_entropy_reference(
 
 @triton.jit
 def _tanh(x):
-    # Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose the digits that it is there for.
+    # Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) loses precision.
     a = tl.abs(x)
     s = a * a
     near = -5.70498872745e-3 * s + 2.06390887954e-2
@@ -88,12 +88,12 @@ def _cross_entropy_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # t*V passes 2**31
+    row = tl.program_id(0).to(tl.int64)  # t*V exceeds 2**31
     x_ptr += row * row_stride
     label = tl.load(labels_ptr + row)
     scale = tl.load(scale_ptr).to(tl.float32)
     is_known = (label >= 0) & (label < V)
-    # Before the first reduction, which all threads wait at: no thread reads it after another wrote its gradient.
+    # Load before the first reduction, a barrier for all threads, so that no thread reads an overwritten logit.
     x_label = tl.load(x_ptr + label, mask=is_known, other=0.0).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
 
@@ -108,19 +108,19 @@ def _cross_entropy_kernel(
             sum_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
         z = tl.where(inside, z, float("-inf"))
         higher = tl.maximum(highest, tl.max(z, axis=0))
-        # A block of -inf alone (a masked vocabulary): -inf less -inf is NaN.
+        # For a block of only -inf (a masked vocabulary), -inf - -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base), axis=0)
         highest = higher
 
-    # The highest logit and the sum stay apart: added up, their rounding would be in every probability.
+    # Keep the max logit and the sum apart: the rounding of their sum would be in every probability.
     z_label = _capped(x_label, softcap, logit_scale, HAS_CAP)
     loss = (highest - z_label) + tl.log(total)
     if SMOOTH:
         loss += smoothing * (z_label - sum_z / V)
     share = 1.0 / total
     factor = scale * logit_scale
-    # A row without a label counts for nothing; a label that is no token poisons its row.
+    # An ignored row has loss 0; a label outside the vocabulary makes its row NaN.
     unlabelled = tl.where(label == -100, 0.0, float("nan"))
     loss = tl.where(is_known, loss, unlabelled)
     tl.store(losses_ptr + row, loss)
@@ -174,7 +174,7 @@ def _launch(
     return losses_t.sum()
 
 
-# No autograd of its own: its output is a gradient already, which tiling/loss.py hands on.
+# Without an autograd formula: the output is already a gradient, which tiling/loss.py passes on.
 _op = torch.library.custom_op("deepspeed_alst::cross_entropy_", _launch, mutates_args=("logits_tV",))
 
 
@@ -201,12 +201,12 @@ register(
 
 
 def is_fast_on(device: torch.device) -> bool:
-    """Whether a kernel computes it there: Triton's, or on CPU the op of csrc."""
+    """Return True if a kernel runs on the device: Triton, or the csrc op on CPU."""
     return has_kernel("cross_entropy", device)
 
 
 def has_own_rows(logits_tV: torch.Tensor) -> bool:
-    """Whether a tile's rows can be written in place."""
+    """Return True if the rows of a tile can be written in place."""
     t, V = logits_tV.shape
     return (V == 1 or logits_tV.stride(1) == 1) and (t <= 1 or logits_tV.stride(0) >= V)
 
@@ -234,10 +234,10 @@ def _check(logits_tV: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor)
 
 
 def check_labels(lowest: int, highest: int, vocab: int) -> None:
-    """Refuse labels that are no tokens; their range is read from the device once a loss, not once a tile.
+    """Raise DataError for labels outside the vocabulary.
 
     Raises:
-        DataError: with the label and the way out.
+        DataError: with the label. The caller reads the range from the device once per loss, not once per tile.
     """
     if lowest < 0 or highest >= vocab:
         raise DataError(
@@ -255,23 +255,23 @@ def cross_entropy_(
     logit_scale: float = 1.0,
     gradient: bool = True,
 ) -> torch.Tensor:
-    """Sum a tile's losses and turn its logits into their gradient, in place: ``[t, V], [t], [] -> []`` in fp32.
+    """Sum a tile's losses and overwrite its logits with their gradient: ``[t, V], [t], [] -> []`` in fp32.
 
-    Rows labelled -100 have loss 0 and gradient 0. A label that is no token makes its row NaN, loss and gradient, and
-    never reads beside it; an error at once would stop the device (an assert) or wait for it at every tile, so
-    ``check_labels`` is called with the range of all tiles' labels.
+    Rows labelled -100 have loss 0 and gradient 0. A label outside the vocabulary makes the loss and gradient of its row
+    NaN, without an out-of-bounds read. Raising here would need a device assert or a device sync per tile, so the caller
+    passes the range of all tiles' labels to ``check_labels``.
 
     Args:
-        logits_tV: bf16, fp16 or fp32 (fp64 takes the reference); rows contiguous, their distance may be larger than V.
+        logits_tV: bf16, fp16 or fp32 (fp64 uses the reference); contiguous rows, row stride >= V.
         labels_t: int64 on the same device.
-        scale: one fp32 number on the same device, in the gradient and not in the loss.
+        scale: one fp32 number on the same device, applied to the gradient and not to the loss.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         softcap: logits are squashed into (-softcap, softcap); 0 for none.
-        logit_scale: logits are multiplied by it before that.
-        gradient: False leaves the logits as they are, and reads them once.
+        logit_scale: multiplies the logits before the softcap.
+        gradient: if False, the logits are left unchanged and read once.
 
     Raises:
-        ShapeError: sizes, strides, dtypes or devices that do not fit together.
+        ShapeError: incompatible sizes, strides, dtypes or devices.
     """
     _check(logits_tV, labels_t, scale)
     if logits_tV.dtype == torch.float64:

@@ -1,14 +1,14 @@
-"""The gated activation of an MLP, ``a = act(gate) * up``, and its gradients, both in place.
+"""Gated activation of an MLP, ``a = act(gate) * up``, and its gradients, both in place.
 
-``act`` is silu (SwiGLU), gelu or gelu by tanh (GeGLU, arXiv:2002.05202). Forward: ``a`` takes the place of ``gate``.
-Backward, from ``gate``, ``up`` and the gradient of ``a``: ``gate`` and ``up`` become their gradients, and the gradient
-of ``a`` becomes ``a``, which the gradient of the next matrix is made of. All maths is in fp32, and rounded once.
+``act`` is silu (SwiGLU), gelu or tanh gelu (GeGLU, arXiv:2002.05202). The forward overwrites ``gate`` with ``a``. The
+backward overwrites ``gate`` and ``up`` with their gradients, and the gradient of ``a`` with ``a``, for the weight
+gradient of the down projection. All math is in fp32, and rounded once.
 
-gelu's normal distribution is ``exp(-x^2 / 2)``, which its derivative needs as well, times a polynomial fitted to
-``erfcx(|x| / sqrt(2)) / 2``: so its lower tail keeps its digits, which ``1 + erf`` loses.
+The normal CDF in gelu is ``exp(-x^2 / 2)``, which the derivative needs as well, times a polynomial fitted to
+``erfcx(|x| / sqrt(2)) / 2``. This keeps the precision of the lower tail, which ``1 + erf`` loses.
 
-Bytes moved per element of the three: forward 3 * itemsize, two read and one written (6 in bf16, 12 in fp32), backward
-6 * itemsize, all three read and written (12 and 24). The minimum is the same.
+Bytes moved per element of the three: forward 3 * itemsize, two reads and one write (6 in bf16, 12 in fp32), backward
+6 * itemsize, all three read and written (12 and 24). This is the minimum.
 
 Legend: t rows of a tile, F inner features.
 """
@@ -26,10 +26,10 @@ from deepspeed_alst.kernels.registry import pick, register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Features of a block and the warps that share them: 16 bytes a thread and access in bf16. The first that holds a row is
-# taken, else the last.
+# (features per block, warps), for 16-byte accesses per thread in bf16. The first block that holds a row is taken, else
+# the last.
 CONFIGS = ((128, 1), (1024, 4))
-# Of the definition, at a time: its fp32 copies are those of a block and not of a tile.
+# Elements that the reference processes at a time, to bound its fp32 copies.
 _BLOCK = 2**16
 
 _ACT: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
@@ -45,13 +45,13 @@ _ACT_BACKWARD: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] 
 
 
 def gated_activation_reference(gate_tF: torch.Tensor, up_tF: torch.Tensor, kind: int) -> None:
-    """The definition of ``gated_activation_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
+    """Compute ``gated_activation_`` in PyTorch, as reference and fallback; fp64 stays fp64."""
     for gate, up in _blocks(gate_tF, up_tF):
         gate.copy_(_ACT[kind](_wide(gate)) * _wide(up))
 
 
 def gated_gradients_reference(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, kind: int) -> None:
-    """The definition of ``gated_gradients_`` in torch, and what runs where no kernel does; fp64 stays fp64."""
+    """Compute ``gated_gradients_`` in PyTorch, as reference and fallback; fp64 stays fp64."""
     for gate, up, grad in _blocks(gate_tF, up_tF, grad_tF):
         x, u, d = _wide(gate), _wide(up), _wide(grad)
         act = _ACT[kind](x)
@@ -71,8 +71,8 @@ def _blocks(*each_tF: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 @triton.jit
 def _act_and_slope(gate, KIND: tl.constexpr):
-    # Beyond it the activation is 0 or its argument to the last digit, and a slope made of larger numbers would be the
-    # difference of infinities. NaN stays NaN, which tl.minimum would drop.
+    # Beyond REACH the activation equals 0 or its argument to the last digit, and the slope of larger values would be
+    # inf - inf. NaN stays NaN, which tl.minimum would drop.
     REACH: tl.constexpr = 80.0 if KIND == 0 else (12.5 if KIND == 1 else 9.5)
     low = tl.where(gate < -REACH, -REACH, gate)
     x = tl.where(low > REACH, REACH, low)
@@ -83,23 +83,23 @@ def _act_and_slope(gate, KIND: tl.constexpr):
         p = (p * w + 0.24873185) * w - 0.1477879
         p = (p * w + 0.15875784) * w + 0.051965185
         p = (p * w + 0.1027886) * w + 0.1030510
-        tail = (p * w + 0.103757024) * w * bell  # of the normal distribution beyond |x|
+        tail = (p * w + 0.103757024) * w * bell  # tail of the normal distribution beyond |x|
         share = tl.where(x < 0, tail, 1.0 - tail)
         slope = share + 0.3989422804 * x * bell
     else:
         y, dy = x, 1.0
-        if KIND == 2:  # gelu by tanh: (1 + tanh(y)) / 2 is the sigmoid of 2y
+        if KIND == 2:  # tanh gelu: (1 + tanh(y)) / 2 is the sigmoid of 2y
             y = 1.5957691216 * x * (1.0 + 0.044715 * x * x)
             dy = 1.5957691216 * (1.0 + 0.134145 * x * x)
         odds = tl.exp(-y)
         share = 1.0 / (1.0 + odds)
-        slope = share * (1.0 + x * (odds * share) * dy)  # 1 - share would lose the digits of a share near 1
+        slope = share * (1.0 + x * (odds * share) * dy)  # 1 - share loses precision for a share near 1
     return low * share, slope
 
 
 @triton.jit
 def _gated_activation_kernel(gate_ptr, up_ptr, gate_stride, up_stride, F, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # t*F passes 2**31
+    row = tl.program_id(0).to(tl.int64)  # t*F exceeds 2**31
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate_ptr += row * gate_stride + lanes
     inside = lanes < F
@@ -113,7 +113,7 @@ def _gated_activation_kernel(gate_ptr, up_ptr, gate_stride, up_stride, F, KIND: 
 def _gated_gradients_kernel(
     gate_ptr, up_ptr, grad_ptr, gate_stride, up_stride, grad_stride, F, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)  # t*F passes 2**31
+    row = tl.program_id(0).to(tl.int64)  # t*F exceeds 2**31
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate_ptr += row * gate_stride + lanes
     up_ptr += row * up_stride + lanes
@@ -149,7 +149,7 @@ def _config(gate_tF: torch.Tensor) -> tuple[int, int]:
     return next((each for each in CONFIGS if each[0] >= gate_tF.shape[1]), CONFIGS[-1])
 
 
-# No autograd of their own: the backward of a tile is written out with them (tiling/gated_mlp.py).
+# Without an autograd formula: tiling/gated_mlp.py implements the backward of a tile with these ops.
 _activation = torch.library.custom_op(
     "deepspeed_alst::gated_activation_", _launch_activation, mutates_args=("gate_tF",)
 )
@@ -218,7 +218,7 @@ def _has_own_rows(x_tF: torch.Tensor) -> bool:
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Of rows that are contiguous; the two halves of the same rows share none."""
+    """Return True if two tensors with contiguous rows overlap; two halves of the same rows do not."""
     if one.untyped_storage()._cdata != other.untyped_storage()._cdata or not one.numel():
         return False
     first, second = sorted((one, other), key=lambda x: x.storage_offset())
@@ -229,16 +229,16 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: str) -> None:
-    """``act(gate) * up`` in the place of ``gate``: ``[t, F], [t, F]``.
+    """Overwrite ``gate`` with ``act(gate) * up``: ``[t, F], [t, F]``.
 
     Args:
-        gate_tF: bf16, fp16 or fp32 (fp64 takes the reference); rows contiguous, their distance may be larger than F, as
-            in one half of the output of a fused matrix.
-        up_tF: of the same dtype on the same device; it stays as it is.
+        gate_tF: bf16, fp16 or fp32 (fp64 uses the reference); contiguous rows, row stride >= F, as in one half of a
+            fused projection's output.
+        up_tF: same dtype and device; unchanged.
         activation: one of ``ACTIVATIONS``.
 
     Raises:
-        ShapeError: sizes, strides, dtypes or devices that do not fit together, or memory that two of them share.
+        ShapeError: incompatible sizes, strides, dtypes or devices, or overlapping memory.
     """
     _check("gated_activation_", activation, gate_tF, up_tF)
     is_wide = gate_tF.dtype == torch.float64
@@ -247,9 +247,9 @@ def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: st
 
 
 def gated_gradients_(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, activation: str) -> None:
-    """Gradients of ``a = act(gate) * up`` from that of ``a``, all in place: ``[t, F]`` three times.
+    """Compute the gradients of ``a = act(gate) * up`` from that of ``a``, in place: ``[t, F]`` three times.
 
-    Afterwards ``gate_tF`` and ``up_tF`` are their own gradients, and ``grad_tF`` is ``a``.
+    Afterwards ``gate_tF`` and ``up_tF`` hold their gradients, and ``grad_tF`` holds ``a``.
 
     Args:
         gate_tF: as in ``gated_activation_``.

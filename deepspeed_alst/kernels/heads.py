@@ -1,8 +1,8 @@
-"""Kernels that pack and unpack around an all-to-all, one launch each; the format and definition are in ``wire.py``.
+"""Kernels that pack and unpack around an all-to-all, one launch each; ``wire.py`` has the format and the reference.
 
-Bytes moved per element: packing reads each piece once and writes the buffer once, 2 * itemsize an element of the buffer
-(4 in bf16, 8 in fp32), and ``(1 + 1/m) * itemsize`` where a piece is for m ranks; unpacking is the same with read and
-write exchanged. That is also the minimum.
+Bytes moved per element: packing reads each piece once and writes the buffer once, 2 * itemsize per element of the
+buffer (4 in bf16, 8 in fp32), and ``(1 + 1/m) * itemsize`` if a piece goes to m ranks. Unpacking is the same with reads
+and writes exchanged. This is the minimum.
 
 Legend: P ranks, s tokens of a shard, B batch, h heads of a rank, D head dim, g pieces, m = P/g, W = all h*D.
 """
@@ -16,8 +16,8 @@ import triton.language as tl
 from deepspeed_alst.kernels.registry import pick, register
 from deepspeed_alst.kernels.wire import by_heads, pack_reference, unpack_reference, wire_shape
 
-# Elements that a program moves and its warps: in bf16, 2 loads of 16 bytes a thread. Its rows are as wide as leaves the
-# fewest lanes beyond a part's h * D; the narrowest, 128 bytes in bf16, are still whole lines of memory.
+# Elements per program and its warps: in bf16, 2 loads of 16 bytes per thread. The block width is the one that pads a
+# part's h * D the least; the narrowest, 128 bytes in bf16, still fills whole cache lines.
 _BLOCK, _WARPS = 4096, 8
 _COLUMNS = (1024, 512, 256, 128, 64)
 
@@ -37,7 +37,7 @@ def _move(block, wire_ptr, x_ptr, strides, s, B, W, SIZES: tl.constexpr, BLOCK: 
     num_columns: tl.constexpr = (h * D + COLUMNS - 1) // COLUMNS
     num_rows = tl.cdiv(s, ROWS)
     piece = block // num_columns // num_rows
-    g, b = (piece // B).to(tl.int64), (piece % B).to(tl.int64)  # P*s*B*W passes 2**31
+    g, b = (piece // B).to(tl.int64), (piece % B).to(tl.int64)  # P*s*B*W exceeds 2**31
     tokens = (block // num_columns % num_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = block % num_columns * COLUMNS + tl.arange(0, COLUMNS)
     inside = (tokens < s)[:, None] & (columns < h * D)[None, :]
@@ -58,7 +58,7 @@ def _move(block, wire_ptr, x_ptr, strides, s, B, W, SIZES: tl.constexpr, BLOCK: 
         tl.store(x, total.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-# The length of a sequence changes from batch to batch: a kernel for each of its divisors would gain nothing.
+# The sequence length changes from batch to batch; specializing on its divisors would only recompile.
 @triton.jit(do_not_specialize=["s"])
 def _heads_kernel(wire_ptr, x_ptrs, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
     block = tl.program_id(0)
@@ -99,7 +99,7 @@ def _launch_unpack(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> N
     _launch(wire_PsBW, pieces, is_pack=False)
 
 
-# No autograd of their own: attention/ulysses.py packs in its backward what its forward unpacked.
+# Without an autograd formula: the backward in attention/ulysses.py packs the tensors that its forward unpacked.
 _pack_op = torch.library.custom_op("deepspeed_alst::pack_heads", _launch_pack, mutates_args=())
 _unpack_op = torch.library.custom_op("deepspeed_alst::unpack_heads_", _launch_unpack, mutates_args=("pieces",))
 
@@ -110,7 +110,7 @@ def _fake(pieces, num_ranks):
 
 
 def _example_pieces(device: torch.device) -> list[torch.Tensor]:
-    """Of 4 ranks, 2 to a kv head; 3 tokens of 2 samples, heads of 40 and 24."""
+    """Create pieces for 4 ranks, 2 per KV head: 3 tokens, 2 samples, head dims 40 and 24."""
     return [
         by_heads(torch.randn(2, 3, heads, D, device=device).transpose(1, 2), pieces)
         for heads, D, pieces in ((8, 40, 4), (2, 40, 2), (2, 24, 2))
@@ -136,10 +136,10 @@ register(
 
 
 def packing(device: torch.device) -> Callable[[list[torch.Tensor], int], torch.Tensor]:
-    """What packs bf16, fp16 and fp32 there: a kernel, or the definition."""
+    """Return the function that packs bf16, fp16 and fp32 on the device: a kernel or the reference."""
     return pick("pack_heads", device)
 
 
 def unpacking(device: torch.device) -> Callable[[torch.Tensor, list[torch.Tensor]], None]:
-    """What unpacks them there."""
+    """Return the function that unpacks on the device: a kernel or the reference."""
     return pick("unpack_heads_", device)

@@ -1,10 +1,10 @@
-"""Liger's cross-entropy kernel as what this package's tiled loss makes a tile's gradient by, in place of its logits.
+"""Liger's cross-entropy kernel for the tiled loss: overwrites a tile of logits with their gradient.
 
-The kernel is launched as Liger's fused linear cross-entropy launches it, with fp32 losses: through
-``cross_entropy_forward``, losses would be rounded to the logits' dtype, and the host would wait for the device three
-times a tile. Its maths are fp32, so ``n_non_ignore`` carries the factor of the gradient before that is rounded.
+The kernel is launched as in Liger's fused linear cross-entropy, with fp32 losses. ``cross_entropy_forward`` would round
+the losses to the logits' dtype and sync with the device three times per tile. The kernel computes in fp32, so
+``n_non_ignore`` carries the factor of the gradient before rounding.
 
-Bytes moved per logit: 3 * itemsize, as in cross_entropy.py. Imports liger_kernel, which takes seconds.
+Bytes moved per logit: 3 * itemsize, as in cross_entropy.py. Importing liger_kernel takes seconds.
 
 Legend: t rows of a tile, V vocabulary.
 """
@@ -81,21 +81,21 @@ def liger_cross_entropy_(
     softcap: float = 0.0,
     gradient: bool = True,
 ) -> torch.Tensor:
-    """Sum a tile's losses, and turn its logits into their gradient in place: ``[t, V], [t] -> []`` in fp32.
+    """Sum a tile's losses and overwrite its logits with their gradient: ``[t, V], [t] -> []`` in fp32.
 
-    The kernel reads beside the row for a label that is no token; cross_entropy.py's ``check_labels`` is to have seen
-    them all. Rows labelled -100 have loss 0 and gradient 0.
+    The kernel reads out of bounds for a label outside the vocabulary, so all labels must have passed ``check_labels``
+    of cross_entropy.py. Rows labelled -100 have loss 0 and gradient 0.
 
     Args:
-        logits_tV: bf16, fp16 or fp32; rows contiguous, their distance may be larger than V.
+        logits_tV: bf16, fp16 or fp32; contiguous rows, row stride >= V.
         labels_t: int64 on the same device.
-        divisor: the gradient is divided by it, and the loss is not.
+        divisor: divides the gradient, not the loss.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         softcap: logits are squashed into (-softcap, softcap); 0 for none.
-        gradient: else the logits of labelled rows stay as they are.
+        gradient: if False, the logits of labelled rows are unchanged.
 
     Raises:
-        ShapeError: a dtype or strides that the kernel cannot take.
+        ShapeError: a dtype or strides that the kernel does not support.
     """
     if logits_tV.dtype not in _DTYPES or not has_own_rows(logits_tV):
         raise ShapeError(

@@ -1,7 +1,7 @@
-"""Which functions compute an op: its definition in plain torch on any device, or its kernels where they run.
+"""Registry of ops: the PyTorch reference on any device, or a kernel where one runs.
 
-A kernel is tried on a small example before its first use on a device: one that is not as good as torch there is left
-alone, with a warning.
+A kernel is tested on a small example before its first use on a device. If it is less accurate than PyTorch there, it is
+not used, and a warning is issued.
 """
 
 import functools
@@ -17,24 +17,24 @@ from torch.utils._pytree import tree_leaves, tree_map
 from deepspeed_alst.apart import apart
 from deepspeed_alst.ops.load import is_compiled, load
 
-# Of the error that torch itself makes in the same dtype.
+# Limit as a multiple of torch's own error in the same dtype.
 _SLACK = 3.0
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op in its forms; all take the same arguments."""
+    """Implementations of one op; all take the same arguments."""
 
     reference: Callable[..., Any]
-    """Plain torch: of fp64 the truth, in another dtype the yardstick."""
+    """Plain PyTorch: the ground truth in fp64, the error baseline in other dtypes."""
     op: Callable[..., Any]
-    """The custom op that fake tensors, torch.compile and the ledger see; it launches the Triton kernels."""
+    """Custom op seen by fake tensors, torch.compile and the ledger; launches the Triton kernels."""
     launch: Callable[..., Any]
-    """What the custom op does: compiled for any target on meta tensors, where a custom op would take its fake."""
+    """Body of the custom op, for ahead-of-time compilation on meta tensors, where the op would run its fake."""
     example: Callable[[torch.device], tuple[Any, ...]]
-    """Small fp32 arguments on a device, on which the op is tried there."""
+    """Small fp32 arguments on a device, for the test before first use."""
     compiled: tuple[str, ...]
-    """The ops of csrc that take its place on CPU; the custom op dispatches to them."""
+    """Names of the csrc ops that replace it on CPU; the custom op dispatches to them."""
 
 
 _OPS: dict[str, Op] = {}
@@ -49,36 +49,36 @@ def register(
     example: Callable[[torch.device], tuple[Any, ...]],
     compiled: tuple[str, ...],
 ) -> Op:
-    """Make an op known: ``pick`` and the tests find it here."""
+    """Register an op for ``pick`` and the tests."""
     _OPS[name] = Op(reference, op, launch, example, compiled)
     return _OPS[name]
 
 
 def registered() -> dict[str, Op]:
-    """All ops by name."""
+    """Return all ops by name."""
     return dict(_OPS)
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Return True if Triton kernels run: on a GPU, or under Triton's interpreter (TRITON_INTERPRET=1)."""
     return device.type == "cuda" or triton.knobs.runtime.interpret
 
 
 def load_tile_ops(device_type: str) -> None:
-    """Put what is compiled from csrc in place, where a device has any; not beside Triton's interpreter."""
+    """Load the compiled csrc ops for a device, unless Triton's interpreter is on."""
     if not triton.knobs.runtime.interpret:
         load("tile_ops", device_type, "what tiles are made of")
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
-    """Whether something faster than plain torch computes an op on a device: Triton's kernel, or on CPU one of csrc.
+    """Return True if a Triton kernel, or csrc op on CPU, runs an op.
 
-    The first question compiles and tries it, which takes seconds.
+    The first call compiles and tests it, which takes seconds.
     """
     if triton.knobs.runtime.interpret:
-        return True  # asked for, and a trial would take longer than its use
+        return True  # requested explicitly, and a test would take longer than its use
     if device.type == "cuda" and not torch.cuda.is_available():
-        return True  # of tensors without data, whose machine is elsewhere
+        return True  # fake tensors of a machine with a GPU
     if device.type == "cpu":
         load("tile_ops", "cpu", "what tiles are made of")
         if not all(is_compiled(each, "cpu") for each in _OPS[name].compiled):
@@ -89,17 +89,17 @@ def has_kernel(name: str, device: torch.device) -> bool:
 
 
 def pick(name: str, device: torch.device) -> Callable[..., Any]:
-    """The function that computes an op on a device."""
+    """Return the function that computes an op on a device."""
     op = _OPS[name]
     return op.op if has_kernel(name, device) else op.reference
 
 
 @functools.cache
 def _is_proven(name: str, device_type: str, index: int | None) -> bool:
-    """Whether an op's kernel agrees with its definition on a device; a warning says if not."""
+    """Return True if an op's kernel agrees with its reference on a device; warn if not."""
     try:
         wrong = apart(_worst, _OPS[name], torch.device(device_type, index))
-    except Exception as error:  # a compiler or a driver can fail in any way, and training need not
+    except Exception as error:  # compilers and drivers raise many types; training can go on
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
         warnings.warn(
@@ -111,9 +111,9 @@ def _is_proven(name: str, device_type: str, index: int | None) -> bool:
 
 
 def _worst(op: Op, device: torch.device) -> str:
-    """Where a kernel is further from fp64 than it may be, in words; empty if nowhere."""
+    """Describe the first result whose error against fp64 exceeds the limit; empty if none does."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread
+        torch.cuda.set_device(device)  # sets it for this thread
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         given = op.example(device)
@@ -132,7 +132,7 @@ def _worst(op: Op, device: torch.device) -> str:
 
 
 def _run(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype | None) -> list[torch.Tensor]:
-    """Results of a function and what it leaves in its arguments, in fp64."""
+    """Return a function's results and its arguments after the call, in fp64."""
 
     def copied(each: Any) -> Any:
         if not isinstance(each, torch.Tensor):

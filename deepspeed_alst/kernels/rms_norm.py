@@ -1,11 +1,11 @@
-"""RMSNorm that keeps nothing for the backward but its input and its weight, and makes no whole-size fp32 copy.
+"""RMSNorm that saves only its input and weight for the backward, and makes no full-size fp32 copy.
 
-``y = x / sqrt(mean(x^2) + eps) * (offset + weight)`` row by row (arXiv:1910.07467), in fp32 maths whatever x is stored
-in. The reciprocal root mean square is made again in the backward, which reads x in any case: it would be 4 bytes a
-row to keep. What a launch moves is said in rms_norm_ops.py. Where no kernel runs, torch computes tile by tile.
+``y = x / sqrt(mean(x^2) + eps) * (offset + weight)`` per row (arXiv:1910.07467), in fp32 whatever the dtype of x. The
+backward recomputes the reciprocal RMS, since it reads x anyway; saving it would cost 4 bytes per row. rms_norm_ops.py
+states the bytes moved per launch. Without a kernel, torch computes tile by tile.
 
-The gradient of x is new memory: autograd hands one and the same gradient to both sides of a residual's sum, and does
-not say whose it is.
+The gradient of x is a new tensor: autograd passes the same gradient to both inputs of a residual sum, and does not tell
+who owns it.
 
 Legend: T rows, H elements of a row, t rows of a tile.
 """
@@ -21,7 +21,7 @@ from deepspeed_alst.kernels.registry import has_kernel, registered
 from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_reference, rms_norm_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Elements of torch's fp32 temporaries where no kernel runs: 2 MiB each, which a core's cache and a GPU's both hold.
+# Elements of torch's fp32 temporaries without a kernel: 2 MiB each, which fits the cache of a core and of a GPU.
 _TILE = 1 << 19
 
 
@@ -96,23 +96,23 @@ def _check(x: torch.Tensor, weight_H: torch.Tensor | None, cast_first: bool) -> 
 def rms_norm(
     x: torch.Tensor, weight_H: torch.Tensor | None, eps: float, offset: float = 0.0, cast_first: bool = False
 ) -> torch.Tensor:
-    """Divide each row by its root mean square and multiply by ``offset + weight``: ``[..., H] -> [..., H]``, x's dtype.
+    """Apply RMSNorm per row: ``[..., H] -> [..., H]`` in x's dtype.
 
-    The result lies in memory as x does: heads before or after tokens, without the gaps that x may have. x is kept as it
-    is, view or not, unless its rows are no evenly spaced runs of memory: then a copy is.
+    Each row is divided by its RMS and multiplied by ``offset + weight``. The result has the memory order of x, without
+    gaps. x is saved as it is, even a view; it is copied only if its rows are not evenly strided.
 
     Args:
-        x: bf16, fp16 or fp32 (fp64 takes the definition).
-        weight_H: of a floating-point dtype, or None.
+        x: bf16, fp16 or fp32 (fp64 uses the reference).
+        weight_H: any floating-point dtype, or None.
         eps: added to the mean square.
         offset: added to the weight; 1 in the Gemma family.
-        cast_first: whether the row is rounded to x's dtype before the multiplication too, as in Llama.
+        cast_first: round the row to x's dtype before the multiplication too, as in Llama.
 
     Raises:
-        ShapeError: sizes, dtypes or devices that do not fit together.
+        ShapeError: incompatible sizes, dtypes or devices.
     """
     _check(x, weight_H, cast_first)
-    # Rows are enumerated in the order of memory, so that those of a transposed x are evenly spaced too.
+    # Enumerate rows in memory order, so that those of a transposed x are evenly strided too.
     order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
     in_order = x.permute(*order, -1)
     x_TH = in_order.reshape(-1, x.shape[-1])

@@ -1,10 +1,10 @@
-"""The ops of RMSNorm, forward and backward: definitions in torch, Triton kernels, registration (rms_norm.py uses them).
+"""Ops of RMSNorm, forward and backward: PyTorch reference, Triton kernel, registration. rms_norm.py calls them.
 
-Bytes moved per element: 2 * itemsize forward and 3 * itemsize backward (4 and 6 in bf16), each row read once; the
-minimum is the same. The weight is read once for 16 rows, and its gradient leaves as an fp32 sum of 64 rows or more:
-at most 1.05 times the minimum. A row longer than 8192 does not fit a block's registers: it is read twice, and its part
-of the sum moves with each row (3 * itemsize, and 5 * itemsize + 8). Where H or a row's distance is no multiple of 16,
-elements are read one by one, which takes more registers: there it is 4096.
+Bytes moved per element: 2 * itemsize forward and 3 * itemsize backward (4 and 6 in bf16), each row read once; this is
+the minimum. The weight is read once per 16 rows, and its gradient is written as an fp32 sum of 64 rows or more: at most
+1.05 times the minimum. A row longer than 8192 exceeds the registers of a block: it is read twice, and its partial sum
+moves with each row (3 * itemsize, and 5 * itemsize + 8). If H or a row stride is not a multiple of 16, elements are
+read one by one, which takes more registers, and the limit is 4096.
 
 Legend: T rows, H elements of a row, p programs.
 """
@@ -17,9 +17,9 @@ import triton.language as tl
 
 from deepspeed_alst.kernels.registry import register
 
-_LONGEST_BLOCK = 8192  # of fp32 x, dy, weight and its gradient, in the registers of 16 warps
-_LONGEST_UNALIGNED = 4096  # in as many, where elements are read one by one
-_TILE = 1024  # elements of several short rows that a program takes at a time
+_LONGEST_BLOCK = 8192  # fp32 x, dy, weight and its gradient, in the registers of 16 warps
+_LONGEST_UNALIGNED = 4096  # likewise, if elements are read one by one
+_TILE = 1024  # elements of several short rows per program
 _PER_WARP = 512
 _ROWS_A_WEIGHT = 16
 _ROWS_A_SUM = 64
@@ -29,7 +29,7 @@ _MOST_SUMS = 1024
 def rms_norm_reference(
     x_TH: torch.Tensor, weight_H: torch.Tensor | None, eps: float, offset: float = 0.0, cast_first: bool = False
 ) -> torch.Tensor:
-    """The definition of ``rms_norm`` in torch, step by step as transformers has it; fp64 stays fp64."""
+    """Compute ``rms_norm`` in PyTorch with the same steps as transformers; fp64 stays fp64."""
     wide_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
     y_TH = wide_TH * torch.rsqrt(wide_TH.pow(2).mean(-1, keepdim=True) + eps)
     if cast_first:
@@ -47,7 +47,7 @@ def rms_norm_backward_reference(
     offset: float = 0.0,
     weight_gradient: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the definition by autograd: dx in x's dtype, and the weight's in fp32 (empty if not wanted)."""
+    """Compute the reference's gradients by autograd: dx in x's dtype, dweight in fp32 (empty if not wanted)."""
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
     weighs = weight_gradient and weight_H is not None
     with torch.enable_grad():
@@ -84,11 +84,11 @@ def _rms_norm_kernel(
     weight = tl.full((BLOCK,), 1.0, tl.float32)
     if HAS_WEIGHT and NUM_BLOCKS == 1:
         weight = _read(weight_ptr + lanes, lanes < H) + offset
-    first = tl.program_id(0).to(tl.int64) * num_tiles * ROWS  # T*H passes 2**31
+    first = tl.program_id(0).to(tl.int64) * num_tiles * ROWS  # T*H exceeds 2**31
     for tile in range(tl.minimum(num_tiles, tl.cdiv(T - first, ROWS))):
         rows = first + tile * ROWS + tl.arange(0, ROWS)
         here, x_row, y_row = (rows < T)[:, None], x_ptr + rows[:, None] * x_stride, y_ptr + rows[:, None] * H
-        x = tl.zeros((ROWS, BLOCK), tl.float32)  # a single block's stays in registers: the compiler sees no loop
+        x = tl.zeros((ROWS, BLOCK), tl.float32)  # a single block stays in registers, as the compiler unrolls the loop
         squares = tl.zeros((ROWS,), tl.float32)
         for block in range(NUM_BLOCKS):
             columns = block * BLOCK + lanes
@@ -162,7 +162,7 @@ def _rms_norm_backward_kernel(
             normed = x * scale
             if WEIGHT_GRADIENT and NUM_BLOCKS == 1:
                 sums += dy * normed
-            elif WEIGHT_GRADIENT:  # a thread adds to what it wrote itself
+            elif WEIGHT_GRADIENT:  # each thread adds to its own earlier write
                 before = _read(sums_ptr + columns, (columns < H) & (tile > 0))
                 tl.store(sums_ptr + columns, before + tl.sum(dy * normed, axis=0), mask=columns < H)
             dx = (scale * (dy * weight[None, :] - normed * mean)).to(dx_ptr.dtype.element_ty)
@@ -172,7 +172,7 @@ def _rms_norm_backward_kernel(
 
 
 def _shape(*tensors_TH: torch.Tensor) -> dict[str, int]:
-    """Rows and columns that a program takes at a time, by rule: a trial would give ranks different kernels."""
+    """Return rows and columns per program, by a fixed rule: autotuning would give ranks different kernels."""
     H = tensors_TH[0].shape[1]
     is_aligned = all(number % 16 == 0 for number in (H, *(each.stride(0) for each in tensors_TH)))
     block = min(triton.next_power_of_2(H), _LONGEST_BLOCK if is_aligned else _LONGEST_UNALIGNED)

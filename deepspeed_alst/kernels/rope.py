@@ -1,12 +1,12 @@
-"""Rotary position embedding of queries and keys in one launch, which keeps nothing for the backward but cos and sin.
+"""Rotary position embedding of queries and keys in one launch, which saves only cos and sin for the backward.
 
 Pairs (a, b) of a head's first ``rotary`` elements become ``(a cos_a - b sin_a, b cos_b + a sin_b)`` (arXiv:2104.09864);
-the others pass. Maths is in fp32, and rounded once. The backward is the transposed rotation, by the same kernel. What a
-launch moves is said in rope_ops.py. Where no kernel runs, torch computes some tokens at a time.
+the others are copied. The math is in fp32, and rounded once. The backward is the transposed rotation, by the same
+kernel. rope_ops.py states the bytes moved per launch. Without a kernel, torch computes a few tokens at a time.
 
-The results are new memory, in which a token's heads lie side by side as a projection writes them: so attention's
-gradient becomes the projection's without another copy. In place would need that nobody has kept the old values, which
-autograd does not say, and would save nothing at a layer's peak, which is in its MLP.
+The results are new tensors in the projection's layout, with a token's heads adjacent, so that attention's gradient
+reaches the projection without another copy. An in-place kernel would corrupt values that others saved, which autograd
+does not tell, and would not lower a layer's peak, which is in its MLP.
 
 Legend: B batch, s tokens, h query heads, g key heads, D head dim, W entries of a token in cos and sin.
 """
@@ -21,7 +21,7 @@ from deepspeed_alst.kernels.registry import has_kernel, registered
 from deepspeed_alst.kernels.rope_ops import rope_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Elements of torch's fp32 temporaries where no kernel runs.
+# Elements of torch's fp32 temporaries without a kernel.
 _TILE = 1 << 19
 
 
@@ -108,19 +108,19 @@ def rope(
     interleaved: bool = False,
     shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys: ``[B, s, h, D], [B, s, g, D]`` of any strides, to the same, contiguous.
+    """Apply rotary embedding to queries and keys: ``[B, s, h, D], [B, s, g, D]``, any strides, to contiguous.
 
     Args:
-        q_BshD: bf16, fp16 or fp32 (fp64 takes the definition).
-        k_BsgD: of the same dtype.
-        cos_BsW: of a floating-point dtype; one table for all batches may be given.
+        q_BshD: bf16, fp16 or fp32 (fp64 uses the reference).
+        k_BsgD: same dtype.
+        cos_BsW: any floating-point dtype; the batch dim may be 1.
         sin_BsW: as cos.
-        rotary: elements of a head that are rotated, from its first one on.
+        rotary: number of leading head elements that are rotated.
         interleaved: pairs are elements (2i, 2i + 1) as in GLM; else (i, i + rotary / 2) as in Llama.
-        shared: both of pair i take entry i of the tables; else each element takes its own.
+        shared: both elements of pair i use entry i of the tables; else each element uses its own.
 
     Raises:
-        ShapeError: sizes, dtypes or devices that do not fit together.
+        ShapeError: incompatible sizes, dtypes or devices.
     """
     _check(q_BshD, k_BsgD, cos_BsW, sin_BsW, rotary, shared)
     return _Rope.apply(q_BshD, k_BsgD, cos_BsW, sin_BsW, rotary, interleaved, shared)

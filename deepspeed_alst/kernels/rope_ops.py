@@ -1,7 +1,7 @@
-"""The op of the rotary position embedding: definition in torch, Triton kernel, registration (rope.py uses it).
+"""Op of the rotary position embedding: PyTorch reference, Triton kernel, registration. rope.py calls it.
 
-Bytes moved per element of q and k: 2 * itemsize, read once and written once; cos and sin are read once a token, which
-is one part in as many as q and k have heads together. The minimum is the same.
+Bytes moved per element of q and k: 2 * itemsize, read once and written once. cos and sin are read once per token, an
+overhead of one in the total number of q and k heads. This is the minimum.
 
 Legend: B batch, s tokens, h query heads, g key heads, D head dim, W entries of a token in cos and sin.
 """
@@ -27,7 +27,7 @@ def rope_reference(
     shared: bool = False,
     inverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition in torch: ``[B, s, heads, D]`` twice; fp64 stays fp64. The arguments are those of ``rope``."""
+    """Compute ``rope`` in PyTorch, as reference and fallback: ``[B, s, heads, D]`` twice; fp64 stays fp64."""
     half = rotary // 2
     a, b = (slice(0, rotary, 2), slice(1, rotary, 2)) if interleaved else (slice(0, half), slice(half, rotary))
     of_a, of_b = (slice(0, half), slice(0, half)) if shared else (a, b)
@@ -109,7 +109,7 @@ def _rope_kernel(
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # a token's q and k; B*s*h*D passes 2**31
+    row = tl.program_id(0).to(tl.int64)  # q and k of one token; B*s*h*D exceeds 2**31
     batch, token = row // s, row % s
     lanes = tl.arange(0, PAIRS)
     inside = lanes < half
@@ -180,7 +180,7 @@ def _launch(
 
 
 def _by_token(table_BsW: torch.Tensor) -> tuple[int, int]:
-    """Distances between a table's batches and tokens; one table for all batches has none."""
+    """Return a table's batch and token strides; a shared table has batch stride 0."""
     return (table_BsW.stride(0) if table_BsW.shape[0] > 1 else 0), table_BsW.stride(1)
 
 

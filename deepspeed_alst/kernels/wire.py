@@ -1,12 +1,11 @@
-"""What travels in an all-to-all of heads: the format of its buffer, and how tensors get there and back.
+"""Buffer format of the head all-to-all, and packing of tensors into it and out of it.
 
 The buffer is ``[P, s, B, W]``: for each rank, token and sample ``h * D`` elements of the first tensor, then of the
-next. It is the same whatever packs, so ranks need not agree on that. A tensor is given as a view of its pieces,
-``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of whole sequences. Piece i is for the m ranks
-``[i*m, (i+1)*m)``: packing writes it m times (kv heads that several ranks hold), unpacking adds the m, in fp32, and
-rounds once.
+next. All implementations use this format, so ranks may use different ones. A tensor is given as a view of its pieces,
+``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of whole sequences. Piece i belongs to the m ranks
+``[i*m, (i+1)*m)``: packing writes it m times (shared KV heads), unpacking sums the m in fp32 and rounds once.
 
-Triton is not loaded here: where it is not to be had, torch packs.
+Triton is not imported here; where it is unavailable, torch packs.
 
 Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a rank, D head dim, g pieces, m = P/g.
 """
@@ -24,22 +23,22 @@ _MOST = 3  # q, k and v
 
 
 def by_heads(x_BHsD: torch.Tensor, num_pieces: int) -> torch.Tensor:
-    """Sequence shards of all heads as pieces of neighbouring heads, a view: ``[B, H, s, D] -> [g, s, B, H/g, D]``."""
+    """View sequence shards of all heads as pieces of adjacent heads: ``[B, H, s, D] -> [g, s, B, H/g, D]``."""
     return x_BHsD.unflatten(1, (num_pieces, -1)).permute(1, 3, 0, 2, 4)
 
 
 def by_tokens(x_BhSD: torch.Tensor, num_pieces: int) -> torch.Tensor:
-    """Whole sequences as pieces of neighbouring tokens, a view: ``[B, h, S, D] -> [g, S/g, B, h, D]``."""
+    """View whole sequences as pieces of adjacent tokens: ``[B, h, S, D] -> [g, S/g, B, h, D]``."""
     return x_BhSD.unflatten(2, (num_pieces, -1)).permute(2, 3, 0, 1, 4)
 
 
 def wire_shape(pieces: Sequence[torch.Tensor], num_ranks: int) -> tuple[int, int, int, int]:
-    """``P, s, B, W`` of the buffer that has these pieces."""
+    """Return ``P, s, B, W`` of the buffer for these pieces."""
     return num_ranks, *pieces[0].shape[1:3], sum(x.shape[3] * x.shape[4] for x in pieces)
 
 
 def _parts(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Where each tensor's pieces are in the buffer, views: ``[g, m, s, B, h, D]``."""
+    """Return views of each tensor's pieces in the buffer: ``[g, m, s, B, h, D]``."""
     parts, first = [], 0
     for x_gsBhD in pieces:
         g, h, D = x_gsBhD.shape[0], *x_gsBhD.shape[3:]
@@ -50,7 +49,7 @@ def _parts(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[torc
 
 
 def pack_reference(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
-    """The definition of ``pack`` in torch, and what runs where no kernel does."""
+    """Compute ``pack`` in PyTorch, as reference and fallback."""
     wire_PsBW = pieces[0].new_empty(wire_shape(pieces, num_ranks))
     for x_gsBhD, part in zip(pieces, _parts(wire_PsBW, pieces), strict=True):
         part.copy_(x_gsBhD.unsqueeze(1))
@@ -58,7 +57,7 @@ def pack_reference(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tens
 
 
 def unpack_reference(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
-    """The definition of ``unpack_`` in torch, and what runs where no kernel does; fp64 is added in fp64."""
+    """Compute ``unpack_`` in PyTorch, as reference and fallback; fp64 is summed in fp64."""
     for x_gsBhD, part in zip(pieces, _parts(wire_PsBW, pieces), strict=True):
         x_gsBhD.copy_(
             part[:, 0] if part.shape[1] == 1 else part.sum(1, dtype=torch.promote_types(part.dtype, torch.float32))
@@ -92,17 +91,17 @@ def _suit_a_kernel(pieces: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
 
 
 def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
-    """Make the buffer that an all-to-all sends, in one pass: up to three ``[g, s, B, h, D] -> [P, s, B, W]``.
+    """Pack up to three tensors into the send buffer of an all-to-all: ``[g, s, B, h, D] -> [P, s, B, W]``.
 
-    Nothing is copied where it is there already: of one tensor whose pieces lie as the wire has them it is a view.
+    Packing takes one pass. A single tensor whose pieces already have the buffer's layout is returned as a view.
 
     Args:
-        pieces: of any strides; bf16, fp16 and fp32 have a kernel where an element's D lie side by side. Of different
+        pieces: any strides; bf16, fp16 and fp32 use a kernel if the D elements of a head are contiguous. With different
             dtypes, the buffer has the first one's: under autocast RoPE leaves q and k in fp32, and v in bf16.
         num_ranks: P, a multiple of each g.
 
     Raises:
-        ShapeError: sizes or devices that do not fit together.
+        ShapeError: incompatible sizes or devices.
     """
     _check(pieces, num_ranks)
     first = pieces[0]
@@ -114,15 +113,15 @@ def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
 
 
 def unpack_(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
-    """Fill tensors from the buffer that an all-to-all received, in one pass: ``[P, s, B, W]`` to up to three of these.
+    """Unpack the receive buffer of an all-to-all into up to three tensors, in one pass: ``[P, s, B, W]``.
 
     Args:
         wire_PsBW: contiguous.
-        pieces: views ``[g, s, B, h, D]`` of what is filled. Where g < P, each piece is the sum of P/g ranks' in fp32,
-            rounded once.
+        pieces: output views ``[g, s, B, h, D]``. If g < P, each piece is the sum of P/g ranks' pieces in fp32, rounded
+            once.
 
     Raises:
-        ShapeError: sizes, strides or devices that do not fit together.
+        ShapeError: incompatible sizes, strides or devices.
     """
     _check(pieces, wire_PsBW.shape[0])
     if wire_PsBW.shape != wire_shape(pieces, wire_PsBW.shape[0]) or not wire_PsBW.is_contiguous():

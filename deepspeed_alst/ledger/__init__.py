@@ -1,1 +1,1 @@
-"""Live bytes by owner and FLOPs by operator over a training step, on real tensors and on fake ones."""
+"""Live bytes by owner and FLOPs by operator over a training step, on real and fake tensors."""

@@ -1,7 +1,7 @@
-"""Blocks of memory: born when a storage is first seen, gone when it is freed, and their events in order.
+"""Memory blocks, created when a storage is first seen and freed with it, and their events in order.
 
-A block's owner may be found out later than its birth (a product becomes a weight's gradient when autograd hands it on),
-so events name the block and who owns it is asked at the end.
+The owner of a block may become known after its creation (autograd turns a product into a weight's gradient), so an
+event refers to its block, and the owner is looked up at the end.
 """
 
 import functools
@@ -14,14 +14,14 @@ from deepspeed_alst.ledger.owners import Category
 
 
 class Moment(NamedTuple):
-    """When something happened, or what allocated a block."""
+    """Time of an event, or origin of a block."""
 
     phase: str
-    """As the program named it (``Ledger.phase``), or empty."""
+    """Name given by the program (``Ledger.phase``), or empty."""
     part: str
-    """forward, recompute (a forward inside of the backward) or backward."""
+    """forward, recompute (a forward inside the backward) or backward."""
     module: str
-    """Path of the module that runs, or whose backward runs; for the model itself its class; empty outside of it."""
+    """Path of the module in forward or backward; the class name for the model; empty outside it."""
     operator: str
 
 
@@ -37,46 +37,46 @@ class Block:
         self.category: Category = category
         self.birth = birth
         self.num_bytes = 0
-        # Names of the parameters in it, by their offset in elements.
+        # Names of its parameters by offset in elements.
         self.parameters: dict[int, str] = {}
 
 
 class Event(NamedTuple):
-    """A block grew or shrank by so many bytes."""
+    """Change of a block's size in bytes."""
 
     block: Block
     change: int
     moment: Moment
 
 
-# Who owns a block for good when several claim it; what is not here is claimed by any other.
+# Final owner if several claim a block: the highest wins. Categories not listed yield to any other.
 _CLAIMS: dict[str, int] = {"communication": 1, "gradients": 2, "weights": 3, "host": 4}
 
 
 class Blocks:
-    """The storages that live, each with its block, and the events since the ledger was opened."""
+    """Live storages with their blocks, and the events since the ledger was opened."""
 
     def __init__(self) -> None:
         self.moment = START
-        """Of what happens now."""
+        """Moment of current events."""
         self.initial: list[Event] = []
-        """What lived before: it counts from the start, also where it is seen only later."""
+        """Blocks that existed before the ledger; they count from the start, even if first seen later."""
         self.events: list[Event] = []
         self._alive: dict[int, tuple[Block, weakref.ref]] = {}
         self._sum: tuple[int, Block, Block] | None = None
 
     def find(self, storage: torch.UntypedStorage) -> Block | None:
-        """The block of a storage that was seen."""
+        """Return the block of a storage, or None if it was not seen."""
         entry = self._alive.get(storage._cdata)
         return entry[0] if entry is not None else None
 
     def see(self, storage: torch.UntypedStorage, category: Category, *, initial: bool = False) -> Block:
-        """The block of a storage, which is born with this owner if it was not seen before; its size is brought up."""
+        """Return the block of a storage with its current size; create it for this owner if new."""
         block = self.find(storage)
         if block is None:
             block = Block(category, START if initial else self.moment)
             key = storage._cdata
-            # The object of a storage lives as long as the storage itself, also where only autograd holds it.
+            # The Python object of a storage lives as long as the storage, even if only autograd holds it.
             self._alive[key] = (block, weakref.ref(storage, functools.partial(self._free, key)))
             self._resize(block, storage.nbytes(), self.initial if initial else self.events)
         elif block.num_bytes != storage.nbytes():
@@ -84,24 +84,24 @@ class Blocks:
         return block
 
     def claim(self, block: Block, category: Category) -> None:
-        """Change the owner, for the block's whole life, unless a stronger one has it."""
+        """Change the owner for the block's lifetime, past and future, unless a stronger owner has it."""
         if _CLAIMS.get(category, 0) >= _CLAIMS.get(block.category, 0):
             block.category = category
 
     def expect_sum_in_place(self, first: Block, second: Block) -> None:
-        """The newest block is the sum of two, which autograd makes in place of one of them if nobody else holds it.
+        """Expect that autograd would compute the newest block, a sum, in place of an input.
 
-        It does not under a dispatch mode. One that is freed before anything else happens is the one that it would have
-        taken: it is freed before the sum is born.
+        Autograd reuses an input without other references, but not under a dispatch mode. The input that is freed before
+        any other operator runs is the one it would reuse, so its release is recorded before the sum's creation.
         """
         self._sum = (len(self.events) - 1, first, second)
 
     def forget_sum(self) -> None:
-        """Another operator runs."""
+        """Drop the expected in-place sum when another operator runs."""
         self._sum = None
 
     def close(self) -> None:
-        """Follow nothing any more."""
+        """Stop tracking storages."""
         self._alive.clear()
 
     def _free(self, key: int, reference: weakref.ref) -> None:

@@ -1,6 +1,6 @@
-"""A world of many ranks and tensors without data, on one CPU: models of real size run and a ledger sees what they need.
+"""Simulated ranks and fake tensors on one CPU, so that a ledger can measure models of real size.
 
-Only for measuring: whatever depends on a value (a loss, a token's expert) has none.
+For measurements only: results that depend on a value (a loss, a token's expert) are undefined.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from deepspeed_alst.errors import SetupError
 
 @contextmanager
 def fake_ranks(num_ranks: int, rank: int = 0) -> Iterator[None]:
-    """Inside, this process is one of ``num_ranks``, whose collectives send nothing and leave what they find.
+    """Run as one of ``num_ranks`` simulated ranks; collectives send nothing and change nothing.
 
     Raises:
-        SetupError: the process has a world already.
+        SetupError: torch.distributed is initialized already.
     """
     if dist.is_initialized():
         raise SetupError("fake_ranks: torch.distributed is initialised already, and a process has one world only")
@@ -31,14 +31,14 @@ def fake_ranks(num_ranks: int, rank: int = 0) -> Iterator[None]:
 
 @contextmanager
 def fake_world(num_ranks: int, rank: int = 0) -> Iterator[FakeTensorMode]:
-    """Fake ranks, and tensors without data.
+    """Run as one of ``num_ranks`` simulated ranks, with fake tensors.
 
-    Open a ledger inside of it, so that it sees operators before the fake mode does. Build models in their dtype: a fake
-    parameter cannot be cast. A transformers model whose attention is not patched makes the mask of all S x S tokens
-    here, because it cannot read from position_ids that nothing is packed.
+    Open a ledger inside, so that it sees operators before the fake mode does. Build models in their final dtype: a fake
+    parameter cannot be cast. A transformers model whose attention is not patched creates the full S x S mask here,
+    because it cannot tell from fake position_ids that no documents are packed.
 
     Raises:
-        SetupError: the process has a world already.
+        SetupError: torch.distributed is initialized already.
     """
     with fake_ranks(num_ranks, rank), FakeTensorMode() as mode:
         yield mode

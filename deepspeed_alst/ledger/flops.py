@@ -1,7 +1,7 @@
-"""FLOPs of an operator: torch's formulas, and those that torch has not.
+"""FLOPs of an operator: torch's formulas, and those that torch lacks.
 
-The convention is torch's: a multiplication and an addition are 2, only matrix products, convolutions and attention
-count, causal attention counts whole (all S x S scores), and its backward makes the scores once more.
+The convention is torch's: a multiply-add is 2, only matmuls, convolutions and attention count, causal attention counts
+in full (all S x S scores), and its backward recomputes the scores.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """Groups along one of the three sizes share it out among them; two 3D operands are a batch of products."""
+    """Count a grouped matmul; groups split one of its sizes, two 3D operands are a batched matmul."""
     groups = a.shape[0] if a.dim() == b.dim() == 3 else 1
     return 2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
@@ -23,11 +23,11 @@ def _matrix_vector(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) 
 
 
 def _plus(product: Any) -> Any:
-    """The formula of a product that is added to a first operand."""
+    """Return the formula of a product that is added to a first operand."""
     return lambda _, *args, **kwargs: product(*args, **kwargs)
 
 
-# Where torch comes to have one of them, torch's counts.
+# torch's own formulas take precedence.
 FORMULAS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
@@ -40,11 +40,11 @@ FORMULAS: dict[Any, Any] = {
 
 
 def formula(func: Any) -> Any:
-    """The formula of an operator, called with its arguments and ``out_val``; None if it counts for nothing."""
+    """Return an operator's formula, called with its arguments and ``out_val``; None if it does not count."""
     packet = getattr(func, "_overloadpacket", func)
     return flop_registry.get(packet) or FORMULAS.get(packet)
 
 
 def is_attention(operator: str) -> bool:
-    """Whether an operator is a whole attention (flash, memory-efficient, flex)."""
+    """Return True if the operator is a fused attention (flash, memory-efficient, flex)."""
     return "attention" in operator

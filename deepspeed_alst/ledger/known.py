@@ -1,4 +1,4 @@
-"""Answers to what fake tensors cannot tell: how many labels there are, how many tokens an expert gets."""
+"""Values for operators whose results fake tensors lack: number of labels, tokens per expert."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ aten = torch.ops.aten
 
 
 class Known(TorchDispatchMode):
-    """Open it inside of the fake world (fake.py) and outside of the ledger, which sees the operators all the same.
+    """Dispatch mode with known values; open it inside fake_world (fake.py) and outside the ledger.
 
     Args:
-        num_labelled: elements that ``nonzero`` finds.
-        per_expert: what a number in a fake integer tensor is, where it is asked for: tokens of one expert.
+        num_labelled: number of elements that ``nonzero`` finds.
+        per_expert: value of an element of a fake integer tensor: tokens of one expert.
     """
 
     def __init__(self, num_labelled: int, per_expert: int = 0) -> None:

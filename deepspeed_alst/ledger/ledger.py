@@ -1,13 +1,13 @@
-"""The ledger of a training step: who owns each live byte, and which operator spends each FLOP.
+"""Ledger of a training step: the owner of each live byte, and the operator of each FLOP.
 
     with Ledger(model) as ledger:
         with ledger.phase("step 1"):
             model(**batch).loss.backward()
     print(ledger.report())
 
-It works by a dispatch mode: it sees what an operator takes and returns, on real tensors and on fake ones (open the
-FakeTensorMode first, outside of it), and not what a kernel allocates for itself meanwhile. Everything lies in its
-objects and in hooks that are removed at its end: without a ledger nothing is slower.
+It is a dispatch mode: it sees the inputs and outputs of operators, on real tensors and on fake ones (enter
+FakeTensorMode first), but not the temporary allocations of a kernel. All state is in its objects and in hooks that are
+removed on exit: without a ledger there is no overhead.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from deepspeed_alst.ledger.watch import Watch, adds_for_autograd, resizes_seen
 
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
 _WITH_WEIGHT = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
-# Owners that what is computed from their memory does not inherit.
+# Owners that derived tensors do not inherit.
 _NOT_INHERITED = ("weights", "gradients", "communication", "host")
 
 
 class Spent(NamedTuple):
-    """What FLOPs are counted by."""
+    """Key of the FLOP counter."""
 
     phase: str
     part: str
@@ -46,18 +46,18 @@ class Spent(NamedTuple):
 
 
 class Ledger:
-    """Follows one model; read it after its end, or at any moment in between.
+    """Ledger of one model; readable during and after the step.
 
     Args:
-        model: its parameters and buffers are the weights, its modules' names and classes say who owns what.
-        device_type: what lies elsewhere on CPU is ``host``; by default the device of the first parameter.
+        model: its parameters and buffers are the weights; module names and classes determine the owners.
+        device_type: CPU memory of a model on another device is ``host``; default: the first parameter's device.
     """
 
     def __init__(self, model: torch.nn.Module, device_type: str | None = None) -> None:
         self.spent: Counter[Spent] = Counter()
         """FLOPs by phase, part of the step, category and operator."""
         self.rows: Counter[str] = Counter()
-        """Rows that were multiplied with each linear weight in forward direction, by its name."""
+        """Rows multiplied with each linear weight in forward direction, by parameter name."""
         first = next(model.parameters(), None)
         self._device_type = device_type or (first.device.type if first is not None else "cpu")
         self._model = model
@@ -67,7 +67,7 @@ class Ledger:
         self._shapes: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         self._undo = PatchSet()
 
-    # --- the program's side
+    # --- interface of the program
 
     def __enter__(self) -> "Ledger":
         with PatchSet().rollback_on_error() as undo:
@@ -88,7 +88,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name the moments inside; a phase inside a phase takes over until it ends."""
+        """Name the phase of the moments inside; an inner phase overrides an outer one."""
         before, self._phase = self._phase, name
         try:
             yield
@@ -105,32 +105,32 @@ class Ledger:
             self._scopes.leave_owner(holder)
 
     def owner(self, category: Category) -> AbstractContextManager[None]:
-        """What ``owners.owner`` leads to."""
+        """Implement ``owners.owner`` for this ledger."""
         check_category(category)
         return self._owner(category)
 
     def claim(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
-        """Say who owns tensors that exist, for as long as they do and did."""
+        """Assign an owner to existing tensors for their whole lifetime, past and future."""
         check_category(category)
         for tensor in tensors:
             if _has_storage(tensor):
                 self._blocks.claim(self._see(tensor, category, initial=True), category)
 
-    # --- what it found
+    # --- results
 
     @property
     def timeline(self) -> list[Sample]:
-        """Live bytes by category: before the first event, then after each."""
+        """Live bytes by category, before the first event and after each."""
         return list(samples_of(self._blocks.initial, self._blocks.events))
 
     @property
     def peak(self) -> Peak:
-        """The most bytes on the device, when, and whose they were."""
+        """Peak of device memory: bytes, moment and owners."""
         return peak_of(self.timeline, self._blocks.initial, self._blocks.events)
 
     @property
     def peak_host_bytes(self) -> int:
-        """The most bytes on the host."""
+        """Peak of host memory in bytes."""
         return max(sample.bytes["host"] for sample in self.timeline)
 
     @property
@@ -139,7 +139,7 @@ class Ledger:
         return self.flops_by("operator")
 
     def flops_by(self, field: str) -> Counter[str]:
-        """FLOPs by a field of ``Spent``: phase, part, category or operator."""
+        """Sum FLOPs by a field of ``Spent``: phase, part, category or operator."""
         found: Counter[str] = Counter()
         for spent, flops in self.spent.items():
             found[getattr(spent, field)] += flops
@@ -147,24 +147,24 @@ class Ledger:
 
     @property
     def attention_flops(self) -> int:
-        """Of operators that are a whole attention; scores made by matrix products are among ``matmul_flops``."""
+        """FLOPs of fused attention operators; scores computed by matmuls count as ``matmul_flops``."""
         return sum(flops for operator, flops in self.flops.items() if is_attention(operator))
 
     @property
     def matmul_flops(self) -> int:
-        """Of all others."""
+        """FLOPs of all other operators."""
         return self.flops.total() - self.attention_flops
 
     def forwards(self, num_tokens: int) -> dict[str, float]:
-        """How often each linear weight met all tokens in forward direction, recomputation and tiles included."""
+        """Return forward passes of all tokens per linear weight, recomputation and tiles included."""
         return {name: rows / num_tokens for name, rows in self.rows.items()}
 
     def report(self) -> str:
-        """The peak, its owners and the FLOPs as text."""
+        """Format the peak, its owners and the FLOPs as text."""
         return report(self)
 
     def draw(self, path: str) -> None:
-        """The timeline as a picture, a PNG or what the path's ending says; needs matplotlib."""
+        """Plot the timeline to a PNG or the format of the path's suffix; needs matplotlib."""
         from deepspeed_alst.ledger.picture import draw
 
         draw({"": self.timeline}, path)
@@ -172,7 +172,7 @@ class Ledger:
     # --- torch's side
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run an operator, and write down what it takes, makes and spends."""
+        """Run an operator and record its inputs, outputs and FLOPs."""
         scope, part = self._scopes.now()
         operator = str(getattr(func, "_overloadpacket", func))
         self._blocks.forget_sum()
@@ -193,7 +193,7 @@ class Ledger:
         return self._blocks.see(tensor.untyped_storage(), category, initial=initial)
 
     def _see_input(self, func: Any, tensor: torch.Tensor, category: Category | None) -> Block:
-        """An input that no operator made was there before, but for the data of a new ``torch.tensor``."""
+        """Record an input as older than the ledger, unless it is the data of a new ``torch.tensor``."""
         is_new = func is torch.ops.aten.lift_fresh.default
         return self._see(tensor, (is_new and category) or "other", initial=not is_new)
 
@@ -229,7 +229,7 @@ class Ledger:
             self._count_rows(*args[-2:])
 
     def _count_rows(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """A linear layer multiplies with its weight's transpose; the gradient of its input with the weight itself."""
+        """Count rows of a forward matmul: it uses the transposed weight, the input gradient the weight itself."""
         block = self._blocks.find(weight.untyped_storage())
         name = block.parameters.get(int(weight.storage_offset())) if block is not None else None
         if name is None:
@@ -239,7 +239,7 @@ class Ledger:
             self.rows[name] += x.shape[:-1].numel()
 
     def _seen(self, storage: torch.UntypedStorage) -> None:
-        """A storage that is followed has another size."""
+        """Record the new size of a tracked storage."""
         block = self._blocks.find(storage)
         if block is not None:
             self._blocks.see(storage, block.category)
@@ -248,7 +248,7 @@ class Ledger:
         self._scopes.enter_module(module)
 
     def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        # ZeRO-3 gives a parameter its memory for as long as its module runs.
+        # ZeRO-3 gives a parameter its memory only while its module runs.
         self.claim(module.parameters(recurse=False), "weights")
         self._scopes.leave_module(module)
 
@@ -258,6 +258,6 @@ def _has_storage(x: Any) -> bool:
 
 
 def _inherited(inputs: list[Block]) -> Category:
-    """Outside of all modules: the owner of the largest input, as the loss has the logits' owner."""
+    """Return the largest input's owner, for operators outside modules: a loss inherits from its logits."""
     heirs = [block for block in inputs if block.category not in _NOT_INHERITED]
     return max(heirs, key=lambda block: block.num_bytes).category if heirs else "other"

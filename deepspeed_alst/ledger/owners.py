@@ -1,4 +1,4 @@
-"""Who can own memory, and how code says that what it allocates is its own."""
+"""Memory owners, and the context in which code declares its allocations."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,8 +17,8 @@ Category = Literal[
     "other",
     "host",
 ]
-"""``residual`` is the stream between the blocks with its norms and embeddings; ``tiles`` are the MLPs, tiled or whole;
-``other`` is what no module made (inputs, optimizer states); ``host`` is what does not lie on the device."""
+"""``residual`` is the stream between the blocks with its norms and embeddings; ``tiles`` are the MLPs, tiled or not;
+``other`` is memory of no module (inputs, optimizer states); ``host`` is memory off the device."""
 
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
@@ -28,7 +28,7 @@ class _Keeper(Protocol):
 
 
 class _Nobody:
-    """What ``owner`` returns where nobody keeps a ledger: one object, made once."""
+    """Shared no-op context that ``owner`` returns if no ledger is open."""
 
     __slots__ = ()
 
@@ -40,13 +40,13 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
-# One for the process and not for the thread: on CUDA, autograd runs the backward, and tiles in it, in threads of its
-# own. The one ledger that is open, or none.
+# The one open ledger, or none. Global instead of thread-local: on CUDA, autograd runs the backward and its tiles in its
+# own threads.
 _open: list[_Keeper] = []
 
 
 def owner(category: Category) -> AbstractContextManager[None]:
-    """Inside of it, allocations belong to ``category``; without a ledger this does nothing, in well under 1 us.
+    """Assign allocations inside to ``category``; a no-op of well under 1 us without a ledger.
 
     Raises:
         AlstError: a ledger is open and has no such category.
@@ -56,10 +56,10 @@ def owner(category: Category) -> AbstractContextManager[None]:
 
 @contextmanager
 def opened(keeper: _Keeper) -> Iterator[None]:
-    """``owner`` leads to this keeper inside.
+    """Direct ``owner`` to this keeper inside the block.
 
     Raises:
-        AlstError: another one is open.
+        AlstError: another keeper is open.
     """
     if _open:
         raise AlstError("a ledger is open already: two would each count what the other does; close the first one")
@@ -71,6 +71,6 @@ def opened(keeper: _Keeper) -> Iterator[None]:
 
 
 def check_category(category: str) -> None:
-    """Raises AlstError: no such category."""
+    """Raise AlstError if the category does not exist."""
     if category not in CATEGORIES:
         raise AlstError(f"owner({category!r}): no such category. Use one of {', '.join(CATEGORIES)}")

@@ -1,4 +1,4 @@
-"""The timeline of memory over a step, drawn."""
+"""Plots of memory over a step."""
 
 from collections.abc import Collection
 
@@ -11,9 +11,9 @@ from deepspeed_alst.ledger.owners import CATEGORIES, Category
 from deepspeed_alst.ledger.report import in_words
 from deepspeed_alst.ledger.timeline import Sample
 
-# A picture is some 1,000 dots wide: of more samples than this, each stretch's first and highest are drawn.
+# A plot is some 1,000 pixels wide. With more samples, only the first and highest of each stretch are drawn.
 _MAX_SAMPLES = 4000
-# Of the width: a shorter stretch of forward or backward has no room for its name.
+# Share of the width: a shorter stretch of forward or backward has no room for a label.
 _NAMED_SHARE = 0.03
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
@@ -21,19 +21,19 @@ _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 def draw(
     timelines: dict[str, list[Sample]], path: str, left_out: Collection[Category] = ("host",), top: int = 0
 ) -> None:
-    """Stacked areas by owner over the allocations of steps, below one another; peaks and phases are marked.
+    """Plot live bytes by owner as stacked areas, one step below another, with peaks and phases.
 
     Args:
-        timelines: of each step, by its name, which may be empty.
-        path: a PNG, or what its ending says.
+        timelines: samples of each step by name; the name may be empty.
+        path: a PNG, or another format by its suffix.
         left_out: owners that are not drawn.
-        top: bytes where the scale, which all steps share, ends; 0: above the highest.
+        top: end of the shared scale in bytes; 0: above the highest.
     """
     owners = [each for each in CATEGORIES if each not in left_out and _has(timelines.values(), each)]
     totals = {name: [sum(each.bytes[o] for o in owners) for each in samples] for name, samples in timelines.items()}
     most = top or max(map(max, totals.values()))
     unit, unit_name = next((size, name) for size, name in _UNITS if most >= size or size == 1)
-    # Without pyplot: a program's own figures and its choice of a backend are left alone.
+    # Without pyplot, to keep the program's own figures and backend.
     figure = Figure(figsize=(12, 5 if len(timelines) == 1 else 2.8 * len(timelines)), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(timelines), sharey=True, squeeze=False)[:, 0]
@@ -70,7 +70,7 @@ def _top_first(axes: Axes) -> tuple[list[Artist], list[str]]:
 
 
 def _boundaries(timeline: list[Sample]) -> list[tuple[int, str]]:
-    """Where a phase starts, or where it goes from forward to backward and back, for long enough to be seen."""
+    """Return where a phase starts or forward and backward alternate, if long enough for a label."""
     found: list[tuple[int, str]] = []
     before = None
     for place, sample in enumerate(timeline[1:], start=1):
@@ -84,7 +84,7 @@ def _boundaries(timeline: list[Sample]) -> list[tuple[int, str]]:
 
 
 def _thinned(totals: list[int], peak: int) -> list[int]:
-    """Places of the samples that are drawn: of each stretch its first and its highest, and the peak."""
+    """Return indices of the samples to draw: first and highest of each stretch, and the peak."""
     stretch = max(1, 2 * len(totals) // _MAX_SAMPLES)
     places = {peak, len(totals) - 1}
     for first in range(0, len(totals), stretch):

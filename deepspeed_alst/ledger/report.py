@@ -1,4 +1,4 @@
-"""What a ledger found, as text."""
+"""Text report of a ledger."""
 
 import io
 from typing import Any
@@ -15,15 +15,15 @@ _NUM_PARTS = 8
 
 
 def in_words(moment: Moment) -> str:
-    """As in ``step 1, backward of model.layers.0.mlp, aten.mm``."""
+    """Format a moment, as in ``step 1, backward of model.layers.0.mlp, aten.mm``."""
     module = f"{moment.part} of {moment.module}" if moment.module else moment.part
     return ", ".join(word for word in (moment.phase, module, moment.operator) if word)
 
 
 def report(ledger: Any) -> str:
-    """Three tables: the peak by owner, its largest parts, FLOPs by operator and part of the step."""
+    """Format tables of the peak by owner, its largest parts, and FLOPs by operator and part."""
     out = io.StringIO()
-    # A file has no width of its own; a module's path must not be cut.
+    # Fixed width, since a file has none; module paths must not be cut.
     console = Console(file=out, width=180)
     peak = ledger.peak
     console.print(f"Peak: {peak.bytes:,} bytes. {in_words(peak.moment)}")
@@ -60,7 +60,7 @@ def _parts(peak: Peak) -> Table:
 
 
 def _flops(ledger: Any) -> Table:
-    """By operator and part of the step; an operator that is a whole attention is marked."""
+    """Build the table of FLOPs by operator and part of the step; fused attention is marked."""
     parts = sorted({spent.part for spent in ledger.spent}, key=(FORWARD, RECOMPUTE, BACKWARD).index)
     table = _table("operator", *parts, "all")
     for operator, flops in ledger.flops.most_common():

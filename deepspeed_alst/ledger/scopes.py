@@ -1,7 +1,7 @@
-"""Which module runs: by hooks in forward, by autograd's sequence numbers in backward.
+"""Lookup of the running module: by hooks in forward, by autograd's sequence numbers in backward.
 
-Every autograd node has a number, given in the order of the forward. A mark says from which number on nodes belong to
-which scope, so a node that runs in backward is looked up by its number.
+Every autograd node has a number, in forward order. A mark stores the first number of a scope, so the scope of a node in
+the backward is found by its number.
 """
 
 import re
@@ -16,14 +16,14 @@ from torch.utils import checkpoint
 from deepspeed_alst.ledger.owners import Category
 
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
-# How transformers' models, and most others, name a module's attribute or end the name of its class.
+# Attribute names or class name suffixes of transformers models and most others.
 _HEADS = ("lm_head", "embed_out", "output_projection")
 _ATTENTION = re.compile(r"(self_)?(attn|attention)|.*(attention|attn)\d?", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|block_sparse_moe|experts|.*(mlp|feedforward|moeblock|experts)", re.I)
 
 
 class Scope(NamedTuple):
-    """Where code runs. Without a category, memory belongs to whom its inputs belong to."""
+    """Scope of running code. Without a category, memory inherits its inputs' owner."""
 
     category: Category | None
     module: str
@@ -33,17 +33,17 @@ OUTSIDE = Scope(None, "")
 
 
 class _Entry:
-    """A scope that was entered and not left; ``node`` is the autograd node that ran then, if any did."""
+    """Scope that was entered and not left; ``node`` is the autograd node running then, if any."""
 
     def __init__(self, holder: object, scope: Scope) -> None:
         self.holder, self.scope = holder, scope
         self.node = torch._C._current_autograd_node()
-        # An owner that a backward names does not make it a forward; a module does, and so does a checkpoint.
+        # An owner set inside a backward does not make it a recomputation; a module or a checkpoint does.
         self.recomputes = self.node is not None and (isinstance(holder, torch.nn.Module) or _called_by_checkpoint())
 
 
 class _Marks:
-    """Scopes by the sequence number that they start at, of the nodes that one thread made."""
+    """Scopes by their first sequence number, for the nodes of one thread."""
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
@@ -63,7 +63,7 @@ class _Marks:
 
 
 class Scopes:
-    """The scopes that are open, and the marks that their nodes were made under."""
+    """Stack of open scopes, and the marks of their nodes."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._scopes = _scopes_of(model)
@@ -75,13 +75,13 @@ class Scopes:
         self._threads: dict[int, int] = {}
 
     def enter_module(self, module: torch.nn.Module) -> None:
-        """A module's forward starts; one without an owner of its own belongs to the one around it."""
+        """Enter a module's forward; without its own category it inherits the enclosing one."""
         around, _ = self.now()
         category, path = self._scopes.get(id(module), (None, around.module))
         self._enter(module, Scope(category or around.category, path))
 
     def leave_module(self, module: torch.nn.Module) -> None:
-        """It has ended, or an exception has ended it. After the head, the module around it makes logits and a loss."""
+        """Leave a module, also after an exception. After the head, the enclosing module computes logits and loss."""
         self._leave(module)
         if id(module) in self._heads and self._open:
             entry = self._open[-1]
@@ -90,15 +90,15 @@ class Scopes:
                 self._mark(self.now()[0])
 
     def enter_owner(self, holder: object, category: Category) -> None:
-        """Somebody says who owns what comes."""
+        """Enter a scope with an explicit owner."""
         self._enter(holder, Scope(category, self.now()[0].module))
 
     def leave_owner(self, holder: object) -> None:
-        """The end of ``enter_owner``."""
+        """Leave the scope of ``enter_owner``."""
         self._leave(holder)
 
     def now(self) -> tuple[Scope, str]:
-        """Who runs, and in which part of the step."""
+        """Return the current scope and the part of the step."""
         node = torch._C._current_autograd_node()
         top = self._open[-1] if self._open else None
         if node is None:
@@ -109,17 +109,17 @@ class Scopes:
             return top.scope, RECOMPUTE if builds_graph or recomputes else BACKWARD
         scope = self._scope_of(node)
         if builds_graph:
-            # The operator's own node has got its number already.
+            # The operator's own node already has its number.
             self._mark(scope, torch.autograd._get_sequence_nr() - 1)
         return scope, RECOMPUTE if builds_graph else BACKWARD
 
     def accumulates(self) -> bool:
-        """Whether autograd is handing a gradient on to a parameter of the model."""
+        """Return True if autograd is accumulating the gradient of a model parameter."""
         node = torch._C._current_autograd_node()
         return node is not None and self._parameter_of(node) is not None
 
     def close(self) -> None:
-        """Drop what refers to the model's graph."""
+        """Drop references to the model's graph."""
         self._open.clear()
 
     def _enter(self, holder: object, scope: Scope) -> None:
@@ -127,7 +127,7 @@ class Scopes:
         self._mark(scope)
 
     def _leave(self, holder: object) -> None:
-        """Entries above it were left by an exception that their hooks did not see."""
+        """Leave a scope and those above it, which an exception left without their hooks."""
         for place in range(len(self._open) - 1, -1, -1):
             if self._open[place].holder is holder:
                 del self._open[place:]
@@ -143,20 +143,20 @@ class Scopes:
         parameter = self._parameter_of(node)
         if parameter is not None:
             return Scope("gradients", parameter)
-        # Numbers are a thread's own, and on CUDA the backward has threads of its own. A backward's nodes were made by
-        # the thread that made the last mark before it.
+        # Sequence numbers are per thread, and on CUDA the backward runs in its own threads. The nodes of a backward
+        # come from the thread that made the last mark before it.
         task = torch._C._current_graph_task_id()
         thread = self._threads.setdefault(task, self._marked_last)
         marks = self._marks.get(thread)
         return marks.find(node._sequence_nr()) if marks else OUTSIDE
 
     def _parameter_of(self, node: Any) -> str | None:
-        """The name of the parameter whose gradient a node accumulates; other leaves are none of it."""
+        """Return the name of the parameter whose gradient a node accumulates, or None."""
         return self._parameters.get(id(getattr(node, "variable", None)))
 
 
 def _called_by_checkpoint() -> bool:
-    """Whether torch's checkpointing runs a forward again, in this thread and below the backward that runs now."""
+    """Return True if torch's checkpointing recomputes a forward in this thread, below the current backward."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_engine_run_backward":
         if frame.f_globals.get("__name__") == checkpoint.__name__:
@@ -166,12 +166,12 @@ def _called_by_checkpoint() -> bool:
 
 
 def _heads_of(model: torch.nn.Module) -> set[int]:
-    """Modules that make logits."""
+    """Return the ids of modules that produce logits."""
     return {id(module) for path, module in model.named_modules() if path.rsplit(".", 1)[-1] in _HEADS}
 
 
 def _scopes_of(model: torch.nn.Module) -> dict[int, tuple[Category | None, str]]:
-    """By id of a module: the category that it starts, None if that of the module around it goes on, and its path."""
+    """Return by module id the category it starts, or None to inherit, and its path."""
     found: dict[int, tuple[Category | None, str]] = {}
     heads = _heads_of(model)
     for path, module in model.named_modules():

@@ -1,15 +1,15 @@
-"""FLOPs of a training step by formula, in two conventions. Integers only: no tensor, no model.
+"""FLOPs of a training step by formula, in two conventions; no tensors and no model needed.
 
-A multiplication and an addition are 2. A token pays 2 for each weight of a matrix in the forward, 2 for the gradient of
-the matrix's input, and 2 for the weight's own where it trains: 6 in all. Attention pays for each pair of a token and
-one that it sees: a score and its part of the output, 2 * (D_qk + D_v) a head, and twice that in the backward.
+A multiply-add is 2. Per token, each matrix weight costs 2 in the forward, 2 for the input gradient, and 2 for the
+weight gradient if it trains: 6 in all. Attention costs per pair of a token and one it attends to: a score and its part
+of the output, 2 * (D_qk + D_v) per head, and twice that in the backward.
 
-- **model FLOPs** (as in MFU, PaLM, arXiv 2204.02311): pairs that the mask lets see, which is half of the square, and
-  nothing that is computed twice.
-- **ALST's** (arXiv 2506.13996): the whole square of scores, and the forward of checkpointed layers once more.
+- **model FLOPs** (as in MFU, PaLM, arXiv 2204.02311): pairs that the mask allows, half of the square, and
+  no recomputation.
+- **ALST's** (arXiv 2506.13996): the full square of scores, and the forward of checkpointed layers twice.
 
-What is no product of matrices counts for nothing in either: norms, activations, softmax, the scans of layers without
-attention, the optimizer.
+Neither counts operators other than matmuls: norms, activations, softmax, the scans of layers without attention, the
+optimizer.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """What a token sees of its document: all up to itself, the last of that (a window), or the begun chunk of it."""
+    """Attention range in a document: all tokens up to itself, a window, or the chunk so far."""
 
     window: int | None = None
     chunk: int | None = None
 
     def pairs(self, length: int) -> int:
-        """Pairs of a token and one that it sees, itself among them, in a document of so many tokens."""
+        """Count attention pairs, self-pairs included, in a document of this length."""
         if self.chunk is not None:
             whole, rest = divmod(length, self.chunk)
             return whole * _triangle(self.chunk) + _triangle(rest)
@@ -32,41 +32,41 @@ class Span:
         return _triangle(begin) + (length - begin) * begin
 
     def both_ways(self, length: int) -> int:
-        """Pairs counted from either side, without the causal half: ``length ** 2`` where all is seen."""
+        """Count pairs in both directions, without the causal half: ``length ** 2`` for full attention."""
         return 2 * self.pairs(length) - length
 
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What the formulas need of a model."""
+    """Model sizes for the formulas."""
 
     trained: int
-    """Weights of matrices that one token passes (active experts alone) and that train."""
+    """Trained matrix weights that one token passes (active experts only)."""
     frozen: int
-    """The same of those that do not."""
+    """Frozen matrix weights, likewise."""
     recomputed: int
-    """Of both, those in checkpointed layers."""
+    """Trained and frozen weights in checkpointed layers."""
     attention: tuple[tuple[Span, int], ...]
-    """What attention layers see, and how many see that."""
+    """Attention range and number of layers with it."""
     pair_width: int
     """``heads * (D_qk + D_v)`` of an attention layer."""
     recomputed_attention: float
-    """The share of attention layers that are checkpointed."""
+    """Share of attention layers that are checkpointed."""
 
 
 def model_flops(sizes: StepSizes, tokens: float, pairs: Sequence[float]) -> float:
-    """Forward and backward, ``(4 * (trained + frozen) + 2 * trained) * tokens + 6 * pair_width * pairs``.
+    """Compute forward and backward: ``(4 * (trained + frozen) + 2 * trained) * tokens + 6 * pair_width * pairs``.
 
     Args:
-        sizes: of the model; where all weights train that is 6 a weight and token.
-        tokens: that count.
-        pairs: that count in one layer (``Span.pairs``), one number for each entry of ``sizes.attention``.
+        sizes: of the model; 6 per weight and token if all weights train.
+        tokens: number of counted tokens.
+        pairs: counted pairs in one layer (``Span.pairs``), for each entry of ``sizes.attention``.
     """
     return _weight_flops(sizes) * tokens + 3 * _pair_flops(sizes, pairs)
 
 
 def alst_flops(sizes: StepSizes, tokens: float, pairs: Sequence[float]) -> float:
-    """The same with ``pairs`` both ways (``Span.both_ways``), and the forward of checkpointed layers twice."""
+    """Compute ALST's FLOPs: ``pairs`` both ways (``Span.both_ways``), checkpointed forwards twice."""
     again = 2 * sizes.recomputed * tokens
     return _weight_flops(sizes) * tokens + again + (3 + sizes.recomputed_attention) * _pair_flops(sizes, pairs)
 
@@ -76,7 +76,7 @@ def _weight_flops(sizes: StepSizes) -> int:
 
 
 def _pair_flops(sizes: StepSizes, pairs: Sequence[float]) -> float:
-    """Of all attention layers' forward."""
+    """Compute the forward FLOPs of all attention layers' pairs."""
     seen = sum(layers * count for (_, layers), count in zip(sizes.attention, pairs, strict=True))
     return 2 * sizes.pair_width * seen
 

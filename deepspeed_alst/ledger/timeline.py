@@ -1,4 +1,4 @@
-"""The course of memory over a step, told from the events of its blocks."""
+"""Memory over a step, from the events of its blocks."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Blocks of one owner that one operator of one module allocated in one part of a step."""
+    """Blocks of one owner, allocated by one operator of one module in one part of a step."""
 
     category: str
     birth: Moment
@@ -30,20 +30,20 @@ class Part(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """The most bytes that lived at once on the device, when, and whose they were."""
+    """Peak of live bytes on the device, with its moment and owners."""
 
     bytes: int
     moment: Moment
     owners: dict[Category, int]
-    """Bytes by category; host is beside the peak, not in it."""
+    """Bytes by category; host is listed but not part of the peak."""
     parts: list[Part]
-    """The same in detail, the largest first."""
+    """Breakdown of the peak, the largest first."""
     place: int
-    """Of the sample in the timeline."""
+    """Index of the sample in the timeline."""
 
 
 def samples_of(initial: list[Event], events: list[Event]) -> Iterator[Sample]:
-    """The state before the first event, then after each."""
+    """Yield the state before the first event, then after each."""
     live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
     for event in initial:
         live[event.block.category] += event.change
@@ -54,7 +54,7 @@ def samples_of(initial: list[Event], events: list[Event]) -> Iterator[Sample]:
 
 
 def peak_of(samples: list[Sample], initial: list[Event], events: list[Event]) -> Peak:
-    """The first of the highest samples, and the blocks that lived then."""
+    """Return the first of the highest samples, and the blocks that were live."""
     index = max(range(len(samples)), key=lambda each: samples[each].total)
     sizes: Counter[Block] = Counter()
     for event in [*initial, *events[:index]]:

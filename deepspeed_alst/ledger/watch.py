@@ -1,4 +1,4 @@
-"""How the ledger sees: operators that run, storages that are resized, sums that only a watched autograd makes."""
+"""Observers of the ledger: operators, storage resizes, sums that autograd adds only under a dispatch mode."""
 
 import functools
 import sys
@@ -13,7 +13,7 @@ from deepspeed_alst.ledger.flops import formula
 
 
 class Watch(TorchDispatchMode):
-    """Hands every operator to a function, with this mode off while that runs."""
+    """Dispatch mode that passes every operator to a function, with the mode off meanwhile."""
 
     supports_higher_order_operators = True
 
@@ -23,7 +23,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if getattr(func, "namespace", "") == "prim":
-            return func(*args, **(kwargs or {}))  # a question to a fake tensor, such as for its device
+            return func(*args, **(kwargs or {}))  # query of a fake tensor, such as its device
         if _is_made_of_others(func):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
@@ -32,9 +32,9 @@ class Watch(TorchDispatchMode):
 
 @functools.cache
 def _is_made_of_others(func: Any) -> bool:
-    """Whether an operator has no kernel and runs as its parts: autograd takes it apart, inference mode does not.
+    """Return True if an operator has no kernel and runs as its parts.
 
-    silu_backward can be taken apart but has a kernel, which needs less memory.
+    Only autograd decomposes it, not inference mode. silu_backward has a kernel besides, which needs less memory.
     """
     if not isinstance(func, torch._ops.OpOverload) or formula(func) is not None:
         return False
@@ -44,7 +44,7 @@ def _is_made_of_others(func: Any) -> bool:
 
 @contextmanager
 def resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Storages that are resized by themselves, which is no operator, are seen at once."""
+    """Report storage resizes, which are not operators, to a function."""
     resize = torch.UntypedStorage.resize_
 
     def resize_(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
@@ -56,15 +56,15 @@ def resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]
     try:
         yield
     finally:
-        # The method is inherited: what was set hides it.
+        # The method is inherited; deleting the attribute restores it.
         del torch.UntypedStorage.resize_
 
 
 def adds_for_autograd(func: Any, args: tuple, kwargs: dict) -> bool:
-    """Whether the running operator is autograd adding up two gradients of one tensor, and not the program.
+    """Return True if autograd, not the program, is adding two gradients of one tensor.
 
-    Autograd takes one of the two for the sum where it holds the last reference to it; under a dispatch mode it always
-    makes a third (torch 2.13, input_buffer.cpp).
+    Autograd sums into an input whose last reference it holds; under a dispatch mode it always allocates the sum (torch
+    2.13, input_buffer.cpp).
     """
     if func is not torch.ops.aten.add.Tensor or kwargs or len(args) != 2:
         return False
@@ -77,7 +77,7 @@ def adds_for_autograd(func: Any, args: tuple, kwargs: dict) -> bool:
 
 
 def _called_by_engine() -> bool:
-    """Autograd calls from C++: the nearest Python frame is where the backward was started, or none in its threads."""
+    """Return True if autograd calls from C++: the next Python frame starts a backward, or none exists."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith((__package__, "torch._")):
         frame = frame.f_back  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""The only code that knows transformers: verified families, and the patches with their patches."""
+"""The only transformers-specific code of the package: verified model families and model patches."""

@@ -1,7 +1,7 @@
-"""Which of PEFT's adapters are refused under sequence parallelism by their config.
+"""Reject PEFT adapters that cannot run under sequence parallelism, by their config.
 
-Every adapter's forward is compared whole against split on the live model (model_check.py). Refused here is what that
-comparison cannot see, or would refuse in other words.
+model_check.py compares each adapter's forward unsharded and sharded on the live model. The adapters rejected here have
+defects that this comparison cannot see, or would report less clearly.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ _REFUSED_OPTIONS = {
 
 
 def adapter_problems(model: torch.nn.Module) -> list[str]:
-    """Why the adapters of a model cannot be trained under sequence parallelism; empty if they can, or there are none.
+    """Return the reasons why a model's adapters cannot train under sequence parallelism; may be empty.
 
-    Adapters count whether they are active or not: a program may switch between them.
+    Inactive adapters are checked too, because user code may activate them later.
     """
     return [
         f"adapter '{name}': {problem}"
@@ -33,7 +33,7 @@ def adapter_problems(model: torch.nn.Module) -> list[str]:
 
 
 def _adapter_configs(model: torch.nn.Module) -> dict[str, Any]:
-    """By name; PEFT's wrapper has them, and so has a model into which they were put without a wrapper."""
+    """Return the adapter configs by name, from PEFT's wrapper or from a model with injected adapters."""
     configs = getattr(model, "peft_config", None) or getattr(base_model(model), "peft_config", None)
     return configs if isinstance(configs, dict) else {}
 

@@ -1,4 +1,4 @@
-"""Ulysses attention in transformers' attention interface, under a name that one model alone uses."""
+"""Ulysses attention in transformers' attention interface, under a name private to one model."""
 
 import weakref
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from deepspeed_alst.models.masks import mask_function_for
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.positions import ScaleQueries, take_temperatures
 
-# Arguments of an attention call that change its result. A core is given those that it passes on; any other is refused.
+# Arguments of an attention call that change its result. A core gets those in its passes_on; any other raises.
 _ARGUMENTS = (
     "sliding_window",
     "softcap",
@@ -36,18 +36,18 @@ _ARGUMENTS = (
     "block_table",
     "cache",
 )
-# Those of them that say what a mask says too. Where there is a mask it counts alone, as in transformers.
+# Arguments that a mask expresses too; a mask overrides them, as in transformers.
 _IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def register_attention(model: torch.nn.Module, core: Core, group: Any, calls: Calls, patches: PatchSet) -> None:
-    """Register Ulysses attention over ``group`` for one model; its calls are counted."""
+    """Register Ulysses attention over ``group`` for one model and count its calls."""
     name = PrivateName(core.name)
     scale_queries = take_temperatures(model, dist.get_rank(group), calls, patches)
     layers = weakref.WeakSet(model.modules())
     functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
     patches.entry(functions, name, _attention_over(group, core, calls, layers, scale_queries))
-    # A name that is missing from the mask interface means "no mask" to transformers, silently.
+    # transformers silently builds no mask for a name that is missing from the mask interface.
     patches.entry(masks, name, mask_function_for(core, dist.get_world_size(group), calls))
     patches.set(model.config, "_attn_implementation", name)
 
@@ -55,10 +55,10 @@ def register_attention(model: torch.nn.Module, core: Core, group: Any, calls: Ca
 def _attention_over(
     group: Any, core: Core, calls: Calls, layers: weakref.WeakSet[torch.nn.Module], scale_queries: ScaleQueries
 ) -> Callable[..., tuple[torch.Tensor, None]]:
-    """Transformers' attention function: q ``[B, H, s, D]``, k and v ``[B, K, s, D]`` to ``[B, s, H, D]``."""
+    """Return the attention function: q ``[B, H, s, D]``, k and v ``[B, K, s, D]`` to ``[B, s, H, D]``."""
     attend = core.make(core)
 
-    # A compiled layer is two graphs, before and after: collectives, counts and checks stay out of them.
+    # Graph break: collectives, counters and checks stay out of compiled graphs.
     @torch.compiler.disable
     def attention(
         module: torch.nn.Module,
@@ -77,13 +77,13 @@ def _attention_over(
                 "parallelism: its attention would mix the sequences of all ranks. Build it from "
                 "copy.deepcopy(model.config)"
             )
-        # A recomputation in the backward runs layers by themselves.
+        # Recomputation in the backward runs layers outside of the model's forward.
         if not calls.inside and torch._C._current_graph_task_id() == -1:
             raise UnsupportedModelError(
                 f"{type(module).__name__} was called outside of its causal language model: what reached it was not "
                 "checked to be a shard. Call the engine, with a batch of the sharded loader."
             )
-        # Not among them are position_ids: they are a shard's, and documents come in cu_seq_lens_q, or in the mask.
+        # position_ids are left out: they cover one shard, and documents come in cu_seq_lens_q or in the mask.
         beside = _IN_THE_MASK if core.takes_masks else ()
         arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None and name not in beside}
         arguments |= {"dropout": dropout} if dropout else {}
@@ -105,14 +105,14 @@ def _attention_over(
 
 
 def _of_this_rank(per_head_H: torch.Tensor, query: torch.Tensor, key: torch.Tensor, group: Any) -> torch.Tensor:
-    """What belongs to this rank's query heads: ``[H] -> [h]``."""
+    """Slice out the values of this rank's query heads: ``[H] -> [h]``."""
     plan = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1])
     heads = plan.heads_of(dist.get_rank(group))
     return per_head_H[heads.start : heads.stop]
 
 
 def _check_call(module, query, key, attention_mask, is_causal) -> None:
-    """The second net: what the config did not show and the call does."""
+    """Raise on a per-shard mask, a cache or non-causal attention, which the config does not show."""
     layer = type(module).__name__
     if attention_mask is not None and not isinstance(attention_mask, WholeMask):
         raise UnsupportedModelError(

@@ -1,7 +1,7 @@
-"""Looks at every batch before the model sees it: is it a shard, and do all ranks of a sequence hold the same cut?
+"""Check before each forward that the batch is a shard and matches the other ranks of its sequence.
 
 Runs as a forward pre-hook of the model: one small exchange over gloo and a few scalars read from the device per forward
-(not per layer), so that all ranks raise together and none is left waiting in a collective.
+(not per layer), so that all ranks raise together and none hangs in a collective.
 """
 
 import bisect
@@ -31,39 +31,39 @@ WAY_OUT = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank's batch looks like."""
+    """Facts about one rank's batch, exchanged between ranks."""
 
     problem: str | None = None
     shape: tuple[int, ...] = ()
-    """Batch and shard length."""
+    """Batch size and shard length."""
     first: int = 0
-    """The position of the first token."""
+    """Position id of the first token."""
     place: int = 0
-    """The position that it has in the shard of this rank, padding apart: its place in its document."""
+    """Expected position id of the first token, padding aside: its offset in its document."""
     highest: int = 0
-    """The highest position of all tokens."""
+    """Highest position id of all tokens."""
     documents: int = 0
-    """A fingerprint of the bounds of packed documents."""
+    """Hash of the packed documents' bounds."""
     whole: str = ""
-    """A fingerprint of a batch that is not split."""
+    """Fingerprint of an unsharded batch."""
     batch: int = 0
-    """A fingerprint of the whole batch, where positions do not tell whose shard it is."""
+    """Fingerprint of the full batch, if position ids do not identify the shard's rank."""
 
 
 class Planner(Protocol):
-    """Decides, from what all ranks know of a batch, what the forward is to do with it."""
+    """Protocol that decides from all ranks' facts about a batch what its forward keeps and offloads."""
 
     def facts(self, shape: Sequence[int]) -> Any:
-        """What this rank knows of a batch of ``[B, s]`` tokens; picklable."""
+        """Return this rank's facts about a batch of ``[B, s]`` tokens; picklable."""
 
     def decide(self, everyone: Sequence[Any]) -> bool:
-        """Decide from all ranks' facts; whether there was anything to decide, the same on all ranks."""
+        """Decide from all ranks' facts; return True if a decision was made, the same on all ranks."""
 
 
 def guard_batches(
     model: torch.nn.Module, groups: SequenceGroups, calls: Calls, patches: PatchSet, planner: Planner | None = None
 ) -> None:
-    """Install the check, and with it a planner's decision; ``patches.close()`` removes it."""
+    """Install the batch check and the planner's decision; ``patches.close()`` removes them."""
     vocabulary = vocabulary_of(model)
 
     @torch.compiler.disable
@@ -83,9 +83,9 @@ def guard_batches(
         except DataError as error:
             facts = Facts(str(error))
         except Exception as error:
-            # The others wait in the exchange below, whatever is wrong with this batch.
+            # The other ranks wait in the exchange below, so no error may skip it.
             facts = Facts(f"it cannot be read: {error!r}. {WAY_OUT}")
-        # Over all ranks and not the sequence's: the other replicas would wait in the gradients' reduction.
+        # Over all ranks, not one sequence's: the other replicas would hang in the gradient reduction.
         planned, refusal = None, None
         if planner is not None and not facts.problem:
             try:
@@ -102,7 +102,7 @@ def guard_batches(
         calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
         if planner is not None:
             _decide_together(planner, [each for _, each in everyone], groups)
-        # transformers would keep every layer's keys and values of the shard, which nothing reads.
+        # transformers would cache every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
         if bounds:
             kwargs |= _flash_arguments(bounds, kwargs["cu_seq_lens_q"], kwargs["position_ids"].device)
@@ -112,7 +112,7 @@ def guard_batches(
 
 
 def _decide_together(planner: Planner, everyone: Sequence[Any], groups: SequenceGroups) -> None:
-    """What is decided is the same on all ranks; whether it can be done, each finds out by itself."""
+    """Make the planner's decision, the same on all ranks; raise on all ranks if one cannot apply it."""
     error, is_new = None, True
     try:
         is_new = planner.decide(everyone)
@@ -123,7 +123,7 @@ def _decide_together(planner: Planner, everyone: Sequence[Any], groups: Sequence
 
 
 def plan_batches(model: torch.nn.Module, planner: Planner, patches: PatchSet) -> None:
-    """Without sequence parallelism: have a planner decide before each forward, each rank from what it knows itself."""
+    """Run a planner before each forward without sequence parallelism, from each rank's own facts."""
 
     @torch.compiler.disable
     def plan(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def _facts(
     groups: SequenceGroups,
     calls: Calls,
 ) -> Facts:
-    """Look at a rank's batch; ``bounds`` are those of its packed documents in the whole sequence, if it has any."""
+    """Collect the facts of a rank's batch; ``bounds`` are its packed documents' in the full sequence, if any."""
     stamp = kwargs.pop(PLACE, None)
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
@@ -181,8 +181,8 @@ def _place_of(
     bounds: list[int],
     groups: SequenceGroups,
 ) -> Facts:
-    """Whose shard it is, by its positions where they count from 0 in each document, else by the loader's word."""
-    # Of positions of several dims the first are those of the text.
+    """Locate the shard by position ids that count from 0 in each document, else by the loader's stamp."""
+    # Of multi-dimensional position ids the first row is the text's.
     text_s = positions.reshape(-1, positions.shape[-1])[0]
     first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
     if stamp is not None:
@@ -190,7 +190,7 @@ def _place_of(
         if rank != groups.sp_rank:
             return Facts(f"it is the shard of rank {rank} of the sequence's ranks, on rank {groups.sp_rank}. {WAY_OUT}")
         return Facts(None, shape, highest=over_all, documents=hash(tuple(bounds)), batch=batch)
-    # On the right the loader repeats the last position as padding.
+    # The loader's right padding repeats the last position id.
     counting_s = torch.arange(first, first + len(text_s)).to(positions).clamp(max=highest)
     if not bounds and not torch.equal(positions, counting_s.expand_as(positions)):
         return Facts(
@@ -199,12 +199,12 @@ def _place_of(
         )
     place = groups.sp_rank * shape[1]
     place -= _document_start(bounds, place)
-    # Python's hash of whole numbers is the same in every process.
+    # Python's hash of integers is the same in every process.
     return Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
 
 
 def _asks_too_much(kwargs: dict[str, Any]) -> str | None:
-    """What a forward asks for and a shard cannot give."""
+    """Return the problem of a forward that asks for a KV cache or logits_to_keep, else None."""
     if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
         return (
             f"it asks for a cache (use_cache, {', '.join(CACHES)}), which would hold a shard's keys and values; leave "
@@ -217,24 +217,24 @@ def _asks_too_much(kwargs: dict[str, Any]) -> str | None:
 
 
 def _document_start(bounds: list[int], place: int) -> int:
-    """Where the document begins that the token at a place is part of."""
+    """Return the start of the document that contains the token at ``place``."""
     return bounds[bisect.bisect_right(bounds, place) - 1] if bounds else 0
 
 
 def _flash_arguments(bounds: list[int], lengths: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """What flash attention needs beside the documents' bounds, made once so that no layer waits for the device."""
+    """Build flash attention's varlen arguments once per forward, so that no layer syncs with the device."""
     longest = max(end - start for start, end in itertools.pairwise(bounds))
     lengths = lengths.to(device, torch.int32)
     return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
 def _are_the_same_labels(labels: torch.Tensor, shifted: torch.Tensor) -> bool:
-    """Moved by one, or shifted already: the HF Trainer puts shift_labels under this name too, to be given a loss."""
+    """Return True if labels are shift_labels, shifted by one or as is: the HF Trainer needs labels to get a loss."""
     return torch.equal(labels[:, 1:], shifted[:, :-1]) or torch.equal(labels, shifted)
 
 
 def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
-    """Why these are not the shards of sequences, or None. The same answer on every rank."""
+    """Return why the batches are not shards of sequences, or None; the same on every rank."""
     for rank, facts in enumerate(everyone):
         if facts.problem:
             return f"a batch reached the engine on rank {rank} that cannot be trained on: {facts.problem}"
@@ -246,7 +246,7 @@ def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
         ranks = everyone[first : first + sp_size]
         shapes = [facts.shape for facts in ranks]
         starts, highest = [facts.first for facts in ranks], max(facts.highest for facts in ranks)
-        # In the padding no position is higher than the last token's.
+        # Padding has no position id above the last token's.
         expected = [min(facts.place, highest) for facts in ranks]
         if any(facts.batch for facts in ranks):
             expected = starts

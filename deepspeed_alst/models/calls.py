@@ -1,4 +1,4 @@
-"""Counts how often a forward reached the patched parts, and refuses one that went round them."""
+"""Count the calls of the patched parts in each forward, and raise if a forward bypasses them."""
 
 import contextlib
 import sys
@@ -16,43 +16,42 @@ from deepspeed_alst.models.wrapped import base_model
 
 @dataclass
 class Calls:
-    """How often the patched parts were reached in one forward."""
+    """Call counters and state of the patched parts in one forward."""
 
     draws: Draws = field(default_factory=Draws)
-    """This rank's random numbers."""
+    """State of this rank's counter-based random numbers."""
     attention: int = 0
     linear: int = 0
-    """Calls of layers without attention that are split."""
+    """Calls of sharded layers without attention."""
     with_documents: int = 0
-    """Calls of either kind that were told where packed documents end."""
+    """Calls of either kind that got the bounds of packed documents."""
     loss: int = 0
     router_loss: int = 0
     loss_follows: bool = False
-    """Whether the loss of the whole sequence is made of the logits after the forward."""
+    """True if the full-sequence loss is computed from the logits after the forward."""
     gradients: int = 0
-    """Losses of the whole sequence that a gradient has reached."""
+    """Number of full-sequence losses that have received a gradient."""
     makes_whole_loss: bool = True
-    """Whether the loss is the whole sequence's, and not a shard's that the program aggregates."""
+    """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
     real_tokens: torch.Tensor | None = None
-    """Which tokens of this rank's shard are the sample's own and not padding, ``[B, s]``; None if nobody said."""
+    """Mask of the non-padding tokens of this rank's shard, ``[B, s]``; None if unknown."""
     expects_attention: bool = True
-    """Whether the model has any."""
     inside: bool = False
-    """Whether a forward of the outermost module is under way."""
+    """True while a forward of the outermost module runs."""
     whole: bool = False
-    """Whether forwards bypass the patched parts on purpose: every rank has the whole sequence."""
+    """True while forwards bypass the patched parts on purpose: every rank has the full sequence."""
     checking: bool = False
-    """Whether forwards are the model check's: nobody else looks at their batch."""
+    """True while forwards are the model check's, whose batches are not checked here."""
     core: str = ""
-    """The attention that the model was loaded with."""
+    """Attention implementation that the model was loaded with."""
     documents: tuple[int, ...] = ()
-    """Bounds of the packed documents of this forward's whole sequence; empty where it is one document."""
+    """Bounds of the packed documents in this forward's full sequence; empty for a single document."""
     highest: int | None = None
-    """The highest position in this forward's whole sequence."""
+    """Highest position id in this forward's full sequence."""
 
     @contextlib.contextmanager
     def of_whole_sequence(self) -> Iterator[None]:
-        """Inside, the loss is the whole sequence's also where a program aggregates shards' in training."""
+        """Compute full-sequence losses in the context, even if user code aggregates shards' in training."""
         before, self.makes_whole_loss = self.makes_whole_loss, True
         try:
             yield
@@ -61,7 +60,7 @@ class Calls:
 
     @contextlib.contextmanager
     def unsplit(self, config: Any) -> Iterator[None]:
-        """Inside, forwards of the model of this config are those without sequence parallelism."""
+        """Run forwards of the config's model without sequence parallelism in the context."""
         split, before = config._attn_implementation, self.whole
         config._attn_implementation, self.whole = self.core, True
         try:
@@ -71,7 +70,7 @@ class Calls:
 
     @contextlib.contextmanager
     def of_model_check(self) -> Iterator[None]:
-        """Inside, forwards are the model check's; all counts are as before at the end."""
+        """Mark forwards in the context as the model check's; restore all counters at its end."""
         before = dict(vars(self))
         self.checking, self.makes_whole_loss, self.loss_follows = True, True, False
         try:
@@ -80,12 +79,12 @@ class Calls:
             vars(self).update(before)
 
     def enter(self, layer: str, has_documents: bool) -> None:
-        """A layer without attention was called.
+        """Count a call of a layer without attention.
 
         Raises:
-            UnsupportedModelError: outside of a forward of the outermost module, so nobody has checked its batch.
+            UnsupportedModelError: called outside of the outermost module's forward, which checks the batch.
         """
-        # A recomputation in the backward runs layers by themselves.
+        # Recomputation in the backward runs layers outside of the model's forward.
         if not self.inside and torch._C._current_graph_task_id() == -1:
             raise UnsupportedModelError(
                 f"{layer} was called outside of its causal language model: what reached it was not checked to be a "
@@ -95,7 +94,7 @@ class Calls:
         self.with_documents += has_documents
 
     def note_loss(self, loss: torch.Tensor) -> None:
-        """A loss of the whole sequence was made; its gradient is to be waited for."""
+        """Count a full-sequence loss, and its gradient when it arrives."""
         self.loss += 1
         if loss.requires_grad:
             loss.register_hook(self._note_gradient)
@@ -105,7 +104,7 @@ class Calls:
 
 
 def _why_not_called(model: torch.nn.Module) -> str:
-    """Why a model goes round transformers' attention interface, and the way out."""
+    """Return why a model bypasses transformers' attention interface, and the fix."""
     homes = (each.__module__ for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
     home = sys.modules.get(next(homes, ""))
     if home is not None and not hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
@@ -114,11 +113,10 @@ def _why_not_called(model: torch.nn.Module) -> str:
 
 
 def check_calls(model: torch.nn.Module, calls: Calls, patches: PatchSet, whole_loss: bool) -> None:
-    """Make sure that a forward went through the patched parts: a subclass, or a library, may have replaced them.
+    """Raise if a forward bypasses the patched parts, which a subclass or a library may replace.
 
-    Where the loss is not to be the whole sequence's (``whole_loss``), a program may make a shard's as it likes.
-
-    ``model`` is the outermost module, which every call passes.
+    ``model`` is the outermost module, which every call passes. Without ``whole_loss`` user code may compute a shard's
+    loss in any way.
     """
     name = type(base_model(model)).__name__
 

@@ -1,8 +1,8 @@
-"""Where transformers checkpoints a decoder layer: the one place that what happens around a checkpoint is hung on.
+"""Single attachment point for wrappers and callbacks around transformers' activation checkpoint of a decoder layer.
 
 ``GradientCheckpointingLayer`` runs ``self._gradient_checkpointing_func(partial(forward, self, **kwargs), *args)``,
-reentrant or not. The function is replaced on the layer alone, at each call, as a program may switch checkpointing on at
-any time; what it was stays in it and is given back.
+reentrant or not. The function is replaced on the layer instance at each call, because user code may enable
+checkpointing at any time; the wrapper calls the original, which is restored on undo.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deepspeed_alst.core.patching import PatchSet
 
 Checkpoint = Callable[..., Any]
-"""``(function, *args) -> outputs``: runs a layer now, and again in the backward."""
+"""``(function, *args) -> outputs``: runs a layer in the forward and again in the backward."""
 
 _FUNCTION = "_gradient_checkpointing_func"
 _SEAM = "alst_checkpoint_seam"
 
 
 class Seam:
-    """What is hung on one layer's checkpoint; ``seam_of`` makes one for each layer."""
+    """Wrappers and callbacks of one layer's checkpoint; ``seam_of`` creates one per layer."""
 
     def __init__(self) -> None:
         self.around: list[Callable[[Checkpoint], Checkpoint]] = []
-        """Wrap the checkpoint, the last one outermost."""
+        """Wrappers of the checkpoint, the last one outermost."""
         self.at_end: list[Callable[[Any], None]] = []
-        """Called with the outputs of each run of the layer that has a graph."""
+        """Callbacks that get the outputs of each run of the layer with gradients enabled."""
 
     def __deepcopy__(self, memo: Any) -> "Seam":
-        """A copy of the model is another's to train: it shares what hangs here, as it shares the checkpoint itself."""
+        """Return the seam itself: a copy of the model shares it, as it shares the checkpoint function."""
         return self
 
     def wrap(self, checkpoint: Checkpoint) -> Any:
-        """The checkpoint with all of it."""
+        """Wrap a checkpoint in all wrappers and callbacks."""
 
         def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not self.at_end:
@@ -56,7 +56,7 @@ class Seam:
 
 
 def seam_of(layer: torch.nn.Module, patches: PatchSet) -> Seam:
-    """The seam of a layer; made when it is first asked for, and gone when the ``patches`` of that time closes."""
+    """Return a layer's seam, created at first use and removed when the ``patches`` of that call closes."""
     existing = vars(layer).get(_SEAM)
     if existing is not None:
         return existing
@@ -76,5 +76,5 @@ def seam_of(layer: torch.nn.Module, patches: PatchSet) -> Seam:
 
 
 def checkpointed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that transformers checkpoints one by one, in the model's order."""
+    """Return the layers that transformers checkpoints one by one, in model order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -1,11 +1,10 @@
-"""The attention cores: what attends between the two all-to-alls, and which arguments of the call it is given.
+"""Attention cores: the attention between the two all-to-alls, and the call arguments that each core gets.
 
-sdpa is called directly, piece by piece where a mask hides something (banded.py). Of every other core transformers' own
-function is called, with the whole sequence and this rank's heads, so that its special cases (casts, windows, varlen,
-kernels from the hub) stay transformers'. Windows and documents reach flash attention as arguments, sdpa and flex
-attention in a mask.
+sdpa is called directly, block by block if a mask applies (banded.py). For every other core transformers' own function
+is called, with the full sequence and this rank's heads, so that its special cases (casts, windows, varlen, kernels from
+the hub) stay transformers'. Windows and documents reach flash attention as arguments, sdpa and flex as a mask.
 
-Legend: B batch, S whole sequence, D head dim; h and k are the query and key/value heads of this rank.
+Legend: B batch, S full sequence, D head dim; h and k are the query and KV heads of this rank.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.parallel.draw_mode import counted_attention
 
 TRIAL = "alst_trial"
-"""Plain attention with soft-cap and sinks, for a trial on CPU of a model for which transformers has no sdpa."""
+"""Plain attention with soft-cap and sinks, to probe a model on CPU for which transformers has no sdpa."""
 _LARGEST_MASK = 2**30
 Attend = Callable[..., torch.Tensor]
 """``(module, q_BhSD, k_BkSD, v_BkSD, mask, scaling, arguments) -> out_BhSD``."""
@@ -36,35 +35,35 @@ Attend = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Core:
-    """One way to attend, under the name that transformers has for it."""
+    """One attention implementation, under its transformers name."""
 
     name: str
     passes_on: tuple[str, ...]
-    """Arguments of the attention call that change its result and that this core is given."""
+    """Result-changing arguments of the attention call that this core gets."""
     make: Callable[["Core"], Attend]
-    """Makes the function of one model."""
+    """Factory of one model's attention function."""
 
     @property
     def runs_operators(self) -> bool:
-        """Whether it runs as operators of torch, and not as a graph of its own."""
+        """True if it runs as torch operators, not as a compiled graph."""
         return self.make in (_sdpa, _plain, _flash)
 
     @property
     def takes_masks(self) -> bool:
-        """Whether windows, chunks and packed documents reach the core in a mask; else as arguments."""
+        """True if windows, chunks and packed documents reach the core as a mask, not as arguments."""
         return self.make is not _flash
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether packed documents do not see one another."""
+        """True if packed documents do not attend to one another."""
         return self.takes_masks or "cu_seq_lens_q" in self.passes_on
 
 
 def find_core(name: str) -> Core | None:
-    """The core behind an ``attn_implementation``; None if it is not available under sequence parallelism.
+    """Return the core of an ``attn_implementation``; None if unavailable under sequence parallelism.
 
-    Flash attention has many names (2, 3, 4, kernels of the hub): it is known by its function. A function that somebody
-    else registered under one of the names is not known; one under "sdpa" attends, to whole sequences of its heads.
+    Flash attention has many names (2, 3, 4, kernels of the hub), so its function identifies it. A user function under
+    one of these names is not available; one under "sdpa" is, and runs on the full sequence of this rank's heads.
     """
     function = AttentionInterface._global_mapping.get(name)
     if name == "sdpa":
@@ -81,13 +80,13 @@ def find_core(name: str) -> Core | None:
 
 
 def keeps_documents_apart(model: Any) -> bool:
-    """Whether packed documents do not see one another in a model's attention under sequence parallelism."""
+    """Return True if a model's packed documents do not attend to one another under sequence parallelism."""
     core = find_core(model.config._attn_implementation)
     return core is not None and core.keeps_documents_apart
 
 
 def starts_at_lowest(model: Any) -> bool:
-    """Whether packed documents start at the lowest of the positions, as flash attention has it."""
+    """Return True if packed documents start at the lowest position id, as in flash attention."""
     core = find_core(model.config._attn_implementation)
     return core is not None and not core.takes_masks
 
@@ -121,7 +120,7 @@ def _sdpa(core: Core) -> Attend:
 
 
 def _programs(function: Callable[..., Any], core: Core) -> Attend:
-    """A program's own function in the place of transformers' sdpa, with a mask of the same form."""
+    """Wrap a user function registered as sdpa; it gets a mask of the same form."""
 
     def attend(
         module: torch.nn.Module,
@@ -141,7 +140,7 @@ def _programs(function: Callable[..., Any], core: Core) -> Attend:
 
 
 def _dense(mask: WholeMask, length: int, device: torch.device) -> torch.Tensor:
-    """``[1, 1, S, S]``, true where a token sees another, as transformers makes it for sdpa."""
+    """Build the ``[1, 1, S, S]`` mask as transformers does for sdpa: True where a token attends to another."""
     if length**2 > _LARGEST_MASK:
         raise UnsupportedModelError(
             f"the program's own function under attn_implementation='sdpa' needs a mask of {length} x {length} tokens "
@@ -186,8 +185,7 @@ def _flash(core: Core) -> Attend:
 
 
 def _flex(core: Core) -> Attend:
-    # A million tokens have a mask of 2**26 blocks: only the last two are kept, as layers with a window and layers
-    # without one take turns.
+    # A million tokens make a mask of 2**26 blocks; two are cached, as layers with and without a window alternate.
     block_mask = functools.lru_cache(maxsize=2)(_block_mask)
 
     def attend(
@@ -212,21 +210,21 @@ def _flex(core: Core) -> Attend:
 
 
 def _block_mask(mask: WholeMask | None, length: int, device: torch.device) -> Any:
-    """Of the whole sequence, where transformers' would be of the shard; one row, which flex repeats for the batch."""
+    """Build the block mask of the full sequence, not the shard; one row, which flex broadcasts over the batch."""
     rule = causal_mask_function if mask is None else mask.rule(length, device)
     return flex_attention_mask(1, length, length, mask_function=rule, device=device)
 
 
 def under_own_name(module: torch.nn.Module, name: str) -> Any:
-    """An attention module as flash attention's function is to see it: with the name that transformers has for its core.
+    """Return a view of an attention module whose config has the core's transformers name.
 
-    Under the private name transformers would load the kernel anew, and register it over the model's own entry.
+    With the private name transformers would load the kernel again and register it over the model's own entry.
     """
     return _Seen(module, config=_Seen(module.config, _attn_implementation=name))
 
 
 class _Seen:
-    """An object with some of its attributes replaced, for whoever is given this instead."""
+    """View of an object with some attributes replaced."""
 
     def __init__(self, seen: Any, **replaced: Any) -> None:
         self.__dict__.update(replaced, _seen=seen)

@@ -1,9 +1,9 @@
-"""Logits that are not made before somebody looks at them: the loss looks at a tile at a time.
+"""Deferred logits, materialized at first use; the loss computes them one tile at a time.
 
-A causal language model calls its head, does a little to the logits (a scale, a soft cap), and hands them to its loss.
-While a forward has labels, the head's call returns ``DeferredLogits``, which note what is done to them; the loss then
-does all of it tile by tile. Whoever needs logits as such (an evaluation's metrics) gets a tensor of them at the first
-touch. In training the model's ``outputs.logits`` is None.
+A causal language model calls its head, applies a few ops to the logits (a scale, a soft cap), and passes them to its
+loss. While a forward has labels, the head returns ``DeferredLogits``, which record these ops; the loss then runs the
+head and the ops tile by tile. Code that reads the logits (evaluation metrics) gets a materialized tensor at first use.
+In training the model's ``outputs.logits`` is None.
 
 Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hidden size, V vocabulary.
 """
@@ -23,7 +23,7 @@ from deepspeed_alst.parallel.draw_mode import Branch, branch
 from deepspeed_alst.parallel.loss import shard_loss
 from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
 
-# What models do to logits one by one; its other arguments are numbers.
+# Elementwise ops on logits; their other arguments are scalars.
 _ELEMENTWISE = {
     "mul",
     "multiply",
@@ -39,10 +39,10 @@ _ELEMENTWISE = {
     "to",
 }
 _ELEMENTWISE |= {"double", "rmul", "radd", "rsub", "rdiv", "rtruediv", "detach"}
-# In place, with what does the same out of place.
+# In-place ops and their out-of-place counterparts.
 _IN_PLACE = {name: name.strip("_") for name in ("mul_", "div_", "add_", "sub_", "tanh_", "neg_")}
 _IN_PLACE |= {"__imul__": "mul", "__itruediv__": "div", "__iadd__": "add", "__isub__": "sub"}
-# Answered without the values.
+# Answered without materializing the logits.
 _OF_THE_SHAPE = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"}
 _OF_THE_VALUES = {torch.Tensor.data.__get__, torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
 _VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
@@ -51,40 +51,40 @@ _SAMPLED = 4096
 
 @dataclass
 class DeferredHead:
-    """The head of one model, and whether its logits are deferred just now."""
+    """LM head of one model, with the state of its deferred logits."""
 
     module: torch.nn.Module
     forward: Callable[[torch.Tensor], torch.Tensor]
-    """The module's own."""
+    """Original forward of the module."""
     budget: TiledLossBlock
-    """Of a tile's logits."""
+    """Config of the tiled loss: size of a tile's logits, and backend."""
     deferring: bool = False
     logits_wanted: bool = False
-    """Whether who called the model asked for logits: they are made at the end of its forward."""
+    """True if the model's caller asked for logits: they are materialized at the end of its forward."""
     work: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """What the head's next call is to do in place of its own forward, with its weights at hand."""
+    """Function that the head's next call runs instead of its forward, with its weights gathered."""
     is_tiled: bool = False
-    """Whether the loss of this forward was made in tiles."""
+    """True if the loss of this forward was computed in tiles."""
     for_loss: "DeferredLogits | None" = None
-    """Logits of the last forward, whose loss is made after it: ZeRO-3's hooks detach what a model returns."""
+    """Logits of the last forward, if its loss is computed after it: ZeRO-3's hooks detach a model's outputs."""
     snapshot: "weakref.ref[Weights] | None" = None
-    """Of the weights since the last forward with a graph, for as long as an evaluation's logits need them."""
+    """Weights since the last forward with a graph, alive while an evaluation's logits need them."""
 
 
 class Weights:
-    """The weights of a head as they are in one evaluation, for the logits that may be asked for after it."""
+    """Snapshot of a head's weights in one evaluation, for logits that are materialized after it."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         params = list(module.parameters())
-        # ZeRO-3 takes the weights away again, and they come back on all ranks together only: one may ask alone.
+        # ZeRO-3 partitions the weights again; a rank that uses its logits alone could not all-gather them.
         self._whole = [param.detach().clone() for param in params] if hasattr(params[0], "ds_tensor") else None
         self._sample = [] if self._whole else [_sample(param) for param in params]
 
     def call(self, head: DeferredHead, hidden_BsH: torch.Tensor) -> torch.Tensor:
-        """The head's own forward, with these weights.
+        """Run the head's own forward with these weights.
 
         Raises:
-            SetupError: the weights have been trained on since.
+            SetupError: the weights have been trained since.
         """
         params = list(head.module.parameters())
         if self._whole is None:
@@ -106,11 +106,11 @@ class Weights:
 
 
 class DeferredLogits(torch.Tensor):
-    """Stands for ``[B, s, V]`` logits; any use that is not known to be elementwise makes them."""
+    """Lazy ``[B, s, V]`` logits; any op not known to be elementwise materializes them."""
 
     @staticmethod
     def __new__(cls, head: DeferredHead, hidden_BsH: torch.Tensor, *args: Any) -> "DeferredLogits":
-        """A tensor with a shape and no memory."""
+        """Create a tensor with a shape and no storage."""
         weight = next(param for param in head.module.parameters() if param.dim() > 1 or hasattr(param, "ds_shape"))
         vocab = getattr(head.module, "out_features", None) or getattr(weight, "ds_shape", weight.shape)[0]
         steps = args[0] if args else ()
@@ -131,7 +131,7 @@ class DeferredLogits(torch.Tensor):
         self._made: torch.Tensor | None = None
 
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        """The summed cross-entropy of the labelled tokens, divided, ``[B, s], [] -> []``."""
+        """Sum the cross-entropy of the labelled tokens and divide it, ``[B, s], [] -> []``."""
         head, vocab = self._head, self.shape[-1]
         params = list(head.module.parameters())
         head.is_tiled = True
@@ -158,10 +158,10 @@ class DeferredLogits(torch.Tensor):
         return self._call(work, self._hidden.flatten(0, -2))
 
     def make(self) -> torch.Tensor:
-        """The logits, ``[B, s, V]``.
+        """Materialize the logits, ``[B, s, V]``.
 
         Raises:
-            SetupError: they are of an evaluation, and the weights have been trained on since.
+            SetupError: the logits are an evaluation's, and the weights have been trained since.
         """
         if self._made is None:
             with self._drawing():
@@ -173,7 +173,7 @@ class DeferredLogits(torch.Tensor):
         return self._made
 
     def _call(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """Call the head's module, whose hooks bring its weights, for ``work``."""
+        """Run ``work`` in a call of the head's module, whose hooks gather its weights."""
         self._head.work = work
         try:
             return self._head.module(hidden)
@@ -223,10 +223,10 @@ def _after(logits: torch.Tensor, steps: Steps) -> torch.Tensor:
 
 
 def _kernel_of(head: DeferredHead, hidden: torch.Tensor, steps: Steps) -> tuple[OnTheWay | None, Steps]:
-    """The kernel of a tile's loss with what it does to the logits, and the steps that torch does before it."""
+    """Return the logit ops fused into the loss kernel, None without a kernel, and the steps left to torch."""
     if head.budget.backend == "torch" or hidden.dtype == torch.float64:
         return None, steps
-    try:  # Triton is loaded where tiles are, and is not to be had for every system
+    try:  # Triton is imported on demand: not every system has it
         from deepspeed_alst.kernels.cross_entropy import is_fast_on
         from deepspeed_alst.kernels.registry import runs_on
     except ImportError:
@@ -241,7 +241,7 @@ def _kernel_of(head: DeferredHead, hidden: torch.Tensor, steps: Steps) -> tuple[
 
 
 def _weights_now(head: DeferredHead) -> Weights:
-    """The weights of this evaluation, one object for all its forwards."""
+    """Return the weights of this evaluation, one object for all its forwards."""
     weights = head.snapshot() if head.snapshot is not None else None
     if weights is None:
         weights = Weights(head.module)
@@ -250,7 +250,7 @@ def _weights_now(head: DeferredHead) -> Weights:
 
 
 def _sample(param: torch.Tensor) -> torch.Tensor:
-    """Some elements from all over a weight: a step of an optimizer changes nearly all of a head's."""
+    """Sample elements across a weight: an optimizer step changes nearly all elements of a head's."""
     flat = param.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLED)].clone()
 
@@ -261,7 +261,7 @@ def share_of_loss(
     divisor: torch.Tensor,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """This rank's share of a loss, ``[B, s, V], [B, s], [] -> []``; deferred logits go through it tile by tile."""
+    """Compute this rank's share of a loss, ``[B, s, V], [B, s], [] -> []``; deferred logits in tiles."""
     if isinstance(logits, DeferredLogits):
         return logits.loss(labels_Bs, divisor, label_smoothing)
     return shard_loss(logits.flatten(0, -2), labels_Bs.flatten(), divisor, label_smoothing)

@@ -1,7 +1,7 @@
-"""Random numbers of a transformers model, counted: dropout, router noise and skipped layers under sequence parallelism.
+"""Counter-based random numbers for dropout, router noise and skipped layers under sequence parallelism.
 
-A mode (parallel/draw_mode.py) is around each forward of the outermost module, and around the recomputation of each
-checkpointed layer; every change goes onto a stack that undoes it.
+A mode (parallel/draw_mode.py) wraps each forward of the outermost module and the recomputation of each checkpointed
+layer; a PatchSet undoes every change.
 """
 
 import re
@@ -27,23 +27,23 @@ def _step_0() -> tuple[int, int]:
 
 @dataclass
 class Draws:
-    """What tells a rank's random numbers from those of every other."""
+    """State that keys a rank's random numbers."""
 
     seed: int = 0
     """The same on all ranks."""
     sp_rank: int = 0
     sp_size: int = 1
-    """A whole sequence on one rank is rank 0 of 1, and draws what the ranks of a split one draw together."""
+    """A full sequence on one rank is rank 0 of 1, and draws the numbers that the ranks of a sharded one draw."""
     replica: int = 0
     clock: Callable[[], tuple[int, int]] = _step_0
-    """The optimizer step and the micro-step in it."""
+    """Returns the optimizer step and the micro-step in it."""
     are_counted: bool = False
-    """Whether a model draws so."""
+    """True if a model draws its random numbers by these counters."""
     _now: tuple[int, int] = (-1, -1)
     _forwards: int = 0
 
     def begin(self, rows: int, tokens: int, rank: int, on_trial: bool) -> CountedDraws:
-        """The mode of a forward of ``[B, s]`` tokens, on a rank of the sequence; on trial all draw the same."""
+        """Return the random-number mode for a forward of ``[B, s]`` tokens; on trial all forwards draw the same."""
         key: tuple[int, ...] = (self.seed,)
         if not on_trial:
             now = self.clock()
@@ -60,14 +60,14 @@ def count_draws(
     is_whole: Callable[[], bool] = lambda: False,
     on_trial: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Have a model draw its random numbers by counters; ``patches.close()`` takes it back.
+    """Make a model draw its random numbers from counters; ``patches.close()`` undoes it.
 
     Args:
         model: a transformers model, or a wrapper around one.
-        draws: of this rank.
-        patches: takes everything back.
-        is_whole: asked at each forward, whether it is given a whole sequence and not this rank's shard.
-        on_trial: asked at each forward, whether it is to draw the same as others, and not to count.
+        draws: this rank's state.
+        patches: undoes everything.
+        is_whole: called at each forward; True if it gets the full sequence, not this rank's shard.
+        on_trial: called at each forward; True if it draws the same numbers as other trials and is not counted.
     """
     base, entered = base_model(model), ExitStack()
     draws.are_counted = True
@@ -104,7 +104,7 @@ def count_draws(
 
 
 def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet | None = None) -> Any:
-    """Set a config's rates of dropout and noise to 0, all or those of attention; returns it."""
+    """Set a config's dropout and noise rates to 0, all or only attention's; return the config."""
     patches = patches or PatchSet()
     text_config = config.get_text_config()
     for name, rate in list(vars(text_config).items()):
@@ -115,7 +115,7 @@ def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet
 
 
 def drop_no_attention(model: torch.nn.Module, patches: PatchSet) -> None:
-    """Set the rates of dropout in a model's attention modules to 0: kernels draw for a rank's heads."""
+    """Set the dropout rates of a model's attention modules to 0: kernels draw for one rank's heads."""
     without_dropout(base_model(model).config, True, patches)
     for module in model.modules():
         if "Attention" in type(module).__name__:
@@ -132,14 +132,14 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 def _generators(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The states of the generators that compiled code would draw from; a compiler answers some calls by itself."""
+    """Return the RNG states that compiled code would advance: compilers lower some random ops themselves."""
     device = next(model.parameters()).device
     on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
     return [torch.get_rng_state(), *on_device]
 
 
 def _around(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint whose recomputation draws what its forward drew."""
+    """Wrap a checkpoint so that its recomputation draws the numbers of its forward."""
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return checkpoint(runs_again(function), *args, **kwargs)
@@ -148,7 +148,7 @@ def _around(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _refuse_neftune(base: torch.nn.Module) -> None:
-    """Its hook divides by the root of the length that it sees: a shard's, or a padded one, and not the sample's."""
+    """Raise if NEFTune is on: its hook divides by the root of a (padded) shard's length, not the sample's."""
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     alpha = getattr(embeddings, _NEFTUNE, None)
     if alpha is not None:

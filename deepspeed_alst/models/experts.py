@@ -1,7 +1,7 @@
-"""What the package must know of a mixture of experts: what it records of its routers, and how it holds its experts.
+"""Mixture-of-experts support: modules with router logits, and gradients of separate experts.
 
-transformers stacks the experts of a layer in one module, which every token passes. In a mixture whose experts are
-modules of their own, a forward calls those that have tokens, and on shards these differ from rank to rank.
+transformers stacks the experts of a layer in one module, which every token passes. If experts are separate modules, a
+forward calls those that have tokens, and with sharded sequences these differ across ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from deepspeed_alst.models.wrapped import base_model
 
 
 def router_classes(model: torch.nn.Module) -> tuple[type, ...]:
-    """The classes of modules whose router logits a model, bare or wrapped, can return; empty if it has none."""
+    """Return the module classes whose router logits a model, bare or wrapped, can return; may be empty."""
     models = [module for module in base_model(model).modules() if isinstance(module, PreTrainedModel)]
     specs = [(each._can_record_outputs or {}).get("router_logits") for each in models]
     flat = [each for spec in specs for each in (spec if isinstance(spec, list) else [spec])]
@@ -26,17 +26,17 @@ def router_classes(model: torch.nn.Module) -> tuple[type, ...]:
 
 
 def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
-    """Make blocks of separate experts the same to the engine on ranks whose tokens go to different ones.
+    """Make blocks of separate experts look the same to the engine on all ranks, whatever their tokens.
 
-    Under ZeRO-3 a rank that does not call an expert would not join the gathers of its weights; on the other stages it
-    would have no gradient for it, or have it at another time, and DeepSpeed 0.19.8 then adds up those of different
-    weights. With or without sequence parallelism.
+    Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights. On other stages it
+    would have no gradient for it, or at another time, and DeepSpeed 0.19.8 then adds up gradients of different weights.
+    Applies with and without sequence parallelism.
 
     Args:
         model: a transformers model, or a wrapper around one.
-        stage: of ZeRO.
-        leaf: called with each block under ZeRO-3: the engine is to gather its weights as one (engine/leaves.py).
-        patches: takes it back.
+        stage: the ZeRO stage.
+        leaf: called with each block under ZeRO-3, so that the engine gathers it as a leaf module (engine/leaves.py).
+        patches: undoes it.
     """
     for block, experts in _separate_experts(base_model(model)):
         if stage == 3:
@@ -46,17 +46,17 @@ def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None
 
 
 def expert_counts(base: torch.nn.Module) -> set[int]:
-    """How many experts a block of a model may have, as its config has it."""
+    """Return the possible numbers of experts in a block, from the model's config."""
     config = vars(base.config.get_text_config()) if isinstance(base, PreTrainedModel) else {}
     sizes = [value for name, value in config.items() if name.endswith("experts") and "shared" not in name]
     return {size for size in sizes if isinstance(size, int) and size > 1}
 
 
 def _separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Blocks in decoder layers with a list of as many modules as the config has experts, and that list."""
+    """Yield the decoder-layer blocks that hold a list of as many modules as the config has experts, and the list."""
     counts = expert_counts(base)
     layers = [layer for module in base.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
-    # A list in a list is come upon twice.
+    # Nested lists yield their blocks twice.
     for block in dict.fromkeys(block for layer in layers for block in layer.modules()):
         for child in block.children():
             if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) and len(child) in counts:
@@ -64,10 +64,10 @@ def _separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, 
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """A block's input as it is, from which the weights of all its experts get a gradient of zeros.
+    """Identity of a block's input that gives the weights of all its experts a zero gradient.
 
-    Its backward comes after that of all that is made of the input, so every weight's gradient is there at this moment:
-    in one order, the same on all ranks.
+    Its backward runs after those of all ops on the input, so every weight's gradient is complete at that point, in the
+    same order on all ranks.
     """
 
     @staticmethod
@@ -77,7 +77,7 @@ class _ZeroGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # One zero that is seen everywhere: memory is taken only for weights without another gradient.
+        # An expanded scalar takes memory only for weights without another gradient.
         return grad, *(param.new_zeros(()).expand_as(param) for param in ctx.params)
 
 

@@ -1,6 +1,6 @@
-"""What in a model or its config is refused under sequence parallelism, by name.
+"""Reject models and configs that sequence parallelism does not support, with the reasons.
 
-Whether what is left is right, the census has found out (verified.py), or a small model of its kind (probe.py).
+The census (verified.py) or a tiny model of the same kind (probe.py) verifies all others.
 """
 
 import inspect
@@ -21,38 +21,37 @@ from deepspeed_alst.models.recipes import is_causal_lm_loss
 from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
-# What a class of transformers' says of the attention that it can run, and what to ask for.
+# Support flags of a transformers class, and the attn_implementation to suggest.
 _CORES = (
     ("_supports_sdpa", "'sdpa'"),
     ("_supports_flash_attn", "'flash_attention_2' (or 3, 4, or a flash kernel of the hub)"),
     ("_supports_flex_attn", "'flex_attention'"),
 )
-# Of cores that people ask for and that are not available.
 _WHY_NOT = {
     "eager": " (it makes a score of every pair of tokens)",
     "paged|eager": " (it is made for generation)",
 }
-# What a layer may see of a sequence, by the name that transformers has for it; flash attention has no chunks.
+# Supported attention layer types by their transformers names; flash attention has no chunks.
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What sequence parallelism needs to know of a model before the first step."""
+    """Model facts that sequence parallelism needs before the first step."""
 
     model_type: str
     num_heads: int | None
-    """Of attention; None where there is none, or layers differ: each is checked when it attends."""
+    """Query heads; None without attention or if layers differ, which are then checked when they attend."""
     num_kv_heads: int | None
     linear_heads: frozenset[tuple[int, int]] = frozenset()
-    """Of its layers without attention: heads, or channels, of a scan, and how many of their keys or B and C."""
+    """For layers without attention: heads, or channels, of a scan, and the number of its keys or B and C."""
 
 
 def check_model(model: torch.nn.Module) -> ModelFacts:
-    """Read the facts of a model, inside PEFT's or torch.compile's wrapper or bare, and refuse what is not available.
+    """Return the facts of a model, bare or in PEFT's or torch.compile's wrapper; raise if unsupported.
 
     Raises:
-        UnsupportedModelError: one line for each reason: what in the config or the model, its value, the way out.
+        UnsupportedModelError: one line per reason: the config key or module, its value, the fix.
     """
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
@@ -80,7 +79,7 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
 
 
 def _of_all_layers(text_config: Any, name: str) -> int | None:
-    """A number that the config has for all its layers; transformers raises where each layer has its own."""
+    """Return an integer that all layers share; None if each has its own, for which transformers raises."""
     try:
         value = getattr(text_config, name, None)
     except RuntimeError:
@@ -123,7 +122,7 @@ def _core_problems(model: PreTrainedModel) -> list[str]:
 
 
 def _layer_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
-    """Layers that nobody knows how to split, or that see a part of the sequence that the core cannot be told."""
+    """Return the problems of layer types that cannot be sharded or that the core does not support."""
     name, layer_types = model.config._attn_implementation, getattr(text_config, "layer_types", None)
     core = find_core(name)
     others = set(layer_types or ()) - set(_LAYER_TYPES) - available_layer_types(model, layer_types)
@@ -150,8 +149,8 @@ def _module_problems(model: torch.nn.Module) -> list[str]:
 
 
 def _position_problems(model: torch.nn.Module) -> list[str]:
-    """Positions that a model counts itself, in what it takes for the sequence and is a shard."""
-    # A subclass may hand its arguments on.
+    """Return the problem of a model that counts positions itself: they would restart in each shard."""
+    # A subclass may only pass its arguments on.
     forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
     if not any("position_ids" in inspect.signature(forward).parameters for forward in forwards):
         return ["it takes no position_ids: it counts the positions of a shard from 0; use another model"]
@@ -165,7 +164,7 @@ def _position_problems(model: torch.nn.Module) -> list[str]:
 
 
 def _loss_problems(model: torch.nn.Module) -> list[str]:
-    """A loss of the program's own, which would be given a shard's logits."""
+    """Return the problem of a user-defined loss, which would get a shard's logits."""
     if is_causal_lm_loss(model.loss_function):
         return []
     name = getattr(model.loss_function, "__qualname__", type(model.loss_function).__name__)
@@ -181,14 +180,14 @@ def _router_problems(model: torch.nn.Module, text_config: Any) -> list[str]:
 
 
 def _other_configs(model: torch.nn.Module) -> list[str]:
-    """Modules that would not hear of the change of attention: a part for images or text, or a deep-copied layer."""
+    """Return the problem of a module with its own config: an image or text submodel, or a deep-copied layer."""
     for name, module in model.named_modules():
         own = vars(module).get("config")
         if not isinstance(own, PreTrainedConfig) or own is model.config or _is_rotary(module):
             continue
         if type(own) is type(model.config):
             return [f"{name} has a config of its own, not the model's; set it to the model's: {name}.config = config"]
-        # What the model is for is in its config's parts, and in what transformers has for the text part alone.
+        # Suggest transformers' causal language model of the text config, if there is one.
         alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text := model.config.get_text_config()), None)
         way_out = "use another model"
         if alone is not None and text is not model.config:
@@ -199,5 +198,5 @@ def _other_configs(model: torch.nn.Module) -> list[str]:
 
 
 def _is_rotary(module: torch.nn.Module) -> bool:
-    """Whether it is a rotary embedding, which asks its config for frequencies and not for an attention."""
+    """Return True for a rotary embedding, which reads frequencies from its config, not an attention."""
     return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))

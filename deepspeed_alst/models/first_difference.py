@@ -1,6 +1,6 @@
-"""Find the first module of a model that makes another output of the same input, whole and split over ranks.
+"""Find the first module whose output differs between the unsharded and the sharded run.
 
-Legend: n tokens of a run: S of the whole sequence, s = S/P of a shard.
+Legend: n tokens of a run: S of the full sequence, s = S/P of a shard.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from deepspeed_alst.models.program_code import module_label
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
 
-# Of the limit of a last hidden state: inside, what cancels there may be off by more.
+# Multiple of a last hidden state's limit: differences inside the model that cancel there may be larger.
 _SLACK = 10.0
 
 _Digest = tuple[int, torch.Tensor]
@@ -29,15 +29,15 @@ def first_difference(
     groups: SequenceGroups,
     limit: float,
 ) -> str | None:
-    """Run whole and split once more and compare what each module takes and gives; the same answer on all ranks.
+    """Return the first module with equal inputs but different outputs in both runs, the same on all ranks.
 
     Args:
-        model: the live one.
-        whole: runs the whole sequence.
+        model: the live model.
+        whole: runs the full sequence.
         split: runs this rank's shard.
-        length: tokens of the whole sequence.
-        groups: the ranks of a sequence.
-        limit: the relative difference that rounding makes.
+        length: number of tokens in the full sequence.
+        groups: process groups of the engine.
+        limit: relative difference due to rounding.
     """
     in_whole = _watch(model, whole, length)
     in_split = _watch(model, split, length // groups.sp_size)
@@ -54,7 +54,7 @@ def first_difference(
 
 
 def _watch(model: torch.nn.Module, run: Callable[[], Any], n: int) -> _Seen:
-    """Digests of what every call of every module takes and gives in a run, in the order in which calls end."""
+    """Record input and output digests of every module call in a run, in the order in which calls end."""
     seen: _Seen = {}
     open_calls: dict[str, list[list[_Digest]]] = {}
     ended: dict[str, int] = {}
@@ -69,7 +69,7 @@ def _watch(model: torch.nn.Module, run: Callable[[], Any], n: int) -> _Seen:
             seen[name, ended.get(name, 0)] = (taken, list(_digests(output, n)))
             ended[name] = ended.get(name, 0) + 1
 
-        # First before what the program's hooks do to the arguments, last after what they do to the output.
+        # Before user hooks change the arguments, and after they change the output.
         patches.hook(module, "forward_pre", before, prepend=True, with_kwargs=True)
         patches.hook(module, "forward", after)
     with patches:
@@ -78,7 +78,7 @@ def _watch(model: torch.nn.Module, run: Callable[[], Any], n: int) -> _Seen:
 
 
 def _digests(values: Any, n: int) -> Iterator[_Digest]:
-    """Two numbers for each token of each tensor that has tokens: its norm, and a sum with changing weights."""
+    """Yield two numbers per token of each tensor with a token dim: its norm and a weighted sum."""
     for x in tree_leaves(values):
         if type(x) is not torch.Tensor or x.dim() == 0:
             continue

@@ -1,10 +1,10 @@
-"""Modules in a model that are none of its library's: a program's own layers, put in or subclassed.
+"""User-defined modules in a model: layers inserted by user code or subclassed.
 
-What a list of verified families says holds for transformers' own code. A class of the program's own goes through the
-trial of its kind (probe.py); a module that was put into a built model is in no trial, so it must be token-wise: what it
-gives for a part of the tokens is that part of what it gives for all.
+The list of verified families covers transformers' own code only. A tiny model of a user-defined class is probed
+(probe.py). No probe covers a module inserted into a built model, so it must be token-wise: its output for a slice of
+the tokens is that slice of its output for all.
 
-Legend: S tokens, H features that a module takes.
+Legend: S tokens, H input features of a module.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _CLOSE_IN_HALF = 5e-2
 
 
 def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The outermost modules of a program's own classes, by their names in the model; the model itself is not asked."""
+    """Return the outermost modules of user-defined classes, by name; the model itself is excluded."""
     found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
         if name and is_own_class(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -32,14 +32,14 @@ def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def check_own_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> None:
-    """Refuse modules of a program's own that its class does not build and that are not token-wise.
+    """Raise if a user-defined module that the model's class does not build is not token-wise.
 
     Args:
-        model: the program's.
-        built: one that was tried, of the same class; None if there was no trial.
+        model: the user's model.
+        built: a probed model of the same class; None if there was no probe.
 
     Raises:
-        UnsupportedModelError: naming the module.
+        UnsupportedModelError: with the module's name.
     """
     tried = {type(module) for module in built.modules()} if built is not None else set()
     for name, module in own_modules(model).items():
@@ -56,10 +56,10 @@ def check_own_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> 
 
 
 def _problem(module: torch.nn.Module) -> str:
-    """Why a module is not known to be token-wise; empty if it is."""
+    """Return why a module is not known to be token-wise; empty if it is."""
     first = next((param for param in module.parameters() if _shape(param)), None)
     width = next((each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear)), None)
-    if width is None:  # a norm's weight is as wide as what it takes; where there is none, any width will do
+    if width is None:  # a norm's weight has its input's width; without weights any width works
         width = _TOKENS if first is None else _shape(first)[-1]
     x_SH, dx_SH = torch.randn(2, 1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
     x_SH = x_SH if first is None else x_SH.to(first.device, first.dtype)
@@ -67,7 +67,7 @@ def _problem(module: torch.nn.Module) -> str:
     with torch.random.fork_rng([]), _whole(module):
         module.eval()
         try:
-            # What comes before and what comes after must not matter.
+            # Tokens before and after a part must not change its result.
             whole = _output_and_gradient(module, x_SH, dx_SH)
             parts = [_output_and_gradient(module, x_SH[:, rows], dx_SH[:, rows]) for rows in _PARTS]
         except Exception as error:
@@ -86,7 +86,7 @@ def _problem(module: torch.nn.Module) -> str:
 def _output_and_gradient(
     module: torch.nn.Module, x: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a module gives for some tokens, and the gradient of those; the weights get none."""
+    """Return a module's output for some tokens and their gradient; the weights get none."""
     x = x.detach().requires_grad_()
     output = module(x)
     output = output[0] if isinstance(output, tuple) else output
@@ -104,7 +104,7 @@ def _shape(param: torch.nn.Parameter) -> torch.Size:
 
 @contextlib.contextmanager
 def _whole(module: torch.nn.Module) -> Iterator[None]:
-    """The module's weights, where ZeRO 3 has sharded them already."""
+    """Gather the module's weights in the context if ZeRO-3 has partitioned them."""
     sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
     if not sharded:
         yield

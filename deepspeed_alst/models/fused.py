@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of a model by this package's own ops, where Liger's do not."""
+"""RMSNorm and rotary embedding of a model by this package's fused ops, if Liger's are not in use."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from deepspeed_alst.models.fused_rope import fuse_rope
 
 
 def fuse_norms_and_rope(model: Any, patches: PatchSet) -> str:
-    """Have a model's RMSNorm modules and its attention's rotary embedding run the ops; returns what was done, in words.
+    """Replace a model's RMSNorm and rotary embedding by fused ops; return a summary.
 
-    The ops keep nothing for the backward but what lives anyway. What is not proven to compute the same stays as it is,
-    and so does everything where no kernel runs.
+    The ops save only tensors for the backward that stay alive anyway. Modules not proven to compute the same stay
+    unchanged, as do all on devices without the kernels.
 
     Args:
         model: a transformers model, or a wrapper around one, before its engine is built.
-        patches: takes everything back.
+        patches: undoes everything.
     """
     device, parts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
-    if isinstance(model, torch.nn.Module):  # else it is DeepSpeed's to refuse
+    if isinstance(model, torch.nn.Module):  # DeepSpeed rejects anything else
         if all(has_kernel(name, device) for name in ("rms_norm", "rms_norm_backward")):
             parts.append(_counted(fuse_norms(model, patches)))
         if has_kernel("rope", device):

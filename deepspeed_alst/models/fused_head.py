@@ -1,7 +1,7 @@
 """TRL's fused LM head under sequence parallelism.
 
 It returns the log-probability of every labelled token of this rank's shard, whose sum TRL's trainers divide by their
-own count. So the sum is made that of the whole sequence, with the gradient that the package's own loss has.
+own count. The sum is therefore made the full sequence's, with the gradient of the package's own loss.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from deepspeed_alst.models.wrapped import base_model
 
 
 class _SummedOverShards(torch.autograd.Function):
-    """``[B, s] -> [B, s]`` with the sum of the whole sequence; the gradient times P, as in parallel/loss.py."""
+    """``[B, s] -> [B, s]`` with the full sequence's sum; scales the gradient by P, as in parallel/loss.py."""
 
     @staticmethod
     def forward(ctx: Any, log_probs_Bs: torch.Tensor, others: torch.Tensor, factor: int) -> torch.Tensor:
@@ -28,12 +28,12 @@ class _SummedOverShards(torch.autograd.Function):
 
 
 def has_fused_head(output: Any) -> bool:
-    """Whether a forward's output is of a fused head, which makes log-probabilities tile by tile and no logits."""
+    """Return True if an output is a fused head's: log-probabilities computed in tiles, no logits."""
     return getattr(output, "log_probs", None) is not None and getattr(output, "label_mask", None) is not None
 
 
 def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> None:
-    """Have the sums of a fused head's outputs be the whole sequence's; ``patches.close()`` takes it back."""
+    """Make a fused head's output sums the full sequence's; ``patches.close()`` undoes it."""
 
     def whole(module: torch.nn.Module, args: Any, output: Any) -> Any:
         if calls.whole or not has_fused_head(output):
@@ -46,7 +46,7 @@ def sum_fused_head(model: torch.nn.Module, group: Any, calls: Calls, patches: Pa
         output["log_probs"] = _SummedOverShards.apply(log_probs_Bs, whole_sum - local, dist.get_world_size(group))
         calls.note_loss(output["log_probs"])
         output["loss"] = -output["log_probs"].sum() / count.clamp(min=1.0).to(log_probs_Bs.dtype)
-        if getattr(output, "aux_loss", None) is not None:  # of the whole sequence already (router_loss.py)
+        if getattr(output, "aux_loss", None) is not None:  # the full sequence's already (router_loss.py)
             config = base_model(module).config.get_text_config()
             output["loss"] = output["loss"] + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output

@@ -1,8 +1,8 @@
 """RMSNorm modules of a model that run kernels/rms_norm.py instead of their own forward.
 
-No module is known by its name: one takes part if its own forward, on random rows, gives what one form of the op gives,
-to the last bit in half precision but for rounding, and the same gradients. Everything else stays as it is, and so does
-a module that something hangs on: hooks, a forward of its own, a parametrization.
+Modules are not matched by name: a module is replaced if its own forward, on random rows, gives the result of one form
+of the op, bitwise equal in half precision except for rounding, and the same gradients. All others stay unchanged, as do
+modules with hooks, an instance forward or a parametrization.
 """
 
 import copy
@@ -20,15 +20,15 @@ from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
 
 _HIGHEST_EPS = 1e-2
 _SIZE_WITHOUT_WEIGHT = 96
-# Of the rows' sizes: in some of them eps counts, one is zero, in one the squares pass fp16's range.
+# Scales of the rows: eps matters in some, one is zero, in one the squares exceed fp16's range.
 _ROW_SIZES = (0.0, 1e-4, 1e-3, 1e-2, 1.0, 1.0, 1.0, 300.0)
-# Of a half-precision result's elements; a rounding more or less would show in a third of them.
+# Fraction of a half-precision result's elements; one rounding more or less changes a third of them.
 _MOST_UNEQUAL = 0.01
 
 
 @dataclass(frozen=True)
 class _Form:
-    """A form of the op, and the name of the module's weight; None if it has none."""
+    """Form of the op, with the name of the module's weight or None."""
 
     weight: str | None
     eps: float
@@ -37,16 +37,16 @@ class _Form:
 
 
 def fuse_norms(model: torch.nn.Module, patches: PatchSet) -> dict[str, int]:
-    """Have a model's RMSNorm modules run the op; returns how many of each class do. ``patches.close()`` takes it back.
+    """Make a model's RMSNorm modules run the op; return the count per class. ``patches.close()`` undoes it.
 
-    A weight that ZeRO-3 partitions is there when the module runs, and again when its backward does.
+    Under ZeRO-3 a partitioned weight is gathered when the module runs, and again in its backward.
     """
     fused: dict[str, int] = {}
     for module in model.modules():
         form = _form_of(module)
         if form is None:
             continue
-        # A method, so that a copy of the module runs it on its own weight.
+        # A method, so that a copy of the module uses its own weight.
         patches.forward(module, _by_op(type(module).forward, form))
         name = type(module).__name__
         fused[name] = fused.get(name, 0) + 1
@@ -54,11 +54,11 @@ def fuse_norms(model: torch.nn.Module, patches: PatchSet) -> dict[str, int]:
 
 
 def _by_op(forward: Callable[..., Any], form: _Form) -> Callable[..., Any]:
-    """A forward that runs the op wherever the proof holds, and else what it was."""
+    """Return a forward that runs the op where the proof holds, else the original forward."""
 
     @functools.wraps(forward)
     def by_op(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A compiler makes one kernel of the module's own steps, and knows what to keep.
+        # torch.compile fuses the module's own ops and chooses what to save.
         if torch.compiler.is_compiling() or kwargs or len(args) != 1 or not is_plain(args[0]):
             return forward(self, *args, **kwargs)
         (x,), weight_H = args, None if form.weight is None else getattr(self, form.weight)
@@ -74,7 +74,7 @@ def _fits(weight_H: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 def _form_of(module: torch.nn.Module) -> _Form | None:
-    """The form of the op that a module computes; None if it is none, or if something hangs on it."""
+    """Return the form of the op that a module computes; None without one, or if the module has hooks."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     epsilons = [each for each in vars(module).values() if type(each) is float and 0 < each < _HIGHEST_EPS]
     weights = {name: each for name, each in module._parameters.items() if each is not None}
@@ -96,14 +96,14 @@ def _form_of(module: torch.nn.Module) -> _Form | None:
 
 
 def _computes(module: torch.nn.Module, form: _Form, H: int) -> bool:
-    """Whether a module's own forward gives what a form gives, in all dtypes, and its gradients."""
+    """Return True if a module's forward and gradients match a form in all dtypes."""
     return all(found for dtype in DTYPES for found in _verdicts(module, form, H, dtype))
 
 
 def _verdicts(module: torch.nn.Module, form: _Form, H: int, dtype: torch.dtype) -> Iterator[bool]:
     make = draw()
     x_TH = (make(len(_ROW_SIZES), H) * torch.tensor(_ROW_SIZES)[:, None]).to(dtype).requires_grad_()
-    # A copy with a weight of its own: the module's may be all ones or zeros, which prove nothing, or elsewhere.
+    # A copy with a random weight: the module's may be all ones or zeros, which prove nothing, or not on CPU.
     twin, weight_H = copy.copy(module), None
     if form.weight is not None:
         weight_H = torch.nn.Parameter(make(H).to(dtype))

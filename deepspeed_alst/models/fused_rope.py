@@ -1,8 +1,8 @@
-"""The rotary embedding of a model's attention by kernels/rope.py instead of transformers' function.
+"""Rotary embedding of a model's attention by kernels/rope.py instead of transformers' function.
 
-``apply_rotary_pos_emb`` is a name in the module that an attention class is written in, and its forward looks it up
-there. So a module's forward becomes a copy that finds a dispatcher under that name. It takes the op only for tensors
-for which the function was seen to give, on random ones, what a form of the op gives.
+An attention class's forward looks up ``apply_rotary_pos_emb`` in the globals of its source file. A module's forward is
+therefore replaced by a copy that finds a dispatcher under that name. It uses the op only for kinds of tensors for which
+the function, on random tensors, gave the result of a form of the op.
 """
 
 import functools
@@ -24,13 +24,13 @@ _ARGUMENTS = ["q", "k", "cos", "sin"]
 _HEADS_DIM = "unsqueeze_dim"
 
 _How = tuple[int, bool, bool]
-"""Elements that are rotated, interleaved, shared: the op's arguments."""
+"""Arguments of the op: number of rotated elements, interleaved, shared."""
 
 
 def fuse_rope(model: torch.nn.Module, patches: PatchSet) -> dict[str, int]:
-    """Have a model's attention rotate by the op; returns how many of each class do. ``patches.close()`` takes it back.
+    """Make a model's attention rotate by the op; return the count per class. ``patches.close()`` undoes it.
 
-    A module whose forward is its own already stays as it is.
+    A module with an instance forward stays unchanged.
     """
     fused: dict[str, int] = {}
     for module in model.modules():
@@ -62,16 +62,16 @@ def _unless_compiled(fused: Callable[..., Any], plain: Callable[..., Any]) -> Ca
 
 @functools.cache
 def _rotary_of(original: Callable[..., Any]) -> "_Rotary | None":
-    """The dispatcher for a function, the same for all that call it; None where the function is of no known form."""
+    """Return a function's dispatcher, shared by all callers; None if the function has no known form."""
     rotary = _Rotary(original)
     return rotary if rotary.is_known() else None
 
 
 class _Rotary:
-    """Stands for a function ``(q, k, cos, sin, ...) -> (q, k)``.
+    """Dispatcher that replaces a function ``(q, k, cos, sin, ...) -> (q, k)``.
 
     Args:
-        original: the function.
+        original: the replaced function.
     """
 
     def __init__(self, original: Callable[..., Any]) -> None:
@@ -81,13 +81,13 @@ class _Rotary:
         self._proven: dict[Any, _How | None] = {}
 
     def is_known(self) -> bool:
-        """Whether the function is of some form where a head is rotated whole, or half of it."""
+        """Return True if the function has a known form that rotates all of a head or half of it."""
         if list(self._signature.parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
             return False
         return any(self._how_for(torch.float32, torch.float32, 16, W, True, None) is not None for W in (16, 8))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's result."""
+        """Rotate by the op if its form is proven, else by the original function."""
         given = self._signature.bind(*args, **kwargs).arguments
         tensors = [given.get(name) for name in _ARGUMENTS]
         heads_dim = self._heads_dim(given)
@@ -103,7 +103,7 @@ class _Rotary:
         return tuple(_tokens_first(each, heads_dim) for each in turned)
 
     def _how_for(self, *key: Any) -> _How | None:
-        """The form of the op for tensors of a kind; proven once."""
+        """Return the form of the op for a kind of tensors; proven once."""
         if key not in self._proven:
             *kind, heads_dim = key
             more = {} if heads_dim is None else {_HEADS_DIM: heads_dim}
@@ -112,7 +112,7 @@ class _Rotary:
         return self._proven[key]
 
     def _heads_dim(self, given: dict[str, Any]) -> int | None:
-        """Which dimension of q and k is their heads'; None if the call has arguments that the op does not know."""
+        """Return the heads dim of q and k; None if the call has arguments that the op does not support."""
         if list(given)[: len(_ARGUMENTS)] != _ARGUMENTS or set(given) - {*_ARGUMENTS, _HEADS_DIM}:
             return None
         parameter = self._signature.parameters.get(_HEADS_DIM)
@@ -120,7 +120,7 @@ class _Rotary:
 
 
 def _fit(q: Any, k: Any, cos: Any, sin: Any, heads_dim: Any) -> bool:
-    """Whether the op could take these tensors; what the function makes of them is another question."""
+    """Return True if the op accepts these tensors, whatever the function computes."""
     if heads_dim not in (1, 2) or not all(is_plain(each) for each in (q, k, cos, sin)):
         return False
     if (q.dim(), k.dim(), cos.dim()) != (4, 4, 3) or sin.shape != cos.shape or sin.dtype != cos.dtype:
@@ -133,14 +133,14 @@ def _fit(q: Any, k: Any, cos: Any, sin: Any, heads_dim: Any) -> bool:
 
 
 def _tokens_first(x: torch.Tensor, heads_dim: int) -> torch.Tensor:
-    """``[B, heads, s, D] -> [B, s, heads, D]`` and back, if that is where the heads are."""
+    """Transpose ``[B, heads, s, D] -> [B, s, heads, D]`` and back if ``heads_dim`` is 1."""
     return x.transpose(1, 2) if heads_dim == 1 else x
 
 
 def _how(
     function: Callable[..., Any], dtype: torch.dtype, of_tables: torch.dtype, D: int, W: int, one: bool, heads_dim: int
 ) -> _How | None:
-    """The form of the op that a function computes: in these dtypes within roundings, in fp32 exactly, and backward."""
+    """Return the form of the op that a function computes, within roundings: in these dtypes, in fp32, and backward."""
     forms = [(W, interleaved, shared) for interleaved in (False, True) for shared in (False, True)]
     forms += [(2 * W, interleaved, True) for interleaved in (False, True)]
     for how in forms:

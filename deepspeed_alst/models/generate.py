@@ -1,4 +1,4 @@
-"""Generation between steps: every rank holds the whole prompt, so the model is for that time what it was."""
+"""Generation between steps: every rank has the full prompt and runs without sequence parallelism."""
 
 import functools
 from typing import Any
@@ -10,14 +10,14 @@ from deepspeed_alst.models.calls import Calls
 
 
 def generate_whole(model: torch.nn.Module, calls: Calls, patches: PatchSet) -> None:
-    """Run ``model.generate`` without sequence parallelism; ``patches.close()`` takes it back.
+    """Run ``model.generate`` without sequence parallelism; ``patches.close()`` undoes it.
 
-    Every rank generates from the prompts that it is given, as at SP 1, with transformers' own attention and caches.
+    Every rank generates from its own prompts, as at SP 1, with transformers' own attention and caches.
 
     Args:
         model: the transformers model.
-        calls: what looks at its forwards.
-        patches: takes the way back.
+        calls: counters of its forwards, which generation bypasses.
+        patches: undoes it.
     """
     if not hasattr(model, "generate"):
         return

@@ -1,4 +1,4 @@
-"""Hooks that a program puts on the gradients of parameters: a rank's are those of its shard, so they must be linear."""
+"""User hooks on parameter gradients: each rank's gradient is its shard's, so the hooks must be linear."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +15,13 @@ _CLOSE_IN_HALF = 2e-2
 
 
 def check_gradient_hooks(model: torch.nn.Module) -> None:
-    """Refuse hooks of the program's own on parameters that do more than mask or scale.
+    """Raise if a user hook on a parameter's gradient does more than mask or scale.
 
-    The gradients of a sequence's ranks are added up after the hook: only of a linear one the sum is that of the hook
-    on the whole sequence's gradient.
+    The gradients of a sequence's ranks are summed after the hook; only for a linear hook the sum equals the hook's
+    result on the full sequence's gradient.
 
     Raises:
-        UnsupportedModelError: a hook is not linear, with its parameter.
+        UnsupportedModelError: a hook is not linear; with the parameter's name.
     """
     for name, param in model.named_parameters():
         for hook in list((param._backward_hooks or {}).values()):
@@ -38,14 +38,14 @@ def _is_linear(hook: Callable[..., Any], param: torch.nn.Parameter) -> bool:
     if math.prod(shape) > _LARGEST:
         return False
     make = torch.Generator().manual_seed(0)
-    # Whole numbers, whose sum is exact in any dtype; some are large, for what clips.
+    # Integers, whose sum is exact in any dtype; some are large, to trigger clipping.
     one, other = (
         torch.randint(-64, 65, shape, generator=make).to(param.device, param.dtype, copy=True) for _ in range(2)
     )
     with torch.no_grad(), torch.random.fork_rng([]):
         try:
             first, second, both = (_hooked(hook, each) for each in (one, other, one + other))
-        except Exception:  # whatever it needs, it was not made for other gradients than those of a step
+        except Exception:  # the hook runs only on the gradients of a step
             return False
     close = _CLOSE.get(param.dtype, _CLOSE_IN_HALF)
     return bool(((first + second - both).abs() <= close * both.abs().max()).all())

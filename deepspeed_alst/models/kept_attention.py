@@ -1,8 +1,8 @@
-"""Attention that is kept for the recomputation, in a model without sequence parallelism.
+"""Attention outputs kept for the recomputation, in a model without sequence parallelism.
 
-The model's attention function is called as it is, with transformers' own masks and arguments, within a frame that keeps
-it. It stands under a name of the model's own in transformers' interfaces (names.py), so that everything that reads the
-name goes on as before, whichever way the model's modules are built. Under sequence parallelism attention.py does it.
+The model's attention function runs unchanged, with transformers' own masks and arguments, within a frame that keeps its
+output. It is registered under a private name in transformers' interfaces (names.py), so that code that reads the name
+works as before, however the model's modules are built. Under sequence parallelism attention.py does this.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from deepspeed_alst.models.own_config import own_config
 
 
 def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:
-    """Have a model's attention keep its output in frames that ask for it; returns what was done, in words.
+    """Make a model's attention keep its output in frames that ask for it; return a summary.
 
     Args:
-        model: a transformers model, or a wrapper around one. Its configs become its own.
-        patches: ``patches.close()`` takes everything back.
+        model: a transformers model, or a wrapper around one. Its configs are replaced by copies of its own.
+        patches: ``patches.close()`` undoes everything.
 
     Raises:
-        UnsupportedModelError: none of its attention runs as operators whose output can be kept.
+        UnsupportedModelError: no attention of the model runs as operators whose output can be kept.
     """
     check_keeps_attention(model)
     names = []
@@ -42,19 +42,19 @@ def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:
         own, private = own_config(model, config, patches), PrivateName(name)
         functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
         patches.entry(functions, private, _kept(name, functions[name]))
-        # A name that is missing from the mask interface means "no mask" to transformers, as it does for the other name.
+        # transformers builds no mask for a name missing from the mask interface, the original or the private one.
         if name in masks:
             patches.entry(masks, private, masks[name])
-        # Not by the property, which sets it in the configs of a model's parts as well.
+        # The property would also set it in the configs of submodels.
         patches.set(own, "_attn_implementation_internal", private)
     return f"{type(model).__name__}: the output of {', '.join(dict.fromkeys(names))} is kept for the recomputation"
 
 
 def check_keeps_attention(model: torch.nn.Module) -> None:
-    """Whether there is attention whose output can be kept, with sequence parallelism or without.
+    """Raise if no attention's output can be kept, with or without sequence parallelism.
 
     Raises:
-        UnsupportedModelError: there is none; the sentence says what to do.
+        UnsupportedModelError: there is none; the message has the fix.
     """
     names = list(dict.fromkeys(str(config._attn_implementation) for config in _attention_configs(model)))
     reasons = [_reason_against(name) for name in names]
@@ -68,13 +68,13 @@ def check_keeps_attention(model: torch.nn.Module) -> None:
 
 
 def _attention_configs(model: torch.nn.Module) -> list[Any]:
-    """The configs that the model's modules hold, each once."""
+    """Return the distinct configs of the model's modules that name an attention."""
     held = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
     return [config for config in held.values() if getattr(config, "_attn_implementation", None)]
 
 
 def _reason_against(name: str) -> str:
-    """Why the output of an attention of this name cannot be kept; empty if it can."""
+    """Return why the output of an attention of this name cannot be kept; empty if it can."""
     function = AttentionInterface._global_mapping.get(str(name))  # under sequence parallelism the name is private
     if function is sdpa_attention_forward or function is flash_attention_forward:
         return ""
@@ -86,10 +86,10 @@ def _reason_against(name: str) -> str:
 
 
 def _kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Transformers' attention function that is kept where a frame says so."""
+    """Wrap transformers' attention function to keep its output if a frame asks for it."""
     is_flash = function is flash_attention_forward
 
-    # A compiled layer is two graphs, before and after: what a frame keeps is no part of a graph.
+    # Graph break: a frame's kept tensors stay out of compiled graphs.
     @torch.compiler.disable
     def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         seen = under_own_name(module, name) if is_flash else module

@@ -1,4 +1,4 @@
-"""Liger's kernels in a model: which parts are asked for, which can be had, and what is said of the others."""
+"""Liger's kernels in a model: requested parts, available parts, and the report on the others."""
 
 import inspect
 import os
@@ -19,32 +19,32 @@ from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 _KEY = "alst.liger_kernel"
 _LOSS = "fused_linear_cross_entropy"
 _PARTS = tuple(part for part in LigerBlock.model_fields if part != _LOSS)
-# What Liger's functions do to the loss: it is made in this package's tiles.
+# Liger's loss patches: this package computes the loss in tiles.
 _NEVER = ("cross_entropy", _LOSS)
 
 
 @dataclass(frozen=True)
 class LigerUse:
-    """What a model has of Liger's."""
+    """Use of Liger's kernels in a model."""
 
     words: str
     makes_loss: bool = False
-    """Whether a tiled loss whose backend is "auto" is to be made by Liger's kernel."""
+    """True if a tiled loss with backend "auto" uses Liger's kernel."""
     patched: bool = False
-    """Whether modules of it are Liger's."""
+    """True if modules of the model are Liger's."""
 
 
 @dataclass
 class _Wish:
-    """The key, read: what must be, what may be, and what must not."""
+    """Parsed ``alst.liger_kernel``: required, optional and excluded parts."""
 
     everything: bool
-    """``true``: an error where there is nothing to be had."""
+    """True if the key is ``true``: an error if no part is available."""
     parts: dict[str, bool | None]
-    """None is "if it can"."""
+    """Requests by part; None is "if available"."""
     loss: bool | None
     refused: dict[str, str] = field(default_factory=dict)
-    """Parts that cannot be had, and why."""
+    """Unavailable parts, with the reasons."""
 
     @classmethod
     def read(cls, value: Any) -> "_Wish":
@@ -54,35 +54,35 @@ class _Wish:
 
     @property
     def asks_for_modules(self) -> bool:
-        """Whether anything but the loss is asked for by name."""
+        """True if any part but the loss is requested by name."""
         return self.everything or any(self.parts.values())
 
     @property
     def required(self) -> str | None:
-        """A key that makes it an error if Liger cannot run."""
+        """Key that makes it an error if Liger cannot run, or None."""
         if self.everything:
             return _KEY
         asked = [part for part, value in {**self.parts, _LOSS: self.loss}.items() if value]
         return f"{_KEY}.{asked[0]}" if asked else None
 
     def key_of(self, part: str) -> str | None:
-        """The key that asks for a part by name."""
+        """Return the key that requests a part by name, or None."""
         if self.everything:
             return _KEY
         names = ("geglu", "swiglu") if part == "geglu" else (part,)
         return next((f"{_KEY}.{name}" for name in names if self.parts[name]), None)
 
     def missing_of(self, counts: dict[str, int]) -> str | None:
-        """The key of a part that is asked for and not among those that were put on."""
+        """Return the key of a requested part that was not applied, or None."""
         if self.everything:
             return None if counts else _KEY
         there = {*counts, *(["swiglu"] if "geglu" in counts else [])}
         return next((f"{_KEY}.{part}" for part, value in self.parts.items() if value and part not in there), None)
 
     def arguments(self, apply: Callable[..., None]) -> dict[str, bool]:
-        """Of Liger's function for a family; what is not asked for is left to its default."""
+        """Return the arguments of Liger's function for a family; parts not requested keep its default."""
         parameters = inspect.signature(apply).parameters
-        # Functions of models that are made of others hand on what they do not know.
+        # Functions of composite models pass unknown arguments on.
         hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         wanted = {**self.parts, **dict.fromkeys([*self.refused, *_NEVER], False)}
         if wanted["geglu"] is None:
@@ -95,26 +95,26 @@ class _Wish:
 
 
 def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
-    """Put Liger's kernels into a model as ``alst.liger_kernel`` says, before anything else patches its modules.
+    """Apply Liger's kernels as set in ``alst.liger_kernel``, before any other patch of the modules.
 
-    Collective over ``group``: what one rank cannot do none does, with words for ``"auto"`` and an error for what is
-    asked for by name.
+    Collective over ``group``: if one rank cannot run Liger, none does. The reason is reported for ``"auto"`` and raised
+    for parts requested by name.
 
     Args:
         model: a transformers model, or a wrapper around one.
-        config: this package's keys.
-        device: the kind that the engine will put it on.
-        group: all ranks, over gloo; None where ranks are on their own.
-        patches: takes everything back.
+        config: this package's config.
+        device: device type of the engine.
+        group: all ranks, over gloo; None if ranks are independent.
+        patches: undoes everything.
 
     Raises:
-        SetupError: asked for by name, and Liger cannot run here.
-        UnsupportedModelError: asked for by name, and Liger does not know the model, or a part of it.
+        SetupError: requested by name, and Liger cannot run here.
+        UnsupportedModelError: requested by name, and Liger does not support the model, or a part of it.
     """
     loss = config.tiled_loss()
     if loss is not None and loss.backend == "liger":
         _together(lambda: check_liger_runs("alst.tiled_logits_loss", device), group)
-    if config.alst.liger_kernel is False or not isinstance(model, torch.nn.Module):  # which DeepSpeed refuses
+    if config.alst.liger_kernel is False or not isinstance(model, torch.nn.Module):  # DeepSpeed raises
         return LigerUse("off")
     wish, base = _Wish.read(config.alst.liger_kernel), base_model(model)
     reason = _first_reason(_together(lambda: _reason_against(wish, base, device), group), group)
@@ -124,10 +124,10 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
 
 
 def check_liger_runs(key: str, device: str) -> None:
-    """Refuse Liger's kernels where they cannot run.
+    """Raise if Liger's kernels cannot run on a device.
 
     Raises:
-        SetupError: with the key that asks for them.
+        SetupError: with the key that requests them.
     """
     reason = _reason_against_setup(device, interpreted=True)
     if reason:
@@ -135,7 +135,7 @@ def check_liger_runs(key: str, device: str) -> None:
 
 
 def _together(call: Callable[[], Any], group: Any) -> Any:
-    """What ``call`` returns; what it raises on one rank is raised on all."""
+    """Return ``call()``; an AlstError of one rank is raised on all."""
     if group is None:
         return call()
     result, error = None, None
@@ -148,13 +148,13 @@ def _together(call: Callable[[], Any], group: Any) -> Any:
 
 
 def _first_reason(mine: str | None, group: Any) -> str | None:
-    """This rank's reason, or the first of all ranks'."""
+    """Return the first reason of all ranks; without a group this rank's."""
     everyone = [mine] if group is None else gather_objects(mine, group)
     return next((f"{reason} (rank {rank})" if rank else reason for rank, reason in enumerate(everyone) if reason), None)
 
 
 def _reason_against_setup(device: str, interpreted: bool) -> str | None:
-    """Why Liger's kernels cannot run on a kind of device; with ``interpreted``, Triton's interpreter will do."""
+    """Return why Liger's kernels cannot run on a device type; ``interpreted`` permits Triton's interpreter."""
     in_interpreter = os.environ.get("TRITON_INTERPRET", "0") != "0"
     if in_interpreter and not interpreted:
         return "TRITON_INTERPRET is set, which makes its kernels a thousand times slower; ask for it by name"
@@ -171,18 +171,18 @@ def _reason_against_setup(device: str, interpreted: bool) -> str | None:
 
 
 def _functions() -> dict[str, Callable[..., None]]:
-    """Liger's functions by model_type."""
-    # It takes seconds: for those who ask for it.
+    """Return Liger's functions by model_type."""
+    # The import takes seconds.
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     return MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def _reason_against(wish: _Wish, base: torch.nn.Module, device: str) -> str | None:
-    """Why nothing of Liger's is used.
+    """Return why no part of Liger is used, or None.
 
     Raises:
-        AlstError: the reason, where the key asks for it by name.
+        AlstError: the reason, if the key requires Liger.
     """
     reason, kind, near = _reason_against_setup(device, interpreted=wish.required is not None), SetupError, ""
     if reason is None and any(param.dtype == torch.float64 for param in base.parameters()):
@@ -198,10 +198,10 @@ def _reason_against(wish: _Wish, base: torch.nn.Module, device: str) -> str | No
 
 
 def _patch(wish: _Wish, base: torch.nn.Module, patches: PatchSet) -> LigerUse:
-    """Put on what can be had of what is asked for.
+    """Apply the available parts of those requested.
 
     Raises:
-        UnsupportedModelError: a part that is asked for by name cannot be had.
+        UnsupportedModelError: a part requested by name is not available.
     """
     makes_loss = wish.loss is not False
     if has_ligers_modules(base):
@@ -214,7 +214,7 @@ def _patch(wish: _Wish, base: torch.nn.Module, patches: PatchSet) -> LigerUse:
             counts = _patch_what_fits(wish, base, apply, done)
         except AlstError:
             raise
-        # What Liger's functions raise is of many kinds.
+        # Liger's functions raise many types of errors.
         except Exception as error:
             reason = f"Liger's function for {base.config.model_type} stopped with {type(error).__name__}: {error}"
             if wish.required:
@@ -235,7 +235,7 @@ def _patch(wish: _Wish, base: torch.nn.Module, patches: PatchSet) -> LigerUse:
 def _patch_what_fits(
     wish: _Wish, base: torch.nn.Module, apply: Callable[..., None], patches: PatchSet
 ) -> dict[str, int]:
-    """Patch, leaving out one part after the other that does not fit, unless it is asked for by name."""
+    """Patch the model, dropping unsupported parts one by one unless they are requested by name."""
     while True:
         try:
             return patch(base, apply, wish.arguments(apply), patches)

@@ -1,7 +1,7 @@
-"""A model whose forward is Liger's, which makes its loss of hidden states: it is asked for logits instead.
+"""Make a Liger-patched model compute logits instead of a loss from its hidden states.
 
-Liger's ``lce_forward`` calls the head and ``self.loss_function`` when it is told not to skip the logits, as every other
-forward does; under this package these are the tiled head and the loss of the whole sequence.
+With ``skip_logits=False`` Liger's ``lce_forward`` calls the head and ``self.loss_function``, as every other forward
+does; under this package these are the tiled head and the loss of the full sequence.
 """
 
 import functools
@@ -18,17 +18,17 @@ _ARGUMENT = "skip_logits"
 
 
 def use_own_loss(model: torch.nn.Module, patches: PatchSet) -> bool:
-    """Have a model that Liger has patched make its loss by its head and ``loss_function``; whether it is one.
+    """Make a Liger-patched model use its head and ``loss_function``; return True if it is one.
 
-    The HF Trainer does it with ``use_liger_kernel``, and a program by Liger's functions, before or after the model is
-    built. Nothing happens to any other model. ``patches`` takes it back.
+    The HF Trainer patches with ``use_liger_kernel``, user code with Liger's functions, before or after the model is
+    built. All other models stay unchanged. ``patches`` undoes it.
     """
     base = base_model(model)
     before = base.forward
     if not is_ligers(before) or _ARGUMENT not in inspect.signature(before).parameters:
         return False
 
-    # Not by a hook: PEFT's wrapper calls forward. A method, so that a copy of the model calls its own.
+    # PEFT's wrapper calls forward directly, bypassing hooks. A method, so that a copy of the model binds its own.
     @functools.wraps(before.__func__)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return before.__func__(self, *args, **{**kwargs, _ARGUMENT: False})

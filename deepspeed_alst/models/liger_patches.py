@@ -1,8 +1,8 @@
-"""Liger's own patch of a model's family, on one model alone, and off again.
+"""Liger's own patch of a model family, applied to one model only, with undo.
 
-Liger's functions change a model's modules, and the names in transformers' modeling files that every model of the family
-looks up. The latter go back at once. What is called by such a name, RoPE, this model's attention is given as a global
-of its own: its forward is the same code with another dict of globals.
+Liger's functions change a model's modules, and global names in transformers' modeling files that every model of the
+family looks up. These names are restored at once. RoPE, which is called by such a name, reaches this model's attention
+through a copy of its forward: the same code with another dict of globals.
 """
 
 import sys
@@ -18,7 +18,7 @@ from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
 from deepspeed_alst.errors import UnsupportedModelError
 
-# Parts of alst.liger_kernel by the modules of Liger's that they come from.
+# Parts of alst.liger_kernel by Liger's source modules.
 _PARTS = {
     "rms_norm": "rms_norm",
     "layer_norm": "layer_norm",
@@ -29,7 +29,7 @@ _PARTS = {
     "llama4_rope": "rope",
     "qwen2vl_mrope": "rope",
 }
-# What Liger's modules compute whatever the config says.
+# Activations that Liger's modules compute, whatever the config says.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,
     "geglu": lambda x: F.gelu(x, approximate="tanh"),
@@ -38,7 +38,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class CannotPatchError(UnsupportedModelError):
-    """One part of a model that Liger would compute otherwise, or that somebody else has replaced."""
+    """Error for a part of a model that Liger would compute differently, or that user code has replaced."""
 
     def __init__(self, part: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class CannotPatchError(UnsupportedModelError):
 
 
 class _Change(NamedTuple):
-    """A name in a namespace, what it meant before and what it means now."""
+    """Changed name in a namespace, with its old and new value."""
 
     space: dict[str, Any]
     name: str
@@ -55,10 +55,10 @@ class _Change(NamedTuple):
 
 
 class _Watch:
-    """Namespaces as they are now, to be compared with what they will be."""
+    """Snapshot of namespaces, to find later changes."""
 
     def __init__(self, spaces: list[dict[str, Any]]) -> None:
-        # Of dict, also where a subclass makes another value of a stored one.
+        # dict.items, because a subclass may transform stored values.
         self._before = [(space, dict(dict.items(space))) for space in spaces]
 
     def changes(self) -> Iterator[_Change]:
@@ -69,12 +69,12 @@ class _Watch:
 
 
 def is_ligers(thing: Any) -> bool:
-    """Whether a function, a method or a class comes from Liger."""
+    """Return True if a function, a method or a class comes from Liger."""
     return _origin(thing).split(".")[0] == "liger_kernel"
 
 
 def has_ligers_modules(model: torch.nn.Module) -> bool:
-    """Whether somebody has patched a model with Liger before, its loss aside."""
+    """Return True if a model already has Liger's modules, its loss aside."""
     return any(
         is_ligers(type(module)) or is_ligers(vars(module).get("forward"))
         for module in model.modules()
@@ -85,16 +85,16 @@ def has_ligers_modules(model: torch.nn.Module) -> bool:
 def patch(
     model: torch.nn.Module, apply: Callable[..., None], arguments: dict[str, bool], patches: PatchSet
 ) -> dict[str, int]:
-    """Have Liger patch a model; returns the parts that took hold, and in how many modules each.
+    """Patch a model with Liger; return the number of patched modules per part.
 
     Args:
         model: a transformers model.
         apply: Liger's function for its family.
-        arguments: of that function, beside the model.
-        patches: takes everything back. After an error there is nothing to take back.
+        arguments: arguments of that function, beside the model.
+        patches: undoes everything. After an error there is nothing to undo.
 
     Raises:
-        CannotPatchError: a module that Liger would compute otherwise, or that somebody else has replaced.
+        CannotPatchError: Liger would compute a module differently, or user code has replaced it.
     """
     owners = {id(space): module for module in model.modules() for space in (vars(module), module._modules)}
     replaced = {id(module) for module in model.modules() if "forward" in vars(module)}
@@ -124,7 +124,7 @@ def patch(
 
 
 def _origin(thing: Any) -> str:
-    """The name of the module that a function, a method or a class comes from; of an object, its class."""
+    """Return the name of the source module of a function, method or class; for an object, of its class."""
     return getattr(getattr(thing, "__func__", thing), "__module__", None) or ""
 
 
@@ -133,7 +133,7 @@ def _part_of(thing: Any) -> str | None:
 
 
 def _modeling_modules() -> list[Any]:
-    """Those of transformers' modeling files that are loaded."""
+    """Return the loaded modeling modules of transformers."""
     return [
         module
         for name, module in list(sys.modules.items())
@@ -142,10 +142,10 @@ def _modeling_modules() -> list[Any]:
 
 
 def _check(model: torch.nn.Module, module: torch.nn.Module, part: str, is_replaced: bool, change: _Change) -> None:
-    """Refuse a module that is not what Liger takes it for: Liger binds its forward whatever the module is.
+    """Raise if a module is not what Liger assumes: Liger binds its forward to any module.
 
     Raises:
-        CannotPatchError: with its name and why.
+        CannotPatchError: with the module's name and the reason.
     """
     name = _name_of(model, module)
     is_layer_norm = type(module) is torch.nn.LayerNorm and module.weight is not None and module.bias is not None
@@ -172,10 +172,10 @@ def _name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
 
 
 def _call_instead(model: torch.nn.Module, change: _Change, replaced: set[int], patches: PatchSet) -> list[int]:
-    """Have the modules whose forward looks up a name find Liger's function there, and nobody else; returns their ids.
+    """Give Liger's function to the modules whose forward looks its name up, and no others; return their ids.
 
     Raises:
-        CannotPatchError: the forward of one is not its class's.
+        CannotPatchError: the forward of a module is not its class's.
     """
     found = []
 

@@ -1,6 +1,6 @@
-"""Packed documents in layers that carry a state along the sequence: it starts anew with each of them.
+"""Packed documents in layers with a recurrent state, which restarts at each document.
 
-Legend: S whole sequence, N documents.
+Legend: S full sequence, N documents.
 """
 
 import contextlib
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
-"""Names under which transformers' layers are told of documents. A rank's ``seq_idx`` is of its shard only."""
+"""Document arguments of transformers' layers. A rank's ``seq_idx`` covers its shard only."""
 
 
 class Documents:
-    """Where the documents end in the layer call that is under way."""
+    """Document bounds of the layer call that is running."""
 
     def __init__(self) -> None:
         self.bounds: torch.Tensor | None = None
-        """``[N + 1]``, of the whole sequence; None where a row is one document."""
+        """``[N + 1]``, of the full sequence; None if a row is one document."""
 
     @contextlib.contextmanager
     def of(self, bounds: torch.Tensor | None) -> Iterator[None]:
-        """Inside, these are the bounds."""
+        """Set the document bounds in the context."""
         self.bounds = bounds
         try:
             yield
@@ -32,15 +32,15 @@ class Documents:
             self.bounds = None
 
     def numbers(self, start: int, length: int, device: torch.device) -> torch.Tensor:
-        """Which document each of some tokens is part of: ``[1, length]`` int32. Before the sequence it is the first."""
+        """Return each token's document number, ``[1, length]`` int32; before the sequence it is the first's."""
         assert self.bounds is not None
         places = torch.arange(start, start + length, device=device).clamp(min=0)
         return torch.searchsorted(self.bounds[1:].to(places), places, right=True).int()[None]
 
     def apart(self, function: Callable[[slice], torch.Tensor], start: int, length: int, dim: int) -> torch.Tensor:
-        """Call a function on one document after the other, and join what it returns along ``dim``.
+        """Call a function on each document and concatenate its results along ``dim``.
 
-        It gets the document's place among the ``length`` tokens that begin at ``start``.
+        It gets the document's slice of the ``length`` tokens that begin at ``start``.
         """
         assert self.bounds is not None
         inner = [bound - start for bound in self.bounds.tolist() if 0 < bound - start < length]
@@ -49,9 +49,9 @@ class Documents:
 
 
 def kernel_wrapper(value: Any) -> Any:
-    """Transformers' function that stands for a kernel and for what replaces it in plain torch; None if it is not one.
+    """Return transformers' function that runs a kernel or its plain torch fallback; None for any other value.
 
-    With the ``kernels`` package it is inside of a module.
+    With the ``kernels`` package the function is inside a module.
     """
     if isinstance(value, torch.nn.Module) and hasattr(value, "kernel_layer_name"):
         value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
@@ -60,7 +60,7 @@ def kernel_wrapper(value: Any) -> Any:
 
 
 def is_plain_torch(value: Any) -> bool:
-    """Whether transformers runs this function in plain torch, which cannot keep documents apart."""
+    """Return True if transformers runs this function in plain torch, which cannot keep documents apart."""
     if isinstance(value, torch.nn.Module) and "forward" in vars(value):
-        return False  # a kernel of the hub took its place
+        return False  # replaced by a kernel of the hub
     return not inspect.getclosurevars(kernel_wrapper(value)).nonlocals["is_new_implementation"]

@@ -1,11 +1,11 @@
-"""Convolutions and scans of transformers' layers over a sequence that is split over ranks.
+"""Convolutions and scans of transformers' layers over a sequence sharded across ranks.
 
-A layer's projections, gates and norms look at one token: they stay on the shard, with their weights. What looks along
-the sequence are a few functions, each of which transformers has as a kernel and in plain torch. In a split layer they
-run unchanged on what they need of the whole sequence: a convolution gets the few tokens before the shard, a scan the
-whole sequence of this rank's heads.
+A layer's projections, gates and norms are token-wise: they run on the shard, with their own weights. Only a few
+functions mix tokens; transformers has each as a kernel and in plain torch. In a sharded layer they run unchanged on the
+part of the full sequence that they need: a convolution gets the few tokens before the shard, a scan the full sequence
+of this rank's heads.
 
-Legend: B batch, S whole sequence, H heads, D head dim, G groups of heads with the same keys (or the same B and C), N
+Legend: B batch, S full sequence, H heads, D head dim, G groups of heads with the same keys (or the same B and C), N
 state, C channels, P ranks; lower case = this rank's share.
 """
 
@@ -29,29 +29,29 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """What the split functions of one model share."""
+    """Shared state of one model's sharded functions."""
 
     group: Any
     documents: Documents = field(default_factory=Documents)
 
     @property
     def rank(self) -> int:
-        """This rank among those of its sequence."""
+        """This rank's index in the sequence-parallel group."""
         return dist.get_rank(self.group)
 
     def plan(self, num_heads: int, num_groups: int) -> HeadPlan:
-        """Which heads are whose."""
+        """Return the assignment of heads to ranks."""
         return HeadPlan(dist.get_world_size(self.group), num_heads, num_groups)
 
     def to_heads(self, tensors: Tensors, copies: Sequence[int]) -> Tensors:
-        """``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D."""
+        """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D."""
         whole = seq_to_head([x if x.dim() == 4 else x.unsqueeze(-1) for x in tensors], copies, self.group)
         return [w if x.dim() == 4 else w.squeeze(-1) for x, w in zip(tensors, whole, strict=True)]
 
     def run(self, original: Function, call: Function, whole: Tensors, **documents: Callable[[], Any]) -> torch.Tensor:
-        """Call a scan on whole sequences ``[B, S, ...]``, each document for itself.
+        """Call a scan on full sequences ``[B, S, ...]``, each document separately.
 
-        ``documents`` is the argument that tells a kernel of them.
+        ``documents`` is the argument that passes the documents to a kernel.
         """
         if self.documents.bounds is None:
             return call(*whole)
@@ -61,7 +61,7 @@ class Split:
 
 
 def convolution(original: Function, split: Split) -> Function:
-    """``causal_conv1d_fn``: ``[B, C, s] -> [B, C, s]`` by weights ``[C, K]``, each channel for itself."""
+    """Shard ``causal_conv1d_fn``: ``[B, C, s] -> [B, C, s]`` by weights ``[C, K]``, depthwise."""
 
     def causal_conv1d(
         hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
@@ -86,7 +86,7 @@ def convolution(original: Function, split: Split) -> Function:
 
 
 def delta_rule(original: Function, split: Split) -> Function:
-    """``chunk_gated_delta_rule``, ``chunk_kda``: q, k ``[B, s, G, D]`` and v ``[B, s, H, D]`` to ``[B, s, H, D]``."""
+    """Shard ``chunk_gated_delta_rule``, ``chunk_kda``: q, k ``[B, s, G, D]``, v ``[B, s, H, D]`` to v's shape."""
 
     def chunk_delta_rule(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any
@@ -106,9 +106,9 @@ def delta_rule(original: Function, split: Split) -> Function:
 
 
 def mamba2_scan(original: Function, split: Split) -> Function:
-    """``mamba_chunk_scan_combined``: x ``[B, s, H, D]``, dt ``[B, s, H]``, B, C ``[B, s, G, N]`` to ``[B, s, H, D]``.
+    """Shard ``mamba_chunk_scan_combined``: x ``[B, s, H, D]``, dt ``[B, s, H]``, B, C ``[B, s, G, N]`` to x's shape.
 
-    A, D and dt_bias have a value a head, of which each rank takes its own.
+    A, D and dt_bias have a value per head, of which each rank takes its own.
     """
 
     def chunk_scan(
@@ -143,9 +143,9 @@ def mamba2_scan(original: Function, split: Split) -> Function:
 
 
 def mamba_scan(original: Function, split: Split) -> Function:
-    """``selective_scan_fn``: x, dt, z ``[B, C, s]``, B and C ``[B, N, s]`` to ``[B, C, s]``, each channel for itself.
+    """Shard ``selective_scan_fn``: x, dt, z ``[B, C, s]``, B and C ``[B, N, s]`` to ``[B, C, s]``, per channel.
 
-    A is ``[C, N]``, D and delta_bias ``[C]``, of which each rank takes its channels'.
+    A is ``[C, N]``, D and delta_bias ``[C]``, of which each rank takes its channels' values.
     """
 
     def selective_scan(
@@ -177,7 +177,7 @@ def mamba_scan(original: Function, split: Split) -> Function:
 
 
 def fused(original: Function, split: Split) -> Function:
-    """Projection, convolution, scan and norm in one kernel: None, and the layer takes its functions one by one."""
+    """Disable the fused projection, convolution, scan and norm: for None a layer calls its separate functions."""
     return lambda *args, **kwargs: None
 
 
@@ -186,7 +186,7 @@ def _undocumented(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_states(kwargs: dict[str, Any], **more: Any) -> None:
-    """What belongs to generation with a cache, which goes round the split layers."""
+    """Raise on arguments of generation with a cache, which must bypass the sharded layers."""
     states = ("initial_state", "initial_states", "output_final_state", "return_final_states", "return_last_state")
     more |= {name: kwargs[name] for name in states if kwargs.get(name) not in (None, False)}
     given = [name for name, value in more.items() if value is not None]

@@ -1,7 +1,7 @@
-"""Layers that look along the sequence without attention: gated delta nets, Mamba, short convolutions.
+"""Token-mixing layers without attention: gated delta nets, Mamba, short convolutions.
 
-They are found by what their forward calls: the functions that transformers has as a kernel and in plain torch. Where
-all of them are known (linear_functions.py) the layer can be split over the ranks of a sequence; else it is refused.
+They are found by the functions that their forward calls, which transformers has as a kernel and in plain torch. If all
+of them are known (linear_functions.py), the layer can be sharded across a sequence's ranks; else it is rejected.
 """
 
 import inspect
@@ -26,15 +26,15 @@ from deepspeed_alst.models.linear_functions import (
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a function that looks along the sequence."""
+    """Properties of a token-mixing function."""
 
     make: Callable[[Function, Split], Function]
     keeps_documents_apart: bool = True
-    """Whether transformers' layers hand it the bounds of packed documents."""
+    """True if transformers' layers pass it the bounds of packed documents."""
     heads: tuple[str, ...] = ()
-    """Attributes of a layer; the first that it has is its number of heads."""
+    """Candidate attributes of a layer for its number of heads; the first present one counts."""
     groups: tuple[str, ...] = ()
-    """The same of the heads that several heads share; none means that all share one."""
+    """Candidate attributes for the number of heads that several heads share; empty if all share one."""
 
 
 _DELTA = {"heads": ("num_v_heads", "num_heads"), "groups": ("num_k_heads", "num_heads")}
@@ -49,8 +49,8 @@ KINDS = {
     ),
     "mamba_inner_fn": Kind(fused),
 }
-"""The functions by the names that transformers' layers know them by."""
-# One token of a generation with a cache, which is never split.
+"""Functions by their names in transformers' layers."""
+# Single-token generation with a cache, which is never sharded.
 _FOR_GENERATION = {
     "causal_conv1d_update",
     "torch_recurrent_gated_delta_rule",
@@ -58,19 +58,19 @@ _FOR_GENERATION = {
     "mamba2_selective_state_update",
     "mamba_selective_state_update",
 }
-# Of a config's layer_types: what may be a layer that can be split, and what looks at no other token.
+# Values of a config's layer_types: layers that may be shardable, and token-wise ones.
 _MAY_BE_SPLIT = ("linear_attention", "conv", "hybrid")
 _TOKEN_WISE = {"mlp", "moe"}
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers, by their names in a model."""
+    """Return a model's token-mixing layers without attention, by name."""
     classes = {each for each in {type(module) for module in model.modules()} if functions_of(each)}
     return {name: module for name, module in model.named_modules() if type(module) in classes}
 
 
 def functions_of(layer: type) -> dict[str, Function]:
-    """The functions with kernels that a layer's methods call, by the names that it has for them; for most, none."""
+    """Return the functions with kernels that a layer's methods call, by name; empty for most layers."""
     return {name: function for method in _methods(layer) for name, function in _called_by(method).items()}
 
 
@@ -85,13 +85,13 @@ def _called_by(method: types.FunctionType) -> dict[str, Function]:
 
 
 def _names_in(code: types.CodeType) -> set[str]:
-    """The names that a code looks up, comprehensions and inner functions included."""
+    """Return the names that a code object looks up, comprehensions and inner functions included."""
     inner = (_names_in(each) for each in code.co_consts if isinstance(each, types.CodeType))
     return set(code.co_names).union(*inner)
 
 
 def linear_problems(model: torch.nn.Module) -> list[str]:
-    """Why layers of a model cannot be split: one line for each class of them."""
+    """Return why layers of a model cannot be sharded, one line per layer class."""
     problems: dict[type, str] = {}
     for name, layer in linear_layers(model).items():
         unknown = sorted(functions_of(type(layer)).keys() - KINDS.keys() - _FOR_GENERATION)
@@ -109,9 +109,9 @@ def linear_problems(model: torch.nn.Module) -> list[str]:
 
 
 def available_layer_types(model: torch.nn.Module, layer_types: list[str] | None) -> set[str]:
-    """Which of a config's layer types, beside those of attention, are right under sequence parallelism.
+    """Return a config's layer types, attention aside, that sequence parallelism supports.
 
-    Each layer of such a type has a part that can be split; ``linear_problems`` says of which one it cannot.
+    Each layer of such a type contains a token-mixing layer; ``linear_problems`` lists those that cannot be sharded.
     """
     layer_types = layer_types or []
     split = set(linear_layers(model).values())
@@ -128,13 +128,13 @@ def available_layer_types(model: torch.nn.Module, layer_types: list[str] | None)
 
 
 def has_attention(model: torch.nn.Module) -> bool:
-    """Whether any layer of a transformers model attends, as far as its config says."""
+    """Return True if any layer of a transformers model attends, according to its config."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
     return not layer_types or set(layer_types) != {"linear_attention"}
 
 
 def linear_heads(model: torch.nn.Module) -> set[tuple[int, int]]:
-    """How many heads, or channels, the scans of a model share out over ranks, and how many of their keys or B and C."""
+    """Return the numbers of heads, or channels, that a model's scans shard, and of their keys or B and C."""
     return {found for layer in linear_layers(model).values() for found in _heads_of(layer)}
 
 

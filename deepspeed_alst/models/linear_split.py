@@ -1,4 +1,4 @@
-"""Runs a layer's own forward with the functions that look along the sequence replaced by those of a split one."""
+"""Run a layer's own forward with its token-mixing functions replaced by sharded ones."""
 
 import functools
 import inspect
@@ -15,25 +15,25 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.linear_functions import Split
 from deepspeed_alst.models.linear_layers import KINDS, functions_of, linear_layers
 
-# What transformers has called it: past_key_values before 5.24, cache_params where there is no attention.
+# Names of the cache in transformers: past_key_values before 5.24, cache_params without attention.
 CACHES = ("cache", "cache_params", "past_key_values")
 _Layers = weakref.WeakSet[torch.nn.Module]
 
 
 def split_linear_layers(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> int:
-    """Give a model's layers without attention the whole sequence; returns how many. ``patches.close()`` takes it back.
+    """Shard a model's layers without attention over a group; return their number. ``patches.close()`` undoes it.
 
     Args:
-        model: one of which ``linear_problems`` finds none.
-        group: the ranks of a sequence.
-        calls: counts how often a forward reaches the layers.
-        patches: takes everything back.
+        model: a model without ``linear_problems``.
+        group: the sequence-parallel group.
+        calls: counts the calls of the layers in a forward.
+        patches: undoes everything.
     """
     layers = list(linear_layers(model).values())
     split, owned = Split(group), weakref.WeakSet(layers)
     forwards = {each: _split_forward(each, split, calls, owned) for each in {type(layer) for layer in layers}}
     for layer in layers:
-        # A method, so that a deep copy of the layer gets one of its own, which refuses it.
+        # A method, so that a deep copy of the layer binds its own, which raises.
         patches.forward(layer, forwards[type(layer)])
     return len(layers)
 
@@ -42,12 +42,12 @@ def _split_forward(layer: type[torch.nn.Module], split: Split, calls: Calls, own
     plain = inspect.unwrap(layer.forward)
     known = {name: function for name, function in functions_of(layer).items() if name in KINDS}
     replaced = {name: KINDS[name].make(function, split) for name, function in known.items()}
-    # The layer's own code, which looks the functions up among the globals of its module.
+    # The layer's own code looks the functions up in the globals of its source file.
     run = with_names(plain, lambda function: replaced if function is plain else {})
     signature = inspect.signature(plain)
     leaking = [name for name in known if not KINDS[name].keeps_documents_apart]
 
-    # Collectives and checks stay out of compiled graphs, which would also look the functions up in the module itself.
+    # Collectives and checks stay out of compiled graphs, which would also read the source file's own globals.
     @torch.compiler.disable
     @functools.wraps(layer.forward)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def _check_arguments(layer: str, arguments: dict[str, Any]) -> None:
 
 
 def _check_documents(layer: str, leaking: list[str], kwargs: dict[str, Any]) -> None:
-    """Refuse packed documents where transformers lets one's state run on into the next."""
+    """Raise on packed documents if transformers carries one's state into the next."""
     if leaking:
         raise UnsupportedModelError(
             f"packed documents would see one another in {layer}: transformers does not tell its {leaking[0]} where "

@@ -1,4 +1,4 @@
-"""What a model does to its logits between its head and its loss, read as a scale and a soft cap."""
+"""Parse the ops a model applies to its logits between head and loss as a scale and a soft cap."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from deepspeed_alst.tiling.loss import OnTheWay
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
-"""A function, its arguments before and after the logits, and those by name."""
+"""A function, its arguments before and after the logits, and its keyword arguments."""
 Steps = tuple[Step, ...]
 
 _TIMES = {"mul", "multiply", "imul", "rmul"}
@@ -17,9 +17,9 @@ _BY = {"div", "divide", "true_divide", "truediv", "itruediv"}
 
 
 def on_the_way(steps: Steps) -> OnTheWay | None:
-    """The steps as ``cap * tanh(scale * x / cap)``, or ``scale * x``; None if they are anything else.
+    """Return the steps as ``cap * tanh(scale * x / cap)`` or ``scale * x``; None for any other form.
 
-    Steps that cast to fp32 are left out: the kernel computes in fp32.
+    Casts to fp32 are dropped: the kernel computes in fp32.
     """
     inner, outer, has_tanh = 1.0, 1.0, False
     for function, before, after, keywords in steps:
@@ -47,7 +47,7 @@ def _casts_to_fp32(name: str, before: Any, after: Any, keywords: Any) -> bool:
 
 
 def _factor(name: str, before: Any, after: Any, keywords: Any) -> float | None:
-    """What a product or a quotient with a plain number multiplies by."""
+    """Return the multiplier of a product or quotient with a plain number; None for any other step."""
     numbers = (*before, *after)
     if keywords or len(numbers) != 1 or type(numbers[0]) not in (int, float) or not numbers[0]:
         return None

@@ -1,9 +1,8 @@
-"""Reads what a model asks transformers to mask, and says it of the whole sequence.
+"""Read a model's mask function of transformers and build the mask of the whole sequence.
 
-transformers makes a mask function out of a few parts, of a shard's length here. The parts are read, not evaluated:
-which they are, and their window or chunk. So nothing is read from the device, a mask of 4M tokens takes no time, and it
-works on tensors without data. That a part means what it is taken for is tried at the start, on every pair of a small
-sequence. A part that is not known is refused by its name.
+transformers composes a mask function of a few parts, for a shard's length here. Parts and their window or chunk size
+are read from closures, not evaluated: without a device read, at no cost for 4M tokens, on tensors without data. At
+startup all parts are compared with transformers on every token pair of a small sequence. An unknown part is an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import Core
 
 _NONE = torch.zeros(1, 1, dtype=torch.long)
-# A part is known by its code, which every function that a factory returns has in common.
+# Parts are identified by their code object, which all functions of one factory share.
 _AND = and_masks(causal_mask_function).__code__
 _REMAP = remap_positions_for_packed_sequence(causal_mask_function, _NONE).__code__
 _PACKED = packed_sequence_mask_function(_NONE).__code__
@@ -40,15 +39,15 @@ MaskFunction = Callable[..., WholeMask | None]
 
 
 def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
-    """Transformers' mask function of one model: makes what its layers are given as their attention mask.
+    """Return one model's mask function for transformers, which builds the attention mask of its layers.
 
-    It is None where attention is plain causal, and always for flash attention, whose windows and documents are
+    It returns None for plain causal attention, and always for flash attention, which takes windows and documents as
     arguments of its own.
 
     Raises:
-        UnsupportedModelError: the parts of transformers' masks are not what they are taken for.
+        UnsupportedModelError: the parts of transformers' masks do not mean what this module assumes.
     """
-    apart(_try_parts)  # with tensors that have values, also where whoever asks has fake ones
+    apart(_try_parts)  # on real tensors, even under a fake tensor mode of the caller
 
     @torch.compiler.disable
     def mask_function(
@@ -61,7 +60,7 @@ def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> WholeMask | None:
-        # Models that count positions by a mask make one of ones where they are given none.
+        # Models that count positions by a mask create one of ones if they get none.
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             raise UnsupportedModelError(
                 "attention_mask reached the model: the sharded loader checks and drops it; remove it from the batch"
@@ -82,14 +81,14 @@ def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
 
 
 def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()) -> WholeMask:
-    """What a mask function of transformers' hides, of the whole sequence.
+    """Return the mask of the whole sequence that a mask function of transformers describes.
 
     Args:
-        mask_function: of a shard. What it says of packed documents is left out: it knows only those of the shard.
-        documents: the bounds of the whole sequence's.
+        mask_function: mask function of a shard. Its packed documents are ignored: they are only those of the shard.
+        documents: bounds of the whole sequence's packed documents.
 
     Raises:
-        UnsupportedModelError: it is not causal, or has a part that is not known.
+        UnsupportedModelError: the mask is not causal, or has an unknown part.
     """
     windows, chunks, causal = set(), set(), False
     for part in _parts(mask_function):
@@ -99,7 +98,7 @@ def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()
         elif code is _WINDOW:
             windows.add(_enclosed(part)["sliding_window"])
         elif code is _CHUNK:
-            # Its offset is the left padding, of which there is none.
+            # Its offset is the left padding, which is always 0.
             chunks.add(_enclosed(part)["chunk_size"])
         else:
             raise UnsupportedModelError(
@@ -114,7 +113,7 @@ def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()
 
 
 def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """The parts that all must allow a pair of tokens, without those about packed documents."""
+    """Yield the parts that must all allow a pair of tokens, without those for packed documents."""
     code = getattr(mask_function, "__code__", None)
     if code is _AND:
         for part in _enclosed(mask_function)["mask_functions"]:
@@ -126,7 +125,7 @@ def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 
 def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
-    """The variables that a function has from the one that made it."""
+    """Return a function's closure variables by name."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {name: cell.cell_contents for name, cell in cells}
 
@@ -136,7 +135,7 @@ def _name(part: Callable[..., Any]) -> str:
 
 
 def _check_for_flash(core: Core, mask_function: Callable[..., Any], length: int) -> None:
-    """Refuse chunks, which flash attention has not; transformers looks for them in a shard only."""
+    """Raise if the mask has chunks, which flash attention lacks and transformers checks in a shard only."""
     for part in _parts(mask_function):
         if getattr(part, "__code__", None) is _CHUNK and (size := _enclosed(part)["chunk_size"]) < length:
             raise UnsupportedModelError(
@@ -146,7 +145,7 @@ def _check_for_flash(core: Core, mask_function: Callable[..., Any], length: int)
 
 
 def _try_parts() -> None:
-    """Compare what is read with what transformers' own functions answer, on two documents of 7 and 5 tokens."""
+    """Compare the parsed masks with transformers' own functions, on two documents of 7 and 5 tokens."""
     documents = (0, 7, 12)
     positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
     of_document = torch.tensor([0] * 7 + [1] * 5)[None]

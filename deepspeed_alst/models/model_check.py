@@ -1,12 +1,11 @@
-"""Compare the live model whole against split, before its first step.
+"""Compare the live model unsharded and sharded over the ranks, before its first step.
 
-Every rank runs one short sequence through the model that is going to be trained, with its weights, methods, hooks and
-training mode: whole, as without sequence parallelism, and split over the ranks. Each token's last hidden state and log
-probability, and the loss, must be the same within the model's own rounding, which a third run measures, whose matrix
-products are off by a rounding. A mixture's choices of experts in the first run are taken in the others as well: near a
-tie rounding alone sends a token elsewhere.
+Every rank runs one short sequence through the model to be trained, with its weights, methods, hooks and training mode,
+unsharded and sharded. Each token's last hidden state and log probability, and the loss, must agree within the model's
+own rounding error, measured by a third run with its matrix products perturbed by a rounding. All runs use the first
+run's expert choices: near a tie, rounding alone reroutes a token.
 
-Legend: S whole sequence, s = S/P of one rank, V vocabulary.
+Legend: S whole sequence, s = S/P of one rank, V vocabulary, n tokens, M hidden size.
 """
 
 import inspect
@@ -35,7 +34,7 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL
 TOKENS_PER_RANK = 16
 LONGEST = 8192
 _SLACK = 3.0
-# A rounding of the result itself, and of fp32 in what leads to it (sums of squares, soft-max).
+# Roundings of the result itself, and fp32 roundings of the reductions before it (sums of squares, softmax).
 _ROUNDINGS, _FP32_ROUNDINGS = 2, 64
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -50,17 +49,17 @@ _PRODUCTS = {
 
 @dataclass
 class Outputs:
-    """What a run gives: of the tokens that this rank has seen, or of all."""
+    """Outputs of one run, for this rank's tokens or for all."""
 
     hidden: torch.Tensor | None
-    """``[n, M]``"""
+    """Last hidden states, ``[n, M]``."""
     log_probs: torch.Tensor | None
-    """Of the labels, ``[n]``; 0 where there is none."""
+    """Log probabilities of the labels, ``[n]``; 0 for ignored ones."""
     loss: torch.Tensor | None
 
 
 class Routed(TorchDispatchMode):
-    """Records which experts are chosen, or has those of a recorded run chosen; with ``noise`` products are off."""
+    """Dispatch mode that records expert choices or replays recorded ones; ``noise`` perturbs products."""
 
     def __init__(self, recorded: list[torch.Tensor] | None, groups: SequenceGroups, noise: torch.Generator | None):
         super().__init__()
@@ -98,12 +97,12 @@ def check_live_model(
     device: torch.device,
     before_run: Callable[[], None] = lambda: None,
 ) -> str:
-    """Compare the model whole against split; returns what was compared, in words. Collective over all ranks.
+    """Compare the model unsharded against sharded; return a summary. Collective over all ranks.
 
-    To be called under ``untouched``, without a graph; ``before_run`` is called before each forward.
+    Call it under ``untouched`` and without a graph; ``before_run`` is called before each forward.
 
     Raises:
-        UnsupportedModelError: they differ; on all ranks, with the first module that differs.
+        UnsupportedModelError: the results differ; on all ranks, with the first module that differs.
     """
     short, long, late = lengths(model, groups.sp_size)
     check = _Check(model, groups, calls, device, before_run)
@@ -115,7 +114,7 @@ def check_live_model(
 
 
 def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
-    """Tokens of the first sequence, tokens of a second one, and the position at which that one starts."""
+    """Return the tokens of the first and of the second sequence, and the second's start position."""
     config = base_model(model).config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     most = most if isinstance(most, int) and most > 0 else LONGEST
@@ -129,7 +128,7 @@ def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
 
 @dataclass
 class _Check:
-    """The model, the ranks of its sequence, and what is done before each forward."""
+    """Model, sequence-parallel group and pre-forward callback of one check."""
 
     model: torch.nn.Module
     groups: SequenceGroups
@@ -138,7 +137,7 @@ class _Check:
     before_run: Callable[[], None]
 
     def compare(self, length: int, at: int, with_loss: bool) -> float:
-        """Run ``length`` tokens from position ``at`` on; returns the largest relative difference."""
+        """Run ``length`` tokens from position ``at`` on; return the largest relative difference."""
         model, groups, calls = self.model, self.groups, self.calls
         whole_batch, shard = _batches(model, groups, length, self.device, at, with_loss)
         noise = torch.Generator(self.device).manual_seed(0)
@@ -185,7 +184,7 @@ def _words(model: torch.nn.Module, problem: str, place: str | None, sp_size: int
 def _batches(
     model: torch.nn.Module, groups: SequenceGroups, length: int, device: torch.device, at: int, with_loss: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random tokens, every seventh without a label, as a program would give them and as the sharded loader does."""
+    """Draw random tokens, every seventh unlabelled; return the program's batch and the loader's shard."""
     make = torch.Generator().manual_seed(3)
     known = vocabulary_of(model)
     vocab = min((each for each in (known.embeddings, known.logits) if each is not None), default=1)
@@ -207,7 +206,7 @@ def _batches(
 
 
 def _run(model: torch.nn.Module, batch: dict[str, Any]) -> Outputs:
-    """One forward, with the same random numbers in each run."""
+    """Run one forward, with the same random numbers in each run."""
     states: list[torch.Tensor] = []
     decoder = getattr(base_model(model), "base_model", model)
 
@@ -225,7 +224,7 @@ def _run(model: torch.nn.Module, batch: dict[str, Any]) -> Outputs:
 
 
 def _log_probs(output: Any, batch: dict[str, Any]) -> torch.Tensor | None:
-    """Of each token's label, by the logits of a forward; None if it has none."""
+    """Return the log probability of each token's label; None if the forward has no logits or labels."""
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if logits is None or labels is None:
         return None
@@ -241,7 +240,7 @@ def _log_probs(output: Any, batch: dict[str, Any]) -> torch.Tensor | None:
 
 
 def _together(run: Callable[[], Outputs], groups: SequenceGroups, how: str) -> Outputs:
-    """Run on all ranks; an error on any is raised on all."""
+    """Run on all ranks; raise an error of any rank on all."""
     outputs, error = None, None
     try:
         outputs = run()
@@ -260,7 +259,7 @@ def _together(run: Callable[[], Outputs], groups: SequenceGroups, how: str) -> O
 
 
 def _judge(found: Outputs, truth: Outputs, off: Outputs, groups: SequenceGroups) -> tuple[str, float, float]:
-    """Compare this rank's tokens; returns what is wrong (empty: nothing), the largest difference and its limit."""
+    """Compare this rank's tokens; return the problem (empty if none), the largest difference and its limit."""
     worst = most = 0.0
     for name, compare in (("hidden", _of_norms), ("log_probs", _of_values), ("loss", _of_values)):
         mine, whole, rounded = (getattr(each, name) for each in (found, truth, off))
@@ -284,12 +283,12 @@ def _judge(found: Outputs, truth: Outputs, off: Outputs, groups: SequenceGroups)
 
 
 def _of_norms(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Each token's relative difference, ``[n, M] -> [n]``; where the whole run has no finite number, none."""
+    """Return each token's relative difference, ``[n, M] -> [n]``; 0 where the unsharded run is NaN or Inf."""
     off, size = (found.double() - expected.double()).norm(dim=-1), expected.double().norm(dim=-1)
     return torch.where(size.isfinite(), (off / size.clamp(min=1e-30)).nan_to_num(nan=math.inf), 0.0)
 
 
 def _of_values(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Each value's difference, relative where it is above 1; where the whole run has no finite number, none."""
+    """Return each value's difference, relative above 1; 0 where the unsharded run is NaN or Inf."""
     off = (found.double() - expected.double()).abs() / expected.double().abs().clamp(min=1.0)
     return torch.where(expected.isfinite(), off.nan_to_num(nan=math.inf), 0.0).reshape(-1)

@@ -1,19 +1,19 @@
-"""The name under which one model's attention is looked up: to be read it is its core's, to be looked up it is its own.
+"""Name of one model's attention implementation: it reads as its core's name and looks up the model's own entry.
 
-transformers asks the name of an attention in two ways. Its special cases read it (``== "sdpa"``, ``"flash" in name``, a
-regular expression): they must see the core that runs. Its interfaces look it up in a dict: they must find this model's
-entry, and every other model in the process the entry that was there before.
+transformers uses the name in two ways. Its special cases read it (``== "sdpa"``, ``"flash" in name``, a regular
+expression) and must see the core that runs. Its interfaces look it up in a dict and must find this model's entry, while
+every other model in the process finds the original one.
 """
 
 from typing import Any
 
 
 class PrivateName(str):
-    """The text of a core's name, with the hash of this very object.
+    """Text of a core's name, hashed by object identity.
 
-    A dict compares hashes before it compares keys, so an entry under this object is found by this object alone, and an
-    entry under the same text by everybody else. A copy, deep or pickled, is the plain text: it is part of another
-    model, which has no entry.
+    A dict compares hashes before keys, so an entry under this object is found by this object alone, and an entry under
+    the same text by all other strings. A copy, deep or pickled, is the plain text: it belongs to another model, which
+    has no entry.
     """
 
     __slots__ = ()

@@ -1,8 +1,8 @@
-"""The tensors of a transformers model's checkpointed layers that wait for the backward, and where they wait.
+"""Offload of the tensors that a transformers model's checkpointed layers keep for the backward.
 
-Each checkpointed layer's input is moved off the device when the layer begins, and comes back when it is run again; so
-is attention's output, if it is kept. What is to wait is known from the batch's shape, so whether there is room for it
-is decided before the forward, by all ranks from the same facts.
+Each checkpointed layer's input is offloaded when the layer starts and copied back for its recomputation; so is the
+attention output, if it is kept. The batch's shape determines the offloaded tensors, so all ranks decide from the same
+facts, before the forward, whether there is room for them.
 """
 
 import functools
@@ -24,33 +24,33 @@ from deepspeed_alst.offload.store import Store
 
 @dataclass(eq=False)
 class Keeping:
-    """What is kept of a model's checkpointed layers, where.
+    """Tensors kept of a model's checkpointed layers, and where.
 
     Args:
-        store: where it waits; None: on the device.
-        keep_last: layers at the end whose tensors stay on the device.
+        store: offload store; None keeps them on the device.
+        keep_last: number of last layers whose tensors stay on the device.
     """
 
     store: Store | None
     keep_last: int = 0
     must_keep_attention: bool = False
-    """Whether an attention whose output cannot be kept is an error, and not said once."""
+    """True if an attention output that cannot be kept is an error instead of one warning."""
     keeps_attention: bool = False
-    """Whether attention's output is kept in the forward that comes."""
+    """True if the next forward keeps the attention outputs."""
     layers: list[torch.nn.Module] = field(default_factory=list)
-    """All that can be checkpointed, in the model's order."""
+    """All layers that can be checkpointed, in the model's order."""
     _unkept: set[str] = field(default_factory=set)
     _has_kept: bool = False
 
     def stays(self, layer: torch.nn.Module) -> bool:
-        """Whether what a checkpointed layer keeps stays on the device."""
+        """Return True if the tensors that a checkpointed layer keeps stay on the device."""
         return self.keep_last > 0 and layer in self._checkpointed()[-self.keep_last :]
 
     def check(self, layer: torch.nn.Module, frame: Frame) -> None:
-        """See what attention of a layer's forward was kept, and what was not.
+        """Check that the attention outputs of a layer's forward were kept; warn once or raise if not.
 
         Raises:
-            UnsupportedModelError: none is in the whole model, or some is not, and it must be.
+            UnsupportedModelError: attention outputs must be kept, but one was not, or no layer called attention.
         """
         self._has_kept |= bool(frame.kept_attention)
         if not frame.keeps_attention:
@@ -73,10 +73,10 @@ class Keeping:
 
 
 def keep_activations(model: torch.nn.Module, keeping: Keeping, patches: PatchSet) -> None:
-    """Have each checkpointed layer of a model keep what is to be kept; ``patches.close()`` takes it back.
+    """Make each checkpointed layer of a model keep its tensors; ``patches.close()`` undoes it.
 
     Raises:
-        UnsupportedModelError: transformers checkpoints no layer of it one by one.
+        UnsupportedModelError: transformers checkpoints no layer of the model individually.
     """
     layers = checkpointed_layers(model)
     if not layers:
@@ -91,12 +91,12 @@ def keep_activations(model: torch.nn.Module, keeping: Keeping, patches: PatchSet
 
 
 def turn_on_checkpointing(model: torch.nn.Module, patches: PatchSet) -> bool:
-    """Turn gradient checkpointing on, by transformers' own way, unless it is; whether it was off.
+    """Turn transformers' gradient checkpointing on unless it is; return True if it was off.
 
     ``patches.close()`` turns it off again.
 
     Raises:
-        UnsupportedModelError: the model cannot.
+        UnsupportedModelError: the model does not support it.
     """
     base = base_model(model)
     if base.is_activation_checkpointing:
@@ -115,10 +115,10 @@ def turn_on_checkpointing(model: torch.nn.Module, patches: PatchSet) -> bool:
 
 
 def check_checkpointing(model: torch.nn.Module, key: str) -> None:
-    """Make sure, in training, that layers are checkpointed, and by nobody else's offload.
+    """Raise if no layer is checkpointed in training, or if transformers offloads the layers' inputs itself.
 
     Raises:
-        UnsupportedModelError: the key could not act.
+        UnsupportedModelError: the key would have no effect.
     """
     layers = [layer for layer in checkpointed_layers(model) if layer.gradient_checkpointing]
     if not layers:
@@ -136,7 +136,7 @@ def check_checkpointing(model: torch.nn.Module, key: str) -> None:
 
 
 def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint that is a frame, and whose inputs wait in its group of the store."""
+    """Wrap a checkpoint in a frame, and offload its inputs to the layer's group of the store."""
     first = list(inspect.signature(type(layer).forward).parameters)[1]  # after self
 
     @torch.compiler.disable(recursive=False)
@@ -145,13 +145,13 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
         store = keeping.store
         group = store.group(keeping.stays(layer)) if store is not None else None
         frame = Frame(on_device if group is None else group.put, keeping.keeps_attention)
-        # Detached and not what a hook is given: that has no count of changes in place.
+        # Detached here: the tensor that a saved-tensor hook gets has no version counter.
         streams = {
             _place(each): each.detach()
             for index, each in enumerate(args)
             if _is_stream(each) and (index == 0 or each.requires_grad)
         }
-        # What several layers are given, such as the embeddings beside the stream, stays on the device for them.
+        # Inputs shared by several layers, such as the embeddings beside the stream, stay on the device.
         first_place = _place(args[0]) if args and isinstance(args[0], torch.Tensor) else None
         leaving = {key: each for key, each in streams.items() if key == first_place or key not in given_before}
         given_before[:] = streams
@@ -180,7 +180,7 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
 
 @dataclass(frozen=True)
 class _Saved:
-    """A tensor that a checkpoint saves; what its frame keeps lives as long."""
+    """Tensor saved by a checkpoint; it keeps the tensors of its frame alive."""
 
     get: Callable[[], torch.Tensor]
     kept: Any
@@ -201,7 +201,7 @@ def _in_frame(frame: Frame, function: Callable[..., Any]) -> Callable[..., Any]:
 def _as_positional(
     function: Callable[..., Any], args: tuple[Any, ...], first: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The same call with the layer's streams among the positional arguments, which a checkpoint saves; the first first.
+    """Move the layer's streams to positional arguments, which a checkpoint saves; ``first`` leads.
 
     transformers has bound keyword arguments to the function already.
     """
@@ -221,10 +221,10 @@ def _as_positional(
 
 
 def _is_stream(value: Any) -> bool:
-    """Whether an argument may be what the layers hand on: ``[B, s, H]``, or with more dimensions before."""
+    """Return True if an argument can be a hidden-state stream: ``[B, s, H]``, or with more leading dims."""
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Which memory a tensor is; saved tensors are other objects over the same."""
+    """Return a key of a tensor's memory; saved tensors are other objects over the same memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -1,4 +1,4 @@
-"""A config that one model has for itself, for as long as something is patched in it."""
+"""Private config of one model, for as long as a patch changes it."""
 
 import copy
 from typing import Any
@@ -9,17 +9,17 @@ from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
 
 
 def own_config(model: torch.nn.Module, shared: Any, patches: PatchSet) -> Any:
-    """A config of the model's own: two models built from one config object share it, and only one is to change.
+    """Give a model its own copy of a config that other models may share; return the copy.
 
-    What the program changes in it meanwhile (``use_cache``, token ids) goes back with it.
+    Values that the program changes in it meanwhile (``use_cache``, token ids) are written back on undo.
 
     Args:
-        model: all of its modules that hold the config are given the own one.
+        model: the model; each of its modules that holds the config gets the copy.
         shared: the config.
-        patches: takes it back.
+        patches: undo stack.
     """
     own, as_it_was = copy.deepcopy(shared), copy.deepcopy(shared)
-    # In their own __dict__: wrappers answer for the model inside, and must not be given what they do not hold.
+    # Only in a module's own __dict__: wrappers forward attribute reads to the model inside.
     holders = [module for module in model.modules() if vars(module).get("config") is shared]
 
     def give_back() -> None:

@@ -1,7 +1,7 @@
-"""What is changed in a transformers model for sequence parallelism; every change goes onto a stack that undoes it.
+"""Patches of a transformers model for sequence parallelism, each with its undo.
 
-Nothing is changed outside the model but two entries under a name of the model's own, in transformers' attention and
-mask interfaces: other models in the process keep theirs.
+Outside the model only two entries are added, under a name of the model's own, in transformers' attention and mask
+interfaces: other models in the process keep theirs.
 """
 
 from typing import Any
@@ -30,14 +30,14 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_seq
 def patch_model(
     model: torch.nn.Module, group: Any, patches: PatchSet, calls: Calls | None = None, whole_loss: bool = True
 ) -> str:
-    """Patch a model for sequence parallelism; returns a description.
+    """Patch a model for sequence parallelism; return a description.
 
     Args:
         model: a verified model (families.py), or a wrapper around one.
-        group: the ranks of a sequence.
-        patches: takes everything back.
-        calls: counts how often a forward reaches the patched parts.
-        whole_loss: whether the loss is the whole sequence's; else it is the shard's, which the program aggregates.
+        group: sequence-parallel group.
+        patches: undo stack.
+        calls: counts the calls of the patched parts in each forward.
+        whole_loss: if True the loss is the whole sequence's; else the shard's, which the program aggregates.
     """
     calls, base = calls or Calls(), base_model(model)
     calls.makes_whole_loss = whole_loss
@@ -65,7 +65,7 @@ def patch_model(
 
 
 def _replace_loss(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> None:
-    """The loss of the sequence over ``group``, or of the shard for a program that aggregates it."""
+    """Replace the loss by that of the sequence over ``group``, or of the shard if the program aggregates it."""
     original = model.loss_function
 
     @torch.compiler.disable

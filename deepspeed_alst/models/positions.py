@@ -1,10 +1,10 @@
-"""What a model makes of the sequence's length or of a token's place, told those of the whole sequence.
+"""Patches of the model parts that depend on the sequence length or on a token's own position.
 
-Most of a model goes by ``position_ids``, which are the whole sequence's already. Two things do not:
+Most of a model uses ``position_ids``, which are the whole sequence's already. Two parts need more:
 
-- a rotary embedding whose frequencies depend on the length (dynamic, longrope) goes by the highest of the positions
-  that it is given. It is given one more, the whole sequence's highest, and its answer for that is cut off again;
-- Llama 4 scales the queries of layers without rotary embedding by their place in the row, which it counts itself.
+- a rotary embedding whose frequencies depend on the length (dynamic, longrope) reads the highest position that it gets.
+  It gets an extra one, the whole sequence's highest, and its output for that position is cut off;
+- Llama 4 scales the queries of layers without rotary embedding by their position in the row, which it counts itself.
 
 Legend: B batch, s tokens of this rank's shard, H heads, D head dim.
 """
@@ -20,7 +20,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rope types whose frequencies depend on the sequence's length; of the others they do not."""
+"""Rope types whose frequencies depend on the sequence length."""
 
 _TEMPERATURE = "attn_temperature_tuning"
 _TEMPERED = "Llama4TextAttention"
@@ -29,7 +29,7 @@ ScaleQueries = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
 
 def give_whole_length(model: torch.nn.Module, calls: Calls, patches: PatchSet) -> None:
-    """Have rotary embeddings go by the whole sequence's length; ``patches.close()`` takes it back."""
+    """Make rotary embeddings use the whole sequence's length; ``patches.close()`` undoes it."""
     for module in model.modules():
         if depends_on_length(module):
             hooks = _WholeLength(module, calls)
@@ -38,14 +38,14 @@ def give_whole_length(model: torch.nn.Module, calls: Calls, patches: PatchSet) -
 
 
 def depends_on_length(module: torch.nn.Module) -> bool:
-    """Whether a module is a rotary embedding of a type that reads the sequence's length."""
+    """Return True if a module is a rotary embedding of a length-dependent type."""
     kind = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, dict) else [kind]
     return any(isinstance(each, str) and any(name in each for name in LENGTH_DEPENDENT) for each in kinds)
 
 
 class _WholeLength:
-    """The hooks of one rotary embedding: ``(x, position_ids [..., s]) -> [..., s, D]``, of which there may be two."""
+    """Hooks of one rotary embedding: ``(x, position_ids [..., s]) -> [..., s, D]``, one tensor or two."""
 
     def __init__(self, module: torch.nn.Module, calls: Calls) -> None:
         self._name, self._calls = type(module).__name__, calls
@@ -81,9 +81,9 @@ class _WholeLength:
 
 
 def take_temperatures(model: torch.nn.Module, sp_rank: int, calls: Calls, patches: PatchSet) -> ScaleQueries:
-    """Keep layers from scaling their queries by their place in the shard; returns what scales them instead.
+    """Disable the layers' query scaling by position in the shard; return the function that replaces it.
 
-    The function is given an attention module and its queries, ``[B, H, s, D]``, of this rank's shard.
+    The function takes an attention module and its queries, ``[B, H, s, D]``, of this rank's shard.
     """
     tempered: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
@@ -113,5 +113,5 @@ def take_temperatures(model: torch.nn.Module, sp_rank: int, calls: Calls, patche
 
 
 def is_tempered(module: torch.nn.Module) -> bool:
-    """Whether it is an attention that scales its queries by a place that it counts itself."""
+    """Return True if a module is an attention that scales its queries by a position that it counts itself."""
     return type(module).__name__ == _TEMPERED and bool(getattr(module, _TEMPERATURE)) and not module.use_rope

@@ -1,4 +1,4 @@
-"""What P ranks predicted on the shards of P batches, put together again: every rank gets its own batch's.
+"""Gather P ranks' predictions on the shards of P batches; each rank gets those of its own batch.
 
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 """
@@ -13,33 +13,33 @@ from deepspeed_alst.parallel.agreement import raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
 
 _LARGEST = 2 << 30
-"""Bytes of one rank's predictions of one batch. Logits of 4k tokens of a vocabulary of 128k in fp32 are 2 GiB."""
+"""Bytes of one rank's predictions of one batch: fp32 logits of 4k tokens, vocabulary 128k, are 2 GiB."""
 
 
 def check_predictions(piece: Any, shard_length: int, groups: SequenceGroups) -> None:
-    """Refuse what cannot be put together again, before the other shards are predicted. Collective over all ranks.
+    """Raise if predictions cannot be gathered, before other shards are predicted. Collective over all ranks.
 
     Args:
-        piece: ``[B, s, ...]`` or a tuple of such, this rank's part of one batch.
+        piece: this rank's part of one batch, ``[B, s, ...]`` or a tuple of such.
         shard_length: s.
-        groups: who shares the sequence.
+        groups: process groups of the sequence.
 
     Raises:
         ShapeError: a piece has no sequence dim (on all ranks).
-        DataError: the predictions of one batch would be larger than 2 GiB on a rank (on all ranks).
+        DataError: the predictions of one batch would exceed 2 GiB on a rank (on all ranks).
     """
     raise_together(_problem(piece, shard_length, groups.sp_size), groups.control_group)
 
 
 def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -> Any:
-    """``P x [B_k, s_k, ...] -> [B, length, ...]``: piece k is this rank's part of rank k's batch.
+    """Gather the predictions of this rank's batch: ``P x [B_k, s_k, ...] -> [B, length, ...]``.
 
-    A piece may be a tensor or a tuple of tensors. Collective over the sequence's ranks.
+    Piece k is this rank's part of rank k's batch, a tensor or a tuple of tensors. Collective over the sequence's ranks.
 
     Args:
-        pieces: one for each rank of the sequence, in their order.
-        length: of this rank's own batch, before it was padded.
-        groups: who shares the sequence.
+        pieces: one per rank of the sequence, in rank order.
+        length: tokens of this rank's own batch before padding.
+        groups: process groups of the sequence.
     """
     if isinstance(pieces[0], tuple | list):
         columns = [gather_predictions(list(column), length, groups) for column in zip(*pieces, strict=True)]
@@ -54,7 +54,7 @@ def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -
 
 
 def is_too_large(piece: torch.Tensor, sp_size: int) -> bool:
-    """Whether the predictions of one batch would be larger than 2 GiB on a rank."""
+    """Return True if the predictions of one batch would exceed 2 GiB on a rank."""
     return piece.numel() * piece.element_size() * sp_size > _LARGEST
 
 

@@ -1,8 +1,8 @@
-"""Is a model right under sequence parallelism? A small model of its kind is trained for one step both ways, on CPU.
+"""Check a model family numerically: one training step of a tiny model, unsharded and sharded, on CPU.
 
-Every rank makes the same small model (shrink.py) and the same random sequence, takes the loss and all gradients of the
-whole sequence by itself, and then with the other ranks those of its shard. The census asks this of every family that
-transformers knows; at the start of a training it is asked of a model that no census has found right.
+Every rank builds the same tiny model (shrink.py) and the same random sequence, computes the loss and all gradients of
+the whole sequence alone, then those of its shard with the other ranks. The census checks every family of transformers
+this way; a training run does so at the start for a model that the census has not found right.
 """
 
 import copy
@@ -36,46 +36,46 @@ from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 
-# In fp32 the two ways differ by 1e-7 to 1e-5, and what is wrong is off by a percent and more.
+# In fp32 the two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
 _MOST = 3e-4
-# Of the norm of all gradients: what is less is rounding, as of a bias of keys, which softmax does not see.
+# Share of all gradients' norm; less is rounding, e.g. for a key bias, which softmax cancels.
 _NOTHING = 1e-4
-_LARGEST = 2**25  # parameters, which each rank has several times in fp32
+_LARGEST = 2**25  # parameters; each rank holds several fp32 copies
 LENGTH = 101
-"""Longer than every window of a small config, and a multiple of nothing."""
+"""Tokens of the sequence: more than any window of a tiny config, and a prime."""
 DOCUMENTS = (37, 1, 30, 33)
-"""Of a packed sequence: they end inside of shards, and one is a single token."""
+"""Lengths of the packed documents: they end inside shards, and one is a single token."""
 
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a comparison; the same on all ranks."""
+    """Outcome of a comparison; the same on all ranks."""
 
     outcome: str
     """``right``, ``refused``, ``wrong`` or ``crash``."""
     why: str = ""
-    """Of a refusal or a crash its words; of what is wrong the worst place."""
+    """Message of a refusal or a crash, or the name with the largest error."""
     error: float = 0.0
-    """The largest relative error of the loss and of any parameter's gradient."""
+    """Largest relative error of the loss and of any parameter's gradient."""
 
 
 def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False) -> str:
-    """Let a model through whose family the census found right, or a small one of whose kind is right here.
+    """Raise unless the census found the model's family right, or a tiny model of its kind is right here.
 
-    Collective over the groups' gloo groups, and a matter of seconds for a model that is not listed. In an ``adopted``
-    program, written for DeepSpeed's own ALST, the code that it has put into the model is what this package takes over.
+    Collective over the groups' gloo groups; takes seconds for an unlisted family. In an ``adopted`` program, written
+    for DeepSpeed's own ALST, the code that it has put into the model is not tried: this package replaces it.
 
     Returns:
-        What was found, in words; empty for a listed one.
+        Summary of the result; empty for a listed family.
 
     Raises:
-        UnsupportedModelError: on all ranks alike.
+        UnsupportedModelError: the model is not right; on all ranks.
     """
     check_gradient_hooks(model)
     base, code = base_model(model), program_code(model)
-    # Modules that it has put in are tried by themselves (foreign.py): a small model would not have them.
+    # foreign.py tries the modules that it has put in: a tiny model would not have them.
     put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, own_modules(base).values())}
     code = () if adopted else tuple(each for each in code if each not in put_in)
     if base.config.model_type in RIGHT and not code:
@@ -89,7 +89,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False)
         unlisted = f"{type(base).__name__} runs code of the program's own ({', '.join(code[:4])})"
     way_out = "Set sequence_parallel_size to 1, or train one of those"
     try:
-        # Attention's is the core's, which draws it by document.
+        # The core draws attention dropout itself, per document.
         small = without_dropout(shrink(base.config), attention_only=True)
         small._attn_implementation = trial_core(type(base))
     except Exception as error:
@@ -102,7 +102,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False)
 
     whole = compare(build, small, groups)
     packed = compare(build, small, groups, packed=True) if whole.outcome == "right" else whole
-    # A packed batch that is refused here is refused in the training too.
+    # A packed batch refused here raises no error yet: training refuses it too.
     for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
         if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
             raise UnsupportedModelError(
@@ -114,7 +114,7 @@ def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False)
 
 
 def _of_a_term(verdict: Verdict, code: tuple[str, ...]) -> str:
-    """The likely cause where a program's forward makes another loss, and the way out."""
+    """Return a hint that the program's own loss term is the likely cause of a wrong result, and the fix."""
     if not code or verdict.outcome != "wrong":
         return ""
     return (
@@ -124,14 +124,14 @@ def _of_a_term(verdict: Verdict, code: tuple[str, ...]) -> str:
 
 
 def trial_core(model_class: type[PreTrainedModel]) -> str:
-    """The attention of a trial: the GPU's cores do not run on CPU; what they are given is the same."""
+    """Return the attention implementation of a trial on CPU; it gets the same inputs as the GPU's cores."""
     if model_class._supports_sdpa:
         return "sdpa"
     return TRIAL if model_class._supports_flash_attn or model_class._supports_flex_attn else "eager"
 
 
 def _to_build(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that a model can be built of, and whose attention makes the truth."""
+    """Copy a config to build a model from; the reference for ``TRIAL`` is eager attention."""
     config = copy.deepcopy(config)
     if config._attn_implementation == TRIAL:
         config._attn_implementation = "eager"
@@ -139,13 +139,13 @@ def _to_build(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
-    """Train a model for a step, whole and split over the ranks of ``groups``. Collective over their gloo groups.
+    """Compare one training step unsharded and sharded over ``groups``. Collective over their gloo groups.
 
     Args:
-        build: makes the model of the config.
-        config: small, with the attention implementation that is asked about; of ``TRIAL`` the truth is eager's.
-        groups: of the ranks of a sequence.
-        packed: the sequence consists of several documents.
+        build: builds the model from a config.
+        config: tiny config, with the attention implementation under test; the reference for ``TRIAL`` is eager.
+        groups: process groups of the sequence.
+        packed: if True the sequence consists of several documents.
     """
     batch = _sample(config, packed)
     try:
@@ -169,7 +169,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
         return next((each for each in failures if each.outcome == "crash"), failures[0])
     verdict = _judge(truth, mine, groups)
     if verdict.outcome == "wrong" and packed:
-        # Some models let packed documents see one another, which is no yardstick: then each goes through it alone.
+        # A model may attend across packed documents, which is no reference; then each document runs alone.
         parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in _places()]
         verdict = _judge(_whole_step(small_model(build, config), parts), mine, groups)
     if verdict.outcome == "wrong":
@@ -180,7 +180,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
 
 
 def numel(build: Build, config: PreTrainedConfig) -> int:
-    """Parameters of a model, without their memory where it can be built so."""
+    """Count the parameters of a model, on the meta device if it can be built there."""
     try:
         with torch.device("meta"):
             model = build(_to_build(config))
@@ -190,7 +190,7 @@ def numel(build: Build, config: PreTrainedConfig) -> int:
 
 
 def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
-    """A model with the same weights on every rank, with enough spread to make gradients lively."""
+    """Build a tiny model with the same weights on every rank, random enough for sizable gradients."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(0)
         model = build(_to_build(config)).float()
@@ -202,7 +202,7 @@ def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
 
 
 def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
-    """One sequence of random tokens, every seventh without a label."""
+    """Draw one sequence of random tokens, every seventh without a label."""
     make = torch.Generator().manual_seed(3)
     vocab = config.get_text_config().vocab_size
     ids = torch.randint(min(5, vocab - 1), vocab - 8, (1, LENGTH), generator=make)
@@ -211,24 +211,24 @@ def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
     batch = {"input_ids": ids, "labels": labels}
     if packed:
         batch["position_ids"] = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
-        labels[batch["position_ids"] == 0] = IGNORED_LABEL  # as the packing collators do it
+        labels[batch["position_ids"] == 0] = IGNORED_LABEL  # as packing collators do
     return batch
 
 
 def _places() -> Iterator[tuple[int, int]]:
-    """Where the documents begin and end."""
+    """Return the start and end of each document."""
     return itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
 
 
 def _whole_step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """``_step`` of a model that is not split, with the random numbers that its ranks would draw."""
+    """Run ``_step`` on an unsharded model, with the random numbers that its ranks would draw."""
     with PatchSet() as patches:
         count_draws(model, Draws(), patches)
         return _step(model, batches, seed)
 
 
 def _step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """The mean loss of the labelled tokens of some batches, and its gradients, by name."""
+    """Return the mean loss of the batches' labelled tokens, and its gradients by name."""
     counts = [int((each["labels"][:, 1:] != IGNORED_LABEL).sum()) for each in batches]
     total = torch.zeros(())
     with torch.random.fork_rng([]):
@@ -259,7 +259,7 @@ def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups
     )
     for name, whole in truth.items():
         found = mine.get(name, torch.zeros_like(whole)).double()
-        if name != "loss":  # as DeepSpeed does it
+        if name != "loss":  # as DeepSpeed averages gradients
             dist.all_reduce(found, group=groups.sp_control_group)
             found /= groups.sp_size
         size = float(whole.double().norm())

@@ -1,8 +1,8 @@
-"""Code of the program's own in a live model: methods, functions and hooks that no installed library defines.
+"""Program code in a live model: methods, functions and hooks that no installed library defines.
 
-What a list of verified families says holds for transformers' own code. Whatever else runs in a model is compared whole
-against split on the live model (model_check.py), which sees its forward; its backward is seen by a trial of a small
-model of the kind, in which the same code is installed here.
+The list of verified families holds for transformers' own code. All other code in a model is checked by comparing the
+live model unsharded and sharded (model_check.py) for its forward, and by a trial of a tiny model of its kind, in which
+the same code is installed here, for its backward.
 """
 
 import functools
@@ -32,7 +32,7 @@ _HOOKS = {
 
 @functools.cache
 def _library_roots() -> tuple[str, ...]:
-    """Folders of installed code; a library that is installed in place is known by its own folder."""
+    """Return the folders of installed code, and those of libraries installed in place."""
     roots = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib")}
     roots.add(huggingface_hub.constants.HF_HUB_CACHE)  # kernels of the hub
     for name in ("torch", "transformers", "deepspeed", "accelerate", "peft", "trl", "liger_kernel", "deepspeed_alst"):
@@ -42,7 +42,7 @@ def _library_roots() -> tuple[str, ...]:
 
 
 def is_library_module(name: str) -> bool:
-    """Whether a module, by its name in ``sys.modules``, is installed code; a script or a notebook is not."""
+    """Return True if a name in ``sys.modules`` is installed code; a script or a notebook is not."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     if file is None:
@@ -51,14 +51,14 @@ def is_library_module(name: str) -> bool:
 
 
 def is_programs(value: Any) -> bool:
-    """Whether any function that a callable is made of, within decorators and closures, is the program's own."""
-    # Copies with globals of their own have no name there (function_copies.py).
+    """Return True if any function in a callable, its decorators and closures is the program's own."""
+    # Copies of functions have globals without a __name__ (function_copies.py).
     homes = (each.__globals__.get("__name__") or each.__module__ or "" for each in _functions(value, set()))
     return any(not is_library_module(home) for home in homes)
 
 
 def is_own_class(cls: type) -> bool:
-    """Whether a class is defined by the program, and by no library."""
+    """Return True if the program, not a library, defines a class."""
     return not is_library_module(cls.__module__)
 
 
@@ -91,10 +91,10 @@ def _enclosed(function: FunctionType) -> Iterator[Any]:
 
 
 def program_code(model: torch.nn.Module) -> tuple[str, ...]:
-    """Name what runs in a model and is the program's own; empty if there is nothing.
+    """Return the names of the program's own code that runs in a model; empty if there is none.
 
-    Looked at are the classes of its modules and the modules of source that they are defined in, methods and hooks of
-    single modules, and hooks of modules. A class of the program's own counts as one.
+    Covered are the modules' classes, the source modules that define these, and methods and hooks of single modules. A
+    class of the program's own counts as one.
     """
     classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__ if cls is not object)
     own = [cls for cls in classes if is_own_class(cls)]
@@ -111,7 +111,7 @@ def program_code(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Callable[[torch.nn.Module], None]]]:
-    """What a program has put on single modules: the module's name, what it is, and how to put it on another."""
+    """Yield program code on single modules: the module's name, its kind, and a function that installs it."""
     for name, module in model.named_modules():
         for attribute, value in list(vars(module).items()):
             if not callable(value) or isinstance(value, torch.nn.Module | type) or not hasattr(type(module), attribute):
@@ -126,7 +126,7 @@ def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Callable[[tor
 
 
 def _is_wrapper(value: Any) -> bool:
-    """Whether it is this package's or DeepSpeed's, around what was there before."""
+    """Return True if a callable is this package's or DeepSpeed's wrapper around the original."""
     names = (each.__globals__.get("__name__", "") for each in _functions(value, set()))
     return next((name for name in names if not name.startswith("torch.")), "").startswith("deepspeed")
 
@@ -142,12 +142,12 @@ def _register(
 
 
 def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
-    """Put onto a small model of the same kind what the program has put on single modules of its own; returns it.
+    """Install the program code of single modules on a tiny model of the same kind; return the tiny model.
 
-    What the code reaches in the live model, by a closure or a bound method, is the small model's there.
+    Objects of the live model that the code reaches, by a closure or a bound method, become those of the tiny model.
 
     Raises:
-        LookupError: the small model has no module of that name.
+        LookupError: the tiny model has no module of that name.
     """
     base = base_model(model)
     pairs = {id(model): small}
@@ -167,7 +167,7 @@ def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torc
 
 
 def _counterpart(small: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    """The module of the same name; of lists, which are shorter there, an element in the same order."""
+    """Return the module of the same name or None; indices wrap around in shorter ModuleLists."""
     module = small
     for part in name.split(".") if name else ():
         if isinstance(module, torch.nn.ModuleList) and part.isdigit() and len(module):
@@ -180,5 +180,5 @@ def _counterpart(small: torch.nn.Module, name: str) -> torch.nn.Module | None:
 
 
 def module_label(model: torch.nn.Module, name: str) -> str:
-    """A module's name with its class, for a message."""
+    """Return a module's name with its class, for a message."""
     return f"{name or 'the model'} ({type(model.get_submodule(name)).__name__})"

@@ -1,6 +1,6 @@
-"""What a module or a function of a program's computes, proven on random tensors before something else takes its place.
+"""Proofs of the function that a program's module computes, on random tensors, before it is replaced.
 
-Proofs run on CPU with tensors of their own, and nothing of the program's is changed by them.
+Proofs run on CPU with tensors of their own and change nothing of the program's.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _SEED = 4_001
 
 
 def proven(prove: Callable[..., Any], *args: Any) -> Any:
-    """What a proof finds; None where the program's code cannot run on the tensors that it is given."""
+    """Return a proof's result; None if the program's code cannot run on the given tensors."""
 
     def run() -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -22,18 +22,18 @@ def proven(prove: Callable[..., Any], *args: Any) -> Any:
 
     try:
         return apart(run)
-    except Exception:  # foreign code may fail in any way; then it stays as it is
+    except Exception:  # foreign code may raise anything; it then stays in place
         return None
 
 
 def draw() -> Callable[..., torch.Tensor]:
-    """Makes random tensors on CPU, the same in every process, and leaves the program's own generators alone."""
+    """Return a function that draws random CPU tensors, the same in every process, from its own generator."""
     generator = torch.Generator().manual_seed(_SEED)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def agree(found: Any, expected: torch.Tensor, roundings: int) -> bool:
-    """Whether two tensors are one within so many roundings of their largest element, and of one kind."""
+    """Return True if two tensors match in dtype, shape and, within ``roundings`` eps of the largest, value."""
     if not isinstance(found, torch.Tensor) or found.dtype != expected.dtype or found.shape != expected.shape:
         return False
     most = roundings * torch.finfo(expected.dtype).eps * expected.abs().max()
@@ -41,5 +41,5 @@ def agree(found: Any, expected: torch.Tensor, roundings: int) -> bool:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether something is a tensor with a memory of its own, and not one that others are made up of."""
+    """Return True if ``x`` is a tensor with its own memory, not a traceable wrapper subclass."""
     return isinstance(x, torch.Tensor) and not torch.utils._python_dispatch.is_traceable_wrapper_subclass(x)

@@ -1,4 +1,4 @@
-"""What DeepSpeed's recipes leave in models and libraries, taken back or made right for an engine's life."""
+"""Undo or fix, for an engine's life, the patches that DeepSpeed's recipes leave in models and libraries."""
 
 import sys
 from collections.abc import Callable
@@ -15,17 +15,17 @@ _SKIP = "skip_first_batches"
 
 
 def is_causal_lm_loss(function: Any) -> bool:
-    """Whether a loss is that of transformers' causal models: its own, or DeepSpeed's of the same value.
+    """Return True if a loss is transformers' causal LM loss, or DeepSpeed's of the same value.
 
-    The latter is what ``install_chunked_causal_lm_loss`` puts into a model.
+    ``install_chunked_causal_lm_loss`` puts the latter into a model.
     """
     return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS
 
 
 def take_out_upstream_attention(patches: PatchSet) -> None:
-    """Give every model its own attention core back, in whose place DeepSpeed has put its wrapper for all of them.
+    """Remove DeepSpeed's attention wrapper, so that each model gets its own attention core back.
 
-    The wrapper stands in the interface's local mapping, in front of the cores; ``patches.close()`` puts it there again.
+    The wrapper is in the interface's local mapping, which hides the cores; ``patches.close()`` puts it back.
     """
     in_front = ALL_ATTENTION_FUNCTIONS._local_mapping
     for name, function in list(in_front.items()):
@@ -34,15 +34,15 @@ def take_out_upstream_attention(patches: PatchSet) -> None:
 
 
 def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], patches: PatchSet) -> None:
-    """Make accelerate's ``skip_first_batches``, by which training is resumed within an epoch, keep an adapter.
+    """Make accelerate's ``skip_first_batches``, which resumes training within an epoch, keep an adapter.
 
-    It makes a plain loader of whatever has a dataset, whose batches would reach the model whole. Replaced wherever it
-    has been imported by its name.
+    The original returns a plain loader for any loader with a dataset, whose batches would reach the model unsharded.
+    The patch covers all modules that have imported it by name.
 
     Args:
-        adapter: the class of loaders that yield shards.
-        rewrap: makes an adapter like a given one, over another inner loader and without its first ``n`` micro-batches.
-        patches: takes the replacement back.
+        adapter: class of the loaders that yield shards.
+        rewrap: returns an adapter like a given one, over another inner loader, without its first ``n`` micro-batches.
+        patches: undo stack.
     """
     try:
         from accelerate.data_loader import skip_first_batches as original
@@ -52,7 +52,7 @@ def skip_within_shards(adapter: type, rewrap: Callable[[Any, Any, int], Any], pa
     def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         if not isinstance(dataloader, adapter):
             return original(dataloader, num_batches)
-        # What is counted are micro-batches, and each batch of the inner loader stands for one of every rank's.
+        # num_batches counts micro-batches; one batch of the inner loader per rank gives sp_world_size of them.
         refills, rest = divmod(num_batches, dataloader.sp_world_size)
         return rewrap(dataloader, original(dataloader.dl, refills), rest)
 

@@ -1,11 +1,10 @@
-"""A mixture's load-balancing loss, of the whole sequence.
+"""Load-balancing loss of a mixture-of-experts model over the whole sequence.
 
-transformers makes it in the model's forward: over the tokens of all layers together, E times the sum over the experts
-of the share of tokens that an expert gets and the mean of its probability, multiplied (Switch Transformer,
-arXiv:2101.03961). The product of a shard's means is another number. Here counts and probabilities are summed over the
-ranks of a sequence first, without padding, and multiplied after.
+transformers computes it in the model's forward, over the tokens of all layers: E times the sum over the experts of an
+expert's share of tokens times its mean probability (Switch Transformer, arXiv:2101.03961). The product of a shard's
+means differs. Here counts and probabilities are first summed over the ranks of a sequence, without padding.
 
-Legend: B batch, s tokens of this rank's shard, T = B*s, E experts, k experts of a token.
+Legend: B batch, s tokens of this rank's shard, T = B*s, L layers, E experts, k experts per token.
 """
 
 import functools
@@ -32,7 +31,7 @@ _CLOSE = 1e-5
 
 
 def unknown_router_loss(model: torch.nn.Module) -> str | None:
-    """Why the loss that a model makes of its routers' logits cannot be made of the whole sequence's; None if it can."""
+    """Return why a model's router loss cannot be made over the whole sequence; None if it can."""
     base = base_model(model)
     if not router_classes(base):
         return None
@@ -55,7 +54,7 @@ def unknown_router_loss(model: torch.nn.Module) -> str | None:
 
 
 def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Calls) -> str | None:
-    """Why a forward with these arguments cannot be given its router's loss of the whole sequence; None if it can."""
+    """Return why a forward with these arguments cannot get a whole-sequence router loss; None if it can."""
     asked = kwargs.get(_SWITCH)
     if asked is None:
         asked = getattr(base_model(model).config.get_text_config(), _SWITCH, False)
@@ -76,16 +75,16 @@ def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Calls)
 
 
 def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, patches: PatchSet) -> None:
-    """Make a model's load-balancing loss of the whole sequence, whose tokens are split over a group.
+    """Patch a model to compute its load-balancing loss over the whole sequence, sharded over a group.
 
-    Its forwards look the function up by a global name, which other models share: this model runs copies of its
-    forwards that find another function there.
+    Its forwards look the function up by a global name that other models share, so this model runs copies of them with
+    another function under that name.
 
     Args:
         model: a transformers model, or a wrapper around one.
-        group: the ranks of a sequence.
-        calls: of the model's session: they know which tokens are real.
-        patches: takes it back.
+        group: sequence-parallel group.
+        calls: the session's, with the mask of real tokens.
+        patches: undo stack.
     """
     base = base_model(model)
     if not router_classes(base):
@@ -99,7 +98,7 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, patches:
         ) -> Any:
             if calls.whole or not calls.inside or not isinstance(gate_logits, tuple):
                 return before(gate_logits, num_experts, top_k, attention_mask)
-            assert calls.real_tokens is not None and num_experts is not None  # the guard has looked
+            assert calls.real_tokens is not None and num_experts is not None  # checked by the batch guard
             calls.router_loss += 1
             _check_recorded(base, gate_logits, calls.real_tokens.numel())
             return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
@@ -123,19 +122,19 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: Calls, patches:
                 f"its forward (Liger, a subclass), or set {_SWITCH} to False."
             )
 
-    # On the outermost module, which every call passes.
+    # Every call passes the outermost module.
     patches.hook(model, "forward", end)
 
 
 def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, patches: PatchSet) -> None:
-    """Give one model copies of its forward and of those that ``super().forward`` reaches."""
+    """Replace one model's forward, and those that ``super().forward`` reaches, by copies."""
     behind = {kind: with_names(forward, names_for) for kind, forward in _class_forwards(base).items()}
     inserted = [
         subclass(kind, {"forward": copy})
         for kind, copy in list(behind.items())[1:]
         if copy is not vars(kind)["forward"]
     ]
-    if inserted:  # each stands before its class in the order that super() takes
+    if inserted:  # each precedes its class in the MRO
         patches.subclass(base, {}, *inserted)
     copy = with_names(base.forward, names_for)
     if copy != base.forward:
@@ -149,26 +148,26 @@ def _class_forwards(base: torch.nn.Module) -> dict[type, Any]:
 def load_balancing_loss(
     gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor, group: Any
 ) -> torch.Tensor:
-    """The loss of the sequence over a group's ranks, ``L x [T, E], [T] -> []``, on all of them.
+    """Return the loss of the sequence over a group's ranks, ``L x [T, E], [T] -> []``, on all of them.
 
     Collective over the group: one all-reduce of 2 E + 1 numbers, none in the backward, no host sync.
 
     Args:
-        gate_logits: of each layer's router.
+        gate_logits: router logits of each layer.
         num_experts: E.
         top_k: k.
-        real_T: which tokens count; padding does not.
-        group: the ranks of a sequence.
+        real_T: True for tokens that count, False for padding.
+        group: sequence-parallel group.
     """
     return _loss_of(sum_over_shards(_totals(gate_logits, num_experts, top_k, real_T), group))
 
 
 def _totals(gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor) -> torch.Tensor:
-    """Over all layers' tokens, ``[2 E + 1]`` in fp64: each expert's probabilities, its tokens, and all tokens."""
+    """Sum over all layers' tokens, ``[2 E + 1]`` in fp64: each expert's probabilities, its tokens, all tokens."""
     device = gate_logits[0].device
     real_T = real_T.to(device)
     assigned_Tk = real_T.long().repeat_interleave(top_k)
-    # int64 and fp64: layers times tokens times k pass 2**24, where fp32 stops counting.
+    # int64 and fp64: layers * tokens * k exceeds 2**24, where fp32 stops counting.
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
     sums_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
     for logits_TE in gate_logits:
@@ -189,8 +188,8 @@ def _loss_of(totals: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _is_known(function: Callable[..., Any]) -> bool:
-    """Whether a model's function is the one here, by its value and gradient on an example, masked and not."""
-    # Apart: a model may be read among fake tensors, whose values nobody can compare.
+    """Return True if a loss equals this module's in value and gradient on an example, masked and unmasked."""
+    # Apart from the caller's modes: fake tensors have no values to compare.
     return bool(apart(_agrees, function))
 
 
@@ -207,7 +206,7 @@ def _agrees(function: Callable[..., Any]) -> bool:
         try:
             theirs = function(tuple(logits), experts, top_k, real)
             grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
-        except Exception:  # of another signature, or for logits of another shape
+        except Exception:  # another signature, or another shape of logits
             return False
         pairs = ((ours.detach(), theirs.detach()), (grads[0], grads[1]))
         if not all(torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE * float(b.abs().max())) for a, b in pairs):
@@ -216,7 +215,7 @@ def _agrees(function: Callable[..., Any]) -> bool:
 
 
 def _check_recorded(base: torch.nn.Module, gate_logits: tuple[torch.Tensor, ...], num_tokens: int) -> None:
-    """Refuse logits that were recorded where they have no gradient, or that are not those of all tokens."""
+    """Raise if router logits were recorded without a gradient, or are not those of all tokens."""
     name = type(base).__name__
     rows = {len(logits) for logits in gate_logits}
     if rows != {num_tokens}:

@@ -1,8 +1,7 @@
-"""A small config of the same kind as a given one: a few layers of every kind, narrow, with the same switches.
+"""Tiny config of the same kind as a given one: a few layers of every kind, narrow, with the same switches.
 
-Sizes go by the names that transformers gives them; what is not known by name stays, so that a switch or a scale of the
-config is in the small one as well. Windows, chunks and the length that a RoPE was trained at become short, so that a
-short sequence reaches beyond them.
+Sizes are recognized by transformers' names for them; other fields keep their values, so switches and scales carry over.
+Windows, chunks and the original length of a RoPE become short, so that a short sequence exceeds them.
 """
 
 from typing import Any
@@ -32,7 +31,7 @@ _SSM_HEADS = (
     ("mamba_num_heads", "mamba_head_dim"),
     ("n_mamba_heads", "mamba_headdim"),
 )
-_SHARING = "num_kv_shared_layers"  # at the end of the model
+_SHARING = "num_kv_shared_layers"  # the model's last ones
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
 _EXPERTS_OF_A_TOKEN = (
     "num_experts_per_tok",
@@ -72,11 +71,11 @@ _BY_NAME = {name: size for size, names in _SIZES for name in names.split()}
 
 
 def shrink(config: PreTrainedConfig, **changed: Any) -> PreTrainedConfig:
-    """A config of the same class, small enough to be trained in a moment, with every kind of layer of the given one.
+    """Return a tiny config of the same class, quick to train, with every kind of layer of the given one.
 
     Args:
-        config: of any model.
-        changed: values that the small one is to have in any case.
+        config: config of any model.
+        changed: values to set in the tiny config.
     """
     values = config.to_dict()
     small = {name: _small(name, value, values) for name, value in values.items()}
@@ -103,7 +102,7 @@ def shrink(config: PreTrainedConfig, **changed: Any) -> PreTrainedConfig:
 
 
 def _keep_products(values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """Sizes that are others' products, or others by another name, in the small config as well."""
+    """Return the tiny config's sizes that are products or aliases of its other sizes."""
     found = {}
     if values.get("head_dim") and values["head_dim"] == values.get("qk_rope_head_dim"):
         found["head_dim"] = small["qk_rope_head_dim"]
@@ -124,7 +123,7 @@ def _keep_products(values: dict[str, Any], small: dict[str, Any]) -> dict[str, A
 
 
 def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
-    """One value of the small config."""
+    """Return one value of the tiny config."""
     if isinstance(value, dict) and name.startswith(("rope_", "partial_")):
         return {key: _small(key, each, values) for key, each in value.items()}
     if name in ("long_factor", "short_factor"):
@@ -134,7 +133,7 @@ def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
     if name.endswith("_token_id"):
         return min(value, _BY_NAME["vocab_size"] - 1)
     if name in _HEAD_COUNTS:
-        return _fewer_heads(value)  # a model that is as small already keeps its heads, and with them its products
+        return _fewer_heads(value)  # an equally small model keeps its heads and their products
     if name in _KV_HEAD_COUNTS:
         heads = next((values[each] for each in _HEAD_COUNTS if isinstance(values.get(each), int)), value)
         fewer = _fewer_heads(heads)
@@ -147,12 +146,12 @@ def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
 
 
 def _fewer_heads(heads: int) -> int:
-    """A power of two, which every SP degree of a trial divides."""
+    """Return a power of two, which every SP degree of a trial divides."""
     return min(_HEADS, 1 << (heads.bit_length() - 1))
 
 
 def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
-    """Which layers stay: the first of every kind, and at least four, in their order."""
+    """Return the layers to keep, in order: the first of every kind, and at least four."""
     sharing = count - values.get(_SHARING, 0)
     sets = [value for value in values.values() if _are_layers(value, count)]
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == count and count > 1]
@@ -170,7 +169,7 @@ def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
 
 
 def _are_layers(value: Any, count: int) -> bool:
-    """Whether a value names layers by their numbers, as opposed to saying something of each."""
+    """Return True if a list holds layer indices, not one value per layer."""
     if not isinstance(value, list) or not value or not all(type(each) is int for each in value):
         return False
     return value == sorted(set(value)) and value[-1] < count and len(value) > 1

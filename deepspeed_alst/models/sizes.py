@@ -1,4 +1,4 @@
-"""What a step's FLOPs are made of, read from a model's config and its weights."""
+"""Sizes for counting a step's FLOPs, read from a model's config and weights."""
 
 import contextlib
 from collections import Counter
@@ -16,7 +16,7 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
 
 
 def attention_spans(model: torch.nn.Module) -> tuple[tuple[Span, int], ...]:
-    """What the attention layers of a model, bare or wrapped, see of a sequence, and how many see that."""
+    """Return the attention spans of a model, bare or wrapped, each with its number of layers."""
     base = base_model(model)
     if not hasattr(base, "config") or not has_attention(base):
         return ()
@@ -36,10 +36,10 @@ def attention_spans(model: torch.nn.Module) -> tuple[tuple[Span, int], ...]:
 
 
 def step_sizes(model: torch.nn.Module) -> StepSizes | None:
-    """The sizes of a model as it is now; None where its config does not say how many experts or heads work.
+    """Return the current sizes of a model; None if its config does not tell the active experts or heads.
 
-    Embeddings that are looked up are no products; the head counts for all tokens, tied or not. A weight that a forward
-    uses several times counts once.
+    Embedding lookups are not matrix products; the head counts for all tokens, tied or not. A weight that a forward uses
+    several times counts once.
     """
     base = base_model(model)
     if not hasattr(base, "config"):
@@ -66,7 +66,7 @@ def step_sizes(model: torch.nn.Module) -> StepSizes | None:
 def _weights(
     model: torch.nn.Module, base: torch.nn.Module, counts: set[int]
 ) -> dict[torch.nn.Parameter, tuple[int, int]]:
-    """Elements of the matrices, and how many experts share each out: 1 where every token passes all of it."""
+    """Return each matrix's elements, and how many experts share them: 1 if every token passes all of it."""
     modules = list(model.modules())
     looked_up = {module.weight for module in modules if isinstance(module, torch.nn.Embedding)}
     head = base.get_output_embeddings()
@@ -89,13 +89,13 @@ def _weights(
 
 
 def _are_alike(experts: Any) -> bool:
-    """Whether these may be experts, and no layers, of which there happen to be as many."""
+    """Return True if these modules can be experts, not as many decoder layers."""
     children = list(experts.children())
     return not any(hasattr(child, "self_attn") or hasattr(child, "gradient_checkpointing") for child in children)
 
 
 def _pair_width(config: Any) -> int | None:
-    with contextlib.suppress(RuntimeError):  # transformers' where layers differ
+    with contextlib.suppress(RuntimeError):  # transformers raises it where layers differ
         heads = getattr(config, "num_attention_heads", None)
         if not heads:
             return None

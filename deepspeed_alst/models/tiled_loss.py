@@ -1,4 +1,4 @@
-"""Logits and loss of a transformers model in tiles; every change goes onto a stack that undoes it."""
+"""Tiled logits and loss of a transformers model; every patch goes onto an undo stack."""
 
 import contextlib
 import warnings
@@ -25,18 +25,18 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
 def tile_loss(
     model: torch.nn.Module, budget: TiledLossBlock, calls: Calls, leaf: Callable[[Any], None], patches: PatchSet
 ) -> str:
-    """Have a causal language model make its logits tile by tile, within its loss; returns what was done, in words.
+    """Make a causal LM compute its logits tile by tile, within its loss; return a description.
 
     Args:
         model: a transformers model, or a wrapper around one.
-        budget: of a tile's logits and what is made of them.
-        calls: of the model's session; without sequence parallelism a fresh one.
-        leaf: called with the head: the engine is to gather its weights as one (engine/leaves.py).
-        patches: takes everything back.
+        budget: memory of a tile's logits and of the tensors computed from them.
+        calls: the session's; without sequence parallelism new ones.
+        leaf: called with the head, to make it a leaf module whose weights the engine gathers as one (engine/leaves.py).
+        patches: undo stack.
 
     Raises:
         UnsupportedModelError: the model has no output embeddings.
-        SetupError: its kernels are asked for where they cannot run.
+        SetupError: the chosen kernels cannot run here.
     """
     if budget.backend == "liger":
         check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +72,7 @@ def _check_kernels() -> None:
 
 
 def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, patches: PatchSet) -> None:
-    """Defer the head's logits inside the forwards that have labels, and see that their loss is made in tiles."""
+    """Defer the head's logits in forwards with labels, and raise if their loss is not tiled."""
 
     def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
@@ -98,13 +98,13 @@ def _watch_calls(model: torch.nn.Module, head: DeferredHead, calls: Calls, patch
             elif head.logits_wanted:
                 output.logits = output.logits.make()
 
-    # On the outermost module, which every call passes.
+    # Every call passes the outermost module.
     patches.hook(model, "forward_pre", start, with_kwargs=True)
     patches.hook(model, "forward", end)
 
 
 def _logits(output: Any) -> Any:
-    """Return an output's ``logits``; where they are None, as programs ask, warn one that wants them."""
+    """Return an output's ``logits``; warn if they are None."""
     made = vars(output).get("logits")
     if made is None:
         warnings.warn(
@@ -121,7 +121,7 @@ _LOGITS_OF_TRAINING = property(_logits, lambda output, value: set_entry(vars(out
 
 @contextlib.contextmanager
 def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """Whether an evaluation inside needs logits as tensors; without tiles it gets them in any case."""
+    """Set whether evaluations inside need logits as tensors; without tiling they always get them."""
     head = getattr(base_model(model), "alst_head", None)
     if head is not None:
         head.logits_wanted = wanted
@@ -133,7 +133,7 @@ def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
-    """The logits to make a loss of after a forward, as they left the head."""
+    """Return a forward's logits to compute a loss from, deferred if the head deferred them."""
     head = getattr(base_model(model), "alst_head", None)
     if head is not None and head.for_loss is not None:
         return head.for_loss
@@ -141,7 +141,7 @@ def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
 
 
 def replace_whole_loss(model: torch.nn.Module, patches: PatchSet) -> None:
-    """Without sequence parallelism: have the model's own loss take deferred logits."""
+    """Patch the model's own loss to take deferred logits, without sequence parallelism."""
     base = base_model(model)
     before = base.loss_function
 
@@ -168,21 +168,20 @@ def replace_whole_loss(model: torch.nn.Module, patches: PatchSet) -> None:
 
 
 def _defer(head: DeferredHead, patches: PatchSet) -> None:
-    """Have a call of the head's module defer its logits, or do the head's work with the module's weights at hand."""
+    """Patch calls of the head's module to defer its logits, or to run ``head.work`` with its weights gathered."""
     module, before = head.module, type(head.module)
 
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if head.deferring and head.work is None and len(args) == 1 and not kwargs:
             return DeferredLogits(head, args[0])
         if head.work is None:
-            with branch()():  # as many as where they are deferred
+            with branch()():  # as many draw branches as when deferred
                 return before.__call__(self, *args, **kwargs)
         return before.__call__(self, *args, **kwargs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return head.forward(*args, **kwargs) if head.work is None else head.work(*args, **kwargs)
 
-    # A call must not reach the module's hooks while it is deferred, or ZeRO-3 would gather weights that wait; only the
-    # class can say so.
+    # Only the class's __call__ can bypass the module's hooks, which would make ZeRO-3 gather the weights too early.
     patches.subclass(module, {"__call__": torch.compiler.disable(call)})
     patches.set(module, "forward", forward)

@@ -1,4 +1,4 @@
-"""MLPs and experts of a transformers model in tiles; every change goes onto a stack that undoes it."""
+"""Tiled MLPs and experts of a transformers model; every patch goes onto an undo stack."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from deepspeed_alst.tiling.plan import fewest_bytes, row_bytes, sums_fit, tile_r
 from deepspeed_alst.tiling.sequence import TokenWise
 from deepspeed_alst.tiling.structure import dropout_rates
 
-_EXPERT_ARGUMENTS = 3  # the tokens, their experts, the experts' weights
+_EXPERT_ARGUMENTS = 3  # tokens, expert indices, expert weights
 
 
 def tile_mlps(
@@ -31,17 +31,17 @@ def tile_mlps(
     patches: PatchSet,
     calls: Calls | None = None,
 ) -> str:
-    """Run every token-wise module of a model's decoder layers in tiles; returns what was done, in words.
+    """Run every token-wise module of a model's decoder layers in tiles; return a description.
 
     Args:
         model: a transformers model, or a wrapper around one.
-        budget: of the tiles of one module.
-        leaf: called with each module: the engine is to gather its weights as one (engine/leaves.py).
-        patches: takes everything back.
-        calls: of the model's session.
+        budget: memory of the tiles of one module.
+        leaf: called with each module, to make it a leaf whose weights the engine gathers as one (engine/leaves.py).
+        patches: undo stack.
+        calls: the session's.
 
     Raises:
-        UnsupportedModelError: there is no such module, or one has a dropout, whose draw tiles cannot repeat.
+        UnsupportedModelError: the model has no such module, or one has a dropout, whose draws tiles cannot repeat.
     """
     found = token_wise_modules(model)
     if not found:
@@ -51,7 +51,7 @@ def tile_mlps(
         )
     by_layer: dict[torch.nn.Module, list[TokenWise]] = {}
     for name, module in found.items():
-        if calls is None or not calls.draws.are_counted:  # tiles repeat counted ones
+        if calls is None or not calls.draws.are_counted:  # tiles repeat counted draws
             _refuse_dropout(name, module)
         work = TokenWise(name, module, budget.fp32_accumulation)
         by_layer.setdefault(layer_of(model, name), []).append(work)
@@ -71,18 +71,18 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[
     @torch.compiler.disable
     def forward(*args: Any, **kwargs: Any) -> Any:
         rows = _rows(work.name, signature, args, kwargs)
-        if calls.checking:  # whole for the truth, and however few tokens there are, in tiles beside it
+        if calls.checking:  # untiled for the unsharded reference; sharded in tiles, however few tokens
             tokens = rows[0].shape[:-1].numel()
-            with branch()() if calls.whole else contextlib.nullcontext():  # as many as in tiles
+            with branch()() if calls.whole else contextlib.nullcontext():  # as many draw branches as in tiles
                 return work.forward(*rows) if calls.whole else work.tiled(max(1, tokens // 2), *rows)
-        # Experts are told which of them each token goes to; a dense module takes the token alone.
+        # Experts also take each token's expert indices; a dense module takes the token alone.
         experts_per_token = rows[1].shape[-1] if len(rows) > 1 else 1
         per_row = row_bytes(features(experts_per_token), rows[0].element_size())
         sums = _sum_bytes(work)
         num_rows = rows[0].shape[:-1].numel()
         fitting = tile_rows(budget, num_rows, per_row, sums)
         if fitting >= num_rows:
-            with branch()():  # as many as in tiles
+            with branch()():  # as many draw branches as in tiles
                 return work.forward(*rows)
         _refuse_packing(work)
         form = work.closed_form(rows, rows[0].dim())
@@ -92,7 +92,7 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[
         if sums_fit(budget, sums, per_row):
             return work.tiled(fitting, *rows)
         if len(rows) == _EXPERT_ARGUMENTS and num_stacked_experts(work.module):
-            # An expert's rows pass it once, and not as often as a token has experts.
+            # A row passes a single expert here, so experts_per_token times as many rows fit.
             return by_expert(work, fitting * experts_per_token, *rows)
         if budget.tile_bytes == "auto":
             return work.tiled(fitting, *rows)
@@ -107,7 +107,7 @@ def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[
 
 
 def _rows(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors that a token-wise module is called with; what is left at its default is left out."""
+    """Return the tensors that a token-wise module is called with, without arguments left at their default."""
     given = signature.bind(*args, **kwargs).arguments
     rows = [each for key, each in given.items() if each is not signature.parameters[key].default]
     if rows and all(isinstance(each, torch.Tensor) for each in rows):
@@ -120,7 +120,7 @@ def _rows(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> li
 
 
 def _sum_bytes(work: TokenWise) -> int:
-    """Of the sums of a module's weight gradients over its tiles, beside the gradients themselves."""
+    """Return the bytes of a module's fp32 weight-gradient sums over tiles, besides the gradients themselves."""
     trained = [param for param in work.module.parameters() if param.requires_grad]
     if not work.fp32_accumulation or not all(param.element_size() == 2 for param in trained):
         return 0
@@ -128,10 +128,10 @@ def _sum_bytes(work: TokenWise) -> int:
 
 
 def _refuse_packing(work: TokenWise) -> None:
-    """Refuse 4-bit weights that a tile's forward without a graph would pack for inference.
+    """Raise for 4-bit weights that a tile's forward without a graph would pack for inference.
 
-    bitsandbytes 0.50 packs them on the CPU for good in the first forward in evaluation mode whose input needs no
-    gradient; from then on such a layer gives its input none.
+    bitsandbytes 0.50 packs them on CPU, permanently, in the first forward in evaluation mode whose input needs no
+    gradient; afterwards the layer returns no input gradient.
     """
     if work.module.training or not torch.is_grad_enabled():
         return

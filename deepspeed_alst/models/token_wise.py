@@ -1,7 +1,7 @@
-"""Which modules of a model are token-wise and worth running in tiles: MLPs and experts, dense or mixed.
+"""Token-wise modules of a model that are worth tiling: MLPs and experts, dense or mixed.
 
-transformers' own tensor-parallel tables say where a decoder layer's matrices are; a model without one, or a layer that
-it says nothing of, is searched by structure. No module is known by its name.
+transformers' tensor-parallel plan tells where a decoder layer's matrices are; a model without a plan, or a layer that
+the plan omits, is searched by structure. Modules are not matched by name.
 """
 
 import fnmatch
@@ -13,15 +13,15 @@ import torch
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.wrapped import base_model
 
-# Arguments of a forward that looks at other tokens, or at where a token stands.
+# Arguments of a forward that depends on other tokens or on a token's position.
 _NOT_TOKEN_WISE = {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "layer_past", "cache"}
 _ROW_ARGUMENTS = 3
 
 
 def token_wise_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The innermost token-wise modules with matrices in a model's decoder layers, by their names in it.
+    """Return the innermost token-wise modules with matrices in a model's decoder layers, by name.
 
-    A mixture's experts are among them, its router is not: what a block records of it stays outside of the tiles.
+    A mixture's experts are included, its router is not: what a block records of it stays outside the tiles.
     """
     base = base_model(model)
     routers = router_classes(base)
@@ -36,7 +36,7 @@ def token_wise_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """The decoder layer that a module found here is part of."""
+    """Return the decoder layer that contains a module found here."""
     parts = name.split(".")
     base = base_model(model)
     for length in range(1, len(parts)):
@@ -46,22 +46,22 @@ def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def output_features(module: torch.nn.Module, experts_per_token: int) -> int:
-    """Outputs of all matrices that a token passes in a module; of stacked experts, those that it is sent to."""
+    """Return the output features of all matrices that a token passes in a module, its stacked experts included."""
     dense = sum(shape[0] for shape in _matrices(module) if len(shape) == 2)
-    # Stacked experts keep their matrices either way round.
+    # Stacked experts store their matrices in either orientation.
     stacked = sum(max(shape[1:]) for shape in _matrices(module) if len(shape) == 3)
     return dense + stacked * experts_per_token
 
 
 def _layers(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The elements of the decoder's own lists of modules."""
+    """Yield the elements of the decoder's own ModuleLists."""
     for name, child in decoder.named_children():
         if isinstance(child, torch.nn.ModuleList):
             yield from ((f"{name}.{index}", layer) for index, layer in enumerate(child))
 
 
 def _by_table(decoder: torch.nn.Module, name: str, layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules with a row-wise split matrix, which ends an MLP as it ends an attention, and stacked experts."""
+    """Yield stacked experts and modules that take rows and have a row-wise sharded matrix, as an MLP does."""
     table = getattr(getattr(decoder, "config", None), "base_model_tp_plan", None) or {}
     for inner, module in layer.named_modules(prefix=name):
         ends = [
@@ -74,7 +74,7 @@ def _by_table(decoder: torch.nn.Module, name: str, layer: torch.nn.Module) -> It
 
 
 def _by_structure(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Descendants with two matrices or more that take rows, the innermost ones that hold matrices of their own."""
+    """Yield the innermost descendants that take rows and have at least two matrices."""
     for inner, child in module.named_children():
         path = f"{name}.{inner}"
         if not any(True for _ in _matrices(child)) or _looks_elsewhere(child):
@@ -92,9 +92,9 @@ def _contains(module: torch.nn.Module, classes: tuple[type, ...]) -> bool:
 
 
 def _matrices(module: torch.nn.Module) -> Iterator[torch.Size]:
-    """Shapes of a module's weights, those of its submodules included, but for vectors."""
+    """Yield the shapes of a module's weights, submodules included, without vectors."""
     for param in module.parameters():
-        shape = getattr(param, "ds_shape", param.shape)  # of a weight that ZeRO-3 has partitioned
+        shape = getattr(param, "ds_shape", param.shape)  # of a weight partitioned by ZeRO-3
         if len(shape) > 1:
             yield shape
 
@@ -104,7 +104,7 @@ def _looks_elsewhere(module: torch.nn.Module) -> bool:
 
 
 def _takes_rows(module: torch.nn.Module) -> bool:
-    """Whether a forward takes a few tensors and nothing else."""
+    """Return True if a forward takes one to three tensors and nothing else."""
     if isinstance(module, torch.nn.Linear | torch.nn.ModuleList) or _looks_elsewhere(module):
         return False
     parameters = inspect.signature(module.forward).parameters.values()

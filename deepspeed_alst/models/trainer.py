@@ -1,8 +1,8 @@
-"""The HF Trainer under sequence parallelism: it keeps its own plan, and each of its batches becomes P micro-steps.
+"""HF Trainer under sequence parallelism: its schedule stays the same, and each of its batches becomes P micro-steps.
 
-The Trainer draws a batch for every rank, as at SP 1, so all that it counts stays what it was: steps, epochs, batch
-sizes, tokens, the learning-rate schedule, which samples were seen before a checkpoint. Where it hands a batch to the
-model, the P ranks of a sequence exchange their batches and work on them in turn.
+The Trainer draws a batch for every rank, as at SP 1, so all its counts stay the same: steps, epochs, batch sizes,
+tokens, the learning-rate schedule, the samples seen before a checkpoint. Where it passes a batch to the model, the P
+ranks of a sequence exchange their batches and process them in turn.
 
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence, N ranks in all.
 """
@@ -21,7 +21,7 @@ from deepspeed_alst.models.predictions import check_predictions, gather_predicti
 from deepspeed_alst.models.tiled_loss import logits_for_loss, logits_wanted
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, whole_sequence_divisor, whole_sequence_loss
 
-# What travels with a batch beside the model's own arguments.
+# Keys sent along with a batch besides the model's own arguments.
 _NUM_ITEMS = "alst_num_items"
 _NUM_LABELS = "alst_num_labels"
 
@@ -33,10 +33,10 @@ def training_step(
     inputs: dict[str, Any],
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """``Trainer.training_step`` as P micro-steps; returns the loss of this rank's own batch, as at SP 1.
+    """Run ``Trainer.training_step`` as P micro-steps; return the loss of this rank's own batch, as at SP 1.
 
     Raises:
-        ConfigError: the Trainer was given what cannot be right on shards.
+        ConfigError: an argument of the Trainer cannot work on shards.
     """
     session = model.alst
     check_trainer(trainer)
@@ -51,9 +51,9 @@ def training_step(
     micro_steps = _exchange(session, inputs, {_NUM_ITEMS: num_items_in_batch}, progress, whole)
     losses = []
     for place, (batch, extras) in enumerate(micro_steps):
-        # Gradients are reduced and the weights stepped after the last of them only.
+        # Only the last micro-step reduces gradients and steps the weights.
         gradient_state._set_sync_gradients(last_of_step and place == len(micro_steps) - 1)
-        # A program's own compute_loss sees the whole batch, as at SP 1, and the engine splits it.
+        # A program's own compute_loss gets the whole batch, as at SP 1, and the engine shards it.
         splitting = session.whole_batches() if whole else contextlib.nullcontext()
         with session.averaged_over_micro_steps(), _loss_of_whole_sequence(trainer, session, batch, whole), splitting:
             losses.append(original(trainer, model, batch, extras[_NUM_ITEMS]))
@@ -61,18 +61,18 @@ def training_step(
 
 
 def _has_own(trainer: Any, *names: str) -> bool:
-    """Whether a Trainer has one of these methods of a program's own: transformers' and TRL's are right on shards."""
+    """Return True if one of a Trainer's methods is the program's; transformers' and TRL's work on shards."""
     homes = (getattr(getattr(trainer, name), "__module__", None) or "" for name in names)
     return any(home != "transformers.trainer" and not home.startswith("trl.") for home in homes)
 
 
 @contextlib.contextmanager
 def evaluation(trainer: Any) -> Iterator[None]:
-    """Have ``Trainer.evaluation_loop`` predict on shards.
+    """Make ``Trainer.evaluation_loop`` predict on shards.
 
-    ``preprocess_logits_for_metrics`` is called on a shard's logits, before any rank holds those of a whole sequence.
-    A prediction_step or compute_loss of the program's own, and evaluation by generation, is given whole batches, which
-    the engine splits where it makes the loss.
+    ``preprocess_logits_for_metrics`` gets a shard's logits, before any rank holds those of a whole sequence. A
+    prediction_step or compute_loss of the program's own, and evaluation by generation, gets whole batches, which the
+    engine shards where it computes the loss.
     """
     predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
     whole = _has_own(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
@@ -86,7 +86,7 @@ def evaluation(trainer: Any) -> Iterator[None]:
         with logits_wanted(trainer.model, not prediction_loss_only), splitting:
             if session is None or whole:
                 if whole and session is not None and model is trainer.model:
-                    model = trainer.model_wrapped  # the engine, which splits
+                    model = trainer.model_wrapped  # the engine, which shards
                 loss, logits, labels = predict(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
                 return loss, logits if preprocess is None or logits is None else preprocess(logits, labels), labels
             return _prediction_step(
@@ -103,10 +103,10 @@ def evaluation(trainer: Any) -> Iterator[None]:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse what the Trainer's arguments bring and no shard can be given.
+    """Raise if the Trainer's arguments cannot work on shards.
 
     Raises:
-        ConfigError: a line for each argument: its value, why, the way out.
+        ConfigError: one line per argument, with its value, the reason and the fix.
     """
     args = trainer.args
     problems = []
@@ -150,7 +150,7 @@ def _prediction_step(
     prediction_loss_only: bool,
     ignore_keys: Any,
 ) -> tuple[Any, Any, Any]:
-    session.meet("within an evaluation")  # before the count, which is gathered too
+    session.meet("within an evaluation")  # before the count, which is a collective too
     inputs = trainer._prepare_inputs(inputs)
     # Counted over all ranks' own batches, as at SP 1.
     extras = {_NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
@@ -178,7 +178,7 @@ def _length(batch: Any) -> int:
 
 
 def _own_labels(trainer: Any, inputs: Any) -> Any:
-    """The labels of this rank's whole batch, as ``Trainer.prediction_step`` returns them."""
+    """Return the labels of this rank's whole batch, as ``Trainer.prediction_step`` does."""
     labels = tuple(inputs.get(name) for name in trainer.label_names)
     if not labels or any(label is None for label in labels):
         return None
@@ -188,7 +188,7 @@ def _own_labels(trainer: Any, inputs: Any) -> Any:
 def _exchange(
     session: Any, inputs: Any, extras: dict[str, Any], progress: str = "", whole: bool = False
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """P pairs: this rank's shard of each rank's batch, or the batch, and the numbers that its owner sent along."""
+    """Return P pairs: this rank's shard of each rank's batch, or the batch, and its owner's counts."""
     labels = inputs.get("labels")
     if labels is not None:
         # A row's first token has no prediction.
@@ -202,7 +202,7 @@ def _exchange(
 
 @contextlib.contextmanager
 def _loss_of_whole_sequence(trainer: Any, session: Any, batch: dict[str, Any], whole: bool = False) -> Iterator[None]:
-    """The Trainer's label smoothing makes its loss of logits, after the forward: of the whole sequence here too."""
+    """Compute the Trainer's label-smoothing loss, made of logits after the forward, over the whole sequence."""
     smoother = trainer.label_smoother
     if smoother is None or "labels" not in batch:
         yield
@@ -218,7 +218,7 @@ def _loss_of_whole_sequence(trainer: Any, session: Any, batch: dict[str, Any], w
 
 
 class _LabelSmoother:
-    """Stands in for transformers' LabelSmoother, with the labels that were shifted before the cut."""
+    """Replacement of transformers' LabelSmoother that uses labels shifted before sharding."""
 
     def __init__(self, epsilon: float, shift_labels_Bs: torch.Tensor, session: Any, model: torch.nn.Module) -> None:
         self.epsilon, self._shift_labels_Bs, self._session, self._model = epsilon, shift_labels_Bs, session, model
@@ -236,11 +236,11 @@ class _LabelSmoother:
 
 @contextlib.contextmanager
 def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
-    """What the Trainer counts of an evaluation batch: the count of its owner's, and not the shard's.
+    """Make the Trainer use the owner's item count of an evaluation batch, not the shard's.
 
-    A subclass may divide by a count of its own where ``compute_loss`` is given none (TRL's SFTTrainer does), so it is
-    always given one. What else it does for a count that it is given (a factor of the number of ranks, a router's loss
-    divided by the accumulation steps) is for training, and stays out.
+    A subclass may divide by its own count where ``compute_loss`` gets none (TRL's SFTTrainer does), so it always gets
+    one. The other effects of a given count (a factor of the number of ranks, a router loss divided by the accumulation
+    steps) are for training only and are turned off.
     """
     compute_loss = trainer.compute_loss
     num_labels = counts[_NUM_LABELS]

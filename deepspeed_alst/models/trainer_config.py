@@ -1,9 +1,8 @@
-"""The batch keys of a ds_config that the HF Trainer fills in, before any engine exists.
+"""Batch keys of a ds_config that the HF Trainer fills in before an engine exists.
 
 The Trainer's ``gradient_accumulation_steps`` counts batches of every rank; DeepSpeed's, under sequence parallelism,
-counts micro-steps, of which each of those batches gives P. So "auto" becomes the Trainer's number times P, and the
-total batch size stays what it is at SP 1. A number in the JSON means micro-steps, as in a plain loop: the Trainer's own
-number may be the same, or P times less.
+counts micro-steps, P per batch. So "auto" becomes the Trainer's number times P, and the total batch size stays as at
+SP 1. A number in the JSON means micro-steps, as in a plain loop; the Trainer's own may be the same, or P times smaller.
 """
 
 import os
@@ -19,12 +18,12 @@ _PLANNED = "alst_micro_steps"
 
 
 def fill_batch_keys(original: Callable[..., None], hf_config: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
-    """``HfTrainerDeepSpeedConfig.trainer_config_process`` for a ds_config with ``sequence_parallel_size`` > 1.
+    """Run ``HfTrainerDeepSpeedConfig.trainer_config_process`` with ``sequence_parallel_size`` > 1.
 
-    May be called again for the same arguments, as accelerate and the Trainer do.
+    Repeated calls with the same arguments, as by accelerate and the Trainer, are allowed.
 
     Raises:
-        ConfigError: a number of micro-steps that is no multiple of P; any key of this package's that is wrong.
+        ConfigError: the number of micro-steps is not a multiple of P, or a key of this package is wrong.
     """
     P = parse(hf_config.config).sequence_parallel_size
     config = hf_config.config

@@ -1,4 +1,4 @@
-"""Calls of a live model that leave it, its config and the random generators as they were, to the bit."""
+"""Context manager that restores a live model, its config and the RNG states bit for bit."""
 
 import contextlib
 import random
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-# DeepSpeed swaps the weights' storage under ZeRO 3; modules in a module are saved on their own.
+# DeepSpeed swaps the weights' storage under ZeRO-3; submodules are saved on their own.
 _SKIPPED = ("_parameters", "_modules")
 _CONTAINERS = (dict, list, set)
 
 
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Restore buffers, attributes, hooks, training flags, configs and RNG states at the end; weights are not saved."""
+    """Restore buffers, attributes, hooks, training flags, configs and RNG states on exit; weights are not saved."""
     with ExitStack() as restore:
         holders: dict[int, Any] = {}
         for module in model.modules():
@@ -35,7 +35,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _save(holder: Any, saved: set[int], restore: ExitStack) -> None:
-    """Have the attributes of an object put back: which they are, and what is in tensors and containers."""
+    """Restore an object's attributes on exit, and the contents of their tensors and containers."""
     attributes = vars(holder)
     for name, value in attributes.items():
         if name not in _SKIPPED:
@@ -54,12 +54,12 @@ def _save_contents(value: Any, saved: set[int], restore: ExitStack) -> None:
         saved.add(id(value))
         for inner in value.values() if isinstance(value, dict) else value:
             _save_contents(inner, saved, restore)
-        # A copy of an OrderedDict, whose order is that of the hooks.
+        # copy() keeps an OrderedDict and so the order of hooks.
         restore.callback(_refill, value, value.copy())
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a container its contents back, in place; one that has them still is left alone."""
+    """Restore the contents of a container in place, unless they are unchanged."""
     if isinstance(container, list):
         if len(container) != len(contents) or any(a is not b for a, b in zip(container, contents, strict=True)):
             container[:] = contents

@@ -1,7 +1,7 @@
-"""Which results of tiled modules a checkpointed layer's recomputation can leave out, seen from the layer's graph.
+"""Results of tiled modules that a checkpointed layer's recomputation can skip, found from the layer's graph.
 
-Before a sum with the residual the value of an MLP is needed for the forward only: no backward asks for it. What the
-graph does not show counts as a need: a hook of the program's may do anything with the values that it is given.
+Only the forward needs the value of an MLP before a sum with the residual: no backward reads it. Anything outside the
+graph counts as a use: a program's hook may do anything with the values that it gets.
 """
 
 import functools
@@ -14,7 +14,7 @@ from deepspeed_alst.models.checkpoints import seam_of
 from deepspeed_alst.tiling.sequence import TokenWise
 from deepspeed_alst.tiling.structure import is_foreign
 
-# Nodes of the graph whose backward needs no value: sums, and tensors seen, copied or converted.
+# Graph nodes whose backward needs no value: sums, views, copies and casts.
 _NEED_NO_VALUE = (
     "Add",
     "Sub",
@@ -27,8 +27,7 @@ _NEED_NO_VALUE = (
     "Squeeze",
     "Unsqueeze",
 )
-# What torch and ZeRO-3 put around a module with hooks on its gradients: they hand on what they get. Dropout by counters
-# draws its mask again.
+# Nodes of torch and ZeRO-3 around modules with gradient hooks pass values on; counted dropout redraws its mask.
 _HAND_ON = (
     "CountedDropoutBackward",
     "BackwardHookFunctionBackward",
@@ -38,7 +37,7 @@ _HAND_ON = (
 
 
 def watch_checkpoints(layer: torch.nn.Module, works: list[TokenWise], patches: PatchSet) -> None:
-    """At the end of a checkpointed layer with a graph, see which results nothing in it will need in the backward."""
+    """Find, at the end of a checkpointed layer with a graph, the results that its backward does not need."""
     seam_of(layer, patches).at_end.append(functools.partial(_note_unused_values, layer, works))
 
 
@@ -53,12 +52,12 @@ def _note_unused_values(layer: torch.nn.Module, works: list[TokenWise], output: 
 
 
 def value_unused(ends: list[Any], node: Any) -> bool:
-    """Whether no node of the graph between ``node`` and ``ends`` needs the value that ``node`` made."""
+    """Return True if no node of the graph between ``node`` and ``ends`` needs the value of ``node``."""
     reaches: dict[Any, bool] = {node: True}
     needs_none = True
 
     def visit(each: Any) -> bool:
-        """Whether the node's input comes from ``node``, by ways made after it."""
+        """Return True if the node's input comes from ``node``, through nodes created after it."""
         nonlocal needs_none
         if each not in reaches:
             reaches[each] = False
@@ -77,17 +76,17 @@ def value_unused(ends: list[Any], node: Any) -> bool:
 
 
 def _scales_by_number(node: Any) -> bool:
-    """Whether a node multiplies or divides by a number of the program's, which autograd keeps in fp64."""
+    """Return True if a node multiplies or divides by a program's number, which autograd keeps in fp64."""
     if node.name() not in ("MulBackward0", "DivBackward0"):
         return False
-    # Their .data does not unpack what a checkpoint has packed, which would run its recomputation.
+    # .data does not unpack what a checkpoint has packed, which would run its recomputation.
     factor, value = node._raw_saved_other.data, node._raw_saved_self.data
     is_number = isinstance(factor, torch.Tensor) and factor.dim() == 0 and factor.dtype == torch.float64
     return value is None and is_number
 
 
 def _is_watched(layer: torch.nn.Module, works: list[TokenWise]) -> bool:
-    """Whether somebody else's hook is given values in a layer; in a tiled module they are those of tiles."""
+    """Return True if a foreign hook gets values in a layer; hooks in a tiled module get those of tiles."""
     inside = {id(each) for work in works for each in work.module.modules() if each is not work.module}
     hooks = [*torch.nn.modules.module._global_forward_hooks.values()]
     for module in layer.modules():

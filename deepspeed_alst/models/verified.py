@@ -1,4 +1,4 @@
-"""Families that are right under sequence parallelism: those that ``make census`` finds so. The list only grows."""
+"""Model families verified under sequence parallelism by ``make census``. The list only grows."""
 
 RIGHT = frozenset(
     {

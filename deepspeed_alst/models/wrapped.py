@@ -1,4 +1,4 @@
-"""The transformers model inside the wrappers that a program may hand to ``deepspeed.initialize``."""
+"""Access to the transformers model inside the wrappers passed to ``deepspeed.initialize``."""
 
 import sys
 
@@ -8,10 +8,10 @@ from deepspeed_alst.data.checks import Vocabulary
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside PEFT's and torch.compile's wrappers, one within the other; itself if there is none.
+    """Return the model inside nested wrappers of PEFT and torch.compile; itself if it is not wrapped.
 
-    What is read from or changed in a transformers model belongs to this one. Hooks that must see every call belong to
-    the outermost: a wrapper may call ``forward`` of the model inside, which runs no hooks.
+    Reads and patches of a transformers model use this one. Hooks that must see every call belong on the outermost
+    module: a wrapper may call ``forward`` of the model inside, which runs no hooks.
     """
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
@@ -23,7 +23,7 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def vocabulary_of(model: torch.nn.Module) -> Vocabulary:
-    """How many tokens a transformers model has embeddings for, and logits by its config or head, whichever has more."""
+    """Return the numbers of embeddings and of logits, the latter the larger of the config's and the head's."""
     base = base_model(model)
     embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None)
     head = base.get_output_embeddings()
@@ -33,6 +33,6 @@ def vocabulary_of(model: torch.nn.Module) -> Vocabulary:
 
 
 def is_peft(model: torch.nn.Module) -> bool:
-    """Whether a model is PEFT's wrapper; nothing is one as long as nobody has imported PEFT, which takes seconds."""
+    """Return True if a model is PEFT's wrapper, without importing PEFT, which takes seconds."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)

@@ -1,1 +1,1 @@
-"""Activations that wait for the backward: on the host, on disk, or kept whole."""
+"""Activation offload between forward and backward: host and disk tiers, and tensors kept on the device."""

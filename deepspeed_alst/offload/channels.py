@@ -1,4 +1,4 @@
-"""What a thread reads and writes a file with: system calls, here, or DeepSpeed's op (ops/aio.py)."""
+"""File I/O of one thread: by system calls (here) or by DeepSpeed's async I/O op (ops/aio.py)."""
 
 import errno
 import os
@@ -7,28 +7,28 @@ from typing import Protocol
 import torch
 
 PAGE_BYTES = 4096
-"""What offsets, sizes and addresses are multiples of: O_DIRECT asks for 512 or 4096, by device."""
+"""Alignment of offsets, sizes and addresses: O_DIRECT requires 512 or 4096, depending on the device."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Channel(Protocol):
-    """What one thread reads and writes a file with; both calls last until it is done, and raise OSErrors."""
+    """File I/O of one thread; both calls block until done and raise OSError."""
 
     def write(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, to the file from this offset on."""
+        """Write the whole buffer to the file at this offset."""
 
     def read(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, from the file from this offset on."""
+        """Fill the buffer from the file at this offset."""
 
 
 class SystemCalls:
-    """A channel of preadv and pwritev, in which Python lets its other threads run.
+    """Channel of preadv and pwritev, which release the GIL.
 
     Args:
-        descriptor: of an open file.
-        direct: whether it is open with O_DIRECT. If not, what is written is sent to the disk at once and dropped from
-            the page cache: errors come in the right place, and the cache does not take the memory that was to be saved.
+        descriptor: an open file descriptor.
+        direct: True if the file is open with O_DIRECT. If not, writes are flushed to disk and dropped from the page
+            cache at once: errors surface at the right call, and the cache takes no memory.
     """
 
     def __init__(self, descriptor: int, direct: bool) -> None:
@@ -36,10 +36,10 @@ class SystemCalls:
         self._direct = direct
 
     def write(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, to the file from this offset on.
+        """Write the whole buffer to the file at this offset.
 
         Raises:
-            OSError: the system's.
+            OSError: a system call failed.
         """
         view = buffer.numpy().data
         done = 0
@@ -50,10 +50,10 @@ class SystemCalls:
             os.posix_fadvise(self._descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
 
     def read(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, from the file from this offset on.
+        """Fill the buffer from the file at this offset.
 
         Raises:
-            OSError: the system's, or EIO where the file ends too early.
+            OSError: a system call failed, or EIO if the file ends too early.
         """
         view = buffer.numpy().data
         done = 0
@@ -64,7 +64,7 @@ class SystemCalls:
 
 
 def advice(error: OSError) -> str:
-    """The way out of an error of the disk, as a sentence."""
+    """Return the advice for a disk error, as a sentence."""
     if error.errno in _FULL:
         return "Free space there, name a larger disk, or raise host_budget, so that less goes to disk"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -75,7 +75,7 @@ def advice(error: OSError) -> str:
 
 
 def _whole_pages(num_bytes: int, asked_bytes: int) -> int:
-    """How far a call has come; after a short one the next goes on at a whole page, as O_DIRECT asks."""
+    """Return the bytes transferred; round a short transfer down to whole pages, as O_DIRECT requires."""
     whole = num_bytes if num_bytes == asked_bytes else num_bytes - num_bytes % PAGE_BYTES
     if whole == 0:
         raise OSError(errno.EIO, f"the disk took or gave {num_bytes} of {asked_bytes} bytes")

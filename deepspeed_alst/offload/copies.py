@@ -1,7 +1,7 @@
-"""Copies between a device and the host, beside the computation where the device can do both at once.
+"""Copies between device and host, overlapped with the computation where the device supports it.
 
-A copy out reads a tensor that the computation made; a copy back writes one that the computation will read. Each says
-when it is done, and the side that needs it waits: the device's queue, not this process.
+A copy out reads a tensor that the computation produced; a copy back writes one that the computation will read. Each
+returns an event. The consumer waits for it on the device's stream, which does not block this process.
 """
 
 from typing import Any, Protocol
@@ -10,48 +10,48 @@ import torch
 
 
 class Copies(Protocol):
-    """Of one device."""
+    """Asynchronous copies of one device."""
 
     def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> Any:
-        """Start a copy to the host, after all that was computed so far; returns what to wait for."""
+        """Start a copy to the host, after all work queued so far; return the event to wait for."""
 
     def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> Any:
-        """Start a copy to the device, after all that was computed so far; returns what to wait for."""
+        """Start a copy to the device, after all work queued so far; return the event to wait for."""
 
     def wait_on_device(self, done: Any) -> None:
-        """What is computed from now on comes after a copy."""
+        """Make all work queued from now on wait for a copy."""
 
     def wait_on_host(self, done: Any) -> None:
-        """Return when a copy is done."""
+        """Block until a copy is done."""
 
 
 class DirectCopies:
-    """Copies that are done when they are asked for: the device is the CPU."""
+    """Synchronous copies, for the CPU as the device."""
 
     def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> None:
-        """Copy."""
+        """Copy to the host tensor."""
         host_n.copy_(device_n)
 
     def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> None:
-        """Copy."""
+        """Copy to the device tensor."""
         device_n.copy_(host_n)
 
     def wait_on_device(self, done: None) -> None:
-        """It is done."""
+        """Return at once: the copy is done."""
 
     def wait_on_host(self, done: None) -> None:
-        """It is done."""
+        """Return at once: the copy is done."""
 
 
 class StreamCopies:
-    """Copies on a stream of their own.
+    """Copies on a dedicated stream.
 
-    Memory that a copy reads belongs to the stream of the computation, so whoever lets go of it must have had the
-    computation wait for the copy first, or not care what was copied.
+    Memory that a copy reads belongs to the computation's stream. Before it is freed, the computation must wait for
+    the copy, unless the copied values no longer matter.
 
     Args:
-        module: of the device's kind, such as ``torch.cuda``.
-        device: which one.
+        module: the device module, such as ``torch.cuda``.
+        device: the device to copy to and from.
     """
 
     def __init__(self, module: Any, device: torch.device) -> None:
@@ -65,7 +65,7 @@ class StreamCopies:
     def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> Any:
         """Start a copy to the device."""
         done = self._copy(host_n, device_n)
-        # It may be let go of before anybody has waited: the backward may end without asking for it.
+        # The tensor may be freed before any wait: the backward may end without asking for it.
         device_n.record_stream(self._stream)
         return done
 
@@ -76,16 +76,16 @@ class StreamCopies:
             return self._stream.record_event()
 
     def wait_on_device(self, done: Any) -> None:
-        """The computation's stream waits."""
+        """Make the computation's stream wait for a copy."""
         self._module.current_stream().wait_event(done)
 
     def wait_on_host(self, done: Any) -> None:
-        """This process waits."""
+        """Block this process until a copy is done."""
         done.synchronize()
 
 
 def copies_of(device: torch.device) -> Copies:
-    """How to copy to and from a device."""
+    """Return the copies for a device."""
     if device.type == "cpu":
         return DirectCopies()
     return StreamCopies(torch.get_device_module(device), device)

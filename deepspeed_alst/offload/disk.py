@@ -1,8 +1,8 @@
-"""The disk tier's file: space for activations, and their reads and writes in the background.
+"""Disk tier of activation offload: file space, and reads and writes in the background.
 
-A file is of one process. Its transfers are done by DeepSpeed's async I/O op where that can be had, else by system calls
-in threads. Whatever does them, each activation is compared with a fingerprint when it comes back: DeepSpeed's op does
-not look at the outcome of what it asked the kernel for, and a write that failed would be a wrong gradient.
+A file belongs to one process. Its transfers use DeepSpeed's async I/O op where available, else system calls in
+threads. Reads check a fingerprint: DeepSpeed's op ignores result codes, and a failed write would give a wrong
+gradient.
 """
 
 import mmap
@@ -24,32 +24,32 @@ from deepspeed_alst.offload.scratch import KEY, ScratchFile
 from deepspeed_alst.offload.transfers import Transfer, Workers, within
 from deepspeed_alst.ops.build_once import OpBuildError
 
-# What is read or written in one go: long enough for any disk's full rate, short enough for signs of life in between.
+# Bytes per call: large enough for any disk's full rate, small enough to report progress in between.
 _PIECE_BYTES = 64 << 20
-# Every 509th word: each page has one, and as 509 is a prime not always of the same channels. 2 bytes of 1,000 are read.
+# Every 509th word: at least one per page, and not always the same channels, as 509 is prime. Reads 2 bytes of 1,000.
 _FINGERPRINT_STRIDE = 509
 _CLOSE_SECONDS = 10.0
 
 
 class DiskFile:
-    """Space on a disk for one rank's activations; it vanishes with the process, however that ends.
+    """Disk space for one rank's activations, freed whenever and however the process ends.
 
-    An activation is written as a whole, to the offset it was allocated, and read as a whole.
+    An activation is written and read as a whole, at its allocated offset.
 
     Args:
-        folder: where; it is not made.
-        engine: ``"aio"`` is DeepSpeed's op, ``"threads"`` system calls in threads, ``"auto"`` the op if it can be had.
+        folder: an existing folder; it is not created.
+        engine: ``"aio"`` is DeepSpeed's op, ``"threads"`` system calls in threads, ``"auto"`` the op if available.
         silence_seconds: a disk that makes no progress for this long is an error.
-        num_threads: how many transfers are under way at a time; the others queue, in the order they were asked for.
+        num_threads: number of concurrent transfers; the others queue in FIFO order.
 
     Attributes:
-        description: what reads and writes, and how, for the report.
-        warning: what is unwise about the folder; empty if nothing is.
-        bytes_written, bytes_read: by transfers that have ended well.
+        description: the engine and its I/O mode, for the report.
+        warning: a problem with the folder; empty if there is none.
+        bytes_written, bytes_read: bytes of transfers that succeeded.
 
     Raises:
         ConfigError: the folder is missing, or cannot be written to or read from.
-        SetupError: ``engine="aio"``, and the op cannot be had.
+        SetupError: ``engine="aio"``, and the op is not available.
         OffloadError: the disk does not answer.
     """
 
@@ -71,40 +71,40 @@ class DiskFile:
         self._workers = Workers(channels, silence_seconds)
         self._lock = threading.Lock()
         self._extents = Extents()
-        self._sizes_bytes: dict[int, int] = {}  # of what is allocated, by offset
-        self._fingerprints: dict[int, int] = {}  # of what is written, by offset
+        self._sizes_bytes: dict[int, int] = {}  # bytes allocated at each offset
+        self._fingerprints: dict[int, int] = {}  # fingerprint of the data written at each offset
         self._latest: dict[int, Transfer] = {}
-        # Also when the interpreter exits: a thread that is in C++ while the interpreter ends aborts the process.
+        # Also at interpreter exit: a thread that is in C++ while the interpreter ends aborts the process.
         self._end = weakref.finalize(self, _end, self._workers, self._scratch, _CLOSE_SECONDS)
 
     @property
     def seconds_waited(self) -> float:
-        """How long all calls of ``Transfer.wait`` have lasted."""
+        """Total seconds spent in ``Transfer.wait``."""
         return self._workers.seconds_waited
 
     @property
     def reserved_bytes(self) -> int:
-        """How long the file is."""
+        """File size in bytes."""
         return self._scratch.size_bytes
 
     @property
     def free_bytes(self) -> int:
-        """What the disk has left beside this file; without end if its file system does not say."""
+        """Bytes free on the disk besides this file; 2**63 - 1 if its file system does not report them."""
         free = self._scratch.free_bytes()
         return 2**63 - 1 if free is None else free
 
     def reserve(self, num_bytes: int) -> None:
-        """Before training: make the file at least this long, with its space set aside on the disk.
+        """Grow the file to at least this size before training, with its space reserved on disk.
 
         Raises:
-            ConfigError: the disk has not as much left.
-            OffloadError: it does not answer.
+            ConfigError: the disk does not have enough free space.
+            OffloadError: the disk does not answer.
         """
         with self._lock:
             self._grow(pages(num_bytes), ConfigError)
 
     def allocate(self, num_bytes: int) -> int:
-        """The offset of space for this many bytes, rounded up to pages; the file grows if it must.
+        """Allocate space, rounded up to pages, and return its offset; grow the file if needed.
 
         Raises:
             OffloadError: the disk is full, or does not answer.
@@ -118,10 +118,10 @@ class DiskFile:
             return offset
 
     def free(self, offset: int) -> None:
-        """Give space back, once the transfers there have ended.
+        """Free allocated space, after its transfers have ended.
 
         Raises:
-            OffloadError: the disk does not answer; the space is not given back.
+            OffloadError: the disk does not answer; the space is not freed.
         """
         if transfer := self._latest.pop(offset, None):
             transfer.wait_ended()
@@ -130,10 +130,10 @@ class DiskFile:
             self._extents.free(offset, self._sizes_bytes.pop(offset))
 
     def new_buffer(self, num_bytes: int) -> torch.Tensor:
-        """Host memory for transfers that the engine takes as it is: ``[num_bytes]``, rounded up to pages.
+        """Allocate host memory that the engine can use directly: ``[num_bytes]``, rounded up to pages.
 
-        For a ring on machines without CUDA, where the engine's own may not be given back; with CUDA, memory that is
-        registered there serves both copies and transfers.
+        For a ring of reused buffers on machines without CUDA: the op's memory is never freed. With CUDA, registered
+        memory serves both copies and transfers.
         """
         size_bytes = pages(num_bytes)
         locked = None
@@ -144,7 +144,7 @@ class DiskFile:
         return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8) if locked is None else locked
 
     def write(self, buffer: torch.Tensor, offset: int) -> Transfer:
-        """Start writing a buffer to space that was allocated for it; it must not change before the transfer is done.
+        """Start writing a buffer to its allocated space; it must not change until the transfer is done.
 
         Raises:
             OffloadError: the file is closed.
@@ -152,7 +152,7 @@ class DiskFile:
         return self._start("writing", self._write, buffer, offset)
 
     def read(self, buffer: torch.Tensor, offset: int) -> Transfer:
-        """Start reading what was last written there; if that is still under way, the read begins after it.
+        """Start reading the data last written at an offset, after any write there still in flight.
 
         Raises:
             OffloadError: the file is closed.
@@ -160,10 +160,7 @@ class DiskFile:
         return self._start("reading", self._read, buffer, offset)
 
     def close(self, seconds: float = _CLOSE_SECONDS) -> None:
-        """Give the space back; transfers that have not ended fail.
-
-        A disk that holds a thread for longer than this keeps the space until the process ends.
-        """
+        """Free the disk space and fail open transfers; a thread blocked past ``seconds`` delays it to process exit."""
         if self._end.detach():
             _end(self._workers, self._scratch, seconds)
 
@@ -178,7 +175,7 @@ class DiskFile:
             previous = self._latest.get(offset)
 
             def in_order(channel: Channel) -> None:
-                if previous:  # it was taken from the queue earlier, so it does not wait for this one
+                if previous:  # it left the queue earlier, so it does not wait for this one
                     previous.settle()
                 job(channel, buffer, offset)
 
@@ -203,7 +200,7 @@ class DiskFile:
             channel.read(buffer[begin : begin + _PIECE_BYTES], offset + begin)
             self._workers.sign()
         if fingerprint(buffer) != written:
-            # Once more by system calls, which say what is wrong.
+            # System calls report the error.
             SystemCalls(self._scratch.descriptor, not self._scratch.why_buffered).read(buffer, offset)
             if fingerprint(buffer) != written:
                 raise OffloadError(
@@ -219,18 +216,18 @@ class DiskFile:
 
 
 def fingerprint(buffer: torch.Tensor) -> int:
-    """A checksum of a sample of a buffer, with words of each of its pages: ``[n] -> 32 bits``."""
+    """Compute a checksum over a sample of words from each page: ``[n] -> 32 bits``."""
     return zlib.crc32(buffer.view(torch.int64)[::_FINGERPRINT_STRIDE].numpy().tobytes())
 
 
 def _end(workers: Workers, scratch: ScratchFile, seconds: float) -> None:
-    """End the threads, and give the space back unless the disk holds one of them."""
+    """Stop the threads, and free the space unless the disk blocks one of them."""
     if workers.close(seconds):
         scratch.close()
 
 
 def _open_channels(scratch: ScratchFile, engine: str, num_threads: int) -> tuple[list[Channel], str, str]:
-    """A channel for each thread, the engine's name, and why it is not DeepSpeed's op."""
+    """Open one channel per thread; return them, the engine's name, and the reason not to use DeepSpeed's op."""
     reason = "as asked for"
     if engine != "threads":
         try:
@@ -252,7 +249,7 @@ def _open_channels(scratch: ScratchFile, engine: str, num_threads: int) -> tuple
 
 
 def _describe(scratch: ScratchFile, engine: str, reason: str) -> str:
-    """A sentence for the report."""
+    """Return the description for the report, as a sentence."""
     how = f"buffered: {scratch.why_buffered}" if scratch.why_buffered else "O_DIRECT"
     what = (
         "DeepSpeed's async I/O op (buffers that are not pinned: system calls)"

@@ -1,4 +1,4 @@
-"""What the host has to spare for activations: the memory that is available, within the limits of the cgroup."""
+"""Host memory available for activations, within the limits of the cgroup."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-# Left alone: other processes, page cache that is worth keeping, and what torch and the libraries still take.
+# Reserved for other processes, useful page cache, and later allocations of torch and the libraries.
 _RESERVED_SHARE = 20
 _LEAST_RESERVED = 2**30
 
@@ -21,33 +21,33 @@ _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", 
 
 
 def spare_bytes() -> int:
-    """Bytes that this host's processes may still take, less a twentieth and less a GiB at least."""
+    """Return the bytes available to this host's processes, minus a reserve of 1/20 and at least 1 GiB."""
     available = min(psutil.virtual_memory().available, cgroup_bytes())
     return max(0, available - max(_LEAST_RESERVED, available // _RESERVED_SHARE))
 
 
 def ranks_on_host() -> int:
-    """How many ranks share the host's memory, as the launcher, MPI or SLURM's ``srun`` says it; else all there are."""
+    """Return the number of ranks on this host from the launcher, MPI or SLURM's ``srun``; else the world size."""
     for name in _LOCAL_SIZES:
         if os.environ.get(name, "").isdigit():
             return max(1, int(os.environ[name]))
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     by_host = _slurm_tasks(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = os.environ.get("SLURM_NODEID", "")
-    # Other counts: srun started something that started the ranks.
+    # If the counts differ, srun started a launcher that started the ranks.
     if sum(by_host) == world_size and node.isdigit() and int(node) < len(by_host):
         return by_host[int(node)]
     return world_size
 
 
 def _slurm_tasks(compressed: str) -> list[int]:
-    """Tasks of each host; ``"8(x2),4"`` is 8, 8, 4. Source: SLURM_TASKS_PER_NODE in the manual page of sbatch."""
+    """Parse the tasks per host: ``"8(x2),4"`` is 8, 8, 4 (SLURM_TASKS_PER_NODE in the sbatch manual page)."""
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", compressed)
     return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
 
 
 def cgroup_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the cgroups of this process, the outer ones included, leave it; without limits 2**63 - 1."""
+    """Return the bytes left in this process's cgroups, outer ones included; 2**63 - 1 without limits."""
     least = 2**63 - 1
     try:
         lines = proc.read_text().splitlines()
@@ -59,7 +59,7 @@ def cgroup_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys
             continue
         base = root / "memory" if controllers else root
         inner = base / path.lstrip("/")
-        # Inside a container the path may be the host's, and the limit stands at the root that one sees.
+        # Inside a container the path may be the host's, and the limit is at the visible root.
         for folder in (inner, *inner.parents):
             least = min(least, _left_in(folder))
             if folder == base:
@@ -76,6 +76,6 @@ def _left_in(folder: Path) -> int:
         except (OSError, ValueError):
             continue
         if limit != "max":
-            # Cache that is not in use goes before the limit strikes.
+            # Inactive cache is reclaimed before the limit applies.
             return max(0, int(limit) - usage + int(stat.get(cache_name, 0)))
     return 2**63 - 1

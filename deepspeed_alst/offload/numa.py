@@ -1,15 +1,15 @@
-"""Which CPUs are near a device: host memory that they touch first is near it too."""
+"""CPUs near a device: host memory that they touch first is allocated on their NUMA node."""
 
 from pathlib import Path
 from typing import Any
 
 
 def cpus_near(address: str, sysfs: Path = Path("/sys")) -> frozenset[int]:
-    """The CPUs of the NUMA node that a PCI device hangs on; none where there is one node only, or no telling.
+    """Return the CPUs of a PCI device's NUMA node; empty if there is one node only or it is unknown.
 
     Args:
-        address: on the PCI bus, such as ``0000:1b:00.0``.
-        sysfs: where the kernel says so.
+        address: PCI address, such as ``0000:1b:00.0``.
+        sysfs: root of the kernel's sysfs.
     """
     nodes = sysfs / "devices/system/node"
     try:
@@ -23,12 +23,12 @@ def cpus_near(address: str, sysfs: Path = Path("/sys")) -> frozenset[int]:
 
 
 def pci_address(properties: Any) -> str:
-    """Of a device's properties, as ``torch.cuda.get_device_properties`` returns them."""
+    """Return the PCI address from the device properties of ``torch.cuda.get_device_properties``."""
     return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
 def _parse(ranges: str) -> list[int]:
-    """``0-3,8`` is 0, 1, 2, 3, 8."""
+    """Parse a CPU list: ``0-3,8`` is 0, 1, 2, 3, 8."""
     found = []
     for part in ranges.strip().split(","):
         first, _, last = part.partition("-")

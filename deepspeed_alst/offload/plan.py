@@ -1,4 +1,4 @@
-"""What waits for the backward, what room there is for it, and whether attention's output may wait too: integers only.
+"""Offload plan: bytes to offload, room for them, and whether attention's output fits too. Integers only.
 
 Legend: s tokens of a rank's shard, S of the whole sequence.
 """
@@ -14,33 +14,33 @@ from deepspeed_alst.words import in_words
 
 @dataclass(frozen=True)
 class Layers:
-    """What a model's checkpointed layers leave waiting, of one rank in one micro-step."""
+    """Offloaded tensors of a model's checkpointed layers, per rank and micro-step."""
 
     num_layers: int
     keep_last: int
-    """Layers at the end whose tensors stay on the device."""
+    """Number of last layers whose tensors stay on the device."""
     input_bytes: int
-    """Of one token in one layer."""
+    """Bytes of a layer's input per token."""
     output_bytes: int
-    """Of attention's output, of one token in one layer."""
+    """Bytes of attention's output per token and layer."""
     lse_bytes: int
-    """Of attention's log-sum-exp."""
+    """Bytes of attention's log-sum-exp per token and layer."""
     matrix_elements: int
-    """Of the weights that each token is multiplied with in a layer."""
+    """Elements of a layer's weight matrices that each token is multiplied with."""
     head_elements: int
-    """Of a layer's query heads together."""
+    """Elements of a layer's query heads together."""
 
     def sizes(self, tokens: int, with_outputs: bool) -> list[int]:
-        """Bytes of one layer's tensors, to the page."""
+        """Return the bytes of each tensor of one layer, rounded up to pages."""
         sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
         return [pages(tokens * size) for size in sizes if size]
 
     def waiting(self, tokens: int, with_outputs: bool) -> int:
-        """Bytes of all layers, to the page."""
+        """Return the offloaded bytes of all layers, rounded up to pages."""
         return max(0, self.num_layers - self.keep_last) * sum(self.sizes(tokens, with_outputs))
 
     def longest(self, room: int, with_outputs: bool = False) -> int:
-        """The most tokens of a rank that so many bytes have room for."""
+        """Return the most tokens per rank that fit in ``room`` bytes."""
         if self.num_layers <= self.keep_last:
             return 0
         return _most(lambda tokens: self.waiting(tokens, with_outputs) <= room)
@@ -48,44 +48,44 @@ class Layers:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to do."""
+    """Measured rates of a device."""
 
     copied_bytes: float
-    """Per second, between it and the host."""
+    """Bytes per second between device and host."""
     flops: float
-    """Per second, in the model's dtype."""
+    """FLOPs per second in the model's dtype."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What one rank may fill."""
+    """Memory available to one rank."""
 
     host: int
-    """Bytes of host memory, all ranks of the host having as much."""
+    """Bytes of host memory, the same for each rank of the host."""
     disk: int | None = None
     """Bytes on disk; None without a disk tier."""
     budget: int | None = None
-    """The user's bytes for all ranks of a host (``host_budget``); None where it is the host that has no more."""
+    """The user's ``host_budget`` for all ranks of a host; None if the host's memory is the limit."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done with the activations of a micro-step."""
+    """Placement of a micro-step's activations."""
 
     keeps_attention: bool
     host_bytes: int
     disk_bytes: int
     ring_bytes: int
-    """Of the host's, for what is under way to disk or back."""
+    """Host bytes of the ring of buffers for transfers to and from disk."""
     reason: str
-    """Why attention's output is kept or not."""
+    """Reason to save attention's output or not."""
 
 
 def hides(layers: Layers, rates: Rates, sequence: int) -> bool:
-    """Whether copying a layer's input and attention's output takes no longer than the layer's forward.
+    """Return True if copying a layer's input and attention's output is hidden by its forward.
 
-    By the arithmetic of matrix products and causal attention alone: a token of one layer is multiplied with its
-    matrices, and its heads with half of the whole sequence's keys and values.
+    Counts matrix products and causal attention: a token is multiplied with its layer's matrices, and its heads with
+    the keys and values of half of the whole sequence.
     """
     flops = 2 * layers.matrix_elements + 2 * sequence * layers.head_elements
     copied = layers.input_bytes + layers.output_bytes + layers.lse_bytes
@@ -101,20 +101,19 @@ def decide(
     shard: tuple[int, int] = (1, 1),
     ring_tensors: int = 4,
 ) -> Plan:
-    """What is kept where.
+    """Decide the placement of a micro-step's activations.
 
     Args:
-        layers: of the model.
-        tokens: of this rank's shard, B*s.
-        room: of the rank with the least.
+        layers: sizes of the model's layers.
+        tokens: tokens of this rank's shard, B*s.
+        room: room of the rank with the least.
         wanted: ``save_attention_output``.
         is_hidden: see ``hides``.
-        shard: ranks of a sequence, and sequences of a batch: for the longest sequence that would fit.
-        ring_tensors: how many tensors are under way to disk at once, in host memory.
+        shard: ranks per sequence and sequences per batch, to report the longest sequence that fits.
+        ring_tensors: number of tensors in flight to disk at once, in host memory.
 
     Raises:
-        OffloadError: there is no room for the inputs, or for the outputs too where they are wanted; with the longest
-            sequence that would fit.
+        OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
     """
     with_outputs = layers.waiting(tokens, True)
     fits = with_outputs <= room.host
@@ -132,11 +131,11 @@ def decide(
 
 
 def _places(layers: Layers, tokens: int, room: Room, keeps: bool, ring_tensors: int) -> tuple[int, int, int] | None:
-    """Bytes on the host, on disk and in the ring between them; None if there is no room."""
+    """Return the bytes on the host, on disk and in the ring between them; None if they do not fit."""
     needed = layers.waiting(tokens, keeps)
     if needed <= room.host:
         return needed, 0, 0
-    # Tensors go as a whole: of the largest, one may not fit that bytes would leave room for.
+    # Tensors are not split, so up to one of the largest may not fit in the remaining bytes.
     largest = max(layers.sizes(tokens, keeps))
     ring = min(ring_tensors * largest, room.host)
     on_host = min(needed, room.host - ring)
@@ -145,7 +144,7 @@ def _places(layers: Layers, tokens: int, room: Room, keeps: bool, ring_tensors: 
 
 
 def _most(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where none fits that is above one that does not."""
+    """Return the largest number that fits; ``fits`` must be monotonic."""
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high

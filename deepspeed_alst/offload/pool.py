@@ -1,7 +1,7 @@
-"""Host memory for what waits there: buffers of exactly the bytes asked for, to the page, used again and again.
+"""Pool of host buffers in page-rounded sizes, page-locked for CUDA and reused by size.
 
 PyTorch's pinned allocator rounds each block up to a power of two, which costs up to twice the host memory (PyTorch
-issue 95823). Here a buffer is a mapping of its own, which is registered with CUDA as it is.
+issue 95823). Here each buffer is its own memory mapping, registered with CUDA at its exact size.
 """
 
 import ctypes
@@ -22,34 +22,34 @@ PAGE = mmap.PAGESIZE
 
 
 def pages(num_bytes: int) -> int:
-    """Bytes of the pages that hold so many, at least one."""
+    """Round bytes up to whole pages, at least one."""
     return max(1, -(-num_bytes // PAGE)) * PAGE
 
 
 class Registry(Protocol):
-    """Makes host memory known to a device, which then reads and writes it by itself."""
+    """Registration of host memory with a device, which can then access it directly."""
 
     def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock a range."""
+        """Page-lock a memory range."""
 
     def unregister(self, address: int) -> None:
-        """Let go of the range that begins here."""
+        """Release the range that starts at this address."""
 
 
 class CudaRegistry:
-    """Ranges that CUDA copies to and from without a detour: ``cudaHostRegister``.
+    """Ranges page-locked by ``cudaHostRegister``, which CUDA copies without staging.
 
     Raises:
-        OffloadError: CUDA refuses a range; most often the limit of locked memory is too low.
+        OffloadError: CUDA refuses a range, most often because the limit of locked memory is too low.
     """
 
     def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock a range for all devices of this process."""
+        """Page-lock a memory range for all devices of this process."""
         portable = 1  # cudaHostRegisterPortable
         self._check(torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable), num_bytes)
 
     def unregister(self, address: int) -> None:
-        """Let go of the range that begins here, when nothing is copied to or from it any more."""
+        """Release the range that starts at this address, after all copies are done."""
         torch.cuda.synchronize()
         self._check(torch.cuda.cudart().cudaHostUnregister(address), 0)
 
@@ -64,27 +64,27 @@ class CudaRegistry:
 
 @dataclass
 class Buffer:
-    """Page-aligned bytes on the host."""
+    """Page-aligned host buffer."""
 
     bytes_n: torch.Tensor
-    """uint8, to the page."""
+    """uint8, a whole number of pages."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of it, whole pages."""
+        """Buffer size in bytes, whole pages."""
         return self.bytes_n.numel()
 
 
 @dataclass
 class HostPool:
-    """Buffers by size. What is given back is kept for the next of its size, and let go if the room is needed.
+    """Pool of host buffers by size; idle ones are reused, or freed when the budget needs their room.
 
     Args:
-        budget: bytes that all buffers may take together.
-        sizes: bytes that buffers are rounded up to where one of these is enough: those of the longest sequence so far.
-            Shorter ones use its buffers again, instead of many more of all sizes.
-        registry: page-locks them; None where there is no device to know them.
-        cpus: where their pages are to lie: those of the node that the device hangs on. Empty: wherever they come.
+        budget: maximum bytes of all buffers together.
+        sizes: bytes to round small requests up to: the tensor sizes of the longest sequence so far, so that shorter
+            sequences reuse its buffers instead of adding many sizes.
+        registry: page-locks the buffers; None without a device.
+        cpus: CPUs whose NUMA node is to hold the pages, those near the device; empty for any.
     """
 
     budget: int = 2**63 - 1
@@ -92,7 +92,7 @@ class HostPool:
     registry: Registry | None = None
     cpus: Set[int] = frozenset()
     num_bytes: int = 0
-    """Of all buffers, in use or idle."""
+    """Bytes of all buffers, in use or idle."""
     in_use: int = 0
     most_in_use: int = 0
     _idle: dict[int, list[Buffer]] = field(default_factory=lambda: defaultdict(list))
@@ -100,13 +100,13 @@ class HostPool:
     _closed: bool = False
 
     def take(self, num_bytes: int) -> Buffer | None:
-        """A buffer of so many bytes or a little more; None if the budget has no room for it.
+        """Take a buffer of at least ``num_bytes``; None if it does not fit in the budget.
 
         Raises:
-            OffloadError: the host, or CUDA, has no room for it although the budget has.
+            OffloadError: the host or CUDA has no room, although the budget has.
         """
         size = next((each for each in sorted(self.sizes) if each >= num_bytes), pages(num_bytes))
-        # Finalizers give back, and run wherever an object happens to die.
+        # Reentrant, as finalizers return buffers at any point, in any thread.
         with self._lock:
             if self._idle[size]:
                 buffer = self._idle[size].pop()
@@ -121,7 +121,7 @@ class HostPool:
             return buffer
 
     def give(self, buffer: Buffer) -> None:
-        """Give a buffer back; what is in it may be overwritten from now on."""
+        """Return a buffer to the pool; its contents may be overwritten from now on."""
         with self._lock:
             self.in_use -= buffer.num_bytes
             if self._closed:
@@ -130,7 +130,7 @@ class HostPool:
                 self._idle[buffer.num_bytes].append(buffer)
 
     def round_to(self, sizes: Iterable[int]) -> None:
-        """Have buffers of these sizes from now on; idle ones of other sizes go."""
+        """Round requests up to these sizes from now on; free idle buffers of other sizes."""
         with self._lock:
             self.sizes = tuple(sorted({pages(each) for each in sizes}))
             for size in set(self._idle) - set(self.sizes):
@@ -138,7 +138,7 @@ class HostPool:
                     self._unmap(self._idle[size].pop())
 
     def close(self) -> None:
-        """Let go of all idle buffers, and of the others as they come back."""
+        """Free all idle buffers now, and the others on return."""
         with self._lock:
             self._closed = True
             for buffers in self._idle.values():
@@ -146,7 +146,7 @@ class HostPool:
                     self._unmap(buffers.pop())
 
     def _make_room(self, size: int) -> None:
-        """Let idle buffers of other sizes go where the budget has no room beside them."""
+        """Free idle buffers of other sizes if the budget needs their room."""
         for other in sorted(self._idle, reverse=True):
             while self._idle[other] and self.num_bytes + size > self.budget:
                 self._unmap(self._idle[other].pop())
@@ -159,11 +159,11 @@ class HostPool:
                 f"alst.activation_checkpoint_cpu_offload: the host has no {size} bytes more ({error}). Use a shorter "
                 "sequence, or let the rest go to disk (nvme_path)."
             ) from error
-        # A process that is forked while these are full, as a DataLoader's workers are, is not to have them copied.
+        # Forked processes, such as DataLoader workers, must not copy these pages.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             if hasattr(mmap, advice):
                 memory.madvise(getattr(mmap, advice))
-        with owner("host"):  # by an operator, so that a ledger sees it
+        with owner("host"):  # allocated by an operator, so that a ledger records it
             bytes_n = torch.empty(0, dtype=torch.uint8).set_(
                 torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
             )
@@ -174,7 +174,7 @@ class HostPool:
         return Buffer(bytes_n)
 
     def _unmap(self, buffer: Buffer) -> None:
-        """The mapping goes with the last reference to it."""
+        """Unregister a buffer and drop its memory; the mapping is freed with its last reference."""
         if self.registry is not None:
             self.registry.unregister(buffer.bytes_n.data_ptr())
         self.num_bytes -= buffer.num_bytes
@@ -182,10 +182,10 @@ class HostPool:
 
 
 def _on_cpus(cpus: Set[int], work: Callable[[], object]) -> None:
-    """Do something in a thread that runs on these CPUs only: the kernel puts a page near who touches it first."""
+    """Run a function in a thread pinned to these CPUs: pages are allocated near the first thread that touches them."""
 
     def run() -> None:
-        os.sched_setaffinity(0, cpus)  # of this thread
+        os.sched_setaffinity(0, cpus)  # pins this thread only
         work()
 
     thread = threading.Thread(target=run)

@@ -1,6 +1,6 @@
-"""A file without a name in a folder of the user: nobody else sees it, and it vanishes with its process.
+"""Unnamed file in a user's folder: invisible to others, and freed when its process ends.
 
-The folder must be there, and is checked by what will be done in it: written to and read from.
+The folder must exist; it is checked by a test write and read.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from deepspeed_alst.errors import AlstError, ConfigError
 from deepspeed_alst.offload.channels import PAGE_BYTES, advice
 
 KEY = "alst.activation_checkpoint_cpu_offload.nvme_path"
-# The name of a moment, where the file system has no files without a name; a crash in that moment leaves it.
+# Short-lived name, for file systems without unnamed files; a crash before the unlink leaves the file behind.
 _PREFIX = ".deepspeed-alst-offload-"
 _NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class ScratchFile:
-    """A file of this process alone, open for reading and writing.
+    """File private to this process, open for reading and writing.
 
     Attributes:
-        descriptor: of the open file.
-        size_bytes: how long it is.
-        why_buffered: why it is not open with O_DIRECT; empty if it is.
-        reserves: whether its bytes are set aside on the disk as it grows, so that no write finds the disk full.
-        file_system: the name of the file system's kind, if it is known.
+        descriptor: the open file descriptor.
+        size_bytes: file size.
+        why_buffered: reason why it is not open with O_DIRECT; empty if it is.
+        reserves: True if disk blocks are reserved as the file grows, so that no write finds the disk full.
+        file_system: type of the file system, if known.
 
     Raises:
         ConfigError: the folder is missing or cannot be written to.
@@ -55,22 +55,22 @@ class ScratchFile:
 
     @property
     def warning(self) -> str:
-        """What is unwise about this folder; empty if nothing is."""
+        """Warning about this folder; empty if there is none."""
         if self.file_system in _IN_MEMORY:
             return f"{self.folder} is in memory ({self.file_system}): what is offloaded there frees none"
         return ""
 
     def grow(self, size_bytes: int, kind: type[AlstError]) -> None:
-        """Make the file this long, with its bytes set aside on the disk where the file system can.
+        """Grow the file, with its blocks reserved on disk where the file system supports it.
 
         Raises:
-            AlstError: of the given kind: the disk has not as much left. The file is as long as before.
+            AlstError: of the given kind: the disk does not have enough free space. The file size is unchanged.
         """
         needed = size_bytes - self.size_bytes
         if needed <= 0:
             return
         free = self.free_bytes()
-        # Asked first, so that a file that is far too long does not fill the disk of others for a moment.
+        # Checked first, so that a far too large file does not briefly fill a shared disk.
         if free is not None and free < needed:
             raise self._full(kind, needed, os.strerror(errno.ENOSPC), OSError(errno.ENOSPC, ""))
         try:
@@ -82,12 +82,12 @@ class ScratchFile:
         self.size_bytes = size_bytes
 
     def free_bytes(self) -> int | None:
-        """What the disk has left for this user; None if its file system does not say."""
+        """Return the disk's free bytes for this user; None if its file system does not report them."""
         state = os.fstatvfs(self.descriptor)
         return state.f_bavail * state.f_frsize if state.f_blocks else None
 
     def close(self) -> None:
-        """Give the space back."""
+        """Close the file, which frees its space."""
         os.close(self.descriptor)
 
     def _full(self, kind: type[AlstError], needed_bytes: int, reason: str | None, error: OSError) -> AlstError:
@@ -99,7 +99,7 @@ class ScratchFile:
         )
 
     def _use_direct(self) -> str:
-        """Open with O_DIRECT if a write gets through; why it does not, else."""
+        """Enable O_DIRECT if a test write succeeds; else return the reason why not."""
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         try:
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
@@ -124,9 +124,9 @@ class ScratchFile:
             raise OSError(errno.EIO, "a page that was written came back different")
 
     def _lengthen(self, size_bytes: int) -> bool:
-        """Set the bytes aside; where the file system cannot, only make the file longer. Whether it could.
+        """Reserve blocks up to this size, else only extend the file; return whether they were reserved.
 
-        posix_fallocate will not do: without the file system's help it writes to every block of the file.
+        posix_fallocate is unsuitable: without file system support it writes to every block.
         """
         libc = ctypes.CDLL(None, use_errno=True)
         begin, length = ctypes.c_int64(self.size_bytes), ctypes.c_int64(size_bytes - self.size_bytes)
@@ -141,24 +141,24 @@ class ScratchFile:
 
 
 def refused(folder: Path, reason: str) -> ConfigError:
-    """The error for a folder that cannot be used."""
+    """Return the ConfigError for an unusable folder."""
     return ConfigError(f"{KEY}={str(folder)!r}: {reason}.")
 
 
 def _why_not(folder: Path, error: OSError) -> str:
-    """Why no file can be opened in a folder, and the way out."""
+    """Return the reason why no file can be opened in a folder, and the fix."""
     if isinstance(error, FileNotFoundError) and not folder.exists():
-        # Not made: under a misspelt name, or where a disk is not mounted, it would lie on the system's disk.
+        # Not created: a misspelt path or unmounted disk would put the file on the system disk.
         return f"there is no such folder. Mount its disk, or make it: mkdir -p {shlex.quote(str(folder))}"
     return f"{error.strerror or error}. {advice(error)}"
 
 
 def _open_nameless(folder: Path) -> int:
-    """A new file that no folder lists: its space is free again as soon as no process has it open."""
-    for left in folder.glob(f"{_PREFIX}*"):  # a living owner is about to do the same
+    """Open an unnamed file, whose space is freed when no process has it open."""
+    for left in folder.glob(f"{_PREFIX}*"):  # a live owner is about to unlink it too
         with contextlib.suppress(OSError):
             left.unlink()
-    with contextlib.suppress(OSError):  # some network file systems cannot
+    with contextlib.suppress(OSError):  # some network file systems do not support it
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
     with contextlib.suppress(FileNotFoundError):
@@ -167,7 +167,7 @@ def _open_nameless(folder: Path) -> int:
 
 
 def _file_system(device: int) -> str:
-    """The kind of the file system on a device, as the kernel names it; empty if it does not tell."""
+    """Return the type of a device's file system, as the kernel names it; empty if unknown."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():

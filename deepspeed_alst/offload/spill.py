@@ -1,9 +1,9 @@
-"""Tensors that go to disk and come back, by way of a few host buffers.
+"""Transfers of tensors to disk and back through a ring of host buffers.
 
-A thread waits for the copy from the device, then for the disk, and gives the buffer back; the computation goes on
-meanwhile, and waits only when all buffers are under way. What went wrong there is raised by the next call.
+A thread waits for the copy from the device, then for the disk, and returns the buffer. The computation overlaps with
+this and waits only when all buffers are in flight. The next call raises the errors of earlier transfers.
 
-Legend: n bytes of a tensor, as they lie in memory.
+Legend: n bytes of a tensor in memory order.
 """
 
 import time
@@ -18,10 +18,10 @@ from deepspeed_alst.offload.copies import Copies
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.pool import Buffer, HostPool, pages
 
-# Transfers under way at once: a drive needs several to be busy.
+# Concurrent transfers: a drive needs several to reach its full rate.
 _COURIERS = 4
 RING = 4
-"""Tensors of the largest size that are under way at once."""
+"""Number of tensors of the largest size in flight at once."""
 
 
 @dataclass(eq=False)
@@ -32,17 +32,17 @@ class Ticket:
     num_bytes: int
     writing: Future[None] | None = None
     buffer: Buffer | None = None
-    """That it comes back into."""
+    """Buffer that it is read back into."""
     reading: Future[None] | None = None
 
 
 class Spill:
-    """The way to one file and back.
+    """Transfers to and from one file.
 
     Args:
-        file: on the disk.
-        ring: of the buffers; its budget becomes that of four of the largest tensor.
-        groups_ahead: how many groups of tensors the disk is asked for before the device is.
+        file: the file on disk.
+        ring: pool of the buffers; its budget becomes that of four of the largest tensor.
+        groups_ahead: number of groups prefetched from disk ahead of the copies to the device.
     """
 
     def __init__(self, file: DiskFile, ring: HostPool, groups_ahead: int = 2) -> None:
@@ -50,13 +50,13 @@ class Spill:
         self.ring = ring
         self.groups_ahead = groups_ahead
         self.seconds_waited = 0.0
-        """How long the computation stood still for the disk."""
+        """Seconds that the computation has waited for the disk."""
         self._couriers = ThreadPoolExecutor(_COURIERS, thread_name_prefix="alst-disk")
         self._under_way: list[Future[None]] = []
         self._closed = False
 
     def out(self, source_n: torch.Tensor, copies: Copies) -> tuple[Any, Ticket]:
-        """Start the way of a tensor's bytes to disk; returns what the device is to wait for, and the ticket.
+        """Start writing a tensor's bytes to disk; return the copy's event and the ticket.
 
         Raises:
             OffloadError: the disk has no room, or an earlier transfer failed.
@@ -80,7 +80,7 @@ class Spill:
         return done, ticket
 
     def fetch(self, ticket: Ticket) -> None:
-        """Start the disk's part of the way back, if there is a buffer for it beside the one that others may need."""
+        """Start reading a tensor from disk, if the ring has a buffer for it and one to spare."""
         size = pages(ticket.num_bytes)
         if ticket.reading is None and self.ring.in_use + 2 * size <= self.ring.budget:
             buffer = self.ring.take(size)
@@ -88,7 +88,7 @@ class Spill:
                 self._read(ticket, buffer)
 
     def back(self, ticket: Ticket, target_n: torch.Tensor, copies: Copies) -> Any:
-        """Start the device's part; returns what the device is to wait for.
+        """Start the copy of a tensor to the device; return the event to wait for.
 
         Raises:
             OffloadError: a transfer failed.
@@ -110,7 +110,7 @@ class Spill:
         return done
 
     def drop(self, ticket: Ticket) -> None:
-        """Nobody wants it any more. Never waits: it runs wherever an object happens to die."""
+        """Free a tensor's disk space without blocking: finalizers call it in any thread."""
         assert ticket.writing is not None
         last = ticket.reading or ticket.writing
 
@@ -123,7 +123,7 @@ class Spill:
         last.add_done_callback(free)
 
     def close(self) -> None:
-        """Let go of the file, without what is under way."""
+        """Close the file and cancel queued transfers."""
         self._closed = True
         self._couriers.shutdown(wait=False, cancel_futures=True)
         self.file.close()
@@ -135,13 +135,13 @@ class Spill:
         ticket.buffer = buffer
 
         def read() -> None:
-            writing.result()  # it is the disk's turn only when it has them
+            writing.result()  # the data must be on disk first
             self.file.read(buffer.bytes_n, ticket.offset).wait()
 
         ticket.reading = self._send(read)
 
     def _buffer(self, num_bytes: int) -> Buffer:
-        """A buffer of the ring; waits for the transfer that began first as long as there is none."""
+        """Take a ring buffer; wait for the oldest transfers until one is free."""
         self.ring.budget = max(self.ring.budget, RING * pages(num_bytes))
         while True:
             self._raise_what_failed()

@@ -1,10 +1,9 @@
-"""Tensors that wait for the backward off the device: on the host, and on disk where the host has no room.
+"""Store of offloaded activations: on the host, and on disk if the host has no room.
 
-They come in groups, one for each call of a checkpointed layer. The backward takes the groups in reverse: when the first
-tensor of one is asked for, all of the group before it start on their way back, so that they are there in time. At most
-two groups are on the device at once in either direction.
+Tensors are grouped by call of a checkpointed layer. The backward takes the groups in reverse: the first request to a
+group prefetches the one before it. At most two groups are on the device at once in either direction.
 
-Legend: n bytes of a tensor as they lie in memory.
+Legend: n bytes of a tensor in memory order.
 """
 
 import weakref
@@ -25,7 +24,7 @@ from deepspeed_alst.offload.spill import Spill
 
 @dataclass
 class Counts:
-    """What a store has moved."""
+    """Bytes moved by a store."""
 
     bytes_out: int = 0
     bytes_back: int = 0
@@ -34,11 +33,11 @@ class Counts:
 
 
 class Store:
-    """Where the activations of one engine wait.
+    """Activation store of one engine.
 
     Args:
-        pool: of host memory.
-        spill: what goes to disk when the pool has no room; None: that is an error.
+        pool: host memory.
+        spill: disk tier for tensors that do not fit in the pool; None makes that an error.
     """
 
     def __init__(self, pool: HostPool, spill: Spill | None = None) -> None:
@@ -50,14 +49,13 @@ class Store:
         self._leaving: list[Group] = []
 
     def group(self, stays: bool = False) -> "Group":
-        """A group of a checkpointed layer that begins now.
+        """Start a group for a call of a checkpointed layer.
 
         Args:
-            stays: whether its tensors stay on the device: the backward wants them at once.
+            stays: True to keep its tensors on the device, as the backward needs them at once.
         """
         before = self._last() if self._last is not None else None
-        # The tensors of the group before the last have left by now, or the computation waits until they have; between
-        # forward and backward there are none but those that stay.
+        # The second-last group leaves first. Between forward and backward only groups that stay are on the device.
         self.let_go(keep=0 if stays else 1)
         group = Group(self, before, stays)
         self._last = weakref.ref(group)
@@ -66,26 +64,26 @@ class Store:
         return group
 
     def close(self) -> None:
-        """Let go of everything; what still waits is lost when its graph is."""
+        """Release all buffers and files; tensors still offloaded are lost with their graph."""
         self.let_go()
         if self.spill is not None:
             self.spill.close()
         self.pool.close()
 
     def copies(self, device: torch.device) -> Copies:
-        """How to copy to and from a device."""
+        """Return the copies for a device."""
         if device not in self._copies:
             self._copies[device] = copies_of(device)
         return self._copies[device]
 
     def let_go(self, keep: int = 0) -> None:
-        """Have all groups but the last ``keep`` leave the device."""
+        """Free the device tensors of all offloaded groups but the last ``keep``."""
         while len(self._leaving) > keep:
             self._leaving.pop(0).has_left()
 
 
 class Group:
-    """The tensors of one call of a checkpointed layer."""
+    """Tensors of one call of a checkpointed layer."""
 
     def __init__(self, store: Store, before: "Group | None", stays: bool) -> None:
         self._store = store
@@ -94,10 +92,10 @@ class Group:
         self._waiting: list[weakref.ref[Waiting]] = []
 
     def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Put a tensor aside; what it returns gives it back, as often as it is called (a ``frames.Put``).
+        """Offload a tensor and return a function that restores it on each call (a ``frames.Put``).
 
         Raises:
-            OffloadError: there is no room for it, on the host or on disk.
+            OffloadError: neither the host nor the disk has room for it.
         """
         waiting = Waiting(self, tensor, self._store)
         self._waiting.append(weakref.ref(waiting))
@@ -106,17 +104,17 @@ class Group:
         return waiting.get
 
     def fetch(self) -> None:
-        """Have all of them come back."""
+        """Start copying all tensors back to the device."""
         for each in self._alive():
             each.come_back()
 
     def fetch_from_disk(self) -> None:
-        """Have those on disk come to the host."""
+        """Start reading the tensors on disk back to the host."""
         for each in self._alive():
             each.come_to_host()
 
     def fetch_before(self) -> None:
-        """Have those of the group before this one come back, and start the disk for as many as there are buffers."""
+        """Prefetch the group before this one, and read earlier groups from disk as buffers allow."""
         before = self._before() if self._before is not None else None
         if before is None:
             return
@@ -129,7 +127,7 @@ class Group:
             before.fetch_from_disk()
 
     def has_left(self) -> None:
-        """Let go of the tensors on the device; the computation waits for their copies first."""
+        """Free the device tensors, after the computation waits for their copies."""
         for each in self._alive():
             each.has_left()
 
@@ -139,25 +137,25 @@ class Group:
 
 @dataclass
 class _Held:
-    """Where the bytes of one tensor are; what its finalizer gives back."""
+    """Location of one tensor's bytes, released by its finalizer."""
 
     buffer: Buffer | None = None
     ticket: Any = None
-    """Of what is on disk."""
+    """Ticket of the bytes on disk."""
 
 
 @dataclass(eq=False)
 class Waiting:
-    """One tensor that waits."""
+    """One offloaded tensor."""
 
     group: Group
     _tensor: torch.Tensor | None
-    """On the device: it has not left, or it has come back and was not asked for yet."""
+    """The tensor on the device: not offloaded yet, or copied back and not requested yet."""
     _store: Store
     _held: _Held = field(default_factory=_Held)
     _done: Any = None
     _leaving: torch.Tensor | None = None
-    """What is copied out."""
+    """Source of the copy to the host."""
     _version: int = 0
 
     def __post_init__(self) -> None:
@@ -169,12 +167,12 @@ class Waiting:
         self._stays = True
 
     def leave(self) -> None:
-        """Start the way to the host."""
+        """Start the copy to the host or disk."""
         tensor, store = self._tensor, self._store
         assert tensor is not None
         if tensor.numel() == 0:
             return
-        source_n = self._leaving = _bytes(tensor)  # of one with gaps a copy, which must live as long
+        source_n = self._leaving = _bytes(tensor)  # a copy if it has gaps, which must live as long
         self._stays, self._version = False, tensor._version
         copies = self._copies
         with owner("host"):
@@ -195,10 +193,10 @@ class Waiting:
         store.counts.bytes_out += source_n.numel()
 
     def has_left(self) -> None:
-        """The device's copy goes.
+        """Free the device tensor.
 
         Raises:
-            OffloadError: it was written to meanwhile.
+            OffloadError: it was modified in place during the copy.
         """
         if self._stays or self._tensor is None:
             return
@@ -211,13 +209,13 @@ class Waiting:
         self._tensor = self._leaving = None
 
     def come_to_host(self) -> None:
-        """Start the way back from disk."""
+        """Start reading back from disk."""
         if self._held.ticket is not None and self._tensor is None:
             assert self._store.spill is not None
             self._store.spill.fetch(self._held.ticket)
 
     def come_back(self) -> None:
-        """Start the way back to the device."""
+        """Start the copy back to the device."""
         if self._tensor is not None:
             return
         store, held = self._store, self._held
@@ -234,14 +232,14 @@ class Waiting:
         self._tensor = tensor
 
     def get(self) -> torch.Tensor:
-        """The tensor, on its device."""
+        """Return the tensor on its device."""
         self._store.let_go()
         self.come_back()
         tensor = self._tensor
         assert tensor is not None
         if not self._stays:
             self._copies.wait_on_device(self._done)
-            self._tensor = None  # the caller's from here on; asked again, it comes again
+            self._tensor = None  # owned by the caller from here; the next call copies again
         self.group.fetch_before()
         return tensor
 
@@ -259,12 +257,12 @@ def _no_room(pool: HostPool, num_bytes: int) -> OffloadError:
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no values, as a ledger of real sizes has them: it fills no pool."""
+    """Return True for a FakeTensor, as used by a ledger of real sizes: it needs no pool memory."""
     return isinstance(tensor, FakeTensor)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory, ``[n]`` uint8; of one with gaps, a copy without."""
+    """Return a tensor's memory as ``[n]`` uint8; a dense copy if it has gaps."""
     tensor = tensor.detach()
     if not is_dense(tensor):
         tensor = tensor.contiguous()

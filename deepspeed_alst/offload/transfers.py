@@ -1,7 +1,7 @@
-"""Reads and writes under way: daemon threads do them, and no wait for them is without end.
+"""Disk transfers in daemon threads, where every wait has a time limit.
 
-A thread that a disk has stuck cannot be ended by anybody. So none is ever joined without a limit: neither at close nor
-by the interpreter at its exit, which waits for the threads of an executor.
+A thread blocked in a disk call cannot be stopped. So joins have a time limit, and the threads are daemons, as the
+interpreter waits for an executor's threads at exit.
 """
 
 import concurrent.futures
@@ -16,12 +16,12 @@ from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload.channels import Channel, advice
 
 Result = TypeVar("Result")
-# Even a disk that was silent for too long is given this long when somebody asks: the process may have been stopped.
+# Extra time per wait even for a silent disk: the process may have been suspended.
 _GRACE_SECONDS = 1.0
 
 
 class Transfer:
-    """A read or a write under way."""
+    """A read or write in flight."""
 
     def __init__(self, label: str, workers: "Workers") -> None:
         self._label = label
@@ -31,15 +31,15 @@ class Transfer:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not: ``wait`` returns or raises at once."""
+        """True if it has ended, with or without an error: ``wait`` returns or raises at once."""
         return self._future.done()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when the bytes are there.
+        """Block until the bytes are transferred.
 
         Args:
-            seconds: how long the disk may be silent, which is without progress on any transfer of its file; None takes
-                the file's own limit. A slow disk with a long queue is not silent.
+            seconds: limit on the disk's silence, the time without progress on any transfer of its file; None for the
+                file's own limit. A slow disk with a long queue is not silent.
 
         Raises:
             OffloadError: the transfer failed, or the disk was silent for too long.
@@ -48,7 +48,7 @@ class Transfer:
         self._future.result()
 
     def wait_ended(self, seconds: float | None = None) -> None:
-        """As ``wait``, and a transfer that failed is as good as any.
+        """Block until the transfer has ended; like ``wait``, but ignore its error.
 
         Raises:
             OffloadError: the disk was silent for too long.
@@ -71,11 +71,11 @@ class Transfer:
             self._workers.count_waited(time.monotonic() - begin)
 
     def settle(self) -> None:
-        """Return when it has ended, well or not: for the threads alone, as it knows no limit."""
+        """Block without a limit until the transfer has ended; for the worker threads only."""
         concurrent.futures.wait([self._future])
 
     def run(self, job: Callable[[Channel], None], channel: Channel) -> None:
-        """Do it, in a thread of the workers."""
+        """Run the transfer in a worker thread."""
         try:
             job(channel)
         except BaseException as error:
@@ -84,7 +84,7 @@ class Transfer:
             self._future.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        """End it with this error, put in words if it is the system's."""
+        """End the transfer with this error; wrap an OSError in an OffloadError."""
         if isinstance(error, OSError):
             words = OffloadError(f"{self._label}: {error.strerror or error}. {advice(error)}.")
             words.__cause__ = error
@@ -93,11 +93,11 @@ class Transfer:
 
 
 class Workers:
-    """Threads that do transfers in the order they were started in, one channel each.
+    """Threads that run transfers in FIFO order, each with its own channel.
 
     Args:
-        channels: one for each thread.
-        silence_seconds: how long the disk may be without progress.
+        channels: one per thread.
+        silence_seconds: time limit without progress on the disk.
     """
 
     def __init__(self, channels: Sequence[Channel], silence_seconds: float) -> None:
@@ -114,10 +114,10 @@ class Workers:
             thread.start()
 
     def start(self, label: str, job: Callable[[Channel], None]) -> Transfer:
-        """Have a job done; the label tells a reader of its error what it was.
+        """Queue a job; its errors begin with the label.
 
         Raises:
-            OffloadError: closed already.
+            OffloadError: already closed.
         """
         transfer = Transfer(label, self)
         with self._lock:
@@ -127,10 +127,10 @@ class Workers:
         return transfer
 
     def sign(self) -> None:
-        """A transfer has come further.
+        """Report progress of a transfer.
 
         Raises:
-            OffloadError: closed meanwhile, so that it need go no further.
+            OffloadError: closed in the meantime, so that the transfer can stop.
         """
         self.last_sign = time.monotonic()
         if self._closed:
@@ -142,7 +142,7 @@ class Workers:
             self.seconds_waited += seconds
 
     def close(self, seconds: float) -> bool:
-        """End the threads; what queues or is under way fails. Returns whether all have ended, within the given time."""
+        """Stop the threads and fail open transfers; return True if all threads ended within the given time."""
         with self._lock:
             self._closed = True
         while True:
@@ -155,7 +155,7 @@ class Workers:
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + seconds
-        # One of them may close, where it drops the last job and with it the last hold on the file.
+        # A worker thread may call this, when it drops the last job and with it the last reference to the file.
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -166,14 +166,14 @@ class Workers:
             transfer, job = next_job
             transfer.run(job, channel)
             self.last_sign = time.monotonic()
-            del transfer, job, next_job  # they hold a buffer, and the next job may be long in coming
+            del transfer, job, next_job  # they hold a buffer, and the next job may come much later
 
 
 def within(seconds: float, label: str, call: Callable[[], Result]) -> Result:
-    """What a call returns, or raises, if it does so in time: for what may hang as a whole, as opening a file.
+    """Run a call that may hang, such as opening a file, and return or raise its result within a time limit.
 
     Raises:
-        OffloadError: it has not returned; its thread is left behind.
+        OffloadError: the call has not returned; its thread is abandoned.
     """
     future: Future[Result] = Future()
 

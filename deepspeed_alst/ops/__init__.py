@@ -1,1 +1,1 @@
-"""Operators of this package that are compiled from csrc/, each beside its definition in torch."""
+"""Operators compiled from csrc/, each next to its PyTorch reference."""

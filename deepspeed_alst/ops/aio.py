@@ -1,7 +1,7 @@
-"""DeepSpeed's async I/O op as a channel to an open file: built once, and asked for no more than it can.
+"""DeepSpeed's async I/O op as a channel to an open file, built once, with its preconditions checked.
 
-The op trusts its caller: where it cannot lock memory, cannot set up its queue, or reads past a file's end, it ends the
-process. So these are checked here. It does not look at the outcome of a write; the disk tier compares what comes back.
+The op ends the process if it cannot lock memory, cannot set up its queue, or reads past the end of a file, so these are
+checked here. It ignores the result of a write; the disk tier compares the data it reads back.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from torch.utils import cpp_extension
 
 from deepspeed_alst.ops.build_once import OpBuildError, environment, first_error, only_builder
 
-# Requests of 1 MiB, 32 of them under way in each handle, which one thread submits: several handles work side by side.
+# 1 MiB per request, 32 in flight per handle, submitted by one thread; several handles run in parallel.
 _BLOCK_BYTES, _QUEUE_DEPTH, _SUBMITTERS = 1 << 20, 32, 1
 _CAP_IPC_LOCK = 1 << 14
 
 
 class FileChannel(Protocol):
-    """What reads and writes where the op cannot: system calls on the same file."""
+    """Fallback for buffers that the op does not support: system calls on the same file."""
 
     def write(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, to the file."""
+        """Write all bytes of the buffer to the file."""
 
     def read(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, from the file."""
+        """Read all bytes of the buffer from the file."""
 
 
 class AioChannel:
@@ -46,9 +46,9 @@ class AioChannel:
 
     Args:
         module: the op.
-        descriptor: of a file that may have no name; the op opens it by its entry in /proc.
-        otherwise: takes buffers that are not pinned. The op would copy them, into memory that it locks for each
-            transfer (0.6 GB/s where system calls and pinned buffers reach 1.5), and end the process where it may not.
+        descriptor: of a file that may be unlinked; the op opens it by its /proc entry.
+        otherwise: handles unpinned buffers. The op would copy them into memory that it locks for each transfer (0.6
+            GB/s; system calls and pinned buffers reach 1.5), and end the process if locking fails.
     """
 
     def __init__(self, module: ModuleType, descriptor: int, otherwise: FileChannel) -> None:
@@ -63,10 +63,10 @@ class AioChannel:
         self._otherwise = otherwise
 
     def write(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, to the file from this offset on.
+        """Write all bytes of the buffer to the file from this offset on.
 
         Raises:
-            OSError: the op could not open the file; it says no more.
+            OSError: the op could not open the file; it gives no details.
         """
         if not self._handle.is_pinned(buffer):
             self._otherwise.write(buffer, offset)
@@ -74,10 +74,10 @@ class AioChannel:
             raise OSError(errno.EIO, "DeepSpeed's async I/O op could not write")
 
     def read(self, buffer: torch.Tensor, offset: int) -> None:
-        """All bytes of the buffer, from the file from this offset on.
+        """Read all bytes of the buffer from the file from this offset on.
 
         Raises:
-            OSError: the op could not open the file; it says no more.
+            OSError: the op could not open the file; it gives no details.
         """
         if not self._handle.is_pinned(buffer):
             self._otherwise.read(buffer, offset)
@@ -86,7 +86,7 @@ class AioChannel:
 
 
 def open_aio_channels(descriptor: int, otherwise: Sequence[FileChannel]) -> list[AioChannel]:
-    """A channel of the op beside each of the given ones.
+    """Open a channel of the op for each of the given fallbacks.
 
     Raises:
         OpBuildError: the op cannot be built or loaded, cannot open the file, or the kernel has no queues left for it.
@@ -104,26 +104,26 @@ def open_aio_channels(descriptor: int, otherwise: Sequence[FileChannel]) -> list
 
 
 def locked_buffer(num_bytes: int) -> torch.Tensor | None:
-    """Memory that the op takes as pinned, ``[num_bytes]``; None if this process may not lock as much.
+    """Allocate memory that the op accepts as pinned, ``[num_bytes]``; None if the lock limit is too low.
 
-    It is never given back, as a tensor of it may outlive any owner: for buffers that are used again and again.
+    The memory is never freed, as a tensor of it may outlive any owner: use it for long-lived buffers only.
     """
     if not _may_lock(num_bytes):
         return None
-    # The memory belongs to the op and not to this handle, which is gone at once.
+    # The memory belongs to the op, not to this handle, which is freed at once.
     handle = load_aio().aio_handle(_BLOCK_BYTES, 1, False, True, 1)
     return handle.new_cpu_locked_tensor(num_bytes, torch.empty(0, dtype=torch.uint8))
 
 
 @functools.cache
 def load_aio() -> ModuleType:
-    """DeepSpeed's async I/O op: prebuilt, else built earlier, else built now, which takes a minute or more.
+    """Load DeepSpeed's async I/O op: prebuilt, else built earlier, else built now in a minute or more.
 
-    DeepSpeed's builder waits for ever for the lock of a build that was killed. This one builds in a folder of its own,
-    under a lock that a killed process gives back.
+    DeepSpeed's builder waits forever on the lock of a killed build. This one builds in its own folder, under a lock
+    that the kernel releases when the process dies.
 
     Raises:
-        OpBuildError: it cannot be built or loaded here; its ``way_out`` says what would help.
+        OpBuildError: it cannot be built or loaded here; its ``way_out`` names a fix.
     """
     builder = AsyncIOBuilder()
     folder = build_folder()
@@ -137,7 +137,7 @@ def load_aio() -> ModuleType:
             return _load_under_lock(builder, folder)
     except OpBuildError:
         raise
-    except Exception as error:  # DeepSpeed's and torch's builders, and compilers, fail in any way
+    except Exception as error:  # DeepSpeed's and torch's builders raise many types
         raise OpBuildError(
             f"DeepSpeed's async I/O op does not build: {first_error(str(error))}",
             "see the whole output of: python -c "
@@ -146,12 +146,12 @@ def load_aio() -> ModuleType:
 
 
 def is_aio_there() -> bool:
-    """Whether the op can be had at once: installed with DeepSpeed, or built here before."""
+    """Return True if the op is available without a build: installed with DeepSpeed, or built before."""
     return bool(installed_ops.get(AsyncIOBuilder.NAME)) or (build_folder() / "built").exists()
 
 
 def why_not_aio() -> OpBuildError | None:
-    """What is missing here for a build of the op, if anything."""
+    """Return an error that names the missing build dependency, or None."""
     if _has_libaio():
         return None
     return OpBuildError("libaio is missing here", "install libaio-dev (apt) or libaio-devel (dnf)")
@@ -159,16 +159,16 @@ def why_not_aio() -> OpBuildError | None:
 
 @functools.cache
 def _has_libaio() -> bool:
-    """Once a process: DeepSpeed's test program leaves a file descriptor open each time."""
+    """Check for libaio once per process: DeepSpeed's check leaks a file descriptor each time."""
     return AsyncIOBuilder().has_function("io_submit", ("aio",))
 
 
 def _load_under_lock(builder: AsyncIOBuilder, folder: Path) -> ModuleType:
-    """Load what is whole; else build it in a new folder, which counts once ``built`` leads to it."""
+    """Load a complete build, or build in a new folder that ``built`` links to when complete."""
     built = folder / "built"
     if built.exists():
         workplace = built.resolve()
-        for left in workplace.glob("*/lock"):  # nobody but the holder of our lock works here
+        for left in workplace.glob("*/lock"):  # only the holder of our lock works here
             left.unlink()
     else:
         for killed in folder.glob("build-*"):
@@ -182,7 +182,7 @@ def _load_under_lock(builder: AsyncIOBuilder, folder: Path) -> ModuleType:
 
 
 def build_folder() -> Path:
-    """Where the op is built; ``built`` in it leads to a whole build. DeepSpeed compiles for the very processor."""
+    """Return the build folder for this processor; its link ``built`` leads to a complete build."""
     processor = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -197,12 +197,12 @@ def _name(descriptor: int) -> str:
 
 
 def _num_queues() -> int:
-    """How many queues for asynchronous I/O this process has: the kernel maps each into its memory."""
+    """Count this process's async I/O queues: the kernel maps each into its memory."""
     return Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").count("/[aio]")
 
 
 def _may_lock(num_bytes: int) -> bool:
-    """Whether the system lets this process lock as much memory more."""
+    """Return True if this process may lock that many more bytes."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit == resource.RLIM_INFINITY:
         return True

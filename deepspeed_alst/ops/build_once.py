@@ -1,4 +1,4 @@
-"""What keeps a build at first use safe: one builder at a time, a restored environment, errors with a way out."""
+"""Safe builds at first use: one builder at a time, a restored environment, errors with a fix."""
 
 import contextlib
 import errno
@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# A build takes 10 s on a CPU and a minute for CUDA; who holds the lock for longer than this hangs.
+# A build takes 10 s on CPU and a minute for CUDA; a lock held for longer than this means a hang.
 _WAIT_SECONDS = 300.0
 
 
 class OpBuildError(RuntimeError):
-    """An op that cannot be built or loaded here, and what to do about it."""
+    """Error of an op that cannot be built or loaded here, with a fix in ``way_out``."""
 
     def __init__(self, reason: str, way_out: str) -> None:
         super().__init__(reason)
@@ -22,12 +22,12 @@ class OpBuildError(RuntimeError):
 
 @contextlib.contextmanager
 def only_builder(path: Path) -> Iterator[bool]:
-    """Hold a lock that the kernel gives back when its holder dies, however it dies.
+    """Hold a lock that the kernel releases when its holder dies for any reason.
 
-    Yields whether it is held: where the file system has no locks all build, each in a folder of its own.
+    Yields True if the lock is held. On a file system without locks every process builds, each in its own folder.
 
     Raises:
-        OpBuildError: another process has held it for too long.
+        OpBuildError: another process has held the lock for too long.
     """
     with path.open("w") as file:
         deadline = time.monotonic() + _WAIT_SECONDS
@@ -53,7 +53,7 @@ def only_builder(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for the time of a block."""
+    """Set environment variables inside the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -67,6 +67,6 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 def first_error(output: str) -> str:
-    """The line of a compiler's output to show: the first that says error, else the first."""
+    """Return the line of a compiler's output to show: the first with "error", else the first."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["the build failed without a word"]
     return next((line for line in lines[1:] if "error" in line.lower()), lines[0])

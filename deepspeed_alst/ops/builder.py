@@ -1,8 +1,8 @@
-"""DeepSpeed builders of the ops in csrc/: prebuilt at installation (``DS_BUILD_ALST=1``), or built at first use.
+"""DeepSpeed builders of the csrc/ ops: prebuilt at installation (``DS_BUILD_ALST=1``), or built at first use.
 
-A build at first use happens in a folder of its own and is moved into place when it is whole. So neither a build that
-was killed, nor its orphaned compilers, nor torch's lock file, which outlives its builder, can hurt or halt a later one.
-The lock (``build_once``) only keeps the ranks of a host from all building the same.
+A build at first use runs in its own folder and is moved into place when complete. A killed build, its orphaned
+compilers, and torch's lock file, which outlives its builder, therefore cannot break or block a later build. The lock
+(``build_once``) only keeps the ranks of a host from all building the same op.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from torch.utils import cpp_extension
 from deepspeed_alst.ops.build_once import OpBuildError, environment, first_error, only_builder
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# The oldest torch whose stable ABI has all that the sources use; the binaries run on this one and every later.
+# Oldest torch whose stable ABI has all that the sources use; the binaries run on it and on every later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Fused multiply-adds would round once where the definition rounds twice.
+# Fused multiply-adds would round once where the reference rounds twice.
 _CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", _TORCH_TARGET]
 _ARCHITECTURES = (80, 90, 100)
 
 
 def source_folder() -> Path:
-    """Where the C++ sources are: in the package if it was installed, beside it in a checkout.
+    """Return the folder of the C++ sources, inside the package or next to it.
 
     Raises:
         OpBuildError: neither has them.
@@ -46,35 +46,35 @@ def source_folder() -> Path:
 
 
 class _AlstBuilder(OpBuilder):
-    """What the builders of all devices share: where sources and binaries are, and how a build survives."""
+    """Base of the builders for all devices: source and binary locations, and safe builds."""
 
     BUILD_VAR: str
     NAME: str
     FILES: tuple[str, ...]
     OPS: tuple[str, ...]
-    """The ops that its library registers kernels of."""
+    """Ops that its library registers kernels of."""
 
     def __init__(self) -> None:
         super().__init__(name=self.NAME)
 
     def absolute_name(self) -> str:
-        """The module that a build at installation makes."""
+        """Return the name of the module built at installation."""
         return f"deepspeed_alst.ops.{self.NAME}_op"
 
     def sources(self) -> list[str]:
-        """Absolute paths, so that DeepSpeed does not look for them in its own folder."""
+        """Return absolute paths, so that DeepSpeed does not look for them in its own folder."""
         return [str(source_folder() / name) for name in (*self.FILES, "module.cpp")]
 
     def include_paths(self) -> list[str]:
-        """The folder of the headers."""
+        """Return the folder of the headers."""
         return [str(source_folder())]
 
     def cxx_args(self) -> list[str]:
-        """No -march=native, as DeepSpeed has: one binary for all hosts that share a home or an image."""
+        """Return flags without DeepSpeed's -march=native: one binary for all hosts that share a home or an image."""
         return list(_CXX_FLAGS)
 
     def why_not(self) -> OpBuildError | None:
-        """What is missing here for a build, if anything."""
+        """Return an error that names the missing build dependency, or None."""
         compiler = cpp_extension.get_cxx_compiler().split()[0]
         if shutil.which(compiler) is None:
             return OpBuildError(
@@ -86,20 +86,20 @@ class _AlstBuilder(OpBuilder):
         return None
 
     def find(self) -> str:
-        """Which binary of it there is that loads here: "prebuilt", "built", or none yet ("")."""
+        """Return the kind of binary that loads here: "prebuilt", "built", or "" for none."""
         with contextlib.suppress(ImportError):
             importlib.import_module(self.absolute_name())
             return "prebuilt"
         return "built" if self._built(self._build_folder()) else ""
 
     def load(self, verbose: bool = False) -> ModuleType:
-        """The op's module: prebuilt, else built earlier, else built now.
+        """Load the op's module: prebuilt, else built earlier, else built now.
 
         Raises:
-            OpBuildError: it cannot be built here; its ``way_out`` says what would help.
+            OpBuildError: it cannot be built here; its ``way_out`` names a fix.
         """
         if self.name not in OpBuilder._loaded_ops:
-            # A prebuilt op that does not load (another libc, an interrupted copy) is no reason not to build one.
+            # If a prebuilt op does not load (another libc, an interrupted copy), build it.
             with contextlib.suppress(ImportError):
                 OpBuilder._loaded_ops[self.name] = importlib.import_module(self.absolute_name())
         if self.name not in OpBuilder._loaded_ops:
@@ -107,10 +107,10 @@ class _AlstBuilder(OpBuilder):
         return OpBuilder._loaded_ops[self.name]
 
     def jit_load(self, verbose: bool = True) -> ModuleType:
-        """The op built at first use, by whoever of this host's processes comes first.
+        """Build the op at first use, in the first process of this host that needs it.
 
         Raises:
-            OpBuildError: something is missing, the folder cannot be written, or the compiler failed.
+            OpBuildError: a dependency is missing, the folder is not writable, or the compiler failed.
         """
         folder = self._build_folder()
         if module := self._built(folder):
@@ -122,7 +122,7 @@ class _AlstBuilder(OpBuilder):
             with only_builder(folder / "builder") as alone:
                 if module := self._built(folder):
                     return module
-                if alone:  # what is left here is of builders that were killed
+                if alone:  # left by killed builders
                     for left in folder.glob("build-*"):
                         shutil.rmtree(left, ignore_errors=True)
                 return self._build(folder, verbose)
@@ -132,7 +132,7 @@ class _AlstBuilder(OpBuilder):
             ) from error
 
     def _build_folder(self) -> Path:
-        """Where binaries of these very sources and flags are kept: another version of the package has its own."""
+        """Return the binary folder for exactly these sources and flags, not shared by package versions."""
         inputs = hashlib.sha256(
             repr((self.cxx_args(), self.nvcc_args(), sys.version_info[:2], torch.version.cuda)).encode()
         )
@@ -142,10 +142,10 @@ class _AlstBuilder(OpBuilder):
         return Path(root) / self.name / inputs.hexdigest()[:16]
 
     def _built(self, folder: Path) -> ModuleType | None:
-        """The module that was built here before; one that does not load counts as none."""
+        """Load the module built here before; None if there is none that loads."""
         for library in sorted(folder.glob("*.so")):
             spec = importlib.util.spec_from_file_location(library.stem, library)
-            assert spec is not None and spec.loader is not None  # the suffix is one that Python knows
+            assert spec is not None and spec.loader is not None  # Python knows the suffix
             with contextlib.suppress(ImportError):
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
@@ -154,15 +154,15 @@ class _AlstBuilder(OpBuilder):
 
     def _build(self, folder: Path, verbose: bool) -> ModuleType:
         workplace = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
-        # Of all ranks on a host the one that holds the lock comes here.
+        # Of all ranks on a host only the lock holder gets here.
         print(f"deepspeed_alst: compiling {self.NAME} into {folder}, once; up to a minute", file=sys.stderr, flush=True)
         try:
             with environment(TORCH_EXTENSIONS_DIR=str(workplace)):
                 module = super().jit_load(verbose)
             for library in workplace.glob("*/*.so"):
                 with library.open("rb") as file:
-                    os.fsync(file.fileno())  # loading a library whose pages a power cut has lost ends the process
-                library.replace(folder / library.name)  # at once or not at all
+                    os.fsync(file.fileno())  # loading a library with pages lost in a power cut ends the process
+                library.replace(folder / library.name)  # atomic
             return module
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             (folder / "failed.log").write_text(str(error), encoding="utf-8")
@@ -172,10 +172,10 @@ class _AlstBuilder(OpBuilder):
 
 
 class _AlstCpuBuilder(_AlstBuilder, CPUOpBuilder):
-    """What the builders for CPU share."""
+    """Base of the CPU builders."""
 
     def builder(self) -> Any:
-        """The extension for a build at installation: one for all later CPythons."""
+        """Return the extension for a build at installation: one for all later CPythons."""
         return cpp_extension.CppExtension(
             name=self.absolute_name(),
             sources=self.sources(),
@@ -186,7 +186,7 @@ class _AlstCpuBuilder(_AlstBuilder, CPUOpBuilder):
 
 
 class SumPiecesBuilder(_AlstCpuBuilder):
-    """Builds ``deepspeed_alst::sum_pieces`` for CPU."""
+    """Builder of ``deepspeed_alst::sum_pieces`` for CPU."""
 
     BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES"
     NAME = "alst_sum_pieces"
@@ -195,7 +195,7 @@ class SumPiecesBuilder(_AlstCpuBuilder):
 
 
 class TileOpsBuilder(_AlstCpuBuilder):
-    """Builds for CPU what Triton's kernels do on a GPU."""
+    """Builder of the CPU counterparts of the Triton kernels."""
 
     BUILD_VAR = "DS_BUILD_ALST_TILE_OPS"
     NAME = "alst_tile_ops"
@@ -212,12 +212,12 @@ class TileOpsBuilder(_AlstCpuBuilder):
     )
 
     def cxx_args(self) -> list[str]:
-        """With fused multiply-adds: these ops are judged by their error, and not bit by bit."""
+        """Return flags with fused multiply-adds: these ops are tested by error, not bit by bit."""
         return [each.replace("contract=off", "contract=fast") for each in _CXX_FLAGS]
 
 
 class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
-    """Builds ``deepspeed_alst::sum_pieces`` for CUDA; its library holds nothing for CPU."""
+    """Builder of ``deepspeed_alst::sum_pieces`` for CUDA; its library has no CPU kernel."""
 
     BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES_CUDA"
     NAME = "alst_sum_pieces_cuda"
@@ -225,29 +225,29 @@ class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
     OPS = ("sum_pieces",)
 
     def cxx_args(self) -> list[str]:
-        """USE_CUDA declares the stable ABI's CUDA streams."""
+        """Return flags with USE_CUDA, which declares the stable ABI's CUDA streams."""
         return [*_CXX_FLAGS, "-DUSE_CUDA"]
 
     def nvcc_args(self) -> list[str]:
-        """No --use_fast_math, as DeepSpeed has: it would round otherwise and lose subnormals."""
+        """Return flags without DeepSpeed's --use_fast_math, which changes rounding and flushes subnormals."""
         home = cpp_extension.CUDA_HOME
         return cuda_flags(f"{home}/bin/nvcc") if home else []
 
     def why_not(self) -> OpBuildError | None:
-        """What is missing here for a build, if anything."""
+        """Return an error that names the missing build dependency, or None."""
         if cpp_extension.CUDA_HOME is None:
             return OpBuildError("no CUDA toolkit found", "install one and name its folder in CUDA_HOME")
         try:
             assert_no_cuda_mismatch(self.name)
-        except Exception as error:  # DeepSpeed's are plain Exceptions
+        except Exception as error:  # DeepSpeed raises plain Exceptions
             return OpBuildError(str(error), "install the CUDA toolkit that torch was built with")
         return super().why_not()
 
     def load(self, verbose: bool = False) -> ModuleType:
-        """As for CPU, on devices that it is compiled for.
+        """Load the op as on CPU, on supported devices.
 
         Raises:
-            OpBuildError: no device, an older one than compute capability 8.0, or as for CPU.
+            OpBuildError: no device, compute capability below 8.0, or as on CPU.
         """
         if torch.version.hip is not None or not torch.cuda.is_available():
             raise OpBuildError("torch finds no CUDA device here", "run on a machine that has one")
@@ -257,7 +257,7 @@ class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
         return super().load(verbose)
 
     def builder(self) -> Any:
-        """The extension for a build at installation: one for all later CPythons."""
+        """Return the extension for a build at installation: one for all later CPythons."""
         return cpp_extension.CUDAExtension(
             name=self.absolute_name(),
             sources=self.sources(),
@@ -272,11 +272,11 @@ BUILDERS: dict[tuple[str, str], type[_AlstBuilder]] = {
     ("sum_pieces", "cuda"): CudaSumPiecesBuilder,
     ("tile_ops", "cpu"): TileOpsBuilder,
 }
-"""By library and device."""
+"""Builders by library and device."""
 
 
 def cuda_flags(nvcc: str) -> list[str]:
-    """What nvcc is called with: every architecture of ours that it knows, and PTX for what is newer."""
+    """Return nvcc's flags: each of our architectures that it supports, and PTX for newer ones."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in _ARCHITECTURES if f"compute_{each}" in known]
     oldest = f"compute_{_ARCHITECTURES[0]}"

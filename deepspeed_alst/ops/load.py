@@ -1,4 +1,4 @@
-"""Loads the compiled ops of ``csrc/``: once per process, and with a warning where there is none."""
+"""Loading of the compiled ops of ``csrc/``, once per process, with a warning if unavailable."""
 
 import functools
 import warnings
@@ -8,15 +8,15 @@ import torch
 
 @functools.cache
 def load(library: str, device_type: str, what: str) -> str:
-    """Put a library's kernels in the place of the definitions in torch, and say in words what will compute.
+    """Load a library's kernels over the PyTorch references, and return which one will compute.
 
-    A prebuilt library is taken if there is one, else it is built, which takes some seconds the first time. Where
-    neither can be, torch computes, with the same result; a warning then gives the reason and the way out.
+    A prebuilt library is preferred; else it is built, which takes some seconds the first time. If neither works, torch
+    computes with the same result, and a warning gives the reason and a fix.
 
     Args:
         library: a name of ``ops.builder.BUILDERS``.
         device_type: ``"cpu"`` or ``"cuda"``.
-        what: it computes, in words, for the warning.
+        what: the computation, in words, for the warning.
 
     Returns:
         ``"csrc op"``, or ``"torch (<why>)"``.
@@ -31,7 +31,7 @@ def load(library: str, device_type: str, what: str) -> str:
         builder().load(verbose=False)
         if not all(is_compiled(op, device_type) for op in builder.OPS):
             raise OpBuildError("its library registers no kernel", "rebuild it")
-    except Exception as error:  # a compiler can fail in any way, and training need not
+    except Exception as error:  # compilers raise many types; training can go on
         reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
         way_out = error.way_out if isinstance(error, OpBuildError) else "see the compiler's messages above"
         warnings.warn(
@@ -45,5 +45,5 @@ def load(library: str, device_type: str, what: str) -> str:
 
 
 def is_compiled(op: str, device_type: str) -> bool:
-    """Whether a compiled kernel of ``deepspeed_alst::<op>`` is in place for a device."""
+    """Return True if a compiled kernel of ``deepspeed_alst::<op>`` is registered for a device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"deepspeed_alst::{op}", device_type.upper())

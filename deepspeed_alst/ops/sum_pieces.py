@@ -1,9 +1,9 @@
-"""The local sum of a gradient reduction: P pieces of a slice, one of each rank, are added in one pass.
+"""Local sum of a gradient reduction: adds P pieces of a slice, one per rank, in one pass.
 
-The op ``deepspeed_alst::sum_pieces`` is defined here, with its torch definition for every device; ``load_sum_pieces``
-puts the compiled kernel of ``csrc/`` in its place where there is one.
+The op ``deepspeed_alst::sum_pieces`` is defined here, with a PyTorch reference for every device; ``load_sum_pieces``
+replaces it by the compiled kernel of ``csrc/`` if available.
 
-P pieces, n elements of the slice.
+Legend: P pieces, n elements of the slice.
 """
 
 import torch
@@ -13,17 +13,17 @@ from deepspeed_alst.ops.load import load
 
 _NAME = "deepspeed_alst::sum_pieces"
 _HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
-# The reference works in parts of this many elements: adding bf16 to fp32 makes an fp32 copy of the bf16 on CPU.
+# Elements per step of the reference: adding bf16 to fp32 makes an fp32 copy of the bf16 on CPU.
 _PART = 1 << 20
 
 
 def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
-    """The definition of ``sum_pieces`` in torch, and what runs where nothing is compiled: ``[P, n] -> [n]``.
+    """Compute ``sum_pieces`` in PyTorch, as reference and fallback: ``[P, n] -> [n]``.
 
-    fp64 pieces are added in fp64, into fp64: a yardstick. Memory: two fp32 parts of 2**20 elements.
+    fp64 pieces are summed in fp64, as ground truth. Memory: two fp32 parts of 2**20 elements.
 
     Raises:
-        ShapeError: sizes, strides, dtypes or devices that do not fit together.
+        ShapeError: incompatible sizes, strides, dtypes or devices.
     """
     _check(pieces_Pn, out_n)
     dtype = torch.promote_types(pieces_Pn.dtype, torch.float32)
@@ -39,7 +39,7 @@ def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: fl
 
 
 def _check(pieces_Pn: torch.Tensor, out_n: torch.Tensor) -> None:
-    """Raise a ShapeError, with all that is known of both tensors, unless they fit together."""
+    """Raise a ShapeError that describes both tensors, unless they are compatible."""
     is_yardstick = pieces_Pn.dtype == out_n.dtype == torch.float64
     if pieces_Pn.dim() != 2 or pieces_Pn.shape[0] == 0:
         wrong = "pieces must be [P, n] with P >= 1"
@@ -60,7 +60,7 @@ def _check(pieces_Pn: torch.Tensor, out_n: torch.Tensor) -> None:
 
 
 def _fake(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool) -> None:
-    """What the op does to tensors without data: nothing, once they fit together."""
+    """Check the tensors; the op does nothing else on fake tensors."""
     _check(pieces_Pn, out_n)
 
 
@@ -71,28 +71,28 @@ torch.library.register_fake(_NAME, _fake, lib=_library)
 
 
 def load_sum_pieces(device_type: str) -> str:
-    """Put the compiled op in place for ``"cpu"`` or ``"cuda"``, and say in words what will add (``ops.load.load``)."""
+    """Load the compiled op for ``"cpu"`` or ``"cuda"``, and return which one will compute (``ops.load.load``)."""
     return load("sum_pieces", device_type, "the sum of gradient pieces")
 
 
 def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
     """Add P pieces in one pass: ``[P, n] -> [n]``, ``out = scale * (((p0 + p1) + p2) + ...)``.
 
-    Pieces are bf16, fp16 or fp32, and added in fp32 in this order; the result is rounded once, to nearest even, to
-    bf16, fp16 or fp32. Infinities and NaNs go through (which NaN comes out is not promised). The compiled op and the
-    definition in torch agree bit by bit.
+    bf16, fp16 or fp32 pieces are added in fp32 in this order; the result is rounded once, to nearest even, to bf16,
+    fp16 or fp32. Inf and NaN propagate (which NaN is not specified). The compiled op and the reference agree bit by
+    bit.
 
     Args:
-        pieces_Pn: each piece contiguous; the distance between two pieces may be larger than n.
-        out_n: contiguous; its address need be a multiple of its element's size only. Shares no memory with the pieces.
-        scale: what the sum is multiplied by, as fp32.
+        pieces_Pn: each piece contiguous; the stride between pieces may be larger than n.
+        out_n: contiguous; alignment to its element size suffices. Must not overlap the pieces.
+        scale: fp32 factor of the sum.
         accumulate: ``out = out + scale * (...)`` instead, added in fp32 and rounded once.
 
     Raises:
-        ShapeError: sizes, strides, dtypes or devices that do not fit together.
+        ShapeError: incompatible sizes, strides, dtypes or devices.
     """
     _check(pieces_Pn, out_n)
-    if pieces_Pn.dtype == torch.float64:  # a yardstick: the compiled op does not know it
+    if pieces_Pn.dtype == torch.float64:  # fp64 is ground truth only; the compiled op does not support it
         sum_pieces_reference(pieces_Pn, out_n, scale, accumulate)
     else:
         torch.ops.deepspeed_alst.sum_pieces(pieces_Pn, out_n, scale, accumulate)

@@ -1,1 +1,1 @@
-"""Process groups, the mpu that DeepSpeed is handed, and what ranks tell each other."""
+"""Process groups, the mpu passed to DeepSpeed, gradient reduction, and agreement between ranks."""

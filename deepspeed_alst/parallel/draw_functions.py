@@ -1,4 +1,4 @@
-"""Torch's functions of chance, by counters: what each returns, in its own arguments; what is not available is refused.
+"""Counter-based versions of torch's random functions; unsupported ones raise UnsupportedModelError.
 
 Each is called with the mode (parallel/draw_mode.py), torch's function and the arguments of the call.
 """
@@ -19,7 +19,7 @@ _Draw = Callable[[int, torch.Tensor, int, torch.dtype], torch.Tensor]
 def _dropout(mode: Any, func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training or not 0 < p <= 1:
         return func(input, p, training, inplace)
-    # A weight is the same for all tokens.
+    # A weight has no token dim.
     is_weight = isinstance(input, torch.nn.Parameter)
     key, rows_N = mode.at(input.shape[:1] if is_weight else input.shape, not is_weight, input.device)
     result = draws.dropout(input, p, key, rows_N)
@@ -74,7 +74,7 @@ def _new_like(draw: _Draw) -> Any:
 
 
 def _new(draw: _Draw) -> Any:
-    """``torch.rand(sizes)`` and its kind: a tensor that is not made like one that the model has."""
+    """Make a counter-based ``torch.rand(sizes)``, for a new tensor not shaped like an existing one."""
 
     def counted(mode: Any, func: Any, *size: Any, **kwargs: Any) -> torch.Tensor:
         kwargs.pop("generator", None)
@@ -95,7 +95,7 @@ def _like(mode: Any, x: torch.Tensor, draw: _Draw, dtype: torch.dtype | None = N
 
 
 def _drawn(mode: Any, x: torch.Tensor, draw: _Draw, dtype: torch.dtype, of_tensor: bool) -> torch.Tensor:
-    """Numbers of the shape of a tensor, on its device."""
+    """Draw numbers of a tensor's shape, on its device."""
     key, rows_N = mode.at(x.shape, of_tensor, x.device)
     return draw(key, rows_N, x.numel() // max(1, len(rows_N)), dtype).view(x.shape)
 

@@ -1,14 +1,14 @@
-"""The random numbers that a model's forward draws, by whatever function of torch, drawn by counters instead.
+"""Counter-based random numbers for a model's forward, independent of ranks, tiles and recomputation.
 
-Within ``CountedDraws`` torch's functions of chance are others (parallel/draws.py): dropout, noise, samples. The mode is
-of its thread and of one forward; no function is replaced. A number's key says in which forward of which step it is
-drawn, and at which call; its row says of which token, or which rank of a sequence drew it:
+Within ``CountedDraws`` torch's random functions (dropout, noise, sampling) use parallel/draws.py instead. The mode
+belongs to one thread and one forward; no function is replaced. A number's key encodes the step, the forward and the
+call. Its row depends on the tensor:
 
-- a tensor with a row for each token of the shard: the tokens of the whole sequence, on whichever rank they are;
+- a tensor with a row per token of the shard: the token's index in the whole sequence, on any rank;
 - one without tokens (of a weight, a batch row, a layer to skip): the same on all ranks of a sequence;
-- any other (the tokens that an expert gets): the rank's own.
+- any other (the tokens routed to an expert): private to the rank.
 
-What may run again is a branch: a checkpointed layer, a module in tiles. It counts its calls from 0 each time.
+Code that may run again is a branch: a checkpointed layer, a tiled module. It counts its calls from 0 on each run.
 
 Legend: B batch, s tokens of this rank's shard, N rows, C columns.
 """
@@ -30,8 +30,8 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.parallel import draws
 from deepspeed_alst.parallel.draw_functions import COUNTED
 
-_ROW_STRIDE = 2**40  # between the tokens of two rows of a batch: no sequence is as long
-# Files of functions that run another again in the backward.
+_ROW_STRIDE = 2**40  # offset between batch rows: longer than any sequence
+# Files of functions that recompute another function in the backward.
 _CHECKPOINTS = (torch.utils.checkpoint.__file__, "deepspeed/runtime/activation_checkpointing/checkpointing.py")
 
 
@@ -40,34 +40,34 @@ class Forward:
     """One forward of a model."""
 
     key: tuple[int, ...]
-    """What tells it from every other of the training, on this replica or another."""
+    """Unique key among all forwards of the training, on all replicas."""
     replica: int
     rank: int
-    """Of this process among those of its sequence."""
+    """This process's rank in its sequence-parallel group."""
     rows: int
-    """B."""
+    """B, the batch size."""
     tokens: int
-    """s."""
+    """s, the tokens per shard."""
 
 
 @dataclass
 class _Place:
-    """Where in a forward the next number is drawn."""
+    """Position of the next draw in a forward."""
 
     forward: Forward
     path: tuple[int, ...] = ()
-    """The branches that lead there, each by its number in the one before."""
+    """Numbers of the enclosing branches, outermost first."""
     tile: slice | torch.Tensor | None = None
-    """The tokens of a tile, as places in the shard laid flat; None outside of tiles."""
+    """Token indices of a tile in the flattened shard; None outside of tiles."""
     calls: Counter[str] = field(default_factory=Counter)
 
     def next_key(self, kind: str, *parts: Any) -> int:
-        """The key of the next draw of a kind; kinds are counted apart, as ranks may draw some more often."""
+        """Return the key of the next draw of a kind; kinds have separate counters, as their counts differ by rank."""
         self.calls[kind] += 1
         return draws.key_of(self.forward.key, self.path, kind, self.calls[kind], *parts)
 
     def place(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
-        """The key and the rows of a draw of this shape, for a tensor that the model has or for a new one."""
+        """Return key and rows for a draw of this shape, for an existing tensor or a new one."""
         forward = self.forward
         flat = self._flat(device)
         count = len(flat)
@@ -75,7 +75,7 @@ class _Place:
         if lead and (len(shape) > 1 or of_tensor):
             return self.next_key("tokens", forward.replica), self._tokens(flat)
         rows = torch.arange(shape[0] if shape else 1, device=device)
-        if len(shape) < 2:  # what decides for all replicas (a layer to skip) is one number
+        if len(shape) < 2:  # a decision of all replicas (a layer to skip) is one number
             return self.next_key("shared", forward.replica if shape.numel() > 1 else None), rows
         if shape[0] not in (1, forward.rows) or (of_tensor and len(shape) == 2 and shape[1] > 1):
             tile = self.tile
@@ -89,20 +89,20 @@ class _Place:
         return self.next_key("shared", forward.replica), rows
 
     def _flat(self, device: torch.device) -> torch.Tensor:
-        """The tokens that the model works on just now, as places in the shard laid flat."""
+        """Return the token indices of the current tile, or of all tokens, in the flattened shard."""
         if isinstance(self.tile, torch.Tensor):
             return self.tile
         tile = self.tile or slice(0, self.forward.rows * self.forward.tokens)
         return torch.arange(tile.start, tile.stop, device=device)
 
     def _tokens(self, flat: torch.Tensor) -> torch.Tensor:
-        """Their numbers in the whole batch."""
+        """Map token indices of the flattened shard to indices in the whole batch."""
         s = self.forward.tokens
         return flat // s * _ROW_STRIDE + flat % s + self.forward.rank * s
 
 
 class CountedDraws(TorchFunctionMode):
-    """Inside, random numbers are drawn by counters."""
+    """Function mode that draws random numbers by counters."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -111,22 +111,22 @@ class CountedDraws(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         draw = COUNTED.get(func)
-        # A generator of the program's own is the program's.
+        # Calls with an explicit generator keep it.
         if draw is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         return draw(self, func, *args, **kwargs)
 
     def at(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
-        """The key and the rows of a draw."""
+        """Return the key and the rows of a draw."""
         _refuse_checkpoints()
         return self.place.place(shape, of_tensor, device)
 
     @contextlib.contextmanager
     def attention(self, device: torch.device) -> Iterator[None]:
-        """Inside, an attention kernel draws its dropout by counters.
+        """Draw the dropout of attention kernels by counters inside the context.
 
-        A GPU's kernels draw from the device's generator, which starts from the key here and is put back; on CPU torch
-        makes a mask of every pair of tokens, whose numbers go by head and query.
+        A GPU kernel draws from the device's generator, which is seeded with the key here and restored. On CPU torch
+        builds a mask of all token pairs, whose numbers depend on head and query.
         """
         _refuse_checkpoints()
         key, rank = self.place.next_key("attention", self.place.forward.replica), self.place.forward.rank
@@ -140,8 +140,8 @@ class CountedDraws(TorchFunctionMode):
 
 
 def _refuse_checkpoints() -> None:
-    """Refuse a draw in a checkpoint that is not transformers' of a layer, and would not draw it again."""
-    in_backward = torch._C._current_graph_task_id() != -1  # a forward that drew the same was let through
+    """Raise if a draw is in a checkpoint outside transformers' layers, whose recomputation would differ."""
+    in_backward = torch._C._current_graph_task_id() != -1  # its forward passed this check
     frame = None if in_backward else inspect.currentframe()
     while frame is not None:
         code = frame.f_code
@@ -156,11 +156,11 @@ def _refuse_checkpoints() -> None:
 
 
 Branch = Callable[..., contextlib.AbstractContextManager[None]]
-"""``again(tile=None)``: inside, numbers are drawn from the branch's beginning on, for a tile's tokens or for all."""
+"""``again(tile=None)``: context that draws from the branch's start, for a tile's tokens or all tokens."""
 
 
 def branch() -> Branch:
-    """Begin a part of the forward that may run again, as a whole or for a tile of the shard's tokens."""
+    """Start a branch: a part of the forward that may run again, whole or for a tile of the shard's tokens."""
     mode = current_draws()
     if mode is None:
         return lambda tile=None: contextlib.nullcontext()
@@ -171,7 +171,7 @@ def branch() -> Branch:
     @contextlib.contextmanager
     def again(tile: slice | torch.Tensor | None = None) -> Iterator[None]:
         with contextlib.ExitStack() as entered:
-            inside = current_draws() or entered.enter_context(CountedDraws(forward))  # none in a backward
+            inside = current_draws() or entered.enter_context(CountedDraws(forward))  # a backward has none
             before, inside.place = inside.place, _Place(forward, path, tile)
             try:
                 yield
@@ -182,7 +182,7 @@ def branch() -> Branch:
 
 
 def runs_again(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose every run draws the same: a branch that begins here."""
+    """Wrap a function in a branch, so that each run draws the same numbers."""
     return functools.partial(_run_again, branch(), function)
 
 
@@ -192,19 +192,19 @@ def _run_again(again: Branch, function: Callable[..., Any], *args: Any, **kwargs
 
 
 def current_draws() -> CountedDraws | None:
-    """The mode of this thread."""
+    """Return the mode of this thread."""
     modes = _get_current_function_mode_stack()
     return next((mode for mode in reversed(modes) if isinstance(mode, CountedDraws)), None)
 
 
 def counted_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """``CountedDraws.attention`` of this thread's mode."""
+    """Return ``CountedDraws.attention`` of this thread's mode, or a null context without one."""
     mode = current_draws()
     return contextlib.nullcontext() if mode is None else mode.attention(device)
 
 
 class _CountedMasks(TorchDispatchMode):
-    """The masks that torch's own attention draws on CPU, ``[B, h, S, S]``, for this rank's heads of the whole."""
+    """Dispatch mode for the dropout masks of torch's CPU attention, ``[B, h, S, S]``, of this rank's heads."""
 
     def __init__(self, key: int, rank: int) -> None:
         super().__init__()

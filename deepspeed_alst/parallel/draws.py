@@ -1,8 +1,7 @@
-"""Random numbers by counters: each is a hash of a key and of its row and column, and of no generator's state.
+"""Counter-based random numbers: each is a hash of a key, a row and a column, without generator state.
 
-The key says where in the training a number is drawn, the row is a token of the whole sequence. So a token gets the same
-numbers on whichever rank and in whichever tile it is, and again when its layer is recomputed; no mask is kept for the
-backward.
+The key encodes the position in the training, the row is a token of the whole sequence. So a token gets the same
+numbers on any rank, in any tile and in the recomputation; no mask is saved for the backward.
 
 Legend: N rows, C columns.
 """
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 
-_TILE_ELEMENTS = 2**22  # of bits that exist at a time
-# Random bits of a uniform number: what the dtype has room for below 1.
+_TILE_ELEMENTS = 2**22  # elements of random bits at a time
+# Random bits per uniform number: the precision of the dtype below 1.
 _DIGITS = {torch.float64: 31, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 def key_of(*parts: Any) -> int:
-    """Hash whatever names a draw to 63 bits, alike in every process."""
+    """Hash the parts that identify a draw to 63 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -44,19 +43,19 @@ def dropout(x: torch.Tensor, p: float, key: int, rows_N: torch.Tensor) -> torch.
 
     Args:
         x: ``[N, ...]``, or with its rows in several dims.
-        p: from 0 to 1.
-        key: of the draw.
-        rows_N: what the rows are counted as.
+        p: dropout probability, 0 to 1.
+        key: key of the draw.
+        rows_N: counter of each row.
     """
     return CountedDropout.apply(x, p, key, rows_N)
 
 
 class CountedDropout(torch.autograd.Function):
-    """``apply(x, p, key, rows_N)``: the same as ``dropout``."""
+    """Autograd function of ``dropout``: ``apply(x, p, key, rows_N)``."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float, key: int, rows_N: torch.Tensor) -> torch.Tensor:
-        """Drop and scale, and keep nothing but what the mask is made of."""
+        """Drop and scale; save only the arguments that regenerate the mask."""
         ctx.draw = p, key, rows_N
         if p == 1:
             return torch.zeros_like(x)
@@ -70,19 +69,19 @@ class CountedDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Make the mask again."""
+        """Regenerate the mask and apply it to the gradient."""
         return CountedDropout.apply(grad, *ctx.draw), None, None, None
 
 
 def _inside(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uniform numbers that are neither 0 nor 1, in fp32 at least."""
+    """Draw uniform numbers in (0, 1), both ends excluded, in fp32 at least."""
     dtype = torch.promote_types(dtype, torch.float32)
     digits = _DIGITS[dtype] - 1
     return _fractions(key, rows_N, columns, dtype, digits).add_(0.5).mul_(2.0**-digits)
 
 
 def _fractions(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype, digits: int) -> torch.Tensor:
-    """Whole numbers below ``2**digits``."""
+    """Draw integers below ``2**digits``."""
     result_NC = torch.empty(len(rows_N), columns, dtype=dtype, device=rows_N.device)
     for part in _parts(len(rows_N), columns):
         bits = _bits(key, rows_N[part], columns)
@@ -96,10 +95,10 @@ def _parts(rows: int, columns: int) -> list[slice]:
 
 
 def _bits(key: int, rows_N: torch.Tensor, columns: int) -> torch.Tensor:
-    """32 random bits for each row and column: ``[N] -> [N, C]`` int32."""
+    """Draw 32 random bits per row and column: ``[N] -> [N, C]`` int32."""
     of_row_N = _mixed(rows_N, key)
     of_column_C = _mixed(torch.arange(columns, device=rows_N.device), ~key)
-    # Rows differ in both halves of their 64 bits: two in a million would be alike in one.
+    # Both halves of a row's 64 bits are used: by one half, two in a million rows would collide.
     bits_NC = of_row_N.to(torch.int32)[:, None] + of_column_C.to(torch.int32)
     _xor_shift(bits_NC, 16).mul_(0x7FEB352D)
     bits_NC += (of_row_N >> 32).to(torch.int32)[:, None]
@@ -108,7 +107,7 @@ def _bits(key: int, rows_N: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _mixed(x: torch.Tensor, key: int) -> torch.Tensor:
-    """64 random bits for each number: ``[N] -> [N]`` int64, wrapping around."""
+    """Hash each number to 64 random bits: ``[N] -> [N]`` int64, with wraparound."""
     x = (x.to(torch.int64) + key) * -0x61C8864680B583EB
     x = _xor_shift(x, 30) * -0x40A7B892E31B1A47
     x = _xor_shift(x, 27) * -0x6B2FB644ECCEEE15
@@ -116,5 +115,5 @@ def _mixed(x: torch.Tensor, key: int) -> torch.Tensor:
 
 
 def _xor_shift(x: torch.Tensor, by: int) -> torch.Tensor:
-    """``x ^= x >> by`` in place, the shift filling with zeros."""
+    """Compute ``x ^= x >> by`` in place, as a logical shift."""
     return x.bitwise_xor_((x >> by).bitwise_and_(2 ** (8 * x.element_size() - by) - 1))

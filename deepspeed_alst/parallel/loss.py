@@ -1,7 +1,7 @@
-"""The loss of the whole sequence, on every rank, without autograd through a collective.
+"""Loss of the whole sequence on every rank, without autograd through a collective.
 
 A rank's share of the loss is the sum of its token losses divided by the sequence's token count; the value is the
-all-reduced sum of the shares. DeepSpeed averages gradients over all ranks (parallel/mpu.py), where the ranks of one
+all-reduced sum of the shares. DeepSpeed averages gradients over all ranks (parallel/mpu.py), but the ranks of one
 sequence must be summed, so the share's gradient is multiplied by the SP degree: exact for powers of 2.
 
 Legend: s tokens of this rank's shard, V vocabulary.
@@ -20,7 +20,7 @@ class _SumOverShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: torch.Tensor, whole: torch.Tensor, factor: int) -> torch.Tensor:
         ctx.factor = factor
-        # A copy also where the dtype is the same: models add to their loss in place.
+        # Copy even if the dtype is the same: models add to their loss in place.
         return whole.to(share.dtype, copy=True)
 
     @staticmethod
@@ -29,9 +29,9 @@ class _SumOverShards(torch.autograd.Function):
 
 
 def shard_divisor(labels: torch.Tensor, num_items: torch.Tensor | float | None = None) -> torch.Tensor:
-    """What a sum of token losses is divided by: ``[]`` in fp64, at least 1, on the labels' device.
+    """Return the divisor of a sum of token losses: ``[]`` in fp64, at least 1, on the labels' device.
 
-    The labelled tokens, or ``num_items`` where the caller knows better.
+    The number of labelled tokens, or ``num_items`` if given.
     """
     if num_items is not None:
         return torch.as_tensor(num_items, device=labels.device).double()
@@ -41,7 +41,7 @@ def shard_divisor(labels: torch.Tensor, num_items: torch.Tensor | float | None =
 def whole_sequence_divisor(
     labels: torch.Tensor, group: Any, num_items: torch.Tensor | float | None = None
 ) -> torch.Tensor:
-    """The same of a sequence whose tokens are split over a group: the labelled tokens of all its ranks.
+    """Return ``shard_divisor`` of a sequence sharded over a group: the labelled tokens of all its ranks.
 
     Collective over the group, unless ``num_items`` is given: one all-reduce of a number, no host sync.
     """
@@ -53,19 +53,19 @@ def whole_sequence_divisor(
 
 
 def _count(labels: torch.Tensor) -> torch.Tensor:
-    # fp64: a token count passes 2**24, where fp32 stops counting, at 17M tokens.
+    # fp64: fp32 is exact only up to 2**24, about 17M tokens.
     return (labels != IGNORED_LABEL).sum().double()
 
 
 def shard_loss(
     logits_sV: torch.Tensor, labels_s: torch.Tensor, divisor: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """This rank's share of a loss, ``[s, V], [s], [] -> []``: the sum of its token losses, divided.
+    """Compute this rank's share of a loss, ``[s, V], [s], [] -> []``: its summed token losses, divided.
 
-    Labels are shifted already; -100 counts for nothing. Without any label it is 0, not NaN, with gradients 0: the ranks
-    of a sequence still meet in its backward.
+    Labels are shifted already; -100 is ignored. Without any label the loss and its gradients are 0, not NaN: the
+    ranks of a sequence still meet in its backward.
     """
-    # fp32 as transformers' own loss does it; fp64 stays fp64.
+    # fp32 as in transformers' loss; fp64 stays fp64.
     logits_sV = logits_sV if logits_sV.dtype == torch.float64 else logits_sV.float()
     local_sum = F.cross_entropy(
         logits_sV,
@@ -78,7 +78,7 @@ def shard_loss(
 
 
 def whole_sequence_loss(share: torch.Tensor, group: Any) -> torch.Tensor:
-    """The loss of a sequence whose tokens are split over a group: the sum of the ranks' shares, on all of them.
+    """Sum the ranks' shares to the loss of a sequence sharded over a group, on all its ranks.
 
     Collective over the group: one all-reduce of an fp64 number, no host sync.
     """
@@ -86,10 +86,10 @@ def whole_sequence_loss(share: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def sum_over_shards(share: torch.Tensor, group: Any) -> torch.Tensor:
-    """The ranks' tensors added, on all of them: a part of the whole sequence's loss, of the same shape and dtype.
+    """Sum the ranks' tensors, on all ranks: a part of the whole sequence's loss, same shape and dtype.
 
-    A loss that every rank makes of the sum in the same way has in all ranks' parameters together the gradient of the
-    whole sequence, once DeepSpeed has averaged it: each rank hands on to its own share what comes back to it, times P.
+    If every rank computes the same loss from the sum, its gradient in all ranks' parameters, as averaged by
+    DeepSpeed, is that of the whole sequence: each rank passes the incoming gradient, times P, on to its own share.
     Collective over the group: one all-reduce in fp64, none in the backward, no host sync.
     """
     whole = share.detach().double()

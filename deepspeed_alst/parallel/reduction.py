@@ -1,13 +1,12 @@
-"""Sums of gradients over ranks: exact at the wire price of the gradients' own dtype, in slices of bounded memory.
+"""Exact gradient reduction over ranks, sent in the gradients' own dtype, in slices of bounded memory.
 
-The gradients are sent as they are. Each slice is split evenly over the ranks, whoever owns its elements; a rank gets
-all P pieces of its share, adds them in fp32 and divides once, after the sum. What follows depends on who needs the
-sums: nothing more where the share is the owner's (ZeRO 3), a second exchange to the owners (ZeRO 1, 2), or an
+Gradients are sent without conversion. Each slice is split evenly over the ranks, whoever owns its elements; a rank
+receives all P pieces of its share, adds them in fp32 and divides once, after the sum. The next step depends on the
+ZeRO stage: none where the share belongs to its owner (ZeRO 3), a second exchange to the owners (ZeRO 1, 2), or an
 all-gather (ZeRO 0).
 
-A rank sends, and gets, at most n * (P-1)/P elements for each of these steps. Sending the pieces straight to the owners
-of ZeRO 1 and 2 would save a step, but a bucket belongs to one or two ranks, and all the others' pieces would go through
-their links alone.
+In each step a rank sends and receives at most n * (P-1)/P elements. Sending the pieces directly to the owners of ZeRO
+1 and 2 would save a step, but a bucket belongs to one or two ranks, whose links all pieces would share.
 
 Legend: P ranks, n elements of a bucket, m of a rank's share of a slice.
 """
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from deepspeed_alst.ops.sum_pieces import sum_pieces
 from deepspeed_alst.parallel.slices import Piece, pieces_by_owner, segments
 
-# Elements; a GPU reads 16 bytes at a time where pieces begin at a multiple of that.
+# Elements: aligns pieces for the 16-byte loads of a GPU.
 _ALIGNED = 16
 
 
@@ -35,22 +34,22 @@ class Fragment:
     numel: int
     owner: int
     out: torch.Tensor | None = None
-    """Where the owner wants them added; None: in their place in the bucket."""
+    """Tensor of the owner to add them to; None: in place in the bucket."""
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How gradients are averaged over ranks.
+    """Averaging of gradients over ranks.
 
-    With ``dtype`` fp32 they travel in their own dtype and are added in fp32; with bf16 or fp16 they travel and are
-    added in that. The memory beyond the gradients is at most twice ``slice_bytes``: one slice and its received pieces.
+    With ``dtype`` fp32, gradients are sent in their own dtype and added in fp32; with bf16 or fp16, they are sent and
+    added in that dtype. Extra memory is at most twice ``slice_bytes``: one slice and its received pieces.
     """
 
     dtype: torch.dtype = torch.float32
     slice_bytes: int = 2**26
 
     def on_wire(self, dtype: torch.dtype) -> torch.dtype:
-        """What gradients of a dtype, or sums that are to end in it, are sent in."""
+        """Return the wire dtype of gradients of a dtype, or of sums that are to end in it."""
         return dtype if self.dtype == torch.float32 else self.dtype
 
     def shard(
@@ -60,22 +59,22 @@ class Reduction:
         accumulate: bool,
         group: dist.ProcessGroup,
     ) -> Iterator[torch.Tensor]:
-        """Average gradients and give each rank its share of each: ``[r*c, (r+1)*c)`` to rank r, c = ceil(n/P).
+        """Average gradients and shard each over the ranks: ``[r*c, (r+1)*c)`` to rank r, c = ceil(n/P).
 
         Args:
-            grads: the same on all ranks in number, order and sizes; any shapes.
-            place: where the share of gradient i goes, 1-D of c elements; asked when its first sums are there. Past the
-                end of the gradient it becomes zero.
-            accumulate: add to what is in that place, in its dtype.
+            grads: any shapes; the same number, order and sizes on all ranks.
+            place: returns the 1-D output of c elements for the share of gradient i, called when its first sums are
+                ready. Elements past the end of the gradient are set to zero.
+            accumulate: True to add to the output, in its dtype.
             group: the ranks.
 
         Yields:
-            Each gradient's share in turn, in its place; the gradient is no longer read.
+            Each gradient's share in turn, in its output; the gradient is no longer read.
         """
         P = dist.get_world_size(group)
         columns = [math.ceil(grad.numel() / P) for grad in grads]
         wire = self.on_wire(_widest(grads))
-        # Sums that are added in 16 bits are rounded first, into one buffer more.
+        # Sums that are added in 16 bits are rounded first, into one more buffer.
         width = self._share((2 * P + accumulate) * wire.itemsize, sum(columns))
         scratch = _Scratch(grads[0], 2 * P * width * wire.itemsize)
         outs: dict[int, torch.Tensor] = {}
@@ -91,7 +90,7 @@ class Reduction:
                     outs[part.index] = place(part.index)
                 out = outs[part.index][part.start : part.stop]
                 _put(pieces_Pm[:, part.at : part.at + part.width], out, scale, accumulate)
-            # The last gradient of a slice may go on in the next one.
+            # The last gradient of a slice may continue in the next one.
             finished = parts[-1].index + (parts[-1].stop == columns[parts[-1].index])
             for index in range(done, finished):
                 yield outs.pop(index) if index in outs else place(index)
@@ -101,13 +100,13 @@ class Reduction:
     def to_owners(
         self, bucket_n: torch.Tensor, fragments: Sequence[Fragment], dtype: torch.dtype, group: dist.ProcessGroup
     ) -> None:
-        """Average a bucket and give each owner its fragments, as ``dtype``; what else is in the bucket is lost."""
+        """Average a bucket and send each owner its fragments as ``dtype``; the rest of the bucket is overwritten."""
         P, r = dist.get_world_size(group), dist.get_rank(group)
         bounds = [0, *running_sums(fragment.numel for fragment in fragments)]
         owners = [fragment.owner for fragment in fragments]
         wire, sums = self.on_wire(bucket_n.dtype), self.on_wire(dtype)
-        # First the pieces (where the wire adds: what is sent, and the sum); then this rank's share in the order of
-        # owners, and what it gets. Beside both, the share as it was summed.
+        # First the pieces (if the wire adds: the sent slice and the sum); then this rank's share sorted by owner, and
+        # the fragments it receives. The summed share needs memory beside both.
         of_pieces = (P if self.dtype == torch.float32 else P + 1) * wire.itemsize
         region = max(of_pieces, (1 + P) * sums.itemsize)
         share = self._share(region + sums.itemsize, math.ceil(bucket_n.numel() / P))
@@ -127,7 +126,7 @@ class Reduction:
                 else:
                     offset = piece.start - bounds[piece.fragment]
                     out = fragment.out[offset : offset + piece.numel]
-                    # Not add_, which on CPU copies its operand first where the dtypes differ.
+                    # Not add_, which on CPU first copies its operand if the dtypes differ.
                     sum_pieces(sums_of_piece[None], out, 1.0, accumulate=True)
 
     def everywhere(
@@ -155,7 +154,7 @@ class Reduction:
                 outs[part.index][part.start : part.stop].copy_(all_n[part.at : part.at + part.width])
 
     def _share(self, bytes_per_element: int, most: int) -> int:
-        """A rank's share of a slice, in elements, if each of them needs so many bytes of extra memory on this rank."""
+        """Return the elements of a rank's share of a slice, given the extra bytes per element on this rank."""
         share = min(2 * self.slice_bytes // bytes_per_element, -(-most // _ALIGNED) * _ALIGNED)
         return max(1, share - share % _ALIGNED if share > _ALIGNED else share)
 
@@ -176,16 +175,16 @@ class Reduction:
     def _exchange(
         self, send_Pm: torch.Tensor, scratch: "_Scratch", start: int, scale: float, group: dist.ProcessGroup
     ) -> tuple[torch.Tensor, float]:
-        """This rank's pieces, in the scratch from byte ``start`` on, and the factor that their sum still needs.
+        """Return this rank's pieces, in the scratch from byte ``start`` on, and the remaining factor of their sum.
 
-        One piece where the wire adds; what was sent is changed then.
+        If the wire adds, there is one piece, and the sent tensor is overwritten.
         """
         P, m = send_Pm.shape
         if self.dtype == torch.float32:
             received_Pm = scratch.take(start, P * m, send_Pm.dtype).view(P, m)
             dist.all_to_all_single(received_Pm, send_Pm, group=group)
             return received_Pm, scale
-        # Before the sum, as DeepSpeed does it: 16 bits overflow early.
+        # Scale before the sum, as DeepSpeed does: 16 bits overflow early.
         send_Pm.mul_(scale)
         sum_1m = scratch.take(start, m, send_Pm.dtype).view(1, m)
         dist.reduce_scatter_tensor(sum_1m, send_Pm, group=group)
@@ -193,24 +192,24 @@ class Reduction:
 
 
 class _Scratch:
-    """One buffer for all slices of a call: what a collective still holds of the last slice then takes no more."""
+    """One buffer for all slices of a call, so that collectives of earlier slices hold no extra memory."""
 
     def __init__(self, like: torch.Tensor, num_bytes: int) -> None:
         self._bytes = like.new_empty(num_bytes, dtype=torch.uint8)
 
     def take(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """So many elements from byte ``start`` on."""
+        """Return a view of ``numel`` elements from byte ``start`` on."""
         return self._bytes[start : start + numel * dtype.itemsize].view(dtype)
 
 
 def _slice_end(start: int, end: int, numel: int, num_ranks: int) -> int:
-    """Where a slice ends that starts here: what does not split evenly comes last and alone, as padding is a copy."""
+    """Return the end of the slice starting at ``start``; the uneven rest is last and alone, as padding copies."""
     rest = min(end - start, numel)
     return start + (rest - rest % num_ranks if rest > num_ranks else rest)
 
 
 def _fill(send_Pw: torch.Tensor, grad: torch.Tensor, start: int, num_columns: int) -> None:
-    """Columns from ``start`` of a gradient laid out as [P, num_columns], zeros past its end."""
+    """Copy columns from ``start`` of a gradient laid out as [P, num_columns], with zeros past its end."""
     P, width = send_Pw.shape
     flat_n = grad.reshape(-1)
     whole = min(P, flat_n.numel() // num_columns)
@@ -223,7 +222,7 @@ def _fill(send_Pw: torch.Tensor, grad: torch.Tensor, start: int, num_columns: in
 
 
 def _put(pieces_Pw: torch.Tensor, out_w: torch.Tensor, scale: float, accumulate: bool) -> None:
-    """Sum pieces into a place, or round the sum to its dtype and add it to what is there, as DeepSpeed does."""
+    """Sum pieces into an output, or round the sum to its dtype and add it, as DeepSpeed does."""
     if accumulate and out_w.dtype != torch.float32:
         rounded_w = torch.empty_like(out_w)
         sum_pieces(pieces_Pw, rounded_w, scale)
@@ -235,13 +234,13 @@ def _put(pieces_Pw: torch.Tensor, out_w: torch.Tensor, scale: float, accumulate:
 def _hand_over(
     mine_m: torch.Tensor, first: int, owned: list[list[list[Piece]]], scratch: _Scratch, group: dist.ProcessGroup
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Send each rank what it owns of this rank's share; what this rank owns of all shares, piece by piece.
+    """Send each rank the parts it owns of this rank's share; yield this rank's pieces of all shares.
 
     Args:
         mine_m: the share, whose first element is element ``first`` of the bucket.
         first: see above.
-        owned: ``owned[p][q]`` is what rank q owns of rank p's share.
-        scratch: what is sent and received goes to its beginning.
+        owned: ``owned[p][q]`` lists the pieces of rank p's share that rank q owns.
+        scratch: holds the send and receive buffers, from its start.
         group: the ranks.
     """
     r = dist.get_rank(group)

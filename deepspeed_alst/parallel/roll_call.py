@@ -1,7 +1,7 @@
-"""Who is missing when a collective fails: the backends say that someone is, and not who.
+"""Detection of missing ranks after a failed collective: the backends do not name them.
 
-Every rank that is left asks each of the others for a sign of life, over a gloo group of which nothing else makes use:
-one whose collective has timed out is broken. Nobody waits here until something has failed.
+Each remaining rank sends a message to every other rank, over a dedicated gloo group, as a group whose collective has
+timed out is broken. This costs nothing until a collective fails.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ import torch.distributed as dist
 
 from deepspeed_alst.errors import RankLostError
 
-# Ranks wait from about the same moment on, and give up at about the same.
+# Ranks start to wait, and give up, at about the same time.
 _ANSWER_SECONDS = 10.0
-# Parts of what gloo and torch say when a peer is gone or silent; they have no class of their own for it.
+# Parts of gloo's and torch's messages for a lost or silent peer, which has no exception class.
 _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 def world_timeout() -> timedelta:
-    """How long a collective of the world may take: the program's choice, or DeepSpeed's (``DEEPSPEED_TIMEOUT``).
+    """Return the timeout of the world's collectives: the program's, or DeepSpeed's (``DEEPSPEED_TIMEOUT``).
 
-    ``dist.new_group`` does not take it over: without a word it waits 30 minutes over gloo.
+    ``dist.new_group`` does not inherit it: its default is 30 minutes over gloo.
     """
     world = dist.distributed_c10d._get_default_group()
     options = getattr(world._get_backend(world._device_types[0]), "options", None)
@@ -34,14 +34,14 @@ def world_timeout() -> timedelta:
 
 @contextlib.contextmanager
 def naming_who_is_missing(group: Any, seconds: float = _ANSWER_SECONDS) -> Iterator[None]:
-    """Inside, a collective that fails as another rank is gone or silent is an error with that rank's number.
+    """Convert a collective's failure inside the context to an error with the lost or silent rank's number.
 
     Args:
-        group: all ranks over gloo, for this alone.
-        seconds: how long a rank may take to answer.
+        group: all ranks over gloo, used for nothing else.
+        seconds: time limit for a rank's answer.
 
     Raises:
-        RankLostError: instead of the backend's error, which it has as its cause.
+        RankLostError: instead of the backend's error, which is its cause.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def naming_who_is_missing(group: Any, seconds: float = _ANSWER_SECONDS) -> Itera
 
 
 def call_roll(group: Any, seconds: float) -> dict[int, str]:
-    """The ranks that do not answer, each with what became of it; blocks for at most twice ``seconds``."""
+    """Return the ranks that do not answer, each with its state; blocks for at most twice ``seconds``."""
     rank, found = dist.get_rank(group), dict[int, str]()
 
     def ask(peer: int) -> None:
@@ -76,7 +76,7 @@ def call_roll(group: Any, seconds: float) -> dict[int, str]:
 
 
 def _describe(error: RuntimeError, missing: dict[int, str], world_size: int) -> str:
-    # Without the place in the backend's sources, and its advice.
+    # Drop the backend's source location and its advice.
     reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
     if not missing:
         return f"a collective failed, though all {world_size} ranks answer: they do not call the same ones ({reason})"

@@ -1,6 +1,6 @@
-"""Which elements of a bucket travel in which slice, and who is to have them: integers only.
+"""Index arithmetic of gradient slices and of their owners. Integers only.
 
-A slice is what is reduced at a time; each rank sums one equal share of it, whoever owns the elements.
+Slices are reduced one at a time; each rank sums an equal share, whoever owns the elements.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class Segment:
 
 
 def segments(num_columns: Sequence[int], width: int) -> Iterator[list[Segment]]:
-    """Slices of at most ``width`` columns that hold the columns of all gradients, in their order."""
+    """Yield slices of at most ``width`` columns that hold the columns of all gradients in order."""
     filled: list[Segment] = []
     used = 0
     for index, columns in enumerate(num_columns):
@@ -57,7 +57,7 @@ class Piece:
 def pieces_by_owner(
     bounds: Sequence[int], owners: Sequence[int], start: int, stop: int, num_ranks: int
 ) -> list[list[Piece]]:
-    """What each of the ranks owns of ``[start, stop)``, in the bucket's order.
+    """Return the pieces of ``[start, stop)`` that each rank owns, in bucket order.
 
     Fragment i holds the elements ``[bounds[i], bounds[i + 1])`` and belongs to rank ``owners[i]``.
     """

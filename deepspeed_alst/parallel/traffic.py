@@ -1,6 +1,6 @@
-"""How many bytes this rank has sent in the all-to-alls of a group: counted where they are launched.
+"""Bytes that this rank sent in the all-to-alls of a group, counted at launch.
 
-Forward and backward of every layer share nothing but the group, so the count hangs on it, and goes when it goes.
+The count is keyed by group, all that every layer's forward and backward share, and is dropped with it.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ _SENT: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def count_sent(group: Any, num_bytes: int) -> None:
-    """So many bytes leave this rank for others of the group; None, the default group, is not counted."""
+    """Add bytes sent from this rank to others of the group; None, the default group, is not counted."""
     if group is not None:
         _SENT[group] = _SENT.get(group, 0) + num_bytes
 
 
 @contextlib.contextmanager
 def uncounted(group: Any) -> Iterator[None]:
-    """Inside, what is sent over the group does not count."""
+    """Exclude bytes sent over the group inside the context from the count."""
     before = sent_bytes(group)
     try:
         yield
@@ -29,5 +29,5 @@ def uncounted(group: Any) -> Iterator[None]:
 
 
 def sent_bytes(group: Any) -> int:
-    """What was counted so far."""
+    """Return the bytes counted so far."""
     return _SENT.get(group, 0)

@@ -1,1 +1,1 @@
-"""Tiles: what one rank computes piece by piece, in time."""
+"""Tiled computation: one rank processes its tokens tile by tile, in time."""

@@ -1,11 +1,11 @@
-"""DeepSpeed's ``TiledMLP`` and ``TiledFusedLogitsLoss``, under their signatures, as plain checkpointed tiles.
+"""DeepSpeed's ``TiledMLP`` and ``TiledFusedLogitsLoss``, same signatures, as plain checkpointed tiles.
 
-A tile is computed under ``torch.utils.checkpoint``, so that one tile's intermediates live at a time. Autograd sums the
-tiles before a weight's gradient is handed on: each weight gets its gradient once a pass, scaled by what comes in from
-behind. DeepSpeed 0.19.8 runs the loss's backward inside its forward, where the factor of gradient accumulation is not
-known, and divides by the tiles asked for where fewer were made.
+Each tile runs under ``torch.utils.checkpoint``, so that only one tile's intermediates exist at a time. Autograd sums
+a weight's gradient over the tiles: each weight gets one gradient per pass, scaled by the upstream gradient. DeepSpeed
+0.19.8 runs the loss's backward inside its forward, where the gradient accumulation factor is unknown, and divides by
+the requested number of tiles even if fewer were made.
 
-Legend: B batch, S sequence as it comes in, T = B*S tokens.
+Legend: B batch, S sequence of the input, T = B*S tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ def tiled_mlp(
     shards: int,
     compute_params: Sequence[torch.nn.Parameter] | None = None,
 ) -> torch.Tensor:
-    """``fn(module, x)`` on tiles of the tokens: ``[..., S, M] -> [..., S, M']``, at most ``shards`` of them.
+    """Compute ``fn(module, x)`` in at most ``shards`` tiles of tokens: ``[..., S, M] -> [..., S, M']``.
 
-    ``compute_params`` is accepted and not needed: autograd knows the weights.
+    ``compute_params`` is accepted but unused: autograd tracks the weights.
     """
     outputs = [checkpoint(fn, module, tile, use_reentrant=False) for tile in torch.chunk(x, shards, dim=-2)]
     return torch.cat(outputs, dim=-2)
@@ -42,13 +42,13 @@ def tiled_logits_loss(
     compute_params: Sequence[torch.nn.Parameter] | None,
     output_reduction: str,
 ) -> torch.Tensor:
-    """The sum or mean of ``fn(module, x, y)`` over tiles of the tokens: ``[B, S, ...], [B, S, ...] -> []``.
+    """Compute the sum or mean of ``fn(module, x, y)`` over tiles of tokens: ``[B, S, ...], [B, S, ...] -> []``.
 
-    ``fn`` gets rows of all samples, ``[T', ...]``, and a piece of ``mask`` as a third tensor where there is one. "mean"
-    divides by the tiles that were made, at most ``shards``.
+    ``fn`` gets rows of all samples, ``[T', ...]``, and a tile of ``mask`` as a third tensor if there is one. "mean"
+    divides by the actual number of tiles, at most ``shards``.
 
     Raises:
-        ShapeError: an unknown reduction, or shapes that do not fit together.
+        ShapeError: an unknown reduction, or mismatched shapes.
     """
     _check_loss_call(x, y, mask, output_reduction)
     rows = [x, y] if mask is None else [x, y, mask]

@@ -1,8 +1,8 @@
-"""Stacked experts, one after the other: for mixtures whose fp32 sums of weight gradients would not fit.
+"""Stacked MoE experts run one by one, for mixtures whose fp32 sums of weight gradients do not fit.
 
-Every expert gets all its tokens at once, so its weights' gradient is made once and needs no sum over tiles of tokens;
-an expert with more tokens than a tile has sums of its own alone. Each is run by the module's own forward, on a shell of
-the module that holds its slice of the weights.
+Each expert gets all its tokens at once, so its weights' gradient needs no sum over tiles; an expert with more tokens
+than a tile has sums for itself only. It runs the module's own forward, on a shallow copy with its slice of the
+weights.
 
 Legend: T tokens, k experts per token, E experts, H hidden size, n tokens of one expert.
 """
@@ -19,7 +19,7 @@ from deepspeed_alst.tiling.tiled_pass import autocast_as_here
 
 
 def num_stacked_experts(module: torch.nn.Module) -> int:
-    """E where all that a module holds is stacked by expert, matrices of three dims among it; else 0."""
+    """Return E if all parameters of a module are stacked by expert, some of them 3-D; else 0."""
     params = list(module.parameters())
     own = list(module.parameters(recurse=False))
     shapes = [getattr(param, "ds_shape", param.shape) for param in own]
@@ -32,14 +32,14 @@ def num_stacked_experts(module: torch.nn.Module) -> int:
 def by_expert(
     work: TokenWise, tile_rows: int, x_TH: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
 ) -> torch.Tensor:
-    """A module of stacked experts, expert by expert: ``[T, H], [T, k], [T, k] -> [T, H]``.
+    """Run a module of stacked experts, expert by expert: ``[T, H], [T, k], [T, k] -> [T, H]``.
 
     Args:
-        work: the module, of which ``num_stacked_experts`` is not 0.
-        tile_rows: of one expert's tokens, at least 1.
-        x_TH: the tokens.
-        index_Tk: their experts.
-        weight_Tk: what each expert's output is multiplied by.
+        work: the module, for which ``num_stacked_experts`` is not 0.
+        tile_rows: rows of one expert's tile, at least 1.
+        x_TH: input tokens.
+        index_Tk: experts of each token.
+        weight_Tk: factors of the experts' outputs.
     """
     names = [name for name, _ in work.module.named_parameters()]
     result = _ByExpert.apply(work, tile_rows, names, x_TH, index_Tk, weight_Tk, *work.module.parameters())
@@ -64,7 +64,7 @@ class _ByExpert(torch.autograd.Function):
         ctx.save_for_backward(x_TH, index_Tk, weight_Tk)
         if work.value_unused and torch._C._current_graph_task_id() != -1:
             return torch.empty_like(x_TH)
-        # In fp32: k roundings a token would be added otherwise.
+        # In fp32: otherwise k rounding errors per token would add up.
         result_TH = torch.zeros_like(x_TH, dtype=torch.promote_types(x_TH.dtype, torch.float32))
         for expert, pairs in _experts(index_Tk, len(stacks[0])):
             shell = _shell(work.module, names, [stack[expert : expert + 1] for stack in stacks])
@@ -116,21 +116,21 @@ class _ByExpert(torch.autograd.Function):
 
 
 def _experts(index_Tk: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each expert that has tokens, and the places of its (token, expert) pairs in ``index_Tk``, flat."""
+    """Yield each expert that has tokens, with the flat indices of its (token, expert) pairs in ``index_Tk``."""
     flat = index_Tk.flatten()
     places = flat.argsort(stable=True)
-    # The one host sync of a pass; transformers' own loop over experts has it too.
+    # The only host sync of a pass; transformers' own loop over experts has it too.
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     start = 0
     for expert, count in enumerate(counts):
-        # One past the last stands for no expert.
+        # The index E marks no expert.
         if count and expert < num_experts:
             yield expert, places[start : start + count]
         start += count
 
 
 def _shell(module: torch.nn.Module, names: list[str], slices: list[torch.Tensor]) -> torch.nn.Module:
-    """The module as it would be with one expert, without copying it."""
+    """Return a shallow copy of the module that holds one expert, without copying weights."""
     shell = object.__new__(type(module))
     num_experts = len(getattr(module, names[0]))
     vars(shell).update({name: value for name, value in vars(module).items() if name != "forward"})

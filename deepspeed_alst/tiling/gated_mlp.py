@@ -1,9 +1,8 @@
-"""A gated MLP in closed form: ``down(act(gate(x)) * up(x))``, and all its gradients, of one tile and without a graph.
+"""Gated MLP in closed form: ``down(act(gate(x)) * up(x))`` and its gradients, per tile, without a graph.
 
-A tile's backward makes gate and up once more, and ``d_a``, the gradient of what goes into the last matrix. Then one
-pass turns the three into the gradients of gate and up, and into ``a`` itself (kernels/gated.py). So a tile needs three
-values a row and inner feature, where autograd keeps and makes six or more. What is a gated MLP, and whether it may be
-taken for one now, tiling/structure.py says.
+A tile's backward recomputes gate and up, and computes ``d_a``, the gradient of the last matrix's input. Then one pass
+turns the three into the gradients of gate and up, and into ``a`` itself (kernels/gated.py). So a tile needs three
+values per row and inner feature, where autograd needs six or more. Gated MLPs are detected in tiling/structure.py.
 
 Legend: t rows of a tile, M model dim, F inner features.
 """
@@ -20,23 +19,23 @@ _COPIES = 3
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """The matrices of one, as they stand in the module."""
+    """Linears of one gated MLP module."""
 
     activation: str
     """One of ``kernels.gated.ACTIVATIONS``."""
     first: tuple[torch.nn.Linear, ...]
-    """What makes gate and up, in this order; or the one that makes both, each as a half of its output."""
+    """Linears of gate and up, in this order; or one Linear whose output holds both as halves."""
     up_comes_first: bool
-    """Of a matrix that makes both."""
+    """True if up is the first half of a single Linear's output."""
     down: torch.nn.Linear
 
     def row_bytes(self, element_size: int) -> int:
-        """Bytes that a row of a tile needs in the backward: gate, up and ``d_a``. The forward needs the first two."""
+        """Return the bytes per row in the backward: gate, up and ``d_a``. The forward needs the first two."""
         return _COPIES * self.down.in_features * element_size
 
     def forward(self, x_tM: torch.Tensor, out_tM: torch.Tensor) -> None:
-        """The module's value of one tile, into ``out_tM``."""
-        # Triton is loaded where tiles are.
+        """Compute the module's output of one tile into ``out_tM``."""
+        # Imported here to load Triton only if tiles are used.
         from deepspeed_alst.kernels.gated import gated_activation_
 
         gate_tF, up_tF = self.halves(self._first_outputs(x_tM))
@@ -46,13 +45,13 @@ class GatedMlp:
     def backward(
         self, x_tM: torch.Tensor, grad_tM: torch.Tensor, sums: WeightGradients, out_tM: torch.Tensor | None
     ) -> None:
-        """Gradients of one tile from that of its value: of the weights into ``sums``, of ``x_tM`` into ``out_tM``.
+        """Compute gradients of one tile: of the weights into ``sums``, of ``x_tM`` into ``out_tM``.
 
         Args:
             x_tM: the tile's rows.
-            grad_tM: of what ``forward`` made of them.
-            sums: of the weights that train; the others are left out.
-            out_tM: None if nobody wants it.
+            grad_tM: gradient of the output of ``forward``.
+            sums: gradient sums of the trainable weights; other weights are skipped.
+            out_tM: output for the gradient of ``x_tM``; None to skip it.
         """
         from deepspeed_alst.kernels.gated import gated_gradients_
 
@@ -72,7 +71,7 @@ class GatedMlp:
         return [_linear(x_tM, linear) for linear in self.first]
 
     def halves(self, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Gate and up ``[t, F]``, as views."""
+        """Return gate and up, ``[t, F]``, as views."""
         if len(made) == 1:
             made = made[0].split(self.down.in_features, 1)
         return made[::-1] if self.up_comes_first else made
@@ -85,7 +84,7 @@ def _linear(x: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor | None =
 
 
 def _add_gradients(sums: WeightGradients, linear: torch.nn.Linear, grad: torch.Tensor, x: torch.Tensor) -> None:
-    """Of ``y = x W' + b``: those of W and b, from that of y ``[t, features]``."""
+    """Add the gradients of W and b in ``y = x W' + b``, from the gradient of y ``[t, features]``."""
     sums.add_product(linear.weight, grad, x)
     if linear.bias is not None and sums.wants(linear.bias):
         sums.add_one(linear.bias, grad.sum(0))

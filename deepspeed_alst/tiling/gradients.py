@@ -1,4 +1,4 @@
-"""The sum of a weight's gradients over the tiles of one pass."""
+"""Sum of weight gradients over the tiles of one pass."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,12 +9,12 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 
 class WeightGradients:
-    """Gradients of some weights, summed over tiles in one flat buffer and handed on in the weights' dtype.
+    """Weight gradients, summed over tiles in one flat buffer and returned in the weights' dtype.
 
     Args:
-        weights: that need a gradient.
-        num_tiles: whose gradients will be added; of a single one no sum is made, and there is no buffer.
-        fp32: whether half-precision gradients are summed in fp32, for 4 bytes a weight while the pass runs.
+        weights: the weights that need a gradient.
+        num_tiles: number of tiles to sum; a single tile needs no buffer.
+        fp32: True to sum half-precision gradients in fp32, for 4 bytes per weight during the pass.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], num_tiles: int, fp32: bool) -> None:
@@ -27,21 +27,21 @@ class WeightGradients:
             self._buffers = _views(weights, torch.float32 if half and fp32 else None)
 
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add one tile's; None for a weight that the tile did not use."""
+        """Add one tile's gradients; None for a weight that the tile did not use."""
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 self._add(index, gradient)
 
     def wants(self, weight: torch.Tensor) -> bool:
-        """Whether a weight is one of these."""
+        """Return True if the weight is in this set."""
         return id(weight) in self._places
 
     def add_one(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add one tile's gradient of one of the weights."""
+        """Add one tile's gradient of one weight."""
         self._add(self._places[id(weight)], gradient)
 
     def add_product(self, weight: torch.Tensor, left_tN: torch.Tensor, right_tK: torch.Tensor) -> None:
-        """Add ``left' right [N, K]``, one tile's, unless the weight is none of these."""
+        """Add ``left' right [N, K]`` of one tile, if the weight is in this set."""
         if not self.wants(weight):
             return
         index = self._places[id(weight)]
@@ -63,11 +63,11 @@ class WeightGradients:
             self._sums[index] = gradient
 
     def sums(self) -> list[torch.Tensor | None]:
-        """The sums as they are summed; None for a weight that no tile used."""
+        """Return the sums in their accumulation dtype; None for a weight that no tile used."""
         return list(self._sums)
 
     def result(self) -> list[torch.Tensor | None]:
-        """The sums in the weights' dtype."""
+        """Return the sums in the weights' dtype."""
         return [
             None if total is None else total.to(weight.dtype)
             for total, weight in zip(self._sums, self._weights, strict=True)
@@ -75,10 +75,10 @@ class WeightGradients:
 
 
 def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor], name: str) -> None:
-    """Check that a tile's graph ends in its rows and its module's own weights: no other gets a gradient.
+    """Raise if a tile's graph uses a weight outside its module, which would get no gradient.
 
     Raises:
-        UnsupportedModelError: the forward uses a weight that is not the module's, as a replaced ``forward`` may.
+        UnsupportedModelError: the forward uses a weight of another module, as a replaced ``forward`` may.
     """
     known_ids = {id(each) for each in known}
     nodes = [each.grad_fn for each in outputs if each.grad_fn is not None]
@@ -99,7 +99,7 @@ def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torc
 
 @contextlib.contextmanager
 def without_hooks(weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Keep the weights' own hooks (``Tensor.register_hook``) out of the gradients of tiles: theirs is the sum.
+    """Disable the weights' hooks (``Tensor.register_hook``) inside the context: they apply to the sum.
 
     ``torch.autograd.grad`` would call them for every tile, and autograd once more for the sum.
     """
@@ -114,7 +114,7 @@ def without_hooks(weights: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 def _views(weights: Sequence[torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
-    """A buffer for each weight, all in one allocation where they share a dtype."""
+    """Allocate a buffer per weight, all in one allocation if they share a dtype."""
     kinds = {dtype or weight.dtype for weight in weights}
     if len(kinds) > 1:
         return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]

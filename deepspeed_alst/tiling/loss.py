@@ -1,11 +1,11 @@
-"""Logits, loss and gradients tile by tile, in one pass: the logits of the whole sequence never exist.
+"""Tiled logits, loss and gradients in one pass: the logits of the whole sequence never exist.
 
-A tile's logits become the gradient of its summed cross-entropy at once, and that the gradients of the hidden states and
-of the head's weights, which wait for the factor that comes in from behind (the mean, gradient accumulation, loss
-scaling). Rows without a label take no part. The head's weights get one gradient a pass, summed in fp32 over the tiles.
+Each tile's logits become the gradient of its summed cross-entropy, and that the gradients of the hidden states and
+the head's weights. The backward scales them by the upstream gradient (mean, gradient accumulation, loss scaling).
+Rows without a label are skipped. The head's weights get one gradient per pass, summed over tiles in fp32.
 
-With ``on_the_way`` a kernel makes a tile's gradient in place of its logits (kernels/cross_entropy.py, or Liger's by
-kernels/liger.py); without, torch does.
+With ``on_the_way`` a kernel computes a tile's gradient in place of its logits (kernels/cross_entropy.py, or Liger's
+by kernels/liger.py); without it, torch does.
 
 Legend: T rows (tokens, flat), t rows of a tile, H hidden size, V vocabulary.
 """
@@ -23,27 +23,27 @@ from deepspeed_alst.parallel.draw_mode import Branch
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
-# Of a logit: as the head makes it and as its gradient goes back, in two bytes each, and three fp32 values between.
+# Per logit: the head's output and its gradient in two bytes each, and three fp32 values in between.
 _BYTES_PER_LOGIT = 16
-# By the kernel one value, which is both, and fp32 at most.
+# The kernel needs one value for both, fp32 at most.
 _BYTES_IN_PLACE = 4
 _FEWEST_ROWS = 64
 _BLOCK = 2**24
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""``[t, V], [t], [] -> [], [t, V]``: the summed loss of a tile, and its gradient times a number."""
+"""``[t, V], [t], [] -> [], [t, V]``: the summed loss of a tile, and its gradient times a scale."""
 
 
 @dataclass(frozen=True)
 class OnTheWay:
-    """What a model does to its logits before its loss, as far as the kernel can do it: a scale, then a soft cap."""
+    """Logit steps before the loss that the kernel supports: a scale, then a softcap."""
 
     logit_scale: float = 1.0
     softcap: float = 0.0
-    """0 is none."""
+    """0 disables it."""
     by_liger: bool = False
-    """Whether Liger's kernel does it, and not this package's; it has no scale."""
+    """True to use Liger's kernel, which has no scale, instead of this package's."""
 
 
 def _draw_nothing(tile: torch.Tensor) -> contextlib.AbstractContextManager[None]:
@@ -51,7 +51,7 @@ def _draw_nothing(tile: torch.Tensor) -> contextlib.AbstractContextManager[None]
 
 
 def loss_tile_rows(budget: TiledLossBlock, vocab: int, in_place: bool = False) -> int:
-    """Rows of a tile whose logits fit into its bytes, at least 64, or those that the user sets."""
+    """Return the rows of a tile whose logits fit in the budget, at least 64, or the user's ``tile_tokens``."""
     bytes_per_logit = _BYTES_IN_PLACE if in_place else _BYTES_PER_LOGIT
     return budget.tile_tokens or max(_FEWEST_ROWS, budget.tile_bytes // (bytes_per_logit * vocab))
 
@@ -67,22 +67,22 @@ def tiled_loss(
     on_the_way: OnTheWay | None = None,
     drawing: Branch = _draw_nothing,
 ) -> torch.Tensor:
-    """The summed cross-entropy of the labelled rows, times ``scale``: ``[T, H], [T], [] -> []`` in fp32, fp64 in fp64.
+    """Compute the summed cross-entropy of labelled rows, times ``scale``: ``[T, H], [T], [] -> []`` in fp32 or fp64.
 
     Args:
-        logits: ``[t, H] -> [t, V]``, the head with all that the model does to its output.
-        weights: what ``logits`` multiplies with; those that train get a gradient.
-        hidden_TH: the head's input.
-        labels_T: shifted already; rows labelled -100 are left out before the matrix product.
-        scale: the mean's 1/N. It is in the logits' gradient before that is rounded, as in a loss that is not tiled; but
-            for fp16, which has no room for it.
+        logits: ``[t, H] -> [t, V]``, the head and all steps on its output.
+        weights: the weights that ``logits`` uses; trainable ones get a gradient.
+        hidden_TH: input of the head.
+        labels_T: shifted already; rows labelled -100 are dropped before the matrix product.
+        scale: 1/N of the mean, applied to the logits' gradient before rounding, as without tiles; after it in fp16,
+            for range.
         tile_rows: rows of a tile, at least 1.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        on_the_way: have the kernel make loss and gradient, and do this to what ``logits`` returns.
-        drawing: within what the random numbers of ``logits`` are drawn.
+        on_the_way: steps on the output of ``logits``; the kernel applies them and computes loss and gradient.
+        drawing: context in which ``logits`` draws random numbers.
 
     Raises:
-        DataError: the kernel is to do it, and a label is no token.
+        DataError: with the kernel, if a label is not a token id.
     """
     wanted, cross_entropy = torch.is_grad_enabled(), _by_torch(label_smoothing)
     if on_the_way is not None:
@@ -180,8 +180,8 @@ def _sum_of_tiles(
 
 
 def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, gradient: bool) -> CrossEntropy:
-    """In place of the logits, in fp32 whatever they are stored in."""
-    # Triton is loaded where tiles are.
+    """Return a cross-entropy in place of the logits, computed in fp32 for any logits dtype."""
+    # Imported here to load Triton only if tiles are used.
     from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_
 
     lowest, highest = _range_of(labels_T)
@@ -198,7 +198,7 @@ def _by_kernel(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, g
 
 
 def _by_liger(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, gradient: bool) -> CrossEntropy:
-    """The same by Liger's kernel, which takes the factor of the gradient from the host: once for all tiles."""
+    """Return Liger's cross-entropy; its gradient factor is read on the host, once for all tiles."""
     from deepspeed_alst.kernels.cross_entropy import check_labels, cross_entropy_
     from deepspeed_alst.kernels.liger import liger_cross_entropy_
 
@@ -222,18 +222,18 @@ def _by_liger(smoothing: float, on_the_way: OnTheWay, labels_T: torch.Tensor, gr
 
 
 def _range_of(labels_T: torch.Tensor) -> tuple[int, int]:
-    """The lowest and the highest label."""
-    # Right behind the wait for the labelled rows, and not once more for each tile.
+    """Return the lowest and the highest label."""
+    # Right after the sync for the labelled rows, and only once for all tiles.
     known_T = labels_T.where(labels_T != IGNORED_LABEL, 0)
     lowest, highest = torch.stack(known_T.aminmax()).tolist() if known_T.numel() else (0, 0)
     return lowest, highest
 
 
 def _to_overwrite(logits_tV: torch.Tensor) -> torch.Tensor:
-    """The logits where nothing else needs them, or a copy."""
+    """Return the logits if nothing else needs them, else a copy."""
     from deepspeed_alst.kernels.cross_entropy import has_own_rows
 
-    # tanh and its like keep their result for the backward; whatever else keeps it stops there, by its version.
+    # tanh and similar ops save their result for the backward; any other use raises by the version counter.
     if has_own_rows(logits_tV) and not hasattr(logits_tV.grad_fn, "_saved_result"):
         return logits_tV.detach()
     return logits_tV.detach().clone(memory_format=torch.contiguous_format)
@@ -253,9 +253,8 @@ def _by_torch(smoothing: float) -> CrossEntropy:
 def _cross_entropy(
     logits_tV: torch.Tensor, labels_t: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of a tile, and its gradient with respect to the logits ``[t, V]``."""
-    # One fp32 tensor of the size of the logits, which becomes the gradient in place, and one for a moment in logsumexp.
-    # A copy in any case: the graph may hold on to the logits.
+    """Compute the summed loss of a tile and its gradient with respect to the logits ``[t, V]``."""
+    # A copy, as the graph may hold the logits; becomes the gradient in place. logsumexp briefly needs another one.
     values_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32), copy=True)
     t, V = values_tV.shape
     target_t1 = labels_t.unsqueeze(1)
@@ -279,7 +278,7 @@ def _zero(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``gradient * factor`` in ``dtype``, block by block: without a second copy in the dtype of the sums."""
+    """Compute ``gradient * factor`` in ``dtype`` by blocks, without a full copy in the sums' dtype."""
     result = torch.empty_like(gradient, dtype=dtype)
     for source, target in zip(gradient.flatten().split(_BLOCK), result.flatten().split(_BLOCK), strict=True):
         target.copy_(source.to(torch.promote_types(source.dtype, factor.dtype)) * factor)

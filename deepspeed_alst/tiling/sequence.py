@@ -1,8 +1,8 @@
-"""Any token-wise module, tile by tile: forward without a graph, recomputed in backward, each weight's gradient once.
+"""Tiled token-wise modules: forward without a graph, recomputation in backward, one gradient per weight.
 
-In the recomputation of a checkpointed layer the result is not made again where nothing needs its value
-(``TokenWise.value_unused``), and the backward does not run a Linear that the module ends in: its gradients are made of
-its input. So a step runs an MLP twice, and its last matrix once.
+In the recomputation of a checkpointed layer the result is skipped if its value is unused
+(``TokenWise.value_unused``), and the backward does not run a final Linear of the module: its gradients are computed
+from its input. So a step runs an MLP twice, and its last matrix once.
 
 Legend: T rows (tokens, flat), t rows of a tile.
 """
@@ -20,19 +20,19 @@ from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.structure import ClosedForm, dropout_rates
 from deepspeed_alst.tiling.tiled_pass import TiledPass, shaped
 
-# How far rows may be from the same rows among others, of their norm: rounding, in bf16 too. A mix of rows is further.
+# Relative tolerance between rows run alone and among others: above rounding, also in bf16; mixing rows exceeds it.
 _ROUNDING = 0.05
 _PROBED_ROWS = 64
 _FEWEST_CHECKED_ROWS = 4
 
 
 class TokenWise:
-    """A module's own forward, to be run tile by tile.
+    """A module's own forward, run tile by tile.
 
     Args:
-        name: of the module, for messages.
-        module: whose forward it is, as it stands now; its weights get the gradients.
-        fp32_accumulation: whether half-precision weight gradients are summed in fp32 over the tiles.
+        name: name of the module, for messages.
+        module: the module, with its current forward; its weights get the gradients.
+        fp32_accumulation: True to sum half-precision weight gradients over the tiles in fp32.
     """
 
     def __init__(self, name: str, module: torch.nn.Module, fp32_accumulation: bool = True) -> None:
@@ -40,25 +40,25 @@ class TokenWise:
         self.module = module
         self.fp32_accumulation = fp32_accumulation
         self.value_unused = False
-        """Whether nothing needs the result in a checkpointed layer's recomputation; models/tiles.py finds out."""
+        """True if a checkpointed layer's recomputation does not use the result; set by models/tiles.py."""
         self.last_node: Any = None
-        """The graph's node of the last tiled call."""
+        """Graph node of the last tiled call."""
         self.forward = module.forward
         self._form = ClosedForm(module, self.forward)
         self._last_layer: torch.nn.Linear | None = None
         self._checked: tuple[Any, ...] = ()
-        """The state that was checked: a dropout behind the last Linear may do nothing in another."""
+        """State that was checked: a dropout after the last Linear may be inactive in one state only."""
         self._layout: _Layout | None = None
 
     def tiled(self, tile_rows: int, *rows: torch.Tensor) -> Any:
-        """The module's own forward, at most ``tile_rows`` rows at a time.
+        """Run the module's own forward, at most ``tile_rows`` rows at a time.
 
         Args:
             tile_rows: rows of a tile, at least 1.
             rows: the module's arguments, ``[..., features]`` with the same T rows in each.
 
         Returns:
-            What the module returns: a tensor or a tuple of them, ``[..., features]`` or ``[T, features]``.
+            The module's output: a tensor or a tuple of them, ``[..., features]`` or ``[T, features]``.
 
         Raises:
             UnsupportedModelError: the module is not token-wise.
@@ -79,11 +79,11 @@ class TokenWise:
         return outputs if self.layout.is_tuple else outputs[0]
 
     def closed_form(self, rows: Sequence[torch.Tensor], dims: int) -> GatedMlp | None:
-        """The module as a gated MLP, if it can be taken for one now; in the autocast context that it runs in.
+        """Return the module as a gated MLP if it currently is one; call it in the module's autocast context.
 
         Args:
-            rows: its arguments, or like them.
-            dims: of the arguments that it is called with.
+            rows: its arguments, or tensors like them.
+            dims: number of dims of the module's arguments.
         """
         form = self._form.now(rows[0], dims) if len(rows) == 1 else None
         if form is not None:
@@ -92,12 +92,12 @@ class TokenWise:
 
     @property
     def layout(self) -> "_Layout":
-        """How the module returns its outputs; known after a tile has run."""
+        """Output layout of the module; known after a tile has run."""
         assert self._layout is not None, "no tile has run"
         return self._layout
 
     def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run one tile; its outputs, ``[t, features]``.
+        """Run one tile and return its outputs, ``[t, features]``.
 
         Raises:
             UnsupportedModelError: an output does not have the rows of the input.
@@ -123,7 +123,7 @@ class TokenWise:
 
     @contextlib.contextmanager
     def input_of_last_layer(self) -> Iterator[list[torch.Tensor]]:
-        """Inside, a forward ends at the module's last Linear, whose input is put into the list."""
+        """Stop a forward in the context at the module's last Linear, and append its input to the list."""
         found: list[torch.Tensor] = []
 
         def end(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -137,7 +137,7 @@ class TokenWise:
 
     @property
     def last_layer(self) -> torch.nn.Linear | None:
-        """The Linear that the module ends in; None if there is none, or if something hangs on its calls."""
+        """Final Linear of the module; None if it is missing, hooked or patched, or under autocast."""
         layer = self._last_layer
         if layer is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             return None
@@ -145,7 +145,7 @@ class TokenWise:
 
     @torch.no_grad()
     def _check(self, rows: Sequence[torch.Tensor], drawing: Branch) -> None:
-        """Run some rows alone and among others, which must not matter; see which Linear's output the module returns."""
+        """Check that rows give the same result alone and among others; find the final Linear."""
         some = [each.reshape(-1, each.shape[-1])[:_PROBED_ROWS] for each in rows]
         t = some[0].shape[0]
         made: list[tuple[torch.Tensor, torch.nn.Linear]] = []
@@ -173,20 +173,20 @@ class TokenWise:
 
 
 class _ReachedError(Exception):
-    """The last layer was reached."""
+    """Raised when the last layer is reached."""
 
 
 class _Layout:
-    """How a module returns its outputs."""
+    """Output layout of a module."""
 
     def __init__(self, is_tuple: bool, as_rows: tuple[bool, ...], kinds: list[tuple[int, torch.dtype]]) -> None:
         self.is_tuple = is_tuple
         self.as_rows = as_rows
-        """Of each output, whether it has the leading dimensions of the input; else it has the rows, flat."""
+        """True for each output with the leading dims of the input; False for one with flat rows."""
         self.kinds = kinds
-        """Of each output, its features and dtype."""
+        """Features and dtype of each output."""
 
 
 def _is_fake(x: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no values: values cannot be looked at."""
+    """Return True if a tensor has a shape but no values to inspect."""
     return type(x).__name__ == "FakeTensor" or x.is_meta

@@ -1,8 +1,8 @@
-"""Whether a module is a gated MLP, found by running it with matrices that return what we choose.
+"""Detection of gated MLPs, by running a module with Linears that return chosen values.
 
-No module is known by its name. What lies between the matrices is run in fp64 on values of all sizes, forward and
-backward, and must be one of the known activations to the last digits; the rest of the module must be nothing but its
-matrices. So what is more or other than a gated MLP (a factor, a limit, an adapter, a norm) runs as it is.
+Modules are not recognized by name. The code between the Linears runs in fp64 on values of all magnitudes, forward and
+backward, and must match a known activation to the last digits; the module must have no weights but its Linears'. So a
+module with anything more (a factor, a clamp, an adapter, a norm) runs unchanged.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,22 +17,22 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.gradients import refuse_foreign_weights
 
-# Whose hooks leave values alone: DeepSpeed's gather weights, this package's are known.
+# Packages whose hooks do not change values: DeepSpeed's gather weights, this package's are known.
 _HARMLESS = ("deepspeed", "deepspeed_alst")
-# Values of gate and of up are spread up to sinh(10) = 11013, half of them below 75.
+# Values of gate and up go up to sinh(10) = 11013, half of them below 75.
 _PROBED_VALUES, _PROBED_ROWS, _REACH = 512, 4, 10.0
-# FastGELU writes its constants with ten digits; another activation or a limit is off by more than 1e-5.
+# FastGELU has ten-digit constants; another activation or a clamp differs by more than 1e-5.
 _EXACT = 1e-9
-# Of a value's norm, in roundings of its dtype; TF32, which both ways round to, has 10 bits.
+# Relative to a value's norm, in roundings of its dtype; TF32, used by both paths, has 10 bits.
 _ROUNDINGS, _LEAST = 8, 1e-3
 
 
 class ClosedForm:
-    """Of one module: looked for when it is first asked for, and again when the module has changed.
+    """Closed form of one module, detected on first use and again when the module changes.
 
     Args:
-        module: whose it is.
-        forward: of the module.
+        module: the module.
+        forward: forward of the module.
     """
 
     def __init__(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
@@ -42,11 +42,11 @@ class ClosedForm:
         self._disagrees = False
 
     def now(self, x: torch.Tensor, dims: int) -> GatedMlp | None:
-        """The module as a gated MLP; None if it is none, or somebody looks at what is called in it.
+        """Return the module as a gated MLP; None if it is not one, or if hooks observe its calls.
 
         Args:
-            x: like its input.
-            dims: of its input.
+            x: a tensor like its input.
+            dims: number of dims of its input.
         """
         if self._disagrees or not self._is_plain(x):
             return None
@@ -56,7 +56,7 @@ class ClosedForm:
         return self._found
 
     def check(self, x_tM: torch.Tensor, dims: int, value_tM: torch.Tensor) -> None:
-        """Compare with the module's own value of some rows; unless it is that but for rounding, there is none."""
+        """Compare with the module's own output on some rows; disable the closed form if they differ beyond rounding."""
         form = self.now(x_tM, dims)
         if form is not None:
             made_tM = torch.empty_like(value_tM)
@@ -65,7 +65,7 @@ class ClosedForm:
             self._disagrees = not (made_tM - value_tM).norm() <= most * value_tM.norm()
 
     def _is_plain(self, x: torch.Tensor) -> bool:
-        """Whether the module's own forward runs, on plain tensors of one dtype, and nothing hangs on what it calls."""
+        """Return True if the module's own forward runs on plain tensors of one dtype, without foreign hooks."""
         if getattr(self._forward, "__func__", None) is not type(self._module).forward:
             return False
         if torch.is_autocast_enabled(x.device.type) or any(is_foreign(hook) for hook in _global_hooks()):
@@ -79,14 +79,14 @@ class ClosedForm:
 
 
 def dropout_rates(module: torch.nn.Module) -> dict[str, float]:
-    """The rates of dropout in a module, by where they stand; a program may change them."""
+    """Return the dropout rates in a module by location; a program may change them."""
     dropouts = [(name, each) for name, each in module.named_modules() if isinstance(each, torch.nn.Dropout)]
     own = {name: rate for name, rate in vars(module).items() if "dropout" in name and isinstance(rate, float)}
     return {f"{name}.p": each.p for name, each in dropouts} | own
 
 
 def is_foreign(hook: Any) -> bool:
-    """Whether a hook is neither this package's nor DeepSpeed's."""
+    """Return True if a hook is neither this package's nor DeepSpeed's."""
     owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
     return owner.split(".")[0] not in _HARMLESS
 
@@ -102,7 +102,7 @@ def _global_hooks() -> Iterable[Any]:
 
 
 def _is_touched(module: torch.nn.Module) -> bool:
-    """Whether a program has replaced its forward or hooked it."""
+    """Return True if a module has a replaced forward or hooks."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return "forward" in vars(module) or any(hooks)
 
@@ -110,13 +110,13 @@ def _is_touched(module: torch.nn.Module) -> bool:
 def find_gated_mlp(
     module: torch.nn.Module, forward: Callable[..., Any], dims: int, device: torch.device
 ) -> GatedMlp | None:
-    """The module as a gated MLP; None if it is none.
+    """Return the module as a gated MLP; None if it is not one.
 
     Args:
         module: two or three Linears, and modules without weights.
-        forward: of the module.
-        dims: of its input.
-        device: to run what lies between the Linears on.
+        forward: forward of the module.
+        dims: number of dims of its input.
+        device: device to run the code between the Linears on.
     """
     linears = [each for each in module.modules() if type(each) is torch.nn.Linear]
     of_linears = {id(param) for linear in linears for param in linear.parameters()}
@@ -126,7 +126,7 @@ def find_gated_mlp(
         return None
     try:
         return apart(_prove, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
-    except Exception:  # a forward of any kind is called with what it was not written for
+    except Exception:  # an arbitrary forward gets inputs that it does not expect
         return None
 
 
@@ -160,7 +160,7 @@ def _prove(
 def _by_activation(
     first: list[torch.nn.Linear], down: torch.nn.Linear, made: list[torch.Tensor], act: torch.Tensor
 ) -> GatedMlp | None:
-    """The closed form whose activation and order make ``act`` of ``made``, and the same gradients."""
+    """Return the closed form whose activation and order map ``made`` to ``act``, with the same gradients."""
     from deepspeed_alst.kernels.gated import ACTIVATIONS
 
     if sum(linear.out_features for linear in first) != 2 * down.in_features or act.shape[-1] != down.in_features:
@@ -195,7 +195,7 @@ def _makes(
 
 
 def _probe(features: int, dims: int, device: torch.device, seed: int) -> torch.Tensor:
-    """Values of all sizes in an order of their own, with as many dimensions as the module is used to."""
+    """Return shuffled values of all magnitudes, with the number of dims that the module expects."""
     rows = max(_PROBED_ROWS, -(-_PROBED_VALUES // features))
     order = torch.randperm(rows * features, generator=torch.Generator().manual_seed(seed), device="cpu")
     values = torch.linspace(-_REACH, _REACH, rows * features, dtype=torch.float64, device="cpu").sinh()[order]

@@ -1,9 +1,9 @@
-"""One pass of a token-wise module in tiles: forward without a graph, each tile recomputed in backward.
+"""Tiled pass of a token-wise module: forward without a graph, each tile recomputed in backward.
 
-The weights are inputs of the autograd function, so autograd hands each of them one gradient a pass: ZeRO's and DDP's
-hooks fire once, and what comes in from behind (gradient accumulation, loss scaling) is in it. Over several tiles it is
-summed in fp32, so that the number of tiles does not matter (tiling/gradients.py). A gated MLP is computed in closed
-form (tiling/gated_mlp.py), any other module by autograd.
+The weights are inputs of the autograd function, so each gets one gradient per pass: ZeRO's and DDP's hooks fire once,
+and the upstream gradient (gradient accumulation, loss scaling) is included. Over several tiles it is summed in fp32,
+so that the number of tiles does not matter (tiling/gradients.py). A gated MLP is computed in closed form
+(tiling/gated_mlp.py), any other module by autograd.
 
 Legend: T rows (tokens, flat), t rows of a tile.
 """
@@ -35,7 +35,7 @@ class TiledPass(torch.autograd.Function):
         num_rows: int,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Run all tiles; rows are ``[T, features]``, ``dims`` what the module is used to, weights all of its own."""
+        """Run all tiles; rows are ``[T, features]``, ``dims`` the dims of the module's input, weights all its own."""
         rows, ctx.weights = tensors[:num_rows], tensors[num_rows:]
         ctx.work, ctx.drawing, ctx.tile_rows, ctx.dims = work, drawing, tile_rows, dims
         ctx.autocast = autocast_as_here(rows[0].device.type)
@@ -61,8 +61,8 @@ class TiledPass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        """Run them again, each with its backward."""
-        # First of all: it may run a checkpoint's recomputation.
+        """Rerun each tile with its backward."""
+        # Must come first: it may run a checkpoint's recomputation.
         rows = ctx.saved_tensors
         num_rows, T = len(rows), rows[0].shape[0]
         need_rows = ctx.needs_input_grad[5 : 5 + num_rows]
@@ -110,7 +110,7 @@ def _tile_gradients(
     weights: list[torch.Tensor],
     is_first: bool,
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """One tile's gradients: of its rows ``[t, features]``, and of the weights."""
+    """Return one tile's gradients: of its rows ``[t, features]``, and of the weights."""
     with torch.enable_grad(), autocast():
         layer, inputs = work.last_layer, shaped(leaves, dims)
         if layer is None:
@@ -138,7 +138,7 @@ def _tile_gradients(
 def _linear_gradients(
     layer: torch.nn.Linear, inputs: torch.Tensor, grad: torch.Tensor
 ) -> tuple[dict[int, torch.Tensor], list[torch.Tensor]]:
-    """Of ``y = x W' + b``: the gradients of W and b by their ids, and that of x, from those of y ``[t, features]``."""
+    """Return the gradients of W and b by id, and of x, in ``y = x W' + b``, from that of y ``[t, features]``."""
     x = inputs.detach()
     found = {}
     if layer.weight.requires_grad:
@@ -149,22 +149,22 @@ def _linear_gradients(
 
 
 def autocast_as_here(kind: str) -> Callable[[], Any]:
-    """Makes the autocast context that is in force now, for a recomputation on a device of this kind."""
+    """Return a factory of the current autocast context, for a recomputation on this device type."""
     return functools.partial(
         torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
     )
 
 
 def _nobodys_value(like: torch.Tensor, T: int, features: int, dtype: torch.dtype) -> torch.Tensor:
-    """A result that is not made. If somebody looks at it after all, gradients are no numbers rather than wrong ones."""
+    """Return a placeholder for an unused result: NaN, so that any use gives NaN gradients, not wrong ones."""
     return like.new_full((T, features), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
 
 
 def _parts(rows: int, tile_rows: int) -> list[slice]:
-    """The tiles; a single empty one where there are no rows, for their shapes."""
+    """Return the tiles; a single empty one if there are no rows, for the output shapes."""
     return [slice(start, min(start + tile_rows, rows)) for start in range(0, max(rows, 1), tile_rows)]
 
 
 def shaped(rows: Sequence[torch.Tensor], dims: int) -> list[torch.Tensor]:
-    """Rows ``[t, features]`` with as many dimensions as the module is used to: one batch of t tokens."""
+    """Reshape rows ``[t, features]`` to the dims that the module expects: one batch of t tokens."""
     return [each.reshape(*[1] * (dims - 2), *each.shape) for each in rows]
