@@ -13,7 +13,7 @@ from typing import Any
 
 from deepspeed_alst.config_file import OWN_KEYS, config_on_command_line, find_config, is_wanted
 from deepspeed_alst.core.patching import unwrap, wrap_once
-from deepspeed_alst.mark import is_taken
+from deepspeed_alst.mark import is_owned
 from deepspeed_alst.near_misses import ignored
 
 
@@ -36,7 +36,7 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:
             return original(*args, **kwargs)
         _stop_loading_sharded()
-        if is_taken(arguments.get("model")):
+        if is_owned(arguments.get("model")):
             _refuse_a_second_engine()
         ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
         if not is_wanted(ds_config, mpu, mesh):

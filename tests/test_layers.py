@@ -22,7 +22,8 @@ LAYERS = (
     {"parallel"},
     {"data", "attention", "tiling", "offload"},
     {"models", "engine"},
-    {"initialize"},
+    {"features", "registry"},
+    {"start", "initialize"},
     {"cli"},
     {"plugin", "autoload", "__main__"},
     {"__init__"},
@@ -33,7 +34,7 @@ FENCES = {
     "liger_kernel": {"kernels", "models"},
     "transformers": {"models", "core.copying"},
     "matplotlib": {"ledger.picture", "cli.picture"},
-    "deepspeed": {"engine", "ops", "parallel.mpu", "initialize", "plugin", "cli"},
+    "deepspeed": {"engine", "ops", "parallel.mpu", "initialize", "start", "plugin", "cli"},
 }
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50

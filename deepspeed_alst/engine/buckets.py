@@ -96,3 +96,19 @@ def reduction_keys(
         return ours, "reduce_bucket_size"
     ours["zero_optimization"] = {**(ours.get("zero_optimization") or {}), "reduce_bucket_size": size}
     return ours, words
+
+
+def deepspeed_arguments(
+    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Any
+) -> tuple[dict[str, Any], str]:
+    """Return the arguments of DeepSpeed's call, and the source of its bucket size; at SP 1 they are the caller's."""
+    if session is None:
+        return arguments, ""
+    ours, bucket = reduction_keys(ds_config, config, arguments["model"], session.groups.control_group)
+    passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
+    if arguments.get("config") is None and arguments.get("config_params") is None:
+        # The config came in args. DeepSpeed rejects two, so `ours` replaces it there.
+        args = copy.copy(arguments["args"])
+        args.deepspeed_config, args.deepscale_config = ours, None
+        return {**passed, "args": args, "mpu": session.mpu}, bucket
+    return {**passed, "config": ours, "mpu": session.mpu}, bucket

@@ -11,7 +11,6 @@ W ranks: each sequence counts 1 / (W / P), the mean over the replicas.
 
 import functools
 import itertools
-import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -23,39 +22,9 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed_alst.core.patching import PatchSet, add_properties
 from deepspeed_alst.engine.aggregation import AggregationCheck
 from deepspeed_alst.engine.session import Session
-from deepspeed_alst.errors import ConfigError, SetupError
+from deepspeed_alst.errors import SetupError
 from deepspeed_alst.models.recipes import skip_within_shards, take_out_upstream_attention
 from deepspeed_alst.tiling.compat import tiled_logits_loss, tiled_mlp
-from deepspeed_alst.words import shown
-
-_MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
-
-
-def is_upstreams(mpu: Any) -> bool:
-    """Return True if an mpu is the module that DeepSpeed's ``register_with_transformers`` returns."""
-    return mpu is not None and mpu is sys.modules.get(_MPU)
-
-
-def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
-    """Return the ds_config with the SP degree of DeepSpeed's groups, which recipes need not repeat.
-
-    Raises:
-        ConfigError: the groups do not exist yet, or the ds_config has another degree.
-    """
-    try:
-        size = mpu.get_sequence_parallel_world_size()
-    except AssertionError:
-        raise ConfigError(
-            "mpu: DeepSpeed's sequence-parallel groups are not made yet; call "
-            "UlyssesSPAttentionHF.register_with_transformers before deepspeed.initialize"
-        ) from None
-    said = ds_config.get("sequence_parallel_size", size)
-    if said != size:
-        raise ConfigError(
-            f"sequence_parallel_size={shown(said)}: the mpu was registered with sequence_parallel_size={size}. Set the "
-            f"key to {size}, or leave it out."
-        )
-    return {**ds_config, "sequence_parallel_size": size}
 
 
 def prepare_adoption(patches: PatchSet) -> None:

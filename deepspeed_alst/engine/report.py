@@ -10,15 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deepspeed_alst.batch_keys import step_words
-from deepspeed_alst.config import AlstConfig
 from deepspeed_alst.engine.reduction import ReductionPath
 from deepspeed_alst.parallel.reduction import Reduction
 from deepspeed_alst.words import in_words
 
-WHOLE_LOSS = "of the whole sequence on every rank"
-SHARD_LOSS = (
-    "of this rank's shard, which the program aggregates (DeepSpeed's mpu); TiledMLP, TiledFusedLogitsLoss: ours"
-)
+_SWITCHED = ("offload", "liger", "tiled MLP", "tiled loss")
 _CHECK = {
     True: "whole against split before the first forward; what only longer sequences reach is unchecked",
     False: "off: alst.check_model is false",
@@ -43,36 +39,38 @@ def warn_rank_0(line: str) -> None:
         print(f"deepspeed_alst: {line}", file=sys.stderr, flush=True)
 
 
-def report_rows(
-    config: AlstConfig, engine: Any, session: Any, rows: list[tuple[str, str]], allocator: str, upstream: bool
-) -> list[tuple[str, str]]:
+def report_rows(run: Any, engine: Any, features: list[Any], allocator: str) -> list[tuple[str, str]]:
     """Return all rows, in the order of the data's path.
 
     Args:
-        config: this package's keys.
+        run: RunContext of the call.
         engine: that is built.
-        session: of sequence parallelism; None at SP 1.
-        rows: of the model's patches and the engine's.
-        allocator: what was done to it.
-        upstream: the program was written for DeepSpeed's own ALST.
+        features: those that are on.
+        allocator: description of its setting.
     """
-    if session is None:
+    rows = [row for feature in features for row in feature.report()]
+    off = [name for name in _SWITCHED if name not in dict(rows)]
+    rows += [("off", ", ".join(off))] if off else []
+    if run.session is None:
         return [
             ("sequence", "whole on every rank: sequence_parallel_size is 1"),
             *rows,
             ("reduction", "DeepSpeed's: alst.reduction counts where sequence_parallel_size is above 1"),
             ("allocator", allocator),
         ]
-    P, dp_size, multiple = session.groups.sp_size, session.groups.dp_size, config.padding_multiple()
+    groups, multiple = run.session.groups, run.config.padding_multiple()
     micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     sharded = "" if engine.training_dataloader is None else "training_data sharded; "
-    sharded = "UlyssesSPDataLoaderAdapter leads here; " if upstream else sharded
+    if run.upstream is not None:
+        sharded, check = "UlyssesSPDataLoaderAdapter leads here; ", "off: the program is written for shards"
+    else:
+        check = _CHECK[run.config.alst.check_model]
     return [
-        ("groups", f"{P} ranks share a sequence, {dp_size} replica(s)"),
+        ("groups", f"{groups.sp_size} ranks share a sequence, {groups.dp_size} replica(s)"),
         ("data", f"{sharded}sequences padded to a multiple of {multiple} tokens"),
-        ("a step", step_words(micro, accumulation, P, dp_size, multiple)),
+        ("a step", step_words(micro, accumulation, groups.sp_size, groups.dp_size, multiple)),
         *rows,
-        ("model check", "off: the program is written for shards" if upstream else _CHECK[config.alst.check_model]),
+        ("model check", check),
         ("allocator", allocator),
     ]
 

@@ -16,9 +16,12 @@ from deepspeed_alst.engine.dropping import StepDropper
 from deepspeed_alst.engine.finite import LossWatch
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.cores import keeps_documents_apart, starts_at_lowest
 from deepspeed_alst.models.dropout import Draws
+from deepspeed_alst.models.experts import router_classes
+from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.parallel.agreement import gather_objects
-from deepspeed_alst.parallel.groups import SequenceGroups
+from deepspeed_alst.parallel.groups import SequenceGroups, build_groups
 from deepspeed_alst.parallel.mpu import UlyssesMpu
 
 
@@ -53,6 +56,15 @@ class Session:
         self._patches = patches
         self._in_backward = False
         self._loss_divisor = 1
+
+    @classmethod
+    def build(cls, model: Any, config: AlstConfig, control_group: Any, patches: PatchSet) -> "Session":
+        """Build the process groups, and the state of sequence parallelism for an engine of this model."""
+        groups = build_groups(config.sequence_parallel_size, control_group)
+        patches.callback(groups.destroy)
+        packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
+        mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
+        return cls(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), patches)
 
     def attach(self, engine: Any) -> None:
         """Use an engine's clock for random numbers, and give it the size of its batches."""

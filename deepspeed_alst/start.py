@@ -1,0 +1,98 @@
+"""Before the engine is built: read the ds_config, refuse what cannot be honoured, and start the ranks."""
+
+import sys
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+
+from deepspeed_alst.batch_keys import check_batch_keys
+from deepspeed_alst.compatibility import check_features
+from deepspeed_alst.config import SAME_ON_ALL_RANKS, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.deepspeed_values import check_numbers, idle_checkpointing, zero_stage
+from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
+from deepspeed_alst.engine.report import warn_rank_0
+from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.models.families import check_model
+from deepspeed_alst.parallel.agreement import check_alike
+from deepspeed_alst.parallel.groups import build_control_group
+from deepspeed_alst.words import shown
+
+_MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
+
+
+def read_config(ds_config: dict[str, Any]) -> tuple[AlstConfig, int, str]:
+    """Parse this package's keys and DeepSpeed's ZeRO stage, check DeepSpeed's numbers, and set the allocator."""
+    check_deepspeed()
+    config, stage = parse(ds_config), zero_stage(ds_config)
+    check_numbers(ds_config)
+    warn_rank_0(idle_checkpointing(ds_config))
+    return config, stage, use_expandable_segments(config)
+
+
+def is_upstreams(mpu: Any) -> bool:
+    """Return True if an mpu is the module that DeepSpeed's ``register_with_transformers`` returns."""
+    return mpu is not None and mpu is sys.modules.get(_MPU)
+
+
+def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
+    """Return the ds_config with the SP degree of DeepSpeed's groups, which recipes need not repeat.
+
+    Raises:
+        ConfigError: the groups do not exist yet, or the ds_config has another degree.
+    """
+    if mpu is None:
+        return ds_config
+    try:
+        size = mpu.get_sequence_parallel_world_size()
+    except AssertionError:
+        raise ConfigError(
+            "mpu: DeepSpeed's sequence-parallel groups are not made yet; call "
+            "UlyssesSPAttentionHF.register_with_transformers before deepspeed.initialize"
+        ) from None
+    said = ds_config.get("sequence_parallel_size", size)
+    if said != size:
+        raise ConfigError(
+            f"sequence_parallel_size={shown(said)}: the mpu was registered with sequence_parallel_size={size}. Set the "
+            f"key to {size}, or leave it out."
+        )
+    return {**ds_config, "sequence_parallel_size": size}
+
+
+def check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> None:
+    """Raise ConfigError for arguments and keys that sequence parallelism cannot use."""
+    check_features(ds_config)
+    problems = []
+    if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
+        problems.append("mpu: sequence_parallel_size makes its own process groups; leave mpu out, or the key")
+    if arguments.get("mesh_param") is not None:
+        problems.append("mesh_param: sequence_parallel_size makes process groups of its own; leave it out")
+    if isinstance(arguments.get("model"), PipelineModule):
+        problems.append("model: a PipelineModule has no sequence dimension that could be split; use ZeRO")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
+    """Initialize torch.distributed early; return a gloo group of all ranks. ConfigError if ds_configs differ."""
+    check_build_lock()
+    deepspeed.comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
+    )
+    group = build_control_group()
+    check_alike({key: ds_config.get(key) for key in SAME_ON_ALL_RANKS}, group)
+    return group
+
+
+def check_run(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> None:
+    """Raise AlstError for a model, a world size or batch keys that the SP degree does not fit."""
+    world_size, facts = dist.get_world_size(), check_model(model)
+    heads = [(facts.num_heads, facts.num_kv_heads, "attention")] if facts.num_heads and facts.num_kv_heads else []
+    heads += [(*each, "scan") for each in sorted(facts.linear_heads)]
+    check_world(config, world_size, heads)
+    check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
+    for each in heads:
+        check_heads(config, *each, world_size)
