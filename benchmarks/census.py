@@ -30,8 +30,8 @@ from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import TRIAL
 from deepspeed_alst.models.model_check import check_live_model
+from deepspeed_alst.models.parity_trial import Verdict, compare, numel, small_model, trial_core
 from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.probe import Verdict, compare, numel, small_model, trial_core
 from deepspeed_alst.models.shrink import shrink
 from deepspeed_alst.models.untouched import untouched
 from deepspeed_alst.models.verified import RIGHT

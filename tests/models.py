@@ -11,7 +11,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.probe import prove
+from deepspeed_alst.models.verify_model import verify_model
 from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 
@@ -92,6 +92,6 @@ def proved(model: torch.nn.Module) -> str:
     """What ``prove`` says of a model that all ranks are to share; one rank of them."""
     groups = build_groups(dist.get_world_size(), build_control_group())
     try:
-        return prove(model, groups)
+        return verify_model(model, groups)
     finally:
         groups.destroy()

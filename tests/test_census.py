@@ -12,7 +12,7 @@ from benchmarks.census import Row, ask, ask_check, everything, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.foreign import check_own_modules
-from deepspeed_alst.models.probe import Verdict
+from deepspeed_alst.models.parity_trial import Verdict
 from deepspeed_alst.models.verified import RIGHT
 from tests.models import proved
 

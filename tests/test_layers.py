@@ -1,6 +1,6 @@
 """Dependencies point one way, third parties are fenced in, files and functions stay short: read from the sources.
 
-errors, core, mark, words, apart, near_misses, config_file <- blocks, config, plans, kernels, ops, ledger <- parallel <-
+errors, core, mark, words, near_misses, config_file <- blocks, config, plans, kernels, ops, ledger <- parallel <-
 data, attention, tiling, offload <- models, engine <- initialize <- cli. The loading of the package (plugin, autoload,
 __init__) stands outside: it may reach in, and nothing reaches it.
 """
@@ -17,7 +17,7 @@ PACKAGE = "deepspeed_alst"
 ROOT = Path(__file__).parent.parent / PACKAGE
 # Folders and modules at the top of the package, from the bottom up. Within a layer they may use one another.
 LAYERS = (
-    {"errors", "core", "mark", "words", "apart", "near_misses", "config_file"},
+    {"errors", "core", "mark", "words", "near_misses", "config_file"},
     {"blocks", "config", "compatibility", "batch_keys", "deepspeed_values", "plans", "kernels", "ops", "ledger"},
     {"parallel"},
     {"data", "attention", "tiling", "offload"},

@@ -79,7 +79,7 @@ def measure(name: str, config: Any) -> tuple[Any, Any]:
     """Return a model's sizes, and the bytes of one layer on one of P ranks with the ds_config's tiles."""
     from deepspeed_alst.cli.measured import bytes_of
     from deepspeed_alst.cli.memory import Layer, Model
-    from deepspeed_alst.models.probe import numel
+    from deepspeed_alst.models.parity_trial import numel
     from deepspeed_alst.models.trials import causal_lm, load_config
 
     whole = load_config(name, small=False).get_text_config()

@@ -13,7 +13,6 @@ from deepspeed_alst.engine.probe import Probe
 from deepspeed_alst.engine.saving import save_on_all_ranks
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.start_check import ModelCheck
-from deepspeed_alst.engine.whole_batches import forward_whole_batch, is_whole_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.parallel.mpu import installed
 from deepspeed_alst.parallel.roll_call import naming_who_is_missing
@@ -59,8 +58,11 @@ class AlstEngine:
         if features.model_check is not None:
             features.model_check.run_once()
         session = features.session
-        if session is not None and not args and is_whole_batch(session, kwargs):
-            return forward_whole_batch(session, self._forward_shard, kwargs)
+        if session is not None and session.takes_whole and not session.calls.whole and not args:
+            from deepspeed_alst.engine.whole_batches import forward_whole_batch, is_whole_batch
+
+            if is_whole_batch(kwargs):
+                return forward_whole_batch(session, self._forward_shard, kwargs)
         return self._forward_shard(*args, **kwargs)
 
     def _forward_shard(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.apart import apart
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.models.dropout import drop_no_attention
 from deepspeed_alst.models.gradient_hooks import check_gradient_hooks
 from deepspeed_alst.models.model_check import check_live_model
-from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.program_code import program_code
 from deepspeed_alst.models.untouched import untouched
+from deepspeed_alst.models.verify_model import verify_model
 from deepspeed_alst.parallel.traffic import uncounted
 
 
@@ -41,7 +41,7 @@ class ModelCheck:
         check_gradient_hooks(engine.module)
         if not self._checked and program_code(engine.module) != self._code:
             # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
-            apart(prove, engine.module, session.groups)
+            run_isolated(verify_model, engine.module, session.groups)
         _check(engine, session)
         self._checked.add(engine.module.training)
 

@@ -41,10 +41,8 @@ class NotHere:
         raise DataError(next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, cls)).__dict__["_why"])
 
 
-def is_whole_batch(session: Any, batch: dict[str, Any]) -> bool:
-    """Return True for a whole batch where one may come; a shard has shifted labels and positions."""
-    if not session.takes_whole or session.calls.whole:
-        return False
+def is_whole_batch(batch: dict[str, Any]) -> bool:
+    """Return True for a whole batch; a shard has shifted labels and positions."""
     if batch.get("shift_labels") is not None and batch.get("logits_to_keep") is None:
         return False
     return PLACE not in batch and (batch.get("labels") is not None or batch.get("position_ids") is None)

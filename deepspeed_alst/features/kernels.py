@@ -19,7 +19,7 @@ class LigerKernels(Feature):
 
         liger = use_liger(run.model, run.config, run.device, run.control_group, patches)
         self.makes_loss, self._rows = liger.makes_loss, [("liger", liger.words)]
-        if run.config.alst.liger_kernel == "auto" and not liger.patched and run.device == "cuda":
+        if _fuses(run, liger.patched):
             from deepspeed_alst.models.fused import fuse_norms_and_rope
 
             self._rows.append(("norms, rotary", fuse_norms_and_rope(run.model, patches)))
@@ -42,3 +42,8 @@ class TileKernels(Feature):
             from deepspeed_alst.models.liger_loss import use_own_loss
 
             use_own_loss(run.model, patches)
+
+
+def _fuses(run: RunContext, is_patched: bool) -> bool:
+    """Return True if this package's norms and rotary embedding are used: on a GPU, if Liger's neither are nor are off."""
+    return run.config.alst.liger_kernel == "auto" and not is_patched and run.device == "cuda"

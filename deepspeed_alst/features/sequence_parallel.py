@@ -9,7 +9,7 @@ from deepspeed_alst.features.feature import Feature, RunContext
 from deepspeed_alst.features.offload import ActivationOffload
 from deepspeed_alst.models.batch_guard import guard_batches
 from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.probe import prove
+from deepspeed_alst.models.verify_model import verify_model
 
 _WHOLE_LOSS = "of the whole sequence on every rank"
 _SHARD_LOSS = (
@@ -27,7 +27,7 @@ class SequenceParallel(Feature):
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Verify the model, and patch its attention, positions and loss."""
         is_upstream, groups = run.upstream is not None, self._session.groups
-        summary = prove(run.model, groups, is_upstream)
+        summary = verify_model(run.model, groups, is_upstream)
         if is_upstream:
             from deepspeed_alst.engine.recipes import prepare_adoption
 

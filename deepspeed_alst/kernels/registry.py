@@ -14,7 +14,7 @@ import torch
 import triton
 from torch.utils._pytree import tree_leaves, tree_map
 
-from deepspeed_alst.apart import apart
+from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.ops.load import is_compiled, load
 
 # Limit as a multiple of torch's own error in the same dtype.
@@ -98,7 +98,7 @@ def pick(name: str, device: torch.device) -> Callable[..., Any]:
 def _is_proven(name: str, device_type: str, index: int | None) -> bool:
     """Return True if an op's kernel agrees with its reference on a device; warn if not."""
     try:
-        wrong = apart(_worst, _OPS[name], torch.device(device_type, index))
+        wrong = run_isolated(_worst, _OPS[name], torch.device(device_type, index))
     except Exception as error:  # compilers and drivers raise many types; training can go on
         wrong = f"{type(error).__name__}: {error}"
     if wrong:

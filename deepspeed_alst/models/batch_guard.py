@@ -16,9 +16,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.checks import checked
 from deepspeed_alst.data.shard import PLACE, REAL_TOKENS
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.linear_split import CACHES
-from deepspeed_alst.models.router_loss import router_problem
+from deepspeed_alst.models.calls import CACHES, Calls
 from deepspeed_alst.models.wrapped import vocabulary_of
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -151,7 +149,12 @@ def _facts(
     stamp = kwargs.pop(PLACE, None)
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
-    if (problem := _asks_too_much(kwargs) or router_problem(module, kwargs, calls)) is not None:
+    problem = _asks_too_much(kwargs)
+    if calls.routes and problem is None:
+        from deepspeed_alst.models.router_loss import router_problem
+
+        problem = router_problem(module, kwargs, calls)
+    if problem is not None:
         return Facts(problem)
     if args or tokens is None:
         return Facts(f"it is not given by keyword. {WAY_OUT}")

@@ -13,6 +13,9 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.dropout import Draws
 from deepspeed_alst.models.wrapped import base_model
 
+# Names of the cache in transformers: past_key_values before 5.24, cache_params without attention.
+CACHES = ("cache", "cache_params", "past_key_values")
+
 
 @dataclass
 class Calls:
@@ -27,6 +30,8 @@ class Calls:
     """Calls of either kind that got the bounds of packed documents."""
     loss: int = 0
     router_loss: int = 0
+    routes: bool = False
+    """True if the model has routers, whose loss may be asked for."""
     loss_follows: bool = False
     """True if the full-sequence loss is computed from the logits after the forward."""
     gradients: int = 0

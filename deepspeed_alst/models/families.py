@@ -18,7 +18,6 @@ from deepspeed_alst.models.linear_layers import available_layer_types, has_atten
 from deepspeed_alst.models.names import PrivateName
 from deepspeed_alst.models.program_code import is_programs
 from deepspeed_alst.models.recipes import is_causal_lm_loss
-from deepspeed_alst.models.router_loss import unknown_router_loss
 from deepspeed_alst.models.wrapped import base_model
 
 # Support flags of a transformers class, and the attn_implementation to suggest.
@@ -175,7 +174,11 @@ def _loss_problems(model: torch.nn.Module) -> list[str]:
 
 
 def _router_problems(model: torch.nn.Module, text_config: Any) -> list[str]:
-    problem = unknown_router_loss(model) if getattr(text_config, "output_router_logits", False) else None
+    if not getattr(text_config, "output_router_logits", False):
+        return []
+    from deepspeed_alst.models.router_loss import unknown_router_loss
+
+    problem = unknown_router_loss(model)
     return [] if problem is None else [problem]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspeed_alst.apart import apart
+from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.program_code import is_own_class
 
@@ -45,7 +45,7 @@ def check_own_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> 
     for name, module in own_modules(model).items():
         if type(module) in tried:
             continue
-        problem = apart(_problem, module)
+        problem = run_isolated(_problem, module)
         if problem:
             cls = f"{type(module).__module__}.{type(module).__qualname__}"
             raise UnsupportedModelError(

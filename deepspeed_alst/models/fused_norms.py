@@ -7,16 +7,16 @@ modules with hooks, an instance forward or a parametrization.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import allclose_ulp, is_equivalent, is_plain, random_tensors, result_or_none
 from deepspeed_alst.kernels.rms_norm import DTYPES, rms_norm
-from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_reference, rms_norm_reference
-from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
+from deepspeed_alst.kernels.rms_norm_ops import rms_norm_reference
 
 _HIGHEST_EPS = 1e-2
 _SIZE_WITHOUT_WEIGHT = 96
@@ -90,34 +90,34 @@ def _form_of(module: torch.nn.Module) -> _Form | None:
         for offset in (0.0, 1.0) if weight else (0.0,):
             for cast_first in (True, False) if weight else (False,):
                 form = _Form(weight, eps, offset, cast_first)
-                if proven(_computes, module, form, shape[0]):
+                if result_or_none(_computes, module, form, shape[0]):
                     return form
     return None
 
 
 def _computes(module: torch.nn.Module, form: _Form, H: int) -> bool:
-    """Return True if a module's forward and gradients match a form in all dtypes."""
-    return all(found for dtype in DTYPES for found in _verdicts(module, form, H, dtype))
+    """Return True if a module's forward matches a form in all dtypes, and its gradients in fp32."""
+    return all(_computes_in(module, form, H, dtype) for dtype in DTYPES)
 
 
-def _verdicts(module: torch.nn.Module, form: _Form, H: int, dtype: torch.dtype) -> Iterator[bool]:
-    make = draw()
-    x_TH = (make(len(_ROW_SIZES), H) * torch.tensor(_ROW_SIZES)[:, None]).to(dtype).requires_grad_()
-    # A copy with a random weight: the module's may be all ones or zeros, which prove nothing, or not on CPU.
-    twin, weight_H = copy.copy(module), None
-    if form.weight is not None:
-        weight_H = torch.nn.Parameter(make(H).to(dtype))
-        vars(twin)["_parameters"] = {form.weight: weight_H}
-    twin.training = True
-    found_TH = type(module).forward(twin, x_TH)
-    expected_TH = rms_norm_reference(x_TH.detach(), weight_H, form.eps, form.offset, form.cast_first).detach()
-    if dtype != torch.float32:
-        yield agree(found_TH, expected_TH, 2)
-        yield (found_TH != expected_TH).double().mean().item() <= _MOST_UNEQUAL
-        return
-    yield agree(found_TH, expected_TH, 8)
-    dy_TH = make(len(_ROW_SIZES), H)
-    leaves = [x_TH] if weight_H is None else [x_TH, weight_H]
-    grads = torch.autograd.grad(found_TH, leaves, dy_TH)
-    expected = rms_norm_backward_reference(dy_TH, x_TH, weight_H, form.eps, form.offset)
-    yield from (agree(*pair, 64) for pair in zip(grads, expected, strict=False))
+def _computes_in(module: torch.nn.Module, form: _Form, H: int, dtype: torch.dtype) -> bool:
+    def forward(x_TH: torch.Tensor, weight_H: torch.Tensor | None) -> torch.Tensor:
+        # A copy with a random weight: the module's may be all ones or zeros, which prove nothing, or not on CPU.
+        twin = copy.copy(module)
+        if form.weight is not None:
+            vars(twin)["_parameters"] = {form.weight: weight_H}
+        twin.training = True
+        return type(module).forward(twin, x_TH)
+
+    def reference(x_TH: torch.Tensor, weight_H: torch.Tensor | None) -> torch.Tensor:
+        return rms_norm_reference(x_TH, weight_H, form.eps, form.offset, form.cast_first)
+
+    draw = random_tensors()
+    x_TH = (draw(len(_ROW_SIZES), H) * torch.tensor(_ROW_SIZES)[:, None]).to(dtype)
+    weight_H = None if form.weight is None else draw(H).to(dtype)
+    if dtype == torch.float32:
+        leaves = tuple(each if each is None else each.requires_grad_() for each in (x_TH, weight_H))
+        return is_equivalent(forward, reference, leaves, 8, 64)
+    found_TH, expected_TH = forward(x_TH, weight_H), reference(x_TH, weight_H)
+    unequal = (found_TH != expected_TH).double().mean().item()
+    return allclose_ulp(found_TH, expected_TH, 2) and unequal <= _MOST_UNEQUAL

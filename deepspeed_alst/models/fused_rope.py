@@ -15,9 +15,9 @@ import torch
 
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import is_equivalent, is_plain, random_tensors, result_or_none
 from deepspeed_alst.kernels.rope import DTYPES, rope
 from deepspeed_alst.kernels.rope_ops import rope_reference
-from deepspeed_alst.models.proofs import agree, draw, is_plain, proven
 
 _NAME = "apply_rotary_pos_emb"
 _ARGUMENTS = ["q", "k", "cos", "sin"]
@@ -108,7 +108,7 @@ class _Rotary:
             *kind, heads_dim = key
             more = {} if heads_dim is None else {_HEADS_DIM: heads_dim}
             function = functools.partial(self.original, **more)
-            self._proven[key] = proven(_how, function, *kind, self._heads_dim(dict.fromkeys(_ARGUMENTS) | more))
+            self._proven[key] = result_or_none(_how, function, *kind, self._heads_dim(dict.fromkeys(_ARGUMENTS) | more))
         return self._proven[key]
 
     def _heads_dim(self, given: dict[str, Any]) -> int | None:
@@ -160,13 +160,13 @@ def _turns(
     one: bool,
     heads_dim: int,
 ) -> bool:
-    make, (B, s, h, g) = draw(), (2, 5, 3, 2)
-    q, k = (make(B, s, heads, D).to(dtype).requires_grad_() for heads in (h, g))
-    tables = [make(1 if one else B, s, W).to(of_tables) for _ in "cs"]
-    found = function(_tokens_first(q, heads_dim), _tokens_first(k, heads_dim), *tables)
-    found = [_tokens_first(each, heads_dim) for each in found]
-    expected = rope_reference(q.detach(), k.detach(), *tables, *how)
-    grads = make(B, s, h, D).to(dtype), make(B, s, g, D).to(dtype)
-    found += torch.autograd.grad(found, (q, k), grads)
-    expected += rope_reference(*grads, *tables, *how, inverse=True)
-    return all(agree(*pair, 8) for pair in zip(found, expected, strict=True))
+    draw, (B, s, h, g) = random_tensors(), (2, 5, 3, 2)
+
+    def tokens_first(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        q, k, *tables = inputs
+        turned = function(_tokens_first(q, heads_dim), _tokens_first(k, heads_dim), *tables)
+        return [_tokens_first(each, heads_dim) for each in turned]
+
+    q, k = (draw(B, s, heads, D).to(dtype).requires_grad_() for heads in (h, g))
+    tables = (draw(1 if one else B, s, W).to(of_tables) for _ in "cs")
+    return is_equivalent(tokens_first, lambda *inputs: rope_reference(*inputs, *how), (q, k, *tables), 8, 8)

@@ -11,12 +11,10 @@ import torch
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.calls import Calls
+from deepspeed_alst.models.calls import CACHES, Calls
 from deepspeed_alst.models.linear_functions import Split
 from deepspeed_alst.models.linear_layers import KINDS, functions_of, linear_layers
 
-# Names of the cache in transformers: past_key_values before 5.24, cache_params without attention.
-CACHES = ("cache", "cache_params", "past_key_values")
 _Layers = weakref.WeakSet[torch.nn.Module]
 
 

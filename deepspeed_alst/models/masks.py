@@ -21,8 +21,8 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from deepspeed_alst.apart import apart
 from deepspeed_alst.attention.whole_mask import WholeMask
+from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.cores import Core
@@ -47,7 +47,7 @@ def mask_function_for(core: Core, sp_size: int, calls: Calls) -> MaskFunction:
     Raises:
         UnsupportedModelError: the parts of transformers' masks do not mean what this module assumes.
     """
-    apart(_try_parts)  # on real tensors, even under a fake tensor mode of the caller
+    run_isolated(_try_parts)  # on real tensors, even under a fake tensor mode of the caller
 
     @torch.compiler.disable
     def mask_function(

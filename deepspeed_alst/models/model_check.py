@@ -25,7 +25,6 @@ from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
 from deepspeed_alst.models.deferred import DeferredLogits
 from deepspeed_alst.models.experts import router_classes
-from deepspeed_alst.models.first_difference import first_difference
 from deepspeed_alst.models.wrapped import base_model, vocabulary_of
 from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -165,6 +164,8 @@ class _Check:
         problems = [each for each, _, _ in everyone if each]
         if problems:
             limit = max(each for _, _, each in everyone)
+            from deepspeed_alst.models.first_difference import first_difference
+
             place = first_difference(model, whole, split, length, groups, limit)
             raise UnsupportedModelError(_words(model, problems[0], place, groups.sp_size))
         return max(each for _, each, _ in everyone)

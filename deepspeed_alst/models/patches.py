@@ -16,13 +16,12 @@ from deepspeed_alst.models.calls import Calls, check_calls
 from deepspeed_alst.models.cores import find_core
 from deepspeed_alst.models.deferred import DeferredLogits, share_of_loss
 from deepspeed_alst.models.dropout import count_draws
+from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.fused_head import sum_fused_head
 from deepspeed_alst.models.generate import generate_whole
-from deepspeed_alst.models.linear_layers import has_attention
-from deepspeed_alst.models.linear_split import split_linear_layers
+from deepspeed_alst.models.linear_layers import has_attention, linear_layers
 from deepspeed_alst.models.own_config import own_config
 from deepspeed_alst.models.positions import give_whole_length
-from deepspeed_alst.models.router_loss import whole_router_loss
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor, whole_sequence_divisor, whole_sequence_loss
 
@@ -49,11 +48,18 @@ def patch_model(
         assert core is not None, "check_model refuses it"
         register_attention(base, core, group, calls, patches)
     give_whole_length(base, calls, patches)
-    linear = split_linear_layers(base, group, calls, patches)
+    if linear := len(linear_layers(base)):
+        from deepspeed_alst.models.linear_split import split_linear_layers
+
+        split_linear_layers(base, group, calls, patches)
     _replace_loss(base, group, calls, patches)
     if whole_loss:
         sum_fused_head(model, group, calls, patches)
-    whole_router_loss(model, group, calls, patches)
+    calls.routes = bool(router_classes(base))
+    if calls.routes:
+        from deepspeed_alst.models.router_loss import whole_router_loss
+
+        whole_router_loss(model, group, calls, patches)
     generate_whole(base, calls, patches)
     check_calls(model, calls, patches, whole_loss)
     calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)

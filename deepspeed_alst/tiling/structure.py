@@ -12,8 +12,8 @@ import torch
 from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from deepspeed_alst.apart import apart
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.gradients import refuse_foreign_weights
 
@@ -125,7 +125,7 @@ def find_gated_mlp(
     if any(True for _ in module.buffers()):
         return None
     try:
-        return apart(_prove, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
+        return run_isolated(_prove, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
     except Exception:  # an arbitrary forward gets inputs that it does not expect
         return None
 

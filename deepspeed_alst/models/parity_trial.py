@@ -25,12 +25,10 @@ from deepspeed_alst.models.cores import TRIAL, keeps_documents_apart
 from deepspeed_alst.models.dropout import Draws, count_draws, without_dropout
 from deepspeed_alst.models.experts import router_classes
 from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.foreign import check_own_modules, own_modules
-from deepspeed_alst.models.gradient_hooks import check_gradient_hooks
+from deepspeed_alst.models.foreign import check_own_modules
 from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.program_code import install_program_code, program_code
+from deepspeed_alst.models.program_code import install_program_code
 from deepspeed_alst.models.shrink import shrink
-from deepspeed_alst.models.verified import RIGHT
 from deepspeed_alst.models.wrapped import base_model
 from deepspeed_alst.parallel.agreement import gather_objects
 from deepspeed_alst.parallel.groups import SequenceGroups
@@ -61,33 +59,22 @@ class Verdict:
     """Largest relative error of the loss and of any parameter's gradient."""
 
 
-def prove(model: torch.nn.Module, groups: SequenceGroups, adopted: bool = False) -> str:
-    """Raise unless the census found the model's family right, or a tiny model of its kind is right here.
+def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: str, code: tuple[str, ...]) -> str:
+    """Raise unless a tiny model of a model's kind is right. Collective over the groups' gloo groups; takes seconds.
 
-    Collective over the groups' gloo groups; takes seconds for an unlisted family. In an ``adopted`` program, written
-    for DeepSpeed's own ALST, the code that it has put into the model is not tried: this package replaces it.
+    Args:
+        model: the program's.
+        groups: of its ranks.
+        unlisted: why the trial runs; begins the error message.
+        code: names of the program's own code in the model.
 
     Returns:
-        Summary of the result; empty for a listed family.
+        Summary of the result.
 
     Raises:
-        UnsupportedModelError: the model is not right; on all ranks.
+        UnsupportedModelError: the tiny model is not right; on all ranks.
     """
-    check_gradient_hooks(model)
-    base, code = base_model(model), program_code(model)
-    # foreign.py tries the modules that it has put in: a tiny model would not have them.
-    put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, own_modules(base).values())}
-    code = () if adopted else tuple(each for each in code if each not in put_in)
-    if base.config.model_type in RIGHT and not code:
-        check_own_modules(base, None)
-        return ""
-    unlisted = (
-        f"{type(base).__name__} (model_type='{base.config.model_type}') is none of the {len(RIGHT)} families that are "
-        "verified under sequence parallelism (docs/census.md)"
-    )
-    if base.config.model_type in RIGHT:
-        unlisted = f"{type(base).__name__} runs code of the program's own ({', '.join(code[:4])})"
-    way_out = "Set sequence_parallel_size to 1, or train one of those"
+    base, way_out = base_model(model), "Set sequence_parallel_size to 1, or train one of those"
     try:
         # The core draws attention dropout itself, per document.
         small = without_dropout(shrink(base.config), attention_only=True)
