@@ -45,5 +45,5 @@ class TileKernels(Feature):
 
 
 def _fuses(run: RunContext, is_patched: bool) -> bool:
-    """Return True if this package's norms and rotary embedding are used: on a GPU, if Liger's neither are nor are off."""
+    """Return True if this package's norms and rotary embedding are used: on a GPU, unless Liger is on or off."""
     return run.config.alst.liger_kernel == "auto" and not is_patched and run.device == "cuda"
