@@ -19,7 +19,8 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         return read_config(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--ds_config {path} cannot be read: {error}") from error
+        way_out = "Give the path of a JSON file that holds an object."
+        raise ConfigError(f"--ds_config {path} cannot be read: {error}. {way_out}") from error
 
 
 def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
