@@ -1,9 +1,7 @@
 """``ds_alst report`` in real environments: as it is, with torch or transformers broken, with what builds leave."""
 
 import json
-import mmap
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepspeed_alst.cli import host, keys, main, packages, report
-from deepspeed_alst.cli.device import allocator_row, build_row, driver_version, flash_row, gpu_rows
-from deepspeed_alst.cli.rows import Row, print_table
+from deepspeed_alst.cli import main, probe, report
+from deepspeed_alst.cli.report import Row
 from deepspeed_alst.errors import AlstError
 
 ROOT = Path(__file__).parent.parent
@@ -62,10 +59,9 @@ def test_a_report_of_this_environment_with_a_stale_lock_and_no_compiler(tmp_path
     with held.open("w"):
         status, rows = run_report(*words, folder=tmp_path, CXX="/nonexistent/c++", PYTORCH_ALLOC_CONF="")
     assert status == 1
-    (stale, building) = sorted(named(rows, "build lock"), key=lambda row: row.verdict, reverse=True)
+    (stale,) = named(rows, "build lock")  # and not the one that a build holds
     assert stale.verdict == "problem" and str(left) in stale.value and f"rm {left}" in stale.remedy
-    assert building.verdict == "ok" and str(held) in building.value
-    for name in ("op sum_pieces", "op tile_ops"):
+    for name in ("op alst_sum_pieces", "op alst_tile_ops"):
         (op,) = named(rows, name)
         assert op.verdict == "note" and "no C++ compiler" in op.value and "DS_BUILD_ALST=1" in op.remedy
     (disk,) = named(rows, "disk")
@@ -75,8 +71,7 @@ def test_a_report_of_this_environment_with_a_stale_lock_and_no_compiler(tmp_path
     # Nothing else is wrong with the environment that the tests run in.
     problems = {row["name"] for row in rows if row["verdict"] == "problem"}
     assert problems == {"build lock", "ds_config"}, rows
-    assert named(rows, "import torch")[0].value == f"loads {ROOT / 'deepspeed_alst'} in a fresh process"
-    assert "reads this package's keys" in named(rows, "import deepspeed")[0].value
+    assert named(rows, "autoload")[0].value == f"on: `import torch` loads {ROOT / 'deepspeed_alst'}"
     assert "for offloaded activations" in named(rows, "host memory")[0].value
 
 
@@ -84,10 +79,9 @@ def test_with_autoload_off_and_transformers_broken_the_other_rows_are_there(tmp_
     broken = broken_module(tmp_path / "broken", "transformers", "of another age")
     status, rows = run_report(folder=tmp_path, first_in_path=broken, DEEPSPEED_ALST_AUTOLOAD="0")
     assert status == 1
-    for name in ("autoload", "import torch"):
-        (row,) = named(rows, name)
-        assert row.verdict == "problem" and "DEEPSPEED_ALST_AUTOLOAD" in row.value + row.remedy
-    (modules,) = named(rows, "a run's modules")
+    (row,) = named(rows, "autoload")
+    assert row.verdict == "problem" and "DEEPSPEED_ALST_AUTOLOAD=0" in row.value and "unset" in row.remedy
+    (modules,) = named(rows, "import deepspeed_alst.initialize")
     assert modules.verdict == "problem" and "of another age" in modules.value
     assert named(rows, "host memory")[0].verdict in ("ok", "note")
 
@@ -99,6 +93,14 @@ def test_a_torch_that_does_not_load_is_a_row(tmp_path):
     (row,) = named(rows, "a fresh process")
     assert row.verdict == "problem" and "libcudart.so.99" in row.value and "at import torch" in row.value
     assert named(rows, "deepspeed")[0].verdict == "ok"
+
+
+def test_a_torch_that_hangs_is_a_row(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(report, "_PROGRAM", report._PROGRAM.replace("120", "1"))
+    (row,) = report._probe("")
+    assert row.verdict == "problem" and "at import torch" in row.value and "Timeout (0:00:01)" in row.value
 
 
 # --- versions
@@ -115,16 +117,16 @@ def installed(folder, name, version):
     [
         ("torch", "2.6.0", "problem", "barrier"),
         ("torch", "2.7.0+cu126", "problem", "barrier"),
-        ("torch", "2.9.1", "problem", "2.9.1, and this package asks for >=2.13.0"),
+        ("torch", "2.9.1", "problem", "2.9.1 (asked for: >=2.13.0); not a version"),
         ("deepspeed", "0.20.0", "problem", "<0.20"),
-        ("liger_kernel", "0.5.0", "note", "0.5.0, and this package asks for"),
+        ("liger_kernel", "0.5.0", "note", "0.5.0 (asked for"),
         ("transformers", "99.0", "ok", "99.0"),
     ],
 )
 def test_versions_are_judged_by_what_the_package_asks_for(tmp_path, monkeypatch, name, version, verdict, words):
     installed(tmp_path, name, version)
     monkeypatch.syspath_prepend(tmp_path)
-    (row,) = [row for row in packages.rows() if row.name == name.replace("_", "-")]
+    (row,) = [row for row in report.version_rows() if row.name == name.replace("_", "-")]
     assert (row.verdict, words in row.value) == (verdict, True), row
     assert bool(row.remedy) == (verdict != "ok")
 
@@ -132,88 +134,77 @@ def test_versions_are_judged_by_what_the_package_asks_for(tmp_path, monkeypatch,
 def test_what_is_not_installed_says_what_a_run_has_without_it(monkeypatch):
     # No folder of packages, so nothing is installed, this package neither.
     monkeypatch.setattr(sys, "path", [])
-    rows = {row.name: row for row in packages.rows()}
-    assert rows["liger-kernel"].verdict == "note" and "not installed: no Liger kernels" in rows["liger-kernel"].value
+    rows = {row.name: row for row in report.version_rows()}
+    assert rows["liger-kernel"].verdict == "note" and "not installed; no Liger kernels" in rows["liger-kernel"].value
     assert rows["peft"].remedy == "pip install 'peft'"
-    for name in ("deepspeed_alst", "entry point", "torch", "deepspeed", "transformers"):
+    for name in ("deepspeed-alst", "torch", "deepspeed", "transformers"):
         assert rows[name].verdict == "problem" and rows[name].remedy, name
 
 
-# --- the host
+# --- GPUs, by what torch says of them (stand-ins: there is none here)
 
 
-def test_shared_memory_is_judged_by_what_runs_need():
-    assert [host.shared_memory_row(size).verdict for size in (64 << 20, 512 << 20, 16 * GIB)] == [
-        "problem",
-        "note",
-        "ok",
-    ]
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Give torch these GPUs, DeepSpeed a device, and the system a driver."""
+
+    def give(*gpus, device="cuda", driver=False):
+        cards = [SimpleNamespace(name=name, total_memory=80 * GIB, major=9, minor=0) for name in gpus]
+        monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: bool(cards))
+        monkeypatch.setattr("torch.cuda.get_device_properties", cards.__getitem__)
+        monkeypatch.setattr(probe, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
+        monkeypatch.setattr(probe, "_DRIVER", tmp_path if driver else tmp_path / "missing")
+
+    return give
 
 
-def test_buffers_that_a_process_maps_are_not_left_over(tmp_path):
-    left, used = tmp_path / "deepspeed_allreduce_buffer_0_a_1_0", tmp_path / "deepspeed_allreduce_buffer_0_b_2_0"
-    assert host.buffers_row(tmp_path) == Row("shared buffers", "none left over")
-    for path in (left, used):
-        path.write_bytes(bytes(4096))
-    with used.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        row = host.buffers_row(tmp_path)
-        assert row.verdict == "note" and str(left) in row.value and str(used) not in row.value
-        left.unlink()
-        assert host.buffers_row(tmp_path) == Row("shared buffers", "1 in use, none left over")
-    assert str(used) in host.buffers_row(tmp_path).value
+def test_gpus_are_counted_by_kind_and_unused_ones_are_told(machine):
+    machine(*["H100"] * 7, "H200")
+    (row,) = probe.gpu_rows()
+    assert row.verdict == "ok" and "7 x H100, 80.0 GiB, capability 9.0; 1 x H200" in row.value
+    machine("H100", device="cpu")
+    (row,) = probe.gpu_rows()
+    assert (row.verdict, row.remedy) == ("note", "unset DS_ACCELERATOR")
+    machine(device="cpu", driver=True)
+    (row,) = probe.gpu_rows()
+    assert row.verdict == "problem" and "CUDA_VISIBLE_DEVICES" in row.remedy
+    machine(device="cpu")
+    assert [row.verdict for row in probe.gpu_rows()] == ["ok"]
 
 
-def test_locked_memory_is_judged_by_the_disk_tiers_buffers():
-    assert host.locked_memory_row(resource.RLIM_INFINITY).verdict == "ok"
-    assert host.locked_memory_row(64 * GIB).verdict == "ok"
-    assert "memlock=-1" in host.locked_memory_row(8 << 20).remedy
+def test_the_allocator_is_judged_on_gpus_only(machine, monkeypatch):
+    def row_for(setting, *gpus):
+        machine(*gpus)
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        (row,) = probe.allocator_rows()
+        return row
+
+    assert row_for("expandable_segments:False", "H100").verdict == "note"
+    assert row_for("expandable_segments:True", "H100").verdict == "ok"
+    assert "alst.expandable_segments" in row_for("", "H100").value
+    assert row_for("expandable_segments:False").verdict == "ok"
 
 
-# --- GPUs, by what torch and the system say of them (stand-ins: there is none here)
+def test_attention_kernels_are_named_and_one_that_does_not_load_is_a_problem(machine, monkeypatch, tmp_path):
+    machine("H100")
+    assert [row.value for row in probe.attention_rows()][1] == "torch's own"
+    installed(tmp_path, "flash_attn", "2.8")
+    broken_module(tmp_path, "flash_attn", "undefined symbol")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("deepspeed_alst.initialize", "liger_kernel.ops"):  # no other library is to see this flash-attn
+        monkeypatch.delitem(probe._MODULES, module)
+    rows = {row.name: row for row in probe.import_rows()}
+    assert rows["import flash_attn"].verdict == "problem" and "undefined symbol" in rows["import flash_attn"].value
+    assert rows["import flash_attn.cute"] == Row("import flash_attn.cute", "not installed")
+    assert rows["import triton"] == Row("import triton", "loads")
 
 
-def gpu(name, total_memory, major):
-    return SimpleNamespace(name=name, total_memory=total_memory, major=major, minor=0)
-
-
-def test_gpus_are_counted_by_kind():
-    (row,) = gpu_rows([gpu("H100", 80 * GIB, 9)] * 8, "550.54.15")
-    assert row == Row("gpus", "8 x H100, 80.0 GiB, compute capability 9.0, driver 550.54.15")
-    old, new, mixed = gpu_rows([gpu("V100", 32 * GIB, 7), gpu("H100", 80 * GIB, 9)], "")
-    assert [row.verdict for row in (old, new, mixed)] == ["note", "ok", "note"]
-
-
-@pytest.mark.parametrize(
-    ("cuda", "on_gpu", "driver", "verdict"),
-    [
-        ("12.8", True, "550.54", "ok"),
-        ("12.8", False, "470.1", "problem"),
-        ("12.8", False, "", "note"),
-        (None, False, "550.54", "problem"),
-        (None, False, "", "ok"),
-    ],
-)
-def test_a_build_of_torch_that_leaves_the_gpus_alone_is_a_problem(cuda, on_gpu, driver, verdict):
-    row = build_row(cuda, None, on_gpu, driver)
-    assert row.verdict == verdict and bool(row.remedy) == (verdict == "problem")
-
-
-def test_the_driver_is_read_from_the_kernels_file(tmp_path):
-    assert driver_version(tmp_path / "version") == ""
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n")
-    assert driver_version(tmp_path / "version") == "570.86.15"
-
-
-def test_the_allocator_and_flash_attention_are_judged_on_gpus_only():
-    assert allocator_row("expandable_segments:False", on_gpu=True).verdict == "note"
-    assert allocator_row("expandable_segments:True", on_gpu=True).verdict == "ok"
-    assert "alst.expandable_segments" in allocator_row("", on_gpu=True).value
-    assert allocator_row("expandable_segments:False", on_gpu=False).verdict == "ok"
-    nothing = {2: "", 3: "", 4: ""}
-    assert [flash_row(nothing, on_gpu).verdict for on_gpu in (True, False)] == ["note", "ok"]
-    assert flash_row({**nothing, 2: "2.8, which does not load (ImportError: undefined symbol)"}, True).verdict == (
-        "problem"
-    )
+def test_a_library_newer_than_tested_is_a_note(monkeypatch):
+    monkeypatch.setattr("deepspeed_alst.engine.environment.NEWEST_TESTED", {"torch": "2.0"})
+    (row,) = probe.tested_rows()
+    assert row.verdict == "note" and "newest tested: 2.0" in row.value
 
 
 # --- a ds_config
@@ -224,6 +215,7 @@ def test_the_allocator_and_flash_attention_are_judged_on_gpus_only():
     [
         ({"sequence_parallel_size": 2}, ["ok"], "2 ranks share a sequence in 4 replica(s)"),
         ({"sequence_parallel_size": 1, "alst": {}}, ["ok"], "whole sequences"),
+        ({"alst": {"tiled_mlp_compute": True}}, ["ok"] * 2, '{"tile_tokens": null, "tile_bytes": "auto", '),
         ({"zero_optimization": {"stage": 3}}, ["note"], "asks for nothing"),
         ({"sequence_parallel_size": 3}, ["problem"], "Use one of [1, 2, 4, 8]"),
         ({"alst": {"tiled_mlp": True, "pad_to_multiple_of": 0}}, ["problem"] * 2, "Did you mean 'tiled_mlp_compute'"),
@@ -232,12 +224,11 @@ def test_the_allocator_and_flash_attention_are_judged_on_gpus_only():
             ["problem"] * 3,
             "prescale_gradients=true",
         ),
-        ([1], ["problem"], "no JSON object"),
         ({"alst": {}, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["problem"], "bf16.enabled is true too"),
         ({"alst": {}, "steps_per_print": 0}, ["problem"], "steps_per_print: must be a whole number"),
         (
             {"activation_checkpoint_cpu_offload": {"nvme_path": "/no/such/folder"}},
-            ["problem"],
+            ["ok", "ok", "problem"],
             "nvme_path: no folder on this host",
         ),
         ({"sp_size": 2}, ["problem"], "Did you mean 'sequence_parallel_size'?"),
@@ -246,23 +237,25 @@ def test_the_allocator_and_flash_attention_are_judged_on_gpus_only():
 )
 def test_a_ds_config_is_checked_for_a_number_of_ranks(tmp_path, ds_config, verdicts, words):
     (tmp_path / "ds.json").write_text(json.dumps(ds_config))
-    rows = [*keys.rows(tmp_path / "ds.json", 8)]
+    rows = [*report.config_rows(str(tmp_path / "ds.json"), 8)]
     assert [row.verdict for row in rows] == verdicts and any(words in row.value for row in rows), rows
 
 
-def test_a_ds_config_that_cannot_be_read_is_a_row(tmp_path):
-    (tmp_path / "half.json").write_text('{"alst": ')
-    for name in ("half.json", "missing.json"):
-        (row,) = keys.rows(tmp_path / name, None)
-        assert row.verdict == "problem" and str(tmp_path / name) in row.value
+@pytest.mark.parametrize(("content", "words"), [('{"alst": ', ""), ("[1]", "no JSON object"), (None, "cannot be read")])
+def test_a_ds_config_that_cannot_be_read_is_a_row(tmp_path, content, words):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    (row,) = report.guarded("ds_config", report.config_rows(str(path), None))
+    assert row.verdict == "problem" and str(path) in row.value and words in row.value and "Give the path" in row.value
 
 
 def test_every_ready_ds_config_passes():
     for path in sorted((ROOT / "ds_configs").glob("*.json")):
         num_gpus = max(8, json.loads(path.read_text()).get("sequence_parallel_size", 1))
+        wrong = [row.value for row in report.config_rows(str(path), num_gpus) if row.verdict == "problem"]
         # Its disk is not on this host.
-        rows = [row for row in keys.rows(path, num_gpus) if "nvme_path: no folder on this host" not in row.value]
-        assert {row.verdict for row in rows} <= {"ok", "note"}, path
+        assert all("nvme_path: no folder on this host" in value for value in wrong), path
 
 
 # --- the command line
@@ -277,12 +270,14 @@ def test_the_package_is_a_command_with_a_version_and_examples():
         assert done.returncode == 0 and said in done.stdout
 
 
-def test_the_table_shows_values_and_remedies_as_they_are(capsys):
-    print_table(
-        [Row("ds_config", "Use one of [1, 3].", "problem", "rm [red]/tmp/lock[/red]"), Row("python", "3.11")], ""
-    )
+def test_the_lines_have_values_and_remedies_as_they_are_and_name_ds_report(monkeypatch, capsys):
+    rows = [Row("ds_config", "Use one of [1, 3].", "problem", "rm [red]/tmp/lock[/red]"), Row("python", "3.11")]
+    monkeypatch.setattr(report, "version_rows", lambda: rows)
+    monkeypatch.setattr(report, "_probe", lambda nvme_path: [])
+    assert main.main(["report"]) == 1
     out = capsys.readouterr().out
     assert "Use one of [1, 3]." in out and "-> rm [red]/tmp/lock[/red]" in out and "1 problems, 0 notes, 1 ok" in out
+    assert out.splitlines()[-1].endswith("ds_report")
 
 
 def test_help_loads_nothing_heavy():

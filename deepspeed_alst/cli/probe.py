@@ -1,89 +1,194 @@
-"""Rows of ``ds_alst report`` that need torch and DeepSpeed, found in a process of its own.
+"""Rows of ``ds_alst report`` that need torch and DeepSpeed, printed as they are found by a process of its own."""
 
-Its parent (report.py) runs ``import torch`` before anything of this package; the first row reports what that loads.
-Rows are printed one per line as they are found, so that a crash does not lose them.
-"""
-
-import dataclasses
 import importlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from deepspeed_alst.cli.packages import autoload_switch
-from deepspeed_alst.cli.rows import Row, guarded
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
+
+from deepspeed_alst.cli.report import ROW_MARK, Row, guarded, judged, version_of
+from deepspeed_alst.engine.environment import allocator_variable, check_deepspeed, is_left_over
+from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.memory import spare_bytes
+from deepspeed_alst.ops.aio import is_aio_there
+from deepspeed_alst.ops.builder import BUILDERS
+from deepspeed_alst.words import in_words
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+# Distribution of each module that a run or its kernels import.
+_MODULES = {
+    "deepspeed_alst.initialize": "deepspeed",
+    "triton": "triton",
+    "liger_kernel.ops": "liger-kernel",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
+    "flash_attn.cute": "flash-attn-4",
+}
+# Pieces have the disk tier's size and are all in flight at once.
+_DISK_BYTES, _PIECES = 256 << 20, 4
+_SILENCE_SECONDS = 30.0
 
 
-def main(loaded: str, nvme_path: str) -> None:
+def main(hooked: bool, nvme_path: str) -> None:
     """Print all rows.
 
     Args:
-        loaded: folder of this package if ``import torch`` loaded it, else empty.
+        hooked: True if imports of torch and deepspeed alone have hooked ``deepspeed.initialize``.
         nvme_path: folder whose disk is measured; empty for none.
     """
-    # Other packages write to stdout at import.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)
-        for row in _rows(loaded, nvme_path):
-            print(json.dumps(dataclasses.asdict(row)), file=out, flush=True)
+    parts = {
+        "autoload": autoload_rows(hooked),
+        "tested versions": tested_rows(),
+        "gpus": gpu_rows(),
+        "attention": attention_rows(),
+        "imports": import_rows(),
+        "allocator": allocator_rows(),
+        "ops": op_rows(),
+        "build locks": lock_rows(),
+        "host memory": memory_rows(),
+        "disk": disk_rows(nvme_path) if nvme_path else (),
+    }
+    for name, rows in parts.items():
+        for row in guarded(name, rows):
+            print(f"\n{ROW_MARK}{json.dumps(row)}", flush=True)
 
 
-def _rows(loaded: str, nvme_path: str) -> Iterator[Row]:
-    yield _hook_row(loaded)
-    yield from guarded("import deepspeed", _deepspeed_rows)
-    yield from guarded("a run's modules", _run_rows)
-    yield from guarded("device", lambda: _of("device", "device_rows"))
-    yield from guarded("attention", lambda: _of("device", "attention_rows"))
-    for part, name in (("ops", "op_rows"), ("async_io", "aio_rows"), ("build locks", "lock_rows")):
-        yield from guarded(part, lambda name=name: _of("compiled", name))
-    yield from guarded("host memory", lambda: _of("compiled", "memory_rows"))
-    if nvme_path:
-        yield from guarded("disk", lambda: _of("compiled", "disk_rows", nvme_path))
+def autoload_rows(hooked: bool) -> Iterator[Row]:
+    """Yield the row on the hook that ``import torch`` installs in a program that does not name this package."""
+    if hooked:
+        yield Row("autoload", f"on: `import torch` loads {Path(__file__).parents[1]}")
+        return
+    names = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "DEEPSPEED_ALST_AUTOLOAD")
+    switch = next((name for name in names if os.environ.get(name) == "0"), "")
+    why = f"off by {switch}=0" if switch else "no hook after `import torch, deepspeed`"
+    remedy = f"unset {switch}" if switch else "install the package, and see: python -c 'import torch, deepspeed'"
+    value = f"{why}: the keys of a ds_config do nothing by themselves"
+    yield Row("autoload", value, "problem", f"{remedy}; or import deepspeed_alst before deepspeed.initialize")
 
 
-def _of(module: str, function: str, *arguments: str) -> Iterable[Row]:
-    """Return the rows of a module that may fail to import."""
-    rows: Callable[..., Iterable[Row]] = getattr(importlib.import_module(f"deepspeed_alst.cli.{module}"), function)
-    return rows(*arguments)
+def tested_rows() -> Iterator[Row]:
+    """Yield the row on libraries newer than the tested versions."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_deepspeed()
+    newer = "; ".join(str(each.message) for each in caught)
+    yield judged("tested versions", "DeepSpeed is one of them", newer, "compare a run by ds_alst verify")
 
 
-def _hook_row(loaded: str) -> Row:
-    name, here = "import torch", str(Path(__file__).parent.parent)
-    if not loaded:
-        switch = autoload_switch()
-        return Row(
-            name,
-            f"does not load deepspeed_alst in a fresh process{f' ({switch})' if switch else ''}",
-            "problem",
-            f"unset {switch.partition('=')[0]}" if switch else "install the package, and see what import torch prints",
-        )
-    if loaded != here:
-        return Row(name, f"loads another copy: {loaded}, not {here}", "note", "uninstall one of the two")
-    return Row(name, f"loads {loaded} in a fresh process")
-
-
-def _deepspeed_rows() -> Iterator[Row]:
-    import deepspeed
-
-    from deepspeed_alst.engine.environment import check_deepspeed
-
-    name = "import deepspeed"
-    check_deepspeed()
-    if hasattr(deepspeed.initialize, "__deepspeed_alst__"):
-        yield Row(name, "deepspeed.initialize reads this package's keys")
+def gpu_rows() -> Iterator[Row]:
+    """Yield the row on the GPUs."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    kinds = Counter(f"{p.name}, {in_words(p.total_memory, 1)}, capability {p.major}.{p.minor}" for p in found)
+    value = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"
+    device = get_accelerator().device_name()
+    value += f"; torch {torch.__version__}, DeepSpeed runs on {device}"
+    if _DRIVER.exists() and not found:
+        remedy = "install torch for CUDA, or a driver for its CUDA; look for an empty CUDA_VISIBLE_DEVICES"
+        yield Row("gpus", f"{value}, and this machine has NVIDIA's driver", "problem", remedy)
     else:
-        yield Row(
-            name,
-            "deepspeed.initialize does not read this package's keys",
-            "problem",
-            "look at the rows above; or import deepspeed_alst before deepspeed.initialize",
-        )
+        yield judged("gpus", value, "not on the GPUs" if found and device == "cpu" else "", "unset DS_ACCELERATOR")
 
 
-def _run_rows() -> Iterator[Row]:
-    """Import all that deepspeed.initialize loads for this package's keys, transformers included."""
-    importlib.import_module("deepspeed_alst.initialize")
-    transformers = sys.modules["transformers"]
-    yield Row("a run's modules", f"load, with transformers at {Path(transformers.__file__ or '').parent}")
+def attention_rows() -> Iterator[Row]:
+    """Yield rows on torch's attention kernels: sdpa and flex_attention."""
+    on_gpu, cuda = torch.cuda.is_available(), torch.backends.cuda
+    kernels = {
+        "flash": cuda.is_flash_attention_available() and cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": cuda.cudnn_sdp_enabled(),
+    }
+    yield Row("sdpa", ", ".join(name for name, there in kernels.items() if there) if on_gpu else "on CPU")
+    yield Row("flex_attention", "torch's own" if on_gpu else "forward only: PyTorch has no backward of it on CPU")
+
+
+def import_rows() -> Iterator[Row]:
+    """Yield a row per module that a run may import, with the error if an installed one does not load."""
+    for module, distribution in _MODULES.items():
+        yield from guarded(f"import {module}", _imported(module, version_of(distribution)))
+
+
+def _imported(module: str, version: str) -> Iterator[Row]:
+    if version:
+        importlib.import_module(module)
+    yield Row(f"import {module}", "loads" if version else "not installed")
+
+
+def allocator_rows() -> Iterator[Row]:
+    """Yield the row on the CUDA allocator setting."""
+    setting = allocator_variable(os.environ)
+    off = torch.cuda.is_available() and re.search(r"expandable_segments\s*:\s*false", setting, re.IGNORECASE)
+    yield judged(
+        "allocator",
+        setting or "unset: on a GPU, alst.expandable_segments switches expandable segments on",
+        "long sequences break the memory into pieces that fit nothing" if off else "",
+        "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or leave it to alst.expandable_segments",
+    )
+
+
+def op_rows() -> Iterator[Row]:
+    """Yield a row per csrc/ op of this device; nothing is built."""
+    device = get_accelerator().device_name()
+    for builder in (builder_class() for (_, kind), builder_class in BUILDERS.items() if kind == device):
+        name = f"op {builder.NAME}"
+        found, problem = builder.find(), builder.why_not()
+        if problem and not found:
+            value = f"{problem}: torch takes its place, slower and with the same result"
+            yield Row(name, value, "note", problem.way_out)
+        else:
+            yield Row(name, found or "not built yet: at its first use, in 10 s on CPU and a minute for CUDA")
+
+
+def lock_rows() -> Iterator[Row]:
+    """Yield a row per lock that a killed build has left in torch's extensions folder: it blocks the next build."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    # Builds of this package (alst_*) tolerate a stale lock.
+    locks = [lock for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")} if "/alst_" not in str(lock)]
+    stale = sorted(filter(is_left_over, locks))
+    for lock in stale:
+        value = f"{lock} is held by no process here: whoever needs this op waits for ever"
+        remedy = f"when no build runs, on other hosts that share the folder either: rm {lock}"
+        yield Row("build lock", value, "problem", remedy)
+    if not stale:
+        yield Row("build locks", f"none is left over in {root}")
+
+
+def memory_rows() -> Iterator[Row]:
+    """Yield the row on host memory and the part of it available to offloaded activations."""
+    memory, spare = psutil.virtual_memory(), spare_bytes()
+    value = f"{in_words(memory.total, 1)}, {in_words(memory.available, 1)} available; "
+    value += f"{in_words(spare, 1)} for offloaded activations, within the cgroup's limit"
+    yield judged("host memory", value, "" if spare else "none", "end what holds it, or raise the container's limit")
+
+
+def disk_rows(folder: str) -> Iterator[Row]:
+    """Measure a folder's disk with the disk tier's own transfers to a temporary file.
+
+    Raises:
+        AlstError: the folder is not writable, its disk has less than 256 MiB free, or it does not respond.
+    """
+    # "auto" would build the op now.
+    disk = DiskFile(folder, "auto" if is_aio_there() else "threads", silence_seconds=_SILENCE_SECONDS)
+    try:
+        disk.reserve(_DISK_BYTES)
+        buffers = [disk.new_buffer(_DISK_BYTES // _PIECES).random_() for _ in range(_PIECES)]
+        pieces = [(buffer, disk.allocate(buffer.numel())) for buffer in buffers]
+        rates = []
+        for start in (disk.write, disk.read):
+            begin = time.perf_counter()
+            for transfer in [start(*piece) for piece in pieces]:
+                transfer.wait()
+            rates.append(_DISK_BYTES / 1e6 / (time.perf_counter() - begin))
+        how = disk.description.replace("as asked for", "DeepSpeed's async I/O op is not built here")
+        value = f"writes {rates[0]:,.0f} MB/s, reads {rates[1]:,.0f} MB/s; {how}"
+        yield judged("disk", value, disk.warning, "name a folder on a disk, best a local NVMe drive", "problem")
+    finally:
+        disk.close()

@@ -1,78 +1,192 @@
-"""``ds_alst report``: the environment, with a verdict per part.
+"""``ds_alst report``: what a run of this package depends on, with a verdict per part.
 
-A separate process (probe.py) checks all that needs torch: if torch or DeepSpeed fails to load or crashes, that is a row
-of the report instead of its end.
+A process of its own (probe.py) finds all that needs torch: if torch or DeepSpeed fails to load, crashes or hangs, that
+is a row of the report instead of its end.
 """
 
 import argparse
+import importlib.metadata
 import json
+import platform
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from deepspeed_alst.cli import host, keys, packages
-from deepspeed_alst.cli.rows import Row, guarded, print_json, print_table
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from deepspeed_alst.blocks import AlstBlock
+from deepspeed_alst.cli.keys import problems, read_json
+from deepspeed_alst.config import block_of, parse
+from deepspeed_alst.config_file import is_wanted
+from deepspeed_alst.words import shown
 
 SUMMARY = "the environment that a run would have, with a verdict for each part of it and what to do"
 EXAMPLES = """  ds_alst report
   ds_alst report --ds_config ds.json --num_gpus 8
   ds_alst report --nvme_path /mnt/nvme --json"""
+ROW_MARK = "ds_alst report: "  # begins the probe's lines; other packages write to stdout too
 
-# Like a user's program, it imports torch first: only torch's entry points may load this package.
+# Like a user's program, it imports nothing of this package: only torch's entry points may load it.
 _PROGRAM = """
-import sys
-import torch
-package = sys.modules.get("deepspeed_alst")
-loaded = package.__file__.removesuffix("/__init__.py") if package else ""
+import faulthandler, sys
+faulthandler.enable()
+faulthandler.dump_traceback_later(120, exit=True)
+import torch, deepspeed
+hooked = hasattr(deepspeed.initialize, "__deepspeed_alst__")
 sys.path.append(sys.argv[1])
-from deepspeed_alst.cli.probe import main
-main(loaded, sys.argv[2])
+from deepspeed_alst.cli import probe
+probe.main(hooked, sys.argv[2])
 """
-_PROBE_SECONDS = 120.0
+_ROOT = Path(__file__).parents[2]
+_NAME = "deepspeed-alst"
+# Effect of a distribution's absence; empty if there is no run without it.
+_WITHOUT = {
+    _NAME: "",
+    "torch": "",
+    "deepspeed": "",
+    "transformers": "",
+    "accelerate": "no HF Trainer, and no loading of a model in shards (ZeRO 3)",
+    "triton": "no Triton kernels: torch computes, or the compiled ops where there are any",
+    "liger-kernel": "no Liger kernels: this package's own take their place",
+    "peft": "no LoRA",
+    "trl": "no SFTTrainer",
+}
+# DeepSpeed's ALST tutorial and ArcticTraining warn of it.
+_LEAKING_TORCH = SpecifierSet(">=2.6.0,<=2.7.0")
+
+Verdict = Literal["ok", "note", "problem"]
+
+
+class Row(NamedTuple):
+    """One part of the environment. The field names are the keys of the JSON and must not change."""
+
+    name: str
+    value: str
+    verdict: Verdict = "ok"
+    """``note``: a run works, with reduced speed or features. ``problem``: it fails, or deviates from the ds_config."""
+    remedy: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``ds_alst report``."""
     parser.add_argument("--json", action="store_true", help="print the rows as JSON: name, value, verdict, remedy")
     parser.add_argument("--nvme_path", default="", metavar="FOLDER", help="measure this folder's disk, with 256 MiB")
-    parser.add_argument("--ds_config", type=Path, metavar="JSON", help="also check the keys of this ds_config")
+    parser.add_argument("--ds_config", metavar="JSON", help="also check the keys of this ds_config")
     parser.add_argument("--num_gpus", type=int, metavar="N", help="the ranks that --ds_config is checked for")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if any row is a problem, else 0."""
-    probe = _start_probe(arguments.nvme_path)
-    rows = [*guarded("packages", packages.rows), *guarded("host", host.rows)]
+    rows = [*guarded("versions", version_rows())]
     if arguments.ds_config is not None:
-        rows += guarded("ds_config", lambda: keys.rows(arguments.ds_config, arguments.num_gpus))
-    rows += _rows_of(probe)
+        rows += guarded("ds_config", config_rows(arguments.ds_config, arguments.num_gpus))
+    rows += _probe(arguments.nvme_path)
     if arguments.json:
-        print_json(rows)
+        print(json.dumps([row._asdict() for row in rows], indent=2))
     else:
-        print_table(rows, "ds_alst report")
+        for row in rows:
+            print(f"{row.verdict:9}{row.name:30} {row.value}")
+            if row.remedy:
+                print(f"{'':40}-> {row.remedy}")
+        verdicts = [row.verdict for row in rows]
+        print(f"{verdicts.count('problem')} problems, {verdicts.count('note')} notes, {verdicts.count('ok')} ok")
+        print("DeepSpeed's own ops, the CUDA toolkit and shared memory: ds_report")
     return int(any(row.verdict == "problem" for row in rows))
 
 
-def _start_probe(nvme_path: str) -> subprocess.Popen[str]:
-    folder = Path(__file__).parent.parent.parent
-    # -P keeps this folder and the current one out of sys.path, as for an installed program.
-    command = [sys.executable, "-P", "-c", _PROGRAM, str(folder), nvme_path]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _rows_of(probe: subprocess.Popen[str]) -> Iterator[Row]:
-    """Yield the probe's rows, plus one if it crashed or timed out."""
+def guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows of one part; an exception becomes a row, so that other parts are still reported."""
     try:
-        out, errors = probe.communicate(timeout=_PROBE_SECONDS)
-        end = f"ended with status {probe.returncode}" if probe.returncode else ""
-    except subprocess.TimeoutExpired:
-        probe.kill()
-        out, errors = probe.communicate()
-        end = f"gave no answer for {_PROBE_SECONDS:.0f} s"
-    found = [Row(**json.loads(line)) for line in out.splitlines()]
+        yield from rows
+    except Exception as error:  # whatever a broken installation raises
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        yield Row(name, said, "problem", "repair what the message names, or install it again")
+
+
+def judged(name: str, value: str, wrong: str, remedy: str, verdict: Verdict = "note") -> Row:
+    """Return a row with this verdict if something is wrong, else one that is ok."""
+    return Row(name, f"{value}; {wrong}", verdict, remedy) if wrong else Row(name, value)
+
+
+def version_of(distribution: str) -> str:
+    """Return the version of a distribution, or empty if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def version_rows() -> Iterator[Row]:
+    """Yield a row per distribution: its version beside this package's requirement. Imports none of them."""
+    lines = importlib.metadata.requires(_NAME) if version_of(_NAME) else None
+    wanted = {each.name: each.specifier for each in map(Requirement, lines or ())}
+    yield Row("python", f"{platform.python_version()} at {sys.executable}")
+    for name, without in _WITHOUT.items():
+        found, specifier = version_of(name), wanted.get(name, SpecifierSet())
+        wrong = ""
+        if not found:
+            wrong = without or "no run without it"
+        elif name == "torch" and _LEAKING_TORCH.contains(found, prereleases=True):
+            wrong = "its torch.distributed.barrier takes more than 3 GiB of GPU memory and keeps it"
+        elif not specifier.contains(found, prereleases=True):
+            wrong = "not a version that this package works with"
+        value = (found or "not installed") + (f" (asked for: {specifier})" if specifier else "")
+        install = f"pip install {_ROOT}" if name == _NAME else f"pip install '{name}{specifier}'"
+        yield judged(name, value, wrong, install, "note" if without else "problem")
+
+
+def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
+    """Yield a row per error that would stop a run with this ds_config, or per key of this package in it.
+
+    Args:
+        path: of the JSON file.
+        num_ranks: number of ranks in the run, or None if unknown.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no ds_config.
+    """
+    ds_config = read_json(path)
+    if lines := [*problems(ds_config, num_ranks)]:
+        yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in lines)
+        return
+    if not is_wanted(ds_config):
+        nothing = f"{path} asks for nothing of this package: DeepSpeed runs untouched"
+        yield Row("ds_config", nothing, "note", "add sequence_parallel_size, or an alst block")
+        return
+    config = parse(ds_config)
+    P = config.sequence_parallel_size
+    replicas = "" if num_ranks is None else f" in {num_ranks // P} replica(s)"
+    shares = (
+        f"{P} ranks share a sequence{replicas}, padded to a multiple of {config.padding_multiple()} tokens; "
+        f"gradients are summed in {config.seq_parallel_communication_data_type}"
+    )
+    yield Row("ds_config", f"{path}: {shares if P > 1 else 'whole sequences on every rank'}")
+    values = config.alst.model_dump()
+    for key in block_of(ds_config):
+        meaning = " ".join((AlstBlock.model_fields[key].description or "").split())
+        yield Row(f"alst.{key}", f"{shown(values[key])} ({meaning.rstrip('.')})")
+    offload = config.alst.activation_checkpoint_cpu_offload
+    if offload and offload.nvme_path and not Path(offload.nvme_path).is_dir():
+        missing = f"nvme_path: no folder on this host (got {shown(offload.nvme_path)})"
+        remedy = "make the folder on every host, or name another"
+        yield Row("alst.activation_checkpoint_cpu_offload", missing, "problem", remedy)
+
+
+def _probe(nvme_path: str) -> Iterator[Row]:
+    """Yield the rows of probe.py, plus one if its process crashed or hung."""
+    # -P keeps this folder and the current one out of sys.path, as for an installed program.
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(_ROOT), nvme_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line.removeprefix(ROW_MARK) for line in done.stdout.splitlines() if line.startswith(ROW_MARK)]
+    found = [Row(*json.loads(line)) for line in lines]
     yield from found
-    if end:
-        last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "no message")
-        where = f"after '{found[-1].name}'" if found else "at import torch"
-        yield Row("a fresh process", f"{end} {where}: {last}", "problem", "see the whole of: python -c 'import torch'")
+    if done.returncode:
+        where = f"after '{found[-1].name}'" if found else "at import torch, deepspeed"
+        errors = [line for line in done.stderr.splitlines() if re.search("error|timeout", line, re.IGNORECASE)]
+        value = f"ended with status {done.returncode} {where}: {errors[-1] if errors else 'no message'}"
+        yield Row("a fresh process", value, "problem", "see all of: python -c 'import torch, deepspeed'")
