@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from transformers import LlamaConfig
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
-from deepspeed_alst.ledger.step_flops import Span, StepSizes, alst_flops, model_flops
-from deepspeed_alst.models.sizes import attention_spans, step_sizes
+from deepspeed_alst.engine.metrics import shard_places, whole_places
+from deepspeed_alst.models.step_flops import Span, StepFlops, step_flops
+from tests.test_mixtures import SeparateExperts
 
 ODD = Cell(gas=2, odd_lengths=True)
 LENGTHS = [[43 + 2 * ((3 * rank + micro) % 5) for micro in range(2)] for rank in range(2)]
@@ -133,11 +135,15 @@ def test_without_sequence_parallelism_padding_is_what_the_mask_says(ranks2, tmp_
     ranks2.run(masked, str(tmp_path), False)
     events = events_in(tmp_path)
     assert events["padding_share"][0][1] == pytest.approx(10 / 80)
-    sizes = step_sizes(build_model(model_config(Cell())))
-    expected = model_flops(sizes, 70, [Span().pairs(40) + Span().pairs(30)]) / 70
+    flops = step_flops(build_model(model_config(Cell())))
     # Of a GPU and of the job: two ranks.
-    assert _flops_a_token(events, "model") == pytest.approx([expected])
-    assert _flops_a_token(events, "hardware") == pytest.approx([alst_flops(sizes, 80, [2 * 40**2]) / 70])
+    assert _flops_a_token(events, "model") == pytest.approx([flops.model(70, _pairs([40, 30])) / 70])
+    assert _flops_a_token(events, "hardware") == pytest.approx([flops.alst(80, _pairs([40, 40])) / 70])
+
+
+def _pairs(lengths: list[int]) -> int:
+    """Of the cell's two layers."""
+    return 2 * sum(length * (length + 1) // 2 for length in lengths)
 
 
 def _flops_a_token(events: dict[str, list[tuple[int, float]]], kind: str, ranks: int = 2) -> list[float]:
@@ -153,13 +159,13 @@ def test_split_sequences_have_the_flops_of_whole_ones(documents, ranks2, tmp_pat
     events = events_in(tmp_path)
     model = build_model(model_config(cell))
     model.activation_checkpointing_enable()
-    sizes = step_sizes(model)
+    flops = step_flops(model)
     lengths = [11, 13, 12, 12, 23, 7, 18] if documents else [43, 49]
     tokens = sum(lengths)
-    expected = model_flops(sizes, tokens, [sum(map(Span().pairs, lengths))]) / tokens
+    expected = flops.model(tokens, _pairs(lengths)) / tokens
     assert _flops_a_token(events, "model") == pytest.approx([expected] * 3)
     whole = lengths if documents else [44, 50]
-    expected = alst_flops(sizes, sum(whole), [sum(length**2 for length in whole)]) / tokens
+    expected = flops.alst(sum(whole), _pairs(whole)) / tokens
     assert _flops_a_token(events, "hardware") == pytest.approx([expected] * 3)
 
 
@@ -311,7 +317,7 @@ def a_programs_own_wrapper() -> tuple[int, bool, bool]:
         engine.step()
         stays = engine.step is step
     engine.destroy()
-    return len(seen), stays, engine.step.__func__ is before
+    return len(seen), stays, engine.step is step and type(engine).step is not before
 
 
 def test_a_programs_own_wrapper_of_step_stays_in_place(ranks2):
@@ -330,8 +336,25 @@ def test_pairs_are_those_of_the_mask(span, length):
         mask &= i - j < span.window
     if span.chunk:
         mask &= i // span.chunk == j // span.chunk
-    assert span.pairs(length) == mask.sum()
-    assert span.both_ways(length) == (mask | mask.T).sum()
+    seen = span.seen(torch.arange(length))
+    assert seen.tolist() == mask.sum(1).tolist()
+    # A pair both ways, of one layer, and nothing else.
+    assert StepFlops(((span, 1),), 0, 0, 1, 0).alst(length, int(seen.sum())) == (mask | mask.T).sum()
+
+
+@pytest.mark.parametrize("lengths", [[24], [5, 1, 11, 7]])
+def test_places_of_shards_are_those_in_whole_documents(lengths):
+    bounds = () if len(lengths) == 1 else (0, *itertools.accumulate(lengths))
+    shards = [shard_places(torch.ones(1, 6), bounds, rank) for rank in range(4)]
+    whole = [place for length in lengths for place in range(length)]
+    assert torch.cat(shards, dim=1).tolist() == [whole]
+
+
+def test_padding_on_the_left_is_seen_by_no_token():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    real, places, padded = whole_places(torch.ones(2, 5, dtype=torch.bool), {"attention_mask": mask})
+    assert (places[real] + 1).tolist() == [1, 2, 3, 1, 2, 3, 4]
+    assert padded.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 LLAMA = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3}
@@ -374,11 +397,20 @@ def test_the_formula_is_torchs_count(name, checkpointed):
     # A recomputation may stop early, before the layer's last product, which the convention counts.
     with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
         model(input_ids=ids, labels=ids).loss.backward()
-    sizes = step_sizes(model)
-    assert sizes.attention == ((Span(), config.num_hidden_layers),)
+    flops = step_flops(model)
+    assert flops.spans == ((Span(), config.num_hidden_layers),)
     # eager attention makes the whole square of scores
-    assert alst_flops(sizes, B * S, [B * S**2]) == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert (sizes.recomputed > 0) == checkpointed
+    pairs = int(flops.pairs(torch.arange(S)).sum())
+    assert flops.alst(B * S, B * pairs) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert (flops.token_again > 0) == (flops.pair_again > 0) == checkpointed
+
+
+def test_separate_experts_have_the_flops_of_stacked_ones():
+    model = build_model(family_config("mixtral"))
+    stacked = step_flops(model)
+    for layer in model.model.layers:
+        layer.mlp = SeparateExperts(layer.mlp)
+    assert step_flops(model) == stacked
 
 
 def test_frozen_weights_have_no_gradient_of_their_own():
@@ -389,13 +421,18 @@ def test_frozen_weights_have_no_gradient_of_their_own():
     ids = torch.randint(0, 97, (1, 64))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    assert alst_flops(step_sizes(model), 64, [64**2]) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    flops = step_flops(model)
+    pairs = int(flops.pairs(torch.arange(64)).sum())
+    assert flops.alst(64, pairs) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_model_flops_count_what_the_mask_lets_see_once():
-    sizes = StepSizes(10, 5, 8, ((Span(), 2), (Span(window=3), 1)), 4, 1.0)
-    assert model_flops(sizes, 100, [50, 20]) == (6 * 10 + 4 * 5) * 100 + 3 * 2 * 4 * (2 * 50 + 20)
-    assert alst_flops(sizes, 100, [50, 20]) == (6 * 10 + 4 * 5 + 2 * 8) * 100 + 4 * 2 * 4 * (2 * 50 + 20)
+    flops = StepFlops(((Span(), 2), (Span(window=3), 1)), token=80, token_again=16, pair=24, pair_again=8)
+    pairs = int(flops.pairs(torch.arange(4)).sum())
+    assert pairs == 2 * (1 + 2 + 3 + 4) + (1 + 2 + 3 + 3)
+    assert flops.model(4, pairs) == 80 * 4 + 24 * 29
+    # Both ways: 16 of each whole layer, and of the window's all but the two corners.
+    assert flops.alst(4, pairs) == (80 + 16) * 4 + (24 + 8) * (2 * 16 + 14)
 
 
 @pytest.mark.parametrize(
@@ -413,4 +450,4 @@ def test_model_flops_count_what_the_mask_lets_see_once():
     ],
 )
 def test_what_layers_see_is_the_configs(family, changed, expected):
-    assert attention_spans(build_model(family_config(family, **changed))) == expected
+    assert step_flops(build_model(family_config(family, **changed))).spans == expected

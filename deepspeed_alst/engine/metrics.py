@@ -7,17 +7,16 @@ Between two lines counts accumulate on the device and nothing is read. At a line
 few numbers once. Values of a step belong to the step that ends there; rates, shares and means cover all steps since the
 last line.
 
-Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), P = sp_size.
+Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), N packed documents.
 """
 
 import contextlib
-import itertools
+import functools
 import math
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,30 +25,9 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.engine.progress import Report, progress_line
 from deepspeed_alst.errors import NonFiniteLossError
-from deepspeed_alst.ledger.step_flops import Span, StepSizes, alst_flops, model_flops
-from deepspeed_alst.models.sizes import attention_spans, step_sizes
+from deepspeed_alst.models.step_flops import StepFlops, step_flops
 from deepspeed_alst.parallel.agreement import of_rank_0
 from deepspeed_alst.parallel.traffic import sent_bytes
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Reporting interval and enabled outputs."""
-
-    every: int
-    """Interval in optimizer steps."""
-    line: bool
-    events: bool
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """Bytes moved and seconds waited by this rank since its engine was built."""
-
-    sent: int = 0
-    to_host: int = 0
-    to_disk: int = 0
-    waited: float = 0.0
 
 
 def metrics_of(engine: Any) -> "Metrics | None":
@@ -57,44 +35,43 @@ def metrics_of(engine: Any) -> "Metrics | None":
 
     Collective over all ranks: rank 0's ds_config decides for all, because rank 0 prints and writes.
     """
-    asked = of_rank_0(_asked(engine))
-    return Metrics(engine, asked) if asked.line or asked.events else None
-
-
-def _asked(engine: Any) -> Asked:
     steps = engine.steps_per_print()
     # accelerate uses infinity for never.
-    line = steps is not None and math.isfinite(steps)
-    return Asked(int(steps) if line else 1, line, bool(engine.monitor.enabled))
+    prints = steps is not None and math.isfinite(steps)
+    every = of_rank_0(int(steps) if prints else int(engine.monitor.enabled))
+    return Metrics(engine, every, prints) if every else None
 
 
 class Metrics:
-    """Counters of one engine since its last line."""
+    """Counters of one engine since its last line.
 
-    def __init__(self, engine: Any, asked: Asked) -> None:
-        self._engine, self._asked = engine, asked
+    Args:
+        engine: DeepSpeed's engine.
+        every: interval of lines and events, in optimizer steps.
+        prints: print a line too.
+    """
+
+    def __init__(self, engine: Any, every: int, prints: bool) -> None:
+        self._engine, self._every, self._prints = engine, every, prints
         self._session = getattr(engine, "alst", None)
         if self._session is not None:
             # For loaders made from here on. A program that computes its own loss may rely on the exact batch keys.
             self._session.marks_padding |= self._session.calls.makes_whole_loss
-        self._spans = [span for span, _ in attention_spans(engine.module)]
-        self._sizes: StepSizes | None = None
-        self._loss: torch.Tensor | None = None
+        self._losses: list[torch.Tensor] = []
         self._begin: float | None = None
-        self._before = _Moved()
-        # Bytes sent by the end of the last step, until the next one begins; bytes sent by evaluations in between.
-        self._step_end: int | None = None
-        self._sent_aside = 0
+        # Counted before the current step; None between steps, where evaluations send too.
+        self._moved_before: torch.Tensor | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self._num_steps = self._num_tokens = 0
-        # Real tokens, then each span's pairs for the model and for ALST; on the device if computed there.
-        self._sums: list[Any] = [0] * (1 + 2 * len(self._spans))
+        self._num_steps, self._moved = 0, torch.zeros(4, dtype=torch.float64)
+        # Real tokens and their pairs, all tokens and theirs; on the device if computed there.
+        self._counts: list[Any] = [0, 0, 0, 0]
 
-    def _is_due(self) -> bool:
-        """Return True if a line or events follow the current step."""
-        return (self._engine.global_steps + 1) % self._asked.every == 0
+    @functools.cached_property
+    def _flops(self) -> StepFlops | None:
+        # Read in the first forward: checkpointing may be enabled after the engine is built.
+        return step_flops(self._engine.module)
 
     @contextlib.contextmanager
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -102,161 +79,129 @@ class Metrics:
         if self._begin is None:
             self._begin = time.perf_counter()
         trains = self._engine.module.training and torch.is_grad_enabled()
-        if trains and self._step_end is not None:
-            self._sent_aside, self._step_end = self._sent_aside + self._sent() - self._step_end, None
+        if trains and self._moved_before is None:
+            self._moved_before = self._moved_so_far()
         yield
         if trains:
             self._count(args, kwargs)
 
     def add_loss(self, scaled: torch.Tensor) -> None:
-        """Add the loss of a backward, scaled as its gradient is, to those of a step that is reported."""
-        if self._is_due():
-            loss = scaled.detach().double()
-            self._loss = loss if self._loss is None else self._loss + loss
+        """Add the loss of a backward, scaled as its gradient is, to those of the step."""
+        self._losses.append(scaled.detach())
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Run the engine's step inside; report when it is due."""
-        before, due = self._engine.global_steps, self._is_due()
+        before = self._engine.global_steps
+        due = (before + 1) % self._every == 0
         # A schedule goes on to the next step's within the call.
-        rates = self._engine.get_lr() if due else []
+        rate = next(map(float, self._engine.get_lr()), None) if due else None
         try:
             yield
         except NonFiniteLossError:  # the step was dropped: the program may go on
-            self._loss = None
+            self._losses = []
             raise
-        if self._engine.global_steps != before:
-            self._num_steps, self._step_end = self._num_steps + 1, self._sent()
-            if due:
-                self._tell(float(rates[0]) if rates else None)
+        if self._engine.global_steps == before:
+            return
+        self._num_steps += 1
+        if self._moved_before is not None:
+            self._moved, self._moved_before = self._moved + self._moved_so_far() - self._moved_before, None
+        if due:
+            self._tell(rate)
+        self._losses = []
 
     def _count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
         tokens = next((each for each in given if isinstance(each, torch.Tensor) and each.dim() > 1), None)
         if tokens is None:
             return
-        B, s = tokens.shape[:2]
-        self._num_tokens += B * s
+        real_Bs = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         if self._session is None:
-            found = _whole_counts(B, s, kwargs, self._spans)
+            real_Bs, places_Bs, padded_Bs = whole_places(real_Bs, kwargs)
         else:
-            calls, P = self._session.calls, self._session.groups.sp_size
-            lengths = [end - begin for begin, end in itertools.pairwise(calls.documents)] or [s * P] * B
-            real_Bs, positions_Bs = calls.real_tokens, _text_positions(kwargs["position_ids"], B)
-            found = [B * s if real_Bs is None else real_Bs.sum()]
-            found += [_seen(positions_Bs, real_Bs, span) for span in self._spans]
-            found += [sum(map(span.both_ways, lengths)) / P for span in self._spans]
-        self._sums = [before + more for before, more in zip(self._sums, found, strict=True)]
+            calls = self._session.calls
+            places_Bs = padded_Bs = shard_places(real_Bs, calls.documents, self._session.groups.sp_rank)
+            real_Bs = real_Bs if calls.real_tokens is None else calls.real_tokens
+        pairs = self._flops.pairs if self._flops else torch.zeros_like
+        more = [real_Bs.sum(), (pairs(places_Bs) * real_Bs).sum(), real_Bs.numel(), pairs(padded_Bs).sum()]
+        self._counts = [before + each for before, each in zip(self._counts, more, strict=True)]
 
     def _tell(self, rate: float | None) -> None:
-        if self._sizes is None:  # late: checkpointing may be enabled after the engine is built
-            self._sizes = step_sizes(self._engine.module)
-        real, *pairs = [float(each) for each in self._sums]  # the first read synchronizes with the device
-        seen, whole = pairs[: len(self._spans)], pairs[len(self._spans) :]
-        flops = [0.0, 0.0]
-        if self._sizes is not None:
-            flops = [model_flops(self._sizes, real, seen), alst_flops(self._sizes, self._num_tokens, whole)]
-        loss = math.nan if self._loss is None else float(self._loss)
-        now, before = self._moved(), self._before
-        moved = [now.sent - before.sent, now.to_host - before.to_host, now.to_disk - before.to_disk]
-        highest = [now.waited - before.waited, _peak_device_bytes(), _peak_host_bytes()]
-        added = [loss, real, self._num_tokens, *flops, *moved]
-        everyone = self._gather([*added, *highest])
+        real, real_pairs, tokens, pairs = map(float, self._counts)  # the first read synchronizes with the device
+        flops = [self._flops.model(real, real_pairs), self._flops.alst(tokens, pairs)] if self._flops else [0.0, 0.0]
+        loss = float(sum(each.double() for each in self._losses)) if self._losses else math.nan
+        accelerator = get_accelerator()
+        # Since program start or last reset. On CPU DeepSpeed reports host memory; Linux reports KiB.
+        device_peak = 0 if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
+        host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        numbers = [loss, real, tokens, *flops, *self._moved.tolist(), device_peak, host_peak]
+        mine = torch.tensor([numbers], dtype=torch.float64)
+        group = self._engine.alst_features.control_group
+        everyone = mine.new_empty(dist.get_world_size(group), len(numbers))
+        dist.all_gather_into_tensor(everyone, mine, group=group)
         end = time.perf_counter()
         if dist.get_rank() == 0:
-            self._publish(self._report(everyone, len(added), end - (self._begin or end), rate))
+            # A program may have called no forward of the engine.
+            report = self._report(everyone, math.inf if self._begin is None else end - self._begin, rate)
+            if self._prints:
+                print(progress_line(self._engine.global_steps, report), file=sys.stderr, flush=True)
+            # Samples, as in DeepSpeed's own events: some monitors reject a step that decreases.
+            samples = self._engine.global_samples
+            self._engine.monitor.write_events([(*each, samples) for each in report.events().items()])
         self._clear()
-        self._loss, self._before, self._begin = None, now, end
+        self._begin = end
 
-    def _report(self, everyone: torch.Tensor, num_added: int, seconds: float, rate: float | None) -> Report:
-        """Build the report from all ranks' numbers: the sum of the first ``num_added``, the maximum of the others."""
-        engine, session, ranks, steps = self._engine, self._session, len(everyone), self._num_steps
-        sums, (waited, device_peak, host_peak) = everyone.sum(0).tolist(), everyone[:, num_added:].amax(0).tolist()
-        loss, real, num_tokens, of_model, of_alst, sent, to_host, to_disk = sums[:num_added]
+    def _report(self, everyone: torch.Tensor, seconds: float, rate: float | None) -> Report:
+        engine, session, steps = self._engine, self._session, self._num_steps
+        loss, real, tokens, of_model, of_alst, sent, to_host, to_disk, *_ = everyone.mean(0).tolist()
+        *_, waited, device_peak, host_peak = everyone.amax(0).tolist()
         norm, offloads = engine.get_global_grad_norm(), hasattr(engine, "alst_offload")
         return Report(
-            loss=None if self._loss is None else loss / ranks,
+            loss=loss if self._losses else None,
             # A skipped step has no gradient norm.
             grad_norm=float(norm) if norm is not None and engine.was_step_applied() else None,
             lr=rate,
-            tokens_per_second=real / seconds,
-            padding_share=1 - real / num_tokens if num_tokens else 0.0,
-            model_flops_per_second=of_model / ranks / seconds if self._sizes else None,
-            hardware_flops_per_second=of_alst / ranks / seconds if self._sizes else None,
+            tokens_per_second=real * len(everyone) / seconds,
+            padding_share=1 - real / tokens if tokens else 0.0,
+            model_flops_per_second=of_model / seconds if self._flops else None,
+            hardware_flops_per_second=of_alst / seconds if self._flops else None,
             peak_device_bytes=device_peak or None,
             peak_host_bytes=host_peak,
-            wire_bytes=session.reduction_bytes + sent / ranks / steps if session is not None else None,
-            offload_host_bytes=to_host / ranks / steps if offloads else None,
-            offload_disk_bytes=to_disk / ranks / steps if offloads else None,
+            wire_bytes=session.reduction_bytes + sent / steps if session is not None else None,
+            offload_host_bytes=to_host / steps if offloads else None,
+            offload_disk_bytes=to_disk / steps if offloads else None,
             offload_wait_seconds=waited / steps if offloads else None,
         )
 
-    def _publish(self, report: Report) -> None:
-        engine = self._engine
-        if self._asked.line:
-            print(progress_line(engine.global_steps, report), file=sys.stderr, flush=True)
-        if self._asked.events:
-            # Samples, as in DeepSpeed's own events: some monitors reject a step that decreases.
-            engine.monitor.write_events([(*each, engine.global_samples) for each in report.events()])
-
-    def _moved(self) -> _Moved:
-        sent = self._sent() - self._sent_aside
-        store = getattr(self._engine, "alst_offload", None)
-        if store is None:
-            return _Moved(sent)
-        counts, waited = store.counts, 0.0 if store.spill is None else store.spill.seconds_waited
-        return _Moved(sent, counts.bytes_out - counts.bytes_to_disk, counts.bytes_to_disk, waited)
-
-    def _sent(self) -> int:
-        return 0 if self._session is None else sent_bytes(self._session.groups.sp_group)
-
-    def _gather(self, mine: list[float]) -> torch.Tensor:
-        """Gather the numbers of all ranks: ``[ranks, numbers]`` on the host."""
-        group, device = None, self._engine.device
-        if self._session is not None:
-            group, device = self._session.groups.control_group, "cpu"
-        own = torch.tensor(mine, dtype=torch.float64, device=device)
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, own, group=group)
-        return torch.stack(everyone).cpu()
+    def _moved_so_far(self) -> torch.Tensor:
+        """Return this rank's bytes sent, offloaded to host and to disk, and its seconds waited for the disk."""
+        sent = 0 if self._session is None else sent_bytes(self._session.groups.sp_group)
+        to_host, to_disk, waited = 0, 0, 0.0
+        if (store := getattr(self._engine, "alst_offload", None)) is not None:
+            to_disk = store.counts.bytes_to_disk
+            to_host = store.counts.bytes_out - to_disk
+            waited = store.spill.seconds_waited if store.spill is not None else 0.0
+        return torch.tensor([sent, to_host, to_disk, waited], dtype=torch.float64)
 
 
-def _whole_counts(B: int, S: int, kwargs: dict[str, Any], spans: list[Span]) -> list[Any]:
-    """Count real tokens and pairs of whole sequences with their mask, in the order of ``Metrics._sums``."""
-    mask_BS, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    mask_BS = mask_BS != 0 if isinstance(mask_BS, torch.Tensor) and mask_BS.shape == (B, S) else None
-    of_rows = [B * span.both_ways(S) for span in spans]
-    if mask_BS is None and positions is None:
-        return [B * S, *(B * span.pairs(S) for span in spans), *of_rows]
-    positions_BS = mask_BS.cumsum(1) - 1 if positions is None else _text_positions(positions, B)
-    real = B * S if mask_BS is None else mask_BS.sum()
-    if positions is not None:  # they restart at packed documents
-        of_rows = [2 * _seen(positions_BS, None, span) - B * S for span in spans]
-    return [real, *(_seen(positions_BS, mask_BS, span) for span in spans), *of_rows]
+def shard_places(tokens_Bs: torch.Tensor, documents: tuple[int, ...], sp_rank: int) -> torch.Tensor:
+    """Return each token's place in its document, of a shard of sequences with these bounds of packed documents."""
+    B, s = tokens_Bs.shape
+    places_s = torch.arange(sp_rank * s, (sp_rank + 1) * s, device=tokens_Bs.device)
+    if documents:
+        # Not waited for: the forward may still run on the device.
+        bounds_N = torch.tensor(documents).to(places_s.device, non_blocking=True)
+        places_s = places_s - bounds_N[torch.searchsorted(bounds_N, places_s, right=True) - 1]
+    return places_s.expand(B, s)
 
 
-def _text_positions(positions: torch.Tensor, B: int) -> torch.Tensor:
-    """Expand ``[S]``, ``[1, S]``, ``[B, S]`` or, with several dims, ``[3, B, S]`` to ``[B, S]``."""
-    text = positions[0] if positions.dim() == 3 else positions
-    return text.expand(B, text.shape[-1])
-
-
-def _seen(positions_Bs: torch.Tensor, real_Bs: torch.Tensor | None, span: Span) -> torch.Tensor:
-    """Count the pairs of the real tokens at these positions and the tokens that they attend to."""
-    seen_Bs = positions_Bs + 1
-    if span.window is not None:
-        seen_Bs = seen_Bs.clamp(max=span.window)
-    elif span.chunk is not None:
-        seen_Bs = positions_Bs % span.chunk + 1
-    return (seen_Bs if real_Bs is None else seen_Bs * real_Bs).sum()
-
-
-def _peak_device_bytes() -> int:
-    """Return the peak since program start or last reset; 0 on CPU, where DeepSpeed reports host memory."""
-    accelerator = get_accelerator()
-    return 0 if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
-
-
-def _peak_host_bytes() -> int:
-    # Linux reports KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def whole_places(tokens_BS: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the real tokens of whole sequences, their places in their documents, and all tokens' with padding."""
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    real_BS = mask != 0 if isinstance(mask, torch.Tensor) and mask.shape == tokens_BS.shape else tokens_BS
+    if positions is None:
+        padded_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        return real_BS, real_BS.cumsum(1) - 1, padded_BS
+    # They restart at packed documents. Of multi-dimensional ones, [3, B, S], the first are the text's.
+    places_BS = (positions[0] if positions.dim() == 3 else positions).expand(len(tokens_BS), -1)
+    return real_BS, places_BS, places_BS

@@ -1,7 +1,6 @@
 """Metrics of one report: event names for a monitor, and the progress line."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 from deepspeed_alst.words import in_words
 
@@ -20,9 +19,9 @@ class Report:
     """Rate of the whole job, without padding."""
     padding_share: float
     model_flops_per_second: float | None
-    """Per rank, ``model_flops`` of ``ledger/step_flops.py``."""
+    """Per rank, ``StepFlops.model`` of ``models/step_flops.py``."""
     hardware_flops_per_second: float | None
-    """Per rank in ALST's convention, ``alst_flops``; includes padding, which is computed too."""
+    """Per rank in ALST's convention, ``StepFlops.alst``; includes padding, which is computed too."""
     peak_device_bytes: float | None
     peak_host_bytes: float
     """Peak of a rank's process."""
@@ -34,23 +33,18 @@ class Report:
     offload_wait_seconds: float | None
     """Time per step that waits for the disk."""
 
-    def events(self) -> Iterator[tuple[str, float]]:
-        """Yield names and values for a monitor."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                yield f"alst/{field.name}", value
+    def events(self) -> dict[str, float]:
+        """Return values by a monitor's names."""
+        return {f"alst/{name}": value for name, value in asdict(self).items() if value is not None}
 
 
 def progress_line(step: int, report: Report) -> str:
     """Format one line; each number has its unit and, if there are several, its convention."""
-    parts = [f"alst: step {step}"]
-    if report.loss is not None:
-        parts.append(f"loss {report.loss:.4f}")
-    if report.grad_norm is not None:
-        parts.append(f"norm {report.grad_norm:.4g}")
-    if report.lr is not None:
-        parts.append(f"lr {report.lr:.3g}")
+    of_step = (("loss", report.loss, ".4f"), ("norm", report.grad_norm, ".4g"), ("lr", report.lr, ".3g"))
+    parts = [
+        f"alst: step {step}",
+        *(f"{name} {value:{digits}}" for name, value, digits in of_step if value is not None),
+    ]
     parts.append(f"{report.tokens_per_second:,.0f} tokens/s, padding {report.padding_share:.1%}")
     if report.model_flops_per_second is not None and report.hardware_flops_per_second is not None:
         model, hardware = _in_flops(report.model_flops_per_second), _in_flops(report.hardware_flops_per_second)
@@ -61,13 +55,12 @@ def progress_line(step: int, report: Report) -> str:
     parts.append(f"peak {device}{in_words(report.peak_host_bytes)} host")
     if report.wire_bytes is not None:
         parts.append(f"wire {in_words(report.wire_bytes, 1, 1000)}")
-    if report.offload_host_bytes is not None and report.offload_disk_bytes is not None:
-        disk = f", {in_words(report.offload_disk_bytes)} disk" if report.offload_disk_bytes else ""
-        waited = f", waited {report.offload_wait_seconds:.2f} s" if report.offload_disk_bytes else ""
-        parts.append(f"offload {in_words(report.offload_host_bytes)} host{disk}{waited}")
+    if report.offload_host_bytes is not None:
+        parts.append(f"offload {in_words(report.offload_host_bytes)} host")
+        if report.offload_disk_bytes:
+            parts[-1] += f", {in_words(report.offload_disk_bytes)} disk, waited {report.offload_wait_seconds:.2f} s"
     return " | ".join(parts)
 
 
 def _in_flops(per_second: float) -> str:
-    unit = "TFLOP/s" if per_second >= 1e12 else "GFLOP/s"
-    return f"{per_second / (1e12 if unit == 'TFLOP/s' else 1e9):,.1f} {unit}"
+    return f"{per_second / 1e12:,.1f} TFLOP/s" if per_second >= 1e12 else f"{per_second / 1e9:,.1f} GFLOP/s"

@@ -38,7 +38,7 @@ def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None
         leaf: called with each block under ZeRO-3, so that the engine gathers it as a leaf module (engine/leaves.py).
         patches: undoes it.
     """
-    for block, experts in _separate_experts(base_model(model)):
+    for block, experts in separate_experts(base_model(model)):
         if stage == 3:
             leaf(block)
         else:
@@ -52,7 +52,7 @@ def expert_counts(base: torch.nn.Module) -> set[int]:
     return {size for size in sizes if isinstance(size, int) and size > 1}
 
 
-def _separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+def separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
     """Yield the decoder-layer blocks that hold a list of as many modules as the config has experts, and the list."""
     counts = expert_counts(base)
     layers = [layer for module in base.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
