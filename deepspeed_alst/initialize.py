@@ -11,7 +11,6 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.alst_engine import EngineFeatures, extend
 from deepspeed_alst.engine.buckets import deepspeed_arguments
 from deepspeed_alst.engine.leaves import Leaves
-from deepspeed_alst.engine.metrics import metrics_of
 from deepspeed_alst.engine.report import print_report, report_rows
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.features.feature import RunContext, agree
@@ -70,7 +69,6 @@ def initialize(
         extend(engine, EngineFeatures(patches, control_group, session))
         for feature in features:
             feature.attach_engine(engine, run, patches)
-        engine.alst_features.metrics = metrics_of(engine)
         if splits_sequences and arguments.get("training_data") is not None:
             loader = engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         print_report(report_rows(run, engine, features, allocator))

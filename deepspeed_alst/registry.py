@@ -45,4 +45,5 @@ def features_of(run: RunContext, stage: int, bucket: str) -> list[Feature]:
         add("tiling.TiledLoss", loss, liger)
     if session is not None:
         add("reduction.GradReduction", session, bucket)
+    add("metrics.StepMetrics")
     return found

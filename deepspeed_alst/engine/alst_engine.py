@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.checkpoint import load_on_any_world_size, takes_any_world_size
-from deepspeed_alst.engine.metrics import Metrics
 from deepspeed_alst.engine.probe import Probe
 from deepspeed_alst.engine.saving import save_on_all_ranks
 from deepspeed_alst.engine.session import Session
@@ -18,6 +17,7 @@ from deepspeed_alst.parallel.mpu import installed
 from deepspeed_alst.parallel.roll_call import naming_who_is_missing
 
 if TYPE_CHECKING:
+    from deepspeed_alst.engine.metrics import Metrics
     from deepspeed_alst.engine.recipes import UpstreamProgram
 
 
@@ -31,7 +31,7 @@ class EngineFeatures:
     """All ranks over gloo."""
     session: Session | None = None
     """Sequence parallelism."""
-    metrics: Metrics | None = None
+    metrics: "Metrics | None" = None
     gradient_check: Probe | None = None
     model_check: ModelCheck | None = None
     upstream: "UpstreamProgram | None" = None

@@ -26,20 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed_alst.engine.progress import Report, progress_line
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.models.step_flops import StepFlops, step_flops
-from deepspeed_alst.parallel.agreement import of_rank_0
 from deepspeed_alst.parallel.traffic import sent_bytes
-
-
-def metrics_of(engine: Any) -> "Metrics | None":
-    """Build an engine's metrics if its ds_config asks for a line or has a monitor.
-
-    Collective over all ranks: rank 0's ds_config decides for all, because rank 0 prints and writes.
-    """
-    steps = engine.steps_per_print()
-    # accelerate uses infinity for never.
-    prints = steps is not None and math.isfinite(steps)
-    every = of_rank_0(int(steps) if prints else int(engine.monitor.enabled))
-    return Metrics(engine, every, prints) if every else None
 
 
 class Metrics:
