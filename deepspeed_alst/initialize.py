@@ -15,12 +15,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.batch_keys import check_batch_keys
-from deepspeed_alst.compatibility import check_features
-from deepspeed_alst.config import SAME_ON_ALL_RANKS, AlstConfig, check_heads, check_world, parse
+from deepspeed_alst.config.compatibility import check_features
+from deepspeed_alst.config.ds_values import check_batch_keys, check_numbers, idle_checkpointing, zero_stage
+from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_heads, check_world, parse
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.deepspeed_values import check_numbers, idle_checkpointing, zero_stage
 from deepspeed_alst.engine.alst_engine import EngineFeatures, extend
 from deepspeed_alst.engine.buckets import reduction_keys
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_alst.cli.rows import Row
-from deepspeed_alst.compatibility import check_features
-from deepspeed_alst.config import AlstConfig, check_world, parse
-from deepspeed_alst.config_file import is_wanted, read_config
-from deepspeed_alst.deepspeed_values import check_numbers, wrong_blocks, zero_stage
+from deepspeed_alst.config.compatibility import check_features
+from deepspeed_alst.config.config_file import is_wanted, read_config
+from deepspeed_alst.config.ds_values import check_numbers, wrong_blocks, zero_stage
+from deepspeed_alst.config.parse import check_world, parse
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import shown
 
