@@ -226,11 +226,18 @@ def test_docstrings_begin_with_a_verb_or_a_noun(name):
     assert vague_docstrings(SOURCES[name]) == []
 
 
-def test_the_pure_modules_load_neither_torch_nor_anything_that_needs_it():
+HEAVY = ("torch", "deepspeed", "transformers", "triton")
+PURE = [name for name in MODULES if name.split(".")[0] in ("errors", "config")] + ["attention.heads"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [(PURE, HEAVY), (["config.config_file", "config.near_misses"], (*HEAVY, "pydantic"))],
+    ids=["pure", "of the gate"],
+)
+def test_the_pure_modules_load_neither_torch_nor_anything_that_needs_it(modules, heavy):
     # ast sees what is written; this sees that nothing is loaded in a roundabout way.
-    modules = [name for name in MODULES if name.split(".")[0] in ("errors", "config")] + ["attention.heads"]
-    pure = ", ".join(f"{PACKAGE}.{name}" for name in modules)
-    heavy = ("torch", "deepspeed", "transformers", "triton")
-    program = f"import sys, {pure}; print([name for name in {heavy} if name in sys.modules])"
+    names = ", ".join(f"{PACKAGE}.{name}" for name in modules)
+    program = f"import sys, {names}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"

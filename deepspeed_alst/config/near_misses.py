@@ -89,7 +89,7 @@ def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None =
         elif key == "model" and isinstance(value, Mapping) and value.get("type") == "liger":
             yield 'model.type="liger": ArcticTraining reads it; here it is "alst": {"liger_kernel": true}.'
         elif places.get(key) != key and (place := place_of(str(key), places)):
-            yield correction(as_word(str(key)), place)
+            yield correction("", str(key), place)
 
 
 def ignored(ds_config: Mapping[str, Any]) -> list[str]:
@@ -113,19 +113,19 @@ def _inside(path: str, block: Any, depth: int = 1) -> Iterator[str]:
         return
     top = {name: name for name in (SP, DTYPE, "alst", *TOP_KEYS)}
     for key, value in block.items():
-        inner, place = f"{path}.{as_word(str(key))}", place_of(str(key), top)
+        place = place_of(str(key), top)
         if place in top and not _is_off(value):
-            yield correction(inner, place)
+            yield correction(path, str(key), place)
         else:
-            yield from _inside(inner, value, depth + 1)
+            yield from _inside(f"{path}.{as_word(str(key))}", value, depth + 1)
 
 
-def correction(path: str, place: str) -> str:
-    """Return the line for a key at a path where it is unknown, and the path where the key that is meant belongs."""
-    block, _, key = path.rpartition(".")
+def correction(block: str, key: str, place: str) -> str:
+    """Return the line for a key that a block does not know, with the path of the key that is meant."""
+    path = f"{block}.{as_word(key)}" if block else as_word(key)
     if place.rpartition(".")[2] == key:
         return f"{path}: belongs {'into a block' if '.' in place else 'at the top level'} of the ds_config, as {place}."
-    near = place.removeprefix(f"{block}.")
+    near = place.replace(f"{block}.", "") if block else place
     outside = f", outside of the {block} block" if block and near == place else ""
     return f"{path}: unknown key. Did you mean '{near}'{outside}?"
 
@@ -141,11 +141,9 @@ def place_of(key: str, places: Mapping[str, str]) -> str | None:
     known = {_normal(each): place for each, place in places.items()}
     if name in known:
         return known[name]
-    if len(name) > _SHORT:
-        near = get_close_matches(name, [each for each in known if len(each) > _SHORT], 1, _CLOSE)
-    else:
-        near = get_close_matches(name, [each for each in known if each[0] == name[:1]], 1, _CLOSE_SHORT)
-    if near:
+    short = len(name) <= _SHORT
+    rivals = [each for each in known if (each[0] == name[:1] if short else len(each) > _SHORT)]
+    if near := get_close_matches(name, rivals, 1, _CLOSE_SHORT if short else _CLOSE):
         return known[near[0]]
     return next((place for pattern, place, _ in ALIASES if re.fullmatch(pattern, name)), None)
 

@@ -88,12 +88,11 @@ def _line(error: Any, beside: Sequence[str]) -> str:
     owner = loc[:-1] if unknown else loc
     block = BLOCKS.get(owner[1], AlstBlockConfig) if len(owner) > 1 else AlstBlockConfig
     words = [as_word(part) for part in loc[len(loc) > 1 and loc[1] in beside :]]
-    path = ".".join(words)
+    path, parent = ".".join(words), ".".join(words[:-1])
     if unknown:
-        parent = ".".join(words[:-1])
         own = {name: f"{parent}.{name}" for name in block.model_fields}
         place = place_of(loc[-1], {**{name: name for name in DEEPSPEED_KEYS}, **_NESTED, **OURS, **own})
-        return correction(path, place) if place else f"{path}: unknown key.{nearest(loc[-1], own)}"
+        return correction(parent, loc[-1], place) if place else f"{path}: unknown key.{nearest(loc[-1], own)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "model_type":
         message = f"must be an object of {', '.join(block.model_fields)}"
