@@ -20,8 +20,8 @@ import torch
 from benchmarks.curve import run
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
-from deepspeed_alst.blocks import TiledMlpBlock
 from deepspeed_alst.cli.picture import draw_curves
+from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.picture import draw
 from deepspeed_alst.models.fused import fuse_norms_and_rope
@@ -43,7 +43,7 @@ class Whole(System):
         self.offloads = offloads
 
     @contextmanager
-    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
+    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
         """Patch the model as in System, with fused kernels and offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
             fuse_norms_and_rope(model, undo)

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.batch_keys import check_batch_keys
-from deepspeed_alst.compatibility import check_features
-from deepspeed_alst.config import SAME_ON_ALL_RANKS, AlstConfig, check_heads, check_world, parse
-from deepspeed_alst.deepspeed_values import check_numbers, idle_checkpointing, zero_stage
+from deepspeed_alst.config.compatibility import check_features
+from deepspeed_alst.config.ds_values import check_batch_keys, check_numbers, idle_checkpointing, zero_stage
+from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_heads, check_world, parse
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.engine.report import warn_rank_0
 from deepspeed_alst.errors import ConfigError

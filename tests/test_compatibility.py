@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-from deepspeed_alst.compatibility import FEATURES, check_features
-from deepspeed_alst.deepspeed_values import value_at
+from deepspeed_alst.config.compatibility import FEATURES, check_features
+from deepspeed_alst.config.ds_values import value_at
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import shown
 

@@ -15,7 +15,7 @@ from benchmarks.families import SMALL, family_config
 from benchmarks.variants import trained
 from deepspeed_alst.attention.banded import attend
 from deepspeed_alst.attention.whole_mask import WholeMask
-from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
@@ -231,9 +231,9 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
         else:
             count_draws(model, calls.draws, undo)
         if tile:
-            tile_mlps(model, TiledMlpBlock(tile_tokens=tile), lambda module: None, undo, calls)
+            tile_mlps(model, TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)
             replace_whole_loss(model, undo) if not split else None
-            tile_loss(model, TiledLossBlock(tile_tokens=5, backend="torch"), calls, lambda module: None, undo)
+            tile_loss(model, TiledLossConfig(tile_tokens=5, backend="torch"), calls, lambda module: None, undo)
         for micro in range(2):
             calls.draws.clock = lambda micro=micro: (4, micro)
             ids = torch.randint(5, SMALL["vocab_size"], (2, 40), generator=make)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config, samples
 from benchmarks.parity import measure
-from deepspeed_alst.compatibility import FEATURES
+from deepspeed_alst.config.compatibility import FEATURES
 
 _ZERO3 = {"stage": 3, "reduce_bucket_size": 2000, "stage3_param_persistence_threshold": 0}
 

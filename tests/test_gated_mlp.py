@@ -15,7 +15,7 @@ from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from benchmarks.kernels.gated import by_autograd, mlp_peak
 from benchmarks.kernels.judge import errors_of
-from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.tiles import tile_mlps
@@ -350,7 +350,7 @@ def test_a_checkpointed_step_runs_it_once_forward_and_once_backward():
     model, batch = build_model(family_config("phi3")).train(), family_batch(37, 2)
     model.activation_checkpointing_enable({"use_reentrant": False})
     with PatchSet() as undo:
-        tile_mlps(model, TiledMlpBlock(tile_tokens=10), no_leaf, undo)
+        tile_mlps(model, TiledMLPConfig(tile_tokens=10), no_leaf, undo)
         assert rows_of_a_step(lambda: model(**batch, use_cache=False).loss.backward(), 74, 2) == (1, 1)
 
 
@@ -420,7 +420,7 @@ def test_more_rows_fit_and_what_would_not_fit_whole_is_one_tile(tokens, tiles):
         mock.patch.object(TiledPass, "apply", side_effect=TiledPass.apply) as passes,
     ):
         # By autograd 3 * (2 * 64 + 32) fp32 values a row: 409 rows; in closed form 3 * 64: 1024.
-        tile_mlps(model, TiledMlpBlock(tile_bytes=1024 * 3 * 64 * 4, min_tokens=0), no_leaf, undo)
+        tile_mlps(model, TiledMLPConfig(tile_bytes=1024 * 3 * 64 * 4, min_tokens=0), no_leaf, undo)
         model.model.layers[0].mlp(x).sum().backward()
     probe = 1 if tiles else 0
     assert passes.call_count == min(tiles, 1) and by_tile.call_count == tiles + probe

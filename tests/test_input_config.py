@@ -17,10 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepspeed_alst import plugin
-from deepspeed_alst.blocks import AlstBlock
-from deepspeed_alst.compatibility import FEATURES, check_features
-from deepspeed_alst.config import _BLOCKS, AlstConfig, check_heads, check_world, parse
-from deepspeed_alst.deepspeed_values import check_numbers, zero_stage
+from deepspeed_alst.config.compatibility import FEATURES, check_features
+from deepspeed_alst.config.ds_values import check_numbers, zero_stage
+from deepspeed_alst.config.parse import check_heads, check_world, parse
+from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.words import as_word, shown
 
@@ -29,12 +29,12 @@ RECIPES = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs")
 # Of one core. Thousands of times what a ds_config takes, and less than a person notices.
 SECONDS = 5.0
 
-INNER_KEYS = sorted({key for block in _BLOCKS.values() for key in block.model_fields})
-WORDS = ("auto", "true", "1", "", "fp32", "BF16", "torch", "triton", "liger", "alst", "TiledLossBlock", "LigerBlock")
+INNER_KEYS = sorted({key for block in BLOCKS.values() for key in block.model_fields})
+WORDS = ("auto", "true", "1", "", "fp32", "BF16", "torch", "triton", "liger", "alst", "TiledLossConfig", "LigerConfig")
 NUMBERS = (0, 1, 2, 4096, 2**63 - 1, 2**63, 10**400, 5e8, 0.5, -0.0, math.inf, -math.inf, math.nan)
 TEXT = st.sampled_from(WORDS) | st.text(st.characters(), max_size=5)
 LEAVES = st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.integers() | st.floats() | TEXT
-KEYS = st.sampled_from([*AlstConfig.model_fields, *AlstBlock.model_fields, *INNER_KEYS]) | TEXT
+KEYS = st.sampled_from([*AlstConfig.model_fields, *AlstBlockConfig.model_fields, *INNER_KEYS]) | TEXT
 JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8
 )
@@ -111,7 +111,7 @@ BACKENDS = ("auto", "torch", "triton", "liger")
 MEANINGS = {
     "sequence_parallel_size": _integer(1),
     "seq_parallel_communication_data_type": _dtype,
-    "alst.pad_to_multiple_of": _integer(1, "auto"),
+    "alst.pad_to_multiple_of": _count("auto"),
     "alst.expandable_segments": _only(True, False, None),
     "alst.reduction.slice_bytes": _count(least=4096),
     "alst.reduction.bucket_size": _count("auto", None),
@@ -122,7 +122,7 @@ MEANINGS = {
     "alst.tiled_logits_loss.tile_tokens": _integer(1, None),
     "alst.tiled_logits_loss.tile_bytes": _loss_bytes,
     "alst.tiled_logits_loss.backend": _only(*BACKENDS),
-    **{f"alst.liger_kernel.{part}": _only(True, False, None) for part in _BLOCKS["liger_kernel"].model_fields},
+    **{f"alst.liger_kernel.{part}": _only(True, False, None) for part in BLOCKS["liger_kernel"].model_fields},
     "alst.activation_checkpoint_cpu_offload.host_budget": _count("auto"),
     "alst.activation_checkpoint_cpu_offload.keep_last": _integer(0),
     "alst.check_model": _only(True, False),
@@ -132,8 +132,8 @@ MEANINGS = {
 
 
 def test_every_key_has_its_meaning_here_or_is_a_block_or_a_path():
-    keys = {f"alst.{name}.{key}" for name, block in _BLOCKS.items() for key in block.model_fields}
-    keys |= {f"alst.{key}" for key in AlstBlock.model_fields} - {f"alst.{name}" for name in _BLOCKS}
+    keys = {f"alst.{name}.{key}" for name, block in BLOCKS.items() for key in block.model_fields}
+    keys |= {f"alst.{key}" for key in AlstBlockConfig.model_fields} - {f"alst.{name}" for name in BLOCKS}
     keys |= set(AlstConfig.model_fields) - {"alst"}
     assert keys - set(MEANINGS) == {"alst.activation_checkpoint_cpu_offload.nvme_path"}
 
@@ -150,7 +150,7 @@ def test_any_value_at_any_key_has_its_documented_meaning_or_is_refused_with_path
         assert expected is REFUSED
         (line,) = str(error).splitlines()
         assert line.startswith(path)
-        assert f"(got {shown(value)})" in line or "more than 100 deep" in line
+        assert f"(got {shown(value)})" in line
         return
     found: Any = config
     for name in path.split("."):
@@ -174,7 +174,7 @@ def test_any_value_at_any_key_has_its_documented_meaning_or_is_refused_with_path
     st.sampled_from(sorted({feature.path for feature in FEATURES} | {"bf16", "fp16"})),
     JSON,
 )
-@example({"alst": {"tiled_logits_loss": {"TiledLossBlock": 1}, "LigerBlock": 1}}, {}, "fp16", {})
+@example({"alst": {"tiled_logits_loss": {"TiledLossConfig": 1}, "LigerConfig": 1}}, {}, "fp16", {})
 @example({}, {"alst\n": 1, "\ud800": 2}, "tensor_parallel.autotp_size", [2])
 @example({}, {}, "compile.passes", 5)
 def test_any_ds_config_is_read_or_refused_line_by_line(known, others, path, value):
@@ -196,11 +196,8 @@ def test_any_ds_config_is_read_or_refused_line_by_line(known, others, path, valu
 
 
 EXTREMES = {
-    "a number that Python does not print": ({"sequence_parallel_size": 10**5000}, r"sequence_parallel_size.*thousands"),
     "an endless name": ({"a" * 10**6: 1, "alst": {"b" * 10**6: 1}}, r"alst\.b+\.\.\.: unknown key"),
     "an endless value": ({"alst": {"reduction": "x" * 10**6}}, r"alst\.reduction: must be an object .*x\.\.\.\)"),
-    "a deep block": ({"alst": {"memory_lean_layer": nested(10_000)}}, r"alst\.memory_lean_layer\.0\.a.*100 deep"),
-    "a deep block of somebody else's": ({"alst": {}, "theirs": nested(400)}, r"theirs\.0\.a.*more than 100 deep"),
 }
 
 
@@ -214,9 +211,9 @@ def test_what_is_too_large_is_refused_in_a_short_line_at_once(name):
     assert re.search(words, str(refused.value)) and len(str(refused.value)) < 1500
 
 
-@given(st.sampled_from([(), *((name,) for name in _BLOCKS)]), st.text(min_size=1, max_size=8))
+@given(st.sampled_from([(), *((name,) for name in BLOCKS)]), st.text(min_size=1, max_size=8))
 def test_an_unknown_key_is_named_with_what_is_known(block, key):
-    known = _BLOCKS[block[0]].model_fields if block else AlstBlock.model_fields
+    known = BLOCKS[block[0]].model_fields if block else AlstBlockConfig.model_fields
     if key in known or (not block and (key in AlstConfig.model_fields or key in INNER_KEYS)):
         return
     with pytest.raises(ConfigError) as refused:
@@ -226,10 +223,10 @@ def test_an_unknown_key_is_named_with_what_is_known(block, key):
     assert "Did you mean '" in line or all(name in line for name in known)
 
 
-@pytest.mark.parametrize("name", sorted({*AlstBlock.model_fields, *INNER_KEYS}))
+@pytest.mark.parametrize("name", sorted({*AlstBlockConfig.model_fields, *INNER_KEYS}))
 def test_a_key_with_two_letters_exchanged_is_suggested(name):
-    block = next((block for block, keys in _BLOCKS.items() if name in keys.model_fields), None)
-    path = ("alst",) if name in AlstBlock.model_fields else ("alst", str(block))
+    block = next((block for block, keys in BLOCKS.items() if name in keys.model_fields), None)
+    path = ("alst",) if name in AlstBlockConfig.model_fields else ("alst", str(block))
     with pytest.raises(ConfigError, match=f"Did you mean '{name}'"):
         parse(put({}, ".".join(path), {name[:2] + name[3] + name[2] + name[4:]: True}))
 

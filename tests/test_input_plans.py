@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepspeed_alst.attention.heads import HeadPlan
-from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.data.shard import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
 from deepspeed_alst.offload.extents import Extents
@@ -49,11 +49,11 @@ SIZES = st.integers(0, 2**20) | st.integers(0, 2**45)
 @settings(max_examples=400)
 @given(
     st.builds(
-        TiledMlpBlock,
+        TiledMLPConfig,
         tile_tokens=st.none() | st.integers(1, 2**20),
         min_tokens=st.integers(0, 2**20),
     )
-    | st.builds(TiledMlpBlock, tile_bytes=st.just("auto") | st.integers(1, 2**45), min_tokens=st.integers(0, 2**20)),
+    | st.builds(TiledMLPConfig, tile_bytes=st.just("auto") | st.integers(1, 2**45), min_tokens=st.integers(0, 2**20)),
     SIZES,
     st.integers(0, 2**20),
     st.integers(1, 8),
@@ -83,8 +83,8 @@ def test_tiles_cover_each_row_once_evenly_and_within_the_budget_where_that_is_po
 
 
 @given(
-    st.builds(TiledLossBlock, tile_bytes=st.integers(1, 2**45))
-    | st.builds(TiledLossBlock, tile_tokens=st.integers(1, 2**20)),
+    st.builds(TiledLossConfig, tile_bytes=st.integers(1, 2**45))
+    | st.builds(TiledLossConfig, tile_tokens=st.integers(1, 2**20)),
     st.integers(1, 2**20),
     st.booleans(),
 )

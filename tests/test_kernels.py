@@ -21,7 +21,7 @@ from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_
 from benchmarks.kernels.judge import Interpreted, errors_of, measure
 from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
-from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
 from deepspeed_alst.models.calls import Calls
@@ -282,7 +282,7 @@ def test_a_scale_and_a_soft_cap_are_read_from_what_a_model_does(steps, expected)
     from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits
 
     linear = torch.nn.Linear(8, 5)
-    logits = steps(DeferredLogits(DeferredHead(linear, linear.forward, TiledLossBlock()), torch.randn(2, 3, 8)))
+    logits = steps(DeferredLogits(DeferredHead(linear, linear.forward, TiledLossConfig()), torch.randn(2, 3, 8)))
     found = on_the_way(logits._steps)
     assert (found is None) == (expected is None)
     if expected is not None:
@@ -290,7 +290,7 @@ def test_a_scale_and_a_soft_cap_are_read_from_what_a_model_does(steps, expected)
 
 
 def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
-    assert loss_tile_rows(TiledLossBlock(), 128256, in_place=True) == 2092
+    assert loss_tile_rows(TiledLossConfig(), 128256, in_place=True) == 2092
     same_tile, same_bytes = interpreted.run(tile_peak, "triton", 523), interpreted.run(tile_peak, "triton", None)
     by_torch = interpreted.run(tile_peak, "torch", 523)
     # An fp32 copy and a bf16 gradient fewer; with a quarter of the bytes a logit, four times the rows fit.
@@ -371,7 +371,7 @@ def test_without_a_gpu_the_kernel_is_refused_by_name():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with PatchSet() as undo, pytest.raises(SetupError, match=r"'triton' needs a GPU.*TRITON_INTERPRET=1"):
-        tile_loss(_model("llama"), TiledLossBlock(backend="triton"), Calls(), lambda module: None, undo)
+        tile_loss(_model("llama"), TiledLossConfig(backend="triton"), Calls(), lambda module: None, undo)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

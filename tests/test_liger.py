@@ -21,8 +21,8 @@ from benchmarks.kernels.cross_entropy import tile_peak
 from benchmarks.kernels.judge import Interpreted, measure
 from benchmarks.ranks import RankError
 from benchmarks.ranks import interpreted_ranks as started_interpreted
-from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
-from deepspeed_alst.config import parse
+from deepspeed_alst.config.parse import parse
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -191,7 +191,7 @@ def _step_with(model: torch.nn.Module, backend: str | None) -> tuple[torch.Tenso
     batch = family_batch(24, 2)
     with PatchSet() as undo:
         if backend is not None:
-            tile_loss(model, TiledLossBlock(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
+            tile_loss(model, TiledLossConfig(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
             replace_whole_loss(model, undo)
         for _ in range(2):
             loss = model(**batch, use_cache=False).loss
@@ -284,7 +284,7 @@ def _patched_errors(model_type: str, parts: Any, checkpointing: bool, tiled: boo
             undo.enter_context(mock.patch.object(module, name, counting(getattr(module, name))))
         words = use_liger(model, liger_keys(parts), "cpu", None, undo).words
         if tiled:
-            tile_mlps(model, TiledMlpBlock(tile_tokens=4), lambda module: None, undo)
+            tile_mlps(model, TiledMLPConfig(tile_tokens=4), lambda module: None, undo)
         found = error(grads_of(model))
         assert traffic.written > 0
     return error(same), found, words, gates
@@ -567,7 +567,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
             use_liger(model, parse({"alst": keys}), "cpu", None, undo)
     if not torch.cuda.is_available():
         with PatchSet() as undo, pytest.raises(SetupError, match="GPU"):
-            tile_loss(model, TiledLossBlock(backend="liger"), Calls(), lambda module: None, undo)
+            tile_loss(model, TiledLossConfig(backend="liger"), Calls(), lambda module: None, undo)
 
 
 def _without_the_package(parts: Any) -> str:

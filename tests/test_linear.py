@@ -24,7 +24,7 @@ from benchmarks.tally import Tally
 from deepspeed_alst.attention.exchange import seq_to_head
 from deepspeed_alst.attention.halo import with_tokens_before
 from deepspeed_alst.attention.ulysses import head_to_seq
-from deepspeed_alst.config import check_heads, parse
+from deepspeed_alst.config.parse import check_heads, parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.shard import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError

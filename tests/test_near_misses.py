@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from deepspeed_alst import plugin
-from deepspeed_alst.config import parse
-from deepspeed_alst.config_file import config_on_command_line, read_config
+from deepspeed_alst.config.config_file import config_on_command_line, read_config
+from deepspeed_alst.config.near_misses import ALIASES, DEEPSPEED_KEYS, TOP_KEYS, ignored, near_misses
+from deepspeed_alst.config.parse import parse
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.near_misses import ALIASES, DEEPSPEED_KEYS, TOP_KEYS, ignored, near_misses
 
 ROOT = Path(__file__).parents[1]
 SP = "sequence_parallel_size"
@@ -192,7 +192,7 @@ def test_alsts_own_names_work_at_the_top_level_and_in_one_place_only(key):
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("reduce_bucket_size", "Did you mean 'zero_optimization.reduce_bucket_size', outside of the alst block?"),
+        ("reduce_bucket_size", "belongs into a block of the ds_config, as zero_optimization.reduce_bucket_size."),
         ("sp_size", f"Did you mean '{SP}', outside of the alst block?"),
         ("gradient_clipping", "belongs at the top level of the ds_config, as gradient_clipping."),
         ("use_liger_kernel", "Did you mean 'liger_kernel'?"),

@@ -11,7 +11,7 @@ from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.measured import bytes_of
 from deepspeed_alst.cli.memory import Layer, Machine, Model, longest, plan_of, static_bytes
 from deepspeed_alst.cli.plan import measure
-from deepspeed_alst.config import parse
+from deepspeed_alst.config.parse import parse
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

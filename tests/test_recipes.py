@@ -11,8 +11,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from benchmarks.crossing import crossing_bytes, crossing_share, num_params
 from benchmarks.recipes import FOLDER, PURPOSES, TABLES, load, page_with, problems
 from benchmarks.tiles.shapes import REAL_SIZE
-from deepspeed_alst.compatibility import FEATURES, check_features
-from deepspeed_alst.config import check_heads, check_world, parse
+from deepspeed_alst.config.compatibility import FEATURES, check_features
+from deepspeed_alst.config.parse import check_heads, check_world, parse
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {shape.name: shape for shape in REAL_SIZE}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import FAMILIES, family_config
-from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -18,7 +18,7 @@ from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
 from tests.models import family_batch
 from tests.test_tiled_mlp import EXACT, Products, error, no_leaf
 
-TILES = TiledLossBlock(tile_tokens=13)
+TILES = TiledLossConfig(tile_tokens=13)
 
 
 def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -170,8 +170,8 @@ def test_the_heads_hooks_see_one_gradient():
 
 
 def test_a_tile_has_the_rows_that_its_bytes_allow():
-    assert loss_tile_rows(TiledLossBlock(), 128256) == 523
-    assert loss_tile_rows(TiledLossBlock(tile_bytes=1), 128256) == 64
+    assert loss_tile_rows(TiledLossConfig(), 128256) == 523
+    assert loss_tile_rows(TiledLossConfig(tile_bytes=1), 128256) == 64
 
 
 # --- whoever looks at the logits

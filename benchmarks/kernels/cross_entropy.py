@@ -143,19 +143,19 @@ def tile_peak(backend: str, tile_tokens: int | None) -> int:
     import dataclasses
 
     from benchmarks.tiles.loss import FAKE, peak_beyond_weights, run
-    from deepspeed_alst.blocks import TiledLossBlock
+    from deepspeed_alst.config.schema import TiledLossConfig
 
-    budget = TiledLossBlock.model_validate({"backend": backend, "tile_tokens": tile_tokens})
+    budget = TiledLossConfig.model_validate({"backend": backend, "tile_tokens": tile_tokens})
     return peak_beyond_weights(run(dataclasses.replace(FAKE, budget=budget), "ours", 1.0).ledger)
 
 
 def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: PatchSet) -> Any:
     """Return loss and gradients of a model whose tiled loss uses this backend."""
-    from deepspeed_alst.blocks import TiledLossBlock
+    from deepspeed_alst.config.schema import TiledLossConfig
     from deepspeed_alst.models.calls import Calls
     from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
 
-    tile_loss(model, TiledLossBlock(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
+    tile_loss(model, TiledLossConfig(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
     replace_whole_loss(model, undo)
     model.zero_grad()
     loss = model(**batch, use_cache=False).loss

@@ -201,7 +201,7 @@ def _step(module: torch.nn.Module, x_1sM: torch.Tensor, grad_1sM: torch.Tensor, 
 
 def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
     """Return rows per tile and peak bytes of the backward: Llama-3.1-8B's MLP, 32K tokens, fake tensors."""
-    from deepspeed_alst.blocks import TiledMlpBlock
+    from deepspeed_alst.config.schema import TiledMLPConfig
     from deepspeed_alst.ledger.fake import fake_world
     from deepspeed_alst.ledger.ledger import Ledger
     from deepspeed_alst.tiling.plan import row_bytes, tile_rows
@@ -214,7 +214,7 @@ def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
         work = TokenWise("mlp", module)
         form = work.closed_form([x_1TM], 3)
         per_row = row_bytes(2 * F + M, 2) if form is None else form.row_bytes(2)
-        rows = tile_tokens or tile_rows(TiledMlpBlock(), T, per_row, 0)
+        rows = tile_tokens or tile_rows(TiledMLPConfig(), T, per_row, 0)
         value_1TM = work.tiled(rows, x_1TM)
         with Ledger(module) as ledger:
             value_1TM.backward(torch.empty_like(value_1TM))

@@ -71,7 +71,7 @@ def _tile(model: Any, system: str, tiles: int, undo: PatchSet) -> None:
     from types import SimpleNamespace
 
     from benchmarks.tiles.systems import upstream_loss, upstream_mlps
-    from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+    from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
     from deepspeed_alst.engine.leaves import Leaves
     from deepspeed_alst.models.calls import Calls
     from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
@@ -86,6 +86,6 @@ def _tile(model: Any, system: str, tiles: int, undo: PatchSet) -> None:
         model.forward = forward
         return
     leaves = Leaves(model, 3, undo)
-    tile_mlps(model, TiledMlpBlock(tile_tokens=S // tiles), leaves, undo)
-    tile_loss(model, TiledLossBlock(tile_tokens=S // tiles), Calls(), leaves, undo)
+    tile_mlps(model, TiledMLPConfig(tile_tokens=S // tiles), leaves, undo)
+    tile_loss(model, TiledLossConfig(tile_tokens=S // tiles), Calls(), leaves, undo)
     replace_whole_loss(model, undo)

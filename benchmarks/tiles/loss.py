@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.tiles.systems import IGNORED_LABEL, build, second_step, upstream_loss, without_mask
-from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.fake import fake_world
 from deepspeed_alst.ledger.known import Known
@@ -34,12 +34,12 @@ class LossCase:
     vocab: int
     is_real: bool = False
     num_shards: int | None = None
-    budget: TiledLossBlock = field(default_factory=TiledLossBlock)
+    budget: TiledLossConfig = field(default_factory=TiledLossConfig)
 
 
 FAKE = LossCase("Llama-3.1-8B's head", 32768, 4096, 128256)
-SCALED = LossCase("for real, 1/16", 4096, 256, 8016, True, 8, TiledLossBlock(tile_tokens=512))
-SMALL = LossCase("for real, small", 512, 32, 997, True, 8, TiledLossBlock(tile_tokens=64))
+SCALED = LossCase("for real, 1/16", 4096, 256, 8016, True, 8, TiledLossConfig(tile_tokens=512))
+SMALL = LossCase("for real, small", 512, 32, 997, True, 8, TiledLossConfig(tile_tokens=64))
 
 
 def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.tiles.systems import System, build, second_step
-from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.tiling.sequence import TokenWise
 
@@ -89,7 +89,7 @@ def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
 
 def _on(system: System, model: Any) -> AbstractContextManager[Any]:
     """Patch the model with two MLP tiles in both systems, as upstream's rule gives."""
-    return system.on(model, mlp=TiledMlpBlock(tile_tokens=TOKENS // 2))
+    return system.on(model, mlp=TiledMLPConfig(tile_tokens=TOKENS // 2))
 
 
 def _timed(model: Any, step: Any, batch: dict[str, torch.Tensor]) -> float:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import CONFIG_MAPPING
 
 from benchmarks.tiles.systems import System, build, second_step
-from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.ledger.fake import fake_ranks, fake_world
 from deepspeed_alst.ledger.known import Known
 
@@ -37,7 +37,7 @@ class Shape:
     is_real: bool = False
     most: tuple[float, float] = GATED
     """FLOP limits of a layer and of the model, relative to no tiles and no checkpoints."""
-    mlp: TiledMlpBlock = field(default_factory=TiledMlpBlock)
+    mlp: TiledMLPConfig = field(default_factory=TiledMLPConfig)
 
     def config(self) -> Any:
         """Build the model's config."""
@@ -64,7 +64,7 @@ REAL_SIZE = (
     Shape("Qwen3-30B-A3B", "qwen3_moe", 48, _keys(2048, 6144, 32, 4, 151936, **_A3B), most=OTHER),
     Shape("StarCoder2-15B", "starcoder2", 40, _keys(6144, 24576, 48, 4, 49152), most=OTHER),
 )
-_SMALL = {"tokens": 1024, "is_real": True, "mlp": TiledMlpBlock(tile_tokens=256)}
+_SMALL = {"tokens": 1024, "is_real": True, "mlp": TiledMLPConfig(tile_tokens=256)}
 _TINY_MOE = {"head_dim": 32, "moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2}
 SCALED = (
     Shape("Llama, 1/16", "llama", 2, _keys(256, 896, 8, 2, 512), **_SMALL),

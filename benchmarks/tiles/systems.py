@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.ledger.ledger import Ledger
 from deepspeed_alst.models.calls import Calls
@@ -45,7 +45,7 @@ class System:
         return self.tiles + (f", {self.checkpointing}" if self.checkpointing else ", no checkpoints")
 
     @contextmanager
-    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMlpBlock | None = None) -> Iterator[Any]:
+    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
         """Patch the model and yield ``step(batch)``, which returns the loss; ``mlp`` is our tile budget."""
         with PatchSet() as undo:
             if self.checkpointing:
@@ -58,10 +58,10 @@ class System:
                 patch_model(model, dist.group.WORLD, undo, calls)
             else:
                 undo.enter_context(without_mask(model))
-            yield self._loss_of(model, sp_size, mlp or TiledMlpBlock(), calls, undo)
+            yield self._loss_of(model, sp_size, mlp or TiledMLPConfig(), calls, undo)
 
     def _loss_of(
-        self, model: Any, sp_size: int, mlp: TiledMlpBlock, calls: Calls, undo: PatchSet
+        self, model: Any, sp_size: int, mlp: TiledMLPConfig, calls: Calls, undo: PatchSet
     ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         if self.tiles == "upstream":
             undo.enter_context(upstream_mlps(model))
@@ -69,7 +69,7 @@ class System:
             return lambda batch: upstream_loss(model, batch)
         if self.tiles == "ours":
             tile_mlps(model, mlp, lambda module: None, undo)
-            tile_loss(model, TiledLossBlock(), calls, lambda module: None, undo)
+            tile_loss(model, TiledLossConfig(), calls, lambda module: None, undo)
             if sp_size == 1:
                 replace_whole_loss(model, undo)
         return lambda batch: model(**batch, use_cache=False).loss

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.ledger.fake import fake_world

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed_alst.config import block_of
+from deepspeed_alst.config.parse import block_of
 from deepspeed_alst.engine.buckets import fitting_numel, num_buckets
 
 Sizes = dict[str, float]

@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from deepspeed_alst.cli.keys import read_json
     from deepspeed_alst.cli.memory import Machine, longest, plan_of
-    from deepspeed_alst.compatibility import check_features
-    from deepspeed_alst.config import check_world, parse
+    from deepspeed_alst.config.compatibility import check_features
+    from deepspeed_alst.config.parse import check_world, parse
 
     ds_config = read_json(arguments.ds_config)
     config = parse(ds_config)

@@ -19,10 +19,10 @@ from typing import Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from deepspeed_alst.blocks import AlstBlock
 from deepspeed_alst.cli.keys import problems, read_json
-from deepspeed_alst.config import block_of, parse
-from deepspeed_alst.config_file import is_wanted
+from deepspeed_alst.config.config_file import is_wanted
+from deepspeed_alst.config.parse import block_of, parse
+from deepspeed_alst.config.schema import AlstBlockConfig
 from deepspeed_alst.words import shown
 
 SUMMARY = "the environment that a run would have, with a verdict for each part of it and what to do"
@@ -168,7 +168,7 @@ def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
     yield Row("ds_config", f"{path}: {shares if P > 1 else 'whole sequences on every rank'}")
     values = config.alst.model_dump()
     for key in block_of(ds_config):
-        meaning = " ".join((AlstBlock.model_fields[key].description or "").split())
+        meaning = " ".join((AlstBlockConfig.model_fields[key].description or "").split())
         yield Row(f"alst.{key}", f"{shown(values[key])} ({meaning.rstrip('.')})")
     offload = config.alst.activation_checkpoint_cpu_offload
     if offload and offload.nvme_path and not Path(offload.nvme_path).is_dir():

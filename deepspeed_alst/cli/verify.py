@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepspeed_alst.batch_keys import GAS, MICRO
 from deepspeed_alst.cli.keys import problems, read_json
 from deepspeed_alst.cli.launch import launch, num_gpus
-from deepspeed_alst.config import block_of
-from deepspeed_alst.config_file import is_wanted
+from deepspeed_alst.config.config_file import is_wanted
+from deepspeed_alst.config.ds_values import GAS, MICRO
+from deepspeed_alst.config.near_misses import DTYPE, TOP_KEYS
+from deepspeed_alst.config.parse import block_of
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.near_misses import DTYPE, TOP_KEYS
 from deepspeed_alst.words import shown
 
 SUMMARY = "train with sequence parallelism and without, on the same samples, and say how far apart the two are"

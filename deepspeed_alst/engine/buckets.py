@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_alst.config import AlstConfig
-from deepspeed_alst.deepspeed_values import zero_stage
+from deepspeed_alst.config.ds_values import zero_stage
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.offload.memory import ranks_on_host
 
 # DeepSpeed's default; larger buckets gain nothing.

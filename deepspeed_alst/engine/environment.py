@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch.utils import cpp_extension
 
-from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.errors import ConfigError, SetupError
 
 _TESTED = ((0, 19, 8), (0, 20, 0))

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.blocks import OffloadBlock
-from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig, OffloadConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.report import print_report
 from deepspeed_alst.errors import UnsupportedModelError
@@ -200,7 +199,7 @@ class Planner:
         return Room(host, file.free_bytes // ranks + file.reserved_bytes)
 
 
-def _build_store(block: OffloadBlock, device: torch.device) -> Store:
+def _build_store(block: OffloadConfig, device: torch.device) -> Store:
     registry, cpus = None, frozenset[int]()
     if device.type == "cuda":
         registry = CudaRegistry()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 
-from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.partitions import Partitions
 from deepspeed_alst.errors import UnsupportedModelError

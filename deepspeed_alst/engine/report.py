@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from deepspeed_alst.batch_keys import step_words
+from deepspeed_alst.config.ds_values import step_words
 from deepspeed_alst.engine.reduction import ReductionPath
 from deepspeed_alst.parallel.reduction import Reduction
 from deepspeed_alst.words import in_words

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
-from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader

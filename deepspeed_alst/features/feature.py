@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed_alst.config import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.engine.leaves import Leaves
 from deepspeed_alst.engine.session import Session

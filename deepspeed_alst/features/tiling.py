@@ -1,6 +1,6 @@
 """``alst.tiled_mlp_compute`` and ``alst.tiled_logits_loss``."""
 
-from deepspeed_alst.blocks import TiledLossBlock, TiledMlpBlock
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features.feature import Feature, RunContext
 from deepspeed_alst.features.kernels import LigerKernels
@@ -9,7 +9,7 @@ from deepspeed_alst.features.kernels import LigerKernels
 class TiledMlp(Feature):
     """MLPs and experts in tiles of tokens."""
 
-    def __init__(self, budget: TiledMlpBlock) -> None:
+    def __init__(self, budget: TiledMLPConfig) -> None:
         self._budget = budget
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
@@ -26,7 +26,7 @@ class TiledMlp(Feature):
 class TiledLoss(Feature):
     """Logits and loss in tiles of tokens."""
 
-    def __init__(self, budget: TiledLossBlock, liger: LigerKernels | None) -> None:
+    def __init__(self, budget: TiledLossConfig, liger: LigerKernels | None) -> None:
         self._budget, self._liger = budget, liger
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:

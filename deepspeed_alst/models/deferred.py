@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.models.logit_steps import Steps, on_the_way
 from deepspeed_alst.parallel.draw_mode import Branch, branch
@@ -56,7 +56,7 @@ class DeferredHead:
     module: torch.nn.Module
     forward: Callable[[torch.Tensor], torch.Tensor]
     """Original forward of the module."""
-    budget: TiledLossBlock
+    budget: TiledLossConfig
     """Config of the tiled loss: size of a tile's logits, and backend."""
     deferring: bool = False
     logits_wanted: bool = False

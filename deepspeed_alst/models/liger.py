@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.blocks import LigerBlock
-from deepspeed_alst.config import AlstConfig, nearest
+from deepspeed_alst.config.near_misses import nearest
+from deepspeed_alst.config.schema import AlstConfig, LigerConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
 from deepspeed_alst.models.liger_patches import CannotPatchError, has_ligers_modules, patch
@@ -18,7 +18,7 @@ from deepspeed_alst.parallel.agreement import gather_objects, raise_together
 
 _KEY = "alst.liger_kernel"
 _LOSS = "fused_linear_cross_entropy"
-_PARTS = tuple(part for part in LigerBlock.model_fields if part != _LOSS)
+_PARTS = tuple(part for part in LigerConfig.model_fields if part != _LOSS)
 # Liger's loss patches: this package computes the loss in tiles.
 _NEVER = ("cross_entropy", _LOSS)
 
@@ -48,7 +48,7 @@ class _Wish:
 
     @classmethod
     def read(cls, value: Any) -> "_Wish":
-        block = value if isinstance(value, LigerBlock) else LigerBlock()
+        block = value if isinstance(value, LigerConfig) else LigerConfig()
         parts = {part: getattr(block, part) for part in _PARTS}
         return cls(value is True, parts, block.fused_linear_cross_entropy)
 

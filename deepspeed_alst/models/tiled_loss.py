@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet, add_properties, set_entry
 from deepspeed_alst.data.checks import as_int64
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
@@ -23,7 +23,7 @@ from deepspeed_alst.parallel.loss import IGNORED_LABEL, shard_divisor
 
 
 def tile_loss(
-    model: torch.nn.Module, budget: TiledLossBlock, calls: Calls, leaf: Callable[[Any], None], patches: PatchSet
+    model: torch.nn.Module, budget: TiledLossConfig, calls: Calls, leaf: Callable[[Any], None], patches: PatchSet
 ) -> str:
     """Make a causal LM compute its logits tile by tile, within its loss; return a description.
 

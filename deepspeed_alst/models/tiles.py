@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.models.calls import Calls
@@ -26,7 +26,7 @@ _EXPERT_ARGUMENTS = 3  # tokens, expert indices, expert weights
 
 def tile_mlps(
     model: torch.nn.Module,
-    budget: TiledMlpBlock,
+    budget: TiledMLPConfig,
     leaf: Callable[[Any], None],
     patches: PatchSet,
     calls: Calls | None = None,
@@ -63,7 +63,7 @@ def tile_mlps(
     return f"{len(found)} {' and '.join(kinds)} in {len(by_layer)} layers, {_budget_in_words(budget)}"
 
 
-def _in_tiles(work: TokenWise, budget: TiledMlpBlock, calls: Calls) -> Callable[..., Any]:
+def _in_tiles(work: TokenWise, budget: TiledMLPConfig, calls: Calls) -> Callable[..., Any]:
     signature = inspect.signature(work.forward)
     features = functools.cache(functools.partial(output_features, work.module))
 
@@ -153,7 +153,7 @@ def _refuse_dropout(name: str, module: torch.nn.Module) -> None:
             )
 
 
-def _budget_in_words(budget: TiledMlpBlock) -> str:
+def _budget_in_words(budget: TiledMLPConfig) -> str:
     size = f"{budget.tile_tokens} tokens"
     if budget.tile_tokens is None:
         size = "512 MiB" if budget.tile_bytes == "auto" else f"{budget.tile_bytes / 2**20:.0f} MiB, sums included"

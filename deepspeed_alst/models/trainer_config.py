@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from deepspeed_alst.batch_keys import GAS, MICRO, TOTAL, check_batch_keys
-from deepspeed_alst.config import parse
+from deepspeed_alst.config.ds_values import GAS, MICRO, TOTAL, check_batch_keys
+from deepspeed_alst.config.parse import parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.blocks import TiledLossBlock
+from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.parallel.draw_mode import Branch
 from deepspeed_alst.parallel.loss import IGNORED_LABEL
 from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
@@ -50,7 +50,7 @@ def _draw_nothing(tile: torch.Tensor) -> contextlib.AbstractContextManager[None]
     return contextlib.nullcontext()
 
 
-def loss_tile_rows(budget: TiledLossBlock, vocab: int, in_place: bool = False) -> int:
+def loss_tile_rows(budget: TiledLossConfig, vocab: int, in_place: bool = False) -> int:
     """Return the rows of a tile whose logits fit in the budget, at least 64, or the user's ``tile_tokens``."""
     bytes_per_logit = _BYTES_IN_PLACE if in_place else _BYTES_PER_LOGIT
     return budget.tile_tokens or max(_FEWEST_ROWS, budget.tile_bytes // (bytes_per_logit * vocab))

@@ -4,7 +4,7 @@ A row is a token of the flattened input. Ranks need not agree on the sizes: weig
 any number of tiles (engine/leaves.py).
 """
 
-from deepspeed_alst.blocks import TiledMlpBlock
+from deepspeed_alst.config.schema import TiledMLPConfig
 
 # Copies per row besides the layers' outputs: the gradient of each, and the activations' saved tensors.
 _COPIES = 3
@@ -23,7 +23,7 @@ def row_bytes(output_features: int, element_size: int) -> int:
     return _COPIES * output_features * element_size
 
 
-def sums_fit(budget: TiledMlpBlock, sum_bytes: int, bytes_per_row: int) -> bool:
+def sums_fit(budget: TiledMLPConfig, sum_bytes: int, bytes_per_row: int) -> bool:
     """Return True if the fp32 sums of a module's weight gradients leave room for the fewest rows."""
     if budget.tile_bytes == "auto":
         return sum_bytes <= _AUTO_SUM_BYTES
@@ -35,7 +35,7 @@ def fewest_bytes(sum_bytes: int, bytes_per_row: int) -> int:
     return sum_bytes + _FEWEST_ROWS * bytes_per_row
 
 
-def tile_rows(budget: TiledMlpBlock, rows: int, bytes_per_row: int, sum_bytes: int) -> int:
+def tile_rows(budget: TiledMLPConfig, rows: int, bytes_per_row: int, sum_bytes: int) -> int:
     """Return the rows of a tile; ``rows`` if the module is not tiled.
 
     Tiles are as even as possible, to avoid a tiny last one.

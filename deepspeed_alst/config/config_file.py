@@ -7,7 +7,7 @@ import base64
 import os
 from typing import Any
 
-from deepspeed_alst.near_misses import SP, TOP_KEYS
+from deepspeed_alst.config.near_misses import SP, TOP_KEYS
 
 # Only this package reads these keys, so nothing else resolves their "auto".
 OWN_KEYS = ("alst", *TOP_KEYS)
@@ -29,7 +29,7 @@ def read_config(text: str) -> dict[str, Any]:
                 ds_config = hjson.load(file, object_pairs_hook=_without_duplicates)
         else:
             ds_config = hjson.loads(base64.urlsafe_b64decode(text).decode("utf-8"))
-    except (RecursionError, OverflowError) as error:  # deep nesting, huge numbers
+    except (RecursionError, OverflowError) as error:  # nested too deep, a number too large
         raise ValueError(str(error)) from error
     if not isinstance(ds_config, dict):
         raise ValueError("it holds no JSON object; put the keys into { }")
@@ -37,10 +37,11 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"keys that are given twice: {sorted({name for name in names if names.count(name) > 1})}")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} is given twice")
+        found[name] = value
     return found
 
 
@@ -61,12 +62,10 @@ def find_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
     The source is ``config`` (dict or path), else ``config_params``, else ``args`` under DeepSpeed's names. DeepSpeed
     itself reports a config that cannot be read.
     """
-    config = arguments.get("config")
-    if config is None:
-        config = arguments.get("config_params")
-    for name in ("deepspeed_config", "deepscale_config"):
-        if config is None:
-            config = getattr(arguments.get("args"), name, None)
+    args = arguments.get("args")
+    places = [arguments.get("config"), arguments.get("config_params")]
+    places += [getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")]
+    config = next((each for each in places if each is not None), None)
     if isinstance(config, dict):
         return config
     try:
@@ -92,4 +91,4 @@ def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None, mesh: Any = Non
         return False
     compile_block = ds_config.get("compile")
     passes = compile_block.get("passes") if isinstance(compile_block, dict) else None
-    return not isinstance(passes, list | tuple) or "autosp" not in passes
+    return not (isinstance(passes, list | tuple) and "autosp" in passes)

@@ -82,14 +82,14 @@ def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None =
         ds_config: the whole ds_config.
         nested: keys of the inner blocks and their full paths.
     """
-    places = {**(nested or {}), **OURS}
+    places = {**dict.fromkeys(DEEPSPEED_KEYS, ""), **(nested or {}), **OURS}
     for key, value in ds_config.items():
         if key in DEEPSPEED_KEYS:
             yield from _inside(str(key), value)
         elif key == "model" and isinstance(value, Mapping) and value.get("type") == "liger":
             yield 'model.type="liger": ArcticTraining reads it; here it is "alst": {"liger_kernel": true}.'
-        elif places.get(key) != key and (place := place_of(str(key), places)) is not None:
-            yield _sentence(str(key), place)
+        elif places.get(key) != key and (place := place_of(str(key), places)):
+            yield correction("", str(key), place)
 
 
 def ignored(ds_config: Mapping[str, Any]) -> list[str]:
@@ -111,43 +111,48 @@ def _inside(path: str, block: Any, depth: int = 1) -> Iterator[str]:
     """Yield a line for each of this package's top-level keys inside a block of DeepSpeed's."""
     if not isinstance(block, Mapping) or depth == _DEEPEST:
         return
-    places = {name: name for name in (SP, DTYPE, "alst", *TOP_KEYS)}
+    top = {name: name for name in (SP, DTYPE, "alst", *TOP_KEYS)}
     for key, value in block.items():
-        inner = f"{path}.{as_word(str(key))}"
-        place = place_of(str(key), places, others=())
-        if place in places and not _is_off(value):
-            hint = "belongs" if key == place else "unknown key. It may be meant"
-            yield f"{inner}: {hint} at the top level of the ds_config, as {place}."
+        place = place_of(str(key), top)
+        if place in top and not _is_off(value):
+            yield correction(path, str(key), place)
         else:
-            yield from _inside(inner, value, depth + 1)
+            yield from _inside(f"{path}.{as_word(str(key))}", value, depth + 1)
 
 
-def _sentence(key: str, place: str) -> str:
-    if place.split(" or ")[0].rsplit(".", 1)[-1] != key:
-        return f"{as_word(key)}: unknown key. Did you mean '{place}'?"
-    return f"{as_word(key)}: belongs into the {place.split('.')[0]} block, as {place}."
+def correction(block: str, key: str, place: str) -> str:
+    """Return the line for a key that a block does not know, with the path of the key that is meant."""
+    path = f"{block}.{as_word(key)}" if block else as_word(key)
+    if place.rpartition(".")[2] == key:
+        return f"{path}: belongs {'into a block' if '.' in place else 'at the top level'} of the ds_config, as {place}."
+    near = place.replace(f"{block}.", "") if block else place
+    outside = f", outside of the {block} block" if block and near == place else ""
+    return f"{path}: unknown key. Did you mean '{near}'{outside}?"
 
 
-def place_of(key: str, places: Mapping[str, str] = OURS, others: Iterable[str] = DEEPSPEED_KEYS) -> str | None:
-    """Return the path of this package's key that a key equals, resembles or is a synonym of.
+def place_of(key: str, places: Mapping[str, str]) -> str | None:
+    """Return the path of the key that a key equals, resembles or is a synonym of; None if there is none.
 
     Args:
         key: key as the user wrote it.
-        places: this package's keys and their paths.
-        others: keys that it may resemble more.
+        places: known keys and their paths, of which this package's have synonyms.
     """
     name = _normal(key[:_LONGEST_NAME])
     known = {_normal(each): place for each, place in places.items()}
     if name in known:
         return known[name]
-    candidates = [*known, *map(_normal, others)]
-    if len(name) > _SHORT:
-        near = get_close_matches(name, [each for each in candidates if len(each) > _SHORT], 1, _CLOSE)
-    else:
-        near = get_close_matches(name, [each for each in candidates if each[0] == name[:1]], 1, _CLOSE_SHORT)
-    if near:
-        return known.get(near[0])
+    short = len(name) <= _SHORT
+    rivals = [each for each in known if (each[0] == name[:1] if short else len(each) > _SHORT)]
+    if near := get_close_matches(name, rivals, 1, _CLOSE_SHORT if short else _CLOSE):
+        return known[near[0]]
     return next((place for pattern, place, _ in ALIASES if re.fullmatch(pattern, name)), None)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence with the closest known name, or with all of them."""
+    names = list(known)
+    found = get_close_matches(name[:_LONGEST_NAME], names, n=1, cutoff=0.6)
+    return f" Did you mean '{found[0]}'?" if found else f" Known are {', '.join(names)}."
 
 
 def _normal(key: str) -> str:

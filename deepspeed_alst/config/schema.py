@@ -1,0 +1,256 @@
+"""Keys of a ds_config that this package reads: typed, frozen, unknown keys rejected. Pure: no torch, no I/O."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
+
+from deepspeed_alst.words import shown
+
+ReductionDtype = Literal["fp32", "bf16", "fp16"]
+
+_LOSS_BYTES = 2**30
+
+
+def _number_of(unit: str, *words: str | None) -> BeforeValidator:
+    """Return a validator of a positive integer, which JSON may write as 5e8, or one of some words."""
+
+    def check(value: Any) -> Any:
+        if value in words:
+            return value
+        if type(value) not in (int, float) or not 1 <= value < 2**63 or value != int(value):
+            raise ValueError(f"must be a positive number of {unit}" + (', or "auto"' if words else ""))
+        return int(value)
+
+    return BeforeValidator(check)
+
+
+def _degree(value: Any) -> Any:
+    """Return an SP degree; raise ValueError if it is not written as a positive integer."""
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            "must be the number of ranks that share a sequence, such as 8, without quotes or a point; 1 is none, "
+            "nothing fills it in"
+        )
+    return value
+
+
+def _lowercase(value: Any) -> Any:
+    # DeepSpeed does so too (deepspeed.runtime.config.get_communication_data_type).
+    return value.lower() if isinstance(value, str) else value
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _TilesConfig(_Block):
+    tile_tokens: StrictInt | None = Field(default=None, ge=1)
+    """Tokens per tile; in the loss, labelled ones. Unset means as many as fit into tile_bytes."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.tile_tokens is not None and "tile_bytes" in self.model_fields_set:
+            raise ValueError("use tile_tokens or tile_bytes, not both")
+        return self
+
+
+class TiledMLPConfig(_TilesConfig):
+    """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty object."""
+
+    tile_bytes: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
+    """Memory for one module's tiles in the backward, including the fp32 sums of its weight gradients. "auto" is 512 MiB
+    plus the sums; for a mixture of experts whose sums exceed 1 GiB, plus those of one expert at a time."""
+
+    min_tokens: StrictInt = Field(default=2048, ge=0)
+    """A module with fewer input tokens than this is not tiled, unless tile_tokens is set."""
+
+    fp32_accumulation: StrictBool = True
+    """True if half-precision weight gradients are summed in fp32 over the tiles."""
+
+
+class TiledLossConfig(_TilesConfig):
+    """``alst.tiled_logits_loss`` as an object; ``true`` is an empty object, a string such as ``"triton"`` a backend."""
+
+    tile_bytes: Annotated[
+        int, _number_of("bytes", "auto"), BeforeValidator(lambda value: _LOSS_BYTES if value == "auto" else value)
+    ] = _LOSS_BYTES
+    """Memory for one tile of logits and its temporaries; a tile has at least 64 tokens. "auto" is 1 GiB."""
+
+    backend: Literal["auto", "torch", "triton", "liger"] = "auto"
+    """Implementation of a tile's loss and gradient; "triton" and "liger" need a GPU. "auto" is "liger" if
+    alst.liger_kernel is on, else "triton" on a GPU, and the compiled op of csrc on CPU."""
+
+
+class LigerConfig(_Block):
+    """``alst.liger_kernel`` as an object of parts with Liger's names; unset parts are used where possible."""
+
+    rms_norm: StrictBool | None = None
+    """RMSNorm."""
+
+    rope: StrictBool | None = None
+    """Rotary embedding."""
+
+    swiglu: StrictBool | None = None
+    """Gated activation of MLPs and experts, including GeGLU."""
+
+    geglu: StrictBool | None = None
+    """GeGLU where a family has it; takes precedence over swiglu."""
+
+    relu_squared: StrictBool | None = None
+    """Activation of Nemotron."""
+
+    layer_norm: StrictBool | None = None
+    """LayerNorm, as in vision towers."""
+
+    fused_linear_cross_entropy: StrictBool | None = None
+    """Loss by Liger's kernel in this package's tiles (``tiled_logits_loss``)."""
+
+
+class ReductionConfig(_Block):
+    """``alst.reduction``: gradient averaging over ranks, used if sequence_parallel_size is above 1."""
+
+    slice_bytes: Annotated[int, _number_of("bytes")] = Field(default=2**26, ge=4096)
+    """Bytes reduced at a time, at least 4096. The reduction needs at most twice that in addition to the gradients."""
+
+    bucket_size: Annotated[Literal["auto"] | int | None, _number_of("elements", "auto", None)] = None
+    """Elements of DeepSpeed's gradient buckets, instead of zero_optimization.reduce_bucket_size; "auto" derives it from
+    the spare memory. Unset leaves that key unchanged."""
+
+
+class OffloadConfig(_Block):
+    """``alst.activation_checkpoint_cpu_offload`` as an object; ``true`` is an empty object."""
+
+    nvme_path: StrictStr | None = Field(default=None, min_length=1)
+    """Existing folder on a fast disk, for activations that exceed the host memory."""
+
+    host_budget: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
+    """Bytes of a host's memory for the activations of all its ranks; "auto" is the spare memory of the host."""
+
+    keep_last: StrictInt = Field(default=1, ge=0)
+    """Number of last layers whose tensors stay on the device: the backward needs them at once."""
+
+
+BLOCKS: dict[str, type[BaseModel]] = {
+    "reduction": ReductionConfig,
+    "tiled_mlp_compute": TiledMLPConfig,
+    "tiled_logits_loss": TiledLossConfig,
+    "liger_kernel": LigerConfig,
+    "activation_checkpoint_cpu_offload": OffloadConfig,
+}
+# Words that a switch takes besides true, false and, if it is in BLOCKS, an object.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "tiled_mlp_compute": (),
+    "tiled_logits_loss": ("auto", "torch", "triton", "liger"),
+    "liger_kernel": ("auto",),
+    "activation_checkpoint_cpu_offload": (),
+    "save_attention_output": ("auto",),
+}
+
+
+class AlstBlockConfig(_Block):
+    """The ``alst`` block of a ds_config."""
+
+    pad_to_multiple_of: Annotated[Literal["auto"] | int, _number_of("tokens", "auto")] = "auto"
+    """Multiple of tokens to which whole sequences are padded on the right; "auto" is 256 x SP."""
+
+    expandable_segments: StrictBool | None = None
+    """Expandable segments of the CUDA allocator; unset means on if there is CUDA."""
+
+    reduction: ReductionConfig = Field(default_factory=ReductionConfig)
+    """Slice size and bucket size of the gradient reduction."""
+
+    tiled_mlp_compute: TiledMLPConfig | None = None
+    """Tiling of MLPs and experts: true, false or an object."""
+
+    tiled_logits_loss: TiledLossConfig | Literal["auto"] | None = "auto"
+    """Tiling of logits and loss: true, "torch", "triton", "liger", false, an object, or "auto": on if sequences are
+    sharded or Liger's loss is requested."""
+
+    liger_kernel: LigerConfig | Literal["auto", True, False] = "auto"
+    """Liger kernels: true, false, an object of parts, or "auto": on a GPU, if Liger supports the model."""
+
+    activation_checkpoint_cpu_offload: OffloadConfig | None = None
+    """Offload of checkpointed layer inputs to host and disk: true, false or an object. Enables checkpointing."""
+
+    check_model: StrictBool = True
+    """Comparison of the live model, unsharded against sharded, before the first step: true or false."""
+
+    save_attention_output: bool | Literal["auto"] = "auto"
+    """Attention output and log-sum-exp kept for the backward of checkpointed layers: true, false, or "auto": with the
+    offload, if the copy overlaps with computation and the host has memory."""
+
+    memory_lean_layer: Literal[False] = False
+    """Memory-lean layer schedule. Not available in this version."""
+
+    @field_validator(*_WORDS, mode="before")
+    @classmethod
+    def _switch(cls, value: Any, info: Any) -> Any:
+        """Turn the words of a switch into its object; raise ValueError for others."""
+        words, block = _WORDS[info.field_name], BLOCKS.get(info.field_name)
+        if isinstance(value, bool):
+            return value if block in (None, LigerConfig) else {} if value else None
+        if isinstance(value, Mapping) and block:
+            return value
+        if value not in words:
+            choices = ["true", "false", *map(shown, words)]
+            choices += [f"an object of {', '.join(block.model_fields)}"] if block else []
+            raise ValueError(f"use {', '.join(choices[:-1])}, or {choices[-1]}")
+        return value if value == "auto" else {"backend": value}
+
+    @field_validator("liger_kernel")
+    @classmethod
+    def _one_loss(cls, value: Any, info: Any) -> Any:
+        """Raise ValueError if Liger's loss contradicts tiled_logits_loss, of which it is a backend."""
+        part, loss = getattr(value, "fused_linear_cross_entropy", None), info.data.get("tiled_logits_loss", "auto")
+        backend = False if loss is None else getattr(loss, "backend", "auto")
+        if part is not None and backend != "auto" and part != (backend == "liger"):
+            raise ValueError(
+                f"fused_linear_cross_entropy is {shown(part)}, and tiled_logits_loss, of which it is a backend, is "
+                f"{shown(backend)}; leave one of them out"
+            )
+        return value
+
+    @field_validator("memory_lean_layer", mode="before")
+    @classmethod
+    def _not_yet(cls, value: Any) -> Any:
+        if value is not False:
+            raise ValueError("not yet available in this version of deepspeed_alst; remove the key, or set it to false")
+        return value
+
+
+class AlstConfig(_Block):
+    """All keys of a ds_config that this package acts on."""
+
+    sequence_parallel_size: Annotated[int, BeforeValidator(_degree)] = 1
+    """SP degree: number of ranks that share one sequence."""
+
+    seq_parallel_communication_data_type: Annotated[ReductionDtype, BeforeValidator(_lowercase)] = "fp32"
+    """Dtype of gradient sums under SP."""
+
+    alst: AlstBlockConfig = Field(default_factory=AlstBlockConfig)
+    """Block of this package's own keys."""
+
+    def tiled_loss(self) -> TiledLossConfig | None:
+        """Return the settings of tiled logits and loss; None if they are not tiled."""
+        if self.alst.tiled_logits_loss != "auto":
+            return self.alst.tiled_logits_loss
+        liger = self.alst.liger_kernel
+        asked = getattr(liger, "fused_linear_cross_entropy", liger) is True
+        return TiledLossConfig() if self.sequence_parallel_size > 1 or asked else None
+
+    def padding_multiple(self) -> int:
+        """Return the padding multiple of whole sequences, in tokens; always a multiple of the SP degree."""
+        if self.alst.pad_to_multiple_of == "auto":
+            return 256 * self.sequence_parallel_size
+        return self.alst.pad_to_multiple_of
