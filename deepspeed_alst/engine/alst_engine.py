@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deepspeed_alst.checkpoint.load import load_on_any_world_size, takes_any_world_size
+from deepspeed_alst.checkpoint.save import save_on_all_ranks
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.engine.checkpoint import load_on_any_world_size, takes_any_world_size
 from deepspeed_alst.engine.metrics import Metrics
 from deepspeed_alst.engine.probe import Probe
-from deepspeed_alst.engine.saving import save_on_all_ranks
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.start_check import ModelCheck
 from deepspeed_alst.engine.whole_batches import forward_whole_batch, is_whole_batch
