@@ -88,7 +88,14 @@ def _inspect(engine: Any, load_dir: Path, given: dict[str, Any]) -> tuple[dict[s
         return {"tag": None}, {}
     folder, with_optimizer = load_dir / str(tag), _with_optimizer(given)
     model_file = _model_file(engine, folder)
-    _check_there(engine, model_file)
+    if not folder.is_dir():
+        there = sorted({each.parent.name for each in load_dir.glob("*/*_model_states.pt")})
+        raise CheckpointError(f"{folder}: no such checkpoint; {load_dir} has {', '.join(there) or 'none'}")
+    if not model_file.is_file():
+        raise CheckpointError(
+            f"{model_file} is missing: the checkpoint is incomplete, or was saved at another ZeRO stage, where 3 has "
+            f"other files than those below; this engine runs stage {engine.zero_optimization_stage()}"
+        )
     state, universal = read(model_file), is_universal(folder)
     if engine.load_universal_checkpoint() and not universal:
         raise CheckpointError(f"checkpoint.load_universal=true: {folder} is not a universal checkpoint")
@@ -118,19 +125,6 @@ def _with_optimizer(given: dict[str, Any]) -> bool:
 def _model_file(engine: Any, folder: Path) -> Path:
     """Return rank 0's model file, which every checkpoint has: weight names and, below ZeRO 3, the weights."""
     return Path(engine._get_ckpt_name(str(folder.parent), folder.name, pp_placeholder="0"))
-
-
-def _check_there(engine: Any, model_file: Path) -> None:
-    folder = model_file.parent
-    if not folder.is_dir():
-        there = sorted({each.parent.name for each in folder.parent.glob("*/*_model_states.pt")})
-        raise CheckpointError(f"{folder}: no such checkpoint; {folder.parent} has {', '.join(there) or 'none'}")
-    if not model_file.is_file():
-        other = "below 3" if engine.zero_optimization_partition_weights() else "3"
-        hint = f": it was saved at a ZeRO stage {other}, and this engine runs stage {engine.zero_optimization_stage()}"
-        raise CheckpointError(
-            f"{folder} has no {model_file.name}{hint if any(folder.glob('*_model_states.pt')) else ''}"
-        )
 
 
 def _verify_share(folder: Path, with_optimizer: bool, own: Iterable[Path]) -> _Stamps:

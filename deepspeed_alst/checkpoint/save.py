@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import (
-    UNIVERSAL_CHECKPOINT_INFO,
-    UNIVERSAL_CHECKPOINT_VERSION_KEY,
-    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-)
+from deepspeed.checkpoint import constants
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, CheckpointError
@@ -30,7 +26,11 @@ STAMP = "deepspeed_alst"
 the parameter names by optimizer group."""
 
 # The entry without which ds_to_universal refuses to convert a checkpoint of ZeRO 1 and 2.
-_CONVERTIBLE = {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+_CONVERTIBLE = {
+    constants.UNIVERSAL_CHECKPOINT_INFO: {
+        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE
+    }
+}
 _LATEST = "latest"
 _T = TypeVar("_T")
 
@@ -101,9 +101,9 @@ def check_same(call: str, mine: dict[str, Any], group: Any) -> None:
     everyone = gather_objects(mine, group)
     for rank, other in enumerate(everyone):
         different = [
-            f"{key}={value!r} on rank 0, {other[key]!r} on rank {rank}"
+            f"{key}={value!r} on rank 0, {other.get(key)!r} on rank {rank}"
             for key, value in everyone[0].items()
-            if value != other[key]
+            if value != other.get(key)
         ]
         if different:
             raise CheckpointError(

@@ -19,14 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import (
-    BASE_OPTIMIZER_STATE,
-    FROZEN_PARAM_FRAGMENTS,
-    FROZEN_PARAM_SHAPES,
-    OPTIMIZER_STATE_DICT,
-    PARAM_GROUPS,
-    PARAM_SHAPES,
-)
+from deepspeed.checkpoint import constants
 
 from deepspeed_alst.checkpoint.save import STAMP, on_all_ranks
 from deepspeed_alst.errors import CheckpointError
@@ -191,8 +184,8 @@ def _check_convertible(folder: Path, optimizer_files: Sequence[Path], why: str) 
             f"earlier save under the same tag and to be removed: {', '.join(different)}"
         )
     # DeepSpeed stores torch's state dict under another key at ZeRO 3.
-    saved = read(optimizer_files[0])[OPTIMIZER_STATE_DICT]
-    state = saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT))["state"]
+    saved = read(optimizer_files[0])[constants.OPTIMIZER_STATE_DICT]
+    state = saved.get(constants.BASE_OPTIMIZER_STATE, saved.get(constants.OPTIMIZER_STATE_DICT))["state"]
     if not {"exp_avg", "exp_avg_sq"} <= set().union(*state.values()):
         raise CheckpointError(
             f"{why}: DeepSpeed's universal checkpoints hold Adam's state only, and this optimizer has another. Resume "
@@ -229,7 +222,7 @@ def restore_the_rest(engine: Any, model_file: Path, with_optimizer: bool) -> Non
     and share its step count, which each of them advances.
     """
     state = read(model_file)
-    trained = set().union(*state[PARAM_SHAPES])
+    trained = set().union(*state[constants.PARAM_SHAPES])
     named = engine.module.named_buffers()
     if not engine.zero_optimization_partition_weights():
         named = chain(named, engine.module.named_parameters())
@@ -243,7 +236,7 @@ def restore_the_rest(engine: Any, model_file: Path, with_optimizer: bool) -> Non
 
 
 def _restore_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    saved = read(folder / "zero" / "optimizer_state.pt")[PARAM_GROUPS]
+    saved = read(folder / "zero" / "optimizer_state.pt")[constants.PARAM_GROUPS]
     for group, settings in zip(optimizer.param_groups, saved, strict=True):
         group.update({name: value for name, value in settings.items() if name != "params"})
     for state in optimizer.state.values():
@@ -256,11 +249,11 @@ def _restore_frozen_shards(engine: Any, folder: Path, state: dict[str, Any]) -> 
 
     All ranks open the files, so that a missing one stops all ranks; rank 0's values are used.
     """
-    shapes = state[FROZEN_PARAM_SHAPES] or {}
+    shapes = state[constants.FROZEN_PARAM_SHAPES] or {}
     frozen = [(name, param) for name, param in engine.module.named_parameters() if name in shapes]
     ranks = range(state["dp_world_size"] if frozen else 0)
     files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
-    pieces = [read(each)[FROZEN_PARAM_FRAGMENTS] for each in files]
+    pieces = [read(each)[constants.FROZEN_PARAM_FRAGMENTS] for each in files]
     for name, param in frozen:
         with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
             if dist.get_rank() == 0:
