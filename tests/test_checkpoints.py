@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,9 +28,8 @@ import torch.distributed as dist
 from benchmarks.cells import model_config
 from benchmarks.ranks import RankError, Ranks
 from benchmarks.resume import SAVED_AFTER, STEPS, Job, Outcome, build_engine, resumed_rows, run, train_step, weights_of
-from deepspeed_alst.engine.checkpoint_files import STAMP
-from deepspeed_alst.engine.conversion import Source, _Conversion
-from deepspeed_alst.engine.universal import is_universal
+from deepspeed_alst.checkpoint.save import STAMP
+from deepspeed_alst.checkpoint.universal import convert, is_universal
 from deepspeed_alst.errors import CheckpointError, DataError
 from deepspeed_alst.models.names import PrivateName
 
@@ -69,8 +69,15 @@ def copy_of(folder: Path, to: Path) -> Path:
     return to
 
 
-def optimizer_files(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted((folder / TAG).glob("*_optim_states.pt")))
+def files_of(folder: Path) -> tuple[Path, list[Path]]:
+    """Rank 0's model file of a checkpoint below ZeRO 3, and all optimizer files."""
+    return folder / TAG / "mp_rank_00_model_states.pt", sorted((folder / TAG).glob("*_optim_states.pt"))
+
+
+def is_made_anew(folder: Path) -> bool:
+    """Whether a checkpoint would be converted now; it is not."""
+    with contextlib.closing(convert(*files_of(folder), 1)) as steps:
+        return next(steps, False)
 
 
 # --- the same layout
@@ -156,7 +163,7 @@ def test_deepspeeds_converter_takes_the_checkpoint_and_a_program_without_this_pa
     assert max(abs(a - b) / b for a, b in zip(with_frozen, whole.losses[SAVED_AFTER:], strict=True)) < 1e-6
     # And this package takes what was converted by hand.
     said, _ = ranks1.run(load_and_watch, Job.of(1, 1, 1, freeze=FROZEN), str(folder))[0]
-    assert "converted before" in said and not (folder / f"{TAG}_universal" / "made_by_deepspeed_alst.json").exists()
+    assert "converted before" in said and not (folder / f"{TAG}_universal" / "made_by_deepspeed_alst").exists()
 
 
 def run_with_doubled_frozen(job: Job, folder: str) -> list[float]:
@@ -371,7 +378,7 @@ def test_another_model_is_refused_by_the_names_and_shapes_of_its_weights(stage, 
 def test_another_zero_stage_is_refused(saved, ranks2):
     _, _, folder = saved(2)
     for said in refusals(ranks2, Job.of(3, 2, 2, freeze=FROZEN), folder):
-        assert "saved at a ZeRO stage below 3, and this engine runs stage 3" in said
+        assert "zero_pp_rank_0_mp_rank_00_model_states.pt is missing" in said and "this engine runs stage 3" in said
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -383,7 +390,7 @@ def test_a_file_that_only_one_rank_reads_stops_all_ranks_if_it_is_cut_short(stag
     first, second = refusals(ranks2, job, copy)
     assert "rank 1: " in first and "cut short" in first and spoilt.name in second
     spoilt.unlink()
-    assert all("is missing" in said for said in refusals(ranks2, job, copy))
+    assert all(f"{spoilt.name} is missing" in said and "No such file" in said for said in refusals(ranks2, job, copy))
 
 
 def damage(path: Path, how: str) -> None:
@@ -410,7 +417,7 @@ def test_a_file_with_a_damaged_tensor_stops_all_ranks(stage, name, how, saved, r
     job, _, folder = saved(stage)
     copy = copy_of(folder, tmp_path / "copy")
     damage(copy / TAG / name, how)
-    assert all(f"{name} is damaged" in said for said in refusals(ranks2, job, copy))
+    assert all(f"{name} is missing, cut short or damaged: BadZipFile" in said for said in refusals(ranks2, job, copy))
 
 
 def test_a_damaged_tensor_of_a_universal_checkpoint_stops_all_ranks(saved, ranks1, ranks4, tmp_path):
@@ -419,7 +426,10 @@ def test_a_damaged_tensor_of_a_universal_checkpoint_stops_all_ranks(saved, ranks
     ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(copy))
     damage(copy / f"{TAG}_universal" / "zero" / "lm_head.weight" / "exp_avg.pt", "flipped")
     job = Job.of(2, 4, 4, freeze=FROZEN)
-    assert all("exp_avg.pt is damaged" in said for said in refusals(ranks4, job, copy, f"{TAG}_universal"))
+    assert all(
+        "exp_avg.pt is missing, cut short or damaged" in said
+        for said in refusals(ranks4, job, copy, f"{TAG}_universal")
+    )
 
 
 @pytest.mark.parametrize(("stage", "kind"), [(2, "optim"), (3, "model")])
@@ -462,14 +472,15 @@ def load_in_another_order(job: Job, folder: str, **how: Any) -> dict[str, torch.
         return load_and_watch(job, folder, **how)[1]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_another_order_of_the_optimizers_parameters_is_refused(stage, saved, ranks2):
-    job, _, folder = saved(stage)
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (0, 1), (1, 2), (3, 2)])
+def test_another_order_of_the_optimizers_parameters_is_refused(stage, world_size, saved, request):
+    _, _, folder = saved(stage)
+    ranks = request.getfixturevalue(f"ranks{world_size}")
     with pytest.raises(RankError) as raised:
-        ranks2.run(load_in_another_order, job, str(folder), seconds=60)
+        ranks.run(load_in_another_order, Job.of(stage, world_size, world_size, freeze=FROZEN), str(folder), seconds=60)
     for error in raised.value.errors:
         assert isinstance(error, CheckpointError) and "has its weights in another order" in str(error)
-        assert "in optimizer group 0, place 0 was model.embed_tokens.weight and is lm_head.weight here" in str(error)
+        assert "model.embed_tokens.weight at place 0 of group 0, here is lm_head.weight at place 0" in str(error)
 
 
 def test_weights_alone_and_another_number_of_ranks_go_by_name_in_any_order(saved, ranks2, ranks1):
@@ -512,18 +523,21 @@ def test_what_ranks_ask_for_differently_is_not_saved(argument, values, words, ra
     assert not (tmp_path / "latest").exists()
 
 
-def load_differently(job: Job, folder: str, tags: tuple[str, str]) -> Any:
+def load_differently(job: Job, folder: str, tags: tuple[str | None, str | None]) -> Any:
     return load_from(job, folder, tags[dist.get_rank()])
 
 
-def test_different_tags_are_not_loaded(saved, ranks2, tmp_path):
+@pytest.mark.parametrize("tags", [(TAG, "other"), (TAG, None), (None, TAG)])
+def test_different_tags_are_not_loaded(tags, saved, ranks2, tmp_path):
     job, _, folder = saved(2)
     copy = copy_of(folder, tmp_path)
     (copy / TAG).rename(copy / "other")
     copy_of(folder, tmp_path)
+    (copy / "latest").unlink()
     with pytest.raises(RankError) as raised:
-        ranks2.run(load_differently, job, str(copy), (TAG, "other"), seconds=60)
-    assert all("rank 1: other" in str(error) for error in raised.value.errors)
+        ranks2.run(load_differently, job, str(copy), tags, seconds=60)
+    for error in raised.value.errors:
+        assert f"tag={tags[0]!r} on rank 0, {tags[1]!r} on rank 1" in str(error)
 
 
 def test_a_latest_that_is_no_text_stops_all_ranks_in_a_save_and_in_a_load(ranks2, tmp_path):
@@ -546,13 +560,11 @@ def test_a_failed_conversion_is_an_error_with_the_command_and_leaves_nothing_beh
 CONVERT_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from deepspeed_alst.engine import conversion
-from deepspeed_alst.engine.conversion import Source, _Conversion
+from deepspeed_alst.checkpoint import universal
 
-conversion._ENDS_WITH_ITS_PARENT = conversion._ENDS_WITH_ITS_PARENT.replace(conversion._CONVERTER, "waiting_converter")
-folder, tag = Path(sys.argv[1]), sys.argv[2]
-running = _Conversion(Source(folder, tag, tuple(sorted((folder / tag).glob("*_optim_states.pt"))), 1))
-print(running.start(), running._process.pid, flush=True)
+universal._ENDS_WITH_ITS_PARENT = universal._ENDS_WITH_ITS_PARENT.replace(universal._CONVERTER, "waiting_converter")
+model_file, *optimizer_files = map(Path, sys.argv[1:])
+print(next(universal.convert(model_file, optimizer_files, 1)), flush=True)
 time.sleep(600)
 """
 WAITING_CONVERTER = """
@@ -588,22 +600,21 @@ def test_a_conversion_ends_with_the_run_that_started_it_and_there_is_one_at_a_ti
     copy = copy_of(folder, tmp_path / "copy")
     (tmp_path / "waiting_converter.py").write_text(WAITING_CONVERTER)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])])
-    command, environment = [sys.executable, "-c", CONVERT_AND_WAIT, copy, TAG], {**os.environ, "PYTHONPATH": path}
-    log, source = copy / f"{TAG}_universal.partial" / "log", Source(copy, TAG, optimizer_files(copy), 1)
+    model_file, optimizer_files = files_of(copy)
+    command = [sys.executable, "-c", CONVERT_AND_WAIT, model_file, *optimizer_files]
+    environment, log = {**os.environ, "PYTHONPATH": path}, copy / f"{TAG}_universal.partial" / "log"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
         try:
-            error, converter = run.stdout.readline().split()
-            assert error == "None"
-            wait_until(lambda: len(re.findall(r"^worker \d+$", log.read_text(), re.M)) == 2)
-            pids = [int(converter), *map(int, re.findall(r"^worker (\d+)$", log.read_text(), re.M))]
-            assert all(map(is_alive, pids))
-            assert "another run converts this checkpoint right now" in str(_Conversion(source).start())
+            wait_until(lambda: log.is_file() and len(re.findall(r"^worker \d+$", log.read_text(), re.M)) == 2)
+            pids = [each.pid for each in psutil.Process(run.pid).children(recursive=True)]
+            workers = map(int, re.findall(r"^worker (\d+)$", log.read_text(), re.M))
+            assert len(pids) == 3 and {*workers} < {*pids} and all(map(is_alive, pids))
+            with pytest.raises(CheckpointError, match="another run converts this checkpoint right now"):
+                next(convert(model_file, optimizer_files, 1))
         finally:
             run.kill()  # it would wait for minutes
     wait_until(lambda: not any(map(is_alive, pids)))
-    again = _Conversion(source)
-    assert again.start() is None and again._process is not None
-    again.clean()
+    assert is_made_anew(copy)
     assert {each.name for each in copy.iterdir()} == {"latest", TAG}
 
 
@@ -622,39 +633,47 @@ def test_an_optimizer_that_is_not_adam_is_refused_on_another_number_of_ranks(ran
     assert "Adam's state only" in said and "Resume on 2 ranks" in said
 
 
-def test_files_of_more_ranks_under_the_same_tag_are_refused(saved, ranks1, tmp_path):
+def test_files_of_more_or_fewer_ranks_under_the_same_tag_are_refused(saved, ranks1, tmp_path):
     _, _, folder = saved(2)
     copy = copy_of(folder, tmp_path / "copy")
     first = copy / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     first.with_name("zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(first.read_bytes())
-    (said,) = refusals(ranks1, Job.of(2, 1, 1, freeze=FROZEN), copy)
+    job = Job.of(2, 1, 1, freeze=FROZEN)
+    (said,) = refusals(ranks1, job, copy)
     assert "zero_pp_rank_2" in said and "is rank 0's file under the name of rank 2's" in said
+    state = torch.load(first, weights_only=False)
+    state[STAMP] |= {"rank": 2, "save": "an earlier one"}
+    torch.save(state, first.with_name("zero_pp_rank_2_mp_rank_00_optim_states.pt"))
+    first.unlink()
+    (said,) = refusals(ranks1, job, copy)
+    assert f"to be removed: {first.name}, zero_pp_rank_2_mp_rank_00_optim_states.pt" in said
 
 
-def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(saved, ranks1, tmp_path):
+def save_again(folder: Path, stamped: bool) -> None:
+    """Replace a model file by that of another save."""
+    path = files_of(folder)[0]
+    state = torch.load(path, weights_only=False)
+    stamp = state.pop(STAMP, {})
+    torch.save({**state, STAMP: {**stamp, "save": "another"}} if stamped else state, path)
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(stamped, saved, ranks1, tmp_path):
     _, _, folder = saved(2)
-    if not (folder / f"{TAG}_universal").exists():
-        ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(folder))
-    files = optimizer_files(folder)
-    source = Source(folder, TAG, files, 1)
-    assert is_universal(source.target)
-    conversion = _Conversion(source)
-    assert conversion.start() is None and conversion._process is None
-    origin = source.target / "made_by_deepspeed_alst.json"
-    recorded = origin.read_text()
-    before = files[0].stat()
-    try:
-        os.utime(files[0])  # saved again under the same tag
-        origin.unlink()  # by hand: not ours to remove
-        assert "is in the way" in str(conversion.start())
-        origin.write_text(recorded)  # ours: made anew
-        again = _Conversion(source)
-        assert again.start() is None and again._process is not None
-        again.clean()
-        assert not list(folder.glob("*.partial")) and is_universal(source.target)
-    finally:
-        os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
-        origin.write_text(recorded)
+    copy = copy_of(folder, tmp_path / "copy")
+    if not stamped:
+        save_again(copy, stamped)
+        for path in files_of(copy)[1]:
+            torch.save({key: x for key, x in torch.load(path, weights_only=False).items() if key != STAMP}, path)
+    ranks1.run(load_and_watch, Job.of(2, 1, 1, freeze=FROZEN), str(copy))
+    target = copy / f"{TAG}_universal"
+    assert is_universal(target) and not is_made_anew(copy)
+    save_again(copy, stamped)
+    assert is_made_anew(copy)
+    (target / "made_by_deepspeed_alst").unlink()  # by hand: not ours to remove
+    with pytest.raises(CheckpointError, match="is in the way"):
+        is_made_anew(copy)
+    assert not list(copy.glob("*.partial")) and is_universal(target)
 
 
 def test_the_files_of_a_checkpoint_are_zip_archives_which_the_check_for_cut_files_relies_on(saved):

@@ -22,8 +22,8 @@ from rich.table import Table
 from benchmarks.faults.program import SAVE_EVERY, STEPS
 from benchmarks.faults.runs import MIB, Curve, End, curve_of, run, small_disk, train_here
 from benchmarks.ranks import RankError, Ranks
+from deepspeed_alst.checkpoint.load import verify
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.engine.checkpoint_files import check_files
 from deepspeed_alst.errors import CheckpointError
 
 TARGET_SECONDS = 60.0
@@ -170,7 +170,8 @@ class Bench:
             row.problems.append(f"latest names {tag}")
             return
         try:
-            check_files(checkpoints / tag / each for each in _FILES)
+            for each in _FILES:
+                verify(checkpoints / tag / each)
             rest = self._run_here(f"{name}/resumed", str(checkpoints))
         except (CheckpointError, RankError) as error:
             row.problems.append(f"no resume: {str(error)[-500:]}")

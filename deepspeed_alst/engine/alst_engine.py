@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.engine.checkpoint import load_on_any_world_size, takes_any_world_size
 from deepspeed_alst.engine.probe import Probe
-from deepspeed_alst.engine.saving import save_on_all_ranks
 from deepspeed_alst.engine.session import Session
 from deepspeed_alst.engine.start_check import ModelCheck
 from deepspeed_alst.errors import UnsupportedModelError
@@ -107,6 +105,9 @@ class AlstEngine:
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Save so that a failure on one rank is an error on all, and any world size can load it."""
+        from deepspeed_alst.checkpoint.load import takes_any_world_size
+        from deepspeed_alst.checkpoint.save import save_on_all_ranks
+
         features, save = self.alst_features, super().save_checkpoint
         with features.collectives():
             if not takes_any_world_size(self):
@@ -115,6 +116,8 @@ class AlstEngine:
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint of any world size."""
+        from deepspeed_alst.checkpoint.load import load_on_any_world_size, takes_any_world_size
+
         features, load = self.alst_features, super().load_checkpoint
         with features.collectives():
             if not takes_any_world_size(self):

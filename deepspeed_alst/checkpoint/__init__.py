@@ -1,0 +1,1 @@
+"""Checkpoints: saved on all ranks or none, loaded on any number of ranks."""

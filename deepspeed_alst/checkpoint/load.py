@@ -1,0 +1,253 @@
+"""``load_checkpoint`` of an engine on any number of ranks, in DeepSpeed's format.
+
+ZeRO shards over all ranks, so another SP degree on as many ranks needs no conversion. On another number of ranks
+DeepSpeed loads universal checkpoints only: rank 0 makes one next to the given checkpoint.
+
+All ranks inspect the files and agree on the result before any rank loads: either all ranks load, or none does.
+"""
+
+import inspect
+import re
+import zipfile
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.constants import PARAM_SHAPES
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from deepspeed_alst.checkpoint.save import STAMP, check_same, latest_tag, on_all_ranks, parameter_order
+from deepspeed_alst.checkpoint.universal import convert_together, is_universal, naming, read, restore_the_rest
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import CheckpointError
+from deepspeed_alst.parallel.agreement import gather_objects
+
+_RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
+_NAMES_SHOWN = 3
+
+_Stamps = Mapping[str, dict[str, Any] | None]
+"""By file name; None if it was saved without this package or before stamps existed."""
+
+
+def takes_any_world_size(engine: Any) -> bool:
+    """Return False for an engine that shards over more than ZeRO: pipeline, tensor or expert parallel."""
+    return not (isinstance(engine, PipelineEngine) or engine.has_moe_layers or engine.mp_world_size != 1)
+
+
+def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
+    """Load a checkpoint by DeepSpeed's ``load_checkpoint``; one of another world size is converted before.
+
+    Args:
+        engine: that loads it.
+        load: DeepSpeed's own method.
+        call: its arguments.
+        group: all ranks over gloo.
+
+    Raises:
+        CheckpointError: on all ranks, whichever could not load it or sees other files.
+    """
+    given = call.arguments
+    load_dir = Path(given["load_dir"])
+    seen, stamps = on_all_ranks(f"{load_dir} cannot be loaded", lambda: _inspect(engine, load_dir, given), group)
+    check_same(f"{load_dir} cannot be loaded", seen, group)
+    if seen["tag"] is None:  # as in DeepSpeed
+        return load(*call.args, **call.kwargs)
+    folder = load_dir / seen["tag"]
+    if not engine.use_node_local_storage():
+        _check_one_save(folder, ChainMap(*gather_objects(stamps, group)))
+    if seen["converts"]:
+        _convert(engine, folder, seen["world_size"], group)
+        folder = load_dir / f"{seen['tag']}_universal"
+    universal = seen["universal"] or seen["converts"]
+    given.update(load_dir=str(load_dir), tag=str(folder.relative_to(load_dir)))
+
+    def load_here() -> Any:
+        with PatchSet() as patches:
+            patches.set(engine._config, "load_universal_checkpoint", universal)
+            result = load(*call.args, **call.kwargs)
+        if universal:
+            restore_the_rest(engine, _model_file(engine, folder), _with_optimizer(given))
+        return result
+
+    path, client_state = on_all_ranks(f"{folder} cannot be loaded", load_here, group)
+    if client_state is not None:
+        client_state.pop(STAMP, None)
+    return path, client_state
+
+
+def _inspect(engine: Any, load_dir: Path, given: dict[str, Any]) -> tuple[dict[str, Any], _Stamps]:
+    """Check that this rank can load the checkpoint; return its properties and the stamps of this rank's share."""
+    tag = given["tag"]
+    if tag is None:
+        tag = latest_tag(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
+    if tag is None:
+        return {"tag": None}, {}
+    folder, with_optimizer = load_dir / str(tag), _with_optimizer(given)
+    model_file = _model_file(engine, folder)
+    if not folder.is_dir():
+        there = sorted({each.parent.name for each in load_dir.glob("*/*_model_states.pt")})
+        raise CheckpointError(f"{folder}: no such checkpoint; {load_dir} has {', '.join(there) or 'none'}")
+    if not model_file.is_file():
+        raise CheckpointError(
+            f"{model_file} is missing: the checkpoint is incomplete, or was saved at another ZeRO stage, where 3 has "
+            f"other files than those below; this engine runs stage {engine.zero_optimization_stage()}"
+        )
+    state, universal = read(model_file), is_universal(folder)
+    if engine.load_universal_checkpoint() and not universal:
+        raise CheckpointError(f"checkpoint.load_universal=true: {folder} is not a universal checkpoint")
+    zero, partitioned = engine.zero_optimization(), engine.zero_optimization_partition_weights()
+    same_world_size = state["dp_world_size"] == engine.seq_dp_world_size
+    # Below ZeRO 3 one file holds all weights unsharded.
+    converts = zero and not universal and not same_world_size and (with_optimizer or partitioned)
+    own = []
+    if zero and not universal and not converts:
+        # Only this rank reads these files: an error inside DeepSpeed's load would leave the other ranks waiting.
+        own = [engine._get_ckpt_name(str(load_dir), tag)]
+        own += [engine._get_zero_ckpt_name(str(load_dir), tag)] * with_optimizer
+    stamps = _verify_share(folder, with_optimizer or partitioned, map(Path, own))
+    if with_optimizer and given["load_module_strict"] and given["custom_load_fn"] is None:
+        # DeepSpeed compares weights, on all ranks alike, but not the optimizer state.
+        _check_same_model(engine, state, folder)
+    if with_optimizer and not universal and not converts:
+        _check_same_order(engine, state, folder)
+    seen = {"tag": str(tag), "world_size": state["dp_world_size"], "universal": universal, "converts": converts}
+    return seen, stamps
+
+
+def _with_optimizer(given: dict[str, Any]) -> bool:
+    return given["load_optimizer_states"] and not given["load_module_only"]
+
+
+def _model_file(engine: Any, folder: Path) -> Path:
+    """Return rank 0's model file, which every checkpoint has: weight names and, below ZeRO 3, the weights."""
+    return Path(engine._get_ckpt_name(str(folder.parent), folder.name, pp_placeholder="0"))
+
+
+def _verify_share(folder: Path, with_optimizer: bool, own: Iterable[Path]) -> _Stamps:
+    """Verify a rank's own files and its share of the common files in one read; return the stamps found.
+
+    Raises:
+        CheckpointError: names the first file that is missing, damaged or has another rank's name.
+    """
+    files = [*folder.glob("*_model_states.pt"), *(folder / "zero").rglob("*.pt"), *own]
+    files += folder.glob("*_optim_states.pt") if with_optimizer else ()
+    stamps = {}
+    for index, path in enumerate(sorted(set(files))):
+        named = _RANK_IN_NAME.search(path.name)
+        owner = int(named[1]) if named else index
+        if owner % dist.get_world_size() != dist.get_rank():
+            continue
+        verify(path)
+        if path.parent != folder:
+            continue  # tensors of a universal checkpoint are identified by their path
+        stamps[path.name] = stamp = read(path).get(STAMP)
+        if stamp and named and stamp["rank"] != owner:
+            raise CheckpointError(f"{path} is rank {stamp['rank']}'s file under the name of rank {owner}'s")
+    return stamps
+
+
+def verify(path: Path) -> None:
+    """Compare a file with the checksums that torch.save stored in it.
+
+    Raises:
+        CheckpointError: the file is missing, cut short or damaged.
+    """
+    with naming(path), zipfile.ZipFile(path) as archive:
+        # A program may disable torch.save's checksums.
+        damaged = archive.testzip() if torch.serialization.get_crc32_options() else None
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"its part {damaged} does not have the checksum that it was saved with")
+
+
+def _check_one_save(folder: Path, stamps: _Stamps) -> None:
+    """Raise CheckpointError if files of several saves are mixed, as after an interrupted overwrite.
+
+    Files of ranks beyond the last save's world size are skipped: they belong to an earlier save and are never read.
+
+    Raises:
+        CheckpointError: names the first file that differs.
+    """
+    first = min(stamps, default="")
+    kept = stamps.get(first) or {}
+    for name, stamp in sorted(stamps.items()):
+        named = _RANK_IN_NAME.search(name)
+        if kept and named and int(named[1]) >= kept["world_size"]:
+            continue
+        if (stamp or {}).get("save") != kept.get("save"):
+            raise CheckpointError(
+                f"{folder}: {name} and {first} are not of the same save. The checkpoint was written over and not "
+                "finished, or its files were mixed: resume from another one"
+            )
+
+
+def _check_same_model(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if the checkpoint's weights have other names or shapes than the engine's.
+
+    Raises:
+        CheckpointError: names the first differences.
+    """
+    if engine.optimizer is None:
+        return
+    if engine.zero_optimization():
+        if state[PARAM_SHAPES] is None:
+            raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
+        saved, ours = ChainMap(*state[PARAM_SHAPES]), ChainMap(*engine._get_zero_param_shapes())
+    else:
+        saved, ours = (
+            {name: x.shape for name, x in weights.items() if isinstance(x, torch.Tensor)}
+            for weights in (state["module"], engine.module.state_dict())
+        )
+    different = []
+    for name in sorted({*saved, *ours}):
+        there, here = (list(each[name]) if name in each else "none" for each in (saved, ours))
+        if there != here:
+            different.append(f"{name} ({there} saved, {here} here)")
+    if different:
+        raise CheckpointError(
+            f"{folder} is of another model, or one trained in other parts. {len(different)} weights differ: "
+            f"{', '.join(different[:_NAMES_SHOWN])}{', ...' * (len(different) > _NAMES_SHOWN)}"
+        )
+
+
+def _check_same_order(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if optimizer states would go to other weights; universal ones match by name.
+
+    Raises:
+        CheckpointError: names the first position that differs.
+    """
+    saved, ours = state.get(PARAM_SHAPES) or (state.get(STAMP) or {}).get("order"), parameter_order(engine)
+    if saved is None or ours is None:
+        return
+    places = (
+        [
+            f"{name} at place {place} of group {group}"
+            for group, names in enumerate(order)
+            for place, name in enumerate(names)
+        ]
+        for order in (saved, ours)
+    )
+    for there, here in zip_longest(*places, fillvalue="nothing"):
+        if there != here:
+            raise CheckpointError(
+                f"{folder} has its weights in another order, by which DeepSpeed knows their optimizer states: it has "
+                f"{there}, here is {here}. Give the optimizer its parameters in the same order (of a set they have "
+                "none), or load the weights alone: load_module_only=True"
+            )
+
+
+def _convert(engine: Any, folder: Path, saved_world_size: int, group: Any) -> None:
+    world_size = engine.seq_dp_world_size
+    if engine.use_node_local_storage() or engine.zero_nvme_offload_optimizer():
+        raise CheckpointError(
+            f"{folder} was saved on {saved_world_size} ranks and this run has {world_size}: with "
+            "checkpoint.use_node_local_storage or the optimizer on NVMe, no rank sees all its files. Resume on "
+            f"{saved_world_size} ranks"
+        )
+    names = engine._get_mp_rank_zero_checkpoint_names(
+        str(folder.parent), folder.name, 0, saved_world_size, engine.bfloat16_enabled()
+    )
+    convert_together(_model_file(engine, folder), [Path(name) for name in names], world_size, group)

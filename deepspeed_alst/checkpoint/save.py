@@ -1,0 +1,194 @@
+"""``save_checkpoint`` that succeeds or fails on all ranks, with a ``latest`` that only names complete checkpoints.
+
+DeepSpeed's rank 0 writes ``latest`` after its own files, regardless of other ranks' files, and a rank that cannot write
+leaves the others in a barrier. Here ``latest`` is written last, after every rank has written all of its files.
+"""
+
+import contextlib
+import inspect
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+from deepspeed.checkpoint import constants
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import AlstError, CheckpointError
+from deepspeed_alst.parallel.agreement import gather_objects, raise_together
+from deepspeed_alst.words import in_words
+
+STAMP = "deepspeed_alst"
+"""Key of this package's entry in DeepSpeed's files: the id of the save, the rank that wrote the file, of how many, and
+the parameter names by optimizer group."""
+
+# The entry without which ds_to_universal refuses to convert a checkpoint of ZeRO 1 and 2.
+_CONVERTIBLE = {
+    constants.UNIVERSAL_CHECKPOINT_INFO: {
+        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE
+    }
+}
+_LATEST = "latest"
+_T = TypeVar("_T")
+
+
+def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
+    """Save a checkpoint by DeepSpeed's ``save_checkpoint``.
+
+    Args:
+        engine: that saves it.
+        save: DeepSpeed's own method.
+        call: its arguments.
+        group: all ranks over gloo.
+
+    Raises:
+        CheckpointError: on all ranks, if one could not write its files.
+    """
+    given = call.arguments
+    folder, names_latest = Path(given["save_dir"] or ""), bool(given["save_latest"])
+    tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
+    asked = {"tag": tag, "save_latest": names_latest}
+    if not engine.use_node_local_storage():
+        asked["save_dir"] = os.path.abspath(folder)
+    check_same("save_checkpoint", asked, group)
+    if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
+        return save(*call.args, **call.kwargs)  # refused by DeepSpeed; written in the background, which says when
+    first, latest = dist.get_rank() == 0, folder / _LATEST
+    # Until all files of a tag that is written over are new, it is a mix of two steps.
+    on_all_ranks(f"{latest} cannot be replaced", lambda: first and latest_tag(folder) == tag and latest.unlink(), group)
+    given["save_latest"] = False
+    with _errors_kept(engine, _stamp(engine, group)) as errors:
+        result = save(*call.args, **call.kwargs)
+    raise_together(_not_written(errors[0], folder, tag) if errors else None, group)
+    if names_latest:
+        problem = f"{folder / tag} is whole, but {latest} could not be written"
+        on_all_ranks(problem, lambda: first and _name_latest(folder, tag), group)
+    return result
+
+
+def on_all_ranks(problem: str, run: Callable[[], _T], group: Any) -> _T:
+    """Run a function on this rank; an error on one rank is raised on all. Collective.
+
+    Args:
+        problem: begins the message of an error that is not this package's.
+        run: the function.
+        group: all ranks over gloo.
+
+    Raises:
+        AlstError: on all ranks; a CheckpointError for any other exception.
+    """
+    error, result = None, None
+    try:
+        result = run()
+    except AlstError as found:
+        error = found
+    except Exception as found:
+        error = CheckpointError(f"{problem}: {found!r}")
+        error.__cause__ = found
+    raise_together(error, group)
+    return cast(_T, result)
+
+
+def check_same(call: str, mine: dict[str, Any], group: Any) -> None:
+    """Check that all ranks ask for, and see, the same. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, with the first rank that differs and the difference.
+    """
+    everyone = gather_objects(mine, group)
+    for rank, other in enumerate(everyone):
+        different = [
+            f"{key}={value!r} on rank 0, {other.get(key)!r} on rank {rank}"
+            for key, value in everyone[0].items()
+            if value != other.get(key)
+        ]
+        if different:
+            raise CheckpointError(
+                f"{call}: the ranks ask for or see different checkpoints ({'; '.join(different)}). Give all the same "
+                "folder, which they share, and a tag made of what they have alike, such as the step"
+            )
+
+
+def parameter_order(engine: Any) -> list[list[str]] | None:
+    """Return the names of the trained parameters by optimizer group, which their states go by."""
+    optimizer = engine.optimizer
+    if optimizer is None:
+        return None
+    if engine.zero_optimization():
+        return [list(shapes) for shapes in engine._get_zero_param_shapes()]
+    # In half precision, the optimizer's own groups hold fp32 copies.
+    groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "fp16_groups", None)
+    groups = groups or [group["params"] for group in optimizer.param_groups]
+    return [[engine.param_names.get(param) for param in group] for group in groups]
+
+
+def latest_tag(folder: Path, name: str = _LATEST) -> str | None:
+    """Return the tag in a folder's ``latest`` file; None if there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read as text.
+    """
+    path = folder / name
+    try:
+        return path.read_text().strip() if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} names no checkpoint: {error!r}. Write a tag into it, or remove it") from error
+
+
+def _name_latest(folder: Path, tag: str) -> None:
+    """Replace ``latest`` atomically: written in place, it would be empty briefly, or for good on a full disk."""
+    new = folder / f"{_LATEST}.new"
+    with new.open("w") as file:
+        file.write(tag)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(folder / _LATEST)
+
+
+def _stamp(engine: Any, group: Any) -> dict[str, Any]:
+    """Return the stamp of this rank's files, in plain types, readable without this package. Collective."""
+    save = gather_objects(uuid.uuid4().hex, group)[0]
+    order = parameter_order(engine)
+    return {"save": save, "rank": dist.get_rank(), "world_size": dist.get_world_size(), "order": order}
+
+
+@contextlib.contextmanager
+def _errors_kept(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Exception]]:
+    """Stamp saved files, and collect errors in a list: a raise would leave other ranks waiting."""
+    errors: list[Exception] = []
+    write_file = engine.checkpoint_engine.save
+
+    def write_stamped(state_dict: dict[str, Any], path: str) -> Any:
+        return write_file({**_CONVERTIBLE, **state_dict, STAMP: stamp}, path)
+
+    def keep(write: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            try:
+                # No retry after the first error: the disk may be full.
+                return None if errors else write(*args, **kwargs)
+            except Exception as error:
+                errors.append(error)
+
+        return kept
+
+    with PatchSet() as patches:
+        patches.set(engine.checkpoint_engine, "save", write_stamped)
+        patches.wrap(engine.checkpoint_engine, "makedirs", keep)
+        # These assemble the state dict too, which fails on an unsuitable client_state.
+        patches.wrap(engine, "_save_checkpoint", keep)
+        patches.wrap(engine, "_save_zero_checkpoint", keep)
+        yield errors
+
+
+def _not_written(cause: Exception, folder: Path, tag: str) -> CheckpointError:
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f" ({in_words(shutil.disk_usage(folder).free)} free there)"
+    latest = latest_tag(folder)
+    kept = f"{folder / _LATEST} still names {latest}" if latest else "there is no checkpoint before it"
+    error = CheckpointError(f"{folder / tag} could not be written{room}: {cause!r}. It is not whole, remove it; {kept}")
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,261 @@
+"""Universal checkpoints, DeepSpeed's format for another number of ranks: conversion and complete loading.
+
+``<tag>`` is converted once to ``<tag>_universal`` beside it, by DeepSpeed's own converter. It runs as a subprocess of
+rank 0 while all ranks synchronize every few seconds, so that a conversion of an hour hits no collective's timeout.
+"""
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint import constants
+
+from deepspeed_alst.checkpoint.save import STAMP, on_all_ranks
+from deepspeed_alst.errors import CheckpointError
+from deepspeed_alst.parallel.agreement import gather_objects
+
+_CONVERTER = "deepspeed.checkpoint.ds_to_universal"
+# Runs the converter so that the kernel kills it and its workers when the parent process ends: PR_SET_PDEATHSIG is 1,
+# and is not inherited. Another parent pid at the start means that the parent ended first.
+_ENDS_WITH_ITS_PARENT = f"""
+import ctypes, os, runpy, signal, sys
+
+def end_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+end_with_parent()
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("the run that asked for this conversion has ended")
+os.register_at_fork(after_in_child=end_with_parent)
+runpy.run_module({_CONVERTER!r}, run_name="__main__", alter_sys=True)
+"""
+_MEETING_SECONDS = 2.0
+# Marks a folder that this package made, and may make anew.
+_MADE_HERE = "made_by_deepspeed_alst"
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in the error of reading it.
+
+    Raises:
+        CheckpointError: for any exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is missing, cut short or damaged: {error!r}. Copy it again, or resume from another checkpoint; a "
+            "run in another dtype saves under other names"
+        ) from error
+
+
+def read(path: Path) -> Any:
+    """Load a file of torch.save with memory-mapped tensors.
+
+    Raises:
+        CheckpointError: the file is missing or truncated.
+    """
+    with naming(path):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+
+def is_universal(folder: Path) -> bool:
+    """Return True if a folder is a complete universal checkpoint, by the files that the converter writes last."""
+    return (folder / "zero" / "optimizer_state.pt").is_file() and any(folder.glob("*_model_states.pt"))
+
+
+def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_size: int, group: Any) -> None:
+    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, with the remedy.
+    """
+    nothing = (each for each in ())
+    steps = convert(model_file, optimizer_files, world_size) if dist.get_rank() == 0 else nothing
+    problem = f"{model_file.parent} cannot be converted"
+    with contextlib.closing(steps):
+        while any(gather_objects(on_all_ranks(problem, lambda: next(steps, False), group), group)):
+            pass
+
+
+def convert(model_file: Path, optimizer_files: Sequence[Path], world_size: int) -> Generator[bool, None, None]:
+    """Convert a checkpoint, unless it has been; yield every few seconds.
+
+    Args:
+        model_file: rank 0's.
+        optimizer_files: one per rank that saved the checkpoint.
+        world_size: of this run.
+
+    Raises:
+        CheckpointError: with the remedy.
+    """
+    folder = model_file.parent
+    target = folder.with_name(f"{folder.name}_universal")
+    partial = folder.with_name(f"{target.name}.partial")
+    made, log = partial / target.name, partial / "log"
+    why = f"{folder} was saved on {len(optimizer_files)} ranks and this run has {world_size}"
+    _check_convertible(folder, optimizer_files, why)
+    if target.exists() and _is_fresh(target, model_file):
+        print(f"deepspeed_alst: {why}: loading {target}, converted before", file=sys.stderr)
+        return
+    # --inject_missing_state only adds what files have not that were saved without this package.
+    arguments = ["--inject_missing_state", "--input_folder", str(folder), "--output_folder"]
+    by_hand = shlex.join(["python", "-m", _CONVERTER, *arguments, f"ELSEWHERE/{target.name}"])
+    way_out = f"To convert it to another folder: {by_hand}; then load_checkpoint('ELSEWHERE', tag='{target.name}')"
+    try:
+        with _locked(partial):
+            print(f"deepspeed_alst: {why}: converting it, once, to {target}", file=sys.stderr)
+            if status := (yield from _run([*arguments, str(made)], log)):
+                last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
+                raise CheckpointError(
+                    f"{folder} could not be converted to a universal checkpoint; DeepSpeed's converter ended with "
+                    f"status {status}:\n{last}\n{way_out}"
+                )
+            (made / _MADE_HERE).touch()
+            shutil.rmtree(target, ignore_errors=True)
+            made.rename(target)
+            # The file that checkpoint.load_universal reads.
+            (partial / "latest_universal").replace(folder.with_name("latest_universal"))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: nothing can be written beside it ({error}). {way_out}") from error
+
+
+def _run(arguments: list[str], log: Path) -> Generator[bool, None, int]:
+    """Run the converter; return its exit status. It is killed when the generator is closed."""
+    command = [sys.executable, "-c", _ENDS_WITH_ITS_PARENT, str(os.getpid()), *arguments]
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_MEETING_SECONDS)
+                yield True
+        finally:
+            process.kill()
+    return process.returncode
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the empty folder of a conversion, lock it, and remove it in the end.
+
+    Raises:
+        CheckpointError: another conversion holds the lock.
+    """
+    folder.mkdir(exist_ok=True)
+    # Locks the folder itself: a lock file would have to outlive the folder.
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as undone:
+        undone.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another run converts this checkpoint right now. Start again when it is done, which that "
+                "run's output says"
+            ) from None
+        except OSError:
+            pass  # the file system does not support locks
+        undone.callback(shutil.rmtree, folder, ignore_errors=True)
+        for left in folder.iterdir():  # by a killed conversion
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _check_convertible(folder: Path, optimizer_files: Sequence[Path], why: str) -> None:
+    different = sorted(each.name for each in {*optimizer_files} ^ {*folder.glob("*_optim_states.pt")})
+    if different:
+        raise CheckpointError(
+            f"{why}, but its optimizer files are not those of {len(optimizer_files)} ranks. Missing, or left from an "
+            f"earlier save under the same tag and to be removed: {', '.join(different)}"
+        )
+    # DeepSpeed stores torch's state dict under another key at ZeRO 3.
+    saved = read(optimizer_files[0])[constants.OPTIMIZER_STATE_DICT]
+    state = saved.get(constants.BASE_OPTIMIZER_STATE, saved.get(constants.OPTIMIZER_STATE_DICT))["state"]
+    if not {"exp_avg", "exp_avg_sq"} <= set().union(*state.values()):
+        raise CheckpointError(
+            f"{why}: DeepSpeed's universal checkpoints hold Adam's state only, and this optimizer has another. Resume "
+            f"on {len(optimizer_files)} ranks, or load the weights alone: load_module_only=True"
+        )
+
+
+def _is_fresh(target: Path, model_file: Path) -> bool:
+    """Return True if a universal checkpoint is of the same save as a model file; False if it may be made anew.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+
+    def identity(path: Path) -> Any:
+        # The converter copies the file, with its time.
+        return read(path).get(STAMP) or (path.stat().st_size, path.stat().st_mtime_ns)
+
+    copy = target / model_file.name
+    if is_universal(target) and copy.is_file() and identity(copy) == identity(model_file):
+        return True
+    if not (target / _MADE_HERE).exists():
+        raise CheckpointError(
+            f"{target} is in the way: it is not a universal checkpoint of {model_file.parent} as it is now. Remove it, "
+            f"or load it by its name: engine.load_checkpoint('{target.parent}', tag='{target.name}')"
+        )
+    return False
+
+
+def restore_the_rest(engine: Any, model_file: Path, with_optimizer: bool) -> None:
+    """Restore state that DeepSpeed 0.19.8 omits or mixes up in a universal checkpoint. Collective.
+
+    DeepSpeed leaves frozen weights and buffers unchanged; at ZeRO 3 all parameter groups get the first one's settings
+    and share its step count, which each of them advances.
+    """
+    state = read(model_file)
+    trained = set().union(*state[constants.PARAM_SHAPES])
+    named = engine.module.named_buffers()
+    if not engine.zero_optimization_partition_weights():
+        named = chain(named, engine.module.named_parameters())
+    else:
+        _restore_frozen_shards(engine, model_file.parent, state)
+        if with_optimizer:
+            _restore_groups(engine.optimizer.optimizer, model_file.parent)
+    for name, x in named:
+        if name in state["module"] and name not in trained:
+            x.data.copy_(state["module"][name])
+
+
+def _restore_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    saved = read(folder / "zero" / "optimizer_state.pt")[constants.PARAM_GROUPS]
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        group.update({name: value for name, value in settings.items() if name != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _restore_frozen_shards(engine: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Restore ZeRO 3's frozen weights from the shards that the ranks saved.
+
+    All ranks open the files, so that a missing one stops all ranks; rank 0's values are used.
+    """
+    shapes = state[constants.FROZEN_PARAM_SHAPES] or {}
+    frozen = [(name, param) for name, param in engine.module.named_parameters() if name in shapes]
+    ranks = range(state["dp_world_size"] if frozen else 0)
+    files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
+    pieces = [read(each)[constants.FROZEN_PARAM_FRAGMENTS] for each in files]
+    for name, param in frozen:
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+            if dist.get_rank() == 0:
+                whole = torch.cat([piece[name].flatten() for piece in pieces])
+                param.data.copy_(whole[: param.numel()].view(shapes[name]))
