@@ -1,8 +1,8 @@
 """Dependencies point one way, third parties are fenced in, files and functions stay short: read from the sources.
 
 errors, core, mark, words <- config, plans, kernels, ops, ledger <- parallel <- data, attention, tiling, offload
-<- models, engine, checkpoint <- initialize <- cli. The loading of the package (plugin, autoload, __init__) stands outside: it may
-reach in, and nothing reaches it.
+<- models, engine, checkpoint <- features, registry <- start, initialize <- cli. The loading of the package (plugin,
+autoload, __init__) stands outside: it may reach in, and nothing reaches it.
 """
 
 import ast
