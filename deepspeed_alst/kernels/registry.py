@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.apart import apart
@@ -27,14 +28,14 @@ class Op:
 
     reference: Callable[..., Any]
     """Plain PyTorch: the ground truth in fp64, the error baseline in other dtypes."""
-    op: Callable[..., Any]
+    op: CustomOpDef
     """Custom op seen by fake tensors, torch.compile and the ledger; launches the Triton kernels."""
     launch: Callable[..., Any]
     """Body of the custom op, for ahead-of-time compilation on meta tensors, where the op would run its fake."""
     example: Callable[[torch.device], tuple[Any, ...]]
     """Small fp32 arguments on a device, for the test before first use."""
     compiled: tuple[str, ...]
-    """Names of the csrc ops that replace it on CPU; the custom op dispatches to them."""
+    """Names of the csrc ops that replace it on CPU; the custom op dispatches to them, or to the reference if empty."""
 
 
 _OPS: dict[str, Op] = {}
@@ -44,12 +45,14 @@ def register(
     name: str,
     *,
     reference: Callable[..., Any],
-    op: Callable[..., Any],
+    op: CustomOpDef,
     launch: Callable[..., Any],
     example: Callable[[torch.device], tuple[Any, ...]],
-    compiled: tuple[str, ...],
+    compiled: tuple[str, ...] = (),
 ) -> Op:
     """Register an op for ``pick`` and the tests."""
+    if not compiled and not triton.knobs.runtime.interpret:
+        op.register_kernel("cpu", reference)
     _OPS[name] = Op(reference, op, launch, example, compiled)
     return _OPS[name]
 
@@ -80,8 +83,9 @@ def has_kernel(name: str, device: torch.device) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         return True  # fake tensors of a machine with a GPU
     if device.type == "cpu":
-        load("tile_ops", "cpu", "what tiles are made of")
-        if not all(is_compiled(each, "cpu") for each in _OPS[name].compiled):
+        load_tile_ops("cpu")
+        compiled = _OPS[name].compiled
+        if not compiled or not all(is_compiled(each, "cpu") for each in compiled):
             return False
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -199,16 +199,13 @@ class TileOpsBuilder(_AlstCpuBuilder):
 
     BUILD_VAR = "DS_BUILD_ALST_TILE_OPS"
     NAME = "alst_tile_ops"
-    FILES = ("cross_entropy.cpp", "gated.cpp", "pack_heads.cpp", "rms_norm.cpp", "rope.cpp")
+    FILES = ("cross_entropy.cpp", "gated.cpp", "pack_heads.cpp")
     OPS = (
         "cross_entropy_",
         "gated_activation_",
         "gated_gradients_",
         "pack_heads",
         "unpack_heads_",
-        "rms_norm",
-        "rms_norm_backward",
-        "rope",
     )
 
     def cxx_args(self) -> list[str]:
