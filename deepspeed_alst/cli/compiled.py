@@ -32,7 +32,7 @@ def op_rows() -> Iterator[Row]:
             continue
         builder = builder_class()
         if found := builder.find():
-            yield Row(f"op {library}", f"{found} for {device}")
+            yield Row(f"op {library}", f"for {device}: {found}")
         elif problem := builder.why_not():
             yield Row(
                 f"op {library}",

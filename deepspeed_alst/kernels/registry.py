@@ -16,7 +16,7 @@ from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.apart import apart
-from deepspeed_alst.ops.load import is_compiled, load
+from deepspeed_alst.ops.builder import load
 
 # Limit as a multiple of torch's own error in the same dtype.
 _SLACK = 3.0
@@ -70,7 +70,7 @@ def runs_on(device: torch.device) -> bool:
 def load_tile_ops(device_type: str) -> None:
     """Load the compiled csrc ops for a device, unless Triton's interpreter is on."""
     if not triton.knobs.runtime.interpret:
-        load("tile_ops", device_type, "what tiles are made of")
+        load("tile_ops", device_type)
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
@@ -84,8 +84,8 @@ def has_kernel(name: str, device: torch.device) -> bool:
         return True  # fake tensors of a machine with a GPU
     if device.type == "cpu":
         load_tile_ops("cpu")
-        compiled = _OPS[name].compiled
-        if not compiled or not all(is_compiled(each, "cpu") for each in compiled):
+        names = [f"deepspeed_alst::{each}" for each in _OPS[name].compiled]
+        if not names or not all(torch._C._dispatch_has_kernel_for_dispatch_key(each, "CPU") for each in names):
             return False
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
