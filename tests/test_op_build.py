@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from benchmarks.wheel import copy_checkout
 from deepspeed_alst.ops import build_once
 from deepspeed_alst.ops.build_once import OpBuildError
-from deepspeed_alst.ops.builder import BUILDERS, SumPiecesBuilder, source_folder
+from deepspeed_alst.ops.builder import BUILDERS, CudaSumPiecesBuilder, SumPiecesBuilder, source_folder
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "tests" / "programs" / "build_op.py"
@@ -180,6 +183,17 @@ def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
     prebuilt.write_bytes(b"of an interrupted copy")
     assert finish(start(folder, package=installed))["words"] == ["csrc op"]
     assert list(folder.rglob("*.so")), "built from the sources that were installed"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: no CUDA op is built")
+def test_the_cuda_op_is_built_ahead_for_three_architectures_and_without_fast_math(monkeypatch):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(shutil.which("nvcc")).parent.parent))
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(torch.version, "cuda", re.search(r"release (\d+\.\d+)", version).group(1))
+    extension = CudaSumPiecesBuilder().builder()
+    flags = " ".join(extension.extra_compile_args["nvcc"])
+    assert [Path(each).name for each in extension.sources] == ["sum_pieces.cu", "module.cpp"]
+    assert all(f"code=sm_{each}" in flags for each in (80, 90, 100)) and "fast" not in flags
 
 
 def test_setup_loads_no_torch_unless_it_is_asked_to():
