@@ -3,7 +3,7 @@
 from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.engine.environment import check_build_lock
-from deepspeed_alst.ops.load import load
+from deepspeed_alst.ops.builder import load
 from deepspeed_alst.ops.sum_pieces import load_sum_pieces
 
 if __name__ == "__main__":
@@ -11,5 +11,5 @@ if __name__ == "__main__":
     device = get_accelerator().device_name()
     if device == "cpu":
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
-        print(f"tiles on {device}: {load('tile_ops', device, 'what tiles are made of')}")
+        print(f"tiles on {device}: {load('tile_ops', device)}")
     print(f"sum of gradient pieces on {device}: {load_sum_pieces(device)}")

@@ -28,9 +28,8 @@ STEPS, TOLERANCE = 3, 1e-5
 
 _OPS = """
 import json
-from deepspeed_alst.ops.builder import BUILDERS
-from deepspeed_alst.ops.load import load
-print(json.dumps({library: load(library, device, library) for library, device in BUILDERS if device == "cpu"}))
+from deepspeed_alst.ops.builder import BUILDERS, load
+print(json.dumps({library: load(library, device) for library, device in BUILDERS if device == "cpu"}))
 """
 # Two samples per step for any number of ranks: one epoch is one step.
 _PROGRAM = f"""

@@ -17,7 +17,6 @@ from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
 from benchmarks.kernels.rms_norm import layer_peak
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.kernels import registry
 from deepspeed_alst.models import fused_norms, fused_rope
 from deepspeed_alst.models.fused import fuse_norms_and_rope
 from deepspeed_alst.models.fused_norms import fuse_norms
@@ -134,11 +133,9 @@ def test_a_checkpointed_model_recomputes_by_the_ops(reentrant):
 
 
 def test_a_first_proof_within_a_checkpoint_leaves_no_trace_in_it():
-    registry._is_proven.cache_clear()
     with PatchSet() as undo, _counting() as calls:
         model = _model()
         fuse_norms_and_rope(model, undo)
-        registry._is_proven.cache_clear()
         fused_rope._rotary_of(modeling_llama.apply_rotary_pos_emb)._proven.clear()
         ids = family_batch(24, 1)["input_ids"]
         hidden = checkpoint(lambda x: model.model(inputs_embeds=x).last_hidden_state, model.model.embed_tokens(ids))
@@ -306,7 +303,8 @@ def test_a_rotation_of_another_form_stays(monkeypatch):
 
 def test_where_no_kernel_runs_a_model_keeps_its_own():
     model = _model()
-    with PatchSet() as undo, mock.patch("deepspeed_alst.models.fused.has_kernel", lambda *_: False):
+    no_kernel = mock.patch("deepspeed_alst.models.fused.has_kernel", lambda *_: False)
+    with PatchSet() as undo, no_kernel, mock.patch("torch.cuda.is_available", lambda: True):
         assert fuse_norms_and_rope(model, undo) == "the model's own"
     with PatchSet() as undo:
         assert fuse_norms_and_rope(None, undo) == "the model's own"

@@ -4,7 +4,7 @@ A subject is a module of this folder, named in ``SUBJECTS``, with
 
 - ``COMPILED``: names of sizes, and the arguments with which ``launch`` launches the kernels on meta tensors;
 - ``CASES``: cases that ``judge`` runs in the interpreter; ``title`` describes a case;
-- ``races``: times of ours and its baselines on CPU (``Race``).
+- ``races``, if csrc has an op for it: times of ours and its baselines on CPU (``Race``).
 """
 
 import importlib

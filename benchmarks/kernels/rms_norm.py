@@ -3,14 +3,13 @@
 Legend: T rows, H elements of a row.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+from benchmarks.kernels.judge import Verdict, errors_of
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -124,34 +123,6 @@ def errors_in(case: Case) -> dict[str, tuple[float, float]]:
     same_y, same_dx, same_dweight = results["torch"]
     same = same_y, same_dx, same_dweight.to(case.dtype)
     return errors_of(names, got, same[: len(got)], results["truth"][: len(got)])
-
-
-def races() -> Iterator[Race]:
-    """Time the csrc ops against Llama's module, forward and backward, and against torch tile by tile."""
-    from unittest import mock
-
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    from deepspeed_alst.kernels import rms_norm as ours
-
-    for T, H, dtype in ((2048, 4096, _FP32), (2048, 4096, _BF16), (65536, 128, _BF16)):
-        x_TH, dy_TH = torch.randn(T, H).to(dtype).requires_grad_(), torch.randn(T, H).to(dtype)
-        module = LlamaRMSNorm(H).to(dtype)
-
-        def step(norm: Any, x: torch.Tensor = x_TH, dy: torch.Tensor = dy_TH) -> None:
-            torch.autograd.grad(norm(x), x, dy)
-
-        def fused(x: torch.Tensor, module: Any = module) -> torch.Tensor:
-            return ours.rms_norm(x, module.weight, module.variance_epsilon, cast_first=True)
-
-        def tiled(step: Any = step, fused: Any = fused) -> None:
-            with mock.patch.object(ours, "has_kernel", lambda *_: False):
-                step(fused)
-
-        seconds, by_module, by_tiles = seconds_of(lambda: step(fused), lambda: step(module), tiled)  # noqa: B023
-        name = f"[{T}, {H}] {str(dtype).removeprefix('torch.')}, both ways"
-        yield Race(name, seconds, by_module, "transformers' module", 0.5)
-        yield Race(name, seconds, by_tiles, "torch tile by tile", 0.9)
 
 
 def layer_peak(model_type: str, checkpointing: str, fused: bool) -> float:

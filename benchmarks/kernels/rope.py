@@ -3,14 +3,12 @@
 Legend: B batch, s tokens, h query heads, g key heads, D head dim, W entries of a token in cos and sin.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+from benchmarks.kernels.judge import Verdict, errors_of
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -67,10 +65,10 @@ def launch(
     h: int, g: int, D: int, rotary: int, dtype: torch.dtype, interleaved: bool, shared: bool, inverse: bool = False
 ) -> None:
     """Launch the kernel of a forward or a backward on meta tensors."""
-    from deepspeed_alst.kernels import rope
+    from deepspeed_alst.kernels import rope_ops
     from deepspeed_alst.kernels.registry import registered
 
-    assert rope.rope_reference is registered()["rope"].reference
+    assert registered()["rope"].reference is rope_ops.rope_reference
     q_BshD, k_BsgD = (torch.empty(1, 523, heads, D, dtype=dtype, device="meta") for heads in (h, g))
     cos_BsW = torch.empty(1, 523, rotary, dtype=dtype, device="meta")
     registered()["rope"].launch(q_BshD, k_BsgD, cos_BsW, cos_BsW, rotary, interleaved, shared, inverse)
@@ -89,7 +87,8 @@ def judge(case: Case) -> Verdict:
 
 def errors_in(case: Case) -> dict[str, tuple[float, float]]:
     """Return the errors of a case's results on this backend, with their limits."""
-    from deepspeed_alst.kernels.rope import rope, rope_reference
+    from deepspeed_alst.kernels.rope import rope
+    from deepspeed_alst.kernels.rope_ops import rope_reference
 
     torch.manual_seed(0)
     q_BshD, k_BsgD = _queries_and_keys(case)
@@ -122,36 +121,3 @@ def _queries_and_keys(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     for each in (q_BshD, k_BsgD):
         each.copy_(torch.randn(each.shape))
     return q_BshD, k_BsgD
-
-
-def races() -> Iterator[Race]:
-    """Time the csrc op, both directions, against Llama's function and torch a few tokens at a time."""
-    from unittest import mock
-
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    from deepspeed_alst.kernels import rope as ours
-
-    for dtype in (_FP32, _BF16):
-        q, k = (torch.randn(1, 1024, heads, 128).to(dtype).transpose(1, 2).requires_grad_() for heads in (32, 8))
-        cos, sin = torch.randn(2, 1, 1024, 128).to(dtype)
-        dq, dk = torch.randn_like(q), torch.randn_like(k)
-
-        def step(turn: Any, q: Any = q, k: Any = k, grads: Any = (dq, dk)) -> None:
-            torch.autograd.grad(turn(q, k), (q, k), grads)
-
-        def fused(q: torch.Tensor, k: torch.Tensor, tables: Any = (cos, sin)) -> Any:
-            turned = ours.rope(q.transpose(1, 2), k.transpose(1, 2), *tables, 128)
-            return [each.transpose(1, 2) for each in turned]
-
-        def theirs(q: torch.Tensor, k: torch.Tensor, tables: Any = (cos, sin)) -> Any:
-            return apply_rotary_pos_emb(q, k, *tables)
-
-        def tiled(step: Any = step, fused: Any = fused) -> None:
-            with mock.patch.object(ours, "has_kernel", lambda *_: False):
-                step(fused)
-
-        seconds, by_function, by_tiles = seconds_of(lambda: step(fused), lambda: step(theirs), tiled)
-        name = f"[1, 1024, 32 + 8, 128] {str(dtype).removeprefix('torch.')}, both ways"
-        yield Race(name, seconds, by_function, "transformers' function", 0.5)
-        yield Race(name, seconds, by_tiles, "torch some tokens at a time", 0.9)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import triton
+from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.ops.load import is_compiled, load
+from deepspeed_alst.ops.builder import load
 
 # Limit as a multiple of torch's own error in the same dtype.
 _SLACK = 3.0
@@ -27,14 +28,14 @@ class Op:
 
     reference: Callable[..., Any]
     """Plain PyTorch: the ground truth in fp64, the error baseline in other dtypes."""
-    op: Callable[..., Any]
+    op: CustomOpDef
     """Custom op seen by fake tensors, torch.compile and the ledger; launches the Triton kernels."""
     launch: Callable[..., Any]
     """Body of the custom op, for ahead-of-time compilation on meta tensors, where the op would run its fake."""
     example: Callable[[torch.device], tuple[Any, ...]]
     """Small fp32 arguments on a device, for the test before first use."""
     compiled: tuple[str, ...]
-    """Names of the csrc ops that replace it on CPU; the custom op dispatches to them."""
+    """Names of the csrc ops that replace it on CPU; the custom op dispatches to them, or to the reference if empty."""
 
 
 _OPS: dict[str, Op] = {}
@@ -44,12 +45,14 @@ def register(
     name: str,
     *,
     reference: Callable[..., Any],
-    op: Callable[..., Any],
+    op: CustomOpDef,
     launch: Callable[..., Any],
     example: Callable[[torch.device], tuple[Any, ...]],
-    compiled: tuple[str, ...],
+    compiled: tuple[str, ...] = (),
 ) -> Op:
     """Register an op for ``pick`` and the tests."""
+    if not compiled and not triton.knobs.runtime.interpret:
+        op.register_kernel("cpu", reference)
     _OPS[name] = Op(reference, op, launch, example, compiled)
     return _OPS[name]
 
@@ -67,7 +70,7 @@ def runs_on(device: torch.device) -> bool:
 def load_tile_ops(device_type: str) -> None:
     """Load the compiled csrc ops for a device, unless Triton's interpreter is on."""
     if not triton.knobs.runtime.interpret:
-        load("tile_ops", device_type, "what tiles are made of")
+        load("tile_ops", device_type)
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
@@ -80,8 +83,9 @@ def has_kernel(name: str, device: torch.device) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         return True  # fake tensors of a machine with a GPU
     if device.type == "cpu":
-        load("tile_ops", "cpu", "what tiles are made of")
-        if not all(is_compiled(each, "cpu") for each in _OPS[name].compiled):
+        load_tile_ops("cpu")
+        names = [f"deepspeed_alst::{each}" for each in _OPS[name].compiled]
+        if not names or not all(torch._C._dispatch_has_kernel_for_dispatch_key(each, "CPU") for each in names):
             return False
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -2,27 +2,23 @@
 
 ``y = x / sqrt(mean(x^2) + eps) * (offset + weight)`` per row (arXiv:1910.07467), in fp32 whatever the dtype of x. The
 backward recomputes the reciprocal RMS, since it reads x anyway; saving it would cost 4 bytes per row. rms_norm_ops.py
-states the bytes moved per launch. Without a kernel, torch computes tile by tile.
+states the bytes moved per launch. On CPU torch computes.
 
 The gradient of x is a new tensor: autograd passes the same gradient to both inputs of a residual sum, and does not tell
 who owns it.
 
-Legend: T rows, H elements of a row, t rows of a tile.
+Legend: T rows, H elements of a row.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels.registry import has_kernel, registered
-from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_reference, rms_norm_reference
+from deepspeed_alst.kernels.rms_norm_ops import rms_norm_backward_op, rms_norm_op
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Elements of torch's fp32 temporaries without a kernel: 2 MiB each, which fits the cache of a core and of a GPU.
-_TILE = 1 << 19
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -32,12 +28,7 @@ class _RmsNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TH, weight_H)
         ctx.eps, ctx.offset = eps, offset
-        if _has_kernel("rms_norm", x_TH):
-            return registered()["rms_norm"].op(x_TH, weight_H, eps, offset, cast_first)
-        y_TH = x_TH.new_empty(x_TH.shape)
-        for tile in _tiles(x_TH):
-            y_TH[tile] = rms_norm_reference(x_TH[tile], weight_H, eps, offset, cast_first)
-        return y_TH
+        return rms_norm_op(x_TH, weight_H, eps, offset, cast_first)
 
     @staticmethod
     @once_differentiable
@@ -45,29 +36,8 @@ class _RmsNorm(torch.autograd.Function):
         x_TH, weight_H = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1]
         dy_TH = dy_TH if _has_dense_rows(dy_TH) else dy_TH.contiguous()
-        if _has_kernel("rms_norm_backward", x_TH):
-            op = registered()["rms_norm_backward"].op
-            dx_TH, dweight_H = op(dy_TH, x_TH, weight_H, ctx.eps, ctx.offset, wanted)
-        else:
-            dx_TH = x_TH.new_empty(x_TH.shape)
-            dweight_H = x_TH.new_zeros(x_TH.shape[1], dtype=torch.promote_types(x_TH.dtype, torch.float32))
-            for tile in _tiles(x_TH):
-                dx_TH[tile], of_tile = rms_norm_backward_reference(
-                    dy_TH[tile], x_TH[tile], weight_H, ctx.eps, ctx.offset, wanted
-                )
-                if wanted:
-                    dweight_H += of_tile
+        dx_TH, dweight_H = rms_norm_backward_op(dy_TH, x_TH, weight_H, ctx.eps, ctx.offset, wanted)
         return dx_TH, dweight_H.to(weight_H.dtype) if wanted else None, None, None, None
-
-
-def _has_kernel(name: str, x_TH: torch.Tensor) -> bool:
-    return x_TH.dtype in DTYPES and has_kernel(name, x_TH.device)
-
-
-def _tiles(x_TH: torch.Tensor) -> Iterator[slice]:
-    T, H = x_TH.shape
-    t = max(1, _TILE // H)
-    return (slice(begin, begin + t) for begin in range(0, T, t))
 
 
 def _has_dense_rows(x_TH: torch.Tensor) -> bool:
@@ -77,7 +47,7 @@ def _has_dense_rows(x_TH: torch.Tensor) -> bool:
 def _check(x: torch.Tensor, weight_H: torch.Tensor | None, cast_first: bool) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         wrong = "x must be [..., H] with H >= 1"
-    elif x.dtype not in (*DTYPES, torch.float64):
+    elif x.dtype not in DTYPES:
         wrong = f"x must be one of {', '.join(map(str, DTYPES))}"
     elif weight_H is None:
         return
@@ -102,7 +72,7 @@ def rms_norm(
     gaps. x is saved as it is, even a view; it is copied only if its rows are not evenly strided.
 
     Args:
-        x: bf16, fp16 or fp32 (fp64 uses the reference).
+        x: bf16, fp16 or fp32.
         weight_H: any floating-point dtype, or None.
         eps: added to the mean square.
         offset: added to the weight; 1 in the Gemma family.

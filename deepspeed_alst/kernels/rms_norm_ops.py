@@ -47,15 +47,15 @@ def rms_norm_backward_reference(
     offset: float = 0.0,
     weight_gradient: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the reference's gradients by autograd: dx in x's dtype, dweight in fp32 (empty if not wanted)."""
+    """Compute the reference's gradients in closed form: dx in x's dtype, dweight in fp32 (empty if not wanted)."""
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
+    wide_TH, dy_TH = x_TH.to(dtype), dy_TH.to(dtype)
+    scale_T1 = torch.rsqrt(wide_TH.pow(2).mean(-1, keepdim=True) + eps)
+    normed_TH = wide_TH * scale_T1
+    weighted_TH = dy_TH if weight_H is None else dy_TH * (weight_H.to(dtype) + offset)
+    dx_TH = scale_T1 * (weighted_TH - normed_TH * (weighted_TH * normed_TH).mean(-1, keepdim=True))
     weighs = weight_gradient and weight_H is not None
-    with torch.enable_grad():
-        leaf_TH = x_TH.detach().to(dtype, copy=True).requires_grad_()
-        leaf_H = None if weight_H is None else weight_H.detach().to(dtype, copy=True).requires_grad_()
-        y_TH = rms_norm_reference(leaf_TH, leaf_H, eps, offset)
-    found = torch.autograd.grad(y_TH, (leaf_TH, leaf_H) if weighs else (leaf_TH,), dy_TH.to(dtype))
-    return found[0].to(x_TH.dtype), found[1] if weighs else leaf_TH.new_empty(0)
+    return dx_TH.to(x_TH.dtype), (dy_TH * normed_TH).sum(0) if weighs else dx_TH.new_empty(0)
 
 
 @triton.jit
@@ -240,16 +240,16 @@ def _launch_backward(
     return dx_TH, sums_pH.sum(0) if weighs else sums_pH.new_empty(0)
 
 
-_op = torch.library.custom_op("deepspeed_alst::rms_norm", _launch, mutates_args=())
-_backward_op = torch.library.custom_op("deepspeed_alst::rms_norm_backward", _launch_backward, mutates_args=())
+rms_norm_op = torch.library.custom_op("deepspeed_alst::rms_norm", _launch, mutates_args=())
+rms_norm_backward_op = torch.library.custom_op("deepspeed_alst::rms_norm_backward", _launch_backward, mutates_args=())
 
 
-@_op.register_fake
+@rms_norm_op.register_fake
 def _fake(x_TH, weight_H, eps, offset, cast_first):
     return x_TH.new_empty(x_TH.shape)
 
 
-@_backward_op.register_fake
+@rms_norm_backward_op.register_fake
 def _fake_backward(dy_TH, x_TH, weight_H, eps, offset, weight_gradient):
     num_weights = x_TH.shape[1] if weight_gradient and weight_H is not None else 0
     return x_TH.new_empty(x_TH.shape), x_TH.new_empty(num_weights, dtype=torch.float32)
@@ -267,16 +267,14 @@ def _backward_example(device: torch.device) -> tuple[Any, ...]:
 register(
     "rms_norm",
     reference=rms_norm_reference,
-    op=_op,
+    op=rms_norm_op,
     launch=_launch,
     example=_example,
-    compiled=("rms_norm", "rms_norm_backward"),
 )
 register(
     "rms_norm_backward",
     reference=rms_norm_backward_reference,
-    op=_backward_op,
+    op=rms_norm_backward_op,
     launch=_launch_backward,
     example=_backward_example,
-    compiled=("rms_norm", "rms_norm_backward"),
 )

@@ -2,7 +2,7 @@
 
 Pairs (a, b) of a head's first ``rotary`` elements become ``(a cos_a - b sin_a, b cos_b + a sin_b)`` (arXiv:2104.09864);
 the others are copied. The math is in fp32, and rounded once. The backward is the transposed rotation, by the same
-kernel. rope_ops.py states the bytes moved per launch. Without a kernel, torch computes a few tokens at a time.
+kernel. rope_ops.py states the bytes moved per launch. On CPU torch computes.
 
 The results are new tensors in the projection's layout, with a token's heads adjacent, so that attention's gradient
 reaches the projection without another copy. An in-place kernel would corrupt values that others saved, which autograd
@@ -17,12 +17,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels.registry import has_kernel, registered
-from deepspeed_alst.kernels.rope_ops import rope_reference
+from deepspeed_alst.kernels.rope_ops import rope_op
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Elements of torch's fp32 temporaries without a kernel.
-_TILE = 1 << 19
 
 
 class _Rope(torch.autograd.Function):
@@ -50,20 +47,8 @@ class _Rope(torch.autograd.Function):
 def _rotate(
     q_BshD: torch.Tensor, k_BsgD: torch.Tensor, cos_BsW: torch.Tensor, sin_BsW: torch.Tensor, *how: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q_BshD, k_BsgD, cos_BsW, sin_BsW = (
-        each if each.stride(-1) == 1 else each.contiguous() for each in (q_BshD, k_BsgD, cos_BsW, sin_BsW)
-    )
-    if q_BshD.dtype in DTYPES and has_kernel("rope", q_BshD.device):
-        return registered()["rope"].op(q_BshD, k_BsgD, cos_BsW, sin_BsW, *how)
-    to_q_BshD, to_k_BsgD = q_BshD.new_empty(q_BshD.shape), k_BsgD.new_empty(k_BsgD.shape)
-    B, s, h, D = q_BshD.shape
-    t = max(1, _TILE // max(1, B * h * D))
-    for begin in range(0, s, t):
-        tokens = slice(begin, begin + t)
-        to_q_BshD[:, tokens], to_k_BsgD[:, tokens] = rope_reference(
-            q_BshD[:, tokens], k_BsgD[:, tokens], cos_BsW[:, tokens], sin_BsW[:, tokens], *how
-        )
-    return to_q_BshD, to_k_BsgD
+    tensors = (q_BshD, k_BsgD, cos_BsW, sin_BsW)
+    return rope_op(*(each if each.stride(-1) == 1 else each.contiguous() for each in tensors), *how)
 
 
 def _check(
@@ -84,7 +69,7 @@ def _check(
         wrong = "cos and sin must be [B or 1, s, W]"
     elif table[2] < (rotary // 2 if shared else rotary):
         wrong = "cos and sin have too few entries for rotary"
-    elif q_BshD.dtype not in (*DTYPES, torch.float64) or k_BsgD.dtype != q_BshD.dtype:
+    elif q_BshD.dtype not in DTYPES or k_BsgD.dtype != q_BshD.dtype:
         wrong = f"q and k must be of one dtype of {', '.join(map(str, DTYPES))}"
     elif not cos_BsW.is_floating_point() or sin_BsW.dtype != cos_BsW.dtype or cos_BsW.requires_grad:
         wrong = "cos and sin must be of one floating-point dtype, and need no gradient"
@@ -111,7 +96,7 @@ def rope(
     """Apply rotary embedding to queries and keys: ``[B, s, h, D], [B, s, g, D]``, any strides, to contiguous.
 
     Args:
-        q_BshD: bf16, fp16 or fp32 (fp64 uses the reference).
+        q_BshD: bf16, fp16 or fp32.
         k_BsgD: same dtype.
         cos_BsW: any floating-point dtype; the batch dim may be 1.
         sin_BsW: as cos.

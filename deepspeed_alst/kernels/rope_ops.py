@@ -27,7 +27,7 @@ def rope_reference(
     shared: bool = False,
     inverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute ``rope`` in PyTorch, as reference and fallback: ``[B, s, heads, D]`` twice; fp64 stays fp64."""
+    """Compute ``rope`` in PyTorch: ``[B, s, heads, D]`` twice; fp64 stays fp64."""
     half = rotary // 2
     a, b = (slice(0, rotary, 2), slice(1, rotary, 2)) if interleaved else (slice(0, half), slice(half, rotary))
     of_a, of_b = (slice(0, half), slice(0, half)) if shared else (a, b)
@@ -184,10 +184,10 @@ def _by_token(table_BsW: torch.Tensor) -> tuple[int, int]:
     return (table_BsW.stride(0) if table_BsW.shape[0] > 1 else 0), table_BsW.stride(1)
 
 
-_op = torch.library.custom_op("deepspeed_alst::rope", _launch, mutates_args=())
+rope_op = torch.library.custom_op("deepspeed_alst::rope", _launch, mutates_args=())
 
 
-@_op.register_fake
+@rope_op.register_fake
 def _fake(q_BshD, k_BsgD, cos_BsW, sin_BsW, rotary, interleaved, shared, inverse):
     return q_BshD.new_empty(q_BshD.shape), k_BsgD.new_empty(k_BsgD.shape)
 
@@ -198,4 +198,4 @@ def _example(device: torch.device) -> tuple[Any, ...]:
     return q_BshD, k_BsgD, cos_BsW, sin_BsW, 48, False, False, True
 
 
-register("rope", reference=rope_reference, op=_op, launch=_launch, example=_example, compiled=("rope",))
+register("rope", reference=rope_reference, op=rope_op, launch=_launch, example=_example)

@@ -14,20 +14,24 @@ def fuse_norms_and_rope(model: Any, patches: PatchSet) -> str:
     """Replace a model's RMSNorm and rotary embedding by fused ops; return a summary.
 
     The ops save only tensors for the backward that stay alive anyway. Modules not proven to compute the same stay
-    unchanged, as do all on devices without the kernels.
+    unchanged, as do all on a GPU without the kernels. On CPU, where only plans and tests come, torch computes.
 
     Args:
         model: a transformers model, or a wrapper around one, before its engine is built.
         patches: undoes everything.
     """
-    device, parts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    parts = []
     if isinstance(model, torch.nn.Module):  # DeepSpeed rejects anything else
-        if all(has_kernel(name, device) for name in ("rms_norm", "rms_norm_backward")):
+        if _run("rms_norm", "rms_norm_backward"):
             parts.append(_counted(fuse_norms(model, patches)))
-        if has_kernel("rope", device):
+        if _run("rope"):
             parts.append(_counted(fuse_rope(model, patches), " (rotary embedding)"))
     words = " and ".join(part for part in parts if part)
     return f"{words} by a kernel, recomputed in the backward" if words else "the model's own"
+
+
+def _run(*names: str) -> bool:
+    return not torch.cuda.is_available() or all(has_kernel(name, torch.device("cuda")) for name in names)
 
 
 def _counted(classes: dict[str, int], what: str = "") -> str:

@@ -1,7 +1,6 @@
 """Safe builds at first use: one builder at a time, a restored environment, errors with a fix."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import time
@@ -21,49 +20,40 @@ class OpBuildError(RuntimeError):
 
 
 @contextlib.contextmanager
-def only_builder(path: Path) -> Iterator[bool]:
+def only_builder(path: Path) -> Iterator[None]:
     """Hold a lock that the kernel releases when its holder dies for any reason.
 
-    Yields True if the lock is held. On a file system without locks every process builds, each in its own folder.
-
     Raises:
-        OpBuildError: another process has held the lock for too long.
+        OpBuildError: another process has held the lock for too long, or the file system has no locks.
     """
+    deadline = time.monotonic() + _WAIT_SECONDS
     with path.open("w") as file:
-        deadline = time.monotonic() + _WAIT_SECONDS
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise OpBuildError(
-                        f"another process has been building it for {_WAIT_SECONDS:.0f} s",
-                        f"end that process; fuser {path} names it",
-                    ) from None
+                    reason = f"another process has been building it for {_WAIT_SECONDS:.0f} s"
+                    raise OpBuildError(reason, f"end that process; fuser {path} names it") from None
                 time.sleep(0.1)
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                held = False
-                break
-        yield held
+                reason = f"{path} cannot be locked: {error.strerror}"
+                raise OpBuildError(reason, "name a folder in TORCH_EXTENSIONS_DIR") from error
+        yield
 
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """Set environment variables inside the block."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def first_error(output: str) -> str:

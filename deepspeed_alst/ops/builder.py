@@ -1,26 +1,22 @@
-"""DeepSpeed builders of the csrc/ ops: prebuilt at installation (``DS_BUILD_ALST=1``), or built at first use.
+"""DeepSpeed builders of the csrc/ ops: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
 
-A build at first use runs in its own folder and is moved into place when complete. A killed build, its orphaned
-compilers, and torch's lock file, which outlives its builder, therefore cannot break or block a later build. The lock
-(``build_once``) only keeps the ranks of a host from all building the same op.
+A build at first use runs in a folder of its own, and its library moves into place when complete. A killed build, its
+orphaned compilers, and torch's lock file, which outlives its builder, therefore cannot break or block a later build.
 """
 
 import contextlib
+import functools
 import hashlib
-import importlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder, assert_no_cuda_mismatch
-from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 from torch.utils import cpp_extension
 
 from deepspeed_alst.ops.build_once import OpBuildError, environment, first_error, only_builder
@@ -28,31 +24,23 @@ from deepspeed_alst.ops.build_once import OpBuildError, environment, first_error
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Oldest torch whose stable ABI has all that the sources use; the binaries run on it and on every later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Fused multiply-adds would round once where the reference rounds twice.
+# Without DeepSpeed's -march=native: one binary for all hosts that share a home or an image. Fused multiply-adds would
+# round once where the reference rounds twice.
 _CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", _TORCH_TARGET]
 _ARCHITECTURES = (80, 90, 100)
 
 
 def source_folder() -> Path:
-    """Return the folder of the C++ sources, inside the package or next to it.
-
-    Raises:
-        OpBuildError: neither has them.
-    """
-    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
-        if (folder / "sum_pieces.h").is_file():
-            return folder
-    raise OpBuildError(f"no C++ sources beside {_PACKAGE}", "install the package again")
+    """Return the folder of the C++ sources: inside an installed package, next to the one of a checkout."""
+    inside = _PACKAGE / "csrc"
+    return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
 
 
 class _AlstBuilder(OpBuilder):
-    """Base of the builders for all devices: source and binary locations, and safe builds."""
+    """Builder of a library whose ops register themselves with torch when it is loaded."""
 
-    BUILD_VAR: str
     NAME: str
     FILES: tuple[str, ...]
-    OPS: tuple[str, ...]
-    """Ops that its library registers kernels of."""
 
     def __init__(self) -> None:
         super().__init__(name=self.NAME)
@@ -65,12 +53,8 @@ class _AlstBuilder(OpBuilder):
         """Return absolute paths, so that DeepSpeed does not look for them in its own folder."""
         return [str(source_folder() / name) for name in (*self.FILES, "module.cpp")]
 
-    def include_paths(self) -> list[str]:
-        """Return the folder of the headers."""
-        return [str(source_folder())]
-
     def cxx_args(self) -> list[str]:
-        """Return flags without DeepSpeed's -march=native: one binary for all hosts that share a home or an image."""
+        """Return the C++ compiler's flags."""
         return list(_CXX_FLAGS)
 
     def why_not(self) -> OpBuildError | None:
@@ -85,144 +69,82 @@ class _AlstBuilder(OpBuilder):
             return OpBuildError("no ninja found", "pip install ninja, and have its folder in PATH")
         return None
 
-    def find(self) -> str:
-        """Return the kind of binary that loads here: "prebuilt", "built", or "" for none."""
-        with contextlib.suppress(ImportError):
-            importlib.import_module(self.absolute_name())
-            return "prebuilt"
-        return "built" if self._built(self._build_folder()) else ""
+    def find(self) -> Path | None:
+        """Load the library that is there, prebuilt or built before, and return its path; None if none loads."""
+        for library in (*_PACKAGE.glob(f"ops/{self.NAME}_op.*so"), *self._folder().glob("*.so")):
+            with contextlib.suppress(OSError):  # for another libc, or of an interrupted copy
+                torch.ops.load_library(library)
+                return library
+        return None
 
-    def load(self, verbose: bool = False) -> ModuleType:
-        """Load the op's module: prebuilt, else built earlier, else built now.
-
-        Raises:
-            OpBuildError: it cannot be built here; its ``way_out`` names a fix.
-        """
-        if self.name not in OpBuilder._loaded_ops:
-            # If a prebuilt op does not load (another libc, an interrupted copy), build it.
-            with contextlib.suppress(ImportError):
-                OpBuilder._loaded_ops[self.name] = importlib.import_module(self.absolute_name())
-        if self.name not in OpBuilder._loaded_ops:
-            OpBuilder._loaded_ops[self.name] = self.jit_load(verbose)
-        return OpBuilder._loaded_ops[self.name]
-
-    def jit_load(self, verbose: bool = True) -> ModuleType:
-        """Build the op at first use, in the first process of this host that needs it.
+    def load(self, verbose: bool = False) -> Path:
+        """Load the library that is there, else build it, in the first process of this host that needs it.
 
         Raises:
             OpBuildError: a dependency is missing, the folder is not writable, or the compiler failed.
         """
-        folder = self._build_folder()
-        if module := self._built(folder):
-            return module
+        if library := self.find():
+            return library
         if problem := self.why_not():
             raise problem
+        folder = self._folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with only_builder(folder / "builder") as alone:
-                if module := self._built(folder):
-                    return module
-                if alone:  # left by killed builders
-                    for left in folder.glob("build-*"):
-                        shutil.rmtree(left, ignore_errors=True)
-                return self._build(folder, verbose)
+            with only_builder(folder / "builder"):
+                return self.find() or self._build(folder, verbose)
         except OSError as error:
-            raise OpBuildError(
-                f"cannot build in {folder}: {error.strerror or error}", "name a folder in TORCH_EXTENSIONS_DIR"
-            ) from error
+            reason = f"cannot build in {folder}: {error.strerror or error}"
+            raise OpBuildError(reason, "name a folder in TORCH_EXTENSIONS_DIR") from error
 
-    def _build_folder(self) -> Path:
-        """Return the binary folder for exactly these sources and flags, not shared by package versions."""
-        inputs = hashlib.sha256(
-            repr((self.cxx_args(), self.nvcc_args(), sys.version_info[:2], torch.version.cuda)).encode()
-        )
-        for source in sorted(source_folder().glob("*.[ch]*")):
+    def _folder(self) -> Path:
+        """Return the folder of builds of exactly these sources and flags, not shared by package versions."""
+        inputs = hashlib.sha256(str(torch.version.cuda).encode())
+        for source in (Path(__file__), *sorted(source_folder().glob("*.[ch]*"))):
             inputs.update(source.name.encode() + source.read_bytes())
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
         return Path(root) / self.name / inputs.hexdigest()[:16]
 
-    def _built(self, folder: Path) -> ModuleType | None:
-        """Load the module built here before; None if there is none that loads."""
-        for library in sorted(folder.glob("*.so")):
-            spec = importlib.util.spec_from_file_location(library.stem, library)
-            assert spec is not None and spec.loader is not None  # Python knows the suffix
-            with contextlib.suppress(ImportError):
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
-        return None
-
-    def _build(self, folder: Path, verbose: bool) -> ModuleType:
-        workplace = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
-        # Of all ranks on a host only the lock holder gets here.
+    def _build(self, folder: Path, verbose: bool) -> Path:
+        for left in folder.glob("build-*"):  # by killed builders
+            shutil.rmtree(left, ignore_errors=True)
         print(f"deepspeed_alst: compiling {self.NAME} into {folder}, once; up to a minute", file=sys.stderr, flush=True)
-        try:
-            with environment(TORCH_EXTENSIONS_DIR=str(workplace)):
-                module = super().jit_load(verbose)
-            for library in workplace.glob("*/*.so"):
-                with library.open("rb") as file:
-                    os.fsync(file.fileno())  # loading a library with pages lost in a power cut ends the process
-                library.replace(folder / library.name)  # atomic
-            return module
-        except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-            (folder / "failed.log").write_text(str(error), encoding="utf-8")
-            raise OpBuildError(first_error(str(error)), f"the whole output is in {folder / 'failed.log'}") from error
-        finally:
-            shutil.rmtree(workplace, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as workplace:
+            try:
+                with environment(TORCH_EXTENSIONS_DIR=workplace):
+                    self.jit_load(verbose)
+            except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+                log = folder / "failed.log"
+                log.write_text(str(error), encoding="utf-8")
+                raise OpBuildError(first_error(str(error)), f"the whole output is in {log}") from error
+            (library,) = Path(workplace).glob("*/*.so")
+            with library.open("rb") as file:
+                os.fsync(file.fileno())  # loading a library with pages lost in a power cut ends the process
+            return library.replace(folder / library.name)
 
 
-class _AlstCpuBuilder(_AlstBuilder, CPUOpBuilder):
-    """Base of the CPU builders."""
-
-    def builder(self) -> Any:
-        """Return the extension for a build at installation: one for all later CPythons."""
-        return cpp_extension.CppExtension(
-            name=self.absolute_name(),
-            sources=self.sources(),
-            include_dirs=self.include_paths(),
-            extra_compile_args={"cxx": self.cxx_args()},
-            py_limited_api=True,
-        )
-
-
-class SumPiecesBuilder(_AlstCpuBuilder):
+class SumPiecesBuilder(_AlstBuilder):
     """Builder of ``deepspeed_alst::sum_pieces`` for CPU."""
 
-    BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES"
     NAME = "alst_sum_pieces"
     FILES = ("sum_pieces.cpp",)
-    OPS = ("sum_pieces",)
 
 
-class TileOpsBuilder(_AlstCpuBuilder):
+class TileOpsBuilder(_AlstBuilder):
     """Builder of the CPU counterparts of the Triton kernels."""
 
-    BUILD_VAR = "DS_BUILD_ALST_TILE_OPS"
     NAME = "alst_tile_ops"
-    FILES = ("cross_entropy.cpp", "gated.cpp", "pack_heads.cpp", "rms_norm.cpp", "rope.cpp")
-    OPS = (
-        "cross_entropy_",
-        "gated_activation_",
-        "gated_gradients_",
-        "pack_heads",
-        "unpack_heads_",
-        "rms_norm",
-        "rms_norm_backward",
-        "rope",
-    )
+    FILES = ("cross_entropy.cpp", "gated.cpp", "pack_heads.cpp")
 
     def cxx_args(self) -> list[str]:
         """Return flags with fused multiply-adds: these ops are tested by error, not bit by bit."""
-        return [each.replace("contract=off", "contract=fast") for each in _CXX_FLAGS]
+        return [*_CXX_FLAGS, "-ffp-contract=fast"]
 
 
 class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
     """Builder of ``deepspeed_alst::sum_pieces`` for CUDA; its library has no CPU kernel."""
 
-    BUILD_VAR = "DS_BUILD_ALST_SUM_PIECES_CUDA"
     NAME = "alst_sum_pieces_cuda"
     FILES = ("sum_pieces.cu",)
-    OPS = ("sum_pieces",)
 
     def cxx_args(self) -> list[str]:
         """Return flags with USE_CUDA, which declares the stable ABI's CUDA streams."""
@@ -233,8 +155,14 @@ class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
         home = cpp_extension.CUDA_HOME
         return cuda_flags(f"{home}/bin/nvcc") if home else []
 
+    def find(self) -> Path | None:
+        """Load the library as on CPU, on supported devices."""
+        return None if _unsupported() else super().find()
+
     def why_not(self) -> OpBuildError | None:
-        """Return an error that names the missing build dependency, or None."""
+        """Return an error that names the unsupported device or the missing build dependency, or None."""
+        if problem := _unsupported():
+            return problem
         if cpp_extension.CUDA_HOME is None:
             return OpBuildError("no CUDA toolkit found", "install one and name its folder in CUDA_HOME")
         try:
@@ -243,28 +171,22 @@ class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
             return OpBuildError(str(error), "install the CUDA toolkit that torch was built with")
         return super().why_not()
 
-    def load(self, verbose: bool = False) -> ModuleType:
-        """Load the op as on CPU, on supported devices.
 
-        Raises:
-            OpBuildError: no device, compute capability below 8.0, or as on CPU.
-        """
-        if torch.version.hip is not None or not torch.cuda.is_available():
-            raise OpBuildError("torch finds no CUDA device here", "run on a machine that has one")
-        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        if 10 * oldest[0] + oldest[1] < _ARCHITECTURES[0]:
-            raise OpBuildError(f"compute capability {oldest[0]}.{oldest[1]}", "it is compiled for 8.0 and newer")
-        return super().load(verbose)
+def _unsupported() -> OpBuildError | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return OpBuildError("torch finds no CUDA device here", "run on a machine that has one")
+    major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if 10 * major + minor < _ARCHITECTURES[0]:
+        return OpBuildError(f"compute capability {major}.{minor}", "it is compiled for 8.0 and newer")
+    return None
 
-    def builder(self) -> Any:
-        """Return the extension for a build at installation: one for all later CPythons."""
-        return cpp_extension.CUDAExtension(
-            name=self.absolute_name(),
-            sources=self.sources(),
-            include_dirs=self.include_paths(),
-            extra_compile_args={"cxx": self.cxx_args(), "nvcc": self.nvcc_args()},
-            py_limited_api=True,
-        )
+
+def cuda_flags(nvcc: str) -> list[str]:
+    """Return nvcc's flags: each of our architectures that it supports, and PTX for newer ones."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in _ARCHITECTURES if f"compute_{each}" in known]
+    oldest = f"compute_{_ARCHITECTURES[0]}"
+    return ["-O3", "-std=c++20", "-DUSE_CUDA", _TORCH_TARGET, *targets, f"-gencode=arch={oldest},code={oldest}"]
 
 
 BUILDERS: dict[tuple[str, str], type[_AlstBuilder]] = {
@@ -275,9 +197,30 @@ BUILDERS: dict[tuple[str, str], type[_AlstBuilder]] = {
 """Builders by library and device."""
 
 
-def cuda_flags(nvcc: str) -> list[str]:
-    """Return nvcc's flags: each of our architectures that it supports, and PTX for newer ones."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in _ARCHITECTURES if f"compute_{each}" in known]
-    oldest = f"compute_{_ARCHITECTURES[0]}"
-    return ["-O3", "-std=c++20", "-DUSE_CUDA", _TORCH_TARGET, *targets, f"-gencode=arch={oldest},code={oldest}"]
+@functools.cache
+def load(library: str, device_type: str) -> str:
+    """Load a library's kernels over the PyTorch references, once per process; return which one will compute.
+
+    Without the library torch computes with the same result, and a warning gives the reason and a fix.
+
+    Args:
+        library: a name of ``BUILDERS``.
+        device_type: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        ``"csrc op"``, or ``"torch (<why>)"``.
+    """
+    if (library, device_type) not in BUILDERS:
+        return f"torch (no csrc op for {device_type})"
+    try:
+        BUILDERS[library, device_type]().load()
+    except Exception as error:  # compilers raise many types; training can go on
+        reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"deepspeed_alst: {library} on {device_type} runs in torch, slower and with the same result: {reason}. "
+            f"Way out: {getattr(error, 'way_out', 'see the messages above')}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return f"torch ({reason.splitlines()[0]})"
+    return "csrc op"

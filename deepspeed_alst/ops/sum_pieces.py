@@ -9,7 +9,7 @@ Legend: P pieces, n elements of the slice.
 import torch
 
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.ops.load import load
+from deepspeed_alst.ops.builder import load
 
 _NAME = "deepspeed_alst::sum_pieces"
 _HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -71,8 +71,8 @@ torch.library.register_fake(_NAME, _fake, lib=_library)
 
 
 def load_sum_pieces(device_type: str) -> str:
-    """Load the compiled op for ``"cpu"`` or ``"cuda"``, and return which one will compute (``ops.load.load``)."""
-    return load("sum_pieces", device_type, "the sum of gradient pieces")
+    """Load the compiled op for ``"cpu"`` or ``"cuda"``, and return which one will compute (``ops.builder.load``)."""
+    return load("sum_pieces", device_type)
 
 
 def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
