@@ -30,7 +30,7 @@ def prebuilt_ops():
     sys.path.insert(0, str(HERE))
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
 
-    from deepspeed_alst.ops.builder import BUILDERS
+    from deepspeed_alst.kernels.builder import BUILDERS
 
     builders = [each() for (_, device), each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
     return {

@@ -2,9 +2,9 @@
 
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_alst.engine.environment import check_build_lock
-from deepspeed_alst.ops.builder import load
-from deepspeed_alst.ops.sum_pieces import load_sum_pieces
+from deepspeed_alst.environment import check_build_lock
+from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
+from deepspeed_alst.kernels.builder import load
 
 if __name__ == "__main__":
     check_build_lock()

@@ -25,17 +25,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks.ranks import LateError, RankError, Ranks
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.batch_guard import guard_batches
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.cores import TRIAL
-from deepspeed_alst.models.model_check import check_live_model
-from deepspeed_alst.models.parity_trial import Verdict, compare, numel, small_model, trial_core
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.shrink import shrink
-from deepspeed_alst.models.untouched import untouched
-from deepspeed_alst.models.verified import RIGHT
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_backends import TRIAL
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.verification.hf_parity_trial import Verdict, compare, numel, small_model, trial_core
+from deepspeed_alst.verification.hf_tiny_config import shrink
+from deepspeed_alst.verification.hf_untouched import untouched
+from deepspeed_alst.verification.model_check import check_live_model
+from deepspeed_alst.verification.verified_models import RIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 600.0
@@ -160,13 +160,13 @@ def ask_check(name: str, dtype: torch.dtype) -> Verdict:
     """Return the verdict of the live model check on a tiny model; runs on every rank."""
     if 2 not in _groups:
         _groups[2] = build_groups(2, build_control_group())
-    groups, calls = _groups[2], Calls()
+    groups, calls = _groups[2], ForwardContext()
     model_class, small = small_of(name)
     model = small_model(model_class, small).to(dtype)
     model.config._attn_implementation = small._attn_implementation
     with PatchSet() as undo:
         patch_model(model, groups.sp_control_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
+        check_batches(model, groups, calls, undo)
         if calls.core == TRIAL:  # it has no unsplit run of its own
             calls.core = "eager"
         with untouched(model), torch.no_grad(), calls.of_model_check():

@@ -4,7 +4,7 @@
 """
 
 from benchmarks.tiles.shapes import Shape
-from deepspeed_alst.attention.heads import HeadPlan
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 RANKS_PER_HOST = 8
 # Per GPU and second: bytes to other hosts (a 400 Gb/s link each) and FLOPs (half of an H100's bf16 peak).

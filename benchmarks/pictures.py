@@ -23,11 +23,11 @@ from benchmarks.tiles.systems import System
 from deepspeed_alst.cli.picture import draw_curves
 from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.ledger.picture import draw
-from deepspeed_alst.models.fused import fuse_norms_and_rope
-from deepspeed_alst.models.offload import Keeping, keep_activations
-from deepspeed_alst.offload.pool import HostPool
-from deepspeed_alst.offload.store import Store
+from deepspeed_alst.integrations.fused import fuse_norms_and_rope
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.host_buffers import HostBufferPool
+from deepspeed_alst.profiler.picture import draw
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SP_SIZE = 8
@@ -48,7 +48,7 @@ class Whole(System):
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
             fuse_norms_and_rope(model, undo)
             if self.offloads:
-                store = Store(HostPool())
+                store = ActivationStore(HostBufferPool())
                 undo.callback(store.close)
                 keep_activations(model, Keeping(store, keep_last=1), undo)
             yield step

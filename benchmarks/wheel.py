@@ -28,7 +28,7 @@ STEPS, TOLERANCE = 3, 1e-5
 
 _OPS = """
 import json
-from deepspeed_alst.ops.builder import BUILDERS, load
+from deepspeed_alst.kernels.builder import BUILDERS, load
 print(json.dumps({library: load(library, device) for library, device in BUILDERS if device == "cpu"}))
 """
 # Two samples per step for any number of ranks: one epoch is one step.

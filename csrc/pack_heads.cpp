@@ -1,4 +1,4 @@
-// pack_heads and unpack_heads_ on CPU: what an all-to-all sends and has received; definitions in kernels/wire.py.
+// pack_heads and unpack_heads_ on CPU: what an all-to-all sends and has received; definitions in kernels/head_layout.py.
 //
 // Sums of two copies are unpacked in 0.5 to 0.6 of torch's time, q, k and v packed in 0.7 to 1.1 of its three copies';
 // one tensor by itself takes what torch's copy takes. Stores past the cache made all of them slower.

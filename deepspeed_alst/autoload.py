@@ -43,19 +43,19 @@ def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
 
 
 def _hook(module: ModuleType) -> None:
-    _call_plugin("hook_initialize", module)
+    _call_hook("hook_initialize", module)
 
 
 def _hook_programs(module: ModuleType) -> None:
     for function in _PROGRAMS[module.__name__]:
-        _call_plugin(function, module)
+        _call_hook(function, module)
 
 
-def _call_plugin(function: str, module: ModuleType) -> None:
+def _call_hook(function: str, module: ModuleType) -> None:
     try:
-        from deepspeed_alst import plugin
+        from deepspeed_alst import hooks
 
-        getattr(plugin, function)(module)
+        getattr(hooks, function)(module)
     except Exception as error:
         print(f"deepspeed_alst: {module.__name__} could not be hooked: {error!r}", file=sys.stderr)
 

@@ -7,19 +7,19 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.core.copying import with_plain_copies
+from deepspeed_alst.core.ownership import mark_owned
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.engine.alst_engine import EngineFeatures, extend
-from deepspeed_alst.engine.buckets import deepspeed_arguments
-from deepspeed_alst.engine.leaves import Leaves
-from deepspeed_alst.engine.report import print_report, report_rows
-from deepspeed_alst.engine.session import Session
-from deepspeed_alst.features.feature import RunContext, agree
-from deepspeed_alst.mark import mark_owned
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.parallel.groups import destroy_groups
-from deepspeed_alst.parallel.mpu import installed
+from deepspeed_alst.distributed.mesh import destroy_groups
+from deepspeed_alst.distributed.mpu import installed
+from deepspeed_alst.engine import EngineFeatures, extend
+from deepspeed_alst.features import RunContext, agree
+from deepspeed_alst.grad_reduction.bucket_size import deepspeed_arguments
 from deepspeed_alst.registry import features_of
+from deepspeed_alst.report import print_report, report_rows
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.start import check_arguments, check_run, is_upstreams, read_config, start_ranks, with_upstreams_size
+from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -55,7 +55,7 @@ def initialize(
                 check_run(model, config, ds_config)
             session = Session.build(model, config, control_group, patches)
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        calls, leaf = session.calls if session else Calls(), Leaves(model, stage, patches)
+        calls, leaf = session.calls if session else ForwardContext(), ZeRO3Leaves(model, stage, patches)
         device = get_accelerator().device_name()
         run = RunContext(model, config, device, control_group, session, upstream, calls, leaf)
         features = features_of(run, stage, bucket)

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from deepspeed_alst.features.feature import Feature, RunContext
+from deepspeed_alst.features import Feature, RunContext
 
 
 def features_of(run: RunContext, stage: int, bucket: str) -> list[Feature]:
@@ -17,8 +17,8 @@ def features_of(run: RunContext, stage: int, bucket: str) -> list[Feature]:
     block, session, found = run.config.alst, run.session, list[Feature]()
 
     def add(name: str, *arguments: Any) -> Any:
-        module, cls = name.split(".")
-        found.append(getattr(importlib.import_module(f"deepspeed_alst.features.{module}"), cls)(*arguments))
+        folder, cls = name.split(".")
+        found.append(getattr(importlib.import_module(f"deepspeed_alst.{folder}.feature"), cls)(*arguments))
         return found[-1]
 
     offload = liger = None
@@ -31,19 +31,19 @@ def features_of(run: RunContext, stage: int, bucket: str) -> list[Feature]:
         add("sequence_parallel.BatchCheck", session, offload)
     if block.liger_kernel is not False:
         # Before tiles, which run the modules that Liger has patched.
-        liger = add("kernels.LigerKernels")
+        liger = add("integrations.LigerKernels")
     loss = run.config.tiled_loss()
     if run.upstream is not None and block.tiled_logits_loss == "auto":
         loss = None  # such a program may compute its own loss from the logits
     makes_loss = session is not None or loss is not None
     if makes_loss or block.tiled_mlp_compute is not None:
-        add("kernels.TileKernels", makes_loss)
-    add("reduction.SeparateExperts", stage)
+        add("integrations.TileKernels", makes_loss)
+    add("grad_reduction.SeparateExperts", stage)
     if block.tiled_mlp_compute is not None:
         add("tiling.TiledMlp", block.tiled_mlp_compute)
     if loss is not None:
         add("tiling.TiledLoss", loss, liger)
     if session is not None:
-        add("reduction.GradReduction", session, bucket)
-    add("metrics.StepMetrics")
+        add("grad_reduction.GradReduction", session, bucket)
+    add("monitoring.StepMetrics")
     return found

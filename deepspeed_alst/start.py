@@ -12,13 +12,13 @@ from deepspeed_alst.config.compatibility import check_features
 from deepspeed_alst.config.ds_values import check_batch_keys, check_numbers, idle_checkpointing, zero_stage
 from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_heads, check_world, parse
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.engine.environment import check_build_lock, check_deepspeed, use_expandable_segments
-from deepspeed_alst.engine.report import warn_rank_0
+from deepspeed_alst.distributed.collectives import assert_same_on_all_ranks
+from deepspeed_alst.distributed.mesh import build_control_group
+from deepspeed_alst.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.models.families import check_model
-from deepspeed_alst.parallel.agreement import check_alike
-from deepspeed_alst.parallel.groups import build_control_group
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
+from deepspeed_alst.report import warn_rank_0
+from deepspeed_alst.verification.hf_support_checks import check_model
 
 _MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
 
@@ -83,7 +83,7 @@ def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
         **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
     )
     group = build_control_group()
-    check_alike({key: ds_config.get(key) for key in SAME_ON_ALL_RANKS}, group)
+    assert_same_on_all_ranks({key: ds_config.get(key) for key in SAME_ON_ALL_RANKS}, group)
     return group
 
 

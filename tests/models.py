@@ -8,11 +8,11 @@ import torch.distributed as dist
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import SMALL
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.verify_model import verify_model
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.verification.verify_model import verify_model
 
 
 def family_batch(length: int, rows: int, seed: int = 3) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def step_in_fp64(
     before = state_of(model)
     with PatchSet() as patches, KeepFp64():
         if group is not None:
-            sp_size, calls = dist.get_world_size(group), Calls()
+            sp_size, calls = dist.get_world_size(group), ForwardContext()
             batch = shard_batch(batch, sp_size, multiple or sp_size, marks_padding=True).shards[dist.get_rank(group)]
             calls.real_tokens = batch.pop(REAL_TOKENS)
             patch_model(model, group, patches, calls)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from deepspeed_alst.parallel import reduction
+from deepspeed_alst.grad_reduction import reduce as reduction
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from deepspeed_alst.errors import OffloadError
-from deepspeed_alst.offload import store as store_module
-from deepspeed_alst.offload.copies import StreamCopies
+from deepspeed_alst.offload import activation_store as store_module
+from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.pool import HostPool, pages
-from deepspeed_alst.offload.spill import Spill
-from deepspeed_alst.offload.store import Store
+from deepspeed_alst.offload.host_buffers import HostBufferPool, pages
+from deepspeed_alst.offload.streams import StreamCopies
+from deepspeed_alst.offload.swapper import Swapper
 from tests.stand_ins import streams
 
 
@@ -31,11 +31,13 @@ def tensors(count: int, *shape: int, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=make).to(dtype) for _ in range(count)]
 
 
-def on_disk(tmp_path, budget: int, ring: int) -> Store:
-    return Store(HostPool(budget=budget), Spill(DiskFile(tmp_path, engine="threads"), HostPool(budget=ring)))
+def on_disk(tmp_path, budget: int, ring: int) -> ActivationStore:
+    return ActivationStore(
+        HostBufferPool(budget=budget), Swapper(DiskFile(tmp_path, engine="threads"), HostBufferPool(budget=ring))
+    )
 
 
-def forward(store: Store, values: list[list[torch.Tensor]], stay: int = 0) -> list[list]:
+def forward(store: ActivationStore, values: list[list[torch.Tensor]], stay: int = 0) -> list[list]:
     """One group for each list of tensors: what gives them back, and the group."""
     groups = []
     for index, each in enumerate(values):
@@ -54,7 +56,7 @@ def check_backward(groups, values) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("stay", [0, 1])
 def test_the_same_bits_come_back_in_reverse(dtype, stay, lazy):
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     values = [tensors(2, 1, 63, 33, dtype=dtype) for _ in range(5)]
     groups = forward(store, values, stay=stay)
     for _ in range(2):  # a graph that is kept is gone through twice
@@ -63,19 +65,19 @@ def test_the_same_bits_come_back_in_reverse(dtype, stay, lazy):
 
 
 def test_strides_survive_and_gaps_do_not():
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     group = store.group()
     heads = torch.randn(2, 7, 4, 5).transpose(1, 2)
     sliced = torch.randn(3, 10)[:, ::2]
     get_heads, get_sliced, get_empty = (group.put(each) for each in (heads, sliced, torch.empty(0, 4)))
-    store.let_go()
+    store.release_kept()
     assert torch.equal(get_heads(), heads) and get_heads().stride() == heads.stride()
     assert torch.equal(get_sliced(), sliced) and get_sliced().is_contiguous()
     assert get_empty().shape == (0, 4)
 
 
 def test_the_device_holds_two_groups_at_most_on_the_way_out_and_one_tensor_ahead_on_the_way_back(lazy):
-    store, alive, gets = Store(HostPool()), [], []
+    store, alive, gets = ActivationStore(HostBufferPool()), [], []
     for _ in range(6):
         group = store.group()
         tensor = torch.randn(100)
@@ -94,7 +96,7 @@ def test_the_device_holds_two_groups_at_most_on_the_way_out_and_one_tensor_ahead
 
 
 def test_buffers_are_the_pools_again_when_nobody_can_ask_any_more(lazy):
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     for _ in range(3):  # steps
         groups = forward(store, [tensors(1, 500) for _ in range(4)])
         assert store.pool.in_use == 4 * pages(2000)
@@ -105,7 +107,7 @@ def test_buffers_are_the_pools_again_when_nobody_can_ask_any_more(lazy):
 
 
 def test_a_forward_without_a_backward_and_a_step_after_it(lazy):
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     values = [tensors(1, 77) for _ in range(4)]
     forward(store, values)  # an exception, say
     gc.collect()
@@ -117,7 +119,7 @@ def test_a_forward_without_a_backward_and_a_step_after_it(lazy):
 
 
 def test_what_is_on_its_way_back_and_not_asked_for_is_the_side_streams_too(lazy):
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     groups = forward(store, [tensors(1, 50) for _ in range(3)])
     groups[2][0]()
     if lazy:
@@ -126,7 +128,7 @@ def test_what_is_on_its_way_back_and_not_asked_for_is_the_side_streams_too(lazy)
 
 
 def test_a_change_in_place_before_the_copy_has_ended_is_an_error():
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     tensor = torch.ones(10)
     get = store.group().put(tensor)
     tensor.add_(1)
@@ -136,7 +138,7 @@ def test_a_change_in_place_before_the_copy_has_ended_is_an_error():
 
 
 def test_no_room_is_an_error_that_says_how_much():
-    store = Store(HostPool(budget=pages(4000) * 2))
+    store = ActivationStore(HostBufferPool(budget=pages(4000) * 2))
     group = store.group()
     kept = [group.put(each) for each in tensors(2, 1000)]
     with pytest.raises(OffloadError, match=r"8,192 bytes of activations wait.*budget of 8,192.*nvme_path"):

@@ -115,7 +115,7 @@ def test_a_stale_build_lock_is_an_error_that_says_where_it_is(tmp_path, port):
 
 
 def test_the_lock_of_a_build_that_runs_is_waited_for(tmp_path, monkeypatch):
-    from deepspeed_alst.engine.environment import check_build_lock
+    from deepspeed_alst.environment import check_build_lock
     from deepspeed_alst.errors import SetupError
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -132,7 +132,7 @@ def test_the_lock_of_a_build_that_runs_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_the_lock_of_a_build_that_runs_is_known_behind_a_link_too(tmp_path, monkeypatch):
-    from deepspeed_alst.engine.environment import check_build_lock
+    from deepspeed_alst.environment import check_build_lock
 
     (tmp_path / "disk" / "deepspeed_shm_comm").mkdir(parents=True)
     (tmp_path / "home").symlink_to(tmp_path / "disk")
@@ -143,7 +143,7 @@ def test_the_lock_of_a_build_that_runs_is_known_behind_a_link_too(tmp_path, monk
 
 
 def test_a_lock_that_is_about_to_be_given_back_is_not_stale(tmp_path, monkeypatch):
-    from deepspeed_alst.engine.environment import check_build_lock
+    from deepspeed_alst.environment import check_build_lock
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM, OlmoeForCausalLM
 from benchmarks.census import Row, ask, ask_check, everything, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.foreign import check_own_modules
-from deepspeed_alst.models.parity_trial import Verdict
-from deepspeed_alst.models.verified import RIGHT
+from deepspeed_alst.verification.custom_modules import check_custom_modules
+from deepspeed_alst.verification.hf_parity_trial import Verdict
+from deepspeed_alst.verification.verified_models import RIGHT
 from tests.models import proved
 
 SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_text", "qwen3_next")
@@ -267,13 +267,13 @@ def _sharded():
     ):
         model = LlamaForCausalLM(config)
         _adapters(model)
-    check_own_modules(model, None)
+    check_custom_modules(model, None)
     assert model.model.layers[0].mlp.down_proj.up.weight.numel() == 0  # sharded again
     with deepspeed.zero.Init(
         config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
     ):
         _mean(model)
-    check_own_modules(model, None)
+    check_custom_modules(model, None)
 
 
 def test_it_is_so_for_sharded_weights(ranks2):

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed_alst.config.compatibility import FEATURES, check_features
 from deepspeed_alst.config.ds_values import value_at
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 REFUSED = [feature.name for feature in FEATURES if feature.refusal]

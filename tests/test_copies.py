@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config
 from benchmarks.families import family_config
+from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.wrapped import base_model
 
 LENGTH = 48
 OFFLOADED = {"activation_checkpoint_cpu_offload": True, "tiled_logits_loss": True, "save_attention_output": True}

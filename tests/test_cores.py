@@ -25,15 +25,15 @@ from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import FAMILIES, LINEAR_FAMILIES, family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
-from deepspeed_alst.models.batch_guard import guard_batches
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.cores import find_core
-from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.names import PrivateName
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_backends import find_backend
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.private_name import PrivateName
+from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.models import family_batch
 
@@ -80,11 +80,11 @@ def split_step(core: str, config: Any, batch: dict[str, Any], sp_size: int, mult
         groups = build_groups(sp_size, build_control_group())
         undo.callback(groups.destroy)
         model = model_with(core, config)
-        packing = find_core(core).keeps_documents_apart
+        packing = find_backend(core).keeps_documents_apart
         sharded = shard_batch(batch, sp_size, multiple, packing)
-        calls = Calls()
+        calls = ForwardContext()
         patch_model(model, groups.sp_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
+        check_batches(model, groups, calls, undo)
         loss, grads = step(model, {**sharded.shards[groups.sp_rank], **sharded.common})
         for grad in grads.values():
             dist.all_reduce(grad, group=groups.sp_group)
@@ -534,10 +534,10 @@ def test_a_function_that_somebody_registered_under_a_cores_name_is_not_the_core(
     own = AttentionInterface._global_mapping["flash_attention_3"]
     try:
         AttentionInterface.register("flash_attention_3", lambda *args, **kwargs: None)
-        assert find_core("flash_attention_3") is None
+        assert find_backend("flash_attention_3") is None
     finally:
         AttentionInterface.register("flash_attention_3", own)
-    assert find_core("flash_attention_3") is not None
+    assert find_backend("flash_attention_3") is not None
 
 
 def test_packed_documents_are_refused_where_the_model_does_not_keep_them_apart():
@@ -582,9 +582,9 @@ def guarded(change: str) -> None:
         groups = build_groups(2, build_control_group())
         undo.callback(groups.destroy)
         model = model_with("flash_attention_2", family_config("llama"))
-        calls = Calls()
+        calls = ForwardContext()
         patch_model(model, groups.sp_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
+        check_batches(model, groups, calls, undo)
         sharded = shard_batch(packed_batch((20, 12)), 2, 2, packing=True)
         batch = {**sharded.shards[groups.sp_rank], **sharded.common}
         if change == "no bounds":

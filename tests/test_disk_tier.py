@@ -25,7 +25,7 @@ from deepspeed_alst.errors import ConfigError, OffloadError, SetupError
 from deepspeed_alst.offload import disk as disk_module
 from deepspeed_alst.offload.channels import PAGE_BYTES, SystemCalls
 from deepspeed_alst.offload.disk import DiskFile, fingerprint
-from deepspeed_alst.offload.extents import Extents
+from deepspeed_alst.offload.free_list import Extents
 from deepspeed_alst.offload.transfers import Workers, within
 
 KEY = "alst.activation_checkpoint_cpu_offload.nvme_path"
@@ -55,12 +55,12 @@ def opened(folder, engine="threads", **options):
 
 def need_the_op():
     pytest.importorskip("deepspeed")
-    from deepspeed_alst.ops.aio import build_folder
+    from deepspeed_alst.offload.aio import build_folder
 
     if not (build_folder() / "built").exists():
         pytest.skip(
             "DeepSpeed's async I/O op is not built here; with libaio-dev, some minutes of "
-            "python -c 'from deepspeed_alst.ops.aio import load_aio; load_aio()' build it"
+            "python -c 'from deepspeed_alst.offload.aio import load_aio; load_aio()' build it"
         )
 
 
@@ -595,7 +595,7 @@ def test_the_op_is_taken_where_it_is_and_says_so(tmp_path):
 
 def test_without_libaio_threads_do_it_and_say_why(tmp_path, monkeypatch):
     builders = pytest.importorskip("deepspeed.ops.op_builder")
-    from deepspeed_alst.ops.aio import load_aio
+    from deepspeed_alst.offload.aio import load_aio
 
     load_aio.cache_clear()
     monkeypatch.setattr(builders.AsyncIOBuilder, "has_function", lambda *_, **__: False)
@@ -608,7 +608,7 @@ def test_without_libaio_threads_do_it_and_say_why(tmp_path, monkeypatch):
 
 def test_no_queues_left_in_the_kernel_is_found_before_the_op_would_end_the_process(tmp_path, monkeypatch):
     need_the_op()
-    from deepspeed_alst.ops import aio
+    from deepspeed_alst.offload import aio
 
     used = aio._num_queues()
     with opened(tmp_path, "aio", num_threads=3):
@@ -621,7 +621,7 @@ def test_no_queues_left_in_the_kernel_is_found_before_the_op_would_end_the_proce
 
 def test_the_op_takes_pinned_buffers_and_system_calls_the_others(tmp_path, monkeypatch):
     need_the_op()
-    from deepspeed_alst.ops import aio
+    from deepspeed_alst.offload import aio
 
     class Asked(SystemCalls):
         num_bytes = 0
@@ -643,7 +643,7 @@ def test_the_op_takes_pinned_buffers_and_system_calls_the_others(tmp_path, monke
 
 def test_as_much_memory_may_be_locked_as_the_system_says(monkeypatch):
     pytest.importorskip("deepspeed")
-    from deepspeed_alst.ops import aio
+    from deepspeed_alst.offload import aio
 
     before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     monkeypatch.setattr(aio, "_CAP_IPC_LOCK", 0)  # as if it were no privileged process

@@ -15,7 +15,7 @@ from packaging.version import Version
 from deepspeed_alst.config.compatibility import FEATURES
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import AlstBlockConfig
-from deepspeed_alst.engine.environment import NEWEST_TESTED
+from deepspeed_alst.environment import NEWEST_TESTED
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +192,7 @@ def test_the_compatibility_page_is_the_table():
 
 
 def test_readme_the_census_and_the_list_count_the_same_models():
-    from deepspeed_alst.models.verified import RIGHT
+    from deepspeed_alst.verification.verified_models import RIGHT
 
     rows = [
         line.strip("|").split("|") for line in text("docs/census.md").splitlines() if re.match(r"\| [\w-]+ \|", line)

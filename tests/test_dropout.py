@@ -13,20 +13,20 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config
 from benchmarks.families import SMALL, family_config
 from benchmarks.variants import trained
-from deepspeed_alst.attention.banded import attend
-from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
+from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.dropout import Draws, count_draws
-from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
-from deepspeed_alst.models.tiles import tile_mlps
-from deepspeed_alst.parallel import draws
-from deepspeed_alst.parallel.draw_mode import CountedDraws, Forward, branch
+from deepspeed_alst.random_draws import counter_based as draws
+from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, branch
+from deepspeed_alst.random_draws.model_draws import Draws, count_draws
+from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+from deepspeed_alst.verification.hf_support_checks import check_model
 
 EXACT = 1e-12
 # Transformers' casts to fp32, which a recomputation does without the mode that lifts them.
@@ -190,7 +190,7 @@ def test_evaluation_and_a_rate_of_0_draw_nothing_and_a_generator_is_left_alone()
     assert torch.equal(own, torch.rand(3, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("mask", [None, WholeMask(window=7), WholeMask(documents=(0, 13, 40))])
+@pytest.mark.parametrize("mask", [None, MaskSpec(window=7), MaskSpec(documents=(0, 13, 40))])
 def test_attention_drops_with_its_probability_and_other_ranks_heads_draw_others(mask):
     make = torch.Generator().manual_seed(1)
     qkv = [torch.randn(1, heads, 40, 8, generator=make, dtype=torch.float64) for heads in (4, 2, 2)]
@@ -225,7 +225,7 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
     with PatchSet() as undo:
         if not checkpointing:
             undo.enter_context(KeepFp64())
-        calls = Calls(draws=Draws(seed=11))
+        calls = ForwardContext(draws=Draws(seed=11))
         if split:
             patch_model(model, dist.group.WORLD, undo, calls)
         else:

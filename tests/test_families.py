@@ -10,10 +10,10 @@ from benchmarks.census import small_of
 from benchmarks.families import FAMILIES, family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.verification.hf_support_checks import check_model
 from tests.models import family_batch, proved, split_and_whole
 
 EXACT = 1e-12

@@ -20,9 +20,9 @@ from benchmarks.faults.__main__ import rows_of
 from benchmarks.resume import Job, build_engine
 from deepspeed_alst.checkpoint.save import _name_latest
 from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
+from deepspeed_alst.distributed.roll_call import name_missing_ranks, world_timeout
 from deepspeed_alst.errors import AlstError, CheckpointError, RankLostError
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
-from deepspeed_alst.parallel.roll_call import naming_who_is_missing, world_timeout
 
 JOB = Job.of(2, 2, 2)
 
@@ -44,7 +44,7 @@ def _lose(rank: int, lost: int, how: int, port: int, said) -> None:
     if rank == lost:
         os.kill(os.getpid(), how)
     try:
-        with naming_who_is_missing(roll_group, seconds=3):
+        with name_missing_ranks(roll_group, seconds=3):
             dist.all_reduce(torch.ones(1))
     except RankLostError as error:
         said.put((rank, str(error)))
@@ -82,7 +82,7 @@ def _error_of_a_program(kind: type[Exception], message: str) -> str:
     roll_group = build_control_group()
     start = time.monotonic()
     try:
-        with naming_who_is_missing(roll_group, seconds=200):
+        with name_missing_ranks(roll_group, seconds=200):
             raise kind(message)
     except Exception as error:
         assert time.monotonic() - start < 100  # nobody is waited for

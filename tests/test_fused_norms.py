@@ -17,9 +17,9 @@ from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
 from benchmarks.kernels.rms_norm import layer_peak
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.models import fused_norms, fused_rope
-from deepspeed_alst.models.fused import fuse_norms_and_rope
-from deepspeed_alst.models.fused_norms import fuse_norms
+from deepspeed_alst.integrations import fused_norms, fused_rope
+from deepspeed_alst.integrations.fused import fuse_norms_and_rope
+from deepspeed_alst.integrations.fused_norms import fuse_norms
 from tests.models import family_batch
 
 
@@ -303,7 +303,7 @@ def test_a_rotation_of_another_form_stays(monkeypatch):
 
 def test_where_no_kernel_runs_a_model_keeps_its_own():
     model = _model()
-    no_kernel = mock.patch("deepspeed_alst.models.fused.has_kernel", lambda *_: False)
+    no_kernel = mock.patch("deepspeed_alst.integrations.fused.has_kernel", lambda *_: False)
     with PatchSet() as undo, no_kernel, mock.patch("torch.cuda.is_available", lambda: True):
         assert fuse_norms_and_rope(model, undo) == "the model's own"
     with PatchSet() as undo:
@@ -327,7 +327,7 @@ def _steps_of_an_engine(dtype, checkpointing):
 
     cell = Cell(stage=3, dtype=dtype, gas=2, odd_lengths=True, checkpointing=checkpointing)
     truth, own = run_truth(cell), run_alst(cell)
-    with mock.patch("deepspeed_alst.features.kernels._fuses", lambda run, is_patched: True), _counting() as calls:
+    with mock.patch("deepspeed_alst.integrations.feature._fuses", lambda run, is_patched: True), _counting() as calls:
         ours = run_alst(cell)
     errors = []
     for run in (own, ours):

@@ -183,7 +183,7 @@ def test_the_ops_tell_torch_the_truth_about_their_schema_and_their_fake(interpre
 def test_a_first_use_on_fake_tensors_does_not_speak_against_a_kernel():
     from deepspeed_alst.kernels import gated
     from deepspeed_alst.kernels.registry import _is_proven
-    from deepspeed_alst.ledger.fake import fake_world
+    from deepspeed_alst.profiler.fake import fake_world
 
     _is_proven.cache_clear()
     with fake_world(1), warnings.catch_warnings():

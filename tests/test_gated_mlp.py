@@ -18,11 +18,11 @@ from benchmarks.kernels.judge import errors_of
 from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.tiles import tile_mlps
-from deepspeed_alst.models.token_wise import token_wise_modules
 from deepspeed_alst.tiling import gated_mlp
-from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.tiled_pass import TiledPass
+from deepspeed_alst.tiling.token_wise import token_wise_modules
 from tests.models import family_batch
 from tests.test_tiled_mlp import EXACT, error, no_leaf
 
@@ -54,7 +54,7 @@ class Mlp(torch.nn.Module):
 
 
 def form_of(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> gated_mlp.GatedMlp | None:
-    return TokenWise("mlp", module).closed_form([torch.zeros(1, 3, M, dtype=dtype)], 3)
+    return TiledModule("mlp", module).closed_form([torch.zeros(1, 3, M, dtype=dtype)], 3)
 
 
 def llama_mlp(act: str) -> LlamaMLP:
@@ -68,7 +68,7 @@ def llama_mlp(act: str) -> LlamaMLP:
 @pytest.mark.parametrize("model_type", [*GATED, *NOT_GATED])
 def test_the_mlps_of_a_family_are_known_by_what_they_do(model_type):
     for name, module in token_wise_modules(build_model(family_config(model_type))).items():
-        form = TokenWise(name, module).closed_form([torch.zeros(1, 3, 32)], 3)
+        form = TiledModule(name, module).closed_form([torch.zeros(1, 3, 32)], 3)
         assert (form and form.activation) == GATED.get(model_type), name
         assert form is None or len(form.first) == (1 if model_type in ("phi3", "glm", "glm4") else 2)
 
@@ -194,7 +194,7 @@ def test_what_a_program_hangs_on_a_module_is_run(change):
 
 
 def test_under_autocast_and_with_a_hook_on_all_modules_it_is_run():
-    work, x = TokenWise("mlp", Mlp()), [torch.zeros(1, 3, M)]
+    work, x = TiledModule("mlp", Mlp()), [torch.zeros(1, 3, M)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert work.closed_form(x, 3) is None
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
@@ -205,7 +205,7 @@ def test_under_autocast_and_with_a_hook_on_all_modules_it_is_run():
 
 def test_a_module_that_changes_is_looked_at_again():
     module, x = llama_mlp("silu"), [torch.zeros(1, 3, M)]
-    work = TokenWise("mlp", module)
+    work = TiledModule("mlp", module)
     with torch.inference_mode():
         assert work.closed_form(x, 3).activation == "silu"
     module.act_fn = torch.nn.GELU()
@@ -227,7 +227,7 @@ SHIFT = torch.nn.Parameter(torch.zeros(INNER))
 
 
 def test_a_weight_that_is_not_the_modules_own_is_refused_and_not_left_out():
-    work = TokenWise("mlp", Elsewhere())
+    work = TiledModule("mlp", Elsewhere())
     with pytest.raises(UnsupportedModelError, match=r"mlp uses a weight of shape \[24\] that is none of its own"):
         work.tiled(3, torch.randn(1, 9, M)).sum().backward()
 
@@ -237,7 +237,7 @@ def test_a_weight_that_is_not_the_modules_own_is_refused_and_not_left_out():
 
 def gradients(module: torch.nn.Module, tile: int, x: torch.Tensor, seed: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
-    value = TokenWise("mlp", module).tiled(tile, x)
+    value = TiledModule("mlp", module).tiled(tile, x)
     wanted = [x, *(param for param in module.parameters() if param.requires_grad)]
     return [value.detach(), *torch.autograd.grad(value, wanted, seed)]
 
@@ -301,7 +301,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(frozen, needs_x):
     for name, param in module.named_parameters():
         param.requires_grad_(not name.startswith(frozen))
     results = []
-    for run in (module, functools.partial(TokenWise("mlp", module).tiled, 6)):
+    for run in (module, functools.partial(TiledModule("mlp", module).tiled, 6)):
         module.zero_grad()
         leaf = x.clone().requires_grad_(needs_x)
         run(leaf).backward(seed)
@@ -320,7 +320,7 @@ def test_a_shared_weight_gets_one_gradient_its_hooks_see_the_sum_and_accumulatio
     module.zero_grad()
     seen: list[torch.Tensor] = []
     module.one.weight.register_hook(lambda grad: seen.append(grad.clone()))
-    work = TokenWise("mlp", module)
+    work = TiledModule("mlp", module)
     for each in (x, 2 * x):
         work.tiled(7, each).sum().backward()
     assert len(seen) == 2 and error(sum(seen), expected) < EXACT and error(module.one.weight.grad, expected) < EXACT

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from deepspeed_alst.attention.heads import HeadPlan
 from deepspeed_alst.errors import AlstError, ShapeError
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 SIZES = [
     (P, H, K)

@@ -9,19 +9,19 @@ import torch
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload import memory, numa
-from deepspeed_alst.offload.pool import PAGE, CudaRegistry, HostPool, pages
+from deepspeed_alst.offload.host_buffers import PAGE, CudaRegistry, HostBufferPool, pages
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 3 * 2**20 + 5])
 def test_a_buffer_has_the_pages_that_it_needs_and_no_more(num_bytes):
-    buffer = HostPool().take(num_bytes)
+    buffer = HostBufferPool().take(num_bytes)
     assert buffer.bytes_n.dtype == torch.uint8 and buffer.bytes_n.data_ptr() % PAGE == 0
     assert 0 <= buffer.num_bytes - num_bytes < PAGE
     buffer.bytes_n.fill_(7)  # all of it can be written
 
 
 def test_what_is_given_back_is_taken_again():
-    pool = HostPool()
+    pool = HostBufferPool()
     first = pool.take(10_000)
     address = first.bytes_n.data_ptr()
     pool.give(first)
@@ -30,7 +30,7 @@ def test_what_is_given_back_is_taken_again():
 
 
 def test_the_budget_is_the_most_and_idle_buffers_of_other_sizes_make_room():
-    pool = HostPool(budget=4 * PAGE)
+    pool = HostBufferPool(budget=4 * PAGE)
     small = [pool.take(PAGE) for _ in range(4)]
     assert pool.take(1) is None
     for each in small:
@@ -41,7 +41,7 @@ def test_the_budget_is_the_most_and_idle_buffers_of_other_sizes_make_room():
 
 
 def test_shorter_sequences_use_the_buffers_of_the_longest():
-    pool = HostPool()
+    pool = HostBufferPool()
     pool.round_to([1000, 100_000])
     for num_bytes in (100_000, 60_000, 7000, 99_999):
         buffers = [pool.take(num_bytes) for _ in range(3)]
@@ -57,7 +57,7 @@ def test_shorter_sequences_use_the_buffers_of_the_longest():
 
 
 def test_a_forked_process_does_not_have_the_buffers():
-    buffer = HostPool().take(2**20)
+    buffer = HostBufferPool().take(2**20)
     address = f"{buffer.bytes_n.data_ptr():x}-"
     with open("/proc/self/smaps") as file:
         own = file.read().split(address)[1].split("VmFlags:")[1].splitlines()[0]
@@ -70,7 +70,7 @@ def resident() -> int:
 
 
 def test_a_closed_pool_gives_its_memory_back_and_takes_late_buffers():
-    pool, size = HostPool(), 64 * 2**20
+    pool, size = HostBufferPool(), 64 * 2**20
     late, idle = pool.take(size), pool.take(size)
     late.bytes_n.fill_(1)
     idle.bytes_n.fill_(1)
@@ -101,7 +101,7 @@ class Registry:
 
 def test_buffers_are_registered_as_long_as_they_are_mapped():
     registry = Registry()
-    pool = HostPool(budget=8 * PAGE, registry=registry)
+    pool = HostBufferPool(budget=8 * PAGE, registry=registry)
     taken = [pool.take(3 * PAGE), pool.take(5 * PAGE)]
     assert sorted(registry.known.values()) == [3 * PAGE, 5 * PAGE]
     for each in taken:
@@ -129,7 +129,7 @@ def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
     cudart = Cudart(0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: cudart.calls.append(("wait",)))
-    pool = HostPool(registry=CudaRegistry())
+    pool = HostBufferPool(registry=CudaRegistry())
     buffer = pool.take(5000)
     address = buffer.bytes_n.data_ptr()
     pool.give(buffer)
@@ -138,13 +138,13 @@ def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
     assert cudart.calls == [("register", address, 8192, 1), ("wait",), ("unregister", address)]
     cudart.answer = 2
     with pytest.raises(OffloadError, match=r"page-lock 8192 bytes.*error 2"):
-        HostPool(registry=CudaRegistry()).take(5000)
+        HostBufferPool(registry=CudaRegistry()).take(5000)
 
 
 def test_pages_are_touched_by_the_cpus_that_are_named():
     cpus = frozenset(list(os.sched_getaffinity(0))[:1])
     before = os.sched_getaffinity(0)
-    buffer = HostPool(cpus=cpus).take(2**20)
+    buffer = HostBufferPool(cpus=cpus).take(2**20)
     assert not buffer.bytes_n.any()
     assert os.sched_getaffinity(0) == before
 

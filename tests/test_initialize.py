@@ -266,7 +266,7 @@ def test_an_untested_deepspeed_is_refused(version, refused, monkeypatch):
     import deepspeed
 
     from deepspeed_alst import SetupError
-    from deepspeed_alst.engine.environment import check_deepspeed
+    from deepspeed_alst.environment import check_deepspeed
 
     monkeypatch.setattr(deepspeed, "__version__", version)
     if refused:
@@ -278,7 +278,7 @@ def test_an_untested_deepspeed_is_refused(version, refused, monkeypatch):
 
 @pytest.mark.parametrize("found, newer", [("2.13.0+cpu", False), ("2.14.9", False), ("2.15.0", True), ("3.0", True)])
 def test_a_torch_newer_than_the_tests_is_warned_of_on_rank_0_alone(found, newer, monkeypatch, recwarn):
-    from deepspeed_alst.engine import environment
+    from deepspeed_alst import environment
 
     monkeypatch.setattr(environment, "version", lambda name: {"torch": found}.get(name, "0"))
     monkeypatch.setenv("RANK", "1")

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deepspeed_alst import plugin
+from deepspeed_alst import hooks
 from deepspeed_alst.config.compatibility import FEATURES, check_features
 from deepspeed_alst.config.ds_values import check_numbers, zero_stage
 from deepspeed_alst.config.parse import check_heads, check_world, parse
 from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.words import as_word, shown
+from deepspeed_alst.formatting import as_word, shown
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
@@ -287,8 +287,8 @@ def test_a_spoilt_file_is_read_or_refused_and_what_is_no_json_is_left_to_deepspe
     file.write_text(text, encoding="utf-8")
     importlib.import_module("deepspeed.runtime.tensor_parallel.init_utils")  # not timed: programs have it
     started = time.process_time()
-    ds_config = plugin.find_config({"config": str(file)})
-    if plugin.is_wanted(ds_config):
+    ds_config = hooks.find_config({"config": str(file)})
+    if hooks.is_wanted(ds_config):
         try:
             read(ds_config)
         except ConfigError as error:
@@ -305,7 +305,7 @@ def test_a_file_on_the_command_line_that_cannot_be_read_does_not_break_the_impor
     file = tmp_path / "ds.json"
     file.write_text(text, encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["train.py", "--deepspeed", str(file)])
-    assert not plugin.is_wanted(plugin._command_line_config())
+    assert not hooks.is_wanted(hooks._command_line_config())
 
 
 STAGES = [(3, 3), ("3", 3), (2.0, 2), (True, 1), ("auto", 0), (None, None), ("4", None), ([3], None)]

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.distributed.collectives import assert_same_on_all_ranks
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError
-from deepspeed_alst.parallel.agreement import check_alike
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
 
 # Short of gloo's 30 minutes: a rank that waits for another shows here.
 SECONDS = 300.0
@@ -222,9 +222,9 @@ def test_the_same_with_two_workers(tmp_path):
 
 def alike_with_nan() -> None:
     settings = {"gradient_clipping": float("nan"), "alst": {"a": [float("nan")]}}
-    check_alike(settings, groups().control_group)
+    assert_same_on_all_ranks(settings, groups().control_group)
     with pytest.raises(Exception, match=r"gradient_clipping=0 on rank 0, 1 on rank 1"):
-        check_alike({**settings, "gradient_clipping": dist.get_rank()}, groups().control_group)
+        assert_same_on_all_ranks({**settings, "gradient_clipping": dist.get_rank()}, groups().control_group)
 
 
 def test_ranks_that_read_the_same_nan_have_the_same_ds_config(ranks2):

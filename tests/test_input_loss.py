@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config, samples
-from deepspeed_alst.engine.finite import LossWatch
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import NonFiniteLossError
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.parallel.groups import build_control_group, build_groups
+from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from tests.test_features import allow_fp16_on_cpu, forbid_fp16_on_cpu
 
 POISON = 96  # a token whose embedding is no number
@@ -106,7 +106,7 @@ def test_of_batches_that_are_exchanged_one_by_one_the_rank_is_named(ranks2):
 def loss_of_one_rank_alone() -> tuple[str, bool]:
     groups = build_groups(1, build_control_group())
     engine = mock.Mock(global_steps=0)
-    watch = LossWatch(groups, Calls())
+    watch = NonFiniteLossCheck(groups, ForwardContext())
     watch.dropper = mock.MagicMock(parameter="")
     watch.add(torch.tensor(math.nan if dist.get_rank() == 1 else 1.0))
     try:

@@ -11,16 +11,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deepspeed_alst.attention.heads import HeadPlan
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
-from deepspeed_alst.data.shard import REAL_TOKENS, ShardedBatch, shard_batch
+from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
-from deepspeed_alst.offload.extents import Extents
-from deepspeed_alst.offload.plan import Layers, Plan, Room, decide
-from deepspeed_alst.offload.pool import PAGE, HostPool
-from deepspeed_alst.parallel.slices import pieces_by_owner, segments
+from deepspeed_alst.grad_reduction.bucket_layout import pieces_by_owner, segments
+from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide
+from deepspeed_alst.offload.free_list import Extents
+from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
-from deepspeed_alst.tiling.plan import fewest_bytes, row_bytes, sums_fit, tile_rows
+from deepspeed_alst.tiling.tile_size import fewest_bytes, row_bytes, sums_fit, tile_rows
 
 # --- heads
 
@@ -143,7 +143,7 @@ BYTES = st.integers(0, 2**24) | st.integers(0, 2**42)
 @given(
     LAYERS,
     st.integers(1, 2**12) | st.integers(1, 2**24),
-    st.builds(Room, BYTES, st.none() | BYTES),
+    st.builds(MemoryBudget, BYTES, st.none() | BYTES),
     st.sampled_from([True, False, "auto"]),
     st.booleans(),
     st.integers(1, 8),
@@ -198,7 +198,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["take", "give", "round"]), st.intege
 @settings(max_examples=60)
 @given(st.integers(0, 12), st.lists(st.integers(1, 4 * PAGE), max_size=3), STEPS)
 def test_the_hosts_buffers_are_large_enough_and_stay_within_the_budget(pages, sizes, steps):
-    pool, taken = HostPool(budget=pages * PAGE), []
+    pool, taken = HostBufferPool(budget=pages * PAGE), []
     pool.round_to(sizes)
     for what, size, which in steps:
         if what == "take" and (buffer := pool.take(size)) is not None:

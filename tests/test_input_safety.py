@@ -31,7 +31,7 @@ KNOWN = {
     # What it has pickled itself a moment before, to see that the other ranks can read it.
     "deepspeed_alst/data/loader.py": ["pickle.loads"],
     # Between the ranks of one job, over its own group. A dataset's strings and numbers pass it as strings and numbers.
-    "deepspeed_alst/parallel/agreement.py": ["dist.all_gather_object", "dist.broadcast_object_list"],
+    "deepspeed_alst/distributed/collectives.py": ["dist.all_gather_object", "dist.broadcast_object_list"],
 }
 
 

@@ -19,16 +19,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
-from deepspeed_alst.attention.kept import attend_once
-from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.ledger.fake import fake_world
-from deepspeed_alst.ledger.ledger import Ledger
-from deepspeed_alst.models.kept_attention import check_keeps_attention, keep_attention
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.offload.frames import Frame
+from deepspeed_alst.offload.attention_cache import attend_once
+from deepspeed_alst.offload.checkpoint_frame import CheckpointFrame
+from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
+from deepspeed_alst.profiler.fake import fake_world
+from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 from tests import stand_ins
 from tests.models import family_batch
 from tests.stand_ins import operators
@@ -54,12 +54,12 @@ class Runs(TorchDispatchMode):
 
 def checkpoint_layers(
     model: torch.nn.Module, keeps: bool, reentrant: bool, tally: Tally | None = None, **frame: Any
-) -> list[Frame]:
+) -> list[CheckpointFrame]:
     """Checkpoint the layers in frames, which are added to the list that this returns."""
-    frames: list[Frame] = []
+    frames: list[CheckpointFrame] = []
 
     def in_frame(function: Any, *args: Any) -> Any:
-        mine = Frame(keeps_attention=keeps, **frame)
+        mine = CheckpointFrame(keeps_attention=keeps, **frame)
         frames.append(mine)
 
         def run(*args: Any) -> Any:
@@ -96,7 +96,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     )
 
 
-def pair(model: torch.nn.Module, step: Any, reentrant: bool = False, **frame: Any) -> tuple[Any, Any, list[Frame]]:
+def pair(
+    model: torch.nn.Module, step: Any, reentrant: bool = False, **frame: Any
+) -> tuple[Any, Any, list[CheckpointFrame]]:
     """``step(model)``'s gradients and attention forwards, without and with kept attention, and the frames of the last.
 
     Each starts from the same weights and no gradients.
@@ -185,7 +187,7 @@ def test_an_operator_with_dropout_is_not_kept():
     """Stand-in, whose operator is only called with dropout here."""
     q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
     arguments = (0.1, 1.0, True, -1, -1, 0.0, None, False)
-    frame = Frame(keeps_attention=True)
+    frame = CheckpointFrame(keeps_attention=True)
     with Runs() as runs:
         for _ in range(2):
             with frame.running():
@@ -206,7 +208,7 @@ def test_the_operators_of_a_gpu_are_kept_with_their_log_sum_exp_and_seeds(operat
     """Shapes only, on tensors without data: the forward without gradients, as a reentrant checkpoint runs it."""
     q, k, v = (torch.empty(2, 6, 37, 8, device="meta", requires_grad=True) for _ in range(3))
     run = getattr(torch.ops.aten, operator)
-    frame, results = Frame(keeps_attention=True), []
+    frame, results = CheckpointFrame(keeps_attention=True), []
     for runs_forward in (True, False, False):
         with Runs(operator) as runs, frame.running(), torch.set_grad_enabled(not runs_forward):
             results.append(attend_once(frame, lambda: run(q, k, v, *GPU_OPERATORS[operator], is_causal=True)))
@@ -469,7 +471,7 @@ def bytes_of_the_output(reentrant: bool) -> tuple[list[int], bool]:
         outputs.append(out)
         return out
 
-    frame = Frame(keeps_attention=True)
+    frame = CheckpointFrame(keeps_attention=True)
     with frame.running(), torch.no_grad() if reentrant else nullcontext():
         ulysses_attention(q, k, v, None, core, frame)
     with frame.running():

@@ -24,10 +24,10 @@ from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.logit_steps import on_the_way
-from deepspeed_alst.models.tiled_loss import tile_loss
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.tiling.logit_ops import on_the_way
 from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
+from deepspeed_alst.tiling.tiled_loss import tile_loss
 from tests.models import family_batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -279,10 +279,10 @@ def test_a_model_trains_as_with_torchs_tiles(interpreted, model_type, changed, d
     ],
 )
 def test_a_scale_and_a_soft_cap_are_read_from_what_a_model_does(steps, expected):
-    from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits
+    from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits
 
     linear = torch.nn.Linear(8, 5)
-    logits = steps(DeferredLogits(DeferredHead(linear, linear.forward, TiledLossConfig()), torch.randn(2, 3, 8)))
+    logits = steps(LazyLogits(LazyHead(linear, linear.forward, TiledLossConfig()), torch.randn(2, 3, 8)))
     found = on_the_way(logits._steps)
     assert (found is None) == (expected is None)
     if expected is not None:
@@ -371,7 +371,7 @@ def test_without_a_gpu_the_kernel_is_refused_by_name():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with PatchSet() as undo, pytest.raises(SetupError, match=r"'triton' needs a GPU.*TRITON_INTERPRET=1"):
-        tile_loss(_model("llama"), TiledLossConfig(backend="triton"), Calls(), lambda module: None, undo)
+        tile_loss(_model("llama"), TiledLossConfig(backend="triton"), ForwardContext(), lambda module: None, undo)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.families import family_config
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError
-from deepspeed_alst.ledger import picture
-from deepspeed_alst.ledger.blocks import Moment
-from deepspeed_alst.ledger.fake import fake_ranks, fake_world
-from deepspeed_alst.ledger.ledger import Ledger
-from deepspeed_alst.ledger.owners import CATEGORIES, owner
-from deepspeed_alst.ledger.timeline import Sample
-from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.profiler import picture
+from deepspeed_alst.profiler.blocks import Moment
+from deepspeed_alst.profiler.fake import fake_ranks, fake_world
+from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.profiler.owners import CATEGORIES, owner
+from deepspeed_alst.profiler.timeline import Sample
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 
 B, T, VOCABULARY, WIDTH, INNER, LAYERS = 1, 256, 1000, 256, 688, 3
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64

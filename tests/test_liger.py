@@ -25,11 +25,11 @@ from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.liger import use_liger
-from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
-from deepspeed_alst.models.tiles import tile_mlps
+from deepspeed_alst.integrations.liger import use_liger
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.loss import OnTheWay, tiled_loss
+from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from tests.models import family_batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -191,7 +191,9 @@ def _step_with(model: torch.nn.Module, backend: str | None) -> tuple[torch.Tenso
     batch = family_batch(24, 2)
     with PatchSet() as undo:
         if backend is not None:
-            tile_loss(model, TiledLossConfig(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
+            tile_loss(
+                model, TiledLossConfig(backend=backend, tile_tokens=13), ForwardContext(), lambda module: None, undo
+            )
             replace_whole_loss(model, undo)
         for _ in range(2):
             loss = model(**batch, use_cache=False).loss
@@ -567,7 +569,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
             use_liger(model, parse({"alst": keys}), "cpu", None, undo)
     if not torch.cuda.is_available():
         with PatchSet() as undo, pytest.raises(SetupError, match="GPU"):
-            tile_loss(model, TiledLossConfig(backend="liger"), Calls(), lambda module: None, undo)
+            tile_loss(model, TiledLossConfig(backend="liger"), ForwardContext(), lambda module: None, undo)
 
 
 def _without_the_package(parts: Any) -> str:

@@ -21,18 +21,18 @@ from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.tally import Tally
-from deepspeed_alst.attention.exchange import seq_to_head
-from deepspeed_alst.attention.halo import with_tokens_before
-from deepspeed_alst.attention.ulysses import head_to_seq
 from deepspeed_alst.config.parse import check_heads, parse
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
-from deepspeed_alst.models import patches
-from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.linear_functions import Split, convolution, delta_rule, mamba2_scan
-from deepspeed_alst.models.linear_layers import linear_layers
-from deepspeed_alst.models.patches import patch_model
+from deepspeed_alst.linear_attention.functions import Split, convolution, delta_rule, mamba2_scan
+from deepspeed_alst.linear_attention.layers import linear_layers
+from deepspeed_alst.sequence_parallel import patch_model as patches
+from deepspeed_alst.sequence_parallel.all_to_all import seq_to_head
+from deepspeed_alst.sequence_parallel.halo import with_tokens_before
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.ulysses import head_to_seq
+from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.models import family_batch, split_and_whole, step_in_fp64
 from tests.stand_ins import linear as kernels

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import Ranks
-from deepspeed_alst.data.checks import Vocabulary
 from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.data.validation import Vocabulary
+from deepspeed_alst.distributed.collectives import raise_on_all_ranks
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups, sequence_ranks
 from deepspeed_alst.errors import DataError
-from deepspeed_alst.parallel.agreement import raise_together
-from deepspeed_alst.parallel.groups import build_control_group, build_groups, sequence_ranks
 
 # Long enough for a busy machine, and short of gloo's 30 minutes: a rank that waits for another shows here.
 SECONDS = 200.0
@@ -294,8 +294,8 @@ def as_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def agree_on_an_error(sp_size: int, rank: int) -> str:
     error = DataError("the reason") if dist.get_rank() == rank else None
     with pytest.raises(DataError) as raised:
-        raise_together(error, groups_of(sp_size).control_group)
-    raise_together(None, groups_of(sp_size).control_group)
+        raise_on_all_ranks(error, groups_of(sp_size).control_group)
+    raise_on_all_ranks(None, groups_of(sp_size).control_group)
     return str(raised.value)
 
 
@@ -644,10 +644,10 @@ def test_a_token_without_an_embedding_is_named_on_all_ranks_though_it_has_no_lab
     assert mine == f"rank 1: {its}"
 
 
-def epoch_in(dtype: torch.dtype, labels: str, hides: bool) -> list[dict[str, Any]]:
+def epoch_in(dtype: torch.dtype, labels: str, copy_is_hidden: bool) -> list[dict[str, Any]]:
     """An epoch of one batch, with the smallest and the largest label that there is, and perhaps one that is none."""
     ids = torch.tensor([[0, 1, 2, 3, 4 + dist.get_rank(), 99]])
-    hidden = ids.masked_fill(ids == 2, -100) if hides else ids
+    hidden = ids.masked_fill(ids == 2, -100) if copy_is_hidden else ids
     batch = {"input_ids": ids.to(dtype), labels: hidden.to(dtype)}
     sharded = ShardedDataLoader([batch], groups_of(2), MULTIPLE, vocabulary=Vocabulary(100, 100))
     return [{key: plain(value) for key, value in each.items()} for each in sharded]

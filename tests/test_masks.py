@@ -25,14 +25,14 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from deepspeed_alst.attention import banded
-from deepspeed_alst.attention.banded import attend
-from deepspeed_alst.attention.whole_mask import Run, WholeMask
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models import masks
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.cores import find_core
-from deepspeed_alst.models.masks import mask_function_for, read_mask
+from deepspeed_alst.sequence_parallel import blocked_sdpa as banded
+from deepspeed_alst.sequence_parallel import hf_masks as masks
+from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_backends import find_backend
+from deepspeed_alst.sequence_parallel.hf_masks import mask_function_for, read_mask
+from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec, Run
 from tests.test_cores import EXACT
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
@@ -44,15 +44,15 @@ NO_PADDING = torch.zeros(1, dtype=torch.long)
 @pytest.mark.parametrize(
     ("mask", "length", "runs"),
     [
-        (WholeMask(), 12, [(0, 1, 12)]),
-        (WholeMask(window=5), 12, [(0, 1, 12)]),
-        (WholeMask(chunk=5), 12, [(0, 2, 5), (10, 1, 2)]),
-        (WholeMask(chunk=4), 12, [(0, 3, 4)]),
-        (WholeMask(documents=(0, 7, 8, 16)), 16, [(0, 1, 7), (7, 1, 1), (8, 1, 8)]),
+        (MaskSpec(), 12, [(0, 1, 12)]),
+        (MaskSpec(window=5), 12, [(0, 1, 12)]),
+        (MaskSpec(chunk=5), 12, [(0, 2, 5), (10, 1, 2)]),
+        (MaskSpec(chunk=4), 12, [(0, 3, 4)]),
+        (MaskSpec(documents=(0, 7, 8, 16)), 16, [(0, 1, 7), (7, 1, 1), (8, 1, 8)]),
         # Neighbours of the same length are attended to together; a chunk starts where its document does.
-        (WholeMask(documents=(0, 1, 2, 3, 7)), 7, [(0, 3, 1), (3, 1, 4)]),
-        (WholeMask(chunk=4, documents=(0, 7, 11, 16)), 16, [(0, 1, 4), (4, 1, 3), (7, 2, 4), (15, 1, 1)]),
-        (WholeMask(documents=(0, 3, 3, 5)), 5, [(0, 1, 3), (3, 1, 2)]),
+        (MaskSpec(documents=(0, 1, 2, 3, 7)), 7, [(0, 3, 1), (3, 1, 4)]),
+        (MaskSpec(chunk=4, documents=(0, 7, 11, 16)), 16, [(0, 1, 4), (4, 1, 3), (7, 2, 4), (15, 1, 1)]),
+        (MaskSpec(documents=(0, 3, 3, 5)), 5, [(0, 1, 3), (3, 1, 2)]),
     ],
 )
 def test_a_sequence_falls_into_runs_of_stretches_of_the_same_length(mask, length, runs):
@@ -66,7 +66,7 @@ def inputs(B: int, h: int, k: int, S: int, D: int = 8, Dv: int = 8, seed: int = 
     return [torch.randn(shape, generator=make, dtype=torch.float64).permute(1, 2, 0, 3) for shape in shapes]
 
 
-def all_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: WholeMask, scaling: float) -> torch.Tensor:
+def all_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskSpec, scaling: float) -> torch.Tensor:
     index = torch.arange(q.shape[2])
     sees = mask.rule(q.shape[2])(0, 0, index[:, None], index)
     group = q.shape[1] // k.shape[1]
@@ -80,18 +80,18 @@ DOCUMENTS_300 = (0, 1, 2, 40, 180, 219, 300)
 @pytest.mark.parametrize(
     ("mask", "B", "h", "k", "S", "Dv"),
     [
-        (WholeMask(window=1), 2, 4, 2, 300, 8),
-        (WholeMask(window=5), 1, 4, 1, 300, 8),
-        (WholeMask(window=5), 2, 4, 2, 201, 12),
-        (WholeMask(window=70), 1, 4, 4, 301, 8),
-        (WholeMask(window=70), 2, 2, 1, 140, 8),
-        (WholeMask(window=299), 1, 4, 2, 300, 8),
-        (WholeMask(window=300), 1, 4, 2, 300, 8),
-        (WholeMask(chunk=16), 2, 4, 2, 300, 8),
-        (WholeMask(documents=DOCUMENTS_300), 1, 4, 2, 300, 12),
-        (WholeMask(window=7, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
-        (WholeMask(chunk=16, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
-        (WholeMask(chunk=80, window=7, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
+        (MaskSpec(window=1), 2, 4, 2, 300, 8),
+        (MaskSpec(window=5), 1, 4, 1, 300, 8),
+        (MaskSpec(window=5), 2, 4, 2, 201, 12),
+        (MaskSpec(window=70), 1, 4, 4, 301, 8),
+        (MaskSpec(window=70), 2, 2, 1, 140, 8),
+        (MaskSpec(window=299), 1, 4, 2, 300, 8),
+        (MaskSpec(window=300), 1, 4, 2, 300, 8),
+        (MaskSpec(chunk=16), 2, 4, 2, 300, 8),
+        (MaskSpec(documents=DOCUMENTS_300), 1, 4, 2, 300, 12),
+        (MaskSpec(window=7, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
+        (MaskSpec(chunk=16, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
+        (MaskSpec(chunk=80, window=7, documents=DOCUMENTS_300), 1, 4, 2, 300, 8),
     ],
 )
 @pytest.mark.parametrize("span", [banded._SPAN, 128])
@@ -121,7 +121,7 @@ class Scores(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def scores(mask: WholeMask | None, S: int) -> Scores:
+def scores(mask: MaskSpec | None, S: int) -> Scores:
     q, k, v = (x.float() for x in inputs(1, 2, 1, S))
     with Scores() as counted:
         attend(q, k, v, mask)
@@ -130,17 +130,17 @@ def scores(mask: WholeMask | None, S: int) -> Scores:
 
 def test_a_window_costs_twice_its_length_a_row_and_has_a_mask_of_one_block():
     S, W = 8192, 128
-    counted = scores(WholeMask(window=W), S)
+    counted = scores(MaskSpec(window=W), S)
     assert counted.made == 2 * (S - W) * 2 * W + 2 * W * W
     assert counted.largest == 2 * W * W
-    assert scores(WholeMask(window=W), 2 * S).made < 2.02 * counted.made
+    assert scores(MaskSpec(window=W), 2 * S).made < 2.02 * counted.made
 
 
 def test_packed_documents_cost_what_they_cost_alone_and_have_no_mask():
     bounds = (0, 1000, 1001, 3000, 4096)
-    counted = scores(WholeMask(documents=bounds), 4096)
+    counted = scores(MaskSpec(documents=bounds), 4096)
     assert counted.made == 2 * (1000**2 + 1 + 1999**2 + 1096**2) and counted.largest == 0
-    assert scores(WholeMask(chunk=512), 4096).made == 2 * 4096 * 512
+    assert scores(MaskSpec(chunk=512), 4096).made == 2 * 4096 * 512
 
 
 def test_a_block_of_a_long_window_is_shorter_than_it():
@@ -160,18 +160,18 @@ def packed_of(plain: Any) -> Any:
 @pytest.mark.parametrize(
     ("plain", "mask"),
     [
-        (causal_mask_function, WholeMask()),
-        (sliding_window_causal_mask_function(7), WholeMask(window=7)),
-        (chunked_causal_mask_function(7, NO_PADDING), WholeMask(chunk=7)),
+        (causal_mask_function, MaskSpec()),
+        (sliding_window_causal_mask_function(7), MaskSpec(window=7)),
+        (chunked_causal_mask_function(7, NO_PADDING), MaskSpec(chunk=7)),
         (
             and_masks(sliding_window_causal_mask_function(7), sliding_window_causal_mask_function(3)),
-            WholeMask(window=3),
+            MaskSpec(window=3),
         ),
     ],
 )
 def test_a_mask_is_read_from_its_parts_and_documents_are_not_the_shards(plain, mask):
     assert read_mask(plain) == mask
-    assert read_mask(packed_of(plain), (0, 9, 20)) == WholeMask(mask.window, mask.chunk, (0, 9, 20))
+    assert read_mask(packed_of(plain), (0, 9, 20)) == MaskSpec(mask.window, mask.chunk, (0, 9, 20))
 
 
 def every_other(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -194,18 +194,18 @@ def test_another_mask_is_refused_by_name(asked, name):
         read_mask(asked)
 
 
-def asked(core: str, plain: Any, **changed: Any) -> WholeMask | None:
-    calls = Calls(documents=(0, 30, 40)) if changed.pop("packed", False) else Calls()
+def asked(core: str, plain: Any, **changed: Any) -> MaskSpec | None:
+    calls = ForwardContext(documents=(0, 30, 40)) if changed.pop("packed", False) else ForwardContext()
     arguments = {"q_length": 10, "kv_length": 10, "mask_function": plain} | changed
-    return mask_function_for(find_core(core), 4, calls)(**arguments)
+    return mask_function_for(find_backend(core), 4, calls)(**arguments)
 
 
 def test_a_mask_that_hides_nothing_of_the_whole_sequence_is_none():
     windows = [asked("sdpa", sliding_window_causal_mask_function(window)) for window in (1, 11, 39, 40, 99)]
-    assert windows == [WholeMask(window=1), WholeMask(window=11), WholeMask(window=39), None, None]
+    assert windows == [MaskSpec(window=1), MaskSpec(window=11), MaskSpec(window=39), None, None]
     assert asked("sdpa", causal_mask_function) is None
     assert asked("sdpa", causal_mask_function, attention_mask=torch.ones(2, 10)) is None
-    assert asked("sdpa", causal_mask_function, packed=True) == WholeMask(documents=(0, 30, 40))
+    assert asked("sdpa", causal_mask_function, packed=True) == MaskSpec(documents=(0, 30, 40))
     assert asked("flash_attention_2", sliding_window_causal_mask_function(11), packed=True) is None
 
 
@@ -235,11 +235,11 @@ def test_a_version_of_transformers_whose_window_is_another_is_refused():
         masks, "sliding_window_causal_mask_function", lambda size: and_masks(wider(size), causal_mask_function)
     )
     with window, causal, pytest.raises(UnsupportedModelError, match="installed transformers means another mask"):
-        mask_function_for(find_core("sdpa"), 2, Calls())
+        mask_function_for(find_backend("sdpa"), 2, ForwardContext())
 
 
 def test_a_model_that_reads_its_mask_is_refused_and_copies_and_asking_are_not():
-    mask = WholeMask(window=3)
+    mask = MaskSpec(window=3)
     for reads in (lambda: mask.dtype, lambda: mask[:, 0], lambda: mask.to("cpu")):
         with pytest.raises(UnsupportedModelError, match="the model reads"):
             reads()
@@ -256,9 +256,9 @@ def test_flex_attention_has_the_same_masks():
     from torch._inductor import config as inductor
 
     q, k, v = (x.float() for x in inputs(1, 4, 2, 256, D=16, Dv=16))
-    core = find_core("flex_attention")
+    core = find_backend("flex_attention")
     with torch.no_grad(), inductor.patch(compile_threads=1):
         attend_by_flex = core.make(core)
-        for mask in (WholeMask(window=40), WholeMask(chunk=50, documents=(0, 100, 101, 256)), WholeMask(window=40)):
+        for mask in (MaskSpec(window=40), MaskSpec(chunk=50, documents=(0, 100, 101, 256)), MaskSpec(window=40)):
             got = attend_by_flex(torch.nn.Module(), q, k, v, mask, None, {})
             assert (got - attend(q, k, v, mask)).abs().max() < 1e-5

@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
-from deepspeed_alst.engine.metrics import shard_places, whole_places
-from deepspeed_alst.models.step_flops import Span, StepFlops, step_flops
+from deepspeed_alst.monitoring.metrics import shard_places, whole_places
+from deepspeed_alst.monitoring.step_flops import Span, StepFlops, step_flops
 from tests.test_mixtures import SeparateExperts
 
 ODD = Cell(gas=2, odd_lengths=True)

@@ -17,10 +17,10 @@ from benchmarks.cells import Cell, build_model, ds_config, samples
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import REAL_TOKENS, shard_batch
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.router_loss import load_balancing_loss, router_problem, unknown_router_loss
+from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
+from deepspeed_alst.moe.router_loss import load_balancing_loss, router_problem, unknown_router_loss
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from tests.models import family_batch, split_and_whole
 
 EXACT = 1e-12
@@ -105,7 +105,7 @@ def fused() -> tuple[float, float]:
         add_fused_lm_head(model)
         with PatchSet() as undo:
             if split:
-                calls = Calls()
+                calls = ForwardContext()
                 patch_model(model, dist.group.WORLD, undo, calls)
                 batch = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
                 calls.real_tokens = batch.pop(REAL_TOKENS)
@@ -324,7 +324,7 @@ def beside_another(kind: type) -> None:
     batch = family_batch(8, 1)
     expected = other(**batch).aux_loss
     with PatchSet() as undo:
-        calls = Calls()
+        calls = ForwardContext()
         patch_model(model, dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
@@ -353,7 +353,7 @@ def compiled() -> tuple[float, float]:
     model, batch = build_model(mixture("mixtral")), family_batch(8, 1)
     expected = model(**batch).aux_loss.item()
     with PatchSet() as undo:
-        calls = Calls()
+        calls = ForwardContext()
         patch_model(model, dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
@@ -408,7 +408,10 @@ def test_what_cannot_be_right_is_refused(case, sentence, ranks2):
 
 
 def test_a_program_that_aggregates_the_shards_losses_is_refused():
-    model, calls = build_model(mixture("mixtral")), Calls(makes_whole_loss=False, real_tokens=torch.ones(1, 4).bool())
+    model, calls = (
+        build_model(mixture("mixtral")),
+        ForwardContext(makes_whole_loss=False, real_tokens=torch.ones(1, 4).bool()),
+    )
     assert "which this program aggregates itself" in str(router_problem(model, {}, calls))
     assert router_problem(model, {"output_router_logits": False}, calls) is None
     calls.makes_whole_loss = True
@@ -416,4 +419,5 @@ def test_a_program_that_aggregates_the_shards_losses_is_refused():
 
 
 def test_without_a_router_there_is_nothing_to_refuse():
-    assert router_problem(build_model(family_config("llama")), {"output_router_logits": True}, Calls()) is None
+    model = build_model(family_config("llama"))
+    assert router_problem(model, {"output_router_logits": True}, ForwardContext()) is None

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 import deepspeed_alst
-from deepspeed_alst import initialize
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.engine import start_check
 from deepspeed_alst.errors import AlstError
-from deepspeed_alst.models.model_check import Routed, lengths
-from deepspeed_alst.models.program_code import program_code
-from deepspeed_alst.models.untouched import untouched
+from deepspeed_alst.sequence_parallel import feature
+from deepspeed_alst.verification import run_model_check
+from deepspeed_alst.verification.hf_untouched import untouched
+from deepspeed_alst.verification.model_check import Routed, lengths
+from deepspeed_alst.verification.program_code import program_code
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -288,7 +288,10 @@ def refusal() -> str:
         engine = None
         try:
             # No trial: of the live check's own words.
-            with replaced(start_check, "apart", lambda *args: None), replaced(initialize, "prove", lambda *args: ""):
+            with (
+                replaced(run_model_check, "run_isolated", lambda *args: None),
+                replaced(feature, "verify_model", lambda *args: ""),
+            ):
                 engine, *_ = deepspeed.initialize(
                     model=model, model_parameters=model.parameters(), config=json.loads(json.dumps(CONFIG))
                 )
@@ -319,7 +322,7 @@ def trained(stage: int, checked: bool, half: bool) -> tuple[list[torch.Tensor], 
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     made = torch.Generator().manual_seed(dist.get_rank())
     batches = [{"input_ids": (ids := torch.randint(0, 64, (1, 40), generator=made)), "labels": ids} for _ in range(2)]
-    with mock.patch.object(start_check, "check_live_model", wraps=start_check.check_live_model) as check:
+    with mock.patch.object(run_model_check, "check_live_model", wraps=run_model_check.check_live_model) as check:
         for batch in deepspeed_alst.shard_dataloader(batches, engine):
             loss = engine(**batch).loss
             engine.backward(loss)
@@ -338,7 +341,7 @@ def test_a_checked_run_is_the_unchecked_one_to_the_bit(stage, half, ranks2):
         assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
-class Leaves(torch.nn.Module):
+class ZeRO3Leaves(torch.nn.Module):
     """Leaves a trace wherever a module can."""
 
     def __init__(self) -> None:
@@ -363,7 +366,7 @@ class Leaves(torch.nn.Module):
 
 
 def test_what_is_untouched_is_as_before_to_the_bit():
-    module = Leaves()
+    module = ZeRO3Leaves()
     count, plain, inner, config = module.count, module.plain, module.seen[0], module.config
     before, seed = dict(vars(module)), torch.random.get_rng_state()
     with untouched(module), torch.no_grad():

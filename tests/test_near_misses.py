@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_alst import plugin
+from deepspeed_alst import hooks
 from deepspeed_alst.config.config_file import config_on_command_line, read_config
 from deepspeed_alst.config.near_misses import ALIASES, DEEPSPEED_KEYS, TOP_KEYS, ignored, near_misses
 from deepspeed_alst.config.parse import parse
@@ -145,7 +145,7 @@ def initialize(capsys):
         return "untouched"
 
     module = types.SimpleNamespace(initialize=stand_in)
-    plugin.hook_initialize(module)
+    hooks.hook_initialize(module)
 
     def call(ds_config, **arguments) -> str:
         assert module.initialize(config=copy.deepcopy(ds_config), **arguments) == "untouched"
@@ -349,7 +349,7 @@ def test_a_file_with_comments_on_the_command_line_loads_sharded(tmp_path, monkey
     file.write_text('{"sequence_parallel_size": 2, "zero_optimization": {"stage": 3}, /* SP */}')
     monkeypatch.setattr("sys.argv", ["train.py", "--deepspeed", str(file)])
     integration = types.SimpleNamespace(is_deepspeed_zero3_enabled=lambda: False, HfDeepSpeedConfig=dict)
-    plugin.load_sharded_under_zero3(integration)
+    hooks.load_sharded_under_zero3(integration)
     assert integration.kept_by_deepspeed_alst["zero_optimization"] == {"stage": 3}
 
 

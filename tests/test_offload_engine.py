@@ -21,13 +21,13 @@ from benchmarks.cells import Cell, build_model, ds_config, model_config, offload
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
-from deepspeed_alst.models.offload import Keeping, keep_activations
-from deepspeed_alst.offload.pool import HostPool
-from deepspeed_alst.offload.store import Store
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.host_buffers import HostBufferPool
 from tests.test_initialize import initialize
 
 
-def check_moved(store: Store, offload: str) -> None:
+def check_moved(store: ActivationStore, offload: str) -> None:
     """What waited did wait, where it should: a run without offload has the same bits."""
     counts = store.counts
     assert counts.bytes_out > 0 and (counts.bytes_to_disk > 0) == (offload == "disk")
@@ -430,7 +430,7 @@ def gradients_of_streams(keeps: bool) -> list[torch.Tensor]:
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    store = Store(HostPool())
+    store = ActivationStore(HostBufferPool())
     with PatchSet() as undo:
         if keeps:
             keep_activations(layers, Keeping(store), undo)
@@ -503,7 +503,7 @@ def test_a_key_that_cannot_act_is_an_error(ranks2):
 
 
 def test_a_stream_given_by_keyword_is_moved_too():
-    from deepspeed_alst.models.offload import _as_positional
+    from deepspeed_alst.offload.checkpoint_inputs import _as_positional
 
     def forward(layer, hidden_states, mask=None, extra=None):
         return hidden_states, mask, extra

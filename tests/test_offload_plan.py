@@ -8,10 +8,10 @@ import pytest
 import torch.distributed as dist
 
 from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.offload.budget import Bandwidth, Layers, MemoryBudget, copy_is_hidden, decide
+from deepspeed_alst.offload.host_buffers import pages
 from deepspeed_alst.offload.memory import ranks_on_host
-from deepspeed_alst.offload.plan import Layers, Rates, Room, decide, hides
-from deepspeed_alst.offload.pool import pages
-from deepspeed_alst.words import in_words
 
 GIB = 2**30
 # Llama-3.1-8B: hidden 4096, 32 layers, 32 heads of 128, 218.1M parameters a layer.
@@ -50,27 +50,29 @@ def test_the_longest_fits_and_one_token_more_does_not(room):
 def test_all_layers_kept_on_the_device_need_nothing():
     layers = Layers(2, 5, 8192, 8192, 128, 1, 1)
     assert layers.waiting(1000, True) == 0 and layers.longest(0) == 0
-    assert decide(layers, 1000, Room(0), "auto", True).host_bytes == 0
+    assert decide(layers, 1000, MemoryBudget(0), "auto", True).host_bytes == 0
 
 
 def test_copies_hide_from_the_lengths_on_that_the_rates_give():
     # 600 TFLOPS: a layer's input alone needs 11.3 GB/s at no length and 3.3 at 128K tokens; with the output twice that.
-    rates = Rates(copied_bytes=25e9, flops=600e12)
-    assert hides(LLAMA_8B, rates, 0)
-    slow = Rates(copied_bytes=10e9, flops=600e12)
-    assert not hides(LLAMA_8B, slow, 0) and hides(LLAMA_8B, slow, 131_072)
-    assert not hides(LLAMA_8B, Rates(1e9, 600e12), 131_072) and hides(LLAMA_8B, Rates(1.2e9, 600e12), 2**20)
+    rates = Bandwidth(copied_bytes=25e9, flops=600e12)
+    assert copy_is_hidden(LLAMA_8B, rates, 0)
+    slow = Bandwidth(copied_bytes=10e9, flops=600e12)
+    assert not copy_is_hidden(LLAMA_8B, slow, 0) and copy_is_hidden(LLAMA_8B, slow, 131_072)
+    assert not copy_is_hidden(LLAMA_8B, Bandwidth(1e9, 600e12), 131_072) and copy_is_hidden(
+        LLAMA_8B, Bandwidth(1.2e9, 600e12), 2**20
+    )
 
 
 def test_auto_keeps_the_output_where_it_hides_and_fits():
     tokens = 100_000
     both, inputs = LLAMA_8B.waiting(tokens, True), LLAMA_8B.waiting(tokens, False)
-    assert decide(LLAMA_8B, tokens, Room(both), "auto", True).keeps_attention
+    assert decide(LLAMA_8B, tokens, MemoryBudget(both), "auto", True).keeps_attention
     # It never shortens what fits, and it is not kept on disk.
-    shorter = decide(LLAMA_8B, tokens, Room(both - 1), "auto", True)
+    shorter = decide(LLAMA_8B, tokens, MemoryBudget(both - 1), "auto", True)
     assert not shorter.keeps_attention and shorter.host_bytes == inputs and "no room" in shorter.reason
-    assert not decide(LLAMA_8B, tokens, Room(both - 1, both), "auto", True).keeps_attention
-    slow = decide(LLAMA_8B, tokens, Room(both), "auto", False)
+    assert not decide(LLAMA_8B, tokens, MemoryBudget(both - 1, both), "auto", True).keeps_attention
+    slow = decide(LLAMA_8B, tokens, MemoryBudget(both), "auto", False)
     assert not slow.keeps_attention and "longer than a layer's forward" in slow.reason
 
 
@@ -78,18 +80,18 @@ def test_what_is_asked_for_is_kept_hidden_or_not_and_goes_to_disk():
     tokens = 100_000
     both = LLAMA_8B.waiting(tokens, True)
     largest = max(LLAMA_8B.sizes(tokens, True))
-    plan = decide(LLAMA_8B, tokens, Room(8 * GIB, both), True, False)
+    plan = decide(LLAMA_8B, tokens, MemoryBudget(8 * GIB, both), True, False)
     # The ring is part of the host's room; one tensor more than bytes would say may have to go to disk.
     assert (plan.keeps_attention, plan.ring_bytes, plan.host_bytes) == (True, 4 * largest, 8 * GIB - 4 * largest)
     assert plan.disk_bytes == both - plan.host_bytes + largest
-    small = decide(LLAMA_8B, tokens, Room(1, both), True, False)
+    small = decide(LLAMA_8B, tokens, MemoryBudget(1, both), True, False)
     assert (small.ring_bytes, small.host_bytes, small.disk_bytes) == (1, 0, both)
-    assert not decide(LLAMA_8B, tokens, Room(both), False, True).keeps_attention
+    assert not decide(LLAMA_8B, tokens, MemoryBudget(both), False, True).keeps_attention
 
 
 def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
     # 8 ranks share a sequence and a host of 1.9 TB.
-    room = Room(1_900 * 10**9 // 8)
+    room = MemoryBudget(1_900 * 10**9 // 8)
     with pytest.raises(OffloadError) as caught:
         decide(LLAMA_8B, 1_000_000, room, "auto", True, shard=(8, 1))
     words = str(caught.value)
@@ -100,34 +102,34 @@ def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
     assert decide(LLAMA_8B, longest // 8, room, "auto", True, shard=(8, 1)).host_bytes <= room.host
 
     with pytest.raises(OffloadError, match=r"GiB on disk.*a larger disk, save_attention_output: false, or"):
-        decide(LLAMA_8B, 1_000_000, Room(GIB, GIB), True, True)
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, GIB), True, True)
 
 
 def test_the_users_budget_is_named_where_it_is_what_binds():
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 100, Room(5, budget=10), "auto", True)
+        decide(LLAMA_8B, 100, MemoryBudget(5, budget=10), "auto", True)
     assert str(caught.value).endswith(
         "there is room for 5.00 bytes (host_budget=10, of all ranks of a host). Use a larger host_budget, or the disk "
         "tier (alst.activation_checkpoint_cpu_offload.nvme_path)."
     )
     with pytest.raises(OffloadError, match=r"host_budget=4294967296.*Use a larger host_budget, the.*, or sequences of"):
-        decide(LLAMA_8B, 1_000_000, Room(GIB, budget=4 * GIB), "auto", True)
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, budget=4 * GIB), "auto", True)
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, Room(GIB), "auto", True)
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB), "auto", True)
     assert "host_budget" not in str(caught.value)
 
 
 def test_the_page_has_the_figures_that_are_printed():
     page = (Path(__file__).parents[1] / "docs" / "offload.md").read_text()
-    assert f"{in_words(replace(LLAMA_8B, keep_last=1).waiting(131_072, True))} on the host of a rank" in page
+    assert f"{format_bytes(replace(LLAMA_8B, keep_last=1).waiting(131_072, True))} on the host of a rank" in page
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, Room(1_900 * 10**9 // 8), "auto", True, shard=(8, 1))
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(1_900 * 10**9 // 8), "auto", True, shard=(8, 1))
     assert str(caught.value) in " ".join(page.split())
 
 
 def test_two_sequences_of_a_batch_share_the_room():
     with pytest.raises(OffloadError, match=r"sequence of 4,000 tokens.*at most 2,048 tokens"):
-        decide(LLAMA_8B, 4000, Room(32 * 8192 * 2048), "auto", True, shard=(2, 2))
+        decide(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", True, shard=(2, 2))
 
 
 @pytest.mark.parametrize(

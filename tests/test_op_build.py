@@ -18,9 +18,9 @@ import torch
 from torch.utils import cpp_extension
 
 from benchmarks.wheel import copy_checkout
-from deepspeed_alst.ops import build_once
-from deepspeed_alst.ops.build_once import OpBuildError
-from deepspeed_alst.ops.builder import BUILDERS, CudaSumPiecesBuilder, SumPiecesBuilder, source_folder
+from deepspeed_alst.kernels import build_once
+from deepspeed_alst.kernels.build_once import OpBuildError
+from deepspeed_alst.kernels.builder import BUILDERS, CudaSumPiecesBuilder, SumPiecesBuilder, source_folder
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "tests" / "programs" / "build_op.py"
@@ -174,7 +174,7 @@ def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
         check=True,
         timeout=180,
     )
-    binaries = {path.name.split(".")[0]: path for path in (installed / "deepspeed_alst" / "ops").glob("*.so")}
+    binaries = {path.name.split(".")[0]: path for path in (installed / "deepspeed_alst" / "kernels").glob("*.so")}
     assert binaries.keys() == {f"{each.NAME}_op" for (_, device), each in BUILDERS.items() if device == "cpu"}
     prebuilt = binaries["alst_sum_pieces_op"]
     report = finish(start(folder, package=installed, CXX="/nonexistent/c++"))

@@ -18,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.kernels.heads import Case, compare, judge
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
-from deepspeed_alst.attention.heads import HeadPlan
-from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels import heads, registry, wire
-from deepspeed_alst.kernels.wire import by_heads, by_tokens, pack, pack_reference, unpack_
-from deepspeed_alst.ledger.fake import fake_ranks, fake_world
+from deepspeed_alst.kernels import head_layout as wire
+from deepspeed_alst.kernels import pack_heads as heads
+from deepspeed_alst.kernels import registry
+from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, pack_reference, unpack_
+from deepspeed_alst.profiler.fake import fake_ranks, fake_world
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # P, H, K, D of q and k, of v: kv heads split, one each, shared by ranks, single; sizes of real models and odd ones.
@@ -272,8 +274,8 @@ def test_tensors_without_data_take_the_op_and_leave_its_trial_alone(recwarn):
 
 
 def test_without_triton_torch_packs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed_alst.kernels.heads", None)
-    monkeypatch.delattr("deepspeed_alst.kernels.heads", raising=False)
+    monkeypatch.setitem(sys.modules, "deepspeed_alst.kernels.pack_heads", None)
+    monkeypatch.delattr("deepspeed_alst.kernels.pack_heads", raising=False)
     wire._kernels.cache_clear()
     try:
         pieces = [by_heads(torch.randn(1, 4, 3, 8), 2)] * 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_alst.plugin import find_config, is_wanted
+from deepspeed_alst.hooks import find_config, is_wanted
 
 # What every program starts with: `out` is printed as JSON at its end; nothing here imports torch.
 HEAD = """
@@ -38,7 +38,7 @@ print("RESULT " + json.dumps(out))
 BROKEN = """
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name == "deepspeed_alst.plugin":
+        if name == "deepspeed_alst.hooks":
             raise ImportError("broken on purpose")
 sys.meta_path.insert(0, Blocker())
 """
@@ -97,7 +97,7 @@ out["our calls"] = [
     attempt(deepspeed.initialize, *[None] * 10, ours),
 ]
 
-from deepspeed_alst.plugin import unhook_initialize
+from deepspeed_alst.hooks import unhook_initialize
 unhook_initialize(deepspeed)
 out["unhooked"] = deepspeed.initialize is original
 """
@@ -112,7 +112,7 @@ original = deepspeed.initialize.__deepspeed_alst__
 import deepspeed_alst
 deepspeed_alst.autoload.install()
 out["hooked once"] = deepspeed.initialize.__deepspeed_alst__ is original and not mark(original)
-from deepspeed_alst.plugin import unhook_initialize
+from deepspeed_alst.hooks import unhook_initialize
 unhook_initialize(deepspeed)
 out["unhooked"] = deepspeed.initialize is original
 """
@@ -277,7 +277,7 @@ def test_the_hook_is_there_with_autoload_off_where_the_package_is_imported_befor
 def test_with_autoload_off_deepspeed_is_untouched_until_the_package_is_imported(result, name):
     got = result(name)
     assert got["untouched"]
-    assert "deepspeed_alst.plugin" not in got["package"]
+    assert "deepspeed_alst.hooks" not in got["package"]
     assert got["hooked"], "import deepspeed_alst, after deepspeed, did not install the hook"
 
 

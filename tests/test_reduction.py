@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import Ranks
-from deepspeed_alst.ledger.ledger import Ledger
-from deepspeed_alst.ops.sum_pieces import load_sum_pieces
-from deepspeed_alst.parallel.reduction import Fragment, Reduction
+from deepspeed_alst.grad_reduction.reduce import Fragment, Reduction
+from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
+from deepspeed_alst.profiler.ledger import Ledger
 
 SIZES = (1, 7, 64, 1000, 4097)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

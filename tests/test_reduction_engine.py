@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.parallel.reduction import Reduction
+from deepspeed_alst.grad_reduction.reduce import Reduction
 from tests.test_features import allow_fp16_on_cpu
 from tests.test_initialize import initialize
 
@@ -36,7 +36,7 @@ def train(stage: int, ours: bool, changed: dict[str, Any], steps: int = 2, facto
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    from deepspeed_alst.engine.reduction import install_reduction
+    from deepspeed_alst.grad_reduction.zero_paths import install_reduction
 
     model = Odd()
     config = {
@@ -133,7 +133,7 @@ def test_without_zero_too(ranks2):
 
 def host_shares() -> None:
     """Shares that are kept on the host are made on the device, a parameter at a time, and DeepSpeed takes them over."""
-    from deepspeed_alst.engine import reduction
+    from deepspeed_alst.grad_reduction import zero_paths as reduction
 
     here = train(3, True, FP32_SUMS)
     # On a machine without a GPU no tensor is anywhere but on the device.
@@ -179,7 +179,7 @@ def uneven(immediate: bool, again: bool, ours: bool) -> tuple[list[torch.Tensor]
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    from deepspeed_alst.engine.reduction import install_reduction
+    from deepspeed_alst.grad_reduction.zero_paths import install_reduction
 
     model = Odd()
     config = {

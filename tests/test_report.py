@@ -202,7 +202,7 @@ def test_attention_kernels_are_named_and_one_that_does_not_load_is_a_problem(mac
 
 
 def test_a_library_newer_than_tested_is_a_note(monkeypatch):
-    monkeypatch.setattr("deepspeed_alst.engine.environment.NEWEST_TESTED", {"torch": "2.0"})
+    monkeypatch.setattr("deepspeed_alst.environment.NEWEST_TESTED", {"torch": "2.0"})
     (row,) = probe.tested_rows()
     assert row.verdict == "note" and "newest tested: 2.0" in row.value
 

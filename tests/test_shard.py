@@ -8,7 +8,7 @@ from collections import UserDict
 import pytest
 import torch
 
-from deepspeed_alst.data.shard import PLACE, REAL_TOKENS, shard_batch, shift_labels
+from deepspeed_alst.data.sharding import PLACE, REAL_TOKENS, shard_batch, shift_labels
 from deepspeed_alst.errors import DataError
 
 # B, S, P, multiple: ragged, exact, shorter than one shard, a single token, more padding than tokens.

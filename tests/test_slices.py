@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepspeed_alst.parallel.slices import pieces_by_owner, segments
+from deepspeed_alst.grad_reduction.bucket_layout import pieces_by_owner, segments
 
 
 @pytest.mark.parametrize("columns", [[], [0], [1], [7], [3, 0, 11, 1, 1], [100]])

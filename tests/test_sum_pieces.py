@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.reduction.op import memory
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces, sum_pieces_reference
+from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces, sum_pieces_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -11,10 +11,10 @@ from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.deferred import DeferredHead, DeferredLogits
-from deepspeed_alst.models.tiled_loss import logits_wanted, replace_whole_loss, tile_loss
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
+from deepspeed_alst.tiling.tiled_loss import logits_wanted, replace_whole_loss, tile_loss
 from tests.models import family_batch
 from tests.test_tiled_mlp import EXACT, Products, error, no_leaf
 
@@ -31,7 +31,7 @@ def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: Any) ->
 
 
 def tile(model: torch.nn.Module, undo: PatchSet) -> str:
-    words = tile_loss(model, TILES, Calls(), no_leaf, undo)
+    words = tile_loss(model, TILES, ForwardContext(), no_leaf, undo)
     replace_whole_loss(model, undo)
     return words
 
@@ -112,7 +112,7 @@ def test_a_head_with_a_bias():
 
 def test_a_model_without_a_head_is_refused():
     with PatchSet() as undo, pytest.raises(UnsupportedModelError, match="LlamaModel has no output embeddings"):
-        tile_loss(model_of("llama").model, TILES, Calls(), no_leaf, undo)
+        tile_loss(model_of("llama").model, TILES, ForwardContext(), no_leaf, undo)
 
 
 # --- the function
@@ -183,7 +183,7 @@ def test_an_evaluation_gets_logits_at_the_first_touch():
     with PatchSet() as undo, torch.no_grad():
         tile(model, undo)
         logits = model(input_ids=tokens, labels=tokens).logits
-        assert isinstance(logits, DeferredLogits) and logits.shape == expected.shape == logits.size()
+        assert isinstance(logits, LazyLogits) and logits.shape == expected.shape == logits.size()
         assert (logits.dim(), logits.size(-1), logits.device) == (3, 97, expected.device) and logits._made is None
         torch.testing.assert_close(logits.argmax(-1), expected.argmax(-1))
         torch.testing.assert_close(torch.softmax(logits, -1), expected.softmax(-1))
@@ -197,8 +197,8 @@ def test_an_evaluation_gets_logits_at_the_first_touch():
 
 def test_logits_times_a_weight_are_made_at_once_so_that_it_gets_its_gradient():
     linear, hidden = torch.nn.Linear(8, 5), torch.randn(2, 3, 8)
-    logits = DeferredLogits(DeferredHead(linear, linear.forward, TILES), hidden)
-    assert isinstance(logits * torch.tensor(2.0), DeferredLogits)
+    logits = LazyLogits(LazyHead(linear, linear.forward, TILES), hidden)
+    assert isinstance(logits * torch.tensor(2.0), LazyLogits)
     scale = torch.nn.Parameter(torch.tensor(2.0))
     (logits * scale).sum().backward()
     torch.testing.assert_close(scale.grad, linear(hidden).sum())

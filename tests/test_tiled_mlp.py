@@ -15,11 +15,11 @@ from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
-from deepspeed_alst.models.tiles import tile_mlps
-from deepspeed_alst.models.token_wise import token_wise_modules
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
-from deepspeed_alst.tiling.plan import row_bytes, tile_rows
-from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.tile_size import row_bytes, tile_rows
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+from deepspeed_alst.tiling.tiled_module import TiledModule
+from deepspeed_alst.tiling.token_wise import token_wise_modules
 from tests.models import family_batch
 
 EXACT = 1e-12
@@ -111,7 +111,7 @@ def test_more_tiles_than_tokens_and_no_token_at_all():
 
 def assert_same(module: torch.nn.Module, tile: int, x: torch.Tensor, *rows: torch.Tensor) -> None:
     x.requires_grad_()
-    work = TokenWise("mlp", module)
+    work = TiledModule("mlp", module)
     outputs = [function(x, *rows) for function in (module, lambda *all_rows: work.tiled(tile, *all_rows))]
     seed = torch.randn_like(outputs[0])
     wanted = [x, *(param for param in module.parameters() if param.requires_grad)]
@@ -139,7 +139,7 @@ class Odd(torch.nn.Module):
 def test_a_module_of_any_shape(tile):
     torch.manual_seed(0)
     module, x = Odd().double(), torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
-    work = TokenWise("odd", module)
+    work = TiledModule("odd", module)
     params = [param for param in module.parameters() if param.requires_grad]
     found = []
     for function in (module, lambda rows: work.tiled(tile, rows)):
@@ -178,7 +178,7 @@ def test_a_weight_gets_its_gradient_once_and_its_hooks_see_the_sum():
     for name, param in module.named_parameters():
         param.register_hook(lambda grad, name=name: seen.setdefault(name, []).append(grad.clone()))
         param.register_post_accumulate_grad_hook(lambda _, name=name: accumulated.append(name))
-    work = TokenWise("mlp", module)
+    work = TiledModule("mlp", module)
     for _ in range(2):
         work.tiled(7, x.clone().requires_grad_()).sum().backward()
     names = [name for name, _ in module.named_parameters()]
@@ -194,7 +194,7 @@ def test_a_hook_that_changes_a_gradient_changes_it_once():
     module(x).sum().backward()
     expected = module[0].weight.grad.clone()
     module.zero_grad()
-    TokenWise("mlp", module).tiled(6, x).sum().backward()
+    TiledModule("mlp", module).tiled(6, x).sum().backward()
     assert error(module[0].weight.grad, expected) < EXACT
 
 
@@ -204,7 +204,7 @@ def bf16_error(num_tiles: int, fp32: bool) -> float:
     module = LlamaMLP(CONFIG_MAPPING["llama"](hidden_size=64, intermediate_size=96, num_attention_heads=4)).bfloat16()
     x, seed = torch.randn(1, 2048, 64).bfloat16(), torch.randn(1, 2048, 64).bfloat16()
     params = list(module.parameters())
-    work = TokenWise("mlp", module, fp32)
+    work = TiledModule("mlp", module, fp32)
     found = torch.autograd.grad(work.tiled(2048 // num_tiles, x.requires_grad_()), params, seed)
     truth = LlamaMLP(CONFIG_MAPPING["llama"](hidden_size=64, intermediate_size=96, num_attention_heads=4)).double()
     truth.load_state_dict({name: param.double() for name, param in module.state_dict().items()})
@@ -223,7 +223,7 @@ def test_a_second_backward_and_an_exception_in_a_tile_leave_nothing_behind():
         LlamaMLP(CONFIG_MAPPING["llama"](hidden_size=16, intermediate_size=24, num_attention_heads=4)),
         torch.randn(1, 50, 16),
     )
-    work, weight = TokenWise("mlp", module), module.down_proj.weight
+    work, weight = TiledModule("mlp", module), module.down_proj.weight
     weight.register_hook(lambda grad: grad)
     output = work.tiled(7, x.requires_grad_())
     module.act_fn.forward = lambda rows: (_ for _ in ()).throw(RuntimeError("in a tile"))
@@ -240,7 +240,7 @@ def test_a_second_backward_and_an_exception_in_a_tile_leave_nothing_behind():
 def test_autocast_is_that_of_the_forward():
     module = LlamaMLP(CONFIG_MAPPING["llama"](hidden_size=16, intermediate_size=24, num_attention_heads=4))
     x = torch.randn(1, 50, 16, requires_grad=True)
-    work, found = TokenWise("mlp", module), []
+    work, found = TiledModule("mlp", module), []
     for function in (module, lambda rows: work.tiled(50, rows)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = function(x * 1)
@@ -267,7 +267,7 @@ def test_expert_by_expert(kind, tile):
     assert num_stacked_experts(module) == 5
     x, weight = (torch.randn(50, n, dtype=torch.float64, requires_grad=True) for n in (16, 2))
     index = torch.stack([torch.randperm(4)[:2] for _ in range(50)])  # the fifth has no token
-    outputs = [module(x, index, weight), by_expert(TokenWise("experts", module), tile, x, index, weight)]
+    outputs = [module(x, index, weight), by_expert(TiledModule("experts", module), tile, x, index, weight)]
     seed = torch.randn_like(x)
     whole, split = (torch.autograd.grad(output, [x, weight, *module.parameters()], seed) for output in outputs)
     assert error(outputs[1], outputs[0]) < EXACT
@@ -350,7 +350,7 @@ def test_a_module_that_mixes_tokens_is_refused():
             return super().forward(x + x.roll(1, dims=-2))
 
     with pytest.raises(UnsupportedModelError, match="mixing gives a token another value among other tokens"):
-        TokenWise("mixing", Mixing(8, 8)).tiled(5, torch.randn(1, 40, 8))
+        TiledModule("mixing", Mixing(8, 8)).tiled(5, torch.randn(1, 40, 8))
 
 
 def test_a_4bit_layer_in_evaluation_mode_is_refused_where_gradients_are_asked_for():

@@ -14,7 +14,7 @@ from benchmarks.ranks import RankError
 from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
-from deepspeed_alst.models.tiles import tile_mlps
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from tests.test_tiled_loss import batch, step, tile
 from tests.test_tiled_mlp import EXACT, error, model_of, no_leaf
 

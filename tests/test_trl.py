@@ -180,7 +180,7 @@ def refuse(name: str) -> None:
 def test_a_loss_of_log_probabilities_is_refused_by_the_trainers_name_and_loss_types_are_not_spoken_of(name):
     import trl
 
-    from deepspeed_alst.models.trainer import check_trainer
+    from deepspeed_alst.integrations.hf_trainer import check_trainer
 
     kind = getattr(trl, f"{name}Trainer")
     for each in (kind, type("Own", (kind,), {})):

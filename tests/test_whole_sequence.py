@@ -17,16 +17,17 @@ import torch.distributed as dist
 from benchmarks.cells import Cell, build_model, ds_config, full_weight
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
-from deepspeed_alst.attention.whole_mask import WholeMask
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.shard import shard_batch
+from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.distributed.mesh import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
-from deepspeed_alst.models import masks, patches
-from deepspeed_alst.models.batch_guard import guard_batches
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.families import check_model
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.parallel.groups import SequenceGroups, build_control_group, build_groups
+from deepspeed_alst.sequence_parallel import hf_masks as masks
+from deepspeed_alst.sequence_parallel import patch_model as patches
+from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.verification.hf_support_checks import check_model
 from tests.models import family_batch
 from tests.test_cores import EXACT, packed_batch, split_step, whole_step, worst
 from tests.test_kept_attention import checkpoint_layers
@@ -44,13 +45,13 @@ CHUNKS = {
 
 
 @contextlib.contextmanager
-def split(model: torch.nn.Module) -> Iterator[tuple[SequenceGroups, Calls]]:
+def split(model: torch.nn.Module) -> Iterator[tuple[SequenceGroups, ForwardContext]]:
     """Inside, a model is split over two ranks, with the guard of its batches."""
     with PatchSet() as undo:
-        groups, calls = build_groups(2, build_control_group()), Calls()
+        groups, calls = build_groups(2, build_control_group()), ForwardContext()
         undo.callback(groups.destroy)
         patch_model(model, groups.sp_group, undo, calls)
-        guard_batches(model, groups, calls, undo)
+        check_batches(model, groups, calls, undo)
         yield groups, calls
 
 
@@ -87,7 +88,7 @@ def in_turns(
 @contextlib.contextmanager
 def masks_dropped(wanted: bool) -> Iterator[None]:
     """Inside, every mask is taken for plain causal."""
-    with mock.patch.object(masks, "read_mask", lambda *_: WholeMask()) if wanted else contextlib.nullcontext():
+    with mock.patch.object(masks, "read_mask", lambda *_: MaskSpec()) if wanted else contextlib.nullcontext():
         yield
 
 

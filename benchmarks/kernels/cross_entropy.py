@@ -152,10 +152,10 @@ def tile_peak(backend: str, tile_tokens: int | None) -> int:
 def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: PatchSet) -> Any:
     """Return loss and gradients of a model whose tiled loss uses this backend."""
     from deepspeed_alst.config.schema import TiledLossConfig
-    from deepspeed_alst.models.calls import Calls
-    from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
+    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+    from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 
-    tile_loss(model, TiledLossConfig(backend=backend, tile_tokens=13), Calls(), lambda module: None, undo)
+    tile_loss(model, TiledLossConfig(backend=backend, tile_tokens=13), ForwardContext(), lambda module: None, undo)
     replace_whole_loss(model, undo)
     model.zero_grad()
     loss = model(**batch, use_cache=False).loss

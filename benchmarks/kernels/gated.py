@@ -186,32 +186,32 @@ def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
 @contextmanager
 def by_autograd() -> Iterator[None]:
     """Run tiles of a gated MLP by autograd, as those of any module."""
-    from deepspeed_alst.tiling.structure import ClosedForm
+    from deepspeed_alst.tiling.detect_gated_mlp import ClosedForm
 
     with mock.patch.object(ClosedForm, "now", lambda *_: None):
         yield
 
 
 def _step(module: torch.nn.Module, x_1sM: torch.Tensor, grad_1sM: torch.Tensor, closed: bool) -> None:
-    from deepspeed_alst.tiling.sequence import TokenWise
+    from deepspeed_alst.tiling.tiled_module import TiledModule
 
     with nullcontext() if closed else by_autograd():
-        TokenWise("mlp", module).tiled(512, x_1sM.detach().requires_grad_()).backward(grad_1sM)
+        TiledModule("mlp", module).tiled(512, x_1sM.detach().requires_grad_()).backward(grad_1sM)
 
 
 def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
     """Return rows per tile and peak bytes of the backward: Llama-3.1-8B's MLP, 32K tokens, fake tensors."""
     from deepspeed_alst.config.schema import TiledMLPConfig
-    from deepspeed_alst.ledger.fake import fake_world
-    from deepspeed_alst.ledger.ledger import Ledger
-    from deepspeed_alst.tiling.plan import row_bytes, tile_rows
-    from deepspeed_alst.tiling.sequence import TokenWise
+    from deepspeed_alst.profiler.fake import fake_world
+    from deepspeed_alst.profiler.ledger import Ledger
+    from deepspeed_alst.tiling.tile_size import row_bytes, tile_rows
+    from deepspeed_alst.tiling.tiled_module import TiledModule
 
     T, M, F = 32768, 4096, 14336
     with fake_world(1), nullcontext() if closed else by_autograd():
         module = _mlp(M, F, torch.bfloat16)
         x_1TM = torch.empty(1, T, M, dtype=torch.bfloat16, requires_grad=True)
-        work = TokenWise("mlp", module)
+        work = TiledModule("mlp", module)
         form = work.closed_form([x_1TM], 3)
         per_row = row_bytes(2 * F + M, 2) if form is None else form.row_bytes(2)
         rows = tile_tokens or tile_rows(TiledMLPConfig(), T, per_row, 0)

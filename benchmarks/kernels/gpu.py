@@ -101,8 +101,8 @@ def _norm(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
 def _rope_and_pack(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
     from liger_kernel.ops.rope import LigerRopeFunction
 
+    from deepspeed_alst.kernels.head_layout import by_heads, pack
     from deepspeed_alst.kernels.rope import rope
-    from deepspeed_alst.kernels.wire import by_heads, pack
 
     q_BshD, k_BsgD, v_BsgD = (
         torch.randn(1, s.T, heads, s.D, device=device, dtype=dtype) for heads in (s.h, s.h // 4, s.h // 4)

@@ -42,14 +42,14 @@ class Case:
 
     def shards(self, device: str = "cpu") -> list[torch.Tensor]:
         """Create pieces of q, k and v, or of their gradients, in the model's layout."""
-        from deepspeed_alst.kernels.wire import by_heads
+        from deepspeed_alst.kernels.head_layout import by_heads
 
         sizes = ((self.H, self.D, 1), (self.K, self.D, self.m), (self.K, self.V, self.m))
         return [by_heads(self.tensor(heads, self.s, D, device), self.P // m) for heads, D, m in sizes]
 
     def sequences(self, device: str = "cpu") -> list[torch.Tensor]:
         """Create pieces of q, k and v in attention's layout."""
-        from deepspeed_alst.kernels.wire import by_tokens
+        from deepspeed_alst.kernels.head_layout import by_tokens
 
         h, k, S = self.H // self.P, max(1, self.K // self.P), self.s * self.P
         return [
@@ -85,7 +85,7 @@ def title(case: Case) -> str:
 
 def launch(case: Case) -> None:
     """Launch the kernels of a layer's forward and backward on meta tensors."""
-    from deepspeed_alst.kernels import heads
+    from deepspeed_alst.kernels import pack_heads as heads
     from deepspeed_alst.kernels.registry import registered
 
     packs, unpacks = registered()["pack_heads"], registered()["unpack_heads_"]
@@ -108,7 +108,7 @@ def judge(case: Case) -> Verdict:
 
 def compare(case: Case) -> dict[str, tuple[float, float]]:
     """Compare pack and unpack with their references: copies bit by bit, sums of copies by error."""
-    from deepspeed_alst.kernels.wire import pack, pack_reference, unpack_, unpack_reference
+    from deepspeed_alst.kernels.head_layout import pack, pack_reference, unpack_, unpack_reference
 
     torch.manual_seed(0)
     errors = {}
@@ -129,8 +129,8 @@ def compare(case: Case) -> dict[str, tuple[float, float]]:
 
 def races() -> Iterator[Race]:
     """Time the csrc ops against torch, for several tensors to pack or copies to sum."""
-    from deepspeed_alst.kernels.heads import packing, unpacking
-    from deepspeed_alst.kernels.wire import pack_reference, unpack_reference
+    from deepspeed_alst.kernels.head_layout import pack_reference, unpack_reference
+    from deepspeed_alst.kernels.pack_heads import packing, unpacking
 
     pack, unpack = packing(torch.device("cpu")), unpacking(torch.device("cpu"))
     for dtype in (torch.float32, torch.bfloat16):

@@ -137,7 +137,7 @@ def layer_peak(model_type: str, checkpointing: str, fused: bool) -> float:
 
     from benchmarks.tiles.shapes import REAL_SIZE, step_of
     from benchmarks.tiles.systems import System
-    from deepspeed_alst.models.fused import fuse_norms_and_rope
+    from deepspeed_alst.integrations.fused import fuse_norms_and_rope
 
     class Fused(System):
         def _loss_of(self, model: Any, *rest: Any) -> Any:

@@ -21,8 +21,8 @@ from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.models.kept_attention import keep_attention
-from deepspeed_alst.offload.frames import Frame
+from deepspeed_alst.offload.checkpoint_frame import CheckpointFrame
+from deepspeed_alst.offload.hf_attention_cache import keep_attention
 
 Row = tuple[str, str, str, bool]
 """Row name, figure, target, and True if it is met."""
@@ -69,7 +69,7 @@ def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
         keep_attention(model, PatchSet())
 
     def in_frame(function: Any, *args: Any) -> Any:
-        frame = Frame(keeps_attention=keeps)
+        frame = CheckpointFrame(keeps_attention=keeps)
 
         def run(*args: Any) -> Any:
             with frame.running():

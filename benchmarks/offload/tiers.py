@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.ranks import finished
+from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.pool import HostPool, pages
-from deepspeed_alst.offload.spill import Spill
-from deepspeed_alst.offload.store import Store
+from deepspeed_alst.offload.host_buffers import HostBufferPool, pages
+from deepspeed_alst.offload.swapper import Swapper
 
 Row = tuple[str, str, str, bool]
 """Row name, figure, target, and True if it is met."""
@@ -32,14 +32,14 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         if tier == "disk":
             file = DiskFile(folder, engine="threads")
-            store = Store(HostPool(budget=0), Spill(file, HostPool(budget=RING * size)))
+            store = ActivationStore(HostBufferPool(budget=0), Swapper(file, HostBufferPool(budget=RING * size)))
         else:
-            store = Store(HostPool())
+            store = ActivationStore(HostBufferPool())
         before = _resident()
         gets = []
         for layer in range(LAYERS):
             gets.append(store.group().put(torch.full((1, length, HIDDEN), float(layer), dtype=torch.bfloat16)))
-        store.let_go()
+        store.release_kept()
         grown = _resident() - before
         for layer in reversed(range(LAYERS)):
             tensor = gets.pop()()

@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.ledger.ledger import Ledger
-from deepspeed_alst.models.offload import Keeping, keep_activations
-from deepspeed_alst.offload.pool import HostPool
-from deepspeed_alst.offload.store import Store
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.host_buffers import HostBufferPool
+from deepspeed_alst.profiler.ledger import Ledger
 
 Row = tuple[str, str, str, bool]
 """Row name, figure, target, and True if it is met."""
@@ -71,7 +71,7 @@ def _kept(name: str, length: int) -> dict[str, int]:
     ids = torch.randint(0, 128, (1, length))
     with PatchSet() as undo:
         if name == OURS:
-            store = Store(HostPool())
+            store = ActivationStore(HostBufferPool())
             undo.callback(store.close)
             keep_activations(model, Keeping(store, keep_last=1), undo)
         with Ledger(model) as ledger, _context(name):

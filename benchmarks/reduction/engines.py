@@ -98,9 +98,9 @@ def build(case: Case, system: System) -> Any:
     """Build a DeepSpeed engine for the case, with at most our reduction installed."""
     import deepspeed
 
-    from deepspeed_alst.engine.reduction import install_reduction
-    from deepspeed_alst.ops.sum_pieces import load_sum_pieces
-    from deepspeed_alst.parallel.reduction import Reduction
+    from deepspeed_alst.grad_reduction.reduce import Reduction
+    from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
+    from deepspeed_alst.grad_reduction.zero_paths import install_reduction
 
     model = Vectors(case.sizes)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config(case, system))

@@ -97,7 +97,7 @@ def extra_bytes(case: Case) -> dict[str, int]:
 @contextlib.contextmanager
 def allocated(engine: Any, lived: list[torch.Tensor], peaks: list[int]) -> Iterator[None]:
     """Append the peak bytes inside the block beyond the bytes live before, by the ledger."""
-    from deepspeed_alst.ledger.ledger import Ledger
+    from deepspeed_alst.profiler.ledger import Ledger
 
     # Newer than ``lived``: gradients, and the buckets, which stages 1 and 2 recreate in each backward.
     buffers = [bucket.buffer for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import finished
-from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces
+from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces
 
 Row = tuple[str, str, str, bool]
 """Row name, figure, target, and True if it is met."""

@@ -72,10 +72,10 @@ def _tile(model: Any, system: str, tiles: int, undo: PatchSet) -> None:
 
     from benchmarks.tiles.systems import upstream_loss, upstream_mlps
     from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
-    from deepspeed_alst.engine.leaves import Leaves
-    from deepspeed_alst.models.calls import Calls
-    from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
-    from deepspeed_alst.models.tiles import tile_mlps
+    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+    from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+    from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+    from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 
     if system == "upstream":
         undo.enter_context(upstream_mlps(model, tiles))
@@ -85,7 +85,7 @@ def _tile(model: Any, system: str, tiles: int, undo: PatchSet) -> None:
 
         model.forward = forward
         return
-    leaves = Leaves(model, 3, undo)
+    leaves = ZeRO3Leaves(model, 3, undo)
     tile_mlps(model, TiledMLPConfig(tile_tokens=S // tiles), leaves, undo)
-    tile_loss(model, TiledLossConfig(tile_tokens=S // tiles), Calls(), leaves, undo)
+    tile_loss(model, TiledLossConfig(tile_tokens=S // tiles), ForwardContext(), leaves, undo)
     replace_whole_loss(model, undo)

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 from benchmarks.tiles.systems import IGNORED_LABEL, build, second_step, upstream_loss, without_mask
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.ledger.fake import fake_world
-from deepspeed_alst.ledger.known import Known
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.profiler.fake import fake_world
+from deepspeed_alst.profiler.known import Known
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 
 SYSTEMS = ("whole", "upstream", "ours")
 
@@ -69,7 +69,7 @@ def _loss_of(model: Any, case: LossCase, system: str, undo: PatchSet) -> Any:
     if system == "upstream":
         return lambda batch: upstream_loss(model, batch, case.num_shards)
     if system == "ours":
-        tile_loss(model, case.budget, Calls(), lambda module: None, undo)
+        tile_loss(model, case.budget, ForwardContext(), lambda module: None, undo)
         replace_whole_loss(model, undo)
     return lambda batch: model(**batch, use_cache=False).loss
 

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from benchmarks.tiles.systems import System, build, second_step
 from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.tiled_module import TiledModule
 
 TILES = (1, 4, 16, 64, 128)
 _ROWS, _HIDDEN, _INNER = 2048, 256, 704
@@ -41,7 +41,7 @@ def gradient_errors(tiles: tuple[int, ...] = TILES) -> dict[str, list[float]]:
 
     found: dict[str, list[float]] = {"ours": [], "upstream": []}
     for count in tiles:
-        found["ours"].append(error(TokenWise("mlp", module).tiled(_ROWS // count, x.clone().requires_grad_())))
+        found["ours"].append(error(TiledModule("mlp", module).tiled(_ROWS // count, x.clone().requires_grad_())))
         found["upstream"].append(error(_upstream(module, x.clone().requires_grad_(), count)))
     return found
 

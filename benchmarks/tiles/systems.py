@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.ledger.ledger import Ledger
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
-from deepspeed_alst.models.tiles import tile_mlps
+from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 
 IGNORED_LABEL = -100
 LOSS_SHARD_BYTES = 2**30
@@ -53,7 +53,7 @@ class System:
                 model.enable_input_require_grads()
                 undo.callback(model.disable_input_require_grads)
                 undo.callback(model.gradient_checkpointing_disable)
-            calls = Calls()
+            calls = ForwardContext()
             if sp_size > 1:
                 patch_model(model, dist.group.WORLD, undo, calls)
             else:
@@ -61,7 +61,7 @@ class System:
             yield self._loss_of(model, sp_size, mlp or TiledMLPConfig(), calls, undo)
 
     def _loss_of(
-        self, model: Any, sp_size: int, mlp: TiledMLPConfig, calls: Calls, undo: PatchSet
+        self, model: Any, sp_size: int, mlp: TiledMLPConfig, calls: ForwardContext, undo: PatchSet
     ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         if self.tiles == "upstream":
             undo.enter_context(upstream_mlps(model))

@@ -23,8 +23,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed_alst.checkpoint.save import STAMP, check_same, latest_tag, on_all_ranks, parameter_order
 from deepspeed_alst.checkpoint.universal import convert_together, is_universal, naming, read, restore_the_rest
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import CheckpointError
-from deepspeed_alst.parallel.agreement import gather_objects
 
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
 _NAMES_SHOWN = 3

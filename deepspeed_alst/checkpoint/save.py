@@ -17,9 +17,9 @@ import torch.distributed as dist
 from deepspeed.checkpoint import constants
 
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import AlstError, CheckpointError
-from deepspeed_alst.parallel.agreement import gather_objects, raise_together
-from deepspeed_alst.words import in_words
+from deepspeed_alst.formatting import format_bytes
 
 STAMP = "deepspeed_alst"
 """Key of this package's entry in DeepSpeed's files: the id of the save, the rank that wrote the file, of how many, and
@@ -62,7 +62,7 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
     given["save_latest"] = False
     with _errors_kept(engine, _stamp(engine, group)) as errors:
         result = save(*call.args, **call.kwargs)
-    raise_together(_not_written(errors[0], folder, tag) if errors else None, group)
+    raise_on_all_ranks(_not_written(errors[0], folder, tag) if errors else None, group)
     if names_latest:
         problem = f"{folder / tag} is whole, but {latest} could not be written"
         on_all_ranks(problem, lambda: first and _name_latest(folder, tag), group)
@@ -88,7 +88,7 @@ def on_all_ranks(problem: str, run: Callable[[], _T], group: Any) -> _T:
     except Exception as found:
         error = CheckpointError(f"{problem}: {found!r}")
         error.__cause__ = found
-    raise_together(error, group)
+    raise_on_all_ranks(error, group)
     return cast(_T, result)
 
 
@@ -186,7 +186,7 @@ def _errors_kept(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Exception]
 def _not_written(cause: Exception, folder: Path, tag: str) -> CheckpointError:
     room = ""
     with contextlib.suppress(OSError):
-        room = f" ({in_words(shutil.disk_usage(folder).free)} free there)"
+        room = f" ({format_bytes(shutil.disk_usage(folder).free)} free there)"
     latest = latest_tag(folder)
     kept = f"{folder / _LATEST} still names {latest}" if latest else "there is no checkpoint before it"
     error = CheckpointError(f"{folder / tag} could not be written{room}: {cause!r}. It is not whole, remove it; {kept}")

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from deepspeed.checkpoint import constants
 
 from deepspeed_alst.checkpoint.save import STAMP, on_all_ranks
+from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import CheckpointError
-from deepspeed_alst.parallel.agreement import gather_objects
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 # Runs the converter so that the kernel kills it and its workers when the parent process ends: PR_SET_PDEATHSIG is 1,

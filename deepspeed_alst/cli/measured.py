@@ -9,15 +9,15 @@ import torch.distributed as dist
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.ledger.fake import fake_world
-from deepspeed_alst.ledger.known import Known
-from deepspeed_alst.ledger.ledger import Ledger
-from deepspeed_alst.models.calls import Calls
-from deepspeed_alst.models.fused import fuse_norms_and_rope
-from deepspeed_alst.models.patches import patch_model
-from deepspeed_alst.models.tiled_loss import tile_loss
-from deepspeed_alst.models.tiles import tile_mlps
-from deepspeed_alst.models.trials import causal_lm
+from deepspeed_alst.integrations.fused import fuse_norms_and_rope
+from deepspeed_alst.profiler.fake import fake_world
+from deepspeed_alst.profiler.known import Known
+from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.tiling.tiled_loss import tile_loss
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+from deepspeed_alst.verification.hf_tiny_models import causal_lm
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> Bytes:
 def _patched(model: Any, keys: AlstConfig, patches: PatchSet) -> Any:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    calls = Calls()
+    calls = ForwardContext()
     patch_model(model, dist.group.WORLD, patches, calls)
     if keys.alst.liger_kernel is not False:
         fuse_norms_and_rope(model, patches)  # as on a GPU, where Liger's kernels or this package's run

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspeed_alst.config.parse import block_of
-from deepspeed_alst.engine.buckets import fitting_numel, num_buckets
+from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets
 
 Sizes = dict[str, float]
 """Bytes by category."""

@@ -1,6 +1,6 @@
 """``ds_alst plan``: longest sequence that fits, memory by category and the binding limit, for any machine.
 
-One layer of the model runs with the ds_config's tiles on tensors without data (ledger/fake.py) to count bytes per
+One layer of the model runs with the ds_config's tiles on tensors without data (profiler/fake.py) to count bytes per
 token; the rest is arithmetic (memory.py). Covers decoders in half precision with checkpointed layers.
 """
 
@@ -79,8 +79,8 @@ def measure(name: str, config: Any) -> tuple[Any, Any]:
     """Return a model's sizes, and the bytes of one layer on one of P ranks with the ds_config's tiles."""
     from deepspeed_alst.cli.measured import bytes_of
     from deepspeed_alst.cli.memory import Layer, Model
-    from deepspeed_alst.models.parity_trial import numel
-    from deepspeed_alst.models.trials import causal_lm, load_config
+    from deepspeed_alst.verification.hf_parity_trial import numel
+    from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config
 
     whole = load_config(name, small=False).get_text_config()
     num_layers = getattr(whole, "num_hidden_layers", 0)

@@ -16,12 +16,12 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 from deepspeed_alst.cli.report import ROW_MARK, Row, guarded, judged, version_of
-from deepspeed_alst.engine.environment import allocator_variable, check_deepspeed, is_left_over
+from deepspeed_alst.environment import allocator_variable, check_deepspeed, is_left_over
+from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.kernels.builder import BUILDERS
+from deepspeed_alst.offload.aio import is_aio_there
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.memory import spare_bytes
-from deepspeed_alst.ops.aio import is_aio_there
-from deepspeed_alst.ops.builder import BUILDERS
-from deepspeed_alst.words import in_words
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 # Distribution of each module that a run or its kernels import.
@@ -87,7 +87,7 @@ def tested_rows() -> Iterator[Row]:
 def gpu_rows() -> Iterator[Row]:
     """Yield the row on the GPUs."""
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    kinds = Counter(f"{p.name}, {in_words(p.total_memory, 1)}, capability {p.major}.{p.minor}" for p in found)
+    kinds = Counter(f"{p.name}, {format_bytes(p.total_memory, 1)}, capability {p.major}.{p.minor}" for p in found)
     value = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"
     device = get_accelerator().device_name()
     value += f"; torch {torch.__version__}, DeepSpeed runs on {device}"
@@ -164,8 +164,8 @@ def lock_rows() -> Iterator[Row]:
 def memory_rows() -> Iterator[Row]:
     """Yield the row on host memory and the part of it available to offloaded activations."""
     memory, spare = psutil.virtual_memory(), spare_bytes()
-    value = f"{in_words(memory.total, 1)}, {in_words(memory.available, 1)} available; "
-    value += f"{in_words(spare, 1)} for offloaded activations, within the cgroup's limit"
+    value = f"{format_bytes(memory.total, 1)}, {format_bytes(memory.available, 1)} available; "
+    value += f"{format_bytes(spare, 1)} for offloaded activations, within the cgroup's limit"
     yield judged("host memory", value, "" if spare else "none", "end what holds it, or raise the container's limit")
 
 

@@ -23,7 +23,7 @@ from deepspeed_alst.cli.keys import problems, read_json
 from deepspeed_alst.config.config_file import is_wanted
 from deepspeed_alst.config.parse import block_of, parse
 from deepspeed_alst.config.schema import AlstBlockConfig
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
 
 SUMMARY = "the environment that a run would have, with a verdict for each part of it and what to do"
 EXAMPLES = """  ds_alst report

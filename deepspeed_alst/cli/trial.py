@@ -16,7 +16,7 @@ import deepspeed
 import torch
 
 from deepspeed_alst.cli.recorder import Recorder
-from deepspeed_alst.models.trials import build, load_config
+from deepspeed_alst.verification.hf_tiny_models import build, load_config
 
 LEARNING_RATE = 0.3
 _SEED = 5

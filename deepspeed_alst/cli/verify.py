@@ -20,7 +20,7 @@ from deepspeed_alst.config.ds_values import GAS, MICRO
 from deepspeed_alst.config.near_misses import DTYPE, TOP_KEYS
 from deepspeed_alst.config.parse import block_of
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
 
 SUMMARY = "train with sequence parallelism and without, on the same samples, and say how far apart the two are"
 EXAMPLES = """  ds_alst verify --ds_config ds.json --model meta-llama/Llama-3.1-8B
@@ -167,7 +167,7 @@ def _run_trial(
 ) -> list[str]:
     """Run the built-in program, with SGD because Adam would hide a gradient's scale."""
     from deepspeed_alst.cli.trial import Spec
-    from deepspeed_alst.models.trials import has_weights
+    from deepspeed_alst.verification.hf_tiny_models import has_weights
 
     runs = {name: _plain(ds_config, output, not arguments.full) for name, ds_config in configs.items()}
     half = next((key for key in ("bf16", "fp16") if (runs[_BASELINE].get(key) or {}).get("enabled")), "")

@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspeed_alst.config.ds_values import Config, value_at, wrong_blocks, zero_stage
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
 
 _MISSING = object()
 

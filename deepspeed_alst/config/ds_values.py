@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
 
 Config = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from deepspeed_alst.words import as_word, shown
+from deepspeed_alst.formatting import as_word, shown
 
 SP = "sequence_parallel_size"
 DTYPE = "seq_parallel_communication_data_type"

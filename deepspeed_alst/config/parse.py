@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from deepspeed_alst.config.near_misses import DEEPSPEED_KEYS, OURS, TOP_KEYS, correction, near_misses, nearest, place_of
 from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.words import as_word, shown
+from deepspeed_alst.formatting import as_word, shown
 
 # Union types: pydantic inserts the chosen member into the error path.
 _UNIONS = ("tiled_logits_loss", "liger_kernel")

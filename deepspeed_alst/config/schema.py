@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from deepspeed_alst.words import shown
+from deepspeed_alst.formatting import shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.data.checks import Vocabulary, checked, warn_of_padding
 from deepspeed_alst.data.message import Header, digest_of, layout, message_of, tokens_of, view
 from deepspeed_alst.data.own_samples import BATCHES_COMPARED, check_own_samples, num_samples
-from deepspeed_alst.data.shard import shard_batch, uncut
+from deepspeed_alst.data.sharding import shard_batch, uncut
+from deepspeed_alst.data.validation import Vocabulary, checked, warn_of_padding
+from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.mesh import SequenceGroups
+from deepspeed_alst.distributed.roll_call import name_missing_ranks
 from deepspeed_alst.errors import AlstError, DataError
-from deepspeed_alst.parallel.agreement import gather_objects
-from deepspeed_alst.parallel.groups import SequenceGroups
-from deepspeed_alst.parallel.roll_call import naming_who_is_missing
 
 
 def shard_dataloader(loader: Any, engine: Any) -> Any:
@@ -122,7 +122,7 @@ class ShardedDataLoader:
         for number in itertools.count():
             header, message, error = self._next_header(batches, num_seen)
             num_seen = header.num_seen
-            with naming_who_is_missing(self._groups.roll_group):
+            with name_missing_ranks(self._groups.roll_group):
                 everyone = gather_objects(header, self._groups.control_group)
             _raise_first(error, everyone)
             if self._stop(everyone):
@@ -177,7 +177,7 @@ class ShardedDataLoader:
         self._meet(Header(place=place), None)
 
     def _meet(self, header: Header, error: BaseException | None) -> list[Header]:
-        with naming_who_is_missing(self._groups.roll_group):
+        with name_missing_ranks(self._groups.roll_group):
             everyone = gather_objects(header, self._groups.control_group)
         _raise_first(error, everyone)
         places = [each.place for each in everyone]
@@ -196,7 +196,7 @@ class ShardedDataLoader:
             DataError: on all ranks if any rank has an error.
         """
         header, message, error = self._header_of(batch, 0)
-        with naming_who_is_missing(self._groups.roll_group):
+        with name_missing_ranks(self._groups.roll_group):
             _raise_first(error, gather_objects(header, self._groups.control_group))
         assert message is not None
         piece, device = message.view(self._groups.sp_size, -1)[self._groups.sp_rank], tokens_of(batch).device
@@ -251,7 +251,7 @@ class ShardedDataLoader:
         mine = headers[self._groups.sp_rank]
         send = torch.empty(0, dtype=torch.uint8) if message is None else message
         recv = torch.empty(sum(header.num_bytes for header in headers), dtype=torch.uint8)
-        with naming_who_is_missing(self._groups.roll_group):
+        with name_missing_ranks(self._groups.roll_group):
             dist.all_to_all_single(
                 recv,
                 send,

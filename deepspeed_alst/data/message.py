@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.data.shard import ShardedBatch
+from deepspeed_alst.data.sharding import ShardedBatch
 
 # Tensors start at a multiple of the widest dtype's size, so that their bytes can be viewed in place.
 _ALIGNMENT = 16

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.attention.masks import check_one_document, document_bounds
+from deepspeed_alst.data.document_masks import check_one_document, document_bounds
 from deepspeed_alst.errors import DataError
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")

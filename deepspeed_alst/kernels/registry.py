@@ -16,7 +16,7 @@ from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.ops.builder import load
+from deepspeed_alst.kernels.builder import load
 
 # Limit as a multiple of torch's own error in the same dtype.
 _SLACK = 3.0

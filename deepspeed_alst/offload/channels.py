@@ -1,4 +1,4 @@
-"""File I/O of one thread: by system calls (here) or by DeepSpeed's async I/O op (ops/aio.py)."""
+"""File I/O of one thread: by system calls (here) or by DeepSpeed's async I/O op (offload/aio.py)."""
 
 import errno
 import os

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 
 from deepspeed_alst.errors import AlstError, ConfigError, OffloadError, SetupError
+from deepspeed_alst.kernels.build_once import OpBuildError
 from deepspeed_alst.offload.channels import PAGE_BYTES, Channel, SystemCalls
-from deepspeed_alst.offload.extents import Extents
-from deepspeed_alst.offload.pool import pages
+from deepspeed_alst.offload.free_list import Extents
+from deepspeed_alst.offload.host_buffers import pages
 from deepspeed_alst.offload.scratch import KEY, ScratchFile
 from deepspeed_alst.offload.transfers import Transfer, Workers, within
-from deepspeed_alst.ops.build_once import OpBuildError
 
 # Bytes per call: large enough for any disk's full rate, small enough to report progress in between.
 _PIECE_BYTES = 64 << 20
@@ -138,7 +138,7 @@ class DiskFile:
         size_bytes = pages(num_bytes)
         locked = None
         if self.engine == "aio":
-            from deepspeed_alst.ops.aio import locked_buffer
+            from deepspeed_alst.offload.aio import locked_buffer
 
             locked = locked_buffer(size_bytes)
         return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8) if locked is None else locked
@@ -235,7 +235,7 @@ def _open_channels(scratch: ScratchFile, engine: str, num_threads: int) -> tuple
                 raise OpBuildError(scratch.why_buffered, "name a folder on another file system")
             if not scratch.reserves:
                 raise OpBuildError("the file system cannot set space aside", "name a folder on another file system")
-            from deepspeed_alst.ops.aio import open_aio_channels
+            from deepspeed_alst.offload.aio import open_aio_channels
 
             direct: list[Channel] = [SystemCalls(scratch.descriptor, direct=True) for _ in range(num_threads)]
             return [*open_aio_channels(scratch.descriptor, direct)], "aio", ""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.tiling.gradients import WeightGradients
-from deepspeed_alst.tiling.sequence import TokenWise
+from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.tiled_pass import autocast_as_here
+from deepspeed_alst.tiling.weight_gradients import WeightGradients
 
 
 def num_stacked_experts(module: torch.nn.Module) -> int:
@@ -30,7 +30,7 @@ def num_stacked_experts(module: torch.nn.Module) -> int:
 
 
 def by_expert(
-    work: TokenWise, tile_rows: int, x_TH: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
+    work: TiledModule, tile_rows: int, x_TH: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
 ) -> torch.Tensor:
     """Run a module of stacked experts, expert by expert: ``[T, H], [T, k], [T, k] -> [T, H]``.
 
@@ -51,7 +51,7 @@ class _ByExpert(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        work: TokenWise,
+        work: TiledModule,
         tile_rows: int,
         names: list[str],
         x_TH: torch.Tensor,

@@ -2,7 +2,8 @@
 
 A tile's backward recomputes gate and up, and computes ``d_a``, the gradient of the last matrix's input. Then one pass
 turns the three into the gradients of gate and up, and into ``a`` itself (kernels/gated.py). So a tile needs three
-values per row and inner feature, where autograd needs six or more. Gated MLPs are detected in tiling/structure.py.
+values per row and inner feature, where autograd needs six or more. Gated MLPs are detected in
+tiling/detect_gated_mlp.py.
 
 Legend: t rows of a tile, M model dim, F inner features.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_alst.tiling.gradients import WeightGradients
+from deepspeed_alst.tiling.weight_gradients import WeightGradients
 
 _COPIES = 3
 

@@ -19,9 +19,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.config.schema import TiledLossConfig
-from deepspeed_alst.parallel.draw_mode import Branch
-from deepspeed_alst.parallel.loss import IGNORED_LABEL
-from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
+from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
+from deepspeed_alst.random_draws.draw_mode import Branch
+from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
 # Per logit: the head's output and its gradient in two bytes each, and three fp32 values in between.
 _BYTES_PER_LOGIT = 16

@@ -2,7 +2,7 @@
 
 The weights are inputs of the autograd function, so each gets one gradient per pass: ZeRO's and DDP's hooks fire once,
 and the upstream gradient (gradient accumulation, loss scaling) is included. Over several tiles it is summed in fp32,
-so that the number of tiles does not matter (tiling/gradients.py). A gated MLP is computed in closed form
+so that the number of tiles does not matter (tiling/weight_gradients.py). A gated MLP is computed in closed form
 (tiling/gated_mlp.py), any other module by autograd.
 
 Legend: T rows (tokens, flat), t rows of a tile.
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.parallel.draw_mode import Branch
-from deepspeed_alst.tiling.gradients import WeightGradients, refuse_foreign_weights, without_hooks
+from deepspeed_alst.random_draws.draw_mode import Branch
+from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights, without_hooks
 
 if TYPE_CHECKING:
-    from deepspeed_alst.tiling.sequence import TokenWise
+    from deepspeed_alst.tiling.tiled_module import TiledModule
 
 
 class TiledPass(torch.autograd.Function):
@@ -28,7 +28,7 @@ class TiledPass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        work: "TokenWise",
+        work: "TiledModule",
         drawing: Branch,
         tile_rows: int,
         dims: int,
@@ -102,7 +102,7 @@ class TiledPass(torch.autograd.Function):
 
 
 def _tile_gradients(
-    work: "TokenWise",
+    work: "TiledModule",
     autocast: Callable[[], Any],
     leaves: list[torch.Tensor],
     dims: int,

@@ -12,9 +12,9 @@ import warnings
 import torch
 
 import deepspeed_alst
-from deepspeed_alst.ops.build_once import OpBuildError, environment
-from deepspeed_alst.ops.builder import SumPiecesBuilder
-from deepspeed_alst.ops.sum_pieces import load_sum_pieces, sum_pieces
+from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces
+from deepspeed_alst.kernels.build_once import OpBuildError, environment
+from deepspeed_alst.kernels.builder import SumPiecesBuilder
 
 
 def fail_once() -> str:

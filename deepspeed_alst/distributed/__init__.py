@@ -1,0 +1,1 @@
+"""Process groups, DeepSpeed's mpu, and what ranks exchange."""

@@ -1,0 +1,57 @@
+"""Agreement between ranks: small objects over gloo, and errors that all ranks raise together."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from deepspeed_alst.errors import AlstError, ConfigError
+
+
+def gather_objects(mine: Any, group: Any) -> list[Any]:
+    """Gather a picklable object from every rank, in group order. Collective over a gloo group."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def broadcast_object(mine: Any) -> Any:
+    """Broadcast rank 0's picklable object to every rank. Collective over all ranks."""
+    everyones = [mine]
+    dist.broadcast_object_list(everyones, src=0)
+    return everyones[0]
+
+
+def assert_same_on_all_ranks(settings: Mapping[str, Any], group: Any) -> None:
+    """Check that settings that collectives depend on are equal on all ranks. Collective over a gloo group.
+
+    Raises:
+        ConfigError: on all ranks, with the first rank that differs and its values.
+    """
+    first, *others = gather_objects(dict(settings), group)
+    for rank, found in enumerate(others, start=1):
+        lines = [
+            f"{key}={first[key]!r} on rank 0, {found[key]!r} on rank {rank}"
+            for key in first
+            # NaN, which JSON may contain, is not equal to itself.
+            if first[key] != found[key] and repr(first[key]) != repr(found[key])
+        ]
+        if lines:
+            raise ConfigError("the ranks have different ds_configs, and must have one: " + "; ".join(lines))
+
+
+def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:
+    """Raise on all ranks if any rank has an error. Collective over a gloo group.
+
+    A rank with its own error raises it; the others raise the same class, with that rank's number and message.
+
+    Raises:
+        AlstError: of the class of the first rank's error.
+    """
+    everyone = gather_objects(None if error is None else (type(error), str(error)), group)
+    if error is not None:
+        raise error
+    for rank, found in enumerate(everyone):
+        if found is not None:
+            kind, message = found
+            raise kind(f"rank {rank}: {message}")

@@ -1,0 +1,97 @@
+"""Loss of the whole sequence on every rank, without autograd through a collective.
+
+A rank's share of the loss is the sum of its token losses divided by the sequence's token count; the value is the
+all-reduced sum of the shares. DeepSpeed averages gradients over all ranks (distributed/mpu.py), but the ranks of one
+sequence must be summed, so the share's gradient is multiplied by the SP degree: exact for powers of 2.
+
+Legend: s tokens of this rank's shard, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+IGNORED_LABEL = -100
+
+
+class _SumOverShards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, share: torch.Tensor, whole: torch.Tensor, factor: int) -> torch.Tensor:
+        ctx.factor = factor
+        # Copy even if the dtype is the same: models add to their loss in place.
+        return whole.to(share.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad * ctx.factor, None, None
+
+
+def shard_divisor(labels: torch.Tensor, num_items: torch.Tensor | float | None = None) -> torch.Tensor:
+    """Return the divisor of a sum of token losses: ``[]`` in fp64, at least 1, on the labels' device.
+
+    The number of labelled tokens, or ``num_items`` if given.
+    """
+    if num_items is not None:
+        return torch.as_tensor(num_items, device=labels.device).double()
+    return _count(labels).clamp(min=1.0)
+
+
+def whole_sequence_divisor(
+    labels: torch.Tensor, group: Any, num_items: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Return ``shard_divisor`` of a sequence sharded over a group: the labelled tokens of all its ranks.
+
+    Collective over the group, unless ``num_items`` is given: one all-reduce of a number, no host sync.
+    """
+    if num_items is not None:
+        return shard_divisor(labels, num_items)
+    count = _count(labels)
+    dist.all_reduce(count, group=group)
+    return count.clamp(min=1.0)
+
+
+def _count(labels: torch.Tensor) -> torch.Tensor:
+    # fp64: fp32 is exact only up to 2**24, about 17M tokens.
+    return (labels != IGNORED_LABEL).sum().double()
+
+
+def shard_loss(
+    logits_sV: torch.Tensor, labels_s: torch.Tensor, divisor: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Compute this rank's share of a loss, ``[s, V], [s], [] -> []``: its summed token losses, divided.
+
+    Labels are shifted already; -100 is ignored. Without any label the loss and its gradients are 0, not NaN: the
+    ranks of a sequence still meet in its backward.
+    """
+    # fp32 as in transformers' loss; fp64 stays fp64.
+    logits_sV = logits_sV if logits_sV.dtype == torch.float64 else logits_sV.float()
+    local_sum = F.cross_entropy(
+        logits_sV,
+        labels_s.to(logits_sV.device),
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return local_sum / divisor.to(local_sum)
+
+
+def whole_sequence_loss(share: torch.Tensor, group: Any) -> torch.Tensor:
+    """Sum the ranks' shares to the loss of a sequence sharded over a group, on all its ranks.
+
+    Collective over the group: one all-reduce of an fp64 number, no host sync.
+    """
+    return sum_over_shards(share, group)
+
+
+def sum_over_shards(share: torch.Tensor, group: Any) -> torch.Tensor:
+    """Sum the ranks' tensors, on all ranks: a part of the whole sequence's loss, same shape and dtype.
+
+    If every rank computes the same loss from the sum, its gradient in all ranks' parameters, as averaged by
+    DeepSpeed, is that of the whole sequence: each rank passes the incoming gradient, times P, on to its own share.
+    Collective over the group: one all-reduce in fp64, none in the backward, no host sync.
+    """
+    whole = share.detach().double()
+    dist.all_reduce(whole, group=group)
+    return _SumOverShards.apply(share, whole, dist.get_world_size(group))

@@ -1,0 +1,166 @@
+"""DeepSpeed's engine with the package's features: what each of its methods adds, in the order in which it happens."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.mpu import installed
+from deepspeed_alst.distributed.roll_call import name_missing_ranks
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
+from deepspeed_alst.sequence_parallel.session import Session
+from deepspeed_alst.verification.run_model_check import ModelCheck
+
+if TYPE_CHECKING:
+    from deepspeed_alst.integrations.upstream_ulysses import UpstreamProgram
+    from deepspeed_alst.monitoring.metrics import Metrics
+
+
+@dataclass
+class EngineFeatures:
+    """The features of one engine; None where one is off."""
+
+    patches: PatchSet
+    """Undone when the engine is destroyed."""
+    control_group: Any
+    """All ranks over gloo."""
+    session: Session | None = None
+    """Sequence parallelism."""
+    metrics: "Metrics | None" = None
+    gradient_check: GradientCheck | None = None
+    model_check: ModelCheck | None = None
+    upstream: "UpstreamProgram | None" = None
+    """A program written for DeepSpeed's own ALST."""
+
+    @contextlib.contextmanager
+    def collectives(self) -> Iterator[None]:
+        """Run a method of DeepSpeed's with its own mpu, and name the ranks that are missing in a collective."""
+        if self.session is None:
+            yield
+            return
+        with name_missing_ranks(self.session.groups.roll_group), installed(self.session.mpu):
+            yield
+
+
+class AlstEngine:
+    """Methods of an engine, ahead of its own class's: ``PatchSet.mixin`` puts them there."""
+
+    alst_features: EngineFeatures
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Check the model before the first forward, then split a whole batch, or run a shard."""
+        features = self.alst_features
+        if features.model_check is not None:
+            features.model_check.run_once()
+        session = features.session
+        if session is not None and session.takes_whole and not session.calls.whole and not args:
+            from deepspeed_alst.sequence_parallel.whole_batches import forward_whole_batch, is_whole_batch
+
+            if is_whole_batch(kwargs):
+                return forward_whole_batch(session, self._forward_shard, kwargs)
+        return self._forward_shard(*args, **kwargs)
+
+    def _forward_shard(self, *args: Any, **kwargs: Any) -> Any:
+        features = self.alst_features
+        counting = features.metrics.forward(args, kwargs) if features.metrics else contextlib.nullcontext()
+        with counting, features.collectives():
+            output = super().forward(*args, **kwargs)
+        if features.session is not None:
+            features.session.watch_loss(output)
+        if features.upstream is not None:
+            features.upstream.add_loss(output, kwargs)
+        return output
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compare the first step's gradients with their average, and refuse a loss that is not the sequence's."""
+        features = self.alst_features
+        with contextlib.ExitStack() as around:
+            if features.gradient_check is not None:
+                around.enter_context(features.gradient_check.backward())
+            if features.upstream is not None:
+                around.enter_context(features.upstream.aggregation.backward(loss))
+            with features.collectives():
+                if features.session is not None:
+                    loss = around.enter_context(features.session.backward(loss))
+                scaled = super().backward(loss, *args, **kwargs)
+            if features.metrics is not None:
+                features.metrics.add_loss(scaled)
+        return scaled
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Drop a step with a NaN or Inf loss or gradient on all ranks, and report one that was made."""
+        features = self.alst_features
+        with contextlib.ExitStack() as around:
+            if features.gradient_check is not None:
+                around.enter_context(features.gradient_check.step())
+            if features.metrics is not None:
+                around.enter_context(features.metrics.step())
+            around.enter_context(features.collectives())
+            if features.session is not None:
+                around.enter_context(features.session.losses.step(self))
+            return super().step(*args, **kwargs)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Save so that a failure on one rank is an error on all, and any world size can load it."""
+        from deepspeed_alst.checkpoint.load import takes_any_world_size
+        from deepspeed_alst.checkpoint.save import save_on_all_ranks
+
+        features, save = self.alst_features, super().save_checkpoint
+        with features.collectives():
+            if not takes_any_world_size(self):
+                return save(*args, **kwargs)
+            return save_on_all_ranks(self, save, _bind(save, args, kwargs), features.control_group)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint of any world size."""
+        from deepspeed_alst.checkpoint.load import load_on_any_world_size, takes_any_world_size
+
+        features, load = self.alst_features, super().load_checkpoint
+        with features.collectives():
+            if not takes_any_world_size(self):
+                return load(*args, **kwargs)
+            return load_on_any_world_size(self, load, _bind(load, args, kwargs), features.control_group)
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the weights alone."""
+        with self.alst_features.collectives():
+            return super().save_16bit_model(*args, **kwargs)
+
+    def deepspeed_io(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build a loader, of shards under sequence parallelism."""
+        session = self.alst_features.session
+        if session is None:
+            return super().deepspeed_io(dataset, *args, **kwargs)
+        return session.sharded_io(super().deepspeed_io, dataset, *args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a compiled backward under sequence parallelism."""
+        asked = kwargs.get("compiled_autograd_enabled") or (len(args) > 3 and args[3])
+        if asked and self.alst_features.session is not None:
+            raise UnsupportedModelError(
+                "engine.compile(compiled_autograd_enabled=True): a compiled backward is not verified under sequence "
+                "parallelism; leave it out, and forward and backward of each part between the collectives are compiled"
+            )
+        return super().compile(*args, **kwargs)
+
+    def destroy(self) -> None:
+        """Destroy the engine, and undo every patch."""
+        features = self.alst_features
+        with features.collectives():
+            super().destroy()
+        features.patches.close()
+
+
+def extend(engine: Any, features: EngineFeatures) -> None:
+    """Give an engine the methods of AlstEngine, until its patches are undone."""
+    features.patches.set(engine, "alst_features", features)
+    features.patches.mixin(engine, AlstEngine)
+
+
+def _bind(method: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    arguments = inspect.signature(method).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    return arguments

@@ -1,1 +1,0 @@
-"""Changes to a live DeepSpeed engine: wiring, the averaging probe, the activation report."""

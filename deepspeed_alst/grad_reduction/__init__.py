@@ -1,0 +1,1 @@
+"""Gradients summed over all ranks, on every ZeRO path."""

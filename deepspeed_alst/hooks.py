@@ -1,0 +1,238 @@
+"""Gate in front of ``deepspeed.initialize``: reads the config, and loads the package only if the config enables it.
+
+Runs in every process that imports deepspeed or transformers, so it contains little beyond that check.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from deepspeed_alst.config.config_file import OWN_KEYS, config_on_command_line, find_config, is_wanted
+from deepspeed_alst.config.near_misses import ignored
+from deepspeed_alst.core.ownership import is_owned
+from deepspeed_alst.core.patching import unwrap, wrap_once
+
+
+def hook_initialize(deepspeed: ModuleType) -> None:
+    """Wrap ``deepspeed.initialize`` with the gate; a second call does nothing."""
+    wrap_once(deepspeed, "initialize", _before_initialize)
+    if is_wanted(_command_line_config()):
+        # DeepSpeed builds its CPU op in init_distributed, which zero.Init or the program may call before initialize.
+        for holder in _holders(deepspeed):
+            wrap_once(holder, "init_distributed", _check_lock_before)
+
+
+def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def initialize(*args, **kwargs):
+        # DeepSpeed rejects a call that does not match the signature.
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return original(*args, **kwargs)
+        _stop_loading_sharded()
+        if is_owned(arguments.get("model")):
+            _refuse_a_second_engine()
+        ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
+        if not is_wanted(ds_config, mpu, mesh):
+            if ds_config is not None and mpu is None and not mesh:
+                _warn_of(ignored(ds_config))
+            return original(*args, **kwargs)
+        from deepspeed_alst.initialize import initialize as alst_initialize
+
+        return alst_initialize(original, dict(arguments), ds_config)
+
+    return initialize
+
+
+def _warn_of(lines: list[str]) -> None:
+    """Print one line for all ignored keys, on every rank, since each has its own ds_config."""
+    if lines:
+        print(f"deepspeed_alst: the ds_config switches nothing on here; {' '.join(lines)}", file=sys.stderr)
+
+
+def _refuse_a_second_engine() -> None:
+    from deepspeed_alst.errors import SetupError
+
+    raise SetupError(
+        "deepspeed.initialize was given a model that an engine has changed (sequence parallelism or tiles): the second "
+        "engine would have the first one's. Call destroy() of that engine first."
+    )
+
+
+def _check_lock_before(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_distributed(*args, **kwargs):
+        from deepspeed_alst.environment import check_build_lock
+
+        check_build_lock()
+        return original(*args, **kwargs)
+
+    return init_distributed
+
+
+def _holders(deepspeed: ModuleType) -> tuple[Any, ...]:
+    """Return the modules in which DeepSpeed looks up ``init_distributed``; zero.Init has its own reference."""
+    return deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters
+
+
+def unhook_initialize(deepspeed: ModuleType) -> None:
+    """Restore ``deepspeed.initialize``, and ``init_distributed`` where it was hooked."""
+    unwrap(deepspeed, "initialize")
+    for holder in _holders(deepspeed):
+        unwrap(holder, "init_distributed")
+
+
+def _command_line_config() -> dict[str, Any]:
+    """Return the ds_config of the command line; empty if none can be read."""
+    return find_config({"config": config_on_command_line(sys.argv)}) or {}
+
+
+def load_sharded_under_zero3(integration: ModuleType) -> None:
+    """Make transformers load models sharded in a plain ZeRO-3 loop that does not request it.
+
+    The model is built before ``deepspeed.initialize`` is called, so the config is looked up on the command line. A
+    config with "auto" outside the alst block belongs to the HF Trainer, which registers its own.
+
+    Args:
+        integration: module ``transformers.integrations.deepspeed``; an attribute on it keeps the config alive, since
+            transformers holds a weak reference.
+    """
+    ds_config = _command_line_config()
+    zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
+    trainers = '"auto"' in json.dumps({key: value for key, value in ds_config.items() if key not in OWN_KEYS})
+    if not isinstance(zero, dict) or zero.get("stage") != 3 or trainers or integration.is_deepspeed_zero3_enabled():
+        return
+    integration.kept_by_deepspeed_alst = integration.HfDeepSpeedConfig(ds_config)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            "deepspeed_alst: from_pretrained loads models sharded (ZeRO 3) until deepspeed.initialize is called; load "
+            "other models, such as a teacher, after it",
+            file=sys.stderr,
+        )
+
+
+def hook_trainer_config(integration: ModuleType) -> None:
+    """Make the HF Trainer's ``"auto"`` batch keys count micro-steps if sequences are sharded over ranks.
+
+    Args:
+        integration: module ``transformers.integrations.deepspeed``.
+    """
+    wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _count_micro_steps)
+
+
+def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
+    def trainer_config_process(self, args, *rest, **kwargs):
+        if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
+            return original(self, args, *rest, **kwargs)
+        from deepspeed_alst.integrations.hf_trainer_config import fill_batch_keys
+
+        return fill_batch_keys(original, self, args, *rest, **kwargs)
+
+    return trainer_config_process
+
+
+def hook_accelerate_config(module: ModuleType) -> None:
+    """Hide the alst block from accelerate, which raises on any "auto" that it has no value for.
+
+    Args:
+        module: ``accelerate.utils.dataclasses``.
+    """
+    wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _without_own_keys)
+
+
+def _without_own_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    def deepspeed_config_process(self, prefix="", mismatches=None, config=None, **kwargs):
+        if config is None and any(key in self.deepspeed_config for key in OWN_KEYS):
+            config = {key: value for key, value in self.deepspeed_config.items() if key not in OWN_KEYS}
+        return original(self, prefix=prefix, mismatches=mismatches, config=config, **kwargs)
+
+    return deepspeed_config_process
+
+
+def hook_accelerator(module: ModuleType) -> None:
+    """Make the engine split batches of loaders that accelerate prepares, the HF Trainer's loaders excepted.
+
+    Args:
+        module: ``accelerate.accelerator``.
+    """
+    from deepspeed_alst.data.accelerate_loader import hook_loaders
+
+    hook_loaders(module.Accelerator, _splits_sequences)
+
+
+def hook_trainer(module: ModuleType) -> None:
+    """Make the HF Trainer's steps run on shards if its engine shards sequences; others are unchanged.
+
+    Evaluation gets logits where its program needs them, also at SP 1.
+
+    Args:
+        module: ``transformers.trainer``.
+    """
+    wrap_once(module.Trainer, "training_step", _step_over_shards)
+    wrap_once(module.Trainer, "evaluation_loop", _evaluate_with_logits)
+    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _agree_on_accumulation)
+
+
+def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
+    def training_step(self, model, inputs, *args, **kwargs):
+        if not (hasattr(model, "alst") and _trainer_splits_sequences(self)):
+            return train(self, model, inputs, *args, **kwargs)
+        from deepspeed_alst.integrations import hf_trainer as trainer
+
+        return trainer.training_step(train, self, model, inputs, *args, **kwargs)
+
+    return training_step
+
+
+def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    def evaluation_loop(self, *args, **kwargs):
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or not is_wanted(plugin.deepspeed_config):
+            return evaluate(self, *args, **kwargs)
+        from deepspeed_alst.integrations import hf_trainer as trainer
+
+        with trainer.evaluation(self):
+            return evaluate(self, *args, **kwargs)
+
+    return evaluation_loop
+
+
+def _agree_on_accumulation(create: Callable[..., Any]) -> Callable[..., Any]:
+    def create_accelerator_and_postprocess(self):
+        create(self)
+        if _trainer_splits_sequences(self):
+            # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
+            steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
+            if type(steps) is int:
+                self.accelerator.gradient_accumulation_steps = steps
+
+    return create_accelerator_and_postprocess
+
+
+def _trainer_splits_sequences(trainer: Any) -> bool:
+    accelerator = trainer.accelerator
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and _splits_sequences(
+        plugin.deepspeed_config, getattr(accelerator, "parallelism_config", None)
+    )
+
+
+def _splits_sequences(ds_config: dict[str, Any], parallelism: Any) -> bool:
+    """Return True if a Trainer's ds_config shards sequences, and accelerate's parallelism does not."""
+    return (
+        is_wanted(ds_config)
+        and ds_config.get("sequence_parallel_size", 1) != 1
+        and not (parallelism is not None and parallelism.sp_enabled)
+    )
+
+
+def _stop_loading_sharded() -> None:
+    """Stop sharded loading: models that the process loads after deepspeed.initialize stay unsharded."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    if hasattr(integration, "kept_by_deepspeed_alst"):
+        del integration.kept_by_deepspeed_alst

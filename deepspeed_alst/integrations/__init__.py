@@ -1,0 +1,1 @@
+"""HF Trainer, TRL, PEFT, Liger, and programs written for DeepSpeed's own ALST."""

@@ -1,0 +1,134 @@
+"""Buffer format of the head all-to-all, and packing of tensors into it and out of it.
+
+The buffer is ``[P, s, B, W]``: for each rank, token and sample ``h * D`` elements of the first tensor, then of the
+next. All implementations use this format, so ranks may use different ones. A tensor is given as a view of its pieces,
+``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of whole sequences. Piece i belongs to the m ranks
+``[i*m, (i+1)*m)``: packing writes it m times (shared KV heads), unpacking sums the m in fp32 and rounds once.
+
+Triton is not imported here; where it is unavailable, torch packs.
+
+Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a rank, D head dim, g pieces, m = P/g.
+"""
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from deepspeed_alst.errors import ShapeError
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST = 3  # q, k and v
+
+
+def by_heads(x_BHsD: torch.Tensor, num_pieces: int) -> torch.Tensor:
+    """View sequence shards of all heads as pieces of adjacent heads: ``[B, H, s, D] -> [g, s, B, H/g, D]``."""
+    return x_BHsD.unflatten(1, (num_pieces, -1)).permute(1, 3, 0, 2, 4)
+
+
+def by_tokens(x_BhSD: torch.Tensor, num_pieces: int) -> torch.Tensor:
+    """View whole sequences as pieces of adjacent tokens: ``[B, h, S, D] -> [g, S/g, B, h, D]``."""
+    return x_BhSD.unflatten(2, (num_pieces, -1)).permute(2, 3, 0, 1, 4)
+
+
+def wire_shape(pieces: Sequence[torch.Tensor], num_ranks: int) -> tuple[int, int, int, int]:
+    """Return ``P, s, B, W`` of the buffer for these pieces."""
+    return num_ranks, *pieces[0].shape[1:3], sum(x.shape[3] * x.shape[4] for x in pieces)
+
+
+def _parts(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return views of each tensor's pieces in the buffer: ``[g, m, s, B, h, D]``."""
+    parts, first = [], 0
+    for x_gsBhD in pieces:
+        g, h, D = x_gsBhD.shape[0], *x_gsBhD.shape[3:]
+        part_PsBhD = wire_PsBW[..., first : first + h * D].unflatten(-1, (h, D))
+        parts.append(part_PsBhD.unflatten(0, (g, -1)))
+        first += h * D
+    return parts
+
+
+def pack_reference(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
+    """Compute ``pack`` in PyTorch, as reference and fallback."""
+    wire_PsBW = pieces[0].new_empty(wire_shape(pieces, num_ranks))
+    for x_gsBhD, part in zip(pieces, _parts(wire_PsBW, pieces), strict=True):
+        part.copy_(x_gsBhD.unsqueeze(1))
+    return wire_PsBW
+
+
+def unpack_reference(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    """Compute ``unpack_`` in PyTorch, as reference and fallback; fp64 is summed in fp64."""
+    for x_gsBhD, part in zip(pieces, _parts(wire_PsBW, pieces), strict=True):
+        x_gsBhD.copy_(
+            part[:, 0] if part.shape[1] == 1 else part.sum(1, dtype=torch.promote_types(part.dtype, torch.float32))
+        )
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from deepspeed_alst.kernels import pack_heads as heads
+    except ImportError:
+        return None
+    return heads
+
+
+def _check(pieces: Sequence[torch.Tensor], num_ranks: int) -> None:
+    if not 1 <= len(pieces) <= _MOST:
+        wrong = f"there must be 1 to {_MOST} tensors"
+    elif any(x.dim() != 5 or x.shape[1:3] != pieces[0].shape[1:3] or x.device != pieces[0].device for x in pieces):
+        wrong = "pieces must be [g, s, B, h, D], of the same s and B, on one device"
+    elif any(x.shape[0] < 1 or num_ranks % x.shape[0] for x in pieces):
+        wrong = f"each tensor's pieces must divide {num_ranks} ranks"
+    else:
+        return
+    words = ", ".join(f"{list(x.shape)} on {x.device}" for x in pieces)
+    raise ShapeError(f"pack and unpack_: {wrong}; pieces are {words}")
+
+
+def _suit_a_kernel(pieces: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+    return dtype in _DTYPES and all(x.dtype == dtype and (x.shape[4] < 2 or x.stride(4) == 1) for x in pieces)
+
+
+def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
+    """Pack up to three tensors into the send buffer of an all-to-all: ``[g, s, B, h, D] -> [P, s, B, W]``.
+
+    Packing takes one pass. A single tensor whose pieces already have the buffer's layout is returned as a view.
+
+    Args:
+        pieces: any strides; bf16, fp16 and fp32 use a kernel if the D elements of a head are contiguous. With different
+            dtypes, the buffer has the first one's: under autocast RoPE leaves q and k in fp32, and v in bf16.
+        num_ranks: P, a multiple of each g.
+
+    Raises:
+        ShapeError: incompatible sizes or devices.
+    """
+    _check(pieces, num_ranks)
+    first = pieces[0]
+    if len(pieces) == 1 and first.shape[0] == num_ranks and first.is_contiguous():
+        return first.flatten(3)
+    kernels = _kernels() if _suit_a_kernel(pieces, first.dtype) else None
+    function = kernels.packing(first.device) if kernels else pack_reference
+    return function(list(pieces), num_ranks)
+
+
+def unpack_(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    """Unpack the receive buffer of an all-to-all into up to three tensors, in one pass: ``[P, s, B, W]``.
+
+    Args:
+        wire_PsBW: contiguous.
+        pieces: output views ``[g, s, B, h, D]``. If g < P, each piece is the sum of P/g ranks' pieces in fp32, rounded
+            once.
+
+    Raises:
+        ShapeError: incompatible sizes, strides or devices.
+    """
+    _check(pieces, wire_PsBW.shape[0])
+    if wire_PsBW.shape != wire_shape(pieces, wire_PsBW.shape[0]) or not wire_PsBW.is_contiguous():
+        raise ShapeError(
+            f"unpack_: the buffer must be {list(wire_shape(pieces, wire_PsBW.shape[0]))} and contiguous, it is "
+            f"{list(wire_PsBW.shape)} with strides {list(wire_PsBW.stride())}"
+        )
+    kernels = _kernels() if _suit_a_kernel(pieces, wire_PsBW.dtype) else None
+    function = kernels.unpacking(wire_PsBW.device) if kernels else unpack_reference
+    function(wire_PsBW, list(pieces))

@@ -1,0 +1,145 @@
+"""Kernels that pack and unpack around an all-to-all, one launch each; ``wire.py`` has the format and the reference.
+
+Bytes moved per element: packing reads each piece once and writes the buffer once, 2 * itemsize per element of the
+buffer (4 in bf16, 8 in fp32), and ``(1 + 1/m) * itemsize`` if a piece goes to m ranks. Unpacking is the same with reads
+and writes exchanged. This is the minimum.
+
+Legend: P ranks, s tokens of a shard, B batch, h heads of a rank, D head dim, g pieces, m = P/g, W = all h*D.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from deepspeed_alst.kernels.head_layout import by_heads, pack_reference, unpack_reference, wire_shape
+from deepspeed_alst.kernels.registry import pick, register
+
+# Elements per program and its warps: in bf16, 2 loads of 16 bytes per thread. The block width is the one that pads a
+# part's h * D the least; the narrowest, 128 bytes in bf16, still fills whole cache lines.
+_BLOCK, _WARPS = 4096, 8
+_COLUMNS = (1024, 512, 256, 128, 64)
+
+
+@triton.jit
+def _num_blocks(s, B, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+    return SIZES[0] * B * tl.cdiv(s, BLOCK // SIZES[4]) * ((SIZES[2] * SIZES[3] + SIZES[4] - 1) // SIZES[4])
+
+
+@triton.jit
+def _move(block, wire_ptr, x_ptr, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
+    COPIES: tl.constexpr = SIZES[1]
+    h: tl.constexpr = SIZES[2]
+    D: tl.constexpr = SIZES[3]
+    COLUMNS: tl.constexpr = SIZES[4]
+    ROWS: tl.constexpr = BLOCK // COLUMNS
+    num_columns: tl.constexpr = (h * D + COLUMNS - 1) // COLUMNS
+    num_rows = tl.cdiv(s, ROWS)
+    piece = block // num_columns // num_rows
+    g, b = (piece // B).to(tl.int64), (piece % B).to(tl.int64)  # P*s*B*W exceeds 2**31
+    tokens = (block // num_columns % num_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = block % num_columns * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (tokens < s)[:, None] & (columns < h * D)[None, :]
+    of_columns = (columns // D).to(tl.int64) * strides[3] + columns % D
+    x = x_ptr + g * strides[0] + b * strides[2] + (tokens * strides[1])[:, None] + of_columns[None, :]
+    wire = wire_ptr + (g * COPIES * s * B + b) * W + SIZES[5] + (tokens * B * W)[:, None] + columns[None, :]
+    to_next_rank = s.to(tl.int64) * B * W
+    if PACK:
+        value = tl.load(x, mask=inside)
+        for copy in range(COPIES):
+            tl.store(wire + copy * to_next_rank, value, mask=inside)
+    elif COPIES == 1:
+        tl.store(x, tl.load(wire, mask=inside), mask=inside)
+    else:
+        total = tl.load(wire, mask=inside, other=0.0).to(tl.float32)
+        for copy in range(1, COPIES):
+            total += tl.load(wire + copy * to_next_rank, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x, total.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+# The sequence length changes from batch to batch; specializing on its divisors would only recompile.
+@triton.jit(do_not_specialize=["s"])
+def _heads_kernel(wire_ptr, x_ptrs, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
+    block = tl.program_id(0)
+    for part in tl.static_range(len(SIZES)):
+        num_blocks = _num_blocks(s, B, SIZES[part], BLOCK)
+        if (block >= 0) & (block < num_blocks):
+            _move(block, wire_ptr, x_ptrs[part], strides[part], s, B, W, SIZES[part], BLOCK, PACK)
+        block -= num_blocks
+
+
+def _columns(width: int) -> int:
+    return min(_COLUMNS, key=lambda columns: (-(-width // columns) * columns, -columns))
+
+
+def _launch(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor], is_pack: bool) -> None:
+    P, s, B, W = wire_PsBW.shape
+    sizes, blocks, first = [], 0, 0
+    for x_gsBhD in pieces:
+        g, _, _, h, D = x_gsBhD.shape
+        columns = _columns(h * D)
+        sizes.append((g, P // g, h, D, columns, first))
+        blocks += g * B * triton.cdiv(s, _BLOCK // columns) * triton.cdiv(h * D, columns)
+        first += h * D
+    if blocks:
+        strides = tuple(x.stride()[:4] for x in pieces)
+        _heads_kernel[(blocks,)](
+            wire_PsBW, tuple(pieces), strides, s, B, W, tuple(sizes), _BLOCK, is_pack, num_warps=_WARPS
+        )
+
+
+def _launch_pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
+    wire_PsBW = pieces[0].new_empty(wire_shape(pieces, num_ranks))
+    _launch(wire_PsBW, pieces, is_pack=True)
+    return wire_PsBW
+
+
+def _launch_unpack(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    _launch(wire_PsBW, pieces, is_pack=False)
+
+
+# Without an autograd formula: the backward in sequence_parallel/ulysses.py packs the tensors that its forward unpacked.
+_pack_op = torch.library.custom_op("deepspeed_alst::pack_heads", _launch_pack, mutates_args=())
+_unpack_op = torch.library.custom_op("deepspeed_alst::unpack_heads_", _launch_unpack, mutates_args=("pieces",))
+
+
+@_pack_op.register_fake
+def _fake(pieces, num_ranks):
+    return pieces[0].new_empty(wire_shape(pieces, num_ranks))
+
+
+def _example_pieces(device: torch.device) -> list[torch.Tensor]:
+    """Create pieces for 4 ranks, 2 per KV head: 3 tokens, 2 samples, head dims 40 and 24."""
+    return [
+        by_heads(torch.randn(2, 3, heads, D, device=device).transpose(1, 2), pieces)
+        for heads, D, pieces in ((8, 40, 4), (2, 40, 2), (2, 24, 2))
+    ]
+
+
+register(
+    "pack_heads",
+    reference=pack_reference,
+    op=_pack_op,
+    launch=_launch_pack,
+    example=lambda device: (_example_pieces(device), 4),
+    compiled=("pack_heads",),
+)
+register(
+    "unpack_heads_",
+    reference=unpack_reference,
+    op=_unpack_op,
+    launch=_launch_unpack,
+    example=lambda device: (torch.randn(4, 3, 2, 144, device=device), _example_pieces(device)),
+    compiled=("unpack_heads_",),
+)
+
+
+def packing(device: torch.device) -> Callable[[list[torch.Tensor], int], torch.Tensor]:
+    """Return the function that packs bf16, fp16 and fp32 on the device: a kernel or the reference."""
+    return pick("pack_heads", device)
+
+
+def unpacking(device: torch.device) -> Callable[[torch.Tensor, list[torch.Tensor]], None]:
+    """Return the function that unpacks on the device: a kernel or the reference."""
+    return pick("unpack_heads_", device)

@@ -1,1 +1,0 @@
-"""Live bytes by owner and FLOPs by operator over a training step, on real and fake tensors."""

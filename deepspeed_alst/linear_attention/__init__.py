@@ -1,0 +1,1 @@
+"""Layers without attention, sharded over the ranks of a sequence."""

@@ -1,0 +1,224 @@
+"""Load-balancing loss of a mixture-of-experts model over the whole sequence.
+
+transformers computes it in the model's forward, over the tokens of all layers: E times the sum over the experts of an
+expert's share of tokens times its mean probability (Switch Transformer, arXiv:2101.03961). The product of a shard's
+means differs. Here counts and probabilities are first summed over the ranks of a sequence, without padding.
+
+Legend: B batch, s tokens of this rank's shard, T = B*s, L layers, E experts, k experts per token.
+"""
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from deepspeed_alst.core.function_copies import NamesFor, importing, with_names
+from deepspeed_alst.core.patching import PatchSet, subclass
+from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, result_or_none
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.data.sharding import REAL_TOKENS
+from deepspeed_alst.distributed.sequence_loss import sum_over_shards
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.moe.hf_experts import router_classes
+from deepspeed_alst.offload.hf_checkpoint_hook import checkpointed_layers
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+
+_FUNCTION = "load_balancing_loss_func"
+_SWITCH = "output_router_logits"
+_ULPS = 128
+
+
+def unknown_router_loss(model: torch.nn.Module) -> str | None:
+    """Return why a model's router loss cannot be made over the whole sequence; None if it can."""
+    base = base_model(model)
+    if not router_classes(base):
+        return None
+    callers: list[FunctionType] = []
+
+    def note(function: FunctionType) -> dict[str, Any]:
+        if _FUNCTION in function.__code__.co_names and _FUNCTION in function.__globals__:
+            callers.append(function)
+        return {}
+
+    for forward in (base.forward, *_class_forwards(base).values()):
+        with_names(forward, note)
+    for function in callers:
+        if not _is_known(function.__globals__[_FUNCTION]):
+            return (
+                f"{_SWITCH}=True: {function.__module__}.{_FUNCTION} is not the load-balancing loss that is known, and "
+                "would be made of a shard; set it to False"
+            )
+    return None
+
+
+def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: ForwardContext) -> str | None:
+    """Return why a forward with these arguments cannot get a whole-sequence router loss; None if it can."""
+    asked = kwargs.get(_SWITCH)
+    if asked is None:
+        asked = getattr(base_model(model).config.get_text_config(), _SWITCH, False)
+    if not asked or not router_classes(model):
+        return None
+    if not calls.makes_whole_loss:
+        return (
+            f"it asks for {_SWITCH}, whose loss is not a sum over shards, which this program aggregates itself; set it "
+            "to False, or leave mpu and DeepSpeed's ALST classes out"
+        )
+    if calls.real_tokens is None:
+        return (
+            f"it asks for {_SWITCH}, but does not say in {REAL_TOKENS} which tokens are padding; give the model every "
+            f"key of the sharded loader's batch, or set {_SWITCH} to False"
+        )
+    problem = unknown_router_loss(model)
+    return problem and f"it asks for {problem}"
+
+
+def whole_router_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
+    """Patch a model to compute its load-balancing loss over the whole sequence, sharded over a group.
+
+    Its forwards look the function up by a global name that other models share, so this model runs copies of them with
+    another function under that name.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        group: sequence-parallel group.
+        calls: the session's, with the mask of real tokens.
+        patches: undo stack.
+    """
+    base = base_model(model)
+    if not router_classes(base):
+        return
+
+    def whole(before: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable
+        @functools.wraps(before)
+        def of_whole_sequence(
+            gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Any = None
+        ) -> Any:
+            if calls.whole or not calls.inside or not isinstance(gate_logits, tuple):
+                return before(gate_logits, num_experts, top_k, attention_mask)
+            assert calls.real_tokens is not None and num_experts is not None  # checked by the batch guard
+            calls.router_loss += 1
+            _check_recorded(base, gate_logits, calls.real_tokens.numel())
+            return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
+
+        return of_whole_sequence if _is_known(before) else before
+
+    def names_for(function: FunctionType) -> dict[str, Any]:
+        if _FUNCTION not in function.__code__.co_names:
+            return {}
+        if _FUNCTION in function.__globals__:
+            return {_FUNCTION: whole(function.__globals__[_FUNCTION])}
+        return importing(_FUNCTION, whole)  # TRL's fused head imports it in its body
+
+    _replace_forwards(base, names_for, patches)
+
+    @torch.compiler.disable
+    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if getattr(output, "aux_loss", None) is not None and not calls.router_loss and not calls.whole:
+            raise UnsupportedModelError(
+                f"{type(base).__name__} made its router's loss by a way of its own, of a shard. Undo whatever replaced "
+                f"its forward (Liger, a subclass), or set {_SWITCH} to False."
+            )
+
+    # Every call passes the outermost module.
+    patches.hook(model, "forward", end)
+
+
+def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, patches: PatchSet) -> None:
+    """Replace one model's forward, and those that ``super().forward`` reaches, by copies."""
+    behind = {kind: with_names(forward, names_for) for kind, forward in _class_forwards(base).items()}
+    inserted = [
+        subclass(kind, {"forward": copy})
+        for kind, copy in list(behind.items())[1:]
+        if copy is not vars(kind)["forward"]
+    ]
+    if inserted:  # each precedes its class in the MRO
+        patches.subclass(base, {}, *inserted)
+    copy = with_names(base.forward, names_for)
+    if copy != base.forward:
+        patches.set(base, "forward", copy)
+
+
+def _class_forwards(base: torch.nn.Module) -> dict[type, Any]:
+    return {kind: vars(kind)["forward"] for kind in type(base).__mro__ if "forward" in vars(kind)}
+
+
+def load_balancing_loss(
+    gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor, group: Any
+) -> torch.Tensor:
+    """Return the loss of the sequence over a group's ranks, ``L x [T, E], [T] -> []``, on all of them.
+
+    Collective over the group: one all-reduce of 2 E + 1 numbers, none in the backward, no host sync.
+
+    Args:
+        gate_logits: router logits of each layer.
+        num_experts: E.
+        top_k: k.
+        real_T: True for tokens that count, False for padding.
+        group: sequence-parallel group.
+    """
+    return _loss_of(sum_over_shards(_totals(gate_logits, num_experts, top_k, real_T), group))
+
+
+def _totals(gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor) -> torch.Tensor:
+    """Sum over all layers' tokens, ``[2 E + 1]`` in fp64: each expert's probabilities, its tokens, all tokens."""
+    device = gate_logits[0].device
+    real_T = real_T.to(device)
+    assigned_Tk = real_T.long().repeat_interleave(top_k)
+    # int64 and fp64: layers * tokens * k exceeds 2**24, where fp32 stops counting.
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+    sums_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+    for logits_TE in gate_logits:
+        probabilities_TE = torch.nn.functional.softmax(logits_TE.to(device), dim=-1)
+        chosen_Tk = probabilities_TE.detach().topk(top_k, dim=-1).indices
+        counts_E.scatter_add_(0, chosen_Tk.flatten(), assigned_Tk)
+        sums_E = sums_E + (probabilities_TE * real_T[:, None]).sum(dim=0, dtype=torch.float64)
+    num_rows = len(gate_logits) * real_T.sum().double()
+    return torch.cat([sums_E, counts_E.double(), num_rows[None]])
+
+
+def _loss_of(totals: torch.Tensor) -> torch.Tensor:
+    num_experts = len(totals) // 2
+    sums_E, counts_E, num_rows = totals.split([num_experts, num_experts, 1])
+    num_rows = num_rows.clamp(min=1.0)
+    return (num_experts * (counts_E / num_rows * (sums_E / num_rows)).sum()).float()
+
+
+@functools.cache
+def _is_known(function: Callable[..., Any]) -> bool:
+    """Return True if a loss equals this module's in value and gradient on an example, masked and unmasked."""
+    return bool(result_or_none(_agrees, function))
+
+
+def _agrees(function: Callable[..., Any]) -> bool:
+    def ours(logits: Any, num_experts: int, top_k: int, mask: torch.Tensor | None) -> torch.Tensor:
+        counted = torch.ones(batch * length, dtype=torch.bool) if mask is None else mask.flatten().bool()
+        return _loss_of(_totals(logits, num_experts, top_k, counted))
+
+    draw, (layers, batch, length, experts, top_k) = random_tensors(), (3, 2, 5, 7, 3)
+    mask = torch.ones(batch, length, dtype=torch.long, device="cpu")
+    mask[1, 3:] = 0
+    logits = tuple(draw(batch * length, experts).requires_grad_() for _ in range(layers))
+    return all(is_equivalent(function, ours, (logits, experts, top_k, each), _ULPS, _ULPS) for each in (None, mask))
+
+
+def _check_recorded(base: torch.nn.Module, gate_logits: tuple[torch.Tensor, ...], num_tokens: int) -> None:
+    """Raise if router logits were recorded without a gradient, or are not those of all tokens."""
+    name = type(base).__name__
+    rows = {len(logits) for logits in gate_logits}
+    if rows != {num_tokens}:
+        raise UnsupportedModelError(
+            f"{name} recorded router logits of {sorted(rows)} tokens, where its shard has {num_tokens}. Set {_SWITCH} "
+            "to False, or leave alst.tiled_mlp_compute out."
+        )
+    if not torch.is_grad_enabled() or gate_logits[-1].requires_grad:
+        return
+    layers = checkpointed_layers(base)
+    trains = any(param.requires_grad for layer in layers for param in layer.parameters())
+    if trains and any(layer.gradient_checkpointing and layer.training for layer in layers):
+        raise UnsupportedModelError(
+            f"{name}: a reentrant checkpoint records router logits without a gradient, so that {_SWITCH}=True would "
+            "train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )

@@ -1,0 +1,138 @@
+"""FLOPs of a training step by formula, from a model's config and weights, in two conventions.
+
+A multiply-add is 2. Per token, each matrix weight costs 2 in the forward, 2 for the input gradient, and 2 for the
+weight gradient if it trains: 6 in all. Attention costs per pair of a token and one it attends to: a score and its part
+of the output, 2 * (D_qk + D_v) per head, and twice that in the backward.
+
+- **model FLOPs** (as in MFU, PaLM, arXiv 2204.02311): pairs that the mask allows, half of the square, and
+  no recomputation.
+- **ALST's** (arXiv 2506.13996): the full square of scores, and the forward of checkpointed layers twice.
+
+Neither counts operators other than matmuls: norms, activations, softmax, the scans of layers without attention, the
+optimizer.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.moe.hf_experts import expert_counts, separate_experts
+from deepspeed_alst.offload.hf_checkpoint_hook import checkpointed_layers
+
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Attention range in a document: all tokens up to itself, a window, or the chunk so far."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def seen(self, places: torch.Tensor) -> torch.Tensor:
+        """Count the tokens, itself included, that a token at each place of its document attends to."""
+        if self.chunk is not None:
+            return places % self.chunk + 1
+        return (places + 1).clamp(max=self.window) if self.window is not None else places + 1
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of forward and backward, by tokens and by pairs added up over all attention layers."""
+
+    spans: tuple[tuple[Span, int], ...]
+    """Attention ranges, each with its number of layers."""
+    token: float
+    """Per token: 6 per trained weight of the matrices that it passes (active experts only), 4 per frozen one."""
+    token_again: float
+    """Recomputation per token: 2 per weight in checkpointed layers."""
+    pair: float
+    """Per pair in one layer: ``6 * heads * (D_qk + D_v)``."""
+    pair_again: float
+    """Recomputation per pair: a third of it, times the share of layers that are checkpointed."""
+
+    def pairs(self, places: torch.Tensor) -> torch.Tensor:
+        """Count the pairs of a token at each place of its document, over all layers."""
+        return sum((layers * span.seen(places) for span, layers in self.spans), torch.zeros_like(places))
+
+    def model(self, tokens: float, pairs: float) -> float:
+        """Compute the model FLOPs of so many tokens and their pairs."""
+        return self.token * tokens + self.pair * pairs
+
+    def alst(self, tokens: float, pairs: float) -> float:
+        """Compute ALST's FLOPs; its square has each pair both ways, and a token's with itself once."""
+        square = 2 * pairs - sum(layers for _, layers in self.spans) * tokens
+        return (self.token + self.token_again) * tokens + (self.pair + self.pair_again) * square
+
+
+def step_flops(model: torch.nn.Module) -> StepFlops | None:
+    """Return the FLOPs of a model, bare or wrapped; None if its config does not tell the active experts or heads.
+
+    Embedding lookups are not matrix products; the head counts for all tokens, tied or not. A weight that a forward uses
+    several times counts once.
+    """
+    base = base_model(model)
+    if not hasattr(base, "config"):
+        return None
+    config = base.config.get_text_config()
+    spans, width, weights = _spans(config), _pair_width(config), _weights(base, config)
+    if (spans and width is None) or weights is None:
+        return None
+    layers = checkpointed_layers(base)
+    again = [layer for layer in layers if layer.gradient_checkpointing]
+    recomputed = {param for layer in again for param in layer.parameters()}
+    pair = 6 * (width or 0)
+    return StepFlops(
+        spans,
+        token=sum((6 if param.requires_grad else 4) * numel for param, numel in weights.items()),
+        token_again=sum(2 * numel for param, numel in weights.items() if param in recomputed),
+        pair=pair,
+        pair_again=pair / 3 * len(again) / max(1, len(layers)),
+    )
+
+
+def _spans(config: Any) -> tuple[tuple[Span, int], ...]:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    spans = {
+        **dict.fromkeys(("full_attention", "attention", "hybrid"), Span()),
+        "sliding_attention": Span(window=window),
+        "chunked_attention": Span(chunk=getattr(config, "attention_chunk_size", None)),
+    }
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(Counter(spans[kind] for kind in kinds if kind in spans).items())
+
+
+def _pair_width(config: Any) -> int | None:
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads:
+            return None
+        if getattr(config, "qk_nope_head_dim", None):  # latent attention
+            return heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        size = getattr(config, "attention_head_dim", None) or getattr(config, "head_dim", None)
+        return 2 * heads * (size or config.hidden_size // heads)
+    except RuntimeError:  # transformers raises it where layers differ
+        return None
+
+
+def _weights(base: torch.nn.Module, config: Any) -> dict[torch.nn.Parameter, int] | None:
+    """Return each matrix's elements that a token passes; None if the number of active experts is not known."""
+    counts, head = expert_counts(base), base.get_output_embeddings()
+    apart = {param: len(each) for _, each in separate_experts(base) for param in each.parameters()}
+    active = next((value for name in _ACTIVE_EXPERTS if (value := getattr(config, name, None))), None)
+    looked_up = {module.weight for module in base.modules() if isinstance(module, torch.nn.Embedding)}
+    looked_up.discard(getattr(head, "weight", None))
+    passed = {}
+    for name, param in base.named_parameters():
+        shape = torch.Size(getattr(param, "ds_shape", param.shape))
+        if len(shape) < 2 or name.endswith("bias") or param in looked_up:
+            continue
+        stacked = len(shape) == 3 and shape[0] in counts and "conv" not in name
+        experts = shape[0] if stacked else apart.get(param, 1)
+        if experts > 1 and active is None:
+            return None
+        passed[param] = shape.numel() * min(active or 1, experts) // experts
+    return passed

@@ -1,0 +1,101 @@
+"""Attention outputs kept for the recomputation, in a model without sequence parallelism.
+
+The model's attention function runs unchanged, with transformers' own masks and arguments, within a frame that keeps its
+output. It is registered under a private name in transformers' interfaces (names.py), so that code that reads the name
+works as before, however the model's modules are built. Under sequence parallelism attention.py does this.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.offload.attention_cache import attend_once, keeping_frame
+from deepspeed_alst.sequence_parallel.hf_backends import under_own_name
+from deepspeed_alst.sequence_parallel.own_config import own_config
+from deepspeed_alst.sequence_parallel.private_name import PrivateName
+
+
+def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:
+    """Make a model's attention keep its output in frames that ask for it; return a summary.
+
+    Args:
+        model: a transformers model, or a wrapper around one. Its configs are replaced by copies of its own.
+        patches: ``patches.close()`` undoes everything.
+
+    Raises:
+        UnsupportedModelError: no attention of the model runs as operators whose output can be kept.
+    """
+    check_keeps_attention(model)
+    names = []
+    for config in _attention_configs(model):
+        name = config._attn_implementation
+        if _reason_against(name):
+            continue
+        assert not isinstance(name, PrivateName), "under sequence parallelism attention keeps its output by itself"
+        names.append(name)
+        own, private = own_config(model, config, patches), PrivateName(name)
+        functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+        patches.entry(functions, private, _kept(name, functions[name]))
+        # transformers builds no mask for a name missing from the mask interface, the original or the private one.
+        if name in masks:
+            patches.entry(masks, private, masks[name])
+        # The property would also set it in the configs of submodels.
+        patches.set(own, "_attn_implementation_internal", private)
+    return f"{type(model).__name__}: the output of {', '.join(dict.fromkeys(names))} is kept for the recomputation"
+
+
+def check_keeps_attention(model: torch.nn.Module) -> None:
+    """Raise if no attention's output can be kept, with or without sequence parallelism.
+
+    Raises:
+        UnsupportedModelError: there is none; the message has the fix.
+    """
+    names = list(dict.fromkeys(str(config._attn_implementation) for config in _attention_configs(model)))
+    reasons = [_reason_against(name) for name in names]
+    if not all(reasons):
+        return
+    found = " and ".join(f"attn_implementation={name!r} {why}" for name, why in zip(names, reasons, strict=True))
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: attention's output cannot be kept: {found or 'no module names an attention'}. "
+        "Load the model with attn_implementation='sdpa' or 'flash_attention_2', or leave save_attention_output out"
+    )
+
+
+def _attention_configs(model: torch.nn.Module) -> list[Any]:
+    """Return the distinct configs of the model's modules that name an attention."""
+    held = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    return [config for config in held.values() if getattr(config, "_attn_implementation", None)]
+
+
+def _reason_against(name: str) -> str:
+    """Return why the output of an attention of this name cannot be kept; empty if it can."""
+    function = AttentionInterface._global_mapping.get(str(name))  # under sequence parallelism the name is private
+    if function is sdpa_attention_forward or function is flash_attention_forward:
+        return ""
+    if name.removeprefix("paged|") == "eager":
+        return "has no operator of its own"
+    if "flex" in name:
+        return "runs as a compiled graph"
+    return "is no function of transformers' that is verified for it"
+
+
+def _kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap transformers' attention function to keep its output if a frame asks for it."""
+    is_flash = function is flash_attention_forward
+
+    # Graph break: a frame's kept tensors stay out of compiled graphs.
+    @torch.compiler.disable
+    def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen = under_own_name(module, name) if is_flash else module
+        frame = keeping_frame(name)
+        if frame is None:
+            return function(seen, *args, **kwargs)
+        return attend_once(frame, lambda: function(seen, *args, **kwargs))
+
+    return attention

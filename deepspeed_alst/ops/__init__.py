@@ -1,1 +1,0 @@
-"""Operators compiled from csrc/, each next to its PyTorch reference."""

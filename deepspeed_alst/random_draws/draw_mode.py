@@ -1,0 +1,222 @@
+"""Counter-based random numbers for a model's forward, independent of ranks, tiles and recomputation.
+
+Within ``CountedDraws`` torch's random functions (dropout, noise, sampling) use random_draws/counter_based.py instead.
+The mode belongs to one thread and one forward; no function is replaced. A number's key encodes the step, the forward
+and the call. Its row depends on the tensor:
+
+- a tensor with a row per token of the shard: the token's index in the whole sequence, on any rank;
+- one without tokens (of a weight, a batch row, a layer to skip): the same on all ranks of a sequence;
+- any other (the tokens routed to an expert): private to the rank.
+
+Code that may run again is a branch: a checkpointed layer, a tiled module. It counts its calls from 0 on each run.
+
+Legend: B batch, s tokens of this rank's shard, N rows, C columns.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.random_draws import counter_based as draws
+from deepspeed_alst.random_draws.draw_functions import COUNTED
+
+_ROW_STRIDE = 2**40  # offset between batch rows: longer than any sequence
+# Files of functions that recompute another function in the backward.
+_CHECKPOINTS = (torch.utils.checkpoint.__file__, "deepspeed/runtime/activation_checkpointing/checkpointing.py")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a model."""
+
+    key: tuple[int, ...]
+    """Unique key among all forwards of the training, on all replicas."""
+    replica: int
+    rank: int
+    """This process's rank in its sequence-parallel group."""
+    rows: int
+    """B, the batch size."""
+    tokens: int
+    """s, the tokens per shard."""
+
+
+@dataclass
+class _Place:
+    """Position of the next draw in a forward."""
+
+    forward: Forward
+    path: tuple[int, ...] = ()
+    """Numbers of the enclosing branches, outermost first."""
+    tile: slice | torch.Tensor | None = None
+    """Token indices of a tile in the flattened shard; None outside of tiles."""
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def next_key(self, kind: str, *parts: Any) -> int:
+        """Return the key of the next draw of a kind; kinds have separate counters, as their counts differ by rank."""
+        self.calls[kind] += 1
+        return draws.key_of(self.forward.key, self.path, kind, self.calls[kind], *parts)
+
+    def place(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
+        """Return key and rows for a draw of this shape, for an existing tensor or a new one."""
+        forward = self.forward
+        flat = self._flat(device)
+        count = len(flat)
+        lead = next((dims for dims in range(1, len(shape) + 1) if shape[:dims].numel() == count), 0)
+        if lead and (len(shape) > 1 or of_tensor):
+            return self.next_key("tokens", forward.replica), self._tokens(flat)
+        rows = torch.arange(shape[0] if shape else 1, device=device)
+        if len(shape) < 2:  # a decision of all replicas (a layer to skip) is one number
+            return self.next_key("shared", forward.replica if shape.numel() > 1 else None), rows
+        if shape[0] not in (1, forward.rows) or (of_tensor and len(shape) == 2 and shape[1] > 1):
+            tile = self.tile
+            start = None if tile is None else tile.start if isinstance(tile, slice) else int(tile[0])
+            return self.next_key("rank", forward.replica, forward.rank, start), rows
+        if forward.tokens in shape[1:]:
+            raise UnsupportedModelError(
+                f"random numbers of shape {list(shape)} for {forward.rows} x {forward.tokens} tokens: which of them "
+                "belong to which token is not known under sequence parallelism. Draw them as [batch, tokens, ...]"
+            )
+        return self.next_key("shared", forward.replica), rows
+
+    def _flat(self, device: torch.device) -> torch.Tensor:
+        """Return the token indices of the current tile, or of all tokens, in the flattened shard."""
+        if isinstance(self.tile, torch.Tensor):
+            return self.tile
+        tile = self.tile or slice(0, self.forward.rows * self.forward.tokens)
+        return torch.arange(tile.start, tile.stop, device=device)
+
+    def _tokens(self, flat: torch.Tensor) -> torch.Tensor:
+        """Map token indices of the flattened shard to indices in the whole batch."""
+        s = self.forward.tokens
+        return flat // s * _ROW_STRIDE + flat % s + self.forward.rank * s
+
+
+class CountedDraws(TorchFunctionMode):
+    """Function mode that draws random numbers by counters."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.place = _Place(forward)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draw = COUNTED.get(func)
+        # Calls with an explicit generator keep it.
+        if draw is None or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        return draw(self, func, *args, **kwargs)
+
+    def at(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
+        """Return the key and the rows of a draw."""
+        _refuse_checkpoints()
+        return self.place.place(shape, of_tensor, device)
+
+    @contextlib.contextmanager
+    def attention(self, device: torch.device) -> Iterator[None]:
+        """Draw the dropout of attention kernels by counters inside the context.
+
+        A GPU kernel draws from the device's generator, which is seeded with the key here and restored. On CPU torch
+        builds a mask of all token pairs, whose numbers depend on head and query.
+        """
+        _refuse_checkpoints()
+        key, rank = self.place.next_key("attention", self.place.forward.replica), self.place.forward.rank
+        if device.type == "cpu":
+            with _CountedMasks(key, rank):
+                yield
+            return
+        with torch.random.fork_rng([device], device_type=device.type):
+            torch.get_device_module(device).manual_seed(draws.key_of(key, rank))
+            yield
+
+
+def _refuse_checkpoints() -> None:
+    """Raise if a draw is in a checkpoint outside transformers' layers, whose recomputation would differ."""
+    in_backward = torch._C._current_graph_task_id() != -1  # its forward passed this check
+    frame = None if in_backward else inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == __file__ and code.co_name == _run_again.__name__:
+            return
+        if code.co_filename.endswith(_CHECKPOINTS):
+            raise UnsupportedModelError(
+                "the model draws random numbers in a checkpoint of its own, whose recomputation would draw others. Use "
+                "transformers', model.gradient_checkpointing_enable(), or set dropout to 0"
+            )
+        frame = frame.f_back
+
+
+Branch = Callable[..., contextlib.AbstractContextManager[None]]
+"""``again(tile=None)``: context that draws from the branch's start, for a tile's tokens or all tokens."""
+
+
+def branch() -> Branch:
+    """Start a branch: a part of the forward that may run again, whole or for a tile of the shard's tokens."""
+    mode = current_draws()
+    if mode is None:
+        return lambda tile=None: contextlib.nullcontext()
+    forward, calls = mode.place.forward, mode.place.calls
+    path = (*mode.place.path, calls["branch"])
+    calls["branch"] += 1
+
+    @contextlib.contextmanager
+    def again(tile: slice | torch.Tensor | None = None) -> Iterator[None]:
+        with contextlib.ExitStack() as entered:
+            inside = current_draws() or entered.enter_context(CountedDraws(forward))  # a backward has none
+            before, inside.place = inside.place, _Place(forward, path, tile)
+            try:
+                yield
+            finally:
+                inside.place = before
+
+    return again
+
+
+def runs_again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function in a branch, so that each run draws the same numbers."""
+    return functools.partial(_run_again, branch(), function)
+
+
+def _run_again(again: Branch, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with again():
+        return function(*args, **kwargs)
+
+
+def current_draws() -> CountedDraws | None:
+    """Return the mode of this thread."""
+    modes = _get_current_function_mode_stack()
+    return next((mode for mode in reversed(modes) if isinstance(mode, CountedDraws)), None)
+
+
+def counted_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return ``CountedDraws.attention`` of this thread's mode, or a null context without one."""
+    mode = current_draws()
+    return contextlib.nullcontext() if mode is None else mode.attention(device)
+
+
+class _CountedMasks(TorchDispatchMode):
+    """Dispatch mode for the dropout masks of torch's CPU attention, ``[B, h, S, S]``, of this rank's heads."""
+
+    def __init__(self, key: int, rank: int) -> None:
+        super().__init__()
+        self._key, self._rank = key, rank
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten.bernoulli_.float:
+            return func(*args, **kwargs)
+        mask_BhSS, p = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        B, h, S, _ = mask_BhSS.shape
+        of = [torch.arange(size, device=mask_BhSS.device) for size in (B, h, S)]
+        rows_BhS = (of[0][:, None, None] * 2**16 + of[1][:, None] + self._rank * h) * 2**32 + of[2]
+        u_NS = draws.uniform(self._key, rows_BhS.flatten(), mask_BhSS.shape[3], torch.float32)
+        return mask_BhSS.copy_((u_NS < p).view_as(mask_BhSS))

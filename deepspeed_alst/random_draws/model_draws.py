@@ -1,0 +1,158 @@
+"""Counter-based random numbers for dropout, router noise and skipped layers under sequence parallelism.
+
+A mode (random_draws/draw_mode.py) wraps each forward of the outermost module and the recomputation of each checkpointed
+layer; a PatchSet undoes every change.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.offload.hf_checkpoint_hook import Checkpoint, checkpoint_hook_of, checkpointed_layers
+from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, runs_again
+
+_NEFTUNE = "neftune_noise_alpha"
+
+
+def _step_0() -> tuple[int, int]:
+    return 0, 0
+
+
+@dataclass
+class Draws:
+    """State that keys a rank's random numbers."""
+
+    seed: int = 0
+    """The same on all ranks."""
+    sp_rank: int = 0
+    sp_size: int = 1
+    """A full sequence on one rank is rank 0 of 1, and draws the numbers that the ranks of a sharded one draw."""
+    replica: int = 0
+    clock: Callable[[], tuple[int, int]] = _step_0
+    """Returns the optimizer step and the micro-step in it."""
+    are_counted: bool = False
+    """True if a model draws its random numbers by these counters."""
+    _now: tuple[int, int] = (-1, -1)
+    _forwards: int = 0
+
+    def begin(self, rows: int, tokens: int, rank: int, on_trial: bool) -> CountedDraws:
+        """Return the random-number mode for a forward of ``[B, s]`` tokens; on trial all forwards draw the same."""
+        key: tuple[int, ...] = (self.seed,)
+        if not on_trial:
+            now = self.clock()
+            self._forwards = self._forwards + 1 if now == self._now else 0
+            self._now = now
+            key = (self.seed, *now, self._forwards)
+        return CountedDraws(Forward(key, self.replica, rank, rows, tokens))
+
+
+def count_draws(
+    model: torch.nn.Module,
+    draws: Draws,
+    patches: PatchSet,
+    is_whole: Callable[[], bool] = lambda: False,
+    on_trial: Callable[[], bool] = lambda: False,
+) -> None:
+    """Make a model draw its random numbers from counters; ``patches.close()`` undoes it.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        draws: this rank's state.
+        patches: undoes everything.
+        is_whole: called at each forward; True if it gets the full sequence, not this rank's shard.
+        on_trial: called at each forward; True if it draws the same numbers as other trials and is not counted.
+    """
+    base, entered = base_model(model), ExitStack()
+    draws.are_counted = True
+    states: list[torch.Tensor] = []
+
+    @torch.compiler.disable
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entered.close()
+        states.clear()
+        tokens = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+        tokens = args[0] if tokens is None and args else tokens
+        is_training = any(each.training for each in module.modules())
+        if is_training and isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
+            if draws.sp_size > 1:
+                _refuse_neftune(base)
+            rank = 0 if is_whole() else draws.sp_rank
+            entered.enter_context(draws.begin(*tokens.shape[:2], rank, on_trial()))
+            states[:] = _generators(base) if any(map(_is_compiled, model.modules())) else []
+
+    @torch.compiler.disable
+    def leave(*_: Any) -> None:
+        entered.close()
+        if states and not all(map(torch.equal, states, _generators(base))):
+            raise UnsupportedModelError(
+                f"{type(base).__name__}: compiled code has drawn random numbers from torch's generator (rand_like, "
+                "randn_like), which are not those of one sequence. Leave its layers out of torch.compile"
+            )
+
+    patches.hook(model, "forward_pre", enter, with_kwargs=True)
+    patches.hook(model, "forward", leave, always_call=True)
+    patches.callback(entered.close)
+    for layer in checkpointed_layers(base):
+        checkpoint_hook_of(layer, patches).around.append(_around)
+
+
+def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet | None = None) -> Any:
+    """Set a config's dropout and noise rates to 0, all or only attention's; return the config."""
+    patches = patches or PatchSet()
+    text_config = config.get_text_config()
+    for name, rate in list(vars(text_config).items()):
+        is_asked_for = "att" in name or not attention_only
+        if is_asked_for and isinstance(rate, float) and re.search("drop|jitter", name):
+            patches.set(text_config, name, 0.0)
+    return config
+
+
+def drop_no_attention(model: torch.nn.Module, patches: PatchSet) -> None:
+    """Set the dropout rates of a model's attention modules to 0: kernels draw for one rank's heads."""
+    without_dropout(base_model(model).config, True, patches)
+    for module in model.modules():
+        if "Attention" in type(module).__name__:
+            for name, rate in list(vars(module).items()):
+                if "drop" in name and isinstance(rate, float):
+                    patches.set(module, name, 0.0)
+            for child in module.children():
+                if isinstance(child, torch.nn.Dropout):
+                    patches.set(child, "p", 0.0)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _generators(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the RNG states that compiled code would advance: compilers lower some random ops themselves."""
+    device = next(model.parameters()).device
+    on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]
+
+
+def _around(checkpoint: Checkpoint) -> Checkpoint:
+    """Wrap a checkpoint so that its recomputation draws the numbers of its forward."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(runs_again(function), *args, **kwargs)
+
+    return call
+
+
+def _refuse_neftune(base: torch.nn.Module) -> None:
+    """Raise if NEFTune is on: its hook divides by the root of a (padded) shard's length, not the sample's."""
+    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    alpha = getattr(embeddings, _NEFTUNE, None)
+    if alpha is not None:
+        raise UnsupportedModelError(
+            f"{_NEFTUNE}={alpha}: NEFTune's noise is scaled by the sample's length, of which the embeddings see a "
+            "padded shard under sequence parallelism; leave it out"
+        )

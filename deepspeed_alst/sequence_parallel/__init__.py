@@ -1,0 +1,1 @@
+"""Ulysses sequence parallelism: attention, masks, positions and batches."""

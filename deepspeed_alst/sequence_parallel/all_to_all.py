@@ -1,0 +1,85 @@
+"""All-to-all of several tensors from sequence shards of all heads to whole sequences of some, for scans.
+
+Queries, keys and values of attention have their own exchange with kernels (ulysses.py); here tensors may be more than
+three and keep their dtypes: decays are in fp32 beside keys in bf16. A token's bytes for a rank are contiguous: one
+collective, and one in the backward. Ulysses, arXiv:2309.14509.
+
+Legend: B batch, S whole sequence, H heads, D head dim, P ranks; lower case = this rank's share (s = S/P, h = heads of a
+tensor that one rank gets); m = neighbouring ranks that hold the same head; W = bytes of one token for one rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.kernels.head_layout import by_heads, by_tokens
+from deepspeed_alst.sequence_parallel.ulysses import exchange
+
+# Alignment of each tensor in a token's bytes, for its dtype and for kernels that load 16 bytes at once.
+_ALIGNMENT = 16
+_Layout = list[tuple[int, int, torch.dtype]]
+"""h, D and dtype of each tensor."""
+
+
+def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], copies: Sequence[int], group: Any) -> tuple[torch.Tensor, ...]:
+    """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
+
+    H, D and dtype may differ. Rank r gets heads ``[r*h, (r+1)*h)``. If a tensor's ``copies`` m are above 1, H*m is P,
+    and m ranks get the same head; their gradients of it are summed. Collective over the group: one all-to-all here, one
+    in the backward.
+    """
+    return _SeqToHead.apply(tuple(copies), group, *tensors_BsHD)
+
+
+class _SeqToHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, copies: tuple[int, ...], group: Any, *tensors_BsHD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        P = dist.get_world_size(group)
+        ctx.copies, ctx.group = copies, group
+        ctx.layout = [(x.shape[2] * m // P, x.shape[3], x.dtype) for x, m in zip(tensors_BsHD, copies, strict=True)]
+        B, s = tensors_BsHD[0].shape[:2]
+        send_PsBW = _buffer(tensors_BsHD[0], (P, s, B), ctx.layout)
+        for x_BsHD, m, part_PsBhD in zip(tensors_BsHD, copies, _parts(send_PsBW, ctx.layout), strict=True):
+            pieces = by_heads(x_BsHD.transpose(1, 2), P // m)
+            # Broadcast over the m ranks that hold the same head.
+            part_PsBhD.unflatten(0, (P // m, m)).copy_(pieces.unsqueeze(1))
+        received = _parts(exchange(send_PsBW, group), ctx.layout)
+        return tuple(part_PsBhD.flatten(0, 1).transpose(0, 1) for part_PsBhD in received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BShD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        P = dist.get_world_size(ctx.group)
+        B, S = grads_BShD[0].shape[:2]
+        send_PsBW = _buffer(grads_BShD[0], (P, S // P, B), ctx.layout)
+        for g_BShD, part_PsBhD in zip(grads_BShD, _parts(send_PsBW, ctx.layout), strict=True):
+            part_PsBhD.copy_(by_tokens(g_BShD.transpose(1, 2), P))
+        grads_BsHD = []
+        for m, part_PsBhD in zip(ctx.copies, _parts(exchange(send_PsBW, ctx.group), ctx.layout), strict=True):
+            if m > 1:
+                # The gradients of a head's copies are summed in fp32 and rounded once.
+                dtype = torch.promote_types(part_PsBhD.dtype, torch.float32)
+                part_PsBhD = part_PsBhD.unflatten(0, (-1, m)).sum(1, dtype=dtype).to(part_PsBhD.dtype)
+            grads_BsHD.append(part_PsBhD.permute(2, 1, 0, 3, 4).flatten(2, 3))
+        return None, None, *grads_BsHD
+
+
+def _buffer(like: torch.Tensor, shape_PsB: tuple[int, int, int], layout: _Layout) -> torch.Tensor:
+    """Allocate the send buffer of all tokens: ``[P, s, B, W]`` bytes."""
+    width = sum(_aligned_bytes(*each) for each in layout)
+    return like.new_empty(*shape_PsB, width, dtype=torch.uint8)
+
+
+def _parts(buffer_PsBW: torch.Tensor, layout: _Layout) -> list[torch.Tensor]:
+    """Return views of a buffer's tensors, ``[P, s, B, h, D]`` each."""
+    parts, first = [], 0
+    for h, D, dtype in layout:
+        own_PsBw = buffer_PsBW[..., first : first + h * D * dtype.itemsize]
+        parts.append(own_PsBw.view(dtype).unflatten(-1, (h, D)))
+        first += _aligned_bytes(h, D, dtype)
+    return parts
+
+
+def _aligned_bytes(h: int, D: int, dtype: torch.dtype) -> int:
+    return -(-h * D * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

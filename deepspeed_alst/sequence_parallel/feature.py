@@ -1,0 +1,63 @@
+"""``sequence_parallel_size``: attention, loss and loaders over the ranks of a sequence."""
+
+from typing import Any
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.offload.feature import ActivationOffload
+from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.session import Session
+from deepspeed_alst.verification.run_model_check import ModelCheck
+from deepspeed_alst.verification.verify_model import verify_model
+
+_WHOLE_LOSS = "of the whole sequence on every rank"
+_SHARD_LOSS = (
+    "of this rank's shard, which the program aggregates (DeepSpeed's mpu); TiledMLP, TiledFusedLogitsLoss: ours"
+)
+
+
+class SequenceParallel(Feature):
+    """Ulysses sequence parallelism."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._rows: list[tuple[str, str]] = []
+
+    def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
+        """Verify the model, and patch its attention, positions and loss."""
+        is_upstream, groups = run.upstream is not None, self._session.groups
+        summary = verify_model(run.model, groups, is_upstream)
+        if is_upstream:
+            from deepspeed_alst.integrations.upstream_ulysses import prepare_adoption
+
+            prepare_adoption(patches)
+        attention = patch_model(run.model, groups.sp_group, patches, self._session.calls, not is_upstream)
+        self._rows = [("attention", attention), ("loss", _SHARD_LOSS if is_upstream else _WHOLE_LOSS)]
+        self._rows += [("model", summary)] if summary else []
+
+    def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
+        """Attach the session, and what checks the model before the first forward."""
+        self._session.attach(engine)
+        if run.upstream is not None:
+            from deepspeed_alst.integrations.upstream_ulysses import UpstreamProgram
+
+            engine.alst_features.upstream = UpstreamProgram(engine, self._session, run.upstream, patches)
+        elif run.config.alst.check_model:
+            engine.alst_features.model_check = ModelCheck(engine)
+
+    def report(self) -> list[tuple[str, str]]:
+        """Return what attention and loss are."""
+        return self._rows
+
+
+class BatchCheck(Feature):
+    """Checks that every batch is a shard of the same sequence on all ranks, and plans its offload."""
+
+    def __init__(self, session: Session, offload: ActivationOffload | None) -> None:
+        self._session, self._offload = session, offload
+
+    def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
+        """Add the check to the model's forward."""
+        planner = self._offload.planner if self._offload is not None else None
+        check_batches(run.model, self._session.groups, self._session.calls, patches, planner)

@@ -1,0 +1,165 @@
+"""Count the calls of the patched parts in each forward, and raise if a forward bypasses them."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.random_draws.model_draws import Draws
+
+# Names of the cache in transformers: past_key_values before 5.24, cache_params without attention.
+CACHES = ("cache", "cache_params", "past_key_values")
+
+
+@dataclass
+class ForwardContext:
+    """Call counters and state of the patched parts in one forward."""
+
+    draws: Draws = field(default_factory=Draws)
+    """State of this rank's counter-based random numbers."""
+    attention: int = 0
+    linear: int = 0
+    """Calls of sharded layers without attention."""
+    with_documents: int = 0
+    """Calls of either kind that got the bounds of packed documents."""
+    loss: int = 0
+    router_loss: int = 0
+    routes: bool = False
+    """True if the model has routers, whose loss may be asked for."""
+    loss_follows: bool = False
+    """True if the full-sequence loss is computed from the logits after the forward."""
+    gradients: int = 0
+    """Number of full-sequence losses that have received a gradient."""
+    makes_whole_loss: bool = True
+    """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
+    real_tokens: torch.Tensor | None = None
+    """Mask of the non-padding tokens of this rank's shard, ``[B, s]``; None if unknown."""
+    expects_attention: bool = True
+    inside: bool = False
+    """True while a forward of the outermost module runs."""
+    whole: bool = False
+    """True while forwards bypass the patched parts on purpose: every rank has the full sequence."""
+    checking: bool = False
+    """True while forwards are the model check's, whose batches are not checked here."""
+    core: str = ""
+    """Attention implementation that the model was loaded with."""
+    documents: tuple[int, ...] = ()
+    """Bounds of the packed documents in this forward's full sequence; empty for a single document."""
+    highest: int | None = None
+    """Highest position id in this forward's full sequence."""
+
+    @contextlib.contextmanager
+    def of_whole_sequence(self) -> Iterator[None]:
+        """Compute full-sequence losses in the context, even if user code aggregates shards' in training."""
+        before, self.makes_whole_loss = self.makes_whole_loss, True
+        try:
+            yield
+        finally:
+            self.makes_whole_loss = before
+
+    @contextlib.contextmanager
+    def unsplit(self, config: Any) -> Iterator[None]:
+        """Run forwards of the config's model without sequence parallelism in the context."""
+        split, before = config._attn_implementation, self.whole
+        config._attn_implementation, self.whole = self.core, True
+        try:
+            yield
+        finally:
+            config._attn_implementation, self.whole = split, before
+
+    @contextlib.contextmanager
+    def of_model_check(self) -> Iterator[None]:
+        """Mark forwards in the context as the model check's; restore all counters at its end."""
+        before = dict(vars(self))
+        self.checking, self.makes_whole_loss, self.loss_follows = True, True, False
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def enter(self, layer: str, has_documents: bool) -> None:
+        """Count a call of a layer without attention.
+
+        Raises:
+            UnsupportedModelError: called outside of the outermost module's forward, which checks the batch.
+        """
+        # Recomputation in the backward runs layers outside of the model's forward.
+        if not self.inside and torch._C._current_graph_task_id() == -1:
+            raise UnsupportedModelError(
+                f"{layer} was called outside of its causal language model: what reached it was not checked to be a "
+                "shard. Call the engine, with a batch of the sharded loader."
+            )
+        self.linear += 1
+        self.with_documents += has_documents
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Count a full-sequence loss, and its gradient when it arrives."""
+        self.loss += 1
+        if loss.requires_grad:
+            loss.register_hook(self._note_gradient)
+
+    def _note_gradient(self, grad: torch.Tensor) -> None:
+        self.gradients += 1
+
+
+def _why_not_called(model: torch.nn.Module) -> str:
+    """Return why a model bypasses transformers' attention interface, and the fix."""
+    homes = (each.__module__ for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
+    home = sys.modules.get(next(homes, ""))
+    if home is not None and not hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
+        return f"{home.__name__} has an attention of its own, which cannot be split: use another model"
+    return "Undo whatever replaced its attention (kernels, a subclass)"
+
+
+def check_calls(model: torch.nn.Module, calls: ForwardContext, patches: PatchSet, whole_loss: bool) -> None:
+    """Raise if a forward bypasses the patched parts, which a subclass or a library may replace.
+
+    ``model`` is the outermost module, which every call passes. Without ``whole_loss`` user code may compute a shard's
+    loss in any way.
+    """
+    name = type(base_model(model)).__name__
+
+    @torch.compiler.disable
+    def reset(module: torch.nn.Module, args: Any) -> None:
+        calls.attention = calls.linear = calls.with_documents = calls.loss = calls.router_loss = 0
+        calls.inside = True
+
+    @torch.compiler.disable
+    def check(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls.inside = False
+        if calls.whole:
+            return
+        if not calls.attention and calls.expects_attention:
+            raise UnsupportedModelError(
+                f"{name} did not call transformers' attention interface: its attention sees only a "
+                f"shard of the sequence. {_why_not_called(base_model(module))}."
+            )
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is not None and len(bounds) > 2 and calls.with_documents < calls.attention + calls.linear:
+            raise UnsupportedModelError(
+                f"{name} does not tell all of its layers where packed documents end (by cu_seq_lens_q, or by a mask): "
+                "they would see one another. Give it one document per row."
+            )
+        if not whole_loss:
+            return
+        if module.training and torch.is_grad_enabled() and getattr(output, "loss", None) is None and not calls.loss:
+            if calls.loss_follows:
+                return
+            raise UnsupportedModelError(
+                f"{name} was trained on without labels: a loss made of its logits is the loss of a "
+                "shard. Give the batch labels and use the loss that the model returns."
+            )
+        if getattr(output, "loss", None) is not None and not calls.loss:
+            raise UnsupportedModelError(
+                f"{name} made a loss without self.loss_function: it is the loss of a shard. Undo "
+                "whatever replaced its forward (Liger's fused loss, a subclass)."
+            )
+
+    patches.hook(model, "forward_pre", reset)
+    patches.hook(model, "forward", check, with_kwargs=True)

@@ -1,0 +1,107 @@
+"""Patches of a transformers model for sequence parallelism, each with its undo.
+
+Outside the model only two entries are added, under a name of the model's own, in transformers' attention and mask
+interfaces: other models in the process keep theirs.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.distributed.sequence_loss import (
+    IGNORED_LABEL,
+    shard_divisor,
+    whole_sequence_divisor,
+    whole_sequence_loss,
+)
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.integrations.trl_fused_head import sum_fused_head
+from deepspeed_alst.linear_attention.layers import has_attention, linear_layers
+from deepspeed_alst.moe.hf_experts import router_classes
+from deepspeed_alst.random_draws.model_draws import count_draws
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext, check_calls
+from deepspeed_alst.sequence_parallel.generation import generate_whole
+from deepspeed_alst.sequence_parallel.hf_attention import register_attention
+from deepspeed_alst.sequence_parallel.hf_backends import find_backend
+from deepspeed_alst.sequence_parallel.hf_positions import give_whole_length
+from deepspeed_alst.sequence_parallel.own_config import own_config
+from deepspeed_alst.tiling.lazy_logits import LazyLogits, share_of_loss
+
+
+def patch_model(
+    model: torch.nn.Module, group: Any, patches: PatchSet, calls: ForwardContext | None = None, whole_loss: bool = True
+) -> str:
+    """Patch a model for sequence parallelism; return a description.
+
+    Args:
+        model: a verified model (families.py), or a wrapper around one.
+        group: sequence-parallel group.
+        patches: undo stack.
+        calls: counts the calls of the patched parts in each forward.
+        whole_loss: if True the loss is the whole sequence's; else the shard's, which the program aggregates.
+    """
+    calls, base = calls or ForwardContext(), base_model(model)
+    calls.makes_whole_loss = whole_loss
+    calls.core = name = base.config._attn_implementation
+    own_config(model, base.config, patches)
+    calls.expects_attention = has_attention(base)
+    if calls.expects_attention:
+        core = find_backend(name)
+        assert core is not None, "check_model refuses it"
+        register_attention(base, core, group, calls, patches)
+    give_whole_length(base, calls, patches)
+    if linear := len(linear_layers(base)):
+        from deepspeed_alst.linear_attention.split_layers import split_linear_layers
+
+        split_linear_layers(base, group, calls, patches)
+    _replace_loss(base, group, calls, patches)
+    if whole_loss:
+        sum_fused_head(model, group, calls, patches)
+    calls.routes = bool(router_classes(base))
+    if calls.routes:
+        from deepspeed_alst.moe.router_loss import whole_router_loss
+
+        whole_router_loss(model, group, calls, patches)
+    generate_whole(base, calls, patches)
+    check_calls(model, calls, patches, whole_loss)
+    calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)
+    count_draws(model, calls.draws, patches, lambda: calls.whole, lambda: calls.checking)
+    ranks = dist.get_world_size(group)
+    what = [f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass"] * calls.expects_attention
+    what += [f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls"] * bool(linear)
+    return f"{type(base).__name__}: {'; '.join(what)}"
+
+
+def _replace_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
+    """Replace the loss by that of the sequence over ``group``, or of the shard if the program aggregates it."""
+    original = model.loss_function
+
+    @torch.compiler.disable
+    def loss_function(
+        logits: torch.Tensor | LazyLogits,
+        labels: torch.Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        ignore_index: int = IGNORED_LABEL,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if calls.whole:
+            return original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if shift_labels is None or ignore_index != IGNORED_LABEL:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} called its loss with shift_labels={shift_labels} and "
+                f"ignore_index={ignore_index}: only shifted labels and {IGNORED_LABEL} are verified"
+            )
+        if not calls.makes_whole_loss:
+            calls.loss += 1
+            return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
+        divisor = whole_sequence_divisor(shift_labels, group, num_items_in_batch)
+        loss = whole_sequence_loss(share_of_loss(logits, shift_labels, divisor), group)
+        calls.note_loss(loss)
+        return loss
+
+    patches.set(model, "_loss_function", loss_function)

@@ -1,0 +1,182 @@
+"""Sequence parallelism on one engine: its state, its wrappers, and their undo."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.data.validation import Vocabulary, vocabulary_of
+from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.mesh import SequenceGroups, build_groups
+from deepspeed_alst.distributed.mpu import UlyssesMpu
+from deepspeed_alst.errors import DataError, SetupError
+from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
+from deepspeed_alst.grad_reduction.step_dropper import StepDropper
+from deepspeed_alst.moe.hf_experts import router_classes
+from deepspeed_alst.random_draws.model_draws import Draws
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_backends import keeps_documents_apart, starts_at_lowest
+
+
+class Session:
+    """Sequence parallelism on one engine; ``engine.alst``."""
+
+    def __init__(
+        self,
+        config: AlstConfig,
+        groups: SequenceGroups,
+        mpu: UlyssesMpu,
+        packing: bool,
+        by_lowest: bool,
+        marks_padding: bool,
+        vocabulary: Vocabulary,
+        patches: PatchSet,
+    ) -> None:
+        self.config = config
+        self._packing, self._by_lowest, self._vocabulary = packing, by_lowest, vocabulary
+        self.marks_padding = marks_padding
+        """True if batches mark their padding tokens; read when a loader is made."""
+        self.reduction_bytes = 0.0
+        """Bytes that this rank sends per step for the gradient reduction."""
+        self.takes_whole = False
+        """True if the engine accepts whole batches, which it splits itself."""
+        self.groups = groups
+        self.mpu = mpu
+        # Rank 0's seed: programs may seed each rank differently.
+        seed = gather_objects(torch.initial_seed(), groups.control_group)[0]
+        self.calls = ForwardContext(draws=Draws(seed, replica=groups.dp_rank))
+        self.losses = NonFiniteLossCheck(groups, self.calls)
+        self._patches = patches
+        self._in_backward = False
+        self._loss_divisor = 1
+
+    @classmethod
+    def build(cls, model: Any, config: AlstConfig, control_group: Any, patches: PatchSet) -> "Session":
+        """Build the process groups, and the state of sequence parallelism for an engine of this model."""
+        groups = build_groups(config.sequence_parallel_size, control_group)
+        patches.callback(groups.destroy)
+        packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
+        mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
+        return cls(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), patches)
+
+    def attach(self, engine: Any) -> None:
+        """Use an engine's clock for random numbers, and give it the size of its batches."""
+        self._patches.set(engine, "alst", self)
+        self.calls.draws.clock = functools.partial(_step_and_micro_step, engine)
+        # DeepSpeed sets None for such an mpu, and set_train_batch_size multiplies by it.
+        engine.dp_world_size = self.groups.dp_size
+
+    def watch_gradients(self, engine: Any) -> None:
+        """Drop steps with NaN or Inf gradients. Runs after the reduction is installed, whose norm it reads."""
+        if not engine.fp16_enabled():
+            self.losses.dropper = StepDropper(engine, self._patches)
+
+    def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
+        """Wrap a loader to yield this rank's shards; a sharded loader is returned unchanged.
+
+        With ``whole`` ranks get each batch whole, for an engine that accepts whole batches.
+        """
+        if isinstance(loader, ShardedDataLoader) or hasattr(loader, "alst_whole"):
+            return loader
+        return ShardedDataLoader(
+            loader,
+            self.groups,
+            self.config.padding_multiple(),
+            self._packing,
+            self.marks_padding,
+            self._vocabulary,
+            self.losses.note_batch,
+            self._by_lowest,
+            whole,
+        )
+
+    def exchange(self, batch: Any, place: str = "", whole: bool = False) -> list[Any]:
+        """Return this rank's shards of its sequence-parallel group's batches, in rank order; or whole batches."""
+        return self.shard_dataloader((), whole).exchange(batch, place)
+
+    def meet(self, place: str) -> None:
+        """Synchronize all ranks at a place in their data that no batch follows."""
+        self.shard_dataloader(()).meet(place)
+
+    def cut(self, batch: Any) -> Any:
+        """Return this rank's shard of a batch that all ranks of its sequence have."""
+        return self.shard_dataloader(()).cut(batch)
+
+    @contextlib.contextmanager
+    def whole_batches(self) -> Iterator[None]:
+        """Accept whole batches too while the context is open (sequence_parallel/whole_batches.py)."""
+        before, self.takes_whole = self.takes_whole, True
+        try:
+            yield
+        finally:
+            self.takes_whole = before
+
+    @contextlib.contextmanager
+    def averaged_over_micro_steps(self) -> Iterator[None]:
+        """Count P micro-steps as one in the context, for callers that scale the loss without DeepSpeed's 1/GAS."""
+        self._loss_divisor = self.groups.sp_size
+        try:
+            yield
+        finally:
+            self._loss_divisor = 1
+
+    def sharded_io(self, io: Any, dataset: Any, *args: Any, **kwargs: Any) -> ShardedDataLoader:
+        """``engine.deepspeed_io`` with samples drawn per rank, not per replica: the sharded loader wants all."""
+        world_size = self.groups.dp_size * self.groups.sp_size
+        rank = self.groups.dp_rank * self.groups.sp_size + self.groups.sp_rank
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            raise DataError(
+                f"training_data is a {type(dataset).__name__}, an IterableDataset, which DeepSpeed's loader cannot "
+                "read (it asks for a length and a sampler). Leave it out and make a loader of each rank's own samples: "
+                "loader = deepspeed_alst.shard_dataloader(torch.utils.data.DataLoader(dataset, batch_size=...), engine)"
+            )
+        if len(args) < 4 and kwargs.get("data_sampler") is None:
+            # Shuffled for training like DeepSpeed's own loader; its other routes read in order.
+            shuffle = (args[1] if len(args) > 1 else kwargs.get("route", "train")) == "train"
+            kwargs["data_sampler"] = DistributedSampler(dataset, world_size, rank, shuffle=shuffle)
+        return self.shard_dataloader(io(dataset, *args, **kwargs))
+
+    def watch_loss(self, output: Any) -> None:
+        """Refuse a direct backward of what a forward has made."""
+        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+        if loss is None:  # the program makes its own, of the logits
+            loss = getattr(output, "logits", None)
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            loss.register_hook(self._check_backward)
+
+    @contextlib.contextmanager
+    def backward(self, loss: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Run the engine's backward inside, on the loss that is yielded.
+
+        Raises:
+            SetupError: the loss is not made of the model's own.
+        """
+        self._in_backward, self.calls.gradients = True, 0
+        self.losses.add(loss)
+        try:
+            yield loss if self._loss_divisor == 1 else loss / self._loss_divisor
+        finally:
+            self._in_backward = False
+        if self.calls.makes_whole_loss and not self.calls.gradients:
+            raise SetupError(
+                "engine.backward was given a loss that is not made of the model's own: one made of its logits is "
+                "the loss of a shard. Give the batch labels and use the loss that the model returns."
+            )
+
+    def _check_backward(self, grad: torch.Tensor) -> None:
+        if not self._in_backward:
+            raise SetupError(
+                "call engine.backward(loss), not loss.backward(): with gradient accumulation, which sequence "
+                "parallelism needs, DeepSpeed 0.19.8 scales a direct backward by another factor on ZeRO 1 and 2"
+            )
+
+
+def _step_and_micro_step(engine: Any) -> tuple[int, int]:
+    # DeepSpeed restarts micro_steps at 0 after a resume.
+    return engine.global_steps, engine.micro_steps % engine.gradient_accumulation_steps()

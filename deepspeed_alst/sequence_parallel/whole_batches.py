@@ -1,0 +1,104 @@
+"""Splitting of whole batches at the engine, if the model computes the loss; the rest of a program sees them whole.
+
+For batches that no loader splits: a Trainer's evaluation by generation, a compute_loss of the program's own, loaders
+prepared by accelerate. In training the ranks of a sequence have the same batch, and each cuts its shard out of it. In
+evaluation each may have its own: they exchange them, run one forward per batch, and every rank gets its own batch's
+loss and logits.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from deepspeed_alst.data.sharding import PLACE, kept_places, labels_of_all
+from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.roll_call import name_missing_ranks
+from deepspeed_alst.errors import AlstError, DataError
+from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
+from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
+
+_OF_THE_WHOLE = ("loss", "aux_loss")
+
+
+class NotHere:
+    """Placeholder for logits that a rank does not have; any access raises DataError."""
+
+    def __init__(self, why: str) -> None:
+        self.__dict__["_why"] = why
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # copy and dispatch protocols look these up
+            raise AttributeError(name)
+        raise DataError(self.__dict__["_why"])
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise DataError(self.__dict__["_why"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise DataError(next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, cls)).__dict__["_why"])
+
+
+def is_whole_batch(batch: dict[str, Any]) -> bool:
+    """Return True for a whole batch; a shard has shifted labels and positions."""
+    if batch.get("shift_labels") is not None and batch.get("logits_to_keep") is None:
+        return False
+    return PLACE not in batch and (batch.get("labels") is not None or batch.get("position_ids") is None)
+
+
+def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
+    """Split a batch that the ranks of a sequence hold whole, and run the shards."""
+    groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
+    try:
+        facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
+        batch = labels_of_all(batch)
+    except AlstError as error:
+        facts = Facts(str(error))
+    except Exception as error:
+        facts = Facts(f"it cannot be read: {error!r}. {WAY_OUT}")
+    with name_missing_ranks(groups.roll_group):
+        everyone = [each for each, _ in gather_objects((facts, None), groups.control_group)]
+    if (problem := problem_of(everyone, groups.sp_size)) is not None:
+        raise DataError(problem)
+    same = all(facts.whole == everyone[rank - rank % groups.sp_size].whole for rank, facts in enumerate(everyone))
+    if trains and not same:
+        raise DataError(
+            "batches reached the engine in training that are not split over the ranks of their sequence, and are not "
+            f"the same on all of them. {WAY_OUT}"
+        )
+    length = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
+    shards = [session.cut(batch)] if same else session.exchange(batch)
+    with session.calls.of_whole_sequence():
+        outputs = [forward(**shard) for shard in shards]
+    output = outputs[0 if same else groups.sp_rank]
+    if session.calls.loss_follows and trains:  # the loss code knows that the logits are a shard's
+        return output
+    logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
+    found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
+    made = _whole_logits(logits, length, trains, session)
+    return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, kept_places(keep)])
+
+
+def _whole_logits(pieces: list[Any], length: int, trains: bool, session: Any) -> Any:
+    if trains:
+        return NotHere(
+            "outputs.logits was looked at in training, where each rank has those of a shard: a loss made of them is "
+            "the loss of a shard. Give the batch labels and use the loss that the model returns."
+        )
+    if any(piece is None for piece in pieces) or is_too_large(pieces[0], session.groups.sp_size):
+        return NotHere(
+            "outputs.logits was looked at, and those of this batch's whole sequence are not made: they are larger than "
+            "2 GiB. Use outputs.loss, shorter sequences or fewer rows."
+        )
+    return gather_predictions(pieces, length, session.groups)
+
+
+def _digest(batch: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(batch):
+        if isinstance(x := batch[key], torch.Tensor):
+            digest.update(f"{key} {tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""``alst.tiled_mlp_compute`` and ``alst.tiled_logits_loss``."""
+
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.integrations.feature import LigerKernels
+
+
+class TiledMlp(Feature):
+    """MLPs and experts in tiles of tokens."""
+
+    def __init__(self, budget: TiledMLPConfig) -> None:
+        self._budget = budget
+
+    def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
+        """Patch every token-wise module of the decoder layers."""
+        from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+
+        self._summary = tile_mlps(run.model, self._budget, run.leaf, patches, run.calls)
+
+    def report(self) -> list[tuple[str, str]]:
+        """Return what is tiled."""
+        return [("tiled MLP", self._summary)]
+
+
+class TiledLoss(Feature):
+    """Logits and loss in tiles of tokens."""
+
+    def __init__(self, budget: TiledLossConfig, liger: LigerKernels | None) -> None:
+        self._budget, self._liger = budget, liger
+
+    def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
+        """Patch the head, and at SP 1 the loss; under SP the loss is patched already."""
+        from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+
+        budget = self._budget
+        if budget.backend == "auto" and self._liger is not None and self._liger.makes_loss:
+            budget = budget.model_copy(update={"backend": "liger"})
+        self._summary = tile_loss(run.model, budget, run.calls, run.leaf, patches)
+        if run.session is None:
+            replace_whole_loss(run.model, patches)
+
+    def report(self) -> list[tuple[str, str]]:
+        """Return what is tiled."""
+        return [("tiled loss", self._summary)]

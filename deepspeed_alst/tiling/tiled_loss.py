@@ -1,0 +1,192 @@
+"""Tiled logits and loss of a transformers model; every patch goes onto an undo stack."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from deepspeed_alst.config.schema import TiledLossConfig
+from deepspeed_alst.core.patching import PatchSet, add_properties, set_entry
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.data.validation import as_int64
+from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor
+from deepspeed_alst.errors import SetupError, UnsupportedModelError
+from deepspeed_alst.integrations.hf_upstream import is_causal_lm_loss
+from deepspeed_alst.integrations.liger import check_liger_runs
+from deepspeed_alst.integrations.trl_fused_head import has_fused_head
+from deepspeed_alst.random_draws.draw_mode import branch
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits, share_of_loss
+
+
+def tile_loss(
+    model: torch.nn.Module,
+    budget: TiledLossConfig,
+    calls: ForwardContext,
+    leaf: Callable[[Any], None],
+    patches: PatchSet,
+) -> str:
+    """Make a causal LM compute its logits tile by tile, within its loss; return a description.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        budget: memory of a tile's logits and of the tensors computed from them.
+        calls: the session's; without sequence parallelism new ones.
+        leaf: called with the head, to make it a leaf module whose weights the engine gathers as one
+            (tiling/zero3_leaf.py).
+        patches: undo stack.
+
+    Raises:
+        UnsupportedModelError: the model has no output embeddings.
+        SetupError: the chosen kernels cannot run here.
+    """
+    if budget.backend == "liger":
+        check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
+    if budget.backend == "triton":
+        _check_kernels()
+    base = base_model(model)
+    module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if module is None:
+        raise UnsupportedModelError(
+            f"alst.tiled_logits_loss: {type(base).__name__} has no output embeddings (lm_head) to run in tiles. "
+            "Set the key to false."
+        )
+    head = LazyHead(module, module.forward, budget)
+    leaf(module)
+    _defer(head, patches)
+
+    _watch_calls(model, head, calls, patches)
+    patches.set(base, "alst_head", head)
+    size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
+    on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
+    by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by the op of csrc on CPU; "
+    return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
+
+
+def _check_kernels() -> None:
+    from deepspeed_alst.kernels.registry import runs_on
+
+    if not torch.cuda.is_available() and not runs_on(torch.device("cpu")):
+        raise SetupError(
+            "alst.tiled_logits_loss: 'triton' needs a GPU, and there is none here. Use 'auto' or 'torch'; to try the "
+            "kernel on CPU, a thousand times slower, set TRITON_INTERPRET=1 in the environment."
+        )
+
+
+def _watch_calls(model: torch.nn.Module, head: LazyHead, calls: ForwardContext, patches: PatchSet) -> None:
+    """Defer the head's logits in forwards with labels, and raise if their loss is not tiled."""
+
+    def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        head.deferring = (has_labels or calls.loss_follows) and not calls.whole
+        head.is_tiled, head.for_loss = False, None
+        if torch.is_grad_enabled():
+            head.snapshot = None
+
+    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+        makes_loss, head.deferring = head.deferring and not calls.loss_follows, False
+        is_tiled = head.is_tiled or has_fused_head(output)
+        if makes_loss and module.training and torch.is_grad_enabled() and not is_tiled:
+            raise UnsupportedModelError(
+                f"alst.tiled_logits_loss: {type(base_model(model)).__name__} made its loss of whole logits, by a way "
+                "of its own from its head to its loss. Set the key to false."
+            )
+        if isinstance(getattr(output, "logits", None), LazyLogits):
+            if calls.loss_follows:
+                head.for_loss = output.logits
+            elif module.training and not calls.checking:
+                output.logits = None
+                add_properties(output, logits=_LOGITS_OF_TRAINING)
+            elif head.logits_wanted:
+                output.logits = output.logits.make()
+
+    # Every call passes the outermost module.
+    patches.hook(model, "forward_pre", start, with_kwargs=True)
+    patches.hook(model, "forward", end)
+
+
+def _logits(output: Any) -> Any:
+    """Return an output's ``logits``; warn if they are None."""
+    made = vars(output).get("logits")
+    if made is None:
+        warnings.warn(
+            "outputs.logits is None in training: alst.tiled_logits_loss makes logits in tiles, within the loss. Set "
+            "the key to false to have them. Where sequence_parallel_size is above 1 they are a shard's, and a loss "
+            "made of them is refused: use outputs.loss",
+            stacklevel=2,
+        )
+    return made
+
+
+_LOGITS_OF_TRAINING = property(_logits, lambda output, value: set_entry(vars(output), "logits", value))
+
+
+@contextlib.contextmanager
+def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Set whether evaluations inside need logits as tensors; without tiling they always get them."""
+    head = getattr(base_model(model), "alst_head", None)
+    if head is not None:
+        head.logits_wanted = wanted
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.logits_wanted = False
+
+
+def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
+    """Return a forward's logits to compute a loss from, deferred if the head deferred them."""
+    head = getattr(base_model(model), "alst_head", None)
+    if head is not None and head.for_loss is not None:
+        return head.for_loss
+    return output["logits"] if isinstance(output, dict) else output[0]
+
+
+def replace_whole_loss(model: torch.nn.Module, patches: PatchSet) -> None:
+    """Patch the model's own loss to take deferred logits, without sequence parallelism."""
+    base = base_model(model)
+    before = base.loss_function
+
+    @torch.compiler.disable
+    def loss_function(
+        logits: torch.Tensor | LazyLogits,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = IGNORED_LABEL,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(logits, LazyLogits) or not is_causal_lm_loss(before) or ignore_index != IGNORED_LABEL:
+            made = logits.make() if isinstance(logits, LazyLogits) else logits
+            return before(made, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if shift_labels is not None:
+            shift_labels = as_int64("shift_labels", shift_labels)
+        else:
+            shift_labels = F.pad(as_int64("labels", labels), (0, 1), value=IGNORED_LABEL)[..., 1:]
+        return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
+
+    patches.set(base, "_loss_function", loss_function)
+
+
+def _defer(head: LazyHead, patches: PatchSet) -> None:
+    """Patch calls of the head's module to defer its logits, or to run ``head.work`` with its weights gathered."""
+    module, before = head.module, type(head.module)
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if head.deferring and head.work is None and len(args) == 1 and not kwargs:
+            return LazyLogits(head, args[0])
+        if head.work is None:
+            with branch()():  # as many draw branches as when deferred
+                return before.__call__(self, *args, **kwargs)
+        return before.__call__(self, *args, **kwargs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return head.forward(*args, **kwargs) if head.work is None else head.work(*args, **kwargs)
+
+    # Only the class's __call__ can bypass the module's hooks, which would make ZeRO-3 gather the weights too early.
+    patches.subclass(module, {"__call__": torch.compiler.disable(call)})
+    patches.set(module, "forward", forward)

@@ -1,0 +1,1 @@
+"""Checks that a model is right under sequence parallelism."""

@@ -1,0 +1,262 @@
+"""Check a model family numerically: one training step of a tiny model, unsharded and sharded, on CPU.
+
+Every rank builds the same tiny model (shrink.py) and the same random sequence, computes the loss and all gradients of
+the whole sequence alone, then those of its shard with the other ranks. The census checks every family of transformers
+this way; a training run does so at the start for a model that the census has not found right.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.mesh import SequenceGroups
+from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
+from deepspeed_alst.errors import AlstError, UnsupportedModelError
+from deepspeed_alst.moe.hf_experts import router_classes
+from deepspeed_alst.random_draws.model_draws import Draws, count_draws, without_dropout
+from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_backends import TRIAL, keeps_documents_apart
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.verification.custom_modules import check_custom_modules
+from deepspeed_alst.verification.hf_support_checks import check_model
+from deepspeed_alst.verification.hf_tiny_config import shrink
+from deepspeed_alst.verification.program_code import install_program_code
+
+# In fp32 the two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
+_MOST = 3e-4
+# Share of all gradients' norm; less is rounding, e.g. for a key bias, which softmax cancels.
+_NOTHING = 1e-4
+_LARGEST = 2**25  # parameters; each rank holds several fp32 copies
+LENGTH = 101
+"""Tokens of the sequence: more than any window of a tiny config, and a prime."""
+DOCUMENTS = (37, 1, 30, 33)
+"""Lengths of the packed documents: they end inside shards, and one is a single token."""
+
+Build = Callable[[PreTrainedConfig], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a comparison; the same on all ranks."""
+
+    outcome: str
+    """``right``, ``refused``, ``wrong`` or ``crash``."""
+    why: str = ""
+    """Message of a refusal or a crash, or the name with the largest error."""
+    error: float = 0.0
+    """Largest relative error of the loss and of any parameter's gradient."""
+
+
+def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: str, code: tuple[str, ...]) -> str:
+    """Raise unless a tiny model of a model's kind is right. Collective over the groups' gloo groups; takes seconds.
+
+    Args:
+        model: the program's.
+        groups: of its ranks.
+        unlisted: why the trial runs; begins the error message.
+        code: names of the program's own code in the model.
+
+    Returns:
+        Summary of the result.
+
+    Raises:
+        UnsupportedModelError: the tiny model is not right; on all ranks.
+    """
+    base, way_out = base_model(model), "Set sequence_parallel_size to 1, or train one of those"
+    try:
+        # The core draws attention dropout itself, per document.
+        small = without_dropout(shrink(base.config), attention_only=True)
+        small._attn_implementation = trial_core(type(base))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{unlisted}, and no small config of its kind could be made: {_words(error)}. {way_out}."
+        ) from error
+
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
+        return install_program_code(model, type(base)(config))
+
+    whole = compare(build, small, groups)
+    packed = compare(build, small, groups, packed=True) if whole.outcome == "right" else whole
+    # A packed batch refused here raises no error yet: training refuses it too.
+    for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
+        if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
+            raise UnsupportedModelError(
+                f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
+                f"{verdict.why.rstrip('.')}.{_of_a_term(verdict, code)} {way_out}."
+            )
+    check_custom_modules(base, small_model(build, small))
+    return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
+
+
+def _of_a_term(verdict: Verdict, code: tuple[str, ...]) -> str:
+    """Return a hint that the program's own loss term is the likely cause of a wrong result, and the fix."""
+    if not code or verdict.outcome != "wrong":
+        return ""
+    return (
+        " If it adds a term to the loss: made of logits or hidden states it is one of a shard's tokens. Add it in the "
+        "training loop, to outputs.loss (README, Limits, says how), or make it of parameters alone."
+    )
+
+
+def trial_core(model_class: type[PreTrainedModel]) -> str:
+    """Return the attention implementation of a trial on CPU; it gets the same inputs as the GPU's cores."""
+    if model_class._supports_sdpa:
+        return "sdpa"
+    return TRIAL if model_class._supports_flash_attn or model_class._supports_flex_attn else "eager"
+
+
+def _to_build(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a config to build a model from; the reference for ``TRIAL`` is eager attention."""
+    config = copy.deepcopy(config)
+    if config._attn_implementation == TRIAL:
+        config._attn_implementation = "eager"
+    return config
+
+
+def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
+    """Compare one training step unsharded and sharded over ``groups``. Collective over their gloo groups.
+
+    Args:
+        build: builds the model from a config.
+        config: tiny config, with the attention implementation under test; the reference for ``TRIAL`` is eager.
+        groups: process groups of the sequence.
+        packed: if True the sequence consists of several documents.
+    """
+    batch = _sample(config, packed)
+    try:
+        if (size := numel(build, config)) > _LARGEST:
+            return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
+        truth = _whole_step(small_model(build, config), [batch])
+    except Exception as error:
+        return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
+    mine: Any = None
+    try:
+        small = small_model(build, config)
+        small.config._attn_implementation = config._attn_implementation
+        mine = _split_step(small, batch, groups)
+        failure = None
+    except AlstError as error:
+        failure = Verdict("refused", str(error))
+    except Exception as error:
+        failure = Verdict("crash", _words(error))
+    failures = [each for each in gather_objects(failure, groups.sp_control_group) if each is not None]
+    if failures:
+        return next((each for each in failures if each.outcome == "crash"), failures[0])
+    verdict = _judge(truth, mine, groups)
+    if verdict.outcome == "wrong" and packed:
+        # A model may attend across packed documents, which is no reference; then each document runs alone.
+        parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in _places()]
+        verdict = _judge(_whole_step(small_model(build, config), parts), mine, groups)
+    if verdict.outcome == "wrong":
+        again = _whole_step(small_model(build, config), [batch], seed=1)
+        if any(not torch.equal(again[name], value) for name, value in truth.items()):
+            return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
+    return verdict
+
+
+def numel(build: Build, config: PreTrainedConfig) -> int:
+    """Count the parameters of a model, on the meta device if it can be built there."""
+    try:
+        with torch.device("meta"):
+            model = build(_to_build(config))
+    except Exception:  # it reads values when it is built
+        model = build(_to_build(config))
+    return sum(param.numel() for param in model.parameters())
+
+
+def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
+    """Build a tiny model with the same weights on every rank, random enough for sizable gradients."""
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = build(_to_build(config)).float()
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.dim() > 1:
+                    param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
+    return model.train()
+
+
+def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
+    """Draw one sequence of random tokens, every seventh without a label."""
+    make = torch.Generator().manual_seed(3)
+    vocab = config.get_text_config().vocab_size
+    ids = torch.randint(min(5, vocab - 1), vocab - 8, (1, LENGTH), generator=make)
+    labels = ids.clone()
+    labels[:, ::7] = IGNORED_LABEL
+    batch = {"input_ids": ids, "labels": labels}
+    if packed:
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
+        labels[batch["position_ids"] == 0] = IGNORED_LABEL  # as packing collators do
+    return batch
+
+
+def _places() -> Iterator[tuple[int, int]]:
+    """Return the start and end of each document."""
+    return itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
+
+
+def _whole_step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Run ``_step`` on an unsharded model, with the random numbers that its ranks would draw."""
+    with PatchSet() as patches:
+        count_draws(model, Draws(), patches)
+        return _step(model, batches, seed)
+
+
+def _step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return the mean loss of the batches' labelled tokens, and its gradients by name."""
+    counts = [int((each["labels"][:, 1:] != IGNORED_LABEL).sum()) for each in batches]
+    total = torch.zeros(())
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for batch, count in zip(batches, counts, strict=True):
+            if count or len(batches) == 1:  # a shard may have no label
+                loss = model(**batch, use_cache=False).loss * (count / sum(counts) if len(batches) > 1 else 1.0)
+                loss.backward()
+                total += loss.detach()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    return {"loss": total, **grads}
+
+
+def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups) -> dict[str, torch.Tensor]:
+    check_model(model)
+    P, calls = groups.sp_size, ForwardContext()
+    cut = shard_batch(batch, P, P, keeps_documents_apart(model), bool(router_classes(model)))
+    with PatchSet() as patches:
+        patch_model(model, groups.sp_control_group, patches, calls)
+        check_batches(model, groups, calls, patches)
+        return _step(model, [{**cut.shards[groups.sp_rank], **cut.common}])
+
+
+def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups: SequenceGroups) -> Verdict:
+    worst, place = 0.0, "the loss"
+    nothing = _NOTHING * math.sqrt(
+        sum(float(grad.double().norm()) ** 2 for name, grad in truth.items() if name != "loss")
+    )
+    for name, whole in truth.items():
+        found = mine.get(name, torch.zeros_like(whole)).double()
+        if name != "loss":  # as DeepSpeed averages gradients
+            dist.all_reduce(found, group=groups.sp_control_group)
+            found /= groups.sp_size
+        size = float(whole.double().norm())
+        error = float((found - whole).norm()) / (size if name == "loss" else max(size, nothing))
+        if not error <= worst:
+            worst, place = error, name
+    if worst <= _MOST:
+        return Verdict("right", error=worst)
+    return Verdict("wrong", f"{place} is off by {worst:.1e}", worst)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
