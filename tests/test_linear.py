@@ -25,9 +25,9 @@ from deepspeed_alst.config.parse import check_heads, parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
+from deepspeed_alst.linear_attention import split_layers
 from deepspeed_alst.linear_attention.functions import Split, convolution, delta_rule, mamba2_scan
 from deepspeed_alst.linear_attention.layers import linear_layers
-from deepspeed_alst.sequence_parallel import patch_model as patches
 from deepspeed_alst.sequence_parallel.all_to_all import seq_to_head
 from deepspeed_alst.sequence_parallel.halo import with_tokens_before
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
@@ -155,7 +155,7 @@ def test_four_ranks_are_exact_with_shared_heads_and_with_shards_shorter_than_a_c
 
 
 def errors_of_shards_taken_for_the_sequence(model_type: str) -> float:
-    with mock.patch.object(patches, "split_linear_layers", lambda *_: 0):
+    with mock.patch.object(split_layers, "split_linear_layers", lambda *_: 0):
         return max(split_and_whole(family_config(model_type), 37, 1)[1].values())
 
 
