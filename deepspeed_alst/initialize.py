@@ -42,8 +42,7 @@ from deepspeed_alst.models.cores import keeps_documents_apart, starts_at_lowest
 from deepspeed_alst.models.experts import call_together, router_classes
 from deepspeed_alst.models.families import check_model
 from deepspeed_alst.models.fused import fuse_norms_and_rope
-from deepspeed_alst.models.liger import LigerUse, use_liger
-from deepspeed_alst.models.liger_loss import use_own_loss
+from deepspeed_alst.models.liger import LigerUse, use_liger, use_own_loss
 from deepspeed_alst.models.patches import patch_model
 from deepspeed_alst.models.probe import prove
 from deepspeed_alst.models.tiled_loss import replace_whole_loss, tile_loss
