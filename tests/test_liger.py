@@ -603,6 +603,27 @@ def test_what_one_rank_cannot_do_none_does(interpreted_ranks):
     assert "rank 1: alst.liger_kernel" in str(caught.value.errors[0])
 
 
+def _stopping_on_rank_1() -> str:
+    import torch.distributed as dist
+    from liger_kernel.transformers import monkey_patch
+
+    def stop(**_: Any) -> None:
+        raise RuntimeError("no")
+
+    model = _model("llama")
+    before = _state_of(model)
+    families = {"llama": stop} if dist.get_rank() else {}
+    with PatchSet() as undo, mock.patch.dict(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, families):
+        words = use_liger(model, liger_keys("auto"), "cuda", dist.group.WORLD, undo).words
+        assert not _left_behind(before)
+    return words
+
+
+def test_where_ligers_function_stops_on_one_rank_the_others_models_are_given_back(interpreted_ranks):
+    for words in interpreted_ranks.run(_as_on_a_gpu, _stopping_on_rank_1):
+        assert words == "not used: Liger's function for llama stopped with RuntimeError: no (rank 1)"
+
+
 # --- in DeepSpeed's engine, by its key
 
 

@@ -114,9 +114,8 @@ def _reason_against_setup(device: str, interpreted: bool) -> str | None:
             "set TRITON_INTERPRET=1 in the environment"
         )
     try:  # takes seconds
+        import liger_kernel.ops.backends._triton.cross_entropy  # noqa: F401
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # noqa: F401
-
-        from deepspeed_alst.kernels import liger  # noqa: F401
     except ImportError as error:
         return f"liger_kernel cannot be imported ({error}); pip install 'liger-kernel>=0.8.5'"
     return None
