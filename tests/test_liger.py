@@ -541,7 +541,7 @@ def test_what_liger_would_compute_otherwise_is_left_out_or_refused(interpreted, 
         ("cohere", True, r"liger_kernel: model_type='cohere' is none of Liger's families. Known are deepseek_v2, "),
         ("cohere", {"rope": True}, r"liger_kernel\.rope: model_type='cohere' is none"),
         ("olmoe", True, r"none of Liger's families. Did you mean 'olmo3'"),
-        ("nemotron", {"rms_norm": True}, r"rms_norm: Liger has no such part for NemotronForCausalLM; .* has relu_squ"),
+        ("nemotron", {"rms_norm": True}, r"rms_norm: Liger has no such part; .* has relu_squ.* in NemotronForCausalLM"),
         ("llama", {"geglu": True}, r"geglu: Liger has no such part"),
         ("glm4", {"rope": True}, r"rope: Liger's function for glm4 stopped with NotImplementedError"),
         ("llama", {"layer_norm": True}, r"layer_norm: Liger has no such part"),
@@ -603,6 +603,27 @@ def test_what_one_rank_cannot_do_none_does(interpreted_ranks):
         interpreted_ranks.run(_as_on_a_gpu, _on_unequal_ranks, True)
     assert [type(error) for error in caught.value.errors] == [SetupError] * 2
     assert "rank 1: alst.liger_kernel" in str(caught.value.errors[0])
+
+
+def _stopping_on_rank_1() -> str:
+    import torch.distributed as dist
+    from liger_kernel.transformers import monkey_patch
+
+    def stop(**_: Any) -> None:
+        raise RuntimeError("no")
+
+    model = _model("llama")
+    before = _state_of(model)
+    families = {"llama": stop} if dist.get_rank() else {}
+    with PatchSet() as undo, mock.patch.dict(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, families):
+        words = use_liger(model, liger_keys("auto"), "cuda", dist.group.WORLD, undo).words
+        assert not _left_behind(before)
+    return words
+
+
+def test_where_ligers_function_stops_on_one_rank_the_others_models_are_given_back(interpreted_ranks):
+    for words in interpreted_ranks.run(_as_on_a_gpu, _stopping_on_rank_1):
+        assert words == "not used: Liger's function for llama stopped with RuntimeError: no (rank 1)"
 
 
 # --- in DeepSpeed's engine, by its key

@@ -39,7 +39,7 @@ class TileKernels(Feature):
         """Load the ops; have a model that Liger has patched make its loss by its head."""
         load_tile_ops(run.device)
         if self._makes_loss and "liger_kernel" in sys.modules:
-            from deepspeed_alst.integrations.liger_loss import use_own_loss
+            from deepspeed_alst.integrations.liger import use_own_loss
 
             use_own_loss(run.model, patches)
 

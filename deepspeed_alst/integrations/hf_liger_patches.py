@@ -1,14 +1,17 @@
 """Liger's own patch of a model family, applied to one model only, with undo.
 
 Liger's functions change a model's modules, and global names in transformers' modeling files that every model of the
-family looks up. These names are restored at once. RoPE, which is called by such a name, reaches this model's attention
+family looks up. All of it is taken back at once, and what one of Liger's parts has put into a module is applied again
+if the part computes what the module does. RoPE, which is called by a global name, reaches this model's attention
 through a copy of its forward: the same code with another dict of globals.
 """
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,180 +19,116 @@ from transformers.activations import ACT2FN
 
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
-from deepspeed_alst.errors import UnsupportedModelError
 
-# Parts of alst.liger_kernel by Liger's source modules.
-_PARTS = {
-    "rms_norm": "rms_norm",
-    "layer_norm": "layer_norm",
-    "swiglu": "swiglu",
-    "geglu": "geglu",
-    "relu_squared": "relu_squared",
-    "rope": "rope",
-    "llama4_rope": "rope",
-    "qwen2vl_mrope": "rope",
-}
 # Activations that Liger's modules compute, whatever the config says.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,
     "geglu": lambda x: F.gelu(x, approximate="tanh"),
     "relu_squared": lambda x: F.relu(x).square(),
 }
-
-
-class CannotPatchError(UnsupportedModelError):
-    """Error for a part of a model that Liger would compute differently, or that user code has replaced."""
-
-    def __init__(self, part: str, message: str) -> None:
-        super().__init__(message)
-        self.part = part
-
-
-class _Change(NamedTuple):
-    """Changed name in a namespace, with its old and new value."""
-
-    space: dict[str, Any]
-    name: str
-    before: Any
-    now: Any
-
-
-class _Watch:
-    """Snapshot of namespaces, to find later changes."""
-
-    def __init__(self, spaces: list[dict[str, Any]]) -> None:
-        # dict.items, because a subclass may transform stored values.
-        self._before = [(space, dict(dict.items(space))) for space in spaces]
-
-    def changes(self) -> Iterator[_Change]:
-        for space, before in self._before:
-            for name, now in list(dict.items(space)):
-                if name not in before or before[name] is not now:
-                    yield _Change(space, name, before.get(name, ABSENT), now)
+_PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
 
 
 def is_ligers(thing: Any) -> bool:
-    """Return True if a function, a method or a class comes from Liger."""
-    return _origin(thing).split(".")[0] == "liger_kernel"
-
-
-def has_ligers_modules(model: torch.nn.Module) -> bool:
-    """Return True if a model already has Liger's modules, its loss aside."""
-    return any(
-        is_ligers(type(module)) or is_ligers(vars(module).get("forward"))
-        for module in model.modules()
-        if module is not model
-    )
+    """Return True if a function, a method, or an object's class comes from Liger."""
+    return (getattr(thing, "__module__", None) or "").split(".")[0] == "liger_kernel"
 
 
 def patch(
-    model: torch.nn.Module, apply: Callable[..., None], arguments: dict[str, bool], patches: PatchSet
-) -> dict[str, int]:
-    """Patch a model with Liger; return the number of patched modules per part.
+    model: torch.nn.Module, apply: Callable[..., None], wanted: Mapping[str, bool | None], patches: PatchSet
+) -> tuple[Counter[str], dict[str, str]]:
+    """Patch a model with Liger, but for the parts that one of its modules does not fit.
 
     Args:
         model: a transformers model.
         apply: Liger's function for its family.
-        arguments: arguments of that function, beside the model.
-        patches: undoes everything. After an error there is nothing to undo.
+        wanted: parts to apply or not; for None, that function's default.
+        patches: undoes everything.
 
-    Raises:
-        CannotPatchError: Liger would compute a module differently, or user code has replaced it.
+    Returns:
+        The number of patched modules by part, and the reasons against the parts left out.
     """
-    owners = {id(space): module for module in model.modules() for space in (vars(module), module._modules)}
-    replaced = {id(module) for module in model.modules() if "forward" in vars(module)}
-    own = _Watch([space for module in model.modules() for space in (vars(module), module._modules)])
-    shared = _Watch([*map(vars, _modeling_modules()), ACT2FN])
-    counts: dict[str, set[int]] = {}
-    with PatchSet().rollback_on_error() as done:
-        try:
-            apply(model=model, **arguments)
-        finally:
-            changed, names = list(own.changes()), list(shared.changes())
-            for change in names:
-                set_entry(change.space, change.name, change.before)
-            for change in changed:
-                done.record_entry(change.space, change.name, change.before)
-        for change in changed:
-            module, part = owners[id(change.space)], _part_of(change.now)
-            if part is not None:
-                _check(model, module, part, id(module) in replaced, change)
-                counts.setdefault(part, set()).add(id(module))
-        for change in names:
-            if _part_of(change.now) == "rope" and isinstance(change.now, FunctionType):
-                callers = _call_instead(model, change, replaced, done)
-                counts.setdefault("rope", set()).update(callers)
-        patches.absorb(done)
-    return {part: len(modules) for part, modules in counts.items() if modules}
+    parameters = inspect.signature(apply).parameters
+    changes = _changes(model, apply, {name: value for name, value in wanted.items() if name in parameters})
+
+    def names_for(function: FunctionType) -> Mapping[str, Any]:
+        return {
+            name: now
+            for _, name, now in changes.get(id(function.__globals__), ())
+            if _part_of(now) == "rope" and isinstance(now, FunctionType) and name in function.__code__.co_names
+        }
+
+    found, refused = [], {}
+    for name, module in model.named_modules():
+        own = [*changes.get(id(vars(module)), ()), *changes.get(id(module._modules), ())]
+        forward = with_names(type(module).forward, names_for)
+        calls_rope = forward is not type(module).forward
+        part = "rope" if calls_rope else next(filter(None, (_part_of(now) for *_, now in own)), None)
+        # Functions of composite models use those of other families, by their defaults.
+        if part is not None and wanted[part] is not False:
+            found.append((part, module, forward if calls_rope else None, own))
+            reason = _reason_against(name, module, part)
+            if reason:
+                refused.setdefault(part, reason)
+    counts: Counter[str] = Counter()
+    for part, module, forward, own in found:
+        if part not in refused:
+            counts[part] += 1
+            if forward is not None:
+                patches.forward(module, forward)
+            for change in own:
+                patches.entry(*change)
+    return counts, refused
 
 
-def _origin(thing: Any) -> str:
-    """Return the name of the source module of a function, method or class; for an object, of its class."""
-    return getattr(getattr(thing, "__func__", thing), "__module__", None) or ""
+def _changes(
+    model: torch.nn.Module, apply: Callable[..., None], wanted: Mapping[str, bool | None]
+) -> dict[int, list[tuple[dict[str, Any], str, Any]]]:
+    """Call Liger's function and undo its changes of the model and of transformers.
+
+    Returns:
+        By the id of a namespace its changes: the namespace, a name and its new value.
+    """
+    spaces = [space for module in model.modules() for space in (vars(module), module._modules)]
+    spaces += [
+        vars(module)
+        for name, module in sys.modules.items()
+        if name.startswith("transformers.models.") and name.rpartition(".")[2].startswith("modeling_")
+    ]
+    # dict.items, because ACT2FN's class transforms stored values.
+    before = [(space, dict(dict.items(space))) for space in [*spaces, ACT2FN]]
+    changes: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
+    try:
+        apply(model=model, **{name: value for name, value in wanted.items() if value is not None})
+    finally:
+        for space, old in before:
+            for name, now in list(dict.items(space)):
+                if old.get(name, ABSENT) is not now:
+                    changes.setdefault(id(space), []).append((space, name, now))
+                    set_entry(space, name, old.get(name, ABSENT))
+    return changes
 
 
 def _part_of(thing: Any) -> str | None:
-    return _PARTS.get(_origin(thing).rpartition(".")[2]) if is_ligers(thing) else None
+    """Return the part of ``alst.liger_kernel`` that an object of Liger's belongs to, by its source module."""
+    # Some families have a RoPE of their own: llama4_rope, qwen2vl_mrope.
+    return next((part for part in _PARTS if is_ligers(thing) and thing.__module__.endswith(part)), None)
 
 
-def _modeling_modules() -> list[Any]:
-    """Return the loaded modeling modules of transformers."""
-    return [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("transformers.models.") and name.rpartition(".")[2].startswith("modeling_")
-    ]
-
-
-def _check(model: torch.nn.Module, module: torch.nn.Module, part: str, is_replaced: bool, change: _Change) -> None:
-    """Raise if a module is not what Liger assumes: Liger binds its forward to any module.
-
-    Raises:
-        CannotPatchError: with the module's name and the reason.
-    """
-    name = _name_of(model, module)
-    is_layer_norm = type(module) is torch.nn.LayerNorm and module.weight is not None and module.bias is not None
-    if _origin(type(module)).split(".")[0] != "transformers" and not is_layer_norm:
-        raise CannotPatchError(part, f"{name} is {_origin(type(module))}.{type(module).__name__}, not transformers'")
-    if is_replaced:
-        raise CannotPatchError(part, f"{name}.forward has been replaced by the program")
+def _reason_against(name: str, module: torch.nn.Module, part: str) -> str | None:
+    """Return why a module is not what Liger assumes, or None: Liger binds its forward to any module."""
+    cls = type(module)
+    is_layer_norm = cls is torch.nn.LayerNorm and module.weight is not None and module.bias is not None
+    if part != "rope" and cls.__module__.split(".")[0] != "transformers" and not is_layer_norm:
+        return f"{name} is {cls.__module__}.{cls.__name__}, not transformers'"
+    if "forward" in vars(module):
+        return f"{name}.forward has been replaced by the program"
     if part not in _ACTIVATIONS:
-        return
-    found = change.before if part == "relu_squared" else _activation_of(module)
+        return None
+    activations = (getattr(module, key, None) for key in ("act_fn", "activation_fn", "act"))
+    found = next(filter(callable, activations), None)
     values = torch.linspace(-6, 6, 97, device="cpu")
-    if found is None or not torch.allclose(found(values), _ACTIVATIONS[part](values), rtol=0, atol=1e-6):
-        kind = "no activation that is known" if found is None else f"the activation {type(found).__name__}"
-        raise CannotPatchError(part, f"{name} has {kind}, and Liger would compute {part}")
-
-
-def _activation_of(module: torch.nn.Module) -> Any:
-    names = ("act_fn", "activation_fn", "act")
-    return next((getattr(module, name) for name in names if callable(getattr(module, name, None))), None)
-
-
-def _name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
-    return next(name for name, each in model.named_modules() if each is module) or type(model).__name__
-
-
-def _call_instead(model: torch.nn.Module, change: _Change, replaced: set[int], patches: PatchSet) -> list[int]:
-    """Give Liger's function to the modules whose forward looks its name up, and no others; return their ids.
-
-    Raises:
-        CannotPatchError: the forward of a module is not its class's.
-    """
-    found = []
-
-    def names_for(function: FunctionType) -> dict[str, Any]:
-        reads = function.__globals__ is change.space and change.name in function.__code__.co_names
-        return {change.name: change.now} if reads else {}
-
-    for module in model.modules():
-        forward = type(module).forward
-        copy = with_names(forward, names_for)
-        if copy is forward:
-            continue
-        if id(module) in replaced:
-            raise CannotPatchError("rope", f"{_name_of(model, module)}.forward has been replaced by the program")
-        patches.forward(module, copy)
-        found.append(id(module))
-    return found
+    if found is not None and torch.allclose(found(values), _ACTIVATIONS[part](values), rtol=0, atol=1e-6):
+        return None
+    kind = "no activation that is known" if found is None else f"the activation {type(found).__name__}"
+    return f"{name} has {kind}, and Liger would compute {part}"
