@@ -42,7 +42,7 @@ def liger_cross_entropy_(
             "liger_cross_entropy_: logits must be bf16, fp16 or fp32 with contiguous rows; they are "
             f"{logits_tV.dtype} with strides {list(logits_tV.stride())}"
         )
-    # Liger's cross_entropy_forward would round the losses to the logits' dtype, and sync with the device three times per
+    # Liger's cross_entropy_forward would round the losses to the logits' dtype, and sync with the device three times a
     # tile. The kernel multiplies the gradient by 1 / n_non_ignore in fp32, before rounding.
     losses_t, *_ = cross_entropy_loss_and_grad_triton(
         logits_tV,
