@@ -83,7 +83,10 @@ def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
         **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
     )
     group = build_control_group()
-    assert_same_on_all_ranks({key: ds_config.get(key) for key in SAME_ON_ALL_RANKS}, group)
+    # At SP 1 nothing but the degree must match: hosts may have disks of other names.
+    keys = SAME_ON_ALL_RANKS if ds_config.get("sequence_parallel_size", 1) != 1 else ()
+    same = {key: ds_config.get(key) if key in keys else None for key in SAME_ON_ALL_RANKS}
+    assert_same_on_all_ranks({**same, "sequence_parallel_size": ds_config.get("sequence_parallel_size", 1)}, group)
     return group
 
 

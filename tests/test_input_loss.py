@@ -110,8 +110,8 @@ def loss_of_one_rank_alone() -> tuple[str, bool]:
     watch.dropper = mock.MagicMock(parameter="")
     watch.add(torch.tensor(math.nan if dist.get_rank() == 1 else 1.0))
     try:
-        with pytest.raises(NonFiniteLossError) as raised:
-            watch.before_step(engine, lambda: None)()
+        with pytest.raises(NonFiniteLossError) as raised, watch.step(engine):
+            pass
     finally:
         groups.destroy()
     return str(raised.value), watch.dropper.dropping.call_args.args[0]
