@@ -217,6 +217,29 @@ def test_weights_alone_come_on_another_number_of_ranks_too(stage, how, saved, ra
     assert all(torch.equal(there[name], here[name]) for name in there)
 
 
+def test_weights_alone_are_of_the_tag_that_is_asked_for(saved, ranks2, tmp_path):
+    # DeepSpeed 0.19.8 takes ZeRO 3's from the tag that `latest` names.
+    job, _, folder = saved(3)
+    copy = copy_of(folder, tmp_path / "copy")
+    there = ranks2.run(load_and_watch, job, str(copy))[0][1]
+    ranks2.run(save_and_look, job, str(copy))
+    assert (copy / "latest").read_text() != TAG
+    here = ranks2.run(load_with, job, str(copy), {"tag": TAG, "load_optimizer_states": False})[0]
+    assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def test_a_file_without_optimizer_states_stops_all_ranks(saved, ranks2, tmp_path):
+    job, _, folder = saved(2)
+    copy = copy_of(folder, tmp_path / "copy")
+    path = sorted((copy / TAG).glob("*_optim_states.pt"))[1]
+    state = torch.load(path, weights_only=False)
+    del state["optimizer_state_dict"]
+    torch.save(state, path)
+    with pytest.raises(RankError) as caught:
+        ranks2.run(load_and_watch, job, str(copy), seconds=120)
+    assert all("holds no optimizer state" in str(error) for error in caught.value.errors)
+
+
 def load_with(job: Job, folder: str, how: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load_and_watch(job, folder, **how)[1]
 

@@ -11,13 +11,15 @@ import re
 import zipfile
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import PARAM_SHAPES
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM_SHAPES
+from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_alst.checkpoint.save import STAMP, check_same, latest_tag, on_all_ranks, parameter_order
@@ -68,6 +70,8 @@ def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.
     def load_here() -> Any:
         with PatchSet() as patches:
             patches.set(engine._config, "load_universal_checkpoint", universal)
+            # DeepSpeed 0.19.8 reads the tag in `latest` where ZeRO 3 loads weights alone, whatever tag is asked for.
+            patches.wrap(ds_engine, "get_fp32_state_dict_from_zero_checkpoint", lambda f: partial(f, tag=seen["tag"]))
             result = load(*call.args, **call.kwargs)
         if universal:
             restore_the_rest(engine, _model_file(engine, folder), _with_optimizer(given))
@@ -109,6 +113,8 @@ def _inspect(engine: Any, load_dir: Path, given: dict[str, Any]) -> tuple[dict[s
         own = [engine._get_ckpt_name(str(load_dir), tag)]
         own += [engine._get_zero_ckpt_name(str(load_dir), tag)] * with_optimizer
     stamps = _verify_share(folder, with_optimizer or partitioned, map(Path, own))
+    if own and with_optimizer and OPTIMIZER_STATE_DICT not in read(Path(own[-1])):
+        raise CheckpointError(f"{own[-1]} holds no optimizer state of DeepSpeed's")
     if with_optimizer and given["load_module_strict"] and given["custom_load_fn"] is None:
         # DeepSpeed compares weights, on all ranks alike, but not the optimizer state.
         _check_same_model(engine, state, folder)

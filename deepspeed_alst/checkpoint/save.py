@@ -54,8 +54,12 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
     if not engine.use_node_local_storage():
         asked["save_dir"] = os.path.abspath(folder)
     check_same("save_checkpoint", asked, group)
-    if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
-        return save(*call.args, **call.kwargs)  # refused by DeepSpeed; written in the background, which says when
+    if not given["save_dir"]:
+        return save(*call.args, **call.kwargs)  # refused by DeepSpeed
+    if engine.checkpoint_engine.is_decoupled():  # written in the background, which says when
+        with PatchSet() as patches:
+            patches.wrap(engine.checkpoint_engine, "save", _made_convertible)
+            return save(*call.args, **call.kwargs)
     first, latest = dist.get_rank() == 0, folder / _LATEST
     # Until all files of a tag that is written over are new, it is a mix of two steps.
     on_all_ranks(f"{latest} cannot be replaced", lambda: first and latest_tag(folder) == tag and latest.unlink(), group)
@@ -67,6 +71,10 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
         problem = f"{folder / tag} is whole, but {latest} could not be written"
         on_all_ranks(problem, lambda: first and _name_latest(folder, tag), group)
     return result
+
+
+def _made_convertible(write: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda state_dict, *args, **kwargs: write({**_CONVERTIBLE, **state_dict}, *args, **kwargs)
 
 
 def on_all_ranks(problem: str, run: Callable[[], _T], group: Any) -> _T:
