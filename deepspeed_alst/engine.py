@@ -54,7 +54,8 @@ class AlstEngine:
         """Check the model before the first forward, then split a whole batch, or run a shard."""
         features = self.alst_features
         if features.model_check is not None:
-            features.model_check.run_once()
+            with features.collectives():
+                features.model_check.run_once()
         session = features.session
         if session is not None and session.takes_whole and not session.calls.whole and not args:
             from deepspeed_alst.sequence_parallel.whole_batches import forward_whole_batch, is_whole_batch

@@ -1,28 +1,13 @@
 """The interface of a feature, and what every feature is given."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import raise_on_all_ranks
-from deepspeed_alst.errors import AlstError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
-
-
-@contextlib.contextmanager
-def agree(control_group: Any) -> Iterator[None]:
-    """Raise an error of one rank on all ranks. Collective over a gloo group."""
-    error = None
-    try:
-        yield
-    except AlstError as raised:
-        error = raised
-    raise_on_all_ranks(error, control_group)
 
 
 @dataclass(frozen=True)

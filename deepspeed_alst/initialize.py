@@ -9,10 +9,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.ownership import mark_owned
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import agree
 from deepspeed_alst.distributed.mesh import destroy_groups
 from deepspeed_alst.distributed.mpu import installed
 from deepspeed_alst.engine import EngineFeatures, extend
-from deepspeed_alst.features import RunContext, agree
+from deepspeed_alst.features import RunContext
 from deepspeed_alst.grad_reduction.bucket_size import deepspeed_arguments
 from deepspeed_alst.registry import features_of
 from deepspeed_alst.report import print_report, report_rows

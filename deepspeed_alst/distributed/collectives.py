@@ -1,6 +1,7 @@
 """Agreement between ranks: small objects over gloo, and errors that all ranks raise together."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -55,3 +56,14 @@ def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:
         if found is not None:
             kind, message = found
             raise kind(f"rank {rank}: {message}")
+
+
+@contextlib.contextmanager
+def agree(control_group: Any) -> Iterator[None]:
+    """Raise an error of one rank on all ranks. Collective over a gloo group."""
+    error = None
+    try:
+        yield
+    except AlstError as raised:
+        error = raised
+    raise_on_all_ranks(error, control_group)

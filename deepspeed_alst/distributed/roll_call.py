@@ -48,9 +48,16 @@ def name_missing_ranks(group: Any, seconds: float = _ANSWER_SECONDS) -> Iterator
     except RankLostError:
         raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _SIGNS):
+        if not is_collective_failure(error):
             raise
         raise RankLostError(_describe(error, find_missing_ranks(group, seconds), dist.get_world_size(group))) from error
+
+
+def is_collective_failure(error: Exception) -> bool:
+    """Return True for the error of a backend that has lost a rank, or waited too long for one."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)
+    )
 
 
 def find_missing_ranks(group: Any, seconds: float) -> dict[int, str]:

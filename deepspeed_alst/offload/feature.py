@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.features import Feature, RunContext, agree
+from deepspeed_alst.distributed.collectives import agree
+from deepspeed_alst.features import Feature, RunContext
 
 if TYPE_CHECKING:
     from deepspeed_alst.offload.planner import OffloadPlanner

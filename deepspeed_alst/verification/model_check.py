@@ -23,8 +23,9 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.sharding import REAL_TOKENS
 from deepspeed_alst.data.validation import vocabulary_of
-from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
+from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.distributed.mesh import SequenceGroups
+from deepspeed_alst.distributed.roll_call import is_collective_failure
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.moe.hf_experts import router_classes
@@ -159,7 +160,8 @@ class _Check:
                 return _run(model, shard)
 
         truth, off = _together(whole, groups, "whole"), _together(lambda: whole(noise), groups, "whole")
-        found = _together(split, groups, "split")
+        # Not exchanged: the other ranks may wait in a collective of their forward, and stop when this one has.
+        found = _outputs(split, "split")
         problem, worst, limit = _judge(found, truth, off, groups)
         everyone = gather_objects((problem, worst, limit), groups.control_group)
         problems = [each for each, _, _ in everyone if each]
@@ -243,21 +245,23 @@ def _log_probs(output: Any, batch: dict[str, Any]) -> torch.Tensor | None:
 
 def _together(run: Callable[[], Outputs], groups: SequenceGroups, how: str) -> Outputs:
     """Run on all ranks; raise an error of any rank on all."""
-    outputs, error = None, None
+    with agree(groups.control_group):
+        outputs = _outputs(run, how)
+    return outputs
+
+
+def _outputs(run: Callable[[], Outputs], how: str) -> Outputs:
+    """Run; raise UnsupportedModelError for whatever the model's code raises, but for a lost rank."""
     try:
-        outputs = run()
-    except AlstError as raised:
-        error = raised
-    except Exception as raised:
-        words = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
-        error = UnsupportedModelError(
+        return run()
+    except Exception as error:
+        if isinstance(error, AlstError) or is_collective_failure(error):
+            raise
+        words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise UnsupportedModelError(
             f"the model cannot be run {how} on a sequence of input_ids and labels, so nobody knows whether it is right "
             f"under sequence parallelism ({words}). Set alst.check_model to false to train it unchecked"
-        )
-        error.__cause__ = raised
-    raise_on_all_ranks(error, groups.control_group)
-    assert outputs is not None
-    return outputs
+        ) from error
 
 
 def _judge(found: Outputs, truth: Outputs, off: Outputs, groups: SequenceGroups) -> tuple[str, float, float]:
