@@ -667,7 +667,7 @@ def _steps_by_key(cell: Cell) -> tuple[float, float, dict]:
     by_liger = {"liger_kernel": True, "tiled_logits_loss": {"tile_tokens": 3}}
     one, without = _steps(cell, {**tiles, **by_torch})
     other, rows = _steps(cell, {**tiles, **by_liger})
-    assert without["liger"] == "off"
+    assert "liger" in without["off"]
     rows["written"] -= without["written"]  # by this package's own kernels
     worst = max((((other.grads[n] - grad).norm() / grad.norm()).item() for n, grad in one.grads.items()), default=0.0)
     return abs(one.loss - other.loss), worst, rows
@@ -697,13 +697,14 @@ def _loss_keys(keys: dict, sp_size: int) -> dict:
     ("keys", "sp_size", "liger", "loss"),
     [
         ({"liger_kernel": "auto"}, 2, "not used: TRITON_INTERPRET is set", "Linear, tiles of 1024 MiB; by Triton's"),
-        ({"liger_kernel": "auto"}, 1, "not used: TRITON_INTERPRET is set", "whole"),
+        ({"liger_kernel": "auto"}, 1, "not used: TRITON_INTERPRET is set", "off"),
         ({"tiled_logits_loss": "liger", "liger_kernel": False}, 2, "off", "Linear, tiles of 1024 MiB; by Liger's"),
     ],
 )
 def test_the_report_says_what_is_used_and_why_not(interpreted_ranks, keys, sp_size, liger, loss):
     for rows in interpreted_ranks.run(_loss_keys, keys, sp_size):
-        assert rows["liger"].startswith(liger) and rows["tiled loss"].startswith(loss)
+        for name, start in (("liger", liger), ("tiled loss", loss)):
+            assert (name in rows["off"]) if start == "off" else rows[name].startswith(start)
         assert "not used" not in rows
 
 

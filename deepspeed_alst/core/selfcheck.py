@@ -39,7 +39,7 @@ def result_or_none(check: Callable[..., Any], *args: Any) -> Any:
 def random_tensors() -> Callable[..., torch.Tensor]:
     """Return a function that draws random CPU tensors, the same in every process, from its own generator."""
     generator = torch.Generator().manual_seed(_SEED)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def allclose_ulp(found: Any, expected: torch.Tensor, ulps: int) -> bool:
