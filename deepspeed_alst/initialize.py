@@ -4,8 +4,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.ownership import mark_owned
 from deepspeed_alst.core.patching import PatchSet
@@ -41,20 +43,18 @@ def initialize(
     Raises:
         AlstError: on all ranks, whichever rank found the problem, and before any weight changes.
     """
-    model, upstream = arguments["model"], arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
+    model, upstream = arguments.get("model"), arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
     ds_config = with_upstreams_size(ds_config, upstream)
     config, stage, allocator = read_config(ds_config)
     if splits_sequences := config.sequence_parallel_size > 1:
         check_arguments(arguments, ds_config)
+    elif not isinstance(model, torch.nn.Module):
+        return original(**arguments)  # which refuses it
     # From here on ranks fail together: an early exit would take the rendezvous from the other ranks.
     control_group = start_ranks(arguments, ds_config)
     with PatchSet().rollback_on_error() as patches:
         patches.callback(destroy_groups, control_group)
-        session = None
-        if splits_sequences:
-            with agree(control_group):
-                check_run(model, config, ds_config)
-            session = Session.build(model, config, control_group, patches)
+        session = _session(model, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
         calls, leaf = session.calls if session else ForwardContext(), ZeRO3Leaves(model, stage, patches)
         device = get_accelerator().device_name()
@@ -74,3 +74,12 @@ def initialize(
             loader = engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         print_report(report_rows(run, engine, features, allocator))
     return engine, optimizer, loader, scheduler
+
+
+def _session(
+    model: torch.nn.Module, config: AlstConfig, ds_config: dict[str, Any], control_group: Any, patches: PatchSet
+) -> Session:
+    """Check model and world together, then build the state of sequence parallelism."""
+    with agree(control_group):
+        check_run(model, config, ds_config)
+    return Session.build(model, config, control_group, patches)

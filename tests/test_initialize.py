@@ -377,3 +377,12 @@ def test_ranks_with_different_ds_configs_stop_together(changed, ranks2):
             and "on rank 1" in str(error)
             and next(iter(changed)) in str(error)
         )
+
+
+@pytest.mark.parametrize("alst", [{}, {"tiled_mlp_compute": True}, {"activation_checkpoint_cpu_offload": True}])
+@pytest.mark.parametrize("arguments", [{}, {"model": None}])
+def test_a_call_without_a_model_is_deepspeeds_to_refuse(arguments, alst):
+    import deepspeed
+
+    with pytest.raises(AssertionError, match="requires a model"):
+        deepspeed.initialize(config={"train_micro_batch_size_per_gpu": 1, "alst": alst}, **arguments)
