@@ -78,6 +78,50 @@ def test_every_rank_that_is_left_names_the_one_that_is_missing(lost, how, words)
     assert all(f"rank {lost} {words}" in message for message in messages.values()), messages
 
 
+def _fail_in_the_check(rank: int, port: int, said) -> None:
+    """Rank 1's model fails in the model check's forward of a shard, before the loss's collective."""
+    import deepspeed
+
+    import deepspeed_alst
+    from tests.test_model_check import CONFIG, build
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+
+    def fail(module, args, output) -> None:
+        calls = engine.alst.calls
+        if rank == 1 and calls.checking and not calls.whole:
+            raise KeyError("of the program")
+
+    engine, *_ = deepspeed.initialize(model=(model := build()), config=CONFIG, model_parameters=model.parameters())
+    model.model.layers[0].register_forward_hook(fail)
+    ids = torch.arange(32)[None]
+    try:
+        for batch in deepspeed_alst.shard_dataloader([{"input_ids": ids, "labels": ids}], engine):
+            engine(**batch)
+    except (AlstError, RuntimeError) as error:
+        said.put((rank, type(error).__name__, str(error)))
+    said.close()
+    said.join_thread()
+    os._exit(0)
+
+
+def test_a_rank_that_fails_alone_in_the_model_check_does_not_leave_the_others_waiting():
+    context = multiprocessing.get_context("spawn")
+    said, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_fail_in_the_check, args=(rank, port, said)) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    try:
+        # The timeout of the ranks' collectives is longer.
+        found = {rank: (kind, message) for rank, kind, message in (said.get(timeout=240) for _ in range(2))}
+    finally:
+        for each in ranks:
+            each.kill()
+            each.join()
+    assert found[1][0] == "UnsupportedModelError" and "KeyError: 'of the program'" in found[1][1]
+    assert found[0][0] == "RankLostError" and "rank 1 has ended" in found[0][1], found
+
+
 def _error_of_a_program(kind: type[Exception], message: str) -> str:
     roll_group = build_control_group()
     start = time.monotonic()

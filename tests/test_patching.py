@@ -114,6 +114,14 @@ class Thing:
         self._level = level
 
 
+class Louder:
+    """Methods that come before an object's own."""
+
+    def shout(self) -> str:
+        """Return the object's name and attribute."""
+        return f"{type(self).__name__.upper()} {self.own}"
+
+
 def test_everything_is_undone_in_reverse_order():
     thing, mapping, module = Thing(), {"a": 1, "b": 2}, torch.nn.Linear(2, 2)
     before = dict(vars(thing)), dict(mapping), dict(vars(module)), type(module)
@@ -130,12 +138,18 @@ def test_everything_is_undone_in_reverse_order():
         patches.forward(module, lambda self, x: x + self.in_features)
         patches.subclass(module, {"extra": 5})
         patches.hook(module, "forward", lambda module, args, output: output * 10)
+        patches.mixin(thing, Louder)
         assert (thing.own, thing.new, thing.level, thing.method()) == (20, 21, 22, 22)
+        assert thing.shout() == "THING 20" and type(thing).__name__ == "Thing"
         assert mapping == {"a": 10, "c": 11}
         assert module(torch.ones(1)).item() == 30 and module.extra == 5
-        assert len(patches.journal) == 11  # both wrappers are of one method
+        assert len(patches.journal) == 12  # both wrappers are of one method
     assert patches.journal == []
-    assert (dict(vars(thing)), mapping, dict(vars(module)), type(module)) == before and Thing.value == 1
+    assert (
+        (dict(vars(thing)), mapping, dict(vars(module)), type(module)) == before
+        and type(thing) is Thing
+        and Thing.value == 1
+    )
 
 
 def test_a_method_of_the_programs_own_is_given_back_also_if_it_came_later():

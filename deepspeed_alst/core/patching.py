@@ -82,15 +82,12 @@ class PatchSet(ExitStack):
 
     def subclass(self, owner: Any, attributes: dict[str, Any], *bases: type) -> None:
         """Give an object a subclass of its class that has other attributes, methods or further bases."""
-        before = type(owner)
-        owner.__class__ = subclass(before, attributes, *bases)
-        self._add(Patch(owner, "__class__", "class", before), setattr, owner, "__class__", before)
+        self._set_class(owner, subclass(type(owner), attributes, *bases))
 
     def mixin(self, owner: Any, cls: type) -> None:
         """Give an object a subclass of its class in which another class's methods come first."""
         before = type(owner)
-        owner.__class__ = type(before.__name__, (cls, before), {"__module__": before.__module__})
-        self._add(Patch(owner, "__class__", "class", before), setattr, owner, "__class__", before)
+        self._set_class(owner, type(before.__name__, (cls, before), {"__module__": before.__module__}))
 
     def hook(self, owner: Any, kind: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by ``owner.register_<kind>_hook``."""
@@ -110,6 +107,11 @@ class PatchSet(ExitStack):
     def record_entry(self, mapping: MutableMapping[Any, Any], key: Any, before: Any) -> None:
         """Record a change of a dict's entry that a library has made; ``before`` is ABSENT if there was none."""
         self._add(Patch(mapping, str(key), "entry", before), set_entry, mapping, key, before)
+
+    def _set_class(self, owner: Any, cls: type) -> None:
+        before = type(owner)
+        owner.__class__ = cls
+        self._add(Patch(owner, "__class__", "class", before), setattr, owner, "__class__", before)
 
     def _add(self, patch: Patch, undo: Callable[..., Any], *args: Any) -> None:
         key = (id(patch.owner), patch.name, patch.kind)
