@@ -210,7 +210,3 @@ def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> Red
     own = next((param.dtype for param in engine.module.parameters() if param.requires_grad), torch.float32)
     wire = reduction.on_wire(own)
     return ReductionPath((wire, wire), each_micro_step=False, bucket_size=None)
-
-
-def _set(owner: Any, name: str, value: Any, patches: PatchSet) -> None:
-    patches.wrap(owner, name, lambda _: value)
