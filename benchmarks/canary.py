@@ -44,15 +44,30 @@ FAMILIES = (
     "gpt2",
 )
 TESTS = (
-    *("masks", "cores", "kept_attention", "checkpoints", "linear", "ledger", "tiled_mlp", "tiled_loss"),
-    *("op_build", "sum_pieces", "kernels", "compile", "offload_engine", "plugin", "initialize"),
-    *("peft", "trainer", "trl"),
+    "sequence_parallel/test_masks.py",
+    "sequence_parallel/test_cores.py",
+    "offload/test_kept_attention.py",
+    "checkpoint/test_checkpoints.py",
+    "linear_attention/test_linear.py",
+    "profiler/test_ledger.py",
+    "tiling/test_tiled_mlp.py",
+    "tiling/test_tiled_loss.py",
+    "kernels/test_op_build.py",
+    "grad_reduction/test_sum_pieces.py",
+    "kernels/test_kernels.py",
+    "integrations/test_compile.py",
+    "offload/test_offload_engine.py",
+    "system/test_plugin.py",
+    "system/test_initialize.py",
+    "integrations/test_peft.py",
+    "integrations/test_trainer.py",
+    "integrations/test_trl.py",
 )
 # By name: the module to run, and the pattern of its summary line.
 CHECKS = {
     "parity": (("benchmarks.parity", "--short"), r"this package: (\d+ of \d+) cells"),
     "census": (("benchmarks.census", *FAMILIES), r"(\d+ right)"),
-    "tests": (("pytest", "-q", "-m", "not slow", *(f"tests/test_{name}.py" for name in TESTS)), r"(\d+ passed.*?) in "),
+    "tests": (("pytest", "-q", "-m", "not slow", *(f"tests/{name}" for name in TESTS)), r"(\d+ passed.*?) in "),
 }
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deepspeed_alst"
-SUPPORT = ("budget", "conftest", "liger_interpreter", "models", "sabotage", "upstream_programs", "stand_ins/*")
+SUPPORT = ("conftest", "liger_interpreter", "models", "sabotage", "upstream_programs", "stand_ins/*")
 VAGUE = ("What", "Whether", "Which", "How", "Of")
 # Runs on every rank; rank 0 prints the package's modules.
 _STEP = """

@@ -13,7 +13,6 @@ import hypothesis
 import pytest
 
 from benchmarks.ranks import Ranks
-from tests.budget import Budget
 
 # The same examples in every run, and none remembered: a test passes or fails by the code alone. No deadline: cores are
 # shared; tests that promise a time measure it.
@@ -33,15 +32,6 @@ def ranks4():
     with Ranks(4) as ranks:
         ranks.run(os.getpid)
         yield ranks
-
-
-def pytest_addoption(parser):
-    parser.addoption("--budget", action="store_true", help="fail where an area takes longer than tests/budget.py says")
-
-
-def pytest_configure(config):
-    if config.getoption("budget"):
-        config.pluginmanager.register(Budget())
 
 
 def pytest_collection_finish():

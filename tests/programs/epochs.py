@@ -1,4 +1,4 @@
-"""Runs a function of tests/test_input_loader.py on the cases of a folder, as one of two ranks, and leaves its result.
+"""Runs a function of test_input_loader.py on the cases of a folder, as one of two ranks, and leaves its result.
 
 epochs.py FUNCTION FOLDER
 """

@@ -1,0 +1,178 @@
+"""Each mistake stops every rank, non-zero, with an error that names it; launcher or not. Nobody waits for a timeout."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
+
+PROGRAM = Path(__file__).parents[1] / "programs" / "plain_loop.py"
+# Far short of the 10 minutes that a rank waits for another.
+LIMIT_SECONDS = 200.0
+
+
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
+MISTAKES = {
+    "world": r"sequence_parallel_size=3 does not divide the world size \(2 ranks\)\. Use one of \[1, 2\]",
+    "heads": r"sequence_parallel_size=2 is more than the model's 1 query heads",
+    "key": r"alst\.memory_lean_layer: not yet available.*\n"
+    r"alst\.pad_to_multiple: unknown key\. Did you mean 'pad_to_multiple_of'\?",
+    "unsharded": r"not split over the ranks.*deepspeed_alst\.shard_dataloader\(loader, engine\)",
+    "eager": r"attn_implementation='eager' is not available",
+    "model": r"is_causal=False: only causal attention is verified",
+    "identical": r"the first 4 batches are the same on all 2 ranks.*SequentialSampler.*DistributedSampler",
+    "dataset": r"OSError: document 3 cannot be read",
+}
+
+
+def _environment(**changed: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "PYTHONWARNINGS": "ignore", **changed}
+
+
+@pytest.fixture
+def port():
+    port = free_port()
+    yield port
+    remove_shared_memory(port)
+
+
+def start_ranks(case: str, port: int, world_size: int = 2, **environment: str) -> list[subprocess.Popen]:
+    """The program's ranks, started by hand."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), case],
+            env=_environment(**common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size), **environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit status and output of each rank."""
+    results = []
+    try:
+        outputs = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            assert re.search(r"^start$", output, re.M), f"the program did not come to its start:\n{output[-3000:]}"
+            results.append((process.returncode, output))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+# Each starts two processes; what the others say is tested where it is said, too.
+QUICK = ("world",)
+
+
+def test_the_program_without_a_mistake_trains(port):
+    for status, output in finish(start_ranks("none", port)):
+        assert status == 0 and "trained" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in MISTAKES])
+def test_every_rank_stops_and_says_why_without_a_launcher(case, port):
+    for status, output in finish(start_ranks(case, port)):
+        assert status != 0
+        assert re.search(MISTAKES[case], output), output[-3000:]
+
+
+@pytest.mark.parametrize("case", ["world", slow("unsharded"), slow("dataset")])
+def test_the_launcher_stops_too(case, port):
+    command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    process = subprocess.Popen(
+        [*command, str(PROGRAM), case],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ((status, output),) = finish([process])
+    assert status != 0
+    assert re.search(MISTAKES[case], output), output[-3000:]
+
+
+def test_a_stale_build_lock_is_an_error_that_says_where_it_is(tmp_path, port):
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    for status, output in finish(start_ranks("none", port, TORCH_EXTENSIONS_DIR=str(tmp_path))):
+        assert status != 0
+        assert f"{lock} is left over from a build that was killed" in output and f"rm {lock}" in output
+    assert lock.exists()
+
+
+def test_the_lock_of_a_build_that_runs_is_waited_for(tmp_path, monkeypatch):
+    from deepspeed_alst.environment import check_build_lock
+    from deepspeed_alst.errors import SetupError
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    check_build_lock()
+    # As torch.utils.file_baton does it: the builder holds the file open.
+    descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)
+    check_build_lock()
+    os.close(descriptor)
+    with pytest.raises(SetupError):
+        check_build_lock()
+
+
+def test_the_lock_of_a_build_that_runs_is_known_behind_a_link_too(tmp_path, monkeypatch):
+    from deepspeed_alst.environment import check_build_lock
+
+    (tmp_path / "disk" / "deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "home"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with open(tmp_path / "home" / "deepspeed_shm_comm" / "lock", "x"):
+        check_build_lock()
+
+
+def test_a_lock_that_is_about_to_be_given_back_is_not_stale(tmp_path, monkeypatch):
+    from deepspeed_alst.environment import check_build_lock
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    # torch.utils.file_baton closes the file first and removes it then.
+    lock.touch()
+    threading.Timer(0.5, lock.unlink).start()
+    check_build_lock()
+
+
+@pytest.mark.slow
+def test_a_stale_build_lock_is_an_error_where_zero_init_meets_it_first(tmp_path, port):
+    """The config is on the command line, and ``from_pretrained`` starts DeepSpeed before ``initialize`` does."""
+    from benchmarks.cells import Cell, build_model, model_config
+
+    build_model(model_config(Cell())).save_pretrained(tmp_path / "model")
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    root = PROGRAM.parents[2]
+    program = [PROGRAM.parent / "zero3_loop.py", "--deepspeed", root / "ds_configs" / "sp2_zero3.json"]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, *program, "--model", tmp_path / "model"],
+        env=_environment(**rank, MASTER_PORT=str(port), TORCH_EXTENSIONS_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode != 0
+    assert f"{lock} is left over from a build that was killed" in done.stderr
