@@ -82,4 +82,4 @@ def _session(
     """Check model and world together, then build the state of sequence parallelism."""
     with agree(control_group):
         check_run(model, config, ds_config)
-    return Session.build(model, config, control_group, patches)
+    return Session(model, config, control_group, patches)

@@ -157,7 +157,7 @@ def _prediction_step(
     own_loss, pieces = None, []
     for place, (shard, counts) in enumerate(_exchange(session, inputs, extras)):
         with (
-            session.calls.of_whole_sequence(),
+            session.calls.having(makes_whole_loss=True),
             _counted_items(trainer, counts),
             _loss_of_whole_sequence(trainer, session, shard),
         ):

@@ -18,8 +18,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.documents import ARGUMENTS, Documents, is_plain_torch
-from deepspeed_alst.sequence_parallel.all_to_all import seq_to_head
-from deepspeed_alst.sequence_parallel.halo import with_tokens_before
+from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.ulysses import head_to_seq
 

@@ -17,8 +17,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.attention_cache import attend_once, keeping_frame
 from deepspeed_alst.sequence_parallel.hf_backends import under_own_name
-from deepspeed_alst.sequence_parallel.own_config import own_config
-from deepspeed_alst.sequence_parallel.private_name import PrivateName
+from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config
 
 
 def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:

@@ -8,7 +8,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from deepspeed_alst.data.sharding import PLACE, REAL_TOKENS
 from deepspeed_alst.data.validation import Vocabulary, checked, vocabulary_of
 from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
+from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
 
 WAY_OUT = (
@@ -47,24 +47,10 @@ class Facts:
     """Fingerprint of the full batch, if position ids do not identify the shard's rank."""
 
 
-class OffloadPlanner(Protocol):
-    """Protocol that decides from all ranks' facts about a batch what its forward keeps and offloads."""
-
-    def facts(self, shape: Sequence[int]) -> Any:
-        """Return this rank's facts about a batch of ``[B, s]`` tokens; picklable."""
-
-    def decide(self, everyone: Sequence[Any]) -> bool:
-        """Decide from all ranks' facts; return True if a decision was made, the same on all ranks."""
-
-
 def check_batches(
-    model: torch.nn.Module,
-    groups: SequenceGroups,
-    calls: ForwardContext,
-    patches: PatchSet,
-    planner: OffloadPlanner | None = None,
+    model: torch.nn.Module, groups: SequenceGroups, calls: ForwardContext, patches: PatchSet, planner: Any = None
 ) -> None:
-    """Install the batch check and the planner's decision; ``patches.close()`` removes them."""
+    """Install the batch check, and the decision of the offload's planner (offload/planner.py), if there is one."""
     vocabulary = vocabulary_of(model)
 
     @torch.compiler.disable
@@ -86,19 +72,33 @@ def check_batches(
         problem = problem_of([each for each, _ in everyone], groups.sp_size)
         if problem:
             raise DataError(problem)
-        if planner is not None:
-            raise_on_all_ranks(refusal, groups.control_group)
         calls.documents = tuple(bounds)
         calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
         if planner is not None:
+            raise_on_all_ranks(refusal, groups.control_group)
             _decide_together(planner, [each for _, each in everyone], groups)
         # transformers would cache every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
         if bounds:
-            kwargs |= _flash_arguments(bounds, kwargs["cu_seq_lens_q"], kwargs["position_ids"].device)
+            # Built once per forward, so that no layer syncs with the device.
+            lengths = kwargs["cu_seq_lens_q"].to(kwargs["position_ids"].device, torch.int32)
+            longest = max(end - start for start, end in itertools.pairwise(bounds))
+            kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), lengths)
+            kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
         return args, kwargs
 
     patches.hook(model, "forward_pre", check, prepend=True, with_kwargs=True)
+
+
+def _decide_together(planner: Any, everyone: Sequence[Any], groups: SequenceGroups) -> None:
+    """Make the planner's decision, the same on all ranks; raise on all ranks if one cannot apply it."""
+    error, is_new = None, True
+    try:
+        is_new = planner.decide(everyone)
+    except AlstError as raised:
+        error = raised
+    if is_new:
+        raise_on_all_ranks(error, groups.control_group)
 
 
 def _read(
@@ -114,81 +114,51 @@ def _read(
     try:
         if kwargs.get("cu_seq_lens_q") is not None:
             bounds = kwargs["cu_seq_lens_q"].tolist()
-        calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
+        calls.real_tokens, stamp = kwargs.pop(REAL_TOKENS, None), kwargs.pop(PLACE, None)
         kwargs |= checked(kwargs, vocabulary)
-        return _facts(module, args, kwargs, bounds, groups, calls), bounds
+        problem = _problem(module, args, kwargs, calls)
+        if problem is not None:
+            return Facts(problem), bounds
+        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        return _place_of(kwargs["position_ids"], stamp, tuple(tokens.shape[:2]), bounds, groups, calls), bounds
     except DataError as error:
         return Facts(str(error)), bounds
     except Exception as error:
         return Facts(f"it cannot be read: {error!r}. {WAY_OUT}"), bounds
 
 
-def _decide_together(planner: OffloadPlanner, everyone: Sequence[Any], groups: SequenceGroups) -> None:
-    """Make the planner's decision, the same on all ranks; raise on all ranks if one cannot apply it."""
-    error, is_new = None, True
-    try:
-        is_new = planner.decide(everyone)
-    except AlstError as raised:
-        error = raised
-    if is_new:
-        raise_on_all_ranks(error, groups.control_group)
-
-
-def plan_batches(model: torch.nn.Module, planner: OffloadPlanner, patches: PatchSet) -> None:
-    """Run a planner before each forward without sequence parallelism, from each rank's own facts."""
-
-    @torch.compiler.disable
-    def plan(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
-        tokens = args[0] if tokens is None and args else tokens
-        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
-            raise UnsupportedModelError(
-                f"alst.activation_checkpoint_cpu_offload, alst.save_attention_output: {type(module).__name__} was "
-                "called without input_ids or inputs_embeds, so what will wait cannot be known. Set the keys to false."
-            )
-        planner.decide([planner.facts(tokens.shape[:2])])
-
-    patches.hook(model, "forward_pre", plan, prepend=True, with_kwargs=True)
-
-
-def _facts(
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    bounds: list[int],
-    groups: SequenceGroups,
-    calls: ForwardContext,
-) -> Facts:
-    """Collect the facts of a rank's batch; ``bounds`` are its packed documents' in the full sequence, if any."""
-    stamp = kwargs.pop(PLACE, None)
+def _problem(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calls: ForwardContext
+) -> str | None:
+    """Return why one rank's arguments are not a shard's that can be trained on; None if they are."""
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    positions, labels, shifted = (kwargs.get(key) for key in ("position_ids", "labels", "shift_labels"))
-    problem = _asks_too_much(kwargs)
-    if calls.routes and problem is None:
+    labels, shifted, keep = (kwargs.get(key) for key in ("labels", "shift_labels", "logits_to_keep"))
+    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
+        return (
+            f"it asks for a cache (use_cache, {', '.join(CACHES)}), which would hold a shard's keys and values; leave "
+            "it out. To generate, call model.generate, which goes round the split"
+        )
+    if isinstance(keep, torch.Tensor) or keep:
+        return "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
+    if calls.routes:
         from deepspeed_alst.moe.router_loss import router_problem
 
-        problem = router_problem(module, kwargs, calls)
-    if problem is not None:
-        return Facts(problem)
+        if (problem := router_problem(module, kwargs, calls)) is not None:
+            return problem
     if args or tokens is None:
-        return Facts(f"it is not given by keyword. {WAY_OUT}")
+        return f"it is not given by keyword. {WAY_OUT}"
     if kwargs.get("attention_mask") is not None:
-        return Facts(f"it has an attention_mask, which the sharded loader would have checked and dropped. {WAY_OUT}")
-    if positions is None:
-        return Facts(f"it has no position_ids, so it is not split over the ranks. {WAY_OUT}")
+        return f"it has an attention_mask, which the sharded loader would have checked and dropped. {WAY_OUT}"
+    if kwargs.get("position_ids") is None:
+        return f"it has no position_ids, so it is not split over the ranks. {WAY_OUT}"
     if labels is not None and shifted is None:
-        return Facts(f"it has labels, but no shift_labels, so it is not split over the ranks. {WAY_OUT}")
+        return f"it has labels, but no shift_labels, so it is not split over the ranks. {WAY_OUT}"
     if labels is not None and not _are_the_same_labels(labels.to(shifted.device), shifted):
-        return Facts(
+        return (
             "its labels are not its shift_labels moved by one: the loss is made of shift_labels, so change labels in "
             "the dataset or the collate_fn, before the batch is split"
         )
-    shape = tuple(tokens.shape[:2])
-    if calls.real_tokens is not None and tuple(calls.real_tokens.shape) != shape:
-        return Facts(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {WAY_OUT}")
-    if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
-        return Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {WAY_OUT}")
-    return _place_of(positions, stamp, shape, bounds, groups)
+    return None
 
 
 def _place_of(
@@ -197,8 +167,13 @@ def _place_of(
     shape: tuple[int, ...],
     bounds: list[int],
     groups: SequenceGroups,
+    calls: ForwardContext,
 ) -> Facts:
     """Locate the shard by position ids that count from 0 in each document, else by the loader's stamp."""
+    if calls.real_tokens is not None and tuple(calls.real_tokens.shape) != shape:
+        return Facts(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {WAY_OUT}")
+    if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
+        return Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {WAY_OUT}")
     # Of multi-dimensional position ids the first row is the text's.
     text_s = positions.reshape(-1, positions.shape[-1])[0]
     first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
@@ -215,34 +190,9 @@ def _place_of(
             f"but it has no {PLACE}. {WAY_OUT}"
         )
     place = groups.sp_rank * shape[1]
-    place -= _document_start(bounds, place)
+    place -= bounds[bisect.bisect_right(bounds, place) - 1] if bounds else 0  # the start of its document
     # Python's hash of integers is the same in every process.
     return Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
-
-
-def _asks_too_much(kwargs: dict[str, Any]) -> str | None:
-    """Return the problem of a forward that asks for a KV cache or logits_to_keep, else None."""
-    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
-        return (
-            f"it asks for a cache (use_cache, {', '.join(CACHES)}), which would hold a shard's keys and values; leave "
-            "it out. To generate, call model.generate, which goes round the split"
-        )
-    keep = kwargs.get("logits_to_keep", 0)
-    if isinstance(keep, torch.Tensor) or keep:
-        return "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
-    return None
-
-
-def _document_start(bounds: list[int], place: int) -> int:
-    """Return the start of the document that contains the token at ``place``."""
-    return bounds[bisect.bisect_right(bounds, place) - 1] if bounds else 0
-
-
-def _flash_arguments(bounds: list[int], lengths: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """Build flash attention's varlen arguments once per forward, so that no layer syncs with the device."""
-    longest = max(end - start for start, end in itertools.pairwise(bounds))
-    lengths = lengths.to(device, torch.int32)
-    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
 def _are_the_same_labels(labels: torch.Tensor, shifted: torch.Tensor) -> bool:

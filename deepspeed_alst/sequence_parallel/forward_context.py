@@ -55,48 +55,44 @@ class ForwardContext:
     """Highest position id in this forward's full sequence."""
 
     @contextlib.contextmanager
-    def of_whole_sequence(self) -> Iterator[None]:
-        """Compute full-sequence losses in the context, even if user code aggregates shards' in training."""
-        before, self.makes_whole_loss = self.makes_whole_loss, True
-        try:
-            yield
-        finally:
-            self.makes_whole_loss = before
-
-    @contextlib.contextmanager
-    def unsplit(self, config: Any) -> Iterator[None]:
-        """Run forwards of the config's model without sequence parallelism in the context."""
-        split, before = config._attn_implementation, self.whole
-        config._attn_implementation, self.whole = self.core, True
-        try:
-            yield
-        finally:
-            config._attn_implementation, self.whole = split, before
-
-    @contextlib.contextmanager
-    def of_model_check(self) -> Iterator[None]:
-        """Mark forwards in the context as the model check's; restore all counters at its end."""
-        before = dict(vars(self))
-        self.checking, self.makes_whole_loss, self.loss_follows = True, True, False
+    def having(self, **values: Any) -> Iterator[None]:
+        """Set attributes in the context, and restore all of them at its end."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
         try:
             yield
         finally:
             vars(self).update(before)
 
-    def enter(self, layer: str, has_documents: bool) -> None:
-        """Count a call of a layer without attention.
+    @contextlib.contextmanager
+    def unsplit(self, config: Any) -> Iterator[None]:
+        """Run forwards of the config's model without sequence parallelism in the context."""
+        split = config._attn_implementation
+        config._attn_implementation = self.core
+        try:
+            with self.having(whole=True):
+                yield
+        finally:
+            config._attn_implementation = split
 
-        Raises:
-            UnsupportedModelError: called outside of the outermost module's forward, which checks the batch.
-        """
+    def of_model_check(self) -> contextlib.AbstractContextManager[None]:
+        """Mark forwards in the context as the model check's; restore all counters at its end."""
+        return self.having(**vars(self) | {"checking": True, "makes_whole_loss": True, "loss_follows": False})
+
+    def enter(self, layer: str, has_documents: bool) -> None:
+        """Count a call of a layer without attention."""
+        self.check_inside(layer)
+        self.linear += 1
+        self.with_documents += has_documents
+
+    def check_inside(self, layer: str) -> None:
+        """Raise UnsupportedModelError outside of the outermost module's forward, which checks the batch."""
         # Recomputation in the backward runs layers outside of the model's forward.
         if not self.inside and torch._C._current_graph_task_id() == -1:
             raise UnsupportedModelError(
                 f"{layer} was called outside of its causal language model: what reached it was not checked to be a "
                 "shard. Call the engine, with a batch of the sharded loader."
             )
-        self.linear += 1
-        self.with_documents += has_documents
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Count a full-sequence loss, and its gradient when it arrives."""

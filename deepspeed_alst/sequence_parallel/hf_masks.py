@@ -38,7 +38,7 @@ _CHUNK = chunked_overlay(1, _NONE).__code__
 MaskFunction = Callable[..., MaskSpec | None]
 
 
-def mask_function_for(core: AttentionBackend, sp_size: int, calls: ForwardContext) -> MaskFunction:
+def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardContext) -> MaskFunction:
     """Return one model's mask function for transformers, which builds the attention mask of its layers.
 
     It returns None for plain causal attention, and always for flash attention, which takes windows and documents as
@@ -71,8 +71,8 @@ def mask_function_for(core: AttentionBackend, sp_size: int, calls: ForwardContex
                 "attention to other sequences, are not available under sequence parallelism"
             )
         length = q_length * sp_size
-        if not core.uses_mask:
-            _check_for_flash(core, mask_function, length)
+        if not backend.uses_mask:
+            _check_for_flash(backend, mask_function, length)
             return None
         mask = read_mask(mask_function, calls.documents)
         return None if mask.hides_nothing(length) else mask
@@ -134,13 +134,13 @@ def _name(part: Callable[..., Any]) -> str:
     return getattr(part, "__qualname__", type(part).__name__)
 
 
-def _check_for_flash(core: AttentionBackend, mask_function: Callable[..., Any], length: int) -> None:
+def _check_for_flash(backend: AttentionBackend, mask_function: Callable[..., Any], length: int) -> None:
     """Raise if the mask has chunks, which flash attention lacks and transformers checks in a shard only."""
     for part in _parts(mask_function):
         if getattr(part, "__code__", None) is _CHUNK and (size := _enclosed(part)["chunk_size"]) < length:
             raise UnsupportedModelError(
-                f"attn_implementation='{core.name}' has no chunked attention, and the sequence of {length} tokens is "
-                f"longer than the model's chunks of {size}; load the model with attn_implementation='sdpa'"
+                f"attn_implementation='{backend.name}' has no chunked attention, and the sequence of {length} tokens "
+                f"is longer than the model's chunks of {size}; load the model with attn_implementation='sdpa'"
             )
 
 
@@ -157,7 +157,7 @@ def _try_parts() -> None:
         )
         for asked, bounds in ((plain, ()), (packed, documents)):
             mask = read_mask(asked, bounds)
-            if not torch.equal(asked(0, 0, query, key), mask.rule(12)(0, 0, query, key)):
+            if not torch.equal(asked(0, 0, query, key), mask.seen(12)):
                 raise UnsupportedModelError(
                     f"{masking_utils.__name__} of the installed transformers means another mask by {_name(plain)} than "
                     "the versions that this package was tried with; install another version of transformers"

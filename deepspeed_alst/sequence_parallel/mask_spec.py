@@ -4,7 +4,7 @@ Integers only, at any sequence length. Legend: S whole sequence, N documents.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -52,23 +52,16 @@ class MaskSpec:
         """Return the stretches of a sequence, in order; within one, only the window hides tokens."""
         runs: list[Run] = []
         for start, end in itertools.pairwise(self.documents or (0, length)):
-            for piece in self._chunks(end - start):
-                before = runs[-1] if runs else Run(0, 0, 0)
-                place = before.start + before.count * before.length
-                if piece.length == before.length:
-                    runs[-1] = Run(before.start, before.count + piece.count, piece.length)
+            size = self.chunk or end - start
+            count, rest = divmod(end - start, size) if size else (0, 0)
+            for first, number, piece in ((start, count, size), (end - rest, 1, rest)):
+                if not number * piece:
+                    continue
+                if runs and runs[-1].length == piece:
+                    runs[-1] = Run(runs[-1].start, runs[-1].count + number, piece)
                 else:
-                    runs.append(Run(place, piece.count, piece.length))
+                    runs.append(Run(first, number, piece))
         return runs
-
-    def _chunks(self, length: int) -> Iterator[Run]:
-        """Yield the full chunks of a document, then the rest."""
-        size = self.chunk or length
-        count = length // size if size else 0
-        if count:
-            yield Run(0, count, size)
-        if length - count * size:
-            yield Run(count * size, 1, length - count * size)
 
     def rule(self, length: int, device: torch.device | str = "cpu") -> Rule:
         """Return the mask as a function of indices, for flex attention's block masks."""
@@ -86,6 +79,11 @@ class MaskSpec:
             return seen
 
         return sees
+
+    def seen(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the mask as a tensor, ``[S, S]``: True where a token (row) attends to another."""
+        places = torch.arange(length, device=device)
+        return self.rule(length, device)(0, 0, places[:, None], places[None])
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # copy, pickle and dispatch protocols look these up

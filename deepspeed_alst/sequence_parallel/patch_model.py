@@ -4,6 +4,8 @@ Outside the model only two entries are added, under a name of the model's own, i
 interfaces: other models in the process keep theirs.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +25,10 @@ from deepspeed_alst.linear_attention.layers import has_attention, linear_layers
 from deepspeed_alst.moe.hf_experts import router_classes
 from deepspeed_alst.random_draws.model_draws import count_draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext, check_calls
-from deepspeed_alst.sequence_parallel.generation import generate_whole
 from deepspeed_alst.sequence_parallel.hf_attention import register_attention
 from deepspeed_alst.sequence_parallel.hf_backends import find_backend
 from deepspeed_alst.sequence_parallel.hf_positions import give_whole_length
-from deepspeed_alst.sequence_parallel.own_config import own_config
+from deepspeed_alst.sequence_parallel.private_config import own_config
 from deepspeed_alst.tiling.lazy_logits import LazyLogits, share_of_loss
 
 
@@ -65,7 +66,8 @@ def patch_model(
         from deepspeed_alst.moe.router_loss import whole_router_loss
 
         whole_router_loss(model, group, calls, patches)
-    generate_whole(base, calls, patches)
+    if hasattr(base, "generate"):
+        patches.wrap(base, "generate", _without_split(base.config, calls))
     check_calls(model, calls, patches, whole_loss)
     calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)
     count_draws(model, calls.draws, patches, lambda: calls.whole, lambda: calls.checking)
@@ -105,3 +107,17 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, pat
         return loss
 
     patches.set(model, "_loss_function", loss_function)
+
+
+def _without_split(config: Any, calls: ForwardContext) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a wrapper that runs ``generate`` whole: every rank from its own prompts, as at SP 1."""
+
+    def wrap(generate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(generate)
+        def unsplit(*args: Any, **kwargs: Any) -> Any:
+            with calls.unsplit(config):
+                return generate(*args, **kwargs)
+
+        return unsplit
+
+    return wrap

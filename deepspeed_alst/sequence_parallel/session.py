@@ -11,9 +11,9 @@ from torch.utils.data import DistributedSampler
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.loader import ShardedDataLoader
-from deepspeed_alst.data.validation import Vocabulary, vocabulary_of
+from deepspeed_alst.data.validation import vocabulary_of
 from deepspeed_alst.distributed.collectives import gather_objects
-from deepspeed_alst.distributed.mesh import SequenceGroups, build_groups
+from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.distributed.mpu import UlyssesMpu
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
@@ -27,43 +27,26 @@ from deepspeed_alst.sequence_parallel.hf_backends import keeps_documents_apart, 
 class Session:
     """Sequence parallelism on one engine; ``engine.alst``."""
 
-    def __init__(
-        self,
-        config: AlstConfig,
-        groups: SequenceGroups,
-        mpu: UlyssesMpu,
-        packing: bool,
-        by_lowest: bool,
-        marks_padding: bool,
-        vocabulary: Vocabulary,
-        patches: PatchSet,
-    ) -> None:
+    def __init__(self, model: Any, config: AlstConfig, control_group: Any, patches: PatchSet) -> None:
         self.config = config
-        self._packing, self._by_lowest, self._vocabulary = packing, by_lowest, vocabulary
-        self.marks_padding = marks_padding
+        self.groups = build_groups(config.sequence_parallel_size, control_group)
+        patches.callback(self.groups.destroy)
+        self.mpu = UlyssesMpu(self.groups)
+        self.marks_padding = bool(router_classes(model))
         """True if batches mark their padding tokens; read when a loader is made."""
         self.reduction_bytes = 0.0
         """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
         """True if the engine accepts whole batches, which it splits itself."""
-        self.groups = groups
-        self.mpu = mpu
+        self._packing, self._by_lowest = keeps_documents_apart(model), starts_at_lowest(model)
+        self._vocabulary = vocabulary_of(model)
         # Rank 0's seed: programs may seed each rank differently.
-        seed = gather_objects(torch.initial_seed(), groups.control_group)[0]
-        self.calls = ForwardContext(draws=Draws(seed, replica=groups.dp_rank))
-        self.losses = NonFiniteLossCheck(groups, self.calls)
+        seed = gather_objects(torch.initial_seed(), control_group)[0]
+        self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank))
+        self.losses = NonFiniteLossCheck(self.groups, self.calls)
         self._patches = patches
         self._in_backward = False
         self._loss_divisor = 1
-
-    @classmethod
-    def build(cls, model: Any, config: AlstConfig, control_group: Any, patches: PatchSet) -> "Session":
-        """Build the process groups, and the state of sequence parallelism for an engine of this model."""
-        groups = build_groups(config.sequence_parallel_size, control_group)
-        patches.callback(groups.destroy)
-        packing, marks_padding = keeps_documents_apart(model), bool(router_classes(model))
-        mpu, by_lowest = UlyssesMpu(groups), starts_at_lowest(model)
-        return cls(config, groups, mpu, packing, by_lowest, marks_padding, vocabulary_of(model), patches)
 
     def attach(self, engine: Any) -> None:
         """Use an engine's clock for random numbers, and give it the size of its batches."""

@@ -70,7 +70,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
         )
     length = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
     shards = [session.cut(batch)] if same else session.exchange(batch)
-    with session.calls.of_whole_sequence():
+    with session.calls.having(makes_whole_loss=True):
         outputs = [forward(**shard) for shard in shards]
     output = outputs[0 if same else groups.sp_rank]
     if session.calls.loss_follows and trains:  # the loss code knows that the logits are a shard's

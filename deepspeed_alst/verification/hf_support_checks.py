@@ -17,7 +17,7 @@ from deepspeed_alst.integrations.hf_upstream import is_causal_lm_loss
 from deepspeed_alst.integrations.peft import adapter_problems
 from deepspeed_alst.linear_attention.layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.sequence_parallel.hf_backends import find_backend
-from deepspeed_alst.sequence_parallel.private_name import PrivateName
+from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.program_code import is_programs
 
 # Support flags of a transformers class, and the attn_implementation to suggest.

@@ -31,7 +31,7 @@ from benchmarks.resume import SAVED_AFTER, STEPS, Job, Outcome, build_engine, re
 from deepspeed_alst.checkpoint.save import STAMP
 from deepspeed_alst.checkpoint.universal import convert, is_universal
 from deepspeed_alst.errors import CheckpointError, DataError
-from deepspeed_alst.sequence_parallel.private_name import PrivateName
+from deepspeed_alst.sequence_parallel.private_config import PrivateName
 
 FROZEN = "layers.0.mlp.up_proj"
 TAG = f"global_step{SAVED_AFTER}"

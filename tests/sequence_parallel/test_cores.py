@@ -32,7 +32,7 @@ from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_backends import find_backend
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
-from deepspeed_alst.sequence_parallel.private_name import PrivateName
+from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.models import family_batch

@@ -1,4 +1,9 @@
-"""Private config of one model, for as long as a patch changes it."""
+"""A model's own config, and the name of its attention implementation in it, for as long as a patch changes them.
+
+transformers uses the name in two ways. Its special cases read it (``== "sdpa"``, ``"flash" in name``, a regular
+expression) and must see the backend that runs. Its interfaces look it up in a dict and must find this model's entry,
+while every other model in the process finds the original one.
+"""
 
 import copy
 from typing import Any
@@ -6,6 +11,23 @@ from typing import Any
 import torch
 
 from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
+
+
+class PrivateName(str):
+    """Text of a backend's name, hashed by object identity.
+
+    A dict compares hashes before keys, so an entry under this object is found by this object alone, and an entry under
+    the same text by all other strings. A copy, deep or pickled, is the plain text: it belongs to another model, which
+    has no entry.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
 
 
 def own_config(model: torch.nn.Module, shared: Any, patches: PatchSet) -> Any:
