@@ -155,10 +155,10 @@ class AlstEngine:
         features.patches.close()
 
 
-def extend(engine: Any, features: EngineFeatures) -> None:
+def extend(engine: Any, patches: PatchSet, control_group: Any, session: Session | None) -> None:
     """Give an engine the methods of AlstEngine, until its patches are undone."""
-    features.patches.set(engine, "alst_features", features)
-    features.patches.mixin(engine, AlstEngine)
+    patches.set(engine, "alst_features", EngineFeatures(patches, control_group, session))
+    patches.mixin(engine, AlstEngine)
 
 
 def _bind(method: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:

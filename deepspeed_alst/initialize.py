@@ -5,24 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.ownership import mark_owned
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import agree
-from deepspeed_alst.distributed.mesh import destroy_groups
 from deepspeed_alst.distributed.mpu import installed
-from deepspeed_alst.engine import EngineFeatures, extend
-from deepspeed_alst.features import RunContext
+from deepspeed_alst.engine import extend
+from deepspeed_alst.features import RunContext, features_of
 from deepspeed_alst.grad_reduction.bucket_size import deepspeed_arguments
-from deepspeed_alst.registry import features_of
 from deepspeed_alst.report import print_report, report_rows
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.session import Session
-from deepspeed_alst.start import check_arguments, check_run, is_upstreams, read_config, start_ranks, with_upstreams_size
-from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
+from deepspeed_alst.start import build_session, check_arguments, read_config, start_ranks, upstream_mpu
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -43,23 +35,20 @@ def initialize(
     Raises:
         AlstError: on all ranks, whichever rank found the problem, and before any weight changes.
     """
-    model, upstream = arguments.get("model"), arguments.get("mpu") if is_upstreams(arguments.get("mpu")) else None
-    ds_config = with_upstreams_size(ds_config, upstream)
+    model = arguments.get("model")
+    upstream, ds_config = upstream_mpu(arguments, ds_config)
     config, stage, allocator = read_config(ds_config)
     if splits_sequences := config.sequence_parallel_size > 1:
         check_arguments(arguments, ds_config)
     elif not isinstance(model, torch.nn.Module):
         return original(**arguments)  # which refuses it
-    # From here on ranks fail together: an early exit would take the rendezvous from the other ranks.
-    control_group = start_ranks(arguments, ds_config)
     with PatchSet().rollback_on_error() as patches:
-        patches.callback(destroy_groups, control_group)
-        session = _session(model, config, ds_config, control_group, patches) if splits_sequences else None
+        # From here on ranks fail together: an early exit would take the rendezvous from the other ranks.
+        control_group = start_ranks(arguments, ds_config, patches)
+        session = build_session(model, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        calls, leaf = session.calls if session else ForwardContext(), ZeRO3Leaves(model, stage, patches)
-        device = get_accelerator().device_name()
-        run = RunContext(model, config, device, control_group, session, upstream, calls, leaf)
-        features = features_of(run, stage, bucket)
+        run = RunContext.build(model, config, stage, control_group, session, upstream, patches)
+        features = features_of(run, bucket)
 
         build = with_plain_copies(original, model, patches)
         mark_owned(model, patches)
@@ -67,19 +56,10 @@ def initialize(
             feature.prepare_model(run, patches)
         with installed(session.mpu) if session else contextlib.nullcontext():
             engine, optimizer, loader, scheduler = build(**passed)
-        extend(engine, EngineFeatures(patches, control_group, session))
+        extend(engine, patches, control_group, session)
         for feature in features:
             feature.attach_engine(engine, run, patches)
         if splits_sequences and arguments.get("training_data") is not None:
             loader = engine.training_dataloader = engine.deepspeed_io(arguments["training_data"])
         print_report(report_rows(run, engine, features, allocator))
     return engine, optimizer, loader, scheduler
-
-
-def _session(
-    model: torch.nn.Module, config: AlstConfig, ds_config: dict[str, Any], control_group: Any, patches: PatchSet
-) -> Session:
-    """Check model and world together, then build the state of sequence parallelism."""
-    with agree(control_group):
-        check_run(model, config, ds_config)
-    return Session(model, config, control_group, patches)

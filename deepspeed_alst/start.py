@@ -12,12 +12,14 @@ from deepspeed_alst.config.compatibility import check_features
 from deepspeed_alst.config.ds_values import check_batch_keys, check_numbers, idle_checkpointing, zero_stage
 from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_heads, check_world, parse
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.distributed.collectives import assert_same_on_all_ranks
-from deepspeed_alst.distributed.mesh import build_control_group
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import agree, assert_same_on_all_ranks
+from deepspeed_alst.distributed.mesh import build_control_group, destroy_groups
 from deepspeed_alst.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 from deepspeed_alst.report import warn_rank_0
+from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.verification.hf_support_checks import check_model
 
 _MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
@@ -37,14 +39,15 @@ def is_upstreams(mpu: Any) -> bool:
     return mpu is not None and mpu is sys.modules.get(_MPU)
 
 
-def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
-    """Return the ds_config with the SP degree of DeepSpeed's groups, which recipes need not repeat.
+def upstream_mpu(arguments: dict[str, Any], ds_config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return DeepSpeed's own mpu if the program registered one, and the ds_config with its SP degree.
 
     Raises:
-        ConfigError: the groups do not exist yet, or the ds_config has another degree.
+        ConfigError: the mpu's groups do not exist yet, or the ds_config has another degree.
     """
-    if mpu is None:
-        return ds_config
+    mpu = arguments.get("mpu")
+    if not is_upstreams(mpu):
+        return None, ds_config
     try:
         size = mpu.get_sequence_parallel_world_size()
     except AssertionError:
@@ -58,7 +61,7 @@ def with_upstreams_size(ds_config: dict[str, Any], mpu: Any) -> dict[str, Any]:
             f"sequence_parallel_size={shown(said)}: the mpu was registered with sequence_parallel_size={size}. Set the "
             f"key to {size}, or leave it out."
         )
-    return {**ds_config, "sequence_parallel_size": size}
+    return mpu, {**ds_config, "sequence_parallel_size": size}
 
 
 def check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> None:
@@ -75,7 +78,7 @@ def check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Non
         raise ConfigError("\n".join(problems))
 
 
-def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
+def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any], patches: PatchSet) -> Any:
     """Initialize torch.distributed early; return a gloo group of all ranks. ConfigError if ds_configs differ."""
     check_build_lock()
     deepspeed.comm.init_distributed(
@@ -83,6 +86,7 @@ def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
         **{name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments},
     )
     group = build_control_group()
+    patches.callback(destroy_groups, group)
     # At SP 1 nothing but the degree must match: hosts may have disks of other names.
     keys = SAME_ON_ALL_RANKS if ds_config.get("sequence_parallel_size", 1) != 1 else ()
     same = {key: ds_config.get(key) if key in keys else None for key in SAME_ON_ALL_RANKS}
@@ -90,12 +94,20 @@ def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Any:
     return group
 
 
-def check_run(model: Any, config: AlstConfig, ds_config: dict[str, Any]) -> None:
-    """Raise AlstError for a model, a world size or batch keys that the SP degree does not fit."""
-    world_size, facts = dist.get_world_size(), check_model(model)
-    heads = [(facts.num_heads, facts.num_kv_heads, "attention")] if facts.num_heads and facts.num_kv_heads else []
-    heads += [(*each, "scan") for each in sorted(facts.linear_heads)]
-    check_world(config, world_size, heads)
-    check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
-    for each in heads:
-        check_heads(config, *each, world_size)
+def build_session(
+    model: Any, config: AlstConfig, ds_config: dict[str, Any], control_group: Any, patches: PatchSet
+) -> Session:
+    """Check model, world size and batch keys against the SP degree, together, and build the state of a sequence.
+
+    Raises:
+        AlstError: on all ranks.
+    """
+    with agree(control_group):
+        world_size, facts = dist.get_world_size(), check_model(model)
+        heads = [(facts.num_heads, facts.num_kv_heads, "attention")] if facts.num_heads and facts.num_kv_heads else []
+        heads += [(*each, "scan") for each in sorted(facts.linear_heads)]
+        check_world(config, world_size, heads)
+        check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
+        for each in heads:
+            check_heads(config, *each, world_size)
+    return Session(model, config, control_group, patches)

@@ -36,9 +36,6 @@ class GradReduction(Feature):
 class SeparateExperts(Feature):
     """Mixtures whose experts are modules of their own: every rank gathers and reduces all of them."""
 
-    def __init__(self, stage: int) -> None:
-        self._stage = stage
-
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Patch the blocks of experts."""
-        call_together(run.model, self._stage, run.leaf, patches)
+        call_together(run.model, run.stage, run.leaf, patches)
