@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.offload.checkpoint_frame import CheckpointFrame
+from deepspeed_alst.offload.attention_cache import CheckpointFrame
 from deepspeed_alst.offload.hf_attention_cache import keep_attention
 
 Row = tuple[str, str, str, bool]

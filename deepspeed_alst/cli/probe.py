@@ -20,8 +20,8 @@ from deepspeed_alst.environment import allocator_variable, check_deepspeed, is_l
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels.builder import BUILDERS
 from deepspeed_alst.offload.aio import is_aio_there
+from deepspeed_alst.offload.budget import spare_bytes
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.memory import spare_bytes
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 # Distribution of each module that a run or its kernels import.

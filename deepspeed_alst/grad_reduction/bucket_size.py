@@ -10,7 +10,6 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.config.ds_values import zero_stage
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.offload.memory import ranks_on_host
 
 # DeepSpeed's default; larger buckets gain nothing.
 _MOST = 500_000_000
@@ -54,6 +53,8 @@ def _available() -> int:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return accelerator.available_memory()
+    from deepspeed_alst.offload.budget import ranks_on_host
+
     return accelerator.available_memory() // ranks_on_host()
 
 

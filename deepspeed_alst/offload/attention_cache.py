@@ -1,22 +1,24 @@
 """Attention that runs forward once per step in a checkpointed layer: recomputation reuses its saved output.
 
-A dispatch mode records the results of attention's forward operators in a layer's forward; in the recomputation it
+A dispatch mode records the results of attention's forward operators in a layer's forward; in the recomputation another
 returns them without running the operators. It is below autograd, which builds the same backward node over the same
 numbers both times: gradients are bitwise equal, under any masks, windows and documents.
-
-The mode is active within the attention call only. Calls without a known operator are not saved, and run again.
 """
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspeed_alst.offload.checkpoint_frame import CheckpointFrame, current_frame
 from deepspeed_alst.offload.layout import is_dense, laid_flat
+
+Put = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
+"""Function that offloads a tensor and returns a function to restore it on the tensor's own device."""
 
 # Names without namespace, as each build of a hub kernel has its own. All return the output, the log-sum-exp, then small
 # values (seeds) or values that no backward reads (sums of split kernels).
@@ -37,6 +39,76 @@ _GIVEN_OUTPUT = ("out", "out_")
 _LOG_SUM_EXP = "compute_log_sumexp"
 # Maximum elements of a result that is saved as it is: a seed, an offset.
 _FEW = 16
+
+_of_thread = threading.local()
+
+
+def on_device(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Keep a tensor on its device; a ``Put``."""
+    return lambda: tensor
+
+
+class _Kept(list[tuple[Any, list[Callable[[], torch.Tensor]]]]):
+    """A list that supports weak references."""
+
+
+class CheckpointFrame:
+    """One call of a checkpointed layer: the tensors that its forward saves for its recomputation.
+
+    The layer runs twice in it, and code inside looks up the frame of its thread, which in a backward is autograd's.
+
+    Args:
+        put: offloads the tensors that are saved.
+        keeps_attention: True to save attention's output instead of recomputing it.
+    """
+
+    def __init__(self, put: Put = on_device, keeps_attention: bool = False) -> None:
+        self.keeps_attention = keeps_attention
+        self.recomputing = False
+        self.kept_attention: list[str] = []
+        """Attention implementation of each forward call whose output was saved."""
+        self.unkept_attention: list[str] = []
+        """Attention implementation of each call whose output could not be saved and is recomputed."""
+        self._put = put
+        self._kept: _Kept | None = _Kept()
+        self._owned = weakref.ref(self._kept)
+        self._taken = 0
+
+    def keep(self, *tensors: torch.Tensor, note: Any) -> None:
+        """Save tensors in the forward, and any other data as ``note``."""
+        self.kept.append((note, [self._put(tensor.detach()) for tensor in tensors]))
+
+    def take(self) -> tuple[Any, list[torch.Tensor]]:
+        """Return the note and tensors that the forward saved next, in the recomputation."""
+        note, gets = self.kept[self._taken]
+        self._taken += 1
+        return note, [get() for get in gets]
+
+    @property
+    def kept(self) -> _Kept:
+        """All saved tensors, as long as an owner holds them."""
+        kept = self._owned()
+        assert kept is not None, "a recomputation after its checkpoint let go of what it had saved"
+        return kept
+
+    def release_kept(self) -> None:
+        """Release the saved tensors after the forward; the caller that took ``kept`` then owns them.
+
+        The node of a reentrant checkpoint, and its frame, live as long as the loss; the saved tensors must not.
+        """
+        self._kept = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Make this the thread's frame inside the context; each run after the first is a recomputation."""
+        before, _of_thread.frame = getattr(_of_thread, "frame", None), self
+        self._taken = 0
+        try:
+            yield
+        finally:
+            # A non-reentrant checkpoint stops its recomputation early by an exception.
+            _of_thread.frame = before
+            self.recomputing = True
 
 
 @dataclass
@@ -66,20 +138,6 @@ class Ran:
         """Return an output of this layout without values, with the device and dtype of ``like``."""
         return torch.empty_strided(*self.layouts[0], dtype=like.dtype, device=like.device)
 
-    def results(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """Return the operator's results. Outputs must be new objects, since autograd takes ownership of them."""
-        return self.container([*outputs, *self.others])
-
-
-@dataclass
-class Seen:
-    """Operators of an attention call."""
-
-    ran: list[Ran] = field(default_factory=list)
-    """Its attention operators, if all of them can be saved."""
-    words: str = ""
-    """Names of the operators it ran as."""
-
 
 def keeping_frame(attention: str, has_operators: bool = True) -> CheckpointFrame | None:
     """Return the frame that is to save the output of the next attention call, or None.
@@ -88,7 +146,7 @@ def keeping_frame(attention: str, has_operators: bool = True) -> CheckpointFrame
         attention: name of the attention.
         has_operators: True if it runs as operators that a mode can see; a compiled graph must not run under a mode.
     """
-    frame = current_frame()
+    frame = getattr(_of_thread, "frame", None)
     if frame is None or not frame.keeps_attention:
         return None
     if has_operators:
@@ -101,34 +159,27 @@ def keeping_frame(attention: str, has_operators: bool = True) -> CheckpointFrame
 def attend_once(frame: CheckpointFrame, run: Callable[[], Any]) -> Any:
     """Run one attention call: save its output in a layer's forward, reuse it in the recomputation."""
     if frame.recomputing:
-        ran: list[Ran] = frame.note()
-        flat = frame.take()
-        outputs = [each.raise_up(flat[2 * i : 2 * i + 2]) for i, each in enumerate(ran)]
-        with replayed(ran, outputs):
+        ran, flat = frame.take()
+        with Replaying(ran, flat):
             return run()
-    result, seen = record(frame, run)
-    frame.keep(*(x for each in seen.ran for x in each.lay_flat()), note=seen.ran)
+    result, ran = record(frame, run)
+    frame.keep(*(x for each in ran for x in each.lay_flat()), note=ran)
     return result
 
 
-def record(frame: CheckpointFrame, run: Callable[[], Any]) -> tuple[Any, Seen]:
-    """Run an attention call; return its result and its operators, which are also noted in the frame."""
+def record(frame: CheckpointFrame, run: Callable[[], Any]) -> tuple[Any, list[Ran]]:
+    """Run an attention call; return its result and its operators, or none if one of them cannot be saved.
+
+    The frame notes the operators' names, or the reason.
+    """
     recording = _Recording()
     with recording:
         result = run()
-    seen = recording.seen()
-    (frame.kept_attention if seen.ran else frame.unkept_attention).append(seen.words)
-    return result, seen
-
-
-@contextlib.contextmanager
-def replayed(ran: list[Ran], outputs: list[list[torch.Tensor]]) -> Iterator[None]:
-    """Replay these outputs and log-sum-exps, one pair per recorded operator, instead of running the operators."""
-    if not ran:
-        yield
-        return
-    with _Replaying(ran, outputs):
-        yield
+    if recording.ran and not recording.refusals:
+        frame.kept_attention.append(", ".join(each.name for each in recording.ran))
+        return result, recording.ran
+    frame.unkept_attention.append(", ".join(recording.refusals) or _what_ran(list(recording.others)))
+    return result, []
 
 
 class _Recording(TorchDispatchMode):
@@ -136,48 +187,48 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ran: list[Ran] = []
-        self._others: dict[str, None] = {}  # an ordered set
-        self._refusals: list[str] = []
+        self.ran: list[Ran] = []
+        self.refusals: list[str] = []
+        self.others: dict[str, None] = {}  # an ordered set
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _is_attention(func):
             if not getattr(func, "is_view", False):
-                self._others[str(getattr(func, "_overloadpacket", func))] = None
+                self.others[str(getattr(func, "_overloadpacket", func))] = None
             return func(*args, **kwargs)
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         if not named.get(_LOG_SUM_EXP, True):
             # A reentrant checkpoint runs its forward without gradients, where the kernel would omit it.
             args, kwargs = (), named | {_LOG_SUM_EXP: True}
         result = func(*args, **kwargs)
-        refusal = _refusal(named, result)
-        if refusal:
-            self._refusals.append(f"{func.name()} {refusal}")
+        if refusal := _refusal(named, result):
+            self.refusals.append(f"{func.name()} {refusal}")
         else:
-            self._ran.append(_ran(func, result))
+            outputs = list(result[:2])
+            layouts = [(x.shape, x.stride()) for x in outputs]
+            self.ran.append(Ran(func.name(), outputs, layouts, [_small(x) for x in result[2:]], type(result)))
         return result
 
-    def seen(self) -> Seen:
-        if self._refusals:
-            return Seen(words=", ".join(self._refusals))
-        if self._ran:
-            return Seen(self._ran, ", ".join(each.name for each in self._ran))
-        return Seen(words=_what_ran(list(self._others)))
 
+class Replaying(TorchDispatchMode):
+    """Dispatch mode that returns each operator's recorded results, in order, instead of running it.
 
-class _Replaying(TorchDispatchMode):
-    """Dispatch mode that returns each operator's recorded results, in order."""
+    Args:
+        ran: the recorded operators.
+        flat: output and log-sum-exp of each, as laid flat.
+    """
 
-    def __init__(self, ran: list[Ran], outputs: list[list[torch.Tensor]]) -> None:
+    def __init__(self, ran: list[Ran], flat: list[torch.Tensor]) -> None:
         super().__init__()
-        self._left = list(zip(ran, outputs, strict=True))
+        self._left = [(each, each.raise_up(flat[2 * i : 2 * i + 2])) for i, each in enumerate(ran)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if _is_attention(func) and self._left:
             ran, outputs = self._left.pop(0)
             if ran.name == func.name():
-                return ran.results(outputs)
+                # New objects, since autograd takes ownership of them.
+                return ran.container([*outputs, *ran.others])
             # With gradients, sdpa may choose another backend than in a reentrant checkpoint's forward.
             self._left.clear()
         return func(*args, **(kwargs or {}))
@@ -198,16 +249,6 @@ def _refusal(named: dict[str, Any], result: Any) -> str:
     if not known or not all(is_dense(x) for x in result[:2]):
         return "with results of an unknown form"
     return ""
-
-
-def _ran(func: Any, result: Any) -> Ran:
-    return Ran(
-        name=func.name(),
-        outputs=list(result[:2]),
-        layouts=[(x.shape, x.stride()) for x in result[:2]],
-        others=[_small(x) for x in result[2:]],
-        container=type(result),
-    )
 
 
 def _small(x: Any) -> Any:

@@ -1,15 +1,35 @@
-"""Offload plan: bytes to offload, room for them, and whether attention's output fits too. Integers only.
+"""Placement of checkpointed layers' activations on the host and on disk, and the memory that a host has for them.
 
-Legend: s tokens of a rank's shard, S of the whole sequence.
+The plan is integers only, so that all ranks decide alike. Legend: s tokens of a rank's shard, S of the whole sequence.
 """
 
-from collections.abc import Callable
+import bisect
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import psutil
+import torch.distributed as dist
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.offload.host_buffers import pages
+
+# Computation in the time that a byte takes to the host: 600 TFLOPS over PCIe's 25 GB/s. Slower devices hide more.
+_FLOPS_PER_BYTE = 24_000
+# Reserved for other processes, useful page cache, and later allocations of torch and the libraries.
+_RESERVED_SHARE = 20
+_LEAST_RESERVED = 2**30
+_NO_LIMIT = 2**63 - 1
+# Of cgroups version 2 and 1.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+# torchrun and accelerate, DeepSpeed's launcher, Open MPI, MPICH and Intel MPI.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -39,21 +59,13 @@ class Layers:
         """Return the offloaded bytes of all layers, rounded up to pages."""
         return max(0, self.num_layers - self.keep_last) * sum(self.sizes(tokens, with_outputs))
 
-    def longest(self, room: int, with_outputs: bool = False) -> int:
-        """Return the most tokens per rank that fit in ``room`` bytes."""
-        if self.num_layers <= self.keep_last:
-            return 0
-        return _most(lambda tokens: self.waiting(tokens, with_outputs) <= room)
+    def copy_is_hidden(self, sequence: int) -> bool:
+        """Return True if a layer's forward over S tokens takes longer than copying its input and attention's output.
 
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """Measured rates of a device."""
-
-    copied_bytes: float
-    """Bytes per second between device and host."""
-    flops: float
-    """FLOPs per second in the model's dtype."""
+        Counts matrix products, and causal attention to half of the sequence, on a device with a fast GPU's rates.
+        """
+        flops = 2 * self.matrix_elements + 2 * sequence * self.head_elements
+        return _FLOPS_PER_BYTE * (self.input_bytes + self.output_bytes + self.lse_bytes) <= flops
 
 
 @dataclass(frozen=True)
@@ -81,23 +93,11 @@ class Plan:
     """Reason to save attention's output or not."""
 
 
-def copy_is_hidden(layers: Layers, rates: Bandwidth, sequence: int) -> bool:
-    """Return True if copying a layer's input and attention's output is hidden by its forward.
-
-    Counts matrix products and causal attention: a token is multiplied with its layer's matrices, and its heads with
-    the keys and values of half of the whole sequence.
-    """
-    flops = 2 * layers.matrix_elements + 2 * sequence * layers.head_elements
-    copied = layers.input_bytes + layers.output_bytes + layers.lse_bytes
-    return copied / rates.copied_bytes <= flops / rates.flops
-
-
 def decide(
     layers: Layers,
     tokens: int,
     room: MemoryBudget,
     wanted: bool | Literal["auto"],
-    is_hidden: bool,
     shard: tuple[int, int] = (1, 1),
     ring_tensors: int = 4,
 ) -> Plan:
@@ -108,26 +108,30 @@ def decide(
         tokens: tokens of this rank's shard, B*s.
         room: room of the rank with the least.
         wanted: ``save_attention_output``.
-        is_hidden: see ``hides``.
-        shard: ranks per sequence and sequences per batch, to report the longest sequence that fits.
+        shard: ranks per sequence and sequences per batch.
         ring_tensors: number of tensors in flight to disk at once, in host memory.
 
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
     """
-    with_outputs = layers.waiting(tokens, True)
-    fits = with_outputs <= room.host
     keeps, reason = wanted is True, "save_attention_output"
     if wanted == "auto":
-        keeps = fits and is_hidden
+        fits = layers.waiting(tokens, True) <= room.host
+        keeps = fits and layers.copy_is_hidden(tokens // shard[1] * shard[0])
         reason = "auto: its copy hides behind the computation, and the host has room"
         if not keeps:
             reason = "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
     places = _places(layers, tokens, room, keeps, ring_tensors)
     if places is None:
-        longest = _most(lambda fewer: _places(layers, fewer, room, keeps, ring_tensors) is not None)
-        raise OffloadError(_too_much(layers, tokens, longest, room, keeps, shard))
+        raise OffloadError(_too_much(layers, tokens, longest(layers, room, keeps, ring_tensors), room, keeps, shard))
     return Plan(keeps, *places, reason)
+
+
+def longest(layers: Layers, room: MemoryBudget, with_outputs: bool, ring_tensors: int = 4) -> int:
+    """Return the most tokens per rank that fit."""
+    return bisect.bisect_left(
+        range(1, 2**48), True, key=lambda tokens: _places(layers, tokens, room, with_outputs, ring_tensors) is None
+    )
 
 
 def _places(
@@ -145,23 +149,10 @@ def _places(
     return None if room.disk is None or to_disk > room.disk else (on_host, to_disk, ring)
 
 
-def _most(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits; ``fits`` must be monotonic."""
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _too_much(
-    layers: Layers, tokens: int, longest: int, room: MemoryBudget, keeps: bool, shard: tuple[int, int]
-) -> str:
+def _too_much(layers: Layers, tokens: int, most: int, room: MemoryBudget, keeps: bool, shard: tuple[int, int]) -> str:
     sp_size, batch = shard
     needed = layers.waiting(tokens, keeps)
-    whole, fitting = tokens // batch * sp_size, longest // batch * sp_size
+    whole, fitting = tokens // batch * sp_size, most // batch * sp_size
     budget = "" if room.budget is None else f" (host_budget={room.budget}, of all ranks of a host)"
     need, host, on_disk = (format_bytes(each) for each in (needed, room.host, room.disk or 0))
     what = "layer inputs and attention outputs" if keeps else "layer inputs"
@@ -175,3 +166,56 @@ def _too_much(
         f"for each rank, and there is room for {host}{budget}{'' if room.disk is None else f' and {on_disk} on disk'}. "
         f"Use {use}."
     )
+
+
+def spare_bytes() -> int:
+    """Return the bytes available to this host's processes, minus a reserve of 1/20 and at least 1 GiB."""
+    available = min(psutil.virtual_memory().available, cgroup_bytes())
+    return max(0, available - max(_LEAST_RESERVED, available // _RESERVED_SHARE))
+
+
+def ranks_on_host() -> int:
+    """Return the number of ranks on this host from the launcher, MPI or SLURM's ``srun``; else the world size."""
+    for name in _LOCAL_SIZES:
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    # Tasks per host, as "8(x2),4" for 8, 8, 4: see SLURM_TASKS_PER_NODE in the sbatch manual page.
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    by_host = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+    node = os.environ.get("SLURM_NODEID", "")
+    # If the counts differ, srun started a launcher that started the ranks.
+    if sum(by_host) == world_size and node.isdigit() and int(node) < len(by_host):
+        return by_host[int(node)]
+    return world_size
+
+
+def cgroup_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes left in this process's cgroups, outer ones included; 2**63 - 1 without limits."""
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return _NO_LIMIT
+    left = [_NO_LIMIT]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            base = root / "memory" if controllers else root
+            inner = base / path.lstrip("/")
+            # Inside a container the path may be the host's, and the limit is at the visible root.
+            left += [_left_in(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
+    return min(left)
+
+
+def _left_in(folder: Path) -> int:
+    for limit_name, usage_name, cache_name in _CGROUP_FILES:
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            usage = int((folder / usage_name).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            # Inactive cache is reclaimed before the limit applies.
+            return max(0, int(limit) - usage + int(stat.get(cache_name, 0)))
+    return _NO_LIMIT

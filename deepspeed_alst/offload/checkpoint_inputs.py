@@ -1,8 +1,7 @@
 """Offload of the tensors that a transformers model's checkpointed layers keep for the backward.
 
 Each checkpointed layer's input is offloaded when the layer starts and copied back for its recomputation; so is the
-attention output, if it is kept. The batch's shape determines the offloaded tensors, so all ranks decide from the same
-facts, before the forward, whether there is room for them.
+attention output, if it is kept.
 """
 
 import functools
@@ -18,7 +17,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.checkpoint_frame import CheckpointFrame, on_device
+from deepspeed_alst.offload.attention_cache import CheckpointFrame, on_device
 from deepspeed_alst.offload.hf_checkpoint_hook import Checkpoint, checkpoint_hook_of, checkpointed_layers
 
 
@@ -39,7 +38,7 @@ class Keeping:
     """True if the next forward keeps the attention outputs."""
     layers: list[torch.nn.Module] = field(default_factory=list)
     """All layers that can be checkpointed, in the model's order."""
-    _unkept: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
     _has_kept: bool = False
 
     def stays(self, layer: torch.nn.Module) -> bool:
@@ -64,8 +63,8 @@ class Keeping:
                     f"alst.save_attention_output: {sentence}: its output cannot be kept. It can be kept of the kernels "
                     "of sdpa and flash attention, without dropout. Set the key to false."
                 )
-            if sentence not in self._unkept:
-                self._unkept.add(sentence)
+            if sentence not in self._warned:
+                self._warned.add(sentence)
                 warnings.warn(f"alst.save_attention_output: {sentence}; it runs again in the backward", stacklevel=2)
 
     def _checkpointed(self) -> list[torch.nn.Module]:
@@ -78,22 +77,19 @@ def keep_activations(model: torch.nn.Module, keeping: Keeping, patches: PatchSet
     Raises:
         UnsupportedModelError: transformers checkpoints no layer of the model individually.
     """
-    layers = checkpointed_layers(model)
-    if not layers:
+    keeping.layers = checkpointed_layers(model)
+    if not keeping.layers:
         raise UnsupportedModelError(
             f"alst.activation_checkpoint_cpu_offload: {type(base_model(model)).__name__} has no layers that "
             "transformers checkpoints one by one (GradientCheckpointingLayer). Set the key to false."
         )
-    keeping.layers = layers
     given_before: list[Any] = []
-    for layer in layers:
+    for layer in keeping.layers:
         checkpoint_hook_of(layer, patches).around.append(functools.partial(_around, layer, keeping, given_before))
 
 
 def turn_on_checkpointing(model: torch.nn.Module, patches: PatchSet) -> bool:
-    """Turn transformers' gradient checkpointing on unless it is; return True if it was off.
-
-    ``patches.close()`` turns it off again.
+    """Turn transformers' gradient checkpointing on until ``patches.close()``; return True if it was off.
 
     Raises:
         UnsupportedModelError: the model does not support it.
@@ -142,8 +138,7 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
     @torch.compiler.disable(recursive=False)
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function, args = _as_positional(function, args, first)
-        store = keeping.store
-        group = store.group(keeping.stays(layer)) if store is not None else None
+        group = keeping.store.group(keeping.stays(layer)) if keeping.store is not None else None
         frame = CheckpointFrame(on_device if group is None else group.put, keeping.keeps_attention)
         # Detached here: the tensor that a saved-tensor hook gets has no version counter.
         streams = {
@@ -155,18 +150,22 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
         first_place = _place(args[0]) if args and isinstance(args[0], torch.Tensor) else None
         leaving = {key: each for key, each in streams.items() if key == first_place or key not in given_before}
         given_before[:] = streams
-
         is_saved = False
 
-        def pack(tensor: torch.Tensor) -> _Saved:
+        def pack(tensor: torch.Tensor) -> Any:
+            """Return the function that restores a saved tensor, with the frame's tensors, which live as long."""
             nonlocal is_saved
             is_saved = True
             stream = leaving.get(_place(tensor)) if group is not None else None
-            return _Saved(on_device(tensor) if stream is None else group.put(stream), frame.kept)
+            return (on_device(tensor) if stream is None else group.put(stream)), frame.kept
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with frame.running():
+                return function(*args, **kwargs)
 
         try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-                output = checkpoint(_in_frame(frame, function), *args, **kwargs)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved[0]()):
+                output = checkpoint(run, *args, **kwargs)
         finally:
             streams.clear()
             leaving.clear()
@@ -176,26 +175,6 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
         return output
 
     return call
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Tensor saved by a checkpoint; it keeps the tensors of its frame alive."""
-
-    get: Callable[[], torch.Tensor]
-    kept: Any
-
-
-def _unpack(saved: _Saved) -> torch.Tensor:
-    return saved.get()
-
-
-def _in_frame(frame: CheckpointFrame, function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with frame.running():
-            return function(*args, **kwargs)
-
-    return run
 
 
 def _as_positional(

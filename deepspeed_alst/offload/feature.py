@@ -1,42 +1,114 @@
 """``alst.activation_checkpoint_cpu_offload`` and ``alst.save_attention_output``."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from deepspeed_alst.config.schema import OffloadConfig
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.collectives import agree
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide, ranks_on_host, spare_bytes
+from deepspeed_alst.offload.checkpoint_inputs import (
+    Keeping,
+    check_checkpointing,
+    keep_activations,
+    turn_on_checkpointing,
+)
+from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
+from deepspeed_alst.offload.hf_checkpoint_hook import checkpointed_layers
+from deepspeed_alst.offload.host_buffers import CudaRegistry, HostBufferPool
+from deepspeed_alst.offload.swapper import RING, Swapper
+from deepspeed_alst.report import print_report
 
-if TYPE_CHECKING:
-    from deepspeed_alst.offload.planner import OffloadPlanner
+_KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
+
+
+class Facts(NamedTuple):
+    """Batch size and available memory of one rank before a forward."""
+
+    tokens: int
+    """Tokens of the rank's shard, B*s."""
+    batch: int
+    room: MemoryBudget
 
 
 class ActivationOffload(Feature):
-    """Activations of checkpointed layers that are kept or offloaded for the backward."""
+    """Activations of checkpointed layers that are kept or offloaded, by a plan made before each training forward."""
 
-    planner: "OffloadPlanner"
+    _planned_tokens = 0
+    _plan: Plan | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
-        """Register with the layers' checkpoints; at SP 1, plan before each forward (under SP the batch check does)."""
-        from deepspeed_alst.offload.planner import OffloadPlanner
+        """Register with the layers' checkpoints; at SP 1, plan before each forward (under SP the batch check does).
 
-        self.planner = OffloadPlanner(run.model, run.config, patches)
+        Raises:
+            UnsupportedModelError: the layers do not support checkpointing, or not individually.
+        """
+        alst = run.config.alst
+        self._model, self._sp_size = run.model, run.config.sequence_parallel_size
+        self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
+        self._turned_on = self._block is not None and turn_on_checkpointing(run.model, patches)
+        self._keeping = Keeping(
+            store=None,
+            keep_last=self._block.keep_last if self._block is not None else 0,
+            must_keep_attention=self._wanted is True,
+        )
+        self._why_not = "" if self._wanted is False else self._keep_attention(patches)
+        keep_activations(run.model, self._keeping, patches)
         if run.session is None:
-            patches.hook(run.model, "forward_pre", self._plan, prepend=True, with_kwargs=True)
+            patches.hook(run.model, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
+
+    def _keep_attention(self, patches: PatchSet) -> str:
+        """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""
+        try:
+            if self._sp_size == 1:
+                keep_attention(self._model, patches)
+            else:
+                check_keeps_attention(self._model)
+        except UnsupportedModelError as error:
+            if self._wanted is True:
+                raise
+            return str(error)
+        return ""
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
-        """Allocate the store off the device."""
+        """Build the engine's activation store, as ``engine.alst_offload``.
+
+        Raises:
+            ConfigError: the disk tier's folder cannot be used.
+        """
         with agree(run.control_group):
-            self.planner.attach(engine, patches)
+            if self._block is not None:
+                store = self._keeping.store = _build_store(self._block, torch.device(engine.device))
+                patches.set(engine, "alst_offload", store)
+                patches.callback(store.close)
 
     def report(self) -> list[tuple[str, str]]:
         """Return where activations are kept."""
-        return self.planner.words()
+        store = self._keeping.store
+        if store is None:
+            return [("attention output", "kept on the device")]
+        checkpointed = "checkpointing turned on; " if self._turned_on else ""
+        where = "host"
+        if store.spill is not None:
+            file = store.spill.file
+            where = f"host, then {file.description}" + (f" ({file.warning})" if file.warning else "")
+        last = f", but for the last {self._keeping.keep_last}" if self._keeping.keep_last else ""
+        registered = "page-locked" if store.pool.registry is not None else "not page-locked: no CUDA"
+        return [
+            ("offload", f"{checkpointed}layer inputs to the {where}{last}; buffers of exact size, {registered}"),
+            ("attention output", self._why_not or _KEPT[self._wanted]),
+        ]
 
     @torch.compiler.disable
-    def _plan(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _plan_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan a forward without sequence parallelism from each rank's own batch."""
         tokens = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
         tokens = args[0] if tokens is None and args else tokens
@@ -45,4 +117,106 @@ class ActivationOffload(Feature):
                 f"alst.activation_checkpoint_cpu_offload, alst.save_attention_output: {type(module).__name__} was "
                 "called without input_ids or inputs_embeds, so what will wait cannot be known. Set the keys to false."
             )
-        self.planner.decide([self.planner.facts(tokens.shape[:2])])
+        self.decide([self.facts(tokens.shape[:2])])
+
+    def facts(self, shape: Sequence[int]) -> Facts | None:
+        """Return the facts on a batch of ``[B, s]`` tokens on this rank; None if no backward follows.
+
+        Raises:
+            UnsupportedModelError: layers are not checkpointed, so the keys would have no effect.
+        """
+        if not (self._model.training and torch.is_grad_enabled()):
+            return None
+        block = self._block
+        key = "save_attention_output" if block is None else "activation_checkpoint_cpu_offload"
+        check_checkpointing(self._model, f"alst.{key}")
+        return Facts(shape[0] * shape[1], shape[0], MemoryBudget(0) if block is None else self._room(block))
+
+    def decide(self, everyone: Sequence[Facts | None]) -> bool:
+        """Decide the plan from all ranks' facts, alike on all ranks; return True if there was anything to decide.
+
+        Raises:
+            OffloadError: there is not enough memory.
+            ConfigError: this rank's disk has less space than it reported.
+        """
+        known = [each for each in everyone if each is not None]
+        if not known or max(each.tokens for each in known) <= self._planned_tokens:
+            return False
+        if self._block is None:
+            self._keeping.keeps_attention = True
+            return False
+        widest, rooms = max(known, key=lambda each: each.tokens), [each.room for each in known]
+        disks = [each.disk for each in rooms if each.disk is not None]
+        room = MemoryBudget(min(each.host for each in rooms), min(disks) if disks else None, rooms[0].budget)
+        layers = layers_of(self._model, self._block.keep_last)
+        wanted = False if self._why_not else self._wanted
+        before, plan = self._plan, decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch), RING)
+        self._plan = plan
+        self._make_room(plan, room, layers.sizes(widest.tokens, plan.keeps_attention))
+        self._keeping.keeps_attention = plan.keeps_attention
+        # Set last: a batch without enough memory is rejected each time.
+        self._planned_tokens = widest.tokens
+        if before is None or (before.keeps_attention, before.disk_bytes > 0) != (
+            plan.keeps_attention,
+            plan.disk_bytes > 0,
+        ):
+            on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
+            kept = "kept" if plan.keeps_attention else "made again"
+            rank = f"of a rank with {widest.tokens:,} tokens"
+            print_report(
+                [
+                    ("offload", f"{format_bytes(plan.host_bytes)} on the host{on_disk} {rank}"),
+                    ("attention output", f"{kept} ({self._why_not or plan.reason})"),
+                ]
+            )
+        return True
+
+    def _make_room(self, plan: Plan, room: MemoryBudget, sizes: list[int]) -> None:
+        store = self._keeping.store
+        assert store is not None
+        store.pool.round_to(sizes)
+        store.pool.budget = room.host - plan.ring_bytes
+        if store.spill is not None:
+            store.spill.ring.round_to(sizes)
+            store.spill.file.reserve(plan.disk_bytes)
+
+    def _room(self, block: OffloadConfig) -> MemoryBudget:
+        store, ranks = self._keeping.store, ranks_on_host()
+        assert store is not None
+        spill, budget, disk = store.spill, None if block.host_budget == "auto" else block.host_budget, None
+        if budget is None:
+            ring = spill.ring.num_bytes if spill is not None else 0
+            host = spare_bytes() // ranks + store.pool.num_bytes + ring
+        else:
+            host = budget // ranks
+        if spill is not None:
+            disk = spill.file.free_bytes // ranks + spill.file.reserved_bytes
+        return MemoryBudget(host, disk, budget)
+
+
+def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:
+    registry = CudaRegistry() if device.type == "cuda" else None
+    pool = HostBufferPool(registry=registry)
+    if block.nvme_path is None:
+        return ActivationStore(pool)
+    return ActivationStore(pool, Swapper(DiskFile(block.nvme_path), HostBufferPool(budget=0, registry=registry)))
+
+
+def layers_of(model: torch.nn.Module, keep_last: int) -> Layers:
+    """Return the sizes of the activations that checkpointed layers keep, from the config and the weights."""
+    layers = [layer for layer in checkpointed_layers(model) if layer.gradient_checkpointing]
+    config = base_model(model).config.get_text_config()
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
+    head_elements = heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
+    itemsize = next(each.dtype for each in model.parameters() if each.is_floating_point()).itemsize
+    shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
+    return Layers(
+        num_layers=len(layers),
+        keep_last=keep_last,
+        input_bytes=hidden * itemsize,
+        output_bytes=head_elements * itemsize,
+        lse_bytes=4 * heads,
+        # Excludes stacked experts: each token uses few of them.
+        matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
+        head_elements=head_elements,
+    )

@@ -1,8 +1,8 @@
 """Attention outputs kept for the recomputation, in a model without sequence parallelism.
 
 The model's attention function runs unchanged, with transformers' own masks and arguments, within a frame that keeps its
-output. It is registered under a private name in transformers' interfaces (names.py), so that code that reads the name
-works as before, however the model's modules are built. Under sequence parallelism attention.py does this.
+output. It is registered under a private name in transformers' interfaces (sequence_parallel/private_name.py). Under
+sequence parallelism hf_attention.py does this.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from deepspeed_alst.sequence_parallel.hf_backends import under_own_name
 from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config
 
 
-def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:
-    """Make a model's attention keep its output in frames that ask for it; return a summary.
+def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
+    """Make a model's attention keep its output in frames that ask for it.
 
     Args:
         model: a transformers model, or a wrapper around one. Its configs are replaced by copies of its own.
@@ -31,22 +31,19 @@ def keep_attention(model: torch.nn.Module, patches: PatchSet) -> str:
         UnsupportedModelError: no attention of the model runs as operators whose output can be kept.
     """
     check_keeps_attention(model)
-    names = []
+    functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
     for config in _attention_configs(model):
         name = config._attn_implementation
         if _reason_against(name):
             continue
         assert not isinstance(name, PrivateName), "under sequence parallelism attention keeps its output by itself"
-        names.append(name)
         own, private = own_config(model, config, patches), PrivateName(name)
-        functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
         patches.entry(functions, private, _kept(name, functions[name]))
         # transformers builds no mask for a name missing from the mask interface, the original or the private one.
         if name in masks:
             patches.entry(masks, private, masks[name])
         # The property would also set it in the configs of submodels.
         patches.set(own, "_attn_implementation_internal", private)
-    return f"{type(model).__name__}: the output of {', '.join(dict.fromkeys(names))} is kept for the recomputation"
 
 
 def check_keeps_attention(model: torch.nn.Module) -> None:
@@ -79,9 +76,7 @@ def _reason_against(name: str) -> str:
         return ""
     if name.removeprefix("paged|") == "eager":
         return "has no operator of its own"
-    if "flex" in name:
-        return "runs as a compiled graph"
-    return "is no function of transformers' that is verified for it"
+    return "runs as a compiled graph" if "flex" in name else "is no function of transformers' that is verified for it"
 
 
 def _kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

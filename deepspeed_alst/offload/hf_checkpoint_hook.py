@@ -30,24 +30,20 @@ class CheckpointHook:
         """Callbacks that get the outputs of each run of the layer with gradients enabled."""
 
     def __deepcopy__(self, memo: Any) -> "CheckpointHook":
-        """Return the seam itself: a copy of the model shares it, as it shares the checkpoint function."""
+        """Return the hook itself: a copy of the model shares it, as it shares the checkpoint function."""
         return self
 
     def wrap(self, checkpoint: Checkpoint) -> Any:
         """Wrap a checkpoint in all wrappers and callbacks."""
 
         def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if not self.at_end:
-                return checkpoint(function, *args, **kwargs)
-
             def run(*args: Any, **kwargs: Any) -> Any:
                 output = function(*args, **kwargs)
-                if torch.is_grad_enabled():
-                    for each in self.at_end:
-                        each(output)
+                for each in self.at_end if torch.is_grad_enabled() else []:
+                    each(output)
                 return output
 
-            return checkpoint(run, *args, **kwargs)
+            return checkpoint(run if self.at_end else function, *args, **kwargs)
 
         wrapped = watched
         for each in self.around:
@@ -56,7 +52,7 @@ class CheckpointHook:
 
 
 def checkpoint_hook_of(layer: torch.nn.Module, patches: PatchSet) -> CheckpointHook:
-    """Return a layer's seam, created at first use and removed when the ``patches`` of that call closes."""
+    """Return a layer's hook, created at first use and removed when the ``patches`` of that call closes."""
     existing = vars(layer).get(_SEAM)
     if existing is not None:
         return existing
@@ -65,11 +61,10 @@ def checkpoint_hook_of(layer: torch.nn.Module, patches: PatchSet) -> CheckpointH
 
     def put_on(*_: Any) -> None:
         checkpoint = vars(layer).get(_FUNCTION)
-        if checkpoint is None or hasattr(checkpoint, "alst_before"):
-            return
-        wrapped = seam.wrap(checkpoint)
-        wrapped.alst_before = checkpoint
-        patches.set(layer, _FUNCTION, wrapped)
+        if checkpoint is not None and not hasattr(checkpoint, "alst_before"):
+            wrapped = seam.wrap(checkpoint)
+            wrapped.alst_before = checkpoint
+            patches.set(layer, _FUNCTION, wrapped)
 
     patches.hook(layer, "forward_pre", put_on)
     return seam

@@ -4,12 +4,10 @@ PyTorch's pinned allocator rounds each block up to a power of two, which costs u
 issue 95823). Here each buffer is its own memory mapping, registered with CUDA at its exact size.
 """
 
-import ctypes
 import mmap
-import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,13 +82,11 @@ class HostBufferPool:
         sizes: bytes to round small requests up to: the tensor sizes of the longest sequence so far, so that shorter
             sequences reuse its buffers instead of adding many sizes.
         registry: page-locks the buffers; None without a device.
-        cpus: CPUs whose NUMA node is to hold the pages, those near the device; empty for any.
     """
 
     budget: int = 2**63 - 1
     sizes: tuple[int, ...] = ()
     registry: Registry | None = None
-    cpus: Set[int] = frozenset()
     num_bytes: int = 0
     """Bytes of all buffers, in use or idle."""
     in_use: int = 0
@@ -167,8 +163,6 @@ class HostBufferPool:
             bytes_n = torch.empty(0, dtype=torch.uint8).set_(
                 torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
             )
-        if self.cpus:
-            _on_cpus(self.cpus, lambda: ctypes.memset(bytes_n.data_ptr(), 0, size))
         if self.registry is not None:
             self.registry.register(bytes_n.data_ptr(), size)
         return Buffer(bytes_n)
@@ -179,15 +173,3 @@ class HostBufferPool:
             self.registry.unregister(buffer.bytes_n.data_ptr())
         self.num_bytes -= buffer.num_bytes
         buffer.bytes_n = buffer.bytes_n.new_empty(0)
-
-
-def _on_cpus(cpus: Set[int], work: Callable[[], object]) -> None:
-    """Run a function in a thread pinned to these CPUs: pages are allocated near the first thread that touches them."""
-
-    def run() -> None:
-        os.sched_setaffinity(0, cpus)  # pins this thread only
-        work()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()

@@ -1,22 +1,24 @@
 """Copies between device and host, overlapped with the computation where the device supports it.
 
-A copy out reads a tensor that the computation produced; a copy back writes one that the computation will read. Each
-returns an event. The consumer waits for it on the device's stream, which does not block this process.
+A copy starts after all work queued so far and returns an event. The consumer waits for it on the device's stream, which
+does not block this process.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Copies(Protocol):
-    """Asynchronous copies of one device."""
+class DirectCopies:
+    """Synchronous copies, for the CPU as the device."""
 
     def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> Any:
-        """Start a copy to the host, after all work queued so far; return the event to wait for."""
+        """Copy to the host tensor; return the event to wait for."""
+        host_n.copy_(device_n)
 
     def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> Any:
-        """Start a copy to the device, after all work queued so far; return the event to wait for."""
+        """Copy to the device tensor; return the event to wait for."""
+        device_n.copy_(host_n)
 
     def wait_on_device(self, done: Any) -> None:
         """Make all work queued from now on wait for a copy."""
@@ -25,25 +27,7 @@ class Copies(Protocol):
         """Block until a copy is done."""
 
 
-class DirectCopies:
-    """Synchronous copies, for the CPU as the device."""
-
-    def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> None:
-        """Copy to the host tensor."""
-        host_n.copy_(device_n)
-
-    def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> None:
-        """Copy to the device tensor."""
-        device_n.copy_(host_n)
-
-    def wait_on_device(self, done: None) -> None:
-        """Return at once: the copy is done."""
-
-    def wait_on_host(self, done: None) -> None:
-        """Return at once: the copy is done."""
-
-
-class StreamCopies:
+class StreamCopies(DirectCopies):
     """Copies on a dedicated stream.
 
     Memory that a copy reads belongs to the computation's stream. Before it is freed, the computation must wait for
@@ -59,15 +43,23 @@ class StreamCopies:
         self._stream = module.Stream(device=device)
 
     def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> Any:
-        """Start a copy to the host."""
+        """Start a copy to the host; return the event to wait for."""
         return self._copy(device_n, host_n)
 
     def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> Any:
-        """Start a copy to the device."""
+        """Start a copy to the device; return the event to wait for."""
         done = self._copy(host_n, device_n)
         # The tensor may be freed before any wait: the backward may end without asking for it.
         device_n.record_stream(self._stream)
         return done
+
+    def wait_on_device(self, done: Any) -> None:
+        """Make the computation's stream wait for a copy."""
+        self._module.current_stream().wait_event(done)
+
+    def wait_on_host(self, done: Any) -> None:
+        """Block until a copy is done."""
+        done.synchronize()
 
     def _copy(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
         self._stream.wait_stream(self._module.current_stream())
@@ -75,13 +67,8 @@ class StreamCopies:
             target_n.copy_(source_n, non_blocking=True)
             return self._stream.record_event()
 
-    def wait_on_device(self, done: Any) -> None:
-        """Make the computation's stream wait for a copy."""
-        self._module.current_stream().wait_event(done)
 
-    def wait_on_host(self, done: Any) -> None:
-        """Block this process until a copy is done."""
-        done.synchronize()
+Copies = DirectCopies | StreamCopies
 
 
 def copies_of(device: torch.device) -> Copies:

@@ -4,8 +4,7 @@ from typing import Any
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
-from deepspeed_alst.offload.feature import ActivationOffload
-from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.batch_check import OffloadPlanner, check_batches
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.verification.run_model_check import ModelCheck
@@ -54,10 +53,9 @@ class SequenceParallel(Feature):
 class BatchCheck(Feature):
     """Checks that every batch is a shard of the same sequence on all ranks, and plans its offload."""
 
-    def __init__(self, session: Session, offload: ActivationOffload | None) -> None:
-        self._session, self._offload = session, offload
+    def __init__(self, session: Session, planner: OffloadPlanner | None) -> None:
+        self._session, self._planner = session, planner
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Add the check to the model's forward."""
-        planner = self._offload.planner if self._offload is not None else None
-        check_batches(run.model, self._session.groups, self._session.calls, patches, planner)
+        check_batches(run.model, self._session.groups, self._session.calls, patches, self._planner)

@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.distributed.comm_volume import count_sent
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, unpack_
-from deepspeed_alst.offload.attention_cache import Ran, record, replayed
-from deepspeed_alst.offload.checkpoint_frame import CheckpointFrame
+from deepspeed_alst.offload.attention_cache import CheckpointFrame, Replaying, record
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 Tensors = tuple[torch.Tensor, ...]
@@ -50,28 +49,26 @@ def _attend_once(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group:
     """Run the core and return its output as ``[B, s, H, D]``, saved for or reused in the recomputation."""
     if frame.recomputing:
         return _attend_again(frame, run, group)
-    o_BhSD, seen = record(frame, run)
-    as_shard = len(seen.ran) == 1 and _is_all_of(o_BhSD, seen.ran[0].outputs[0])
-    flat = [x for ran in seen.ran for x in ran.lay_flat()]
+    o_BhSD, ran = record(frame, run)
+    as_shard = len(ran) == 1 and _is_all_of(o_BhSD, ran[0].outputs[0])
+    flat = [x for each in ran for x in each.lay_flat()]
     if not as_shard:
-        frame.keep(*flat, note=(seen.ran, as_shard))
+        frame.keep(*flat, note=(ran, as_shard))
         return _HeadToSeq.apply(o_BhSD, group)
     o_BsHD = _HeadToSeqKept.apply(o_BhSD, None, group)
-    frame.keep(o_BsHD, flat[1], note=(seen.ran, as_shard))
+    frame.keep(o_BsHD, flat[1], note=(ran, as_shard))
     return o_BsHD
 
 
 def _attend_again(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
-    ran: list[Ran]
-    ran, as_shard = frame.note()
-    kept = frame.take()
+    (ran, as_shard), kept = frame.take()
     if not as_shard:
-        with replayed(ran, [each.raise_up(kept[2 * i : 2 * i + 2]) for i, each in enumerate(ran)]):
+        with Replaying(ran, kept):
             o_BhSD = run()
         return _HeadToSeq.apply(o_BhSD, group)
     o_BsHD, log_sum_exp = kept
     empty = ran[0].empty_output(like=o_BsHD)
-    with replayed(ran, [ran[0].raise_up([empty, log_sum_exp])]):
+    with Replaying(ran, [empty, log_sum_exp]):
         o_BhSD = run()
     # Autograd holds the storage, which stays empty until the backward fills it.
     empty.untyped_storage().resize_(0)

@@ -1,14 +1,13 @@
-"""Host memory of exact size, reused, page-locked as it is; near its device; what the host has to spare."""
+"""Host memory of exact size, reused, page-locked as it is; what the host has to spare."""
 
 import gc
 import inspect
-import os
 
 import pytest
 import torch
 
 from deepspeed_alst.errors import OffloadError
-from deepspeed_alst.offload import memory, numa
+from deepspeed_alst.offload import budget
 from deepspeed_alst.offload.host_buffers import PAGE, CudaRegistry, HostBufferPool, pages
 
 
@@ -141,28 +140,6 @@ def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
         HostBufferPool(registry=CudaRegistry()).take(5000)
 
 
-def test_pages_are_touched_by_the_cpus_that_are_named():
-    cpus = frozenset(list(os.sched_getaffinity(0))[:1])
-    before = os.sched_getaffinity(0)
-    buffer = HostBufferPool(cpus=cpus).take(2**20)
-    assert not buffer.bytes_n.any()
-    assert os.sched_getaffinity(0) == before
-
-
-def test_cpus_near_a_device_are_its_nodes(tmp_path):
-    device = tmp_path / "bus/pci/devices/0000:1b:00.0"
-    device.mkdir(parents=True)
-    (device / "numa_node").write_text("1\n")
-    for node, cpus in ((0, "0-3"), (1, "4-5,8")):
-        folder = tmp_path / f"devices/system/node/node{node}"
-        folder.mkdir(parents=True)
-        (folder / "cpulist").write_text(cpus + "\n")
-    assert numa.cpus_near("0000:1b:00.0", tmp_path) == {4, 5, 8}
-    (device / "numa_node").write_text("-1\n")
-    assert numa.cpus_near("0000:1b:00.0", tmp_path) == frozenset()
-    assert numa.cpus_near("0000:ff:00.0", tmp_path) == frozenset()
-
-
 def cgroup(folder, version: int, limit: str, usage: int, cache: int):
     names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
     limit_name, usage_name, cache_name = names.get(version, ("memory.max", "memory.current", "inactive_file"))
@@ -175,31 +152,31 @@ def cgroup(folder, version: int, limit: str, usage: int, cache: int):
 def test_the_tightest_cgroup_counts_less_its_use_but_for_cache(tmp_path):
     proc = tmp_path / "cgroup"
     proc.write_text("0::/outer/inner\n")
-    assert memory.cgroup_bytes(proc, tmp_path) == 2**63 - 1
+    assert budget.cgroup_bytes(proc, tmp_path) == 2**63 - 1
     cgroup(tmp_path / "outer/inner", 2, "max", 10, 0)
     cgroup(tmp_path / "outer", 2, "1000", 600, 100)
-    assert memory.cgroup_bytes(proc, tmp_path) == 500
+    assert budget.cgroup_bytes(proc, tmp_path) == 500
     cgroup(tmp_path / "outer/inner", 2, "300", 290, 0)
-    assert memory.cgroup_bytes(proc, tmp_path) == 10
+    assert budget.cgroup_bytes(proc, tmp_path) == 10
 
 
 def test_cgroups_of_version_1_too(tmp_path):
     proc = tmp_path / "cgroup"
     proc.write_text("4:cpu,cpuacct:/job\n3:memory:/job\n")
     cgroup(tmp_path / "memory/job", 1, "2000", 1500, 200)
-    assert memory.cgroup_bytes(proc, tmp_path) == 700
+    assert budget.cgroup_bytes(proc, tmp_path) == 700
     # In a container the path is the host's, and the limit is at the root.
     proc.write_text("3:memory:/docker/abc\n")
     cgroup(tmp_path / "memory", 1, "900", 100, 0)
-    assert memory.cgroup_bytes(proc, tmp_path) == 800
+    assert budget.cgroup_bytes(proc, tmp_path) == 800
 
 
 def test_some_memory_is_left_alone(monkeypatch):
-    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 40 * 2**30)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("M", (), {"available": 100 * 2**30}))
-    assert memory.spare_bytes() == 38 * 2**30
-    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 2**29)
-    assert memory.spare_bytes() == 0
+    monkeypatch.setattr(budget, "cgroup_bytes", lambda: 40 * 2**30)
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: type("M", (), {"available": 100 * 2**30}))
+    assert budget.spare_bytes() == 38 * 2**30
+    monkeypatch.setattr(budget, "cgroup_bytes", lambda: 2**29)
+    assert budget.spare_bytes() == 0
 
 
 def test_the_stand_in_of_cudas_streams_has_its_signatures():

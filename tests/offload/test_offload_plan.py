@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.budget import Bandwidth, Layers, MemoryBudget, copy_is_hidden, decide
+from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, longest, ranks_on_host
 from deepspeed_alst.offload.host_buffers import pages
-from deepspeed_alst.offload.memory import ranks_on_host
 
 GIB = 2**30
 # Llama-3.1-8B: hidden 4096, 32 layers, 32 heads of 128, 218.1M parameters a layer.
@@ -24,6 +23,8 @@ LLAMA_8B = Layers(
     matrix_elements=218_103_808,
     head_elements=4096,
 )
+# Its copies would take longer than what a layer computes.
+SLOW = replace(LLAMA_8B, matrix_elements=0, head_elements=0)
 
 
 def test_bytes_a_token_are_those_of_the_arithmetic():
@@ -35,44 +36,42 @@ def test_bytes_a_token_are_those_of_the_arithmetic():
 
 def test_a_node_of_1900_gb_has_room_for_seven_million_tokens_and_half_with_outputs():
     # PEERS' figures: 7.2M tokens of inputs, 3.6M with outputs.
-    assert LLAMA_8B.longest(1_900 * 10**9) / 1e6 == pytest.approx(7.2, abs=0.1)
-    assert LLAMA_8B.longest(1_900 * 10**9, True) / 1e6 == pytest.approx(3.6, abs=0.1)
+    room = MemoryBudget(1_900 * 10**9)
+    assert longest(LLAMA_8B, room, False) / 1e6 == pytest.approx(7.2, abs=0.1)
+    assert longest(LLAMA_8B, room, True) / 1e6 == pytest.approx(3.6, abs=0.1)
 
 
 @pytest.mark.parametrize("room", [0, 1, 5000, 8192 * 32, 10**9 + 7])
 def test_the_longest_fits_and_one_token_more_does_not(room):
     for with_outputs in (False, True):
-        longest = LLAMA_8B.longest(room, with_outputs)
-        assert longest == 0 or LLAMA_8B.waiting(longest, with_outputs) <= room
-        assert LLAMA_8B.waiting(longest + 1, with_outputs) > room
+        most = longest(LLAMA_8B, MemoryBudget(room), with_outputs)
+        assert most == 0 or LLAMA_8B.waiting(most, with_outputs) <= room
+        assert LLAMA_8B.waiting(most + 1, with_outputs) > room
 
 
 def test_all_layers_kept_on_the_device_need_nothing():
     layers = Layers(2, 5, 8192, 8192, 128, 1, 1)
-    assert layers.waiting(1000, True) == 0 and layers.longest(0) == 0
-    assert decide(layers, 1000, MemoryBudget(0), "auto", True).host_bytes == 0
+    assert layers.waiting(1000, True) == 0
+    assert decide(layers, 1000, MemoryBudget(0), "auto").host_bytes == 0
 
 
 def test_copies_hide_from_the_lengths_on_that_the_rates_give():
-    # 600 TFLOPS: a layer's input alone needs 11.3 GB/s at no length and 3.3 at 128K tokens; with the output twice that.
-    rates = Bandwidth(copied_bytes=25e9, flops=600e12)
-    assert copy_is_hidden(LLAMA_8B, rates, 0)
-    slow = Bandwidth(copied_bytes=10e9, flops=600e12)
-    assert not copy_is_hidden(LLAMA_8B, slow, 0) and copy_is_hidden(LLAMA_8B, slow, 131_072)
-    assert not copy_is_hidden(LLAMA_8B, Bandwidth(1e9, 600e12), 131_072) and copy_is_hidden(
-        LLAMA_8B, Bandwidth(1.2e9, 600e12), 2**20
-    )
+    # 600 TFLOPS, 25 GB/s: a layer of Llama-3.1-8B hides its copies at any length.
+    assert LLAMA_8B.copy_is_hidden(0)
+    # Of Llama-3.2-1B, 60.8M parameters a layer, from where 2 x 60.8M + 2 x 2048 S reaches 24,000 x 8,320 FLOPs.
+    small = replace(LLAMA_8B, input_bytes=4096, output_bytes=4096, matrix_elements=60_817_408, head_elements=2048)
+    assert not small.copy_is_hidden(19_053) and small.copy_is_hidden(19_054)
 
 
 def test_auto_keeps_the_output_where_it_hides_and_fits():
     tokens = 100_000
     both, inputs = LLAMA_8B.waiting(tokens, True), LLAMA_8B.waiting(tokens, False)
-    assert decide(LLAMA_8B, tokens, MemoryBudget(both), "auto", True).keeps_attention
+    assert decide(LLAMA_8B, tokens, MemoryBudget(both), "auto").keeps_attention
     # It never shortens what fits, and it is not kept on disk.
-    shorter = decide(LLAMA_8B, tokens, MemoryBudget(both - 1), "auto", True)
+    shorter = decide(LLAMA_8B, tokens, MemoryBudget(both - 1), "auto")
     assert not shorter.keeps_attention and shorter.host_bytes == inputs and "no room" in shorter.reason
-    assert not decide(LLAMA_8B, tokens, MemoryBudget(both - 1, both), "auto", True).keeps_attention
-    slow = decide(LLAMA_8B, tokens, MemoryBudget(both), "auto", False)
+    assert not decide(LLAMA_8B, tokens, MemoryBudget(both - 1, both), "auto").keeps_attention
+    slow = decide(SLOW, tokens, MemoryBudget(both), "auto")
     assert not slow.keeps_attention and "longer than a layer's forward" in slow.reason
 
 
@@ -80,42 +79,42 @@ def test_what_is_asked_for_is_kept_hidden_or_not_and_goes_to_disk():
     tokens = 100_000
     both = LLAMA_8B.waiting(tokens, True)
     largest = max(LLAMA_8B.sizes(tokens, True))
-    plan = decide(LLAMA_8B, tokens, MemoryBudget(8 * GIB, both), True, False)
+    plan = decide(SLOW, tokens, MemoryBudget(8 * GIB, both), True)
     # The ring is part of the host's room; one tensor more than bytes would say may have to go to disk.
     assert (plan.keeps_attention, plan.ring_bytes, plan.host_bytes) == (True, 4 * largest, 8 * GIB - 4 * largest)
     assert plan.disk_bytes == both - plan.host_bytes + largest
-    small = decide(LLAMA_8B, tokens, MemoryBudget(1, both), True, False)
+    small = decide(SLOW, tokens, MemoryBudget(1, both), True)
     assert (small.ring_bytes, small.host_bytes, small.disk_bytes) == (1, 0, both)
-    assert not decide(LLAMA_8B, tokens, MemoryBudget(both), False, True).keeps_attention
+    assert not decide(LLAMA_8B, tokens, MemoryBudget(both), False).keeps_attention
 
 
 def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
     # 8 ranks share a sequence and a host of 1.9 TB.
     room = MemoryBudget(1_900 * 10**9 // 8)
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, room, "auto", True, shard=(8, 1))
+        decide(LLAMA_8B, 1_000_000, room, "auto", shard=(8, 1))
     words = str(caught.value)
     assert "a sequence of 8,000,000 tokens need 244.14 GiB" in words and "room for 221.19 GiB" in words
     assert "nvme_path" in words
-    longest = LLAMA_8B.longest(room.host) * 8
-    assert f"sequences of at most {longest:,} tokens" in words
-    assert decide(LLAMA_8B, longest // 8, room, "auto", True, shard=(8, 1)).host_bytes <= room.host
+    most = longest(LLAMA_8B, room, False)
+    assert f"sequences of at most {8 * most:,} tokens" in words
+    assert decide(LLAMA_8B, most, room, "auto", shard=(8, 1)).host_bytes <= room.host
 
     with pytest.raises(OffloadError, match=r"GiB on disk.*a larger disk, save_attention_output: false, or"):
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, GIB), True, True)
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, GIB), True)
 
 
 def test_the_users_budget_is_named_where_it_is_what_binds():
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 100, MemoryBudget(5, budget=10), "auto", True)
+        decide(LLAMA_8B, 100, MemoryBudget(5, budget=10), "auto")
     assert str(caught.value).endswith(
         "there is room for 5.00 bytes (host_budget=10, of all ranks of a host). Use a larger host_budget, or the disk "
         "tier (alst.activation_checkpoint_cpu_offload.nvme_path)."
     )
     with pytest.raises(OffloadError, match=r"host_budget=4294967296.*Use a larger host_budget, the.*, or sequences of"):
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, budget=4 * GIB), "auto", True)
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, budget=4 * GIB), "auto")
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB), "auto", True)
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB), "auto")
     assert "host_budget" not in str(caught.value)
 
 
@@ -123,13 +122,13 @@ def test_the_page_has_the_figures_that_are_printed():
     page = (Path(__file__).parents[2] / "docs" / "offload.md").read_text()
     assert f"{format_bytes(replace(LLAMA_8B, keep_last=1).waiting(131_072, True))} on the host of a rank" in page
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(1_900 * 10**9 // 8), "auto", True, shard=(8, 1))
+        decide(LLAMA_8B, 1_000_000, MemoryBudget(1_900 * 10**9 // 8), "auto", shard=(8, 1))
     assert str(caught.value) in " ".join(page.split())
 
 
 def test_two_sequences_of_a_batch_share_the_room():
     with pytest.raises(OffloadError, match=r"sequence of 4,000 tokens.*at most 2,048 tokens"):
-        decide(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", True, shard=(2, 2))
+        decide(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", shard=(2, 2))
 
 
 @pytest.mark.parametrize(
