@@ -1,7 +1,9 @@
 """Agreement between ranks: small objects over gloo, and errors that all ranks raise together."""
 
 import contextlib
+import socket
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +16,13 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def ranks_on_host(group: Any) -> int:
+    """Return the number of ranks in this host's (or container's) memory. Collective over a gloo group."""
+    boot = Path("/proc/sys/kernel/random/boot_id")  # hosts from one image may have one name
+    host = socket.gethostname(), boot.read_text() if boot.exists() else ""
+    return gather_objects(host, group).count(host)
 
 
 def broadcast_object(mine: Any) -> Any:

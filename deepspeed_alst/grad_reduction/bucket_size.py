@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.config.ds_values import zero_stage
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.distributed.collectives import ranks_on_host
 
 # DeepSpeed's default; larger buckets gain nothing.
 _MOST = 500_000_000
@@ -27,7 +28,7 @@ def bucket_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup
     is built.
     """
     numel = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
-    spare = torch.tensor([_available() - _needed(numel, model, ds_config)], dtype=torch.int64)
+    spare = torch.tensor([_available(group) - _needed(numel, model, ds_config)], dtype=torch.int64)
     spare = spare.to(get_accelerator().current_device_name()) if dist.get_backend(group) == "nccl" else spare
     dist.all_reduce(spare, op=dist.ReduceOp.MIN, group=group)
     return (
@@ -48,14 +49,12 @@ def num_buckets(ds_config: Mapping[str, Any]) -> int:
     return 2 if zero.get("overlap_comm") and zero_stage(dict(ds_config)) < 3 else 1
 
 
-def _available() -> int:
-    """Return the bytes free for this rank."""
+def _available(group: dist.ProcessGroup) -> int:
+    """Return the bytes free for this rank. Collective over a gloo group on CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return accelerator.available_memory()
-    from deepspeed_alst.offload.budget import ranks_on_host
-
-    return accelerator.available_memory() // ranks_on_host()
+    return accelerator.available_memory() // ranks_on_host(group)
 
 
 def _needed(numel: int, model: Any, ds_config: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ numbers both times: gradients are bitwise equal, under any masks, windows and do
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepspeed_alst.offload.layout import is_dense, laid_flat
 
 Put = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
-"""Function that offloads a tensor and returns a function to restore it on the tensor's own device."""
+"""Offloads a tensor and returns a function to restore it on the tensor's own device."""
 
 # Names without namespace, as each build of a hub kernel has its own. All return the output, the log-sum-exp, then small
 # values (seeds) or values that no backward reads (sums of split kernels).
@@ -39,6 +39,8 @@ _GIVEN_OUTPUT = ("out", "out_")
 _LOG_SUM_EXP = "compute_log_sumexp"
 # Maximum elements of a result that is saved as it is: a seed, an offset.
 _FEW = 16
+
+_UNKNOWN = "no known attention operator (as in sdpa's math backend, eager attention or an unregistered kernel)"
 
 _of_thread = threading.local()
 
@@ -119,32 +121,20 @@ class Ran:
     outputs: list[torch.Tensor]
     """Output and log-sum-exp; empty once they are saved."""
     layouts: list[tuple[torch.Size, tuple[int, ...]]]
-    """Sizes and strides of both."""
-    others: list[Any]
-    """Other results, the large ones emptied."""
-    container: Callable[[list[Any]], Any]
-    """Builds the operator's return value, a tuple or a list, from a list."""
+    """Size and stride of each."""
+    others: Any
+    """Other results, the large ones emptied, in the operator's kind of sequence."""
 
     def lay_flat(self) -> list[torch.Tensor]:
         """Return both as ``[numel]``, contiguous for any strides, and drop the references to them."""
         outputs, self.outputs = self.outputs, []
         return [laid_flat(x) for x in outputs]
 
-    def raise_up(self, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return flat tensors in the layouts of the operator's results, as new views."""
-        return [x.as_strided(*layout, x.storage_offset()) for x, layout in zip(flat, self.layouts, strict=True)]
-
-    def empty_output(self, like: torch.Tensor) -> torch.Tensor:
-        """Return an output of this layout without values, with the device and dtype of ``like``."""
-        return torch.empty_strided(*self.layouts[0], dtype=like.dtype, device=like.device)
-
 
 def keeping_frame(attention: str, has_operators: bool = True) -> CheckpointFrame | None:
-    """Return the frame that is to save the output of the next attention call, or None.
+    """Return the frame that is to save the output of the next call of the named attention, or None.
 
-    Args:
-        attention: name of the attention.
-        has_operators: True if it runs as operators that a mode can see; a compiled graph must not run under a mode.
+    A compiled graph, which has no operators that a mode can see, must not run under a mode.
     """
     frame = getattr(_of_thread, "frame", None)
     if frame is None or not frame.keeps_attention:
@@ -178,7 +168,7 @@ def record(frame: CheckpointFrame, run: Callable[[], Any]) -> tuple[Any, list[Ra
     if recording.ran and not recording.refusals:
         frame.kept_attention.append(", ".join(each.name for each in recording.ran))
         return result, recording.ran
-    frame.unkept_attention.append(", ".join(recording.refusals) or _what_ran(list(recording.others)))
+    frame.unkept_attention.append(", ".join(recording.refusals) or _UNKNOWN)
     return result, []
 
 
@@ -189,13 +179,10 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.ran: list[Ran] = []
         self.refusals: list[str] = []
-        self.others: dict[str, None] = {}  # an ordered set
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _is_attention(func):
-            if not getattr(func, "is_view", False):
-                self.others[str(getattr(func, "_overloadpacket", func))] = None
             return func(*args, **kwargs)
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         if not named.get(_LOG_SUM_EXP, True):
@@ -207,7 +194,7 @@ class _Recording(TorchDispatchMode):
         else:
             outputs = list(result[:2])
             layouts = [(x.shape, x.stride()) for x in outputs]
-            self.ran.append(Ran(func.name(), outputs, layouts, [_small(x) for x in result[2:]], type(result)))
+            self.ran.append(Ran(func.name(), outputs, layouts, type(result)(map(_small, result[2:]))))
         return result
 
 
@@ -221,14 +208,16 @@ class Replaying(TorchDispatchMode):
 
     def __init__(self, ran: list[Ran], flat: list[torch.Tensor]) -> None:
         super().__init__()
-        self._left = [(each, each.raise_up(flat[2 * i : 2 * i + 2])) for i, each in enumerate(ran)]
+        # New views, since autograd takes ownership of them.
+        layouts = [layout for each in ran for layout in each.layouts]
+        outputs = [x.as_strided(*layout, x.storage_offset()) for x, layout in zip(flat, layouts, strict=True)]
+        self._left = list(zip(ran, outputs[::2], outputs[1::2], strict=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if _is_attention(func) and self._left:
-            ran, outputs = self._left.pop(0)
+            ran, *outputs = self._left.pop(0)
             if ran.name == func.name():
-                # New objects, since autograd takes ownership of them.
-                return ran.container([*outputs, *ran.others])
+                return type(ran.others)([*outputs, *ran.others])
             # With gradients, sdpa may choose another backend than in a reentrant checkpoint's forward.
             self._left.clear()
         return func(*args, **(kwargs or {}))
@@ -253,9 +242,3 @@ def _refusal(named: dict[str, Any], result: Any) -> str:
 
 def _small(x: Any) -> Any:
     return x.new_empty(0) if isinstance(x, torch.Tensor) and x.numel() > _FEW else x
-
-
-def _what_ran(operators: list[str]) -> str:
-    if any(name.endswith(("softmax", "_safe_softmax")) for name in operators):
-        return "matrix products and a softmax (sdpa's math backend, or eager)"
-    return "a kernel that is no known operator" + (f" ({', '.join(operators)})" if operators else "")

@@ -4,19 +4,17 @@ The plan is integers only, so that all ranks decide alike. Legend: s tokens of a
 """
 
 import bisect
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
-import torch.distributed as dist
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.offload.host_buffers import pages
 
+_KEY = "alst.activation_checkpoint_cpu_offload"
 # Computation in the time that a byte takes to the host: 600 TFLOPS over PCIe's 25 GB/s. Slower devices hide more.
 _FLOPS_PER_BYTE = 24_000
 # Reserved for other processes, useful page cache, and later allocations of torch and the libraries.
@@ -28,23 +26,21 @@ _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# torchrun and accelerate, DeepSpeed's launcher, Open MPI, MPICH and Intel MPI.
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Offloaded tensors of a model's checkpointed layers, per rank and micro-step."""
+    """Offloaded tensors of a model's checkpointed layers, per rank and micro-step.
+
+    Bytes are per token and layer: of the layer's input, attention's output and its log-sum-exp.
+    """
 
     num_layers: int
     keep_last: int
     """Number of last layers whose tensors stay on the device."""
     input_bytes: int
-    """Bytes of a layer's input per token."""
     output_bytes: int
-    """Bytes of attention's output per token and layer."""
     lse_bytes: int
-    """Bytes of attention's log-sum-exp per token and layer."""
     matrix_elements: int
     """Elements of a layer's weight matrices that each token is multiplied with."""
     head_elements: int
@@ -151,20 +147,21 @@ def _places(
 
 def _too_much(layers: Layers, tokens: int, most: int, room: MemoryBudget, keeps: bool, shard: tuple[int, int]) -> str:
     sp_size, batch = shard
-    needed = layers.waiting(tokens, keeps)
     whole, fitting = tokens // batch * sp_size, most // batch * sp_size
+    need, host, on_disk = map(format_bytes, (layers.waiting(tokens, keeps), room.host, room.disk or 0))
     budget = "" if room.budget is None else f" (host_budget={room.budget}, of all ranks of a host)"
-    need, host, on_disk = (format_bytes(each) for each in (needed, room.host, room.disk or 0))
-    what = "layer inputs and attention outputs" if keeps else "layer inputs"
-    disk = "the disk tier (alst.activation_checkpoint_cpu_offload.nvme_path)" if room.disk is None else "a larger disk"
-    ways_out = [*(["a larger host_budget"] if budget else []), disk]
-    ways_out += ["save_attention_output: false"] if keeps else []
-    ways_out += [f"sequences of at most {fitting:,} tokens"] if fitting else []
-    use = ", ".join(ways_out[:-1]) + ", or " + ways_out[-1] if len(ways_out) > 1 else ways_out[0]
+    ways_out = [
+        "a larger host_budget" if budget else "",
+        f"the disk tier ({_KEY}.nvme_path)" if room.disk is None else "a larger disk",
+        "save_attention_output: false" if keeps else "",
+        f"sequences of at most {fitting:,} tokens" if fitting else "",
+    ]
+    *others, last = filter(None, ways_out)
     return (
-        f"alst.activation_checkpoint_cpu_offload: {what} of a sequence of {whole:,} tokens need {need} of host memory "
-        f"for each rank, and there is room for {host}{budget}{'' if room.disk is None else f' and {on_disk} on disk'}. "
-        f"Use {use}."
+        f"{_KEY}: layer inputs{' and attention outputs' if keeps else ''} of a sequence of {whole:,} tokens need "
+        f"{need} of host memory for each rank, and there is room for {host}{budget}"
+        f"{'' if room.disk is None else f' and {on_disk} on disk'}. "
+        f"Use {', '.join(others) + ', or ' if others else ''}{last}."
     )
 
 
@@ -172,22 +169,6 @@ def spare_bytes() -> int:
     """Return the bytes available to this host's processes, minus a reserve of 1/20 and at least 1 GiB."""
     available = min(psutil.virtual_memory().available, cgroup_bytes())
     return max(0, available - max(_LEAST_RESERVED, available // _RESERVED_SHARE))
-
-
-def ranks_on_host() -> int:
-    """Return the number of ranks on this host from the launcher, MPI or SLURM's ``srun``; else the world size."""
-    for name in _LOCAL_SIZES:
-        if os.environ.get(name, "").isdigit():
-            return max(1, int(os.environ[name]))
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    # Tasks per host, as "8(x2),4" for 8, 8, 4: see SLURM_TASKS_PER_NODE in the sbatch manual page.
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    by_host = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
-    node = os.environ.get("SLURM_NODEID", "")
-    # If the counts differ, srun started a launcher that started the ranks.
-    if sum(by_host) == world_size and node.isdigit() and int(node) < len(by_host):
-        return by_host[int(node)]
-    return world_size
 
 
 def cgroup_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -23,15 +23,12 @@ from deepspeed_alst.offload.hf_checkpoint_hook import Checkpoint, checkpoint_hoo
 
 @dataclass(eq=False)
 class Keeping:
-    """Tensors kept of a model's checkpointed layers, and where.
-
-    Args:
-        store: offload store; None keeps them on the device.
-        keep_last: number of last layers whose tensors stay on the device.
-    """
+    """Tensors kept of a model's checkpointed layers, and where."""
 
     store: ActivationStore | None
+    """None keeps them on the device."""
     keep_last: int = 0
+    """Number of last layers whose tensors stay on the device."""
     must_keep_attention: bool = False
     """True if an attention output that cannot be kept is an error instead of one warning."""
     keeps_attention: bool = False

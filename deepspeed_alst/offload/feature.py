@@ -8,12 +8,12 @@ import torch
 from deepspeed_alst.config.schema import OffloadConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.unwrap import base_model
-from deepspeed_alst.distributed.collectives import agree
+from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide, ranks_on_host, spare_bytes
+from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide, spare_bytes
 from deepspeed_alst.offload.checkpoint_inputs import (
     Keeping,
     check_checkpointing,
@@ -31,10 +31,9 @@ _KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first 
 
 
 class Facts(NamedTuple):
-    """Batch size and available memory of one rank before a forward."""
+    """Tokens of a rank's shard, B*s, its batch size B and its available memory before a forward."""
 
     tokens: int
-    """Tokens of the rank's shard, B*s."""
     batch: int
     room: MemoryBudget
 
@@ -43,7 +42,7 @@ class ActivationOffload(Feature):
     """Activations of checkpointed layers that are kept or offloaded, by a plan made before each training forward."""
 
     _planned_tokens = 0
-    _plan: Plan | None = None
+    _printed: tuple[bool, bool] | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Register with the layers' checkpoints; at SP 1, plan before each forward (under SP the batch check does).
@@ -84,6 +83,7 @@ class ActivationOffload(Feature):
         Raises:
             ConfigError: the disk tier's folder cannot be used.
         """
+        self._ranks = ranks_on_host(run.control_group)
         with agree(run.control_group):
             if self._block is not None:
                 store = self._keeping.store = _build_store(self._block, torch.device(engine.device))
@@ -127,10 +127,11 @@ class ActivationOffload(Feature):
         """
         if not (self._model.training and torch.is_grad_enabled()):
             return None
-        block = self._block
-        key = "save_attention_output" if block is None else "activation_checkpoint_cpu_offload"
-        check_checkpointing(self._model, f"alst.{key}")
-        return Facts(shape[0] * shape[1], shape[0], MemoryBudget(0) if block is None else self._room(block))
+        key, room = "alst.save_attention_output", MemoryBudget(0)
+        if self._block is not None:
+            key, room = "alst.activation_checkpoint_cpu_offload", self._room(self._block)
+        check_checkpointing(self._model, key)
+        return Facts(shape[0] * shape[1], shape[0], room)
 
     def decide(self, everyone: Sequence[Facts | None]) -> bool:
         """Decide the plan from all ranks' facts, alike on all ranks; return True if there was anything to decide.
@@ -148,27 +149,18 @@ class ActivationOffload(Feature):
         widest, rooms = max(known, key=lambda each: each.tokens), [each.room for each in known]
         disks = [each.disk for each in rooms if each.disk is not None]
         room = MemoryBudget(min(each.host for each in rooms), min(disks) if disks else None, rooms[0].budget)
-        layers = layers_of(self._model, self._block.keep_last)
-        wanted = False if self._why_not else self._wanted
-        before, plan = self._plan, decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch), RING)
-        self._plan = plan
+        layers, wanted = layers_of(self._model, self._block.keep_last), False if self._why_not else self._wanted
+        plan = decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch), RING)
         self._make_room(plan, room, layers.sizes(widest.tokens, plan.keeps_attention))
         self._keeping.keeps_attention = plan.keeps_attention
         # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = widest.tokens
-        if before is None or (before.keeps_attention, before.disk_bytes > 0) != (
-            plan.keeps_attention,
-            plan.disk_bytes > 0,
-        ):
+        if self._printed != (plan.keeps_attention, plan.disk_bytes > 0):
+            self._printed = plan.keeps_attention, plan.disk_bytes > 0
             on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
-            kept = "kept" if plan.keeps_attention else "made again"
-            rank = f"of a rank with {widest.tokens:,} tokens"
-            print_report(
-                [
-                    ("offload", f"{format_bytes(plan.host_bytes)} on the host{on_disk} {rank}"),
-                    ("attention output", f"{kept} ({self._why_not or plan.reason})"),
-                ]
-            )
+            on_host = f"{format_bytes(plan.host_bytes)} on the host{on_disk} of a rank with {widest.tokens:,} tokens"
+            kept = f"{_KEPT[plan.keeps_attention]} ({self._why_not or plan.reason})"
+            print_report([("offload", on_host), ("attention output", kept)])
         return True
 
     def _make_room(self, plan: Plan, room: MemoryBudget, sizes: list[int]) -> None:
@@ -181,17 +173,14 @@ class ActivationOffload(Feature):
             store.spill.file.reserve(plan.disk_bytes)
 
     def _room(self, block: OffloadConfig) -> MemoryBudget:
-        store, ranks = self._keeping.store, ranks_on_host()
+        store = self._keeping.store
         assert store is not None
-        spill, budget, disk = store.spill, None if block.host_budget == "auto" else block.host_budget, None
-        if budget is None:
-            ring = spill.ring.num_bytes if spill is not None else 0
-            host = spare_bytes() // ranks + store.pool.num_bytes + ring
-        else:
-            host = budget // ranks
-        if spill is not None:
-            disk = spill.file.free_bytes // ranks + spill.file.reserved_bytes
-        return MemoryBudget(host, disk, budget)
+        spill, ranks = store.spill, self._ranks
+        disk = None if spill is None else spill.file.free_bytes // ranks + spill.file.reserved_bytes
+        if block.host_budget != "auto":
+            return MemoryBudget(block.host_budget // ranks, disk, block.host_budget)
+        ring_bytes = 0 if spill is None else spill.ring.num_bytes
+        return MemoryBudget(spare_bytes() // ranks + store.pool.num_bytes + ring_bytes, disk)
 
 
 def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:

@@ -28,14 +28,10 @@ class DirectCopies:
 
 
 class StreamCopies(DirectCopies):
-    """Copies on a dedicated stream.
+    """Copies on a dedicated stream of a device module, such as ``torch.cuda``.
 
     Memory that a copy reads belongs to the computation's stream. Before it is freed, the computation must wait for
     the copy, unless the copied values no longer matter.
-
-    Args:
-        module: the device module, such as ``torch.cuda``.
-        device: the device to copy to and from.
     """
 
     def __init__(self, module: Any, device: torch.device) -> None:

@@ -67,7 +67,7 @@ def _attend_again(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group
             o_BhSD = run()
         return _HeadToSeq.apply(o_BhSD, group)
     o_BsHD, log_sum_exp = kept
-    empty = ran[0].empty_output(like=o_BsHD)
+    empty = torch.empty_strided(*ran[0].layouts[0], dtype=o_BsHD.dtype, device=o_BsHD.device)
     with Replaying(ran, [empty, log_sum_exp]):
         o_BhSD = run()
     # Autograd holds the storage, which stays empty until the backward fills it.

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import socket
 import subprocess
 import tempfile
 import weakref
@@ -20,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from benchmarks.cells import Cell, build_model, ds_config, model_config, offload_keys, run_alst
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import ranks_on_host
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
@@ -285,6 +287,16 @@ def host_bytes_and_what_stays() -> None:
 
 def test_host_bytes_are_exact_and_the_pool_goes_with_the_engine(ranks2):
     ranks2.run(host_bytes_and_what_stays)
+
+
+def hosts() -> tuple[int, int]:
+    together = ranks_on_host(dist.group.WORLD)
+    with mock.patch.object(socket, "gethostname", lambda: f"host-{dist.get_rank()}"):
+        return together, ranks_on_host(dist.group.WORLD)
+
+
+def test_a_hosts_ranks_are_those_with_its_name(ranks2):
+    assert ranks2.run(hosts) == [(2, 1)] * 2
 
 
 # --- errors

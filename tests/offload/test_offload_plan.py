@@ -1,15 +1,13 @@
 """What waits, what room there is, and what is kept: decided from integers, alike on all ranks."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, longest, ranks_on_host
+from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, longest
 from deepspeed_alst.offload.host_buffers import pages
 
 GIB = 2**30
@@ -129,26 +127,3 @@ def test_the_page_has_the_figures_that_are_printed():
 def test_two_sequences_of_a_batch_share_the_room():
     with pytest.raises(OffloadError, match=r"sequence of 4,000 tokens.*at most 2,048 tokens"):
         decide(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", shard=(2, 2))
-
-
-@pytest.mark.parametrize(
-    ("environment", "ranks"),
-    [
-        ({"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NODEID": "0"}, 4),
-        ({"LOCAL_SIZE": "8"}, 8),
-        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2),
-        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "1"}, 8),
-        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "2"}, 4),
-        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}, 20),  # srun started launchers, not ranks
-        ({"SLURM_STEP_TASKS_PER_NODE": "20", "SLURM_NODEID": "1"}, 20),
-        ({}, 20),
-    ],
-)
-def test_a_hosts_ranks_are_those_that_the_launcher_mpi_or_slurm_says(environment, ranks, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("LOCAL_", "OMPI_", "MPI_", "SLURM_"))]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 20)
-    assert ranks_on_host() == ranks
