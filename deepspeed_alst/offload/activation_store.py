@@ -15,8 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.offload.attention_cache import is_dense, laid_flat
 from deepspeed_alst.offload.host_buffers import Buffer, HostBufferPool
-from deepspeed_alst.offload.layout import is_dense, laid_flat
 from deepspeed_alst.offload.streams import Copies, DirectCopies, copies_of
 from deepspeed_alst.offload.swapper import Swapper
 from deepspeed_alst.profiler.owners import owner

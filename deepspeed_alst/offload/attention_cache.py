@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspeed_alst.offload.layout import is_dense, laid_flat
-
 Put = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
 """Offloads a tensor and returns a function to restore it on the tensor's own device."""
 
@@ -221,6 +219,17 @@ class Replaying(TorchDispatchMode):
             # With gradients, sdpa may choose another backend than in a reentrant checkpoint's forward.
             self._left.clear()
         return func(*args, **(kwargs or {}))
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Return True if a tensor fills its memory range without gaps, in any order of dims."""
+    inner_last = sorted(range(x.dim()), key=lambda dim: x.stride(dim), reverse=True)
+    return x.permute(inner_last).is_contiguous()
+
+
+def laid_flat(x: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor's elements in memory order, ``[numel]``; a view."""
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
 def _is_attention(func: Any) -> bool:

@@ -1,7 +1,7 @@
 """Attention outputs kept for the recomputation, in a model without sequence parallelism.
 
 The model's attention function runs unchanged, with transformers' own masks and arguments, within a frame that keeps its
-output. It is registered under a private name in transformers' interfaces (sequence_parallel/private_name.py). Under
+output. It is registered under a private name in transformers' interfaces (sequence_parallel/private_config.py). Under
 sequence parallelism hf_attention.py does this.
 """
 

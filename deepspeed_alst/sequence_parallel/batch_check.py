@@ -50,7 +50,7 @@ class Facts:
 def check_batches(
     model: torch.nn.Module, groups: SequenceGroups, calls: ForwardContext, patches: PatchSet, planner: Any = None
 ) -> None:
-    """Install the batch check, and the decision of the offload's planner (offload/planner.py), if there is one."""
+    """Install the batch check, and the decision of the offload's planner (offload/feature.py), if there is one."""
     vocabulary = vocabulary_of(model)
 
     @torch.compiler.disable

@@ -4,7 +4,7 @@ from typing import Any
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
-from deepspeed_alst.sequence_parallel.batch_check import OffloadPlanner, check_batches
+from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.verification.run_model_check import ModelCheck
@@ -53,7 +53,7 @@ class SequenceParallel(Feature):
 class BatchCheck(Feature):
     """Checks that every batch is a shard of the same sequence on all ranks, and plans its offload."""
 
-    def __init__(self, session: Session, planner: OffloadPlanner | None) -> None:
+    def __init__(self, session: Session, planner: Any) -> None:
         self._session, self._planner = session, planner
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
