@@ -21,7 +21,7 @@ class RunContext:
     """The caller's, patched by features before the engine is built."""
     config: AlstConfig
     stage: int
-    """Of ZeRO."""
+    """ZeRO stage."""
     device: str
     """Kind of the device that the engine uses."""
     control_group: Any
