@@ -32,7 +32,7 @@ def prebuilt_ops():
 
     from deepspeed_alst.kernels.builder import BUILDERS
 
-    builders = [each() for (_, device), each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
+    builders = [each() for device, each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
     return {
         "ext_modules": [each.builder() for each in builders],
         "cmdclass": {"build_py": BuildWithSources, "build_ext": BuildExtension},

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks.curve import run
+from benchmarks.kernels.liger import NORMS_AND_ROPE
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.cli.picture import draw_curves
-from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.config.schema import AlstConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.fused import fuse_norms_and_rope
+from deepspeed_alst.integrations.liger import use_liger_without_data
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
 from deepspeed_alst.offload.host_buffers import HostBufferPool
@@ -31,12 +32,13 @@ from deepspeed_alst.profiler.picture import draw
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SP_SIZE = 8
+LIGER = AlstConfig.model_validate({"alst": {"liger_kernel": NORMS_AND_ROPE}})
 # Without tiles, the logits exceed it by far.
 TOP = 20 * 2**30
 
 
 class Whole(System):
-    """Our tiles with kernels, as on a GPU, and optionally layer inputs offloaded to the host."""
+    """Our tiles with Liger's norms and rotary embedding, as on a GPU, and optionally layer inputs offloaded to the host."""
 
     def __init__(self, offloads: bool) -> None:
         super().__init__("ours", "non-reentrant")
@@ -44,9 +46,9 @@ class Whole(System):
 
     @contextmanager
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
-        """Patch the model as in System, with fused kernels and offload."""
+        """Patch the model as in System, with Liger's kernels and offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
-            fuse_norms_and_rope(model, undo)
+            use_liger_without_data(model, LIGER, undo)
             if self.offloads:
                 store = ActivationStore(HostBufferPool())
                 undo.callback(store.close)

@@ -28,8 +28,8 @@ STEPS, TOLERANCE = 3, 1e-5
 
 _OPS = """
 import json
-from deepspeed_alst.kernels.builder import BUILDERS, load
-print(json.dumps({library: load(library, device) for library, device in BUILDERS if device == "cpu"}))
+from deepspeed_alst.kernels.builder import load
+print(json.dumps({"sum_pieces": load("cpu")}))
 """
 # Two samples per step for any number of ranks: one epoch is one step.
 _PROGRAM = f"""

@@ -93,8 +93,8 @@ def features_of(run: RunContext, bucket: str) -> list[Feature]:
     if run.upstream is not None and block.tiled_logits_loss == "auto":
         loss = None  # such a program may compute its own loss from the logits
     makes_loss = session is not None or loss is not None
-    if makes_loss or block.tiled_mlp_compute is not None:
-        add("integrations.TileKernels", makes_loss)
+    if makes_loss:
+        add("integrations.OwnLoss")
     add("grad_reduction.SeparateExperts")
     if block.tiled_mlp_compute is not None:
         add("tiling.TiledMlp", block.tiled_mlp_compute)

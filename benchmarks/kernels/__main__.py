@@ -1,8 +1,8 @@
-"""Kernels without a GPU: resources per chip, bytes moved, errors, and speed on CPU.
+"""Kernels without a GPU: resources per chip, bytes moved, errors and memory.
 
     python -m benchmarks.kernels [part ...]
 
-Parts are compile, numbers, speed, memory and gpu (if there is one); default: all. The exit status is non-zero if a
+Parts are compile, numbers, memory and gpu (if there is one); default: all. The exit status is non-zero if a
 target is missed.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.kernels.cross_entropy import tile_peak, upstreams_bytes_a_logit
 from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, Sizes, copy_bytes_a_second, launches, seconds_on_gpu
 from benchmarks.kernels.judge import Interpreted, subjects
-from benchmarks.kernels.rms_norm import layer_peak
+from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
 from benchmarks.parts import chosen_parts
 
 Row = tuple[tuple[str, ...], str, bool]
@@ -37,7 +37,6 @@ _NUMBERS = (
     "which is thrice torch's own error in the same dtype, and one rounding. Bytes an element are those of all loads "
     "and stores of a launch; the least is what must be moved."
 )
-_SPEED = "The ops of csrc on CPU, one thread, medians of seven rounds in turns; parts of the other's time."
 _GPU = "Medians on the device. Not yet printed on one: every other part runs without."
 _MEMORY = (
     "Peaks beside the weights, gradients in them, of 32,768 tokens on fake tensors: of Llama-3.1-8B's head, of models "
@@ -69,16 +68,6 @@ def numbers() -> Iterator[Row]:
     process.close()
 
 
-def speed() -> Iterator[Row]:
-    """Yield times of the CPU ops."""
-    for subject in subjects():
-        for race in subject.races() if hasattr(subject, "races") else ():
-            part = race.ours / race.reference
-            figures = (f"{1e3 * race.ours:.2f} ms", race.reference_name, f"{part:.2f}")
-            name = f"{subject.__name__.rsplit('.', 1)[-1]} {race.name}"
-            yield (name, *figures), f"<= {race.target}", 0 < part <= race.target  # negative is noise
-
-
 def memory() -> Iterator[Row]:
     """Yield memory peaks with and without the kernels."""
     process = Interpreted()
@@ -93,9 +82,11 @@ def memory() -> Iterator[Row]:
     whole = f"{2 * 2 * _TOKENS * _VOCABULARY / 2**30:.2f} GiB"
     yield ("loss, DeepSpeed's chunked on whole logits, computed", "", whole), "none", True
     for name, model_type in (("Llama-3.1-8B", "llama"), ("Qwen3-32B", "qwen3")):
-        own, ours = (layer_peak(model_type, "non-reentrant", fused) for fused in (False, True))
-        figures = f"{own / 1024:.0f} KiB a token", f"{ours / 1024:.0f} KiB a token"
-        yield (f"a layer of {name}, norms and rotary embedding", *figures), "<= 0.8 of torch's", ours <= 0.8 * own
+        own = layer_peak(model_type, False)
+        for parts, liger in (("norms and rotary embedding", NORMS_AND_ROPE), ("SwiGLU too", True)):
+            peak = layer_peak(model_type, liger)
+            figures = f"{own / 1024:.0f} KiB a token", f"{peak / 1024:.0f} KiB a token"
+            yield (f"a layer of {name}, Liger's {parts}", *figures), "<= 0.8 of torch's", peak <= 0.8 * own
     rows, by_autograd = mlp_peak(closed=False)
     for most, (own_rows, peak) in ((0.75, mlp_peak(closed=True, tile_tokens=rows)), (0.85, mlp_peak(closed=True))):
         words = f"MLP, tiles of {own_rows:,} tokens, by autograd of {rows:,}"
@@ -121,7 +112,6 @@ def gpu() -> Iterator[Row]:
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
     "compile": (compiled, ("registers", "shared", "spilled"), _COMPILE),
     "numbers": (numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
-    "speed": (speed, ("ours", "beside", "ratio"), _SPEED),
     "memory": (memory, ("torch", "kernels"), _MEMORY),
     "gpu": (gpu, ("seconds", "of a copy's bytes a second", "times Liger's"), _GPU),
 }

@@ -1,12 +1,11 @@
 """Compile every kernel for GPUs that are not present, by its own launch wrapper, on meta tensors.
 
-    python -m benchmarks.kernels.compile [--config block,warps] [target ...]
+    python -m benchmarks.kernels.compile [target ...]
 
 prints a line of JSON per kernel. It needs TRITON_INTERPRET unset, and a separate process, since it replaces the driver
 permanently. Kernels are compiled only, not run.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -17,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,10 +49,8 @@ class Compiled:
         return self.spilled == 0 and self.shared <= SHARED[self.target]
 
 
-def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int] | None = None) -> list[Compiled]:
+def compile_all(targets: tuple[str, ...] = tuple(SHARED)) -> list[Compiled]:
     """Compile every kernel for these targets, in a separate process without a cache.
-
-    With a config, only the cross-entropy is compiled, in that config.
 
     Raises:
         RuntimeError: compilation fails.
@@ -66,21 +62,15 @@ def compile_all(targets: tuple[str, ...] = tuple(SHARED), config: tuple[int, int
             **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PTXAS_OPTIONS")},
             **{"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
         }
-        options = [] if config is None else ["--config", f"{config[0]},{config[1]}"]
-        done = finished(
-            [sys.executable, "-m", __name__, *options, *targets],
-            _SECONDS,
-            env=environment,
-            capture_output=True,
-        )
+        done = finished([sys.executable, "-m", __name__, *targets], _SECONDS, env=environment, capture_output=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:] or done.stdout[-4000:])
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def _compile(target: str, chosen: list[ModuleType]) -> Iterator[Compiled]:
+def _compile(target: str) -> Iterator[Compiled]:
     logs: dict[str, str] = {}
-    for subject in chosen:
+    for subject in subjects():
         for size, case in subject.COMPILED:
             with _recording(target) as found:
                 subject.launch(*case)
@@ -164,23 +154,7 @@ def _driver(target: str) -> Any:
     return Absent()
 
 
-def main() -> None:
-    """Print each kernel's resources."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", help="block,warps of the cross-entropy, in place of its own choice")
-    parser.add_argument("targets", nargs="*", default=tuple(SHARED))
-    arguments = parser.parse_args()
-    chosen = subjects()
-    if arguments.config:
-        from deepspeed_alst.kernels import cross_entropy
-
-        block, warps = (int(each) for each in arguments.config.split(","))
-        cross_entropy.CONFIGS = ((block, warps),)
-        chosen = [each for each in chosen if each.__name__.endswith("cross_entropy")]
-    for target in arguments.targets:
-        for each in _compile(target, chosen):
-            print(json.dumps(dataclasses.asdict(each)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        for each in _compile(name):
+            print(json.dumps(dataclasses.asdict(each)), flush=True)

@@ -3,14 +3,13 @@
 Legend: t rows of a tile, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+from benchmarks.kernels.judge import Verdict, errors_of
 from deepspeed_alst.core.patching import PatchSet
 
 # Vocabularies of Llama 3, GPT-2, Gemma 2 and Qwen 2.5; 50257, 32001 and 151665 have no useful divisors.
@@ -64,9 +63,9 @@ def title(case: Case) -> str:
 def launch(V: int, dtype: torch.dtype, smoothing: float, softcap: float, gradient: bool = True) -> None:
     """Launch the kernel of ``cross_entropy_`` on meta tensors."""
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference
-    from deepspeed_alst.kernels.registry import registered
+    from deepspeed_alst.kernels.registry import OPS
 
-    op = registered()["cross_entropy"]
+    op = OPS["cross_entropy"]
     assert op.reference is cross_entropy_reference
     logits_tV = torch.empty(523, V, dtype=dtype, device="meta")
     labels_t = torch.empty(523, dtype=torch.int64, device="meta")
@@ -99,30 +98,6 @@ def judge(case: Case) -> Verdict:
     # Each row is read twice and written once; its label is read, and its loss written.
     least = 3 * logits_tV.numel() * case.dtype.itemsize + labels_t.nbytes + 4 * case.t
     return Verdict(errors, (traffic.read + traffic.written) / logits_tV.numel(), least / logits_tV.numel())
-
-
-def races() -> Iterator[Race]:
-    """Time the csrc op against the reference and the torch backend, with Llama's vocabulary."""
-    from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
-    from deepspeed_alst.tiling.loss import _by_torch
-
-    labels_t, scale = torch.randint(0, 128256, (16,)), torch.tensor(0.37)
-    by_tiles = _by_torch(0.0)
-    for dtype in (torch.float32, torch.bfloat16):
-        made_tV = 3 * torch.randn(16, 128256).to(dtype)
-        logits_tV, name = made_tV.clone(), str(dtype).removeprefix("torch.")
-
-        def fresh(made: torch.Tensor = made_tV, to: torch.Tensor = logits_tV) -> torch.Tensor:
-            return to.copy_(made)
-
-        ours, reference, tiles, copy = seconds_of(
-            lambda: cross_entropy_(fresh(), labels_t, scale),
-            lambda: cross_entropy_reference(fresh(), labels_t, scale),
-            lambda: by_tiles(fresh(), labels_t, scale),
-            fresh,
-        )
-        yield Race(f"[16, 128256] {name}", ours - copy, reference - copy, "torch's cross_entropy and autograd", 0.4)
-        yield Race(f"[16, 128256] {name}", ours - copy, tiles - copy, "backend torch of the tiles", 0.8)
 
 
 def upstreams_bytes_a_logit(t: int, V: int) -> float:

@@ -3,7 +3,6 @@
 Legend: t rows of a tile, F inner features.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+from benchmarks.kernels.judge import Verdict, errors_of
 
 # F of Llama-3.1-8B, Gemma 7B, phi-3-mini and Llama 2 7B; 4097 and 63 have no useful divisors.
 COMPILED = (
@@ -65,12 +64,12 @@ def title(case: Case) -> str:
 def launch(F: int, dtype: torch.dtype, activation: str, layout: str) -> None:
     """Launch the kernels of ``gated_activation_`` and ``gated_gradients_`` on meta tensors."""
     from deepspeed_alst.kernels.gated import ACTIVATIONS
-    from deepspeed_alst.kernels.registry import registered
+    from deepspeed_alst.kernels.registry import OPS
 
     kind = ACTIVATIONS.index(activation)
     gate_tF, up_tF, grad_tF, _ = tensors(Case(523, F, dtype, layout=layout), "meta")
-    registered()["gated_activation"].launch(gate_tF, up_tF, kind)
-    registered()["gated_gradients"].launch(gate_tF, up_tF, grad_tF, kind)
+    OPS["gated_activation"].launch(gate_tF, up_tF, kind)
+    OPS["gated_gradients"].launch(gate_tF, up_tF, grad_tF, kind)
 
 
 def tensors(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -124,52 +123,6 @@ def run_reference(case: Case, gate: torch.Tensor, up: torch.Tensor, grad: torch.
     return gate, up, grad
 
 
-def races() -> Iterator[Race]:
-    """Time the csrc ops against the reference and against transformers' and Liger's torch forms with autograd."""
-    for activation, dtype in (("silu", torch.bfloat16), ("silu", torch.float32), ("gelu", torch.bfloat16)):
-        forward, backward = _seconds(activation, dtype)
-        name = f"[256, 14336] {str(dtype).removeprefix('torch.')}, {activation}"
-        for step, plain, (ours, defined, theirs), most in (
-            ("forward", "act(gate) * up", forward, 1.1),
-            ("backward", "act(gate) * up and its autograd", backward, 0.6),
-        ):
-            yield Race(f"{name}, {step}", ours, defined, "the definition in torch", most)
-            yield Race(f"{name}, {step}", ours, theirs, plain, most)
-    for dtype in (torch.bfloat16, torch.float32):
-        module, x_1sM, grad_1sM = _mlp(1024, 3584, dtype), *torch.randn(2, 1, 2048, 1024).to(dtype)
-        ours, theirs = seconds_of(*(functools.partial(_step, module, x_1sM, grad_1sM, each) for each in (True, False)))
-        name = f"MLP in 4 tiles, [2048, 1024], F 3584, {str(dtype).removeprefix('torch.')}"
-        yield Race(name, ours, theirs, "the same by autograd", 1.05)
-
-
-def _seconds(activation: str, dtype: torch.dtype) -> tuple[list[float], list[float]]:
-    """Return seconds of the op, the reference and autograd: forward, and backward with recomputation."""
-    from deepspeed_alst.kernels import gated
-
-    kind, made = gated.ACTIVATIONS.index(activation), torch.randn(3, 256, 14336).to(dtype)
-    act: Callable[..., torch.Tensor] = getattr(torch.nn.functional, activation)
-    work = made.clone()
-
-    def fresh(num: int) -> torch.Tensor:
-        return work[:num].copy_(made[:num])  # repeated in-place runs would produce denormals, which are slow
-
-    def by_autograd() -> None:
-        gate, up = (each.detach().requires_grad_() for each in made[:2])
-        torch.autograd.grad(act(gate) * up, (gate, up), made[2])
-
-    two, three, *spent = seconds_of(
-        lambda: fresh(2),
-        lambda: fresh(3),
-        lambda: gated.gated_activation_(*fresh(2), activation),
-        lambda: gated.gated_activation_reference(*fresh(2), kind),
-        lambda: act(made[0]) * made[1],
-        lambda: gated.gated_gradients_(*fresh(3), activation),
-        lambda: gated.gated_gradients_reference(*fresh(3), kind),
-        by_autograd,
-    )
-    return [spent[0] - two, spent[1] - two, spent[2]], [spent[3] - three, spent[4] - three, spent[5]]
-
-
 def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
     """Build Llama's MLP."""
     from transformers import LlamaConfig
@@ -190,13 +143,6 @@ def by_autograd() -> Iterator[None]:
 
     with mock.patch.object(ClosedForm, "now", lambda *_: None):
         yield
-
-
-def _step(module: torch.nn.Module, x_1sM: torch.Tensor, grad_1sM: torch.Tensor, closed: bool) -> None:
-    from deepspeed_alst.tiling.tiled_module import TiledModule
-
-    with nullcontext() if closed else by_autograd():
-        TiledModule("mlp", module).tiled(512, x_1sM.detach().requires_grad_()).backward(grad_1sM)
 
 
 def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 It has not been run on a GPU yet; tests run its launches at small sizes on CPU, in Triton's interpreter.
 
-Legend: T tokens, V vocabulary, F inner features, H hidden size, h heads, D head size.
+Legend: T tokens, V vocabulary, F inner features, h heads, D head size.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,6 @@ class Sizes:
     T: int = 16384
     V: int = 128256
     F: int = 14336
-    H: int = 4096
     h: int = 32
     D: int = 128
 
@@ -44,8 +43,7 @@ def launches(device: str, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> 
     """Yield the kernels; repeated in-place runs leave meaningless values."""
     yield _cross_entropy(device, sizes, dtype)
     yield from _activations(device, sizes, dtype)
-    yield _norm(device, sizes, dtype)
-    yield from _rope_and_pack(device, sizes, dtype)
+    yield _pack(device, sizes, dtype)
 
 
 def _cross_entropy(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
@@ -84,39 +82,12 @@ def _activations(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
     )
 
 
-def _norm(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    from deepspeed_alst.kernels.rms_norm import rms_norm
-
-    x_TH, weight_H = torch.randn(s.T, s.H, device=device, dtype=dtype), torch.ones(s.H, device=device, dtype=dtype)
-    return Launch(
-        f"RMSNorm, [{s.T}, {s.H}]",
-        lambda: rms_norm(x_TH, weight_H, 1e-6, cast_first=True),
-        2 * x_TH.nbytes,
-        lambda: LigerRMSNormFunction.apply(x_TH, weight_H, 1e-6),
-    )
-
-
-def _rope_and_pack(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
-    from liger_kernel.ops.rope import LigerRopeFunction
-
+def _pack(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
     from deepspeed_alst.kernels.head_layout import by_heads, pack
-    from deepspeed_alst.kernels.rope import rope
 
-    q_BshD, k_BsgD, v_BsgD = (
-        torch.randn(1, s.T, heads, s.D, device=device, dtype=dtype) for heads in (s.h, s.h // 4, s.h // 4)
-    )
-    cos_BsW, sin_BsW = (torch.randn(1, s.T, s.D, device=device, dtype=dtype) for _ in range(2))
-    yield Launch(
-        f"RoPE, {s.T} tokens, {s.h} and {s.h // 4} heads of {s.D}",
-        lambda: rope(q_BshD, k_BsgD, cos_BsW, sin_BsW, s.D),
-        2 * (q_BshD.nbytes + k_BsgD.nbytes),
-        lambda: LigerRopeFunction.apply(q_BshD.transpose(1, 2), k_BsgD.transpose(1, 2), cos_BsW, sin_BsW),
-    )
-    pieces = [by_heads(x.transpose(1, 2), 4) for x in (q_BshD, k_BsgD, v_BsgD)]
-    moved = 2 * (q_BshD.nbytes + 2 * k_BsgD.nbytes)
-    yield Launch(f"pack for 4 ranks, {s.T} tokens", lambda: pack(pieces, 4), moved)
+    q, k, v = (torch.randn(1, s.T, heads, s.D, device=device, dtype=dtype) for heads in (s.h, s.h // 4, s.h // 4))
+    pieces = [by_heads(x.transpose(1, 2), 4) for x in (q, k, v)]
+    return Launch(f"pack for 4 ranks, {s.T} tokens", lambda: pack(pieces, 4), 2 * (q.nbytes + 2 * k.nbytes))
 
 
 def copy_bytes_a_second(seconds_of: Callable[[Callable[[], Any]], float]) -> float:

@@ -4,14 +4,12 @@ Legend: P ranks, H query heads, K KV heads, D and V head dims of q and k and of 
 share a KV head.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Race, Verdict, errors_of, seconds_of
+from benchmarks.kernels.judge import Verdict, errors_of
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,9 @@ def title(case: Case) -> str:
 def launch(case: Case) -> None:
     """Launch the kernels of a layer's forward and backward on meta tensors."""
     from deepspeed_alst.kernels import pack_heads as heads
-    from deepspeed_alst.kernels.registry import registered
+    from deepspeed_alst.kernels.registry import OPS
 
-    packs, unpacks = registered()["pack_heads"], registered()["unpack_heads_"]
+    packs, unpacks = OPS["pack_heads"], OPS["unpack_heads_"]
     assert (packs.reference, unpacks.reference) == (heads.pack_reference, heads.unpack_reference)
     wire_PsBW = packs.launch(case.shards("meta"), case.P)
     unpacks.launch(wire_PsBW, case.shards("meta"))
@@ -125,28 +123,3 @@ def compare(case: Case) -> dict[str, tuple[float, float]]:
         assert all(torch.equal(x, y) for x, y, z in zip(got, same, pieces, strict=True) if z.shape[0] == case.P), name
         errors |= errors_of([f"{x} of {name}" for x in "qkv"], got, same, truth)
     return errors
-
-
-def races() -> Iterator[Race]:
-    """Time the csrc ops against torch, for several tensors to pack or copies to sum."""
-    from deepspeed_alst.kernels.head_layout import pack_reference, unpack_reference
-    from deepspeed_alst.kernels.pack_heads import packing, unpacking
-
-    pack, unpack = packing(torch.device("cpu")), unpacking(torch.device("cpu"))
-    for dtype in (torch.float32, torch.bfloat16):
-        # At most 1 MiB: page faults of a large buffer cost several times its copy. Packing here includes malloc: ratio
-        # 0.7 to 0.9 on an idle machine, up to 1.1 on a busy one.
-        case = Case(8, 32, 4, 80, 80, 64, dtype=dtype)
-        words, shards = str(dtype).removeprefix("torch."), case.shards()
-        wire_PsBW = pack(shards, case.P)
-
-        def packed(function: Any, pieces: Any = shards) -> Any:
-            return lambda: function(pieces, 8)
-
-        def unpacked(function: Any, wire: torch.Tensor = wire_PsBW, pieces: Any = shards) -> Any:
-            return lambda: function(wire, pieces)
-
-        ours, theirs = seconds_of(packed(pack), packed(pack_reference), rounds=101)
-        yield Race(f"pack q, k, v, {words}", ours, theirs, "torch's copies", 1.25)
-        ours, theirs = seconds_of(unpacked(unpack), unpacked(unpack_reference), rounds=101)
-        yield Race(f"unpack, sums of two, {words}", ours, theirs, "torch's sums and copies", 0.8)

@@ -3,14 +3,11 @@
 A subject is a module of this folder, named in ``SUBJECTS``, with
 
 - ``COMPILED``: names of sizes, and the arguments with which ``launch`` launches the kernels on meta tensors;
-- ``CASES``: cases that ``judge`` runs in the interpreter; ``title`` describes a case;
-- ``races``, if csrc has an op for it: times of ours and its baselines on CPU (``Race``).
+- ``CASES``: cases that ``judge`` runs in the interpreter; ``title`` describes a case.
 """
 
 import importlib
 import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ from unittest import mock
 
 import torch
 
-SUBJECTS = ("cross_entropy", "gated", "heads", "rms_norm", "rope")
+SUBJECTS = ("cross_entropy", "gated", "heads")
 SLACK = 3.0
 MOST_TRAFFIC = 1.1
 """Limit relative to the minimum traffic."""
@@ -72,33 +69,6 @@ class Interpreted:
     def close(self) -> None:
         """End the process."""
         self._pool.shutdown()
-
-
-@dataclass(frozen=True)
-class Race:
-    """Times of ours and of a baseline, on one CPU thread."""
-
-    name: str
-    ours: float
-    reference: float
-    reference_name: str
-    target: float
-    """Maximum ratio of ours to the baseline."""
-
-
-def seconds_of(*functions: Callable[[], Any], rounds: int = 7) -> list[float]:
-    """Return the median seconds of each, alternating on one thread after a warm-up round."""
-    before, found = torch.get_num_threads(), [[] for _ in functions]
-    torch.set_num_threads(1)
-    try:
-        for _ in range(rounds + 1):
-            for function, times in zip(functions, found, strict=True):
-                started = time.perf_counter()
-                function()
-                times.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return [statistics.median(times[1:]) for times in found]
 
 
 def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[str, tuple[float, float]]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.integrations.fused import fuse_norms_and_rope
+from deepspeed_alst.integrations.liger import use_liger_without_data
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.known import Known
 from deepspeed_alst.profiler.ledger import Ledger
@@ -65,8 +65,7 @@ def _patched(model: Any, keys: AlstConfig, patches: PatchSet) -> Any:
     model.enable_input_require_grads()
     calls = ForwardContext()
     patch_model(model, dist.group.WORLD, patches, calls)
-    if keys.alst.liger_kernel is not False:
-        fuse_norms_and_rope(model, patches)  # as on a GPU, where Liger's kernels or this package's run
+    use_liger_without_data(model, keys, patches)  # as on a GPU
     if keys.alst.tiled_mlp_compute is not None:
         tile_mlps(model, keys.alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:

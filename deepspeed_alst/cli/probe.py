@@ -135,16 +135,17 @@ def allocator_rows() -> Iterator[Row]:
 
 
 def op_rows() -> Iterator[Row]:
-    """Yield a row per csrc/ op of this device; nothing is built."""
+    """Yield the row on the csrc/ op of this device; nothing is built."""
     device = get_accelerator().device_name()
-    for builder in (builder_class() for (_, kind), builder_class in BUILDERS.items() if kind == device):
-        name = f"op {builder.NAME}"
-        found, problem = builder.find(), builder.why_not()
-        if problem and not found:
-            value = f"{problem}: torch takes its place, slower and with the same result"
-            yield Row(name, value, "note", problem.way_out)
-        else:
-            yield Row(name, found or "not built yet: at its first use, in 10 s on CPU and a minute for CUDA")
+    if device not in BUILDERS:
+        return
+    builder = BUILDERS[device]()
+    name, found, problem = f"op {builder.NAME}", builder.find(), builder.why_not()
+    if problem and not found:
+        value = f"{problem}: torch takes its place, slower and with the same result"
+        yield Row(name, value, "note", problem.way_out)
+    else:
+        yield Row(name, found or "not built yet: at its first use, in 10 s on CPU and a minute for CUDA")
 
 
 def lock_rows() -> Iterator[Row]:

@@ -51,8 +51,8 @@ _WITHOUT = {
     "deepspeed": "",
     "transformers": "",
     "accelerate": "no HF Trainer, and no loading of a model in shards (ZeRO 3)",
-    "triton": "no Triton kernels: torch computes, or the compiled ops where there are any",
-    "liger-kernel": "no Liger kernels: this package's own take their place",
+    "triton": "no Triton kernels: torch computes",
+    "liger-kernel": "no Liger kernels: norms and rotary embedding are the model's own",
     "peft": "no LoRA",
     "trl": "no SFTTrainer",
 }

@@ -89,7 +89,7 @@ class TiledLossConfig(_TilesConfig):
 
     backend: Literal["auto", "torch", "triton", "liger"] = "auto"
     """Implementation of a tile's loss and gradient; "triton" and "liger" need a GPU. "auto" is "liger" if
-    alst.liger_kernel is on, else "triton" on a GPU, and the compiled op of csrc on CPU."""
+    alst.liger_kernel is on, else "triton" on a GPU, and "torch" on CPU."""
 
 
 class LigerConfig(_Block):

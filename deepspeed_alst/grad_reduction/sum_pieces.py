@@ -71,8 +71,8 @@ torch.library.register_fake(_NAME, _fake, lib=_library)
 
 
 def load_sum_pieces(device_type: str) -> str:
-    """Load the compiled op for ``"cpu"`` or ``"cuda"``, and return which one will compute (``ops.builder.load``)."""
-    return load("sum_pieces", device_type)
+    """Load the compiled op for ``"cpu"`` or ``"cuda"``, and return which one will compute."""
+    return load(device_type)
 
 
 def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:

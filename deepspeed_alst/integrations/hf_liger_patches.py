@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
+from deepspeed_alst.core.selfcheck import run_isolated
 
 # Activations that Liger's modules compute, whatever the config says.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -127,8 +128,12 @@ def _reason_against(name: str, module: torch.nn.Module, part: str) -> str | None
         return None
     activations = (getattr(module, key, None) for key in ("act_fn", "activation_fn", "act"))
     found = next(filter(callable, activations), None)
-    values = torch.linspace(-6, 6, 97, device="cpu")
-    if found is not None and torch.allclose(found(values), _ACTIVATIONS[part](values), rtol=0, atol=1e-6):
+    if found is not None and run_isolated(_agree, found, _ACTIVATIONS[part]):
         return None
     kind = "no activation that is known" if found is None else f"the activation {type(found).__name__}"
     return f"{name} has {kind}, and Liger would compute {part}"
+
+
+def _agree(found: Callable[..., torch.Tensor], expected: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    values = torch.linspace(-6, 6, 97, device="cpu")
+    return torch.allclose(found(values), expected(values), rtol=0, atol=1e-6)

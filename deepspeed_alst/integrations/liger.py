@@ -27,8 +27,6 @@ class LigerUse(NamedTuple):
     words: str
     makes_loss: bool = False
     """True if a tiled loss with backend "auto" uses Liger's kernel."""
-    patched: bool = False
-    """True if modules of the model are Liger's."""
     possible: bool = True
     """False if Liger cannot be used; ``words`` hold the reason."""
 
@@ -70,6 +68,20 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
             done.close()
         patches.absorb(done)
     return use._replace(words=f"{use.words} (rank {rank})") if rank else use
+
+
+def use_liger_without_data(model: torch.nn.Module, config: AlstConfig, patches: PatchSet) -> None:
+    """Apply Liger's kernels to a model on fake tensors as on a GPU, without launching them, if Liger is installed.
+
+    Raises:
+        UnsupportedModelError: requested by name, and Liger does not support the model, or a part of it.
+    """
+    if config.alst.liger_kernel is False or _reason_against_setup("cuda", interpreted=False):
+        return
+    from deepspeed_alst.kernels.liger import skip_fake_launches
+
+    skip_fake_launches(patches)
+    _use(base_model(model), config.alst.liger_kernel, "cuda", patches)
 
 
 def check_liger_runs(key: str, device: str) -> None:
@@ -148,7 +160,7 @@ def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> L
     # Its own forward may be Liger's too, for the loss.
     inner = [module for module in base.modules() if module is not base]
     if any(is_ligers(module) or is_ligers(vars(module).get("forward")) for module in inner):
-        return LigerUse("the model was patched by Liger before, and is left as it is", makes_loss, patched=True)
+        return LigerUse("the model was patched by Liger before, and is left as it is", makes_loss)
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 
     model_type = getattr(getattr(base, "config", None), "model_type", None)
@@ -165,8 +177,7 @@ def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> L
     # Liger's functions raise many types of errors.
     except Exception as error:
         return unused(f"Liger's function for {model_type} stopped with {type(error).__name__}: {error}")
-    words = _describe(type(base).__name__, counts, refused, asked)
-    return LigerUse(words, makes_loss, patched=bool(counts))
+    return LigerUse(_describe(type(base).__name__, counts, refused, asked), makes_loss)
 
 
 def _describe(model: str, counts: Counter[str], refused: dict[str, str], asked: dict[str, str]) -> str:

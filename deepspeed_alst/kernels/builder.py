@@ -1,10 +1,11 @@
-"""DeepSpeed builders of the csrc/ ops: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
+"""DeepSpeed builders of csrc/'s op: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
 
-A build at first use runs in a folder of its own, and its library moves into place when complete. A killed build, its
-orphaned compilers, and torch's lock file, which outlives its builder, therefore cannot break or block a later build.
+A build runs in a folder of its own under a lock that the kernel releases with its holder, and its library moves into
+place when complete. So a killed build cannot break or block a later one, which torch's own lock file would.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -12,16 +13,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder, assert_no_cuda_mismatch
 from torch.utils import cpp_extension
 
-from deepspeed_alst.kernels.build_once import OpBuildError, environment, first_error, only_builder
-
 _PACKAGE = Path(__file__).resolve().parent.parent
+# A build takes 10 s on CPU and a minute for CUDA; a lock held for longer than this means a hang.
+_WAIT_SECONDS = 300.0
 # Oldest torch whose stable ABI has all that the sources use; the binaries run on it and on every later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Without DeepSpeed's -march=native: one binary for all hosts that share a home or an image. Fused multiply-adds would
@@ -30,17 +33,68 @@ _CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", _TORCH_TARGET]
 _ARCHITECTURES = (80, 90, 100)
 
 
+class OpBuildError(RuntimeError):
+    """Error of an op that cannot be built or loaded here, with a fix in ``way_out``."""
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(reason)
+        self.way_out = way_out
+
+
+@contextlib.contextmanager
+def only_builder(path: Path) -> Iterator[None]:
+    """Hold a file lock.
+
+    Raises:
+        OpBuildError: another process has held the lock for too long, or the file system has no locks.
+    """
+    deadline = time.monotonic() + _WAIT_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    reason = f"another process has been building it for {_WAIT_SECONDS:.0f} s"
+                    raise OpBuildError(reason, f"end that process; fuser {path} names it") from None
+                time.sleep(0.1)
+            except OSError as error:
+                reason = f"{path} cannot be locked: {error.strerror}"
+                raise OpBuildError(reason, "name a folder in TORCH_EXTENSIONS_DIR") from error
+        yield
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set environment variables inside the block."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def first_error(output: str) -> str:
+    """Return the line of a compiler's output to show: the first with "error", else the first."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["the build failed without a word"]
+    return next((line for line in lines[1:] if "error" in line.lower()), lines[0])
+
+
 def source_folder() -> Path:
     """Return the folder of the C++ sources: inside an installed package, next to the one of a checkout."""
     inside = _PACKAGE / "csrc"
     return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
 
 
-class _AlstBuilder(OpBuilder):
-    """Builder of a library whose ops register themselves with torch when it is loaded."""
+class SumPiecesBuilder(OpBuilder):
+    """Builder of ``deepspeed_alst::sum_pieces`` for CPU; the op registers itself with torch when it is loaded."""
 
-    NAME: str
-    FILES: tuple[str, ...]
+    NAME = "alst_sum_pieces"
+    SOURCE = "sum_pieces.cpp"
 
     def __init__(self) -> None:
         super().__init__(name=self.NAME)
@@ -51,7 +105,7 @@ class _AlstBuilder(OpBuilder):
 
     def sources(self) -> list[str]:
         """Return absolute paths, so that DeepSpeed does not look for them in its own folder."""
-        return [str(source_folder() / name) for name in (*self.FILES, "module.cpp")]
+        return [str(source_folder() / name) for name in (self.SOURCE, "module.cpp")]
 
     def cxx_args(self) -> list[str]:
         """Return the C++ compiler's flags."""
@@ -61,17 +115,15 @@ class _AlstBuilder(OpBuilder):
         """Return an error that names the missing build dependency, or None."""
         compiler = cpp_extension.get_cxx_compiler().split()[0]
         if shutil.which(compiler) is None:
-            return OpBuildError(
-                f"no C++ compiler found ({compiler})",
-                "install g++ or name a compiler in CXX, or install the package with DS_BUILD_ALST=1 where there is one",
-            )
+            way_out = "install g++, or name a compiler in CXX, or install with DS_BUILD_ALST=1 where there is one"
+            return OpBuildError(f"no C++ compiler found ({compiler})", way_out)
         if not cpp_extension.is_ninja_available():
             return OpBuildError("no ninja found", "pip install ninja, and have its folder in PATH")
         return None
 
     def find(self) -> Path | None:
         """Load the library that is there, prebuilt or built before, and return its path; None if none loads."""
-        for library in (*_PACKAGE.glob(f"ops/{self.NAME}_op.*so"), *self._folder().glob("*.so")):
+        for library in (*_PACKAGE.glob(f"kernels/{self.NAME}_op.*so"), *self._folder().glob("*.so")):
             with contextlib.suppress(OSError):  # for another libc, or of an interrupted copy
                 torch.ops.load_library(library)
                 return library
@@ -122,29 +174,11 @@ class _AlstBuilder(OpBuilder):
             return library.replace(folder / library.name)
 
 
-class SumPiecesBuilder(_AlstBuilder):
-    """Builder of ``deepspeed_alst::sum_pieces`` for CPU."""
-
-    NAME = "alst_sum_pieces"
-    FILES = ("sum_pieces.cpp",)
-
-
-class TileOpsBuilder(_AlstBuilder):
-    """Builder of the CPU counterparts of the Triton kernels."""
-
-    NAME = "alst_tile_ops"
-    FILES = ("cross_entropy.cpp", "gated.cpp", "pack_heads.cpp")
-
-    def cxx_args(self) -> list[str]:
-        """Return flags with fused multiply-adds: these ops are tested by error, not bit by bit."""
-        return [*_CXX_FLAGS, "-ffp-contract=fast"]
-
-
-class CudaSumPiecesBuilder(_AlstBuilder, CUDAOpBuilder):
+class CudaSumPiecesBuilder(SumPiecesBuilder, CUDAOpBuilder):
     """Builder of ``deepspeed_alst::sum_pieces`` for CUDA; its library has no CPU kernel."""
 
     NAME = "alst_sum_pieces_cuda"
-    FILES = ("sum_pieces.cu",)
+    SOURCE = "sum_pieces.cu"
 
     def cxx_args(self) -> list[str]:
         """Return flags with USE_CUDA, which declares the stable ABI's CUDA streams."""
@@ -189,35 +223,30 @@ def cuda_flags(nvcc: str) -> list[str]:
     return ["-O3", "-std=c++20", "-DUSE_CUDA", _TORCH_TARGET, *targets, f"-gencode=arch={oldest},code={oldest}"]
 
 
-BUILDERS: dict[tuple[str, str], type[_AlstBuilder]] = {
-    ("sum_pieces", "cpu"): SumPiecesBuilder,
-    ("sum_pieces", "cuda"): CudaSumPiecesBuilder,
-    ("tile_ops", "cpu"): TileOpsBuilder,
-}
-"""Builders by library and device."""
+BUILDERS: dict[str, type[SumPiecesBuilder]] = {"cpu": SumPiecesBuilder, "cuda": CudaSumPiecesBuilder}
+"""Builders by device."""
 
 
 @functools.cache
-def load(library: str, device_type: str) -> str:
-    """Load a library's kernels over the PyTorch references, once per process; return which one will compute.
+def load(device_type: str) -> str:
+    """Load the compiled op over its PyTorch reference, once per process; return which one will compute.
 
-    Without the library torch computes with the same result, and a warning gives the reason and a fix.
+    Without it torch computes with the same result, and a warning gives the reason and a fix.
 
     Args:
-        library: a name of ``BUILDERS``.
         device_type: ``"cpu"`` or ``"cuda"``.
 
     Returns:
         ``"csrc op"``, or ``"torch (<why>)"``.
     """
-    if (library, device_type) not in BUILDERS:
+    if device_type not in BUILDERS:
         return f"torch (no csrc op for {device_type})"
     try:
-        BUILDERS[library, device_type]().load()
+        BUILDERS[device_type]().load()
     except Exception as error:  # compilers raise many types; training can go on
         reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"deepspeed_alst: {library} on {device_type} runs in torch, slower and with the same result: {reason}. "
+            f"deepspeed_alst: sum_pieces on {device_type} runs in torch, slower and with the same result: {reason}. "
             f"Way out: {getattr(error, 'way_out', 'see the messages above')}.",
             RuntimeWarning,
             stacklevel=2,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from deepspeed_alst.errors import DataError, ShapeError
-from deepspeed_alst.kernels.registry import has_kernel, pick, register
+from deepspeed_alst.kernels.registry import OPS, Op, pick
 
 IGNORED_LABEL = -100
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -190,19 +190,12 @@ def _example(device: torch.device) -> tuple[Any, ...]:
     return logits_tV, labels_t, torch.tensor(0.37, device=device), 0.1, 20.0, 0.7, True
 
 
-register(
-    "cross_entropy",
+OPS["cross_entropy"] = Op(
     reference=cross_entropy_reference,
     op=_op,
     launch=_launch,
     example=_example,
-    compiled=("cross_entropy_",),
 )
-
-
-def is_fast_on(device: torch.device) -> bool:
-    """Return True if a kernel runs on the device: Triton, or the csrc op on CPU."""
-    return has_kernel("cross_entropy", device)
 
 
 def has_own_rows(logits_tV: torch.Tensor) -> bool:

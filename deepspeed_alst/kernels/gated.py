@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels.registry import pick, register
+from deepspeed_alst.kernels.registry import OPS, Op, pick
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -172,21 +172,17 @@ def _example(num_tensors: int, device: torch.device) -> tuple[Any, ...]:
     return (*(3 * torch.randn(num_tensors, 7, 1500, device=device)), 1)
 
 
-register(
-    "gated_activation",
+OPS["gated_activation"] = Op(
     reference=gated_activation_reference,
     op=_activation,
     launch=_launch_activation,
     example=functools.partial(_example, 2),
-    compiled=("gated_activation_",),
 )
-register(
-    "gated_gradients",
+OPS["gated_gradients"] = Op(
     reference=gated_gradients_reference,
     op=_gradients,
     launch=_launch_gradients,
     example=functools.partial(_example, 3),
-    compiled=("gated_gradients_",),
 )
 
 

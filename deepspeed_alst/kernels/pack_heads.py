@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from deepspeed_alst.kernels.head_layout import by_heads, pack_reference, unpack_reference, wire_shape
-from deepspeed_alst.kernels.registry import pick, register
+from deepspeed_alst.kernels.registry import OPS, Op, pick
 
 # Elements per program and its warps: in bf16, 2 loads of 16 bytes per thread. The block width is the one that pads a
 # part's h * D the least; the narrowest, 128 bytes in bf16, still fills whole cache lines.
@@ -117,21 +117,17 @@ def _example_pieces(device: torch.device) -> list[torch.Tensor]:
     ]
 
 
-register(
-    "pack_heads",
+OPS["pack_heads"] = Op(
     reference=pack_reference,
     op=_pack_op,
     launch=_launch_pack,
     example=lambda device: (_example_pieces(device), 4),
-    compiled=("pack_heads",),
 )
-register(
-    "unpack_heads_",
+OPS["unpack_heads_"] = Op(
     reference=unpack_reference,
     op=_unpack_op,
     launch=_launch_unpack,
     example=lambda device: (torch.randn(4, 3, 2, 144, device=device), _example_pieces(device)),
-    compiled=("unpack_heads_",),
 )
 
 

@@ -24,7 +24,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch.utils import cpp_extension
 
-from deepspeed_alst.kernels.build_once import OpBuildError, environment, first_error, only_builder
+from deepspeed_alst.kernels.builder import OpBuildError, environment, first_error, only_builder
 
 # 1 MiB per request, 32 in flight per handle, submitted by one thread; several handles run in parallel.
 _BLOCK_BYTES, _QUEUE_DEPTH, _SUBMITTERS = 1 << 20, 32, 1

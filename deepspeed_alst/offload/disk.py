@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from deepspeed_alst.errors import AlstError, ConfigError, OffloadError, SetupError
-from deepspeed_alst.kernels.build_once import OpBuildError
+from deepspeed_alst.kernels.builder import OpBuildError
 from deepspeed_alst.offload.channels import PAGE_BYTES, Channel, SystemCalls
 from deepspeed_alst.offload.free_list import Extents
 from deepspeed_alst.offload.host_buffers import pages

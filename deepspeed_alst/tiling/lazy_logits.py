@@ -227,12 +227,12 @@ def _kernel_of(head: LazyHead, hidden: torch.Tensor, steps: Steps) -> tuple[OnTh
     if head.budget.backend == "torch" or hidden.dtype == torch.float64:
         return None, steps
     try:  # Triton is imported on demand: not every system has it
-        from deepspeed_alst.kernels.cross_entropy import is_fast_on
-        from deepspeed_alst.kernels.registry import runs_on
+        import deepspeed_alst.kernels.cross_entropy  # noqa: F401
+        from deepspeed_alst.kernels.registry import has_kernel, runs_on
     except ImportError:
         return None, steps
     by_liger = head.budget.backend == "liger" and runs_on(hidden.device)
-    if not by_liger and not is_fast_on(hidden.device):
+    if not by_liger and not has_kernel("cross_entropy", hidden.device):
         return None, steps
     fused = on_the_way(steps)
     if fused is None or (by_liger and fused.logit_scale != 1):

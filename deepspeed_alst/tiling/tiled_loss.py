@@ -62,7 +62,7 @@ def tile_loss(
     patches.set(base, "alst_head", head)
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
     on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
-    by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by the op of csrc on CPU; "
+    by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by torch on CPU; "
     return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
 
 

@@ -13,8 +13,7 @@ import torch
 
 import deepspeed_alst
 from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces
-from deepspeed_alst.kernels.build_once import OpBuildError, environment
-from deepspeed_alst.kernels.builder import SumPiecesBuilder
+from deepspeed_alst.kernels.builder import OpBuildError, SumPiecesBuilder, environment
 
 
 def fail_once() -> str:

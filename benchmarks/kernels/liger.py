@@ -1,0 +1,32 @@
+"""Memory of a layer with Liger's kernels, on fake tensors: their functions allocate, and nothing is launched."""
+
+import dataclasses
+from typing import Any
+
+from benchmarks.tiles.shapes import REAL_SIZE, step_of
+from benchmarks.tiles.systems import System
+from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.integrations.liger import use_liger_without_data
+
+NORMS_AND_ROPE = {"swiglu": False}
+"""``alst.liger_kernel``: RMSNorm and rotary embedding."""
+
+
+def layer_peak(model_type: str, liger: Any) -> float:
+    """Return peak bytes per token of a model of one checkpointed layer, with tiled MLP and loss.
+
+    Args:
+        model_type: of ``benchmarks.tiles.shapes.REAL_SIZE``.
+        liger: a value of ``alst.liger_kernel``.
+    """
+    keys = AlstConfig.model_validate({"alst": {"liger_kernel": liger}})
+
+    class Patched(System):
+        def _loss_of(self, model: Any, *rest: Any) -> Any:
+            use_liger_without_data(model, keys, rest[-1])
+            return super()._loss_of(model, *rest)
+
+    shape = next(each for each in REAL_SIZE if each.model_type == model_type)
+    ledger = step_of(dataclasses.replace(shape, num_layers=1), 1, Patched("ours", "non-reentrant")).ledger
+    in_layer = [each for each in ledger.timeline if each.moment.module.startswith("model.layers.")]
+    return max(each.total - each.bytes["weights"] for each in in_layer) / shape.tokens
