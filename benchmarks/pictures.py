@@ -38,7 +38,7 @@ TOP = 20 * 2**30
 
 
 class Whole(System):
-    """Our tiles with Liger's norms and rotary embedding, as on a GPU, and optionally layer inputs offloaded to the host."""
+    """Our tiles with Liger's norms and rotary embedding, and optionally layer inputs offloaded to the host."""
 
     def __init__(self, offloads: bool) -> None:
         super().__init__("ours", "non-reentrant")

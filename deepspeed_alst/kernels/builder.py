@@ -46,7 +46,7 @@ def only_builder(path: Path) -> Iterator[None]:
     """Hold a file lock.
 
     Raises:
-        OpBuildError: another process has held the lock for too long, or the file system has no locks.
+        OpBuildError: another process has held the lock for too long.
     """
     deadline = time.monotonic() + _WAIT_SECONDS
     with path.open("w") as file:
@@ -59,9 +59,6 @@ def only_builder(path: Path) -> Iterator[None]:
                     reason = f"another process has been building it for {_WAIT_SECONDS:.0f} s"
                     raise OpBuildError(reason, f"end that process; fuser {path} names it") from None
                 time.sleep(0.1)
-            except OSError as error:
-                reason = f"{path} cannot be locked: {error.strerror}"
-                raise OpBuildError(reason, "name a folder in TORCH_EXTENSIONS_DIR") from error
         yield
 
 

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.kernels.cross_entropy import has_own_rows
 from deepspeed_alst.kernels.registry import OPS, Op, pick
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # (features per block, warps), for 16-byte accesses per thread in bf16. The first block that holds a row is taken, else
 # the last.
 CONFIGS = ((128, 1), (1024, 4))
@@ -158,16 +158,6 @@ _gradients = torch.library.custom_op(
 )
 
 
-@_activation.register_fake
-def _fake_activation(gate_tF, up_tF, kind):
-    return None
-
-
-@_gradients.register_fake
-def _fake_gradients(gate_tF, up_tF, grad_tF, kind):
-    return None
-
-
 def _example(num_tensors: int, device: torch.device) -> tuple[Any, ...]:
     return (*(3 * torch.randn(num_tensors, 7, 1500, device=device)), 1)
 
@@ -192,36 +182,14 @@ def _check(op: str, activation: str, *each_tF: torch.Tensor) -> None:
         wrong = f"{activation!r} is none of {', '.join(ACTIVATIONS)}"
     elif any(each.dim() != 2 or each.shape != first.shape for each in each_tF):
         wrong = "all must be [t, F]"
-    elif any(each.dtype != first.dtype for each in each_tF) or first.dtype not in (*_DTYPES, torch.float64):
-        wrong = f"all must be of one of {', '.join(map(str, _DTYPES))}"
-    elif any(each.device != first.device for each in each_tF):
-        wrong = "all must be on one device"
-    elif not all(_has_own_rows(each) for each in each_tF):
+    elif any(each.dtype != first.dtype for each in each_tF) or not first.is_floating_point():
+        wrong = "all must be of one floating-point dtype"
+    elif not all(has_own_rows(each) for each in each_tF):
         wrong = "rows must be contiguous, and share no memory"
-    elif any(_share_memory(one, other) for i, one in enumerate(each_tF) for other in each_tF[:i]):
-        wrong = "the tensors must share no memory"
     else:
         return
-    given = "; ".join(
-        f"{list(each.shape)} with strides {list(each.stride())}, {each.dtype} on {each.device}" for each in each_tF
-    )
+    given = "; ".join(f"{list(each.shape)} with strides {list(each.stride())}, {each.dtype}" for each in each_tF)
     raise ShapeError(f"{op}: {wrong}; given {given}")
-
-
-def _has_own_rows(x_tF: torch.Tensor) -> bool:
-    t, F = x_tF.shape
-    return (F <= 1 or x_tF.stride(1) == 1) and (t <= 1 or x_tF.stride(0) >= F)
-
-
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return True if two tensors with contiguous rows overlap; two halves of the same rows do not."""
-    if one.untyped_storage()._cdata != other.untyped_storage()._cdata or not one.numel():
-        return False
-    first, second = sorted((one, other), key=lambda x: x.storage_offset())
-    (t, F), stride, apart = one.shape, one.stride(0), second.storage_offset() - first.storage_offset()
-    if apart >= (t - 1) * first.stride(0) + F:
-        return False
-    return t == 1 or stride != other.stride(0) or not F <= apart % stride <= stride - F
 
 
 def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: str) -> None:
@@ -230,33 +198,21 @@ def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: st
     Args:
         gate_tF: bf16, fp16 or fp32 (fp64 uses the reference); contiguous rows, row stride >= F, as in one half of a
             fused projection's output.
-        up_tF: same dtype and device; unchanged.
+        up_tF: same dtype and device, other memory; unchanged.
         activation: one of ``ACTIVATIONS``.
 
     Raises:
-        ShapeError: incompatible sizes, strides, dtypes or devices, or overlapping memory.
+        ShapeError: incompatible sizes, strides or dtypes.
     """
     _check("gated_activation_", activation, gate_tF, up_tF)
-    is_wide = gate_tF.dtype == torch.float64
-    function = gated_activation_reference if is_wide else pick("gated_activation", gate_tF.device)
-    function(gate_tF, up_tF, ACTIVATIONS.index(activation))
+    pick("gated_activation", gate_tF)(gate_tF, up_tF, ACTIVATIONS.index(activation))
 
 
 def gated_gradients_(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, activation: str) -> None:
     """Compute the gradients of ``a = act(gate) * up`` from that of ``a``, in place: ``[t, F]`` three times.
 
     Afterwards ``gate_tF`` and ``up_tF`` hold their gradients, and ``grad_tF`` holds ``a``.
-
-    Args:
-        gate_tF: as in ``gated_activation_``.
-        up_tF: likewise.
-        grad_tF: the gradient of ``a``; likewise.
-        activation: one of ``ACTIVATIONS``.
-
-    Raises:
-        ShapeError: as in ``gated_activation_``.
+    Arguments and errors are those of ``gated_activation_``.
     """
     _check("gated_gradients_", activation, gate_tF, up_tF, grad_tF)
-    is_wide = gate_tF.dtype == torch.float64
-    function = gated_gradients_reference if is_wide else pick("gated_gradients", gate_tF.device)
-    function(gate_tF, up_tF, grad_tF, ACTIVATIONS.index(activation))
+    pick("gated_gradients", gate_tF)(gate_tF, up_tF, grad_tF, ACTIVATIONS.index(activation))

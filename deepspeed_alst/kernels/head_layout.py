@@ -11,8 +11,8 @@ Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a ra
 """
 
 import functools
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -65,12 +65,21 @@ def unpack_reference(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) ->
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> Callable[..., Any] | None:
+    """Return ``registry.pick``; None without Triton."""
     try:
-        from deepspeed_alst.kernels import pack_heads as heads
+        import deepspeed_alst.kernels.pack_heads  # noqa: F401
+        from deepspeed_alst.kernels.registry import pick
     except ImportError:
         return None
-    return heads
+    return pick
+
+
+def _run(name: str, reference: Callable[..., Any], x: torch.Tensor, pieces: Sequence[torch.Tensor], *args: Any) -> Any:
+    """Call the kernel if the pieces suit it and it runs on their device, else the reference."""
+    suits = x.dtype in _DTYPES and all(y.dtype == x.dtype and (y.shape[4] < 2 or y.stride(4) == 1) for y in pieces)
+    pick = _kernels() if suits else None
+    return (pick(name, x) if pick else reference)(*args)
 
 
 def _check(pieces: Sequence[torch.Tensor], num_ranks: int) -> None:
@@ -84,10 +93,6 @@ def _check(pieces: Sequence[torch.Tensor], num_ranks: int) -> None:
         return
     words = ", ".join(f"{list(x.shape)} on {x.device}" for x in pieces)
     raise ShapeError(f"pack and unpack_: {wrong}; pieces are {words}")
-
-
-def _suit_a_kernel(pieces: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
-    return dtype in _DTYPES and all(x.dtype == dtype and (x.shape[4] < 2 or x.stride(4) == 1) for x in pieces)
 
 
 def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
@@ -107,9 +112,7 @@ def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
     first = pieces[0]
     if len(pieces) == 1 and first.shape[0] == num_ranks and first.is_contiguous():
         return first.flatten(3)
-    kernels = _kernels() if _suit_a_kernel(pieces, first.dtype) else None
-    function = kernels.packing(first.device) if kernels else pack_reference
-    return function(list(pieces), num_ranks)
+    return _run("pack_heads", pack_reference, first, pieces, list(pieces), num_ranks)
 
 
 def unpack_(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
@@ -129,6 +132,4 @@ def unpack_(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
             f"unpack_: the buffer must be {list(wire_shape(pieces, wire_PsBW.shape[0]))} and contiguous, it is "
             f"{list(wire_PsBW.shape)} with strides {list(wire_PsBW.stride())}"
         )
-    kernels = _kernels() if _suit_a_kernel(pieces, wire_PsBW.dtype) else None
-    function = kernels.unpacking(wire_PsBW.device) if kernels else unpack_reference
-    function(wire_PsBW, list(pieces))
+    _run("unpack_heads_", unpack_reference, wire_PsBW, pieces, wire_PsBW, list(pieces))

@@ -1,4 +1,4 @@
-"""Kernels that pack and unpack around an all-to-all, one launch each; ``wire.py`` has the format and the reference.
+"""Kernels that pack and unpack around an all-to-all, one launch each; ``head_layout.py`` has the format.
 
 Bytes moved per element: packing reads each piece once and writes the buffer once, 2 * itemsize per element of the
 buffer (4 in bf16, 8 in fp32), and ``(1 + 1/m) * itemsize`` if a piece goes to m ranks. Unpacking is the same with reads
@@ -7,14 +7,14 @@ and writes exchanged. This is the minimum.
 Legend: P ranks, s tokens of a shard, B batch, h heads of a rank, D head dim, g pieces, m = P/g, W = all h*D.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from deepspeed_alst.kernels.head_layout import by_heads, pack_reference, unpack_reference, wire_shape
-from deepspeed_alst.kernels.registry import OPS, Op, pick
+from deepspeed_alst.kernels.registry import OPS, Op
 
 # Elements per program and its warps: in bf16, 2 loads of 16 bytes per thread. The block width is the one that pads a
 # part's h * D the least; the narrowest, 128 bytes in bf16, still fills whole cache lines.
@@ -129,13 +129,3 @@ OPS["unpack_heads_"] = Op(
     launch=_launch_unpack,
     example=lambda device: (torch.randn(4, 3, 2, 144, device=device), _example_pieces(device)),
 )
-
-
-def packing(device: torch.device) -> Callable[[list[torch.Tensor], int], torch.Tensor]:
-    """Return the function that packs bf16, fp16 and fp32 on the device: a kernel or the reference."""
-    return pick("pack_heads", device)
-
-
-def unpacking(device: torch.device) -> Callable[[torch.Tensor, list[torch.Tensor]], None]:
-    """Return the function that unpacks on the device: a kernel or the reference."""
-    return pick("unpack_heads_", device)

@@ -61,9 +61,10 @@ def has_kernel(name: str, device: torch.device) -> bool:
     return _is_proven(name, torch.cuda.current_device() if device.index is None else device.index)
 
 
-def pick(name: str, device: torch.device) -> Callable[..., Any]:
-    """Return the function that computes an op on a device."""
-    return OPS[name].op if has_kernel(name, device) else OPS[name].reference
+def pick(name: str, x: torch.Tensor) -> Callable[..., Any]:
+    """Return the function that computes an op on a tensor's device; fp64 is left to the reference."""
+    is_kernel = x.dtype != torch.float64 and has_kernel(name, x.device)
+    return OPS[name].op if is_kernel else OPS[name].reference
 
 
 @functools.cache

@@ -16,7 +16,6 @@ EXEMPT = {
     "core.function_copies": "it builds the functions that are patched in",
     "autoload": "runs within `import torch`, before anything of the package can be imported",
     "tiling.experts": "an expert's shell is the package's own module",
-    "integrations.fused_norms": "a twin of a norm is the package's own module",
 }
 _BUILDERS = {"MethodType", "FunctionType", "setattr", "delattr", "exec", "eval"}
 _ATTRIBUTES = {"forward", "__class__", "loss_function", "_loss_function", "__dict__"}

@@ -1,11 +1,10 @@
-"""The gated activation: its kernels by Triton's interpreter on CPU in a process of their own, and its ops of csrc.
+"""The gated activation: its kernels by Triton's interpreter on CPU in a process of their own.
 
 Not shown here: how a GPU rounds exp; nothing here ran on one.
 """
 
 import contextlib
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -40,17 +39,6 @@ def test_activation_and_gradients_are_as_good_as_torchs(interpreted, case):
     assert verdict.is_accurate, verdict.errors
 
 
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_on_cpu_the_ops_of_csrc_are_as_good_as_torch(case):
-    from deepspeed_alst.kernels import gated
-
-    cpu = torch.device("cpu")
-    assert gated.pick("gated_activation", cpu) is gated._activation
-    assert gated.pick("gated_gradients", cpu) is gated._gradients
-    verdict = judge(case, contextlib.nullcontext)
-    assert verdict.is_accurate, verdict.errors
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_bytes_that_a_launch_moves_are_at_most_1_1_times_the_least(interpreted, case):
     verdict = interpreted.run(judge, case)
@@ -58,13 +46,13 @@ def test_the_bytes_that_a_launch_moves_are_at_most_1_1_times_the_least(interpret
     assert verdict.least == (6 if case.backward else 3) * case.dtype.itemsize
 
 
-def _tail(within=faithful) -> float:
+def _tail() -> float:
     """The largest relative error of gelu in fp32 where it is nearly 0."""
     from deepspeed_alst.kernels.gated import gated_activation_
 
     x_tF = torch.linspace(-6, -1, 1000)[None]
     found_tF, one_tF = x_tF.clone(), torch.ones_like(x_tF)
-    with within():
+    with faithful():
         gated_activation_(found_tF, one_tF, "gelu")
     truth_tF = x_tF.double() * torch.special.ndtr(x_tF.double())
     return float(((found_tF - truth_tF) / truth_tF).abs().max())
@@ -72,28 +60,28 @@ def _tail(within=faithful) -> float:
 
 def test_gelu_keeps_the_digits_of_its_lower_tail(interpreted):
     # torch's 1 + erf has none left at -6.
-    assert interpreted.run(_tail) < 3e-6 and _tail(contextlib.nullcontext) < 3e-6
+    assert interpreted.run(_tail) < 3e-6
 
 
 # --- what is at the edges
 
 
-def _edges(within=faithful) -> None:
+def _edges() -> None:
     from deepspeed_alst.kernels.gated import gated_activation_, gated_gradients_
 
     for activation, dtype in itertools.product(ACTIVATIONS, DTYPES):
         for shape in ((0, 5), (3, 0), (0, 0)):
-            with within() as traffic:
+            with faithful() as traffic:
                 gated_gradients_(*torch.zeros(3, *shape, dtype=dtype), activation)
                 gated_activation_(*torch.zeros(2, *shape, dtype=dtype), activation)
-            assert traffic is None or traffic.read == traffic.written == 0
+            assert traffic.read == traffic.written == 0
         large = torch.finfo(dtype).max
         gate = torch.tensor([[0.0, 30, -30, 300, -300, large, -large, torch.inf, -torch.inf, torch.nan]], dtype=dtype)
         other = torch.ones_like(gate)
         wanted, slope = gate.clone(), (gate > 0).to(dtype)
         wanted[gate < 0], slope[0, 0] = 0, 0.5
         value, up, act = gate.clone(), other.clone(), other.clone()
-        with within():
+        with faithful():
             gated_activation_(value, up, activation)
             gated_gradients_(gate, up, act, activation)
         for found, expected in ((value, wanted), (act, wanted), (up, wanted), (gate[:, :9], slope[:, :9])):
@@ -103,17 +91,16 @@ def _edges(within=faithful) -> None:
 
 def test_empty_tensors_and_the_largest_numbers_and_none(interpreted):
     interpreted.run(_edges)
-    _edges(contextlib.nullcontext)
 
 
-def _rows_beyond_int32(within=faithful) -> None:
+def _rows_beyond_int32() -> None:
     from deepspeed_alst.kernels.gated import gated_gradients_, gated_gradients_reference
 
     torch.manual_seed(0)
     # Memory that nothing touches is not taken: three rows, the last of them 2**31 + 16 elements in.
     far = [torch.empty(2**31 + 100, dtype=torch.bfloat16).as_strided((3, 40), (2**30 + 8, 1)) for _ in range(3)]
     near = [each.copy_(torch.randn(3, 40)).clone() for each in far]
-    with within():
+    with faithful():
         gated_gradients_(*far, "gelu")
     gated_gradients_reference(*near, 1)
     for one, other in zip(far, near, strict=True):
@@ -122,20 +109,6 @@ def _rows_beyond_int32(within=faithful) -> None:
 
 def test_rows_may_begin_beyond_2_to_the_31_elements(interpreted):
     interpreted.run(_rows_beyond_int32)
-    _rows_beyond_int32(contextlib.nullcontext)
-
-
-def parts(*corners: tuple[int, int]) -> list[torch.Tensor]:
-    """Pieces ``[4, 3]`` of one tensor by their first row and column."""
-    whole = torch.zeros(5, 7)
-    return [whole[row : row + 4, column : column + 3] for row, column in corners]
-
-
-def test_pieces_of_one_tensor_may_lie_beside_one_another():
-    from deepspeed_alst.kernels.gated import gated_gradients_
-
-    gated_gradients_(*parts((0, 0), (0, 3)), torch.zeros(4, 3), "silu")
-    gated_gradients_(*parts((1, 4), (0, 1)), torch.zeros(4, 3), "silu")
 
 
 @pytest.mark.parametrize(
@@ -143,14 +116,10 @@ def test_pieces_of_one_tensor_may_lie_beside_one_another():
     [
         (lambda: (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3)), r"must be \[t, F\]"),
         (lambda: torch.zeros(3, 2, 3, 4), r"must be \[t, F\]"),
-        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3).half()), "of one of torch.bfloat16"),
-        (lambda: torch.zeros(3, 2, 3, dtype=torch.int32), "of one of torch.bfloat16"),
-        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), "on one device"),
+        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3).half()), "of one floating-point dtype"),
+        (lambda: torch.zeros(3, 2, 3, dtype=torch.int32), "of one floating-point dtype"),
         (lambda: (torch.zeros(2, 3), torch.zeros(3, 2).t(), torch.zeros(2, 3)), "rows must be contiguous"),
         (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3).expand(2, 3)), "share no memory"),
-        (lambda: (x := torch.zeros(2, 3), x, torch.zeros(2, 3)), "the tensors must share no memory"),
-        (lambda: parts((0, 3), (0, 0), (0, 2)), "the tensors must share no memory"),
-        (lambda: parts((1, 3), (0, 0), (1, 2)), "the tensors must share no memory"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(make, words):
@@ -168,27 +137,16 @@ def test_an_activation_that_is_none_of_these_is_refused():
 
 
 def _opcheck() -> None:
-    from deepspeed_alst.kernels.registry import registered
+    from deepspeed_alst.kernels.registry import OPS
 
     three = torch.randn(3, 4, 70)
     for kind in range(3):
-        torch.library.opcheck(registered()["gated_activation"].op, (*three[:2], kind))
-        torch.library.opcheck(registered()["gated_gradients"].op, (*three, kind))
+        torch.library.opcheck(OPS["gated_activation"].op, (*three[:2], kind))
+        torch.library.opcheck(OPS["gated_gradients"].op, (*three, kind))
 
 
 def test_the_ops_tell_torch_the_truth_about_their_schema_and_their_fake(interpreted):
     interpreted.run(_opcheck)
-
-
-def test_a_first_use_on_fake_tensors_does_not_speak_against_a_kernel():
-    from deepspeed_alst.kernels import gated
-    from deepspeed_alst.kernels.registry import _is_proven
-    from deepspeed_alst.profiler.fake import fake_world
-
-    _is_proven.cache_clear()
-    with fake_world(1), warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        assert gated.pick("gated_gradients", torch.device("cpu")) is gated._gradients
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernels are not run on one")
