@@ -18,6 +18,7 @@ from benchmarks.grid import kernel_cells
 from benchmarks.kernels.cross_entropy import Case, in_a_model, judge, tile_peak
 from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_bf16
 from benchmarks.kernels.judge import Interpreted, measure
+from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
 from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.config.schema import TiledLossConfig
@@ -295,6 +296,29 @@ def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
     # An fp32 copy and a bf16 gradient fewer; with a quarter of the bytes a logit, four times the rows fit.
     assert by_torch - same_tile > 1.4 * 523 * 128256 * 4
     assert same_bytes < 1.02 * by_torch
+
+
+def test_a_layer_by_ligers_kernels_needs_less_at_its_peak():
+    own, norms, all_parts = (layer_peak("llama", liger) for liger in (False, NORMS_AND_ROPE, True))
+    assert norms <= 0.68 * own and norms < all_parts <= 0.75 * own
+
+
+def test_only_launches_on_fake_tensors_are_skipped_and_only_until_the_undo(monkeypatch):
+    from triton.runtime import Autotuner, JITFunction
+
+    from deepspeed_alst.kernels.liger import skip_fake_launches
+    from deepspeed_alst.profiler.fake import fake_world
+
+    for kind in (JITFunction, Autotuner):
+        monkeypatch.setattr(kind, "run", lambda self, *args, **kwargs: "launched")
+    with PatchSet() as undo:
+        skip_fake_launches(undo)
+        with fake_world(1):
+            fake = torch.zeros(1)
+        for kind in (JITFunction, Autotuner):
+            assert kind.run(None, torch.zeros(1), grid=(1,)) == "launched"
+            assert kind.run(None, fake, 1, grid=(1,)) is None and kind.run(None, x=fake) is None
+    assert JITFunction.run(None, fake) == Autotuner.run(None, fake) == "launched"
 
 
 # --- in DeepSpeed's engine, by its key
