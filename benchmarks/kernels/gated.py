@@ -139,9 +139,9 @@ def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
 @contextmanager
 def by_autograd() -> Iterator[None]:
     """Run tiles of a gated MLP by autograd, as those of any module."""
-    from deepspeed_alst.tiling.detect_gated_mlp import ClosedForm
+    from deepspeed_alst.tiling.tiled_module import TiledModule
 
-    with mock.patch.object(ClosedForm, "now", lambda *_: None):
+    with mock.patch.object(TiledModule, "closed_form", lambda *_: None):
         yield
 
 
@@ -150,7 +150,7 @@ def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
     from deepspeed_alst.config.schema import TiledMLPConfig
     from deepspeed_alst.profiler.fake import fake_world
     from deepspeed_alst.profiler.ledger import Ledger
-    from deepspeed_alst.tiling.tile_size import row_bytes, tile_rows
+    from deepspeed_alst.tiling.tiled_mlp import row_bytes, tile_rows
     from deepspeed_alst.tiling.tiled_module import TiledModule
 
     T, M, F = 32768, 4096, 14336

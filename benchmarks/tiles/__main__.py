@@ -3,8 +3,7 @@
     python -m benchmarks.tiles [part ...] [--picture runs/loss_memory.png]
 
 Parts are shapes, loss, gathers, gradients and time; default: all. Bytes and FLOPs come from the ledger: FLOPs of
-matmuls without attention scores, relative to a step without tiles and checkpoints. The exit status is non-zero if a
-target is missed.
+matmuls without attention scores, relative to a step without tiles and checkpoints. Exits non-zero on a missed target.
 """
 
 import argparse
@@ -30,95 +29,68 @@ def shapes() -> Iterator[Row]:
     _, upstream, ours = SYSTEMS
     with Ranks(8) as ranks:
         for shape, sp_size in itertools.product((*REAL_SIZE, *SCALED), (1, 8)):
-            for_real = shape.is_real and sp_size > 1
+            on_ranks = shape.is_real and sp_size > 1
             whole, theirs, own = (
-                ranks.run(measure, shape, sp_size, each)[0] if for_real else measure(shape, sp_size, each)
+                ranks.run(measure, shape, sp_size, each)[0] if on_ranks else measure(shape, sp_size, each)
                 for each in (BASELINE, upstream, ours)
             )
-            name = f"{shape.name}, SP {sp_size}"
-            layer, model = shape.most
-            for what, most, figures in (
-                ("a layer", layer, [each.layer_flops / whole.layer_flops for each in (own, theirs)]),
-                ("the model", model, [each.model_flops / whole.model_flops for each in (own, theirs)]),
-            ):
-                met = figures[0] <= most
-                yield f"{name}: FLOPs of {what}", f"{figures[0]:.3f}", f"{figures[1]:.3f}", f"<= {most}", met
-            yield (
-                f"{name}: KiB a token at a layer's peak; kept",
-                f"{own.layer_peak / 1024:.0f}; {own.kept / 1024:.0f}",
-                f"{theirs.layer_peak / 1024:.0f}; {theirs.kept / 1024:.0f}",
-                "",
-                True,
-            )
+            name, (layer, model) = f"{shape.name}, SP {sp_size}", shape.most
+            pair = [each.layer_flops / whole.layer_flops for each in (own, theirs)]
+            yield f"{name}: FLOPs of a layer", f"{pair[0]:.3f}", f"{pair[1]:.3f}", f"<= {layer}", pair[0] <= layer
+            pair = [each.model_flops / whole.model_flops for each in (own, theirs)]
+            yield f"{name}: FLOPs of the model", f"{pair[0]:.3f}", f"{pair[1]:.3f}", f"<= {model}", pair[0] <= model
+            kib = (f"{each.layer_peak / 1024:.0f}; {each.kept / 1024:.0f}" for each in (own, theirs))
+            yield f"{name}: KiB a token at a layer's peak; kept", *kib, "", True
             if own.forwards[0]:
-                first, last = own.forwards
-                shown = " and ".join(f"{each:.0f}" for each in theirs.forwards)
-                yield f"{name}: forwards of first, last matrix", f"{first:.0f} and {last:.0f}", shown, "2", first <= 2
+                counts = (f"{each.forwards[0]:.0f} and {each.forwards[1]:.0f}" for each in (own, theirs))
+                yield f"{name}: forwards of first, last matrix", *counts, "2", own.forwards[0] <= 2
 
 
 def loss() -> Iterator[Row]:
     """Yield peak bytes and FLOPs of the loss, with 100 % and 30 % of tokens trained."""
     from benchmarks.tiles.loss import FAKE, SCALED, SYSTEMS, peak_beyond_weights, run
 
-    for case in (FAKE, SCALED):
-        for trained in (1.0, 0.3):
-            ledgers = {system: run(case, system, trained).ledger for system in SYSTEMS}
-            peak = {system: peak_beyond_weights(ledger) / 2**20 for system, ledger in ledgers.items()}
-            flops = {system: ledger.matmul_flops for system, ledger in ledgers.items()}
-            name = f"{case.name}, {trained:.0%} trained"
-            yield (
-                f"{name}: peak MiB (whole {peak['whole']:.0f})",
-                f"{peak['ours']:.0f}",
-                f"{peak['upstream']:.0f}",
-                "< whole",
-                peak["ours"] < peak["whole"],
-            )
-            ratios = [flops[system] / flops["whole"] for system in ("ours", "upstream")]
-            yield (
-                f"{name}: FLOPs of the whole's",
-                f"{ratios[0]:.2f}",
-                f"{ratios[1]:.2f}",
-                f"{trained:.2f}",
-                ratios[0] <= trained + 0.01,
-            )
+    for case, trained in itertools.product((FAKE, SCALED), (1.0, 0.3)):
+        ledgers = [run(case, system, trained).ledger for system in SYSTEMS]
+        whole, theirs, own = (peak_beyond_weights(ledger) / 2**20 for ledger in ledgers)
+        name = f"{case.name}, {trained:.0%} trained"
+        yield f"{name}: peak MiB (whole {whole:.0f})", f"{own:.0f}", f"{theirs:.0f}", "< whole", own < whole
+        whole, theirs, own = (ledger.matmul_flops for ledger in ledgers)
+        figures = f"{own / whole:.2f}", f"{theirs / whole:.2f}", f"{trained:.2f}"
+        yield f"{name}: FLOPs of the whole's", *figures, own / whole <= trained + 0.01
 
 
 def gathers() -> Iterator[Row]:
     """Yield all-gathers per step under ZeRO-3, and reduce hook calls per weight."""
-    from benchmarks.tiles.gathers import TILES, WORLD_SIZE, measure
+    from benchmarks.tiles import real
 
-    with Ranks(WORLD_SIZE) as ranks:
-        found = {
-            (system, tiles): ranks.run(measure, system, tiles)[0] for tiles in TILES for system in ("ours", "upstream")
-        }
-    fewest = min(found["ours", tiles][0] for tiles in TILES)
-    for tiles in TILES:
-        (own, fired), (theirs, their_fired) = found["ours", tiles], found["upstream", tiles]
+    with Ranks(real.WORLD_SIZE) as ranks:
+        found = [[ranks.run(real.gathers, each, n)[0] for each in ("ours", "upstream")] for n in real.GATHER_TILES]
+    fewest = min(own[0] for own, _ in found)
+    for tiles, ((own, fired), (theirs, their_fired)) in zip(real.GATHER_TILES, found, strict=True):
         yield f"{tiles} tiles: all-gathers a step", str(own), str(theirs), f"{fewest} at any number", own == fewest
         yield f"{tiles} tiles: reduce hooks a weight", f"{fired:.0f}", f"{their_fired:.0f}", "1", fired == 1
 
 
 def gradients() -> Iterator[Row]:
     """Yield errors of bf16 weight gradients against fp64, by number of tiles."""
-    from benchmarks.tiles.real import TILES, gradient_errors
+    from benchmarks.tiles.real import GRADIENT_TILES, gradient_errors
 
     errors = gradient_errors()
-    for tiles, own, theirs in zip(TILES, errors["ours"], errors["upstream"], strict=True):
-        most = 1.2 * errors["ours"][0]
+    most = 1.2 * errors["ours"][0]
+    for tiles, own, theirs in zip(GRADIENT_TILES, errors["ours"], errors["upstream"], strict=True):
         yield f"{tiles} tiles: error of weight gradients", f"{own:.1e}", f"{theirs:.1e}", f"<= {most:.1e}", own <= most
 
 
 def times() -> Iterator[Row]:
     """Yield step times on real tensors, relative to the checkpointed step without tiles."""
-    from benchmarks.tiles.real import TIMED, step_times
+    from benchmarks.tiles.real import step_times
 
-    seconds, flops = step_times()
-    untiled, own, theirs = (system.name for system in TIMED)
-    ratio, other = seconds[own] / seconds[untiled], seconds[theirs] / seconds[untiled]
-    predicted = flops[own] / flops[untiled]
-    target = f"{predicted:.2f} by FLOPs, +- 0.05, and < DeepSpeed's"
-    met = ratio <= predicted + 0.05 and ratio < other
-    yield "seconds of a step, 2K tokens, hidden 1024, of untiled's", f"{ratio:.2f}", f"{other:.2f}", target, met
+    (untiled, own, theirs), flops = step_times()
+    predicted = flops[1] / flops[0]
+    figures = f"{own / untiled:.2f}", f"{theirs / untiled:.2f}", f"{predicted:.2f} by FLOPs, +- 0.05, and < DeepSpeed's"
+    met = own / untiled <= predicted + 0.05 and own < theirs
+    yield "seconds of a step, 2K tokens, hidden 1024, of untiled's", *figures, met
 
 
 PARTS = {"shapes": shapes, "loss": loss, "gathers": gathers, "gradients": gradients, "time": times}
@@ -138,16 +110,12 @@ def draw(path: Path) -> None:
 def main() -> int:
     """Print a table for each part; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     started, missed, console = time.monotonic(), 0, Console(width=150)
     for name in arguments.parts or ([] if arguments.picture else PARTS):
-        table = Table(title=name, title_justify="left")
-        for column in ("", "this package", "DeepSpeed's", "target", "verdict"):
-            table.add_column(column)
+        table = Table("", "this package", "DeepSpeed's", "target", "verdict", title=name, title_justify="left")
         for what, own, theirs, target, met in PARTS[name]():
             missed += not met
             table.add_row(what, own, theirs, target, ("ok" if met else "MISSED") if target else "")

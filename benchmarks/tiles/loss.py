@@ -1,4 +1,4 @@
-"""Logits and loss of a shard: peak bytes and FLOPs with 100 % and 30 % of tokens trained.
+"""Logits and loss of a shard: peak bytes and FLOPs with a share of the tokens trained.
 
 The model has no layers: hidden states are the input, and only the norm and the head remain.
 
@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.tiles.systems import IGNORED_LABEL, build, second_step, upstream_loss, without_mask
+from benchmarks.tiles.systems import IGNORED_LABEL, build, put_tiles, second_step
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.known import Known
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 
 SYSTEMS = ("whole", "upstream", "ours")
 
@@ -44,14 +42,11 @@ SMALL = LossCase("for real, small", 512, 32, 997, True, 8, TiledLossConfig(tile_
 
 def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:
     """Run a step with this share of labelled tokens and return its ledger."""
-    num_trained = round(case.tokens * trained)
-    with PatchSet() as world:
-        if not case.is_real:
-            world.enter_context(fake_world(1))
+    num_trained, sizes = round(case.tokens * trained), {"hidden_size": case.hidden, "intermediate_size": case.hidden}
+    with nullcontext() if case.is_real else fake_world(1):
         config = LlamaConfig(
+            **sizes,
             vocab_size=case.vocab,
-            hidden_size=case.hidden,
-            intermediate_size=case.hidden,
             num_attention_heads=case.hidden // 32,
             max_position_embeddings=case.tokens,
         )
@@ -61,17 +56,8 @@ def run(case: LossCase, system: str, trained: float) -> SimpleNamespace:
         labels_1T[:, :num_trained] = 1
         batch = {"inputs_embeds": hidden_1TH, "labels": labels_1T, "shift_labels": labels_1T}
         with PatchSet() as undo, nullcontext() if case.is_real else Known(num_trained):
-            return second_step(model, _loss_of(model, case, system, undo), batch)
-
-
-def _loss_of(model: Any, case: LossCase, system: str, undo: PatchSet) -> Any:
-    undo.enter_context(without_mask(model))
-    if system == "upstream":
-        return lambda batch: upstream_loss(model, batch, case.num_shards)
-    if system == "ours":
-        tile_loss(model, case.budget, ForwardContext(), lambda module: None, undo)
-        replace_whole_loss(model, undo)
-    return lambda batch: model(**batch, use_cache=False).loss
+            step = put_tiles(model, system, undo, None, case.budget, num_shards=case.num_shards)
+            return second_step(model, step, batch)
 
 
 def peak_beyond_weights(ledger: Any) -> int:

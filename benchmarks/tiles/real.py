@@ -1,29 +1,86 @@
-"""Measurements that need real tensors: bf16 weight gradient errors of tiles, and step times."""
+"""Measurements on real tensors: gathers and reduce hooks under ZeRO-3, bf16 weight gradients, and step times."""
 
-import functools
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
+import torch.distributed as dist
 
-from benchmarks.tiles.systems import System, build, second_step
-from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.tiling.tiled_module import TiledModule
 
-TILES = (1, 4, 16, 64, 128)
+# deepspeed and transformers are imported in the functions, after benchmarks.ranks has set the environment.
+
+WORLD_SIZE = 2
+GATHER_TILES, GRADIENT_TILES = (1, 4, 64), (1, 4, 16, 64, 128)
+_SAMPLE, _STEPS = 64, 2
 _ROWS, _HIDDEN, _INNER = 2048, 256, 704
-OURS = System("ours", "non-reentrant")
-TIMED = (System("untiled", "non-reentrant"), OURS, System("upstream", "reentrant"))
-TOKENS = 2048
+_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "steps_per_print": 10**9,
+    # Without prefetch and persistent parameters, every use of a weight is a separate all-gather.
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    },
+}
 
 
-def gradient_errors(tiles: tuple[int, ...] = TILES) -> dict[str, list[float]]:
+def gathers(system: str, tiles: int) -> tuple[int, float]:
+    """Return this rank's all-gathers in the last step, and hook calls per MLP weight in it.
+
+    Each rank has its own sample, so only ZeRO issues collectives.
+    """
+    import deepspeed
+    from transformers import LlamaConfig
+
+    from benchmarks.tally import Tally
+    from benchmarks.tiles.systems import build, put_tiles
+    from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+    from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
+
+    keys = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tally, fired = Tally(), Counter()
+    with PatchSet() as undo:
+        model = build(LlamaConfig(**keys, vocab_size=97), 2, torch.float32)
+        model.gradient_checkpointing_enable({"use_reentrant": system == "upstream"})
+        model.enable_input_require_grads()
+        size, leaf = {"tile_tokens": _SAMPLE // tiles}, ZeRO3Leaves(model, 3, undo)
+        budgets = TiledMLPConfig(**size), TiledLossConfig(**size)
+        step = put_tiles(model, system, undo, *budgets, num_shards=tiles, leaf=leaf)
+        if system == "upstream":
+            model.forward = lambda use_cache, **batch: SimpleNamespace(loss=step(batch))
+        weights = [param for name, param in model.named_parameters() if ".mlp." in name]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=_CONFIG)
+        for param in weights:
+            param.register_post_accumulate_grad_hook(lambda param: fired.update([id(param)]))
+        ids = torch.randint(97, (1, _SAMPLE), generator=torch.Generator().manual_seed(dist.get_rank()))
+        undo.enter_context(tally.installed())
+        for index in range(_STEPS):
+            fired.clear()
+            with tally.phase(f"step {index}"):
+                engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+            engine.step()
+        engine.destroy()
+    last = [each for each in tally.of(f"step {_STEPS - 1}") if "gather" in each.name]
+    return len(last), sum(fired.values()) / len(weights)
+
+
+def gradient_errors(tiles: tuple[int, ...] = GRADIENT_TILES) -> dict[str, list[float]]:
     """Return the largest bf16 weight gradient error of an MLP against fp64, by system and tile count."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from deepspeed_alst.tiling.tiled_module import TiledModule
+
     config = LlamaConfig(hidden_size=_HIDDEN, intermediate_size=_INNER, num_attention_heads=4)
     torch.manual_seed(1)
     module = LlamaMLP(config).bfloat16()
@@ -31,69 +88,53 @@ def gradient_errors(tiles: tuple[int, ...] = TILES) -> dict[str, list[float]]:
     truth = LlamaMLP(config).double()
     truth.load_state_dict({name: param.double() for name, param in module.state_dict().items()})
     truth(x.double()).backward(seed.double())
-    exact = [param.grad for param in truth.parameters()]
+    exact, weights = [param.grad for param in truth.parameters()], list(module.parameters())
 
     def error(output: torch.Tensor) -> float:
         module.zero_grad()
         output.backward(seed)
-        pairs = zip(module.parameters(), exact, strict=True)
-        return max(((param.grad.double() - true).norm() / true.norm()).item() for param, true in pairs)
+        return max(
+            ((param.grad.double() - true).norm() / true.norm()).item()
+            for param, true in zip(weights, exact, strict=True)
+        )
 
     found: dict[str, list[float]] = {"ours": [], "upstream": []}
     for count in tiles:
-        found["ours"].append(error(TiledModule("mlp", module).tiled(_ROWS // count, x.clone().requires_grad_())))
-        found["upstream"].append(error(_upstream(module, x.clone().requires_grad_(), count)))
+        leaf = x.clone().requires_grad_()
+        found["ours"].append(error(TiledModule("mlp", module).tiled(_ROWS // count, leaf)))
+        found["upstream"].append(error(TiledMLP.apply(LlamaMLP.forward, module, leaf, count, weights)))
     return found
 
 
-def _upstream(module: Any, x: torch.Tensor, shards: int) -> torch.Tensor:
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+def step_times(rounds: int = 5) -> tuple[list[float], list[float]]:
+    """Return median step seconds and FLOPs with attention: untiled, ours, upstream's; 2 threads, in turns."""
+    from transformers import LlamaConfig
 
-    return TiledMLP.apply(
-        lambda self, tile: type(self).forward(self, tile), module, x, shards, list(module.parameters())
-    )
+    from benchmarks.tiles.systems import System, build, second_step
+    from deepspeed_alst.config.schema import TiledMLPConfig
 
-
-def step_times(rounds: int = 5) -> tuple[dict[str, float], dict[str, float]]:
-    """Return median step seconds and FLOPs with attention, by system; 2 threads, systems alternate."""
     keys = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
-    config = LlamaConfig(**keys, vocab_size=256, max_position_embeddings=TOKENS)
-    ids = torch.arange(TOKENS).remainder(256)[None]
-    batch = {"input_ids": ids, "labels": ids}
-    seconds: dict[str, list[float]] = {system.name: [] for system in TIMED}
-    flops, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with PatchSet() as stay:
-            # Our patches stay on a separate model, since they keep state; DeepSpeed's are on a class.
-            models = {system.name: build(config, 1, torch.float32) for system in TIMED}
-            ours = stay.enter_context(_on(OURS, models[OURS.name]))
-            contexts = {
-                system.name: functools.partial(_on, system, models[system.name])
-                if system is not OURS
-                else (lambda: nullcontext(ours))
-                for system in TIMED
-            }
-            for name, context in contexts.items():
-                with context() as step:
-                    flops[name] = second_step(models[name], step, batch).ledger.flops.total()
-            for index in range(rounds):
-                # Rotate the order, so that load on the machine affects all systems equally.
-                for system in TIMED[index % 3 :] + TIMED[: index % 3]:
-                    with contexts[system.name]() as step:
-                        seconds[system.name].append(_timed(models[system.name], step, batch))
-    finally:
-        torch.set_num_threads(threads)
-    return {name: statistics.median(each) for name, each in seconds.items()}, flops
-
-
-def _on(system: System, model: Any) -> AbstractContextManager[Any]:
-    """Patch the model with two MLP tiles in both systems, as upstream's rule gives."""
-    return system.on(model, mlp=TiledMLPConfig(tile_tokens=TOKENS // 2))
-
-
-def _timed(model: Any, step: Any, batch: dict[str, torch.Tensor]) -> float:
-    model.zero_grad()
-    started = time.perf_counter()
-    step(batch).backward()
-    return time.perf_counter() - started
+    config = LlamaConfig(**keys, vocab_size=256, max_position_embeddings=_ROWS)
+    ids = torch.arange(_ROWS).remainder(256)[None]
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    systems = (System("untiled", "non-reentrant"), System("ours", "non-reentrant"), System("upstream", "reentrant"))
+    seconds: list[list[float]] = [[] for _ in systems]
+    threads = torch.get_num_threads()
+    with PatchSet() as undo:
+        torch.set_num_threads(2)
+        undo.callback(torch.set_num_threads, threads)
+        models = [build(config, 1, torch.float32) for _ in systems]
+        # Two MLP tiles in both systems, as upstream's rule gives.
+        budget = TiledMLPConfig(tile_tokens=_ROWS // 2)
+        steps = [undo.enter_context(each.on(model, 1, budget)) for each, model in zip(systems, models, strict=True)]
+        pairs = list(zip(models, steps, strict=True))
+        flops = [second_step(model, step, batch).ledger.flops.total() for model, step in pairs]
+        for index in range(rounds * len(pairs)):
+            # Rotate the order, so that load on the machine affects all systems equally.
+            place = (index + index // len(pairs)) % len(pairs)
+            model, step = pairs[place]
+            model.zero_grad()
+            started = time.perf_counter()
+            step(batch).backward()
+            seconds[place].append(time.perf_counter() - started)
+    return [statistics.median(each) for each in seconds], flops

@@ -18,11 +18,8 @@ from deepspeed_alst.profiler.known import Known
 
 GATED = 1.25, 1.24
 OTHER = 1.34, 1.34
-UPSTREAM_WHOLE = 1.58
 BASELINE = System("untiled")
 SYSTEMS = (System("untiled", "non-reentrant"), System("upstream", "reentrant"), System("ours", "non-reentrant"))
-# Each system with the other's checkpointing, for the first model only.
-SWAPPED = (System("upstream", "non-reentrant"), System("ours", "reentrant"))
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,9 @@ class Shape:
         return CONFIG_MAPPING[self.model_type](**{**positions, **self.keys}, pad_token_id=None)
 
 
-def _keys(hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        **more,
-    }
+def _keys(*sizes: int, **more: Any) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    return {**dict(zip(names, sizes, strict=True)), **more}
 
 
 _A3B = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}

@@ -1,13 +1,12 @@
 """Systems under comparison, each patched onto a model and removed again, and one step under a ledger.
 
-All use the same attention (ours under sequence parallelism, else the model's own) and differ in tiles and
-checkpointing. DeepSpeed's tiles are applied as in ArcticTraining: the forward of the MLP (or MoE block) runs through
-``TiledMLP`` in ``ceil(tokens / hidden size)`` shards under reentrant checkpointing, and the loss through
-``TiledFusedLogitsLoss`` in shards of 1 GiB of fp32 logits.
+All use the same attention (ours under sequence parallelism, else the model's own). DeepSpeed's tiles are applied as in
+ArcticTraining: MLP or MoE block in ``ceil(tokens / hidden size)`` shards, the loss in shards of 1 GiB of fp32 logits.
 
 Legend: B batch, s tokens of this rank's shard, V vocabulary.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 
 IGNORED_LABEL = -100
 LOSS_SHARD_BYTES = 2**30
+Step = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
 class System:
@@ -38,14 +38,10 @@ class System:
 
     def __init__(self, tiles: str, checkpointing: str = "") -> None:
         self.tiles, self.checkpointing = tiles, checkpointing
-
-    @property
-    def name(self) -> str:
-        """Display name."""
-        return self.tiles + (f", {self.checkpointing}" if self.checkpointing else ", no checkpoints")
+        self.name = f"{tiles}, {checkpointing or 'no checkpoints'}"
 
     @contextmanager
-    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
+    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Step]:
         """Patch the model and yield ``step(batch)``, which returns the loss; ``mlp`` is our tile budget."""
         with PatchSet() as undo:
             if self.checkpointing:
@@ -56,27 +52,41 @@ class System:
             calls = ForwardContext()
             if sp_size > 1:
                 patch_model(model, dist.group.WORLD, undo, calls)
-            else:
-                undo.enter_context(without_mask(model))
-            yield self._loss_of(model, sp_size, mlp or TiledMLPConfig(), calls, undo)
+            yield put_tiles(model, self.tiles, undo, mlp or TiledMLPConfig(), calls=calls, sp_size=sp_size)
 
-    def _loss_of(
-        self, model: Any, sp_size: int, mlp: TiledMLPConfig, calls: ForwardContext, undo: PatchSet
-    ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-        if self.tiles == "upstream":
-            undo.enter_context(upstream_mlps(model))
-            calls.inside = True  # its loss calls the decoder directly
-            return lambda batch: upstream_loss(model, batch)
-        if self.tiles == "ours":
-            tile_mlps(model, mlp, lambda module: None, undo)
-            tile_loss(model, TiledLossConfig(), calls, lambda module: None, undo)
-            if sp_size == 1:
-                replace_whole_loss(model, undo)
-        return lambda batch: model(**batch, use_cache=False).loss
+
+def put_tiles(
+    model: Any,
+    tiles: str,
+    undo: PatchSet,
+    mlp: TiledMLPConfig | None,
+    loss: TiledLossConfig | None = None,
+    *,
+    num_shards: int | None = None,
+    leaf: Callable[[Any], None] = lambda module: None,
+    calls: ForwardContext | None = None,
+    sp_size: int = 1,
+) -> Step:
+    """Put a system's tiles on a model and return ``step(batch)``, its loss; ``num_shards`` is upstream's."""
+    calls = calls or ForwardContext()
+    if sp_size == 1:
+        undo.enter_context(_without_mask(model))
+    if tiles == "upstream":
+        calls.inside = True  # its loss calls the decoder directly
+        for layer in model.model.layers:
+            undo.set(layer.mlp, "forward", functools.partial(_upstream_mlp, layer.mlp, layer.mlp.forward, num_shards))
+        return lambda batch: _upstream_loss(model, batch, num_shards)
+    if tiles == "ours":
+        if mlp is not None:
+            tile_mlps(model, mlp, leaf, undo)
+        tile_loss(model, loss or TiledLossConfig(), calls, leaf, undo)
+        if sp_size == 1:
+            replace_whole_loss(model, undo)
+    return lambda batch: model(**batch, use_cache=False).loss
 
 
 @contextmanager
-def without_mask(model: torch.nn.Module) -> Iterator[None]:
+def _without_mask(model: torch.nn.Module) -> Iterator[None]:
     """Omit the S x S mask, which transformers omits for unpacked real tensors only."""
     module = sys.modules[type(model).__module__]
     name = "create_sliding_window_causal_mask" if not hasattr(module, "create_causal_mask") else "create_causal_mask"
@@ -84,29 +94,18 @@ def without_mask(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def upstream_mlps(model: torch.nn.Module, num_shards: int | None = None) -> Iterator[None]:
-    """Patch a model's MLP classes to run through ``TiledMLP``, by default in ceil(s / hidden) shards."""
+def _upstream_mlp(module: Any, original: Any, num_shards: int | None, x: torch.Tensor) -> torch.Tensor:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
-    kinds = {type(layer.mlp) for layer in model.model.layers}
-    with PatchSet() as undo:
-        for kind in kinds:
+    # An MoE block takes only [B, s, hidden], but the backward's shards are flat.
+    def whole(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return original(x if x.dim() == 3 else x.unsqueeze(0)).view_as(x)
 
-            def forward(self: Any, x: torch.Tensor, original: Any = kind.forward) -> torch.Tensor:
-                shards = num_shards or math.ceil(x.shape[-2] / x.shape[-1])
-
-                # An MoE block takes only [B, s, hidden], but the backward's shards are flat.
-                def whole(self: Any, x: torch.Tensor) -> torch.Tensor:
-                    return original(self, x if x.dim() == 3 else x.unsqueeze(0)).view_as(x)
-
-                return TiledMLP.apply(whole, self, x, shards, list(self.parameters()))
-
-            undo.enter_context(mock.patch.object(kind, "forward", forward))
-        yield
+    shards = num_shards or math.ceil(x.shape[-2] / x.shape[-1])
+    return TiledMLP.apply(whole, module, x, shards, list(module.parameters()))
 
 
-def upstream_loss(model: Any, batch: dict[str, torch.Tensor], num_shards: int | None = None) -> torch.Tensor:
+def _upstream_loss(model: Any, batch: dict[str, torch.Tensor], num_shards: int | None) -> torch.Tensor:
     """Return the mean loss of a shard by ``TiledFusedLogitsLoss``, summed and divided as in ArcticTraining."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
@@ -137,7 +136,7 @@ def build(config: Any, num_layers: int, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
-def second_step(model: Any, step: Callable[[Any], torch.Tensor], batch: dict[str, torch.Tensor]) -> Any:
+def second_step(model: Any, step: Step, batch: dict[str, torch.Tensor]) -> Any:
     """Return a ledger of the second step and its live bytes after the forward; the first may set up state."""
     step(batch).backward()
     model.zero_grad()

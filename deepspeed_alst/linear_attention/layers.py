@@ -1,7 +1,7 @@
 """Token-mixing layers without attention: gated delta nets, Mamba, short convolutions.
 
-They are found by the functions that their forward calls, which transformers has as a kernel and in plain torch. If all
-of them are known (linear_functions.py), the layer can be sharded across a sequence's ranks; else it is rejected.
+They are found by the functions that their forward calls, which transformers has as a kernel and in plain torch. A layer
+whose functions are all known can be sharded (functions.py); another one is rejected.
 """
 
 import inspect
@@ -9,26 +9,17 @@ import itertools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from deepspeed_alst.linear_attention.documents import kernel_wrapper
-from deepspeed_alst.linear_attention.functions import (
-    Function,
-    Split,
-    convolution,
-    delta_rule,
-    fused,
-    mamba2_scan,
-    mamba_scan,
-)
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Kind:
     """Properties of a token-mixing function."""
 
-    make: Callable[[Function, Split], Function]
     keeps_documents_apart: bool = True
     """True if transformers' layers pass it the bounds of packed documents."""
     heads: tuple[str, ...] = ()
@@ -39,15 +30,13 @@ class Kind:
 
 _DELTA = {"heads": ("num_v_heads", "num_heads"), "groups": ("num_k_heads", "num_heads")}
 KINDS = {
-    "causal_conv1d_fn": Kind(convolution),
-    "torch_chunk_gated_delta_rule": Kind(delta_rule, **_DELTA),
-    "chunk_kimi_delta_attention": Kind(delta_rule, keeps_documents_apart=False, **_DELTA),
-    "mamba2_chunk_scan": Kind(mamba2_scan, heads=("num_heads",), groups=("n_groups",)),
-    "mamba2_split_conv1d_scan_combined": Kind(fused),
-    "mamba_selective_scan": Kind(
-        mamba_scan, keeps_documents_apart=False, heads=("mamba_head_dim", "intermediate_size")
-    ),
-    "mamba_inner_fn": Kind(fused),
+    "causal_conv1d_fn": Kind(),
+    "torch_chunk_gated_delta_rule": Kind(**_DELTA),
+    "chunk_kimi_delta_attention": Kind(keeps_documents_apart=False, **_DELTA),
+    "mamba2_chunk_scan": Kind(heads=("num_heads",), groups=("n_groups",)),
+    "mamba2_split_conv1d_scan_combined": Kind(),
+    "mamba_selective_scan": Kind(keeps_documents_apart=False, heads=("mamba_head_dim", "intermediate_size")),
+    "mamba_inner_fn": Kind(),
 }
 """Functions by their names in transformers' layers."""
 # Single-token generation with a cache, which is never sharded.
@@ -72,6 +61,17 @@ def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def functions_of(layer: type) -> dict[str, Function]:
     """Return the functions with kernels that a layer's methods call, by name; empty for most layers."""
     return {name: function for method in _methods(layer) for name, function in _called_by(method).items()}
+
+
+def kernel_wrapper(value: Any) -> Any:
+    """Return transformers' function that runs a kernel or its plain torch fallback; None for any other value.
+
+    With the ``kernels`` package the function is inside a module.
+    """
+    if isinstance(value, torch.nn.Module) and hasattr(value, "kernel_layer_name"):
+        value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
+    known = inspect.isfunction(value) and "is_new_implementation" in value.__code__.co_freevars
+    return value if known else None
 
 
 def _methods(layer: type) -> Iterator[types.FunctionType]:

@@ -11,22 +11,13 @@ import torch
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.linear_attention.functions import Split
+from deepspeed_alst.linear_attention.functions import SHARDED, Split
 from deepspeed_alst.linear_attention.layers import KINDS, functions_of, linear_layers
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
 
-_Layers = weakref.WeakSet[torch.nn.Module]
-
 
 def split_linear_layers(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> int:
-    """Shard a model's layers without attention over a group; return their number. ``patches.close()`` undoes it.
-
-    Args:
-        model: a model without ``linear_problems``.
-        group: the sequence-parallel group.
-        calls: counts the calls of the layers in a forward.
-        patches: undoes everything.
-    """
+    """Shard the layers without attention of a model without ``linear_problems`` over a group; return their number."""
     layers = list(linear_layers(model).values())
     split, owned = Split(group), weakref.WeakSet(layers)
     forwards = {each: _split_forward(each, split, calls, owned) for each in {type(layer) for layer in layers}}
@@ -37,11 +28,11 @@ def split_linear_layers(model: torch.nn.Module, group: Any, calls: ForwardContex
 
 
 def _split_forward(
-    layer: type[torch.nn.Module], split: Split, calls: ForwardContext, owned: _Layers
+    layer: type[torch.nn.Module], split: Split, calls: ForwardContext, owned: weakref.WeakSet[torch.nn.Module]
 ) -> Callable[..., Any]:
     plain = inspect.unwrap(layer.forward)
     known = {name: function for name, function in functions_of(layer).items() if name in KINDS}
-    replaced = {name: KINDS[name].make(function, split) for name, function in known.items()}
+    replaced = {name: SHARDED[name](function, split) for name, function in known.items()}
     # The layer's own code looks the functions up in the globals of its source file.
     run = with_names(plain, lambda function: replaced if function is plain else {})
     signature = inspect.signature(plain)
@@ -63,7 +54,7 @@ def _split_forward(
         _check_arguments(layer.__name__, signature.bind(self, *args, **kwargs).arguments)
         if bounds is not None:
             _check_documents(layer.__name__, leaking, kwargs)
-        with split.documents.of(bounds):
+        with split.documents(bounds):
             return run(self, *args, **kwargs)
 
     return forward

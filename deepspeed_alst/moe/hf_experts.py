@@ -1,7 +1,7 @@
 """Mixture-of-experts support: modules with router logits, and gradients of separate experts.
 
-transformers stacks the experts of a layer in one module, which every token passes. If experts are separate modules, a
-forward calls those that have tokens, and with sharded sequences these differ across ranks.
+transformers stacks the experts of a layer in one module. Of separate modules a forward calls those that have tokens,
+which differ across ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,16 +28,9 @@ def router_classes(model: torch.nn.Module) -> tuple[type, ...]:
 def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
     """Make blocks of separate experts look the same to the engine on all ranks, whatever their tokens.
 
-    Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights. On other stages it
-    would have no gradient for it, or at another time, and DeepSpeed 0.19.8 then adds up gradients of different weights.
-    Applies with and without sequence parallelism.
-
-    Args:
-        model: a transformers model, or a wrapper around one.
-        stage: the ZeRO stage.
-        leaf: called with each block under ZeRO-3, so that the engine gathers it as a leaf module
-            (tiling/zero3_leaf.py).
-        patches: undoes it.
+    Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights, so each block is
+    made a ``leaf`` module (tiling/zero3_leaf.py). On other stages the rank would have no gradient for the expert, or at
+    another time, and DeepSpeed 0.19.8 then adds up gradients of different weights.
     """
     for block, experts in separate_experts(base_model(model)):
         if stage == 3:
@@ -67,8 +60,7 @@ def separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, t
 class _ZeroGradients(torch.autograd.Function):
     """Identity of a block's input that gives the weights of all its experts a zero gradient.
 
-    Its backward runs after those of all ops on the input, so every weight's gradient is complete at that point, in the
-    same order on all ranks.
+    Its backward runs after those of all ops on the input, so every weight's gradient is complete then on all ranks.
     """
 
     @staticmethod

@@ -1,8 +1,7 @@
 """Load-balancing loss of a mixture-of-experts model over the whole sequence.
 
-transformers computes it in the model's forward, over the tokens of all layers: E times the sum over the experts of an
-expert's share of tokens times its mean probability (Switch Transformer, arXiv:2101.03961). The product of a shard's
-means differs. Here counts and probabilities are first summed over the ranks of a sequence, without padding.
+It is E times the sum over the experts of an expert's share of tokens times its mean probability (Switch Transformer,
+arXiv:2101.03961). Counts and probabilities are first summed over the ranks of a sequence, without padding.
 
 Legend: B batch, s tokens of this rank's shard, T = B*s, L layers, E experts, k experts per token.
 """
@@ -44,13 +43,11 @@ def unknown_router_loss(model: torch.nn.Module) -> str | None:
 
     for forward in (base.forward, *_class_forwards(base).values()):
         with_names(forward, note)
-    for function in callers:
-        if not _is_known(function.__globals__[_FUNCTION]):
-            return (
-                f"{_SWITCH}=True: {function.__module__}.{_FUNCTION} is not the load-balancing loss that is known, and "
-                "would be made of a shard; set it to False"
-            )
-    return None
+    unknown = next((each.__module__ for each in callers if not _is_known(each.__globals__[_FUNCTION])), None)
+    return unknown and (
+        f"{_SWITCH}=True: {unknown}.{_FUNCTION} is not the load-balancing loss that is known, and would be made of a "
+        "shard; set it to False"
+    )
 
 
 def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: ForwardContext) -> str | None:
@@ -79,12 +76,6 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: ForwardContext,
 
     Its forwards look the function up by a global name that other models share, so this model runs copies of them with
     another function under that name.
-
-    Args:
-        model: a transformers model, or a wrapper around one.
-        group: sequence-parallel group.
-        calls: the session's, with the mask of real tokens.
-        patches: undo stack.
     """
     base = base_model(model)
     if not router_classes(base):
@@ -129,13 +120,9 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: ForwardContext,
 def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, patches: PatchSet) -> None:
     """Replace one model's forward, and those that ``super().forward`` reaches, by copies."""
     behind = {kind: with_names(forward, names_for) for kind, forward in _class_forwards(base).items()}
-    inserted = [
-        subclass(kind, {"forward": copy})
-        for kind, copy in list(behind.items())[1:]
-        if copy is not vars(kind)["forward"]
-    ]
-    if inserted:  # each precedes its class in the MRO
-        patches.subclass(base, {}, *inserted)
+    changed = [(kind, copy) for kind, copy in list(behind.items())[1:] if copy is not vars(kind)["forward"]]
+    if changed:  # each precedes its class in the MRO
+        patches.subclass(base, {}, *(subclass(kind, {"forward": copy}) for kind, copy in changed))
     copy = with_names(base.forward, names_for)
     if copy != base.forward:
         patches.set(base, "forward", copy)
@@ -150,22 +137,15 @@ def load_balancing_loss(
 ) -> torch.Tensor:
     """Return the loss of the sequence over a group's ranks, ``L x [T, E], [T] -> []``, on all of them.
 
-    Collective over the group: one all-reduce of 2 E + 1 numbers, none in the backward, no host sync.
-
-    Args:
-        gate_logits: router logits of each layer.
-        num_experts: E.
-        top_k: k.
-        real_T: True for tokens that count, False for padding.
-        group: sequence-parallel group.
+    Collective over the group: one all-reduce of 2 E + 1 numbers, none in the backward, no host sync. ``real_T`` is
+    False for padding.
     """
     return _loss_of(sum_over_shards(_totals(gate_logits, num_experts, top_k, real_T), group))
 
 
 def _totals(gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, real_T: torch.Tensor) -> torch.Tensor:
     """Sum over all layers' tokens, ``[2 E + 1]`` in fp64: each expert's probabilities, its tokens, all tokens."""
-    device = gate_logits[0].device
-    real_T = real_T.to(device)
+    real_T, device = real_T.to(gate_logits[0].device), gate_logits[0].device
     assigned_Tk = real_T.long().repeat_interleave(top_k)
     # int64 and fp64: layers * tokens * k exceeds 2**24, where fp32 stops counting.
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)

@@ -1,21 +1,31 @@
-"""Gated MLP in closed form: ``down(act(gate(x)) * up(x))`` and its gradients, per tile, without a graph.
+"""Gated MLPs in closed form: ``down(act(gate(x)) * up(x))`` and its gradients, per tile, without a graph.
 
-A tile's backward recomputes gate and up, and computes ``d_a``, the gradient of the last matrix's input. Then one pass
-turns the three into the gradients of gate and up, and into ``a`` itself (kernels/gated.py). So a tile needs three
-values per row and inner feature, where autograd needs six or more. Gated MLPs are detected in
-tiling/detect_gated_mlp.py.
+A tile's backward needs three values per row and inner feature, where autograd needs six or more (kernels/gated.py).
 
 Legend: t rows of a tile, M model dim, F inner features.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.modules import module as torch_modules
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from deepspeed_alst.tiling.weight_gradients import WeightGradients
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import run_isolated
+from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
 
 _COPIES = 3
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Packages whose hooks do not change values: DeepSpeed's gather weights, this package's are known.
+_HARMLESS = ("deepspeed", "deepspeed_alst")
+# Values of gate and up go up to sinh(10) = 11013, half of them below 75.
+_PROBED_VALUES, _PROBED_ROWS, _REACH = 512, 4, 10.0
+# FastGELU has ten-digit constants; another activation or a clamp differs by more than 1e-5.
+_EXACT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,9 @@ class GatedMlp:
     activation: str
     """One of ``kernels.gated.ACTIVATIONS``."""
     first: tuple[torch.nn.Linear, ...]
-    """Linears of gate and up, in this order; or one Linear whose output holds both as halves."""
+    """Linears of gate and up; or one Linear whose output holds both as halves."""
     up_comes_first: bool
-    """True if up is the first half of a single Linear's output."""
+    """True if up is the first of the two."""
     down: torch.nn.Linear
 
     def row_bytes(self, element_size: int) -> int:
@@ -39,40 +49,30 @@ class GatedMlp:
         # Imported here to load Triton only if tiles are used.
         from deepspeed_alst.kernels.gated import gated_activation_
 
-        gate_tF, up_tF = self.halves(self._first_outputs(x_tM))
+        gate_tF, up_tF = self.halves([_linear(x_tM, linear) for linear in self.first])
         gated_activation_(gate_tF, up_tF, self.activation)
         _linear(gate_tF, self.down, out_tM)
 
     def backward(
         self, x_tM: torch.Tensor, grad_tM: torch.Tensor, sums: WeightGradients, out_tM: torch.Tensor | None
     ) -> None:
-        """Compute gradients of one tile: of the weights into ``sums``, of ``x_tM`` into ``out_tM``.
-
-        Args:
-            x_tM: the tile's rows.
-            grad_tM: gradient of the output of ``forward``.
-            sums: gradient sums of the trainable weights; other weights are skipped.
-            out_tM: output for the gradient of ``x_tM``; None to skip it.
-        """
+        """Compute gradients of one tile: of trainable weights into ``sums``, of ``x_tM`` into ``out_tM``, if any."""
         from deepspeed_alst.kernels.gated import gated_gradients_
 
-        made = self._first_outputs(x_tM)
+        made = [_linear(x_tM, linear) for linear in self.first]
         act_tF = grad_tM @ self.down.weight
         gated_gradients_(*self.halves(made), act_tF, self.activation)
-        _add_gradients(sums, self.down, grad_tM, act_tF)
+        add_linear_gradients(sums, self.down, grad_tM, act_tF)
         del act_tF
         for linear, grad in zip(self.first, made, strict=True):
-            _add_gradients(sums, linear, grad, x_tM)
+            add_linear_gradients(sums, linear, grad, x_tM)
         if out_tM is not None:
             torch.mm(made[0], self.first[0].weight, out=out_tM)
             for linear, grad in zip(self.first[1:], made[1:], strict=True):
                 torch.addmm(out_tM, grad, linear.weight, out=out_tM)
 
-    def _first_outputs(self, x_tM: torch.Tensor) -> list[torch.Tensor]:
-        return [_linear(x_tM, linear) for linear in self.first]
-
     def halves(self, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return gate and up, ``[t, F]``, as views."""
+        """Return gate and up, ``[t, F]``, as views of the first Linears' outputs."""
         if len(made) == 1:
             made = made[0].split(self.down.in_features, 1)
         return made[::-1] if self.up_comes_first else made
@@ -84,8 +84,108 @@ def _linear(x: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor | None =
     return torch.addmm(linear.bias, x, linear.weight.t(), out=out)
 
 
-def _add_gradients(sums: WeightGradients, linear: torch.nn.Linear, grad: torch.Tensor, x: torch.Tensor) -> None:
+def add_linear_gradients(sums: WeightGradients, linear: torch.nn.Linear, grad: torch.Tensor, x: torch.Tensor) -> None:
     """Add the gradients of W and b in ``y = x W' + b``, from the gradient of y ``[t, features]``."""
-    sums.add_product(linear.weight, grad, x)
-    if linear.bias is not None and sums.wants(linear.bias):
-        sums.add_one(linear.bias, grad.sum(0))
+    if linear.weight in sums:
+        sums.add_product(linear.weight, grad, x)
+    if linear.bias in sums:
+        sums.add(linear.bias, grad.sum(0))
+
+
+def runs_plainly(module: torch.nn.Module, forward: Callable[..., Any], x: torch.Tensor) -> bool:
+    """Return True if ``forward`` is a module's own and runs on plain tensors of one dtype, without foreign hooks."""
+    if getattr(forward, "__func__", None) is not type(module).forward or torch.is_autocast_enabled(x.device.type):
+        return False
+    if any(is_foreign(hook) for kind in _HOOKS for hook in getattr(torch_modules, f"_global{kind}").values()):
+        return False
+    inner = [each for each in module.modules() if each is not module]
+    if any("forward" in vars(each) or any(getattr(each, kind) for kind in _HOOKS) for each in inner):
+        return False
+    return all(
+        param.dtype == x.dtype and param.device == x.device and not is_traceable_wrapper_subclass(param)
+        for param in module.parameters()
+    )
+
+
+def is_foreign(hook: Any) -> bool:
+    """Return True if a hook is neither this package's nor DeepSpeed's."""
+    owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return owner.split(".")[0] not in _HARMLESS
+
+
+def find_gated_mlp(
+    module: torch.nn.Module, forward: Callable[..., Any], dims: int, device: torch.device
+) -> GatedMlp | None:
+    """Return a module as a gated MLP, known by what it computes; None if it is not one, or anything more.
+
+    The code between the Linears runs in fp64 on values of all magnitudes, forward and backward, and must match a known
+    activation to the last digits. So a module with a factor, a clamp, an adapter or a norm is none. ``dims`` is the
+    number of dims of its input.
+    """
+    linears = [each for each in module.modules() if type(each) is torch.nn.Linear]
+    of_linears = {id(param) for linear in linears for param in linear.parameters()}
+    if len(linears) not in (2, 3) or {id(param) for param in module.parameters()} != of_linears:
+        return None
+    if any(True for _ in module.buffers()):
+        return None
+    try:
+        return run_isolated(_prove, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
+    except Exception:  # an arbitrary forward gets inputs that it does not expect
+        return None
+
+
+def _prove(
+    forward: Callable[..., Any], linears: list[torch.nn.Linear], dims: int, device: torch.device
+) -> GatedMlp | None:
+    """Run a forward with Linears that return chosen values, and find the closed form between them."""
+    from deepspeed_alst.kernels.gated import ACTIVATIONS
+
+    outputs = {linear: _probe(linear.out_features, dims, device, seed) for seed, linear in enumerate(linears)}
+    x = _probe(linears[0].in_features, dims, device, len(linears))
+    calls: list[tuple[torch.nn.Linear, torch.Tensor]] = []
+
+    def output(linear: torch.nn.Linear, given: torch.Tensor) -> torch.Tensor:
+        calls.append((linear, given))
+        return outputs[linear]
+
+    with PatchSet() as patches:
+        for linear in linears:
+            patches.set(linear, "forward", functools.partial(output, linear))
+        value = forward(x)
+    *first, (down, act) = calls
+    each_once = len(calls) == len(linears) == len({linear for linear, _ in calls})
+    F, sizes = down.in_features, {linear.out_features for linear, _ in first}
+    if not each_once or value is not outputs[down] or any(given is not x for _, given in first):
+        return None
+    if sizes != {F * 2 // len(first)} or act.shape[-1] != F:
+        return None
+    made = [outputs[linear] for linear, _ in first]
+    refuse_foreign_weights([act], made, "what lies between them")
+    seed = torch.cos(torch.arange(act.numel(), dtype=act.dtype, device=act.device)).view_as(act)
+    grads = torch.autograd.grad(act, made, seed)
+    forms = (
+        GatedMlp(activation, tuple(linear for linear, _ in first), up_comes_first, down)
+        for activation in ACTIVATIONS
+        for up_comes_first in (False, True)
+    )
+    return next((form for form in forms if _matches(form, made, act, grads, seed)), None)
+
+
+def _matches(
+    form: GatedMlp, made: list[torch.Tensor], act: torch.Tensor, grads: tuple[torch.Tensor, ...], seed: torch.Tensor
+) -> bool:
+    """Return True if a closed form maps ``made`` to ``act``, and its gradient ``seed`` to ``grads``."""
+    from deepspeed_alst.kernels.gated import gated_gradients_
+
+    *rows, found = (each.detach().flatten(0, -2).clone() for each in (*made, seed))
+    gated_gradients_(*form.halves(rows), found, form.activation)
+    pairs = zip((found, *rows), (act.detach(), *grads), strict=True)
+    return all(torch.allclose(one, true.flatten(0, -2), rtol=_EXACT, atol=_EXACT) for one, true in pairs)
+
+
+def _probe(features: int, dims: int, device: torch.device, seed: int) -> torch.Tensor:
+    """Return shuffled values of all magnitudes, with the number of dims that the module expects."""
+    rows = max(_PROBED_ROWS, -(-_PROBED_VALUES // features))
+    order = torch.randperm(rows * features, generator=torch.Generator().manual_seed(seed), device="cpu")
+    values = torch.linspace(-_REACH, _REACH, rows * features, dtype=torch.float64, device="cpu").sinh()[order]
+    return values.view(*[1] * (dims - 2), rows, features).to(device).requires_grad_()

@@ -1,14 +1,11 @@
 """Deferred logits, materialized at first use; the loss computes them one tile at a time.
 
 A causal language model calls its head, applies a few ops to the logits (a scale, a soft cap), and passes them to its
-loss. While a forward has labels, the head returns ``LazyLogits``, which record these ops; the loss then runs the
-head and the ops tile by tile. Code that reads the logits (evaluation metrics) gets a materialized tensor at first use.
-In training the model's ``outputs.logits`` is None.
+loss. While a forward has labels, the head returns ``LazyLogits``, which record these ops.
 
 Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hidden size, V vocabulary.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,35 +15,18 @@ from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.distributed.sequence_loss import shard_loss
-from deepspeed_alst.errors import SetupError
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
-from deepspeed_alst.tiling.logit_ops import Steps, on_the_way
-from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
+from deepspeed_alst.tiling.loss import OnTheWay, Step, loss_tile_rows, on_the_way, tiled_loss
 
-# Elementwise ops on logits; their other arguments are scalars.
-_ELEMENTWISE = {
-    "mul",
-    "multiply",
-    "div",
-    "divide",
-    "true_divide",
-    "truediv",
-    "tanh",
-    "add",
-    "sub",
-    "neg",
-    "float",
-    "to",
+# Elementwise ops on logits, recorded if their other arguments are scalars.
+_RECORDED = {
+    *("mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv", "rtruediv"),
+    *("add", "radd", "sub", "rsub", "neg", "tanh", "float", "double", "to", "detach"),
 }
-_ELEMENTWISE |= {"double", "rmul", "radd", "rsub", "rdiv", "rtruediv", "detach"}
-# In-place ops and their out-of-place counterparts.
-_IN_PLACE = {name: name.strip("_") for name in ("mul_", "div_", "add_", "sub_", "tanh_", "neg_")}
-_IN_PLACE |= {"__imul__": "mul", "__itruediv__": "div", "__iadd__": "add", "__isub__": "sub"}
 # Answered without materializing the logits.
 _OF_THE_SHAPE = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"}
 _OF_THE_VALUES = {torch.Tensor.data.__get__, torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
 _VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
-_SAMPLED = 4096
 
 
 @dataclass
@@ -67,39 +47,27 @@ class LazyHead:
     """True if the loss of this forward was computed in tiles."""
     for_loss: "LazyLogits | None" = None
     """Logits of the last forward, if its loss is computed after it: ZeRO-3's hooks detach a model's outputs."""
-    snapshot: "weakref.ref[Weights] | None" = None
-    """Weights since the last forward with a graph, alive while an evaluation's logits need them."""
+    kept: list[torch.Tensor] | None = None
+    """Copy of the weights for the logits of evaluations, until the next forward in training."""
 
+    def copy_weights(self) -> list[torch.Tensor]:
+        """Return a copy of the weights, the last one if they have not changed.
 
-class Weights:
-    """Snapshot of a head's weights in one evaluation, for logits that are materialized after it."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        params = list(module.parameters())
-        # ZeRO-3 partitions the weights again; a rank that uses its logits alone could not all-gather them.
-        self._whole = [param.detach().clone() for param in params] if hasattr(params[0], "ds_tensor") else None
-        self._sample = [] if self._whole else [_sample(param) for param in params]
-
-    def call(self, head: LazyHead, hidden_BsH: torch.Tensor) -> torch.Tensor:
-        """Run the head's own forward with these weights.
-
-        Raises:
-            SetupError: the weights have been trained since.
+        A rank may use an evaluation's logits alone, or after an optimizer step: it could not all-gather the weights.
         """
-        params = list(head.module.parameters())
-        if self._whole is None:
-            now = [_sample(param) for param in params]
-            if not all(torch.equal(a, b) for a, b in zip(now, self._sample, strict=True)):
-                raise SetupError(
-                    "logits of an evaluation were looked at after training went on, and would be made with other "
-                    "weights (alst.tiled_logits_loss makes them at their first use). Use them before, or clone them."
-                )
-            return head.forward(hidden_BsH)
+        params = [param.detach() for param in self.module.parameters()]
+        if self.kept is None or not all(map(torch.equal, self.kept, params)):
+            self.kept = [param.clone() for param in params]
+        return self.kept
+
+    def forward_with(self, weights: list[torch.Tensor], hidden_BsH: torch.Tensor) -> torch.Tensor:
+        """Run the head's own forward with other weights."""
+        params = list(self.module.parameters())
         before = [param.data for param in params]
         try:
-            for param, weight in zip(params, self._whole, strict=True):
+            for param, weight in zip(params, weights, strict=True):
                 param.data = weight
-            return head.forward(hidden_BsH)
+            return self.forward(hidden_BsH)
         finally:
             for param, data in zip(params, before, strict=True):
                 param.data = data
@@ -109,11 +77,10 @@ class LazyLogits(torch.Tensor):
     """Lazy ``[B, s, V]`` logits; any op not known to be elementwise materializes them."""
 
     @staticmethod
-    def __new__(cls, head: LazyHead, hidden_BsH: torch.Tensor, *args: Any) -> "LazyLogits":
+    def __new__(cls, head: LazyHead, hidden_BsH: torch.Tensor, steps: tuple[Step, ...] = (), *_: Any) -> "LazyLogits":
         """Create a tensor with a shape and no storage."""
         weight = next(param for param in head.module.parameters() if param.dim() > 1 or hasattr(param, "ds_shape"))
         vocab = getattr(head.module, "out_features", None) or getattr(weight, "ds_shape", weight.shape)[0]
-        steps = args[0] if args else ()
         dtype = _after(hidden_BsH.new_empty(0), steps).dtype
         shape = (*hidden_BsH.shape[:-1], vocab)
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden_BsH.device)
@@ -122,8 +89,8 @@ class LazyLogits(torch.Tensor):
         self,
         head: LazyHead,
         hidden_BsH: torch.Tensor,
-        steps: Steps = (),
-        weights: Weights | None = None,
+        steps: tuple[Step, ...] = (),
+        weights: list[torch.Tensor] | None = None,
         drawing: Branch | None = None,
     ) -> None:
         self._head, self._hidden, self._steps, self._weights = head, hidden_BsH, steps, weights
@@ -133,23 +100,19 @@ class LazyLogits(torch.Tensor):
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """Sum the cross-entropy of the labelled tokens and divide it, ``[B, s], [] -> []``."""
         head, vocab = self._head, self.shape[-1]
-        params = list(head.module.parameters())
         head.is_tiled = True
-        kernel, steps = _kernel_of(head, self._hidden, self._steps)
+        kernel, steps = _kernel_of(head.budget.backend, self._hidden, self._steps)
 
         def work(hidden_TH: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():
-                self._weights = _weights_now(head)
-            rows = loss_tile_rows(head.budget, vocab, in_place=kernel is not None and not steps)
-            labels_T = labels_Bs.flatten().to(hidden_TH.device)
-            scale = 1 / divisor.to(hidden_TH.device)
+                self._weights = head.copy_weights()
             return tiled_loss(
                 lambda tile: _after(head.forward(tile), steps),
-                params,
+                list(head.module.parameters()),
                 hidden_TH,
-                labels_T,
-                scale,
-                rows,
+                labels_Bs.flatten().to(hidden_TH.device),
+                1 / divisor.to(hidden_TH.device),
+                loss_tile_rows(head.budget, vocab, in_place=kernel is not None and not steps),
                 label_smoothing,
                 kernel,
                 self._drawing,
@@ -158,15 +121,11 @@ class LazyLogits(torch.Tensor):
         return self._call(work, self._hidden.flatten(0, -2))
 
     def make(self) -> torch.Tensor:
-        """Materialize the logits, ``[B, s, V]``.
-
-        Raises:
-            SetupError: the logits are an evaluation's, and the weights have been trained since.
-        """
+        """Materialize the logits, ``[B, s, V]``, of an evaluation with the weights that it had."""
         if self._made is None:
             with self._drawing():
                 if self._weights is not None:
-                    logits = self._weights.call(self._head, self._hidden)
+                    logits = self._head.forward_with(self._weights, self._hidden)
                 else:
                     logits = self._call(self._head.forward, self._hidden)
             self._made = _after(logits, self._steps)
@@ -180,35 +139,30 @@ class LazyLogits(torch.Tensor):
         finally:
             self._head.work = None
 
-    def _again(self, steps: Steps) -> "LazyLogits":
-        return LazyLogits(self._head, self._hidden, steps, self._weights, self._drawing)
+    def _then(self, *step: Any) -> "LazyLogits":
+        return LazyLogits(self._head, self._hidden, (*self._steps, step), self._weights, self._drawing)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.__name__
+        kwargs, name = kwargs or {}, func.__name__
         if name in _OF_THE_SHAPE or name == "__set__" or (name == "__get__" and func not in _OF_THE_VALUES):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        own = [each for each in args if isinstance(each, cls)]
-        if name == "contiguous" and len(own) == 1:
-            return own[0]
+        places = [place for place, each in enumerate(args) if isinstance(each, cls)]
+        if name == "contiguous" and places:
+            return args[0]
         others = [each for each in (*args, *kwargs.values()) if not isinstance(each, cls)]
         is_plain = not any(isinstance(each, torch.Tensor) and (each.dim() or each.requires_grad) for each in others)
-        if len(own) == 1 and is_plain and own[0]._made is None:
-            place = next(index for index, each in enumerate(args) if each is own[0])
-            around = args[:place], args[place + 1 :], kwargs
-            if name in _IN_PLACE and place == 0:
-                own[0]._steps = (*own[0]._steps, (getattr(torch.Tensor, _IN_PLACE[name]), *around))
-                return own[0]
-            if name.strip("_") in _ELEMENTWISE:
-                return own[0]._again((*own[0]._steps, (func, *around)))
+        is_recorded = name.removeprefix("__").removesuffix("__") in _RECORDED
+        if is_recorded and is_plain and len(places) == 1 and args[places[0]]._made is None:
+            place = places[0]
+            return args[place]._then(func, args[:place], args[place + 1 :], kwargs)
         return func(*_made(args), **_made(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _VIEWS and isinstance(args[0], cls) and args[0]._made is None:
-            return args[0]._again((*args[0]._steps, (torch.Tensor.detach, (), (), {})))
+            return args[0]._then(torch.Tensor.detach, (), (), {})
         return func(*_made(args), **_made(kwargs or {}))
 
 
@@ -216,43 +170,28 @@ def _made(arguments: Any) -> Any:
     return tree_map_only(LazyLogits, LazyLogits.make, arguments)
 
 
-def _after(logits: torch.Tensor, steps: Steps) -> torch.Tensor:
+def _after(logits: torch.Tensor, steps: tuple[Step, ...]) -> torch.Tensor:
     for function, before, after, keywords in steps:
         logits = function(*before, logits, *after, **keywords)
     return logits
 
 
-def _kernel_of(head: LazyHead, hidden: torch.Tensor, steps: Steps) -> tuple[OnTheWay | None, Steps]:
+def _kernel_of(backend: str, hidden: torch.Tensor, steps: tuple[Step, ...]) -> tuple[OnTheWay | None, tuple[Step, ...]]:
     """Return the logit ops fused into the loss kernel, None without a kernel, and the steps left to torch."""
-    if head.budget.backend == "torch" or hidden.dtype == torch.float64:
+    if backend == "torch" or hidden.dtype == torch.float64:
         return None, steps
     try:  # Triton is imported on demand: not every system has it
         import deepspeed_alst.kernels.cross_entropy  # noqa: F401
         from deepspeed_alst.kernels.registry import has_kernel, runs_on
     except ImportError:
         return None, steps
-    by_liger = head.budget.backend == "liger" and runs_on(hidden.device)
+    by_liger = backend == "liger" and runs_on(hidden.device)
     if not by_liger and not has_kernel("cross_entropy", hidden.device):
         return None, steps
     fused = on_the_way(steps)
     if fused is None or (by_liger and fused.logit_scale != 1):
         return OnTheWay(by_liger=by_liger), steps
     return replace(fused, by_liger=by_liger), ()
-
-
-def _weights_now(head: LazyHead) -> Weights:
-    """Return the weights of this evaluation, one object for all its forwards."""
-    weights = head.snapshot() if head.snapshot is not None else None
-    if weights is None:
-        weights = Weights(head.module)
-        head.snapshot = weakref.ref(weights)
-    return weights
-
-
-def _sample(param: torch.Tensor) -> torch.Tensor:
-    """Sample elements across a weight: an optimizer step changes nearly all elements of a head's."""
-    flat = param.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLED)].clone()
 
 
 def share_of_loss(

@@ -31,13 +31,7 @@ def tile_loss(
 ) -> str:
     """Make a causal LM compute its logits tile by tile, within its loss; return a description.
 
-    Args:
-        model: a transformers model, or a wrapper around one.
-        budget: memory of a tile's logits and of the tensors computed from them.
-        calls: the session's; without sequence parallelism new ones.
-        leaf: called with the head, to make it a leaf module whose weights the engine gathers as one
-            (tiling/zero3_leaf.py).
-        patches: undo stack.
+    ``leaf`` is called with the head, to make it a leaf whose weights ZeRO-3 gathers as one (tiling/zero3_leaf.py).
 
     Raises:
         UnsupportedModelError: the model has no output embeddings.
@@ -46,7 +40,13 @@ def tile_loss(
     if budget.backend == "liger":
         check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
     if budget.backend == "triton":
-        _check_kernels()
+        from deepspeed_alst.kernels.registry import runs_on
+
+        if not torch.cuda.is_available() and not runs_on(torch.device("cpu")):
+            raise SetupError(
+                "alst.tiled_logits_loss: 'triton' needs a GPU, and there is none here. Use 'auto' or 'torch'; to try "
+                "the kernel on CPU, a thousand times slower, set TRITON_INTERPRET=1 in the environment."
+            )
     base = base_model(model)
     module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if module is None:
@@ -57,23 +57,12 @@ def tile_loss(
     head = LazyHead(module, module.forward, budget)
     leaf(module)
     _defer(head, patches)
-
     _watch_calls(model, head, calls, patches)
     patches.set(base, "alst_head", head)
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
     on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
     by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by torch on CPU; "
     return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
-
-
-def _check_kernels() -> None:
-    from deepspeed_alst.kernels.registry import runs_on
-
-    if not torch.cuda.is_available() and not runs_on(torch.device("cpu")):
-        raise SetupError(
-            "alst.tiled_logits_loss: 'triton' needs a GPU, and there is none here. Use 'auto' or 'torch'; to try the "
-            "kernel on CPU, a thousand times slower, set TRITON_INTERPRET=1 in the environment."
-        )
 
 
 def _watch_calls(model: torch.nn.Module, head: LazyHead, calls: ForwardContext, patches: PatchSet) -> None:
@@ -84,7 +73,7 @@ def _watch_calls(model: torch.nn.Module, head: LazyHead, calls: ForwardContext, 
         head.deferring = (has_labels or calls.loss_follows) and not calls.whole
         head.is_tiled, head.for_loss = False, None
         if torch.is_grad_enabled():
-            head.snapshot = None
+            head.kept = None
 
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
         makes_loss, head.deferring = head.deferring and not calls.loss_follows, False

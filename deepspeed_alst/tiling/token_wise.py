@@ -1,10 +1,5 @@
-"""Token-wise modules of a model that are worth tiling: MLPs and experts, dense or mixed.
+"""Token-wise modules of a model that are worth tiling: MLPs and experts, found by structure, not by name."""
 
-transformers' tensor-parallel plan tells where a decoder layer's matrices are; a model without a plan, or a layer that
-the plan omits, is searched by structure. Modules are not matched by name.
-"""
-
-import fnmatch
 import inspect
 from collections.abc import Iterator
 
@@ -23,26 +18,23 @@ def token_wise_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
     A mixture's experts are included, its router is not: what a block records of it stays outside the tiles.
     """
+    routers = router_classes(base_model(model))
+    return {
+        name: module
+        for path, layer in decoder_layers(model)
+        for name, module in _inside(path, layer)
+        if not any(isinstance(each, routers) for each in module.modules())
+    }
+
+
+def decoder_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the elements of the decoder's own ModuleLists, by name."""
     base = base_model(model)
-    routers = router_classes(base)
     decoder = getattr(base, "base_model", base)
     prefix = next(name for name, module in base.named_modules() if module is decoder)
-    found: dict[str, torch.nn.Module] = {}
-    for name, layer in _layers(decoder):
-        of_layer = dict(_by_table(decoder, name, layer)) or dict(_by_structure(name, layer))
-        of_layer = {inner: module for inner, module in of_layer.items() if not _contains(module, routers)}
-        found |= {f"{prefix}.{inner}".lstrip("."): module for inner, module in of_layer.items()}
-    return found
-
-
-def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """Return the decoder layer that contains a module found here."""
-    parts = name.split(".")
-    base = base_model(model)
-    for length in range(1, len(parts)):
-        if isinstance(base.get_submodule(".".join(parts[:length])), torch.nn.ModuleList):
-            return base.get_submodule(".".join(parts[: length + 1]))
-    raise LookupError(f"{name} is in no ModuleList")
+    for name, child in decoder.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from ((f"{prefix}.{name}.{index}".lstrip("."), layer) for index, layer in enumerate(child))
 
 
 def output_features(module: torch.nn.Module, experts_per_token: int) -> int:
@@ -53,60 +45,33 @@ def output_features(module: torch.nn.Module, experts_per_token: int) -> int:
     return dense + stacked * experts_per_token
 
 
-def _layers(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the elements of the decoder's own ModuleLists."""
-    for name, child in decoder.named_children():
-        if isinstance(child, torch.nn.ModuleList):
-            yield from ((f"{name}.{index}", layer) for index, layer in enumerate(child))
-
-
-def _by_table(decoder: torch.nn.Module, name: str, layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield stacked experts and modules that take rows and have a row-wise sharded matrix, as an MLP does."""
-    table = getattr(getattr(decoder, "config", None), "base_model_tp_plan", None) or {}
-    for inner, module in layer.named_modules(prefix=name):
-        ends = [
-            pattern.rsplit(".", 1)[1]
-            for pattern, style in table.items()
-            if style.startswith("rowwise") and fnmatch.fnmatchcase(inner, pattern.rsplit(".", 1)[0])
-        ]
-        if any(hasattr(module, end) for end in ends) and _takes_rows(module):
-            yield inner, module
-
-
-def _by_structure(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _inside(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield the innermost descendants that take rows and have at least two matrices."""
     for inner, child in module.named_children():
         path = f"{name}.{inner}"
-        if not any(True for _ in _matrices(child)) or _looks_elsewhere(child):
+        if not _matrices(child) or _NOT_TOKEN_WISE & set(inspect.signature(child.forward).parameters):
             continue
-        own_stack = any(param.dim() == 3 for param in child.parameters(recurse=False))
-        inside = [] if own_stack else list(_by_structure(path, child))
-        if inside:
-            yield from inside
-        elif len(list(_matrices(child))) > 1 and _takes_rows(child):
+        is_stack = any(param.dim() == 3 for param in child.parameters(recurse=False))
+        if found := [] if is_stack else list(_inside(path, child)):
+            yield from found
+        elif len(_matrices(child)) > 1 and _takes_rows(child):
             yield path, child
 
 
-def _contains(module: torch.nn.Module, classes: tuple[type, ...]) -> bool:
-    return any(isinstance(inner, classes) for inner in module.modules())
-
-
-def _matrices(module: torch.nn.Module) -> Iterator[torch.Size]:
-    """Yield the shapes of a module's weights, submodules included, without vectors."""
-    for param in module.parameters():
-        shape = getattr(param, "ds_shape", param.shape)  # of a weight partitioned by ZeRO-3
-        if len(shape) > 1:
-            yield shape
-
-
-def _looks_elsewhere(module: torch.nn.Module) -> bool:
-    return bool(_NOT_TOKEN_WISE & set(inspect.signature(module.forward).parameters))
+def _matrices(module: torch.nn.Module) -> list[torch.Size]:
+    """Return the shapes of a module's weights, submodules included, without vectors."""
+    shapes = [getattr(param, "ds_shape", param.shape) for param in module.parameters()]  # ds_shape: ZeRO-3's
+    return [shape for shape in shapes if len(shape) > 1]
 
 
 def _takes_rows(module: torch.nn.Module) -> bool:
-    """Return True if a forward takes one to three tensors and nothing else."""
-    if isinstance(module, torch.nn.Linear | torch.nn.ModuleList) or _looks_elsewhere(module):
+    """Return True if a forward takes one to three tensors and nothing else, and uses the module's matrices."""
+    if isinstance(module, torch.nn.Linear | torch.nn.ModuleList):
         return False
     parameters = inspect.signature(module.forward).parameters.values()
     plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
-    return plain and 1 <= len(parameters) <= _ROW_ARGUMENTS
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(module).__mro__ if "forward" in vars(cls)]
+    used = {name for forward in forwards for name in forward.__code__.co_names}
+    # Gemma3n's AltUp has matrices that other methods use, which would find them partitioned under ZeRO-3.
+    uses = all(name in used for name, child in module.named_children() if _matrices(child))
+    return plain and 1 <= len(parameters) <= _ROW_ARGUMENTS and (uses or isinstance(module, torch.nn.Sequential))

@@ -9,69 +9,56 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 
 class WeightGradients:
-    """Weight gradients, summed over tiles in one flat buffer and returned in the weights' dtype.
+    """Weight gradients, summed over tiles and returned in the weights' dtype.
 
     Args:
         weights: the weights that need a gradient.
-        num_tiles: number of tiles to sum; a single tile needs no buffer.
+        num_tiles: number of tiles to sum; a single tile's gradients are kept as they are.
         fp32: True to sum half-precision gradients in fp32, for 4 bytes per weight during the pass.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], num_tiles: int, fp32: bool) -> None:
         self._weights = weights
-        self._places = {id(weight): index for index, weight in enumerate(weights)}
-        self._sums: list[torch.Tensor | None] = [None] * len(weights)
-        self._buffers: list[torch.Tensor] = []
-        if num_tiles > 1 and weights:
-            half = all(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights)
-            self._buffers = _views(weights, torch.float32 if half and fp32 else None)
+        self._ids = {id(weight) for weight in weights}
+        self._is_single = num_tiles == 1
+        half = all(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights)
+        self._dtype = torch.float32 if half and fp32 and num_tiles > 1 else None
+        self._sums: dict[int, torch.Tensor] = {}
 
-    def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add one tile's gradients; None for a weight that the tile did not use."""
-        for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                self._add(index, gradient)
+    def __contains__(self, weight: torch.Tensor) -> bool:
+        return id(weight) in self._ids
 
-    def wants(self, weight: torch.Tensor) -> bool:
-        """Return True if the weight is in this set."""
-        return id(weight) in self._places
-
-    def add_one(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add one tile's gradient of one weight."""
-        self._add(self._places[id(weight)], gradient)
+    def add(self, weight: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """Add one tile's gradient of one weight; None if the tile did not use it."""
+        if gradient is None:
+            return
+        if id(weight) in self._sums:
+            self._sums[id(weight)] += gradient
+        elif self._is_single:
+            self._sums[id(weight)] = gradient
+        else:  # a copy: autograd may give two weights the same tensor
+            dtype = self._dtype or gradient.dtype
+            self._sums[id(weight)] = gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def add_product(self, weight: torch.Tensor, left_tN: torch.Tensor, right_tK: torch.Tensor) -> None:
-        """Add ``left' right [N, K]`` of one tile, if the weight is in this set."""
-        if not self.wants(weight):
-            return
-        index = self._places[id(weight)]
-        total = self._sums[index]
-        if not self._buffers or self._buffers[index].dtype != left_tN.dtype:
-            self._add(index, left_tN.t() @ right_tK)
-        elif total is None:
-            self._sums[index] = torch.mm(left_tN.t(), right_tK, out=self._buffers[index])
-        else:
+        """Add ``left' right [N, K]`` of one tile."""
+        total = self._sums.get(id(weight))
+        if total is None:
+            product = left_tN.t() @ right_tK
+            self._sums[id(weight)] = product.to(self._dtype or product.dtype)
+        elif total.dtype == left_tN.dtype:
             torch.addmm(total, left_tN.t(), right_tK, out=total)
-
-    def _add(self, index: int, gradient: torch.Tensor) -> None:
-        total = self._sums[index]
-        if total is not None:
-            total.add_(gradient)
-        elif self._buffers:
-            self._sums[index] = self._buffers[index].copy_(gradient)
         else:
-            self._sums[index] = gradient
+            total += left_tN.t() @ right_tK
 
     def sums(self) -> list[torch.Tensor | None]:
         """Return the sums in their accumulation dtype; None for a weight that no tile used."""
-        return list(self._sums)
+        return [self._sums.get(id(weight)) for weight in self._weights]
 
     def result(self) -> list[torch.Tensor | None]:
         """Return the sums in the weights' dtype."""
-        return [
-            None if total is None else total.to(weight.dtype)
-            for total, weight in zip(self._sums, self._weights, strict=True)
-        ]
+        pairs = zip(self.sums(), self._weights, strict=True)
+        return [None if total is None else total.to(weight.dtype) for total, weight in pairs]
 
 
 def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor], name: str) -> None:
@@ -92,8 +79,8 @@ def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torc
                 "would get no gradient. Make it a parameter of the module, or leave the tiles' key out "
                 "(alst.tiled_mlp_compute, alst.tiled_logits_loss)."
             )
-        new = [each for each, _ in node.next_functions if each is not None and each not in seen]
-        seen.update(new)
+        new = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= new
         nodes += new
 
 
@@ -111,13 +98,3 @@ def without_hooks(weights: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         for hooks, before in kept:
             hooks.update(before)
-
-
-def _views(weights: Sequence[torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
-    """Allocate a buffer per weight, all in one allocation if they share a dtype."""
-    kinds = {dtype or weight.dtype for weight in weights}
-    if len(kinds) > 1:
-        return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-    sizes = [weight.numel() for weight in weights]
-    flat = torch.empty(sum(sizes), dtype=kinds.pop(), device=weights[0].device)
-    return [part.view(weight.shape) for part, weight in zip(flat.split(sizes), weights, strict=True)]

@@ -9,13 +9,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 
 class ZeRO3Leaves:
-    """Marker of ZeRO-3 leaf modules in one model, applied before its engine is built; a no-op on other stages.
-
-    Args:
-        model: model that contains the modules.
-        stage: ZeRO stage.
-        patches: undoes the changes.
-    """
+    """Marker of ZeRO-3 leaf modules in one model, applied before its engine is built; a no-op on other stages."""
 
     def __init__(self, model: torch.nn.Module, stage: int, patches: PatchSet) -> None:
         self._model, self._stage, self._patches = model, stage, patches

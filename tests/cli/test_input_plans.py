@@ -20,7 +20,7 @@ from deepspeed_alst.offload.free_list import Extents
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
-from deepspeed_alst.tiling.tile_size import fewest_bytes, row_bytes, sums_fit, tile_rows
+from deepspeed_alst.tiling.tiled_mlp import fewest_bytes, row_bytes, sums_fit, tile_rows
 
 # --- heads
 

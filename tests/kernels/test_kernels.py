@@ -25,8 +25,7 @@ from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.logit_ops import on_the_way
-from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, tiled_loss
+from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, on_the_way, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from tests.models import family_batch
 

@@ -16,8 +16,7 @@ from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
-from deepspeed_alst.tiling.tile_size import row_bytes, tile_rows
-from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+from deepspeed_alst.tiling.tiled_mlp import row_bytes, tile_mlps, tile_rows
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 from tests.models import family_batch
@@ -122,7 +121,7 @@ def assert_same(module: torch.nn.Module, tile: int, x: torch.Tensor, *rows: torc
 
 
 class Odd(torch.nn.Module):
-    """Biases, a frozen matrix, a shared one, an output that no Linear makes, and a second one with rows of its own."""
+    """Biases, a frozen matrix, a shared one, and an output that no Linear makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,9 +129,9 @@ class Odd(torch.nn.Module):
         self.frozen = torch.nn.Linear(16, 24).requires_grad_(False)
         self.unused = torch.nn.Linear(3, 3)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         inner = torch.tanh(self.one(x)) * self.frozen(x)
-        return self.two(inner) + self.two(inner.sin()), inner.flatten(0, 1)[:, :3]
+        return self.two(inner) + self.two(inner.sin())
 
 
 @pytest.mark.parametrize("tile", [4, 100])
@@ -143,12 +142,26 @@ def test_a_module_of_any_shape(tile):
     params = [param for param in module.parameters() if param.requires_grad]
     found = []
     for function in (module, lambda rows: work.tiled(tile, rows)):
-        one, two = function(x)
-        assert one.shape == (2, 9, 16) and two.shape == (18, 3)
-        found.append(torch.autograd.grad(one.square().sum() + two.exp().sum(), [x, *params], allow_unused=True))
+        output = function(x)
+        assert output.shape == (2, 9, 16)
+        found.append(torch.autograd.grad(output.square().sum(), [x, *params], allow_unused=True))
     for tiled, whole in zip(found[1], found[0], strict=True):
         assert (tiled is None) == (whole is None)
         assert whole is None or error(tiled, whole) < EXACT
+
+
+class Doubled(torch.nn.Sequential):
+    """The output of its last Linear, changed in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = super().forward(x)
+        output *= 2
+        return output
+
+
+def test_an_output_that_is_changed_in_place_has_its_gradient():
+    module = Doubled(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 16)).double()
+    assert_same(module, 4, torch.randn(2, 9, 16, dtype=torch.float64))
 
 
 def test_adapters_and_a_frozen_model():
