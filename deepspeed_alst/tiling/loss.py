@@ -26,9 +26,8 @@ _BYTES_PER_LOGIT = 16
 _BYTES_IN_PLACE = 4
 _FEWEST_ROWS = 64
 _BLOCK = 2**24
-_HIDDEN, _NUM_OTHERS = 5, 9  # places among the arguments of _TiledLoss: hidden states, the first weight
+_HIDDEN, _NUM_OTHERS = 3, 6  # places among the arguments of _TiledLoss: hidden states, the first weight
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """``[t, V], [t] -> [], [t, V]``: the summed loss of a tile, and its gradient times a scale."""
 Step = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
@@ -80,7 +79,7 @@ def loss_tile_rows(budget: TiledLossConfig, vocab: int, in_place: bool = False) 
 
 
 def tiled_loss(
-    logits: Logits,
+    logits: Callable[[torch.Tensor], torch.Tensor],
     weights: Sequence[torch.nn.Parameter],
     hidden_TH: torch.Tensor,
     labels_T: torch.Tensor,
@@ -113,23 +112,24 @@ def tiled_loss(
         cross_entropy = _by_torch(label_smoothing, before, needs_grad)
     else:
         cross_entropy = _by_kernel(label_smoothing, before, needs_grad, kernel, labels_T)
-    return _TiledLoss.apply(
-        *(logits, cross_entropy, drawing, tile_rows, needs_grad),
-        *(hidden_TH, labels_T, scale, scale / before, *weights),
-    )
+
+    def run(part: torch.Tensor, x_tH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with torch.set_grad_enabled(needs_grad), drawing(part):
+            logits_tV = logits(x_tH)
+        return logits_tV, *cross_entropy(logits_tV, labels_T[part])
+
+    parts = (labels_T != IGNORED_LABEL).nonzero().flatten().split(tile_rows)
+    return _TiledLoss.apply(run, parts, needs_grad, hidden_TH, scale, scale / before, *weights)
 
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Logits,
-        cross_entropy: CrossEntropy,
-        drawing: Branch,
-        tile_rows: int,
+        run: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+        parts: Sequence[torch.Tensor],
         needs_grad: bool,
         hidden_TH: torch.Tensor,
-        labels_T: torch.Tensor,
         scale: torch.Tensor,
         after: torch.Tensor,
         *weights: torch.Tensor,
@@ -137,21 +137,19 @@ class _TiledLoss(torch.autograd.Function):
         needs = [needs_grad and each for each in ctx.needs_input_grad]
         ctx.need_weights, ctx.after = needs[_NUM_OTHERS:], after
         trained = [weight for weight, need in zip(weights, ctx.need_weights, strict=True) if need]
-        parts = (labels_T != IGNORED_LABEL).nonzero().flatten().split(tile_rows)
         sums = WeightGradients(trained, len(parts), fp32=True)
         grad_TH = torch.zeros_like(hidden_TH) if needs[_HIDDEN] else None
         total = torch.zeros_like(scale)
         for part in parts:
             leaf = hidden_TH[part].detach().requires_grad_(grad_TH is not None)
-            with torch.set_grad_enabled(needs_grad), drawing(part):
-                logits_tV = logits(leaf)
-            loss, grad_tV = cross_entropy(logits_tV, labels_T[part])
+            logits_tV, loss, grad_tV = run(part, leaf)
             total += loss
             if part is parts[0]:
                 refuse_foreign_weights([logits_tV], (leaf, *weights), "The head")
             wanted = trained if grad_TH is None else [*trained, leaf]
             if not wanted:
                 continue
+            found = gradient = None  # frees those of the last tile
             with without_hooks(trained), torch.autocast(hidden_TH.device.type, enabled=False):
                 found = torch.autograd.grad(logits_tV, wanted, grad_tV, allow_unused=True)
             del logits_tV, grad_tV

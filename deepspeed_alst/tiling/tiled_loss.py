@@ -150,8 +150,8 @@ def replace_whole_loss(model: torch.nn.Module, patches: PatchSet) -> None:
         **kwargs: Any,
     ) -> torch.Tensor:
         if not isinstance(logits, LazyLogits) or not is_causal_lm_loss(before) or ignore_index != IGNORED_LABEL:
-            made = logits.make() if isinstance(logits, LazyLogits) else logits
-            return before(made, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+            logits = logits.make() if isinstance(logits, LazyLogits) else logits
+            return before(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is not None:
             shift_labels = as_int64("shift_labels", shift_labels)
         else:
@@ -168,10 +168,8 @@ def _defer(head: LazyHead, patches: PatchSet) -> None:
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if head.deferring and head.work is None and len(args) == 1 and not kwargs:
             return LazyLogits(head, args[0])
-        if head.work is None:
-            with branch()():  # as many draw branches as when deferred
-                return before.__call__(self, *args, **kwargs)
-        return before.__call__(self, *args, **kwargs)
+        with branch()() if head.work is None else contextlib.nullcontext():  # as many draw branches as when deferred
+            return before.__call__(self, *args, **kwargs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return head.forward(*args, **kwargs) if head.work is None else head.work(*args, **kwargs)
