@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here
+from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here, gradients_of
 from deepspeed_alst.tiling.weight_gradients import WeightGradients
 
 
@@ -86,20 +86,18 @@ class _ByExpert(torch.autograd.Function):
                 leaves = [x_TH[tokens].requires_grad_(need_x), weight_Tk.flatten()[part].requires_grad_(need_weight)]
                 with torch.enable_grad(), ctx.autocast():
                     y = _run(ctx.work.module, slices, *leaves)
-                wanted = [each for each in (*leaves, *slices) if each.requires_grad]
-                found = torch.autograd.grad(y, wanted, grad_TH[tokens].to(y.dtype))
-                by_id = {id(each): gradient for each, gradient in zip(wanted, found, strict=True)}
+                of_x, of_weight, *of_slices = gradients_of(y, (*leaves, *slices), grad_TH[tokens].to(y.dtype))
                 if need_x:
-                    grad_x.index_add_(0, tokens, by_id[id(leaves[0])].to(grad_x))
+                    grad_x.index_add_(0, tokens, of_x.to(grad_x))
                 if need_weight:
-                    grad_weight.view(-1)[part] = by_id[id(leaves[1])]
-                for each in slices:
-                    sums.add(each, by_id.get(id(each)))
+                    grad_weight.view(-1)[part] = of_weight
+                for each, gradient in zip(slices, of_slices, strict=True):
+                    sums.add(each, gradient)
             for grad, of_expert in zip(grad_stacks, sums.result(), strict=True):
                 if grad is not None:
                     grad[expert : expert + 1] = of_expert
-        of_x, of_weight = grad_x.to(x_TH.dtype) if need_x else None, grad_weight if need_weight else None
-        return (None, None, of_x, None, of_weight, *grad_stacks)
+        grad_x, grad_weight = grad_x.to(x_TH.dtype) if need_x else None, grad_weight if need_weight else None
+        return (None, None, grad_x, None, grad_weight, *grad_stacks)
 
 
 def _experts(index_Tk: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -23,8 +23,6 @@ from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_forei
 # Relative tolerance between rows run alone and among others: above rounding, also in bf16; mixing rows exceeds it.
 _ROUNDING = 0.05
 _PROBED_ROWS, _FEWEST_CHECKED_ROWS = 64, 4
-# Of a closed form, relative to a value's norm, in roundings of its dtype; TF32, used by both paths, has 10 bits.
-_ROUNDINGS, _LEAST = 8, 1e-3
 
 
 class TiledModule:
@@ -47,7 +45,6 @@ class TiledModule:
         """State that was checked: a dropout after the last Linear may be inactive in one state only."""
         self._form: GatedMlp | None = None
         self._form_state: tuple[Any, ...] = ()
-        self._form_disagrees = False
 
     def tiled(self, tile_rows: int, *rows: torch.Tensor) -> torch.Tensor:
         """Run the module's own forward, at most ``tile_rows`` rows at a time: ``[..., features] -> [..., features]``.
@@ -74,7 +71,7 @@ class TiledModule:
 
         ``dims`` is the number of dims of its arguments; ``rows`` are tensors like them.
         """
-        if len(rows) > 1 or self._form_disagrees or not runs_plainly(self.module, self.forward, rows[0]):
+        if len(rows) > 1 or not runs_plainly(self.module, self.forward, rows[0]):
             return None
         state = (self.module.training, dims, *dropout_rates(self.module).values(), *self.module.modules())
         if state != self._form_state:
@@ -123,14 +120,10 @@ class TiledModule:
             add_linear_gradients(sums, last, grad, output.detach())
             grad = grad @ last.weight.detach()
         trained = [each for each in self.module.parameters() if each in sums]
-        wanted = [each for each in (*rows, *trained) if each.requires_grad]
-        if not wanted or not output.requires_grad:
-            return [None] * len(rows)
-        found = torch.autograd.grad(output, wanted, grad, allow_unused=True)
-        by_id = {id(each): gradient for each, gradient in zip(wanted, found, strict=True)}
-        for weight in trained:
-            sums.add(weight, by_id.get(id(weight)))
-        return [by_id.get(id(each)) for each in rows]
+        found = gradients_of(output, (*rows, *trained), grad)
+        for weight, gradient in zip(trained, found[len(rows) :], strict=True):
+            sums.add(weight, gradient)
+        return found[: len(rows)]
 
     @torch.no_grad()
     def _check(self, rows: Sequence[torch.Tensor], dims: int, drawing: Branch) -> None:
@@ -147,18 +140,16 @@ class TiledModule:
                     patches.hook(each, "forward", note)
             found = self.forward(*inputs)
         whole = self._as_rows(found, inputs[0])
-        is_last = (layer for layer, output, version in made if output is found and version == _version(output))
-        self._last_linear = next(is_last, None)
+        calls = [layer for layer, *_ in made]
+        self._last_linear = None
+        for layer, output, version in made:
+            if output is found and version == _version(output) and calls.count(layer) == 1:
+                self._last_linear = layer
         if t < _FEWEST_CHECKED_ROWS or type(whole).__name__ == "FakeTensor" or whole.is_meta:
             return
         part = slice(t // 4, 3 * t // 4)
         with drawing(part):
             alone = self.run([each[part] for each in rows], dims)
-        if (form := self.closed_form(rows, dims)) is not None:
-            by_form = torch.empty_like(whole)
-            form.forward(rows[0], by_form)
-            most = max(_ROUNDINGS * torch.finfo(whole.dtype).eps, _LEAST)
-            self._form_disagrees = not (by_form - whole).norm() <= most * whole.norm()
         if (whole[part] - alone).norm() > _ROUNDING * whole[part].norm():
             raise UnsupportedModelError(
                 f"{self.name} gives a token another value among other tokens: it is not token-wise, and cannot run "
@@ -234,6 +225,15 @@ class TiledPass(torch.autograd.Function):
         of_trained = iter(sums.result())
         of_weights = (next(of_trained) if need else None for need in need_weights)
         return (None, None, None, None, None, *grad_rows, *of_weights)
+
+
+def gradients_of(output: torch.Tensor, inputs: Sequence[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return the gradients of inputs, given that of the output; None for one without."""
+    wanted = [each for each in inputs if each.requires_grad]
+    if not wanted or not output.requires_grad:
+        return [None] * len(inputs)
+    found = iter(torch.autograd.grad(output, wanted, grad, allow_unused=True))
+    return [next(found) if each.requires_grad else None for each in inputs]
 
 
 def autocast_as_here(kind: str) -> Callable[[], Any]:

@@ -325,23 +325,6 @@ def test_a_shared_weight_gets_one_gradient_its_hooks_see_the_sum_and_accumulatio
     assert len(seen) == 2 and error(sum(seen), expected) < EXACT and error(module.one.weight.grad, expected) < EXACT
 
 
-def test_a_kernel_that_computes_something_else_is_not_used():
-    from deepspeed_alst.kernels import gated
-
-    module, (x, seed) = Mlp(), torch.randn(2, 1, 50, M)
-    with by_autograd():
-        expected = gradients(module, 20, x, seed)
-    right = gated.gated_activation_
-
-    def off(gate_tF: torch.Tensor, *rest: Any) -> None:
-        right(gate_tF, *rest)
-        gate_tF *= 1.1
-
-    with mock.patch.object(gated, "gated_activation_", off):
-        for one, other in zip(gradients(module, 20, x, seed), expected, strict=True):
-            assert torch.equal(one, other)
-
-
 # --- how often, and what it needs
 
 
@@ -422,5 +405,4 @@ def test_more_rows_fit_and_what_would_not_fit_whole_is_one_tile(tokens, tiles):
         # By autograd 3 * (2 * 64 + 32) fp32 values a row: 409 rows; in closed form 3 * 64: 1024.
         tile_mlps(model, TiledMLPConfig(tile_bytes=1024 * 3 * 64 * 4, min_tokens=0), no_leaf, undo)
         model.model.layers[0].mlp(x).sum().backward()
-    probe = 1 if tiles else 0
-    assert passes.call_count == min(tiles, 1) and by_tile.call_count == tiles + probe
+    assert passes.call_count == min(tiles, 1) and by_tile.call_count == tiles

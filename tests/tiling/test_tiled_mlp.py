@@ -159,8 +159,16 @@ class Doubled(torch.nn.Sequential):
         return output
 
 
-def test_an_output_that_is_changed_in_place_has_its_gradient():
-    module = Doubled(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 16)).double()
+class Again(torch.nn.Sequential):
+    """The output of a Linear that runs twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x).sin())
+
+
+@pytest.mark.parametrize("kind", [Doubled, Again])
+def test_a_last_matrix_that_does_more_than_make_the_output_has_its_gradient(kind):
+    module = kind(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 16)).double()
     assert_same(module, 4, torch.randn(2, 9, 16, dtype=torch.float64))
 
 
