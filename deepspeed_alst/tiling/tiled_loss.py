@@ -14,12 +14,12 @@ from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.validation import as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_upstream import is_causal_lm_loss
 from deepspeed_alst.integrations.liger import check_liger_runs
 from deepspeed_alst.integrations.trl_fused_head import has_fused_head
 from deepspeed_alst.random_draws.draw_mode import branch
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits, share_of_loss
+from deepspeed_alst.verification.hf_support_checks import is_causal_lm_loss
 
 
 def tile_loss(

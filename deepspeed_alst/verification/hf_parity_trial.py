@@ -29,10 +29,10 @@ from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_backends import TRIAL, keeps_documents_apart
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
-from deepspeed_alst.verification.custom_modules import check_custom_modules
 from deepspeed_alst.verification.hf_support_checks import check_model
-from deepspeed_alst.verification.hf_tiny_config import shrink
+from deepspeed_alst.verification.hf_tiny_models import shrink
 from deepspeed_alst.verification.program_code import install_program_code
+from deepspeed_alst.verification.verify_model import check_custom_modules
 
 # In fp32 the two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
 _MOST = 3e-4

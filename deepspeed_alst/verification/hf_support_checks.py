@@ -1,20 +1,20 @@
-"""Reject models and configs that sequence parallelism does not support, with the reasons.
+"""Reject models, configs and adapters that sequence parallelism does not support, with the reasons.
 
-The census (verified.py) or a tiny model of the same kind (probe.py) verifies all others.
+The census or a tiny model of the same kind verifies all others, and the check of the live model compares its forward.
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.integrations.hf_upstream import is_causal_lm_loss
-from deepspeed_alst.integrations.peft import adapter_problems
 from deepspeed_alst.linear_attention.layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.sequence_parallel.hf_backends import find_backend
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
@@ -32,6 +32,13 @@ _WHY_NOT = {
 }
 # Supported attention layer types by their transformers names; flash attention has no chunks.
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+# Options of PEFT's adapters whose defects no comparison of forwards sees, or would report less clearly.
+_ADAPTER_OPTIONS = {
+    "alora_invocation_tokens": "looks for tokens in the sequence, of which a rank has its shard only",
+    "monteclora_config": "keeps random weights that ranks would draw apart",
+    "velora_config": "changes the backward, which is not verified",
+}
+_CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,16 @@ def check_model(model: torch.nn.Module) -> ModelFacts:
             "attention and loss it can reach, bare or in the wrapper of PEFT or torch.compile; other wrappers are not "
             "available."
         )
-    config = base.config
-    text_config = config.get_text_config()
-    problems = [*_config_problems(base, text_config), *_module_problems(base), *_other_configs(base)]
-    problems += [
-        *_loss_problems(base),
-        *_router_problems(base, text_config),
-        *linear_problems(base),
-        *adapter_problems(model),
-    ]
+    text_config = base.config.get_text_config()
+    problems = [*_config_problems(base, text_config), *_class_problems(base), *_other_configs(base)]
+    problems += [*_loss_problems(base, text_config), *linear_problems(base), *_adapter_problems(model)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
     num_heads, num_kv_heads = (
         _of_all_layers(text_config, f"num_{which}_heads") for which in ("attention", "key_value")
     )
     num_heads = num_heads if has_attention(base) else None
-    return ModelFacts(config.model_type, num_heads, num_kv_heads or num_heads, frozenset(linear_heads(base)))
+    return ModelFacts(base.config.model_type, num_heads, num_kv_heads or num_heads, frozenset(linear_heads(base)))
 
 
 def _of_all_layers(text_config: Any, name: str) -> int | None:
@@ -86,120 +87,116 @@ def _of_all_layers(text_config: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _config_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
-    problems = []
-    if has_attention(model):
-        problems += _core_problems(model)
-    problems += _layer_problems(model, text_config)
-    if not getattr(text_config, "is_causal", True):
-        problems.append("is_causal=False: only causal attention is verified")
-    return problems
-
-
-def _core_problems(model: PreTrainedModel) -> list[str]:
-    name = model.config._attn_implementation
-    if isinstance(name, PrivateName):
-        return ["it has an engine with sequence parallelism already; destroy() that one, or build a second model"]
-    if is_programs(AttentionMaskInterface._global_mapping.get(name)):
-        return [
-            f"a function of the program's own makes the masks of attn_implementation='{name}' "
-            "(AttentionMaskInterface): it would be asked for a shard's; leave transformers' there"
-        ]
-    if find_backend(name) is not None:
-        return []
-    cores = [words for flag, words in _CORES if getattr(model, flag, False)]
-    if not cores:
-        return [
-            f"transformers has neither sdpa nor flash nor flex attention for it (attn_implementation='{name}'), and "
-            "how its own layers could be split over ranks is not known: it cannot run under sequence parallelism; use "
-            "another model"
-        ]
-    return [
-        f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}; load the "
-        f"model with attn_implementation={' or '.join(cores)}"
-    ]
-
-
-def _layer_problems(model: PreTrainedModel, text_config: Any) -> list[str]:
-    """Return the problems of layer types that cannot be sharded or that the core does not support."""
-    name, layer_types = model.config._attn_implementation, getattr(text_config, "layer_types", None)
+def _config_problems(model: PreTrainedModel, text_config: Any) -> Iterator[str]:
+    name, layer_types = model.config._attn_implementation, getattr(text_config, "layer_types", None) or ()
     core = find_backend(name)
-    others = set(layer_types or ()) - set(_LAYER_TYPES) - available_layer_types(model, layer_types)
-    problems = []
-    if others:
-        problems.append(
-            f"layer_types has {', '.join(sorted(others))}: how such layers could be split over ranks is not known"
-        )
-    if "chunked_attention" in (layer_types or ()) and core is not None and not core.uses_mask:
-        problems.append(
+    if has_attention(model):
+        yield from _core_problems(model, name)
+    if others := set(layer_types) - set(_LAYER_TYPES) - available_layer_types(model, layer_types):
+        yield f"layer_types has {', '.join(sorted(others))}: how such layers could be split over ranks is not known"
+    if "chunked_attention" in layer_types and core is not None and not core.uses_mask:
+        yield (
             f"layer_types has chunked_attention: not with attn_implementation='{name}' under sequence parallelism; "
             "sdpa can do it"
         )
-    return problems
+    if not getattr(text_config, "is_causal", True):
+        yield "is_causal=False: only causal attention is verified"
 
 
-def _module_problems(model: torch.nn.Module) -> list[str]:
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if not names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        return [
-            "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
-        ]
-    return _position_problems(model) if has_attention(model) else []
+def _core_problems(model: PreTrainedModel, name: Any) -> Iterator[str]:
+    cores = [words for flag, words in _CORES if getattr(model, flag, False)]
+    if isinstance(name, PrivateName):
+        yield "it has an engine with sequence parallelism already; destroy() that one, or build a second model"
+    elif is_programs(AttentionMaskInterface._global_mapping.get(name)):
+        yield (
+            f"a function of the program's own makes the masks of attn_implementation='{name}' "
+            "(AttentionMaskInterface): it would be asked for a shard's; leave transformers' there"
+        )
+    elif find_backend(name) is None and not cores:
+        yield (
+            f"transformers has neither sdpa nor flash nor flex attention for it (attn_implementation='{name}'), and "
+            "how its own layers could be split over ranks is not known: it cannot run under sequence parallelism; use "
+            "another model"
+        )
+    elif find_backend(name) is None:
+        yield (
+            f"attn_implementation='{name}' is not available under sequence parallelism{_WHY_NOT.get(name, '')}; load "
+            f"the model with attn_implementation={' or '.join(cores)}"
+        )
 
 
-def _position_problems(model: torch.nn.Module) -> list[str]:
-    """Return the problem of a model that counts positions itself: they would restart in each shard."""
+def _class_problems(model: torch.nn.Module) -> Iterator[str]:
+    """Yield the problems of another head, or of a model that counts positions itself, from 0 in each shard."""
+    if not {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        yield "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
+        return
+    if not has_attention(model):
+        return
     # A subclass may only pass its arguments on.
     forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
     if not any("position_ids" in inspect.signature(forward).parameters for forward in forwards):
-        return ["it takes no position_ids: it counts the positions of a shard from 0; use another model"]
-    for name, module in model.named_modules():
-        if hasattr(module, "create_position_ids_from_input_ids"):
-            return [
-                f"{name} counts positions from behind the padding token's id, where the loader's start at 0; use "
-                "another model"
-            ]
-    return []
+        yield "it takes no position_ids: it counts the positions of a shard from 0; use another model"
+        return
+    counting = (name for name, each in model.named_modules() if hasattr(each, "create_position_ids_from_input_ids"))
+    if (name := next(counting, None)) is not None:
+        yield (
+            f"{name} counts positions from behind the padding token's id, where the loader's start at 0; use another "
+            "model"
+        )
 
 
-def _loss_problems(model: torch.nn.Module) -> list[str]:
-    """Return the problem of a user-defined loss, which would get a shard's logits."""
-    if is_causal_lm_loss(model.loss_function):
-        return []
-    name = getattr(model.loss_function, "__qualname__", type(model.loss_function).__name__)
-    return [
-        f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
-        "model its own, and change outputs.loss, which is the whole sequence's"
-    ]
+def is_causal_lm_loss(function: Any) -> bool:
+    """Return True if a loss is transformers' causal LM loss, or the one of ``install_chunked_causal_lm_loss``."""
+    return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS
 
 
-def _router_problems(model: torch.nn.Module, text_config: Any) -> list[str]:
-    if not getattr(text_config, "output_router_logits", False):
-        return []
-    from deepspeed_alst.moe.router_loss import unknown_router_loss
+def _loss_problems(model: torch.nn.Module, text_config: Any) -> Iterator[str]:
+    """Yield the problems of a user-defined loss, which would get a shard's logits, and of an unknown router loss."""
+    if not is_causal_lm_loss(model.loss_function):
+        name = getattr(model.loss_function, "__qualname__", type(model.loss_function).__name__)
+        yield (
+            f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
+            "model its own, and change outputs.loss, which is the whole sequence's"
+        )
+    if getattr(text_config, "output_router_logits", False):
+        from deepspeed_alst.moe.router_loss import unknown_router_loss
 
-    problem = unknown_router_loss(model)
-    return [] if problem is None else [problem]
+        problem = unknown_router_loss(model)
+        yield from [] if problem is None else [problem]
 
 
-def _other_configs(model: torch.nn.Module) -> list[str]:
-    """Return the problem of a module with its own config: an image or text submodel, or a deep-copied layer."""
+def _other_configs(model: torch.nn.Module) -> Iterator[str]:
+    """Yield the problem of a module with its own config: an image or text submodel, or a deep-copied layer."""
     for name, module in model.named_modules():
         own = vars(module).get("config")
-        if not isinstance(own, PreTrainedConfig) or own is model.config or _is_rotary(module):
+        # A rotary embedding reads frequencies from its config, not an attention.
+        is_rotary = any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False))
+        if not isinstance(own, PreTrainedConfig) or own is model.config or is_rotary:
             continue
         if type(own) is type(model.config):
-            return [f"{name} has a config of its own, not the model's; set it to the model's: {name}.config = config"]
+            yield f"{name} has a config of its own, not the model's; set it to the model's: {name}.config = config"
+            return
         # Suggest transformers' causal language model of the text config, if there is one.
         alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text := model.config.get_text_config()), None)
         way_out = "use another model"
         if alone is not None and text is not model.config:
             alone = alone[0] if isinstance(alone, tuple) else alone
             way_out = f"train its language model alone, {alone.__name__} of config.get_text_config()"
-        return [f"{name} is a part with a {type(own).__name__}: only models of text alone are verified; {way_out}"]
-    return []
+        yield f"{name} is a part with a {type(own).__name__}: only models of text alone are verified; {way_out}"
+        return
 
 
-def _is_rotary(module: torch.nn.Module) -> bool:
-    """Return True for a rotary embedding, which reads frequencies from its config, not an attention."""
-    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+def _adapter_problems(model: torch.nn.Module) -> Iterator[str]:
+    """Yield the problems of adapters, in PEFT's wrapper or injected; inactive ones may be activated later."""
+    configs = getattr(model, "peft_config", None) or getattr(base_model(model), "peft_config", None)
+    for name, config in (configs if isinstance(configs, dict) else {}).items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning:
+            why = "puts virtual tokens before the sequence, of which a rank sees its shard only"
+            problems = [f"peft_type='{kind}' {why}; use LoRA"]
+        elif kind == "ADALORA":
+            problems = [f"peft_type='{kind}' moves ranks between weights by this rank's shard's gradients; use LoRA"]
+        else:
+            options = [each for each in _ADAPTER_OPTIONS if getattr(config, each, None)]
+            problems = [f"{each} {_ADAPTER_OPTIONS[each]}; leave it out" for each in options]
+        yield from (f"adapter '{name}': {each}" for each in problems)

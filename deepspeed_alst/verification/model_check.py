@@ -1,10 +1,5 @@
 """Compare the live model unsharded and sharded over the ranks, before its first step.
 
-Every rank runs one short sequence through the model to be trained, with its weights, methods, hooks and training mode,
-unsharded and sharded. Each token's last hidden state and log probability, and the loss, must agree within the model's
-own rounding error, measured by a third run with its matrix products perturbed by a rounding. All runs use the first
-run's expert choices: near a tie, rounding alone reroutes a token.
-
 Legend: S whole sequence, s = S/P of one rank, V vocabulary, n tokens, M hidden size.
 """
 
@@ -12,12 +7,12 @@ import inspect
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.unwrap import base_model
@@ -35,6 +30,8 @@ from deepspeed_alst.tiling.lazy_logits import LazyLogits
 TOKENS_PER_RANK = 16
 LONGEST = 8192
 _SLACK = 3.0
+# Differences inside the model that cancel in its last hidden state may be larger.
+_SLACK_INSIDE = 10.0
 # Roundings of the result itself, and fp32 roundings of the reductions before it (sums of squares, softmax).
 _ROUNDINGS, _FP32_ROUNDINGS = 2, 64
 _aten = torch.ops.aten
@@ -46,17 +43,10 @@ _PRODUCTS = {
         "_scaled_dot_product_flash_attention_for_cpu",
     )
 }
-
-
-@dataclass
-class Outputs:
-    """Outputs of one run, for this rank's tokens or for all."""
-
-    hidden: torch.Tensor | None
-    """Last hidden states, ``[n, M]``."""
-    log_probs: torch.Tensor | None
-    """Log probabilities of the labels, ``[n]``; 0 for ignored ones."""
-    loss: torch.Tensor | None
+_Outputs = dict[str, torch.Tensor]
+"""One run's ``hidden`` states [n, M], ``log_probs`` of labels [n, 1] (0 for ignored ones) and ``loss`` [1, 1]."""
+_Seen = dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]
+"""Digests of the inputs and outputs of modules in a run."""
 
 
 class Routed(TorchDispatchMode):
@@ -92,26 +82,27 @@ class Routed(TorchDispatchMode):
 
 
 def check_live_model(
-    model: torch.nn.Module,
-    groups: SequenceGroups,
-    calls: ForwardContext,
-    device: torch.device,
-    before_run: Callable[[], None] = lambda: None,
+    model: torch.nn.Module, groups: SequenceGroups, calls: ForwardContext, device: torch.device
 ) -> str:
     """Compare the model unsharded against sharded; return a summary. Collective over all ranks.
 
-    Call it under ``untouched`` and without a graph; ``before_run`` is called before each forward.
+    Each token's last hidden state and log probability, and the loss, must agree within the model's own rounding error,
+    measured by a third run with its matrix products perturbed by a rounding. All runs use the first run's expert
+    choices: near a tie, rounding alone reroutes a token. Call it under ``untouched`` and without a graph.
 
     Raises:
         UnsupportedModelError: the results differ; on all ranks, with the first module that differs.
     """
     short, long, late = lengths(model, groups.sp_size)
-    check = _Check(model, groups, calls, device, before_run)
-    worst = check.compare(short, at=0, with_loss=True)
+    worst, sizes = (
+        _compare(model, groups, calls, _batches(model, groups, short, device, 0, True), short - 1),
+        f"{short}",
+    )
     if (long, late) != (short, 0):
-        worst = max(worst, check.compare(long, at=late, with_loss=False))
-    places = f"{long} tokens" + (f" from position {late} on" if late else "")
-    return f"whole and split agree to {worst:.0e} on {max(short, long) if not late else f'{short} and {places}'}"
+        batches = _batches(model, groups, long, device, late, False)
+        worst = max(worst, _compare(model, groups, calls, batches, late + long - 1))
+        sizes += f" and {long} tokens from position {late} on"
+    return f"whole and split agree to {worst:.0e} on {sizes}"
 
 
 def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
@@ -127,62 +118,44 @@ def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
     return short, max(short, long), max(0, most - long)
 
 
-@dataclass
-class _Check:
-    """Model, sequence-parallel group and pre-forward callback of one check."""
+def _compare(
+    model: torch.nn.Module,
+    groups: SequenceGroups,
+    calls: ForwardContext,
+    batches: tuple[dict[str, Any], dict[str, Any]],
+    highest: int,
+) -> float:
+    """Run a sequence whole and split; return the largest difference."""
+    whole_batch, shard = batches
+    recorded: list[torch.Tensor] = []
 
-    model: torch.nn.Module
-    groups: SequenceGroups
-    calls: ForwardContext
-    device: torch.device
-    before_run: Callable[[], None]
+    def whole(noise: torch.Generator | None = None) -> _Outputs:
+        routed = Routed(recorded if noise is not None else None, groups, noise)
+        with agree(groups.control_group), calls.unsplit(base_model(model).config), routed:
+            outputs = _run(model, whole_batch, "whole")
+        recorded[:] = recorded or routed.chosen
+        return outputs
 
-    def compare(self, length: int, at: int, with_loss: bool) -> float:
-        """Run ``length`` tokens from position ``at`` on; return the largest relative difference."""
-        model, groups, calls = self.model, self.groups, self.calls
-        whole_batch, shard = _batches(model, groups, length, self.device, at, with_loss)
-        noise = torch.Generator(self.device).manual_seed(0)
-        recorded: list[torch.Tensor] = []
+    def split() -> _Outputs:
+        calls.documents, calls.highest = (), highest
+        with Routed(recorded, groups, None):
+            return _run(model, shard, "split")
 
-        def whole(rounding: torch.Generator | None = None) -> Outputs:
-            routed = Routed(recorded if rounding is not None else None, groups, rounding)
-            self.before_run()
-            with calls.unsplit(base_model(model).config), routed:
-                outputs = _run(model, whole_batch)
-            if rounding is None:
-                recorded[:] = routed.chosen
-            return outputs
-
-        def split() -> Outputs:
-            calls.documents, calls.highest = (), at + length - 1
-            self.before_run()
-            with Routed(recorded, groups, None):
-                return _run(model, shard)
-
-        truth, off = _together(whole, groups, "whole"), _together(lambda: whole(noise), groups, "whole")
-        # Not exchanged: the other ranks may wait in a collective of their forward, and stop when this one has.
-        found = _outputs(split, "split")
-        problem, worst, limit = _judge(found, truth, off, groups)
-        everyone = gather_objects((problem, worst, limit), groups.control_group)
-        problems = [each for each, _, _ in everyone if each]
-        if problems:
-            limit = max(each for _, _, each in everyone)
-            from deepspeed_alst.verification.first_difference import first_difference
-
-            place = first_difference(model, whole, split, length, groups, limit)
-            raise UnsupportedModelError(_words(model, problems[0], place, groups.sp_size))
-        return max(each for _, each, _ in everyone)
-
-
-def _words(model: torch.nn.Module, problem: str, place: str | None, sp_size: int) -> str:
-    place = place or "what the model's forward does around its modules, or its loss,"
-    return (
-        f"{type(base_model(model)).__name__} gives another result whole than split over {sp_size} ranks: {problem}. "
-        f"{place} is the first module that makes another output of the same input. What it runs, "
-        "replaced methods and hooks of the program's included, looks at other tokens, at the "
-        "sequence's length, or draws random numbers. Undo that, or set sequence_parallel_size to 1; with "
-        "alst.check_model: false it would be trained as it is"
-    )
+    truth, rounded = whole(), whole(torch.Generator(shard["input_ids"].device).manual_seed(0))
+    # Without ``agree``: the other ranks may wait in a collective of their forward, and stop when this one has.
+    everyone = gather_objects(_judge(split(), truth, rounded, groups), groups.control_group)
+    if problems := [each for each, _, _ in everyone if each]:
+        limit = max(each for _, _, each in everyone)
+        place = _first_difference(_watch(model, whole, whole_batch), _watch(model, split, shard), groups, limit)
+        place = place or "what the model's forward does around its modules, or its loss,"
+        raise UnsupportedModelError(
+            f"{type(base_model(model)).__name__} gives another result whole than split over {groups.sp_size} ranks: "
+            f"{problems[0]}. {place} is the first module that makes another output of the same input. What it runs, "
+            "replaced methods and hooks of the program's included, looks at other tokens, at the sequence's length, or "
+            "draws random numbers. Undo that, or set sequence_parallel_size to 1; with alst.check_model: false it "
+            "would be trained as it is"
+        )
+    return max(each for _, each, _ in everyone)
 
 
 def _batches(
@@ -193,67 +166,30 @@ def _batches(
     known = vocabulary_of(model)
     vocab = min((each for each in (known.embeddings, known.logits) if each is not None), default=1)
     ids = torch.randint(min(5, vocab - 1), max(vocab - 8, min(6, vocab)), (1, length), generator=make)
-    labels = ids.clone()
-    labels[:, ::7] = IGNORED_LABEL
     tensors = {"input_ids": ids, "position_ids": torch.arange(at, at + length)[None]}
     if with_loss:
+        labels = ids.clone()
+        labels[:, ::7] = IGNORED_LABEL
         tensors |= {"labels": labels, "shift_labels": F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)}
     if router_classes(model):
         tensors[REAL_TOKENS] = torch.ones_like(ids, dtype=torch.bool)
     tensors = {name: each.to(device) for name, each in tensors.items()}
     shard = {name: each.tensor_split(groups.sp_size, 1)[groups.sp_rank] for name, each in tensors.items()}
-    given = ("input_ids", "labels", *(["position_ids"] if at else []))
-    whole = {name: tensors[name] for name in given if name in tensors}
+    given = ("input_ids", *(["labels"] if with_loss else []), *(["position_ids"] if at else []))
+    whole = {name: tensors[name] for name in given}
     if not with_loss and "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:
         whole["logits_to_keep"] = shard["logits_to_keep"] = 1  # a long sequence's logits are large
     return whole, shard
 
 
-def _run(model: torch.nn.Module, batch: dict[str, Any]) -> Outputs:
-    """Run one forward, with the same random numbers in each run."""
-    states: list[torch.Tensor] = []
-    decoder = getattr(base_model(model), "base_model", model)
+def _run(model: torch.nn.Module, batch: dict[str, Any], how: str) -> _Outputs:
+    """Run one forward, with the same random numbers in each run.
 
-    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-        states.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    torch.manual_seed(0)
-    random.seed(0)
-    with PatchSet() as patches:
-        if decoder is not base_model(model):
-            patches.hook(decoder, "forward", keep)
-        output = model(**batch, use_cache=False)
-    hidden = states[-1].flatten(0, -2) if states and isinstance(states[-1], torch.Tensor) else None
-    return Outputs(hidden, _log_probs(output, batch), getattr(output, "loss", None))
-
-
-def _log_probs(output: Any, batch: dict[str, Any]) -> torch.Tensor | None:
-    """Return the log probability of each token's label; None if the forward has no logits or labels."""
-    logits, labels = getattr(output, "logits", None), batch.get("labels")
-    if logits is None or labels is None:
-        return None
-    if isinstance(logits, LazyLogits):
-        logits = logits.make()
-    shifted = batch.get("shift_labels")
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if shifted is None else shifted
-    if logits.shape[:2] != shifted.shape:
-        return None
-    return -F.cross_entropy(
-        logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-    )
-
-
-def _together(run: Callable[[], Outputs], groups: SequenceGroups, how: str) -> Outputs:
-    """Run on all ranks; raise an error of any rank on all."""
-    with agree(groups.control_group):
-        outputs = _outputs(run, how)
-    return outputs
-
-
-def _outputs(run: Callable[[], Outputs], how: str) -> Outputs:
-    """Run; raise UnsupportedModelError for whatever the model's code raises, but for a lost rank."""
+    Raises:
+        UnsupportedModelError: for whatever the model's code raises, but for a lost rank.
+    """
     try:
-        return run()
+        return _outputs(model, batch)
     except Exception as error:
         if isinstance(error, AlstError) or is_collective_failure(error):
             raise
@@ -264,37 +200,105 @@ def _outputs(run: Callable[[], Outputs], how: str) -> Outputs:
         ) from error
 
 
-def _judge(found: Outputs, truth: Outputs, off: Outputs, groups: SequenceGroups) -> tuple[str, float, float]:
+def _outputs(model: torch.nn.Module, batch: dict[str, Any]) -> _Outputs:
+    states: list[Any] = []
+    decoder = getattr(base_model(model), "base_model", model)
+    torch.manual_seed(0)
+    random.seed(0)
+    with PatchSet() as patches:
+        if decoder is not base_model(model):
+            patches.hook(decoder, "forward", lambda _, args, output: states.append(output))
+        output = model(**batch, use_cache=False)
+    found: dict[str, Any] = {}
+    hidden = states[-1] if states else None
+    hidden = hidden if hidden is None or isinstance(hidden, torch.Tensor) else hidden[0]
+    if isinstance(hidden, torch.Tensor):
+        found["hidden"] = hidden.flatten(0, -2)
+    logits, labels = getattr(output, "logits", None), batch.get("labels")
+    if logits is not None and labels is not None:
+        logits = logits.make() if isinstance(logits, LazyLogits) else logits
+        shifted = batch.get("shift_labels", F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
+        if logits.shape[:2] == shifted.shape:
+            rows = logits.flatten(0, 1).float(), shifted.flatten()
+            found["log_probs"] = -F.cross_entropy(*rows, ignore_index=IGNORED_LABEL, reduction="none")[:, None]
+    if getattr(output, "loss", None) is not None:
+        found["loss"] = output.loss.reshape(1, -1)
+    return found
+
+
+def _judge(found: _Outputs, truth: _Outputs, rounded: _Outputs, groups: SequenceGroups) -> tuple[str, float, float]:
     """Compare this rank's tokens; return the problem (empty if none), the largest difference and its limit."""
     worst = most = 0.0
-    for name, compare in (("hidden", _of_norms), ("log_probs", _of_values), ("loss", _of_values)):
-        mine, whole, rounded = (getattr(each, name) for each in (found, truth, off))
-        if mine is None or whole is None or rounded is None:
-            continue
-        rows = slice(None)
+    for name in [each for each in truth if each in found and each in rounded]:
+        mine, whole, first = found[name], truth[name], 0
         if name != "loss":
             n = len(whole) // groups.sp_size
-            rows = slice(groups.sp_rank * n, (groups.sp_rank + 1) * n)
-            if len(mine) != n or mine.shape[1:] != whole.shape[1:]:
+            first = groups.sp_rank * n
+            if mine.shape != (n, *whole.shape[1:]):
                 return f"{list(mine.shape)} of {name} on a rank, {list(whole.shape)} of the whole", math.inf, math.inf
-        dtype = (truth.hidden if truth.hidden is not None else whole).dtype
-        rounding = _FP32_ROUNDINGS * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        limit = _SLACK * float(compare(rounded, whole).max()) + _ROUNDINGS * torch.finfo(dtype).eps + rounding
-        errors = compare(mine.reshape(-1, *whole.shape[1:]), whole.reshape(-1, *whole.shape[1:])[rows])
+        least = 1e-30 if name == "hidden" else 1.0
+        eps = torch.finfo(truth.get("hidden", whole).dtype).eps
+        reductions = _FP32_ROUNDINGS * min(eps, torch.finfo(torch.float32).eps)
+        limit = _SLACK * float(_errors(rounded[name], whole, least).max()) + _ROUNDINGS * eps + reductions
+        errors = _errors(mine, whole[first : first + len(mine)], least)
         worst, most = max(worst, float(errors.max())), max(most, limit)
         if not float(errors.max()) <= limit:
-            token = "the loss" if name == "loss" else f"token {int(errors.argmax()) + (rows.start or 0)}'s {name}"
+            token = "the loss" if name == "loss" else f"token {int(errors.argmax()) + first}'s {name}"
             return f"{token} is off by {float(errors.max()):.1e}, where rounding makes {limit:.0e}", worst, limit
     return "", worst, most
 
 
-def _of_norms(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return each token's relative difference, ``[n, M] -> [n]``; 0 where the unsharded run is NaN or Inf."""
+def _errors(found: torch.Tensor, expected: torch.Tensor, least: float) -> torch.Tensor:
+    """Return each row's difference, relative above ``least``, ``[n, M] -> [n]``; 0 where ``expected`` is NaN or Inf."""
     off, size = (found.double() - expected.double()).norm(dim=-1), expected.double().norm(dim=-1)
-    return torch.where(size.isfinite(), (off / size.clamp(min=1e-30)).nan_to_num(nan=math.inf), 0.0)
+    return torch.where(size.isfinite(), (off / size.clamp(min=least)).nan_to_num(nan=math.inf), 0.0)
 
 
-def _of_values(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return each value's difference, relative above 1; 0 where the unsharded run is NaN or Inf."""
-    off = (found.double() - expected.double()).abs() / expected.double().abs().clamp(min=1.0)
-    return torch.where(expected.isfinite(), off.nan_to_num(nan=math.inf), 0.0).reshape(-1)
+# --- the first module that differs
+
+
+def _watch(model: torch.nn.Module, run: Callable[[], Any], batch: dict[str, Any]) -> _Seen:
+    """Digest input and output of every module's first call in a run, in the order in which calls end."""
+    seen: _Seen = {}
+    n = batch["input_ids"].shape[1]
+    with PatchSet() as patches:
+        for name, module in model.named_modules():
+
+            def keep(module: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                label = f"{name or 'the model'} ({type(module).__name__})"
+                seen.setdefault(label, (_digest((args, kwargs), n), _digest(output, n)))
+
+            patches.hook(module, "forward", keep, with_kwargs=True)
+        run()
+    return seen
+
+
+def _first_difference(in_whole: _Seen, in_split: _Seen, groups: SequenceGroups, limit: float) -> str | None:
+    """Return the first module with equal inputs but different outputs in both runs, the same on all ranks."""
+
+    def same(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
+        mine = [each.tensor_split(groups.sp_size)[groups.sp_rank] for each in expected]
+        return len(mine) == len(found) and all(
+            bool(((a - b).abs() <= _SLACK_INSIDE * limit * a[:, :1].abs().clamp(min=1e-30)).all())
+            for a, b in zip(mine, found, strict=True)
+        )
+
+    differ = [
+        (place, label)
+        for place, (label, (taken, given)) in enumerate(in_whole.items())
+        if label in in_split and same(taken, in_split[label][0]) and not same(given, in_split[label][1])
+    ]
+    everyone = [each[0] for each in gather_objects(differ, groups.control_group) if each]
+    return min(everyone)[1] if everyone else None
+
+
+def _digest(values: Any, n: int) -> list[torch.Tensor]:
+    """Return two numbers per token of each tensor with a token dim, its norm and a weighted sum: ``[n, 2]`` each."""
+    found = []
+    for x in tree_leaves(values):
+        dims = [d for d in (1, 0, 2, 3) if d < x.dim() and x.shape[d] == n] if type(x) is torch.Tensor else []
+        if dims:
+            rows = x.detach().movedim(dims[0], 0).reshape(n, -1).double()
+            weights = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device))
+            found.append(torch.stack([rows.norm(dim=1), rows @ weights], dim=1))
+    return found

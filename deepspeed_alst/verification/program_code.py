@@ -1,15 +1,15 @@
 """Program code in a live model: methods, functions and hooks that no installed library defines.
 
-The list of verified families holds for transformers' own code. All other code in a model is checked by comparing the
-live model unsharded and sharded (model_check.py) for its forward, and by a trial of a tiny model of its kind, in which
-the same code is installed here, for its backward.
+The list of verified families holds for transformers' own code. All other code is checked by the live model's forward,
+unsharded and sharded (model_check.py), and in a tiny model of its kind, where it is installed here, with the backward.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -23,10 +23,10 @@ from deepspeed_alst.core.unwrap import base_model
 
 _PACKAGES = ("/site-packages/", "/dist-packages/")
 _HOOKS = {
-    "_forward_pre_hooks": ("register_forward_pre_hook", "_forward_pre_hooks_with_kwargs"),
-    "_forward_hooks": ("register_forward_hook", "_forward_hooks_with_kwargs"),
-    "_backward_pre_hooks": ("register_full_backward_pre_hook", None),
-    "_backward_hooks": ("register_full_backward_hook", None),
+    "_forward_pre_hooks": "forward_pre",
+    "_forward_hooks": "forward",
+    "_backward_pre_hooks": "full_backward_pre",
+    "_backward_hooks": "full_backward",
 }
 
 
@@ -41,7 +41,7 @@ def _library_roots() -> tuple[str, ...]:
     return tuple(f"{root}/" for root in roots)
 
 
-def is_library_module(name: str) -> bool:
+def _is_library_module(name: str) -> bool:
     """Return True if a name in ``sys.modules`` is installed code; a script or a notebook is not."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
@@ -51,43 +51,37 @@ def is_library_module(name: str) -> bool:
 
 
 def is_programs(value: Any) -> bool:
-    """Return True if any function in a callable, its decorators and closures is the program's own."""
+    """Return True for a class of the program's own, or a callable with such a function in it or around it."""
+    if isinstance(value, type):
+        return not _is_library_module(value.__module__)
     # Copies of functions have globals without a __name__ (function_copies.py).
     homes = (each.__globals__.get("__name__") or each.__module__ or "" for each in _functions(value, set()))
-    return any(not is_library_module(home) for home in homes)
-
-
-def is_custom_class(cls: type) -> bool:
-    """Return True if the program, not a library, defines a class."""
-    return not is_library_module(cls.__module__)
+    return any(not _is_library_module(home) for home in homes)
 
 
 def _functions(value: Any, seen: set[int]) -> Iterator[FunctionType]:
+    """Yield the functions in a callable, its decorators and closures, the outermost first."""
     if id(value) in seen or len(seen) > 100:
         return
     seen.add(id(value))
+    inside: list[Any] = []
     if isinstance(value, FunctionType):
         yield value
-        for inner in (*_enclosed(value), getattr(value, "__wrapped__", None)):
-            yield from _functions(inner, seen)
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                inside.append(cell.cell_contents)
+        inside.append(getattr(value, "__wrapped__", None))
     elif isinstance(value, MethodType | classmethod | staticmethod):
-        yield from _functions(value.__func__, seen)
+        inside = [value.__func__]
     elif isinstance(value, functools.partial):
-        yield from _functions(value.func, seen)
+        inside = [value.func]
     elif isinstance(value, property):
-        yield from _functions(value.fget, seen)
-    elif not isinstance(value, type | torch.nn.Module) and isinstance(
-        call := inspect.getattr_static(type(value), "__call__", None), FunctionType
-    ):
-        yield from _functions(call, seen)
-
-
-def _enclosed(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
+        inside = [value.fget]
+    elif not isinstance(value, type | torch.nn.Module):
+        call = inspect.getattr_static(type(value), "__call__", None)
+        inside = [call] if isinstance(call, FunctionType) else []
+    for each in inside:
+        yield from _functions(each, seen)
 
 
 def program_code(model: torch.nn.Module) -> tuple[str, ...]:
@@ -97,48 +91,36 @@ def program_code(model: torch.nn.Module) -> tuple[str, ...]:
     class of the program's own counts as one.
     """
     classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__ if cls is not object)
-    own = [cls for cls in classes if is_custom_class(cls)]
-    found = [f"{cls.__module__}.{cls.__qualname__}" for cls in own]
-    libraries = [cls for cls in classes if cls not in own]
+    found = [f"{cls.__module__}.{cls.__qualname__}" for cls in classes if is_programs(cls)]
+    libraries = [cls for cls in classes if not is_programs(cls)]
     for cls in libraries:
-        found += [f"{cls.__qualname__}.{name}" for name, value in list(vars(cls).items()) if is_programs(value)]
+        members = [(name, value) for name, value in list(vars(cls).items()) if not isinstance(value, type)]
+        found += [f"{cls.__qualname__}.{name}" for name, value in members if is_programs(value)]
     for home in dict.fromkeys(cls.__module__ for cls in libraries):
         functions = [each for each in vars(sys.modules[home]).items() if isinstance(each[1], FunctionType)]
         found += [f"{home}.{name}" for name, value in functions if is_programs(value)]
-    for name, kind, _ in _installed(model):
-        found.append(f"{kind} of {name or type(model).__name__}")
+    found += [f"{kind} of {name or type(model).__name__}" for name, kind, *_ in _installed(model)]
     return tuple(found)
 
 
-def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Callable[[torch.nn.Module], None]]]:
-    """Yield program code on single modules: the module's name, its kind, and a function that installs it."""
+def _installed(model: torch.nn.Module) -> Iterator[tuple[str, str, Any, dict[str, Any] | None]]:
+    """Yield program code on single modules: the module's name, a method's name or a hook's kind, code, hook options."""
     for name, module in model.named_modules():
-        for attribute, value in list(vars(module).items()):
-            if not callable(value) or isinstance(value, torch.nn.Module | type) or not hasattr(type(module), attribute):
-                continue
-            if is_programs(value) and not _is_wrapper(value):
-                yield name, f"method '{attribute}'", functools.partial(_set_method, attribute, value)
-        for attribute, (register, with_kwargs) in _HOOKS.items():
+        methods = {key: value for key, value in vars(module).items() if hasattr(type(module), key) and callable(value)}
+        for attribute, value in methods.items():
+            if not isinstance(value, torch.nn.Module | type) and is_programs(value) and not _is_wrapper(value):
+                yield name, attribute, value, None
+        for attribute, kind in _HOOKS.items():
+            with_kwargs = vars(module).get(f"{attribute}_with_kwargs", ())
             for key, hook in list(vars(module)[attribute].items()):
                 if is_programs(hook) and not _is_wrapper(hook):
-                    options = {"with_kwargs": key in vars(module)[with_kwargs]} if with_kwargs else {}
-                    yield name, "hook", functools.partial(_register, register, hook, options)
+                    yield name, kind, hook, {"with_kwargs": True} if key in with_kwargs else {}
 
 
 def _is_wrapper(value: Any) -> bool:
     """Return True if a callable is this package's or DeepSpeed's wrapper around the original."""
     names = (each.__globals__.get("__name__", "") for each in _functions(value, set()))
     return next((name for name in names if not name.startswith("torch.")), "").startswith("deepspeed")
-
-
-def _set_method(name: str, value: Any, module: torch.nn.Module, moved: Callable[[Any], Any]) -> None:
-    PatchSet().set(module, name, moved(value))
-
-
-def _register(
-    register: str, hook: Any, options: dict[str, Any], module: torch.nn.Module, moved: Callable[[Any], Any]
-) -> None:
-    getattr(module, register)(moved(hook), **options)
 
 
 def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
@@ -150,19 +132,20 @@ def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torc
         LookupError: the tiny model has no module of that name.
     """
     base = base_model(model)
-    pairs = {id(model): small}
+    counterparts = {id(model): small}
     for name, module in base.named_modules():
         if (other := _counterpart(small, name)) is not None:
-            pairs[id(module)] = other
-    moved = functools.partial(with_objects, replaced=lambda value: pairs.get(id(value), value))
-    for name, kind, install in _installed(base):
+            counterparts[id(module)] = other
+    of_wrapper = [each for each in _installed(model) if each[0] == ""] if base is not model else []
+    for name, kind, code, hook_options in [*_installed(base), *of_wrapper]:
         other = _counterpart(small, name)
         if other is None:
             raise LookupError(f"{kind} of {name}: a small model of the kind has no such module")
-        install(other, moved)
-    if base is not model:
-        for _, _, install in (each for each in _installed(model) if each[0] == ""):
-            install(small, moved)
+        code = with_objects(code, lambda value: counterparts.get(id(value), value))
+        if hook_options is None:
+            PatchSet().set(other, kind, code)
+        else:
+            PatchSet().hook(other, kind, code, **hook_options)
     return small
 
 
@@ -177,8 +160,3 @@ def _counterpart(small: torch.nn.Module, name: str) -> torch.nn.Module | None:
         else:
             return None
     return module
-
-
-def module_label(model: torch.nn.Module, name: str) -> str:
-    """Return a module's name with its class, for a message."""
-    return f"{name or 'the model'} ({type(model.get_submodule(name)).__name__})"

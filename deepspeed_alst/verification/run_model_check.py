@@ -1,8 +1,11 @@
-"""Model check of an engine before its first forward."""
+"""Model check of an engine before its first forward, which leaves the model bit for bit as it was."""
 
-import functools
+import contextlib
+import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,11 +15,12 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.comm_volume import uncounted
 from deepspeed_alst.random_draws.model_draws import drop_no_attention
-from deepspeed_alst.verification.gradient_hooks import check_gradient_hooks
-from deepspeed_alst.verification.hf_untouched import untouched
 from deepspeed_alst.verification.model_check import check_live_model
 from deepspeed_alst.verification.program_code import program_code
-from deepspeed_alst.verification.verify_model import verify_model
+from deepspeed_alst.verification.verify_model import check_gradient_hooks, verify_model
+
+# DeepSpeed swaps the weights' storage under ZeRO-3; submodules are saved on their own.
+_NOT_SAVED = ("_parameters", "_modules")
 
 
 class ModelCheck:
@@ -35,45 +39,87 @@ class ModelCheck:
         Raises:
             UnsupportedModelError: on all ranks, where the model is not right.
         """
-        engine, session = self._engine, self._engine.alst
-        if engine.module.training in self._checked:
+        model, session = self._engine.module, self._engine.alst
+        if model.training in self._checked:
             return
-        check_gradient_hooks(engine.module)
-        if not self._checked and program_code(engine.module) != self._code:
+        check_gradient_hooks(model)
+        if not self._checked and program_code(model) != self._code:
             # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
-            run_isolated(verify_model, engine.module, session.groups)
-        _check(engine, session)
-        self._checked.add(engine.module.training)
-
-
-def _check(engine: Any, session: Any) -> None:
-    began = time.perf_counter()
-    model = engine.module
-    with (
-        untouched(model),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        session.calls.of_model_check(),
-        uncounted(session.groups.sp_group),
-        PatchSet() as patches,
-    ):
-        drop_no_attention(model, patches)
-        forget = functools.partial(_forget_trace, engine)
-        summary = check_live_model(model, session.groups, session.calls, torch.device(engine.device), forget)
-    _forget_trace(engine)
-    if dist.get_rank() == 0:
-        mode = "training" if model.training else "evaluation"
-        seconds = time.perf_counter() - began
-        print(f"deepspeed_alst: model check ({mode}): {summary} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+            run_isolated(verify_model, model, session.groups)
+        began = time.perf_counter()
+        with (
+            untouched(model),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            session.calls.of_model_check(),
+            uncounted(session.groups.sp_group),
+            PatchSet() as patches,
+        ):
+            drop_no_attention(model, patches)
+            patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
+            summary = check_live_model(model, session.groups, session.calls, torch.device(self._engine.device))
+        _forget_trace(self._engine)
+        self._checked.add(model.training)
+        if dist.get_rank() == 0:
+            mode, seconds = "training" if model.training else "evaluation", time.perf_counter() - began
+            print(f"deepspeed_alst: model check ({mode}): {summary} ({seconds:.1f} s)", file=sys.stderr, flush=True)
 
 
 def _forget_trace(engine: Any) -> None:
-    """Invalidate ZeRO 3's parameter fetch trace, so that it is recorded in the first step and not here.
-
-    Also between two forwards of the check, which compute their logits in different orders.
-    """
+    """Invalidate ZeRO 3's parameter fetch trace: forwards of the check and of the first step differ in their order."""
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     if hasattr(offload, "get_param_coordinator"):
         coordinator = offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Restore buffers, attributes, hooks, training flags, configs and RNG states on exit; weights are not saved."""
+    with ExitStack() as restore:
+        saved: set[int] = set()
+        for module in model.modules():
+            _save(vars(module), saved, restore)
+            for config in [each for each in vars(module).values() if hasattr(type(each), "to_diff_dict")]:
+                _save(vars(config), saved, restore)
+        restore.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            restore.callback(numpy.random.set_state, numpy.random.get_state())
+        devices = {param.device.index for param in model.parameters() if param.device.type == "cuda"}
+        restore.enter_context(torch.random.fork_rng([each for each in devices if each is not None]))
+        yield
+
+
+def _save(value: Any, saved: set[int], restore: ExitStack) -> None:
+    """Restore a tensor, or a container and what is in it, in place on exit."""
+    if id(value) in saved:
+        return
+    saved.add(id(value))
+    if type(value) is torch.Tensor and not value.is_meta:
+        restore.callback(_put_back, value, value.detach().clone())
+    elif isinstance(value, dict | list | set):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if name not in _NOT_SAVED:
+                _save(inner, saved, restore)
+        # copy() keeps an OrderedDict and so the order of hooks.
+        restore.callback(_refill, value, value.copy())
+
+
+def _refill(container: Any, contents: Any) -> None:
+    """Restore the contents of a container; unchanged dicts stay, of which some take no update."""
+    if isinstance(container, list):
+        container[:] = contents
+    elif (
+        isinstance(container, set)
+        or list(container) != list(contents)
+        or any(container[key] is not value for key, value in contents.items())
+    ):
+        container.clear()
+        container.update(contents)
+
+
+def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    if tensor.shape != values.shape or not torch.equal(tensor, values):
+        with torch.no_grad():
+            tensor.set_(values) if tensor.shape != values.shape else tensor.copy_(values)

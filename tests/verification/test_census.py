@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM, OlmoeForCausalLM
 from benchmarks.census import Row, ask, ask_check, everything, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.verification.custom_modules import check_custom_modules
 from deepspeed_alst.verification.hf_parity_trial import Verdict
 from deepspeed_alst.verification.verified_models import RIGHT
+from deepspeed_alst.verification.verify_model import check_custom_modules
 from tests.models import proved
 
 SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_text", "qwen3_next")
@@ -276,7 +276,7 @@ def _sharded():
 
 
 def test_it_is_so_for_sharded_weights(ranks2):
-    with pytest.raises(RankError, match=r"model\.layers\.1\.mlp is a tests\.test_census\.Mixing"):
+    with pytest.raises(RankError, match=r"model\.layers\.1\.mlp is a tests\.verification\.test_census\.Mixing"):
         ranks2.run(_sharded)
 
 

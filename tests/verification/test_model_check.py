@@ -30,9 +30,9 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError
 from deepspeed_alst.sequence_parallel import feature
 from deepspeed_alst.verification import run_model_check
-from deepspeed_alst.verification.hf_untouched import untouched
 from deepspeed_alst.verification.model_check import Routed, lengths
 from deepspeed_alst.verification.program_code import program_code
+from deepspeed_alst.verification.run_model_check import untouched
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
