@@ -15,7 +15,7 @@ from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.verification.run_model_check import ModelCheck
 
 if TYPE_CHECKING:
-    from deepspeed_alst.integrations.upstream_ulysses import UpstreamProgram
+    from deepspeed_alst.integrations.hf_upstream import UpstreamProgram
     from deepspeed_alst.monitoring.metrics import Metrics
 
 

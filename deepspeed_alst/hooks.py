@@ -129,7 +129,7 @@ def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
     def trainer_config_process(self, args, *rest, **kwargs):
         if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
             return original(self, args, *rest, **kwargs)
-        from deepspeed_alst.integrations.hf_trainer_config import fill_batch_keys
+        from deepspeed_alst.integrations.hf_trainer import fill_batch_keys
 
         return fill_batch_keys(original, self, args, *rest, **kwargs)
 
@@ -182,9 +182,9 @@ def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
     def training_step(self, model, inputs, *args, **kwargs):
         if not (hasattr(model, "alst") and _trainer_splits_sequences(self)):
             return train(self, model, inputs, *args, **kwargs)
-        from deepspeed_alst.integrations import hf_trainer as trainer
+        from deepspeed_alst.integrations import hf_trainer
 
-        return trainer.training_step(train, self, model, inputs, *args, **kwargs)
+        return hf_trainer.training_step(train, self, model, inputs, *args, **kwargs)
 
     return training_step
 
@@ -194,9 +194,9 @@ def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is None or not is_wanted(plugin.deepspeed_config):
             return evaluate(self, *args, **kwargs)
-        from deepspeed_alst.integrations import hf_trainer as trainer
+        from deepspeed_alst.integrations.hf_predictions import evaluation
 
-        with trainer.evaluation(self):
+        with evaluation(self):
             return evaluate(self, *args, **kwargs)
 
     return evaluation_loop

@@ -39,7 +39,7 @@ FENCES = {
     "matplotlib": {"profiler.picture", "cli.picture"},
     "deepspeed": {
         *("checkpoint", "grad_reduction", "distributed.mpu", "environment", "features", "start", "hooks", "cli"),
-        *("integrations.upstream_ulysses", "kernels.builder", "monitoring.metrics", "offload.aio"),
+        *("integrations.hf_upstream", "kernels.builder", "monitoring.metrics", "offload.aio"),
         "verification.verify_model",
     },
 }

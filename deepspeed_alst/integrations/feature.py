@@ -14,7 +14,7 @@ class LigerKernels(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Patch the modules that Liger has kernels for."""
-        from deepspeed_alst.integrations.liger import use_liger
+        from deepspeed_alst.integrations.hf_liger import use_liger
 
         liger = use_liger(run.model, run.config, run.device, run.control_group, patches)
         self.makes_loss, self._words = liger.makes_loss, liger.words
@@ -30,6 +30,6 @@ class OwnLoss(Feature):
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Have such a model call its head and its loss function."""
         if "liger_kernel" in sys.modules:
-            from deepspeed_alst.integrations.liger import use_own_loss
+            from deepspeed_alst.integrations.hf_liger import use_own_loss
 
             use_own_loss(run.model, patches)

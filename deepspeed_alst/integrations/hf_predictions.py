@@ -1,34 +1,129 @@
-"""Gather P ranks' predictions on the shards of P batches; each rank gets those of its own batch.
+"""Evaluation of the HF Trainer on shards of P ranks' batches; each rank gets the predictions of its own batch.
 
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import raise_on_all_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import DataError, ShapeError
+from deepspeed_alst.integrations.hf_trainer import (
+    NUM_ITEMS,
+    NUM_LABELS,
+    check_trainer,
+    exchange,
+    has_own,
+    loss_of_whole_sequence,
+)
+from deepspeed_alst.tiling.tiled_loss import logits_wanted
 
 _LARGEST = 2 << 30
 """Bytes of one rank's predictions of one batch: fp32 logits of 4k tokens, vocabulary 128k, are 2 GiB."""
 
 
-def check_predictions(piece: Any, shard_length: int, groups: SequenceGroups) -> None:
-    """Raise if predictions cannot be gathered, before other shards are predicted. Collective over all ranks.
+@contextlib.contextmanager
+def evaluation(trainer: Any) -> Iterator[None]:
+    """Make ``Trainer.evaluation_loop`` predict on shards.
 
-    Args:
-        piece: this rank's part of one batch, ``[B, s, ...]`` or a tuple of such.
-        shard_length: s.
-        groups: process groups of the sequence.
-
-    Raises:
-        ShapeError: a piece has no sequence dim (on all ranks).
-        DataError: the predictions of one batch would exceed 2 GiB on a rank (on all ranks).
+    ``preprocess_logits_for_metrics`` gets a shard's logits, before any rank holds those of a whole sequence. A
+    prediction_step or compute_loss of the program's own, and evaluation by generation, gets whole batches, which the
+    engine shards where it computes the loss.
     """
-    raise_on_all_ranks(_problem(piece, shard_length, groups.sp_size), groups.control_group)
+    predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
+    whole = has_own(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
+
+    @functools.wraps(predict)
+    def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        def predicted(batch: Any) -> tuple[Any, Any, Any]:
+            loss, logits, labels = predict(model, batch, prediction_loss_only, ignore_keys=ignore_keys)
+            return loss, logits if preprocess is None or logits is None else preprocess(logits, labels), labels
+
+        session = getattr(trainer.model_wrapped, "alst", None)
+        with logits_wanted(trainer.model, not prediction_loss_only):
+            if session is None:
+                return predicted(inputs)
+            check_trainer(trainer)
+            if not whole:
+                return _predict_on_shards(trainer, session, predicted, inputs, prediction_loss_only)
+            model = trainer.model_wrapped if model is trainer.model else model  # the engine, which shards
+            with session.whole_batches():
+                return predicted(inputs)
+
+    with PatchSet() as patches:
+        patches.set(trainer, "prediction_step", prediction_step)
+        patches.set(trainer, "preprocess_logits_for_metrics", None)
+        yield
+        session = getattr(trainer.model_wrapped, "alst", None)
+        if session is not None:
+            session.meet("at the end of an evaluation")
+
+
+def _predict_on_shards(
+    trainer: Any, session: Any, predicted: Callable[[Any], tuple[Any, Any, Any]], inputs: Any, loss_only: bool
+) -> tuple[Any, Any, Any]:
+    session.meet("within an evaluation")  # before the count, which is a collective too
+    inputs = trainer._prepare_inputs(inputs)
+    length, groups = _length(inputs), session.groups
+    # Counted over all ranks' own batches, as at SP 1.
+    extras = {NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
+    losses, pieces = [], []
+    for shard, counts in exchange(session, inputs, extras):
+        with (
+            session.calls.of_whole_sequence(),
+            _counted_items(trainer, counts),
+            loss_of_whole_sequence(trainer, session, shard),
+        ):
+            loss, logits, _ = predicted(shard)
+        losses.append(loss)
+        if not loss_only:
+            pieces.append(logits)
+            # Before other shards are predicted.
+            raise_on_all_ranks(_problem(logits, _length(shard), groups.sp_size), groups.control_group)
+    if loss_only:
+        return losses[groups.sp_rank], None, None
+    # As Trainer.prediction_step returns the labels.
+    labels = tuple(inputs.get(name) for name in trainer.label_names)
+    labels = None if not labels or any(each is None for each in labels) else labels
+    labels = labels[0] if labels is not None and len(labels) == 1 else labels
+    return losses[groups.sp_rank], gather_predictions(pieces, length, groups), labels
+
+
+def _length(batch: Any) -> int:
+    return next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
+
+
+@contextlib.contextmanager
+def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
+    """Make the Trainer use the owner's item count of an evaluation batch, not the shard's.
+
+    A subclass may divide by its own count where ``compute_loss`` gets none (TRL's SFTTrainer does), so it always gets
+    one. The other effects of a given count (a factor of the number of ranks, a router loss divided by the accumulation
+    steps) are for training only and are turned off.
+    """
+    compute_loss = trainer.compute_loss
+    num_labels = counts[NUM_LABELS]
+
+    @functools.wraps(compute_loss)
+    def counted(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        if num_items_in_batch is not None or num_labels is None:
+            return compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        with PatchSet() as patches:
+            patches.set(trainer.args, "average_tokens_across_devices", False)
+            patches.set(trainer, "current_gradient_accumulation_steps", 1)
+            return compute_loss(*args, num_items_in_batch=num_labels, **kwargs)
+
+    with PatchSet() as patches:
+        patches.set(trainer, "_get_num_items_in_batch", lambda *args, **kwargs: counts[NUM_ITEMS])
+        patches.set(trainer, "compute_loss", counted)
+        yield
 
 
 def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -> Any:
@@ -36,10 +131,7 @@ def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -
 
     Piece k is this rank's part of rank k's batch, a tensor or a tuple of tensors. Collective over the sequence's ranks.
 
-    Args:
-        pieces: one per rank of the sequence, in rank order.
-        length: tokens of this rank's own batch before padding.
-        groups: process groups of the sequence.
+    ``length`` is this rank's own batch's before padding.
     """
     if isinstance(pieces[0], tuple | list):
         columns = [gather_predictions(list(column), length, groups) for column in zip(*pieces, strict=True)]

@@ -28,7 +28,7 @@ class SequenceParallel(Feature):
         is_upstream, groups = run.upstream is not None, self._session.groups
         summary = verify_model(run.model, groups, is_upstream)
         if is_upstream:
-            from deepspeed_alst.integrations.upstream_ulysses import prepare_adoption
+            from deepspeed_alst.integrations.hf_upstream import prepare_adoption
 
             prepare_adoption(patches)
         attention = patch_model(run.model, groups.sp_group, patches, self._session.calls, not is_upstream)
@@ -39,7 +39,7 @@ class SequenceParallel(Feature):
         """Attach the session, and what checks the model before the first forward."""
         self._session.attach(engine)
         if run.upstream is not None:
-            from deepspeed_alst.integrations.upstream_ulysses import UpstreamProgram
+            from deepspeed_alst.integrations.hf_upstream import UpstreamProgram
 
             engine.alst_features.upstream = UpstreamProgram(engine, self._session, run.upstream, patches)
         elif run.config.alst.check_model:

@@ -14,7 +14,7 @@ from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.validation import as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.liger import check_liger_runs
+from deepspeed_alst.integrations.hf_liger import check_liger_runs
 from deepspeed_alst.integrations.trl_fused_head import has_fused_head
 from deepspeed_alst.random_draws.draw_mode import branch
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext

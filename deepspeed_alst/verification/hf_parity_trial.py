@@ -1,14 +1,14 @@
 """Check a model family numerically: one training step of a tiny model, unsharded and sharded, on CPU.
 
-Every rank builds the same tiny model (shrink.py) and the same random sequence, computes the loss and all gradients of
-the whole sequence alone, then those of its shard with the other ranks. The census checks every family of transformers
-this way; a training run does so at the start for a model that the census has not found right.
+Every rank builds the same tiny model and the same random sequence, computes the loss and all gradients of the whole
+sequence alone, then those of its shard with the other ranks. The census checks every family of transformers this way,
+the start of a training run a model that the census has not found right.
 """
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,10 @@ _MOST = 3e-4
 # Share of all gradients' norm; less is rounding, e.g. for a key bias, which softmax cancels.
 _NOTHING = 1e-4
 _LARGEST = 2**25  # parameters; each rank holds several fp32 copies
+_TERM = (
+    " If it adds a term to the loss: made of logits or hidden states it is one of a shard's tokens. Add it in the "
+    "training loop, to outputs.loss (README, Limits, says how), or make it of parameters alone."
+)
 LENGTH = 101
 """Tokens of the sequence: more than any window of a tiny config, and a prime."""
 DOCUMENTS = (37, 1, 30, 33)
@@ -60,16 +64,13 @@ class Verdict:
 
 
 def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: str, code: tuple[str, ...]) -> str:
-    """Raise unless a tiny model of a model's kind is right. Collective over the groups' gloo groups; takes seconds.
+    """Raise unless a tiny model of a model's kind is right; return a summary. Collective over the gloo groups.
 
     Args:
         model: the program's.
         groups: of its ranks.
         unlisted: why the trial runs; begins the error message.
         code: names of the program's own code in the model.
-
-    Returns:
-        Summary of the result.
 
     Raises:
         UnsupportedModelError: the tiny model is not right; on all ranks.
@@ -92,22 +93,13 @@ def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: s
     # A packed batch refused here raises no error yet: training refuses it too.
     for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
         if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
+            hint = _TERM if code and verdict.outcome == "wrong" else ""
             raise UnsupportedModelError(
                 f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
-                f"{verdict.why.rstrip('.')}.{_of_a_term(verdict, code)} {way_out}."
+                f"{verdict.why.rstrip('.')}.{hint} {way_out}."
             )
     check_custom_modules(base, small_model(build, small))
     return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
-
-
-def _of_a_term(verdict: Verdict, code: tuple[str, ...]) -> str:
-    """Return a hint that the program's own loss term is the likely cause of a wrong result, and the fix."""
-    if not code or verdict.outcome != "wrong":
-        return ""
-    return (
-        " If it adds a term to the loss: made of logits or hidden states it is one of a shard's tokens. Add it in the "
-        "training loop, to outputs.loss (README, Limits, says how), or make it of parameters alone."
-    )
 
 
 def trial_core(model_class: type[PreTrainedModel]) -> str:
@@ -115,14 +107,6 @@ def trial_core(model_class: type[PreTrainedModel]) -> str:
     if model_class._supports_sdpa:
         return "sdpa"
     return TRIAL if model_class._supports_flash_attn or model_class._supports_flex_attn else "eager"
-
-
-def _to_build(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a config to build a model from; the reference for ``TRIAL`` is eager attention."""
-    config = copy.deepcopy(config)
-    if config._attn_implementation == TRIAL:
-        config._attn_implementation = "eager"
-    return config
 
 
 def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
@@ -138,7 +122,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     try:
         if (size := numel(build, config)) > _LARGEST:
             return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
-        truth = _whole_step(small_model(build, config), [batch])
+        truth = _whole_step(small_model(build, config), [(batch, 1.0)])
     except Exception as error:
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
     mine: Any = None
@@ -157,22 +141,28 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     verdict = _judge(truth, mine, groups)
     if verdict.outcome == "wrong" and packed:
         # A model may attend across packed documents, which is no reference; then each document runs alone.
-        parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in _places()]
-        verdict = _judge(_whole_step(small_model(build, config), parts), mine, groups)
+        verdict = _judge(_whole_step(small_model(build, config), _documents(batch)), mine, groups)
     if verdict.outcome == "wrong":
-        again = _whole_step(small_model(build, config), [batch], seed=1)
+        again = _whole_step(small_model(build, config), [(batch, 1.0)], seed=1)
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
             return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
     return verdict
+
+
+def _build(build: Build, config: PreTrainedConfig) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    if config._attn_implementation == TRIAL:
+        config._attn_implementation = "eager"  # its reference
+    return build(config)
 
 
 def numel(build: Build, config: PreTrainedConfig) -> int:
     """Count the parameters of a model, on the meta device if it can be built there."""
     try:
         with torch.device("meta"):
-            model = build(_to_build(config))
+            model = _build(build, config)
     except Exception:  # it reads values when it is built
-        model = build(_to_build(config))
+        model = _build(build, config)
     return sum(param.numel() for param in model.parameters())
 
 
@@ -180,7 +170,7 @@ def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
     """Build a tiny model with the same weights on every rank, random enough for sizable gradients."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = build(_to_build(config)).float()
+        model = _build(build, config).float()
         with torch.no_grad():
             for param in model.parameters():
                 if param.dim() > 1:
@@ -202,31 +192,35 @@ def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _places() -> Iterator[tuple[int, int]]:
-    """Return the start and end of each document."""
-    return itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
+def _documents(batch: dict[str, torch.Tensor]) -> list[tuple[dict[str, Any], float]]:
+    """Return each packed document with labels, and its share of all labels."""
+    places = itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
+    parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in places]
+    counts = [int((each["labels"][:, 1:] != IGNORED_LABEL).sum()) for each in parts]
+    return [(part, count / sum(counts)) for part, count in zip(parts, counts, strict=True) if count]
 
 
-def _whole_step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+def _whole_step(
+    model: torch.nn.Module, batches: list[tuple[dict[str, Any], float]], seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Run ``_step`` on an unsharded model, with the random numbers that its ranks would draw."""
     with PatchSet() as patches:
         count_draws(model, Draws(), patches)
         return _step(model, batches, seed)
 
 
-def _step(model: torch.nn.Module, batches: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return the mean loss of the batches' labelled tokens, and its gradients by name."""
-    counts = [int((each["labels"][:, 1:] != IGNORED_LABEL).sum()) for each in batches]
+def _step(
+    model: torch.nn.Module, batches: list[tuple[dict[str, Any], float]], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Return the sum of the batches' losses times their factors, and its gradients by name."""
     total = torch.zeros(())
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for batch, count in zip(batches, counts, strict=True):
-            if count or len(batches) == 1:  # a shard may have no label
-                loss = model(**batch, use_cache=False).loss * (count / sum(counts) if len(batches) > 1 else 1.0)
-                loss.backward()
-                total += loss.detach()
-    grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
-    return {"loss": total, **grads}
+        for batch, factor in batches:
+            loss = model(**batch, use_cache=False).loss * factor
+            loss.backward()
+            total += loss.detach()
+    return {"loss": total} | {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
 def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups) -> dict[str, torch.Tensor]:
@@ -236,7 +230,7 @@ def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceG
     with PatchSet() as patches:
         patch_model(model, groups.sp_control_group, patches, calls)
         check_batches(model, groups, calls, patches)
-        return _step(model, [{**cut.shards[groups.sp_rank], **cut.common}])
+        return _step(model, [({**cut.shards[groups.sp_rank], **cut.common}, 1.0)])
 
 
 def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups: SequenceGroups) -> Verdict:

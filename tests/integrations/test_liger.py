@@ -25,7 +25,7 @@ from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
-from deepspeed_alst.integrations.liger import use_liger
+from deepspeed_alst.integrations.hf_liger import use_liger
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.loss import OnTheWay, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
@@ -507,7 +507,7 @@ ODD = {
     "another activation": ("swiglu", r"mlp has the activation GELUActivation, and Liger would compute swiglu"),
     "exact GELU": ("geglu", r"mlp has the activation GELUActivation, and Liger would compute geglu"),
     "an adapter of norms": ("rms_norm", r"input_layernorm is peft\..*LNTuningLayer, not transformers'"),
-    "another norm": ("rms_norm", r"layers\.1\.input_layernorm is tests\.test_liger\._Norm, not transformers'"),
+    "another norm": ("rms_norm", r"layers\.1\.input_layernorm is tests\.integrations\.test_liger\._Norm, not transformers'"),
     "a replaced MLP": ("swiglu", r"layers\.1\.mlp\.forward has been replaced"),
     "a replaced attention": ("rope", r"layers\.1\.self_attn\.forward has been replaced"),
     "fp64": ("", r"the model is fp64"),

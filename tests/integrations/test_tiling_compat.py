@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.integrations.upstream_tiling import tiled_logits_loss, tiled_mlp
+from deepspeed_alst.integrations.hf_upstream import tiled_logits_loss, tiled_mlp
 
 M, V = 6, 11
 

@@ -1,24 +1,44 @@
-"""Liger's kernels in a model: requested parts, available parts, and the report on the others."""
+"""Liger's kernels in one model, with undo: requested parts, available parts, and the report on the others.
+
+Liger's functions change a model's modules, and global names in transformers' modeling files that every model of the
+family looks up. All of it is taken back at once, and what a part has put into a module is applied again if it computes
+what the module does. RoPE, which is called by a global name, reaches the attention through a copy of its forward.
+"""
 
 import functools
 import inspect
 import os
+import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
 from deepspeed_alst.config.near_misses import nearest
 from deepspeed_alst.config.schema import AlstConfig, LigerConfig
-from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.function_copies import with_names
+from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
+from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_liger_patches import is_ligers, patch
 
 _KEY = "alst.liger_kernel"
 _LOSS = "fused_linear_cross_entropy"
 _SKIP_LOGITS = "skip_logits"
+# Activations that Liger's modules compute, whatever the config says.
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": lambda x: F.gelu(x, approximate="tanh"),
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+_PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
+_Change = tuple[dict[str, Any], str, Any]
+"""A namespace, a name in it and its new value."""
 
 
 class LigerUse(NamedTuple):
@@ -41,7 +61,7 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
         model: a transformers model, or a wrapper around one.
         config: this package's config.
         device: device type of the engine.
-        group: all ranks, over gloo; None if ranks are independent.
+        group: all ranks, over gloo; None for this rank alone.
         patches: undoes everything.
 
     Raises:
@@ -96,11 +116,9 @@ def check_liger_runs(key: str, device: str) -> None:
 
 
 def use_own_loss(model: torch.nn.Module, patches: PatchSet) -> None:
-    """Make a Liger-patched model use its head and ``loss_function``; other models stay unchanged.
+    """Make a model that Liger has patched use its head and ``loss_function``, as other forwards do.
 
-    The HF Trainer patches with ``use_liger_kernel``, user code with Liger's functions, before or after the model is
-    built. With ``skip_logits=False`` Liger's ``lce_forward`` calls the head and ``self.loss_function``, as every other
-    forward does; under this package these are the tiled head and the loss of the full sequence.
+    Liger's ``lce_forward`` does with ``skip_logits=False``; here they are the tiled head and the whole sequence's loss.
     """
     base = base_model(model)
     before = base.forward
@@ -134,11 +152,7 @@ def _reason_against_setup(device: str, interpreted: bool) -> str | None:
 
 
 def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> LigerUse:
-    """Apply the available parts of those requested.
-
-    Raises:
-        AlstError: Liger, or a part of it, is requested by name and not available.
-    """
+    """Apply the available parts of those requested; raise AlstError for one requested by name that is not."""
     block = value if isinstance(value, LigerConfig) else LigerConfig()
     # By part, the key that makes it an error if the part is not available.
     asked = {part: f"{_KEY}.{part}" for part, wanted in block if wanted}
@@ -173,7 +187,7 @@ def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> L
     if block.geglu is None:
         wanted["geglu"] = block.swiglu
     try:
-        counts, refused = patch(base, FAMILIES[model_type], wanted, patches)
+        counts, refused = _patch(base, FAMILIES[model_type], wanted, patches)
     # Liger's functions raise many types of errors.
     except Exception as error:
         return unused(f"Liger's function for {model_type} stopped with {type(error).__name__}: {error}")
@@ -181,11 +195,7 @@ def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> L
 
 
 def _describe(model: str, counts: Counter[str], refused: dict[str, str], asked: dict[str, str]) -> str:
-    """Describe the parts that are used and those that are not.
-
-    Raises:
-        UnsupportedModelError: a part requested by name is not used.
-    """
+    """Describe the parts that are used and those that are not; raise for one requested by name that is not."""
     for part, reason in refused.items():
         key = asked.get(part) or (asked.get("swiglu") if part == "geglu" else None)
         if key:
@@ -199,3 +209,105 @@ def _describe(model: str, counts: Counter[str], refused: dict[str, str], asked: 
                 f"{key}: Liger has no such part; of what is asked for it has {words}. Leave it out."
             )
     return words + "".join(f"; not {part}: {reason}" for part, reason in refused.items())
+
+
+# --- Liger's patch of a family, on one model
+
+
+def is_ligers(thing: Any) -> bool:
+    """Return True if a function, a method, or an object's class comes from Liger."""
+    return (getattr(thing, "__module__", None) or "").split(".")[0] == "liger_kernel"
+
+
+def _patch(
+    model: torch.nn.Module, apply: Callable[..., None], wanted: Mapping[str, bool | None], patches: PatchSet
+) -> tuple[Counter[str], dict[str, str]]:
+    """Patch a model by Liger's function for its family, but for the parts that one of its modules does not fit.
+
+    Returns:
+        The number of patched modules by part, and the reasons against the parts left out.
+    """
+    parameters = inspect.signature(apply).parameters
+    changes = _changes(model, apply, {name: value for name, value in wanted.items() if name in parameters})
+
+    def names_for(function: FunctionType) -> Mapping[str, Any]:
+        return {
+            name: now
+            for _, name, now in changes.get(id(function.__globals__), ())
+            if _part_of(now) == "rope" and isinstance(now, FunctionType) and name in function.__code__.co_names
+        }
+
+    found, refused = [], {}
+    for name, module in model.named_modules():
+        own = [*changes.get(id(vars(module)), ()), *changes.get(id(module._modules), ())]
+        forward = with_names(type(module).forward, names_for)
+        calls_rope = forward is not type(module).forward
+        part = "rope" if calls_rope else next(filter(None, (_part_of(now) for *_, now in own)), None)
+        # Functions of composite models use those of other families, by their defaults.
+        if part is not None and wanted[part] is not False:
+            found.append((part, module, forward if calls_rope else None, own))
+            reason = _reason_against(name, module, part)
+            if reason:
+                refused.setdefault(part, reason)
+    counts: Counter[str] = Counter()
+    for part, module, forward, own in found:
+        if part not in refused:
+            counts[part] += 1
+            if forward is not None:
+                patches.forward(module, forward)
+            for change in own:
+                patches.entry(*change)
+    return counts, refused
+
+
+def _changes(
+    model: torch.nn.Module, apply: Callable[..., None], wanted: Mapping[str, bool | None]
+) -> dict[int, list[_Change]]:
+    """Call Liger's function and undo its changes of the model and of transformers; return them by their namespace."""
+    spaces = [space for module in model.modules() for space in (vars(module), module._modules)]
+    spaces += [
+        vars(module)
+        for name, module in sys.modules.items()
+        if name.startswith("transformers.models.") and name.rpartition(".")[2].startswith("modeling_")
+    ]
+    # dict.items, because ACT2FN's class transforms stored values.
+    before = [(space, dict(dict.items(space))) for space in [*spaces, ACT2FN]]
+    changes: dict[int, list[_Change]] = {}
+    try:
+        apply(model=model, **{name: value for name, value in wanted.items() if value is not None})
+    finally:
+        for space, old in before:
+            for name, now in list(dict.items(space)):
+                if old.get(name, ABSENT) is not now:
+                    changes.setdefault(id(space), []).append((space, name, now))
+                    set_entry(space, name, old.get(name, ABSENT))
+    return changes
+
+
+def _part_of(thing: Any) -> str | None:
+    """Return the part of ``alst.liger_kernel`` that an object of Liger's belongs to, by its source module."""
+    # Some families have a RoPE of their own: llama4_rope, qwen2vl_mrope.
+    return next((part for part in _PARTS if is_ligers(thing) and thing.__module__.endswith(part)), None)
+
+
+def _reason_against(name: str, module: torch.nn.Module, part: str) -> str | None:
+    """Return why a module is not what Liger assumes, or None: Liger binds its forward to any module."""
+    cls = type(module)
+    is_layer_norm = cls is torch.nn.LayerNorm and module.weight is not None and module.bias is not None
+    if part != "rope" and cls.__module__.split(".")[0] != "transformers" and not is_layer_norm:
+        return f"{name} is {cls.__module__}.{cls.__name__}, not transformers'"
+    if "forward" in vars(module):
+        return f"{name}.forward has been replaced by the program"
+    if part not in _ACTIVATIONS:
+        return None
+    activations = (getattr(module, key, None) for key in ("act_fn", "activation_fn", "act"))
+    found = next(filter(callable, activations), None)
+    if found is not None and run_isolated(_agree, found, _ACTIVATIONS[part]):
+        return None
+    kind = "no activation that is known" if found is None else f"the activation {type(found).__name__}"
+    return f"{name} has {kind}, and Liger would compute {part}"
+
+
+def _agree(found: Callable[..., torch.Tensor], expected: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    values = torch.linspace(-6, 6, 97, device="cpu")
+    return torch.allclose(found(values), expected(values), rtol=0, atol=1e-6)
