@@ -45,10 +45,10 @@ class LigerUse(NamedTuple):
     """Use of Liger's kernels in a model."""
 
     words: str
+    """Parts in use, or the reason why Liger cannot be."""
     makes_loss: bool = False
     """True if a tiled loss with backend "auto" uses Liger's kernel."""
     possible: bool = True
-    """False if Liger cannot be used; ``words`` hold the reason."""
 
 
 def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
@@ -65,8 +65,8 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
         patches: undoes everything.
 
     Raises:
-        SetupError: requested by name, and Liger cannot run here.
-        UnsupportedModelError: requested by name, and Liger does not support the model, or a part of it.
+        SetupError: Liger cannot run here.
+        UnsupportedModelError: it does not support the model, or a part of it.
     """
     loss, use, error = config.tiled_loss(), LigerUse("off"), None
     with PatchSet().rollback_on_error() as done:
@@ -105,13 +105,8 @@ def use_liger_without_data(model: torch.nn.Module, config: AlstConfig, patches: 
 
 
 def check_liger_runs(key: str, device: str) -> None:
-    """Raise if Liger's kernels cannot run on a device.
-
-    Raises:
-        SetupError: with the key that requests them.
-    """
-    reason = _reason_against_setup(device, interpreted=True)
-    if reason:
+    """Raise SetupError with the key that requests them if Liger's kernels cannot run on a device."""
+    if reason := _reason_against_setup(device, interpreted=True):
         raise SetupError(f"{key}: {reason}")
 
 
@@ -165,8 +160,7 @@ def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> L
             raise kind(f"{required}: {reason}.{hint}")
         return LigerUse(f"not used: {reason}", possible=False)
 
-    reason = _reason_against_setup(device, interpreted=required is not None)
-    if reason:
+    if reason := _reason_against_setup(device, interpreted=required is not None):
         return unused(reason, SetupError)
     if any(param.dtype == torch.float64 for param in base.parameters()):
         return unused("the model is fp64, and Liger's kernels compute in fp32")
@@ -246,8 +240,7 @@ def _patch(
         # Functions of composite models use those of other families, by their defaults.
         if part is not None and wanted[part] is not False:
             found.append((part, module, forward if calls_rope else None, own))
-            reason = _reason_against(name, module, part)
-            if reason:
+            if reason := _reason_against(name, module, part):
                 refused.setdefault(part, reason)
     counts: Counter[str] = Counter()
     for part, module, forward, own in found:

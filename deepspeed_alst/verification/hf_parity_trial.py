@@ -66,14 +66,10 @@ class Verdict:
 def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: str, code: tuple[str, ...]) -> str:
     """Raise unless a tiny model of a model's kind is right; return a summary. Collective over the gloo groups.
 
-    Args:
-        model: the program's.
-        groups: of its ranks.
-        unlisted: why the trial runs; begins the error message.
-        code: names of the program's own code in the model.
+    ``code`` names the program's own code in the model.
 
     Raises:
-        UnsupportedModelError: the tiny model is not right; on all ranks.
+        UnsupportedModelError: the tiny model is not right; on all ranks. The message begins with ``unlisted``.
     """
     base, way_out = base_model(model), "Set sequence_parallel_size to 1, or train one of those"
     try:
@@ -114,7 +110,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
 
     Args:
         build: builds the model from a config.
-        config: tiny config, with the attention implementation under test; the reference for ``TRIAL`` is eager.
+        config: tiny config, with the attention implementation under test.
         groups: process groups of the sequence.
         packed: if True the sequence consists of several documents.
     """
@@ -126,15 +122,14 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     except Exception as error:
         return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
     mine: Any = None
+    failure = None
     try:
         small = small_model(build, config)
         small.config._attn_implementation = config._attn_implementation
         mine = _split_step(small, batch, groups)
-        failure = None
-    except AlstError as error:
-        failure = Verdict("refused", str(error))
     except Exception as error:
-        failure = Verdict("crash", _words(error))
+        refused = isinstance(error, AlstError)
+        failure = Verdict("refused", str(error)) if refused else Verdict("crash", _words(error))
     failures = [each for each in gather_objects(failure, groups.sp_control_group) if each is not None]
     if failures:
         return next((each for each in failures if each.outcome == "crash"), failures[0])

@@ -45,8 +45,8 @@ _PRODUCTS = {
 }
 _Outputs = dict[str, torch.Tensor]
 """One run's ``hidden`` states [n, M], ``log_probs`` of labels [n, 1] (0 for ignored ones) and ``loss`` [1, 1]."""
-_Seen = dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]
-"""Digests of the inputs and outputs of modules in a run."""
+_Seen = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]
+"""Digests of the modules' inputs and outputs in a run."""
 
 
 class Routed(TorchDispatchMode):
@@ -94,15 +94,12 @@ def check_live_model(
         UnsupportedModelError: the results differ; on all ranks, with the first module that differs.
     """
     short, long, late = lengths(model, groups.sp_size)
-    worst, sizes = (
-        _compare(model, groups, calls, _batches(model, groups, short, device, 0, True), short - 1),
-        f"{short}",
-    )
-    if (long, late) != (short, 0):
-        batches = _batches(model, groups, long, device, late, False)
-        worst = max(worst, _compare(model, groups, calls, batches, late + long - 1))
-        sizes += f" and {long} tokens from position {late} on"
-    return f"whole and split agree to {worst:.0e} on {sizes}"
+    worst, sizes = 0.0, list[str]()
+    for length, at in dict.fromkeys([(short, 0), (long, late)]):
+        batches = _batches(model, groups, length, device, at, with_loss=not sizes)
+        worst = max(worst, _compare(model, groups, calls, batches, at + length - 1))
+        sizes.append(f"{length} tokens" + f" from position {at} on" * (at > 0))
+    return f"whole and split agree to {worst:.0e} on {' and '.join(sizes)}"
 
 
 def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
@@ -175,8 +172,8 @@ def _batches(
         tensors[REAL_TOKENS] = torch.ones_like(ids, dtype=torch.bool)
     tensors = {name: each.to(device) for name, each in tensors.items()}
     shard = {name: each.tensor_split(groups.sp_size, 1)[groups.sp_rank] for name, each in tensors.items()}
-    given = ("input_ids", *(["labels"] if with_loss else []), *(["position_ids"] if at else []))
-    whole = {name: tensors[name] for name in given}
+    given = ("input_ids", "labels", "position_ids") if at else ("input_ids", "labels")
+    whole = {name: tensors[name] for name in given if name in tensors}
     if not with_loss and "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:
         whole["logits_to_keep"] = shard["logits_to_keep"] = 1  # a long sequence's logits are large
     return whole, shard
@@ -203,17 +200,19 @@ def _run(model: torch.nn.Module, batch: dict[str, Any], how: str) -> _Outputs:
 def _outputs(model: torch.nn.Module, batch: dict[str, Any]) -> _Outputs:
     states: list[Any] = []
     decoder = getattr(base_model(model), "base_model", model)
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        states.append(output if isinstance(output, torch.Tensor) else output[0])
+
     torch.manual_seed(0)
     random.seed(0)
     with PatchSet() as patches:
         if decoder is not base_model(model):
-            patches.hook(decoder, "forward", lambda _, args, output: states.append(output))
+            patches.hook(decoder, "forward", keep)
         output = model(**batch, use_cache=False)
     found: dict[str, Any] = {}
-    hidden = states[-1] if states else None
-    hidden = hidden if hidden is None or isinstance(hidden, torch.Tensor) else hidden[0]
-    if isinstance(hidden, torch.Tensor):
-        found["hidden"] = hidden.flatten(0, -2)
+    if states and isinstance(states[-1], torch.Tensor):
+        found["hidden"] = states[-1].flatten(0, -2)
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if logits is not None and labels is not None:
         logits = logits.make() if isinstance(logits, LazyLogits) else logits
@@ -254,9 +253,6 @@ def _errors(found: torch.Tensor, expected: torch.Tensor, least: float) -> torch.
     return torch.where(size.isfinite(), (off / size.clamp(min=least)).nan_to_num(nan=math.inf), 0.0)
 
 
-# --- the first module that differs
-
-
 def _watch(model: torch.nn.Module, run: Callable[[], Any], batch: dict[str, Any]) -> _Seen:
     """Digest input and output of every module's first call in a run, in the order in which calls end."""
     seen: _Seen = {}
@@ -276,12 +272,11 @@ def _watch(model: torch.nn.Module, run: Callable[[], Any], batch: dict[str, Any]
 def _first_difference(in_whole: _Seen, in_split: _Seen, groups: SequenceGroups, limit: float) -> str | None:
     """Return the first module with equal inputs but different outputs in both runs, the same on all ranks."""
 
-    def same(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
-        mine = [each.tensor_split(groups.sp_size)[groups.sp_rank] for each in expected]
-        return len(mine) == len(found) and all(
-            bool(((a - b).abs() <= _SLACK_INSIDE * limit * a[:, :1].abs().clamp(min=1e-30)).all())
-            for a, b in zip(mine, found, strict=True)
-        )
+    def same(expected: torch.Tensor | None, found: torch.Tensor | None) -> bool:
+        if expected is None or found is None:
+            return expected is found
+        mine = expected.tensor_split(groups.sp_size)[groups.sp_rank]
+        return bool(((mine - found).abs() <= _SLACK_INSIDE * limit * mine[:, :1].abs().clamp(min=1e-30)).all())
 
     differ = [
         (place, label)
@@ -292,13 +287,12 @@ def _first_difference(in_whole: _Seen, in_split: _Seen, groups: SequenceGroups, 
     return min(everyone)[1] if everyone else None
 
 
-def _digest(values: Any, n: int) -> list[torch.Tensor]:
-    """Return two numbers per token of each tensor with a token dim, its norm and a weighted sum: ``[n, 2]`` each."""
-    found = []
+def _digest(values: Any, n: int) -> torch.Tensor | None:
+    """Return two numbers per token of the first tensor with a token dim, its norm and a weighted sum: ``[n, 2]``."""
     for x in tree_leaves(values):
         dims = [d for d in (1, 0, 2, 3) if d < x.dim() and x.shape[d] == n] if type(x) is torch.Tensor else []
         if dims:
             rows = x.detach().movedim(dims[0], 0).reshape(n, -1).double()
             weights = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device))
-            found.append(torch.stack([rows.norm(dim=1), rows @ weights], dim=1))
-    return found
+            return torch.stack([rows.norm(dim=1), rows @ weights], dim=1)
+    return None

@@ -73,15 +73,7 @@ def _custom_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def check_custom_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> None:
-    """Raise if a user-defined module that the model's class does not build is not token-wise.
-
-    Args:
-        model: the user's model.
-        built: a probed model of the same class; None if there was no probe.
-
-    Raises:
-        UnsupportedModelError: with the module's name.
-    """
+    """Raise UnsupportedModelError if a user-defined module that no tiny model has ``built`` is not token-wise."""
     tried = {type(module) for module in built.modules()} if built is not None else set()
     for name, module in _custom_modules(model).items():
         if type(module) not in tried and (problem := run_isolated(_problem, module)):
@@ -140,11 +132,7 @@ def _output_and_gradient(
 
 
 def check_gradient_hooks(model: torch.nn.Module) -> None:
-    """Raise if a user hook on a parameter's gradient does more than mask or scale: its input is a shard's gradient.
-
-    Raises:
-        UnsupportedModelError: a hook is not linear; with the parameter's name.
-    """
+    """Raise UnsupportedModelError if a user hook on a parameter's gradient does more than mask or scale."""
     for name, param in model.named_parameters():
         for hook in list((param._backward_hooks or {}).values()):
             if is_programs(hook) and not _is_linear(hook, param):

@@ -507,7 +507,10 @@ ODD = {
     "another activation": ("swiglu", r"mlp has the activation GELUActivation, and Liger would compute swiglu"),
     "exact GELU": ("geglu", r"mlp has the activation GELUActivation, and Liger would compute geglu"),
     "an adapter of norms": ("rms_norm", r"input_layernorm is peft\..*LNTuningLayer, not transformers'"),
-    "another norm": ("rms_norm", r"layers\.1\.input_layernorm is tests\.integrations\.test_liger\._Norm, not transformers'"),
+    "another norm": (
+        "rms_norm",
+        r"layers\.1\.input_layernorm is tests\.integrations\.test_liger\._Norm, not transformers'",
+    ),
     "a replaced MLP": ("swiglu", r"layers\.1\.mlp\.forward has been replaced"),
     "a replaced attention": ("rope", r"layers\.1\.self_attn\.forward has been replaced"),
     "fp64": ("", r"the model is fp64"),
