@@ -77,7 +77,7 @@ def _predict_on_shards(
     losses, pieces = [], []
     for shard, counts in exchange(session, inputs, extras):
         with (
-            session.calls.of_whole_sequence(),
+            session.calls.having(makes_whole_loss=True),
             _counted_items(trainer, counts),
             loss_of_whole_sequence(trainer, session, shard),
         ):

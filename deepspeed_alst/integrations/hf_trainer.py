@@ -135,9 +135,8 @@ def loss_of_whole_sequence(trainer: Any, session: Any, batch: dict[str, Any], wh
         session.calls.note_loss(loss)
         return loss
 
-    with PatchSet() as patches:
+    with PatchSet() as patches, session.calls.having(loss_follows=True):
         patches.set(trainer, "label_smoother", smoothed)
-        patches.set(session.calls, "loss_follows", True)
         yield
 
 
