@@ -89,8 +89,7 @@ _LOSS_ON_DEMAND = property(_loss_on_demand)
 def _shard_adapters(session: Session, patches: PatchSet) -> None:
     """Make every ``UlyssesSPDataLoaderAdapter``, old or new, yield the session's shards.
 
-    As in a DataLoader, ``iter`` starts an epoch; ``next`` without it continues the current one. accelerate's
-    ``skip_first_batches`` keeps an adapter, where its own returns a plain loader of unsharded batches.
+    As in a DataLoader, ``iter`` starts an epoch; ``next`` without it continues the current one.
     """
     epochs: weakref.WeakKeyDictionary[Any, Iterator[Any]] = weakref.WeakKeyDictionary()
     skipped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -120,6 +119,14 @@ def _shard_adapters(session: Session, patches: PatchSet) -> None:
 
     for name, method in (("__iter__", start), ("__next__", advance), ("__getattr__", inner_attribute)):
         patches.set(UlyssesSPDataLoaderAdapter, name, method)
+    _skip_within_shards(skipped, patches)
+
+
+def _skip_within_shards(skipped: weakref.WeakKeyDictionary[Any, int], patches: PatchSet) -> None:
+    """Make accelerate's ``skip_first_batches`` keep an adapter; its own returns a plain loader of unsharded batches.
+
+    ``skipped`` receives the micro-batches that a new adapter leaves out.
+    """
     try:
         from accelerate.data_loader import skip_first_batches as original
     except ImportError:
