@@ -24,7 +24,7 @@ from benchmarks.tiles.systems import System
 from deepspeed_alst.cli.picture import draw_curves
 from deepspeed_alst.config.schema import AlstConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.liger import use_liger_without_data
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
 from deepspeed_alst.offload.host_buffers import HostBufferPool

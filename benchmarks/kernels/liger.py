@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.integrations.liger import use_liger_without_data
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 
 NORMS_AND_ROPE = {"swiglu": False}
 """``alst.liger_kernel``: RMSNorm and rotary embedding."""

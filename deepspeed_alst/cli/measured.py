@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.integrations.liger import use_liger_without_data
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.known import Known
 from deepspeed_alst.profiler.ledger import Ledger
