@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.mpu import installed
-from deepspeed_alst.distributed.roll_call import name_missing_ranks
+from deepspeed_alst.distributed.collectives import name_missing_ranks
+from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
 from deepspeed_alst.sequence_parallel.session import Session

@@ -9,7 +9,7 @@ import torch
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.ownership import mark_owned
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.mpu import installed
+from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.engine import extend
 from deepspeed_alst.features import RunContext, features_of
 from deepspeed_alst.grad_reduction.bucket_size import deepspeed_arguments

@@ -21,9 +21,8 @@ from deepspeed_alst.data.message import Header, digest_of, layout, message_of, t
 from deepspeed_alst.data.own_samples import BATCHES_COMPARED, check_own_samples, num_samples
 from deepspeed_alst.data.sharding import shard_batch, uncut
 from deepspeed_alst.data.validation import Vocabulary, checked, warn_of_padding
-from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.distributed.roll_call import name_missing_ranks
 from deepspeed_alst.errors import AlstError, DataError
 
 

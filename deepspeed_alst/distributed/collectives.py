@@ -1,14 +1,22 @@
-"""Agreement between ranks: small objects over gloo, and errors that all ranks raise together."""
+"""Agreement between ranks over gloo, detection of missing ranks, and the count of bytes sent."""
 
 import contextlib
+import re
 import socket
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.errors import AlstError, ConfigError, RankLostError
+
+# Parts of gloo's and torch's messages for a lost or silent peer, which has no exception class.
+_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 def gather_objects(mine: Any, group: Any) -> list[Any]:
@@ -76,3 +84,102 @@ def agree(control_group: Any) -> Iterator[None]:
     except AlstError as raised:
         error = raised
     raise_on_all_ranks(error, control_group)
+
+
+# --- missing ranks, which the backends do not name
+
+
+def world_timeout() -> timedelta:
+    """Return the timeout of the world's collectives, the program's or DeepSpeed's, which new groups do not inherit."""
+    world = dist.distributed_c10d._get_default_group()
+    options = getattr(world._get_backend(world._device_types[0]), "options", None)
+    return getattr(options, "_timeout", dist.distributed_c10d.default_pg_timeout)
+
+
+@contextlib.contextmanager
+def name_missing_ranks(group: Any, seconds: float = 10.0) -> Iterator[None]:
+    """Convert a collective's failure inside the context to an error with the lost or silent rank's number.
+
+    Args:
+        group: all ranks over gloo, used for nothing else: a group whose collective has timed out is broken.
+        seconds: time limit for a rank's answer.
+
+    Raises:
+        RankLostError: instead of the backend's error, which is its cause.
+    """
+    try:
+        yield
+    except RankLostError:
+        raise
+    except RuntimeError as error:
+        if not is_collective_failure(error):
+            raise
+        raise RankLostError(_describe(error, _find_missing(group, seconds), dist.get_world_size(group))) from error
+
+
+def is_collective_failure(error: Exception) -> bool:
+    """Return True for the error of a backend that has lost a rank, or waited too long for one."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)
+    )
+
+
+def _find_missing(group: Any, seconds: float) -> dict[int, str]:
+    """Exchange a message with every other rank; return those without an answer, each with its state."""
+    rank, found = dist.get_rank(group), dict[int, str]()
+
+    def ask(peer: int) -> None:
+        try:
+            sent = dist.isend(torch.zeros(1), group=group, group_dst=peer)
+            dist.irecv(torch.zeros(1), group=group, group_src=peer).wait(timedelta(seconds=seconds))
+            sent.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:
+            silent = "Timed out" in str(error)
+            found[peer] = f"does not answer within {seconds:.0f} s" if silent else "has ended"
+
+    threads = [threading.Thread(target=ask, args=(peer,)) for peer in range(dist.get_world_size(group)) if peer != rank]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return dict(sorted(found.items()))
+
+
+def _describe(error: RuntimeError, missing: dict[int, str], world_size: int) -> str:
+    # Drop the backend's source location and its advice.
+    reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+    if not missing:
+        return f"a collective failed, though all {world_size} ranks answer: they do not call the same ones ({reason})"
+    who = "; ".join(f"rank {rank} {what}" for rank, what in missing.items())
+    return (
+        f"{who} (of {world_size} ranks; a collective failed: {reason}). The reason is in that rank's own output; a "
+        "process that was killed has left none: look for the kernel's out-of-memory killer there. How long ranks wait "
+        f"for one another ({world_timeout().total_seconds():.0f} s) is DEEPSPEED_TIMEOUT, in whole minutes."
+    )
+
+
+# --- bytes that this rank sent in the all-to-alls of a group, dropped with the group
+
+_SENT: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def count_sent(group: Any, num_bytes: int) -> None:
+    """Add bytes sent from this rank to others of the group; None, the default group, is not counted."""
+    if group is not None:
+        _SENT[group] = _SENT.get(group, 0) + num_bytes
+
+
+def sent_bytes(group: Any) -> int:
+    """Return the bytes counted so far."""
+    return _SENT.get(group, 0)
+
+
+@contextlib.contextmanager
+def uncounted(group: Any) -> Iterator[None]:
+    """Exclude bytes sent over the group inside the context from the count."""
+    before = sent_bytes(group)
+    try:
+        yield
+    finally:
+        if group is not None:
+            _SENT[group] = before

@@ -1,24 +1,27 @@
-"""Process groups: P = sp_size consecutive ranks, thus of one node, form a sequence-parallel group."""
+"""Process groups of an engine, in the form of the model-parallel unit (mpu) that DeepSpeed expects.
+
+P = sp_size consecutive ranks, thus of one node, share a sequence. DeepSpeed is told that the SP degree is 1 and that
+its ZeRO world is all ranks: with the real degree it divides gradients by world / SP on some paths, by world on others
+(deepspeed 0.19.8: stage3.py:1878, coalesced_collectives.py:124). The loss compensates (distributed/sequence_loss.py).
+"""
 
 import contextlib
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed_alst.distributed.roll_call import world_timeout
+from deepspeed_alst.distributed.collectives import world_timeout
 
 
-def sequence_ranks(world_size: int, sp_size: int) -> list[list[int]]:
-    """Return the ranks of each SP group: ``[[0..P-1], [P..2P-1], ...]``, one list per data-parallel replica."""
-    assert world_size % sp_size == 0, (world_size, sp_size)
-    return [list(range(first, first + sp_size)) for first in range(0, world_size, sp_size)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceGroups:
-    """Process groups of one engine, as seen by this rank."""
+    """Process groups of one engine, as seen by this rank, and DeepSpeed's mpu.
+
+    As an mpu it has ``initialize_sequence_parallel``, by which DeepSpeed tells Ulysses from Megatron, real
+    model-parallel groups of size 1, and no ``get_data_parallel_group``, over which ZeRO-3 would shard and reduce.
+    """
 
     sp_size: int
     sp_rank: int
@@ -40,12 +43,64 @@ class SequenceGroups:
     @property
     def ranks(self) -> list[int]:
         """Global ranks of this rank's sequence, in sequence order."""
-        return sequence_ranks(self.dp_size * self.sp_size, self.sp_size)[self.dp_rank]
+        return list(range(self.dp_rank * self.sp_size, (self.dp_rank + 1) * self.sp_size))
 
     def destroy(self) -> None:
         """Give the process groups back; the object is of no use afterwards."""
         destroy_groups(self.sp_group, self.world_group, self.self_group, self.sp_control_group)
         destroy_groups(self.control_group, self.roll_group)
+
+    def initialize_sequence_parallel(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: DeepSpeed looks for the attribute and never calls it."""
+
+    def get_model_parallel_rank(self) -> int:
+        """Return 0: there is no model parallelism."""
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        """Return 1: there is no model parallelism."""
+        return 1
+
+    def get_model_parallel_group(self) -> Any:
+        """Return the group of this rank alone."""
+        return self.self_group
+
+    # The universal checkpoint loader uses these names.
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_world_size(self) -> int:
+        """Return the number of replicas; train_batch_size = micro batch x accumulation steps x this."""
+        return self.dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        """Return the index of this rank's replica."""
+        return self.dp_rank
+
+    def get_sequence_parallel_world_size(self) -> int:
+        """Return 1, for any SP degree: see the module docstring."""
+        return 1
+
+    def get_sequence_parallel_rank(self) -> int:
+        """Return this rank's index in its sequence."""
+        return self.sp_rank
+
+    def get_sequence_parallel_group(self) -> Any:
+        """Return the group of this rank's sequence."""
+        return self.sp_group
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        """Return the number of all ranks."""
+        return self.dp_size * self.sp_size
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        """Return this rank's index among all ranks."""
+        return self.dp_rank * self.sp_size + self.sp_rank
+
+    def get_sequence_data_parallel_group(self) -> Any:
+        """Return the group of all ranks, over which ZeRO shards and reduces."""
+        return self.world_group
 
 
 def destroy_groups(*groups: Any) -> None:
@@ -57,29 +112,43 @@ def destroy_groups(*groups: Any) -> None:
 
 def build_control_group() -> Any:
     """Build a gloo group of all ranks for control decisions. Collective over the world."""
-    return dist.new_group(list(range(dist.get_world_size())), backend="gloo", timeout=world_timeout())
+    return dist.new_group(backend="gloo", timeout=world_timeout())
 
 
 def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:
     """Build the groups of one engine. Collective over the world; the SP degree must divide it (checked before)."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    mine: dict[str, Any] = {}
     # The same timeout for all groups: the longest would delay the detection of a lost rank.
-    new_group = functools.partial(dist.new_group, timeout=world_timeout())
-    for ranks in sequence_ranks(world_size, sp_size):
-        sp_group, sp_control_group = new_group(ranks), new_group(ranks, backend="gloo")
-        if rank in ranks:
-            mine = {"sp_group": sp_group, "sp_control_group": sp_control_group}
-    # Collective, as local synchronization names groups by number, which repeats after destroy().
-    self_groups = [new_group([each]) for each in range(world_size)]
+    timeout = world_timeout()
+
+    def mine_of(size: int, backend: str | None = None) -> Any:
+        rows = [list(range(first, first + size)) for first in range(0, world_size, size)]
+        return dist.new_subgroups_by_enumeration(rows, timeout=timeout, backend=backend)[0]
+
     return SequenceGroups(
         sp_size=sp_size,
         sp_rank=rank % sp_size,
         dp_size=world_size // sp_size,
         dp_rank=rank // sp_size,
-        world_group=new_group(list(range(world_size))),
-        self_group=self_groups[rank],
+        sp_group=mine_of(sp_size),
+        world_group=dist.new_group(list(range(world_size)), timeout=timeout),
+        self_group=mine_of(1),
+        sp_control_group=mine_of(sp_size, "gloo"),
         control_group=control_group,
         roll_group=build_control_group(),
-        **mine,
     )
+
+
+@contextlib.contextmanager
+def installed(mpu: Any) -> Iterator[None]:
+    """Set DeepSpeed's global ``deepspeed.utils.groups.mpu`` inside the context and restore it afterwards.
+
+    DeepSpeed sets it when an engine is built and never resets it, so that a second engine would inherit it.
+    """
+    from deepspeed.utils import groups
+
+    before, groups.mpu = groups.mpu, mpu
+    try:
+        yield
+    finally:
+        groups.mpu = before

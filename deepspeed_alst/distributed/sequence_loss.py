@@ -1,7 +1,7 @@
 """Loss of the whole sequence on every rank, without autograd through a collective.
 
 A rank's share of the loss is the sum of its token losses divided by the sequence's token count; the value is the
-all-reduced sum of the shares. DeepSpeed averages gradients over all ranks (distributed/mpu.py), but the ranks of one
+all-reduced sum of the shares. DeepSpeed averages gradients over all ranks (distributed/mesh.py), but the ranks of one
 sequence must be summed, so the share's gradient is multiplied by the SP degree: exact for powers of 2.
 
 Legend: s tokens of this rank's shard, V vocabulary.
@@ -77,20 +77,12 @@ def shard_loss(
     return local_sum / divisor.to(local_sum)
 
 
-def whole_sequence_loss(share: torch.Tensor, group: Any) -> torch.Tensor:
-    """Sum the ranks' shares to the loss of a sequence sharded over a group, on all its ranks.
-
-    Collective over the group: one all-reduce of an fp64 number, no host sync.
-    """
-    return sum_over_shards(share, group)
-
-
 def sum_over_shards(share: torch.Tensor, group: Any) -> torch.Tensor:
-    """Sum the ranks' tensors, on all ranks: a part of the whole sequence's loss, same shape and dtype.
+    """Sum the ranks' shares of a loss, or of a part of it: same shape and dtype, on all ranks of the sequence.
 
-    If every rank computes the same loss from the sum, its gradient in all ranks' parameters, as averaged by
-    DeepSpeed, is that of the whole sequence: each rank passes the incoming gradient, times P, on to its own share.
-    Collective over the group: one all-reduce in fp64, none in the backward, no host sync.
+    If every rank computes the same loss from the sum, DeepSpeed's average of its gradients is the whole sequence's:
+    each rank passes the incoming gradient, times P, on to its own share. Collective over the group: one all-reduce in
+    fp64, none in the backward, no host sync.
     """
     whole = share.detach().double()
     dist.all_reduce(whole, group=group)

@@ -15,7 +15,7 @@ import torch
 from deepspeed_alst.config.ds_values import GAS, MICRO, TOTAL, check_batch_keys
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, whole_sequence_divisor, whole_sequence_loss
+from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, sum_over_shards, whole_sequence_divisor
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.tiling.lazy_logits import share_of_loss
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
@@ -131,7 +131,7 @@ def loss_of_whole_sequence(trainer: Any, session: Any, batch: dict[str, Any], wh
     def smoothed(output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         divisor = whole_sequence_divisor(labels_Bs, group, num_items_in_batch)
         share = share_of_loss(logits_for_loss(trainer.model, output), labels_Bs, divisor, smoother.epsilon)
-        loss = whole_sequence_loss(share, group)
+        loss = sum_over_shards(share, group)
         session.calls.note_loss(loss)
         return loss
 

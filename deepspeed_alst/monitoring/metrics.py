@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_alst.distributed.comm_volume import sent_bytes
+from deepspeed_alst.distributed.collectives import sent_bytes
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.monitoring.progress import Report, progress_line
 from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops

@@ -16,8 +16,8 @@ from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.sequence_loss import (
     IGNORED_LABEL,
     shard_divisor,
+    sum_over_shards,
     whole_sequence_divisor,
-    whole_sequence_loss,
 )
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.integrations.trl_fused_head import sum_fused_head
@@ -102,7 +102,7 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, pat
             calls.loss += 1
             return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
         divisor = whole_sequence_divisor(shift_labels, group, num_items_in_batch)
-        loss = whole_sequence_loss(share_of_loss(logits, shift_labels, divisor), group)
+        loss = sum_over_shards(share_of_loss(logits, shift_labels, divisor), group)
         calls.note_loss(loss)
         return loss
 

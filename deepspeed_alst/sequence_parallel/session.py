@@ -14,7 +14,6 @@ from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.data.validation import vocabulary_of
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import build_groups
-from deepspeed_alst.distributed.mpu import UlyssesMpu
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
 from deepspeed_alst.grad_reduction.step_dropper import StepDropper
@@ -31,7 +30,7 @@ class Session:
         self.config = config
         self.groups = build_groups(config.sequence_parallel_size, control_group)
         patches.callback(self.groups.destroy)
-        self.mpu = UlyssesMpu(self.groups)
+        self.mpu = self.groups.as_mpu()
         self.marks_padding = bool(router_classes(model))
         """True if batches mark their padding tokens; read when a loader is made."""
         self.reduction_bytes = 0.0

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from deepspeed_alst.data.sharding import PLACE, kept_places, labels_of_all
-from deepspeed_alst.distributed.collectives import gather_objects
-from deepspeed_alst.distributed.roll_call import name_missing_ranks
+from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
 from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of

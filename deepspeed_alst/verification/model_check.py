@@ -18,9 +18,8 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.sharding import REAL_TOKENS
 from deepspeed_alst.data.validation import vocabulary_of
-from deepspeed_alst.distributed.collectives import agree, gather_objects
+from deepspeed_alst.distributed.collectives import agree, gather_objects, is_collective_failure
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.distributed.roll_call import is_collective_failure
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.moe.hf_experts import router_classes

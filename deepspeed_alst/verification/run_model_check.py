@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.distributed.comm_volume import uncounted
+from deepspeed_alst.distributed.collectives import uncounted
 from deepspeed_alst.random_draws.model_draws import drop_no_attention
 from deepspeed_alst.verification.model_check import check_live_model
 from deepspeed_alst.verification.program_code import program_code

@@ -20,7 +20,7 @@ from benchmarks.ranks import Ranks
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.data.validation import Vocabulary
 from deepspeed_alst.distributed.collectives import raise_on_all_ranks
-from deepspeed_alst.distributed.mesh import build_control_group, build_groups, sequence_ranks
+from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError
 
 # Long enough for a busy machine, and short of gloo's 30 minutes: a rank that waits for another shows here.
@@ -323,7 +323,7 @@ def put_together(shards: list[dict[str, Any]]) -> dict[str, list[list[int]]]:
 
 def check_epoch(results: list[dict[str, Any]], sp_size: int, sizes: list[list[tuple[int, int]]], multiple: int) -> None:
     """Every batch of every rank is one micro-step of its group, in rank order, whole; and nothing else is."""
-    for group in sequence_ranks(len(results), sp_size):
+    for group in (range(first, first + sp_size) for first in range(0, len(results), sp_size)):
         rounds = max(len(sizes[rank]) for rank in group)
         turns = [(rank, i) for i in range(rounds) for rank in group if i < len(sizes[rank])]
         steps = [results[rank]["batches"] for rank in group]

@@ -20,8 +20,8 @@ from benchmarks.faults.__main__ import rows_of
 from benchmarks.resume import Job, build_engine
 from deepspeed_alst.checkpoint.save import _name_latest
 from deepspeed_alst.cli.launch import free_port
+from deepspeed_alst.distributed.collectives import name_missing_ranks, world_timeout
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
-from deepspeed_alst.distributed.roll_call import name_missing_ranks, world_timeout
 from deepspeed_alst.errors import AlstError, CheckpointError, RankLostError
 
 JOB = Job.of(2, 2, 2)
