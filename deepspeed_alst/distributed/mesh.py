@@ -1,4 +1,4 @@
-"""Process groups of an engine, in the form of the model-parallel unit (mpu) that DeepSpeed expects.
+"""Process groups of an engine, and the model-parallel unit (mpu) in whose form DeepSpeed expects them.
 
 P = sp_size consecutive ranks, thus of one node, share a sequence. DeepSpeed is told that the SP degree is 1 and that
 its ZeRO world is all ranks: with the real degree it divides gradients by world / SP on some paths, by world on others
@@ -6,8 +6,10 @@ its ZeRO world is all ranks: with the real degree it divides gradients by world 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -15,13 +17,9 @@ import torch.distributed as dist
 from deepspeed_alst.distributed.collectives import world_timeout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SequenceGroups:
-    """Process groups of one engine, as seen by this rank, and DeepSpeed's mpu.
-
-    As an mpu it has ``initialize_sequence_parallel``, by which DeepSpeed tells Ulysses from Megatron, real
-    model-parallel groups of size 1, and no ``get_data_parallel_group``, over which ZeRO-3 would shard and reduce.
-    """
+    """Process groups of one engine, as seen by this rank."""
 
     sp_size: int
     sp_rank: int
@@ -50,57 +48,28 @@ class SequenceGroups:
         destroy_groups(self.sp_group, self.world_group, self.self_group, self.sp_control_group)
         destroy_groups(self.control_group, self.roll_group)
 
-    def initialize_sequence_parallel(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: DeepSpeed looks for the attribute and never calls it."""
+    def as_mpu(self) -> SimpleNamespace:
+        """Return the groups as DeepSpeed's mpu: functions ``get_...`` without arguments.
 
-    def get_model_parallel_rank(self) -> int:
-        """Return 0: there is no model parallelism."""
-        return 0
-
-    def get_model_parallel_world_size(self) -> int:
-        """Return 1: there is no model parallelism."""
-        return 1
-
-    def get_model_parallel_group(self) -> Any:
-        """Return the group of this rank alone."""
-        return self.self_group
-
-    # The universal checkpoint loader uses these names.
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_world_size(self) -> int:
-        """Return the number of replicas; train_batch_size = micro batch x accumulation steps x this."""
-        return self.dp_size
-
-    def get_data_parallel_rank(self) -> int:
-        """Return the index of this rank's replica."""
-        return self.dp_rank
-
-    def get_sequence_parallel_world_size(self) -> int:
-        """Return 1, for any SP degree: see the module docstring."""
-        return 1
-
-    def get_sequence_parallel_rank(self) -> int:
-        """Return this rank's index in its sequence."""
-        return self.sp_rank
-
-    def get_sequence_parallel_group(self) -> Any:
-        """Return the group of this rank's sequence."""
-        return self.sp_group
-
-    def get_sequence_data_parallel_world_size(self) -> int:
-        """Return the number of all ranks."""
-        return self.dp_size * self.sp_size
-
-    def get_sequence_data_parallel_rank(self) -> int:
-        """Return this rank's index among all ranks."""
-        return self.dp_rank * self.sp_size + self.sp_rank
-
-    def get_sequence_data_parallel_group(self) -> Any:
-        """Return the group of all ranks, over which ZeRO shards and reduces."""
-        return self.world_group
+        It has ``initialize_sequence_parallel``, by which DeepSpeed tells a Ulysses mpu from Megatron's, and no
+        ``get_data_parallel_group``, over which ZeRO-3 would shard and reduce instead of the world.
+        """
+        tensor = {"rank": 0, "world_size": 1, "group": self.self_group}
+        answers = {
+            f"{name}_{what}": x for name in ("model_parallel", "tensor_model_parallel") for what, x in tensor.items()
+        }
+        answers |= {
+            "data_parallel_world_size": self.dp_size,  # train_batch_size = micro batch x accumulation steps x this
+            "data_parallel_rank": self.dp_rank,
+            "sequence_parallel_world_size": 1,  # for any SP degree: see the module docstring
+            "sequence_parallel_rank": self.sp_rank,
+            "sequence_parallel_group": self.sp_group,
+            "sequence_data_parallel_world_size": self.dp_size * self.sp_size,
+            "sequence_data_parallel_rank": self.dp_rank * self.sp_size + self.sp_rank,
+            "sequence_data_parallel_group": self.world_group,
+        }
+        functions = {f"get_{name}": functools.partial(lambda x: x, x) for name, x in answers.items()}
+        return SimpleNamespace(initialize_sequence_parallel=None, **functions)
 
 
 def destroy_groups(*groups: Any) -> None:
@@ -123,7 +92,7 @@ def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:
 
     def mine_of(size: int, backend: str | None = None) -> Any:
         rows = [list(range(first, first + size)) for first in range(0, world_size, size)]
-        return dist.new_subgroups_by_enumeration(rows, timeout=timeout, backend=backend)[0]
+        return dist.new_subgroups_by_enumeration(rows, timeout, backend)[0]  # type: ignore[no-untyped-call]
 
     return SequenceGroups(
         sp_size=sp_size,
@@ -145,7 +114,7 @@ def installed(mpu: Any) -> Iterator[None]:
 
     DeepSpeed sets it when an engine is built and never resets it, so that a second engine would inherit it.
     """
-    from deepspeed.utils import groups
+    from deepspeed.utils import groups  # type: ignore[import-untyped]
 
     before, groups.mpu = groups.mpu, mpu
     try:

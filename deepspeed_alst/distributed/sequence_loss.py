@@ -29,13 +29,10 @@ class _SumOverShards(torch.autograd.Function):
 
 
 def shard_divisor(labels: torch.Tensor, num_items: torch.Tensor | float | None = None) -> torch.Tensor:
-    """Return the divisor of a sum of token losses: ``[]`` in fp64, at least 1, on the labels' device.
-
-    The number of labelled tokens, or ``num_items`` if given.
-    """
-    if num_items is not None:
-        return torch.as_tensor(num_items, device=labels.device).double()
-    return _count(labels).clamp(min=1.0)
+    """Return the divisor of a sum of token losses, ``num_items`` or the count of labels: ``[]``, fp64, at least 1."""
+    if num_items is None:
+        num_items = (labels != IGNORED_LABEL).sum().clamp(min=1)
+    return torch.as_tensor(num_items, device=labels.device).double()
 
 
 def whole_sequence_divisor(
@@ -45,16 +42,11 @@ def whole_sequence_divisor(
 
     Collective over the group, unless ``num_items`` is given: one all-reduce of a number, no host sync.
     """
-    if num_items is not None:
-        return shard_divisor(labels, num_items)
-    count = _count(labels)
-    dist.all_reduce(count, group=group)
-    return count.clamp(min=1.0)
-
-
-def _count(labels: torch.Tensor) -> torch.Tensor:
-    # fp64: fp32 is exact only up to 2**24, about 17M tokens.
-    return (labels != IGNORED_LABEL).sum().double()
+    if num_items is None:
+        num_items = (labels != IGNORED_LABEL).sum()
+        dist.all_reduce(num_items, group=group)
+        num_items.clamp_(min=1)
+    return shard_divisor(labels, num_items)
 
 
 def shard_loss(
