@@ -180,7 +180,7 @@ def test_an_import_outside_of_its_fence_is_found(name, source):
             "verification.hf_support_checks",
             "from deepspeed_alst.config.near_misses import nearest\nfrom ..errors import AlstError",
         ),
-        ("data.sharding", "from deepspeed_alst.data.document_masks import document_starts"),
+        ("data.sharding", "from deepspeed_alst.data.validation import check_mask"),
         ("distributed.mesh", "from deepspeed.utils import groups"),
         ("kernels.softcap", "import triton"),
         ("offload.hf_checkpoint_hook", "import transformers"),

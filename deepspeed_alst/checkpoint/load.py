@@ -115,7 +115,12 @@ def _inspect(engine: Any, load_dir: Path, given: dict[str, Any]) -> tuple[dict[s
     stamps = _verify_share(folder, with_optimizer or partitioned, map(Path, own))
     if own and with_optimizer and OPTIMIZER_STATE_DICT not in read(Path(own[-1])):
         raise CheckpointError(f"{own[-1]} holds no optimizer state of DeepSpeed's")
-    if with_optimizer and given["load_module_strict"] and given["custom_load_fn"] is None:
+    if (
+        with_optimizer
+        and engine.optimizer is not None
+        and given["load_module_strict"]
+        and given["custom_load_fn"] is None
+    ):
         # DeepSpeed compares weights, on all ranks alike, but not the optimizer state.
         _check_same_model(engine, state, folder)
     if with_optimizer and not universal and not converts:
@@ -134,11 +139,7 @@ def _model_file(engine: Any, folder: Path) -> Path:
 
 
 def _verify_share(folder: Path, with_optimizer: bool, own: Iterable[Path]) -> _Stamps:
-    """Verify a rank's own files and its share of the common files in one read; return the stamps found.
-
-    Raises:
-        CheckpointError: names the first file that is missing, damaged or has another rank's name.
-    """
+    """Verify a rank's own files and its share of the common files in one read; return the stamps found."""
     files = [*folder.glob("*_model_states.pt"), *(folder / "zero").rglob("*.pt"), *own]
     files += folder.glob("*_optim_states.pt") if with_optimizer else ()
     stamps = {}
@@ -157,11 +158,7 @@ def _verify_share(folder: Path, with_optimizer: bool, own: Iterable[Path]) -> _S
 
 
 def verify(path: Path) -> None:
-    """Compare a file with the checksums that torch.save stored in it.
-
-    Raises:
-        CheckpointError: the file is missing, cut short or damaged.
-    """
+    """Compare a file with the checksums that torch.save stored in it; raise CheckpointError if it is damaged."""
     with naming(path), zipfile.ZipFile(path) as archive:
         # A program may disable torch.save's checksums.
         damaged = archive.testzip() if torch.serialization.get_crc32_options() else None
@@ -173,9 +170,6 @@ def _check_one_save(folder: Path, stamps: _Stamps) -> None:
     """Raise CheckpointError if files of several saves are mixed, as after an interrupted overwrite.
 
     Files of ranks beyond the last save's world size are skipped: they belong to an earlier save and are never read.
-
-    Raises:
-        CheckpointError: names the first file that differs.
     """
     first = min(stamps, default="")
     kept = stamps.get(first) or {}
@@ -191,27 +185,20 @@ def _check_one_save(folder: Path, stamps: _Stamps) -> None:
 
 
 def _check_same_model(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if the checkpoint's weights have other names or shapes than the engine's.
-
-    Raises:
-        CheckpointError: names the first differences.
-    """
-    if engine.optimizer is None:
-        return
-    if engine.zero_optimization():
-        if state[PARAM_SHAPES] is None:
-            raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
-        saved, ours = ChainMap(*state[PARAM_SHAPES]), ChainMap(*engine._get_zero_param_shapes())
+    """Raise CheckpointError if the checkpoint's weights have other names or shapes than the engine's."""
+    if not engine.zero_optimization():
+        both = [state["module"], engine.module.state_dict()]
+        both = [{name: x.shape for name, x in each.items() if isinstance(x, torch.Tensor)} for each in both]
+    elif state[PARAM_SHAPES] is None:
+        raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
     else:
-        saved, ours = (
-            {name: x.shape for name, x in weights.items() if isinstance(x, torch.Tensor)}
-            for weights in (state["module"], engine.module.state_dict())
-        )
-    different = []
-    for name in sorted({*saved, *ours}):
-        there, here = (list(each[name]) if name in each else "none" for each in (saved, ours))
-        if there != here:
-            different.append(f"{name} ({there} saved, {here} here)")
+        both = [dict(ChainMap(*each)) for each in (state[PARAM_SHAPES], engine._get_zero_param_shapes())]
+    saved, ours = ({name: str(list(shape)) for name, shape in each.items()} for each in both)
+    different = [
+        f"{name} ({saved.get(name, 'none')} saved, {ours.get(name, 'none')} here)"
+        for name in sorted({*saved, *ours})
+        if saved.get(name) != ours.get(name)
+    ]
     if different:
         raise CheckpointError(
             f"{folder} is of another model, or one trained in other parts. {len(different)} weights differ: "
@@ -220,21 +207,13 @@ def _check_same_model(engine: Any, state: Mapping[str, Any], folder: Path) -> No
 
 
 def _check_same_order(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if optimizer states would go to other weights; universal ones match by name.
-
-    Raises:
-        CheckpointError: names the first position that differs.
-    """
-    saved, ours = state.get(PARAM_SHAPES) or (state.get(STAMP) or {}).get("order"), parameter_order(engine)
-    if saved is None or ours is None:
+    """Raise CheckpointError if optimizer states would go to other weights; universal ones match by name."""
+    orders = [state.get(PARAM_SHAPES) or (state.get(STAMP) or {}).get("order"), parameter_order(engine)]
+    if None in orders:
         return
     places = (
-        [
-            f"{name} at place {place} of group {group}"
-            for group, names in enumerate(order)
-            for place, name in enumerate(names)
-        ]
-        for order in (saved, ours)
+        [f"{name} at place {i} of group {group}" for group, names in enumerate(order) for i, name in enumerate(names)]
+        for order in orders
     )
     for there, here in zip_longest(*places, fillvalue="nothing"):
         if there != here:
@@ -246,14 +225,13 @@ def _check_same_order(engine: Any, state: Mapping[str, Any], folder: Path) -> No
 
 
 def _convert(engine: Any, folder: Path, saved_world_size: int, group: Any) -> None:
-    world_size = engine.seq_dp_world_size
     if engine.use_node_local_storage() or engine.zero_nvme_offload_optimizer():
         raise CheckpointError(
-            f"{folder} was saved on {saved_world_size} ranks and this run has {world_size}: with "
+            f"{folder} was saved on {saved_world_size} ranks and this run has {engine.seq_dp_world_size}: with "
             "checkpoint.use_node_local_storage or the optimizer on NVMe, no rank sees all its files. Resume on "
             f"{saved_world_size} ranks"
         )
     names = engine._get_mp_rank_zero_checkpoint_names(
         str(folder.parent), folder.name, 0, saved_world_size, engine.bfloat16_enabled()
     )
-    convert_together(_model_file(engine, folder), [Path(name) for name in names], world_size, group)
+    convert_together(_model_file(engine, folder), [Path(name) for name in names], engine.seq_dp_world_size, group)

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from deepspeed.checkpoint import constants
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
+from deepspeed_alst.distributed.collectives import difference_over_ranks, gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import AlstError, CheckpointError
 from deepspeed_alst.formatting import format_bytes
 
 STAMP = "deepspeed_alst"
 """Key of this package's entry in DeepSpeed's files: the id of the save, the rank that wrote the file, of how many, and
-the parameter names by optimizer group."""
+the parameter names by optimizer group. In plain types, readable without this package."""
 
 # The entry without which ds_to_universal refuses to convert a checkpoint of ZeRO 1 and 2.
 _CONVERTIBLE = {
@@ -54,17 +54,17 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
     if not engine.use_node_local_storage():
         asked["save_dir"] = os.path.abspath(folder)
     check_same("save_checkpoint", asked, group)
-    if not given["save_dir"]:
-        return save(*call.args, **call.kwargs)  # refused by DeepSpeed
-    if engine.checkpoint_engine.is_decoupled():  # written in the background, which says when
-        with PatchSet() as patches:
-            patches.wrap(engine.checkpoint_engine, "save", _made_convertible)
-            return save(*call.args, **call.kwargs)
+    # DeepSpeed refuses no folder; what is written in the background says itself when it is whole.
+    if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
+        return save(*call.args, **call.kwargs)
     first, latest = dist.get_rank() == 0, folder / _LATEST
     # Until all files of a tag that is written over are new, it is a mix of two steps.
     on_all_ranks(f"{latest} cannot be replaced", lambda: first and latest_tag(folder) == tag and latest.unlink(), group)
     given["save_latest"] = False
-    with _errors_kept(engine, _stamp(engine, group)) as errors:
+    stamp = {"save": gather_objects(uuid.uuid4().hex, group)[0], "rank": dist.get_rank()}
+    with _errors_kept(
+        engine, {**stamp, "world_size": dist.get_world_size(), "order": parameter_order(engine)}
+    ) as errors:
         result = save(*call.args, **call.kwargs)
     raise_on_all_ranks(_not_written(errors[0], folder, tag) if errors else None, group)
     if names_latest:
@@ -73,20 +73,11 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
     return result
 
 
-def _made_convertible(write: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda state_dict, *args, **kwargs: write({**_CONVERTIBLE, **state_dict}, *args, **kwargs)
-
-
 def on_all_ranks(problem: str, run: Callable[[], _T], group: Any) -> _T:
-    """Run a function on this rank; an error on one rank is raised on all. Collective.
-
-    Args:
-        problem: begins the message of an error that is not this package's.
-        run: the function.
-        group: all ranks over gloo.
+    """Run a function on this rank; an error on one rank is raised on all. Collective over a gloo group.
 
     Raises:
-        AlstError: on all ranks; a CheckpointError for any other exception.
+        AlstError: on all ranks; a CheckpointError that begins with ``problem`` for any other exception.
     """
     error, result = None, None
     try:
@@ -101,23 +92,12 @@ def on_all_ranks(problem: str, run: Callable[[], _T], group: Any) -> _T:
 
 
 def check_same(call: str, mine: dict[str, Any], group: Any) -> None:
-    """Check that all ranks ask for, and see, the same. Collective.
-
-    Raises:
-        CheckpointError: on all ranks, with the first rank that differs and the difference.
-    """
-    everyone = gather_objects(mine, group)
-    for rank, other in enumerate(everyone):
-        different = [
-            f"{key}={value!r} on rank 0, {other.get(key)!r} on rank {rank}"
-            for key, value in everyone[0].items()
-            if value != other.get(key)
-        ]
-        if different:
-            raise CheckpointError(
-                f"{call}: the ranks ask for or see different checkpoints ({'; '.join(different)}). Give all the same "
-                "folder, which they share, and a tag made of what they have alike, such as the step"
-            )
+    """Raise CheckpointError on all ranks if they ask for, or see, different things. Collective over a gloo group."""
+    if difference := difference_over_ranks(mine, group):
+        raise CheckpointError(
+            f"{call}: the ranks ask for or see different checkpoints ({difference}). Give all the same folder, which "
+            "they share, and a tag made of what they have alike, such as the step"
+        )
 
 
 def parameter_order(engine: Any) -> list[list[str]] | None:
@@ -156,21 +136,13 @@ def _name_latest(folder: Path, tag: str) -> None:
     new.replace(folder / _LATEST)
 
 
-def _stamp(engine: Any, group: Any) -> dict[str, Any]:
-    """Return the stamp of this rank's files, in plain types, readable without this package. Collective."""
-    save = gather_objects(uuid.uuid4().hex, group)[0]
-    order = parameter_order(engine)
-    return {"save": save, "rank": dist.get_rank(), "world_size": dist.get_world_size(), "order": order}
-
-
 @contextlib.contextmanager
 def _errors_kept(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Exception]]:
     """Stamp saved files, and collect errors in a list: a raise would leave other ranks waiting."""
     errors: list[Exception] = []
-    write_file = engine.checkpoint_engine.save
 
-    def write_stamped(state_dict: dict[str, Any], path: str) -> Any:
-        return write_file({**_CONVERTIBLE, **state_dict, STAMP: stamp}, path)
+    def stamped(write: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda state_dict, path: write({**_CONVERTIBLE, **state_dict, STAMP: stamp}, path)
 
     def keep(write: Callable[..., Any]) -> Callable[..., Any]:
         def kept(*args: Any, **kwargs: Any) -> Any:
@@ -183,7 +155,7 @@ def _errors_kept(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Exception]
         return kept
 
     with PatchSet() as patches:
-        patches.set(engine.checkpoint_engine, "save", write_stamped)
+        patches.wrap(engine.checkpoint_engine, "save", stamped)
         patches.wrap(engine.checkpoint_engine, "makedirs", keep)
         # These assemble the state dict too, which fails on an unsuitable client_state.
         patches.wrap(engine, "_save_checkpoint", keep)

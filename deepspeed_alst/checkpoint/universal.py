@@ -47,11 +47,7 @@ _MADE_HERE = "made_by_deepspeed_alst"
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a file in the error of reading it.
-
-    Raises:
-        CheckpointError: for any exception.
-    """
+    """Name a file in the error of reading it, a CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -62,11 +58,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> Any:
-    """Load a file of torch.save with memory-mapped tensors.
-
-    Raises:
-        CheckpointError: the file is missing or truncated.
-    """
+    """Load a file of torch.save with memory-mapped tensors; raise CheckpointError if it is missing or truncated."""
     with naming(path):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
@@ -77,13 +69,12 @@ def is_universal(folder: Path) -> bool:
 
 
 def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_size: int, group: Any) -> None:
-    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait. Collective.
+    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait. Collective over a gloo group.
 
     Raises:
         CheckpointError: on all ranks, with the remedy.
     """
-    nothing = (each for each in ())
-    steps = convert(model_file, optimizer_files, world_size) if dist.get_rank() == 0 else nothing
+    steps = convert(model_file, optimizer_files, world_size) if dist.get_rank() == 0 else (each for each in ())
     problem = f"{model_file.parent} cannot be converted"
     with contextlib.closing(steps):
         while any(gather_objects(on_all_ranks(problem, lambda: next(steps, False), group), group)):
@@ -194,11 +185,7 @@ def _check_convertible(folder: Path, optimizer_files: Sequence[Path], why: str) 
 
 
 def _is_fresh(target: Path, model_file: Path) -> bool:
-    """Return True if a universal checkpoint is of the same save as a model file; False if it may be made anew.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
+    """Return True if a universal checkpoint is of the same save as a model file; False if it may be made anew."""
 
     def identity(path: Path) -> Any:
         # The converter copies the file, with its time.

@@ -5,25 +5,44 @@ holds another rank's whole sample. P micro-steps follow; in step i all ranks pro
 on the host over gloo: 24 bytes per token are small next to the compute of a long sequence.
 """
 
-import dataclasses
 import functools
+import io
 import itertools
-import pickle
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.data.message import Header, digest_of, layout, message_of, tokens_of, view
-from deepspeed_alst.data.own_samples import BATCHES_COMPARED, check_own_samples, num_samples
-from deepspeed_alst.data.sharding import shard_batch, uncut
+from deepspeed_alst.data.sharding import fingerprint, shard_batch, tokens_of, uncut
 from deepspeed_alst.data.validation import Vocabulary, checked, warn_of_padding
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import AlstError, DataError
+
+_BATCHES_COMPARED = 4
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass
+class Header:
+    """Description of a rank's next batch, exchanged before its bytes."""
+
+    error: str | None = None
+    ended: bool = False
+    sizes: tuple[int, ...] = ()
+    """Bytes for each rank of the sequence."""
+    digest: int = 0
+    num_seen: int = 0
+    """Samples this rank has taken in this epoch, this batch included."""
+    num_samples: float = float("inf")
+    """Samples of the whole dataset; a dataset without a length counts as having more."""
+    sampler: str = ""
+    place: str = ""
+    """Position of this rank in its data, which must be equal on all ranks; empty if it is not counted."""
 
 
 def shard_dataloader(loader: Any, engine: Any) -> Any:
@@ -68,14 +87,9 @@ class ShardedDataLoader:
         whole: bool = False,
     ) -> None:
         """Wrap a loader; ``note(rank, number)`` is called before each micro-step, ``whole`` leaves batches uncut."""
-        self.loader = loader
-        self._groups = groups
-        self._multiple = multiple
-        self._packing = packing
-        self._marks_padding = marks_padding
-        self._vocabulary = vocabulary or Vocabulary()
-        self._note = note
-        self._by_lowest, self._whole = by_lowest, whole
+        self.loader, self._groups, self._multiple, self._whole = loader, groups, multiple, whole
+        self._cut = functools.partial(shard_batch, packing=packing, marks_padding=marks_padding, by_lowest=by_lowest)
+        self._vocabulary, self._note = vocabulary or Vocabulary(), note
         self.num_pending = 0
         """Micro-steps left of batches that the inner loaders have counted as done."""
 
@@ -115,28 +129,23 @@ class ShardedDataLoader:
         Raises:
             DataError: on all ranks if any rank has an error.
         """
-        batches = _own_batches(self.loader)
-        digests: list[list[str]] = []
+        batches, first_refills = _own_batches(self.loader), list[list[Header]]()
         num_seen = self.num_pending = 0
         for number in itertools.count():
-            header, message, error = self._next_header(batches, num_seen)
+            header, shards, error = self._next(batches, num_seen)
             num_seen = header.num_seen
-            with name_missing_ranks(self._groups.roll_group):
-                everyone = gather_objects(header, self._groups.control_group)
-            _raise_first(error, everyone)
-            if self._stop(everyone):
-                if 0 < len(digests) < BATCHES_COMPARED:
-                    check_own_samples(digests, everyone, self._groups.sp_size)
+            everyone = self._meet(header, error)
+            ends = self._stop(everyone)
+            if len(first_refills) < _BATCHES_COMPARED:
+                first_refills += [] if ends else [everyone]
+                if len(first_refills) == _BATCHES_COMPARED or (ends and first_refills):
+                    _check_own_samples(first_refills, everyone, self._groups.sp_size)
+            if ends:
                 return
-            if len(digests) < BATCHES_COMPARED:
-                digests.append([each.digest for each in everyone])
-                if len(digests) == BATCHES_COMPARED:
-                    check_own_samples(digests, everyone, self._groups.sp_size)
-            headers = [everyone[rank] for rank in self._groups.ranks]
-            turns = [rank for rank, header in zip(self._groups.ranks, headers, strict=True) if not header.ended]
+            turns = [rank for rank in self._groups.ranks if not everyone[rank].ended]
             self.num_pending = len(turns)
             at_end = getattr(self.loader, "end_of_dataloader", False)
-            for rank, batch in zip(turns, self._exchange(message, headers), strict=True):
+            for rank, batch in zip(turns, self._exchange(shards, everyone), strict=True):
                 self.num_pending -= 1
                 if self._note is not None:
                     self._note(rank, number)
@@ -145,27 +154,15 @@ class ShardedDataLoader:
                     self.loader.end_of_dataloader = self.num_pending == 0
                 yield batch
 
-    def _next_header(
-        self, batches: Iterator[Any], num_seen: int
-    ) -> tuple[Header, torch.Tensor | None, BaseException | None]:
-        """Return this rank's next batch, cut; an error is kept for the exchange, where the other ranks wait."""
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return Header(ended=True, num_seen=num_seen), None, None
-        except Exception as error:
-            return Header(error=f"the data loader raised {type(error).__name__}: {error}"), None, error
-        return self._header_of(batch, num_seen)
-
     def exchange(self, batch: Any, place: str = "") -> list[Any]:
         """Exchange one batch per rank; return this rank's shards of its sequence's batches, in rank order.
 
         Raises:
             DataError: on all ranks if any rank has an error, or if the ranks are at different places.
         """
-        header, message, error = self._header_of(batch, 0)
-        everyone = self._meet(dataclasses.replace(header, place=place), error)
-        return list(self._exchange(message, [everyone[rank] for rank in self._groups.ranks]))
+        header, shards, error = self._prepare(batch)
+        header.place = place
+        return list(self._exchange(shards, self._meet(header, error)))
 
     def meet(self, place: str) -> None:
         """Check that all ranks are at the same place, where they have no batch.
@@ -173,12 +170,64 @@ class ShardedDataLoader:
         Raises:
             DataError: on all ranks if some are not.
         """
-        self._meet(Header(place=place), None)
+        self._meet(Header(place=place))
 
-    def _meet(self, header: Header, error: BaseException | None) -> list[Header]:
+    def cut(self, batch: Any) -> Any:
+        """Return this rank's shard of a batch that all ranks of its sequence have.
+
+        Raises:
+            DataError: on all ranks if any rank has an error.
+        """
+        header, shards, error = self._prepare(batch)
+        self._meet(header, error)
+        return _unpacked(shards[self._groups.sp_rank])
+
+    def _next(self, batches: Iterator[Any], num_seen: int) -> tuple[Header, list[torch.Tensor], BaseException | None]:
+        """Prepare this rank's next batch; an error is kept for the exchange, where the other ranks wait."""
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return Header(ended=True, num_seen=num_seen, sizes=(0,) * self._groups.sp_size), [], None
+        except Exception as error:
+            return Header(error=f"the data loader raised {type(error).__name__}: {error}"), [], error
+        return self._prepare(batch, num_seen)
+
+    def _prepare(self, batch: Any, num_seen: int = 0) -> tuple[Header, list[torch.Tensor], BaseException | None]:
+        """Cut a batch and pack its shards, ``[P]``; an error is returned."""
+        P = self._groups.sp_size
+        try:
+            whole = checked(batch, self._vocabulary)
+            sharded = uncut(whole, P) if self._whole else self._cut(whole, P, self._multiple)
+            tokens = tokens_of(whole)
+            if not self._whole:
+                warn_of_padding(tokens.shape[1], tokens_of(sharded.shards[0]).shape[1] * P, self._multiple)
+            # BatchEncoding and similar types have methods (.to) that programs use.
+            kind = type(batch) if isinstance(batch, UserDict) else dict
+            shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
+            # Errors of unpickling must occur here: after the exchange they would stop some ranks alone.
+            _unpacked(shards[0])
+            header = Header(
+                sizes=tuple(map(len, shards)),
+                digest=fingerprint(tokens),
+                num_seen=num_seen + tokens.shape[0],
+                num_samples=_num_samples(self.loader),
+                sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
+            )
+        except AlstError as error:
+            return Header(error=str(error)), [], error
+        except Exception as error:
+            return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), [], error
+        return header, shards, None
+
+    def _meet(self, header: Header, error: BaseException | None = None) -> list[Header]:
+        """Gather all ranks' headers; raise on every rank if any has an error, or is at another place."""
         with name_missing_ranks(self._groups.roll_group):
             everyone = gather_objects(header, self._groups.control_group)
-        _raise_first(error, everyone)
+        if error is not None:
+            raise DataError(header.error) from error
+        for rank, each in enumerate(everyone):
+            if each.error is not None:
+                raise DataError(f"rank {rank}: {each.error}")
         places = [each.place for each in everyone]
         if len(set(places)) > 1:
             where = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
@@ -187,49 +236,6 @@ class ShardedDataLoader:
                 "that yields each rank's own samples must yield as many on all of them"
             )
         return everyone
-
-    def cut(self, batch: Any) -> Any:
-        """Return this rank's shard of a batch that all ranks of its sequence have.
-
-        Raises:
-            DataError: on all ranks if any rank has an error.
-        """
-        header, message, error = self._header_of(batch, 0)
-        with name_missing_ranks(self._groups.roll_group):
-            _raise_first(error, gather_objects(header, self._groups.control_group))
-        assert message is not None
-        piece, device = message.view(self._groups.sp_size, -1)[self._groups.sp_rank], tokens_of(batch).device
-        return {**header.values, **{spec.key: view(piece, spec).clone().to(device) for spec in header.specs}}
-
-    def _header_of(self, batch: Any, num_seen: int) -> tuple[Header, torch.Tensor | None, BaseException | None]:
-        """Return a batch's header and its bytes, a part for each rank; or the error."""
-        try:
-            whole, P = checked(batch, self._vocabulary), self._groups.sp_size
-            if self._whole:
-                sharded = uncut(whole, P)
-            else:
-                sharded = shard_batch(whole, P, self._multiple, self._packing, self._marks_padding, self._by_lowest)
-                warn_of_padding(tokens_of(whole).shape[1], tokens_of(sharded.shards[0]).shape[1] * P, self._multiple)
-            specs, num_bytes = layout(sharded)
-            kind = type(batch) if isinstance(batch, UserDict) else dict
-            message = message_of(sharded, specs, num_bytes)
-            header = Header(
-                kind=kind,
-                specs=specs,
-                num_bytes=num_bytes,
-                values={key: x for key, x in sharded.common.items() if not isinstance(x, torch.Tensor)},
-                digest=digest_of(sharded),
-                num_seen=num_seen + tokens_of(sharded.shards[0]).shape[0],
-                num_samples=num_samples(self.loader),
-                sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
-            )
-            # Pickling errors must occur here: during the exchange they would stop some ranks alone.
-            kind(pickle.loads(pickle.dumps(header)).values)
-        except AlstError as error:
-            return Header(error=str(error)), None, error
-        except Exception as error:
-            return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), None, error
-        return header, message, None
 
     def _stop(self, everyone: list[Header]) -> bool:
         """Return True if the epoch is over, on all replicas at once: ZeRO's collectives need every rank."""
@@ -245,26 +251,28 @@ class ShardedDataLoader:
             )
         return len(set(steps)) > 1 or not any(steps)
 
-    def _exchange(self, message: torch.Tensor | None, headers: list[Header]) -> Iterator[Any]:
+    def _exchange(self, shards: list[torch.Tensor], everyone: list[Header]) -> Iterator[Any]:
         """Run one all-to-all of bytes, then yield a micro-batch for each rank that had one."""
-        mine = headers[self._groups.sp_rank]
-        send = torch.empty(0, dtype=torch.uint8) if message is None else message
-        recv = torch.empty(sum(header.num_bytes for header in headers), dtype=torch.uint8)
+        group, ranks = self._groups.sp_control_group, self._groups.ranks
+        sizes = [everyone[rank].sizes[self._groups.sp_rank] for rank in ranks]
+        send, recv = torch.cat([_NOTHING, *shards]), torch.empty(sum(sizes), dtype=torch.uint8)
         with name_missing_ranks(self._groups.roll_group):
-            dist.all_to_all_single(
-                recv,
-                send,
-                [header.num_bytes for header in headers],
-                [mine.num_bytes] * self._groups.sp_size,
-                group=self._groups.sp_control_group,
-            )
-        first = 0
-        for header in headers:
-            piece = recv[first : first + header.num_bytes]
-            first += header.num_bytes
-            if not header.ended:
-                tensors = {spec.key: view(piece, spec).clone() for spec in header.specs}
-                yield header.kind({**tensors, **header.values})
+            dist.all_to_all_single(recv, send, sizes, list(everyone[dist.get_rank()].sizes), group=group)
+        yield from (_unpacked(piece) for piece in recv.split(sizes) if len(piece))
+
+
+def _packed(batch: Any) -> torch.Tensor:
+    """Return the bytes of a batch as a tensor."""
+    for key, x in batch.items():
+        if isinstance(x, torch.Tensor):
+            batch[key] = x.detach().cpu().clone()  # a view would be saved with all that it is a view of
+    file = io.BytesIO()
+    torch.save(batch, file)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(data: torch.Tensor) -> Any:
+    return torch.load(io.BytesIO(data.numpy()), weights_only=False)
 
 
 def _own_batches(loader: Any) -> Iterator[Any]:
@@ -272,10 +280,32 @@ def _own_batches(loader: Any) -> Iterator[Any]:
     yield from loader
 
 
-def _raise_first(error: BaseException | None, everyone: list[Header]) -> None:
-    """Raise on every rank if any rank had an error: its own if it had one, else the first rank's."""
-    failed = [(rank, header.error) for rank, header in enumerate(everyone) if header.error is not None]
-    if error is not None:
-        raise DataError(everyone[dist.get_rank()].error) from error
-    if failed:
-        raise DataError("rank {}: {}".format(*failed[0]))
+def _num_samples(loader: Any) -> float:
+    try:
+        return len(loader.dataset)
+    except (TypeError, AttributeError):
+        return float("inf")
+
+
+def _check_own_samples(refills: list[list[Header]], everyone: list[Header], sp_size: int) -> None:
+    """Raise DataError if all ranks of a sequence get the same samples: each would be trained P times.
+
+    Every rank checks the ranks of every sequence, so that all raise or none. Small or constant data only warn.
+    """
+    for first in range(0, len(everyone), sp_size) if sp_size > 1 else ():
+        batches = [[header.digest for header in refill[first : first + sp_size]] for refill in refills]
+        if any(len(set(batch)) > 1 for batch in batches):
+            continue
+        header = everyone[first]
+        is_small = len(batches) < _BATCHES_COMPARED or header.num_samples <= header.num_seen
+        if not is_small and len({batch[0] for batch in batches}) > 1:
+            raise DataError(
+                f"the first {_BATCHES_COMPARED} batches are the same on all {sp_size} ranks of a sequence: the "
+                f"loader's {header.sampler} gives every rank the same samples, so each would be trained {sp_size} "
+                "times. Use torch.utils.data.DistributedSampler(dataset, num_replicas=dist.get_world_size(), "
+                "rank=dist.get_rank())."
+            )
+        if dist.get_rank() == first:
+            warnings.warn(
+                "all ranks of a sequence are given the same samples; is the dataset that small?", stacklevel=3
+            )

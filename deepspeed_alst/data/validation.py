@@ -1,4 +1,8 @@
-"""Checks of a batch before it is sharded: integer tensors within the model's vocabulary."""
+"""Checks of a whole batch before it is cut: ids and labels, mask, packed documents.
+
+Packed documents share a row and must not attend to one another. They are given by position ids that restart, by the
+sequence lengths of packing collators (``cu_seq_lens_q``), or both. Legend: B batch, S whole sequence, N documents.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -7,14 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import DataError
 
-_LABELS = ("labels", "shift_labels")
-_TOKENS = ("input_ids", *_LABELS)
+LABEL_KEYS = ("labels", "shift_labels")
+_TOKENS = ("input_ids", *LABEL_KEYS)
 _TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+# --- ids and labels
 
 
 @dataclass(frozen=True)
@@ -27,20 +36,47 @@ class Vocabulary:
     """Size of the output, which may differ."""
 
 
-def whole_numbers(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the ids and labels of a batch, as int64 if they have another integer dtype.
+def vocabulary_of(model: torch.nn.Module) -> Vocabulary:
+    """Return the numbers of embeddings and of logits, the latter the larger of the config's and the head's."""
+    base = base_model(model)
+    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None)
+    head = base.get_output_embeddings()
+    sizes = (getattr(base.config.get_text_config(), "vocab_size", None), getattr(head, "out_features", None))
+    logits = max((size for size in sizes if isinstance(size, int)), default=None)
+    return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits)
+
+
+def checked(batch: Any, vocabulary: Vocabulary) -> Any:
+    """Return a batch with checked int64 ids and labels; a batch that is no mapping is returned as it is.
+
+    An out-of-range token would otherwise raise on one rank alone, in its forward, and the others would hang.
 
     Raises:
-        DataError: they are lists or have a dtype that is not an integer one; names the key.
+        DataError: ids, labels or positions are no tensor, or ids and labels not of an integer dtype; a token has no
+            embedding, a label no logit; a tensor requires a gradient.
     """
-    for key in _TENSORS:
-        if batch.get(key) is not None and not isinstance(batch[key], torch.Tensor):
+    if not isinstance(batch, Mapping):
+        return batch
+    numbers = {}
+    for key, x in batch.items():
+        if not isinstance(x, torch.Tensor):
+            if key in _TENSORS and x is not None:
+                raise DataError(
+                    f"{key} is a {type(x).__name__}, not a tensor (of lists in a dataset, torch's own collate_fn makes "
+                    "lists of tensors). Make one of shape [batch, sequence] in the loader's collate_fn: "
+                    "transformers.default_data_collator does, and DataCollatorForSeq2Seq pads too"
+                )
+            continue
+        if x.requires_grad:
             raise DataError(
-                f"{key} is a {type(batch[key]).__name__}, not a tensor (of lists in a dataset, torch's own collate_fn "
-                "makes lists of tensors). Make one of shape [batch, sequence] in the loader's collate_fn: "
-                "transformers.default_data_collator does, and DataCollatorForSeq2Seq pads too"
+                f"{key} requires a gradient, which ends at the exchange between ranks: what has made it would not be "
+                f"trained. Detach it, batch['{key}'].detach(), if that is meant; else make it within the model that "
+                "deepspeed.initialize is given"
             )
-    return {key: as_int64(key, batch[key]) for key in _TOKENS if batch.get(key) is not None}
+        if key in _TOKENS:
+            numbers[key] = as_int64(key, x)
+            _check_range(key, numbers[key], vocabulary)
+    return {**batch, **numbers}
 
 
 def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
@@ -57,43 +93,10 @@ def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.int64)
 
 
-def checked(batch: Any, vocabulary: Vocabulary) -> Any:
-    """Return a batch with checked int64 ids and labels; a batch that is no mapping is returned as it is.
-
-    An out-of-range token would otherwise raise on one rank alone, in its forward, and the others would hang.
-
-    Args:
-        batch: mapping of names to tensors.
-        vocabulary: of the model.
-
-    Raises:
-        DataError: see ``whole_numbers``; a token has no embedding, a label no logit; a tensor requires a gradient.
-    """
-    if not isinstance(batch, Mapping):
-        return batch
-    for key, x in batch.items():
-        if isinstance(x, torch.Tensor) and x.requires_grad:
-            raise DataError(
-                f"{key} requires a gradient, which ends at the exchange between ranks: what has made it would not be "
-                f"trained. Detach it, batch['{key}'].detach(), if that is meant; else make it within the model that "
-                "deepspeed.initialize is given"
-            )
-    numbers = whole_numbers(batch)
-    for key, x in numbers.items():
-        if x.dim() == 2:
-            _check_range(key, x, vocabulary)
-    return {**batch, **numbers}
-
-
 def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
-    """Check that ids have embeddings and labels have logits.
-
-    Raises:
-        DataError: names the first that does not, and its position.
-    """
-    is_label = key in _LABELS
+    is_label = key in LABEL_KEYS
     size = vocabulary.logits if is_label else vocabulary.embeddings
-    if size is None:
+    if size is None or x_BS.dim() != 2:
         return
     outside_BS = (x_BS < 0) | (x_BS >= size)
     if is_label:
@@ -119,11 +122,145 @@ def warn_of_padding(length: int, padded: int, multiple: int) -> None:
         )
 
 
-def vocabulary_of(model: torch.nn.Module) -> Vocabulary:
-    """Return the numbers of embeddings and of logits, the latter the larger of the config's and the head's."""
-    base = base_model(model)
-    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None)
-    head = base.get_output_embeddings()
-    sizes = (getattr(base.config.get_text_config(), "vocab_size", None), getattr(head, "out_features", None))
-    logits = max((size for size in sizes if isinstance(size, int)), default=None)
-    return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits)
+# --- the mask
+
+
+def check_mask(mask_BS: torch.Tensor, whole: dict[str, torch.Tensor]) -> None:
+    """Check that causal attention makes a mask redundant: ones, or zeros on the right on tokens without labels.
+
+    Raises:
+        DataError: padding on the left, holes, labels on padding, or a mask that is not ``[B, S]``.
+    """
+    if mask_BS.dim() != 2:
+        raise DataError(
+            f"attention_mask has {mask_BS.dim()} dims, shape {list(mask_BS.shape)}: only [batch, sequence] masks "
+            "can be split over ranks. Remove it where it is plain causal."
+        )
+    kept_BS = mask_BS != 0
+    rising = kept_BS[:, 1:] & ~kept_BS[:, :-1]
+    if rising.any():
+        row = int(rising.any(dim=1).nonzero()[0, 0])
+        what = "padding on the left" if not kept_BS[row, 0] else "holes"
+        raise DataError(
+            f"attention_mask has {what} in row {row}: causal attention without a mask would see those tokens. "
+            "Pad on the right (tokenizer.padding_side = 'right')."
+        )
+    for key in LABEL_KEYS:
+        if key in whole and (labelled_BS := ~kept_BS & (whole[key] != IGNORED_LABEL)).any():
+            row = int(labelled_BS.any(dim=1).nonzero()[0, 0])
+            raise DataError(
+                f"{key} of row {row} has labels on tokens that attention_mask hides, so the loss would train the "
+                "model to write padding, of which each token sees the sample and no other padding: not available "
+                "under sequence parallelism. Add where the labels are made: "
+                f"labels[attention_mask == 0] = {IGNORED_LABEL}"
+            )
+
+
+# --- packed documents
+
+
+def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
+    """Pop a collator's document bounds ``[N + 1]`` from a batch; return None if it has none.
+
+    Raises:
+        DataError: they are not the bounds of documents that fill the row, or differ for queries and keys.
+    """
+    for name in ("max_length_q", "max_length_k"):  # for flash attention, which measures again after padding
+        common.pop(name, None)
+    given: torch.Tensor | None = None
+    for name in _BOUNDS:
+        if (bounds := common.pop(name, None)) is None:
+            continue
+        if not isinstance(bounds, torch.Tensor) or bounds.dim() != 1 or bounds.is_floating_point() or not len(bounds):
+            raise DataError(f"{name} must be one row of whole numbers, the documents' bounds")
+        bounds = bounds.long()  # signed, so that diff() is negative at a decrease
+        if bounds[0] != 0 or bounds[-1] != length or (bounds.diff() < 0).any():
+            raise DataError(
+                f"{name} goes from {int(bounds[0])} to {int(bounds[-1])}: it must rise from 0 to the number of tokens "
+                f"in the row, {length}"
+            )
+        if given is not None and not torch.equal(bounds, given):
+            raise DataError("cu_seq_lens_q and cu_seq_lens_k differ: only attention within a sequence can be split")
+        given = bounds
+    return None if given is None else given.unique_consecutive()
+
+
+def positions_within(bounds: torch.Tensor) -> torch.Tensor:
+    """Return each token's position in its document: ``[N + 1] -> [1, S]``."""
+    starts = torch.repeat_interleave(bounds[:-1].long(), bounds.long().diff())
+    return (torch.arange(int(bounds[-1]), device=bounds.device) - starts)[None]
+
+
+def document_bounds(
+    positions_BS: torch.Tensor, given: torch.Tensor | None, rows: int, packing: bool, by_lowest: bool
+) -> torch.Tensor | None:
+    """Return the bounds ``[N + 1]`` of a batch's documents, int32; None if every row is one document.
+
+    As in transformers' masks, a document starts where position ids do not increase by one, or with ``by_lowest``, as
+    in its flash attention, at each token with the lowest.
+
+    Args:
+        positions_BS: of the whole sequences; a single row may stand for all.
+        given: bounds from the collator, which must be equal.
+        rows: number of rows in the batch.
+        packing: True if the model's attention keeps documents apart.
+        by_lowest: see above.
+
+    Raises:
+        DataError: documents without ``packing``; documents in several rows; position ids that differ from ``given``,
+            or with ``by_lowest``, tokens before the first document.
+    """
+    starts_BS = _starts(positions_BS)
+    if not packing and starts_BS.any():
+        row, column = starts_BS.nonzero()[0].tolist()
+        raise DataError(
+            f"position_ids restart at token {column} of row {row}: this model does not keep packed samples apart under "
+            "sequence parallelism. Give one document per row, or leave position_ids out."
+        )
+    if by_lowest:
+        starts_BS = positions_BS == positions_BS.amin(dim=1, keepdim=True)
+        if not starts_BS[:, 0].all():
+            raise DataError(
+                "position_ids start higher than their lowest, at which flash attention starts a document: the tokens "
+                "before it would be part of none. Start them at the lowest, or leave them out."
+            )
+        starts_BS[:, 0] = False
+    several = bool(starts_BS.any())
+    if rows > 1 and (several or given is not None):
+        raise DataError(
+            f"packed documents in a batch of {rows} rows (position_ids that do not go on by one): they are kept apart "
+            "in a batch of one row only. Pack all of them into one row, or leave position_ids out."
+        )
+    end = starts_BS.new_ones(1)
+    bounds = torch.cat([end, starts_BS[0, 1:], end]).nonzero().flatten()
+    if given is not None and not torch.equal(bounds, given.to(bounds)):
+        raise DataError(
+            f"cu_seq_lens_q has documents that end at {_few(given[1:])}, position_ids some that end at "
+            f"{_few(bounds[1:])}. Leave one of the two out."
+        )
+    return bounds.to(torch.int32) if several or (packing and given is not None) else None
+
+
+def _few(ends: torch.Tensor) -> str:
+    return ", ".join(map(str, ends[:4].tolist())) + (", ..." if len(ends) > 4 else "")
+
+
+def _starts(positions_BS: torch.Tensor) -> torch.Tensor:
+    """Mark the starts of documents inside a row, its first token excluded: ``[B, S] -> [B, S]`` bool."""
+    return F.pad(positions_BS[:, 1:] != positions_BS[:, :-1] + 1, (1, 0))
+
+
+def check_numbers(seq_idx_BS: torch.Tensor, positions_BS: torch.Tensor) -> None:
+    """Check that ``seq_idx``, the number of each token's document, changes where position ids restart.
+
+    Raises:
+        DataError: it changes at other tokens.
+    """
+    changes_BS = F.pad(seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1], (1, 0))
+    wrong = (changes_BS != _starts(positions_BS)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise DataError(
+            f"seq_idx {'starts' if changes_BS[row, column] else 'does not start'} a document at token {column} of row "
+            f"{row}, position_ids say the opposite. Make them agree, or leave seq_idx out."
+        )

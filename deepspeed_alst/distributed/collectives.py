@@ -40,22 +40,21 @@ def broadcast_object(mine: Any) -> Any:
     return everyones[0]
 
 
-def assert_same_on_all_ranks(settings: Mapping[str, Any], group: Any) -> None:
-    """Check that settings that collectives depend on are equal on all ranks. Collective over a gloo group.
-
-    Raises:
-        ConfigError: on all ranks, with the first rank that differs and its values.
-    """
-    first, *others = gather_objects(dict(settings), group)
+def difference_over_ranks(mine: Mapping[str, Any], group: Any) -> str:
+    """Describe how the first rank that differs from rank 0 does; empty if none. Collective over a gloo group."""
+    first, *others = gather_objects(dict(mine), group)
     for rank, found in enumerate(others, start=1):
-        lines = [
-            f"{key}={first[key]!r} on rank 0, {found[key]!r} on rank {rank}"
-            for key in first
-            # NaN, which JSON may contain, is not equal to itself.
-            if first[key] != found[key] and repr(first[key]) != repr(found[key])
-        ]
-        if lines:
-            raise ConfigError("the ranks have different ds_configs, and must have one: " + "; ".join(lines))
+        # By repr too, as NaN, which JSON may contain, is not equal to itself.
+        different = [key for key in first if first[key] != found.get(key) and repr(first[key]) != repr(found.get(key))]
+        if different:
+            return "; ".join(f"{key}={first[key]!r} on rank 0, {found.get(key)!r} on rank {rank}" for key in different)
+    return ""
+
+
+def assert_same_on_all_ranks(settings: Mapping[str, Any], group: Any) -> None:
+    """Raise ConfigError on all ranks if settings that collectives depend on differ. Collective over a gloo group."""
+    if difference := difference_over_ranks(settings, group):
+        raise ConfigError(f"the ranks have different ds_configs, and must have one: {difference}")
 
 
 def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:

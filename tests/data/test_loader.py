@@ -136,8 +136,6 @@ class Fails:
                     yield {**batch_of(0, i), "value": Broken()}
                 if self.where == "a tensor without data":
                     yield {**batch_of(0, i), "scale": torch.empty(3, device="meta")}
-                if self.where == "a sparse tensor":
-                    yield {**batch_of(0, i), "scale": torch.eye(3).to_sparse()}
             yield batch_of(dist.get_rank(), i)
 
 
@@ -170,7 +168,7 @@ def epoch_with_everything(sp_size: int) -> list[dict[str, Any]]:
         "name": f"sample {rank}",
         "names": [f"row {rank}", "row"],
         "nested": {"of": [rank, (1.5, None)]},
-        "three_bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),  # what follows must be aligned all the same
+        "three_bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),
         "count": torch.tensor(10 + rank),
         "scale": torch.tensor(0.1 + rank, dtype=torch.float64),
         "flags": torch.tensor([[True, False, True, False, rank == 0]] * 2),
@@ -568,7 +566,6 @@ UNSENDABLE = [
     "a value that cannot be pickled",
     "a value that cannot be unpickled",
     "a tensor without data",
-    "a sparse tensor",
 ]
 
 

@@ -28,9 +28,8 @@ KNOWN = {
     # Checkpoints of DeepSpeed's, which holds enums and loss scalers in them: engine.load_checkpoint unpickles the very
     # same files right after. They are the run's own.
     "deepspeed_alst/checkpoint/universal.py": ["torch.load without weights_only"],
-    # What it has pickled itself a moment before, to see that the other ranks can read it.
-    "deepspeed_alst/data/loader.py": ["pickle.loads"],
     # Between the ranks of one job, over its own group. A dataset's strings and numbers pass it as strings and numbers.
+    "deepspeed_alst/data/loader.py": ["torch.load without weights_only"],
     "deepspeed_alst/distributed/collectives.py": ["dist.all_gather_object", "dist.broadcast_object_list"],
 }
 
