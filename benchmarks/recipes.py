@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.crossing import RANKS_PER_HOST, crossing_table, markdown, num_params
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from deepspeed_alst.cli.memory import Machine, Model, static_bytes
-from deepspeed_alst.config.ds_values import value_at
+from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import AlstConfig
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from deepspeed_alst.config.config_file import OWN_KEYS, config_on_command_line, find_config, is_wanted
-from deepspeed_alst.config.near_misses import ignored
+from deepspeed_alst.config.config_file import OWN_KEYS, config_on_command_line, find_config, ignored, is_wanted
 from deepspeed_alst.core.ownership import is_owned
 from deepspeed_alst.core.patching import unwrap, wrap_once
 

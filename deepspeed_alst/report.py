@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from deepspeed_alst.config.ds_values import step_words
+from deepspeed_alst.config.parse import step_words
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.grad_reduction.reduce import Reduction
 from deepspeed_alst.grad_reduction.zero_paths import ReductionPath

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.config.compatibility import check_features
-from deepspeed_alst.config.ds_values import check_batch_keys, check_numbers, idle_checkpointing, zero_stage
-from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_heads, check_world, parse
+from deepspeed_alst.config.compatibility import check_features, check_numbers, idle_checkpointing, zero_stage
+from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_batch_keys, check_heads, check_world, parse
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, assert_same_on_all_ranks

@@ -178,7 +178,7 @@ def test_an_import_outside_of_its_fence_is_found(name, source):
     [
         (
             "verification.hf_support_checks",
-            "from deepspeed_alst.config.near_misses import nearest\nfrom ..errors import AlstError",
+            "from deepspeed_alst.config.config_file import nearest\nfrom ..errors import AlstError",
         ),
         ("data.sharding", "from deepspeed_alst.data.validation import check_mask"),
         ("distributed.mesh", "from deepspeed.utils import groups"),
@@ -245,7 +245,7 @@ PURE = [name for name in MODULES if name.split(".")[0] in ("errors", "config")] 
 
 @pytest.mark.parametrize(
     ("modules", "heavy"),
-    [(PURE, HEAVY), (["config.config_file", "config.near_misses"], (*HEAVY, "pydantic"))],
+    [(PURE, HEAVY), (["config.config_file"], (*HEAVY, "pydantic"))],
     ids=["pure", "of the gate"],
 )
 def test_the_pure_modules_load_neither_torch_nor_anything_that_needs_it(modules, heavy):

@@ -29,7 +29,6 @@ from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import CheckpointError
 
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
-_NAMES_SHOWN = 3
 
 _Stamps = Mapping[str, dict[str, Any] | None]
 """By file name; None if it was saved without this package or before stamps existed."""
@@ -115,16 +114,10 @@ def _inspect(engine: Any, load_dir: Path, given: dict[str, Any]) -> tuple[dict[s
     stamps = _verify_share(folder, with_optimizer or partitioned, map(Path, own))
     if own and with_optimizer and OPTIMIZER_STATE_DICT not in read(Path(own[-1])):
         raise CheckpointError(f"{own[-1]} holds no optimizer state of DeepSpeed's")
-    if (
-        with_optimizer
-        and engine.optimizer is not None
-        and given["load_module_strict"]
-        and given["custom_load_fn"] is None
-    ):
+    by_place = not universal and not converts
+    if with_optimizer and (by_place or (given["load_module_strict"] and given["custom_load_fn"] is None)):
         # DeepSpeed compares weights, on all ranks alike, but not the optimizer state.
-        _check_same_model(engine, state, folder)
-    if with_optimizer and not universal and not converts:
-        _check_same_order(engine, state, folder)
+        _check_same_weights(engine, state, folder, by_place)
     seen = {"tag": str(tag), "world_size": state["dp_world_size"], "universal": universal, "converts": converts}
     return seen, stamps
 
@@ -184,43 +177,33 @@ def _check_one_save(folder: Path, stamps: _Stamps) -> None:
             )
 
 
-def _check_same_model(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if the checkpoint's weights have other names or shapes than the engine's."""
-    if not engine.zero_optimization():
-        both = [state["module"], engine.module.state_dict()]
-        both = [{name: x.shape for name, x in each.items() if isinstance(x, torch.Tensor)} for each in both]
-    elif state[PARAM_SHAPES] is None:
+def _check_same_weights(engine: Any, state: Mapping[str, Any], folder: Path, ordered: bool) -> None:
+    """Raise CheckpointError if the optimizer states are of weights with other names or shapes, or in another order.
+
+    DeepSpeed knows them by their place; ``ordered`` is False for universal checkpoints, which go by name.
+    """
+    zero, saved = engine.zero_optimization(), state[PARAM_SHAPES]
+    if zero and saved is None:
         raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
-    else:
-        both = [dict(ChainMap(*each)) for each in (state[PARAM_SHAPES], engine._get_zero_param_shapes())]
-    saved, ours = ({name: str(list(shape)) for name, shape in each.items()} for each in both)
-    different = [
-        f"{name} ({saved.get(name, 'none')} saved, {ours.get(name, 'none')} here)"
-        for name in sorted({*saved, *ours})
-        if saved.get(name) != ours.get(name)
-    ]
-    if different:
-        raise CheckpointError(
-            f"{folder} is of another model, or one trained in other parts. {len(different)} weights differ: "
-            f"{', '.join(different[:_NAMES_SHOWN])}{', ...' * (len(different) > _NAMES_SHOWN)}"
-        )
-
-
-def _check_same_order(engine: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if optimizer states would go to other weights; universal ones match by name."""
-    orders = [state.get(PARAM_SHAPES) or (state.get(STAMP) or {}).get("order"), parameter_order(engine)]
-    if None in orders:
+    saved = saved or (state.get(STAMP) or {}).get("order")
+    ours = engine._get_zero_param_shapes() if zero else parameter_order(engine)
+    if engine.optimizer is None or saved is None:
         return
-    places = (
-        [f"{name} at place {i} of group {group}" for group, names in enumerate(order) for i, name in enumerate(names)]
-        for order in orders
-    )
-    for there, here in zip_longest(*places, fillvalue="nothing"):
+
+    def described(groups: Any) -> Iterable[str]:
+        for group, names in enumerate(groups):
+            for i, name in enumerate(names):
+                shape = f" {list(names[name])}" if zero else ""
+                yield f"{name}{shape} at place {i} of group {group}" if ordered else f"{name}{shape}"
+
+    lists = [described(saved), described(ours)]
+    for there, here in zip_longest(*(lists if ordered else map(sorted, lists)), fillvalue="nothing"):
         if there != here:
             raise CheckpointError(
-                f"{folder} has its weights in another order, by which DeepSpeed knows their optimizer states: it has "
-                f"{there}, here is {here}. Give the optimizer its parameters in the same order (of a set they have "
-                "none), or load the weights alone: load_module_only=True"
+                f"{folder} is of another model, or one trained in other parts, or its optimizer had the weights in "
+                f"another order, by which DeepSpeed knows their states: it has {there}, here is {here}. Give the "
+                "optimizer the same parameters in the same order (of a set they have none), or load the weights alone: "
+                "load_module_only=True"
             )
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from deepspeed_alst.config.compatibility import check_features
+from deepspeed_alst.config.compatibility import check_features, check_numbers, wrong_blocks, zero_stage
 from deepspeed_alst.config.config_file import is_wanted, read_config
-from deepspeed_alst.config.ds_values import check_numbers, wrong_blocks, zero_stage
 from deepspeed_alst.config.parse import check_world, parse
 from deepspeed_alst.errors import ConfigError
 

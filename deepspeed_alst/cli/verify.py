@@ -15,10 +15,8 @@ from typing import Any
 
 from deepspeed_alst.cli.keys import problems, read_json
 from deepspeed_alst.cli.launch import launch, num_gpus
-from deepspeed_alst.config.config_file import is_wanted
-from deepspeed_alst.config.ds_values import GAS, MICRO
-from deepspeed_alst.config.near_misses import DTYPE, TOP_KEYS
-from deepspeed_alst.config.parse import block_of
+from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, is_wanted
+from deepspeed_alst.config.parse import GAS, MICRO, block_of
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 

@@ -1,18 +1,89 @@
-"""DeepSpeed's features under sequence parallelism: supported, or rejected with the key's name. Pure.
+"""DeepSpeed's keys under sequence parallelism: values read before DeepSpeed reads them, and refused features. Pure.
 
-A row is a feature, the value of a key that enables it, and the verdict. ``docs/compatibility.md`` is this table, and
-every row has a test: a "right" row trains and is compared with SP=1, a "refused" row raises ConfigError.
+``docs/compatibility.md`` is the table of features, and every row has a test: a "right" row trains and is compared with
+SP=1, a "refused" row raises ConfigError. What DeepSpeed has removed it refuses itself.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed_alst.config.ds_values import Config, value_at, wrong_blocks, zero_stage
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 
+Config = Mapping[str, Any]
+_BLOCKS = ("bf16", "fp16", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 _MISSING = object()
+
+
+def value_at(ds_config: Any, path: str, default: Any = None) -> Any:
+    """Return the value at a dotted JSON path, or the default if any part is missing."""
+    for part in path.split("."):
+        if not isinstance(ds_config, Mapping) or part not in ds_config:
+            return default
+        ds_config = ds_config[part]
+    return ds_config
+
+
+def zero_stage(ds_config: Config) -> int:
+    """Return the ZeRO stage as DeepSpeed reads it: ``"3"`` is 3, and ``"auto"`` its default.
+
+    Raises:
+        ConfigError: the stage does not exist, or ``zero_optimization`` is not an object.
+    """
+    block = ds_config.get("zero_optimization")
+    if block is not None and not isinstance(block, Mapping):
+        raise ConfigError(f'zero_optimization: must be an object such as {{"stage": 3}} (got {shown(block)}).')
+    stage = value_at(ds_config, "zero_optimization.stage", 0)
+    if stage == "auto":
+        return 0
+    if not isinstance(stage, int | float | str) or stage not in (0, 1, 2, 3, "0", "1", "2", "3"):
+        raise ConfigError(f"zero_optimization.stage: use 0, 1, 2 or 3 (got {shown(stage)}).")
+    return int(stage)
+
+
+def wrong_blocks(ds_config: Config) -> list[str]:
+    """Return a line for each block that is not an object, and for two half precisions at once."""
+    lines = [
+        f"{path}: must be an object (got {shown(block)})."
+        for path in _BLOCKS
+        if not isinstance(block := value_at(ds_config, path), Mapping | None)
+    ]
+    if value_at(ds_config, "bf16.enabled") is True and value_at(ds_config, "fp16.enabled") is True:
+        lines.append("fp16.enabled=true: bf16.enabled is true too; leave one of them out.")
+    return lines
+
+
+def check_numbers(ds_config: Config) -> None:
+    """Raise ConfigError for values of steps_per_print or gradient_clipping that would fail in the middle of a step."""
+    lines = []
+    steps, clipping = ds_config.get("steps_per_print"), ds_config.get("gradient_clipping", "auto")
+    # accelerate uses infinity for never.
+    if steps not in (None, math.inf) and not is_count(steps):
+        lines.append(f"steps_per_print: must be a whole number above 0, or null for never (got {shown(steps)}).")
+    if clipping != "auto" and (type(clipping) not in (int, float) or not clipping >= 0):
+        lines.append(f"gradient_clipping: must be a number, 0 for none (got {shown(clipping)}).")
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def is_count(value: Any) -> bool:
+    """Return True for a positive whole number, which JSON may write as 5e8."""
+    return type(value) in (int, float) and value >= 1 and value % 1 == 0
+
+
+def idle_checkpointing(ds_config: Config) -> str:
+    """Return a warning if DeepSpeed's activation checkpointing is set, which these models ignore; else empty."""
+    block = ds_config.get("activation_checkpointing")
+    for key, value in block.items() if isinstance(block, Mapping) else ():
+        if value:
+            return (
+                f"activation_checkpointing.{key}={shown(value)} does nothing: transformers checkpoints layers by "
+                "PyTorch's function, not by DeepSpeed's. alst.activation_checkpoint_cpu_offload puts checkpoints on "
+                "the host"
+            )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +132,10 @@ def _samples_data(block: Any) -> bool:
     return _on(block) or any(_on(value_at(block, path)) for path in inner)
 
 
+def _has_autosp(passes: Any) -> bool:
+    return isinstance(passes, list | tuple) and "autosp" in passes
+
+
 # Conditions on the ds_config.
 
 
@@ -68,6 +143,10 @@ def _at(*stages: int) -> Callable[[Config], bool]:
     """Return a condition on the ZeRO stage: other stages do not read the key."""
     words = (*stages, *map(str, stages))
     return lambda ds_config: value_at(ds_config, "zero_optimization.stage", 0) in words
+
+
+def _alone(ds_config: Config) -> bool:
+    return "seq_parallel_communication_data_type" not in ds_config
 
 
 def _muon_on_zero_1_with_bf16(ds_config: Config) -> bool:
@@ -89,8 +168,7 @@ FEATURES = (
         "torch autocast",
         "torch_autocast",
         _on,
-        "it reduces gradients in a dtype of its own, so seq_parallel_communication_data_type could not be honoured; "
-        "use bf16.enabled",
+        "gradients are not reduced in seq_parallel_communication_data_type; use bf16.enabled",
     ),
     Feature("gradient clipping", "gradient_clipping", _on),
     Feature(
@@ -100,15 +178,9 @@ FEATURES = (
         "gradient_predivide_factor",
         "gradient_predivide_factor",
         lambda value: value not in (1, None),
-        "DeepSpeed 0.19 divides by the wrong number where the factor equals the world size (stage 3); remove it",
+        "DeepSpeed 0.19 divides wrongly at stage 3; remove it",
     ),
-    Feature(
-        "gradient_allreduce_op",
-        "gradient_allreduce_op",
-        _is("sum"),
-        "a sum over all ranks has no SP=1 equal: the ranks of one sequence must be summed and the replicas averaged; "
-        "remove it",
-    ),
+    Feature("gradient_allreduce_op", "gradient_allreduce_op", _is("sum"), "replicas must be averaged; remove it"),
     Feature("optimizer offload to CPU", f"{_ZERO}.offload_optimizer.device", _is("cpu")),
     Feature("optimizer offload to NVMe", f"{_ZERO}.offload_optimizer.device", _is("nvme"), _NVME),
     Feature("parameter offload to CPU", f"{_ZERO}.offload_param.device", _is("cpu")),
@@ -120,9 +192,7 @@ FEATURES = (
         "round_robin_gradients",
         f"{_ZERO}.round_robin_gradients",
         _on,
-        "DeepSpeed 0.19.8 cannot read full gradients beside it (safe_get_full_grad fails on one rank, the others "
-        "wait), and the check of the averaging at the first step reads them; remove it, or set sequence_parallel_size "
-        "to 1",
+        "DeepSpeed 0.19.8 cannot read full gradients beside it; remove it",
         _at(1, 2),
     ),
     Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _is("fp32")),
@@ -130,61 +200,34 @@ FEATURES = (
         "communication_data_type",
         "communication_data_type",
         _given,
-        "it is for runs without sequence parallelism; use seq_parallel_communication_data_type (beside it, or instead)",
-        lambda ds_config: "seq_parallel_communication_data_type" not in ds_config,
+        "use seq_parallel_communication_data_type, beside it or instead",
+        _alone,
     ),
     Feature("hpZ (ZeRO++)", f"{_ZERO}.zero_hpz_partition_size", _above_one, _UNVERIFIED, _at(3)),
     Feature("qwZ (ZeRO++)", f"{_ZERO}.zero_quantized_weights", _on, _QUANTIZED, _at(3)),
     Feature("qwZ for frozen weights (ZeRO++)", f"{_ZERO}.zero_quantized_nontrainable_weights", _on, _QUANTIZED, _at(3)),
-    Feature(
-        "qgZ (ZeRO++)",
-        f"{_ZERO}.zero_quantized_gradients",
-        _on,
-        "gradients would be summed in 4 bits whatever seq_parallel_communication_data_type says; remove it",
-    ),
-    Feature("LoCo (ZeRO++)", f"{_ZERO}.zeropp_loco_param", _given, _REMOVED),
-    Feature("MiCS", f"{_ZERO}.mics_shard_size", _given, _REMOVED),
+    Feature("qgZ (ZeRO++)", f"{_ZERO}.zero_quantized_gradients", _on, "gradients would be summed in 4 bits; remove it"),
     # Any block enables it, even an empty one.
     Feature("ZenFlow", f"{_ZERO}.zenflow", _given, _UNVERIFIED),
     Feature("SuperOffload", f"{_ZERO}.offload_optimizer.super_offload", _on, _UNVERIFIED, _at(3)),
-    Feature(
-        "AutoTP",
-        "tensor_parallel.autotp_size",
-        _above_one,
-        "tensor and sequence parallelism would both split the attention heads; remove one of the two",
-    ),
+    Feature("AutoTP", "tensor_parallel.autotp_size", _above_one, "it would split the attention heads too; remove it"),
     Feature("AutoEP", "expert_parallel", _on, _UNVERIFIED),
-    Feature(
-        "pipeline parallelism",
-        "pipeline",
-        bool,
-        "a PipelineModule has no sequence dimension that this package could split; use ZeRO",
-    ),
+    Feature("pipeline parallelism", "pipeline", bool, "a PipelineModule has no sequence dimension to split; use ZeRO"),
     Feature("1-bit optimizers", "optimizer.type", _is("onebitadam", "zerooneadam", "onebitlamb"), _REMOVED),
     _MUON,
     Feature(
         "Muon on ZeRO 1 with bf16 gradients accumulated in fp32",
         "data_types.grad_accum_dtype",
         _is("fp32"),
-        "DeepSpeed's optimizer for it takes no mpu; use zero_optimization.stage 2, or remove it",
+        "it takes no mpu; use zero_optimization.stage 2, or remove it",
         _muon_on_zero_1_with_bf16,
     ),
     Feature("DeepCompile", "compile.deepcompile", _on, _UNVERIFIED),
     Feature(
-        "AutoSP",
-        "compile.passes",
-        lambda passes: isinstance(passes, list | tuple) and "autosp" in passes,
-        "it is sequence parallelism too; remove the pass, or the alst block",
+        "AutoSP", "compile.passes", _has_autosp, "it is sequence parallelism too; remove the pass, or the alst block"
     ),
-    Feature(
-        "checkpoint writer",
-        "checkpoint.writer",
-        _given,
-        "it asks for a data-parallel group, where all ranks share the states; remove it",
-    ),
-    Feature("sparse gradients", "sparse_gradients", _given, _REMOVED),
+    Feature("checkpoint writer", "checkpoint.writer", _given, "it asks for a data-parallel group; remove it"),
     Feature("data_efficiency", "data_efficiency", _samples_data, "it draws and cuts the samples itself; remove it"),
-    Feature("curriculum_learning", "curriculum_learning", _given, _REMOVED),
     Feature("hybrid_engine", "hybrid_engine", _on, _UNVERIFIED),
     Feature("autotuning", "autotuning", _on, _UNVERIFIED),
     Feature("unmanaged gradient accumulation", "managed_gradient_accumulation", lambda value: not value, _UNVERIFIED),
@@ -192,18 +235,13 @@ FEATURES = (
         "data_parallel_size mesh",
         "data_parallel_size",
         _given,
-        "DeepSpeed then reduces over the data ranks only and the weights diverge; remove it: "
-        "data parallelism is the world size divided by sequence_parallel_size",
+        "DeepSpeed then reduces over the data ranks only; remove it",
     ),
 )
 
 
 def check_features(ds_config: Config) -> None:
-    """Raise ConfigError if a feature does not work with sequence parallelism.
-
-    Raises:
-        ConfigError: one line per rejected feature: JSON path, value, reason, remedy.
-    """
+    """Raise ConfigError if a feature does not work with sequence parallelism: a line each, with the remedy."""
     lines = wrong_blocks(ds_config)
     for feature in FEATURES:
         if feature.refusal and feature.asked(ds_config):

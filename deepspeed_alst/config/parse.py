@@ -1,7 +1,7 @@
-"""Parsing of this package's part of a ds_config. Pure: no torch, no I/O.
+"""Parsing of this package's part of a ds_config, and checks of the run's sizes. Pure: no torch, no I/O.
 
-``parse`` checks the keys alone, ``check_world`` against the number of ranks, ``check_heads`` against the model. Each
-reports all problems in one ConfigError, a line per key: JSON path, value, remedy.
+``parse`` checks the keys alone, ``check_world`` and ``check_batch_keys`` against the number of ranks, ``check_heads``
+against the model. Each reports all problems in one ConfigError, a line per key: JSON path, value, remedy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +9,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deepspeed_alst.config.near_misses import DEEPSPEED_KEYS, OURS, TOP_KEYS, correction, near_misses, nearest, place_of
+from deepspeed_alst.config.compatibility import is_count
+from deepspeed_alst.config.config_file import (
+    DEEPSPEED_KEYS,
+    OURS,
+    TOP_KEYS,
+    correction,
+    near_misses,
+    nearest,
+    place_of,
+)
 from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import as_word, shown
 
+TOTAL, MICRO, GAS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 # Union types: pydantic inserts the chosen member into the error path.
 _UNIONS = ("tiled_logits_loss", "liger_kernel")
 
@@ -99,7 +109,7 @@ def _line(error: Any, beside: Sequence[str]) -> str:
     return f"{path}: {message} (got {shown(error['input'])})."
 
 
-def fits_heads(degree: int, num_heads: int, num_kv_heads: int) -> bool:
+def _fits(degree: int, num_heads: int, num_kv_heads: int) -> bool:
     """Return True if an SP degree can split these heads."""
     return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
 
@@ -110,20 +120,14 @@ def _fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int
     return [
         degree
         for degree in range(1, largest + 1)
-        if world_size % degree == 0 and all(fits_heads(degree, *each[:2]) for each in heads)
+        if world_size % degree == 0 and all(_fits(degree, *each[:2]) for each in heads)
     ]
 
 
 def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int, str]] = ()) -> None:
-    """Raise ConfigError if the SP degree does not divide the number of ranks.
+    """Raise ConfigError, with the valid SP degrees, if this one does not divide the number of ranks.
 
-    Args:
-        config: this package's config.
-        world_size: number of ranks.
-        heads: heads, KV heads and their owner, if known.
-
-    Raises:
-        ConfigError: with the valid degrees.
+    ``heads`` are the model's, if known: query heads, KV heads and their owner.
     """
     sp_size = config.sequence_parallel_size
     if world_size % sp_size:
@@ -136,14 +140,12 @@ def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, 
 def check_heads(
     config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
 ) -> None:
-    """Raise ConfigError if the SP degree cannot split these heads, of attention or a scan.
+    """Raise ConfigError, with the valid SP degrees, if this one cannot split these heads, of attention or a scan.
 
-    Raises:
-        ConfigError: SP does not divide the query heads, or neither of SP and the KV heads divides the other; with the
-            valid degrees for ``world_size`` ranks.
+    It must divide the query heads, and divide the KV heads or be divided by them.
     """
     sp_size = config.sequence_parallel_size
-    if fits_heads(sp_size, num_heads, num_kv_heads):
+    if _fits(sp_size, num_heads, num_kv_heads):
         return
     heads, shared = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups of them")
     if sp_size > num_heads:
@@ -157,3 +159,55 @@ def check_heads(
         f"Use one of {_fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
         f"the remaining ranks form data-parallel replicas by themselves."
     )
+
+
+def check_batch_keys(ds_config: Mapping[str, Any], sp_size: int, world_size: int) -> None:
+    """Raise ConfigError if the batch size keys are inconsistent or no numbers, with the value to change.
+
+    Missing ones are derived like in DeepSpeed (_set_batch_related_parameters). Under sequence parallelism a micro-step
+    is one rank's batch.
+    """
+    given = {name: ds_config[name] for name in (TOTAL, MICRO, GAS) if ds_config.get(name) is not None}
+    wrong = [
+        f'{name}: must be a positive whole number; "auto" is filled in by the HF Trainer alone (got {shown(value)}).'
+        for name, value in given.items()
+        if not is_count(value)
+    ]
+    if not wrong and not {TOTAL, MICRO} & given.keys():
+        wrong = [f"{MICRO}: is not given, and no {TOTAL} either; set it to the samples of a rank's batch."]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    replicas = world_size // sp_size
+    # 0 is a missing one.
+    total, micro, accumulation = (int(given.get(name, 0)) for name in (TOTAL, MICRO, GAS))
+    if MICRO not in given:
+        accumulation = accumulation or 1
+        micro = total // replicas // accumulation
+    elif GAS not in given:
+        accumulation = total // micro // replicas if total else 1
+    product = micro * accumulation * replicas
+    if product and total in (0, product):
+        return
+    fits = micro and total % (micro * replicas) == 0
+    ways = [f"{GAS} to {total // (micro * replicas)}, which keeps the samples of a step"] if fits else []
+    ways += [f"{TOTAL} to {product or f'a multiple of {replicas}'}"]
+    raise ConfigError(
+        f"{TOTAL}={total} is not {MICRO}={micro} x {GAS}={accumulation} x {replicas} replica(s) = {product}. With "
+        f"sequence_parallel_size={sp_size} the {world_size} ranks are {replicas} replica(s), whose "
+        f"ranks work on one rank's batch at a time, so that a batch of each rank is {sp_size} micro-steps, and {GAS} "
+        f"counts micro-steps. Set {', or '.join(ways)}."
+    )
+
+
+def step_words(micro: int, accumulation: int, sp_size: int, replicas: int, multiple: int) -> str:
+    """Describe an optimizer step: samples, micro-steps, tokens and padding."""
+    words = (
+        f"{micro * accumulation * replicas} samples: {accumulation} micro-steps of {micro} on {replicas} replica(s); a "
+        f"micro-step is {micro} x {multiple // sp_size} tokens of a rank or a multiple, padding included"
+    )
+    if accumulation % sp_size:
+        words += (
+            f"; {accumulation} micro-steps are no multiple of sequence_parallel_size={sp_size}, so that some steps end "
+            "between the batches that the ranks drew together"
+        )
+    return words

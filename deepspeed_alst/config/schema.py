@@ -96,23 +96,13 @@ class LigerConfig(_Block):
     """``alst.liger_kernel`` as an object of parts with Liger's names; unset parts are used where possible."""
 
     rms_norm: StrictBool | None = None
-    """RMSNorm."""
-
     rope: StrictBool | None = None
-    """Rotary embedding."""
-
     swiglu: StrictBool | None = None
     """Gated activation of MLPs and experts, including GeGLU."""
-
     geglu: StrictBool | None = None
     """GeGLU where a family has it; takes precedence over swiglu."""
-
     relu_squared: StrictBool | None = None
-    """Activation of Nemotron."""
-
     layer_norm: StrictBool | None = None
-    """LayerNorm, as in vision towers."""
-
     fused_linear_cross_entropy: StrictBool | None = None
     """Loss by Liger's kernel in this package's tiles (``tiled_logits_loss``)."""
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.data.sharding import fingerprint, shard_batch, tokens_of, uncut
-from deepspeed_alst.data.validation import Vocabulary, checked, warn_of_padding
+from deepspeed_alst.data.validation import Vocabulary, checked
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import AlstError, DataError
@@ -40,7 +40,6 @@ class Header:
     """Samples this rank has taken in this epoch, this batch included."""
     num_samples: float = float("inf")
     """Samples of the whole dataset; a dataset without a length counts as having more."""
-    sampler: str = ""
     place: str = ""
     """Position of this rank in its data, which must be equal on all ranks; empty if it is not counted."""
 
@@ -132,14 +131,14 @@ class ShardedDataLoader:
         batches, first_refills = _own_batches(self.loader), list[list[Header]]()
         num_seen = self.num_pending = 0
         for number in itertools.count():
-            header, shards, error = self._next(batches, num_seen)
+            header, shards, error = self._prepare(batches, num_seen)
             num_seen = header.num_seen
             everyone = self._meet(header, error)
             ends = self._stop(everyone)
             if len(first_refills) < _BATCHES_COMPARED:
                 first_refills += [] if ends else [everyone]
                 if len(first_refills) == _BATCHES_COMPARED or (ends and first_refills):
-                    _check_own_samples(first_refills, everyone, self._groups.sp_size)
+                    self._check_own_samples(first_refills, everyone)
             if ends:
                 return
             turns = [rank for rank in self._groups.ranks if not everyone[rank].ended]
@@ -160,7 +159,7 @@ class ShardedDataLoader:
         Raises:
             DataError: on all ranks if any rank has an error, or if the ranks are at different places.
         """
-        header, shards, error = self._prepare(batch)
+        header, shards, error = self._prepare(iter([batch]))
         header.place = place
         return list(self._exchange(shards, self._meet(header, error)))
 
@@ -178,29 +177,25 @@ class ShardedDataLoader:
         Raises:
             DataError: on all ranks if any rank has an error.
         """
-        header, shards, error = self._prepare(batch)
+        header, shards, error = self._prepare(iter([batch]))
         self._meet(header, error)
         return _unpacked(shards[self._groups.sp_rank])
 
-    def _next(self, batches: Iterator[Any], num_seen: int) -> tuple[Header, list[torch.Tensor], BaseException | None]:
-        """Prepare this rank's next batch; an error is kept for the exchange, where the other ranks wait."""
+    def _prepare(
+        self, batches: Iterator[Any], num_seen: int = 0
+    ) -> tuple[Header, list[torch.Tensor], BaseException | None]:
+        """Cut the next batch and pack its shards, ``[P]``; an error is kept for the exchange, where others wait."""
+        P = self._groups.sp_size
         try:
             batch = next(batches)
         except StopIteration:
-            return Header(ended=True, num_seen=num_seen, sizes=(0,) * self._groups.sp_size), [], None
+            return Header(ended=True, num_seen=num_seen, sizes=(0,) * P), [], None
         except Exception as error:
             return Header(error=f"the data loader raised {type(error).__name__}: {error}"), [], error
-        return self._prepare(batch, num_seen)
-
-    def _prepare(self, batch: Any, num_seen: int = 0) -> tuple[Header, list[torch.Tensor], BaseException | None]:
-        """Cut a batch and pack its shards, ``[P]``; an error is returned."""
-        P = self._groups.sp_size
         try:
             whole = checked(batch, self._vocabulary)
             sharded = uncut(whole, P) if self._whole else self._cut(whole, P, self._multiple)
             tokens = tokens_of(whole)
-            if not self._whole:
-                warn_of_padding(tokens.shape[1], tokens_of(sharded.shards[0]).shape[1] * P, self._multiple)
             # BatchEncoding and similar types have methods (.to) that programs use.
             kind = type(batch) if isinstance(batch, UserDict) else dict
             shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
@@ -211,7 +206,6 @@ class ShardedDataLoader:
                 digest=fingerprint(tokens),
                 num_seen=num_seen + tokens.shape[0],
                 num_samples=_num_samples(self.loader),
-                sampler=type(getattr(self.loader, "sampler", self.loader)).__name__,
             )
         except AlstError as error:
             return Header(error=str(error)), [], error
@@ -251,6 +245,24 @@ class ShardedDataLoader:
             )
         return len(set(steps)) > 1 or not any(steps)
 
+    def _check_own_samples(self, refills: list[list[Header]], everyone: list[Header]) -> None:
+        """Raise DataError on all ranks if those of any sequence get the same samples; small or constant data warn."""
+        P, rank = self._groups.sp_size, dist.get_rank()
+        for first in range(0, len(everyone), P) if P > 1 else ():
+            batches = [[header.digest for header in refill[first : first + P]] for refill in refills]
+            if any(len(set(batch)) > 1 for batch in batches):
+                continue
+            is_small = len(batches) < _BATCHES_COMPARED or everyone[first].num_samples <= everyone[first].num_seen
+            if not is_small and len({batch[0] for batch in batches}) > 1:
+                raise DataError(
+                    f"the first {_BATCHES_COMPARED} batches are the same on all {P} ranks of a sequence: the loader's "
+                    f"{type(getattr(self.loader, 'sampler', self.loader)).__name__} gives every rank the same samples, "
+                    f"so each would be trained {P} times. Use torch.utils.data.DistributedSampler(dataset, "
+                    "num_replicas=dist.get_world_size(), rank=dist.get_rank())."
+                )
+            if rank == first:
+                warnings.warn("all ranks of a sequence get the same samples; is the dataset that small?", stacklevel=3)
+
     def _exchange(self, shards: list[torch.Tensor], everyone: list[Header]) -> Iterator[Any]:
         """Run one all-to-all of bytes, then yield a micro-batch for each rank that had one."""
         group, ranks = self._groups.sp_control_group, self._groups.ranks
@@ -285,27 +297,3 @@ def _num_samples(loader: Any) -> float:
         return len(loader.dataset)
     except (TypeError, AttributeError):
         return float("inf")
-
-
-def _check_own_samples(refills: list[list[Header]], everyone: list[Header], sp_size: int) -> None:
-    """Raise DataError if all ranks of a sequence get the same samples: each would be trained P times.
-
-    Every rank checks the ranks of every sequence, so that all raise or none. Small or constant data only warn.
-    """
-    for first in range(0, len(everyone), sp_size) if sp_size > 1 else ():
-        batches = [[header.digest for header in refill[first : first + sp_size]] for refill in refills]
-        if any(len(set(batch)) > 1 for batch in batches):
-            continue
-        header = everyone[first]
-        is_small = len(batches) < _BATCHES_COMPARED or header.num_samples <= header.num_seen
-        if not is_small and len({batch[0] for batch in batches}) > 1:
-            raise DataError(
-                f"the first {_BATCHES_COMPARED} batches are the same on all {sp_size} ranks of a sequence: the "
-                f"loader's {header.sampler} gives every rank the same samples, so each would be trained {sp_size} "
-                "times. Use torch.utils.data.DistributedSampler(dataset, num_replicas=dist.get_world_size(), "
-                "rank=dist.get_rank())."
-            )
-        if dist.get_rank() == first:
-            warnings.warn(
-                "all ranks of a sequence are given the same samples; is the dataset that small?", stacklevel=3
-            )

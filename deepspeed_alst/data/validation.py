@@ -4,13 +4,11 @@ Packed documents share a row and must not attend to one another. They are given 
 sequence lengths of packing collators (``cu_seq_lens_q``), or both. Legend: B batch, S whole sequence, N documents.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from deepspeed_alst.core.unwrap import base_model
@@ -108,17 +106,6 @@ def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
             f"{'logits' if is_label else 'embeddings'} for 0 to {size - 1}. Use the model's own tokenizer, or "
             "model.resize_token_embeddings before deepspeed.initialize"
             f"{f'; a token without a label has {IGNORED_LABEL}' * is_label}"
-        )
-
-
-def warn_of_padding(length: int, padded: int, multiple: int) -> None:
-    """Warn once on rank 0 if sequences are mostly padding to a multiple of tokens."""
-    # Python shows a warning of identical text once.
-    if padded > 2 * length and dist.get_rank() == 0:
-        warnings.warn(
-            "more than half of the tokens of a batch are padding, which costs as much as they do: sequences are padded "
-            f"to a multiple of {multiple} tokens. Set alst.pad_to_multiple_of to fewer, or pack the samples.",
-            stacklevel=3,
         )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_alst.config.ds_values import zero_stage
+from deepspeed_alst.config.compatibility import zero_stage
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.distributed.collectives import ranks_on_host
 

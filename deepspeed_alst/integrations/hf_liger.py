@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from deepspeed_alst.config.near_misses import nearest
+from deepspeed_alst.config.config_file import nearest
 from deepspeed_alst.config.schema import AlstConfig, LigerConfig
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry

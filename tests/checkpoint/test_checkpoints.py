@@ -395,7 +395,10 @@ def test_a_tag_that_is_not_there_is_an_error_that_names_those_that_are(stage, sa
 def test_another_model_is_refused_by_the_names_and_shapes_of_its_weights(stage, saved, ranks2):
     job, _, folder = saved(stage)
     for said in refusals(ranks2, replace(job, cell=replace(job.cell, kv_heads=4)), folder):
-        assert "is of another model" in said and "k_proj.weight ([16, 32] saved, [32, 32] here)" in said
+        # Without ZeRO, DeepSpeed's own error.
+        shapes = ("[16, 32]", "[32, 32]") if stage else ("torch.Size([16, 32])", "torch.Size([32, 32])")
+        assert "k_proj.weight" in said and all(shape in said for shape in shapes)
+        assert "is of another model" in said or not stage
 
 
 def test_another_zero_stage_is_refused(saved, ranks2):
@@ -502,8 +505,11 @@ def test_another_order_of_the_optimizers_parameters_is_refused(stage, world_size
     with pytest.raises(RankError) as raised:
         ranks.run(load_in_another_order, Job.of(stage, world_size, world_size, freeze=FROZEN), str(folder), seconds=60)
     for error in raised.value.errors:
-        assert isinstance(error, CheckpointError) and "has its weights in another order" in str(error)
-        assert "model.embed_tokens.weight at place 0 of group 0, here is lm_head.weight at place 0" in str(error)
+        assert isinstance(error, CheckpointError) and "the weights in another order" in str(error)
+        assert re.search(
+            r"model.embed_tokens.weight( \[.*\])? at place 0 of group 0, here is lm_head.weight( \[.*\])? at place 0",
+            str(error),
+        )
 
 
 def test_weights_alone_and_another_number_of_ranks_go_by_name_in_any_order(saved, ranks2, ranks1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from deepspeed_alst.config.near_misses import BLOCK_KEYS, TOP_KEYS
+from deepspeed_alst.config.config_file import BLOCK_KEYS, TOP_KEYS
 from deepspeed_alst.config.parse import check_heads, check_world, parse
 from deepspeed_alst.config.schema import AlstBlockConfig, AlstConfig
 from deepspeed_alst.errors import AlstError, ConfigError

@@ -17,8 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepspeed_alst import hooks
-from deepspeed_alst.config.compatibility import FEATURES, check_features
-from deepspeed_alst.config.ds_values import check_numbers, zero_stage
+from deepspeed_alst.config.compatibility import FEATURES, check_features, check_numbers, zero_stage
 from deepspeed_alst.config.parse import check_heads, check_world, parse
 from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
 from deepspeed_alst.errors import ConfigError

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from deepspeed_alst.config.ds_values import GAS, MICRO, TOTAL, check_batch_keys, step_words
+from deepspeed_alst.config.parse import GAS, MICRO, TOTAL, check_batch_keys, step_words
 from deepspeed_alst.errors import ConfigError
 
 P, WORLD = 2, 4
