@@ -22,10 +22,10 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM_SHAPES
 from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from deepspeed_alst.checkpoint.save import STAMP, check_same, latest_tag, on_all_ranks, parameter_order
+from deepspeed_alst.checkpoint.save import STAMP, check_same, latest_tag, parameter_order
 from deepspeed_alst.checkpoint.universal import convert_together, is_universal, naming, read, restore_the_rest
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.errors import CheckpointError
 
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
@@ -53,7 +53,8 @@ def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.
     """
     given = call.arguments
     load_dir = Path(given["load_dir"])
-    seen, stamps = on_all_ranks(f"{load_dir} cannot be loaded", lambda: _inspect(engine, load_dir, given), group)
+    with agree(group, CheckpointError, f"{load_dir} cannot be loaded"):
+        seen, stamps = _inspect(engine, load_dir, given)
     check_same(f"{load_dir} cannot be loaded", seen, group)
     if seen["tag"] is None:  # as in DeepSpeed
         return load(*call.args, **call.kwargs)
@@ -66,17 +67,14 @@ def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.
     universal = seen["universal"] or seen["converts"]
     given.update(load_dir=str(load_dir), tag=str(folder.relative_to(load_dir)))
 
-    def load_here() -> Any:
+    with agree(group, CheckpointError, f"{folder} cannot be loaded"):
         with PatchSet() as patches:
             patches.set(engine._config, "load_universal_checkpoint", universal)
             # DeepSpeed 0.19.8 reads the tag in `latest` where ZeRO 3 loads weights alone, whatever tag is asked for.
             patches.wrap(ds_engine, "get_fp32_state_dict_from_zero_checkpoint", lambda f: partial(f, tag=seen["tag"]))
-            result = load(*call.args, **call.kwargs)
+            path, client_state = load(*call.args, **call.kwargs)
         if universal:
             restore_the_rest(engine, _model_file(engine, folder), _with_optimizer(given))
-        return result
-
-    path, client_state = on_all_ranks(f"{folder} cannot be loaded", load_here, group)
     if client_state is not None:
         client_state.pop(STAMP, None)
     return path, client_state

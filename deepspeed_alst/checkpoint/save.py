@@ -11,14 +11,14 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.checkpoint import constants
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import difference_over_ranks, gather_objects, raise_on_all_ranks
-from deepspeed_alst.errors import AlstError, CheckpointError
+from deepspeed_alst.distributed.collectives import agree, difference_over_ranks, gather_objects, raise_on_all_ranks
+from deepspeed_alst.errors import CheckpointError
 from deepspeed_alst.formatting import format_bytes
 
 STAMP = "deepspeed_alst"
@@ -32,7 +32,6 @@ _CONVERTIBLE = {
     }
 }
 _LATEST = "latest"
-_T = TypeVar("_T")
 
 
 def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
@@ -58,8 +57,10 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
     if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
         return save(*call.args, **call.kwargs)
     first, latest = dist.get_rank() == 0, folder / _LATEST
-    # Until all files of a tag that is written over are new, it is a mix of two steps.
-    on_all_ranks(f"{latest} cannot be replaced", lambda: first and latest_tag(folder) == tag and latest.unlink(), group)
+    with agree(group, CheckpointError, f"{latest} cannot be replaced"):
+        # Until all files of a tag that is written over are new, it is a mix of two steps.
+        if first and latest_tag(folder) == tag:
+            latest.unlink()
     given["save_latest"] = False
     stamp = {"save": gather_objects(uuid.uuid4().hex, group)[0], "rank": dist.get_rank()}
     with _errors_kept(
@@ -68,27 +69,10 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
         result = save(*call.args, **call.kwargs)
     raise_on_all_ranks(_not_written(errors[0], folder, tag) if errors else None, group)
     if names_latest:
-        problem = f"{folder / tag} is whole, but {latest} could not be written"
-        on_all_ranks(problem, lambda: first and _name_latest(folder, tag), group)
+        with agree(group, CheckpointError, f"{folder / tag} is whole, but {latest} could not be written"):
+            if first:
+                _name_latest(folder, tag)
     return result
-
-
-def on_all_ranks(problem: str, run: Callable[[], _T], group: Any) -> _T:
-    """Run a function on this rank; an error on one rank is raised on all. Collective over a gloo group.
-
-    Raises:
-        AlstError: on all ranks; a CheckpointError that begins with ``problem`` for any other exception.
-    """
-    error, result = None, None
-    try:
-        result = run()
-    except AlstError as found:
-        error = found
-    except Exception as found:
-        error = CheckpointError(f"{problem}: {found!r}")
-        error.__cause__ = found
-    raise_on_all_ranks(error, group)
-    return cast(_T, result)
 
 
 def check_same(call: str, mine: dict[str, Any], group: Any) -> None:

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import constants
 
-from deepspeed_alst.checkpoint.save import STAMP, on_all_ranks
-from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.checkpoint.save import STAMP
+from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.errors import CheckpointError
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
@@ -75,10 +75,12 @@ def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_si
         CheckpointError: on all ranks, with the remedy.
     """
     steps = convert(model_file, optimizer_files, world_size) if dist.get_rank() == 0 else (each for each in ())
-    problem = f"{model_file.parent} cannot be converted"
+    goes_on = True
     with contextlib.closing(steps):
-        while any(gather_objects(on_all_ranks(problem, lambda: next(steps, False), group), group)):
-            pass
+        while goes_on:
+            with agree(group, CheckpointError, f"{model_file.parent} cannot be converted"):
+                mine = next(steps, False)
+            goes_on = any(gather_objects(mine, group))
 
 
 def convert(model_file: Path, optimizer_files: Sequence[Path], world_size: int) -> Generator[bool, None, None]:

@@ -62,6 +62,7 @@ _DEEPSPEEDS = """
     zero_optimization
 """
 DEEPSPEED_KEYS = frozenset(_DEEPSPEEDS.split())
+_OPTIONS = ("--deepspeed", "--deepspeed_config", "--deepscale_config")
 # Similarity (difflib) from which a name counts as misspelt. communication_data_type has 0.79 with a key of this
 # package, 'aslt' 0.75 with 'alst'; in short names the first letter must match, or 'last' would be close too.
 _CLOSE, _CLOSE_SHORT, _SHORT = 0.82, 0.74, 5
@@ -104,11 +105,7 @@ def config_on_command_line(argv: list[str]) -> str | None:
         option, equals, value = word.partition("=")
         given = value if equals else following
         # DeepSpeed's own --deepspeed is a flag next to --deepspeed_config.
-        if (
-            option in ("--deepspeed", "--deepspeed_config", "--deepscale_config")
-            and given
-            and not given.startswith("-")
-        ):
+        if option in _OPTIONS and given and not given.startswith("-"):
             return given
     return None
 

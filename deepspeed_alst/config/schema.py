@@ -69,12 +69,10 @@ class TiledMLPConfig(_TilesConfig):
     """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty object."""
 
     tile_bytes: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
-    """Memory for one module's tiles in the backward, including the fp32 sums of its weight gradients. "auto" is 512 MiB
-    plus the sums; for a mixture of experts whose sums exceed 1 GiB, plus those of one expert at a time."""
-
+    """Memory for one module's tiles in the backward, including the fp32 sums of its weight gradients; "auto" is 512 MiB
+    plus the sums, or plus one expert's if a mixture's exceed 1 GiB."""
     min_tokens: StrictInt = Field(default=2048, ge=0)
     """A module with fewer input tokens than this is not tiled, unless tile_tokens is set."""
-
     fp32_accumulation: StrictBool = True
     """True if half-precision weight gradients are summed in fp32 over the tiles."""
 
@@ -86,7 +84,6 @@ class TiledLossConfig(_TilesConfig):
         int, _number_of("bytes", "auto"), BeforeValidator(lambda value: _LOSS_BYTES if value == "auto" else value)
     ] = _LOSS_BYTES
     """Memory for one tile of logits and its temporaries; a tile has at least 64 tokens. "auto" is 1 GiB."""
-
     backend: Literal["auto", "torch", "triton", "liger"] = "auto"
     """Implementation of a tile's loss and gradient; "triton" and "liger" need a GPU. "auto" is "liger" if
     alst.liger_kernel is on, else "triton" on a GPU, and "torch" on CPU."""
@@ -111,11 +108,10 @@ class ReductionConfig(_Block):
     """``alst.reduction``: gradient averaging over ranks, used if sequence_parallel_size is above 1."""
 
     slice_bytes: Annotated[int, _number_of("bytes")] = Field(default=2**26, ge=4096)
-    """Bytes reduced at a time, at least 4096. The reduction needs at most twice that in addition to the gradients."""
-
+    """Bytes reduced at a time. The reduction needs at most twice that in addition to the gradients."""
     bucket_size: Annotated[Literal["auto"] | int | None, _number_of("elements", "auto", None)] = None
-    """Elements of DeepSpeed's gradient buckets, instead of zero_optimization.reduce_bucket_size; "auto" derives it from
-    the spare memory. Unset leaves that key unchanged."""
+    """Elements of DeepSpeed's gradient buckets, instead of zero_optimization.reduce_bucket_size; "auto" takes the spare
+    memory."""
 
 
 class OffloadConfig(_Block):
@@ -123,10 +119,8 @@ class OffloadConfig(_Block):
 
     nvme_path: StrictStr | None = Field(default=None, min_length=1)
     """Existing folder on a fast disk, for activations that exceed the host memory."""
-
     host_budget: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
     """Bytes of a host's memory for the activations of all its ranks; "auto" is the spare memory of the host."""
-
     keep_last: StrictInt = Field(default=1, ge=0)
     """Number of last layers whose tensors stay on the device: the backward needs them at once."""
 
@@ -153,33 +147,24 @@ class AlstBlockConfig(_Block):
 
     pad_to_multiple_of: Annotated[Literal["auto"] | int, _number_of("tokens", "auto")] = "auto"
     """Multiple of tokens to which whole sequences are padded on the right; "auto" is 256 x SP."""
-
     expandable_segments: StrictBool | None = None
     """Expandable segments of the CUDA allocator; unset means on if there is CUDA."""
-
     reduction: ReductionConfig = Field(default_factory=ReductionConfig)
     """Slice size and bucket size of the gradient reduction."""
-
     tiled_mlp_compute: TiledMLPConfig | None = None
     """Tiling of MLPs and experts: true, false or an object."""
-
     tiled_logits_loss: TiledLossConfig | Literal["auto"] | None = "auto"
     """Tiling of logits and loss: true, "torch", "triton", "liger", false, an object, or "auto": on if sequences are
     sharded or Liger's loss is requested."""
-
     liger_kernel: LigerConfig | Literal["auto", True, False] = "auto"
     """Liger kernels: true, false, an object of parts, or "auto": on a GPU, if Liger supports the model."""
-
     activation_checkpoint_cpu_offload: OffloadConfig | None = None
     """Offload of checkpointed layer inputs to host and disk: true, false or an object. Enables checkpointing."""
-
     check_model: StrictBool = True
     """Comparison of the live model, unsharded against sharded, before the first step: true or false."""
-
     save_attention_output: bool | Literal["auto"] = "auto"
     """Attention output and log-sum-exp kept for the backward of checkpointed layers: true, false, or "auto": with the
     offload, if the copy overlaps with computation and the host has memory."""
-
     memory_lean_layer: Literal[False] = False
     """Memory-lean layer schedule. Not available in this version."""
 
@@ -224,10 +209,8 @@ class AlstConfig(_Block):
 
     sequence_parallel_size: Annotated[int, BeforeValidator(_degree)] = 1
     """SP degree: number of ranks that share one sequence."""
-
     seq_parallel_communication_data_type: Annotated[ReductionDtype, BeforeValidator(_lowercase)] = "fp32"
     """Dtype of gradient sums under SP."""
-
     alst: AlstBlockConfig = Field(default_factory=AlstBlockConfig)
     """Block of this package's own keys."""
 

@@ -36,10 +36,6 @@ class Header:
     sizes: tuple[int, ...] = ()
     """Bytes for each rank of the sequence."""
     digest: int = 0
-    num_seen: int = 0
-    """Samples this rank has taken in this epoch, this batch included."""
-    num_samples: float = float("inf")
-    """Samples of the whole dataset; a dataset without a length counts as having more."""
     place: str = ""
     """Position of this rank in its data, which must be equal on all ranks; empty if it is not counted."""
 
@@ -129,16 +125,15 @@ class ShardedDataLoader:
             DataError: on all ranks if any rank has an error.
         """
         batches, first_refills = _own_batches(self.loader), list[list[Header]]()
-        num_seen = self.num_pending = 0
+        self.num_pending = 0
         for number in itertools.count():
-            header, shards, error = self._prepare(batches, num_seen)
-            num_seen = header.num_seen
+            header, shards, error = self._prepare(batches)
             everyone = self._meet(header, error)
             ends = self._stop(everyone)
             if len(first_refills) < _BATCHES_COMPARED:
                 first_refills += [] if ends else [everyone]
                 if len(first_refills) == _BATCHES_COMPARED or (ends and first_refills):
-                    self._check_own_samples(first_refills, everyone)
+                    self._check_own_samples(first_refills)
             if ends:
                 return
             turns = [rank for rank in self._groups.ranks if not everyone[rank].ended]
@@ -181,32 +176,24 @@ class ShardedDataLoader:
         self._meet(header, error)
         return _unpacked(shards[self._groups.sp_rank])
 
-    def _prepare(
-        self, batches: Iterator[Any], num_seen: int = 0
-    ) -> tuple[Header, list[torch.Tensor], BaseException | None]:
+    def _prepare(self, batches: Iterator[Any]) -> tuple[Header, list[torch.Tensor], BaseException | None]:
         """Cut the next batch and pack its shards, ``[P]``; an error is kept for the exchange, where others wait."""
         P = self._groups.sp_size
         try:
             batch = next(batches)
         except StopIteration:
-            return Header(ended=True, num_seen=num_seen, sizes=(0,) * P), [], None
+            return Header(ended=True, sizes=(0,) * P), [], None
         except Exception as error:
             return Header(error=f"the data loader raised {type(error).__name__}: {error}"), [], error
         try:
             whole = checked(batch, self._vocabulary)
             sharded = uncut(whole, P) if self._whole else self._cut(whole, P, self._multiple)
-            tokens = tokens_of(whole)
             # BatchEncoding and similar types have methods (.to) that programs use.
             kind = type(batch) if isinstance(batch, UserDict) else dict
             shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
             # Errors of unpickling must occur here: after the exchange they would stop some ranks alone.
             _unpacked(shards[0])
-            header = Header(
-                sizes=tuple(map(len, shards)),
-                digest=fingerprint(tokens),
-                num_seen=num_seen + tokens.shape[0],
-                num_samples=_num_samples(self.loader),
-            )
+            header = Header(sizes=tuple(map(len, shards)), digest=fingerprint(tokens_of(whole)))
         except AlstError as error:
             return Header(error=str(error)), [], error
         except Exception as error:
@@ -245,15 +232,14 @@ class ShardedDataLoader:
             )
         return len(set(steps)) > 1 or not any(steps)
 
-    def _check_own_samples(self, refills: list[list[Header]], everyone: list[Header]) -> None:
-        """Raise DataError on all ranks if those of any sequence get the same samples; small or constant data warn."""
+    def _check_own_samples(self, refills: list[list[Header]]) -> None:
+        """Raise DataError on all ranks if those of any sequence get the same samples; few or constant ones warn."""
         P, rank = self._groups.sp_size, dist.get_rank()
-        for first in range(0, len(everyone), P) if P > 1 else ():
+        for first in range(0, len(refills[0]), P) if P > 1 else ():
             batches = [[header.digest for header in refill[first : first + P]] for refill in refills]
             if any(len(set(batch)) > 1 for batch in batches):
                 continue
-            is_small = len(batches) < _BATCHES_COMPARED or everyone[first].num_samples <= everyone[first].num_seen
-            if not is_small and len({batch[0] for batch in batches}) > 1:
+            if len(batches) == _BATCHES_COMPARED and len({batch[0] for batch in batches}) > 1:
                 raise DataError(
                     f"the first {_BATCHES_COMPARED} batches are the same on all {P} ranks of a sequence: the loader's "
                     f"{type(getattr(self.loader, 'sampler', self.loader)).__name__} gives every rank the same samples, "
@@ -290,10 +276,3 @@ def _unpacked(data: torch.Tensor) -> Any:
 def _own_batches(loader: Any) -> Iterator[Any]:
     # A generator defers an error of iter(loader) itself to the first next(), where it is caught.
     yield from loader
-
-
-def _num_samples(loader: Any) -> float:
-    try:
-        return len(loader.dataset)
-    except (TypeError, AttributeError):
-        return float("inf")

@@ -52,8 +52,8 @@ def shard_batch(
 
     ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, other tensors with 0, position ids
     with the last one again, or after packed documents with a count from 0, at most the sample's highest.
-    ``position_ids`` are created if absent. ``shift_labels`` are the row's labels shifted by one token, as transformers'
-    loss shifts them. A mask of ones or right padding is dropped. Everything else goes to every rank unchanged.
+    ``position_ids`` and ``shift_labels`` are created if absent. A mask of ones or right padding is dropped. Everything
+    else goes to every rank unchanged.
 
     With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
     (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being its own document); without it they raise DataError. With
@@ -87,13 +87,17 @@ def shard_batch(
         for key, x in whole.items()
     }
     shards = [{key: cut[rank] for key, cut in pieces.items()} for rank in range(sp_size)]
-    positions = whole["position_ids"]
     usual = torch.arange(length) if documents is None else positions_within(documents)
+    _stamp(shards, tokens, whole["position_ids"], usual)
+    return ShardedBatch(shards, common)
+
+
+def _stamp(shards: list[dict[str, Any]], tokens: torch.Tensor, positions: torch.Tensor, usual: torch.Tensor) -> None:
+    """Add rank and batch fingerprint to shards whose positions do not identify them."""
     if (positions != usual.to(positions.device)).any():
         of_batch = fingerprint(tokens, positions)
         for rank, shard in enumerate(shards):
             shard[PLACE] = torch.tensor([rank, of_batch])
-    return ShardedBatch(shards, common)
 
 
 def uncut(batch: Mapping[str, Any], sp_size: int) -> ShardedBatch:

@@ -75,13 +75,21 @@ def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:
 
 
 @contextlib.contextmanager
-def agree(control_group: Any) -> Iterator[None]:
-    """Raise an error of one rank on all ranks. Collective over a gloo group."""
+def agree(control_group: Any, kind: type[AlstError] | None = None, problem: str = "") -> Iterator[None]:
+    """Raise an error of one rank on all ranks. Collective over a gloo group.
+
+    With ``kind``, exceptions that are not this package's are raised as that, after ``problem``.
+    """
     error = None
     try:
         yield
     except AlstError as raised:
         error = raised
+    except Exception as raised:
+        if kind is None:
+            raise
+        error = kind(f"{problem}: {raised!r}")
+        error.__cause__ = raised
     raise_on_all_ranks(error, control_group)
 
 

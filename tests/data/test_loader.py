@@ -253,16 +253,6 @@ def epochs_with_a_break(sp_size: int, steps: int) -> dict[str, Any]:
     return {"part": part, "whole": first_ids(sharded), "again": first_ids(sharded)}
 
 
-def with_one_row_of_positions(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    batch = torch.utils.data.default_collate(samples)
-    return {**batch, "position_ids": torch.arange(7)[None]}
-
-
-def epoch_with_one_row_of_positions(sp_size: int) -> dict[str, Any]:
-    loader = torch.utils.data.DataLoader(Tokens(8), batch_size=2, collate_fn=with_one_row_of_positions)
-    return shards_of(loader, sp_size)
-
-
 def steps_until_the_sampler_is_refused(sp_size: int, dataset: Any, sampler: str) -> tuple[int, str]:
     sharded = torch.utils.data.DataLoader(dataset, sampler=None)
     if sampler == "per replica":
@@ -507,7 +497,7 @@ def test_an_agreed_error_names_the_rank_on_the_others_and_none_passes_in_silence
 # --- the same samples on every rank
 
 
-@pytest.mark.parametrize("dataset", [Tokens(9), TokenStream()], ids=["sized", "stream"])
+@pytest.mark.parametrize("dataset", [Tokens(9), Tokens(4), TokenStream()], ids=["sized", "small", "stream"])
 def test_a_loader_that_gives_every_rank_the_same_samples_is_refused_by_the_fourth_batch(ranks2, dataset):
     for steps, message in ranks2.run(steps_until_the_sampler_is_refused, 2, dataset, "none", seconds=SECONDS):
         assert steps == 6, "three batches of each of the two ranks went by"
@@ -535,20 +525,6 @@ def test_data_that_is_the_same_everywhere_only_warns(ranks2):
     (warning,) = results[0]["warnings"]
     assert "the same samples" in warning
     assert results[1]["warnings"] == []
-
-
-@pytest.mark.parametrize(("size", "batch_size"), [(4, 1), (8, 2)])
-def test_a_dataset_that_is_used_up_by_then_only_warns(ranks2, size, batch_size):
-    results = ranks2.run(epoch_of_dataset, 2, Tokens(size), batch_size, "none", seconds=SECONDS)
-    assert [len(result["batches"]) for result in results] == [8, 8]
-    (warning,) = results[0]["warnings"]
-    assert "is the dataset that small?" in warning
-
-
-def test_samples_are_counted_as_such_where_their_positions_are_one_row_for_all(ranks2):
-    results = ranks2.run(epoch_with_one_row_of_positions, 2, seconds=SECONDS)
-    assert [len(result["batches"]) for result in results] == [8, 8]
-    assert "is the dataset that small?" in results[0]["warnings"][0]
 
 
 def test_an_epoch_of_fewer_than_four_batches_only_warns(ranks2):
