@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.distributed.comm_volume import count_sent
+from deepspeed_alst.distributed.collectives import count_sent
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens
 from deepspeed_alst.sequence_parallel.ulysses import exchange
 
