@@ -98,11 +98,7 @@ def parameter_order(engine: Any) -> list[list[str]] | None:
 
 
 def latest_tag(folder: Path, name: str = _LATEST) -> str | None:
-    """Return the tag in a folder's ``latest`` file; None if there is no such file.
-
-    Raises:
-        CheckpointError: the file cannot be read as text.
-    """
+    """Return the tag in a folder's ``latest`` file, None without one; raise CheckpointError if it is no text."""
     path = folder / name
     try:
         return path.read_text().strip() if path.is_file() else None

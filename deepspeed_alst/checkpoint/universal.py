@@ -69,11 +69,7 @@ def is_universal(folder: Path) -> bool:
 
 
 def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_size: int, group: Any) -> None:
-    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait. Collective over a gloo group.
-
-    Raises:
-        CheckpointError: on all ranks, with the remedy.
-    """
+    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait. Collective over a gloo group."""
     steps = convert(model_file, optimizer_files, world_size) if dist.get_rank() == 0 else (each for each in ())
     goes_on = True
     with contextlib.closing(steps):
@@ -144,11 +140,7 @@ def _run(arguments: list[str], log: Path) -> Generator[bool, None, int]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the empty folder of a conversion, lock it, and remove it in the end.
-
-    Raises:
-        CheckpointError: another conversion holds the lock.
-    """
+    """Make the empty folder of a conversion, lock it, and remove it in the end."""
     folder.mkdir(exist_ok=True)
     # Locks the folder itself: a lock file would have to outlive the folder.
     lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -234,10 +226,7 @@ def _restore_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def _restore_frozen_shards(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Restore ZeRO 3's frozen weights from the shards that the ranks saved.
-
-    All ranks open the files, so that a missing one stops all ranks; rank 0's values are used.
-    """
+    """Restore ZeRO 3's frozen weights from the shards that the ranks saved; all open them, so that none fails alone."""
     shapes = state[constants.FROZEN_PARAM_SHAPES] or {}
     frozen = [(name, param) for name, param in engine.module.named_parameters() if name in shapes]
     ranks = range(state["dp_world_size"] if frozen else 0)

@@ -110,20 +110,12 @@ def _on(value: Any) -> bool:
     return value != "auto" and bool(value.get("enabled", False) if isinstance(value, Mapping) else value)
 
 
-def _given(value: Any) -> bool:
-    return value not in (None, "auto")
-
-
-def _above_one(value: Any) -> bool:
-    try:
-        # DeepSpeed reads "2" as 2; the negation includes NaN.
-        return _given(value) and not float(value) <= 1
-    except (TypeError, ValueError, OverflowError):  # not a number: counts as enabled
-        return True
-
-
 def _is(*words: Any) -> Callable[[Any], bool]:
     return lambda value: (value.lower() if isinstance(value, str) else value) in words
+
+
+def _is_not(*words: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in words
 
 
 def _samples_data(block: Any) -> bool:
@@ -153,6 +145,7 @@ def _muon_on_zero_1_with_bf16(ds_config: Config) -> bool:
     return _MUON.asked(ds_config) and _BF16.asked(ds_config) and zero_stage(ds_config) == 1
 
 
+_given, _above_one = _is_not(None, "auto"), _is_not(None, "auto", 0, 1, "0", "1")
 _ZERO = "zero_optimization"
 _UNVERIFIED = "not verified under sequence parallelism; remove it, or set sequence_parallel_size to 1"
 _REMOVED = "DeepSpeed 0.19.8 has it no more, with or without sequence parallelism; remove it"
@@ -177,7 +170,7 @@ FEATURES = (
     Feature(
         "gradient_predivide_factor",
         "gradient_predivide_factor",
-        lambda value: value not in (1, None),
+        _is_not(1, None),
         "DeepSpeed 0.19 divides wrongly at stage 3; remove it",
     ),
     Feature("gradient_allreduce_op", "gradient_allreduce_op", _is("sum"), "replicas must be averaged; remove it"),

@@ -119,11 +119,7 @@ class ShardedDataLoader:
         return state_dict
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over one epoch.
-
-        Raises:
-            DataError: on all ranks if any rank has an error.
-        """
+        """Iterate over one epoch; raise DataError on all ranks if any rank has an error."""
         batches, first_refills = _own_batches(self.loader), list[list[Header]]()
         self.num_pending = 0
         for number in itertools.count():
@@ -159,19 +155,11 @@ class ShardedDataLoader:
         return list(self._exchange(shards, self._meet(header, error)))
 
     def meet(self, place: str) -> None:
-        """Check that all ranks are at the same place, where they have no batch.
-
-        Raises:
-            DataError: on all ranks if some are not.
-        """
+        """Raise DataError on all ranks if they are not at the same place, where they have no batch."""
         self._meet(Header(place=place))
 
     def cut(self, batch: Any) -> Any:
-        """Return this rank's shard of a batch that all ranks of its sequence have.
-
-        Raises:
-            DataError: on all ranks if any rank has an error.
-        """
+        """Return this rank's shard of a batch that all its sequence's ranks have; an error is raised on all ranks."""
         header, shards, error = self._prepare(iter([batch]))
         self._meet(header, error)
         return _unpacked(shards[self._groups.sp_rank])

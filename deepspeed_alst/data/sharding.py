@@ -101,11 +101,7 @@ def _stamp(shards: list[dict[str, Any]], tokens: torch.Tensor, positions: torch.
 
 
 def uncut(batch: Mapping[str, Any], sp_size: int) -> ShardedBatch:
-    """Return the whole batch in place of each shard.
-
-    Raises:
-        DataError: it has no tokens.
-    """
+    """Return the whole batch in place of each shard; raise DataError if it has no tokens."""
     _whole_sequences(batch)
     tensors = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor)}
     return ShardedBatch([tensors] * sp_size, {key: x for key, x in batch.items() if key not in tensors})
@@ -117,11 +113,7 @@ def tokens_of(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
-    """Expand the labels of a batch with ``logits_to_keep`` from the kept tokens to all tokens.
-
-    Raises:
-        DataError: the numbers of labels and of kept tokens differ.
-    """
+    """Expand the labels of a batch with ``logits_to_keep`` to all tokens; raise DataError if they are not as many."""
     keep = batch.get("logits_to_keep")
     batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
     key = next((key for key in reversed(LABEL_KEYS) if batch.get(key) is not None), None)

@@ -78,11 +78,7 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
 
 
 def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
-    """Convert ids or labels of any integer dtype to int64.
-
-    Raises:
-        DataError: the dtype is not an integer one.
-    """
+    """Convert ids or labels of any integer dtype to int64; raise DataError for another dtype."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise DataError(
             f"{key} has dtype {x.dtype}, and must have whole numbers: make them torch.int64 in the dataset or the "
@@ -113,10 +109,9 @@ def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
 
 
 def check_mask(mask_BS: torch.Tensor, whole: dict[str, torch.Tensor]) -> None:
-    """Check that causal attention makes a mask redundant: ones, or zeros on the right on tokens without labels.
+    """Raise DataError for a mask that causal attention does not make redundant.
 
-    Raises:
-        DataError: padding on the left, holes, labels on padding, or a mask that is not ``[B, S]``.
+    It may be ones, or have zeros on the right, on tokens without labels.
     """
     if mask_BS.dim() != 2:
         raise DataError(
@@ -189,13 +184,12 @@ def document_bounds(
     Args:
         positions_BS: of the whole sequences; a single row may stand for all.
         given: bounds from the collator, which must be equal.
-        rows: number of rows in the batch.
-        packing: True if the model's attention keeps documents apart.
+        rows: of the batch.
+        packing: True if the model's attention keeps documents apart; else they raise DataError.
         by_lowest: see above.
 
     Raises:
-        DataError: documents without ``packing``; documents in several rows; position ids that differ from ``given``,
-            or with ``by_lowest``, tokens before the first document.
+        DataError: as said, or documents in several rows or unlike ``given``, or tokens before the first.
     """
     starts_BS = _starts(positions_BS)
     if not packing and starts_BS.any():
@@ -238,11 +232,7 @@ def _starts(positions_BS: torch.Tensor) -> torch.Tensor:
 
 
 def check_numbers(seq_idx_BS: torch.Tensor, positions_BS: torch.Tensor) -> None:
-    """Check that ``seq_idx``, the number of each token's document, changes where position ids restart.
-
-    Raises:
-        DataError: it changes at other tokens.
-    """
+    """Raise DataError if ``seq_idx``, the number of each token's document, changes where position ids go on."""
     changes_BS = F.pad(seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1], (1, 0))
     wrong = (changes_BS != _starts(positions_BS)).nonzero()
     if len(wrong):
