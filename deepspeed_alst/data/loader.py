@@ -176,6 +176,8 @@ class ShardedDataLoader:
         try:
             whole = checked(batch, self._vocabulary)
             sharded = uncut(whole, P) if self._whole else self._cut(whole, P, self._multiple)
+            if not self._whole:
+                self._warn_of_padding(tokens_of(whole).shape[1], tokens_of(sharded.shards[0]).shape[1] * P)
             # BatchEncoding and similar types have methods (.to) that programs use.
             kind = type(batch) if isinstance(batch, UserDict) else dict
             shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
@@ -187,6 +189,16 @@ class ShardedDataLoader:
         except Exception as error:
             return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), [], error
         return header, shards, None
+
+    def _warn_of_padding(self, length: int, padded: int) -> None:
+        # Python shows a warning of identical text once.
+        if padded > 2 * length and dist.get_rank() == 0:
+            warnings.warn(
+                "more than half of the tokens of a batch are padding, which costs as much as they do: sequences are "
+                f"padded to a multiple of {self._multiple} tokens. Set alst.pad_to_multiple_of to fewer, or pack the "
+                "samples.",
+                stacklevel=3,
+            )
 
     def _meet(self, header: Header, error: BaseException | None = None) -> list[Header]:
         """Gather all ranks' headers; raise on every rank if any has an error, or is at another place."""
