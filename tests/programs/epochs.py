@@ -9,7 +9,7 @@ from pathlib import Path
 
 import deepspeed
 
-from tests import test_input_loader
+from tests.data import test_input_loader
 
 if __name__ == "__main__":
     function, folder = sys.argv[1], Path(sys.argv[2])
