@@ -31,8 +31,9 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
     size = pages(length * HIDDEN * 2)
     with tempfile.TemporaryDirectory() as folder:
         if tier == "disk":
-            file = DiskFile(folder, engine="threads")
-            store = ActivationStore(HostBufferPool(budget=0), Swapper(file, HostBufferPool(budget=RING * size)))
+            store = ActivationStore(
+                HostBufferPool(budget=0), Swapper(DiskFile(folder), HostBufferPool(budget=RING * size))
+            )
         else:
             store = ActivationStore(HostBufferPool())
         before = _resident()
@@ -44,9 +45,8 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
         for layer in reversed(range(LAYERS)):
             tensor = gets.pop()()
             assert tensor[0, 0, 0] == layer and tensor[0, -1, -1] == layer
-        written, read = (file.bytes_written, file.bytes_read) if tier == "disk" else (0, 0)
         store.close()
-    return grown, written, read
+    return grown, store.counts.bytes_to_disk, store.counts.bytes_from_disk
 
 
 def rows() -> list[Row]:

@@ -1,5 +1,6 @@
 """Rows of ``ds_alst report`` that need torch and DeepSpeed, printed as they are found by a process of its own."""
 
+import functools
 import importlib
 import json
 import os
@@ -19,9 +20,9 @@ from deepspeed_alst.cli.report import ROW_MARK, Row, guarded, judged, version_of
 from deepspeed_alst.environment import allocator_variable, check_deepspeed, is_left_over
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels.builder import BUILDERS
-from deepspeed_alst.offload.aio import is_aio_there
 from deepspeed_alst.offload.budget import spare_bytes
 from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.host_buffers import HostBufferPool
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 # Distribution of each module that a run or its kernels import.
@@ -176,20 +177,21 @@ def disk_rows(folder: str) -> Iterator[Row]:
     Raises:
         AlstError: the folder is not writable, its disk has less than 256 MiB free, or it does not respond.
     """
-    # "auto" would build the op now.
-    disk = DiskFile(folder, "auto" if is_aio_there() else "threads", silence_seconds=_SILENCE_SECONDS)
+    disk = DiskFile(folder, silence_seconds=_SILENCE_SECONDS)
     try:
         disk.reserve(_DISK_BYTES)
-        buffers = [disk.new_buffer(_DISK_BYTES // _PIECES).random_() for _ in range(_PIECES)]
-        pieces = [(buffer, disk.allocate(buffer.numel())) for buffer in buffers]
-        rates = []
-        for start in (disk.write, disk.read):
-            begin = time.perf_counter()
-            for transfer in [start(*piece) for piece in pieces]:
-                transfer.wait()
-            rates.append(_DISK_BYTES / 1e6 / (time.perf_counter() - begin))
-        how = disk.description.replace("as asked for", "DeepSpeed's async I/O op is not built here")
-        value = f"writes {rates[0]:,.0f} MB/s, reads {rates[1]:,.0f} MB/s; {how}"
+        pool, size = HostBufferPool(), _DISK_BYTES // _PIECES
+        slots = [(pool.take(size).random_(), disk.allocate(size)) for _ in range(_PIECES)]
+        begin = time.perf_counter()
+        writes = [disk.threads.submit(functools.partial(disk.write, *slot)) for slot in slots]
+        written = [disk.threads.wait(each) for each in writes]
+        middle = time.perf_counter()
+        checked = [(*slot, checksum) for slot, checksum in zip(slots, written, strict=True)]
+        reads = [disk.threads.submit(functools.partial(disk.read, *each)) for each in checked]
+        for each in reads:
+            disk.threads.wait(each)
+        rates = [_DISK_BYTES / 1e6 / seconds for seconds in (middle - begin, time.perf_counter() - middle)]
+        value = f"writes {rates[0]:,.0f} MB/s, reads {rates[1]:,.0f} MB/s; {disk.description}"
         yield judged("disk", value, disk.warning, "name a folder on a disk, best a local NVMe drive", "problem")
     finally:
         disk.close()

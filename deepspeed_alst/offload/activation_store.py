@@ -2,13 +2,12 @@
 
 Tensors are grouped by call of a checkpointed layer. The backward takes the groups in reverse: the first request to a
 group prefetches the one before it. At most two groups are on the device at once in either direction.
-
 Legend: n bytes of a tensor in memory order.
 """
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload.attention_cache import is_dense, laid_flat
-from deepspeed_alst.offload.host_buffers import Buffer, HostBufferPool
+from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.offload.streams import Copies, DirectCopies, copies_of
-from deepspeed_alst.offload.swapper import Swapper
+from deepspeed_alst.offload.swapper import SwapHandle, Swapper
 from deepspeed_alst.profiler.owners import owner
+
+# Groups that are read from disk ahead of the copies to the device.
+_GROUPS_AHEAD = 2
 
 
 @dataclass
@@ -45,7 +47,7 @@ class ActivationStore:
         self.spill = spill
         self.counts = Counts()
         self._copies: dict[torch.device, Copies] = {}
-        self._last: weakref.ref[Group] | None = None
+        self._last: Callable[[], Group | None] = lambda: None
         self._leaving: list[Group] = []
 
     def group(self, stays: bool = False) -> "Group":
@@ -54,10 +56,9 @@ class ActivationStore:
         Args:
             stays: True to keep its tensors on the device, as the backward needs them at once.
         """
-        before = self._last() if self._last is not None else None
         # The second-last group leaves first. Between forward and backward only groups that stay are on the device.
         self.release_kept(keep=0 if stays else 1)
-        group = Group(self, before, stays)
+        group = Group(self, self._last(), stays)
         self._last = weakref.ref(group)
         if not stays:
             self._leaving.append(group)
@@ -79,7 +80,8 @@ class ActivationStore:
     def release_kept(self, keep: int = 0) -> None:
         """Free the device tensors of all offloaded groups but the last ``keep``."""
         while len(self._leaving) > keep:
-            self._leaving.pop(0).has_left()
+            for each in self._leaving.pop(0).alive():
+                each.has_left()
 
 
 class Group:
@@ -87,9 +89,9 @@ class Group:
 
     def __init__(self, store: ActivationStore, before: "Group | None", stays: bool) -> None:
         self._store = store
-        self._before = weakref.ref(before) if before is not None else None
+        self._before: Callable[[], Group | None] = (lambda: None) if before is None else weakref.ref(before)
         self._stays = stays
-        self._waiting: list[weakref.ref[Waiting]] = []
+        self._tensors: list[weakref.ref[OffloadedTensor]] = []
 
     def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Offload a tensor and return a function that restores it on each call (a ``frames.Put``).
@@ -97,103 +99,75 @@ class Group:
         Raises:
             OffloadError: neither the host nor the disk has room for it.
         """
-        waiting = Waiting(self, tensor, self._store)
-        self._waiting.append(weakref.ref(waiting))
-        if not self._stays:
-            waiting.leave()
-        return waiting.get
-
-    def fetch(self) -> None:
-        """Start copying all tensors back to the device."""
-        for each in self._alive():
-            each.come_back()
-
-    def fetch_from_disk(self) -> None:
-        """Start reading the tensors on disk back to the host."""
-        for each in self._alive():
-            each.come_to_host()
+        offloaded = OffloadedTensor(self, tensor, self._store)
+        self._tensors.append(weakref.ref(offloaded))
+        if not self._stays and tensor.numel():
+            offloaded.leave()
+        return offloaded.get
 
     def fetch_before(self) -> None:
-        """Prefetch the group before this one, and read earlier groups from disk as buffers allow."""
-        before = self._before() if self._before is not None else None
-        if before is None:
-            return
-        before.fetch()
-        spill = self._store.spill
-        for _ in range(spill.groups_ahead if spill is not None else 0):
-            before = before._before() if before._before is not None else None
-            if before is None:
-                return
-            before.fetch_from_disk()
+        """Start copying the group before this one back, and read earlier groups from disk as buffers allow."""
+        before = self._before()
+        for each in before.alive() if before is not None else ():
+            each.come_back()
+        for _ in range(_GROUPS_AHEAD):
+            before = before._before() if before is not None else None
+            for each in before.alive() if before is not None else ():
+                each.come_to_host()
 
-    def has_left(self) -> None:
-        """Free the device tensors, after the computation waits for their copies."""
-        for each in self._alive():
-            each.has_left()
-
-    def _alive(self) -> "list[Waiting]":
-        return [each for ref in self._waiting if (each := ref()) is not None]
+    def alive(self) -> "Iterator[OffloadedTensor]":
+        """Yield the tensors that can still be asked for."""
+        return (each for ref in self._tensors if (each := ref()) is not None)
 
 
-@dataclass
-class _Held:
-    """Location of one tensor's bytes, released by its finalizer."""
+class OffloadedTensor:
+    """One tensor of a group: on the device, in a host buffer or on disk."""
 
-    buffer: Buffer | None = None
-    ticket: Any = None
-    """Ticket of the bytes on disk."""
-
-
-@dataclass(eq=False)
-class Waiting:
-    """One offloaded tensor."""
-
-    group: Group
-    _tensor: torch.Tensor | None
-    """The tensor on the device: not offloaded yet, or copied back and not requested yet."""
-    _store: ActivationStore
-    _held: _Held = field(default_factory=_Held)
-    _done: Any = None
-    _leaving: torch.Tensor | None = None
-    """Source of the copy to the host."""
-    _version: int = 0
-
-    def __post_init__(self) -> None:
-        tensor = self._tensor
-        assert tensor is not None
+    def __init__(self, group: Group, tensor: torch.Tensor, store: ActivationStore) -> None:
+        self._group, self._store = group, store
+        # On the device: not offloaded yet, or copied back and not requested yet.
+        self._tensor: torch.Tensor | None = tensor
         self._shape, self._device, self._dtype = tensor.shape, tensor.device, tensor.dtype
-        self._strides = tensor.stride() if is_dense(tensor) else None
-        self._copies = DirectCopies() if _is_fake(tensor) else self._store.copies(tensor.device)
+        self._strides = (tensor if is_dense(tensor) else torch.empty(tensor.shape, device="meta")).stride()
+        # A ledger of real sizes has tensors without data.
+        self._copies = DirectCopies() if isinstance(tensor, FakeTensor) else store.copies(tensor.device)
         self._stays = True
+        self._buffer_n: torch.Tensor | None = None
+        self._handle: SwapHandle | None = None
+        self._done: Any = None
+        self._source_n: torch.Tensor | None = None
+        self._version = 0
 
     def leave(self) -> None:
         """Start the copy to the host or disk."""
-        tensor, store = self._tensor, self._store
+        tensor, store, copies = self._tensor, self._store, self._copies
         assert tensor is not None
-        if tensor.numel() == 0:
-            return
-        source_n = self._leaving = _bytes(tensor)  # a copy if it has gaps, which must live as long
+        # A copy if it has gaps, which must live until it has left.
+        source_n = self._source_n = _bytes(tensor)
+        num_bytes = source_n.numel()
         self._stays, self._version = False, tensor._version
-        copies = self._copies
         with owner("host"):
-            buffer = None if _is_fake(tensor) else store.pool.take(source_n.numel())
-            if _is_fake(tensor):
-                self._held.buffer = Buffer(torch.empty_like(source_n, device="cpu"))
-                copies.out(source_n, self._held.buffer.bytes_n)
-            elif buffer is not None:
-                self._held.buffer = buffer
-                _at_death(self, store.pool.give, buffer)
-                self._done = copies.out(source_n, buffer.bytes_n[: source_n.numel()])
+            if isinstance(tensor, FakeTensor):
+                self._buffer_n = torch.empty_like(source_n, device="cpu")
+                copies.out(source_n, self._buffer_n)
+            elif (buffer_n := store.pool.take(num_bytes)) is not None:
+                self._buffer_n = buffer_n
+                weakref.finalize(self, store.pool.give, buffer_n).atexit = False
+                self._done = copies.out(source_n, buffer_n[:num_bytes])
             elif store.spill is not None:
-                self._done, self._held.ticket = store.spill.out(source_n, copies)
-                _at_death(self, store.spill.drop, self._held.ticket)
-                store.counts.bytes_to_disk += source_n.numel()
+                self._done, self._handle = store.spill.out(source_n, copies)
+                weakref.finalize(self, store.spill.drop, self._handle).atexit = False
+                store.counts.bytes_to_disk += num_bytes
             else:
-                raise _no_room(store.pool, source_n.numel())
-        store.counts.bytes_out += source_n.numel()
+                raise OffloadError(
+                    f"alst.activation_checkpoint_cpu_offload: {store.pool.in_use:,} bytes of activations wait on the "
+                    f"host, and this rank's budget of {store.pool.budget:,} has no room for {num_bytes:,} more. Let "
+                    "the rest go to disk (nvme_path), use a shorter sequence, or raise host_budget."
+                )
+        store.counts.bytes_out += num_bytes
 
     def has_left(self) -> None:
-        """Free the device tensor.
+        """Free the device tensor, after the computation waits for its copy.
 
         Raises:
             OffloadError: it was modified in place during the copy.
@@ -206,27 +180,26 @@ class Waiting:
                 "alst.activation_checkpoint_cpu_offload: a layer's input was changed in place after the layer began, "
                 "while it was copied to the host. Change a clone of it, or leave the key out."
             )
-        self._tensor = self._leaving = None
+        self._tensor = self._source_n = None
 
     def come_to_host(self) -> None:
         """Start reading back from disk."""
-        if self._held.ticket is not None and self._tensor is None:
+        if self._handle is not None and self._tensor is None:
             assert self._store.spill is not None
-            self._store.spill.fetch(self._held.ticket)
+            self._store.spill.fetch(self._handle)
 
     def come_back(self) -> None:
         """Start the copy back to the device."""
         if self._tensor is not None:
             return
-        store, held = self._store, self._held
-        tensor = _empty(self._shape, self._strides, self._dtype, self._device)
+        store = self._store
+        tensor = torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=self._device)
         target_n = _bytes(tensor)
-        copies = self._copies
-        if held.buffer is not None:
-            self._done = copies.back(held.buffer.bytes_n[: target_n.numel()], target_n)
+        if self._buffer_n is not None:
+            self._done = self._copies.back(self._buffer_n[: target_n.numel()], target_n)
         else:
-            assert store.spill is not None
-            self._done = store.spill.back(held.ticket, target_n, copies)
+            assert store.spill is not None and self._handle is not None
+            self._done = store.spill.back(self._handle, target_n, self._copies)
             store.counts.bytes_from_disk += target_n.numel()
         store.counts.bytes_back += target_n.numel()
         self._tensor = tensor
@@ -240,38 +213,11 @@ class Waiting:
         if not self._stays:
             self._copies.wait_on_device(self._done)
             self._tensor = None  # owned by the caller from here; the next call copies again
-        self.group.fetch_before()
+        self._group.fetch_before()
         return tensor
-
-
-def _at_death(waiting: Waiting, function: Callable[[Any], None], what: Any) -> None:
-    weakref.finalize(waiting, function, what).atexit = False
-
-
-def _no_room(pool: HostBufferPool, num_bytes: int) -> OffloadError:
-    return OffloadError(
-        f"alst.activation_checkpoint_cpu_offload: {pool.in_use:,} bytes of activations wait on the host, and this "
-        f"rank's budget of {pool.budget:,} has no room for {num_bytes:,} more. Let the rest go to disk (nvme_path), "
-        "use a shorter sequence, or raise host_budget."
-    )
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    """Return True for a FakeTensor, as used by a ledger of real sizes: it needs no pool memory."""
-    return isinstance(tensor, FakeTensor)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's memory as ``[n]`` uint8; a dense copy if it has gaps."""
     tensor = tensor.detach()
-    if not is_dense(tensor):
-        tensor = tensor.contiguous()
-    return laid_flat(tensor).view(torch.uint8)
-
-
-def _empty(
-    shape: torch.Size, strides: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    if strides is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return laid_flat(tensor if is_dense(tensor) else tensor.contiguous()).view(torch.uint8)

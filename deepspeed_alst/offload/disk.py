@@ -1,97 +1,73 @@
-"""Disk tier of activation offload: file space, and reads and writes in the background.
+"""Disk tier of activation offload: space in a file of one process, read and written by system calls in threads."""
 
-A file belongs to one process. Its transfers use DeepSpeed's async I/O op where available, else system calls in
-threads. Reads check a fingerprint: DeepSpeed's op ignores result codes, and a failed write would give a wrong
-gradient.
-"""
-
-import mmap
+import contextlib
+import errno
 import os
+import shlex
 import threading
 import weakref
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from deepspeed_alst.errors import AlstError, ConfigError, OffloadError, SetupError
-from deepspeed_alst.kernels.builder import OpBuildError
-from deepspeed_alst.offload.channels import PAGE_BYTES, Channel, SystemCalls
-from deepspeed_alst.offload.free_list import Extents
-from deepspeed_alst.offload.host_buffers import pages
-from deepspeed_alst.offload.scratch import KEY, ScratchFile
-from deepspeed_alst.offload.transfers import Transfer, Workers, within
+from deepspeed_alst.errors import AlstError, ConfigError, OffloadError
+from deepspeed_alst.offload.disk_calls import DiskThreads, file_system, lengthen, open_unnamed, sentences, use_direct
+from deepspeed_alst.offload.host_buffers import PAGE, pages
 
-# Bytes per call: large enough for any disk's full rate, small enough to report progress in between.
-_PIECE_BYTES = 64 << 20
-# Every 509th word: at least one per page, and not always the same channels, as 509 is prime. Reads 2 bytes of 1,000.
-_FINGERPRINT_STRIDE = 509
+KEY = "alst.activation_checkpoint_cpu_offload.nvme_path"
+# Bytes per call: enough for any disk's full rate, few enough to show progress in between.
+_PIECE_BYTES = 16 << 20
 _CLOSE_SECONDS = 10.0
+# Every 509th word: at least one per page, and not always the same channels, as 509 is prime. Reads 2 bytes of 1,000.
+_CHECKSUM_STRIDE = 509
 
 
 class DiskFile:
     """Disk space for one rank's activations, freed whenever and however the process ends.
 
-    An activation is written and read as a whole, at its allocated offset.
+    Space is allocated in slots, reused by size; once none is in use, the file is empty again. ``allocate`` and
+    ``reserve`` belong to one thread.
 
     Args:
         folder: an existing folder; it is not created.
-        engine: ``"aio"`` is DeepSpeed's op, ``"threads"`` system calls in threads, ``"auto"`` the op if available.
         silence_seconds: a disk that makes no progress for this long is an error.
-        num_threads: number of concurrent transfers; the others queue in FIFO order.
 
     Attributes:
-        description: the engine and its I/O mode, for the report.
+        description: the folder, its file system and the mode of I/O, for the report.
         warning: a problem with the folder; empty if there is none.
-        bytes_written, bytes_read: bytes of transfers that succeeded.
+        threads: they run ``read`` and ``write``.
+        reserved_bytes: file size.
 
     Raises:
         ConfigError: the folder is missing, or cannot be written to or read from.
-        SetupError: ``engine="aio"``, and the op is not available.
         OffloadError: the disk does not answer.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        engine: Literal["auto", "aio", "threads"] = "auto",
-        silence_seconds: float = 120.0,
-        num_threads: int = 4,
-    ) -> None:
-        path = Path(folder).expanduser().absolute()
-        self._label = f"{KEY}={str(path)!r}"
-        self._scratch = within(silence_seconds, self._label, lambda: ScratchFile(path))
-        channels, self.engine, reason = _open_channels(self._scratch, engine, num_threads)
-        self.description = _describe(self._scratch, self.engine, reason)
-        self.warning = self._scratch.warning
-        self.bytes_written = 0
-        self.bytes_read = 0
-        self._workers = Workers(channels, silence_seconds)
-        self._lock = threading.Lock()
-        self._extents = Extents()
-        self._sizes_bytes: dict[int, int] = {}  # bytes allocated at each offset
-        self._fingerprints: dict[int, int] = {}  # fingerprint of the data written at each offset
-        self._latest: dict[int, Transfer] = {}
+    def __init__(self, folder: str | os.PathLike[str], silence_seconds: float = 120.0) -> None:
+        self._folder = Path(folder).expanduser().absolute()
+        self._label = f"{KEY}={str(self._folder)!r}"
+        self.reserved_bytes = 0
+        self._lock = threading.RLock()  # reentrant, as finalizers free slots at any point, in any thread
+        self._end_bytes = 0
+        self._used: dict[int, int] = {}  # size by offset
+        self._free: dict[int, list[int]] = defaultdict(list)  # offsets by size
+        self.threads = DiskThreads(self._label, silence_seconds)
+        try:
+            self.threads.call(self._open)
+        except AlstError:
+            self.threads.close(0.0)
+            raise
         # Also at interpreter exit: a thread that is in C++ while the interpreter ends aborts the process.
-        self._end = weakref.finalize(self, _end, self._workers, self._scratch, _CLOSE_SECONDS)
-
-    @property
-    def seconds_waited(self) -> float:
-        """Total seconds spent in ``Transfer.wait``."""
-        return self._workers.seconds_waited
-
-    @property
-    def reserved_bytes(self) -> int:
-        """File size in bytes."""
-        return self._scratch.size_bytes
+        self._finalizer = weakref.finalize(self, _end, self.threads, self._descriptor)
 
     @property
     def free_bytes(self) -> int:
         """Bytes free on the disk besides this file; 2**63 - 1 if its file system does not report them."""
-        free = self._scratch.free_bytes()
-        return 2**63 - 1 if free is None else free
+        state = os.fstatvfs(self._descriptor)
+        return state.f_bavail * state.f_frsize if state.f_blocks else 2**63 - 1
 
     def reserve(self, num_bytes: int) -> None:
         """Grow the file to at least this size before training, with its space reserved on disk.
@@ -100,162 +76,129 @@ class DiskFile:
             ConfigError: the disk does not have enough free space.
             OffloadError: the disk does not answer.
         """
-        with self._lock:
-            self._grow(pages(num_bytes), ConfigError)
+        self.threads.call(self._grow, pages(num_bytes), ConfigError)
 
     def allocate(self, num_bytes: int) -> int:
-        """Allocate space, rounded up to pages, and return its offset; grow the file if needed.
+        """Allocate a slot of whole pages and return its offset; grow the file if needed.
 
         Raises:
             OffloadError: the disk is full, or does not answer.
         """
+        size = pages(num_bytes)
         with self._lock:
-            size_bytes = pages(num_bytes)
-            if lacking := self._extents.missing(size_bytes):
-                self._grow(self._scratch.size_bytes + lacking, OffloadError)
-            offset = self._extents.take(size_bytes)
-            self._sizes_bytes[offset] = size_bytes
-            return offset
+            if not self._used:
+                self._end_bytes = 0
+                self._free.clear()
+            if self._free[size]:
+                offset = self._free[size].pop()
+                self._used[offset] = size
+                return offset
+        offset, end = self._end_bytes, self._end_bytes + size
+        if end > self.reserved_bytes:
+            self.threads.call(self._grow, end, OffloadError)
+        self._used[offset], self._end_bytes = size, end
+        return offset
 
     def free(self, offset: int) -> None:
-        """Free allocated space, after its transfers have ended.
+        """Free a slot, after its transfers have ended."""
+        with self._lock:
+            self._free[self._used.pop(offset)].append(offset)
+
+    def write(self, buffer_n: torch.Tensor, offset: int) -> int:
+        """Write a buffer of whole pages to its slot and return its checksum; call it in ``threads``.
 
         Raises:
-            OffloadError: the disk does not answer; the space is not freed.
+            OffloadError: the disk is full or fails.
         """
-        if transfer := self._latest.pop(offset, None):
-            transfer.wait_ended()
-        with self._lock:
-            self._fingerprints.pop(offset, None)
-            self._extents.free(offset, self._sizes_bytes.pop(offset))
+        self._transfer("writing", os.pwritev, buffer_n, offset)
+        return checksum(buffer_n)
 
-    def new_buffer(self, num_bytes: int) -> torch.Tensor:
-        """Allocate host memory that the engine can use directly: ``[num_bytes]``, rounded up to pages.
-
-        For a ring of reused buffers on machines without CUDA: the op's memory is never freed. With CUDA, registered
-        memory serves both copies and transfers.
-        """
-        size_bytes = pages(num_bytes)
-        locked = None
-        if self.engine == "aio":
-            from deepspeed_alst.offload.aio import locked_buffer
-
-            locked = locked_buffer(size_bytes)
-        return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8) if locked is None else locked
-
-    def write(self, buffer: torch.Tensor, offset: int) -> Transfer:
-        """Start writing a buffer to its allocated space; it must not change until the transfer is done.
+    def read(self, buffer_n: torch.Tensor, offset: int, written: int) -> None:
+        """Read a slot of whole pages, whose data had the checksum ``written``; call it in ``threads``.
 
         Raises:
-            OffloadError: the file is closed.
+            OffloadError: the disk fails, or the data is not what was written.
         """
-        return self._start("writing", self._write, buffer, offset)
+        self._transfer("reading", os.preadv, buffer_n, offset)
+        if checksum(buffer_n) != written:
+            raise OffloadError(
+                f"{self._label}: {buffer_n.numel():,} bytes at {offset:,} came back different from what was written. "
+                "A write has failed without a word, as on a broken disk: see the kernel's log (dmesg)."
+            )
 
-    def read(self, buffer: torch.Tensor, offset: int) -> Transfer:
-        """Start reading the data last written at an offset, after any write there still in flight.
+    def close(self) -> None:
+        """Free the disk space and fail open transfers; a blocked thread delays that to the end of the process."""
+        self._finalizer()
 
-        Raises:
-            OffloadError: the file is closed.
-        """
-        return self._start("reading", self._read, buffer, offset)
-
-    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
-        """Free the disk space and fail open transfers; a thread blocked past ``seconds`` delays it to process exit."""
-        if self._end.detach():
-            _end(self._workers, self._scratch, seconds)
-
-    def _start(
-        self, doing: str, job: Callable[[Channel, torch.Tensor, int], None], buffer: torch.Tensor, offset: int
-    ) -> Transfer:
-        num_bytes = buffer.numel()
-        assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous() and not buffer.is_cuda
-        assert buffer.data_ptr() % PAGE_BYTES == 0 and num_bytes % PAGE_BYTES == 0
-        assert self._sizes_bytes.get(offset) == num_bytes, "a buffer of another size than what was allocated there"
-        with self._lock:
-            previous = self._latest.get(offset)
-
-            def in_order(channel: Channel) -> None:
-                if previous:  # it left the queue earlier, so it does not wait for this one
-                    previous.settle()
-                job(channel, buffer, offset)
-
-            label = f"{self._label}: {doing} {num_bytes:,} bytes at {offset:,}"
-            self._latest[offset] = transfer = self._workers.start(label, in_order)
-        return transfer
-
-    def _write(self, channel: Channel, buffer: torch.Tensor, offset: int) -> None:
-        self._fingerprints.pop(offset, None)
-        for begin in range(0, buffer.numel(), _PIECE_BYTES):
-            channel.write(buffer[begin : begin + _PIECE_BYTES], offset + begin)
-            self._workers.sign()
-        with self._lock:
-            self._fingerprints[offset] = fingerprint(buffer)
-            self.bytes_written += buffer.numel()
-
-    def _read(self, channel: Channel, buffer: torch.Tensor, offset: int) -> None:
-        written = self._fingerprints.get(offset)
-        if written is None:
-            raise OffloadError(f"{self._label}: nothing was written at {offset:,}, or the write failed.")
-        for begin in range(0, buffer.numel(), _PIECE_BYTES):
-            channel.read(buffer[begin : begin + _PIECE_BYTES], offset + begin)
-            self._workers.sign()
-        if fingerprint(buffer) != written:
-            # System calls report the error.
-            SystemCalls(self._scratch.descriptor, not self._scratch.why_buffered).read(buffer, offset)
-            if fingerprint(buffer) != written:
-                raise OffloadError(
-                    f"{self._label}: {buffer.numel():,} bytes at {offset:,} came back different from what was written. "
-                    "A write has failed without a word, as on a full or a broken disk: see the kernel's log (dmesg)."
-                )
-        with self._lock:
-            self.bytes_read += buffer.numel()
+    def _open(self) -> None:
+        folder = self._folder
+        try:
+            self._descriptor = open_unnamed(folder)
+        except OSError as error:
+            reason = sentences(error)
+            if isinstance(error, FileNotFoundError) and not folder.exists():
+                # Not created: a misspelt path or unmounted disk would put the file on the system disk.
+                quoted = shlex.quote(str(folder))
+                reason = f"there is no such folder. Mount its disk, or make it: mkdir -p {quoted}."
+            raise ConfigError(f"{self._label}: {reason}") from error
+        try:
+            self._why_buffered = use_direct(self._descriptor)
+            reserves = lengthen(self._descriptor, 0, PAGE)
+            os.ftruncate(self._descriptor, 0)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise ConfigError(f"{self._label}: a test write failed: {sentences(error)}") from error
+        kind = file_system(folder)
+        how = f"buffered: no O_DIRECT there ({self._why_buffered})" if self._why_buffered else "O_DIRECT"
+        room = "" if reserves else "; space cannot be set aside there, and may run out in training"
+        in_memory = kind in ("tmpfs", "ramfs")
+        self.description = f"{folder} ({kind}, {how}{room})"
+        self.warning = f"{folder} is in memory ({kind}): what is offloaded there frees none" if in_memory else ""
 
     def _grow(self, size_bytes: int, kind: type[AlstError]) -> None:
-        within(self._workers.silence_seconds, self._label, lambda: self._scratch.grow(size_bytes, kind))
-        self._extents.grow(self._scratch.size_bytes)
-
-
-def fingerprint(buffer: torch.Tensor) -> int:
-    """Compute a checksum over a sample of words from each page: ``[n] -> 32 bits``."""
-    return zlib.crc32(buffer.view(torch.int64)[::_FINGERPRINT_STRIDE].numpy().tobytes())
-
-
-def _end(workers: Workers, scratch: ScratchFile, seconds: float) -> None:
-    """Stop the threads, and free the space unless the disk blocks one of them."""
-    if workers.close(seconds):
-        scratch.close()
-
-
-def _open_channels(scratch: ScratchFile, engine: str, num_threads: int) -> tuple[list[Channel], str, str]:
-    """Open one channel per thread; return them, the engine's name, and the reason not to use DeepSpeed's op."""
-    reason = "as asked for"
-    if engine != "threads":
+        """Grow the file to at least this size; its size is unchanged if that fails, with an error of this kind."""
+        needed = size_bytes - self.reserved_bytes
+        if needed <= 0:
+            return
         try:
-            if scratch.why_buffered:
-                raise OpBuildError(scratch.why_buffered, "name a folder on another file system")
-            if not scratch.reserves:
-                raise OpBuildError("the file system cannot set space aside", "name a folder on another file system")
-            from deepspeed_alst.offload.aio import open_aio_channels
+            # Checked first, so that a far too large file does not briefly fill a shared disk.
+            if self.free_bytes < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            lengthen(self._descriptor, self.reserved_bytes, size_bytes)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self.reserved_bytes)
+            more = f"activations need {needed:,} bytes more there, and {self.free_bytes:,} bytes are free"
+            raise kind(f"{self._label}: {more}: {sentences(error)}") from error
+        self.reserved_bytes = size_bytes
 
-            direct: list[Channel] = [SystemCalls(scratch.descriptor, direct=True) for _ in range(num_threads)]
-            return [*open_aio_channels(scratch.descriptor, direct)], "aio", ""
-        except OpBuildError as error:
-            if engine == "aio":
-                scratch.close()
-                raise SetupError(f"DeepSpeed's async I/O op cannot be used: {error}. {error.way_out}.") from error
-            reason = f"{error}; {error.way_out}"
-    channels: list[Channel] = [SystemCalls(scratch.descriptor, not scratch.why_buffered) for _ in range(num_threads)]
-    return channels, "threads", reason
+    def _transfer(self, doing: str, call: Callable[..., int], buffer_n: torch.Tensor, offset: int) -> None:
+        """Run ``os.preadv`` or ``os.pwritev``, which release the GIL, until the whole buffer is transferred."""
+        view, done = buffer_n.numpy().data, 0
+        try:
+            while done < len(view):
+                piece = view[done : done + _PIECE_BYTES]
+                self.threads.progress()
+                moved = call(self._descriptor, [piece], offset + done)
+                whole = moved if moved == len(piece) else moved - moved % PAGE  # O_DIRECT goes on at whole pages
+                if whole == 0:
+                    raise OSError(errno.EIO, f"the disk took or gave {moved} of {len(piece)} bytes")
+                if self._why_buffered:  # now: errors surface at the right call, and the page cache takes no memory
+                    if call is os.pwritev:
+                        os.fdatasync(self._descriptor)
+                    os.posix_fadvise(self._descriptor, offset + done, whole, os.POSIX_FADV_DONTNEED)
+                done += whole
+        except OSError as error:
+            what = f"{doing} {len(view):,} bytes at {offset:,}"
+            raise OffloadError(f"{self._label}: {what}: {sentences(error)}") from error
 
 
-def _describe(scratch: ScratchFile, engine: str, reason: str) -> str:
-    """Return the description for the report, as a sentence."""
-    how = f"buffered: {scratch.why_buffered}" if scratch.why_buffered else "O_DIRECT"
-    what = (
-        "DeepSpeed's async I/O op (buffers that are not pinned: system calls)"
-        if engine == "aio"
-        else f"system calls in threads ({reason})"
-    )
-    kind = f", {scratch.file_system}" if scratch.file_system else ""
-    room = "" if scratch.reserves else "; space cannot be set aside there, and may run out in training"
-    return f"{scratch.folder}{kind}: {what}, {how}{room}"
+def checksum(buffer_n: torch.Tensor) -> int:
+    """Compute a checksum over a sample of words from each page: 32 bits."""
+    return zlib.crc32(buffer_n.view(torch.int64)[::_CHECKSUM_STRIDE].numpy().tobytes())
+
+
+def _end(threads: DiskThreads, descriptor: int) -> None:
+    """Stop the threads, and free the space unless the disk blocks one of them."""
+    if threads.close(_CLOSE_SECONDS):
+        os.close(descriptor)

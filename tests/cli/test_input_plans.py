@@ -16,11 +16,19 @@ from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
 from deepspeed_alst.grad_reduction.bucket_layout import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide
-from deepspeed_alst.offload.free_list import Extents
+from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.tiling.tiled_mlp import fewest_bytes, row_bytes, sums_fit, tile_rows
+
+
+@pytest.fixture(scope="module")
+def disk_file(tmp_path_factory):
+    file = DiskFile(tmp_path_factory.mktemp("disk"))
+    yield file
+    file.close()
+
 
 # --- heads
 
@@ -174,21 +182,22 @@ def test_what_waits_has_room_and_else_the_longest_sequence_that_is_named_has(
     assert wanted is not False or not found.keeps_attention
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9), st.integers(0, 9)), max_size=60))
-def test_parts_of_a_file_never_overlap_and_what_is_free_is_joined(steps):
-    extents, taken = Extents(), []
+@settings(max_examples=60)
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 9), st.integers(0, 9)), max_size=60))
+def test_slots_of_a_file_never_overlap_and_lie_within_it(disk_file, steps):
+    taken = []
     for take, size, which in steps:
         if take:
-            extents.grow(extents.size_bytes + extents.missing(size))
-            taken.append((extents.take(size), size))
+            taken.append((disk_file.allocate(size * PAGE), size * PAGE))
         elif taken:
-            extents.free(*taken.pop(which % len(taken)))
-        used = [place for offset, size in taken for place in range(offset, offset + size)]
-        assert len(used) == len(set(used)) and all(0 <= place < extents.size_bytes for place in used)
-    for part in taken:
-        extents.free(*part)
-    # Joined: the whole file is one part again.
-    assert extents.missing(extents.size_bytes) == 0
+            disk_file.free(taken.pop(which % len(taken))[0])
+        ends = [0, *itertools.chain(*((offset, offset + size) for offset, size in sorted(taken)))]
+        assert ends == sorted(ends) and ends[-1] <= disk_file.reserved_bytes
+    for offset, _ in taken:
+        disk_file.free(offset)
+    # The file is empty again.
+    assert disk_file.allocate(PAGE) == 0
+    disk_file.free(0)
 
 
 STEPS = st.lists(st.tuples(st.sampled_from(["take", "give", "round"]), st.integers(1, 5 * PAGE), st.integers(0, 9)))
@@ -201,13 +210,13 @@ def test_the_hosts_buffers_are_large_enough_and_stay_within_the_budget(pages, si
     pool.round_to(sizes)
     for what, size, which in steps:
         if what == "take" and (buffer := pool.take(size)) is not None:
-            assert buffer.num_bytes >= size and buffer.num_bytes % PAGE == 0
+            assert buffer.numel() >= size and buffer.numel() % PAGE == 0
             taken.append(buffer)
         elif what == "give" and taken:
             pool.give(taken.pop(which % len(taken)))
         elif what == "round":
             pool.round_to([size])
-        assert pool.in_use == sum(buffer.num_bytes for buffer in taken)
+        assert pool.in_use == sum(buffer.numel() for buffer in taken)
         assert pool.in_use <= pool.num_bytes <= pool.budget
     for buffer in taken:
         pool.give(buffer)

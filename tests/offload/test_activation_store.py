@@ -32,9 +32,7 @@ def tensors(count: int, *shape: int, dtype=torch.float32) -> list[torch.Tensor]:
 
 
 def on_disk(tmp_path, budget: int, ring: int) -> ActivationStore:
-    return ActivationStore(
-        HostBufferPool(budget=budget), Swapper(DiskFile(tmp_path, engine="threads"), HostBufferPool(budget=ring))
-    )
+    return ActivationStore(HostBufferPool(budget=budget), Swapper(DiskFile(tmp_path), HostBufferPool(budget=ring)))
 
 
 def forward(store: ActivationStore, values: list[list[torch.Tensor]], stay: int = 0) -> list[list]:

@@ -14,18 +14,18 @@ from deepspeed_alst.offload.host_buffers import PAGE, CudaRegistry, HostBufferPo
 @pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 3 * 2**20 + 5])
 def test_a_buffer_has_the_pages_that_it_needs_and_no_more(num_bytes):
     buffer = HostBufferPool().take(num_bytes)
-    assert buffer.bytes_n.dtype == torch.uint8 and buffer.bytes_n.data_ptr() % PAGE == 0
-    assert 0 <= buffer.num_bytes - num_bytes < PAGE
-    buffer.bytes_n.fill_(7)  # all of it can be written
+    assert buffer.dtype == torch.uint8 and buffer.data_ptr() % PAGE == 0
+    assert 0 <= buffer.numel() - num_bytes < PAGE
+    buffer.fill_(7)  # all of it can be written
 
 
 def test_what_is_given_back_is_taken_again():
     pool = HostBufferPool()
     first = pool.take(10_000)
-    address = first.bytes_n.data_ptr()
+    address = first.data_ptr()
     pool.give(first)
-    assert pool.take(10_001).bytes_n.data_ptr() == address
-    assert pool.num_bytes == pool.in_use == pool.most_in_use == pages(10_000)
+    assert pool.take(10_001).data_ptr() == address
+    assert pool.num_bytes == pool.in_use == pages(10_000)
 
 
 def test_the_budget_is_the_most_and_idle_buffers_of_other_sizes_make_room():
@@ -47,17 +47,17 @@ def test_shorter_sequences_use_the_buffers_of_the_longest():
         assert pool.num_bytes == 3 * pages(100_000)
         for each in buffers:
             pool.give(each)
-    assert pool.take(10).num_bytes == PAGE
+    assert pool.take(10).numel() == PAGE
     # A longer one has buffers of its own, and the idle ones go.
     pool.round_to([1000, 150_000])
     assert pool.num_bytes == PAGE
-    assert pool.take(150_000).num_bytes == pages(150_000)
-    assert pool.take(200_000).num_bytes == pages(200_000)
+    assert pool.take(150_000).numel() == pages(150_000)
+    assert pool.take(200_000).numel() == pages(200_000)
 
 
 def test_a_forked_process_does_not_have_the_buffers():
     buffer = HostBufferPool().take(2**20)
-    address = f"{buffer.bytes_n.data_ptr():x}-"
+    address = f"{buffer.data_ptr():x}-"
     with open("/proc/self/smaps") as file:
         own = file.read().split(address)[1].split("VmFlags:")[1].splitlines()[0]
     assert "dc" in own.split(), "MADV_DONTFORK"
@@ -71,8 +71,8 @@ def resident() -> int:
 def test_a_closed_pool_gives_its_memory_back_and_takes_late_buffers():
     pool, size = HostBufferPool(), 64 * 2**20
     late, idle = pool.take(size), pool.take(size)
-    late.bytes_n.fill_(1)
-    idle.bytes_n.fill_(1)
+    late.fill_(1)
+    idle.fill_(1)
     pool.give(idle)
     before = resident()
     pool.close()
@@ -130,7 +130,7 @@ def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: cudart.calls.append(("wait",)))
     pool = HostBufferPool(registry=CudaRegistry())
     buffer = pool.take(5000)
-    address = buffer.bytes_n.data_ptr()
+    address = buffer.data_ptr()
     pool.give(buffer)
     pool.close()
     # Nothing is unmapped under a copy.
