@@ -415,8 +415,12 @@ def test_a_device_that_is_late_is_no_silent_disk():
 
 def test_a_call_that_fails_raises_its_own_error():
     threads = DiskThreads("", silence_seconds=60)
+
+    def fail():
+        raise TimeoutError("of the call itself")
+
     with pytest.raises(TimeoutError, match="of the call itself"):
-        threads.call(lambda: (_ for _ in ()).throw(TimeoutError("of the call itself")).__next__())
+        threads.call(fail)
     assert threads.close(seconds=60)
 
 
