@@ -21,14 +21,13 @@ from benchmarks.curve import run
 from benchmarks.kernels.liger import NORMS_AND_ROPE
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
-from deepspeed_alst.cli.picture import draw_curves
 from deepspeed_alst.config.schema import AlstConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
 from deepspeed_alst.offload.host_buffers import HostBufferPool
-from deepspeed_alst.profiler.picture import draw
+from deepspeed_alst.profiler.picture import draw, draw_curves
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SP_SIZE = 8

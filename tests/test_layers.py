@@ -36,7 +36,7 @@ FENCES = {
     "triton": {"kernels"},
     "liger_kernel": {"kernels", "integrations"},
     "transformers": {"core.copying"},  # and modules named hf_*
-    "matplotlib": {"profiler.picture", "cli.picture"},
+    "matplotlib": {"profiler.picture"},
     "deepspeed": {
         *("checkpoint", "grad_reduction", "distributed.mesh", "environment", "features", "start", "hooks", "cli"),
         *("integrations.hf_upstream", "kernels.builder", "monitoring.metrics"),

@@ -16,8 +16,7 @@ from transformers import LlamaConfig
 from benchmarks.tiles.systems import IGNORED_LABEL, build, put_tiles, second_step
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.profiler.fake import fake_world
-from deepspeed_alst.profiler.known import Known
+from deepspeed_alst.profiler.fake import Known, fake_world
 
 SYSTEMS = ("whole", "upstream", "ours")
 

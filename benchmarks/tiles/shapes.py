@@ -13,8 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from benchmarks.tiles.systems import System, build, second_step
 from deepspeed_alst.config.schema import TiledMLPConfig
-from deepspeed_alst.profiler.fake import fake_ranks, fake_world
-from deepspeed_alst.profiler.known import Known
+from deepspeed_alst.profiler.fake import Known, fake_ranks, fake_world
 
 GATED = 1.25, 1.24
 OTHER = 1.34, 1.34

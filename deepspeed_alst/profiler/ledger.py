@@ -1,37 +1,30 @@
 """Ledger of a training step: the owner of each live byte, and the operator of each FLOP.
 
-    with Ledger(model) as ledger:
-        with ledger.phase("step 1"):
-            model(**batch).loss.backward()
-    print(ledger.report())
-
-It is a dispatch mode: it sees the inputs and outputs of operators, on real tensors and on fake ones (enter
-FakeTensorMode first), but not the temporary allocations of a kernel. All state is in its objects and in hooks that are
-removed on exit: without a ledger there is no overhead.
+A dispatch mode: it sees inputs and outputs of operators, real or fake, not the temporary allocations of a kernel.
+torch's MemTracker names no owners and counts gradients that autograd adds in place twice (12,004 bytes for 8,004); its
+FlopCounterMode finds no module inside of custom autograd functions, which tiles are.
 """
 
-import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules import module as torch_modules
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.profiler.blocks import Block, Blocks, Moment
-from deepspeed_alst.profiler.flops import formula, is_attention
-from deepspeed_alst.profiler.owners import Category, check_category, opened
-from deepspeed_alst.profiler.report import report
+from deepspeed_alst.errors import AlstError
+from deepspeed_alst.profiler.owners import CATEGORIES, Block, Blocks, Category, Moment, Peak, Sample, opened
 from deepspeed_alst.profiler.scopes import Scopes
-from deepspeed_alst.profiler.timeline import Peak, Sample, peak_of, samples_of
-from deepspeed_alst.profiler.watch import Watch, adds_for_autograd, resizes_seen
 
+aten = torch.ops.aten
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
-_WITH_WEIGHT = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+_WITH_WEIGHT = (aten.mm, aten.addmm, aten.bmm)
 # Owners that derived tensors do not inherit.
 _NOT_INHERITED = ("weights", "gradients", "communication", "host")
 
@@ -46,39 +39,43 @@ class Spent(NamedTuple):
 
 
 class Ledger:
-    """Ledger of one model; readable during and after the step.
+    """Ledger of one model, a context manager; readable during and after the step.
+
+    FLOPs are by torch's formulas: a multiply-add is 2, only matmuls, convolutions and attention count, causal attention
+    counts in full (all S x S scores), and its backward recomputes the scores.
 
     Args:
-        model: its parameters and buffers are the weights; module names and classes determine the owners.
-        device_type: CPU memory of a model on another device is ``host``; default: the first parameter's device.
+        model: its parameters and buffers are the weights; module names and classes determine the owners. If it is not
+            on the CPU, CPU memory is ``host``.
     """
 
-    def __init__(self, model: torch.nn.Module, device_type: str | None = None) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.spent: Counter[Spent] = Counter()
         """FLOPs by phase, part of the step, category and operator."""
         self.rows: Counter[str] = Counter()
         """Rows multiplied with each linear weight in forward direction, by parameter name."""
         first = next(model.parameters(), None)
-        self._device_type = device_type or (first.device.type if first is not None else "cpu")
+        self._on_cpu = first is None or first.device.type == "cpu"
         self._model = model
         self._phase = ""
         self._scopes = Scopes(model)
         self._blocks = Blocks()
-        self._shapes: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
+        # Name and strides of each matrix, by its storage and offset.
+        self._matrices: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self._undo = PatchSet()
-
-    # --- interface of the program
 
     def __enter__(self) -> "Ledger":
         with PatchSet().rollback_on_error() as undo:
-            undo.enter_context(opened(self))
+            undo.enter_context(opened(self.owner))
             undo.callback(self._scopes.close)
             undo.callback(self._blocks.close)
             self._claim_model()
-            undo.hook(torch_modules, "module_forward_pre", self._before_module)
+            undo.hook(torch_modules, "module_forward_pre", lambda module, args: self._scopes.enter_module(module))
             undo.hook(torch_modules, "module_forward", self._after_module, always_call=True)
-            undo.enter_context(resizes_seen(self._seen))
-            undo.enter_context(Watch(self._run))
+            undo.wrap(torch.UntypedStorage, "resize_", self._seen)
+            # On a GPU autograd has threads of its own otherwise, and their sequence numbers are others (scopes.py).
+            undo.enter_context(torch.autograd.set_multithreading_enabled(False))
+            undo.enter_context(_Watch(self._run))
             undo.callback(self._claim_gradients)
             self._undo = undo
         return self
@@ -86,7 +83,7 @@ class Ledger:
     def __exit__(self, *error: Any) -> None:
         self._undo.close()
 
-    @contextlib.contextmanager
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name the phase of the moments inside; an inner phase overrides an outer one."""
         before, self._phase = self._phase, name
@@ -95,43 +92,27 @@ class Ledger:
         finally:
             self._phase = before
 
-    @contextlib.contextmanager
-    def _owner(self, category: Category) -> Iterator[None]:
-        holder = object()
-        self._scopes.enter_owner(holder, category)
-        try:
-            yield
-        finally:
-            self._scopes.leave_owner(holder)
-
     def owner(self, category: Category) -> AbstractContextManager[None]:
         """Implement ``owners.owner`` for this ledger."""
-        check_category(category)
-        return self._owner(category)
+        if category not in CATEGORIES:
+            raise AlstError(f"owner({category!r}): no such category. Use one of {', '.join(CATEGORIES)}")
+        return self._scopes.owner(category)
 
     def claim(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
         """Assign an owner to existing tensors for their whole lifetime, past and future."""
-        check_category(category)
         for tensor in tensors:
             if _has_storage(tensor):
-                self._blocks.claim(self._see(tensor, category, initial=True), category)
-
-    # --- results
+                self._see(tensor, category, initial=True).claim(category)
 
     @property
     def timeline(self) -> list[Sample]:
         """Live bytes by category, before the first event and after each."""
-        return list(samples_of(self._blocks.initial, self._blocks.events))
+        return list(self._blocks.samples())
 
     @property
     def peak(self) -> Peak:
         """Peak of device memory: bytes, moment and owners."""
-        return peak_of(self.timeline, self._blocks.initial, self._blocks.events)
-
-    @property
-    def peak_host_bytes(self) -> int:
-        """Peak of host memory in bytes."""
-        return max(sample.bytes["host"] for sample in self.timeline)
+        return self._blocks.peak()
 
     @property
     def flops(self) -> Counter[str]:
@@ -148,7 +129,7 @@ class Ledger:
     @property
     def attention_flops(self) -> int:
         """FLOPs of fused attention operators; scores computed by matmuls count as ``matmul_flops``."""
-        return sum(flops for operator, flops in self.flops.items() if is_attention(operator))
+        return sum(flops for operator, flops in self.flops.items() if "attention" in operator)
 
     @property
     def matmul_flops(self) -> int:
@@ -161,6 +142,8 @@ class Ledger:
 
     def report(self) -> str:
         """Format the peak, its owners and the FLOPs as text."""
+        from deepspeed_alst.profiler.picture import report
+
         return report(self)
 
     def draw(self, path: str) -> None:
@@ -169,88 +152,115 @@ class Ledger:
 
         draw({"": self.timeline}, path)
 
-    # --- torch's side
-
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an operator and record its inputs, outputs and FLOPs."""
         scope, part = self._scopes.now()
-        operator = str(getattr(func, "_overloadpacket", func))
-        self._blocks.forget_sum()
-        self._blocks.moment = Moment(self._phase, part, scope.module, operator)
-        inputs = [self._see_input(func, x, scope.category) for x in tree_leaves((args, kwargs)) if _has_storage(x)]
+        self._blocks.expect_sum_in_place([])
+        moment = Moment(self._phase, part, scope.module, str(getattr(func, "_overloadpacket", func)))
+        self._blocks.moment = moment
+        # Inputs are older than the ledger if they are new to it, unless they are the data of a new ``torch.tensor``.
+        is_new = func is aten.lift_fresh.default
+        given: Category = (is_new and scope.category) or "other"
+        leaves = tree_leaves((args, kwargs))
+        inputs = [self._see(each, given, initial=not is_new) for each in leaves if _has_storage(each)]
         result = func(*args, **kwargs)
         category = scope.category or _inherited(inputs)
-        outputs = [self._see(x, category) for x in tree_leaves(result) if _has_storage(x)]
-        self._claim_by_use(func, inputs, outputs)
-        if adds_for_autograd(func, args, kwargs) and len(inputs) == 2 and outputs[0] not in inputs:
-            self._blocks.expect_sum_in_place(*inputs)
-        self._count(func, args, kwargs, result, category)
+        outputs = [self._see(each, category) for each in tree_leaves(result) if _has_storage(each)]
+        if getattr(func, "namespace", "") in _COLLECTIVES:
+            for block in inputs + outputs:
+                block.claim("communication")
+        elif self._scopes.accumulates():
+            for block in outputs:
+                block.claim("gradients")
+        if len(inputs) == 2 and _adds_for_autograd(func) and outputs[0] not in inputs:
+            self._blocks.expect_sum_in_place(inputs)
+        if (flops_of := _formula(func)) is not None:
+            flops = flops_of(*args, **kwargs, out_val=result)
+            self.spent[Spent(self._phase, part, category, moment.operator)] += flops
+            if getattr(func, "_overloadpacket", None) in _WITH_WEIGHT:
+                self._count_rows(*args[-2:])
         return result
 
     def _see(self, tensor: torch.Tensor, category: Category, *, initial: bool = False) -> Block:
-        if tensor.device.type == "cpu" and self._device_type != "cpu":
+        if tensor.device.type == "cpu" and not self._on_cpu:
             category = "host"
         return self._blocks.see(tensor.untyped_storage(), category, initial=initial)
 
-    def _see_input(self, func: Any, tensor: torch.Tensor, category: Category | None) -> Block:
-        """Record an input as older than the ledger, unless it is the data of a new ``torch.tensor``."""
-        is_new = func is torch.ops.aten.lift_fresh.default
-        return self._see(tensor, (is_new and category) or "other", initial=not is_new)
-
-    def _claim_by_use(self, func: Any, inputs: list[Block], outputs: list[Block]) -> None:
-        if getattr(func, "namespace", "") in _COLLECTIVES:
-            for block in inputs + outputs:
-                self._blocks.claim(block, "communication")
-        elif self._scopes.accumulates():
-            for block in outputs:
-                self._blocks.claim(block, "gradients")
+    def _count_rows(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Count rows of a forward matmul: it uses the transposed weight, the input gradient the weight itself."""
+        place = (weight.untyped_storage()._cdata, int(weight.storage_offset()))
+        name, stride = self._matrices.get(place, ("", ()))
+        if name and weight.stride()[-2:] == stride[::-1]:
+            self.rows[name] += x.shape[:-1].numel()
 
     def _claim_model(self) -> None:
         self.claim(self._model.buffers(), "weights")
+        self.claim(self._model.parameters(), "weights")
         for name, param in self._model.named_parameters():
-            self.claim([param], "weights")
-            block = self._blocks.find(param.untyped_storage()) if _has_storage(param) else None
-            if block is not None and param.dim() == 2:
-                block.parameters[int(param.storage_offset())] = name
-                self._shapes[name] = (param.shape, param.stride())
+            if param.dim() == 2 and _has_storage(param):
+                self._matrices[param.untyped_storage()._cdata, int(param.storage_offset())] = (name, param.stride())
         self._claim_gradients()
 
     def _claim_gradients(self) -> None:
         self.claim([param.grad for param in self._model.parameters() if param.grad is not None], "gradients")
 
-    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, category: str) -> None:
-        flops_of = formula(func)
-        if flops_of is None:
-            return
-        moment = self._blocks.moment
-        flops = flops_of(*args, **kwargs, out_val=result)
-        self.spent[Spent(moment.phase, moment.part, category, moment.operator)] += flops
-        if getattr(func, "_overloadpacket", None) in _WITH_WEIGHT:
-            self._count_rows(*args[-2:])
+    def _seen(self, resize: Any) -> Any:
+        """Wrap ``UntypedStorage.resize_``, which is no operator."""
 
-    def _count_rows(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """Count rows of a forward matmul: it uses the transposed weight, the input gradient the weight itself."""
-        block = self._blocks.find(weight.untyped_storage())
-        name = block.parameters.get(int(weight.storage_offset())) if block is not None else None
-        if name is None:
-            return
-        shape, stride = self._shapes[name]
-        if weight.shape[-2:] == shape[::-1] and weight.stride()[-2:] == stride[::-1]:
-            self.rows[name] += x.shape[:-1].numel()
+        def resize_(storage: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+            result = resize(storage, *args, **kwargs)
+            if (block := self._blocks.find(storage)) is not None:
+                self._blocks.see(storage, block.category)
+            return result
 
-    def _seen(self, storage: torch.UntypedStorage) -> None:
-        """Record the new size of a tracked storage."""
-        block = self._blocks.find(storage)
-        if block is not None:
-            self._blocks.see(storage, block.category)
-
-    def _before_module(self, module: torch.nn.Module, args: Any) -> None:
-        self._scopes.enter_module(module)
+        return resize_
 
     def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         # ZeRO-3 gives a parameter its memory only while its module runs.
         self.claim(module.parameters(recurse=False), "weights")
         self._scopes.leave_module(module)
+
+
+class _Watch(TorchDispatchMode):
+    """Dispatch mode that passes every operator to a function, with the mode off meanwhile."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, run: Any) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "namespace", "") == "prim":
+            return func(*args, **kwargs)  # query of a fake tensor, such as its device
+        # Autograd decomposes operators that are made of others; inference mode does not.
+        if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload) and _formula(func) is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return self._run(func, args, kwargs)
+
+
+def _grouped_mm_flop(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """Count a grouped matmul; groups split one of its sizes, two 3D operands are a batched matmul."""
+    groups = a.shape[0] if a.dim() == b.dim() == 3 else 1
+    return 2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+# Operators that torch's registry lacks.
+_FORMULAS: dict[Any, Any] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    aten._grouped_mm: _grouped_mm_flop,
+}
+
+
+def _formula(func: Any) -> Any:
+    """Return an operator's formula, called with its arguments and ``out_val``; None if it does not count."""
+    packet = getattr(func, "_overloadpacket", func)
+    return flop_registry.get(packet) or _FORMULAS.get(packet)
 
 
 def _has_storage(x: Any) -> bool:
@@ -261,3 +271,17 @@ def _inherited(inputs: list[Block]) -> Category:
     """Return the largest input's owner, for operators outside modules: a loss inherits from its logits."""
     heirs = [block for block in inputs if block.category not in _NOT_INHERITED]
     return max(heirs, key=lambda block: block.num_bytes).category if heirs else "other"
+
+
+def _adds_for_autograd(func: Any) -> bool:
+    """Return True if autograd, not the program, is adding two gradients of one tensor.
+
+    Autograd sums into an input whose last reference it holds; under a dispatch mode it always allocates the sum (torch
+    2.13, input_buffer.cpp). It calls from C++: the next Python frame starts a backward, or none exists.
+    """
+    if func is not aten.add.Tensor or torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith((__package__, "torch._")):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"

@@ -1,21 +1,50 @@
-"""Plots of memory over a step."""
+"""Text and pictures: a ledger's report, memory over a step, and loss curves."""
 
+import io
+import itertools
 from collections.abc import Collection
+from typing import Any
 
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
-from deepspeed_alst.profiler.owners import CATEGORIES, Category
-from deepspeed_alst.profiler.report import format_bytes
-from deepspeed_alst.profiler.timeline import Sample
+from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.profiler.owners import CATEGORIES, START, Category, Sample
+from deepspeed_alst.profiler.scopes import BACKWARD, FORWARD, RECOMPUTE
 
+_NUM_PARTS = 8
 # A plot is some 1,000 pixels wide. With more samples, only the first and highest of each stretch are drawn.
-_MAX_SAMPLES = 4000
+_MAX_STRETCHES = 2000
 # Share of the width: a shorter stretch of forward or backward has no room for a label.
 _NAMED_SHARE = 0.03
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
+
+
+def report(ledger: Any) -> str:
+    """Format tables of the peak by owner, its largest parts, and FLOPs by operator and part of the step."""
+    peak, parts = ledger.peak, (FORWARD, RECOMPUTE, BACKWARD)
+    owners, allocations = _table("owner", "memory", "of the peak"), _table("allocated in", "owner", "memory")
+    for owner, size in sorted(peak.owners.items(), key=lambda item: -item[1]):
+        if size:
+            owners.add_row(owner, format_bytes(size), "beside it" if owner == "host" else f"{size / peak.bytes:.1%}")
+    for (owner, birth), size in peak.parts.most_common(_NUM_PARTS):
+        allocations.add_row("before the start" if birth == START else str(birth), owner, format_bytes(size))
+    operators = _table("operator", *parts, "all")
+    for operator, flops in ledger.flops.most_common():
+        by_part = dict.fromkeys(parts, 0)
+        for spent, each in ledger.spent.items():
+            by_part[spent.part] += each if spent.operator == operator else 0
+        operators.add_row(operator, *(f"{each:,}" for each in (*by_part.values(), flops)))
+    out = io.StringIO()
+    # Fixed width, since a file has none; module paths must not be cut.
+    console = Console(file=out, width=180)
+    console.print(f"Peak: {format_bytes(peak.bytes)} at {peak.moment}")
+    console.print(owners)
+    console.print("Its largest parts, by what allocated them:")
+    console.print(allocations)
+    console.print(f"FLOPs: {ledger.matmul_flops:,} in matmuls, {ledger.attention_flops:,} in fused attention")
+    console.print(operators)
+    return out.getvalue()
 
 
 def draw(
@@ -29,33 +58,57 @@ def draw(
         left_out: owners that are not drawn.
         top: end of the shared scale in bytes; 0: above the highest.
     """
-    owners = [each for each in CATEGORIES if each not in left_out and _has(timelines.values(), each)]
+    samples_of_all = [sample for samples in timelines.values() for sample in samples]
+    owners = [each for each in CATEGORIES if each not in left_out and any(s.bytes[each] for s in samples_of_all)]
     totals = {name: [sum(each.bytes[o] for o in owners) for each in samples] for name, samples in timelines.items()}
     most = top or max(map(max, totals.values()))
     unit, unit_name = next((size, name) for size, name in _UNITS if most >= size or size == 1)
-    # Without pyplot, to keep the program's own figures and backend.
-    figure = Figure(figsize=(12, 5 if len(timelines) == 1 else 2.8 * len(timelines)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 5 if len(timelines) == 1 else 2.8 * len(timelines))
     all_axes = figure.subplots(len(timelines), sharey=True, squeeze=False)[:, 0]
     for axes, (name, samples) in zip(all_axes, timelines.items(), strict=True):
         peak = max(range(len(samples)), key=totals[name].__getitem__)
-        _stack(axes, samples, _thinned(totals[name], peak), owners, unit)
+        _stack(axes, samples, _thinned(totals[name]), owners, unit)
         height = totals[name][peak] / unit
         axes.plot([peak], [min(height, most / unit)], "v", color="black", clip_on=False)
-        said = f"peak {height:.2f} {unit_name}: {format_bytes(samples[peak].moment)}"
+        said = f"peak {height:.2f} {unit_name}: {samples[peak].moment}"
         axes.set_title(f"{name}; {said}" if name else said, loc="left", fontsize=10)
         axes.set_ylabel(f"live {unit_name}")
     all_axes[0].set_ylim(0, top / unit if top else None)
-    all_axes[0].legend(*_top_first(all_axes[0]), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    all_axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, reverse=True)
     all_axes[-1].set_xlabel("allocations and releases")
     figure.savefig(path, dpi=120 if len(timelines) == 1 else 90)
 
 
-def _has(timelines: Collection[list[Sample]], owner: Category) -> bool:
-    return any(sample.bytes[owner] for samples in timelines for sample in samples)
+def draw_curves(curves: dict[str, list[float]], path: str) -> None:
+    """Draw one loss curve per run over its steps; later ones are thinner, so that equal ones stay visible."""
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    for place, (name, losses) in enumerate(curves.items()):
+        axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=max(1.0, 5.0 - 3 * place), marker=".")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
-def _stack(axes: Axes, samples: list[Sample], places: list[int], owners: list[Category], unit: int) -> None:
+def _figure(width: float, height: float) -> Any:
+    """Return a figure without pyplot, which would change the program's own figures and backend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _table(*headers: str) -> Table:
+    table = Table()
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="right" if place else "left")
+    return table
+
+
+def _stack(axes: Any, samples: list[Sample], places: list[int], owners: list[Category], unit: int) -> None:
     heights = [[samples[place].bytes[each] / unit for place in places] for each in owners]
     axes.stackplot(places, heights, labels=owners, step="post", linewidth=0)
     for place, name in _boundaries(samples):
@@ -64,30 +117,25 @@ def _stack(axes: Axes, samples: list[Sample], places: list[int], owners: list[Ca
     axes.margins(x=0)
 
 
-def _top_first(axes: Axes) -> tuple[list[Artist], list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    return handles[::-1], labels[::-1]
-
-
 def _boundaries(timeline: list[Sample]) -> list[tuple[int, str]]:
     """Return where a phase starts or forward and backward alternate, if long enough for a label."""
-    found: list[tuple[int, str]] = []
-    before = None
-    for place, sample in enumerate(timeline[1:], start=1):
-        now = (sample.moment.phase, "forward" if sample.moment.part == "forward" else "backward")
-        if now != before:
-            found.append((place, " ".join(dict.fromkeys(word for word in now if word))))
-            before = now
-    ends = [place for place, _ in found[1:]] + [len(timeline)]
-    shortest = _NAMED_SHARE * len(timeline)
-    return [each for each, end in zip(found, ends, strict=True) if end - each[0] >= shortest]
+    found, place = [], 1
+    for names, stretch in itertools.groupby(timeline[1:], key=_names):
+        length = len(list(stretch))
+        if length >= _NAMED_SHARE * len(timeline):
+            found.append((place, " ".join(names)))
+        place += length
+    return found
 
 
-def _thinned(totals: list[int], peak: int) -> list[int]:
-    """Return indices of the samples to draw: first and highest of each stretch, and the peak."""
-    stretch = max(1, 2 * len(totals) // _MAX_SAMPLES)
-    places = {peak, len(totals) - 1}
-    for first in range(0, len(totals), stretch):
-        last = min(first + stretch, len(totals))
-        places |= {first, max(range(first, last), key=totals.__getitem__)}
-    return sorted(places)
+def _names(sample: Sample) -> list[str]:
+    part = "forward" if sample.moment.part == "forward" else "backward"
+    return [name for name in dict.fromkeys((sample.moment.phase, part)) if name]
+
+
+def _thinned(totals: list[int]) -> list[int]:
+    """Return indices of the samples to draw: the first and the highest of each stretch, and the last."""
+    stretch = max(1, len(totals) // _MAX_STRETCHES)
+    starts = range(0, len(totals), stretch)
+    highest = {max(range(at, min(at + stretch, len(totals))), key=totals.__getitem__) for at in starts}
+    return sorted({*starts, *highest, len(totals) - 1})

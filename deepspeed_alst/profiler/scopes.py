@@ -1,17 +1,16 @@
 """Lookup of the running module: by hooks in forward, by autograd's sequence numbers in backward.
 
 Every autograd node has a number, in forward order. A mark stores the first number of a scope, so the scope of a node in
-the backward is found by its number.
+the backward is found by its number. The numbers are a thread's own: forward and backward must run in one thread.
 """
 
 import re
-import sys
-import threading
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import checkpoint
 
 from deepspeed_alst.profiler.owners import Category
 
@@ -29,85 +28,66 @@ class Scope(NamedTuple):
     module: str
 
 
-OUTSIDE = Scope(None, "")
+_OUTSIDE = Scope(None, "")
 
 
 class _Entry:
     """Scope that was entered and not left; ``node`` is the autograd node running then, if any."""
 
     def __init__(self, holder: object, scope: Scope) -> None:
-        self.holder, self.scope = holder, scope
-        self.node = torch._C._current_autograd_node()
-        # An owner set inside a backward does not make it a recomputation; a module or a checkpoint does.
-        self.recomputes = self.node is not None and (isinstance(holder, torch.nn.Module) or _called_by_checkpoint())
-
-
-class _Marks:
-    """Scopes by their first sequence number, for the nodes of one thread."""
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._scopes: list[Scope] = []
-
-    def set(self, number: int, scope: Scope) -> None:
-        while self._numbers and self._numbers[-1] >= number:
-            self._numbers.pop()
-            self._scopes.pop()
-        if not self._scopes or self._scopes[-1] != scope:
-            self._numbers.append(number)
-            self._scopes.append(scope)
-
-    def find(self, number: int) -> Scope:
-        place = bisect_right(self._numbers, number)
-        return self._scopes[place - 1] if place else OUTSIDE
+        self.holder, self.scope, self.node = holder, scope, torch._C._current_autograd_node()
 
 
 class Scopes:
-    """Stack of open scopes, and the marks of their nodes."""
+    """Stack of open scopes, and marks: scopes by their first sequence number."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._scopes = _scopes_of(model)
-        self._heads = _heads_of(model)
+        self._modules = {id(module): _scope_of(path, module) for path, module in model.named_modules()}
         self._parameters = {id(param): name for name, param in model.named_parameters()}
         self._open: list[_Entry] = []
-        self._marks: dict[int, _Marks] = {}
-        self._marked_last = threading.get_ident()
-        self._threads: dict[int, int] = {}
+        self._numbers: list[int] = []
+        self._marked: list[Scope] = []
 
     def enter_module(self, module: torch.nn.Module) -> None:
         """Enter a module's forward; without its own category it inherits the enclosing one."""
         around, _ = self.now()
-        category, path = self._scopes.get(id(module), (None, around.module))
+        category, path = self._modules.get(id(module), Scope(None, around.module))
         self._enter(module, Scope(category or around.category, path))
 
     def leave_module(self, module: torch.nn.Module) -> None:
         """Leave a module, also after an exception. After the head, the enclosing module computes logits and loss."""
         self._leave(module)
-        if id(module) in self._heads and self._open:
-            entry = self._open[-1]
-            if entry.scope.category in (None, "residual"):
-                entry.scope = entry.scope._replace(category="logits")
-                self._mark(self.now()[0])
+        is_head = self._modules.get(id(module), _OUTSIDE).category == "logits"
+        if is_head and self._open and self._open[-1].scope.category in (None, "residual"):
+            self._open[-1].scope = self._open[-1].scope._replace(category="logits")
+            self._mark(self.now()[0])
 
-    def enter_owner(self, holder: object, category: Category) -> None:
-        """Enter a scope with an explicit owner."""
+    @contextmanager
+    def owner(self, category: Category) -> Iterator[None]:
+        """Give allocations inside this owner."""
+        holder = object()
         self._enter(holder, Scope(category, self.now()[0].module))
-
-    def leave_owner(self, holder: object) -> None:
-        """Leave the scope of ``enter_owner``."""
-        self._leave(holder)
+        try:
+            yield
+        finally:
+            self._leave(holder)
 
     def now(self) -> tuple[Scope, str]:
         """Return the current scope and the part of the step."""
         node = torch._C._current_autograd_node()
         top = self._open[-1] if self._open else None
         if node is None:
-            return (top.scope if top else OUTSIDE), FORWARD
+            return (top.scope if top else _OUTSIDE), FORWARD
         builds_graph = torch.is_grad_enabled()
         if top is not None and top.node is node:
-            recomputes = any(entry.recomputes for entry in self._open if entry.node is node)
-            return top.scope, RECOMPUTE if builds_graph or recomputes else BACKWARD
-        scope = self._scope_of(node)
+            # An owner set inside a backward does not make it a recomputation; a module does.
+            in_module = any(each.node is node and isinstance(each.holder, torch.nn.Module) for each in self._open)
+            return top.scope, RECOMPUTE if builds_graph or in_module else BACKWARD
+        if (parameter := self._parameter_of(node)) is not None:
+            scope = Scope("gradients", parameter)
+        else:
+            place = bisect_right(self._numbers, node._sequence_nr())
+            scope = self._marked[place - 1] if place else _OUTSIDE
         if builds_graph:
             # The operator's own node already has its number.
             self._mark(scope, torch.autograd._get_sequence_nr() - 1)
@@ -128,60 +108,33 @@ class Scopes:
 
     def _leave(self, holder: object) -> None:
         """Leave a scope and those above it, which an exception left without their hooks."""
-        for place in range(len(self._open) - 1, -1, -1):
-            if self._open[place].holder is holder:
-                del self._open[place:]
-                self._mark(self.now()[0])
-                return
+        place = next((at for at, entry in reversed([*enumerate(self._open)]) if entry.holder is holder), None)
+        if place is not None:
+            del self._open[place:]
+            self._mark(self.now()[0])
 
     def _mark(self, scope: Scope, number: int | None = None) -> None:
-        thread = self._marked_last = threading.get_ident()
-        marks = self._marks.setdefault(thread, _Marks())
-        marks.set(torch.autograd._get_sequence_nr() if number is None else number, scope)
-
-    def _scope_of(self, node: Any) -> Scope:
-        parameter = self._parameter_of(node)
-        if parameter is not None:
-            return Scope("gradients", parameter)
-        # Sequence numbers are per thread, and on CUDA the backward runs in its own threads. The nodes of a backward
-        # come from the thread that made the last mark before it.
-        task = torch._C._current_graph_task_id()
-        thread = self._threads.setdefault(task, self._marked_last)
-        marks = self._marks.get(thread)
-        return marks.find(node._sequence_nr()) if marks else OUTSIDE
+        number = torch.autograd._get_sequence_nr() if number is None else number
+        while self._numbers and self._numbers[-1] >= number:
+            self._numbers.pop()
+            self._marked.pop()
+        if not self._marked or self._marked[-1] != scope:
+            self._numbers.append(number)
+            self._marked.append(scope)
 
     def _parameter_of(self, node: Any) -> str | None:
         """Return the name of the parameter whose gradient a node accumulates, or None."""
         return self._parameters.get(id(getattr(node, "variable", None)))
 
 
-def _called_by_checkpoint() -> bool:
-    """Return True if torch's checkpointing recomputes a forward in this thread, below the current backward."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
-        if frame.f_globals.get("__name__") == checkpoint.__name__:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _heads_of(model: torch.nn.Module) -> set[int]:
-    """Return the ids of modules that produce logits."""
-    return {id(module) for path, module in model.named_modules() if path.rsplit(".", 1)[-1] in _HEADS}
-
-
-def _scopes_of(model: torch.nn.Module) -> dict[int, tuple[Category | None, str]]:
-    """Return by module id the category it starts, or None to inherit, and its path."""
-    found: dict[int, tuple[Category | None, str]] = {}
-    heads = _heads_of(model)
-    for path, module in model.named_modules():
-        own: Category | None = None if path else "residual"
-        names = (path.rsplit(".", 1)[-1], type(module).__name__)
-        if id(module) in heads:
-            own = "logits"
-        elif any(_ATTENTION.fullmatch(name) for name in names):
-            own = "attention"
-        elif any(_MLP.fullmatch(name) for name in names):
-            own = "tiles"
-        found[id(module)] = (own, path or type(module).__name__)
-    return found
+def _scope_of(path: str, module: torch.nn.Module) -> Scope:
+    """Return the category that a module starts, or None to inherit, and its path."""
+    name, kind = path.rsplit(".", 1)[-1], type(module).__name__
+    own: Category | None = None if path else "residual"
+    if name in _HEADS:
+        own = "logits"
+    elif any(map(_ATTENTION.fullmatch, (name, kind))):
+        own = "attention"
+    elif any(map(_MLP.fullmatch, (name, kind))):
+        own = "tiles"
+    return Scope(own, path or kind)

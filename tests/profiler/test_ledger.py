@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.families import family_config
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError
+from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.profiler import picture
-from deepspeed_alst.profiler.blocks import Moment
 from deepspeed_alst.profiler.fake import fake_ranks, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
-from deepspeed_alst.profiler.owners import CATEGORIES, owner
-from deepspeed_alst.profiler.timeline import Sample
+from deepspeed_alst.profiler.owners import CATEGORIES, Moment, Sample, owner
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 
 B, T, VOCABULARY, WIDTH, INNER, LAYERS = 1, 256, 1000, 256, 688, 3
@@ -207,7 +206,7 @@ def test_a_step_of_a_model_is_shared_out_among_its_owners():
         "gradients": num_bytes,
         "other": T * 8,
     }
-    assert ledger.peak.bytes == sum(part.num_bytes for part in ledger.peak.parts)
+    assert ledger.peak.bytes == ledger.peak.parts.total()
 
 
 def test_the_peak_names_its_phase_module_and_operator():
@@ -225,7 +224,7 @@ def test_the_peak_names_its_phase_module_and_operator():
     assert ledger.peak.moment.phase == "second"
     assert ledger.peak.moment.part == "backward"
     assert (ledger.peak.moment.module, ledger.peak.moment.operator) == ("", "aten.mul")
-    assert f"Peak: {ledger.peak.bytes:,} bytes. second, backward, aten.mul" in ledger.report()
+    assert f"Peak: {format_bytes(ledger.peak.bytes)} at second, backward, aten.mul" in ledger.report()
     assert "second, forward of 1, aten.addmm" in ledger.report()
 
 
@@ -239,7 +238,7 @@ def test_memory_on_the_host_is_beside_the_peak():
         return kept, offloaded, model(torch.empty(2, 4, device="meta"))
 
     ledger = keep(model, run)
-    assert ledger.peak_host_bytes == 600
+    assert max(sample.bytes["host"] for sample in ledger.timeline) == 600
     assert ledger.peak.bytes == 80 + 32 + 32
 
 
@@ -288,21 +287,13 @@ def test_flops_of_attention_on_cpu_are_torchs_formula():
     assert ledger.attention_flops == 7 * product and ledger.matmul_flops == 0
 
 
-def test_flops_of_grouped_products_and_products_with_a_vector():
+def test_flops_of_grouped_products():
     rows, experts, offsets = torch.ones(16, 32), torch.ones(2, 32, 8), torch.tensor([3, 16], dtype=torch.int32)
 
     def run():
         torch.nn.functional.grouped_mm(rows.bfloat16(), experts.bfloat16(), offs=offsets)
-        torch.mv(rows, rows[0])
-        torch.addmv(rows[:, 0], rows, rows[0])
-        torch.addbmm(experts[0, :, :], experts.transpose(1, 2).reshape(2, 32, 8), torch.ones(2, 8, 8))
 
-    assert keep(torch.nn.Identity(), run).flops == {
-        "aten._grouped_mm": 2 * 16 * 32 * 8,
-        "aten.mv": 2 * 16 * 32,
-        "aten.addmv": 2 * 16 * 32,
-        "aten.addbmm": 2 * 2 * 32 * 8 * 8,
-    }
+    assert keep(torch.nn.Identity(), run).flops == {"aten._grouped_mm": 2 * 16 * 32 * 8}
 
 
 def test_inference_mode_has_the_same_flops():
@@ -359,21 +350,26 @@ class _Tiled(torch.autograd.Function):
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_nested_autograd_is_followed(is_checkpointed):
-    class Layer(torch.nn.Module):
+    class Body(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.norm = torch.nn.LayerNorm(16)
             self.inner = torch.nn.Linear(16, 16, bias=False)
-            self.lm_head = torch.nn.Linear(16, 32, bias=False)
 
-        def body(self, x):
+        def forward(self, x):
             return self.norm(x) + _Tiled.apply(x, self.inner, self.inner.weight)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body()
+            self.lm_head = torch.nn.Linear(16, 32, bias=False)
 
         def forward(self, x):
             x = checkpoint(self.body, x, use_reentrant=False) if is_checkpointed else self.body(x)
             return self.lm_head(x).sum()
 
-    model = Layer()
+    model = Model()
 
     def run():
         model(torch.ones(8, 16, requires_grad=True)).backward()
@@ -390,7 +386,7 @@ def test_nested_autograd_is_followed(is_checkpointed):
         ("recompute", "tiles"): times * inner,
         ("backward", "tiles"): 2 * inner,
     }
-    assert ledger.forwards(8)["inner.weight"] == 1 + times
+    assert ledger.forwards(8)["body.inner.weight"] == 1 + times
     assert max(sample.bytes["logits"] for sample in ledger.timeline) >= 8 * 32 * 4
     assert ledger.timeline[-1].bytes["tiles"] == 0
 
@@ -554,7 +550,7 @@ def test_claimed_tensors_belong_to_who_claims_them():
     states = [torch.ones(10)]
     with Ledger(torch.nn.Identity()) as ledger:
         ledger.claim(states, "host")
-    assert ledger.peak_host_bytes == 40 and ledger.peak.bytes == 0
+    assert ledger.timeline[-1].bytes["host"] == 40 and ledger.peak.bytes == 0
 
 
 def test_the_picture_is_drawn(tmp_path):
