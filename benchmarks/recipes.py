@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.crossing import RANKS_PER_HOST, crossing_table, markdown, num_params
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
-from deepspeed_alst.cli.memory import Machine, Model, static_bytes
+from deepspeed_alst.cli.plan import Machine, Model, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import AlstConfig
@@ -132,7 +132,7 @@ def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -
     on_host = {"offload_optimizer": optimizer_on_host, "offload_param": weights_on_host}
     zero = {"stage": 3, **{key: {"device": "cpu"} for key, is_there in on_host.items() if is_there}}
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
-    gpu, host, _ = static_bytes(Model(N, 0, 0), ds_config, Machine(ranks, 0, 0, ranks))
+    gpu, host = static_bytes(Model(N, 0, 0), ds_config, Machine(ranks, 0, 0, ranks))
     return States(sum(gpu.get(key, 0) for key in ("weights", "gradients", "optimizer")), sum(host.values()))
 
 

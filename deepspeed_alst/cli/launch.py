@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 from deepspeed_alst.errors import SetupError
 
@@ -27,16 +26,20 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
         environment["DS_ACCELERATOR"] = "cpu"
         # Threads of several ranks would compete for cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
     port = free_port()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
     command = [*launcher, "--master_port", str(port), *words]
     with log.open("w") as out, log.open(errors="replace") as printed:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         try:
-            while process.poll() is None:
-                _show_progress(printed)
-                time.sleep(_LOOK_SECONDS)
-            _show_progress(printed)
+            is_over = False
+            while not is_over:
+                # Asked before the lines are read: those of the end are shown too.
+                is_over = process.poll() is not None
+                for line in printed:
+                    if PROGRESS in line:
+                        print(line[line.index(PROGRESS) :].rstrip(), file=sys.stderr, flush=True)
+                time.sleep(0 if is_over else _LOOK_SECONDS)
         except BaseException:
             process.kill()
             raise
@@ -44,12 +47,6 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
             remove_shared_memory(port)
     if process.returncode:
         raise SetupError(f"{_reason(log)} (exit status {process.returncode}; all of it is in {log})")
-
-
-def _show_progress(printed: IO[str]) -> None:
-    for line in printed:
-        if PROGRESS in line:
-            print(line[line.index(PROGRESS) :].rstrip(), file=sys.stderr, flush=True)
 
 
 def _reason(log: Path) -> str:

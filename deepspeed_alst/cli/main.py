@@ -1,15 +1,16 @@
-"""``ds_alst``: dispatches to the requested command and imports only its module."""
+"""``ds_alst``: dispatches to the module of the requested command.
+
+Each has SUMMARY, EXAMPLES, add_arguments(parser) and run(arguments) -> exit status. Heavy imports (torch, deepspeed,
+transformers) belong in run: --help stays fast, and commands fail independently.
+"""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
+from deepspeed_alst.cli import plan, report, verify
 from deepspeed_alst.errors import AlstError
 
-# Modules of this folder, each with SUMMARY, EXAMPLES, add_arguments(parser) and run(arguments) -> exit status. Heavy
-# imports (torch, deepspeed, transformers) belong in run: --help stays fast, and commands fail independently.
-COMMANDS = ("report", "verify", "plan")
 _ERROR_STATUS = 2  # same as argparse
 
 
@@ -22,25 +23,13 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: the command's own, or 2 for an AlstError.
     """
-    words = sys.argv[1:] if words is None else words
-    arguments = _parser([name for name in COMMANDS if name in words[:1]] or COMMANDS).parse_args(words)
-    try:
-        return arguments.run(arguments)
-    except AlstError as error:
-        print(f"ds_alst {arguments.command}: {error}", file=sys.stderr)
-        return _ERROR_STATUS
-
-
-def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds_alst", description="What one wants to know before a long run.")
-    parser.add_argument(
-        "--version", action="version", version=f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
-    )
+    version = f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name in names:
-        module = importlib.import_module(f"deepspeed_alst.cli.{name}")
+    for module in (report, verify, plan):
         command = commands.add_parser(
-            name,
+            module.__name__.rpartition(".")[2],
             help=module.SUMMARY,
             description=module.SUMMARY,
             epilog=f"examples:\n{module.EXAMPLES}",
@@ -48,4 +37,9 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser
+    arguments = parser.parse_args(words)
+    try:
+        return arguments.run(arguments)
+    except AlstError as error:
+        print(f"ds_alst {arguments.command}: {error}", file=sys.stderr)
+        return _ERROR_STATUS

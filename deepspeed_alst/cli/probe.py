@@ -50,7 +50,6 @@ def main(hooked: bool, nvme_path: str) -> None:
         "autoload": autoload_rows(hooked),
         "tested versions": tested_rows(),
         "gpus": gpu_rows(),
-        "attention": attention_rows(),
         "imports": import_rows(),
         "allocator": allocator_rows(),
         "ops": op_rows(),
@@ -99,28 +98,16 @@ def gpu_rows() -> Iterator[Row]:
         yield judged("gpus", value, "not on the GPUs" if found and device == "cpu" else "", "unset DS_ACCELERATOR")
 
 
-def attention_rows() -> Iterator[Row]:
-    """Yield rows on torch's attention kernels: sdpa and flex_attention."""
-    on_gpu, cuda = torch.cuda.is_available(), torch.backends.cuda
-    kernels = {
-        "flash": cuda.is_flash_attention_available() and cuda.flash_sdp_enabled(),
-        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
-        "cuDNN": cuda.cudnn_sdp_enabled(),
-    }
-    yield Row("sdpa", ", ".join(name for name, there in kernels.items() if there) if on_gpu else "on CPU")
-    yield Row("flex_attention", "torch's own" if on_gpu else "forward only: PyTorch has no backward of it on CPU")
-
-
 def import_rows() -> Iterator[Row]:
     """Yield a row per module that a run may import, with the error if an installed one does not load."""
+
+    def imported(module: str, version: str) -> Iterator[Row]:
+        if version:
+            importlib.import_module(module)
+        yield Row(f"import {module}", "loads" if version else "not installed")
+
     for module, distribution in _MODULES.items():
-        yield from guarded(f"import {module}", _imported(module, version_of(distribution)))
-
-
-def _imported(module: str, version: str) -> Iterator[Row]:
-    if version:
-        importlib.import_module(module)
-    yield Row(f"import {module}", "loads" if version else "not installed")
+        yield from guarded(f"import {module}", imported(module, version_of(distribution)))
 
 
 def allocator_rows() -> Iterator[Row]:
@@ -130,7 +117,7 @@ def allocator_rows() -> Iterator[Row]:
     yield judged(
         "allocator",
         setting or "unset: on a GPU, alst.expandable_segments switches expandable segments on",
-        "long sequences break the memory into pieces that fit nothing" if off else "",
+        "long sequences fragment the memory" if off else "",
         "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or leave it to alst.expandable_segments",
     )
 

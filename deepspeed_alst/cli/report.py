@@ -12,17 +12,18 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from deepspeed_alst.cli.keys import problems, read_json
-from deepspeed_alst.config.config_file import is_wanted
-from deepspeed_alst.config.parse import block_of, parse
+from deepspeed_alst.config.compatibility import check_features, check_numbers, wrong_blocks, zero_stage
+from deepspeed_alst.config.config_file import is_wanted, read_config
+from deepspeed_alst.config.parse import block_of, check_world, parse
 from deepspeed_alst.config.schema import AlstBlockConfig
+from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 
 SUMMARY = "the environment that a run would have, with a verdict for each part of it and what to do"
@@ -56,8 +57,6 @@ _WITHOUT = {
     "peft": "no LoRA",
     "trl": "no SFTTrainer",
 }
-# DeepSpeed's ALST tutorial and ArcticTraining warn of it.
-_LEAKING_TORCH = SpecifierSet(">=2.6.0,<=2.7.0")
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -128,16 +127,49 @@ def version_rows() -> Iterator[Row]:
     yield Row("python", f"{platform.python_version()} at {sys.executable}")
     for name, without in _WITHOUT.items():
         found, specifier = version_of(name), wanted.get(name, SpecifierSet())
-        wrong = ""
-        if not found:
-            wrong = without or "no run without it"
-        elif name == "torch" and _LEAKING_TORCH.contains(found, prereleases=True):
-            wrong = "its torch.distributed.barrier takes more than 3 GiB of GPU memory and keeps it"
-        elif not specifier.contains(found, prereleases=True):
-            wrong = "not a version that this package works with"
+        wrong = without or "no run without it"
+        if found:
+            fits = specifier.contains(found, prereleases=True)
+            wrong = "" if fits else "not a version that this package works with"
         value = (found or "not installed") + (f" (asked for: {specifier})" if specifier else "")
         install = f"pip install {_ROOT}" if name == _NAME else f"pip install '{name}{specifier}'"
         yield judged(name, value, wrong, install, "note" if without else "problem")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a ds_config from a file.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no ds_config.
+    """
+    try:
+        return read_config(path)
+    except (OSError, ValueError) as error:
+        way_out = "Give the path of a JSON file that holds an object."
+        raise ConfigError(f"--ds_config {path} cannot be read: {error}. {way_out}") from error
+
+
+def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> list[str]:
+    """Return the lines of all errors; the checks of a parsed config are skipped if parsing fails."""
+    lines: list[str] = []
+
+    def checked(check: Any, *args: Any) -> Any:
+        try:
+            return check(*args)
+        except ConfigError as error:
+            lines.extend(str(error).splitlines())
+
+    config = checked(parse, ds_config)
+    checked(check_numbers, ds_config)
+    checked(zero_stage, ds_config)
+    if config is None or not is_wanted(ds_config):
+        return lines
+    if config.sequence_parallel_size == 1:
+        return lines + wrong_blocks(ds_config)
+    checked(check_features, ds_config)
+    if num_ranks is not None:
+        checked(check_world, config, num_ranks)
+    return lines
 
 
 def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
@@ -151,7 +183,7 @@ def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
         ConfigError: the file cannot be read or holds no ds_config.
     """
     ds_config = read_json(path)
-    if lines := [*problems(ds_config, num_ranks)]:
+    if lines := problems(ds_config, num_ranks):
         yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in lines)
         return
     if not is_wanted(ds_config):

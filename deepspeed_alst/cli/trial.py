@@ -1,57 +1,139 @@
-"""Built-in program of ``ds_alst verify``: a plain DeepSpeed loop, run once per ds_config.
+"""A run of ``ds_alst verify`` on each rank, recorded from outside of the engine.
 
-    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial FOLDER
+    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial OUTPUT                        # the built-in program
+    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial FOLDER STEPS PROGRAM [WORDS]  # the user's program
 
-FOLDER has ``spec.json`` and receives one folder of records per run.
+Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
 """
 
 import gc
 import json
+import runpy
 import sys
-from dataclasses import asdict, dataclass, field
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors.torch import save_file
 
-from deepspeed_alst.cli.recorder import Recorder
-from deepspeed_alst.verification.hf_tiny_models import build, load_config
+from deepspeed_alst.cli.launch import PROGRESS
+from deepspeed_alst.config.parse import GAS, MICRO
+from deepspeed_alst.config.parse import block_of
+from deepspeed_alst.core.patching import PatchSet
 
-LEARNING_RATE = 0.3
+# Recorded elements per parameter and tokens per layer, at most; of more, a sample at even spacing.
+_ELEMENTS, _TOKENS = 2**20, 512
+_LEARNING_RATE = 0.3
 _SEED = 5
 _IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Spec:
-    """Settings common to all runs, and the ds_config of each."""
+class Recorder:
+    """Recorder of an engine's first steps. All ranks must create one: gathering weights is collective.
 
-    model: str
-    """A config.json, a folder or a hub name."""
-    small: bool
-    loads_weights: bool
-    core: str
-    half: str
-    """bf16 or fp16 if the user's run is in it, else empty."""
-    seq_len: int
-    steps: int
-    data: str = ""
-    """A .jsonl file with ``input_ids`` and optional ``labels``; random tokens if empty."""
-    checkpointing: bool = False
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    Args:
+        engine: DeepSpeed engine; its ``backward`` and ``step`` are wrapped.
+        folder: receives ``record.json`` and ``.safetensors`` files.
+        steps: number of optimizer steps.
+        then: called after the last step.
+    """
 
-    def write(self, folder: Path) -> None:
-        """Write ``spec.json``."""
-        (folder / "spec.json").write_text(json.dumps(asdict(self)))
+    def __init__(self, engine: Any, folder: Path, steps: int, then: Callable[[], None]) -> None:
+        self._engine, self._folder, self._steps, self._then = engine, folder, steps, then
+        self._losses: list[torch.Tensor] = []
+        self._curve: dict[str, list[float | None]] = {"loss": [], "norm": []}
+        self._start = self._gather(safe_get_full_fp32_param)
+        self._backward, self._step = engine.backward, engine.step
+        engine.backward, engine.step = self.backward, self.step
+        # Outputs [B, s, H] of the first forward by layer, and "stride s" of each.
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._sizes: dict[str, str] = {}
+        self._hooks = PatchSet()
+        for name, layer in _layers_of(engine.module).items():
+            self._hooks.hook(layer, "forward", partial(self._keep, name))
 
-    @staticmethod
-    def read(folder: Path) -> "Spec":
-        """Read the spec from ``spec.json``."""
-        return Spec(**json.loads((folder / "spec.json").read_text()))
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Record the loss, then run ``engine.backward``."""
+        # With scale_wrt_gas=False the caller has already divided by the accumulation steps.
+        divided = kwargs.get("scale_wrt_gas") is False
+        factor = self._engine.gradient_accumulation_steps() if divided else 1
+        self._losses.append(loss.detach().double().cpu() * factor)
+        self._hooks.close()
+        return self._backward(loss, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``engine.step``, and record at gradient accumulation boundaries."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            return self._step(*args, **kwargs)
+        if not self._curve["loss"]:
+            self._save("gradients", self._gather(safe_get_full_grad))
+        result = self._step(*args, **kwargs)
+        loss = torch.stack(self._losses).mean().to(self._engine.device, torch.float32)
+        dist.all_reduce(loss)
+        self._losses.clear()
+        self._curve["loss"].append(float(loss) / dist.get_world_size())
+        norm = self._engine.get_global_grad_norm()  # DeepSpeed has none at stage 0 in fp32
+        self._curve["norm"].append(None if norm is None else float(norm))
+        done, mean = len(self._curve["loss"]), self._curve["loss"][-1]
+        if dist.get_rank() == 0:
+            print(f"{PROGRESS} {self._folder.name}: step {done} of {self._steps}, loss {mean:.6g}", flush=True)
+        if done == self._steps:
+            self._finish()
+        return result
+
+    def _finish(self) -> None:
+        end = self._gather(safe_get_full_fp32_param)
+        self._save("changes", {name: end[name] - start for name, start in self._start.items()})
+        save_file(self._outputs, self._folder / f"layers-{dist.get_rank()}.safetensors", self._sizes)
+        if dist.get_rank() == 0:
+            record = {**self._curve, "parameters": list(self._start)}  # .safetensors files do not keep the order
+            (self._folder / "record.json").write_text(json.dumps(record))
+        dist.barrier()
+        self._then()
+
+    def _gather(self, read: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Read the weight or gradient of each trainable parameter, for rank 0; without a gradient it is zero."""
+        found = {}
+        for name, param in self._engine.module.named_parameters():
+            if param.requires_grad:
+                whole = read(param)
+                if whole is None:
+                    whole = param if read is safe_get_full_fp32_param else torch.zeros(1)
+                if dist.get_rank() == 0:
+                    flat = whole.detach().flatten()
+                    sample = flat[:: -(-flat.numel() // _ELEMENTS)]
+                    found[name.replace("_orig_mod.", "")] = sample.float().cpu().clone()
+        return found
+
+    def _save(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+        if dist.get_rank() == 0:
+            save_file(tensors, self._folder / f"{kind}.safetensors")
+
+    def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not torch.is_grad_enabled():  # model check or evaluation
+            return
+        if name not in self._outputs and isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
+            stride = max(1, hidden.shape[1] // _TOKENS)
+            self._outputs[name] = hidden.detach()[:, ::stride].float().cpu().contiguous()
+            self._sizes[name] = f"{stride} {hidden.shape[1]}"
 
 
-def samples(spec: Spec, vocab: int, count: int) -> list[dict[str, torch.Tensor]]:
+def _layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the decoder layers by name, in order: the members of the model's outermost ModuleList."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            return {f"{name}.{index}".replace("_orig_mod.", ""): layer for index, layer in enumerate(module)}
+    return {}
+
+
+def samples(spec: Namespace, vocab: int, count: int) -> list[dict[str, torch.Tensor]]:
     """Return ``count`` samples of ``[S]``; random ones ignore every third label, every other one its second half."""
     if spec.data:
         with open(spec.data, encoding="utf-8") as lines:
@@ -59,35 +141,36 @@ def samples(spec: Spec, vocab: int, count: int) -> list[dict[str, torch.Tensor]]
         rows = [read[index % len(read)] for index in range(count)]
         ids = [torch.tensor(row["input_ids"][: spec.seq_len]) for row in rows]
         labels = [torch.tensor(row.get("labels", row["input_ids"])[: spec.seq_len]) for row in rows]
-        if spec.small:  # a tiny model has a smaller vocabulary
+        if not spec.full:  # a tiny model has a smaller vocabulary
             ids = [row.remainder(vocab) for row in ids]
             labels = [row.remainder(vocab).where(row >= 0, row) for row in labels]
         return [{"input_ids": row, "labels": own} for row, own in zip(ids, labels, strict=True)]
     make = torch.Generator().manual_seed(_SEED)
     found = []
     for index in range(count):
-        ids = torch.randint(5, vocab - 1, (spec.seq_len,), generator=make)
-        labels = ids.clone()
-        labels[::3] = _IGNORED
+        row = torch.randint(5, vocab - 1, (spec.seq_len,), generator=make)
+        own = row.clone()
+        own[::3] = _IGNORED
         if index % 2:
             # Leaves the last shard without labels.
-            labels[spec.seq_len // 2 :] = _IGNORED
-        found.append({"input_ids": ids, "labels": labels})
+            own[spec.seq_len // 2 :] = _IGNORED
+        found.append({"input_ids": row, "labels": own})
     return found
 
 
-def train(spec: Spec, ds_config: dict[str, Any], folder: Path) -> None:
+def train(spec: Namespace, ds_config: dict[str, Any], folder: Path) -> None:
     """Train a model for some steps and record it."""
-    config = load_config(spec.model, spec.small)
-    model = build(config, spec.model if spec.loads_weights else None, ds_config, spec.core, spec.half)
-    if spec.checkpointing:
+    from deepspeed_alst.verification.hf_tiny_models import build, has_weights, load_config
+
+    config = load_config(spec.model, not spec.full)
+    weights = spec.model if spec.full and has_weights(spec.model) else None
+    model = build(config, weights, ds_config, spec.attn_implementation, spec.half)
+    if spec.checkpoints:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    a_step = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
-    world_size = int(torch.distributed.get_world_size())
-    sp_size = ds_config.get("sequence_parallel_size", 1)
+    replicas = int(dist.get_world_size()) // ds_config["sequence_parallel_size"]
     # Every step uses the same samples, so that the loss falls.
-    data = samples(spec, config.get_text_config().vocab_size, a_step * world_size // sp_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    data = samples(spec, config.get_text_config().vocab_size, ds_config[MICRO] * ds_config[GAS] * replicas)
+    optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     # No workers: the data is in memory and read again in each step, so starting workers would dominate.
     loader = engine.deepspeed_io(data, pin_memory=False, num_local_io_workers=0)
@@ -101,16 +184,44 @@ def train(spec: Spec, ds_config: dict[str, Any], folder: Path) -> None:
     engine.destroy()
 
 
-def main() -> None:
-    """Train every run of the spec in turn, in the same processes."""
-    folder = Path(sys.argv[-1])
-    spec = Spec.read(folder)
+def train_all(output: Path) -> None:
+    """Train every run of ``spec.json`` in turn, in the same processes."""
+    spec = Namespace(**json.loads((output / "spec.json").read_text()))
+    configs = {name: json.loads((output / name / "ds_config.json").read_text()) for name in spec.runs}
+    whole, split, *_ = configs.values()
+    spec.half = next((key for key in ("bf16", "fp16") if (whole.get(key) or {}).get("enabled")), "")
+    block = block_of(split)
+    spec.checkpoints = block.get("activation_checkpoint_cpu_offload") or block.get("save_attention_output") is True
     deepspeed.init_distributed()
-    for name, ds_config in spec.runs.items():
-        (folder / name).mkdir(exist_ok=True)
-        train(spec, ds_config, folder / name)
+    for name, ds_config in configs.items():
+        train(spec, ds_config, output / name)
         gc.collect()
 
 
+def run_program(folder: Path, steps: int, words: list[str]) -> None:
+    """Run a program, and record the first engine that ``deepspeed.initialize`` returns to it."""
+    patches = PatchSet()
+
+    def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def initialize(*args: Any, **kwargs: Any) -> Any:
+            results = original(*args, **kwargs)
+            patches.close()
+            Recorder(results[0], folder, steps, then=lambda: sys.exit(0))
+            return results
+
+        return initialize
+
+    patches.wrap(deepspeed, "initialize", recorded)
+    # Same argv and import path as started by the launcher itself.
+    sys.argv = words
+    sys.path[0] = str(Path(words[0]).resolve().parent)
+    runpy.run_path(words[0], run_name="__main__")
+    raise SystemExit(f"{words[0]} ended before {steps} optimizer steps were done")
+
+
 if __name__ == "__main__":
-    main()
+    _, local_rank, folder, *program = sys.argv
+    if program:
+        run_program(Path(folder), int(program[0]), [program[1], local_rank, *program[2:]])
+    else:
+        train_all(Path(folder))

@@ -1,17 +1,42 @@
-"""Verdict of ``ds_alst verify`` on two runs: a table, a plot and the first difference."""
+"""Verdict of ``ds_alst verify``: relative differences between two recorded runs, and what of them is rounding.
+
+A tensor's difference is the norm of the difference over the norm. Legend: P = sp_size, H hidden.
+"""
 
 import json
+import math
 import os
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from deepspeed_alst.cli.compare import KINDS, Differences, allowed, differences
+from deepspeed_alst.profiler.picture import draw_curves
 
+Differences = dict[str, dict[str, float]]
+"""Differences of two runs by kind (``KINDS``), then by step, layer or parameter, each in model order."""
+# Fraction of the global gradient norm below which a gradient is rounding, e.g. of a key bias, which softmax cancels.
+_NOTHING = 1e-4
+# Each of the two half-precision runs deviates by about the measured rounding.
+_SLACK = 3.0
 # Relative difference of a gradient from its half.
 _TELLING = 0.5
+KINDS = {
+    "loss": "loss",
+    "norm": "gradient norm",
+    "layers": "layers' outputs, first sample",
+    "gradients": "gradients, first step",
+    "changes": "weights' change, all steps",
+}
+"""Compared quantities and their names in the table."""
+# Differences up to these are rounding: in fp32, and in half precision without a run in fp32 to measure it.
+FP32 = {"loss": 1e-4, "norm": 3e-4, "layers": 3e-4, "gradients": 3e-4, "changes": 3e-3}
+HALF = {"loss": 5e-3, "norm": 3e-2, "layers": 5e-2, "gradients": 1e-1, "changes": 2e-1}
 
 
 @dataclass(frozen=True)
@@ -32,38 +57,87 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
     """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
     found = differences(output / split, output / whole, sp_size)
     rounding = differences(output / whole, output / others[0], 1) if others else None
-    half = _is_half(output, split)
+    keys = json.loads((output / split / "ds_config.json").read_text())
+    half = any((keys.get(dtype) or {}).get("enabled") for dtype in ("bf16", "fp16"))
     rows = []
     for kind, words in KINDS.items():
-        limits = {place: allowed(kind, place, half, rounding) for place in found.by_kind[kind]}
+        limits = {place: allowed(kind, place, half, rounding) for place in found[kind]}
         # `value > limit` would miss NaN.
-        missed = tuple(place for place, value in found.by_kind[kind].items() if not value <= limits[place])
-        value, place = _worst(found, kind, missed)
+        missed = tuple(place for place, value in found[kind].items() if not value <= limits[place])
+        # The largest difference may be allowed where a smaller one is not.
+        shown = {place: found[kind][place] for place in missed or found[kind]}
+        place = max(shown, key=lambda name: math.inf if math.isnan(shown[name]) else shown[name], default="")
         num_hidden = sum(limit > _TELLING for limit in limits.values())
-        rows.append(Row(words, value, place, limits.get(place, 0.0), missed, num_hidden))
+        rows.append(Row(words, shown.get(place, 0.0), place, limits.get(place, 0.0), missed, num_hidden))
     return rows
 
 
-def _worst(found: Differences, kind: str, missed: tuple[str, ...]) -> tuple[float, str]:
-    worst, place = found.worst(kind)
-    # The largest difference may be allowed where a smaller one is not.
-    return (worst, place) if not missed or place in missed else (found.by_kind[kind][missed[0]], missed[0])
+def differences(run: Path, truth: Path, sp_size: int) -> Differences:
+    """Return the differences of a run of ``sp_size`` ranks per sequence from one without, on the same samples."""
+    curves = [json.loads((folder / "record.json").read_text()) for folder in (run, truth)]
+    found = {
+        kind: {
+            f"step {step}": abs(a - b) / abs(b)
+            for step, (a, b) in enumerate(zip(*(curve[kind] for curve in curves), strict=True), start=1)
+            if a is not None and b is not None  # DeepSpeed has no norm at stage 0 in fp32
+        }
+        for kind in ("loss", "norm")
+    }
+    whole = _read_outputs([truth / "layers-0.safetensors"])
+    split = _read_outputs([run / f"layers-{rank}.safetensors" for rank in range(sp_size)])
+    found["layers"] = {}
+    for name, tokens in whole.items():
+        # Only one of the runs has padding, and each samples its own tokens of a long sequence.
+        common = sorted(tokens.keys() & split.get(name, {}).keys())
+        if common:
+            a, b = (torch.stack([each[place] for place in common]) for each in (split[name], tokens))
+            found["layers"][name] = float((a - b).norm() / b.norm()) if a.shape == b.shape else math.inf
+    for kind in ("gradients", "changes"):
+        ours, theirs = (load_file(folder / f"{kind}.safetensors") for folder in (run, truth))
+        floor = _NOTHING * math.sqrt(sum(float(each.norm()) ** 2 for each in theirs.values()))
+        found[kind] = {
+            name: float((ours[name] - theirs[name]).norm()) / max(float(theirs[name].norm()), floor)
+            for name in curves[1]["parameters"]
+        }
+    return found
 
 
-def _is_half(output: Path, split: str) -> bool:
-    spec, ds_config = output / "spec.json", output / split / "ds_config.json"
-    if spec.exists():
-        return bool(json.loads(spec.read_text())["half"])
-    keys = json.loads(ds_config.read_text())
-    return any((keys.get(dtype) or {}).get("enabled") for dtype in ("bf16", "fp16"))
+def _read_outputs(files: list[Path]) -> dict[str, dict[int, torch.Tensor]]:
+    """Read layer outputs ``[B, H]`` by layer and by position in the whole sequence."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for rank, path in enumerate(files):
+        with safe_open(path, "pt") as file:
+            for name, size in (file.metadata() or {}).items():
+                stride, length = map(int, size.split())
+                outputs = file.get_tensor(name)
+                places = {rank * length + index * stride: outputs[:, index] for index in range(outputs.shape[1])}
+                found.setdefault(name, {}).update(places)
+    return dict(sorted(found.items(), key=lambda item: int(item[0].rsplit(".", 1)[1])))
+
+
+def allowed(kind: str, place: str, half: bool, rounding: Differences | None) -> float:
+    """Return the largest difference that counts as rounding.
+
+    Args:
+        kind: one of ``KINDS``.
+        place: a step, layer or parameter.
+        half: True if the runs are in bf16 or fp16.
+        rounding: differences of a run without sequence parallelism from the same run in fp32.
+    """
+    if rounding is None:
+        return (HALF if half else FP32)[kind]
+    values = rounding[kind]
+    # A scalar or a parameter of few elements may agree by chance, and curves cross.
+    usual = (max if kind in ("loss", "norm") else statistics.median)(values.values() or [0.0])
+    return max(_SLACK * max(values.get(place, 0.0), usual), FP32[kind])
 
 
 def first_difference(rows: list[Row]) -> str:
     """Describe the first difference: forward in layer order, then backward in reverse order."""
-    by_name = {row.what: row.missed for row in rows}
-    if layers := by_name[KINDS["layers"]]:
+    missed = {row.what: row.missed for row in rows}
+    if layers := missed[KINDS["layers"]]:
         return f"The first layer whose output differs is {layers[0]}."
-    if gradients := by_name[KINDS["gradients"]]:
+    if gradients := missed[KINDS["gradients"]]:
         return f"All layers' outputs agree; in the backward, {gradients[-1]} is the first to differ."
     return ""
 
@@ -90,14 +164,10 @@ def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
     (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
     if any(row.num_hidden for row in rows):
         console.print("What rounding hides is seen in fp32: verify a copy of the file without bf16 or fp16.")
-    console.print(f"{_picture(curves, output)}verify.json are in {os.path.relpath(output)}")
-    return int(any(row.missed for row in rows))
-
-
-def _picture(curves: dict[str, list[float]], output: Path) -> str:
     try:
-        from deepspeed_alst.cli.picture import draw_curves
+        draw_curves(curves, str(output / "loss.png"))
+        files = "loss.png and verify.json"
     except ImportError:
-        return "(no picture: pip install matplotlib) "
-    draw_curves(curves, str(output / "loss.png"))
-    return "loss.png and "
+        files = "(no picture: pip install matplotlib) verify.json"
+    console.print(f"{files} are in {os.path.relpath(output)}")
+    return int(any(row.missed for row in rows))

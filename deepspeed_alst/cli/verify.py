@@ -7,14 +7,13 @@ with the same samples in a step.
 import argparse
 import copy
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from deepspeed_alst.cli.keys import problems, read_json
 from deepspeed_alst.cli.launch import launch, num_gpus
+from deepspeed_alst.cli.report import problems, read_json
 from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, is_wanted
 from deepspeed_alst.config.parse import GAS, MICRO, block_of
 from deepspeed_alst.errors import ConfigError
@@ -59,23 +58,35 @@ def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.model) == bool(arguments.program):
         raise ConfigError("verify: give either --model CONFIG, or your program: -- train.py --deepspeed ds.json ...")
     world_size = arguments.num_gpus or num_gpus() or 2
-    ds_config = read_json(arguments.ds_config)
-    sp_size, configs = configs_of(ds_config, world_size)
+    sp_size, runs = configs_of(read_json(arguments.ds_config), world_size)
     output = arguments.output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
-    for name in (*configs, _ROUNDING):  # of an earlier comparison; other files stay
+    for name in (*runs, _ROUNDING):  # of an earlier comparison; other files stay
         shutil.rmtree(output / name, ignore_errors=True)
-    (output / "spec.json").unlink(missing_ok=True)
     if arguments.program:
-        names = _run_program(arguments, configs, world_size, output)
+        programs = {name: with_file(arguments.program, str(output / name / "ds_config.json")) for name in runs}
     else:
-        names = _run_trial(arguments, configs, world_size, output)
+        runs = {name: _plain(ds_config, output, small=not arguments.full) for name, ds_config in runs.items()}
+        half = any((runs[_BASELINE].get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
+        if half and not arguments.full:
+            half_keys = ("bf16", "fp16", "data_types")
+            runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in half_keys}
+    for name, ds_config in runs.items():
+        (output / name).mkdir(parents=True)
+        (output / name / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
+    if arguments.program:
+        for name, program in programs.items():
+            words = ["deepspeed_alst.cli.trial", str(output / name), str(arguments.steps), *program]
+            launch(["--module", *words], world_size, output / f"{name}.log")
+    else:
+        spec = {key: value for key, value in vars(arguments).items() if key not in ("run", "output")}
+        (output / "spec.json").write_text(json.dumps(spec | {"runs": list(runs)}))
+        launch(["--module", "deepspeed_alst.cli.trial", str(output)], world_size, output / "run.log")
 
     from deepspeed_alst.cli.verdict import judge, show  # torch, rich
 
-    rows = judge(output, *names, sp_size=sp_size)
+    rows = judge(output, *runs, sp_size=sp_size)
     lengths = f"{world_size} ranks; {arguments.steps} steps; {time.monotonic() - start:.0f} s"
-    return show(rows, output, names, lengths)
+    return show(rows, output, list(runs), lengths)
 
 
 def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -88,7 +99,12 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
     Raises:
         ConfigError: the file is invalid, accumulation is no multiple of the SP degree, or there is nothing to verify.
     """
-    if lines := [*problems(ds_config, None), *_wrong_numbers(ds_config)]:
+    lines = problems(ds_config, None)
+    for key in (MICRO, GAS):
+        value = ds_config.get(key, "auto")
+        if value != "auto" and (type(value) is not int or value < 1):
+            lines.append(f"{key}: must be a positive whole number (got {shown(value)}).")
+    if lines:
         raise ConfigError("\n".join(lines))
     wanted = ds_config.get("sequence_parallel_size", 1)
     if not is_wanted(ds_config):
@@ -101,16 +117,14 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         )
     if world_size % sp_size:
         raise ConfigError(f"sequence_parallel_size={wanted} does not divide {world_size} ranks; choose --num_gpus")
-    accumulation = ds_config.get("gradient_accumulation_steps", wanted)
     split, whole = copy.deepcopy(ds_config), copy.deepcopy(ds_config)
-    if accumulation != "auto":
+    if (accumulation := ds_config.get(GAS, wanted)) != "auto":
         if accumulation % wanted:
             raise ConfigError(
-                f"gradient_accumulation_steps={accumulation} is no multiple of sequence_parallel_size={wanted}: "
+                f"{GAS}={accumulation} is no multiple of sequence_parallel_size={wanted}: "
                 "without sequence parallelism no step sees the same samples. Make it one"
             )
-        whole["gradient_accumulation_steps"] = accumulation // wanted
-        split["gradient_accumulation_steps"] = accumulation // wanted * sp_size
+        whole[GAS], split[GAS] = accumulation // wanted, accumulation // wanted * sp_size
         for each in (whole, split):
             each.pop("train_batch_size", None)
     split["sequence_parallel_size"], whole["sequence_parallel_size"] = sp_size, 1
@@ -118,27 +132,6 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         whole.pop(key, None)
     name = f"SP {sp_size}" if sp_size > 1 else "with alst"
     return sp_size, {_BASELINE: whole, name: split}
-
-
-def _wrong_numbers(ds_config: dict[str, Any]) -> list[str]:
-    return [
-        f"{key}: must be a positive whole number (got {shown(value)})."
-        for key in (MICRO, GAS)
-        if (value := ds_config.get(key, "auto")) != "auto" and (type(value) is not int or value < 1)
-    ]
-
-
-def _run_program(
-    arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
-) -> list[str]:
-    """Run and record the user's program with each ds_config."""
-    programs = {name: with_file(arguments.program, str(output / name / "ds_config.json")) for name in configs}
-    for name, program in programs.items():
-        (output / name).mkdir()
-        (output / name / "ds_config.json").write_text(json.dumps(configs[name], indent=1))
-        words = ["deepspeed_alst.cli.recorder", str(output / name), str(arguments.steps), *program]
-        launch(["--module", *words], world_size, output / f"{name}.log")
-    return list(configs)
 
 
 def with_file(program: list[str], path: str) -> list[str]:
@@ -160,44 +153,13 @@ def with_file(program: list[str], path: str) -> list[str]:
     raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
 
 
-def _run_trial(
-    arguments: argparse.Namespace, configs: dict[str, dict[str, Any]], world_size: int, output: Path
-) -> list[str]:
-    """Run the built-in program, with SGD because Adam would hide a gradient's scale."""
-    from deepspeed_alst.cli.trial import Spec
-    from deepspeed_alst.verification.hf_tiny_models import has_weights
-
-    runs = {name: _plain(ds_config, output, not arguments.full) for name, ds_config in configs.items()}
-    half = next((key for key in ("bf16", "fp16") if (runs[_BASELINE].get(key) or {}).get("enabled")), "")
-    if half and not arguments.full:
-        runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in ("bf16", "fp16")}
-        runs[_ROUNDING].pop("data_types", None)
-    block = block_of(next(runs[name] for name in configs if name != _BASELINE))
-    Spec(
-        model=arguments.model,
-        small=not arguments.full,
-        loads_weights=arguments.full and has_weights(arguments.model),
-        core=arguments.attn_implementation,
-        half=half,
-        seq_len=arguments.seq_len,
-        steps=arguments.steps,
-        data=os.path.abspath(arguments.data) if arguments.data else "",
-        checkpointing=bool(
-            block.get("activation_checkpoint_cpu_offload") or block.get("save_attention_output") is True
-        ),
-        runs=runs,
-    ).write(output)
-    launch(["--module", "deepspeed_alst.cli.trial", str(output)], world_size, output / "run.log")
-    return list(runs)
-
-
 def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, Any]:
-    """Adapt a ds_config to the built-in program's optimizer and a tiny model."""
+    """Adapt a ds_config to the built-in program, which trains by SGD because Adam would hide a gradient's scale."""
     config = _without_auto(ds_config)
     for key in ("optimizer", "scheduler", "train_batch_size", "tensorboard", "wandb", "csv_monitor", "comet"):
         config.pop(key, None)
-    config.setdefault("train_micro_batch_size_per_gpu", 1)
-    config.setdefault("gradient_accumulation_steps", config["sequence_parallel_size"])
+    config.setdefault(MICRO, 1)
+    config.setdefault(GAS, config["sequence_parallel_size"])
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
     if not small or not any(key in config for key in ("alst", *TOP_KEYS)):
         return config

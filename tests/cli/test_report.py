@@ -21,7 +21,7 @@ def run_report(*words, folder, first_in_path=None, **variables):
     """The command in a process of its own; its exit status, and its rows by name."""
     path = os.pathsep.join([*([str(first_in_path)] if first_in_path else []), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-m", "deepspeed_alst.cli", "report", "--json", *words],
+        [sys.executable, "-m", "deepspeed_alst", "report", "--json", *words],
         env={**os.environ, "PYTHONPATH": path, "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), **variables},
         cwd=folder,
         capture_output=True,
@@ -114,8 +114,7 @@ def installed(folder, name, version):
 @pytest.mark.parametrize(
     ("name", "version", "verdict", "words"),
     [
-        ("torch", "2.6.0", "problem", "barrier"),
-        ("torch", "2.7.0+cu126", "problem", "barrier"),
+        ("torch", "2.7.0+cu126", "problem", "not a version"),
         ("torch", "2.9.1", "problem", "2.9.1 (asked for: >=2.13.0); not a version"),
         ("deepspeed", "0.20.0", "problem", "<0.20"),
         ("liger_kernel", "0.5.0", "note", "0.5.0 (asked for"),
@@ -186,9 +185,7 @@ def test_the_allocator_is_judged_on_gpus_only(machine, monkeypatch):
     assert row_for("expandable_segments:False").verdict == "ok"
 
 
-def test_attention_kernels_are_named_and_one_that_does_not_load_is_a_problem(machine, monkeypatch, tmp_path):
-    machine("H100")
-    assert [row.value for row in probe.attention_rows()][1] == "torch's own"
+def test_an_attention_kernel_that_does_not_load_is_a_problem(monkeypatch, tmp_path):
     installed(tmp_path, "flash_attn", "2.8")
     broken_module(tmp_path, "flash_attn", "undefined symbol")
     monkeypatch.syspath_prepend(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-from deepspeed_alst.cli.compare import Differences, allowed
 from deepspeed_alst.cli.main import main
-from deepspeed_alst.cli.trial import Spec, samples
-from deepspeed_alst.cli.verdict import first_difference, judge, show
+from deepspeed_alst.cli.trial import samples
+from deepspeed_alst.cli.verdict import allowed, first_difference, judge, show
 from deepspeed_alst.cli.verify import _plain, configs_of, with_file
 from deepspeed_alst.errors import ConfigError
 
@@ -130,7 +130,7 @@ def test_what_rounding_hides_is_said(runs, capsys, monkeypatch):
 
 def test_ones_own_data_goes_into_a_small_vocabulary(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"input_ids": [5, 70_000, 3], "labels": [-100, 70_000, 3]}) + "\n")
-    spec = Spec("config.json", True, False, "sdpa", "", seq_len=203, steps=1, data=str(tmp_path / "data.jsonl"))
+    spec = Namespace(full=False, seq_len=203, data=str(tmp_path / "data.jsonl"))
     (sample,) = samples(spec, 160, 1)
     assert sample["input_ids"].tolist() == [5, 70_000 % 160, 3]
     assert sample["labels"].tolist() == [-100, 70_000 % 160, 3]
@@ -156,7 +156,7 @@ def test_a_program_of_ones_own_is_verified(tmp_path, capsys):
 
 
 def test_in_half_precision_a_third_run_says_what_rounding_is():
-    rounding = Differences({"loss": {"step 1": 1e-3, "step 2": 1e-6}, "gradients": {"a": 1e-2, "b": 2e-2, "c": 1e-9}})
+    rounding = {"loss": {"step 1": 1e-3, "step 2": 1e-6}, "gradients": {"a": 1e-2, "b": 2e-2, "c": 1e-9}}
     assert allowed("loss", "step 2", True, rounding) == pytest.approx(3e-3)
     assert allowed("gradients", "c", True, rounding) == pytest.approx(3e-2)
     assert allowed("gradients", "b", True, rounding) == pytest.approx(6e-2)
