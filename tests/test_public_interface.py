@@ -11,7 +11,7 @@ from pydantic import BaseModel
 import deepspeed_alst
 from deepspeed_alst.cli import plan, report, verify
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.monitoring.progress import Report
+from deepspeed_alst.monitoring.metrics import Report
 
 GOLDEN = Path(__file__).parent / "public_interface.json"
 

@@ -141,8 +141,7 @@ def second_step(model: Any, step: Step, batch: dict[str, torch.Tensor]) -> Any:
     step(batch).backward()
     model.zero_grad()
     with Ledger(model) as ledger:
-        with ledger.phase("forward"):
-            loss = step(batch)
+        loss = step(batch)
         kept = ledger.timeline[-1]
         loss.backward()
     return SimpleNamespace(ledger=ledger, kept=kept)

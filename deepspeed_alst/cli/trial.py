@@ -7,6 +7,7 @@ Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
 """
 
 import gc
+import itertools
 import json
 import runpy
 import sys
@@ -20,7 +21,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from safetensors.torch import save_file
 
 from deepspeed_alst.cli.launch import PROGRESS
 from deepspeed_alst.config.parse import GAS, MICRO
@@ -39,7 +39,7 @@ class Recorder:
 
     Args:
         engine: DeepSpeed engine; its ``backward`` and ``step`` are wrapped.
-        folder: receives ``record.json`` and ``.safetensors`` files.
+        folder: receives ``record-RANK.pt``: losses, norms, gradients, weights' changes and layers' outputs.
         steps: number of optimizer steps.
         then: called after the last step.
     """
@@ -47,13 +47,11 @@ class Recorder:
     def __init__(self, engine: Any, folder: Path, steps: int, then: Callable[[], None]) -> None:
         self._engine, self._folder, self._steps, self._then = engine, folder, steps, then
         self._losses: list[torch.Tensor] = []
-        self._curve: dict[str, list[float | None]] = {"loss": [], "norm": []}
+        # Of the first forward, each layer's stride, s and outputs [B, s, H].
+        self._record: dict[str, Any] = {"loss": [], "norm": [], "layers": {}}
         self._start = self._gather(safe_get_full_fp32_param)
         self._backward, self._step = engine.backward, engine.step
         engine.backward, engine.step = self.backward, self.step
-        # Outputs [B, s, H] of the first forward by layer, and "stride s" of each.
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._sizes: dict[str, str] = {}
         self._hooks = PatchSet()
         for name, layer in _layers_of(engine.module).items():
             self._hooks.hook(layer, "forward", partial(self._keep, name))
@@ -71,31 +69,25 @@ class Recorder:
         """Run ``engine.step``, and record at gradient accumulation boundaries."""
         if not self._engine.is_gradient_accumulation_boundary():
             return self._step(*args, **kwargs)
-        if not self._curve["loss"]:
-            self._save("gradients", self._gather(safe_get_full_grad))
+        if not self._record["loss"]:
+            self._record["gradients"] = self._gather(safe_get_full_grad)
         result = self._step(*args, **kwargs)
         loss = torch.stack(self._losses).mean().to(self._engine.device, torch.float32)
         dist.all_reduce(loss)
         self._losses.clear()
-        self._curve["loss"].append(float(loss) / dist.get_world_size())
+        self._record["loss"].append(float(loss) / dist.get_world_size())
         norm = self._engine.get_global_grad_norm()  # DeepSpeed has none at stage 0 in fp32
-        self._curve["norm"].append(None if norm is None else float(norm))
-        done, mean = len(self._curve["loss"]), self._curve["loss"][-1]
+        self._record["norm"].append(None if norm is None else float(norm))
+        done, mean = len(self._record["loss"]), self._record["loss"][-1]
         if dist.get_rank() == 0:
             print(f"{PROGRESS} {self._folder.name}: step {done} of {self._steps}, loss {mean:.6g}", flush=True)
         if done == self._steps:
-            self._finish()
+            end = self._gather(safe_get_full_fp32_param)
+            self._record["changes"] = {name: end[name] - start for name, start in self._start.items()}
+            torch.save(self._record, self._folder / f"record-{dist.get_rank()}.pt")
+            dist.barrier()
+            self._then()
         return result
-
-    def _finish(self) -> None:
-        end = self._gather(safe_get_full_fp32_param)
-        self._save("changes", {name: end[name] - start for name, start in self._start.items()})
-        save_file(self._outputs, self._folder / f"layers-{dist.get_rank()}.safetensors", self._sizes)
-        if dist.get_rank() == 0:
-            record = {**self._curve, "parameters": list(self._start)}  # .safetensors files do not keep the order
-            (self._folder / "record.json").write_text(json.dumps(record))
-        dist.barrier()
-        self._then()
 
     def _gather(self, read: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Read the weight or gradient of each trainable parameter, for rank 0; without a gradient it is zero."""
@@ -111,18 +103,15 @@ class Recorder:
                     found[name.replace("_orig_mod.", "")] = sample.float().cpu().clone()
         return found
 
-    def _save(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:
-        if dist.get_rank() == 0:
-            save_file(tensors, self._folder / f"{kind}.safetensors")
-
     def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if not torch.is_grad_enabled():  # model check or evaluation
             return
-        if name not in self._outputs and isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
-            stride = max(1, hidden.shape[1] // _TOKENS)
-            self._outputs[name] = hidden.detach()[:, ::stride].float().cpu().contiguous()
-            self._sizes[name] = f"{stride} {hidden.shape[1]}"
+        layers = self._record["layers"]
+        if name not in layers and isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
+            s = hidden.shape[1]
+            stride = max(1, s // _TOKENS)
+            layers[name] = (stride, s, hidden.detach()[:, ::stride].float().cpu().clone())
 
 
 def _layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -138,24 +127,20 @@ def samples(spec: Namespace, vocab: int, count: int) -> list[dict[str, torch.Ten
     if spec.data:
         with open(spec.data, encoding="utf-8") as lines:
             read = [json.loads(line) for line in lines if line.strip()]
-        rows = [read[index % len(read)] for index in range(count)]
-        ids = [torch.tensor(row["input_ids"][: spec.seq_len]) for row in rows]
-        labels = [torch.tensor(row.get("labels", row["input_ids"])[: spec.seq_len]) for row in rows]
-        if not spec.full:  # a tiny model has a smaller vocabulary
-            ids = [row.remainder(vocab) for row in ids]
-            labels = [row.remainder(vocab).where(row >= 0, row) for row in labels]
-        return [{"input_ids": row, "labels": own} for row, own in zip(ids, labels, strict=True)]
+        found = []
+        for row in itertools.islice(itertools.cycle(read), count):
+            ids = torch.tensor(row["input_ids"][: spec.seq_len])
+            labels = torch.tensor(row.get("labels", row["input_ids"])[: spec.seq_len])
+            if not spec.full:  # a tiny model has a smaller vocabulary
+                ids, labels = (each.remainder(vocab).where(each >= 0, each) for each in (ids, labels))
+            found.append({"input_ids": ids, "labels": labels})
+        return found
     make = torch.Generator().manual_seed(_SEED)
-    found = []
-    for index in range(count):
-        row = torch.randint(5, vocab - 1, (spec.seq_len,), generator=make)
-        own = row.clone()
-        own[::3] = _IGNORED
-        if index % 2:
-            # Leaves the last shard without labels.
-            own[spec.seq_len // 2 :] = _IGNORED
-        found.append({"input_ids": row, "labels": own})
-    return found
+    ids_BS = torch.randint(5, vocab - 1, (count, spec.seq_len), generator=make)
+    labels_BS = ids_BS.clone()
+    labels_BS[:, ::3] = _IGNORED
+    labels_BS[1::2, spec.seq_len // 2 :] = _IGNORED  # leaves the last shard without labels
+    return [{"input_ids": row, "labels": own} for row, own in zip(ids_BS, labels_BS, strict=True)]
 
 
 def train(spec: Namespace, ds_config: dict[str, Any], folder: Path) -> None:

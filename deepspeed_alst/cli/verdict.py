@@ -9,17 +9,17 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from deepspeed_alst.profiler.picture import draw_curves
 
 Differences = dict[str, dict[str, float]]
 """Differences of two runs by kind (``KINDS``), then by step, layer or parameter, each in model order."""
+_RECORD = "record-0.pt"
 # Fraction of the global gradient norm below which a gradient is rounding, e.g. of a key bias, which softmax cancels.
 _NOTHING = 1e-4
 # Each of the two half-precision runs deviates by about the measured rounding.
@@ -74,45 +74,39 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
 
 def differences(run: Path, truth: Path, sp_size: int) -> Differences:
     """Return the differences of a run of ``sp_size`` ranks per sequence from one without, on the same samples."""
-    curves = [json.loads((folder / "record.json").read_text()) for folder in (run, truth)]
+    ranks, reference = [torch.load(run / f"record-{rank}.pt") for rank in range(sp_size)], torch.load(truth / _RECORD)
     found = {
         kind: {
             f"step {step}": abs(a - b) / abs(b)
-            for step, (a, b) in enumerate(zip(*(curve[kind] for curve in curves), strict=True), start=1)
+            for step, (a, b) in enumerate(zip(ranks[0][kind], reference[kind], strict=True), start=1)
             if a is not None and b is not None  # DeepSpeed has no norm at stage 0 in fp32
         }
         for kind in ("loss", "norm")
     }
-    whole = _read_outputs([truth / "layers-0.safetensors"])
-    split = _read_outputs([run / f"layers-{rank}.safetensors" for rank in range(sp_size)])
-    found["layers"] = {}
-    for name, tokens in whole.items():
+    split, found["layers"] = _outputs(ranks), {}
+    for name, tokens in _outputs([reference]).items():
         # Only one of the runs has padding, and each samples its own tokens of a long sequence.
         common = sorted(tokens.keys() & split.get(name, {}).keys())
         if common:
             a, b = (torch.stack([each[place] for place in common]) for each in (split[name], tokens))
             found["layers"][name] = float((a - b).norm() / b.norm()) if a.shape == b.shape else math.inf
     for kind in ("gradients", "changes"):
-        ours, theirs = (load_file(folder / f"{kind}.safetensors") for folder in (run, truth))
+        ours, theirs = ranks[0][kind], reference[kind]
         floor = _NOTHING * math.sqrt(sum(float(each.norm()) ** 2 for each in theirs.values()))
         found[kind] = {
-            name: float((ours[name] - theirs[name]).norm()) / max(float(theirs[name].norm()), floor)
-            for name in curves[1]["parameters"]
+            name: float((ours[name] - their).norm()) / max(float(their.norm()), floor) for name, their in theirs.items()
         }
     return found
 
 
-def _read_outputs(files: list[Path]) -> dict[str, dict[int, torch.Tensor]]:
-    """Read layer outputs ``[B, H]`` by layer and by position in the whole sequence."""
+def _outputs(ranks: list[dict[str, Any]]) -> dict[str, dict[int, torch.Tensor]]:
+    """Return layer outputs ``[B, H]`` by layer and by position in the whole sequence."""
     found: dict[str, dict[int, torch.Tensor]] = {}
-    for rank, path in enumerate(files):
-        with safe_open(path, "pt") as file:
-            for name, size in (file.metadata() or {}).items():
-                stride, length = map(int, size.split())
-                outputs = file.get_tensor(name)
-                places = {rank * length + index * stride: outputs[:, index] for index in range(outputs.shape[1])}
-                found.setdefault(name, {}).update(places)
-    return dict(sorted(found.items(), key=lambda item: int(item[0].rsplit(".", 1)[1])))
+    for rank, record in enumerate(ranks):
+        for name, (stride, s, outputs) in record["layers"].items():
+            places = range(rank * s, (rank + 1) * s, stride)
+            found.setdefault(name, {}).update(zip(places, outputs.unbind(1), strict=True))
+    return found
 
 
 def allowed(kind: str, place: str, half: bool, rounding: Differences | None) -> float:
@@ -144,7 +138,7 @@ def first_difference(rows: list[Row]) -> str:
 
 def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
     """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
-    curves = {name: json.loads((output / name / "record.json").read_text())["loss"] for name in names}
+    curves = {name: torch.load(output / name / _RECORD)["loss"] for name in names}
     table = Table(title=f"{names[1]} against {names[0]}: {lengths}")
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")

@@ -1,13 +1,7 @@
 """Training metrics per step: events for DeepSpeed's monitor and a line on rank 0 (docs/metrics.md).
 
-DeepSpeed's own keys decide: a line every ``steps_per_print`` steps if it is set; events at the same interval, or at
-every step if it is not, for any enabled monitor. Without either nothing is installed.
-
 Between two lines counts accumulate on the device and nothing is read. At a line they are read, and the ranks exchange a
-few numbers once. Values of a step belong to the step that ends there; rates, shares and means cover all steps since the
-last line.
-
-Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), N packed documents.
+few numbers once. Legend: B batch, s tokens of this rank's shard (at SP 1 the whole sequence), N packed documents.
 """
 
 import contextlib
@@ -17,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,8 +20,66 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.distributed.collectives import sent_bytes
 from deepspeed_alst.errors import NonFiniteLossError
-from deepspeed_alst.monitoring.progress import Report, progress_line
+from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops
+
+
+@dataclass(frozen=True)
+class Report:
+    """Values of one report, None if absent; per-rank values are means over ranks, peaks and waits maxima.
+
+    Loss (nats per token), gradient norm (before clipping) and learning rate are of the step that ends there; rates,
+    shares and means cover all steps since the last line.
+    """
+
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    tokens_per_second: float
+    """Rate of the whole job, without padding."""
+    padding_share: float
+    model_flops_per_second: float | None
+    """Per rank, ``StepFlops.model``."""
+    hardware_flops_per_second: float | None
+    """Per rank, ``StepFlops.alst``; includes padding, which is computed too."""
+    peak_device_bytes: float | None
+    peak_host_bytes: float
+    wire_bytes: float | None
+    """Sent by a rank per step, for the gradient reduction and the layers' all-to-alls."""
+    offload_host_bytes: float | None
+    """Sent by a rank per step, as those to disk."""
+    offload_disk_bytes: float | None
+    offload_wait_seconds: float | None
+    """Time per step that waits for the disk."""
+
+    def events(self) -> dict[str, float]:
+        """Return values by a monitor's names."""
+        return {f"alst/{name}": value for name, value in asdict(self).items() if value is not None}
+
+    def line(self, step: int) -> str:
+        """Format one line; each number has its unit and, if there are several, its convention."""
+        of_step = (("loss", self.loss, ".4f"), ("norm", self.grad_norm, ".4g"), ("lr", self.lr, ".3g"))
+        parts = [f"{name} {value:{digits}}" for name, value, digits in of_step if value is not None]
+        parts.append(f"{self.tokens_per_second:,.0f} tokens/s, padding {self.padding_share:.1%}")
+        if self.model_flops_per_second is not None and self.hardware_flops_per_second is not None:
+            model, hardware = map(_in_flops, (self.model_flops_per_second, self.hardware_flops_per_second))
+            parts.append(
+                f"per rank: {model} model (6N, causal half), {hardware} hardware (ALST: full square, recomputation)"
+            )
+        device = "" if self.peak_device_bytes is None else f"{format_bytes(self.peak_device_bytes)} device, "
+        parts.append(f"peak {device}{format_bytes(self.peak_host_bytes)} host")
+        if self.wire_bytes is not None:
+            parts.append(f"wire {format_bytes(self.wire_bytes, 1, 1000)}")
+        if self.offload_host_bytes is not None:
+            disk = f", {format_bytes(self.offload_disk_bytes or 0)} disk, waited {self.offload_wait_seconds:.2f} s"
+            parts.append(
+                f"offload {format_bytes(self.offload_host_bytes)} host{disk if self.offload_disk_bytes else ''}"
+            )
+        return " | ".join((f"alst: step {step}", *parts))
+
+
+def _in_flops(per_second: float) -> str:
+    return f"{per_second / 1e12:,.1f} TFLOP/s" if per_second >= 1e12 else f"{per_second / 1e9:,.1f} GFLOP/s"
 
 
 class Metrics:
@@ -45,7 +98,7 @@ class Metrics:
             # For loaders made from here on. A program that computes its own loss may rely on the exact batch keys.
             self._session.marks_padding |= self._session.calls.makes_whole_loss
         self._losses: list[torch.Tensor] = []
-        self._begin: float | None = None
+        self._begin = math.nan
         # Counted before the current step; None between steps, where evaluations send too.
         self._moved_before: torch.Tensor | None = None
         self._clear()
@@ -63,7 +116,7 @@ class Metrics:
     @contextlib.contextmanager
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Run a forward inside; count the tokens of what is trained on."""
-        if self._begin is None:
+        if math.isnan(self._begin):
             self._begin = time.perf_counter()
         trains = self._engine.module.training and torch.is_grad_enabled()
         if trains and self._moved_before is None:
@@ -129,9 +182,9 @@ class Metrics:
         end = time.perf_counter()
         if dist.get_rank() == 0:
             # A program may have called no forward of the engine.
-            report = self._report(everyone, math.inf if self._begin is None else end - self._begin, rate)
+            report = self._report(everyone, math.inf if math.isnan(self._begin) else end - self._begin, rate)
             if self._prints:
-                print(progress_line(self._engine.global_steps, report), file=sys.stderr, flush=True)
+                print(report.line(self._engine.global_steps), file=sys.stderr, flush=True)
             # Samples, as in DeepSpeed's own events: some monitors reject a step that decreases.
             samples = self._engine.global_samples
             self._engine.monitor.write_events([(*each, samples) for each in report.events().items()])

@@ -1,15 +1,8 @@
 """FLOPs of a training step by formula, from a model's config and weights, in two conventions.
 
-A multiply-add is 2. Per token, each matrix weight costs 2 in the forward, 2 for the input gradient, and 2 for the
-weight gradient if it trains: 6 in all. Attention costs per pair of a token and one it attends to: a score and its part
-of the output, 2 * (D_qk + D_v) per head, and twice that in the backward.
-
-- **model FLOPs** (as in MFU, PaLM, arXiv 2204.02311): pairs that the mask allows, half of the square, and
-  no recomputation.
-- **ALST's** (arXiv 2506.13996): the full square of scores, and the forward of checkpointed layers twice.
-
-Neither counts operators other than matmuls: norms, activations, softmax, the scans of layers without attention, the
-optimizer.
+A multiply-add is 2, and only matmuls count. Per token, each matrix weight costs 2 in the forward, 2 for the input
+gradient, and 2 for the weight gradient if it trains. Attention costs per pair of a token and one it attends to: a score
+and its part of the output, 2 * (D_qk + D_v) per head, and twice that in the backward.
 """
 
 from collections import Counter
@@ -59,11 +52,12 @@ class StepFlops:
         return sum((layers * span.seen(places) for span, layers in self.spans), torch.zeros_like(places))
 
     def model(self, tokens: float, pairs: float) -> float:
-        """Compute the model FLOPs of so many tokens and their pairs."""
+        """Compute the model FLOPs, as in MFU (PaLM, arXiv 2204.02311): pairs that the mask allows, no recomputation."""
         return self.token * tokens + self.pair * pairs
 
     def alst(self, tokens: float, pairs: float) -> float:
-        """Compute ALST's FLOPs; its square has each pair both ways, and a token's with itself once."""
+        """Compute ALST's FLOPs (arXiv 2506.13996): the full square of scores, checkpointed layers' forward twice."""
+        # The square has each pair both ways, and a token's with itself once.
         square = 2 * pairs - sum(layers for _, layers in self.spans) * tokens
         return (self.token + self.token_again) * tokens + (self.pair + self.pair_again) * square
 
@@ -106,6 +100,7 @@ def _spans(config: Any) -> tuple[tuple[Span, int], ...]:
 
 
 def _pair_width(config: Any) -> int | None:
+    """Return heads * (D_qk + D_v) of a layer, or None if the config does not tell it."""
     try:
         heads = getattr(config, "num_attention_heads", None)
         if not heads:

@@ -7,8 +7,8 @@ FlopCounterMode finds no module inside of custom autograd functions, which tiles
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,6 @@ _NOT_INHERITED = ("weights", "gradients", "communication", "host")
 class Spent(NamedTuple):
     """Key of the FLOP counter."""
 
-    phase: str
     part: str
     category: str
     operator: str
@@ -51,13 +50,12 @@ class Ledger:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.spent: Counter[Spent] = Counter()
-        """FLOPs by phase, part of the step, category and operator."""
+        """FLOPs by part of the step, category and operator."""
         self.rows: Counter[str] = Counter()
         """Rows multiplied with each linear weight in forward direction, by parameter name."""
         first = next(model.parameters(), None)
         self._on_cpu = first is None or first.device.type == "cpu"
         self._model = model
-        self._phase = ""
         self._scopes = Scopes(model)
         self._blocks = Blocks()
         # Name and strides of each matrix, by its storage and offset.
@@ -82,15 +80,6 @@ class Ledger:
 
     def __exit__(self, *error: Any) -> None:
         self._undo.close()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Name the phase of the moments inside; an inner phase overrides an outer one."""
-        before, self._phase = self._phase, name
-        try:
-            yield
-        finally:
-            self._phase = before
 
     def owner(self, category: Category) -> AbstractContextManager[None]:
         """Implement ``owners.owner`` for this ledger."""
@@ -120,7 +109,7 @@ class Ledger:
         return self.flops_by("operator")
 
     def flops_by(self, field: str) -> Counter[str]:
-        """Sum FLOPs by a field of ``Spent``: phase, part, category or operator."""
+        """Sum FLOPs by a field of ``Spent``: part, category or operator."""
         found: Counter[str] = Counter()
         for spent, flops in self.spent.items():
             found[getattr(spent, field)] += flops
@@ -156,7 +145,7 @@ class Ledger:
         """Run an operator and record its inputs, outputs and FLOPs."""
         scope, part = self._scopes.now()
         self._blocks.expect_sum_in_place([])
-        moment = Moment(self._phase, part, scope.module, str(getattr(func, "_overloadpacket", func)))
+        moment = Moment(part, scope.module, str(getattr(func, "_overloadpacket", func)))
         self._blocks.moment = moment
         # Inputs are older than the ledger if they are new to it, unless they are the data of a new ``torch.tensor``.
         is_new = func is aten.lift_fresh.default
@@ -176,7 +165,7 @@ class Ledger:
             self._blocks.expect_sum_in_place(inputs)
         if (flops_of := _formula(func)) is not None:
             flops = flops_of(*args, **kwargs, out_val=result)
-            self.spent[Spent(self._phase, part, category, moment.operator)] += flops
+            self.spent[Spent(part, category, moment.operator)] += flops
             if getattr(func, "_overloadpacket", None) in _WITH_WEIGHT:
                 self._count_rows(*args[-2:])
         return result

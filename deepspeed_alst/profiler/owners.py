@@ -54,8 +54,6 @@ def opened(own: Callable[[Category], AbstractContextManager[None]]) -> Iterator[
 class Moment(NamedTuple):
     """Time of an event, or origin of a block."""
 
-    phase: str
-    """Name given by the program (``Ledger.phase``), or empty."""
     part: str
     """forward, recompute (a forward inside the backward) or backward."""
     module: str
@@ -63,12 +61,12 @@ class Moment(NamedTuple):
     operator: str
 
     def __str__(self) -> str:
-        """Format as in ``step 1, backward of model.layers.0.mlp, aten.mm``."""
+        """Format as in ``backward of model.layers.0.mlp, aten.mm``."""
         module = f"{self.part} of {self.module}" if self.module else self.part
-        return ", ".join(word for word in (self.phase, module, self.operator) if word)
+        return f"{module}, {self.operator}" if self.operator else module
 
 
-START = Moment("", "forward", "", "")
+START = Moment("forward", "", "")
 
 
 class Sample(NamedTuple):

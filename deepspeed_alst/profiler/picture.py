@@ -50,7 +50,7 @@ def report(ledger: Any) -> str:
 def draw(
     timelines: dict[str, list[Sample]], path: str, left_out: Collection[Category] = ("host",), top: int = 0
 ) -> None:
-    """Plot live bytes by owner as stacked areas, one step below another, with peaks and phases.
+    """Plot live bytes by owner as stacked areas, one step below another, with peaks and parts.
 
     Args:
         timelines: samples of each step by name; the name may be empty.
@@ -118,19 +118,14 @@ def _stack(axes: Any, samples: list[Sample], places: list[int], owners: list[Cat
 
 
 def _boundaries(timeline: list[Sample]) -> list[tuple[int, str]]:
-    """Return where a phase starts or forward and backward alternate, if long enough for a label."""
+    """Return where forward and backward alternate, if long enough for a label; recomputation is in the backward."""
     found, place = [], 1
-    for names, stretch in itertools.groupby(timeline[1:], key=_names):
+    for is_forward, stretch in itertools.groupby(timeline[1:], key=lambda sample: sample.moment.part == FORWARD):
         length = len(list(stretch))
         if length >= _NAMED_SHARE * len(timeline):
-            found.append((place, " ".join(names)))
+            found.append((place, FORWARD if is_forward else BACKWARD))
         place += length
     return found
-
-
-def _names(sample: Sample) -> list[str]:
-    part = "forward" if sample.moment.part == "forward" else "backward"
-    return [name for name in dict.fromkeys((sample.moment.phase, part)) if name]
 
 
 def _thinned(totals: list[int]) -> list[int]:

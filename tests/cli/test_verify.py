@@ -4,11 +4,11 @@ import json
 import shutil
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import torch
 from transformers import CONFIG_MAPPING
 
 from deepspeed_alst.cli.main import main
@@ -58,17 +58,24 @@ def test_equal_runs_are_equal(verified):
     assert said["loss"]["SP 1"][0] > said["loss"]["SP 1"][-1]  # it does train
     assert all(not row["missed"] and row["difference"] < 1e-4 for row in said["rows"])
     assert first_difference(judged(verified)) == ""
-    # Every layer, and every parameter, took part.
-    layers = load_file(verified / "SP 2" / "layers-1.safetensors")
+    # Every layer took part.
+    layers = torch.load(verified / "SP 2" / "record-1.pt")["layers"]
     assert layers.keys() == {f"model.layers.{index}" for index in range(4)}
 
 
+@contextmanager
+def edited(folder, rank=0):
+    """A run's record, to be changed."""
+    path = folder / f"record-{rank}.pt"
+    record = torch.load(path)
+    yield record
+    torch.save(record, path)
+
+
 def test_half_a_gradient_is_named(runs):
-    path = runs / "SP 2" / "gradients.safetensors"
-    grads = load_file(path)
-    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
-        grads[name] *= 0.5
-    save_file(grads, path)
+    with edited(runs / "SP 2") as record:
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+            record["gradients"][name] *= 0.5
     rows = {row.what: row for row in judged(runs)}
     row = rows["gradients, first step"]
     assert row.difference == pytest.approx(0.5, rel=1e-3) and len(row.missed) == 2
@@ -78,38 +85,29 @@ def test_half_a_gradient_is_named(runs):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_layer_that_differs_is_named(rank, runs):
-    path = runs / "SP 2" / f"layers-{rank}.safetensors"
-    with safe_open(path, "pt") as file:
-        said = file.metadata()
-    outputs = load_file(path)
-    for name in ("model.layers.2", "model.layers.3"):
-        outputs[name][:, -3] += 1.0  # one token; the last is padding
-    save_file(outputs, path, said)
+    with edited(runs / "SP 2", rank) as record:
+        for name in ("model.layers.2", "model.layers.3"):
+            *_, outputs = record["layers"][name]
+            outputs[:, -3] += 1.0  # one token; the last is padding
     assert first_difference(judged(runs)) == "The first layer whose output differs is model.layers.2."
 
 
 def test_a_loss_that_is_no_number_differs(runs):
-    path = runs / "SP 2" / "record.json"
-    record = json.loads(path.read_text())
-    record["loss"][1] = float("nan")
-    path.write_text(json.dumps(record))
+    with edited(runs / "SP 2") as record:
+        record["loss"][1] = float("nan")
     row = judged(runs)[0]
     assert row.missed == ("step 2",) and row.place == "step 2"
 
 
 def test_it_is_so_where_it_is_the_run_without_that_has_none(runs):
-    path = runs / "SP 1" / "record.json"
-    record = json.loads(path.read_text())
-    record["loss"][0] = float("nan")
-    path.write_text(json.dumps(record))
+    with edited(runs / "SP 1") as record:
+        record["loss"][0] = float("nan")
     assert judged(runs)[0].missed == ("step 1",)
 
 
 def test_what_a_run_has_none_of_is_not_said_to_agree(runs, capsys):
-    path = runs / "SP 1" / "record.json"
-    record = json.loads(path.read_text())
-    record["norm"] = [None] * 3  # as DeepSpeed at stage 0 in fp32
-    path.write_text(json.dumps(record))
+    with edited(runs / "SP 1") as record:
+        record["norm"] = [None] * 3  # as DeepSpeed at stage 0 in fp32
     assert show(judged(runs), runs, ["SP 1", "SP 2"], "") == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "gradient norm" in line)
     assert "not" in row and "ok" not in row
@@ -118,9 +116,8 @@ def test_what_a_run_has_none_of_is_not_said_to_agree(runs, capsys):
 def test_what_rounding_hides_is_said(runs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     other = Path(shutil.copytree(runs / "SP 1", runs / "SP 1 in fp32"))
-    grads = load_file(other / "gradients.safetensors")
-    grads["model.layers.0.mlp.up_proj.weight"] *= 2.0
-    save_file(grads, other / "gradients.safetensors")
+    with edited(other) as record:
+        record["gradients"]["model.layers.0.mlp.up_proj.weight"] *= 2.0
     rows = judge(runs, "SP 1", "SP 2", "SP 1 in fp32", sp_size=2)
     assert [row.num_hidden for row in rows] == [0, 0, 0, 1, 0]
     assert show(rows, runs, ["SP 1", "SP 2"], "") == 0
@@ -139,7 +136,7 @@ def test_ones_own_data_goes_into_a_small_vocabulary(tmp_path):
 def test_a_folder_of_results_keeps_what_else_is_in_it(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "SP 1").mkdir()
-    (tmp_path / "SP 1" / "record.json").write_text("of an earlier comparison")
+    (tmp_path / "SP 1" / "record-0.pt").write_text("of an earlier comparison")
     words = ["verify", "--ds_config", str(ROOT / "ds_configs" / "sp2.json"), "--output", str(tmp_path)]
     assert main([*words, "--model", str(tmp_path / "no.json"), "--num_gpus", "2", "--", "train.py"]) == 2
     assert main([*words, "--", "train.py"]) == 2

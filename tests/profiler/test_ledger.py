@@ -209,23 +209,19 @@ def test_a_step_of_a_model_is_shared_out_among_its_owners():
     assert ledger.peak.bytes == ledger.peak.parts.total()
 
 
-def test_the_peak_names_its_phase_module_and_operator():
+def test_the_peak_names_its_part_module_and_operator():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4000))
 
     def run():
-        with ledger.phase("first"):
-            model(torch.ones(2, 8)).square().sum().backward()
+        model(torch.ones(2, 8)).square().sum().backward()
         model.zero_grad()
-        with ledger.phase("second"):
-            model(torch.ones(200, 8)).square().sum().backward()
+        model(torch.ones(200, 8)).square().sum().backward()
 
-    with Ledger(model) as ledger:
-        run()
-    assert ledger.peak.moment.phase == "second"
+    ledger = keep(model, run)
     assert ledger.peak.moment.part == "backward"
     assert (ledger.peak.moment.module, ledger.peak.moment.operator) == ("", "aten.mul")
-    assert f"Peak: {format_bytes(ledger.peak.bytes)} at second, backward, aten.mul" in ledger.report()
-    assert "second, forward of 1, aten.addmm" in ledger.report()
+    assert f"Peak: {format_bytes(ledger.peak.bytes)} at backward, aten.mul" in ledger.report()
+    assert "forward of 1, aten.addmm" in ledger.report()
 
 
 def test_memory_on_the_host_is_beside_the_peak():
@@ -572,6 +568,6 @@ def test_steps_are_drawn_below_one_another_on_one_scale(tmp_path):
 
 
 def test_only_stretches_that_can_be_seen_are_named():
-    phases = [("", "forward")] * 50 + [("", "backward"), ("", "forward")] * 2 + [("tail", "backward")] * 50
-    samples = [Sample({}, Moment(phase, part, "", "")) for phase, part in [("", "start"), *phases]]
-    assert picture._boundaries(samples) == [(1, "forward"), (55, "tail backward")]
+    parts = ["forward"] * 50 + ["backward", "forward"] * 2 + ["backward", "recompute"] * 25
+    samples = [Sample({}, Moment(part, "", "")) for part in ["start", *parts]]
+    assert picture._boundaries(samples) == [(1, "forward"), (55, "backward")]
