@@ -65,9 +65,9 @@ class Plan:
 
     tokens: int
     device: Sizes
-    """Of one GPU."""
+    """Bytes of one GPU."""
     host: Sizes
-    """Of one host."""
+    """Bytes of one host."""
     disk: float
     """Bytes on one host's ``nvme_path``, for which host memory has no room."""
 

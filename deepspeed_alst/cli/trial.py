@@ -7,6 +7,7 @@ Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
 """
 
 import gc
+import importlib
 import itertools
 import json
 import runpy
@@ -204,9 +205,15 @@ def run_program(folder: Path, steps: int, words: list[str]) -> None:
     raise SystemExit(f"{words[0]} ended before {steps} optimizer steps were done")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run what the command line names (see the module's docstring)."""
     _, local_rank, folder, *program = sys.argv
     if program:
         run_program(Path(folder), int(program[0]), [program[1], local_rank, *program[2:]])
     else:
         train_all(Path(folder))
+
+
+if __name__ == "__main__":
+    # By its full name: hooks of a module "__main__" are the program's to the model check, which copies them.
+    importlib.import_module("deepspeed_alst.cli.trial").main()
