@@ -24,8 +24,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from deepspeed_alst.cli.launch import PROGRESS
-from deepspeed_alst.config.parse import GAS, MICRO
-from deepspeed_alst.config.parse import block_of
+from deepspeed_alst.config.parse import GAS, MICRO, block_of
 from deepspeed_alst.core.patching import PatchSet
 
 # Recorded elements per parameter and tokens per layer, at most; of more, a sample at even spacing.
