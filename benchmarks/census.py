@@ -24,6 +24,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.ranks import LateError, RankError, Ranks
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import UnsupportedModelError
@@ -165,13 +166,13 @@ def ask_check(name: str, dtype: torch.dtype) -> Verdict:
     model = small_model(model_class, small).to(dtype)
     model.config._attn_implementation = small._attn_implementation
     with PatchSet() as undo:
-        patch_model(model, groups.sp_control_group, undo, calls)
-        check_batches(model, groups, calls, undo)
+        patch_model(ModelSpec(model), groups.sp_control_group, undo, calls)
+        check_batches(ModelSpec(model), groups, calls, undo)
         if calls.core == TRIAL:  # it has no unsplit run of its own
             calls.core = "eager"
         with untouched(model), torch.no_grad(), calls.of_model_check():
             try:
-                check_live_model(model, groups, calls, torch.device("cpu"))
+                check_live_model(ModelSpec(model), groups, calls, torch.device("cpu"))
             except UnsupportedModelError as error:
                 return Verdict("wrong", f"in {dtype}: {error}")
     return Verdict("right")

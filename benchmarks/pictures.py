@@ -22,6 +22,7 @@ from benchmarks.kernels.liger import NORMS_AND_ROPE
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.config.schema import AlstConfig, TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.offload.activation_store import ActivationStore
@@ -47,11 +48,11 @@ class Whole(System):
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
         """Patch the model as in System, with Liger's kernels and offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
-            use_liger_without_data(model, LIGER, undo)
+            use_liger_without_data(ModelSpec(model), LIGER, undo)
             if self.offloads:
                 store = ActivationStore(HostBufferPool())
                 undo.callback(store.close)
-                keep_activations(model, Keeping(store, keep_last=1), undo)
+                keep_activations(ModelSpec(model), Keeping(store, keep_last=1), undo)
             yield step
 
 

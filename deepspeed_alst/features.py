@@ -7,6 +7,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.session import Session
@@ -17,8 +18,8 @@ from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 class RunContext:
     """One call of ``deepspeed.initialize``, before its engine exists."""
 
-    model: Any
-    """The caller's, patched by features before the engine is built."""
+    spec: ModelSpec
+    """The caller's model, patched by features before the engine is built."""
     config: AlstConfig
     stage: int
     """ZeRO stage."""
@@ -36,7 +37,7 @@ class RunContext:
     @classmethod
     def build(
         cls,
-        model: Any,
+        spec: ModelSpec,
         config: AlstConfig,
         stage: int,
         control_group: Any,
@@ -46,8 +47,8 @@ class RunContext:
     ) -> "RunContext":
         """Describe a call; see the attributes."""
         device, calls = get_accelerator().device_name(), session.calls if session else ForwardContext()
-        leaf = ZeRO3Leaves(model, stage, patches)
-        return cls(model, config, stage, device, control_group, session, upstream, calls, leaf)
+        leaf = ZeRO3Leaves(spec.outer, stage, patches)
+        return cls(spec, config, stage, device, control_group, session, upstream, calls, leaf)
 
 
 class Feature:

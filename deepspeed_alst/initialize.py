@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from deepspeed_alst.core.copying import with_plain_copies
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.ownership import mark_owned
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import installed
@@ -35,23 +36,23 @@ def initialize(
     Raises:
         AlstError: on all ranks, whichever rank found the problem, and before any weight changes.
     """
-    model = arguments.get("model")
+    spec = ModelSpec(arguments.get("model"))
     upstream, ds_config = upstream_mpu(arguments, ds_config)
     config, stage, allocator = read_config(ds_config)
     if splits_sequences := config.sequence_parallel_size > 1:
         check_arguments(arguments, ds_config)
-    elif not isinstance(model, torch.nn.Module):
+    elif not isinstance(spec.outer, torch.nn.Module):
         return original(**arguments)  # which refuses it
     with PatchSet().rollback_on_error() as patches:
         # From here on ranks fail together: an early exit would take the rendezvous from the other ranks.
         control_group = start_ranks(arguments, ds_config, patches)
-        session = build_session(model, config, ds_config, control_group, patches) if splits_sequences else None
+        session = build_session(spec, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        run = RunContext.build(model, config, stage, control_group, session, upstream, patches)
+        run = RunContext.build(spec, config, stage, control_group, session, upstream, patches)
         features = features_of(run, bucket)
 
-        build = with_plain_copies(original, model, patches)
-        mark_owned(model, patches)
+        build = with_plain_copies(original, spec.outer, patches)
+        mark_owned(spec.outer, patches)
         for feature in features:
             feature.prepare_model(run, patches)
         with installed(session.mpu) if session else contextlib.nullcontext():

@@ -11,6 +11,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed_alst.config.compatibility import check_features, check_numbers, idle_checkpointing, zero_stage
 from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_batch_keys, check_heads, check_world, parse
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, assert_same_on_all_ranks
 from deepspeed_alst.distributed.mesh import build_control_group, destroy_groups
@@ -94,7 +95,7 @@ def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any], patches: P
 
 
 def build_session(
-    model: Any, config: AlstConfig, ds_config: dict[str, Any], control_group: Any, patches: PatchSet
+    spec: ModelSpec, config: AlstConfig, ds_config: dict[str, Any], control_group: Any, patches: PatchSet
 ) -> Session:
     """Check model, world size and batch keys against the SP degree, together, and build the state of a sequence.
 
@@ -102,11 +103,11 @@ def build_session(
         AlstError: on all ranks.
     """
     with agree(control_group):
-        world_size, facts = dist.get_world_size(), check_model(model)
+        world_size, facts = dist.get_world_size(), check_model(spec)
         heads = [(facts.num_heads, facts.num_kv_heads, "attention")] if facts.num_heads and facts.num_kv_heads else []
         heads += [(*each, "scan") for each in sorted(facts.linear_heads)]
         check_world(config, world_size, heads)
         check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
         for each in heads:
             check_heads(config, *each, world_size)
-    return Session(model, config, control_group, patches)
+    return Session(spec, config, control_group, patches)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import SMALL
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
@@ -55,7 +56,7 @@ def step_in_fp64(
             sp_size, calls = dist.get_world_size(group), ForwardContext()
             batch = shard_batch(batch, sp_size, multiple or sp_size, marks_padding=True).shards[dist.get_rank(group)]
             calls.real_tokens = batch.pop(REAL_TOKENS)
-            patch_model(model, group, patches, calls)
+            patch_model(ModelSpec(model), group, patches, calls)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
     assert patches.journal == [] and state_of(model) == before
@@ -92,6 +93,6 @@ def proved(model: torch.nn.Module) -> str:
     """What ``prove`` says of a model that all ranks are to share; one rank of them."""
     groups = build_groups(dist.get_world_size(), build_control_group())
     try:
-        return verify_model(model, groups)
+        return verify_model(ModelSpec(model), groups)
     finally:
         groups.destroy()

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Verdict, errors_of
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 
 # Vocabularies of Llama 3, GPT-2, Gemma 2 and Qwen 2.5; 50257, 32001 and 151665 have no useful divisors.
@@ -130,8 +131,10 @@ def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: 
     from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
     from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 
-    tile_loss(model, TiledLossConfig(backend=backend, tile_tokens=13), ForwardContext(), lambda module: None, undo)
-    replace_whole_loss(model, undo)
+    tile_loss(
+        ModelSpec(model), TiledLossConfig(backend=backend, tile_tokens=13), ForwardContext(), lambda module: None, undo
+    )
+    replace_whole_loss(ModelSpec(model), undo)
     model.zero_grad()
     loss = model(**batch, use_cache=False).loss
     (loss * 0.37).backward()

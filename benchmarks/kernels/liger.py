@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 
 NORMS_AND_ROPE = {"swiglu": False}
@@ -23,7 +24,7 @@ def layer_peak(model_type: str, liger: Any) -> float:
 
     class Patched(System):
         def _loss_of(self, model: Any, *rest: Any) -> Any:
-            use_liger_without_data(model, keys, rest[-1])
+            use_liger_without_data(ModelSpec(model), keys, rest[-1])
             return super()._loss_of(model, *rest)
 
     shape = next(each for each in REAL_SIZE if each.model_type == model_type)

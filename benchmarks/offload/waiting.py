@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
@@ -73,7 +74,7 @@ def _kept(name: str, length: int) -> dict[str, int]:
         if name == OURS:
             store = ActivationStore(HostBufferPool())
             undo.callback(store.close)
-            keep_activations(model, Keeping(store, keep_last=1), undo)
+            keep_activations(ModelSpec(model), Keeping(store, keep_last=1), undo)
         with Ledger(model) as ledger, _context(name):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             live = ledger.timeline[-1].bytes

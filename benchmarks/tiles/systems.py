@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -51,7 +52,7 @@ class System:
                 undo.callback(model.gradient_checkpointing_disable)
             calls = ForwardContext()
             if sp_size > 1:
-                patch_model(model, dist.group.WORLD, undo, calls)
+                patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
             yield put_tiles(model, self.tiles, undo, mlp or TiledMLPConfig(), calls=calls, sp_size=sp_size)
 
 
@@ -78,10 +79,10 @@ def put_tiles(
         return lambda batch: _upstream_loss(model, batch, num_shards)
     if tiles == "ours":
         if mlp is not None:
-            tile_mlps(model, mlp, leaf, undo)
-        tile_loss(model, loss or TiledLossConfig(), calls, leaf, undo)
+            tile_mlps(ModelSpec(model), mlp, leaf, undo)
+        tile_loss(ModelSpec(model), loss or TiledLossConfig(), calls, leaf, undo)
         if sp_size == 1:
-            replace_whole_loss(model, undo)
+            replace_whole_loss(ModelSpec(model), undo)
     return lambda batch: model(**batch, use_cache=False).loss
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.cli.plan import Layer, Model
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, ConfigError, UnsupportedModelError
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
@@ -82,12 +83,13 @@ def _patch(model: Any, keys: AlstConfig, patches: PatchSet) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     calls = ForwardContext()
-    patch_model(model, dist.group.WORLD, patches, calls)
-    use_liger_without_data(model, keys, patches)  # as on a GPU
+    spec = ModelSpec(model)
+    patch_model(spec, dist.group.WORLD, patches, calls)
+    use_liger_without_data(spec, keys, patches)  # as on a GPU
     if keys.alst.tiled_mlp_compute is not None:
-        tile_mlps(model, keys.alst.tiled_mlp_compute, lambda module: None, patches)
+        tile_mlps(spec, keys.alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:
-        tile_loss(model, loss, calls, lambda module: None, patches)
+        tile_loss(spec, loss, calls, lambda module: None, patches)
 
 
 def _peaks(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:

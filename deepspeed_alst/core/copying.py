@@ -75,7 +75,7 @@ class _Changes:
                 kept = {each: hook for each, hook in value.items() if each not in self._hooks[key]}
                 value = type(value)((each, hook) for each, hook in kept.items() if not _captures(hook))
             else:
-                value = getattr(value, "alst_before", value)  # wrapped by offload/hf_checkpoint_hook.py
+                value = getattr(value, "alst_before", value)  # wrapped by offload/checkpoint_hook.py
             before, after = self._values.get(key, (_ABSENT, _ABSENT))
             value = before if value is after else value
             if value is not _ABSENT:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import DataError
 
@@ -34,12 +34,10 @@ class Vocabulary:
     """Size of the output, which may differ."""
 
 
-def vocabulary_of(model: torch.nn.Module) -> Vocabulary:
+def vocabulary_of(spec: ModelSpec) -> Vocabulary:
     """Return the numbers of embeddings and of logits, the latter the larger of the config's and the head's."""
-    base = base_model(model)
-    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None)
-    head = base.get_output_embeddings()
-    sizes = (getattr(base.config.get_text_config(), "vocab_size", None), getattr(head, "out_features", None))
+    embeddings = getattr(spec.embeddings, "num_embeddings", None)
+    sizes = (getattr(spec.text_config, "vocab_size", None), getattr(spec.head, "out_features", None))
     logits = max((size for size in sizes if isinstance(size, int)), default=None)
     return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits)
 

@@ -7,7 +7,7 @@ from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
 from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
 from deepspeed_alst.grad_reduction.zero_paths import install_reduction, reduction_of
-from deepspeed_alst.moe.hf_experts import call_together
+from deepspeed_alst.moe.separate_experts import call_together
 from deepspeed_alst.report import reduction_rows
 from deepspeed_alst.sequence_parallel.session import Session
 
@@ -38,4 +38,4 @@ class SeparateExperts(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Patch the blocks of experts."""
-        call_together(run.model, run.stage, run.leaf, patches)
+        call_together(run.spec, run.stage, run.leaf, patches)

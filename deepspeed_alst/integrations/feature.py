@@ -16,7 +16,7 @@ class LigerKernels(Feature):
         """Patch the modules that Liger has kernels for."""
         from deepspeed_alst.integrations.hf_liger import use_liger
 
-        liger = use_liger(run.model, run.config, run.device, run.control_group, patches)
+        liger = use_liger(run.spec, run.config, run.device, run.control_group, patches)
         self.makes_loss, self._words = liger.makes_loss, liger.words
 
     def report(self) -> list[tuple[str, str]]:
@@ -32,4 +32,4 @@ class OwnLoss(Feature):
         if "liger_kernel" in sys.modules:
             from deepspeed_alst.integrations.hf_liger import use_own_loss
 
-            use_own_loss(run.model, patches)
+            use_own_loss(run.spec, patches)

@@ -21,9 +21,9 @@ from transformers.activations import ACT2FN
 from deepspeed_alst.config.config_file import nearest
 from deepspeed_alst.config.schema import AlstConfig, LigerConfig
 from deepspeed_alst.core.function_copies import with_names
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
 
@@ -51,14 +51,14 @@ class LigerUse(NamedTuple):
     possible: bool = True
 
 
-def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
+def use_liger(spec: ModelSpec, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
     """Apply Liger's kernels as set in ``alst.liger_kernel``, before any other patch of the modules.
 
     Collective over ``group``: if one rank cannot use Liger, none does. The reason is reported for ``"auto"`` and raised
     for parts requested by name.
 
     Args:
-        model: a transformers model, or a wrapper around one.
+        spec: the model.
         config: this package's config.
         device: device type of the engine.
         group: all ranks, over gloo; None for this rank alone.
@@ -73,9 +73,8 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
         try:
             if loss is not None and loss.backend == "liger":
                 check_liger_runs("alst.tiled_logits_loss", device)
-            # DeepSpeed raises for other objects than modules.
-            if config.alst.liger_kernel is not False and isinstance(model, torch.nn.Module):
-                use = _use(base_model(model), config.alst.liger_kernel, device, done)
+            if config.alst.liger_kernel is not False:
+                use = _use(spec.model, config.alst.liger_kernel, device, done)
         except AlstError as raised:
             error = raised
         if group is not None:
@@ -90,7 +89,7 @@ def use_liger(model: torch.nn.Module, config: AlstConfig, device: str, group: An
     return use._replace(words=f"{use.words} (rank {rank})") if rank else use
 
 
-def use_liger_without_data(model: torch.nn.Module, config: AlstConfig, patches: PatchSet) -> None:
+def use_liger_without_data(spec: ModelSpec, config: AlstConfig, patches: PatchSet) -> None:
     """Apply Liger's kernels to a model on fake tensors as on a GPU, without launching them, if Liger is installed.
 
     Raises:
@@ -101,7 +100,7 @@ def use_liger_without_data(model: torch.nn.Module, config: AlstConfig, patches: 
     from deepspeed_alst.kernels.liger import skip_fake_launches
 
     skip_fake_launches(patches)
-    _use(base_model(model), config.alst.liger_kernel, "cuda", patches)
+    _use(spec.model, config.alst.liger_kernel, "cuda", patches)
 
 
 def check_liger_runs(key: str, device: str) -> None:
@@ -110,12 +109,12 @@ def check_liger_runs(key: str, device: str) -> None:
         raise SetupError(f"{key}: {reason}")
 
 
-def use_own_loss(model: torch.nn.Module, patches: PatchSet) -> None:
+def use_own_loss(spec: ModelSpec, patches: PatchSet) -> None:
     """Make a model that Liger has patched use its head and ``loss_function``, as other forwards do.
 
     Liger's ``lce_forward`` does with ``skip_logits=False``; here they are the tiled head and the whole sequence's loss.
     """
-    base = base_model(model)
+    base = spec.model
     before = base.forward
     if not is_ligers(before) or _SKIP_LOGITS not in inspect.signature(before).parameters:
         return

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 
@@ -32,7 +32,7 @@ def has_fused_head(output: Any) -> bool:
     return getattr(output, "log_probs", None) is not None and getattr(output, "label_mask", None) is not None
 
 
-def sum_fused_head(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
+def sum_fused_head(spec: ModelSpec, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
     """Make a fused head's output sums the full sequence's; ``patches.close()`` undoes it."""
 
     def whole(module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -47,8 +47,7 @@ def sum_fused_head(model: torch.nn.Module, group: Any, calls: ForwardContext, pa
         calls.note_loss(output["log_probs"])
         output["loss"] = -output["log_probs"].sum() / count.clamp(min=1.0).to(log_probs_Bs.dtype)
         if getattr(output, "aux_loss", None) is not None:  # the full sequence's already (router_loss.py)
-            config = base_model(module).config.get_text_config()
-            output["loss"] = output["loss"] + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
+            output["loss"] = output["loss"] + getattr(spec.text_config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
-    patches.hook(model, "forward", whole)
+    patches.hook(spec.outer, "forward", whole)

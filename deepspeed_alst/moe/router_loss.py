@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from deepspeed_alst.core.function_copies import NamesFor, importing, with_names
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet, subclass
 from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, result_or_none
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.sharding import REAL_TOKENS
 from deepspeed_alst.distributed.sequence_loss import sum_over_shards
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.moe.hf_experts import router_classes
-from deepspeed_alst.offload.hf_checkpoint_hook import checkpointed_layers
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 _FUNCTION = "load_balancing_loss_func"
@@ -29,10 +27,9 @@ _SWITCH = "output_router_logits"
 _ULPS = 128
 
 
-def unknown_router_loss(model: torch.nn.Module) -> str | None:
+def unknown_router_loss(spec: ModelSpec) -> str | None:
     """Return why a model's router loss cannot be made over the whole sequence; None if it can."""
-    base = base_model(model)
-    if not router_classes(base):
+    if not spec.router_classes:
         return None
     callers: list[FunctionType] = []
 
@@ -41,7 +38,7 @@ def unknown_router_loss(model: torch.nn.Module) -> str | None:
             callers.append(function)
         return {}
 
-    for forward in (base.forward, *_class_forwards(base).values()):
+    for forward in (spec.model.forward, *_class_forwards(spec.model).values()):
         with_names(forward, note)
     unknown = next((each.__module__ for each in callers if not _is_known(each.__globals__[_FUNCTION])), None)
     return unknown and (
@@ -50,12 +47,12 @@ def unknown_router_loss(model: torch.nn.Module) -> str | None:
     )
 
 
-def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: ForwardContext) -> str | None:
+def router_problem(spec: ModelSpec, kwargs: dict[str, Any], calls: ForwardContext) -> str | None:
     """Return why a forward with these arguments cannot get a whole-sequence router loss; None if it can."""
     asked = kwargs.get(_SWITCH)
     if asked is None:
-        asked = getattr(base_model(model).config.get_text_config(), _SWITCH, False)
-    if not asked or not router_classes(model):
+        asked = getattr(spec.text_config, _SWITCH, False)
+    if not asked or not spec.router_classes:
         return None
     if not calls.makes_whole_loss:
         return (
@@ -67,18 +64,18 @@ def router_problem(model: torch.nn.Module, kwargs: dict[str, Any], calls: Forwar
             f"it asks for {_SWITCH}, but does not say in {REAL_TOKENS} which tokens are padding; give the model every "
             f"key of the sharded loader's batch, or set {_SWITCH} to False"
         )
-    problem = unknown_router_loss(model)
+    problem = unknown_router_loss(spec)
     return problem and f"it asks for {problem}"
 
 
-def whole_router_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
+def whole_router_loss(spec: ModelSpec, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
     """Patch a model to compute its load-balancing loss over the whole sequence, sharded over a group.
 
     Its forwards look the function up by a global name that other models share, so this model runs copies of them with
     another function under that name.
     """
-    base = base_model(model)
-    if not router_classes(base):
+    base = spec.model
+    if not spec.router_classes:
         return
 
     def whole(before: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +88,7 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: ForwardContext,
                 return before(gate_logits, num_experts, top_k, attention_mask)
             assert calls.real_tokens is not None and num_experts is not None  # checked by the batch guard
             calls.router_loss += 1
-            _check_recorded(base, gate_logits, calls.real_tokens.numel())
+            _check_recorded(spec, gate_logits, calls.real_tokens.numel())
             return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
 
         return of_whole_sequence if _is_known(before) else before
@@ -114,7 +111,7 @@ def whole_router_loss(model: torch.nn.Module, group: Any, calls: ForwardContext,
             )
 
     # Every call passes the outermost module.
-    patches.hook(model, "forward", end)
+    patches.hook(spec.outer, "forward", end)
 
 
 def _replace_forwards(base: torch.nn.Module, names_for: NamesFor, patches: PatchSet) -> None:
@@ -184,21 +181,20 @@ def _agrees(function: Callable[..., Any]) -> bool:
     return all(is_equivalent(function, ours, (logits, experts, top_k, each), _ULPS, _ULPS) for each in (None, mask))
 
 
-def _check_recorded(base: torch.nn.Module, gate_logits: tuple[torch.Tensor, ...], num_tokens: int) -> None:
+def _check_recorded(spec: ModelSpec, gate_logits: tuple[torch.Tensor, ...], num_tokens: int) -> None:
     """Raise if router logits were recorded without a gradient, or are not those of all tokens."""
-    name = type(base).__name__
     rows = {len(logits) for logits in gate_logits}
     if rows != {num_tokens}:
         raise UnsupportedModelError(
-            f"{name} recorded router logits of {sorted(rows)} tokens, where its shard has {num_tokens}. Set {_SWITCH} "
-            "to False, or leave alst.tiled_mlp_compute out."
+            f"{spec.name} recorded router logits of {sorted(rows)} tokens, where its shard has {num_tokens}. Set "
+            f"{_SWITCH} to False, or leave alst.tiled_mlp_compute out."
         )
     if not torch.is_grad_enabled() or gate_logits[-1].requires_grad:
         return
-    layers = checkpointed_layers(base)
+    layers = spec.checkpointed_layers
     trains = any(param.requires_grad for layer in layers for param in layer.parameters())
     if trains and any(layer.gradient_checkpointing and layer.training for layer in layers):
         raise UnsupportedModelError(
-            f"{name}: a reentrant checkpoint records router logits without a gradient, so that {_SWITCH}=True would "
-            "train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            f"{spec.name}: a reentrant checkpoint records router logits without a gradient, so that {_SWITCH}=True "
+            "would train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
         )

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.distributed.collectives import sent_bytes
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.formatting import format_bytes
@@ -111,7 +112,7 @@ class Metrics:
     @functools.cached_property
     def _flops(self) -> StepFlops | None:
         # Read in the first forward: checkpointing may be enabled after the engine is built.
-        return step_flops(self._engine.module)
+        return step_flops(ModelSpec(self._engine.module))
 
     @contextlib.contextmanager
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.core.unwrap import base_model
-from deepspeed_alst.moe.hf_experts import expert_counts, separate_experts
-from deepspeed_alst.offload.hf_checkpoint_hook import checkpointed_layers
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
 
@@ -62,20 +60,19 @@ class StepFlops:
         return (self.token + self.token_again) * tokens + (self.pair + self.pair_again) * square
 
 
-def step_flops(model: torch.nn.Module) -> StepFlops | None:
+def step_flops(spec: ModelSpec) -> StepFlops | None:
     """Return the FLOPs of a model, bare or wrapped; None if its config does not tell the active experts or heads.
 
     Embedding lookups are not matrix products; the head counts for all tokens, tied or not. A weight that a forward uses
     several times counts once.
     """
-    base = base_model(model)
-    if not hasattr(base, "config"):
+    if not hasattr(spec.model, "config"):
         return None
-    config = base.config.get_text_config()
-    spans, width, weights = _spans(config), _pair_width(config), _weights(base, config)
+    config = spec.text_config
+    spans, width, weights = _spans(config), _pair_width(config), _weights(spec, config)
     if (spans and width is None) or weights is None:
         return None
-    layers = checkpointed_layers(base)
+    layers = spec.checkpointed_layers
     again = [layer for layer in layers if layer.gradient_checkpointing]
     recomputed = {param for layer in again for param in layer.parameters()}
     pair = 6 * (width or 0)
@@ -113,13 +110,13 @@ def _pair_width(config: Any) -> int | None:
         return None
 
 
-def _weights(base: torch.nn.Module, config: Any) -> dict[torch.nn.Parameter, int] | None:
+def _weights(spec: ModelSpec, config: Any) -> dict[torch.nn.Parameter, int] | None:
     """Return each matrix's elements that a token passes; None if the number of active experts is not known."""
-    counts, head = expert_counts(base), base.get_output_embeddings()
-    apart = {param: len(each) for _, each in separate_experts(base) for param in each.parameters()}
+    counts, base = spec.expert_counts, spec.model
+    apart = {param: len(each) for _, each in spec.separate_experts() for param in each.parameters()}
     active = next((value for name in _ACTIVE_EXPERTS if (value := getattr(config, name, None))), None)
     looked_up = {module.weight for module in base.modules() if isinstance(module, torch.nn.Embedding)}
-    looked_up.discard(getattr(head, "weight", None))
+    looked_up.discard(getattr(spec.head, "weight", None))
     passed = {}
     for name, param in base.named_parameters():
         shape = torch.Size(getattr(param, "ds_shape", param.shape))

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import CheckpointFrame, on_device
-from deepspeed_alst.offload.hf_checkpoint_hook import Checkpoint, checkpoint_hook_of, checkpointed_layers
+from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_of
 
 
 @dataclass(eq=False)
@@ -68,16 +68,16 @@ class Keeping:
         return [layer for layer in self.layers if layer.gradient_checkpointing]
 
 
-def keep_activations(model: torch.nn.Module, keeping: Keeping, patches: PatchSet) -> None:
+def keep_activations(spec: ModelSpec, keeping: Keeping, patches: PatchSet) -> None:
     """Make each checkpointed layer of a model keep its tensors; ``patches.close()`` undoes it.
 
     Raises:
         UnsupportedModelError: transformers checkpoints no layer of the model individually.
     """
-    keeping.layers = checkpointed_layers(model)
+    keeping.layers = spec.checkpointed_layers
     if not keeping.layers:
         raise UnsupportedModelError(
-            f"alst.activation_checkpoint_cpu_offload: {type(base_model(model)).__name__} has no layers that "
+            f"alst.activation_checkpoint_cpu_offload: {spec.name} has no layers that "
             "transformers checkpoints one by one (GradientCheckpointingLayer). Set the key to false."
         )
     given_before: list[Any] = []
@@ -85,18 +85,18 @@ def keep_activations(model: torch.nn.Module, keeping: Keeping, patches: PatchSet
         checkpoint_hook_of(layer, patches).around.append(functools.partial(_around, layer, keeping, given_before))
 
 
-def turn_on_checkpointing(model: torch.nn.Module, patches: PatchSet) -> bool:
+def turn_on_checkpointing(spec: ModelSpec, patches: PatchSet) -> bool:
     """Turn transformers' gradient checkpointing on until ``patches.close()``; return True if it was off.
 
     Raises:
         UnsupportedModelError: the model does not support it.
     """
-    base = base_model(model)
+    base = spec.model
     if base.is_activation_checkpointing:
         return False
     if not base.supports_gradient_checkpointing:
         raise UnsupportedModelError(
-            f"alst.activation_checkpoint_cpu_offload: {type(base).__name__} does not support gradient checkpointing. "
+            f"alst.activation_checkpoint_cpu_offload: {spec.name} does not support gradient checkpointing. "
             "Set the key to false."
         )
     has_hook = bool(getattr(base, "_require_grads_hooks", None))
@@ -107,16 +107,16 @@ def turn_on_checkpointing(model: torch.nn.Module, patches: PatchSet) -> bool:
     return True
 
 
-def check_checkpointing(model: torch.nn.Module, key: str) -> None:
+def check_checkpointing(spec: ModelSpec, key: str) -> None:
     """Raise if no layer is checkpointed in training, or if transformers offloads the layers' inputs itself.
 
     Raises:
         UnsupportedModelError: the key would have no effect.
     """
-    layers = [layer for layer in checkpointed_layers(model) if layer.gradient_checkpointing]
+    layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
     if not layers:
         raise UnsupportedModelError(
-            f"{key}: no layer of {type(base_model(model)).__name__} is checkpointed. Turn gradient checkpointing on "
+            f"{key}: no layer of {spec.name} is checkpointed. Turn gradient checkpointing on "
             "(model.gradient_checkpointing_enable()), or set the key to false."
         )
     function = vars(layers[0]).get("_gradient_checkpointing_func")

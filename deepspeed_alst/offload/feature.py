@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeed_alst.config.schema import OffloadConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
@@ -22,7 +22,6 @@ from deepspeed_alst.offload.checkpoint_inputs import (
 )
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
-from deepspeed_alst.offload.hf_checkpoint_hook import checkpointed_layers
 from deepspeed_alst.offload.host_buffers import CudaRegistry, HostBufferPool
 from deepspeed_alst.offload.swapper import RING, Swapper
 from deepspeed_alst.report import print_report
@@ -51,26 +50,26 @@ class ActivationOffload(Feature):
             UnsupportedModelError: the layers do not support checkpointing, or not individually.
         """
         alst = run.config.alst
-        self._model, self._sp_size = run.model, run.config.sequence_parallel_size
+        self._spec, self._sp_size = run.spec, run.config.sequence_parallel_size
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
-        self._turned_on = self._block is not None and turn_on_checkpointing(run.model, patches)
+        self._turned_on = self._block is not None and turn_on_checkpointing(run.spec, patches)
         self._keeping = Keeping(
             store=None,
             keep_last=self._block.keep_last if self._block is not None else 0,
             must_keep_attention=self._wanted is True,
         )
         self._why_not = "" if self._wanted is False else self._keep_attention(patches)
-        keep_activations(run.model, self._keeping, patches)
+        keep_activations(run.spec, self._keeping, patches)
         if run.session is None:
-            patches.hook(run.model, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
+            patches.hook(run.spec.outer, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
 
     def _keep_attention(self, patches: PatchSet) -> str:
         """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""
         try:
             if self._sp_size == 1:
-                keep_attention(self._model, patches)
+                keep_attention(self._spec.outer, patches)
             else:
-                check_keeps_attention(self._model)
+                check_keeps_attention(self._spec.outer)
         except UnsupportedModelError as error:
             if self._wanted is True:
                 raise
@@ -125,12 +124,12 @@ class ActivationOffload(Feature):
         Raises:
             UnsupportedModelError: layers are not checkpointed, so the keys would have no effect.
         """
-        if not (self._model.training and torch.is_grad_enabled()):
+        if not (self._spec.outer.training and torch.is_grad_enabled()):
             return None
         key, room = "alst.save_attention_output", MemoryBudget(0)
         if self._block is not None:
             key, room = "alst.activation_checkpoint_cpu_offload", self._room(self._block)
-        check_checkpointing(self._model, key)
+        check_checkpointing(self._spec, key)
         return Facts(shape[0] * shape[1], shape[0], room)
 
     def decide(self, everyone: Sequence[Facts | None]) -> bool:
@@ -149,7 +148,7 @@ class ActivationOffload(Feature):
         widest, rooms = max(known, key=lambda each: each.tokens), [each.room for each in known]
         disks = [each.disk for each in rooms if each.disk is not None]
         room = MemoryBudget(min(each.host for each in rooms), min(disks) if disks else None, rooms[0].budget)
-        layers, wanted = layers_of(self._model, self._block.keep_last), False if self._why_not else self._wanted
+        layers, wanted = layers_of(self._spec, self._block.keep_last), False if self._why_not else self._wanted
         plan = decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch), RING)
         self._make_room(plan, room, layers.sizes(widest.tokens, plan.keeps_attention))
         self._keeping.keeps_attention = plan.keeps_attention
@@ -191,13 +190,13 @@ def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:
     return ActivationStore(pool, Swapper(DiskFile(block.nvme_path), HostBufferPool(budget=0, registry=registry)))
 
 
-def layers_of(model: torch.nn.Module, keep_last: int) -> Layers:
+def layers_of(spec: ModelSpec, keep_last: int) -> Layers:
     """Return the sizes of the activations that checkpointed layers keep, from the config and the weights."""
-    layers = [layer for layer in checkpointed_layers(model) if layer.gradient_checkpointing]
-    config = base_model(model).config.get_text_config()
+    layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
+    config = spec.text_config
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
     head_elements = heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
-    itemsize = next(each.dtype for each in model.parameters() if each.is_floating_point()).itemsize
+    itemsize = next(each.dtype for each in spec.outer.parameters() if each.is_floating_point()).itemsize
     shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
     return Layers(
         num_layers=len(layers),

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.hf_checkpoint_hook import Checkpoint, checkpoint_hook_of, checkpointed_layers
+from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_of
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, runs_again
 
 _NEFTUNE = "neftune_noise_alpha"
@@ -54,7 +54,7 @@ class Draws:
 
 
 def count_draws(
-    model: torch.nn.Module,
+    spec: ModelSpec,
     draws: Draws,
     patches: PatchSet,
     is_whole: Callable[[], bool] = lambda: False,
@@ -63,13 +63,13 @@ def count_draws(
     """Make a model draw its random numbers from counters; ``patches.close()`` undoes it.
 
     Args:
-        model: a transformers model, or a wrapper around one.
+        spec: the model.
         draws: this rank's state.
         patches: undoes everything.
         is_whole: called at each forward; True if it gets the full sequence, not this rank's shard.
         on_trial: called at each forward; True if it draws the same numbers as other trials and is not counted.
     """
-    base, entered = base_model(model), ExitStack()
+    model, base, entered = spec.outer, spec.model, ExitStack()
     draws.are_counted = True
     states: list[torch.Tensor] = []
 
@@ -99,7 +99,7 @@ def count_draws(
     patches.hook(model, "forward_pre", enter, with_kwargs=True)
     patches.hook(model, "forward", leave, always_call=True)
     patches.callback(entered.close)
-    for layer in checkpointed_layers(base):
+    for layer in spec.checkpointed_layers:
         checkpoint_hook_of(layer, patches).around.append(_around)
 
 
@@ -116,7 +116,7 @@ def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet
 
 def drop_no_attention(model: torch.nn.Module, patches: PatchSet) -> None:
     """Set the dropout rates of a model's attention modules to 0: kernels draw for one rank's heads."""
-    without_dropout(base_model(model).config, True, patches)
+    without_dropout(ModelSpec(model).config, True, patches)
     for module in model.modules():
         if "Attention" in type(module).__name__:
             for name, rate in list(vars(module).items()):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import PLACE, REAL_TOKENS
 from deepspeed_alst.data.validation import Vocabulary, checked, vocabulary_of
@@ -48,10 +49,10 @@ class Facts:
 
 
 def check_batches(
-    model: torch.nn.Module, groups: SequenceGroups, calls: ForwardContext, patches: PatchSet, planner: Any = None
+    spec: ModelSpec, groups: SequenceGroups, calls: ForwardContext, patches: PatchSet, planner: Any = None
 ) -> None:
     """Install the batch check, and the decision of the offload's planner (offload/feature.py), if there is one."""
-    vocabulary = vocabulary_of(model)
+    vocabulary = vocabulary_of(spec)
 
     @torch.compiler.disable
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +61,7 @@ def check_batches(
         if calls.checking:
             calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
             return args, kwargs
-        facts, bounds = _read(module, args, kwargs, vocabulary, groups, calls)
+        facts, bounds = _read(spec, args, kwargs, vocabulary, groups, calls)
         # Over all ranks, not one sequence's: the other replicas would hang in the gradient reduction.
         planned, refusal = None, None
         if planner is not None and not facts.problem:
@@ -87,7 +88,7 @@ def check_batches(
             kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
         return args, kwargs
 
-    patches.hook(model, "forward_pre", check, prepend=True, with_kwargs=True)
+    patches.hook(spec.outer, "forward_pre", check, prepend=True, with_kwargs=True)
 
 
 def _decide_together(planner: Any, everyone: Sequence[Any], groups: SequenceGroups) -> None:
@@ -102,7 +103,7 @@ def _decide_together(planner: Any, everyone: Sequence[Any], groups: SequenceGrou
 
 
 def _read(
-    module: torch.nn.Module,
+    spec: ModelSpec,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     vocabulary: Vocabulary,
@@ -116,7 +117,7 @@ def _read(
             bounds = kwargs["cu_seq_lens_q"].tolist()
         calls.real_tokens, stamp = kwargs.pop(REAL_TOKENS, None), kwargs.pop(PLACE, None)
         kwargs |= checked(kwargs, vocabulary)
-        problem = _problem(module, args, kwargs, calls)
+        problem = _problem(spec, args, kwargs, calls)
         if problem is not None:
             return Facts(problem), bounds
         tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -127,9 +128,7 @@ def _read(
         return Facts(f"it cannot be read: {error!r}. {WAY_OUT}"), bounds
 
 
-def _problem(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calls: ForwardContext
-) -> str | None:
+def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], calls: ForwardContext) -> str | None:
     """Return why one rank's arguments are not a shard's that can be trained on; None if they are."""
     tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     labels, shifted, keep = (kwargs.get(key) for key in ("labels", "shift_labels", "logits_to_keep"))
@@ -143,7 +142,7 @@ def _problem(
     if calls.routes:
         from deepspeed_alst.moe.router_loss import router_problem
 
-        if (problem := router_problem(module, kwargs, calls)) is not None:
+        if (problem := router_problem(spec, kwargs, calls)) is not None:
             return problem
     if args or tokens is None:
         return f"it is not given by keyword. {WAY_OUT}"

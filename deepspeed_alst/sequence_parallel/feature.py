@@ -26,12 +26,12 @@ class SequenceParallel(Feature):
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Verify the model, and patch its attention, positions and loss."""
         is_upstream, groups = run.upstream is not None, self._session.groups
-        summary = verify_model(run.model, groups, is_upstream)
+        summary = verify_model(run.spec, groups, is_upstream)
         if is_upstream:
             from deepspeed_alst.integrations.hf_upstream import prepare_adoption
 
             prepare_adoption(patches)
-        attention = patch_model(run.model, groups.sp_group, patches, self._session.calls, not is_upstream)
+        attention = patch_model(run.spec, groups.sp_group, patches, self._session.calls, not is_upstream)
         self._rows = [("attention", attention), ("loss", _SHARD_LOSS if is_upstream else _WHOLE_LOSS)]
         self._rows += [("model", summary)] if summary else []
 
@@ -43,7 +43,7 @@ class SequenceParallel(Feature):
 
             engine.alst_features.upstream = UpstreamProgram(engine, self._session, run.upstream, patches)
         elif run.config.alst.check_model:
-            engine.alst_features.model_check = ModelCheck(engine)
+            engine.alst_features.model_check = ModelCheck(engine, run.spec)
 
     def report(self) -> list[tuple[str, str]]:
         """Return what attention and loss are."""
@@ -58,4 +58,4 @@ class BatchCheck(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Add the check to the model's forward."""
-        check_batches(run.model, self._session.groups, self._session.calls, patches, self._planner)
+        check_batches(run.spec, self._session.groups, self._session.calls, patches, self._planner)

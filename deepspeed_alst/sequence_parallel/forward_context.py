@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import Draws
 
@@ -113,13 +113,13 @@ def _why_not_called(model: torch.nn.Module) -> str:
     return "Undo whatever replaced its attention (kernels, a subclass)"
 
 
-def check_calls(model: torch.nn.Module, calls: ForwardContext, patches: PatchSet, whole_loss: bool) -> None:
+def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole_loss: bool) -> None:
     """Raise if a forward bypasses the patched parts, which a subclass or a library may replace.
 
-    ``model`` is the outermost module, which every call passes. Without ``whole_loss`` user code may compute a shard's
+    Without ``whole_loss`` user code may compute a shard's
     loss in any way.
     """
-    name = type(base_model(model)).__name__
+    name = spec.name
 
     @torch.compiler.disable
     def reset(module: torch.nn.Module, args: Any) -> None:
@@ -134,7 +134,7 @@ def check_calls(model: torch.nn.Module, calls: ForwardContext, patches: PatchSet
         if not calls.attention and calls.expects_attention:
             raise UnsupportedModelError(
                 f"{name} did not call transformers' attention interface: its attention sees only a "
-                f"shard of the sequence. {_why_not_called(base_model(module))}."
+                f"shard of the sequence. {_why_not_called(spec.model)}."
             )
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is not None and len(bounds) > 2 and calls.with_documents < calls.attention + calls.linear:
@@ -157,5 +157,6 @@ def check_calls(model: torch.nn.Module, calls: ForwardContext, patches: PatchSet
                 "whatever replaced its forward (Liger's fused loss, a subclass)."
             )
 
-    patches.hook(model, "forward_pre", reset)
-    patches.hook(model, "forward", check, with_kwargs=True)
+    # Every call passes the outermost module.
+    patches.hook(spec.outer, "forward_pre", reset)
+    patches.hook(spec.outer, "forward", check, with_kwargs=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.sequence_loss import (
     IGNORED_LABEL,
     shard_divisor,
@@ -22,7 +22,6 @@ from deepspeed_alst.distributed.sequence_loss import (
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.integrations.trl_fused_head import sum_fused_head
 from deepspeed_alst.linear_attention.layers import has_attention, linear_layers
-from deepspeed_alst.moe.hf_experts import router_classes
 from deepspeed_alst.random_draws.model_draws import count_draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext, check_calls
 from deepspeed_alst.sequence_parallel.hf_attention import register_attention
@@ -33,21 +32,21 @@ from deepspeed_alst.tiling.lazy_logits import LazyLogits, share_of_loss
 
 
 def patch_model(
-    model: torch.nn.Module, group: Any, patches: PatchSet, calls: ForwardContext | None = None, whole_loss: bool = True
+    spec: ModelSpec, group: Any, patches: PatchSet, calls: ForwardContext | None = None, whole_loss: bool = True
 ) -> str:
     """Patch a model for sequence parallelism; return a description.
 
     Args:
-        model: a verified model (families.py), or a wrapper around one.
+        spec: a verified model.
         group: sequence-parallel group.
         patches: undo stack.
         calls: counts the calls of the patched parts in each forward.
         whole_loss: if True the loss is the whole sequence's; else the shard's, which the program aggregates.
     """
-    calls, base = calls or ForwardContext(), base_model(model)
+    calls, base = calls or ForwardContext(), spec.model
     calls.makes_whole_loss = whole_loss
     calls.core = name = base.config._attn_implementation
-    own_config(model, base.config, patches)
+    own_config(spec.outer, base.config, patches)
     calls.expects_attention = has_attention(base)
     if calls.expects_attention:
         core = find_backend(name)
@@ -60,21 +59,21 @@ def patch_model(
         split_linear_layers(base, group, calls, patches)
     _replace_loss(base, group, calls, patches)
     if whole_loss:
-        sum_fused_head(model, group, calls, patches)
-    calls.routes = bool(router_classes(base))
+        sum_fused_head(spec, group, calls, patches)
+    calls.routes = bool(spec.router_classes)
     if calls.routes:
         from deepspeed_alst.moe.router_loss import whole_router_loss
 
-        whole_router_loss(model, group, calls, patches)
+        whole_router_loss(spec, group, calls, patches)
     if hasattr(base, "generate"):
         patches.wrap(base, "generate", _without_split(base.config, calls))
-    check_calls(model, calls, patches, whole_loss)
+    check_calls(spec, calls, patches, whole_loss)
     calls.draws.sp_rank, calls.draws.sp_size = dist.get_rank(group), dist.get_world_size(group)
-    count_draws(model, calls.draws, patches, lambda: calls.whole, lambda: calls.checking)
+    count_draws(spec, calls.draws, patches, lambda: calls.whole, lambda: calls.checking)
     ranks = dist.get_world_size(group)
     what = [f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass"] * calls.expects_attention
     what += [f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls"] * bool(linear)
-    return f"{type(base).__name__}: {'; '.join(what)}"
+    return f"{spec.name}: {'; '.join(what)}"
 
 
 def _replace_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> None:

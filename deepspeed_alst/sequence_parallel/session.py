@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.data.validation import vocabulary_of
@@ -17,7 +18,6 @@ from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
 from deepspeed_alst.grad_reduction.step_dropper import StepDropper
-from deepspeed_alst.moe.hf_experts import router_classes
 from deepspeed_alst.random_draws.model_draws import Draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_backends import keeps_documents_apart, starts_at_lowest
@@ -26,19 +26,19 @@ from deepspeed_alst.sequence_parallel.hf_backends import keeps_documents_apart, 
 class Session:
     """Sequence parallelism on one engine; ``engine.alst``."""
 
-    def __init__(self, model: Any, config: AlstConfig, control_group: Any, patches: PatchSet) -> None:
+    def __init__(self, spec: ModelSpec, config: AlstConfig, control_group: Any, patches: PatchSet) -> None:
         self.config = config
         self.groups = build_groups(config.sequence_parallel_size, control_group)
         patches.callback(self.groups.destroy)
         self.mpu = self.groups.as_mpu()
-        self.marks_padding = bool(router_classes(model))
+        self.marks_padding = bool(spec.router_classes)
         """True if batches mark their padding tokens; read when a loader is made."""
         self.reduction_bytes = 0.0
         """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
         """True if the engine accepts whole batches, which it splits itself."""
-        self._packing, self._by_lowest = keeps_documents_apart(model), starts_at_lowest(model)
-        self._vocabulary = vocabulary_of(model)
+        self._packing, self._by_lowest = keeps_documents_apart(spec), starts_at_lowest(spec)
+        self._vocabulary = vocabulary_of(spec)
         # Rank 0's seed: programs may seed each rank differently.
         seed = gather_objects(torch.initial_seed(), control_group)[0]
         self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank))

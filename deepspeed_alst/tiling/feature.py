@@ -16,7 +16,7 @@ class TiledMlp(Feature):
         """Patch every token-wise module of the decoder layers."""
         from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 
-        self._summary = tile_mlps(run.model, self._budget, run.leaf, patches, run.calls)
+        self._summary = tile_mlps(run.spec, self._budget, run.leaf, patches, run.calls)
 
     def report(self) -> list[tuple[str, str]]:
         """Return what is tiled."""
@@ -36,9 +36,9 @@ class TiledLoss(Feature):
         budget = self._budget
         if budget.backend == "auto" and self._liger is not None and self._liger.makes_loss:
             budget = budget.model_copy(update={"backend": "liger"})
-        self._summary = tile_loss(run.model, budget, run.calls, run.leaf, patches)
+        self._summary = tile_loss(run.spec, budget, run.calls, run.leaf, patches)
         if run.session is None:
-            replace_whole_loss(run.model, patches)
+            replace_whole_loss(run.spec, patches)
 
     def report(self) -> list[tuple[str, str]]:
         """Return what is tiled."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from deepspeed_alst.config.schema import TiledLossConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet, add_properties, set_entry
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.validation import as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
@@ -23,7 +23,7 @@ from deepspeed_alst.verification.hf_support_checks import is_causal_lm_loss
 
 
 def tile_loss(
-    model: torch.nn.Module,
+    spec: ModelSpec,
     budget: TiledLossConfig,
     calls: ForwardContext,
     leaf: Callable[[Any], None],
@@ -47,25 +47,24 @@ def tile_loss(
                 "alst.tiled_logits_loss: 'triton' needs a GPU, and there is none here. Use 'auto' or 'torch'; to try "
                 "the kernel on CPU, a thousand times slower, set TRITON_INTERPRET=1 in the environment."
             )
-    base = base_model(model)
-    module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    module = spec.head
     if module is None:
         raise UnsupportedModelError(
-            f"alst.tiled_logits_loss: {type(base).__name__} has no output embeddings (lm_head) to run in tiles. "
+            f"alst.tiled_logits_loss: {spec.name} has no output embeddings (lm_head) to run in tiles. "
             "Set the key to false."
         )
     head = LazyHead(module, module.forward, budget)
     leaf(module)
     _defer(head, patches)
-    _watch_calls(model, head, calls, patches)
-    patches.set(base, "alst_head", head)
+    _watch_calls(spec, head, calls, patches)
+    patches.set(spec.model, "alst_head", head)
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
     on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
     by_kernel = "" if budget.backend == "torch" else f"by {on_gpu} kernel on a GPU, by torch on CPU; "
     return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
 
 
-def _watch_calls(model: torch.nn.Module, head: LazyHead, calls: ForwardContext, patches: PatchSet) -> None:
+def _watch_calls(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patches: PatchSet) -> None:
     """Defer the head's logits in forwards with labels, and raise if their loss is not tiled."""
 
     def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -80,7 +79,7 @@ def _watch_calls(model: torch.nn.Module, head: LazyHead, calls: ForwardContext, 
         is_tiled = head.is_tiled or has_fused_head(output)
         if makes_loss and module.training and torch.is_grad_enabled() and not is_tiled:
             raise UnsupportedModelError(
-                f"alst.tiled_logits_loss: {type(base_model(model)).__name__} made its loss of whole logits, by a way "
+                f"alst.tiled_logits_loss: {spec.name} made its loss of whole logits, by a way "
                 "of its own from its head to its loss. Set the key to false."
             )
         if isinstance(getattr(output, "logits", None), LazyLogits):
@@ -93,8 +92,8 @@ def _watch_calls(model: torch.nn.Module, head: LazyHead, calls: ForwardContext, 
                 output.logits = output.logits.make()
 
     # Every call passes the outermost module.
-    patches.hook(model, "forward_pre", start, with_kwargs=True)
-    patches.hook(model, "forward", end)
+    patches.hook(spec.outer, "forward_pre", start, with_kwargs=True)
+    patches.hook(spec.outer, "forward", end)
 
 
 def _logits(output: Any) -> Any:
@@ -116,7 +115,7 @@ _LOGITS_OF_TRAINING = property(_logits, lambda output, value: set_entry(vars(out
 @contextlib.contextmanager
 def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
     """Set whether evaluations inside need logits as tensors; without tiling they always get them."""
-    head = getattr(base_model(model), "alst_head", None)
+    head = getattr(ModelSpec(model).model, "alst_head", None)
     if head is not None:
         head.logits_wanted = wanted
     try:
@@ -128,15 +127,15 @@ def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
 
 def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
     """Return a forward's logits to compute a loss from, deferred if the head deferred them."""
-    head = getattr(base_model(model), "alst_head", None)
+    head = getattr(ModelSpec(model).model, "alst_head", None)
     if head is not None and head.for_loss is not None:
         return head.for_loss
     return output["logits"] if isinstance(output, dict) else output[0]
 
 
-def replace_whole_loss(model: torch.nn.Module, patches: PatchSet) -> None:
+def replace_whole_loss(spec: ModelSpec, patches: PatchSet) -> None:
     """Patch the model's own loss to take deferred logits, without sequence parallelism."""
-    base = base_model(model)
+    base = spec.model
     before = base.loss_function
 
     @torch.compiler.disable

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
-from deepspeed_alst.offload.hf_checkpoint_hook import checkpoint_hook_of
+from deepspeed_alst.offload.checkpoint_hook import checkpoint_hook_of
 from deepspeed_alst.random_draws.draw_mode import branch
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
 from deepspeed_alst.tiling.gated_mlp import is_foreign
 from deepspeed_alst.tiling.tiled_module import TiledModule, dropout_rates
-from deepspeed_alst.tiling.token_wise import decoder_layers, output_features, token_wise_modules
+from deepspeed_alst.tiling.token_wise import output_features, token_wise_modules
 
 _EXPERT_ARGUMENTS = 3  # tokens, expert indices, expert weights
 # Copies per row besides the layers' outputs: the gradient of each, and the activations' saved tensors.
@@ -42,7 +42,7 @@ _NEED_NO_VALUE |= {
 
 
 def tile_mlps(
-    model: torch.nn.Module,
+    spec: ModelSpec,
     budget: TiledMLPConfig,
     leaf: Callable[[Any], None],
     patches: PatchSet,
@@ -55,10 +55,10 @@ def tile_mlps(
     Raises:
         UnsupportedModelError: the model has no such module, or one has a dropout, whose draws tiles cannot repeat.
     """
-    found = token_wise_modules(model)
+    found = token_wise_modules(spec)
     if not found:
         raise UnsupportedModelError(
-            f"alst.tiled_mlp_compute: {type(base_model(model)).__name__} has no MLP or experts that take tokens alone, "
+            f"alst.tiled_mlp_compute: {spec.name} has no MLP or experts that take tokens alone, "
             "so nothing could be tiled. Leave the key out."
         )
     works = {name: TiledModule(name, module, budget.fp32_accumulation) for name, module in found.items()}
@@ -68,7 +68,7 @@ def tile_mlps(
         patches.set(work.module, "forward", _in_tiles(work, budget, calls or ForwardContext()))
         leaf(work.module)
     num_layers = 0
-    for path, layer in decoder_layers(model):
+    for path, layer in spec.layers.items():
         if inside := [work for name, work in works.items() if name.startswith(f"{path}.")]:
             num_layers += 1
             at_end = checkpoint_hook_of(layer, patches).at_end

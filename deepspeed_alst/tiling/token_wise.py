@@ -5,36 +5,25 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspeed_alst.core.unwrap import base_model
-from deepspeed_alst.moe.hf_experts import router_classes
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 
 # Arguments of a forward that depends on other tokens or on a token's position.
 _NOT_TOKEN_WISE = {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "layer_past", "cache"}
 _ROW_ARGUMENTS = 3
 
 
-def token_wise_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def token_wise_modules(spec: ModelSpec) -> dict[str, torch.nn.Module]:
     """Return the innermost token-wise modules with matrices in a model's decoder layers, by name.
 
     A mixture's experts are included, its router is not: what a block records of it stays outside the tiles.
     """
-    routers = router_classes(base_model(model))
+    routers = spec.router_classes
     return {
         name: module
-        for path, layer in decoder_layers(model)
+        for path, layer in spec.layers.items()
         for name, module in _inside(path, layer)
         if not any(isinstance(each, routers) for each in module.modules())
     }
-
-
-def decoder_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the elements of the decoder's own ModuleLists, by name."""
-    base = base_model(model)
-    decoder = getattr(base, "base_model", base)
-    prefix = next(name for name, module in base.named_modules() if module is decoder)
-    for name, child in decoder.named_children():
-        if isinstance(child, torch.nn.ModuleList):
-            yield from ((f"{prefix}.{name}.{index}".lstrip("."), layer) for index, layer in enumerate(child))
 
 
 def output_features(module: torch.nn.Module, experts_per_token: int) -> int:

@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.moe.hf_experts import router_classes
 from deepspeed_alst.random_draws.model_draws import Draws, count_draws, without_dropout
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -63,7 +62,7 @@ class Verdict:
     """Largest relative error of the loss and of any parameter's gradient."""
 
 
-def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: str, code: tuple[str, ...]) -> str:
+def check_tiny_model(spec: ModelSpec, groups: SequenceGroups, unlisted: str, code: tuple[str, ...]) -> str:
     """Raise unless a tiny model of a model's kind is right; return a summary. Collective over the gloo groups.
 
     ``code`` names the program's own code in the model.
@@ -71,7 +70,7 @@ def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: s
     Raises:
         UnsupportedModelError: the tiny model is not right; on all ranks. The message begins with ``unlisted``.
     """
-    base, way_out = base_model(model), "Set sequence_parallel_size to 1, or train one of those"
+    base, way_out = spec.model, "Set sequence_parallel_size to 1, or train one of those"
     try:
         # The core draws attention dropout itself, per document.
         small = without_dropout(shrink(base.config), attention_only=True)
@@ -82,7 +81,7 @@ def check_tiny_model(model: torch.nn.Module, groups: SequenceGroups, unlisted: s
         ) from error
 
     def build(config: PreTrainedConfig) -> PreTrainedModel:
-        return install_program_code(model, type(base)(config))
+        return install_program_code(spec, type(base)(config))
 
     whole = compare(build, small, groups)
     packed = compare(build, small, groups, packed=True) if whole.outcome == "right" else whole
@@ -219,12 +218,13 @@ def _step(
 
 
 def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups) -> dict[str, torch.Tensor]:
-    check_model(model)
+    spec = ModelSpec(model)
+    check_model(spec)
     P, calls = groups.sp_size, ForwardContext()
-    cut = shard_batch(batch, P, P, keeps_documents_apart(model), bool(router_classes(model)))
+    cut = shard_batch(batch, P, P, keeps_documents_apart(spec), bool(spec.router_classes))
     with PatchSet() as patches:
-        patch_model(model, groups.sp_control_group, patches, calls)
-        check_batches(model, groups, calls, patches)
+        patch_model(spec, groups.sp_control_group, patches, calls)
+        check_batches(spec, groups, calls, patches)
         return _step(model, [({**cut.shards[groups.sp_rank], **cut.common}, 1.0)])
 
 

@@ -13,7 +13,7 @@ from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedMod
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.layers import available_layer_types, has_attention, linear_heads, linear_problems
 from deepspeed_alst.sequence_parallel.hf_backends import find_backend
@@ -53,24 +53,24 @@ class ModelFacts:
     """For layers without attention: heads, or channels, of a scan, and the number of its keys or B and C."""
 
 
-def check_model(model: torch.nn.Module) -> ModelFacts:
-    """Return the facts of a model, bare or in PEFT's or torch.compile's wrapper; raise if unsupported.
+def check_model(spec: ModelSpec) -> ModelFacts:
+    """Return the facts of a model; raise if unsupported.
 
     Raises:
         UnsupportedModelError: one line per reason: the config key or module, its value, the fix.
     """
-    base = base_model(model)
+    base = spec.model
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(base).__name__} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
+            f"{spec.name} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
             "attention and loss it can reach, bare or in the wrapper of PEFT or torch.compile; other wrappers are not "
             "available."
         )
-    text_config = base.config.get_text_config()
+    text_config = spec.text_config
     problems = [*_config_problems(base, text_config), *_class_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(base, text_config), *linear_problems(base), *_adapter_problems(model)]
+    problems += [*_loss_problems(base, text_config), *linear_problems(base), *_adapter_problems(spec)]
     if problems:
-        raise UnsupportedModelError("\n".join(f"{type(base).__name__}: {problem}." for problem in problems))
+        raise UnsupportedModelError("\n".join(f"{spec.name}: {problem}." for problem in problems))
     num_heads, num_kv_heads = (
         _of_all_layers(text_config, f"num_{which}_heads") for which in ("attention", "key_value")
     )
@@ -186,9 +186,9 @@ def _other_configs(model: torch.nn.Module) -> Iterator[str]:
         return
 
 
-def _adapter_problems(model: torch.nn.Module) -> Iterator[str]:
+def _adapter_problems(spec: ModelSpec) -> Iterator[str]:
     """Yield the problems of adapters, in PEFT's wrapper or injected; inactive ones may be activated later."""
-    configs = getattr(model, "peft_config", None) or getattr(base_model(model), "peft_config", None)
+    configs = getattr(spec.outer, "peft_config", None) or getattr(spec.model, "peft_config", None)
     for name, config in (configs if isinstance(configs, dict) else {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning:

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.data.sharding import REAL_TOKENS
 from deepspeed_alst.data.validation import vocabulary_of
 from deepspeed_alst.distributed.collectives import agree, gather_objects, is_collective_failure
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.moe.hf_experts import router_classes
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 
@@ -80,9 +79,7 @@ class Routed(TorchDispatchMode):
         return x.gather(dim, chosen), chosen
 
 
-def check_live_model(
-    model: torch.nn.Module, groups: SequenceGroups, calls: ForwardContext, device: torch.device
-) -> str:
+def check_live_model(spec: ModelSpec, groups: SequenceGroups, calls: ForwardContext, device: torch.device) -> str:
     """Compare the model unsharded against sharded; return a summary. Collective over all ranks.
 
     Each token's last hidden state and log probability, and the loss, must agree within the model's own rounding error,
@@ -92,18 +89,18 @@ def check_live_model(
     Raises:
         UnsupportedModelError: the results differ; on all ranks, with the first module that differs.
     """
-    short, long, late = lengths(model, groups.sp_size)
+    short, long, late = lengths(spec, groups.sp_size)
     worst, sizes = 0.0, list[str]()
     for length, at in dict.fromkeys([(short, 0), (long, late)]):
-        batches = _batches(model, groups, length, device, at, with_loss=not sizes)
-        worst = max(worst, _compare(model, groups, calls, batches, at + length - 1))
+        batches = _batches(spec, groups, length, device, at, with_loss=not sizes)
+        worst = max(worst, _compare(spec, groups, calls, batches, at + length - 1))
         sizes.append(f"{length} tokens" + f" from position {at} on" * (at > 0))
     return f"whole and split agree to {worst:.0e} on {' and '.join(sizes)}"
 
 
-def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
+def lengths(spec: ModelSpec, sp_size: int) -> tuple[int, int, int]:
     """Return the tokens of the first and of the second sequence, and the second's start position."""
-    config = base_model(model).config.get_text_config()
+    config = spec.text_config
     most = getattr(config, "max_position_embeddings", None)
     most = most if isinstance(most, int) and most > 0 else LONGEST
     short = min(TOKENS_PER_RANK, max(1, most // sp_size)) * sp_size
@@ -115,7 +112,7 @@ def lengths(model: torch.nn.Module, sp_size: int) -> tuple[int, int, int]:
 
 
 def _compare(
-    model: torch.nn.Module,
+    spec: ModelSpec,
     groups: SequenceGroups,
     calls: ForwardContext,
     batches: tuple[dict[str, Any], dict[str, Any]],
@@ -127,25 +124,27 @@ def _compare(
 
     def whole(noise: torch.Generator | None = None) -> _Outputs:
         routed = Routed(recorded if noise is not None else None, groups, noise)
-        with agree(groups.control_group), calls.unsplit(base_model(model).config), routed:
-            outputs = _run(model, whole_batch, "whole")
+        with agree(groups.control_group), calls.unsplit(spec.config), routed:
+            outputs = _run(spec, whole_batch, "whole")
         recorded[:] = recorded or routed.chosen
         return outputs
 
     def split() -> _Outputs:
         calls.documents, calls.highest = (), highest
         with Routed(recorded, groups, None):
-            return _run(model, shard, "split")
+            return _run(spec, shard, "split")
 
     truth, rounded = whole(), whole(torch.Generator(shard["input_ids"].device).manual_seed(0))
     # Without ``agree``: the other ranks may wait in a collective of their forward, and stop when this one has.
     everyone = gather_objects(_judge(split(), truth, rounded, groups), groups.control_group)
     if problems := [each for each, _, _ in everyone if each]:
         limit = max(each for _, _, each in everyone)
-        place = _first_difference(_watch(model, whole, whole_batch), _watch(model, split, shard), groups, limit)
+        place = _first_difference(
+            _watch(spec.outer, whole, whole_batch), _watch(spec.outer, split, shard), groups, limit
+        )
         place = place or "what the model's forward does around its modules, or its loss,"
         raise UnsupportedModelError(
-            f"{type(base_model(model)).__name__} gives another result whole than split over {groups.sp_size} ranks: "
+            f"{spec.name} gives another result whole than split over {groups.sp_size} ranks: "
             f"{problems[0]}. {place} is the first module that makes another output of the same input. What it runs, "
             "replaced methods and hooks of the program's included, looks at other tokens, at the sequence's length, or "
             "draws random numbers. Undo that, or set sequence_parallel_size to 1; with alst.check_model: false it "
@@ -155,11 +154,11 @@ def _compare(
 
 
 def _batches(
-    model: torch.nn.Module, groups: SequenceGroups, length: int, device: torch.device, at: int, with_loss: bool
+    spec: ModelSpec, groups: SequenceGroups, length: int, device: torch.device, at: int, with_loss: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Draw random tokens, every seventh unlabelled; return the program's batch and the loader's shard."""
     make = torch.Generator().manual_seed(3)
-    known = vocabulary_of(model)
+    known = vocabulary_of(spec)
     vocab = min((each for each in (known.embeddings, known.logits) if each is not None), default=1)
     ids = torch.randint(min(5, vocab - 1), max(vocab - 8, min(6, vocab)), (1, length), generator=make)
     tensors = {"input_ids": ids, "position_ids": torch.arange(at, at + length)[None]}
@@ -167,25 +166,25 @@ def _batches(
         labels = ids.clone()
         labels[:, ::7] = IGNORED_LABEL
         tensors |= {"labels": labels, "shift_labels": F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)}
-    if router_classes(model):
+    if spec.router_classes:
         tensors[REAL_TOKENS] = torch.ones_like(ids, dtype=torch.bool)
     tensors = {name: each.to(device) for name, each in tensors.items()}
     shard = {name: each.tensor_split(groups.sp_size, 1)[groups.sp_rank] for name, each in tensors.items()}
     given = ("input_ids", "labels", "position_ids") if at else ("input_ids", "labels")
     whole = {name: tensors[name] for name in given if name in tensors}
-    if not with_loss and "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:
+    if not with_loss and "logits_to_keep" in inspect.signature(spec.model.forward).parameters:
         whole["logits_to_keep"] = shard["logits_to_keep"] = 1  # a long sequence's logits are large
     return whole, shard
 
 
-def _run(model: torch.nn.Module, batch: dict[str, Any], how: str) -> _Outputs:
+def _run(spec: ModelSpec, batch: dict[str, Any], how: str) -> _Outputs:
     """Run one forward, with the same random numbers in each run.
 
     Raises:
         UnsupportedModelError: for whatever the model's code raises, but for a lost rank.
     """
     try:
-        return _outputs(model, batch)
+        return _outputs(spec, batch)
     except Exception as error:
         if isinstance(error, AlstError) or is_collective_failure(error):
             raise
@@ -196,9 +195,8 @@ def _run(model: torch.nn.Module, batch: dict[str, Any], how: str) -> _Outputs:
         ) from error
 
 
-def _outputs(model: torch.nn.Module, batch: dict[str, Any]) -> _Outputs:
+def _outputs(spec: ModelSpec, batch: dict[str, Any]) -> _Outputs:
     states: list[Any] = []
-    decoder = getattr(base_model(model), "base_model", model)
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         states.append(output if isinstance(output, torch.Tensor) else output[0])
@@ -206,9 +204,9 @@ def _outputs(model: torch.nn.Module, batch: dict[str, Any]) -> _Outputs:
     torch.manual_seed(0)
     random.seed(0)
     with PatchSet() as patches:
-        if decoder is not base_model(model):
-            patches.hook(decoder, "forward", keep)
-        output = model(**batch, use_cache=False)
+        if spec.decoder is not spec.model:
+            patches.hook(spec.decoder, "forward", keep)
+        output = spec.outer(**batch, use_cache=False)
     found: dict[str, Any] = {}
     if states and isinstance(states[-1], torch.Tensor):
         found["hidden"] = states[-1].flatten(0, -2)

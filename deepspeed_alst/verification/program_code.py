@@ -18,8 +18,8 @@ import huggingface_hub
 import torch
 
 from deepspeed_alst.core.function_copies import with_objects
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 
 _PACKAGES = ("/site-packages/", "/dist-packages/")
 _HOOKS = {
@@ -123,7 +123,7 @@ def _is_wrapper(value: Any) -> bool:
     return next((name for name in names if not name.startswith("torch.")), "").startswith("deepspeed")
 
 
-def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
+def install_program_code(spec: ModelSpec, small: torch.nn.Module) -> torch.nn.Module:
     """Install the program code of single modules on a tiny model of the same kind; return the tiny model.
 
     Objects of the live model that the code reaches, by a closure or a bound method, become those of the tiny model.
@@ -131,7 +131,7 @@ def install_program_code(model: torch.nn.Module, small: torch.nn.Module) -> torc
     Raises:
         LookupError: the tiny model has no module of that name.
     """
-    base = base_model(model)
+    model, base = spec.outer, spec.model
     counterparts = {id(model): small}
     for name, module in base.named_modules():
         if (other := _counterpart(small, name)) is not None:

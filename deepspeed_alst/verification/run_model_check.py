@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import uncounted
@@ -28,9 +29,11 @@ class ModelCheck:
 
     Args:
         engine: of a session, whose model's code the trial of a small model has seen.
+        spec: its model.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, spec: ModelSpec) -> None:
+        self._spec = spec
         self._engine, self._checked, self._code = engine, set[bool](), program_code(engine.module)
 
     def run_once(self) -> None:
@@ -45,7 +48,7 @@ class ModelCheck:
         check_gradient_hooks(model)
         if not self._checked and program_code(model) != self._code:
             # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
-            run_isolated(verify_model, model, session.groups)
+            run_isolated(verify_model, self._spec, session.groups)
         began = time.perf_counter()
         with (
             untouched(model),
@@ -57,7 +60,7 @@ class ModelCheck:
         ):
             drop_no_attention(model, patches)
             patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
-            summary = check_live_model(model, session.groups, session.calls, torch.device(self._engine.device))
+            summary = check_live_model(self._spec, session.groups, session.calls, torch.device(self._engine.device))
         _forget_trace(self._engine)
         self._checked.add(model.training)
         if dist.get_rank() == 0:

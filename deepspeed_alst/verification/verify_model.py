@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.verification.program_code import is_programs, program_code
@@ -29,7 +29,7 @@ _HOOK_CLOSE_IN_HALF = 2e-2
 _LARGEST = 2**30  # elements of a gradient
 
 
-def verify_model(model: torch.nn.Module, groups: SequenceGroups, upstream: bool = False) -> str:
+def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False) -> str:
     """Raise unless the census found the model's family right, or a tiny model of its kind is right here.
 
     Collective over the groups' gloo groups. In an ``upstream`` program, written for DeepSpeed's own ALST, the code that
@@ -41,11 +41,11 @@ def verify_model(model: torch.nn.Module, groups: SequenceGroups, upstream: bool 
     Raises:
         UnsupportedModelError: the model is not right; on all ranks.
     """
-    check_gradient_hooks(model)
-    base = base_model(model)
+    check_gradient_hooks(spec.outer)
+    base = spec.model
     # Modules that were put in are tried by themselves: a tiny model would not have them.
     put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, _custom_modules(base).values())}
-    code = () if upstream else tuple(each for each in program_code(model) if each not in put_in)
+    code = () if upstream else tuple(each for each in program_code(spec.outer) if each not in put_in)
     if base.config.model_type in RIGHT and not code:
         check_custom_modules(base, None)
         return ""
@@ -57,7 +57,7 @@ def verify_model(model: torch.nn.Module, groups: SequenceGroups, upstream: bool 
     )
     if base.config.model_type in RIGHT:
         unlisted = f"{type(base).__name__} runs code of the program's own ({', '.join(code[:4])})"
-    return check_tiny_model(model, groups, unlisted, code)
+    return check_tiny_model(spec, groups, unlisted, code)
 
 
 # --- modules of the program's own

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config
 from benchmarks.families import family_config
-from deepspeed_alst.core.unwrap import base_model
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 
 LENGTH = 48
@@ -75,7 +75,7 @@ def copied(cell: Cell, *arguments: Any) -> tuple[list[list[float]], list[float],
     # transformers' own hook for checkpointing cannot be pickled.
     for make in (copy.deepcopy,) if cell.checkpointing else (copy.deepcopy, by_pickle, by_torch_save):
         twin = make(engine.module)
-        base, said = base_model(twin), f"{make.__name__}: "
+        base, said = ModelSpec(twin).model, f"{make.__name__}: "
         if not cell.checkpointing and b"deepspeed" in pickle.dumps(twin):
             wrong.append(said + "something of an engine's is left")
         if type(base.config._attn_implementation) is not str or noted not in twin._forward_hooks.values():

@@ -23,6 +23,7 @@ from benchmarks.ranks import RankError
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
 from deepspeed_alst.integrations.hf_liger import use_liger
@@ -192,9 +193,13 @@ def _step_with(model: torch.nn.Module, backend: str | None) -> tuple[torch.Tenso
     with PatchSet() as undo:
         if backend is not None:
             tile_loss(
-                model, TiledLossConfig(backend=backend, tile_tokens=13), ForwardContext(), lambda module: None, undo
+                ModelSpec(model),
+                TiledLossConfig(backend=backend, tile_tokens=13),
+                ForwardContext(),
+                lambda module: None,
+                undo,
             )
-            replace_whole_loss(model, undo)
+            replace_whole_loss(ModelSpec(model), undo)
         for _ in range(2):
             loss = model(**batch, use_cache=False).loss
             (loss * 0.37).backward()
@@ -284,9 +289,9 @@ def _patched_errors(model_type: str, parts: Any, checkpointing: bool, tiled: boo
     with PatchSet() as undo, faithful_liger() as traffic:
         for module, name in ((swiglu, "swiglu_forward"), (geglu, "geglu_forward")):
             undo.enter_context(mock.patch.object(module, name, counting(getattr(module, name))))
-        words = use_liger(model, liger_keys(parts), "cpu", None, undo).words
+        words = use_liger(ModelSpec(model), liger_keys(parts), "cpu", None, undo).words
         if tiled:
-            tile_mlps(model, TiledMLPConfig(tile_tokens=4), lambda module: None, undo)
+            tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=4), lambda module: None, undo)
         found = error(grads_of(model))
         assert traffic.written > 0
     return error(same), found, words, gates
@@ -386,10 +391,10 @@ def _all_families() -> tuple[dict[str, str], dict[str, list[str]]]:
             continue
         # What a function of Liger's imports is there before, to be compared.
         with PatchSet() as undo:
-            use_liger(model, liger_keys({}), "cuda", None, undo)
+            use_liger(ModelSpec(model), liger_keys({}), "cuda", None, undo)
         before = _state_of(model)
         with PatchSet() as undo:
-            said[model_type] = use_liger(model, liger_keys({}), "cuda", None, undo).words
+            said[model_type] = use_liger(ModelSpec(model), liger_keys({}), "cuda", None, undo).words
         left[model_type] = _left_behind(before)
     return said, left
 
@@ -418,7 +423,7 @@ def test_every_family_that_liger_knows(interpreted):
 def _words_of(model: Any, parts: Any) -> str:
     with PatchSet() as undo:
         return use_liger(
-            _model(model) if isinstance(model, str) else model, liger_keys(parts), "cuda", None, undo
+            ModelSpec(_model(model) if isinstance(model, str) else model), liger_keys(parts), "cuda", None, undo
         ).words
 
 
@@ -449,7 +454,7 @@ def _other_models() -> None:
     model, batch = _model("llama"), family_batch(5, 1)
     names = {name: vars(modeling_llama)[name] for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
     with PatchSet() as undo, faithful_liger() as traffic:
-        use_liger(model, liger_keys(True), "cpu", None, undo)
+        use_liger(ModelSpec(model), liger_keys(True), "cpu", None, undo)
         assert all(vars(modeling_llama)[name] is value for name, value in names.items())
         other, copied = _model("llama"), copy.deepcopy(model)
         expected = other(**batch).loss
@@ -560,7 +565,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
     model = _model("llama")
     for parts in ("auto", {}, {"rope": False}):
         with PatchSet() as undo:
-            words = use_liger(model, liger_keys(parts), "cpu", None, undo).words
+            words = use_liger(ModelSpec(model), liger_keys(parts), "cpu", None, undo).words
         assert words.startswith("not used: Liger's kernels need a GPU, and the engine is on cpu")
     for keys, name in (
         ({"liger_kernel": True}, r"alst\.liger_kernel"),
@@ -569,10 +574,10 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
         ({"tiled_logits_loss": "liger"}, r"alst\.tiled_logits_loss"),
     ):
         with PatchSet() as undo, pytest.raises(SetupError, match=f"{name}: .* GPU.* TRITON_INTERPRET=1"):
-            use_liger(model, parse({"alst": keys}), "cpu", None, undo)
+            use_liger(ModelSpec(model), parse({"alst": keys}), "cpu", None, undo)
     if not torch.cuda.is_available():
         with PatchSet() as undo, pytest.raises(SetupError, match="GPU"):
-            tile_loss(model, TiledLossConfig(backend="liger"), ForwardContext(), lambda module: None, undo)
+            tile_loss(ModelSpec(model), TiledLossConfig(backend="liger"), ForwardContext(), lambda module: None, undo)
 
 
 def _without_the_package(parts: Any) -> str:
@@ -596,7 +601,7 @@ def _on_unequal_ranks(parts: Any) -> str:
 
     device = "cpu" if dist.get_rank() else "cuda"
     with PatchSet() as undo:
-        return use_liger(_model("llama"), liger_keys(parts), device, dist.group.WORLD, undo).words
+        return use_liger(ModelSpec(_model("llama")), liger_keys(parts), device, dist.group.WORLD, undo).words
 
 
 def test_what_one_rank_cannot_do_none_does(interpreted_ranks):
@@ -619,7 +624,7 @@ def _stopping_on_rank_1() -> str:
     before = _state_of(model)
     families = {"llama": stop} if dist.get_rank() else {}
     with PatchSet() as undo, mock.patch.dict(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, families):
-        words = use_liger(model, liger_keys("auto"), "cuda", dist.group.WORLD, undo).words
+        words = use_liger(ModelSpec(model), liger_keys("auto"), "cuda", dist.group.WORLD, undo).words
         assert not _left_behind(before)
     return words
 

@@ -16,6 +16,7 @@ from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.variants import trained
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
@@ -83,7 +84,7 @@ def adapter_step(kind: str, arguments: dict[str, Any], split: bool) -> tuple[flo
     with PatchSet() as undo, KeepFp64():
         if split:
             batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
-            patch_model(model, dist.group.WORLD, undo)
+            patch_model(ModelSpec(model), dist.group.WORLD, undo)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
     grads = {name: param.grad for name, param in trained(model).items()}
@@ -101,7 +102,7 @@ def split_and_whole(kind: str, arguments: dict[str, Any]) -> tuple[float, float]
 
 @pytest.mark.parametrize("case", KINDS)
 def test_an_adapter_that_works_token_by_token_is_exact(case, ranks2):
-    check_model(adapted(*KINDS[case]))
+    check_model(ModelSpec(adapted(*KINDS[case])))
     loss, grad = ranks2.run(split_and_whole, *KINDS[case])[0]
     assert loss < EXACT and grad < EXACT
 
@@ -125,7 +126,7 @@ _CAUSAL = {"task_type": "CAUSAL_LM"}
 )
 def test_what_looks_at_the_sequence_is_refused_by_name(kind, arguments, sentence):
     with pytest.raises(UnsupportedModelError) as caught:
-        check_model(adapted(kind, arguments))
+        check_model(ModelSpec(adapted(kind, arguments)))
     assert sentence in str(caught.value)
 
 
@@ -135,21 +136,21 @@ def test_an_adapter_without_a_wrapper_is_checked_too():
     model = build_model(family_config("llama"))
     inject_adapter_in_model(LoraConfig(**_RANK4, task_type="CAUSAL_LM", alora_invocation_tokens=[3]), model)
     with pytest.raises(UnsupportedModelError, match="adapter 'default': alora_invocation_tokens looks for tokens"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 def test_the_facts_are_the_base_models_and_a_merged_adapter_is_none():
     model = adapted("LoraConfig", _RANK4)
     merged = model.merge_and_unload()
-    assert check_model(merged) == check_model(build_model(family_config("llama")))
-    assert check_model(adapted("LoraConfig", _RANK4)).num_kv_heads == 2
+    assert check_model(ModelSpec(merged)) == check_model(ModelSpec(build_model(family_config("llama"))))
+    assert check_model(ModelSpec(adapted("LoraConfig", _RANK4))).num_kv_heads == 2
 
 
 def test_a_layer_with_a_config_of_its_own_is_refused():
     model = build_model(family_config("llama"))
     model.model.layers.append(copy.deepcopy(model.model.layers[0]))
     with pytest.raises(UnsupportedModelError, match=r"layers\.2\.self_attn has a config of its own"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 # --- with DeepSpeed

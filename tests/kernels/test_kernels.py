@@ -22,6 +22,7 @@ from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
 from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.config.schema import TiledLossConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -393,7 +394,9 @@ def test_without_a_gpu_the_kernel_is_refused_by_name():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with PatchSet() as undo, pytest.raises(SetupError, match=r"'triton' needs a GPU.*TRITON_INTERPRET=1"):
-        tile_loss(_model("llama"), TiledLossConfig(backend="triton"), ForwardContext(), lambda module: None, undo)
+        tile_loss(
+            ModelSpec(_model("llama")), TiledLossConfig(backend="triton"), ForwardContext(), lambda module: None, undo
+        )
 
 
 def test_the_loss_alone_leaves_the_logits_and_reads_them_once(interpreted):

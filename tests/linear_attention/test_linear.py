@@ -22,6 +22,7 @@ from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.tally import Tally
 from deepspeed_alst.config.parse import check_heads, parse
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
@@ -167,7 +168,7 @@ def gradients(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, torch.
     """Of one split step, this rank's."""
     shard = shard_batch(batch, dist.get_world_size(), dist.get_world_size()).shards[dist.get_rank()]
     with PatchSet() as undo:
-        patch_model(model, None, undo)
+        patch_model(ModelSpec(model), None, undo)
         model(**shard, use_cache=False).loss.backward()
     return {name: param.grad for name, param in model.named_parameters()}
 
@@ -267,7 +268,7 @@ def test_padding_changes_nothing(model_type, ranks2):
 )
 def test_another_kind_is_refused_by_name(model_type, changed, sentence):
     with pytest.raises(UnsupportedModelError, match=sentence):
-        check_model(build_model(family_config(model_type, **changed)))
+        check_model(ModelSpec(build_model(family_config(model_type, **changed))))
 
 
 class CallsElsewhere(modeling_qwen3_next.Qwen3NextGatedDeltaNet):
@@ -282,12 +283,12 @@ def test_layers_whose_code_is_not_known_are_refused_by_name():
     layer = model.model.layers[0].linear_attn
     layer.__class__ = CallsElsewhere
     with pytest.raises(UnsupportedModelError, match=r"\(CallsElsewhere\) calls .* outside of its forward"):
-        check_model(model)
+        check_model(ModelSpec(model))
     layer.__class__ = modeling_qwen3_next.Qwen3NextGatedDeltaNet
-    check_model(model)
+    check_model(ModelSpec(model))
     layer.forward = lambda hidden_states, **kwargs: hidden_states
     with pytest.raises(UnsupportedModelError, match=r"\(Qwen3NextGatedDeltaNet\) has a forward that was put"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 @use_kernel_func_from_hub_with_fallback("another_scan", "nowhere")
@@ -308,7 +309,7 @@ def test_a_function_that_is_not_known_is_refused_by_name():
     model = build_model(family_config("qwen3_next", num_experts=0))
     model.model.layers[0].linear_attn = AnotherMixer()
     with pytest.raises(UnsupportedModelError, match=r"\(AnotherMixer\) calls another_scan, which is not verified"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_a_function_that_is_not_known_is_refused_by_name():
     ],
 )
 def test_a_degree_that_does_not_split_a_scans_heads_is_refused_with_those_that_do(model_type, changed, found, fitting):
-    facts = check_model(build_model(family_config(model_type, **changed)))
+    facts = check_model(ModelSpec(build_model(family_config(model_type, **changed))))
     assert facts.linear_heads == {found}
     config = parse({"sequence_parallel_size": 16})
     with pytest.raises(ConfigError) as caught:
@@ -339,7 +340,7 @@ def what_happens_around(model_type: str) -> tuple[bool, list[str]]:
     layer = next(iter(linear_layers(model).values()))
     before, forwards, said = generated(), vars(layer).copy(), []
     with PatchSet() as undo:
-        patch_model(model, None, undo)
+        patch_model(ModelSpec(model), None, undo)
         inside = generated()
         for call in (layer, copy.deepcopy(model)):
             try:

@@ -16,6 +16,7 @@ from transformers.models.mixtral import modeling_mixtral
 from benchmarks.cells import Cell, build_model, ds_config, samples
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.moe.router_loss import load_balancing_loss, router_problem, unknown_router_loss
@@ -106,7 +107,7 @@ def fused() -> tuple[float, float]:
         with PatchSet() as undo:
             if split:
                 calls = ForwardContext()
-                patch_model(model, dist.group.WORLD, undo, calls)
+                patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
                 batch = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
                 calls.real_tokens = batch.pop(REAL_TOKENS)
             losses.append(model(**batch, fused_lm_head=True).loss.item())
@@ -286,7 +287,7 @@ def test_transformers_function_is_the_known_one(name):
     with PatchSet() as undo:
         undo.callback(setattr, modeling_mixtral, "load_balancing_loss_func", modeling_mixtral.load_balancing_loss_func)
         modeling_mixtral.load_balancing_loss_func = module.load_balancing_loss_func
-        assert unknown_router_loss(model) is None
+        assert unknown_router_loss(ModelSpec(model)) is None
 
 
 def test_it_is_known_among_fake_tensors(monkeypatch):
@@ -295,13 +296,13 @@ def test_it_is_known_among_fake_tensors(monkeypatch):
     monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *args: original(*args))
     model = build_model(family_config("mixtral"))
     with FakeTensorMode():
-        assert unknown_router_loss(model) is None
+        assert unknown_router_loss(ModelSpec(model)) is None
 
 
 def test_another_loss_of_the_routers_is_refused_by_name():
     model = build_model(family_config("doge", is_moe=True, num_experts=4, num_experts_per_tok=2))
     assert "modeling_doge.load_balancing_loss_func is not the load-balancing loss that is known" in str(
-        unknown_router_loss(model)
+        unknown_router_loss(ModelSpec(model))
     )
 
 
@@ -325,7 +326,7 @@ def beside_another(kind: type) -> None:
     expected = other(**batch).aux_loss
     with PatchSet() as undo:
         calls = ForwardContext()
-        patch_model(model, dist.group.WORLD, undo, calls)
+        patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
 
@@ -354,7 +355,7 @@ def compiled() -> tuple[float, float]:
     expected = model(**batch).aux_loss.item()
     with PatchSet() as undo:
         calls = ForwardContext()
-        patch_model(model, dist.group.WORLD, undo, calls)
+        patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
         shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
         return torch.compile(model, backend="eager")(**shard).aux_loss.item(), expected
@@ -412,12 +413,12 @@ def test_a_program_that_aggregates_the_shards_losses_is_refused():
         build_model(mixture("mixtral")),
         ForwardContext(makes_whole_loss=False, real_tokens=torch.ones(1, 4).bool()),
     )
-    assert "which this program aggregates itself" in str(router_problem(model, {}, calls))
-    assert router_problem(model, {"output_router_logits": False}, calls) is None
+    assert "which this program aggregates itself" in str(router_problem(ModelSpec(model), {}, calls))
+    assert router_problem(ModelSpec(model), {"output_router_logits": False}, calls) is None
     calls.makes_whole_loss = True
-    assert router_problem(model, {}, calls) is None
+    assert router_problem(ModelSpec(model), {}, calls) is None
 
 
 def test_without_a_router_there_is_nothing_to_refuse():
     model = build_model(family_config("llama"))
-    assert router_problem(model, {"output_router_logits": True}, ForwardContext()) is None
+    assert router_problem(ModelSpec(model), {"output_router_logits": True}, ForwardContext()) is None

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.monitoring.metrics import shard_places, whole_places
 from deepspeed_alst.monitoring.step_flops import Span, StepFlops, step_flops
 from tests.moe.test_mixtures import SeparateExperts
@@ -135,7 +136,7 @@ def test_without_sequence_parallelism_padding_is_what_the_mask_says(ranks2, tmp_
     ranks2.run(masked, str(tmp_path), False)
     events = events_in(tmp_path)
     assert events["padding_share"][0][1] == pytest.approx(10 / 80)
-    flops = step_flops(build_model(model_config(Cell())))
+    flops = step_flops(ModelSpec(build_model(model_config(Cell()))))
     # Of a GPU and of the job: two ranks.
     assert _flops_a_token(events, "model") == pytest.approx([flops.model(70, _pairs([40, 30])) / 70])
     assert _flops_a_token(events, "hardware") == pytest.approx([flops.alst(80, _pairs([40, 40])) / 70])
@@ -159,7 +160,7 @@ def test_split_sequences_have_the_flops_of_whole_ones(documents, ranks2, tmp_pat
     events = events_in(tmp_path)
     model = build_model(model_config(cell))
     model.activation_checkpointing_enable()
-    flops = step_flops(model)
+    flops = step_flops(ModelSpec(model))
     lengths = [11, 13, 12, 12, 23, 7, 18] if documents else [43, 49]
     tokens = sum(lengths)
     expected = flops.model(tokens, _pairs(lengths)) / tokens
@@ -397,7 +398,7 @@ def test_the_formula_is_torchs_count(name, checkpointed):
     # A recomputation may stop early, before the layer's last product, which the convention counts.
     with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
         model(input_ids=ids, labels=ids).loss.backward()
-    flops = step_flops(model)
+    flops = step_flops(ModelSpec(model))
     assert flops.spans == ((Span(), config.num_hidden_layers),)
     # eager attention makes the whole square of scores
     pairs = int(flops.pairs(torch.arange(S)).sum())
@@ -407,10 +408,10 @@ def test_the_formula_is_torchs_count(name, checkpointed):
 
 def test_separate_experts_have_the_flops_of_stacked_ones():
     model = build_model(family_config("mixtral"))
-    stacked = step_flops(model)
+    stacked = step_flops(ModelSpec(model))
     for layer in model.model.layers:
         layer.mlp = SeparateExperts(layer.mlp)
-    assert step_flops(model) == stacked
+    assert step_flops(ModelSpec(model)) == stacked
 
 
 def test_frozen_weights_have_no_gradient_of_their_own():
@@ -421,7 +422,7 @@ def test_frozen_weights_have_no_gradient_of_their_own():
     ids = torch.randint(0, 97, (1, 64))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    flops = step_flops(model)
+    flops = step_flops(ModelSpec(model))
     pairs = int(flops.pairs(torch.arange(64)).sum())
     assert flops.alst(64, pairs) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -450,4 +451,4 @@ def test_model_flops_count_what_the_mask_lets_see_once():
     ],
 )
 def test_what_layers_see_is_the_configs(family, changed, expected):
-    assert step_flops(build_model(family_config(family, **changed))).spans == expected
+    assert step_flops(ModelSpec(build_model(family_config(family, **changed)))).spans == expected

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
@@ -387,7 +388,7 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
         for keeps in (False, True):
             own, tally = copy.deepcopy(model), Tally()
             with PatchSet() as undo, tally.installed(), Runs() as runs:
-                patch_model(own, None, undo)
+                patch_model(ModelSpec(own), None, undo)
                 frames = checkpoint_layers(own, keeps, reentrant, tally)
                 for batch in batches:
                     loss = own(**batch, use_cache=False).loss
@@ -495,7 +496,7 @@ def test_the_output_in_head_layout_has_no_memory_until_the_backward_fills_it(ree
 def flex_is_not_kept() -> list[str]:
     with PatchSet() as undo:
         model = small_model("flex_attention")
-        patch_model(model, None, undo)
+        patch_model(ModelSpec(model), None, undo)
         frames = checkpoint_layers(model, keeps=True, reentrant=False)
         with pytest.raises(UnsupportedModelError, match="cannot train on CPU"):
             model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config, offload_keys, run_alst
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import ranks_on_host
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
@@ -445,7 +446,7 @@ def gradients_of_streams(keeps: bool) -> list[torch.Tensor]:
     store = ActivationStore(HostBufferPool())
     with PatchSet() as undo:
         if keeps:
-            keep_activations(layers, Keeping(store), undo)
+            keep_activations(ModelSpec(layers), Keeping(store), undo)
         h = torch.randn(2, 1, 5, 8, requires_grad=True)
         for layer in layers:
             h = layer(h[0], h[1])

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.families import family_config
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError
 from deepspeed_alst.formatting import format_bytes
@@ -440,7 +441,7 @@ def test_fake_tensors_have_the_bytes_and_flops_of_real_ones(checkpointing):
     for world in (fake_ranks, fake_world):
         with world(2), PatchSet() as undo:
             model = build(checkpointing)
-            patch_model(model, dist.group.WORLD, undo)
+            patch_model(ModelSpec(model), dist.group.WORLD, undo)
             ledgers.append(keep(model, lambda model=model: shard_step(model)))
     real, fake = ledgers
     assert fake.spent == real.spent and fake.rows == real.rows
@@ -462,7 +463,7 @@ def test_a_model_of_real_size_under_sequence_parallelism():
     with fake_world(P), PatchSet() as undo:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
         model.gradient_checkpointing_enable(CHECKPOINTING["non-reentrant"])
-        patch_model(model, dist.group.WORLD, undo)
+        patch_model(ModelSpec(model), dist.group.WORLD, undo)
         ids, positions = torch.zeros(1, s, dtype=torch.long), torch.arange(s)[None]
         with Ledger(model) as ledger:
             batch = {"input_ids": ids, "position_ids": positions, "labels": ids, "shift_labels": ids}

@@ -14,6 +14,7 @@ from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import SMALL, family_config
 from benchmarks.variants import trained
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
@@ -227,13 +228,15 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
             undo.enter_context(KeepFp64())
         calls = ForwardContext(draws=Draws(seed=11))
         if split:
-            patch_model(model, dist.group.WORLD, undo, calls)
+            patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
         else:
-            count_draws(model, calls.draws, undo)
+            count_draws(ModelSpec(model), calls.draws, undo)
         if tile:
-            tile_mlps(model, TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)
-            replace_whole_loss(model, undo) if not split else None
-            tile_loss(model, TiledLossConfig(tile_tokens=5, backend="torch"), calls, lambda module: None, undo)
+            tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)
+            replace_whole_loss(ModelSpec(model), undo) if not split else None
+            tile_loss(
+                ModelSpec(model), TiledLossConfig(tile_tokens=5, backend="torch"), calls, lambda module: None, undo
+            )
         for micro in range(2):
             calls.draws.clock = lambda micro=micro: (4, micro)
             ids = torch.randint(5, SMALL["vocab_size"], (2, 40), generator=make)
@@ -282,7 +285,7 @@ MODELS = {
 def test_a_split_sequence_draws_what_the_whole_one_draws(name, ranks2):
     model_type, changed = MODELS[name]
     config = family_config(model_type, **changed)
-    check_model(build_model(config))
+    check_model(ModelSpec(build_model(config)))
     assert ranks2.run(split_and_whole, config, {}, {})[0] < EXACT
 
 
@@ -336,15 +339,15 @@ def adapter_difference(kind: str, arguments: dict[str, Any]) -> float:
             adapted(kind, {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], **arguments}).double().train()
         )
         stir(model)
-        check_model(model)
+        check_model(ModelSpec(model))
         ids = torch.randint(5, 97, (2, 40), generator=torch.Generator().manual_seed(3))
         batch = {"input_ids": ids, "labels": ids.clone()}
         with PatchSet() as undo, KeepFp64():
             if split:
                 batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
-                patch_model(model, dist.group.WORLD, undo)
+                patch_model(ModelSpec(model), dist.group.WORLD, undo)
             else:
-                count_draws(model, Draws(), undo)
+                count_draws(ModelSpec(model), Draws(), undo)
             loss = model(**batch, use_cache=False).loss
             loss.backward()
         grads = {name: param.grad for name, param in trained(model).items() if param.grad is not None}
@@ -371,7 +374,7 @@ def test_the_programs_generator_and_other_threads_models_are_left_alone():
 
     model = build_model(family_config("seed_oss")).train()
     with PatchSet() as undo:
-        count_draws(model, Draws(), undo)
+        count_draws(ModelSpec(model), Draws(), undo)
         before = torch.get_rng_state()
         model(input_ids=ids, labels=ids).loss.backward()
         assert torch.equal(torch.get_rng_state(), before)
@@ -386,7 +389,7 @@ def test_forwards_draw_anew_and_on_trial_the_same():
     model = build_model(family_config("seed_oss")).train()
     with PatchSet() as undo:
         trial: list[bool] = []
-        count_draws(model, Draws(), undo, on_trial=lambda: bool(trial))
+        count_draws(ModelSpec(model), Draws(), undo, on_trial=lambda: bool(trial))
         first, second = (model(input_ids=ids).logits for _ in range(2))
         trial.append(True)
         third, fourth = (model(input_ids=ids).logits for _ in range(2))
@@ -400,7 +403,7 @@ def test_forwards_draw_anew_and_on_trial_the_same():
 def test_an_error_in_a_forward_leaves_no_mode_behind():
     model = build_model(family_config("seed_oss")).train()
     with PatchSet() as undo:
-        count_draws(model, Draws(), undo)
+        count_draws(ModelSpec(model), Draws(), undo)
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 8), 10**6))
         assert torch.overrides._get_current_function_mode_stack() == []
@@ -413,7 +416,7 @@ def test_compiled_layers_draw_the_same_and_what_a_compiler_would_draw_is_refused
     for compiled in (False, True):
         model = build_model(family_config("seed_oss")).train()
         with PatchSet() as undo:
-            count_draws(model, Draws(), undo)
+            count_draws(ModelSpec(model), Draws(), undo)
             for layer in model.model.layers if compiled else ():
                 layer.mlp.compile(backend="aot_eager")
             losses.append(model(input_ids=ids, labels=ids).loss)
@@ -442,7 +445,7 @@ def test_neftunes_noise_is_refused_where_a_sequence_is_split():
     embeddings.neftune_noise_alpha = 5.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
     with PatchSet() as undo:
-        count_draws(model, Draws(sp_size=4), undo)
+        count_draws(ModelSpec(model), Draws(sp_size=4), undo)
         with pytest.raises(UnsupportedModelError, match=r"neftune_noise_alpha=5\.0: .* leave it out"):
             model(input_ids=torch.arange(64).view(1, 64))
     model(input_ids=torch.arange(64).view(1, 64))

@@ -24,6 +24,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import FAMILIES, LINEAR_FAMILIES, family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
@@ -83,8 +84,8 @@ def split_step(core: str, config: Any, batch: dict[str, Any], sp_size: int, mult
         packing = find_backend(core).keeps_documents_apart
         sharded = shard_batch(batch, sp_size, multiple, packing)
         calls = ForwardContext()
-        patch_model(model, groups.sp_group, undo, calls)
-        check_batches(model, groups, calls, undo)
+        patch_model(ModelSpec(model), groups.sp_group, undo, calls)
+        check_batches(ModelSpec(model), groups, calls, undo)
         loss, grads = step(model, {**sharded.shards[groups.sp_rank], **sharded.common})
         for grad in grads.values():
             dist.all_reduce(grad, group=groups.sp_group)
@@ -170,7 +171,7 @@ def test_flash_attention_is_called_under_its_own_name_with_the_whole_sequence(co
 def errors_of_windows(model_type: str, changed: dict[str, Any], sp_size: int) -> tuple[float, float, set[int]]:
     config, batch = family_config(model_type, **changed), family_batch(37, 2)
     with stand_ins.installed() as calls:
-        check_model(model_with("flash_attention_2", copy.deepcopy(config)))
+        check_model(ModelSpec(model_with("flash_attention_2", copy.deepcopy(config))))
         split = split_step("flash_attention_2", copy.deepcopy(config), batch, sp_size, 8)
         lefts = {call["left"] for call in calls}
         same_core = whole_step("flash_attention_2", copy.deepcopy(config), batch)
@@ -254,7 +255,7 @@ def test_the_verified_families_hand_the_documents_on(model_type, ranks2):
     if model_type == "lfm3" and Version(transformers.__version__) < Version("5.24"):
         # Its convolution is a plain function there, which nothing says to look along the sequence.
         with pytest.raises(UnsupportedModelError, match="layer_types has conv"):
-            check_model(build_model(family_config(model_type)))
+            check_model(ModelSpec(build_model(family_config(model_type))))
         return
     cores = ("sdpa",) if model_type in NO_DOCUMENTS else ("sdpa", "flash_attention_2")
     assert max(ranks2.run(errors_of_a_packed_family, model_type, cores)[0]) < EXACT
@@ -309,7 +310,7 @@ def facts_of_the_name(core: str) -> dict[str, Any]:
         own = AttentionInterface._global_mapping[core]
         mapped = [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)]
         saved = model.config.to_json_string()
-        patch_model(model, None, undo)
+        patch_model(ModelSpec(model), None, undo)
         name = model.config._attn_implementation
         facts = {
             "read": name == core and name in ("eager", core) and core in [name] and name.startswith(core),
@@ -329,7 +330,7 @@ def facts_of_the_name(core: str) -> dict[str, Any]:
         model.set_attn_implementation(core)  # it has it
         facts["set again"] = model.config._attn_implementation is name
         with pytest.raises(UnsupportedModelError, match="it has an engine with sequence parallelism already"):
-            check_model(model)
+            check_model(ModelSpec(model))
         undo.close()
         left = [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)]
         facts["nothing is left"] = left == mapped and type(model.config._attn_implementation) is str
@@ -362,7 +363,7 @@ def reference_beside(core: str) -> list[Step]:
         steps = [look()]
         with PatchSet() as undo:
             model = model_with(core, config)
-            patch_model(model, None, undo)
+            patch_model(ModelSpec(model), None, undo)
             split = shard_batch(batch, 2, 2).shards[dist.get_rank()]
             step(model, split)
             steps.append(look())
@@ -388,7 +389,7 @@ def two_cores() -> float:
         for model in models:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-            patch_model(model, None, undo)
+            patch_model(ModelSpec(model), None, undo)
         split = shard_batch(batch, 2, 2).shards[dist.get_rank()]
         losses = [model(**split, use_cache=False).loss for model in models]
         for loss in losses:
@@ -414,7 +415,7 @@ def another_model_of_its_config() -> tuple[str, float]:
     with PatchSet() as undo:
         model = model_with("sdpa", family_config("llama"))
         alone = model_with("sdpa", family_config("llama"))(**batch).loss
-        patch_model(model, None, undo)
+        patch_model(ModelSpec(model), None, undo)
         copied = type(model)(copy.deepcopy(model.config)).double()
         copied.load_state_dict(model.state_dict())
         with pytest.raises(UnsupportedModelError) as caught:
@@ -442,7 +443,7 @@ def flex_forward(changed: dict[str, Any]) -> float:
     whole, split = (model_with(core, config).float().eval() for core in ("sdpa", "flex_attention"))
     with PatchSet() as undo, torch.no_grad():
         true = whole(**batch).loss
-        patch_model(split, None, undo)
+        patch_model(ModelSpec(split), None, undo)
         # Twice: the second finds the mask of this length, whatever it is given beside it.
         for _ in range(2):
             got = split(**shard_batch(batch, 2, 8).shards[dist.get_rank()], use_cache=False).loss
@@ -460,8 +461,8 @@ def test_flex_attention_is_causal_over_the_whole_sequence(ranks2):
 def train_flex() -> None:
     with PatchSet() as undo:
         model = model_with("flex_attention", family_config("llama"))
-        check_model(model)
-        patch_model(model, None, undo)
+        check_model(ModelSpec(model))
+        patch_model(ModelSpec(model), None, undo)
         model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
 
 
@@ -517,7 +518,7 @@ def test_chunks_are_refused_under_flash_attention_with_the_core_that_has_them(co
     with stand_ins.installed():
         model = model_with(core, family_config("llama4_text", layer_types=["chunked_attention", "full_attention"]))
         with pytest.raises(UnsupportedModelError, match=rf"chunked_attention: not with .*'{core}'.*; sdpa can do it"):
-            check_model(model)
+            check_model(ModelSpec(model))
 
 
 @pytest.mark.parametrize("core", ["eager", "paged|eager"])
@@ -525,7 +526,7 @@ def test_other_cores_are_refused_with_those_that_are_available(core):
     model = build_model(family_config("llama"))
     model.config._attn_implementation = core
     with pytest.raises(UnsupportedModelError) as caught:
-        check_model(model)
+        check_model(ModelSpec(model))
     assert f"attn_implementation='{core}' is not available" in str(caught.value)
     assert all(name in str(caught.value) for name in ("'sdpa'", "'flash_attention_2'", "'flex_attention'"))
 
@@ -583,8 +584,8 @@ def guarded(change: str) -> None:
         undo.callback(groups.destroy)
         model = model_with("flash_attention_2", family_config("llama"))
         calls = ForwardContext()
-        patch_model(model, groups.sp_group, undo, calls)
-        check_batches(model, groups, calls, undo)
+        patch_model(ModelSpec(model), groups.sp_group, undo, calls)
+        check_batches(ModelSpec(model), groups, calls, undo)
         sharded = shard_batch(packed_batch((20, 12)), 2, 2, packing=True)
         batch = {**sharded.shards[groups.sp_rank], **sharded.common}
         if change == "no bounds":

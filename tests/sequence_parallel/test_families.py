@@ -9,6 +9,7 @@ from benchmarks.cells import build_model
 from benchmarks.census import small_of
 from benchmarks.families import FAMILIES, family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
@@ -45,7 +46,7 @@ def test_another_attention_core_is_refused_by_name(core):
     model = build_model(family_config("llama"))
     model.set_attn_implementation(core)
     with pytest.raises(UnsupportedModelError, match=f"attn_implementation='{core}'.*sdpa"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_way_out_is_one_that_the_model_has(model_type, core, words):
     with torch.device("meta"):
         model = model_class(config)
     with pytest.raises(UnsupportedModelError, match=words) as caught:
-        check_model(model)
+        check_model(ModelSpec(model))
     assert ("every pair" in str(caught.value)) == (model_type in ("gemma2", "llama"))
     assert "None" not in str(caught.value) and ".." not in str(caught.value)
 
@@ -82,7 +83,7 @@ def test_rotary_embeddings_may_have_configs_of_their_own():
     with torch.device("meta"):
         model = model_class(config)
     assert model.model.rotary_embs[0].config is not model.config
-    assert check_model(model).num_heads == config.num_attention_heads
+    assert check_model(ModelSpec(model)).num_heads == config.num_attention_heads
 
 
 def prove_it(model_type: str, core: str) -> str:
@@ -110,14 +111,14 @@ def test_a_loss_of_the_programs_own_is_refused_by_name():
     model = build_model(family_config("llama"))
     model.loss_function = lambda logits, labels, **_: logits.sum()
     with pytest.raises(UnsupportedModelError, match=r"loss_function is .*lambda.*, not transformers' ForCausalLMLoss"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 def test_all_reasons_are_given_at_once():
     model = build_model(family_config("llama", is_causal=False))
     model.loss_function = lambda logits, labels, **_: logits.sum()
     with pytest.raises(UnsupportedModelError) as caught:
-        check_model(model)
+        check_model(ModelSpec(model))
     assert "is_causal=False" in str(caught.value) and "loss_function is" in str(caught.value)
 
 
@@ -134,7 +135,7 @@ def run_own_loss():
     config = family_config("llama")
     model = OwnLoss(config)
     with PatchSet() as undo:
-        patch_model(model, None, undo)
+        patch_model(ModelSpec(model), None, undo)
         model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
 
 
@@ -147,10 +148,10 @@ def test_a_loss_that_goes_past_the_package_is_refused(ranks2):
 def test_another_head_than_a_language_models_is_refused():
     model = LlamaForSequenceClassification(family_config("llama", pad_token_id=0))
     with pytest.raises(UnsupportedModelError, match="only causal language models"):
-        check_model(model)
+        check_model(ModelSpec(model))
 
 
 def test_a_wrapper_is_refused():
     wrapped = torch.nn.Sequential(build_model(family_config("llama")))
     with pytest.raises(UnsupportedModelError, match="Sequential is not a transformers model"):
-        check_model(wrapped)
+        check_model(ModelSpec(wrapped))

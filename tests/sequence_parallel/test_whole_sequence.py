@@ -17,6 +17,7 @@ import torch.distributed as dist
 from benchmarks.cells import Cell, build_model, ds_config, full_weight
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.mesh import SequenceGroups, build_control_group, build_groups
@@ -50,8 +51,8 @@ def split(model: torch.nn.Module) -> Iterator[tuple[SequenceGroups, ForwardConte
     with PatchSet() as undo:
         groups, calls = build_groups(2, build_control_group()), ForwardContext()
         undo.callback(groups.destroy)
-        patch_model(model, groups.sp_group, undo, calls)
-        check_batches(model, groups, calls, undo)
+        patch_model(ModelSpec(model), groups.sp_group, undo, calls)
+        check_batches(ModelSpec(model), groups, calls, undo)
         yield groups, calls
 
 
@@ -366,4 +367,4 @@ def test_other_positions_are_refused(shards, sentence, ranks4):
 def test_a_model_that_counts_positions_of_a_shard_is_refused(model_type, sentence):
     model = build_model(family_config(model_type, is_decoder=True, pad_token_id=1))
     with pytest.raises(UnsupportedModelError, match=sentence):
-        check_model(model)
+        check_model(ModelSpec(model))

@@ -16,6 +16,7 @@ from benchmarks.families import family_config
 from benchmarks.kernels.gated import by_autograd, mlp_peak
 from benchmarks.kernels.judge import errors_of
 from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.tiling import gated_mlp
@@ -66,7 +67,7 @@ def llama_mlp(act: str) -> LlamaMLP:
 
 @pytest.mark.parametrize("model_type", [*GATED, *NOT_GATED])
 def test_the_mlps_of_a_family_are_known_by_what_they_do(model_type):
-    for name, module in token_wise_modules(build_model(family_config(model_type))).items():
+    for name, module in token_wise_modules(ModelSpec(build_model(family_config(model_type)))).items():
         form = TiledModule(name, module).closed_form([torch.zeros(1, 3, 32)], 3)
         assert (form and form.activation) == GATED.get(model_type), name
         assert form is None or len(form.first) == (1 if model_type in ("phi3", "glm", "glm4") else 2)
@@ -332,7 +333,7 @@ def test_a_checkpointed_step_runs_it_once_forward_and_once_backward():
     model, batch = build_model(family_config("phi3")).train(), family_batch(37, 2)
     model.activation_checkpointing_enable({"use_reentrant": False})
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=10), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=10), no_leaf, undo)
         assert rows_of_a_step(lambda: model(**batch, use_cache=False).loss.backward(), 74, 2) == (1, 1)
 
 
@@ -403,6 +404,6 @@ def test_more_rows_fit_and_what_would_not_fit_whole_is_one_tile(tokens, tiles):
         mock.patch.object(TiledPass, "apply", side_effect=TiledPass.apply) as passes,
     ):
         # By autograd 3 * (2 * 64 + 32) fp32 values a row: 409 rows; in closed form 3 * 64: 1024.
-        tile_mlps(model, TiledMLPConfig(tile_bytes=1024 * 3 * 64 * 4, min_tokens=0), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_bytes=1024 * 3 * 64 * 4, min_tokens=0), no_leaf, undo)
         model.model.layers[0].mlp(x).sum().backward()
     assert passes.call_count == min(tiles, 1) and by_tile.call_count == tiles

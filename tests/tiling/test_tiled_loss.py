@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import TiledLossConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -31,8 +32,8 @@ def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: Any) ->
 
 
 def tile(model: torch.nn.Module, undo: PatchSet) -> str:
-    words = tile_loss(model, TILES, ForwardContext(), no_leaf, undo)
-    replace_whole_loss(model, undo)
+    words = tile_loss(ModelSpec(model), TILES, ForwardContext(), no_leaf, undo)
+    replace_whole_loss(ModelSpec(model), undo)
     return words
 
 
@@ -112,7 +113,7 @@ def test_a_head_with_a_bias():
 
 def test_a_model_without_a_head_is_refused():
     with PatchSet() as undo, pytest.raises(UnsupportedModelError, match="LlamaModel has no output embeddings"):
-        tile_loss(model_of("llama").model, TILES, ForwardContext(), no_leaf, undo)
+        tile_loss(ModelSpec(model_of("llama").model), TILES, ForwardContext(), no_leaf, undo)
 
 
 # --- the function

@@ -13,6 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from benchmarks.cells import build_model
 from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
@@ -78,7 +79,7 @@ def test_a_family_in_tiles_is_exact_and_its_mlps_run_twice(model_type, checkpoin
         model.activation_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         model.enable_input_require_grads()
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=10), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=10), no_leaf, undo)
         tiled_loss, tiled_grads, tiled_products = step(model, batch)
     assert tiled_loss == pytest.approx(loss, rel=EXACT)
     assert tiled_grads.keys() == grads.keys()
@@ -179,7 +180,7 @@ def test_adapters_and_a_frozen_model():
     model, batch = get_peft_model(model_of("llama"), config).double(), family_batch(37, 2)
     loss, grads, _ = step(model, batch)
     with PatchSet() as undo:
-        assert "2 LlamaMLP" in tile_mlps(model, TiledMLPConfig(tile_tokens=10), no_leaf, undo)
+        assert "2 LlamaMLP" in tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=10), no_leaf, undo)
         tiled_loss, tiled_grads, _ = step(model, batch)
     assert tiled_loss == pytest.approx(loss, rel=EXACT) and tiled_grads.keys() == grads.keys()
     assert max(error(tiled_grads[name], grad) for name, grad in grads.items()) < EXACT
@@ -301,7 +302,7 @@ def test_experts_whose_sums_do_not_fit_run_one_by_one():
     batch, calls = family_batch(200, 2), []
     sums = 4 * sum(param.numel() for param in model.model.layers[0].mlp.experts.parameters())
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_bytes=sums, min_tokens=0), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_bytes=sums, min_tokens=0), no_leaf, undo)
         experts = type(model.model.layers[0].mlp.experts)
         undo.callback(setattr, experts, "forward", experts.forward)
         forward = experts.forward
@@ -319,7 +320,7 @@ def test_experts_whose_sums_do_not_fit_run_one_by_one():
 def test_a_dense_module_whose_sums_do_not_fit_says_what_would():
     model = build_model(family_config("llama")).bfloat16().train()
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_bytes=1000, min_tokens=0), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_bytes=1000, min_tokens=0), no_leaf, undo)
         with pytest.raises(
             ConfigError, match=r"tile_bytes=1000: .* takes 18432 of them for the fp32 sums .* Use at least \d+"
         ):
@@ -333,7 +334,7 @@ def test_what_a_mixture_records_of_its_router_has_its_gradient_once(checkpointin
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=10), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=10), no_leaf, undo)
         tiled_loss, tiled_grads, _ = step(model, batch)
     assert tiled_loss == pytest.approx(loss, rel=EXACT)
     gates = [name for name in grads if ".gate." in name]
@@ -348,13 +349,13 @@ def test_modules_are_found_where_transformers_has_no_table():
         small = {"n_layer": 2, "n_head": 4, "n_embd": 32, "hidden_size": 32, "num_hidden_layers": 2}
         small |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48, "vocab_size": 97}
         model = build_model(CONFIG_MAPPING[model_type](**small, bos_token_id=None, eos_token_id=None))
-        found = token_wise_modules(model)
+        found = token_wise_modules(ModelSpec(model))
         assert len(found) == count and all("attn" not in name and "attention" not in name for name in found), model_type
 
 
 def test_a_block_with_its_router_inside_is_not_tiled():
     # Its router's logits would be recorded tile by tile, without a gradient.
-    assert not token_wise_modules(build_model(family_config("jetmoe")))
+    assert not token_wise_modules(ModelSpec(build_model(family_config("jetmoe"))))
 
 
 def test_a_model_with_nothing_to_tile_is_refused():
@@ -362,7 +363,7 @@ def test_a_model_with_nothing_to_tile_is_refused():
         hidden_size=32, num_hidden_layers=1, ffn_dim=48, num_attention_heads=4, vocab_size=97, word_embed_proj_dim=32
     )
     with PatchSet() as undo, pytest.raises(UnsupportedModelError, match="OPTForCausalLM has no MLP or experts"):
-        tile_mlps(build_model(config), TiledMLPConfig(), no_leaf, undo)
+        tile_mlps(ModelSpec(build_model(config)), TiledMLPConfig(), no_leaf, undo)
 
 
 def test_a_module_that_mixes_tokens_is_refused():
@@ -383,7 +384,7 @@ def test_a_4bit_layer_in_evaluation_mode_is_refused_where_gradients_are_asked_fo
     mlp.down_proj = Linear4bit(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
     rows = torch.randn(1, 40, mlp.down_proj.out_features)
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=8), lambda module: None, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=8), lambda module: None, undo)
         mlp.eval()
         with torch.no_grad():
             mlp(rows)
@@ -396,7 +397,7 @@ def test_a_4bit_layer_in_evaluation_mode_is_refused_where_gradients_are_asked_fo
 def test_a_dropout_in_a_tiled_module_is_refused():
     model = build_model(family_config("starcoder2", residual_dropout=0.1))
     with PatchSet() as undo, pytest.raises(UnsupportedModelError, match=r"mlp\.residual_dropout=0\.1 is a dropout"):
-        tile_mlps(model, TiledMLPConfig(), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(), no_leaf, undo)
 
 
 @pytest.mark.parametrize(

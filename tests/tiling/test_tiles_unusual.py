@@ -11,6 +11,7 @@ from deepspeed.utils import safe_get_full_grad
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
@@ -86,7 +87,7 @@ def test_a_value_that_is_used_after_all_gives_no_wrong_gradient():
     model = build_model(family_config("llama")).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=7), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=7), no_leaf, undo)
         model(**batch(), use_cache=False).loss.backward()  # now it is known that nothing needs the value
         model.zero_grad()
         layer = model.model.layers[0]
@@ -115,7 +116,7 @@ def test_a_weight_that_is_not_the_modules_own_is_refused_by_name():
     model = model_of("llama")
     a_weight_from_elsewhere(model.model.layers[0].mlp, model)
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=7), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=7), no_leaf, undo)
         with pytest.raises(
             UnsupportedModelError, match=r"layers.0.mlp uses a weight of shape \[1\] that is none of its"
         ):
@@ -280,6 +281,6 @@ def test_a_second_engine_on_a_model_is_refused_until_the_first_is_destroyed(alst
 def test_a_module_that_mixes_tokens_is_refused_when_it_is_called():
     model = build_model(family_config("rwkv", attention_hidden_size=32), core="eager").train()
     with PatchSet() as undo:
-        tile_mlps(model, TiledMLPConfig(tile_tokens=7), no_leaf, undo)
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=7), no_leaf, undo)
         with pytest.raises(UnsupportedModelError, match=r"cannot run in tiles|tensors of tokens alone"):
             model(**batch(), use_cache=False)

@@ -1,60 +1,31 @@
-"""Mixture-of-experts support: modules with router logits, and gradients of separate experts.
+"""Gradients of experts that are separate modules, which not every rank calls.
 
 transformers stacks the experts of a layer in one module. Of separate modules a forward calls those that have tokens,
 which differ across ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.unwrap import base_model
 from deepspeed_alst.errors import UnsupportedModelError
 
 
-def router_classes(model: torch.nn.Module) -> tuple[type, ...]:
-    """Return the module classes whose router logits a model, bare or wrapped, can return; may be empty."""
-    models = [module for module in base_model(model).modules() if isinstance(module, PreTrainedModel)]
-    specs = [(each._can_record_outputs or {}).get("router_logits") for each in models]
-    flat = [each for spec in specs for each in (spec if isinstance(spec, list) else [spec])]
-    classes = [each.target_class if isinstance(each, OutputRecorder) else each for each in flat]
-    return tuple(dict.fromkeys(each for each in classes if isinstance(each, type)))
-
-
-def call_together(model: torch.nn.Module, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
+def call_together(spec: ModelSpec, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
     """Make blocks of separate experts look the same to the engine on all ranks, whatever their tokens.
 
     Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights, so each block is
     made a ``leaf`` module (tiling/zero3_leaf.py). On other stages the rank would have no gradient for the expert, or at
     another time, and DeepSpeed 0.19.8 then adds up gradients of different weights.
     """
-    for block, experts in separate_experts(base_model(model)):
+    for block, experts in spec.separate_experts():
         if stage == 3:
             leaf(block)
         else:
             patches.hook(block, "forward_pre", _gradient_for_each(experts))
-
-
-def expert_counts(base: torch.nn.Module) -> set[int]:
-    """Return the possible numbers of experts in a block, from the model's config."""
-    config = vars(base.config.get_text_config()) if isinstance(base, PreTrainedModel) else {}
-    sizes = [value for name, value in config.items() if name.endswith("experts") and "shared" not in name]
-    return {size for size in sizes if isinstance(size, int) and size > 1}
-
-
-def separate_experts(base: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Yield the decoder-layer blocks that hold a list of as many modules as the config has experts, and the list."""
-    counts = expert_counts(base)
-    layers = [layer for module in base.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
-    # Nested lists yield their blocks twice.
-    for block in dict.fromkeys(block for layer in layers for block in layer.modules()):
-        for child in block.children():
-            if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) and len(child) in counts:
-                yield block, child
 
 
 class _ZeroGradients(torch.autograd.Function):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepspeed_alst.core.patching import PatchSet
 
@@ -68,8 +67,3 @@ def checkpoint_hook_of(layer: torch.nn.Module, patches: PatchSet) -> CheckpointH
 
     patches.hook(layer, "forward_pre", put_on)
     return seam
-
-
-def checkpointed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers that transformers checkpoints one by one, in model order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

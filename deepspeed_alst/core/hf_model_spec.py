@@ -1,0 +1,114 @@
+"""A transformers model as its parts are named everywhere here: wrappers, decoder, layers, head, routers, experts.
+
+Nothing else in the package looks for them.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import OutputRecorder
+
+
+class ModelSpec:
+    """A model that a program passes to ``deepspeed.initialize``, bare or in PEFT's or torch.compile's wrappers.
+
+    Args:
+        outer: the caller's. Hooks that must see every call belong on it: a wrapper may call ``forward`` of the model
+            inside, which runs no hooks.
+    """
+
+    def __init__(self, outer: torch.nn.Module) -> None:
+        self.outer = outer
+        self.model = outer
+        """The model inside nested wrappers: reads and patches of a transformers model use this one."""
+        while self.model is not (inner := _inside(self.model)):
+            self.model = inner
+
+    @property
+    def name(self) -> str:
+        """Name of the model's class."""
+        return type(self.model).__name__
+
+    @property
+    def config(self) -> Any:
+        """The model's config as it is now: a patch may have given it a copy of its own."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """Config of the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The model without its head."""
+        return getattr(self.model, "base_model", self.model)
+
+    @property
+    def head(self) -> torch.nn.Module | None:
+        """Output embeddings; None if there are none."""
+        return self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+
+    @property
+    def embeddings(self) -> torch.nn.Module | None:
+        """Input embeddings; None if there are none."""
+        return self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+
+    @property
+    def layers(self) -> dict[str, torch.nn.Module]:
+        """Elements of the decoder's own ModuleLists, by name in ``model``."""
+        prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
+        return {
+            f"{prefix}.{name}.{index}".lstrip("."): layer
+            for name, child in self.decoder.named_children()
+            if isinstance(child, torch.nn.ModuleList)
+            for index, layer in enumerate(child)
+        }
+
+    @property
+    def checkpointed_layers(self) -> list[torch.nn.Module]:
+        """Layers that transformers can checkpoint one by one, in model order."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    @cached_property
+    def router_classes(self) -> tuple[type, ...]:
+        """Module classes whose router logits the model can return; may be empty."""
+        models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        specs = [(each._can_record_outputs or {}).get("router_logits") for each in models]
+        flat = [each for spec in specs for each in (spec if isinstance(spec, list) else [spec])]
+        classes = [each.target_class if isinstance(each, OutputRecorder) else each for each in flat]
+        return tuple(dict.fromkeys(each for each in classes if isinstance(each, type)))
+
+    @property
+    def expert_counts(self) -> set[int]:
+        """Possible numbers of experts in a block, from the config."""
+        config = vars(self.text_config) if isinstance(self.model, PreTrainedModel) else {}
+        sizes = [value for name, value in config.items() if name.endswith("experts") and "shared" not in name]
+        return {size for size in sizes if isinstance(size, int) and size > 1}
+
+    def separate_experts(self) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+        """Yield the blocks of layers that hold a list of as many modules as the config has experts, and the list."""
+        counts = self.expert_counts
+        lists = [module for module in self.model.modules() if isinstance(module, torch.nn.ModuleList)]
+        # Nested lists yield their blocks twice.
+        for block in dict.fromkeys(block for each in lists for layer in each for block in layer.modules()):
+            for child in block.children():
+                if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) and len(child) in counts:
+                    yield block, child
+
+
+def is_peft(model: torch.nn.Module) -> bool:
+    """Return True if a model is PEFT's wrapper, without importing PEFT, which takes seconds."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
+
+
+def _inside(model: torch.nn.Module) -> torch.nn.Module:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return model._orig_mod
+    return model.get_base_model() if is_peft(model) else model
