@@ -159,9 +159,43 @@ def hook_accelerator(module: ModuleType) -> None:
     Args:
         module: ``accelerate.accelerator``.
     """
-    from deepspeed_alst.data.accelerate_loader import hook_loaders
+    wrap_once(module.Accelerator, "prepare_data_loader", _prepare_whole_batches)
+    wrap_once(module.Accelerator, "_prepare_deepspeed", _take_whole_batches)
 
-    hook_loaders(module.Accelerator, _splits_sequences)
+
+def _prepare_whole_batches(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare_data_loader(self, data_loader, *args, **kwargs):
+        loader, sp_size = prepare(self, data_loader, *args, **kwargs), _sp_size_of(self)
+        if sp_size == 1 or hasattr(loader, "alst_whole"):
+            return loader
+        from deepspeed_alst.data.accelerate_loader import PreparedLoader
+
+        return PreparedLoader(loader, self, sp_size)
+
+    return prepare_data_loader
+
+
+def _take_whole_batches(build: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare_deepspeed(self, *args):
+        if _sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
+            # accelerate would multiply by all ranks, although the ranks of a sequence share their samples.
+            del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
+        result = build(self, *args)
+        session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
+        if session is not None and _sp_size_of(self) > 1:
+            session.takes_whole = True
+        return result
+
+    return prepare_deepspeed
+
+
+def _sp_size_of(accelerator: Any) -> int:
+    """Return the SP degree of an Accelerator's loaders; the HF Trainer shards its batches elsewhere."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or type(plugin.hf_ds_config).__name__ == "HfTrainerDeepSpeedConfig":
+        return 1
+    config = plugin.deepspeed_config
+    return int(config["sequence_parallel_size"]) if _splits_sequences(config, accelerator.parallelism_config) else 1
 
 
 def hook_trainer(module: ModuleType) -> None:

@@ -7,7 +7,6 @@ from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
 from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
 from deepspeed_alst.grad_reduction.zero_paths import install_reduction, reduction_of
-from deepspeed_alst.moe.separate_experts import call_together
 from deepspeed_alst.report import reduction_rows
 from deepspeed_alst.sequence_parallel.session import Session
 
@@ -37,5 +36,9 @@ class SeparateExperts(Feature):
     """Mixtures whose experts are modules of their own: every rank gathers and reduces all of them."""
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
-        """Patch the blocks of experts."""
+        """Patch the blocks of experts, if there are any."""
+        if next(run.spec.separate_experts(), None) is None:
+            return
+        from deepspeed_alst.moe.separate_experts import call_together
+
         call_together(run.spec, run.stage, run.leaf, patches)

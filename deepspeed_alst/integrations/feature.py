@@ -14,6 +14,11 @@ class LigerKernels(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Patch the modules that Liger has kernels for."""
+        loss = run.config.tiled_loss()
+        is_wanted = run.config.alst.liger_kernel != "auto" or (loss is not None and loss.backend == "liger")
+        if run.device != "cuda" and not is_wanted:
+            self._words = f"not used: Liger's kernels need a GPU, and the engine is on {run.device}"
+            return
         from deepspeed_alst.integrations.hf_liger import use_liger
 
         liger = use_liger(run.spec, run.config, run.device, run.control_group, patches)

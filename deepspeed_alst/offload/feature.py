@@ -13,6 +13,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.attention_cache import keeping_frame
 from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide, spare_bytes
 from deepspeed_alst.offload.checkpoint_inputs import (
     Keeping,
@@ -53,6 +54,7 @@ class ActivationOffload(Feature):
         self._spec, self._sp_size = run.spec, run.config.sequence_parallel_size
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
         self._turned_on = self._block is not None and turn_on_checkpointing(run.spec, patches)
+        run.calls.keeping_frame = keeping_frame
         self._keeping = Keeping(
             store=None,
             keep_last=self._block.keep_last if self._block is not None else 0,

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class ForwardContext:
     """True while forwards bypass the patched parts on purpose: every rank has the full sequence."""
     checking: bool = False
     """True while forwards are the model check's, whose batches are not checked here."""
+    keeping_frame: Callable[[str, bool], Any] | None = None
+    """Returns the frame that saves the next attention call's output (offload/attention_cache.py); None if none is."""
     core: str = ""
     """Attention implementation that the model was loaded with."""
     documents: tuple[int, ...] = ()

@@ -10,7 +10,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import keeping_frame
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.hf_backends import AttentionBackend
@@ -88,7 +87,7 @@ def _attention_over(
         def run(*qkv: torch.Tensor) -> torch.Tensor:
             return backend.attend(module, qkv, attention_mask, scaling, arguments)
 
-        frame = keeping_frame(backend.name, backend.runs_operators)
+        frame = calls.keeping_frame and calls.keeping_frame(backend.name, backend.runs_operators)
         return ulysses_attention(scale_queries(module, query), key, value, group, run, frame), None
 
     return attention

@@ -181,8 +181,11 @@ def _kernel_of(backend: str, hidden: torch.Tensor, steps: tuple[Step, ...]) -> t
     if backend == "torch" or hidden.dtype == torch.float64:
         return None, steps
     try:  # Triton is imported on demand: not every system has it
-        import deepspeed_alst.kernels.cross_entropy  # noqa: F401
         from deepspeed_alst.kernels.registry import has_kernel, runs_on
+
+        if not runs_on(hidden.device):
+            return None, steps
+        import deepspeed_alst.kernels.cross_entropy  # noqa: F401
     except ImportError:
         return None, steps
     by_liger = backend == "liger" and runs_on(hidden.device)

@@ -23,10 +23,11 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_once
+from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_once, keeping_frame
 from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 from tests import stand_ins
@@ -388,7 +389,7 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
         for keeps in (False, True):
             own, tally = copy.deepcopy(model), Tally()
             with PatchSet() as undo, tally.installed(), Runs() as runs:
-                patch_model(ModelSpec(own), None, undo)
+                patch_model(ModelSpec(own), None, undo, ForwardContext(keeping_frame=keeping_frame))
                 frames = checkpoint_layers(own, keeps, reentrant, tally)
                 for batch in batches:
                     loss = own(**batch, use_cache=False).loss
@@ -496,7 +497,7 @@ def test_the_output_in_head_layout_has_no_memory_until_the_backward_fills_it(ree
 def flex_is_not_kept() -> list[str]:
     with PatchSet() as undo:
         model = small_model("flex_attention")
-        patch_model(ModelSpec(model), None, undo)
+        patch_model(ModelSpec(model), None, undo, ForwardContext(keeping_frame=keeping_frame))
         frames = checkpoint_layers(model, keeps=True, reentrant=False)
         with pytest.raises(UnsupportedModelError, match="cannot train on CPU"):
             model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])

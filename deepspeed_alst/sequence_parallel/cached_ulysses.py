@@ -1,0 +1,87 @@
+"""Ulysses attention whose output is saved for the recomputation of its layer, which then makes one collective.
+
+The output is saved as the sequence shard that the layer continues with; attention's backward gets it back as a head
+shard, in one collective with its gradient. Legend as in ulysses.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, unpack_
+from deepspeed_alst.offload.attention_cache import CheckpointFrame, Replaying, record
+from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq, exchange
+
+
+def attend_once(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
+    """Run the core and return its output as ``[B, s, H, D]``, saved for or reused in the recomputation."""
+    if frame.recomputing:
+        return _attend_again(frame, run, group)
+    o_BhSD, ran = record(frame, run)
+    as_shard = len(ran) == 1 and _is_all_of(o_BhSD, ran[0].outputs[0])
+    flat = [x for each in ran for x in each.lay_flat()]
+    if not as_shard:
+        frame.keep(*flat, note=(ran, as_shard))
+        return HeadToSeq.apply(o_BhSD, group)
+    o_BsHD = _HeadToSeqKept.apply(o_BhSD, None, group)
+    frame.keep(o_BsHD, flat[1], note=(ran, as_shard))
+    return o_BsHD
+
+
+def _attend_again(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
+    (ran, as_shard), kept = frame.take()
+    if not as_shard:
+        with Replaying(ran, kept):
+            o_BhSD = run()
+        return HeadToSeq.apply(o_BhSD, group)
+    o_BsHD, log_sum_exp = kept
+    empty = torch.empty_strided(*ran[0].layouts[0], dtype=o_BsHD.dtype, device=o_BsHD.device)
+    with Replaying(ran, [empty, log_sum_exp]):
+        o_BhSD = run()
+    # Autograd holds the storage, which stays empty until the backward fills it.
+    empty.untyped_storage().resize_(0)
+    return _HeadToSeqKept.apply(o_BhSD, o_BsHD, group)
+
+
+def _is_all_of(x: torch.Tensor, of: torch.Tensor) -> bool:
+    """Return True if x is a view of all elements of a tensor that has its storage for itself."""
+    memory = of.untyped_storage()
+    is_alone = memory.nbytes() == of.numel() * of.element_size()
+    return is_alone and x.untyped_storage()._cdata == memory._cdata and x.numel() == of.numel() and x.dtype == of.dtype
+
+
+class _HeadToSeqKept(torch.autograd.Function):
+    """``HeadToSeq`` whose output, ``[B, s, H, D]``, is already available in the recomputation.
+
+    Its input, ``[B, h, S, D]``, then has no memory. The backward exchanges the input's values together with the
+    gradient, before attention's backward, which holds the same storage, reads them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, o_BhSD: torch.Tensor, o_BsHD: torch.Tensor | None, group: Any) -> torch.Tensor:
+        ctx.group = group
+        # Also saved in the recomputation, which sends nothing: a checkpoint counts saved tensors.
+        o_BsHD = HeadToSeq.forward(ctx, o_BhSD, group) if o_BsHD is None else o_BsHD.detach()
+        ctx.save_for_backward(o_BhSD, o_BsHD)
+        return o_BsHD
+
+    @staticmethod
+    def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Under a non-reentrant checkpoint, reading these triggers the recomputation.
+        o_BhSD, o_BsHD = ctx.saved_tensors
+        storage = o_BhSD.untyped_storage()
+        if storage.nbytes():
+            return *HeadToSeq.backward(ctx, do_BsHD), None
+        B, h, S, D = o_BhSD.shape
+        P = dist.get_world_size(ctx.group)
+        send_PsBW = pack([by_heads(x_BsHD.transpose(1, 2), P) for x_BsHD in (do_BsHD, o_BsHD)], P)
+        recv_PsBW = exchange(send_PsBW, ctx.group)
+        storage.resize_(o_BhSD.numel() * o_BhSD.element_size())
+        # A view would keep the buffer's other half in memory until attention's backward ends.
+        do_BhSD = recv_PsBW.new_empty(B, S, h, D).transpose(1, 2)
+        # Filling the output, which was saved empty, must not count as a modification.
+        with torch.autograd._unsafe_preserve_version_counter(o_BhSD):
+            unpack_(recv_PsBW, [by_tokens(do_BhSD, P), by_tokens(o_BhSD.detach(), P)])
+        return do_BhSD, None, None
