@@ -82,7 +82,7 @@ def reduction_rows(
     ranks = dist.get_world_size()
     sizes = [getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters() if param.requires_grad]
     numel, stage = sum(sizes), int(engine.zero_optimization_stage())
-    reductions, sent = path.reductions(engine), path.bytes_sent(engine)
+    sent = path.bytes_sent(engine)
     # A parameter larger than the bucket is reduced alone.
     at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
     # Send and receive buffers, and on stage 0 this rank's shard of the sums.
@@ -94,7 +94,7 @@ def reduction_rows(
         buckets = f"none on this path: {bucket} is not used"
     else:
         buckets = f"{path.bucket_size:,} elements ({bucket})"
-    in_step = f"sent by a rank in a step ({reductions} x {numel:,} elements)"
+    in_step = f"sent by a rank in a step ({path.reductions} x {numel:,} elements)"
     return [
         ("reduction", f"ZeRO stage {stage}, summed in {_short(reduction.dtype)}{adder} over {ranks} ranks"),
         ("on the wire", f"{wire}: {format_bytes(sent, 1, 1000)} {in_step}"),

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import torch
+
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
+from deepspeed_alst.grad_reduction.reduce import Reduction
 from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
-from deepspeed_alst.grad_reduction.zero_paths import install_reduction, reduction_of
+from deepspeed_alst.grad_reduction.zero_paths import install_reduction
 from deepspeed_alst.report import reduction_rows
 from deepspeed_alst.sequence_parallel.session import Session
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class GradReduction(Feature):
@@ -19,7 +24,8 @@ class GradReduction(Feature):
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
         """Replace the optimizer's reduction; watch gradients for NaN and Inf, and the first average."""
-        session, reduction = self._session, reduction_of(run.config)
+        session, config = self._session, run.config
+        reduction = Reduction(_DTYPES[config.seq_parallel_communication_data_type], config.alst.reduction.slice_bytes)
         adder = load_sum_pieces(run.device)
         path = install_reduction(engine, reduction, patches)
         session.watch_gradients(engine)

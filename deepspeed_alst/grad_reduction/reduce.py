@@ -1,30 +1,72 @@
 """Exact gradient reduction over ranks, sent in the gradients' own dtype, in slices of bounded memory.
 
-Gradients are sent without conversion. Each slice is split evenly over the ranks, whoever owns its elements; a rank
-receives all P pieces of its share, adds them in fp32 and divides once, after the sum. The next step depends on the
-ZeRO stage: none where the share belongs to its owner (ZeRO 3), a second exchange to the owners (ZeRO 1, 2), or an
-all-gather (ZeRO 0).
+A rank receives the P pieces of its share of a slice, adds them in fp32, and divides once. Sums go on to their owners
+(ZeRO 1, 2) or to all ranks (ZeRO 0). Each step sends and receives at most n * (P-1)/P elements a rank.
 
-In each step a rank sends and receives at most n * (P-1)/P elements. Sending the pieces directly to the owners of ZeRO
-1 and 2 would save a step, but a bucket belongs to one or two ranks, whose links all pieces would share.
-
-Legend: P ranks, n elements of a bucket, m of a rank's share of a slice.
+Legend: P ranks, n elements of a slice, m of a rank's share of it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate as running_sums
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from deepspeed_alst.grad_reduction.bucket_layout import Piece, pieces_by_owner, segments
 from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
 
 # Elements: aligns pieces for the 16-byte loads of a GPU.
 _ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements or columns ``[start, stop)`` of one gradient, from ``at`` on in a slice or a rank's share of it."""
+
+    index: int
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def width(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+def segments(sizes: Sequence[int], width: int) -> Iterator[list[Segment]]:
+    """Yield slices of at most ``width`` elements that hold all gradients in order."""
+    filled: list[Segment] = []
+    used = 0
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + width - used)
+            filled.append(Segment(index, start, stop, used))
+            used += stop - start
+            start = stop
+            if used == width:
+                yield filled
+                filled, used = [], 0
+    if filled:
+        yield filled
+
+
+def pieces_by_owner(
+    parts: Sequence[Segment], owners: Sequence[int], share: int, num_ranks: int
+) -> list[list[list[Segment]]]:
+    """Cut a slice into shares of ``share`` elements: ``[p][q]`` lists the segments of rank p's that rank q owns.
+
+    ``owners`` holds the rank of each gradient.
+    """
+    owned: list[list[list[Segment]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
+    for rank, pieces in enumerate(segments([part.width for part in parts], share)):
+        for piece in pieces:
+            part = parts[piece.index]
+            start, stop = part.start + piece.start, part.start + piece.stop
+            owned[rank][owners[part.index]].append(Segment(part.index, start, stop, piece.at))
+    return owned
 
 
 @dataclass(frozen=True)
@@ -69,65 +111,51 @@ class Reduction:
             group: the ranks.
 
         Yields:
-            Each gradient's share in turn, in its output; the gradient is no longer read.
+            Each gradient's share in turn; the gradient is no longer read.
         """
         P = dist.get_world_size(group)
         columns = [math.ceil(grad.numel() / P) for grad in grads]
         wire = self.on_wire(_widest(grads))
         # Sums that are added in 16 bits are rounded first, into one more buffer.
         width = self._share((2 * P + accumulate) * wire.itemsize, sum(columns))
-        scratch = _Scratch(grads[0], 2 * P * width * wire.itemsize)
-        outs: dict[int, torch.Tensor] = {}
-        done = 0
+        scratch = grads[0].new_empty(2 * P * width * wire.itemsize, dtype=torch.uint8)
+        num_placed = 0
         for parts in segments(columns, width):
             m = parts[-1].at + parts[-1].width
-            send_Pm = scratch.take(0, P * m, wire).view(P, m)
+            send_Pm = _view(scratch, 0, P * m, wire).view(P, m)
             for part in parts:
                 _fill(send_Pm[:, part.at : part.at + part.width], grads[part.index], part.start, columns[part.index])
-            pieces_Pm, scale = self._exchange(send_Pm, scratch, send_Pm.nbytes, 1 / P, group)
+            pieces_Pm, scale = self._exchange(send_Pm, scratch, 1 / P, group)
             for part in parts:
-                if part.index not in outs:
-                    outs[part.index] = place(part.index)
-                out = outs[part.index][part.start : part.stop]
-                _put(pieces_Pm[:, part.at : part.at + part.width], out, scale, accumulate)
-            # The last gradient of a slice may continue in the next one.
-            finished = parts[-1].index + (parts[-1].stop == columns[parts[-1].index])
-            for index in range(done, finished):
-                yield outs.pop(index) if index in outs else place(index)
-            done = finished
-        yield from map(place, range(done, len(grads)))
+                if part.start == 0:
+                    yield from map(place, range(num_placed, part.index))  # gradients without elements
+                    out, num_placed = place(part.index), part.index + 1
+                _put(pieces_Pm[:, part.at : part.at + part.width], out[part.start : part.stop], scale, accumulate)
+                if part.stop == columns[part.index]:
+                    yield out
+        yield from map(place, range(num_placed, len(grads)))
 
     def to_owners(
         self, bucket_n: torch.Tensor, fragments: Sequence[Fragment], dtype: torch.dtype, group: dist.ProcessGroup
     ) -> None:
-        """Average a bucket and send each owner its fragments as ``dtype``; the rest of the bucket is overwritten."""
+        """Average a bucket, which is all ``fragments`` in turn, and send each owner its fragments as ``dtype``."""
         P, r = dist.get_world_size(group), dist.get_rank(group)
-        bounds = [0, *running_sums(fragment.numel for fragment in fragments)]
-        owners = [fragment.owner for fragment in fragments]
         wire, sums = self.on_wire(bucket_n.dtype), self.on_wire(dtype)
-        # First the pieces (if the wire adds: the sent slice and the sum); then this rank's share sorted by owner, and
-        # the fragments it receives. The summed share needs memory beside both.
-        of_pieces = (P if self.dtype == torch.float32 else P + 1) * wire.itemsize
+        # First the sent slice and its pieces, or their sum; then a share sorted by owner, and the fragments received.
+        of_pieces = (2 * P if self.dtype == torch.float32 else P + 1) * wire.itemsize
         region = max(of_pieces, (1 + P) * sums.itemsize)
-        share = self._share(region + sums.itemsize, math.ceil(bucket_n.numel() / P))
-        scratch = _Scratch(bucket_n, share * (region + sums.itemsize))
-        stop = 0
-        while stop < bucket_n.numel():
-            start, stop = stop, _slice_end(stop, bucket_n.numel(), P * share, P)
-            m = math.ceil((stop - start) / P)
-            mine_m = scratch.take(share * region, m, sums)
-            self._sum_share(bucket_n[start:stop], mine_m, scratch, 1 / P, group)
-            shares = [(start + p * m, min(stop, start + (p + 1) * m)) for p in range(P)]
-            owned = [pieces_by_owner(bounds, owners, first, last, P) for first, last in shares]
-            for piece, sums_of_piece in _hand_over(mine_m, shares[r][0], owned, scratch, group):
-                fragment = fragments[piece.fragment]
-                if fragment.out is None:
-                    bucket_n[piece.start : piece.stop].copy_(sums_of_piece)
+        flat, owners = bucket_n.split([each.numel for each in fragments]), [each.owner for each in fragments]
+        for parts, mine_m, scratch in self._sums(flat, 1 / P, sums, region, group):
+            owned = pieces_by_owner(parts, owners, mine_m.numel(), P)
+            to_get = [piece for of_rank in owned for piece in of_rank[r]]
+            received = _to_owners(mine_m, owned, scratch, group).split([piece.width for piece in to_get])
+            for piece, sums_of_piece in zip(to_get, received, strict=True):
+                out = fragments[piece.index].out
+                if out is None:
+                    flat[piece.index][piece.start : piece.stop].copy_(sums_of_piece)
                 else:
-                    offset = piece.start - bounds[piece.fragment]
-                    out = fragment.out[offset : offset + piece.numel]
                     # Not add_, which on CPU first copies its operand if the dtypes differ.
-                    sum_pieces(sums_of_piece[None], out, 1.0, accumulate=True)
+                    sum_pieces(sums_of_piece[None], out[piece.start : piece.stop], 1.0, accumulate=True)
 
     def everywhere(
         self, grads: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], divisor: float, group: dist.ProcessGroup
@@ -136,83 +164,67 @@ class Reduction:
         P = dist.get_world_size(group)
         wire, sums = self.on_wire(_widest(grads)), self.on_wire(_widest(outs))
         region = max(2 * P * wire.itemsize, P * sums.itemsize)
-        share = self._share(region + sums.itemsize, math.ceil(sum(grad.numel() for grad in grads) / P))
-        scratch = _Scratch(grads[0], share * (region + sums.itemsize))
-        for parts in segments([grad.numel() for grad in grads], P * share):
-            n = parts[-1].at + parts[-1].width
-            m = math.ceil(n / P)
-            send_n = scratch.take(0, P * m, wire)
-            for part in parts:
-                send_n[part.at : part.at + part.width].copy_(grads[part.index][part.start : part.stop])
-            send_n[n:].zero_()
-            mine_m = scratch.take(share * region, m, sums)
-            pieces_Pm, scale = self._exchange(send_n.view(P, m), scratch, send_n.nbytes, 1 / divisor, group)
-            sum_pieces(pieces_Pm, mine_m, scale)
-            all_n = scratch.take(0, P * m, sums)
+        for parts, mine_m, scratch in self._sums(grads, 1 / divisor, sums, region, group):
+            all_n = _view(scratch, 0, P * mine_m.numel(), sums)
             dist.all_gather_into_tensor(all_n, mine_m, group=group)
             for part in parts:
                 outs[part.index][part.start : part.stop].copy_(all_n[part.at : part.at + part.width])
+
+    def _sums(
+        self, grads: Sequence[torch.Tensor], scale: float, dtype: torch.dtype, region: int, group: dist.ProcessGroup
+    ) -> Iterator[tuple[list[Segment], torch.Tensor, torch.Tensor]]:
+        """Yield each slice of flat gradients with this rank's share of its sums, ``[m]``, and the memory around it.
+
+        ``region`` is the size of that memory in bytes per element of the share.
+        """
+        P, wire = dist.get_world_size(group), self.on_wire(_widest(grads))
+        share = self._share(region + dtype.itemsize, math.ceil(sum(grad.numel() for grad in grads) / P))
+        scratch = grads[0].new_empty(share * (region + dtype.itemsize), dtype=torch.uint8)
+        for parts in segments([grad.numel() for grad in grads], P * share):
+            n = parts[-1].at + parts[-1].width
+            m = math.ceil(n / P)
+            send_n = _view(scratch, 0, P * m, wire)
+            torch.cat([grads[part.index][part.start : part.stop] for part in parts], out=send_n[:n])
+            send_n[n:].zero_()
+            mine_m = _view(scratch, share * region, m, dtype)
+            pieces_Pm, factor = self._exchange(send_n.view(P, m), scratch, scale, group)
+            sum_pieces(pieces_Pm, mine_m, factor)
+            yield parts, mine_m, scratch
 
     def _share(self, bytes_per_element: int, most: int) -> int:
         """Return the elements of a rank's share of a slice, given the extra bytes per element on this rank."""
         share = min(2 * self.slice_bytes // bytes_per_element, -(-most // _ALIGNED) * _ALIGNED)
         return max(1, share - share % _ALIGNED if share > _ALIGNED else share)
 
-    def _sum_share(
-        self, slice_n: torch.Tensor, mine_m: torch.Tensor, scratch: "_Scratch", scale: float, group: dist.ProcessGroup
-    ) -> None:
-        """Sum this rank's share of a slice: ``[n] -> [m]``, m = ceil(n/P)."""
-        P, m, wire = dist.get_world_size(group), mine_m.numel(), self.on_wire(slice_n.dtype)
-        if padding := P * m - slice_n.numel():
-            slice_n = F.pad(slice_n, (0, padding))
-        copied = 0
-        if self.dtype != torch.float32:
-            slice_n = scratch.take(0, P * m, wire).copy_(slice_n)
-            copied = slice_n.nbytes
-        pieces_Pm, scale = self._exchange(slice_n.view(P, m), scratch, copied, scale, group)
-        sum_pieces(pieces_Pm, mine_m, scale)
-
     def _exchange(
-        self, send_Pm: torch.Tensor, scratch: "_Scratch", start: int, scale: float, group: dist.ProcessGroup
+        self, send_Pm: torch.Tensor, scratch: torch.Tensor, scale: float, group: dist.ProcessGroup
     ) -> tuple[torch.Tensor, float]:
-        """Return this rank's pieces, in the scratch from byte ``start`` on, and the remaining factor of their sum.
+        """Return this rank's pieces, behind the sent ones in the scratch, and the remaining factor of their sum.
 
         If the wire adds, there is one piece, and the sent tensor is overwritten.
         """
         P, m = send_Pm.shape
         if self.dtype == torch.float32:
-            received_Pm = scratch.take(start, P * m, send_Pm.dtype).view(P, m)
+            received_Pm = _view(scratch, send_Pm.nbytes, P * m, send_Pm.dtype).view(P, m)
             dist.all_to_all_single(received_Pm, send_Pm, group=group)
             return received_Pm, scale
         # Scale before the sum, as DeepSpeed does: 16 bits overflow early.
         send_Pm.mul_(scale)
-        sum_1m = scratch.take(start, m, send_Pm.dtype).view(1, m)
+        sum_1m = _view(scratch, send_Pm.nbytes, m, send_Pm.dtype).view(1, m)
         dist.reduce_scatter_tensor(sum_1m, send_Pm, group=group)
         return sum_1m, 1.0
 
 
-class _Scratch:
-    """One buffer for all slices of a call, so that collectives of earlier slices hold no extra memory."""
-
-    def __init__(self, like: torch.Tensor, num_bytes: int) -> None:
-        self._bytes = like.new_empty(num_bytes, dtype=torch.uint8)
-
-    def take(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return a view of ``numel`` elements from byte ``start`` on."""
-        return self._bytes[start : start + numel * dtype.itemsize].view(dtype)
-
-
-def _slice_end(start: int, end: int, numel: int, num_ranks: int) -> int:
-    """Return the end of the slice starting at ``start``; the uneven rest is last and alone, as padding copies."""
-    rest = min(end - start, numel)
-    return start + (rest - rest % num_ranks if rest > num_ranks else rest)
+def _view(scratch: torch.Tensor, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``numel`` elements from byte ``start`` on of the one buffer that all slices of a call share."""
+    return scratch[start : start + numel * dtype.itemsize].view(dtype)
 
 
 def _fill(send_Pw: torch.Tensor, grad: torch.Tensor, start: int, num_columns: int) -> None:
     """Copy columns from ``start`` of a gradient laid out as [P, num_columns], with zeros past its end."""
     P, width = send_Pw.shape
     flat_n = grad.reshape(-1)
-    whole = min(P, flat_n.numel() // num_columns)
+    whole = flat_n.numel() // num_columns
     rows = flat_n[: whole * num_columns].view(whole, num_columns)
     send_Pw[:whole].copy_(rows[:, start : start + width])
     if whole < P:
@@ -231,37 +243,20 @@ def _put(pieces_Pw: torch.Tensor, out_w: torch.Tensor, scale: float, accumulate:
         sum_pieces(pieces_Pw, out_w, scale, accumulate)
 
 
-def _hand_over(
-    mine_m: torch.Tensor, first: int, owned: list[list[list[Piece]]], scratch: _Scratch, group: dist.ProcessGroup
-) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Send each rank the parts it owns of this rank's share; yield this rank's pieces of all shares.
-
-    Args:
-        mine_m: the share, whose first element is element ``first`` of the bucket.
-        first: see above.
-        owned: ``owned[p][q]`` lists the pieces of rank p's share that rank q owns.
-        scratch: holds the send and receive buffers, from its start.
-        group: the ranks.
-    """
+def _to_owners(
+    mine_m: torch.Tensor, owned: list[list[list[Segment]]], scratch: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Send each rank what it owns of this rank's share; return what this rank owns, share by share."""
     r = dist.get_rank(group)
-    to_send = [piece for pieces in owned[r] for piece in pieces]
-    send = scratch.take(0, sum(piece.numel for piece in to_send), mine_m.dtype)
-    if to_send:
-        torch.cat([mine_m[piece.start - first : piece.stop - first] for piece in to_send], out=send)
-    to_get = [piece for of_rank in owned for piece in of_rank[r]]
-    received = scratch.take(send.nbytes, sum(piece.numel for piece in to_get), mine_m.dtype)
-    dist.all_to_all_single(
-        received,
-        send,
-        [sum(piece.numel for piece in of_rank[r]) for of_rank in owned],
-        [sum(piece.numel for piece in pieces) for pieces in owned[r]],
-        group=group,
-    )
-    yield from zip(to_get, received.split([piece.numel for piece in to_get]), strict=True)
+    to_send = [sum(piece.width for piece in pieces) for pieces in owned[r]]
+    to_get = [sum(piece.width for piece in of_rank[r]) for of_rank in owned]
+    send = _view(scratch, 0, sum(to_send), mine_m.dtype)
+    if send.numel():
+        torch.cat([mine_m[each.at : each.at + each.width] for pieces in owned[r] for each in pieces], out=send)
+    received = _view(scratch, send.nbytes, sum(to_get), mine_m.dtype)
+    dist.all_to_all_single(received, send, to_get, to_send, group=group)
+    return received
 
 
 def _widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})

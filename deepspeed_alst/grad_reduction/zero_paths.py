@@ -1,9 +1,9 @@
 """Gradient reduction of this package in place of DeepSpeed's: instance methods of one engine, undone by ``patches``.
 
-DeepSpeed keeps the bucket filling, the streams and events around the reduction, accumulation over micro-steps, offload,
-norms, clipping and overflow checks. It passes the gradients of one bucket, to be averaged.
+DeepSpeed keeps the filling of buckets, streams, accumulation, offload, norms, clipping and overflow checks.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +14,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 
-from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.grad_reduction.partitions import Partitions
 from deepspeed_alst.grad_reduction.reduce import Fragment, Reduction
 
 _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3__"
@@ -29,28 +27,19 @@ class ReductionPath:
 
     hops: tuple[torch.dtype, ...]
     """Dtype on the wire of each exchange."""
-    each_micro_step: bool
-    bucket_size: int | None
+    reductions: int = 1
+    """Reductions of each gradient per step."""
+    bucket_size: int | None = None
     """Elements per bucket; None without buckets."""
     besides: str = ""
     """Further memory use, as text."""
-
-    def reductions(self, engine: Any) -> int:
-        """Return the number of reductions of each gradient per step."""
-        return engine.gradient_accumulation_steps() if self.each_micro_step else 1
 
     def bytes_sent(self, engine: Any) -> float:
         """Return the bytes sent by one rank per step."""
         ranks = dist.get_world_size()
         params = [param for param in engine.module.parameters() if param.requires_grad]
         numel = sum(getattr(param, "ds_numel", param.numel()) for param in params)
-        return numel * sum(dtype.itemsize for dtype in self.hops) * (ranks - 1) / ranks * self.reductions(engine)
-
-
-def reduction_of(config: AlstConfig) -> Reduction:
-    """Build the Reduction that the config asks for."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Reduction(dtype[config.seq_parallel_communication_data_type], config.alst.reduction.slice_bytes)
+        return numel * sum(dtype.itemsize for dtype in self.hops) * (ranks - 1) / ranks * self.reductions
 
 
 def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
@@ -67,68 +56,63 @@ def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> R
     optimizer = engine.optimizer
     # By the optimizer's methods, not by stage: with bf16 and fp32 accumulation stage 1 has its own optimizer.
     if hasattr(optimizer, _STAGE3 + "avg_scatter_grads"):
-        return _install_stage3(optimizer, reduction, patches)
+        return _install_stage3(engine, reduction, patches)
     if hasattr(optimizer, "gradient_reduction_w_predivide"):
-        return _install_stage12(optimizer, reduction, patches)
+        return _install_stage12(engine, reduction, patches)
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
         return _install_bf16_optimizer(engine, reduction, patches)
     return _install_stage0(engine, reduction, patches)
 
 
-def _install_stage3(optimizer: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
+def _install_stage3(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Write sums to the optimizer's gradient partitions, through the device if they are on the host."""
-    # With reduce_scatter false DeepSpeed would all-reduce whole buckets.
-    patches.set(optimizer, "reduce_scatter", True)
+    optimizer = engine.optimizer
 
-    def avg_scatter_grads(params: list[Any], communication_data_type: torch.dtype) -> _Shares:
-        kept = getattr(optimizer, _STAGE3 + "param_id_to_grad_partition")
-        in_place = get_accelerator().on_accelerator(kept[params[0].ds_id])
+    def kept(param: Any) -> torch.Tensor:
+        return getattr(optimizer, _STAGE3 + "param_id_to_grad_partition")[param.ds_id]
+
+    def is_in_place(params: list[Any]) -> bool:
+        return get_accelerator().on_accelerator(kept(params[0]))
+
+    def avg_scatter_grads(params: list[Any], communication_data_type: torch.dtype) -> Iterator[torch.Tensor]:
+        in_place = is_in_place(params)
         group = optimizer._get_param_partition_group(params[0])
         P, r = dist.get_world_size(group), dist.get_rank(group)
+        columns = [math.ceil(param.ds_numel / P) for param in params]
 
         def place(index: int) -> torch.Tensor:
             if in_place:
-                return kept[params[index].ds_id]
-            grad, c = params[index].grad, math.ceil(params[index].ds_numel / P)
-            return grad.new_empty(c, dtype=optimizer.gradient_accumulation_dtype)
+                return kept(params[index])
+            return params[index].grad.new_empty(columns[index], dtype=optimizer.gradient_accumulation_dtype)
 
         accumulate = in_place and optimizer.micro_step_id > 0
         shares = reduction.shard([param.grad for param in params], place, accumulate, group)
         # Beyond a gradient's end a shard is only padding.
-        ends = [param.ds_numel - r * math.ceil(param.ds_numel / P) for param in params]
-        return _Shares((share[: max(0, end)] for share, end in zip(shares, ends, strict=True)), in_place)
+        return (share[: max(0, p.ds_numel - r * c)] for share, p, c in zip(shares, params, columns, strict=True))
 
-    def partition_grads(original: Callable[..., Any]) -> Callable[..., Any]:
-        def keep(params: list[Any], shares: _Shares) -> Any:
-            # An in-place shard would be added to itself in a later micro-step, but is copied in the first.
-            step = optimizer.micro_step_id
-            optimizer.micro_step_id = 0 if shares.in_place else step
-            try:
-                return original(params, shares.shares)
-            finally:
-                optimizer.micro_step_id = step
+    def partition_grads(original: Callable[..., Any], params: list[Any], shares: Iterator[torch.Tensor]) -> Any:
+        # An in-place shard would be added to itself in a later micro-step, but is copied in the first.
+        step = optimizer.micro_step_id
+        optimizer.micro_step_id = 0 if is_in_place(params) else step
+        try:
+            return original(params, shares)
+        finally:
+            optimizer.micro_step_id = step
 
-        return keep
-
+    # With reduce_scatter false DeepSpeed would all-reduce whole buckets.
+    patches.set(optimizer, "reduce_scatter", True)
     patches.set(optimizer, _STAGE3 + "avg_scatter_grads", avg_scatter_grads)
-    patches.wrap(optimizer, "partition_grads", partition_grads)
+    patches.wrap(optimizer, "partition_grads", lambda original: functools.partial(partition_grads, original))
     wire = reduction.on_wire(optimizer.communication_data_type)
-    return ReductionPath((wire,), each_micro_step=True, bucket_size=optimizer.reduce_bucket_size)
+    return ReductionPath((wire,), engine.gradient_accumulation_steps(), optimizer.reduce_bucket_size)
 
 
-@dataclass
-class _Shares:
-    """This rank's shards of a bucket's gradients, computed lazily."""
-
-    shares: Iterator[torch.Tensor]
-    in_place: bool
-
-
-def _install_stage12(optimizer: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
+def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
     """Send sums to the ranks that own them: into the bucket, or added to the fp32 partition.
 
     Muon steps with whole matrices, so each rank that owns part of one needs its whole gradient: sums go to all ranks.
     """
+    optimizer = engine.optimizer
     has_muon = any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups)
 
     def reduce_bucket(bucket_n: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
@@ -163,7 +147,7 @@ def _install_stage12(optimizer: Any, reduction: Reduction, patches: PatchSet) ->
     sums = torch.float32 if optimizer._use_compact_grad_partition_buffer(0) else dtype
     return ReductionPath(
         (reduction.on_wire(dtype), reduction.on_wire(sums)),
-        each_micro_step=optimizer.partition_gradients,
+        reductions=engine.gradient_accumulation_steps() if optimizer.partition_gradients else 1,
         bucket_size=optimizer.reduce_bucket_size,
         besides="" if optimizer.contiguous_gradients else ", and a copy of the bucket: contiguous_gradients is false",
     )
@@ -183,15 +167,48 @@ def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -
 
 
 def _install_bf16_optimizer(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Send sums only to the rank that steps with them (grad_reduction/partitions.py)."""
-    optimizer = engine.optimizer
-    partitions = Partitions(optimizer, reduction)
-    patches.set(engine, "buffered_allreduce_fallback", partitions.reduce)
-    patches.set(optimizer, "get_grads_for_norm", partitions.grads_for_norm)
-    patches.wrap(optimizer, "_update_hp_grad", partitions.adding_first)
-    patches.wrap(optimizer, "clear_hp_grads", partitions.forgetting_after)
-    wire = reduction.on_wire(optimizer.grad_acc_dtype)
-    return ReductionPath((wire,), each_micro_step=False, bucket_size=None)
+    """Send sums only to the rank that steps with them: ZeRO 1 of a bf16 model with fp32 gradient accumulation.
+
+    The optimizer adds micro-steps in flat buffers of the whole gradient, in equal partitions. It has the engine
+    all-reduce them, but reads only its own partition and the norm.
+    """
+    optimizer, has_averages = engine.optimizer, False
+    group, own = optimizer.dp_process_group, optimizer.fp32_groups_gradient_flat_partition
+
+    def reopen() -> None:
+        """Scale averages by P before another backward: in DeepSpeed every rank contributes them."""
+        nonlocal has_averages
+        if has_averages:
+            torch._foreach_mul_(own, dist.get_world_size(group))
+        has_averages = False
+
+    def add(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        reopen()
+        original(*args, **kwargs)
+
+    def reduce(grads: Any = None, elements_per_buffer: int | None = None) -> None:
+        nonlocal has_averages
+        reopen()
+        r = dist.get_rank(group)
+        for whole_n, own_n in zip(optimizer.fp32_groups_gradients_flat, own, strict=True):
+            for _ in reduction.shard([whole_n], lambda _, own_n=own_n: own_n, False, group):
+                pass  # written in place
+            whole_n[: r * own_n.numel()].zero_()
+            whole_n[(r + 1) * own_n.numel() :].zero_()
+        has_averages = True
+
+    def grads_for_norm(for_clipping: bool = False) -> Any:
+        """Return whole partitions, as they also hold gradients that only other ranks have, or the norm of all."""
+        if for_clipping:
+            return own
+        squares = torch.stack([own_n.norm() for own_n in own]).square().sum()
+        dist.all_reduce(squares, group=group)
+        return [squares.sqrt()], {}
+
+    patches.set(engine, "buffered_allreduce_fallback", reduce)
+    patches.set(optimizer, "get_grads_for_norm", grads_for_norm)
+    patches.wrap(optimizer, "_update_hp_grad", lambda original: functools.partial(add, original))
+    return ReductionPath((reduction.on_wire(optimizer.grad_acc_dtype),))
 
 
 def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
@@ -208,5 +225,4 @@ def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> Red
 
     patches.set(engine, "allreduce_and_copy", allreduce_and_copy)
     own = next((param.dtype for param in engine.module.parameters() if param.requires_grad), torch.float32)
-    wire = reduction.on_wire(own)
-    return ReductionPath((wire, wire), each_micro_step=False, bucket_size=None)
+    return ReductionPath((reduction.on_wire(own),) * 2)

@@ -16,8 +16,7 @@ from deepspeed_alst.data.validation import vocabulary_of
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.errors import DataError, SetupError
-from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
-from deepspeed_alst.grad_reduction.step_dropper import StepDropper
+from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck, StepDropper
 from deepspeed_alst.random_draws.model_draws import Draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_backends import keeps_documents_apart, starts_at_lowest

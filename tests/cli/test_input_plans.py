@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
-from deepspeed_alst.grad_reduction.bucket_layout import pieces_by_owner, segments
+from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
@@ -119,17 +119,22 @@ def test_every_element_of_a_bucket_travels_in_one_slice(columns, width):
     assert len(slices) == -(-sum(columns) // width)
 
 
-@given(st.data(), st.lists(st.integers(0, 40), max_size=8), st.integers(1, 8))
-def test_every_element_of_a_slice_goes_to_the_one_rank_that_owns_it(data, sizes, num_ranks):
-    bounds = [0, *itertools.accumulate(sizes)]
+@given(st.data(), st.lists(st.integers(0, 40), max_size=8), st.integers(1, 8), st.integers(1, 400))
+def test_every_element_of_a_slice_goes_to_the_one_rank_that_owns_it(data, sizes, num_ranks, width):
     owners = data.draw(st.lists(st.integers(0, num_ranks - 1), min_size=len(sizes), max_size=len(sizes)))
-    start = data.draw(st.integers(0, bounds[-1]))
-    stop = data.draw(st.integers(start, bounds[-1]))
-    owner_of = [owner for owner, size in zip(owners, sizes, strict=True) for _ in range(size)]
-    owned = pieces_by_owner(bounds, owners, start, stop, num_ranks)
-    assert len(owned) == num_ranks
-    got = [(i, owner) for owner, pieces in enumerate(owned) for piece in pieces for i in range(piece.start, piece.stop)]
-    assert sorted(got) == [(i, owner_of[i]) for i in range(start, stop)]
+    for parts in segments(sizes, width):
+        share = -(-sum(part.width for part in parts) // num_ranks)
+        owned = pieces_by_owner(parts, owners, share, num_ranks)
+        assert [len(of_rank) for of_rank in owned] == [num_ranks] * num_ranks
+        got = [
+            (piece.index, i, owner)
+            for of_rank in owned
+            for owner, pieces in enumerate(of_rank)
+            for piece in pieces
+            for i in range(piece.start, piece.stop)
+        ]
+        slice_ = [(part.index, i, owners[part.index]) for part in parts for i in range(part.start, part.stop)]
+        assert sorted(got) == slice_
 
 
 # --- what waits for the backward
