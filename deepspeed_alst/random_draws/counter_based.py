@@ -1,4 +1,4 @@
-"""Counter-based random numbers: each is a hash of a key, a row and a column, without generator state.
+"""Counter-based random numbers, each a hash of a key, a row and a column, and torch's random functions made of them.
 
 The key encodes the position in the training, the row is a token of the whole sequence. So a token gets the same
 numbers on any rank, in any tile and in the recomputation; no mask is saved for the backward.
@@ -7,10 +7,15 @@ Legend: N rows, C columns.
 """
 
 import hashlib
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from deepspeed_alst.errors import UnsupportedModelError
 
 _TILE_ELEMENTS = 2**22  # elements of random bits at a time
 # Random bits per uniform number: the precision of the dtype below 1.
@@ -39,24 +44,17 @@ def normal(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype) -> 
 
 
 def dropout(x: torch.Tensor, p: float, key: int, rows_N: torch.Tensor) -> torch.Tensor:
-    """Zero each element with probability p and scale the others by 1 / (1 - p): ``[...] -> [...]``.
-
-    Args:
-        x: ``[N, ...]``, or with its rows in several dims.
-        p: dropout probability, 0 to 1.
-        key: key of the draw.
-        rows_N: counter of each row.
-    """
+    """Zero each element with probability p and scale the others by 1 / (1 - p): ``[N, ...]``, N in one dim or more."""
     return CountedDropout.apply(x, p, key, rows_N)
 
 
 class CountedDropout(torch.autograd.Function):
-    """Autograd function of ``dropout``: ``apply(x, p, key, rows_N)``."""
+    """Autograd function of ``dropout``, known by name to tiling/skip_unused.py."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float, key: int, rows_N: torch.Tensor) -> torch.Tensor:
-        """Drop and scale; save only the arguments that regenerate the mask."""
-        ctx.draw = p, key, rows_N
+        """Drop and scale."""
+        ctx.draw = p, key, rows_N  # regenerates the mask
         if p == 1:
             return torch.zeros_like(x)
         x_NC = x.reshape(len(rows_N), -1)
@@ -69,7 +67,7 @@ class CountedDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Regenerate the mask and apply it to the gradient."""
+        """Drop and scale alike."""
         return CountedDropout.apply(grad, *ctx.draw), None, None, None
 
 
@@ -117,3 +115,123 @@ def _mixed(x: torch.Tensor, key: int) -> torch.Tensor:
 def _xor_shift(x: torch.Tensor, by: int) -> torch.Tensor:
     """Compute ``x ^= x >> by`` in place, as a logical shift."""
     return x.bitwise_xor_((x >> by).bitwise_and_(2 ** (8 * x.element_size() - by) - 1))
+
+
+# --- torch's functions: each is given the mode (random_draws/draw_mode.py), the function and the arguments of the call
+
+_Draw = Callable[[int, torch.Tensor, int, torch.dtype], torch.Tensor]
+
+
+def _dropout(mode: Any, func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or not 0 < p <= 1:
+        return func(input, p, training, inplace)
+    # A weight has no token dim.
+    is_weight = isinstance(input, torch.nn.Parameter)
+    key, rows_N = mode.place.at(input.shape[:1] if is_weight else input.shape, not is_weight, input.device)
+    result = dropout(input, p, key, rows_N)
+    return input.copy_(result) if inplace else result
+
+
+def _torch_dropout(mode: Any, func: Any, input: torch.Tensor, p: float, train: bool) -> Any:
+    return _dropout(mode, F.dropout, input, p, train, inplace=func is torch.dropout_)
+
+
+def _other_dropout(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    draws_none = not given.arguments["training"] or not given.arguments["p"]
+    return func(*args, **kwargs) if draws_none else _refuse(mode, func)
+
+
+def _attention(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if not kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
+        return func(*args, **kwargs)
+    with mode.attention((args[0] if args else kwargs["query"]).device):
+        return func(*args, **kwargs)
+
+
+def _uniform_(mode: Any, func: Any, x: torch.Tensor, low: Any = 0.0, high: Any = 1.0, **kwargs: Any) -> torch.Tensor:
+    low, high = kwargs.get("from", low), kwargs.get("to", high)
+    return x.copy_(_drawn(mode, x, uniform) * (high - low) + low)
+
+
+def _exponential_(mode: Any, func: Any, x: torch.Tensor, lambd: float = 1.0, **kwargs: Any) -> torch.Tensor:
+    return x.copy_(_drawn(mode, x, exponential) / lambd)
+
+
+def _normal_(mode: Any, func: Any, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **kwargs: Any) -> torch.Tensor:
+    return x.copy_(_drawn(mode, x, normal) * std + mean)
+
+
+def _bernoulli_(mode: Any, func: Any, x: torch.Tensor, p: Any = 0.5, **kwargs: Any) -> torch.Tensor:
+    return x.copy_(_drawn(mode, x, uniform, torch.float32) < p)
+
+
+def _bernoulli(mode: Any, func: Any, x: torch.Tensor, p: Any = None, **kwargs: Any) -> torch.Tensor:
+    return _bernoulli_(mode, func, torch.empty_like(x), x if p is None else p)
+
+
+def _new_like(draw: _Draw) -> Any:
+    def counted(mode: Any, func: Any, input: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = torch.empty_like(input, **kwargs)
+        return x.detach().copy_(_drawn(mode, x, draw)).requires_grad_(x.requires_grad)
+
+    return counted
+
+
+def _new(draw: _Draw) -> Any:
+    def counted(mode: Any, func: Any, *size: Any, generator: None = None, **kwargs: Any) -> torch.Tensor:
+        x = torch.empty(*size, **kwargs)
+        return x.detach().copy_(_drawn(mode, x, draw, of_tensor=False)).requires_grad_(x.requires_grad)
+
+    return counted
+
+
+def _permutation(mode: Any, func: Any, n: int, generator: None = None, **kwargs: Any) -> torch.Tensor:
+    result_N = torch.empty(n, **{"dtype": torch.int64, **kwargs})
+    return result_N.copy_(_drawn(mode, result_N, uniform, torch.float64, of_tensor=False).argsort(stable=True))
+
+
+def _drawn(
+    mode: Any, x: torch.Tensor, draw: _Draw, dtype: torch.dtype | None = None, of_tensor: bool = True
+) -> torch.Tensor:
+    """Draw numbers of a tensor's shape, on its device."""
+    key, rows_N = mode.place.at(x.shape, of_tensor, x.device)
+    return draw(key, rows_N, x.numel() // max(1, len(rows_N)), dtype or x.dtype).view(x.shape)
+
+
+def _refuse(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedModelError(
+        f"the model draws random numbers by {func.__name__}, which is not available under sequence parallelism: its "
+        "ranks would not draw those of one sequence. Use dropout, rand, randn, bernoulli or exponential_ instead, or "
+        "switch it off"
+    )
+
+
+COUNTED: dict[Any, Callable[..., Any]] = {
+    F.dropout: _dropout,
+    torch.dropout: _torch_dropout,
+    torch.dropout_: _torch_dropout,
+    F.scaled_dot_product_attention: _attention,
+    torch.Tensor.uniform_: _uniform_,
+    torch.Tensor.exponential_: _exponential_,
+    torch.Tensor.normal_: _normal_,
+    torch.Tensor.bernoulli_: _bernoulli_,
+    torch.Tensor.bernoulli: _bernoulli,
+    torch.bernoulli: _bernoulli,
+    torch.rand_like: _new_like(uniform),
+    torch.randn_like: _new_like(normal),
+    torch.rand: _new(uniform),
+    torch.randn: _new(normal),
+    torch.randperm: _permutation,
+}
+_OTHER_DROPOUTS = (F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+COUNTED |= dict.fromkeys(_OTHER_DROPOUTS, _other_dropout) | dict.fromkeys(
+    (
+        *(torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout, torch.native_dropout),
+        *(F.gumbel_softmax, torch.rrelu, torch.multinomial, torch.poisson, torch.binomial, torch.normal),
+        *(torch.randint, torch.randint_like, torch.Tensor.multinomial, torch.Tensor.random_),
+        *(torch.Tensor.geometric_, torch.Tensor.cauchy_, torch.Tensor.log_normal_),
+    ),
+    _refuse,
+)

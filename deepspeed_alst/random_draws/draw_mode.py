@@ -1,16 +1,7 @@
 """Counter-based random numbers for a model's forward, independent of ranks, tiles and recomputation.
 
-Within ``CountedDraws`` torch's random functions (dropout, noise, sampling) use random_draws/counter_based.py instead.
-The mode belongs to one thread and one forward; no function is replaced. A number's key encodes the step, the forward
-and the call. Its row depends on the tensor:
-
-- a tensor with a row per token of the shard: the token's index in the whole sequence, on any rank;
-- one without tokens (of a weight, a batch row, a layer to skip): the same on all ranks of a sequence;
-- any other (the tokens routed to an expert): private to the rank.
-
-Code that may run again is a branch: a checkpointed layer, a tiled module. It counts its calls from 0 on each run.
-
-Legend: B batch, s tokens of this rank's shard, N rows, C columns.
+Within ``CountedDraws`` torch's random functions use random_draws/counter_based.py; no function is replaced. Code that
+may run again is a branch (a checkpointed layer, a tiled module): it counts its calls from 0 on each run.
 """
 
 import contextlib
@@ -27,8 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.random_draws import counter_based as draws
-from deepspeed_alst.random_draws.draw_functions import COUNTED
+from deepspeed_alst.random_draws.counter_based import COUNTED, key_of, uniform
 
 _ROW_STRIDE = 2**40  # offset between batch rows: longer than any sequence
 # Files of functions that recompute another function in the backward.
@@ -63,17 +53,24 @@ class _Place:
 
     def next_key(self, kind: str, *parts: Any) -> int:
         """Return the key of the next draw of a kind; kinds have separate counters, as their counts differ by rank."""
+        _refuse_checkpoints()
         self.calls[kind] += 1
-        return draws.key_of(self.forward.key, self.path, kind, self.calls[kind], *parts)
+        return key_of(self.forward.key, self.path, kind, self.calls[kind], *parts)
 
-    def place(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
-        """Return key and rows for a draw of this shape, for an existing tensor or a new one."""
-        forward = self.forward
-        flat = self._flat(device)
-        count = len(flat)
-        lead = next((dims for dims in range(1, len(shape) + 1) if shape[:dims].numel() == count), 0)
-        if lead and (len(shape) > 1 or of_tensor):
-            return self.next_key("tokens", forward.replica), self._tokens(flat)
+    def at(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
+        """Return key and rows for a draw of this shape, for an existing tensor or a new one.
+
+        The rows of a tensor with one per token of the shard are the tokens' indices in the whole sequence, on any rank.
+        One without tokens (of a weight, a batch row, a layer to skip) is the same on all ranks of a sequence, any other
+        (the tokens routed to an expert) private to the rank.
+        """
+        forward, s, flat = self.forward, self.forward.tokens, self.tile
+        if not isinstance(flat, torch.Tensor):
+            tile = self.tile or slice(0, forward.rows * s)
+            flat = torch.arange(tile.start, tile.stop, device=device)
+        has_tokens = any(shape[:dims].numel() == len(flat) for dims in range(1, len(shape) + 1))
+        if has_tokens and (len(shape) > 1 or of_tensor):
+            return self.next_key("tokens", forward.replica), flat // s * _ROW_STRIDE + flat % s + forward.rank * s
         rows = torch.arange(shape[0] if shape else 1, device=device)
         if len(shape) < 2:  # a decision of all replicas (a layer to skip) is one number
             return self.next_key("shared", forward.replica if shape.numel() > 1 else None), rows
@@ -81,28 +78,16 @@ class _Place:
             tile = self.tile
             start = None if tile is None else tile.start if isinstance(tile, slice) else int(tile[0])
             return self.next_key("rank", forward.replica, forward.rank, start), rows
-        if forward.tokens in shape[1:]:
+        if s in shape[1:]:
             raise UnsupportedModelError(
-                f"random numbers of shape {list(shape)} for {forward.rows} x {forward.tokens} tokens: which of them "
+                f"random numbers of shape {list(shape)} for {forward.rows} x {s} tokens: which of them "
                 "belong to which token is not known under sequence parallelism. Draw them as [batch, tokens, ...]"
             )
         return self.next_key("shared", forward.replica), rows
 
-    def _flat(self, device: torch.device) -> torch.Tensor:
-        """Return the token indices of the current tile, or of all tokens, in the flattened shard."""
-        if isinstance(self.tile, torch.Tensor):
-            return self.tile
-        tile = self.tile or slice(0, self.forward.rows * self.forward.tokens)
-        return torch.arange(tile.start, tile.stop, device=device)
-
-    def _tokens(self, flat: torch.Tensor) -> torch.Tensor:
-        """Map token indices of the flattened shard to indices in the whole batch."""
-        s = self.forward.tokens
-        return flat // s * _ROW_STRIDE + flat % s + self.forward.rank * s
-
 
 class CountedDraws(TorchFunctionMode):
-    """Function mode that draws random numbers by counters."""
+    """Draw random numbers by counters, in one thread and one forward."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -110,32 +95,20 @@ class CountedDraws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        draw = COUNTED.get(func)
-        # Calls with an explicit generator keep it.
-        if draw is None or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        return draw(self, func, *args, **kwargs)
-
-    def at(self, shape: torch.Size, of_tensor: bool, device: torch.device) -> tuple[int, torch.Tensor]:
-        """Return the key and the rows of a draw."""
-        _refuse_checkpoints()
-        return self.place.place(shape, of_tensor, device)
+        if func in COUNTED and kwargs.get("generator") is None:  # a generator of the program's own is kept
+            return COUNTED[func](self, func, *args, **kwargs)
+        return func(*args, **kwargs)
 
     @contextlib.contextmanager
     def attention(self, device: torch.device) -> Iterator[None]:
-        """Draw the dropout of attention kernels by counters inside the context.
-
-        A GPU kernel draws from the device's generator, which is seeded with the key here and restored. On CPU torch
-        builds a mask of all token pairs, whose numbers depend on head and query.
-        """
-        _refuse_checkpoints()
+        """Draw the dropout of attention by counters inside: on CPU of a mask, on a GPU by the kernel, from a seed."""
         key, rank = self.place.next_key("attention", self.place.forward.replica), self.place.forward.rank
         if device.type == "cpu":
             with _CountedMasks(key, rank):
                 yield
             return
         with torch.random.fork_rng([device], device_type=device.type):
-            torch.get_device_module(device).manual_seed(draws.key_of(key, rank))
+            torch.get_device_module(device).manual_seed(key_of(key, rank))
             yield
 
 
@@ -181,9 +154,9 @@ def branch() -> Branch:
     return again
 
 
-def runs_again(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function in a branch, so that each run draws the same numbers."""
-    return functools.partial(_run_again, branch(), function)
+def run_checkpoint(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``checkpoint(function, ...)``, whose recomputation draws the numbers of its forward."""
+    return checkpoint(functools.partial(_run_again, branch(), function), *args, **kwargs)
 
 
 def _run_again(again: Branch, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -198,13 +171,13 @@ def current_draws() -> CountedDraws | None:
 
 
 def counted_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return ``CountedDraws.attention`` of this thread's mode, or a null context without one."""
+    """Return ``CountedDraws.attention`` of this thread's mode, if it has one."""
     mode = current_draws()
     return contextlib.nullcontext() if mode is None else mode.attention(device)
 
 
 class _CountedMasks(TorchDispatchMode):
-    """Dispatch mode for the dropout masks of torch's CPU attention, ``[B, h, S, S]``, of this rank's heads."""
+    """Draw the dropout masks of torch's CPU attention, ``[B, h, S, S]``, by this rank's heads and the queries."""
 
     def __init__(self, key: int, rank: int) -> None:
         super().__init__()
@@ -218,5 +191,5 @@ class _CountedMasks(TorchDispatchMode):
         B, h, S, _ = mask_BhSS.shape
         of = [torch.arange(size, device=mask_BhSS.device) for size in (B, h, S)]
         rows_BhS = (of[0][:, None, None] * 2**16 + of[1][:, None] + self._rank * h) * 2**32 + of[2]
-        u_NS = draws.uniform(self._key, rows_BhS.flatten(), mask_BhSS.shape[3], torch.float32)
+        u_NS = uniform(self._key, rows_BhS.flatten(), mask_BhSS.shape[3], torch.float32)
         return mask_BhSS.copy_((u_NS < p).view_as(mask_BhSS))

@@ -1,9 +1,9 @@
 """Counter-based random numbers for dropout, router noise and skipped layers under sequence parallelism.
 
-A mode (random_draws/draw_mode.py) wraps each forward of the outermost module and the recomputation of each checkpointed
-layer; a PatchSet undoes every change.
+A mode (random_draws/draw_mode.py) wraps each forward of the outermost module, and each checkpointed layer.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,14 +15,8 @@ import torch
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_of
-from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, runs_again
-
-_NEFTUNE = "neftune_noise_alpha"
-
-
-def _step_0() -> tuple[int, int]:
-    return 0, 0
+from deepspeed_alst.offload.checkpoint_hook import checkpoint_hook_of
+from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, run_checkpoint
 
 
 @dataclass
@@ -35,7 +29,7 @@ class Draws:
     sp_size: int = 1
     """A full sequence on one rank is rank 0 of 1, and draws the numbers that the ranks of a sharded one draw."""
     replica: int = 0
-    clock: Callable[[], tuple[int, int]] = _step_0
+    clock: Callable[[], tuple[int, int]] = lambda: (0, 0)
     """Returns the optimizer step and the micro-step in it."""
     are_counted: bool = False
     """True if a model draws its random numbers by these counters."""
@@ -44,13 +38,12 @@ class Draws:
 
     def begin(self, rows: int, tokens: int, rank: int, on_trial: bool) -> CountedDraws:
         """Return the random-number mode for a forward of ``[B, s]`` tokens; on trial all forwards draw the same."""
-        key: tuple[int, ...] = (self.seed,)
-        if not on_trial:
-            now = self.clock()
-            self._forwards = self._forwards + 1 if now == self._now else 0
-            self._now = now
-            key = (self.seed, *now, self._forwards)
-        return CountedDraws(Forward(key, self.replica, rank, rows, tokens))
+        if on_trial:
+            return CountedDraws(Forward((self.seed,), self.replica, rank, rows, tokens))
+        now = self.clock()
+        self._forwards = self._forwards + 1 if now == self._now else 0
+        self._now = now
+        return CountedDraws(Forward((self.seed, *now, self._forwards), self.replica, rank, rows, tokens))
 
 
 def count_draws(
@@ -60,12 +53,12 @@ def count_draws(
     is_whole: Callable[[], bool] = lambda: False,
     on_trial: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Make a model draw its random numbers from counters; ``patches.close()`` undoes it.
+    """Make a transformers model, or a wrapper around one, draw its random numbers from counters.
 
     Args:
         spec: the model.
         draws: this rank's state.
-        patches: undoes everything.
+        patches: undoes it.
         is_whole: called at each forward; True if it gets the full sequence, not this rank's shard.
         on_trial: called at each forward; True if it draws the same numbers as other trials and is not counted.
     """
@@ -100,7 +93,9 @@ def count_draws(
     patches.hook(model, "forward", leave, always_call=True)
     patches.callback(entered.close)
     for layer in spec.checkpointed_layers:
-        checkpoint_hook_of(layer, patches).around.append(_around)
+        checkpoint_hook_of(layer, patches).around.append(
+            lambda checkpoint: functools.partial(run_checkpoint, checkpoint)
+        )
 
 
 def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet | None = None) -> Any:
@@ -138,21 +133,11 @@ def _generators(model: torch.nn.Module) -> list[torch.Tensor]:
     return [torch.get_rng_state(), *on_device]
 
 
-def _around(checkpoint: Checkpoint) -> Checkpoint:
-    """Wrap a checkpoint so that its recomputation draws the numbers of its forward."""
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(runs_again(function), *args, **kwargs)
-
-    return call
-
-
 def _refuse_neftune(base: torch.nn.Module) -> None:
-    """Raise if NEFTune is on: its hook divides by the root of a (padded) shard's length, not the sample's."""
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    alpha = getattr(embeddings, _NEFTUNE, None)
+    alpha = getattr(embeddings, "neftune_noise_alpha", None)
     if alpha is not None:
         raise UnsupportedModelError(
-            f"{_NEFTUNE}={alpha}: NEFTune's noise is scaled by the sample's length, of which the embeddings see a "
-            "padded shard under sequence parallelism; leave it out"
+            f"neftune_noise_alpha={alpha}: NEFTune's noise is scaled by the sample's length, of which the embeddings "
+            "see a padded shard under sequence parallelism; leave it out"
         )
