@@ -7,11 +7,11 @@ bucket, data parallel on 2 and 4 gloo ranks. The exit status is non-zero if a ta
 """
 
 import functools
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +69,7 @@ _TIME = (
 
 
 def wire() -> Iterator[Row]:
-    """Yield bytes on the wire of one reduction."""
+    """Yield bytes on the wire."""
     numel = sum(SMALL["sizes"])
     for case, found in _traffics((1,)):
         sent = {name: wire_bytes([of_rank[name].collectives for of_rank in found]) / numel for name in SYSTEMS}
@@ -77,21 +77,20 @@ def wire() -> Iterator[Row]:
         # Three digits: unevenly split slices are padded by less than an element per rank.
         ratio = round(sent[OURS] / sent[BASELINE], 3)
         figures = [f"{sent[name]:.2f}, {sent[name] / sent[BASELINE]:.3f} of it" for name in SYSTEMS if name != BASELINE]
-        yield (_setting(case), f"{sent[BASELINE]:.2f}", *figures), f"<= {most:.2f} of it", ratio <= most
+        yield (case.name, f"{sent[BASELINE]:.2f}", *figures), f"<= {most:.2f} of it", ratio <= most
 
 
 def memory() -> Iterator[Row]:
-    """Yield peak bytes beyond gradients and buckets."""
-    for world_size in (2, 4):
+    """Yield peak memory."""
+    target = f"<= {2 * SLICE_BYTES / _KIB:,.0f}, two slices"
+    for world_size, bucket in itertools.product((2, 4), BUCKETS):
         with Ranks(world_size) as ranks:
-            for bucket in BUCKETS:
-                for case in cases((world_size,), (2,), sizes=LARGE_SIZES, bucket=bucket, slice_bytes=SLICE_BYTES):
-                    found = ranks.run(extra_bytes, case)
-                    most = {name: max(of_rank[name] for of_rank in found) for name in SYSTEMS}
-                    met = all(most[name] <= 2 * SLICE_BYTES + _NUMBERS for name in SYSTEMS if SYSTEMS[name].ours)
-                    figures = [f"{most[name] / _KIB:,.1f}" for name in SYSTEMS]
-                    target = f"<= {2 * SLICE_BYTES / _KIB:,.0f}, two slices"
-                    yield (f"{_setting(case)}, bucket {bucket:,}", *figures), target, met
+            for case in cases((world_size,), (2,), sizes=LARGE_SIZES, bucket=bucket, slice_bytes=SLICE_BYTES):
+                found = ranks.run(extra_bytes, case)
+                most = {name: max(of_rank[name] for of_rank in found) for name in SYSTEMS}
+                met = all(most[name] <= 2 * SLICE_BYTES + _NUMBERS for name in SYSTEMS if SYSTEMS[name].ours)
+                figures = [f"{most[name] / _KIB:,.1f}" for name in SYSTEMS]
+                yield (f"{case.name}, bucket {bucket:,}", *figures), target, met
 
 
 def error() -> Iterator[Row]:
@@ -106,24 +105,18 @@ def error() -> Iterator[Row]:
         is_same = not any(of_rank[OURS].num_different for of_rank in found)
         must = case.world_size == 2 or case.accumulation == "bf16"
         target = "=, bit by bit" if must else "= but for fp32 rounding"
-        yield (f"{_setting(case)}, {case.gas} micro-steps", *figures), target, is_same if must else met
+        yield (f"{case.name}, {case.gas} micro-steps", *figures), target, is_same if must else met
 
 
 def times() -> Iterator[Row]:
-    """Yield times of the reductions of a step."""
+    """Yield seconds."""
     with Ranks(2) as ranks:
         for case in cases((2,), (1,), sizes=LARGE_SIZES, bucket=BUCKETS[1], slice_bytes=SLICE_BYTES):
             rounds = list(zip(*ranks.run(seconds, case, ROUNDS), strict=True))
             slowest = [{name: max(of_rank[name] for of_rank in one) for name in SYSTEMS} for one in rounds]
             median = {name: statistics.median(one[name] for one in slowest) for name in SYSTEMS}
             ratios = [f"{median[name] / median[BASELINE]:.2f}" for name in SYSTEMS if name != BASELINE]
-            yield (_setting(case), f"{median[BASELINE] * 1000:.0f} ms", *ratios), "", True
-
-
-def local_sum() -> Iterator[Row]:
-    """Yield figures of the local sum op."""
-    for what, figure, target, met in op.rows():
-        yield (what, figure), target, met
+            yield (case.name, f"{median[BASELINE] * 1000:.0f} ms", *ratios), "", True
 
 
 def _traffics(gas: tuple[int, ...]) -> Iterator[tuple[Case, list[dict[str, Traffic]]]]:
@@ -138,25 +131,12 @@ def _traffics_of(world_size: int) -> list[tuple[Case, list[dict[str, Traffic]]]]
         return [(case, ranks.run(traffic, case)) for case in cases((world_size,), (1, 4), **SMALL)]
 
 
-def _setting(case: Case) -> str:
-    return f"{case.world_size} ranks, ZeRO {case.stage}, accumulated in {case.accumulation}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One table."""
-
-    rows: Callable[[], Iterator[Row]]
-    columns: tuple[str, ...]
-    caption: str
-
-
 PARTS = {
-    "wire": Part(wire, tuple(SYSTEMS), _WIRE),
-    "memory": Part(memory, tuple(SYSTEMS), _MEMORY),
-    "error": Part(error, tuple(SYSTEMS), _ERROR),
-    "time": Part(times, tuple(SYSTEMS), _TIME),
-    "op": Part(local_sum, ("figure",), ""),
+    "wire": (wire, _WIRE),
+    "memory": (memory, _MEMORY),
+    "error": (error, _ERROR),
+    "time": (times, _TIME),
+    "op": (op.rows, ""),
 }
 
 
@@ -164,11 +144,11 @@ def main() -> int:
     """Print a table for each part; return 1 if a target is missed."""
     started, missed, console = time.monotonic(), 0, Console(width=160)
     for name in chosen_parts(__doc__, PARTS):
-        part = PARTS[name]
-        table = Table(title=name, caption=part.caption, title_justify="left", caption_justify="left")
-        for column in ("", *part.columns, "target of " + OURS if len(part.columns) > 1 else "target", "verdict"):
-            table.add_column(column)
-        for texts, target, met in part.rows():
+        rows, caption = PARTS[name]
+        columns = ("figure", "target") if name == "op" else (*SYSTEMS, "target of " + OURS)
+        table = Table("", *columns, "verdict", title=name, caption=caption, title_justify="left")
+        table.caption_justify = "left"
+        for texts, target, met in rows():
             missed += not met
             table.add_row(*texts, target, ("ok" if met else "MISSED") if target else "")
         console.print(table)

@@ -7,7 +7,7 @@ compute the expected result in fp64.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,7 @@ from deepspeed_alst.core.patching import PatchSet
 # The ranks import deepspeed after benchmarks.ranks has set its environment.
 
 
-@dataclass(frozen=True)
-class System:
+class System(NamedTuple):
     """Implementation of the reduction, and the dtype of its sums."""
 
     ours: bool
@@ -50,8 +49,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Short description of the case."""
-        return f"{self.world_size} ranks, ZeRO {self.stage}, accumulated in {self.accumulation}, {self.gas} micro-steps"
+        """Short description."""
+        return f"{self.world_size} ranks, ZeRO {self.stage}, accumulated in {self.accumulation}"
 
 
 def cases(world_sizes: tuple[int, ...], gas: tuple[int, ...], **sizes: Any) -> list[Case]:
@@ -66,21 +65,12 @@ def cases(world_sizes: tuple[int, ...], gas: tuple[int, ...], **sizes: Any) -> l
     ]
 
 
-class _Vector(torch.nn.Module):
-    def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(numel))
-
-    def forward(self, gradient_n: torch.Tensor) -> torch.Tensor:
-        return torch.dot(self.weight, gradient_n)
-
-
 class Vectors(torch.nn.Module):
     """Parameters of given sizes, each with a gradient passed to the forward."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self.vectors = torch.nn.ModuleList(_Vector(numel) for numel in sizes)
+        self.vectors = torch.nn.ModuleList(torch.nn.Linear(numel, 1, bias=False) for numel in sizes)
 
     def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Return a sum whose derivative by each parameter is its gradient."""
@@ -95,28 +85,16 @@ def gradients(case: Case, rank: int, micro_step: int) -> list[torch.Tensor]:
 
 
 def build(case: Case, system: System) -> Any:
-    """Build a DeepSpeed engine for the case, with at most our reduction installed."""
+    """Build a DeepSpeed engine for the case, with at most our reduction installed.
+
+    ``communication_data_type`` stands for an SP run's ``seq_parallel_communication_data_type``.
+    """
     import deepspeed
 
     from deepspeed_alst.grad_reduction.reduce import Reduction
     from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
     from deepspeed_alst.grad_reduction.zero_paths import install_reduction
 
-    model = Vectors(case.sizes)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config(case, system))
-    # At stage 0 and with BF16_Optimizer (stage 1 with fp32), DeepSpeed ignores the configured bucket size.
-    allreduce_gradients = engine.allreduce_gradients
-    engine.allreduce_gradients = lambda bucket_size=case.bucket: allreduce_gradients(bucket_size)
-    if system.ours:
-        if (adder := load_sum_pieces("cpu")) != "csrc op":
-            raise RuntimeError(f"the local sum is not the compiled op: {adder}")
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[system.dtype]
-        install_reduction(engine, Reduction(dtype, case.slice_bytes), PatchSet())
-    return engine
-
-
-def ds_config(case: Case, system: System) -> dict[str, Any]:
-    """Return the ds_config; communication_data_type stands for an SP run's seq_parallel_communication_data_type."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.gas,
@@ -128,9 +106,18 @@ def ds_config(case: Case, system: System) -> dict[str, Any]:
         "zero_optimization": {"stage": case.stage, "reduce_bucket_size": case.bucket},
         "steps_per_print": 10**9,
     }
-    if not system.ours:
-        config["communication_data_type"] = system.dtype
-    return config
+    config |= {} if system.ours else {"communication_data_type": system.dtype}
+    model = Vectors(case.sizes)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    # At stage 0 and with BF16_Optimizer (stage 1 with fp32), DeepSpeed ignores the configured bucket size.
+    allreduce_gradients = engine.allreduce_gradients
+    engine.allreduce_gradients = lambda bucket_size=case.bucket: allreduce_gradients(bucket_size)
+    if system.ours:
+        if (adder := load_sum_pieces("cpu")) != "csrc op":
+            raise RuntimeError(f"the local sum is not the compiled op: {adder}")
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[system.dtype]
+        install_reduction(engine, Reduction(dtype, case.slice_bytes), PatchSet())
+    return engine
 
 
 def backward(engine: Any, case: Case, micro_step: int) -> None:

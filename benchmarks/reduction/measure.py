@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import gc
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,10 @@ def traffic(case: Case) -> dict[str, Traffic]:
         engine.destroy()
         baseline = averaged if name == BASELINE else baseline
         errors = [(own.double() - true).norm() / true.norm() for own, true in zip(averaged, truth, strict=True)]
-        different = sum(int((own != theirs).sum()) for own, theirs in zip(averaged, baseline, strict=True))
-        worst = max(
-            float((own - theirs).abs().max() / theirs.square().mean().sqrt())
-            for own, theirs in zip(averaged, baseline, strict=True)
-        )
-        found[name] = Traffic(tally.of("reduction"), float(torch.stack(errors).max()), different, worst)
+        pairs = list(zip(averaged, baseline, strict=True))
+        different = sum(int((own != theirs).sum()) for own, theirs in pairs)
+        worst = max(float((own - theirs).abs().max() / theirs.square().mean().sqrt()) for own, theirs in pairs)
+        found[name] = Traffic(tally.of("reduction"), float(max(errors)), different, worst)
     return found
 
 
@@ -67,12 +65,10 @@ def _step(engine: Any, case: Case) -> list[torch.Tensor]:
 
 
 def _truth(case: Case) -> list[torch.Tensor]:
-    sums = [torch.zeros(numel, dtype=torch.float64) for numel in case.sizes]
-    for rank in range(case.world_size):
-        for micro_step in range(case.gas):
-            for sum_n, gradient_n in zip(sums, gradients(case, rank, micro_step), strict=True):
-                sum_n.add_(gradient_n)
-    return [sum_n / (case.world_size * case.gas) for sum_n in sums]
+    """Return the averages in fp64."""
+    places = itertools.product(range(case.world_size), range(case.gas))
+    of_all = zip(*(gradients(case, *place) for place in places), strict=True)
+    return [torch.stack(of_param).double().mean(0) for of_param in of_all]
 
 
 def extra_bytes(case: Case) -> dict[str, int]:
@@ -113,12 +109,10 @@ def allocated(engine: Any, lived: list[torch.Tensor], peaks: list[int]) -> Itera
 
 def seconds(case: Case, rounds: int) -> list[dict[str, float]]:
     """Return each system's seconds in a step's reductions per round; systems alternate, after a warm-up round."""
-    clocks: dict[str, list[float]] = {}
-    engines = {}
-    for name, system in SYSTEMS.items():
-        clocks[name] = []
-        engines[name] = build(case, system)
-        around_reductions(engines[name], _clock(clocks[name]))
+    clocks: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+    engines = {name: build(case, system) for name, system in SYSTEMS.items()}
+    for name, engine in engines.items():
+        around_reductions(engine, functools.partial(_clock, clocks[name]))
     found = []
     for _ in range(1 + rounds):
         for name, engine in engines.items():
@@ -132,12 +126,9 @@ def seconds(case: Case, rounds: int) -> list[dict[str, float]]:
     return found[1:]
 
 
-def _clock(times: list[float]) -> Callable[[], AbstractContextManager[None]]:
-    @contextlib.contextmanager
-    def clock() -> Iterator[None]:
-        dist.barrier()  # exclude the wait for slower ranks
-        begin = time.perf_counter()
-        yield
-        times.append(time.perf_counter() - begin)
-
-    return clock
+@contextlib.contextmanager
+def _clock(times: list[float]) -> Iterator[None]:
+    dist.barrier()  # exclude the wait for slower ranks
+    begin = time.perf_counter()
+    yield
+    times.append(time.perf_counter() - begin)
