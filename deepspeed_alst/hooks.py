@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from deepspeed_alst.config.config_file import OWN_KEYS, config_on_command_line, find_config, ignored, is_wanted
-from deepspeed_alst.core.ownership import is_owned
-from deepspeed_alst.core.patching import unwrap, wrap_once
+from deepspeed_alst.core.patching import OWNED, unwrap, wrap_once
 
 
 def hook_initialize(deepspeed: ModuleType) -> None:
@@ -35,7 +34,7 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:
             return original(*args, **kwargs)
         _stop_loading_sharded()
-        if is_owned(arguments.get("model")):
+        if OWNED in getattr(arguments.get("model"), "__dict__", {}):
             _refuse_a_second_engine()
         ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
         if not is_wanted(ds_config, mpu, mesh):

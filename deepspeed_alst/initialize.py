@@ -8,8 +8,7 @@ import torch
 
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.hf_model_spec import ModelSpec
-from deepspeed_alst.core.ownership import mark_owned
-from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.patching import OWNED, PatchSet
 from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.engine import extend
 from deepspeed_alst.features import RunContext, features_of
@@ -52,7 +51,7 @@ def initialize(
         features = features_of(run, bucket)
 
         build = with_plain_copies(original, spec.outer, patches)
-        mark_owned(spec.outer, patches)
+        patches.set(spec.outer, OWNED, True)
         for feature in features:
             feature.prepare_model(run, patches)
         with installed(session.mpu) if session else contextlib.nullcontext():

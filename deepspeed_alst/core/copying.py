@@ -1,8 +1,7 @@
 """Copies of a patched model, by copy.deepcopy, pickle or torch.save, without its patches.
 
-A copy belongs to no engine: the hooks, methods and classes that this package and DeepSpeed add would use the engine's
-process groups and counters. So a module is copied as before patching, with its current weights, flags and the program's
-own later changes.
+A copy belongs to no engine, whose process groups and counters the patches would use. So a module is copied as before
+patching, with its current weights, flags and the program's own later changes.
 """
 
 import copyreg
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import output_capturing
 
-from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.patching import ABSENT, PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 
 _REDUCE = "__reduce_ex__"
@@ -21,19 +20,12 @@ _CONTENTS = ("_parameters", "_buffers", "_modules")
 # Copied at their current values; a config's copy has the public attention name.
 _CURRENT = (*_CONTENTS, "training", "config")
 _CAPTURING = "_output_capturing_hooks_installed"
-_ABSENT = object()
 
 
 def with_plain_copies(build: Callable[..., Any], model: torch.nn.Module, patches: PatchSet) -> Callable[..., Any]:
-    """Make copies of a model and of its modules unpatched; ``patches.close()`` undoes it.
+    """Return an engine builder that makes copies of a model, which is not patched yet, and of its modules unpatched.
 
-    Args:
-        build: engine builder, called after all other patches. Changes made until it returns are left out of copies.
-        model: the model before any patch.
-        patches: records the undo.
-
-    Returns:
-        Replacement of ``build``.
+    Changes made until ``build`` returns, also by other patches before it, are left out of copies.
     """
     before = {module: (type(module), _shallow(module)) for module in model.modules()}
 
@@ -60,9 +52,9 @@ class _Changes:
             key: value.keys() - before.get(key, {}).keys() for key, value in after.items() if _has_hooks(key, value)
         }
         self._values = {
-            key: (before.get(key, _ABSENT), value)
+            key: (before.get(key, ABSENT), value)
             for key, value in after.items()
-            if before.get(key, _ABSENT) is not value and key not in (*self._hooks, *_CURRENT)
+            if before.get(key, ABSENT) is not value and key not in (*self._hooks, *_CURRENT)
         }
 
     def without(self, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -72,15 +64,15 @@ class _Changes:
             if key in _CONTENTS:
                 value = dict(value.items())  # ZeRO sets a dict class of its own
             elif key in self._hooks:
-                kept = {each: hook for each, hook in value.items() if each not in self._hooks[key]}
-                value = type(value)((each, hook) for each, hook in kept.items() if not _captures(hook))
+                added = self._hooks[key]
+                value = type(value)((i, hook) for i, hook in value.items() if i not in added and not _captures(hook))
             else:
                 value = getattr(value, "alst_before", value)  # wrapped by offload/checkpoint_hook.py
-            before, after = self._values.get(key, (_ABSENT, _ABSENT))
+            before, after = self._values.get(key, (ABSENT, ABSENT))
             value = before if value is after else value
-            if value is not _ABSENT:
+            if value is not ABSENT and key not in (_REDUCE, _CAPTURING):
                 left[key] = value
-        return {key: value for key, value in left.items() if key not in (_REDUCE, _CAPTURING)}
+        return left
 
 
 def _shallow(module: torch.nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Copies of a function that resolve some global names differently, or work on other objects.
 
-transformers' forwards call functions by a global name that all models of a family share. One model gets a copy of its
-forward, the same code with another dict of globals; other models and threads keep the shared name.
+transformers' forwards call functions by a global name that all models of a family share; a copy for one model is the
+same code with another dict of globals.
 """
 
 import builtins
@@ -38,10 +38,9 @@ def importing(name: str, wrap: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def with_objects(function: Any, replaced: Callable[[Any], Any]) -> Any:
-    """Copy a callable with other objects bound to it, in closures or as partial arguments.
+    """Copy a callable with ``replaced(value)`` for each value bound to it, in closures or as partial arguments.
 
-    ``replaced(value)`` returns the other object, or the value itself to keep it. Returns the callable itself if nothing
-    changes.
+    Returns the callable itself if nothing changes.
     """
     return _Copier(lambda _: {}, replaced).copy(function)
 

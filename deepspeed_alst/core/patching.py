@@ -11,21 +11,22 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-ORIGINAL = "__deepspeed_alst__"
-"""The attribute of a wrapper by ``wrap_once`` that holds what it wraps."""
+OWNED = "_deepspeed_alst_engine"
+"""Attribute of a model that an engine of this package has patched."""
 
 ABSENT: Any = object()
 """Stands for an attribute or entry that there was not."""
 
+_ORIGINAL = "__deepspeed_alst__"
 
-@dataclass(eq=False)
-class Patch:
-    """One change in somebody else's object, as the journal lists it."""
+
+@dataclass
+class _Attribute:
+    """Attribute of a foreign object: what it is set back to, and what it was set to."""
 
     owner: Any
     name: str
-    kind: str
-    before: Any = None
+    before: Any
     value: Any = None
 
 
@@ -34,13 +35,7 @@ class PatchSet(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._patches: dict[tuple[int, str, str], Patch] = {}
-        self._absorbed: list[PatchSet] = []
-
-    @property
-    def journal(self) -> list[Patch]:
-        """Return the patches that are in place."""
-        return [*self._patches.values(), *(patch for each in self._absorbed for patch in each.journal)]
+        self._attributes: dict[tuple[int, str], _Attribute] = {}
 
     @contextlib.contextmanager
     def rollback_on_error(self) -> Iterator["PatchSet"]:
@@ -51,11 +46,6 @@ class PatchSet(ExitStack):
             self.close()
             raise
 
-    def absorb(self, other: "PatchSet") -> None:
-        """Undo another set's patches together with this one's."""
-        self._absorbed.append(other)
-        self.callback(other.close)
-
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an object, a class or a module; a property is set by its setter.
 
@@ -63,14 +53,21 @@ class PatchSet(ExitStack):
         """
         is_property = isinstance(getattr(type(owner), name, None), property)
         now = getattr(owner, name) if is_property else vars(owner).get(name, ABSENT)
-        patch = self._patches.get((id(owner), name, "attribute"))
+        patch = self._attributes.get((id(owner), name))
         if patch is None:
-            patch = Patch(owner, name, "attribute", now)
-            self._add(patch, _restore_attribute, patch)
+            patch = self._attributes[id(owner), name] = _Attribute(owner, name, now)
+            self.callback(self._restore, patch)
         elif now is not patch.value:
             patch.before = now
         patch.value = value
         setattr(owner, name, value)
+
+    def _restore(self, patch: _Attribute) -> None:
+        del self._attributes[id(patch.owner), patch.name]
+        if patch.before is not ABSENT:
+            setattr(patch.owner, patch.name, patch.before)
+        elif patch.name in vars(patch.owner):
+            delattr(patch.owner, patch.name)
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
         """Replace a method by ``wrapper(method)``, on this object alone."""
@@ -82,46 +79,23 @@ class PatchSet(ExitStack):
 
     def subclass(self, owner: Any, attributes: dict[str, Any], *bases: type) -> None:
         """Give an object a subclass of its class that has other attributes, methods or further bases."""
-        self._set_class(owner, subclass(type(owner), attributes, *bases))
+        self.callback(setattr, owner, "__class__", type(owner))
+        owner.__class__ = subclass(type(owner), attributes, *bases)
 
     def mixin(self, owner: Any, cls: type) -> None:
         """Give an object a subclass of its class in which another class's methods come first."""
         before = type(owner)
-        self._set_class(owner, type(before.__name__, (cls, before), {"__module__": before.__module__}))
+        self.callback(setattr, owner, "__class__", before)
+        owner.__class__ = type(before.__name__, (cls, before), {"__module__": before.__module__})
 
     def hook(self, owner: Any, kind: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by ``owner.register_<kind>_hook``."""
-        handle = getattr(owner, f"register_{kind}_hook")(function, **options)
-        self._add(Patch(owner, f"{kind} {handle.id}", "hook"), handle.remove)
+        self.callback(getattr(owner, f"register_{kind}_hook")(function, **options).remove)
 
     def entry(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        """Set an entry of a dict."""
-        before = mapping.get(key, ABSENT)
-        mapping[key] = value
-        self.record_entry(mapping, key, before)
-
-    def remove_entry(self, mapping: MutableMapping[Any, Any], key: Any) -> None:
-        """Delete an entry of a dict."""
-        self.record_entry(mapping, key, mapping.pop(key))
-
-    def record_entry(self, mapping: MutableMapping[Any, Any], key: Any, before: Any) -> None:
-        """Record a change of a dict's entry that a library has made; ``before`` is ABSENT if there was none."""
-        self._add(Patch(mapping, str(key), "entry", before), set_entry, mapping, key, before)
-
-    def _set_class(self, owner: Any, cls: type) -> None:
-        before = type(owner)
-        owner.__class__ = cls
-        self._add(Patch(owner, "__class__", "class", before), setattr, owner, "__class__", before)
-
-    def _add(self, patch: Patch, undo: Callable[..., Any], *args: Any) -> None:
-        key = (id(patch.owner), patch.name, patch.kind)
-        self._patches[key] = patch
-
-        def undo_it() -> None:
-            undo(*args)
-            self._patches.pop(key, None)
-
-        self.callback(undo_it)
+        """Set an entry of a dict, or delete it if the value is ABSENT."""
+        self.callback(set_entry, mapping, key, mapping.get(key, ABSENT))
+        set_entry(mapping, key, value)
 
 
 def subclass(cls: type, attributes: dict[str, Any], *bases: type) -> type:
@@ -142,15 +116,15 @@ def _with_properties(cls: type, properties: tuple[tuple[str, property], ...]) ->
 def wrap_once(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     """Wrap a function of a library for the life of the process; a second call does nothing."""
     original = vars(owner)[name]
-    if not hasattr(original, ORIGINAL):
+    if not hasattr(original, _ORIGINAL):
         wrapped = functools.wraps(original)(wrapper(original))
-        setattr(wrapped, ORIGINAL, original)
+        setattr(wrapped, _ORIGINAL, original)
         setattr(owner, name, wrapped)
 
 
 def unwrap(owner: Any, name: str) -> None:
     """Undo ``wrap_once``, if it was called."""
-    setattr(owner, name, getattr(vars(owner)[name], ORIGINAL, vars(owner)[name]))
+    setattr(owner, name, getattr(vars(owner)[name], _ORIGINAL, vars(owner)[name]))
 
 
 def set_entry(mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
@@ -159,10 +133,3 @@ def set_entry(mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         mapping.pop(key, None)
     else:
         mapping[key] = value
-
-
-def _restore_attribute(patch: Patch) -> None:
-    if patch.before is not ABSENT:
-        setattr(patch.owner, patch.name, patch.before)
-    elif patch.name in vars(patch.owner):
-        delattr(patch.owner, patch.name)

@@ -1,7 +1,4 @@
-"""Check at run time that two functions compute the same, before one of them replaces the other.
-
-Checks run on tensors of their own and change nothing of the program's.
-"""
+"""Check at run time that two functions compute the same, on tensors of their own, before one replaces the other."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +7,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-_SEED = 4_001
-
 
 def run_isolated(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a thread of its own, out of reach of the caller's modes.
-
-    No dispatch mode, saved-tensor hook, autocast or ``no_grad`` applies, so that a check may run inside a checkpointed
-    layer, in an evaluation, or among fake tensors.
-    """
+    """Call a function in a thread of its own, out of reach of the caller's modes, hooks, autocast and ``no_grad``."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result()
 
@@ -38,7 +29,7 @@ def result_or_none(check: Callable[..., Any], *args: Any) -> Any:
 
 def random_tensors() -> Callable[..., torch.Tensor]:
     """Return a function that draws random CPU tensors, the same in every process, from its own generator."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(4_001)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
@@ -53,14 +44,9 @@ def allclose_ulp(found: Any, expected: torch.Tensor, ulps: int) -> bool:
 def is_equivalent(
     function: Callable[..., Any], reference: Callable[..., Any], inputs: tuple[Any, ...], ulps: int, grad_ulps: int
 ) -> bool:
-    """Return True if two functions agree on inputs, and in the gradients of those that require one.
+    """Return True if two functions agree on inputs, which are copied, and in the gradients of those that require one.
 
-    Args:
-        function: under test.
-        reference: it is compared with.
-        inputs: arguments; their tensors are copied for each call.
-        ulps: allowed error of outputs, in eps of the largest.
-        grad_ulps: the same for gradients.
+    Outputs may differ by ``ulps`` eps of the largest, gradients by ``grad_ulps``.
     """
 
     def copied(x: Any) -> Any:

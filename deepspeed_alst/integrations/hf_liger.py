@@ -85,7 +85,7 @@ def use_liger(spec: ModelSpec, config: AlstConfig, device: str, group: Any, patc
         rank, use = next(((rank, each) for rank, each in enumerate(everyone) if not each.possible), (0, use))
         if not use.possible:
             done.close()
-        patches.absorb(done)
+        patches.callback(done.close)
     return use._replace(words=f"{use.words} (rank {rank})") if rank else use
 
 

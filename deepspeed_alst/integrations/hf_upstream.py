@@ -19,7 +19,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from deepspeed_alst.core.patching import PatchSet, add_properties
+from deepspeed_alst.core.patching import ABSENT, PatchSet, add_properties
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
@@ -44,7 +44,7 @@ def prepare_adoption(patches: PatchSet) -> None:
     in_front = ALL_ATTENTION_FUNCTIONS._local_mapping
     for name, function in list(in_front.items()):
         if getattr(function, "__module__", "") == UlyssesSPDataLoaderAdapter.__module__:
-            patches.remove_entry(in_front, name)
+            patches.entry(in_front, name, ABSENT)
 
 
 class UpstreamProgram:
