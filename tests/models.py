@@ -59,7 +59,7 @@ def step_in_fp64(
             patch_model(ModelSpec(model), group, patches, calls)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-    assert state_of(model) == before
+    assert patches.journal == [] and state_of(model) == before
     grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
     if group is not None:
         for grad in grads.values():

@@ -20,13 +20,14 @@ ABSENT: Any = object()
 _ORIGINAL = "__deepspeed_alst__"
 
 
-@dataclass
-class _Attribute:
-    """Attribute of a foreign object: what it is set back to, and what it was set to."""
+@dataclass(eq=False)
+class Patch:
+    """One change in a foreign object, as the journal lists it; of an attribute with its values."""
 
     owner: Any
     name: str
-    before: Any
+    kind: str
+    before: Any = None
     value: Any = None
 
 
@@ -35,7 +36,9 @@ class PatchSet(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._attributes: dict[tuple[int, str], _Attribute] = {}
+        self.journal: list[Patch] = []
+        """The patches that are in place."""
+        self._attributes: dict[tuple[int, str], Patch] = {}
 
     @contextlib.contextmanager
     def rollback_on_error(self) -> Iterator["PatchSet"]:
@@ -55,14 +58,19 @@ class PatchSet(ExitStack):
         now = getattr(owner, name) if is_property else vars(owner).get(name, ABSENT)
         patch = self._attributes.get((id(owner), name))
         if patch is None:
-            patch = self._attributes[id(owner), name] = _Attribute(owner, name, now)
-            self.callback(self._restore, patch)
+            patch = self._attributes[id(owner), name] = Patch(owner, name, "attribute", now)
+            self._note(patch, self._restore, patch)
         elif now is not patch.value:
             patch.before = now
         patch.value = value
         setattr(owner, name, value)
 
-    def _restore(self, patch: _Attribute) -> None:
+    def _note(self, patch: Patch, undo: Callable[..., Any], *args: Any) -> None:
+        self.journal.append(patch)
+        self.callback(self.journal.remove, patch)  # after the undo: callbacks run in reverse
+        self.callback(undo, *args)
+
+    def _restore(self, patch: Patch) -> None:
         del self._attributes[id(patch.owner), patch.name]
         if patch.before is not ABSENT:
             setattr(patch.owner, patch.name, patch.before)
@@ -79,22 +87,23 @@ class PatchSet(ExitStack):
 
     def subclass(self, owner: Any, attributes: dict[str, Any], *bases: type) -> None:
         """Give an object a subclass of its class that has other attributes, methods or further bases."""
-        self.callback(setattr, owner, "__class__", type(owner))
+        self._note(Patch(owner, "__class__", "class"), setattr, owner, "__class__", type(owner))
         owner.__class__ = subclass(type(owner), attributes, *bases)
 
     def mixin(self, owner: Any, cls: type) -> None:
         """Give an object a subclass of its class in which another class's methods come first."""
         before = type(owner)
-        self.callback(setattr, owner, "__class__", before)
+        self._note(Patch(owner, "__class__", "class"), setattr, owner, "__class__", before)
         owner.__class__ = type(before.__name__, (cls, before), {"__module__": before.__module__})
 
     def hook(self, owner: Any, kind: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by ``owner.register_<kind>_hook``."""
-        self.callback(getattr(owner, f"register_{kind}_hook")(function, **options).remove)
+        handle = getattr(owner, f"register_{kind}_hook")(function, **options)
+        self._note(Patch(owner, kind, "hook"), handle.remove)
 
     def entry(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """Set an entry of a dict, or delete it if the value is ABSENT."""
-        self.callback(set_entry, mapping, key, mapping.get(key, ABSENT))
+        self._note(Patch(mapping, str(key), "entry"), set_entry, mapping, key, mapping.get(key, ABSENT))
         set_entry(mapping, key, value)
 
 

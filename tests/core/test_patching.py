@@ -142,6 +142,8 @@ def test_everything_is_undone_in_reverse_order():
         assert thing.shout() == "THING 20" and type(thing).__name__ == "Thing"
         assert mapping == {"a": 10, "c": 11}
         assert module(torch.ones(1)).item() == 30 and module.extra == 5
+        assert len(patches.journal) == 12  # both wrappers are of one method
+    assert patches.journal == []
     assert (
         (dict(vars(thing)), mapping, dict(vars(module)), type(module)) == before
         and type(thing) is Thing

@@ -66,7 +66,10 @@ def first_step(cell: Cell, sabotage: bool) -> tuple[bool, bool]:
         assert all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), before, strict=True))
         raise
     finally:
+        journal = engine.alst_features.patches.journal
+        assert journal
         engine.destroy()
+        assert journal == []
 
 
 @pytest.mark.parametrize("stage, reduce_scatter", [(0, True), (1, True), (2, True), (3, False)])
