@@ -199,7 +199,7 @@ def _whole_step(
 ) -> dict[str, torch.Tensor]:
     """Run ``_step`` on an unsharded model, with the random numbers that its ranks would draw."""
     with PatchSet() as patches:
-        count_draws(model, Draws(), patches)
+        count_draws(ModelSpec(model), Draws(), patches)
         return _step(model, batches, seed)
 
 

@@ -161,7 +161,7 @@ def _loss_problems(model: torch.nn.Module, text_config: Any) -> Iterator[str]:
     if getattr(text_config, "output_router_logits", False):
         from deepspeed_alst.moe.router_loss import unknown_router_loss
 
-        problem = unknown_router_loss(model)
+        problem = unknown_router_loss(ModelSpec(model))
         yield from [] if problem is None else [problem]
 
 
