@@ -1,7 +1,7 @@
 """Keys of a ds_config that this package reads: typed, frozen, unknown keys rejected. Pure: no torch, no I/O."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -46,8 +46,8 @@ def _degree(value: Any) -> Any:
 
 
 def _lowercase(value: Any) -> Any:
-    # DeepSpeed does so too (deepspeed.runtime.config.get_communication_data_type).
-    return value.lower() if isinstance(value, str) else value
+    # DeepSpeed does so too (deepspeed.runtime.config.get_communication_data_type). An error shows the user's spelling.
+    return value.lower() if isinstance(value, str) and value.lower() in get_args(ReductionDtype) else value
 
 
 class _Block(BaseModel):

@@ -21,6 +21,8 @@ from deepspeed_alst.core.function_copies import with_objects
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 
+# Functions that torch.compile puts beside those that it has compiled.
+_COMPILED = ("__compiled_fn_", "__resume_at_")
 _PACKAGES = ("/site-packages/", "/dist-packages/")
 _HOOKS = {
     "_forward_pre_hooks": "forward_pre",
@@ -98,6 +100,7 @@ def program_code(model: torch.nn.Module) -> tuple[str, ...]:
         found += [f"{cls.__qualname__}.{name}" for name, value in members if is_programs(value)]
     for home in dict.fromkeys(cls.__module__ for cls in libraries):
         functions = [each for each in vars(sys.modules[home]).items() if isinstance(each[1], FunctionType)]
+        functions = [each for each in functions if not each[0].startswith(_COMPILED)]
         found += [f"{home}.{name}" for name, value in functions if is_programs(value)]
     found += [f"{kind} of {name or type(model).__name__}" for name, kind, *_ in _installed(model)]
     return tuple(found)
