@@ -1,4 +1,4 @@
-"""The documentation against what it speaks of: targets, links, JSON, Python, and where README's figures come from."""
+"""The documentation against its subject: targets, links, JSON, Python, keys, and the commands of README's figures."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from deepspeed_alst.config.compatibility import FEATURES
 from deepspeed_alst.config.parse import parse
-from deepspeed_alst.config.schema import AlstBlockConfig
+from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
 from deepspeed_alst.environment import NEWEST_TESTED
 from deepspeed_alst.errors import ConfigError
 
@@ -71,8 +71,9 @@ def broken(page: Path, link: str) -> bool:
     return bool(place) and place not in anchors(target.read_text(encoding="utf-8"))
 
 
-def first_table(content: str) -> list[list[str]]:
-    """The cells of the first table's rows, its head left out."""
+def first_table(content: str, heading: str = "") -> list[list[str]]:
+    """The cells of the first table's rows after a heading, its head left out."""
+    content = content[content.index(heading) :]
     rows = re.search(r"(?:^\|.*\n)+", content, re.M)
     assert rows, "no table"
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in rows[0].splitlines()[2:]]
@@ -93,11 +94,11 @@ def test_a_target_that_is_not_there_is_found():
 
 def test_a_link_that_leads_nowhere_is_found():
     readme = PAGES["README.md"]
-    assert links("[a](docs/faq.md) [b](https://x.y/z.md)\n```\n[c](no.md)\n```\n[d](#the-keys)") == [
+    assert links("[a](docs/faq.md) [b](https://x.y/z.md)\n```\n[c](no.md)\n```\n[d](#features)") == [
         "docs/faq.md",
-        "#the-keys",
+        "#features",
     ]
-    assert not broken(readme, "docs/faq.md") and not broken(readme, "#the-keys")
+    assert not broken(readme, "docs/faq.md") and not broken(readme, "#features")
     assert broken(readme, "docs/no.md") and broken(readme, "#no-such-heading") and broken(readme, "docs/faq.md#no")
 
 
@@ -160,11 +161,28 @@ def test_every_python_snippet_is_python_and_what_it_imports_of_this_package_is_t
                 assert all(hasattr(module, each.name) for each in node.names)
 
 
-def test_each_row_of_readmes_first_table_has_its_command_in_reproduce():
-    wanted = [command for row in first_table(text("README.md")) for command in commands(row[-1])]
-    given = [command for row in first_table(text("docs/reproduce.md")) for command in commands(row[1])]
-    assert len(wanted) > 10
-    assert {each for each in wanted if wanted.count(each) > given.count(each)} == set(), "rows that reproduce.md lacks"
+def test_each_of_readmes_results_has_its_command_in_reproduce():
+    wanted = [command for row in first_table(text("README.md"), "## Results") for command in commands(row[-1])]
+    given = [command for row in first_table(text("docs/reproduce.md")) for command in commands(row[3])]
+    assert len(wanted) == 6
+    assert set(wanted) <= set(given)
+
+
+def test_readme_is_short():
+    content = text("README.md")
+    assert len(content.splitlines()) <= 200 and len(content.encode()) <= 12 * 1024
+
+
+def test_the_index_names_every_page():
+    targets = {link.partition("#")[0] for link in links(text("docs/index.md"))}
+    pages = {Path(page).name for page in PAGES if page not in ("README.md", "docs/index.md")}
+    assert pages - targets == set()
+
+
+def test_the_configuration_page_has_every_key_and_setting():
+    blocks = {"": AlstConfig, " ": AlstBlockConfig} | {f"{name}.": block for name, block in BLOCKS.items()}
+    names = {f"`{prefix.strip()}{field}`" for prefix, block in blocks.items() for field in block.model_fields}
+    assert {name for name in names if name not in text("docs/configuration.md")} == set()
 
 
 def test_every_target_that_prints_figures_is_in_reproduce():
@@ -191,7 +209,7 @@ def test_the_compatibility_page_is_the_table():
     assert rows == {each.name: f"refused: {each.refusal}" if each.refusal else "right" for each in FEATURES}
 
 
-def test_readme_the_census_and_the_list_count_the_same_models():
+def test_readme_reproduce_the_census_and_the_list_count_the_same_models():
     from deepspeed_alst.verification.verified_models import RIGHT
 
     rows = [
@@ -202,7 +220,9 @@ def test_readme_the_census_and_the_list_count_the_same_models():
     packed = sum(models[name][2] not in ("", "refused") for name in right)
     assert right == RIGHT
     assert f"{len(models)} models: {len(RIGHT)} right, " in text("docs/census.md")
-    assert f"small, SP 2 and 4: {len(models)} | {len(RIGHT)} right, {packed} of them packed too" in text("README.md")
+    assert f"SP 2 and 4: {len(models)} | {len(RIGHT)} right, {packed} of them packed too" in text("docs/reproduce.md")
+    assert f"of {len(models)} | {len(RIGHT)}, 0; others" in text("README.md")
+    assert f"{len(RIGHT)} causal LMs of transformers" in text("README.md")
 
 
 def files_of(page: str) -> dict[str, str]:
