@@ -133,7 +133,7 @@ def op_rows() -> Iterator[Row]:
         value = f"{problem}: torch takes its place, slower and with the same result"
         yield Row(name, value, "note", problem.way_out)
     else:
-        yield Row(name, found or "not built yet: at its first use, in 10 s on CPU and a minute for CUDA")
+        yield Row(name, str(found or "not built yet: at its first use, in 10 s on CPU and a minute for CUDA"))
 
 
 def lock_rows() -> Iterator[Row]:
