@@ -70,6 +70,7 @@ setup(
             "ninja",  # builds DeepSpeed's CPU communication op
             "pytest>=9.0",
             "hypothesis>=6.170",  # bad input of every kind
+            "jsonschema>=4.26",  # ds_configs/alst.schema.json against the parser
             "pytest-timeout>=2.4",
             "ruff>=0.17",
             "mypy>=2.4",

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 import deepspeed_alst
-from deepspeed_alst.cli import plan, report, verify
+from deepspeed_alst.cli import keys, plan, report, schema, verify
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.monitoring.metrics import Report
 
@@ -32,9 +32,10 @@ def interface() -> dict[str, Any]:
     """The public names, JSON keys, exceptions, commands and metrics, as they are."""
     names = {name: getattr(deepspeed_alst, name) for name in deepspeed_alst.__all__ if name != "__version__"}
     options = {}
-    for command in (plan, report, verify):
+    for command in (keys, plan, report, schema, verify):
         parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
+        if hasattr(command, "add_arguments"):
+            command.add_arguments(parser)
         actions = [each for each in parser._actions if each.dest != "help"]
         options[command.__name__.rpartition(".")[2]] = sorted(
             word for each in actions for word in each.option_strings or [each.dest]

@@ -1,14 +1,14 @@
 """``ds_alst``: dispatches to the module of the requested command.
 
-Each has SUMMARY, EXAMPLES, add_arguments(parser) and run(arguments) -> exit status. Heavy imports (torch, deepspeed,
-transformers) belong in run: --help stays fast, and commands fail independently.
+Each has SUMMARY, EXAMPLES, run(arguments) -> exit status and, if it has options, add_arguments(parser). Heavy imports
+(torch, deepspeed, transformers) belong in run: --help stays fast, and commands fail independently.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from deepspeed_alst.cli import plan, report, verify
+from deepspeed_alst.cli import keys, plan, report, schema, verify
 from deepspeed_alst.errors import AlstError
 
 _ERROR_STATUS = 2  # same as argparse
@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     version = f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for module in (report, verify, plan):
+    for module in (report, verify, plan, keys, schema):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.SUMMARY,
@@ -35,7 +35,8 @@ def main(words: Sequence[str] | None = None) -> int:
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if hasattr(module, "add_arguments"):
+            module.add_arguments(command)
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     try:

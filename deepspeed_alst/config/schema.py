@@ -32,7 +32,8 @@ def _number_of(unit: str, *words: str | None) -> BeforeValidator:
             raise ValueError(f"must be a positive number of {unit}" + (', or "auto"' if words else ""))
         return int(value)
 
-    return BeforeValidator(check)
+    accepted = Annotated[int, Field(ge=1)] | Literal[words]  # type: ignore[valid-type]
+    return BeforeValidator(check, json_schema_input_type=accepted) if words else BeforeValidator(check)
 
 
 def _degree(value: Any) -> Any:
@@ -93,13 +94,17 @@ class LigerConfig(_Block):
     """``alst.liger_kernel`` as an object of parts with Liger's names; unset parts are used where possible."""
 
     rms_norm: StrictBool | None = None
+    """RMSNorm."""
     rope: StrictBool | None = None
+    """Rotary position embedding."""
     swiglu: StrictBool | None = None
     """Gated activation of MLPs and experts, including GeGLU."""
     geglu: StrictBool | None = None
     """GeGLU where a family has it; takes precedence over swiglu."""
     relu_squared: StrictBool | None = None
+    """Squared ReLU of MLPs."""
     layer_norm: StrictBool | None = None
+    """LayerNorm."""
     fused_linear_cross_entropy: StrictBool | None = None
     """Loss by Liger's kernel in this package's tiles (``tiled_logits_loss``)."""
 
@@ -132,14 +137,14 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "liger_kernel": LigerConfig,
     "activation_checkpoint_cpu_offload": OffloadConfig,
 }
-# Words that a switch takes besides true, false and, if it is in BLOCKS, an object.
-_WORDS: dict[str, tuple[str, ...]] = {
+SWITCHES: dict[str, tuple[str, ...]] = {
     "tiled_mlp_compute": (),
     "tiled_logits_loss": ("auto", "torch", "triton", "liger"),
     "liger_kernel": ("auto",),
     "activation_checkpoint_cpu_offload": (),
     "save_attention_output": ("auto",),
 }
+"""Words that a switch takes besides true, false and, if it is in BLOCKS, an object."""
 
 
 class AlstBlockConfig(_Block):
@@ -168,11 +173,11 @@ class AlstBlockConfig(_Block):
     memory_lean_layer: Literal[False] = False
     """Memory-lean layer schedule. Not available in this version."""
 
-    @field_validator(*_WORDS, mode="before")
+    @field_validator(*SWITCHES, mode="before")
     @classmethod
     def _switch(cls, value: Any, info: Any) -> Any:
         """Turn the words of a switch into its object; raise ValueError for others."""
-        words, block = _WORDS[info.field_name], BLOCKS.get(info.field_name)
+        words, block = SWITCHES[info.field_name], BLOCKS.get(info.field_name)
         if isinstance(value, bool):
             return value if block in (None, LigerConfig) else {} if value else None
         if isinstance(value, Mapping) and block:
@@ -207,7 +212,9 @@ class AlstBlockConfig(_Block):
 class AlstConfig(_Block):
     """All keys of a ds_config that this package acts on."""
 
-    sequence_parallel_size: Annotated[int, BeforeValidator(_degree)] = 1
+    sequence_parallel_size: Annotated[
+        int, BeforeValidator(_degree, json_schema_input_type=Annotated[int, Field(ge=1)])
+    ] = 1
     """SP degree: number of ranks that share one sequence."""
     seq_parallel_communication_data_type: Annotated[ReductionDtype, BeforeValidator(_lowercase)] = "fp32"
     """Dtype of gradient sums under SP."""

@@ -24,7 +24,8 @@ from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import as_word, shown
 
 ROOT = Path(__file__).parents[2]
-RECIPES = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+READY = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if path.suffixes == [".json"])
+RECIPES = [json.loads(path.read_text()) for path in READY]
 # Of one core. Thousands of times what a ds_config takes, and less than a person notices.
 SECONDS = 5.0
 
