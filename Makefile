@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup docs demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -26,6 +26,16 @@ $(VENV)/ready: setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@# DeepSpeed compiles its CPU communication op at the first start (1 to 2 minutes); here, where one waits anyway.
 	$(BIN)/python -m benchmarks.build_ops
+	touch $@
+
+# The documentation site into site/. An environment of its own: it needs neither torch nor this package.
+DOCS := .cache/docs
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/ready: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet 'mkdocs-material>=9.8,<10'
 	touch $@
 
 demo: setup

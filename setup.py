@@ -63,6 +63,7 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib>=3.11"],  # the ledger's picture
+        "docs": ["mkdocs-material>=9.8,<10"],  # make docs
         "dev": [
             "peft>=0.21.0",  # LoRA
             "trl>=1.16.0",  # SFTTrainer
