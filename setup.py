@@ -47,7 +47,6 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
     keywords="deepspeed transformers long-context sequence-parallelism ulysses alst activation-offload",
     classifiers=[
         "Development Status :: 3 - Alpha",
