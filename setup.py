@@ -73,6 +73,7 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib>=3.11"],  # the ledger's picture
+        "notebook": ["ipykernel>=7.0", "matplotlib>=3.11", "nbclient>=0.11"],  # examples/tour.ipynb
         "docs": ["mkdocs-material>=9.8,<10"],  # make docs
         "dev": [
             "peft>=0.21.0",  # LoRA
