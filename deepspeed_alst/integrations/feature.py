@@ -1,9 +1,20 @@
-"""``alst.liger_kernel``: Liger's kernels."""
+"""``alst.liger_kernel``: Liger's kernels, and models that a program has patched with Liger."""
 
-import sys
+import functools
+import inspect
+from typing import Any
+
+import torch
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
+
+_SKIP_LOGITS = "skip_logits"
+
+
+def is_ligers(thing: Any) -> bool:
+    """Return True if a function, a method, or an object's class comes from Liger."""
+    return (getattr(thing, "__module__", None) or "").split(".")[0] == "liger_kernel"
 
 
 class LigerKernels(Feature):
@@ -14,15 +25,15 @@ class LigerKernels(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Patch the modules that Liger has kernels for."""
-        loss = run.config.tiled_loss()
-        is_wanted = run.config.alst.liger_kernel != "auto" or (loss is not None and loss.backend == "liger")
-        if run.device != "cuda" and not is_wanted:
+        loss, wanted = run.config.tiled_loss(), run.config.alst.liger_kernel
+        if run.device != "cuda" and wanted == "auto" and (loss is None or loss.backend != "liger"):
             self._words = f"not used: Liger's kernels need a GPU, and the engine is on {run.device}"
             return
         from deepspeed_alst.integrations.hf_liger import use_liger
 
         liger = use_liger(run.spec, run.config, run.device, run.control_group, patches)
-        self.makes_loss, self._words = liger.makes_loss, liger.words
+        self.makes_loss = liger.possible and getattr(wanted, "fused_linear_cross_entropy", None) is not False
+        self._words = liger.words
 
     def report(self) -> list[tuple[str, str]]:
         """Return which parts run by kernels."""
@@ -30,11 +41,21 @@ class LigerKernels(Feature):
 
 
 class OwnLoss(Feature):
-    """Loss of a model that the program has patched with Liger, made by its head."""
+    """Loss of a model that the program has patched with Liger, made by its head and ``loss_function``.
+
+    Liger's ``lce_forward`` does so with ``skip_logits=False``; here they are the tiled head and the whole sequence's
+    loss.
+    """
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Have such a model call its head and its loss function."""
-        if "liger_kernel" in sys.modules:
-            from deepspeed_alst.integrations.hf_liger import use_own_loss
+        before = run.spec.model.forward
+        if not is_ligers(before) or _SKIP_LOGITS not in inspect.signature(before).parameters:
+            return
 
-            use_own_loss(run.spec, patches)
+        # PEFT's wrapper calls forward directly, bypassing hooks. A method, so that a copy of the model binds its own.
+        @functools.wraps(before.__func__)
+        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return before.__func__(self, *args, **{**kwargs, _SKIP_LOGITS: False})
+
+        patches.forward(run.spec.model, forward)

@@ -5,12 +5,11 @@ family looks up. All of it is taken back at once, and what a part has put into a
 what the module does. RoPE, which is called by a global name, reaches the attention through a copy of its forward.
 """
 
-import functools
 import inspect
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -26,16 +25,18 @@ from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
+from deepspeed_alst.integrations.feature import is_ligers
 
 _KEY = "alst.liger_kernel"
 _LOSS = "fused_linear_cross_entropy"
-_SKIP_LOGITS = "skip_logits"
 # Activations that Liger's modules compute, whatever the config says.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,
     "geglu": lambda x: F.gelu(x, approximate="tanh"),
     "relu_squared": lambda x: F.relu(x).square(),
 }
+_GATED = {"swiglu", "geglu"}
+_IN_TILES = "in tiles, this package's closed form needs less memory"
 _PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
 _Change = tuple[dict[str, Any], str, Any]
 """A namespace, a name in it and its new value."""
@@ -46,43 +47,20 @@ class LigerUse(NamedTuple):
 
     words: str
     """Parts in use, or the reason why Liger cannot be."""
-    makes_loss: bool = False
-    """True if a tiled loss with backend "auto" uses Liger's kernel."""
     possible: bool = True
 
 
 def use_liger(spec: ModelSpec, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
-    """Apply Liger's kernels as set in ``alst.liger_kernel``, before any other patch of the modules.
-
-    Collective over ``group``: if one rank cannot use Liger, none does. The reason is reported for ``"auto"`` and raised
-    for parts requested by name.
-
-    Args:
-        spec: the model.
-        config: this package's config.
-        device: device type of the engine.
-        group: all ranks, over gloo; None for this rank alone.
-        patches: undoes everything.
-
-    Raises:
-        SetupError: Liger cannot run here.
-        UnsupportedModelError: it does not support the model, or a part of it.
-    """
-    loss, use, error = config.tiled_loss(), LigerUse("off"), None
+    """Apply Liger's kernels as ``apply_liger`` does, on all ranks or none. Collective over ``group``, over gloo."""
+    use, error = LigerUse("off"), None
     with PatchSet().rollback_on_error() as done:
         try:
-            if loss is not None and loss.backend == "liger":
-                check_liger_runs("alst.tiled_logits_loss", device)
-            if config.alst.liger_kernel is not False:
-                use = _use(spec.model, config.alst.liger_kernel, device, done)
+            use = apply_liger(spec, config, device, done)
         except AlstError as raised:
             error = raised
-        if group is not None:
-            raise_on_all_ranks(error, group)
-        elif error is not None:
-            raise error
-        everyone = [use] if group is None else gather_objects(use, group)
-        rank, use = next(((rank, each) for rank, each in enumerate(everyone) if not each.possible), (0, use))
+        raise_on_all_ranks(error, group)
+        everyone = enumerate(gather_objects(use, group))
+        rank, use = next(((rank, each) for rank, each in everyone if not each.possible), (0, use))
         if not use.possible:
             done.close()
         patches.callback(done.close)
@@ -100,31 +78,13 @@ def use_liger_without_data(spec: ModelSpec, config: AlstConfig, patches: PatchSe
     from deepspeed_alst.kernels.liger import skip_fake_launches
 
     skip_fake_launches(patches)
-    _use(spec.model, config.alst.liger_kernel, "cuda", patches)
+    apply_liger(spec, config, "cuda", patches)
 
 
 def check_liger_runs(key: str, device: str) -> None:
     """Raise SetupError with the key that requests them if Liger's kernels cannot run on a device."""
     if reason := _reason_against_setup(device, interpreted=True):
         raise SetupError(f"{key}: {reason}")
-
-
-def use_own_loss(spec: ModelSpec, patches: PatchSet) -> None:
-    """Make a model that Liger has patched use its head and ``loss_function``, as other forwards do.
-
-    Liger's ``lce_forward`` does with ``skip_logits=False``; here they are the tiled head and the whole sequence's loss.
-    """
-    base = spec.model
-    before = base.forward
-    if not is_ligers(before) or _SKIP_LOGITS not in inspect.signature(before).parameters:
-        return
-
-    # PEFT's wrapper calls forward directly, bypassing hooks. A method, so that a copy of the model binds its own.
-    @functools.wraps(before.__func__)
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return before.__func__(self, *args, **{**kwargs, _SKIP_LOGITS: False})
-
-    patches.forward(base, forward)
 
 
 def _reason_against_setup(device: str, interpreted: bool) -> str | None:
@@ -145,8 +105,27 @@ def _reason_against_setup(device: str, interpreted: bool) -> str | None:
     return None
 
 
-def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> LigerUse:
-    """Apply the available parts of those requested; raise AlstError for one requested by name that is not."""
+def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: PatchSet) -> LigerUse:
+    """Apply Liger's kernels as set in ``alst.liger_kernel``, on this rank, before any other patch of the modules.
+
+    The reason against them is reported for ``"auto"`` and raised for parts requested by name. MLPs that
+    ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: its tiles keep more than the closed form's.
+
+    Args:
+        spec: the model.
+        config: this package's config.
+        device: device type of the engine.
+        patches: undoes everything.
+
+    Raises:
+        SetupError: Liger cannot run here.
+        UnsupportedModelError: it does not support the model, or a part of it.
+    """
+    base, value, loss = spec.model, config.alst.liger_kernel, config.tiled_loss()
+    if loss is not None and loss.backend == "liger":
+        check_liger_runs("alst.tiled_logits_loss", device)
+    if value is False:
+        return LigerUse("off")
     block = value if isinstance(value, LigerConfig) else LigerConfig()
     # By part, the key that makes it an error if the part is not available.
     asked = {part: f"{_KEY}.{part}" for part, wanted in block if wanted}
@@ -163,28 +142,30 @@ def _use(base: torch.nn.Module, value: Any, device: str, patches: PatchSet) -> L
         return unused(reason, SetupError)
     if any(param.dtype == torch.float64 for param in base.parameters()):
         return unused("the model is fp64, and Liger's kernels compute in fp32")
-    makes_loss = block.fused_linear_cross_entropy is not False
     # Its own forward may be Liger's too, for the loss.
     inner = [module for module in base.modules() if module is not base]
     if any(is_ligers(module) or is_ligers(vars(module).get("forward")) for module in inner):
-        return LigerUse("the model was patched by Liger before, and is left as it is", makes_loss)
+        return LigerUse("the model was patched by Liger before, and is left as it is")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type not in FAMILIES:
         if asked.keys() == {_LOSS}:
-            return LigerUse("the loss alone", makes_loss)
+            return LigerUse("the loss alone")
         return unused(f"model_type={model_type!r} is none of Liger's families", hint=nearest(str(model_type), FAMILIES))
     # This package computes the loss in tiles. Where the families have geglu, swiglu speaks for it.
     wanted = {**dict(block), "cross_entropy": False, _LOSS: False}
     if block.geglu is None:
         wanted["geglu"] = block.swiglu
+    in_tiles = config.alst.tiled_mlp_compute is not None and "swiglu" not in asked
     try:
-        counts, refused = _patch(base, FAMILIES[model_type], wanted, patches)
+        counts, refused = _patch(
+            base, FAMILIES[model_type], wanted, _GATED - asked.keys() if in_tiles else set(), patches
+        )
     # Liger's functions raise many types of errors.
     except Exception as error:
         return unused(f"Liger's function for {model_type} stopped with {type(error).__name__}: {error}")
-    return LigerUse(_describe(type(base).__name__, counts, refused, asked), makes_loss)
+    return LigerUse(_describe(spec.name, counts, refused, asked))
 
 
 def _describe(model: str, counts: Counter[str], refused: dict[str, str], asked: dict[str, str]) -> str:
@@ -207,18 +188,18 @@ def _describe(model: str, counts: Counter[str], refused: dict[str, str], asked: 
 # --- Liger's patch of a family, on one model
 
 
-def is_ligers(thing: Any) -> bool:
-    """Return True if a function, a method, or an object's class comes from Liger."""
-    return (getattr(thing, "__module__", None) or "").split(".")[0] == "liger_kernel"
-
-
 def _patch(
-    model: torch.nn.Module, apply: Callable[..., None], wanted: Mapping[str, bool | None], patches: PatchSet
+    model: torch.nn.Module,
+    apply: Callable[..., None],
+    wanted: Mapping[str, bool | None],
+    in_tiles: Set[str],
+    patches: PatchSet,
 ) -> tuple[Counter[str], dict[str, str]]:
     """Patch a model by Liger's function for its family, but for the parts that one of its modules does not fit.
 
     Returns:
-        The number of patched modules by part, and the reasons against the parts left out.
+        The number of patched modules by part, and the reasons against the parts left out, of which those ``in_tiles``
+        are left out of modules with Linears: stacked experts have no closed form.
     """
     parameters = inspect.signature(apply).parameters
     changes = _changes(model, apply, {name: value for name, value in wanted.items() if name in parameters})
@@ -230,17 +211,21 @@ def _patch(
             if _part_of(now) == "rope" and isinstance(now, FunctionType) and name in function.__code__.co_names
         }
 
-    found, refused = [], {}
+    found, tiled, refused = [], {}, {}
     for name, module in model.named_modules():
         own = [*changes.get(id(vars(module)), ()), *changes.get(id(module._modules), ())]
         forward = with_names(type(module).forward, names_for)
         calls_rope = forward is not type(module).forward
         part = "rope" if calls_rope else next(filter(None, (_part_of(now) for *_, now in own)), None)
         # Functions of composite models use those of other families, by their defaults.
-        if part is not None and wanted[part] is not False:
+        if part is None or wanted[part] is False:
+            continue
+        if reason := _reason_against(name, module, part):
+            refused.setdefault(part, reason)
+        elif part in in_tiles and any(isinstance(each, torch.nn.Linear) for each in module.children()):
+            tiled[part] = _IN_TILES
+        else:
             found.append((part, module, forward if calls_rope else None, own))
-            if reason := _reason_against(name, module, part):
-                refused.setdefault(part, reason)
     counts: Counter[str] = Counter()
     for part, module, forward, own in found:
         if part not in refused:
@@ -249,7 +234,7 @@ def _patch(
                 patches.forward(module, forward)
             for change in own:
                 patches.entry(*change)
-    return counts, refused
+    return counts, tiled | refused
 
 
 def _changes(

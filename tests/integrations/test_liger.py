@@ -26,7 +26,7 @@ from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, ShapeError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_liger import use_liger
+from deepspeed_alst.integrations.hf_liger import apply_liger, use_liger
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.loss import OnTheWay, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
@@ -289,7 +289,7 @@ def _patched_errors(model_type: str, parts: Any, checkpointing: bool, tiled: boo
     with PatchSet() as undo, faithful_liger() as traffic:
         for module, name in ((swiglu, "swiglu_forward"), (geglu, "geglu_forward")):
             undo.enter_context(mock.patch.object(module, name, counting(getattr(module, name))))
-        words = use_liger(ModelSpec(model), liger_keys(parts), "cpu", None, undo).words
+        words = apply_liger(ModelSpec(model), liger_keys(parts), "cpu", undo).words
         if tiled:
             tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=4), lambda module: None, undo)
         found = error(grads_of(model))
@@ -391,10 +391,10 @@ def _all_families() -> tuple[dict[str, str], dict[str, list[str]]]:
             continue
         # What a function of Liger's imports is there before, to be compared.
         with PatchSet() as undo:
-            use_liger(ModelSpec(model), liger_keys({}), "cuda", None, undo)
+            apply_liger(ModelSpec(model), liger_keys({}), "cuda", undo)
         before = _state_of(model)
         with PatchSet() as undo:
-            said[model_type] = use_liger(ModelSpec(model), liger_keys({}), "cuda", None, undo).words
+            said[model_type] = apply_liger(ModelSpec(model), liger_keys({}), "cuda", undo).words
         left[model_type] = _left_behind(before)
     return said, left
 
@@ -420,11 +420,10 @@ def test_every_family_that_liger_knows(interpreted):
     assert works["gemma3"].startswith("geglu (2), layer_norm (5), rms_norm (14), rope (2) in")
 
 
-def _words_of(model: Any, parts: Any) -> str:
+def _words_of(model: Any, parts: Any, **others: Any) -> str:
     with PatchSet() as undo:
-        return use_liger(
-            ModelSpec(_model(model) if isinstance(model, str) else model), liger_keys(parts), "cuda", None, undo
-        ).words
+        spec = ModelSpec(_model(model) if isinstance(model, str) else model)
+        return apply_liger(spec, liger_keys(parts, **others), "cuda", undo).words
 
 
 @pytest.mark.parametrize(
@@ -446,6 +445,32 @@ def test_only_what_is_asked_for_and_what_a_family_has(interpreted, model_type, p
     assert interpreted.run(_as_on_a_gpu, _words_of, model_type, parts).startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "parts", "words"),
+    [
+        (
+            "llama",
+            "auto",
+            "rms_norm (5), rope (2) in LlamaForCausalLM; not swiglu: in tiles, this package's closed form",
+        ),
+        ("llama", {"rope": False}, "rms_norm (5) in LlamaForCausalLM; not swiglu: in tiles"),
+        ("gemma", {}, "rms_norm (5), rope (2) in GemmaForCausalLM; not geglu: in tiles"),
+        ("llama", True, "rms_norm (5), rope (2), swiglu (2) in LlamaForCausalLM"),
+        ("llama", {"swiglu": True}, "rms_norm (5), rope (2), swiglu (2) in LlamaForCausalLM"),
+        ("gemma", {"swiglu": True}, "geglu (2), rms_norm (5), rope (2) in GemmaForCausalLM"),
+        ("gemma", {"geglu": True}, "geglu (2), rms_norm (5), rope (2) in GemmaForCausalLM"),
+        ("mixtral", "auto", "rms_norm (5), rope (2), swiglu (2) in MixtralForCausalLM"),  # no closed form of experts
+    ],
+)
+def test_gated_mlps_in_tiles_keep_the_closed_form_unless_ligers_is_asked_for(interpreted, model_type, parts, words):
+    found = interpreted.run(_as_on_a_gpu, _words_in_tiles, model_type, parts)
+    assert found.startswith(words) and ("closed form" in found) == ("in tiles" in words), found
+
+
+def _words_in_tiles(model_type: str, parts: Any) -> str:
+    return _words_of(model_type, parts, tiled_mlp_compute=True)
+
+
 def _other_models() -> None:
     from transformers.models.llama import modeling_llama
 
@@ -454,7 +479,7 @@ def _other_models() -> None:
     model, batch = _model("llama"), family_batch(5, 1)
     names = {name: vars(modeling_llama)[name] for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
     with PatchSet() as undo, faithful_liger() as traffic:
-        use_liger(ModelSpec(model), liger_keys(True), "cpu", None, undo)
+        apply_liger(ModelSpec(model), liger_keys(True), "cpu", undo)
         assert all(vars(modeling_llama)[name] is value for name, value in names.items())
         other, copied = _model("llama"), copy.deepcopy(model)
         expected = other(**batch).loss
@@ -565,7 +590,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
     model = _model("llama")
     for parts in ("auto", {}, {"rope": False}):
         with PatchSet() as undo:
-            words = use_liger(ModelSpec(model), liger_keys(parts), "cpu", None, undo).words
+            words = apply_liger(ModelSpec(model), liger_keys(parts), "cpu", undo).words
         assert words.startswith("not used: Liger's kernels need a GPU, and the engine is on cpu")
     for keys, name in (
         ({"liger_kernel": True}, r"alst\.liger_kernel"),
@@ -574,7 +599,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
         ({"tiled_logits_loss": "liger"}, r"alst\.tiled_logits_loss"),
     ):
         with PatchSet() as undo, pytest.raises(SetupError, match=f"{name}: .* GPU.* TRITON_INTERPRET=1"):
-            use_liger(ModelSpec(model), parse({"alst": keys}), "cpu", None, undo)
+            apply_liger(ModelSpec(model), parse({"alst": keys}), "cpu", undo)
     if not torch.cuda.is_available():
         with PatchSet() as undo, pytest.raises(SetupError, match="GPU"):
             tile_loss(ModelSpec(model), TiledLossConfig(backend="liger"), ForwardContext(), lambda module: None, undo)
@@ -704,8 +729,8 @@ def _loss_keys(keys: dict, sp_size: int) -> dict:
 @pytest.mark.parametrize(
     ("keys", "sp_size", "liger", "loss"),
     [
-        ({"liger_kernel": "auto"}, 2, "not used: TRITON_INTERPRET is set", "Linear, tiles of 1024 MiB; by Triton's"),
-        ({"liger_kernel": "auto"}, 1, "not used: TRITON_INTERPRET is set", "off"),
+        ({"liger_kernel": "auto"}, 2, "not used: Liger's kernels need a GPU", "Linear, tiles of 1024 MiB; by Triton's"),
+        ({"liger_kernel": "auto"}, 1, "not used: Liger's kernels need a GPU", "off"),
         ({"tiled_logits_loss": "liger", "liger_kernel": False}, 2, "off", "Linear, tiles of 1024 MiB; by Liger's"),
     ],
 )
