@@ -12,7 +12,7 @@ from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
 from deepspeed_alst.sequence_parallel.session import Session
-from deepspeed_alst.verification.run_model_check import ModelCheck
+from deepspeed_alst.verification.verify_model import ModelCheck
 
 if TYPE_CHECKING:
     from deepspeed_alst.integrations.hf_upstream import UpstreamProgram

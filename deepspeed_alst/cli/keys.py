@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from deepspeed_alst.cli.schema import json_schema
 
-SUMMARY = "reference of the keys in Markdown: type, default, meaning"
-EXAMPLES = "  ds_alst keys > configuration.md"
 _HEAD = """# Configuration
 
 The keys of a ds_config by their paths; `ds_alst keys` prints this page. For completion and checks in an editor, add

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from deepspeed_alst.errors import SetupError
+from deepspeed_alst.errors import ConfigError, SetupError
 
 _LOOK_SECONDS = 0.2
 # Marker of lines that are also shown on the terminal.
@@ -47,6 +47,22 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
             remove_shared_memory(port)
     if process.returncode:
         raise SetupError(f"{_reason(log)} (exit status {process.returncode}; all of it is in {log})")
+
+
+def with_file(program: list[str], path: str) -> list[str]:
+    """Replace a program's ds_config: ``--deepspeed JSON`` or ``--deepspeed_config JSON``, also with ``=``.
+
+    Raises:
+        ConfigError: the program has no such option.
+    """
+    for place, word in enumerate(program):
+        key, equals, value = word.partition("=")
+        # Without a value, --deepspeed is DeepSpeed's own switch beside --deepspeed_config JSON.
+        following = value if equals else next(iter(program[place + 1 :]), "-")
+        if key in ("--deepspeed", "--deepspeed_config") and not following.startswith("-"):
+            found = [f"{key}={path}"] if equals else [key, path]
+            return [*program[:place], *found, *program[place + len(found) :]]
+    raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
 
 
 def _reason(log: Path) -> str:

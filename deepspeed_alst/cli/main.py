@@ -1,17 +1,40 @@
-"""``ds_alst``: dispatches to the module of the requested command.
+"""``ds_alst``: the options of its commands; each is ``run(arguments) -> exit status`` in the module of its name.
 
-Each has SUMMARY, EXAMPLES, run(arguments) -> exit status and, if it has options, add_arguments(parser). Heavy imports
-(torch, deepspeed, transformers) belong in run: --help stays fast, and commands fail independently.
+Only the module asked for is imported, for it may load torch and transformers: --help stays fast, and commands fail
+independently.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from deepspeed_alst.cli import keys, plan, report, schema, verify
 from deepspeed_alst.errors import AlstError
 
 _ERROR_STATUS = 2  # same as argparse
+_COMMANDS = {
+    "report": (
+        "the environment that a run would have, with a verdict for each part of it and what to do",
+        """  ds_alst report
+  ds_alst report --ds_config ds.json --num_gpus 8
+  ds_alst report --nvme_path /mnt/nvme --json""",
+    ),
+    "verify": (
+        "train with sequence parallelism and without, on the same samples, and say how far apart the two are",
+        """  ds_alst verify --ds_config ds.json --model meta-llama/Llama-3.1-8B
+  ds_alst verify --ds_config ds.json --model ./config.json --num_gpus 2
+  ds_alst verify --ds_config ds.json -- train.py --deepspeed ds.json --max_steps 5""",
+    ),
+    "plan": (
+        "how long a sequence fits into a machine's memory, where the bytes go, and what binds",
+        """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
+  ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json""",
+    ),
+    "keys": ("reference of the keys in Markdown: type, default, meaning", "  ds_alst keys > configuration.md"),
+    "schema": ("JSON Schema of the keys, for editors", "  ds_alst schema > alst.schema.json"),
+}
+"""Summary and examples of each command."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -23,24 +46,54 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: the command's own, or 2 for an AlstError.
     """
+    arguments = _parser().parse_args(words)
+    try:
+        return importlib.import_module(f"deepspeed_alst.cli.{arguments.command}").run(arguments)
+    except AlstError as error:
+        print(f"ds_alst {arguments.command}: {error}", file=sys.stderr)
+        return _ERROR_STATUS
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds_alst", description="What one wants to know before a long run.")
     version = f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for module in (report, verify, plan, keys, schema):
-        command = commands.add_parser(
-            module.__name__.rpartition(".")[2],
-            help=module.SUMMARY,
-            description=module.SUMMARY,
-            epilog=f"examples:\n{module.EXAMPLES}",
+    report, verify, plan, *_ = (
+        commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if hasattr(module, "add_arguments"):
-            module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(words)
-    try:
-        return arguments.run(arguments)
-    except AlstError as error:
-        print(f"ds_alst {arguments.command}: {error}", file=sys.stderr)
-        return _ERROR_STATUS
+        for name, (summary, examples) in _COMMANDS.items()
+    )
+    add = report.add_argument
+    add("--json", action="store_true", help="print the rows as JSON: name, value, verdict, remedy")
+    add("--nvme_path", default="", metavar="FOLDER", help="measure this folder's disk, with 256 MiB")
+    add("--ds_config", metavar="JSON", help="also check the keys of this ds_config")
+    add("--num_gpus", type=int, metavar="N", help="the ranks that --ds_config is checked for")
+    add = verify.add_argument
+    add("--ds_config", required=True, metavar="JSON", help="the ds_config to verify")
+    add("--model", help="a config.json, a folder or a hub name; a small model of its kind is trained")
+    add("--full", action="store_true", help="train the model itself; with the folder's weights, if any")
+    add(
+        "--num_gpus", type=int, help="ranks; fewer than the file's all share a sequence; default: all GPUs, or 2 on CPU"
+    )
+    add("--seq_len", type=int, default=203, help="tokens of a sample (203)")
+    add("--steps", type=int, default=5, help="optimizer steps (5)")
+    add("--data", default="", help=".jsonl with input_ids, labels; default: random tokens")
+    add("--attn_implementation", default="sdpa", help="the model's attention (sdpa)")
+    add("--output", type=Path, default=Path("runs/verify"), help="folder of results (runs/verify)")
+    add("program", nargs="*", help="-- train.py --deepspeed ds.json ...: your program, instead of --model")
+    add = plan.add_argument
+    add("--model", required=True, help="a config.json, a folder or a hub name")
+    add("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
+    add("--num_gpus", type=int, default=8, help="all of them (8)")
+    add("--gpu_memory", type=float, default=80, help="GiB of one (80)")
+    add("--host_memory", type=float, default=1800, help="GiB of one host (1800)")
+    add("--gpus_per_host", type=int, default=8, help="of those of --num_gpus (8)")
+    add("--seq_len", type=int, help="tokens of a sequence; default: as many as fit")
+    add("--json", action="store_true", help="print JSON")
+    return parser

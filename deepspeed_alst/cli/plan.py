@@ -1,28 +1,43 @@
 """``ds_alst plan``: longest sequence that fits, memory by category and the binding limit, for any machine.
 
-One layer runs on tensors without data to count bytes per token (layer_memory.py); the rest is arithmetic. Covers
-decoders in half precision with checkpointed layers. Legend: N parameters, P = sp_size, s tokens of a rank's shard.
+One layer runs on tensors without data to count bytes per token; the rest is arithmetic. Covers decoders in half
+precision with checkpointed layers. Legend: N parameters, P = sp_size, s tokens of a rank's shard.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from deepspeed_alst.cli.report import problems, read_json
 from deepspeed_alst.config.compatibility import value_at, zero_stage
 from deepspeed_alst.config.parse import block_of, parse
-from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import AlstError, ConfigError, UnsupportedModelError
+from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
+from deepspeed_alst.profiler.fake import Known, fake_world
+from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.tiling.tiled_loss import tile_loss
+from deepspeed_alst.tiling.tiled_mlp import tile_mlps
+from deepspeed_alst.verification.hf_parity_trial import numel
+from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config
 
-SUMMARY = "how long a sequence fits into a machine's memory, where the bytes go, and what binds"
-EXAMPLES = """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
-  ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json"""
 _GIB = 2**30
 # Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU, which no allocator reports.
 _RESERVED = 3 * _GIB
 _STATES = {"adam": 8, "adamw": 8, "fusedadam": 8, "adagrad": 4, "lion": 4, "sgd": 0}
 """Bytes of optimizer state per element, in fp32."""
+_TOKENS = (32768, 65536)  # of the two measurements of a linear fit: more than any tile has
 Sizes = dict[str, float]
 """Bytes by category."""
 
@@ -78,26 +93,12 @@ class Plan:
         return "host" if sum(self.host.values()) > machine.host_bytes else ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``ds_alst plan``."""
-    parser.add_argument("--model", required=True, help="a config.json, a folder or a hub name")
-    parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
-    parser.add_argument("--num_gpus", type=int, default=8, help="all of them (8)")
-    parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one (80)")
-    parser.add_argument("--host_memory", type=float, default=1800, help="GiB of one host (1800)")
-    parser.add_argument("--gpus_per_host", type=int, default=8, help="of those of --num_gpus (8)")
-    parser.add_argument("--seq_len", type=int, help="tokens of a sequence; default: as many as fit")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 0 if the sequence fits, 1 if it does not.
 
     Raises:
         AlstError: the ds_config or the model cannot be planned for.
     """
-    from deepspeed_alst.cli.layer_memory import measure
-
     ds_config = read_json(arguments.ds_config)
     if lines := problems(ds_config, arguments.num_gpus):
         raise ConfigError("\n".join(lines))
@@ -123,10 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
             "kept a token and layer": layer.kept,
         }
         print(json.dumps(said, indent=1))
-        return int(not fits)
-    _print(plan, machine, P)
-    print(f"The longest that fits has {most.tokens * P:,} tokens; the {binding}'s memory binds.")
-    print("" if fits else "This one does not fit.")
+    else:
+        _print(plan, machine, P)
+        print(f"The longest that fits has {most.tokens * P:,} tokens; the {binding}'s memory binds.")
+        print("" if fits else "This one does not fit.")
     return int(not fits)
 
 
@@ -136,8 +137,6 @@ def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -
     ZeRO's arithmetic (arXiv 1910.02054, section 3): gradients are sharded from stage 2, weights from stage 3, optimizer
     states from stage 1.
     """
-    from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets  # torch
-
     stage, N, num_gpus = zero_stage(ds_config), model.num_params, machine.num_gpus
     half = any(value_at(ds_config, f"{dtype}.enabled") for dtype in ("bf16", "fp16"))
     width = 2 if half else 4
@@ -200,18 +199,100 @@ def longest(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: M
 
 
 def _print(plan: Plan, machine: Machine, sp_size: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} on each of {sp_size} ranks")
-    for column in ("", "GiB per GPU", "GiB per host"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in dict.fromkeys((*plan.device, *plan.host)):
-        sizes = (each.get(name) for each in (plan.device, plan.host))
-        table.add_row(name, *("" if size is None else f"{size / _GIB:,.1f}" for size in sizes))
-    table.add_section()
-    table.add_row("sum", *(f"{sum(each.values()) / _GIB:,.1f}" for each in (plan.device, plan.host)))
-    table.add_row("available", *(f"{size / _GIB:,.1f}" for size in (machine.gpu_bytes, machine.host_bytes)))
-    Console().print(table)
+    print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} on each of {sp_size} ranks")
+    rows = {name: (plan.device.get(name), plan.host.get(name)) for name in {**plan.device, **plan.host}}
+    rows["sum"] = sum(plan.device.values()), sum(plan.host.values())
+    rows["available"] = machine.gpu_bytes, machine.host_bytes
+    print(f"{'':28}{'GiB per GPU':>14}{'GiB per host':>14}")
+    for name, sizes in rows.items():
+        print(f"{name:28}" + "".join(f"{'' if size is None else f'{size / _GIB:,.1f}':>14}" for size in sizes))
     if plan.disk:
         print(f"{plan.disk / _GIB:,.1f} GiB of layers' inputs per host go to nvme_path.")
+
+
+# --- one layer on tensors without data
+
+
+def measure(name: str, keys: AlstConfig) -> tuple[Model, Layer]:
+    """Return a model's sizes, and the bytes of one layer on one of P ranks with the ds_config's tiles."""
+    whole = load_config(name, small=False).get_text_config()
+    num_layers = getattr(whole, "num_hidden_layers", 0)
+    if not num_layers:
+        raise ConfigError(f"--model {name}: num_hidden_layers is not in its config")
+    one, two = (_with_layers(whole, count) for count in (1, 2))
+    largest = max(numel(causal_lm, two) - numel(causal_lm, one), whole.vocab_size * whole.hidden_size)
+    a, b = _TOKENS
+    (few_in, few_out, few_kept), (many_in, many_out, _) = (bytes_of(one, keys, tokens) for tokens in _TOKENS)
+    *_, two_kept = bytes_of(two, keys, a)
+    slope, loss_slope = (many_in - few_in) / (b - a), max(0.0, (many_out - few_out) / (b - a))
+    return Model(numel(causal_lm, whole), num_layers, largest), Layer(
+        fixed=max(0.0, few_in - slope * a),
+        a_token=slope,
+        loss_fixed=max(0.0, few_out - loss_slope * a),
+        loss_a_token=loss_slope,
+        kept=(two_kept - few_kept) / a,
+    )
+
+
+def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]:
+    """Measure one rank's peaks in layers and outside and what it keeps for the backward, beside weights and gradients.
+
+    The model runs in bf16 with checkpointed layers; ``tokens`` are s.
+
+    Raises:
+        UnsupportedModelError: the model does not run without data.
+    """
+    counts = (getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
+    experts = next((count for count in counts if count), 1)
+    per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts > 1 else 0
+    try:
+        with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
+            model, calls = causal_lm(config).train(), ForwardContext()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+            spec = ModelSpec(model)
+            patch_model(spec, dist.group.WORLD, patches, calls)
+            use_liger_without_data(spec, keys, patches)  # as on a GPU
+            if keys.alst.tiled_mlp_compute is not None:
+                tile_mlps(spec, keys.alst.tiled_mlp_compute, lambda module: None, patches)
+            if (loss := keys.tiled_loss()) is not None:
+                tile_loss(spec, loss, calls, lambda module: None, patches)
+            ids = torch.arange(tokens).remainder(config.vocab_size)[None]
+            batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
+            with Known(tokens, per_expert):
+                # Not measured: patches may still set themselves up in the first step.
+                model(**batch, use_cache=False).loss.backward()
+                model.zero_grad()
+                return _peaks(model, batch)
+    except Exception as error:
+        if isinstance(error, AlstError):
+            raise
+        raise UnsupportedModelError(
+            f"this model cannot be planned for: on tensors without data it raises {type(error).__name__}: "
+            f"{str(error).splitlines()[0][:100]}"
+        ) from error
+
+
+def _peaks(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+    def beside_weights(sample: Any) -> int:
+        return int(sample.total - sample.bytes["weights"] - sample.bytes["gradients"])
+
+    with Ledger(model) as ledger:
+        loss = model(**batch, use_cache=False).loss
+        kept = beside_weights(ledger.timeline[-1])
+        loss.backward()
+    layers = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList))
+    peaks = {True: 0, False: 0}
+    for sample in ledger.timeline:
+        inside = sample.moment.module.startswith(layers)
+        peaks[inside] = max(peaks[inside], beside_weights(sample))
+    return peaks[True], peaks[False], kept
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    """Return a config with layers of the last layer's kind, which usually attends to the whole sequence."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[-1:] * count
+    return config

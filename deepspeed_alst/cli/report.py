@@ -26,10 +26,6 @@ from deepspeed_alst.config.schema import AlstBlockConfig
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 
-SUMMARY = "the environment that a run would have, with a verdict for each part of it and what to do"
-EXAMPLES = """  ds_alst report
-  ds_alst report --ds_config ds.json --num_gpus 8
-  ds_alst report --nvme_path /mnt/nvme --json"""
 ROW_MARK = "ds_alst report: "  # begins the probe's lines; other packages write to stdout too
 
 # Like a user's program, it imports nothing of this package: only torch's entry points may load it.
@@ -69,14 +65,6 @@ class Row(NamedTuple):
     verdict: Verdict = "ok"
     """``note``: a run works, with reduced speed or features. ``problem``: it fails, or deviates from the ds_config."""
     remedy: str = ""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``ds_alst report``."""
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON: name, value, verdict, remedy")
-    parser.add_argument("--nvme_path", default="", metavar="FOLDER", help="measure this folder's disk, with 256 MiB")
-    parser.add_argument("--ds_config", metavar="JSON", help="also check the keys of this ds_config")
-    parser.add_argument("--num_gpus", type=int, metavar="N", help="the ranks that --ds_config is checked for")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,8 +7,6 @@ from typing import Any
 from deepspeed_alst.config.config_file import TOP_KEYS
 from deepspeed_alst.config.schema import BLOCKS, SWITCHES, AlstConfig
 
-SUMMARY = "JSON Schema of the keys, for editors"
-EXAMPLES = "  ds_alst schema > alst.schema.json"
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,51 +1,69 @@
 """``ds_alst verify``: compare training under a ds_config with training without sequence parallelism.
 
 Runs ALST's own check (arXiv 2506.13996, section 5.4): DP = n, SP = 1, accumulation 1 against SP = n, accumulation n,
-with the same samples in a step.
+with the same samples in a step. A tensor's difference is the norm of the difference over the norm.
 """
 
 import argparse
-import copy
 import json
+import math
+import os
 import shutil
+import statistics
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed_alst.cli.launch import launch, num_gpus
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from deepspeed_alst.cli.launch import launch, num_gpus, with_file
 from deepspeed_alst.cli.report import problems, read_json
 from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, is_wanted
 from deepspeed_alst.config.parse import GAS, MICRO, block_of
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
+from deepspeed_alst.profiler.picture import draw_curves
 
-SUMMARY = "train with sequence parallelism and without, on the same samples, and say how far apart the two are"
-EXAMPLES = """  ds_alst verify --ds_config ds.json --model meta-llama/Llama-3.1-8B
-  ds_alst verify --ds_config ds.json --model ./config.json --num_gpus 2
-  ds_alst verify --ds_config ds.json -- train.py --deepspeed ds.json --max_steps 5"""
 _BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
+_HALF_KEYS = ("bf16", "fp16")
 # A default tile would hold a tiny model's whole sequence.
 _SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
 
+Differences = dict[str, dict[str, float]]
+"""Differences of two runs by kind (``KINDS``), then by step, layer or parameter, each in model order."""
+_RECORD = "record-0.pt"
+# Fraction of the global gradient norm below which a gradient is rounding, e.g. of a key bias, which softmax cancels.
+_NOTHING = 1e-4
+# Each of the two half-precision runs deviates by about the measured rounding.
+_SLACK = 3.0
+# Relative difference of a gradient from its half.
+_TELLING = 0.5
+KINDS = {
+    "loss": ("loss", 1e-4, 5e-3),
+    "norm": ("gradient norm", 3e-4, 3e-2),
+    "layers": ("layers' outputs, first sample", 3e-4, 5e-2),
+    "gradients": ("gradients, first step", 3e-4, 1e-1),
+    "changes": ("weights' change, all steps", 3e-3, 2e-1),
+}
+"""Compared quantities: name in the table, largest difference that is rounding in fp32, and in half precision without a
+run in fp32 to measure it."""
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``ds_alst verify``."""
-    parser.add_argument("--ds_config", required=True, metavar="JSON", help="the ds_config to verify")
-    parser.add_argument("--model", help="a config.json, a folder or a hub name; a small model of its kind is trained")
-    parser.add_argument("--full", action="store_true", help="train the model itself; with the folder's weights, if any")
-    parser.add_argument(
-        "--num_gpus",
-        type=int,
-        help="ranks, which all share a sequence if they are fewer than the file's; default: all GPUs, or 2 on CPU",
-    )
-    parser.add_argument("--seq_len", type=int, default=203, help="tokens of a sample (203)")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (5)")
-    parser.add_argument("--data", default="", help=".jsonl with input_ids, labels; default: random tokens")
-    parser.add_argument("--attn_implementation", default="sdpa", help="the model's attention (sdpa)")
-    parser.add_argument("--output", type=Path, default=Path("runs/verify"), help="folder of results (runs/verify)")
-    parser.add_argument(
-        "program", nargs="*", help="-- train.py --deepspeed ds.json ...: your program, instead of --model"
-    )
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of difference."""
+
+    what: str
+    difference: float
+    place: str
+    allowed: float
+    missed: tuple[str, ...]
+    """Places where the difference exceeds rounding, in model order."""
+    num_hidden: int = 0
+    """Number of places where rounding may hide a factor of two."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,36 +72,32 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         AlstError: the comparison cannot be made.
     """
-    start = time.monotonic()
-    if bool(arguments.model) == bool(arguments.program):
+    start, program = time.monotonic(), arguments.program
+    if bool(arguments.model) == bool(program):
         raise ConfigError("verify: give either --model CONFIG, or your program: -- train.py --deepspeed ds.json ...")
     world_size = arguments.num_gpus or num_gpus() or 2
     sp_size, runs = configs_of(read_json(arguments.ds_config), world_size)
     output = arguments.output.absolute()
     for name in (*runs, _ROUNDING):  # of an earlier comparison; other files stay
         shutil.rmtree(output / name, ignore_errors=True)
-    if arguments.program:
-        programs = {name: with_file(arguments.program, str(output / name / "ds_config.json")) for name in runs}
+    if program:
+        programs = {name: with_file(program, str(output / name / "ds_config.json")) for name in runs}
     else:
         runs = {name: _plain(ds_config, output, small=not arguments.full) for name, ds_config in runs.items()}
-        half = any((runs[_BASELINE].get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
-        if half and not arguments.full:
-            half_keys = ("bf16", "fp16", "data_types")
-            runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in half_keys}
+        if _is_half(runs[_BASELINE]) and not arguments.full:
+            left_out = (*_HALF_KEYS, "data_types")
+            runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in left_out}
     for name, ds_config in runs.items():
         (output / name).mkdir(parents=True)
         (output / name / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
-    if arguments.program:
-        for name, program in programs.items():
-            words = ["deepspeed_alst.cli.trial", str(output / name), str(arguments.steps), *program]
-            launch(["--module", *words], world_size, output / f"{name}.log")
+    trial = ["--module", "deepspeed_alst.cli.trial"]
+    if program:
+        for name, words in programs.items():
+            launch([*trial, str(output / name), str(arguments.steps), *words], world_size, output / f"{name}.log")
     else:
-        spec = {key: value for key, value in vars(arguments).items() if key not in ("run", "output")}
+        spec = {key: value for key, value in vars(arguments).items() if key != "output"}
         (output / "spec.json").write_text(json.dumps(spec | {"runs": list(runs)}))
-        launch(["--module", "deepspeed_alst.cli.trial", str(output)], world_size, output / "run.log")
-
-    from deepspeed_alst.cli.verdict import judge, show  # torch, rich
-
+        launch([*trial, str(output)], world_size, output / "run.log")
     rows = judge(output, *runs, sp_size=sp_size)
     lengths = f"{world_size} ranks; {arguments.steps} steps; {time.monotonic() - start:.0f} s"
     return show(rows, output, list(runs), lengths)
@@ -92,9 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[str, dict[str, Any]]]:
     """Return the SP degree to verify and the ds_config of each run by name, the baseline first.
 
-    Args:
-        ds_config: the user's.
-        world_size: number of ranks; if fewer than the SP degree, all of them share a sequence.
+    Fewer ranks than the file's SP degree all share a sequence.
 
     Raises:
         ConfigError: the file is invalid, accumulation is no multiple of the SP degree, or there is nothing to verify.
@@ -117,7 +129,8 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         )
     if world_size % sp_size:
         raise ConfigError(f"sequence_parallel_size={wanted} does not divide {world_size} ranks; choose --num_gpus")
-    split, whole = copy.deepcopy(ds_config), copy.deepcopy(ds_config)
+    split = dict(ds_config)
+    whole = {key: value for key, value in ds_config.items() if key not in ("alst", DTYPE, *TOP_KEYS)}
     if (accumulation := ds_config.get(GAS, wanted)) != "auto":
         if accumulation % wanted:
             raise ConfigError(
@@ -128,29 +141,7 @@ def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[st
         for each in (whole, split):
             each.pop("train_batch_size", None)
     split["sequence_parallel_size"], whole["sequence_parallel_size"] = sp_size, 1
-    for key in ("alst", DTYPE, *TOP_KEYS):
-        whole.pop(key, None)
-    name = f"SP {sp_size}" if sp_size > 1 else "with alst"
-    return sp_size, {_BASELINE: whole, name: split}
-
-
-def with_file(program: list[str], path: str) -> list[str]:
-    """Replace a program's ds_config: ``--deepspeed JSON`` or ``--deepspeed_config JSON``, also with ``=``.
-
-    Raises:
-        ConfigError: the program has no such option.
-    """
-    for place, word in enumerate(program):
-        key, equals, _ = word.partition("=")
-        if key not in ("--deepspeed", "--deepspeed_config"):
-            continue
-        if equals:
-            return [*program[:place], f"{key}={path}", *program[place + 1 :]]
-        # Without a value, --deepspeed is DeepSpeed's own switch beside --deepspeed_config JSON.
-        following = program[place + 1 : place + 2]
-        if following and not following[0].startswith("-"):
-            return [*program[: place + 1], path, *program[place + 2 :]]
-    raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
+    return sp_size, {_BASELINE: whole, f"SP {sp_size}" if sp_size > 1 else "with alst": split}
 
 
 def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, Any]:
@@ -180,5 +171,118 @@ def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, An
 def _without_auto(value: Any) -> Any:
     """Drop the "auto" values that the HF Trainer would fill in."""
     if not isinstance(value, dict):
-        return copy.deepcopy(value)
+        return value
     return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}
+
+
+def _is_half(ds_config: dict[str, Any]) -> bool:
+    return any((ds_config.get(key) or {}).get("enabled") for key in _HALF_KEYS)
+
+
+# --- verdict
+
+
+def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) -> list[Row]:
+    """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
+    found = differences(output / split, output / whole, sp_size)
+    rounding = differences(output / whole, output / others[0], 1) if others else None
+    half = _is_half(json.loads((output / split / "ds_config.json").read_text()))
+    rows = []
+    for kind, (words, *_) in KINDS.items():
+        limits = {place: allowed(kind, place, half, rounding) for place in found[kind]}
+        # `value > limit` would miss NaN.
+        missed = tuple(place for place, value in found[kind].items() if not value <= limits[place])
+        # The largest difference may be allowed where a smaller one is not.
+        named = {place: found[kind][place] for place in missed or found[kind]}
+        place = max(named, key=lambda name: math.inf if math.isnan(named[name]) else named[name], default="")
+        num_hidden = sum(limit > _TELLING for limit in limits.values())
+        rows.append(Row(words, named.get(place, 0.0), place, limits.get(place, 0.0), missed, num_hidden))
+    return rows
+
+
+def differences(run: Path, truth: Path, sp_size: int) -> Differences:
+    """Return the differences of a run of ``sp_size`` ranks per sequence from one without, on the same samples."""
+    ranks, reference = [torch.load(run / f"record-{rank}.pt") for rank in range(sp_size)], torch.load(truth / _RECORD)
+    found: Differences = {}
+    for kind in ("loss", "norm"):
+        steps = enumerate(zip(ranks[0][kind], reference[kind], strict=True), start=1)
+        # DeepSpeed has no norm at stage 0 in fp32.
+        found[kind] = {f"step {step}": abs(a - b) / abs(b) for step, (a, b) in steps if None not in (a, b)}
+    split, found["layers"] = _outputs(ranks), {}
+    for name, tokens in _outputs([reference]).items():
+        # Only one of the runs has padding, and each samples its own tokens of a long sequence.
+        common = sorted(tokens.keys() & split.get(name, {}).keys())
+        if common:
+            a, b = (torch.stack([each[place] for place in common]) for each in (split[name], tokens))
+            found["layers"][name] = float((a - b).norm() / b.norm()) if a.shape == b.shape else math.inf
+    for kind in ("gradients", "changes"):
+        ours, theirs = ranks[0][kind], reference[kind]
+        floor = _NOTHING * math.sqrt(sum(float(each.norm()) ** 2 for each in theirs.values()))
+        found[kind] = {
+            name: float((ours[name] - their).norm()) / max(float(their.norm()), floor) for name, their in theirs.items()
+        }
+    return found
+
+
+def _outputs(ranks: list[dict[str, Any]]) -> dict[str, dict[int, torch.Tensor]]:
+    """Return layer outputs ``[batch, hidden]`` by layer and by position in the whole sequence."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for rank, record in enumerate(ranks):
+        for name, (stride, s, outputs) in record["layers"].items():
+            places = range(rank * s, (rank + 1) * s, stride)
+            found.setdefault(name, {}).update(zip(places, outputs.unbind(1), strict=True))
+    return found
+
+
+def allowed(kind: str, place: str, half: bool, rounding: Differences | None) -> float:
+    """Return the largest difference that counts as rounding, of a kind at a step, layer or parameter.
+
+    ``rounding`` are the differences of a half-precision run without sequence parallelism from the same run in fp32.
+    """
+    if rounding is None:
+        return KINDS[kind][2 if half else 1]
+    values = rounding[kind]
+    # A scalar or a parameter of few elements may agree by chance, and curves cross.
+    usual = (max if kind in ("loss", "norm") else statistics.median)(values.values() or [0.0])
+    return max(_SLACK * max(values.get(place, 0.0), usual), KINDS[kind][1])
+
+
+def first_difference(rows: list[Row]) -> str:
+    """Describe the first difference: forward in layer order, then backward in reverse order."""
+    missed = {row.what: row.missed for row in rows}
+    if layers := missed[KINDS["layers"][0]]:
+        return f"The first layer whose output differs is {layers[0]}."
+    if gradients := missed[KINDS["gradients"][0]]:
+        return f"All layers' outputs agree; in the backward, {gradients[-1]} is the first to differ."
+    return ""
+
+
+def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
+    """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
+    curves = {name: torch.load(output / name / _RECORD)["loss"] for name in names}
+    table = Table(title=f"{names[1]} against {names[0]}: {lengths}")
+    for column in ("", "largest difference", "where", "rounding", "verdict"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        if not row.place:
+            table.add_row(row.what, "-", "-", "-", "not compared: a run has none")
+            continue
+        verdict = f"{len(row.missed)} DIFFER" if row.missed else "ok"
+        verdict += f", {row.num_hidden} hidden by rounding" if row.num_hidden else ""
+        table.add_row(row.what, f"{row.difference:.1e}", row.place, f"<= {row.allowed:.1e}", verdict)
+    console = Console()
+    console.print(table)
+    for name, losses in curves.items():
+        console.print(f"loss, {name}: " + " ".join(f"{loss:.5f}" for loss in losses))
+    if place := first_difference(rows):
+        console.print(place)
+    (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
+    if any(row.num_hidden for row in rows):
+        console.print("What rounding hides is seen in fp32: verify a copy of the file without bf16 or fp16.")
+    try:
+        draw_curves(curves, str(output / "loss.png"))
+        files = "loss.png and verify.json"
+    except ImportError:
+        files = "(no picture: pip install matplotlib) verify.json"
+    console.print(f"{files} are in {os.path.relpath(output)}")
+    return int(any(row.missed for row in rows))

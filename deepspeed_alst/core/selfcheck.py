@@ -56,7 +56,7 @@ def is_equivalent(
         arguments, draw = tree_map(copied, inputs), random_tensors()
         outputs = [x for x in tree_leaves(each(*arguments)) if isinstance(x, torch.Tensor)]
         leaves = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
-        return outputs, torch.autograd.grad(outputs, leaves, [draw(*x.shape).to(x.dtype) for x in outputs])
+        return outputs, torch.autograd.grad(outputs, leaves, [draw(*x.shape).to(x) for x in outputs])
 
     (found, found_grads), (expected, expected_grads) = run(function), run(reference)
     if len(found) != len(expected):

@@ -7,8 +7,7 @@ from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.sequence_parallel.session import Session
-from deepspeed_alst.verification.run_model_check import ModelCheck
-from deepspeed_alst.verification.verify_model import verify_model
+from deepspeed_alst.verification.verify_model import ModelCheck, verify_model
 
 _WHOLE_LOSS = "of the whole sequence on every rank"
 _SHARD_LOSS = (

@@ -30,8 +30,7 @@ from deepspeed_alst.sequence_parallel.hf_backends import TRIAL, keeps_documents_
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from deepspeed_alst.verification.hf_tiny_models import shrink
-from deepspeed_alst.verification.program_code import install_program_code
-from deepspeed_alst.verification.verify_model import check_custom_modules
+from deepspeed_alst.verification.program_code import check_custom_modules, install_program_code
 
 # In fp32 the two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
 _MOST = 3e-4

@@ -7,9 +7,10 @@ unsharded and sharded (model_check.py), and in a tiny model of its kind, where i
 import contextlib
 import functools
 import inspect
+import math
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from deepspeed_alst.core.function_copies import with_objects
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, run_isolated
+from deepspeed_alst.errors import UnsupportedModelError
 
 # Functions that torch.compile puts beside those that it has compiled.
 _COMPILED = ("__compiled_fn_", "__resume_at_")
@@ -30,6 +33,13 @@ _HOOKS = {
     "_backward_pre_hooks": "full_backward_pre",
     "_backward_hooks": "full_backward",
 }
+
+_TOKENS = 7
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_CLOSE_IN_HALF = 5e-2
+_HOOK_CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_HOOK_CLOSE_IN_HALF = 2e-2
+_LARGEST = 2**30  # elements of a gradient
 
 
 @functools.cache
@@ -163,3 +173,96 @@ def _counterpart(small: torch.nn.Module, name: str) -> torch.nn.Module | None:
         else:
             return None
     return module
+
+
+# --- modules of the program's own
+
+
+def custom_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the outermost modules of user-defined classes, by name; the model itself is excluded."""
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and is_programs(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def check_custom_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> None:
+    """Raise UnsupportedModelError if a user-defined module that no tiny model has ``built`` is not token-wise."""
+    tried = {type(module) for module in built.modules()} if built is not None else set()
+    for name, module in custom_modules(model).items():
+        if type(module) not in tried and (problem := run_isolated(_problem, module)):
+            cls = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise UnsupportedModelError(
+                f"{name} is a {cls}, which no trial has seen, and {problem}: under sequence parallelism it would see "
+                "a part of the sequence. Build it in the model's class, so that a small model of the class can be "
+                "tried, or set sequence_parallel_size to 1."
+            )
+
+
+def _problem(module: torch.nn.Module) -> str:
+    """Return why a module is not known to be token-wise, ``[1, S, H] -> [1, S, H']``; empty if it is."""
+    import deepspeed
+
+    training = module.training
+    with torch.random.fork_rng([]), deepspeed.zero.GatheredParameters(list(module.parameters())):
+        weight = next((param for param in module.parameters() if param.dim()), torch.zeros(_TOKENS))
+        # A norm's weight has its input's width; without weights any width works.
+        linears = (each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear))
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            output = module(x)
+            return output[0] if isinstance(output, tuple) else output
+
+        def in_parts(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([run(x[:, :3]), run(x[:, 3:])], dim=1)
+
+        module.eval()
+        try:
+            # Tokens before and after a part must not change its result.
+            x_SH = random_tensors()(1, _TOKENS, next(linears, weight.shape[-1])).to(weight.device, weight.dtype)
+            ulps = round(_CLOSE.get(x_SH.dtype, _CLOSE_IN_HALF) / torch.finfo(x_SH.dtype).eps)
+            return "" if is_equivalent(run, in_parts, (x_SH.requires_grad_(),), ulps, ulps) else "mixes tokens"
+        except Exception as error:
+            return f"cannot be tried by itself ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+        finally:
+            module.train(training)
+
+
+# --- hooks of the program's own on gradients
+
+
+def check_gradient_hooks(model: torch.nn.Module) -> None:
+    """Raise UnsupportedModelError if a user hook on a parameter's gradient does more than mask or scale."""
+    for name, param in model.named_parameters():
+        for hook in list((param._backward_hooks or {}).values()):
+            if is_programs(hook) and not _is_linear(hook, param):
+                raise UnsupportedModelError(
+                    f"{name} has a hook of the program's on its gradient that is not linear (it clips, or scales by "
+                    "what it finds there): under sequence parallelism it would be given the gradient of a shard. Mask "
+                    "or scale by a constant, use gradient_clipping, or set sequence_parallel_size to 1"
+                )
+
+
+def _is_linear(hook: Callable[..., Any], param: torch.nn.Parameter) -> bool:
+    shape = getattr(param, "ds_shape", param.shape)
+    if math.prod(shape) > _LARGEST:
+        return False
+    make = torch.Generator().manual_seed(0)
+    # Integers, whose sum is exact in any dtype; some are large, to trigger clipping.
+    one, other = (
+        torch.randint(-64, 65, shape, generator=make).to(param.device, param.dtype, copy=True) for _ in range(2)
+    )
+    with torch.no_grad(), torch.random.fork_rng([]):
+        try:
+            first, second, both = (_hooked(hook, each) for each in (one, other, one + other))
+        except Exception:  # the hook runs only on the gradients of a step
+            return False
+    close = _HOOK_CLOSE.get(param.dtype, _HOOK_CLOSE_IN_HALF)
+    return bool(((first + second - both).abs() <= close * both.abs().max()).all())
+
+
+def _hooked(hook: Callable[..., Any], grad: torch.Tensor) -> torch.Tensor:
+    grad = grad.clone()
+    changed = hook(grad)
+    return grad if changed is None else changed

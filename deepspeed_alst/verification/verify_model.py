@@ -1,32 +1,36 @@
-"""Verify a model before its attention is patched: by the census's list, a tiny model, and its own modules and hooks.
+"""The two times a model is verified: before its attention is patched, and live before the engine's first forward.
 
-A module of a user-defined class that was put into a built model is in no list and in no tiny model, so it must be
-token-wise: its output for a slice of the tokens is that slice of its output for all. Gradients of a sequence's ranks
-are summed behind hooks on parameters, so these must be linear.
-
-Legend: S tokens, H input features of a module.
+The first is the census's list, or a trial of a tiny model of its kind (hf_parity_trial.py); the second compares the
+model as it is, whole against split (model_check.py), and leaves it bit for bit as it was.
 """
 
-import math
-from collections.abc import Callable
+import contextlib
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
+from deepspeed_alst.distributed.collectives import uncounted
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.verification.program_code import is_programs, program_code
-from deepspeed_alst.verification.verified_models import RIGHT
+from deepspeed_alst.random_draws.model_draws import drop_no_attention
+from deepspeed_alst.verification.model_check import check_live_model
+from deepspeed_alst.verification.program_code import (
+    check_custom_modules,
+    check_gradient_hooks,
+    custom_modules,
+    program_code,
+)
 
-_TOKENS = 7
-_PARTS = (slice(0, 3), slice(3, None))
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_CLOSE_IN_HALF = 5e-2
-_HOOK_CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}
-_HOOK_CLOSE_IN_HALF = 2e-2
-_LARGEST = 2**30  # elements of a gradient
+# DeepSpeed swaps the weights' storage under ZeRO-3; submodules are saved on their own.
+_NOT_SAVED = ("_parameters", "_modules")
 
 
 def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False) -> str:
@@ -44,7 +48,7 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     check_gradient_hooks(spec.outer)
     base = spec.model
     # Modules that were put in are tried by themselves: a tiny model would not have them.
-    put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, _custom_modules(base).values())}
+    put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, custom_modules(base).values())}
     code = () if upstream else tuple(each for each in program_code(spec.outer) if each not in put_in)
     if base.config.model_type in RIGHT and not code:
         check_custom_modules(base, None)
@@ -60,108 +64,232 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     return check_tiny_model(spec, groups, unlisted, code)
 
 
-# --- modules of the program's own
+class ModelCheck:
+    """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
+
+    Args:
+        engine: of a session, whose model's code the trial of a small model has seen.
+        spec: its model.
+    """
+
+    def __init__(self, engine: Any, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._engine, self._checked, self._code = engine, set[bool](), program_code(engine.module)
+
+    def run_once(self) -> None:
+        """Check the model in its mode, unless that was done.
+
+        Raises:
+            UnsupportedModelError: on all ranks, where the model is not right.
+        """
+        model, session = self._engine.module, self._engine.alst
+        if model.training in self._checked:
+            return
+        check_gradient_hooks(model)
+        if not self._checked and program_code(model) != self._code:
+            # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
+            run_isolated(verify_model, self._spec, session.groups)
+        began = time.perf_counter()
+        with (
+            untouched(model),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            session.calls.of_model_check(),
+            uncounted(session.groups.sp_group),
+            PatchSet() as patches,
+        ):
+            drop_no_attention(model, patches)
+            patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
+            summary = check_live_model(self._spec, session.groups, session.calls, torch.device(self._engine.device))
+        _forget_trace(self._engine)
+        self._checked.add(model.training)
+        if dist.get_rank() == 0:
+            mode, seconds = "training" if model.training else "evaluation", time.perf_counter() - began
+            print(f"deepspeed_alst: model check ({mode}): {summary} ({seconds:.1f} s)", file=sys.stderr, flush=True)
 
 
-def _custom_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the outermost modules of user-defined classes, by name; the model itself is excluded."""
-    found: dict[str, torch.nn.Module] = {}
-    for name, module in model.named_modules():
-        if name and is_programs(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
+def _forget_trace(engine: Any) -> None:
+    """Invalidate ZeRO 3's parameter fetch trace: forwards of the check and of the first step differ in their order."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if hasattr(offload, "get_param_coordinator"):
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
 
-def check_custom_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> None:
-    """Raise UnsupportedModelError if a user-defined module that no tiny model has ``built`` is not token-wise."""
-    tried = {type(module) for module in built.modules()} if built is not None else set()
-    for name, module in _custom_modules(model).items():
-        if type(module) not in tried and (problem := run_isolated(_problem, module)):
-            cls = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise UnsupportedModelError(
-                f"{name} is a {cls}, which no trial has seen, and {problem}: under sequence parallelism it would see "
-                "a part of the sequence. Build it in the model's class, so that a small model of the class can be "
-                "tried, or set sequence_parallel_size to 1."
-            )
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Restore buffers, attributes, hooks, training flags, configs and RNG states on exit; weights are not saved."""
+    with ExitStack() as restore:
+        saved: set[int] = set()
+        for module in model.modules():
+            _save(vars(module), saved, restore)
+            for config in [each for each in vars(module).values() if hasattr(type(each), "to_diff_dict")]:
+                _save(vars(config), saved, restore)
+        restore.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            restore.callback(numpy.random.set_state, numpy.random.get_state())
+        devices = {param.device.index for param in model.parameters() if param.device.type == "cuda"}
+        restore.enter_context(torch.random.fork_rng([each for each in devices if each is not None]))
+        yield
 
 
-def _problem(module: torch.nn.Module) -> str:
-    """Return why a module is not known to be token-wise; empty if it is."""
-    import deepspeed
-
-    training = module.training
-    with torch.random.fork_rng([]), deepspeed.zero.GatheredParameters(list(module.parameters())):
-        weight = next((param for param in module.parameters() if param.dim()), None)
-        width = next((each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear)), None)
-        if width is None:  # a norm's weight has its input's width; without weights any width works
-            width = _TOKENS if weight is None else weight.shape[-1]
-        x_SH, dx_SH = torch.randn(2, 1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
-        x_SH = x_SH if weight is None else x_SH.to(weight.device, weight.dtype)
-        module.eval()
-        try:
-            # Tokens before and after a part must not change its result.
-            whole = _output_and_gradient(module, x_SH, dx_SH)
-            parts = [_output_and_gradient(module, x_SH[:, rows], dx_SH[:, rows]) for rows in _PARTS]
-        except Exception as error:
-            return f"cannot be tried by itself ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
-        finally:
-            module.train(training)
-    for all_rows, *of_parts in zip(whole, *parts, strict=True):
-        if all_rows.shape[:2] != x_SH.shape[:2]:
-            return f"gives {list(all_rows.shape)} for {list(x_SH.shape)}"
-        off = (torch.cat(of_parts, dim=1) - all_rows).double().norm() / all_rows.double().norm().clamp(min=1e-30)
-        if not off <= _CLOSE.get(all_rows.dtype, _CLOSE_IN_HALF):
-            return "mixes tokens"
-    return ""
+def _save(value: Any, saved: set[int], restore: ExitStack) -> None:
+    """Restore a tensor, or a container and what is in it, in place on exit."""
+    if id(value) in saved:
+        return
+    saved.add(id(value))
+    if type(value) is torch.Tensor and not value.is_meta:
+        restore.callback(_put_back, value, value.detach().clone())
+    elif isinstance(value, dict | list | set):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if name not in _NOT_SAVED:
+                _save(inner, saved, restore)
+        # copy() keeps an OrderedDict and so the order of hooks.
+        restore.callback(_refill, value, value.copy())
 
 
-def _output_and_gradient(
-    module: torch.nn.Module, x: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a module's output for some tokens and their gradient; the weights get none."""
-    x = x.detach().requires_grad_()
-    output = module(x)
-    output = output[0] if isinstance(output, tuple) else output
-    if not output.requires_grad:
-        return output, torch.zeros_like(x)
-    given = like[..., :1].to(output.device, output.dtype).expand_as(output)
-    return output.detach(), torch.autograd.grad(output, x, given, allow_unused=True, materialize_grads=True)[0]
+def _refill(container: Any, contents: Any) -> None:
+    """Restore the contents of a container; unchanged dicts stay, of which some take no update."""
+    if isinstance(container, list):
+        container[:] = contents
+    elif (
+        isinstance(container, set)
+        or list(container) != list(contents)
+        or any(container[key] is not value for key, value in contents.items())
+    ):
+        container.clear()
+        container.update(contents)
 
 
-# --- hooks of the program's own on gradients
+def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    if tensor.shape != values.shape or not torch.equal(tensor, values):
+        with torch.no_grad():
+            tensor.set_(values) if tensor.shape != values.shape else tensor.copy_(values)
 
 
-def check_gradient_hooks(model: torch.nn.Module) -> None:
-    """Raise UnsupportedModelError if a user hook on a parameter's gradient does more than mask or scale."""
-    for name, param in model.named_parameters():
-        for hook in list((param._backward_hooks or {}).values()):
-            if is_programs(hook) and not _is_linear(hook, param):
-                raise UnsupportedModelError(
-                    f"{name} has a hook of the program's on its gradient that is not linear (it clips, or scales by "
-                    "what it finds there): under sequence parallelism it would be given the gradient of a shard. Mask "
-                    "or scale by a constant, use gradient_clipping, or set sequence_parallel_size to 1"
-                )
-
-
-def _is_linear(hook: Callable[..., Any], param: torch.nn.Parameter) -> bool:
-    shape = getattr(param, "ds_shape", param.shape)
-    if math.prod(shape) > _LARGEST:
-        return False
-    make = torch.Generator().manual_seed(0)
-    # Integers, whose sum is exact in any dtype; some are large, to trigger clipping.
-    one, other = (
-        torch.randint(-64, 65, shape, generator=make).to(param.device, param.dtype, copy=True) for _ in range(2)
-    )
-    with torch.no_grad(), torch.random.fork_rng([]):
-        try:
-            first, second, both = (_hooked(hook, each) for each in (one, other, one + other))
-        except Exception:  # the hook runs only on the gradients of a step
-            return False
-    close = _HOOK_CLOSE.get(param.dtype, _HOOK_CLOSE_IN_HALF)
-    return bool(((first + second - both).abs() <= close * both.abs().max()).all())
-
-
-def _hooked(hook: Callable[..., Any], grad: torch.Tensor) -> torch.Tensor:
-    grad = grad.clone()
-    changed = hook(grad)
-    return grad if changed is None else changed
+RIGHT = frozenset(
+    {
+        "afmoe",
+        "apertus",
+        "apertus1p5_text",
+        "arcee",
+        "aria_text",
+        "axk1",
+        "bailing_hybrid",
+        "bamba",
+        "beam",
+        "biogpt",
+        "bitnet",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "ctrl",
+        "cwm",
+        "deepseek_v2",
+        "deepseek_v3",
+        "diffllama",
+        "emu3",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone",
+        "exaone4",
+        "exaone_moe",
+        "falcon_h1",
+        "falcon_mamba",
+        "flex_olmo",
+        "flint",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
+        "gemma4_unified_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt-sw3",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "granite_swa",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "helium",
+        "hrm_text",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "jamba",
+        "jetmoe",
+        "kimi_linear",
+        "kolibri1",
+        "laguna",
+        "lara_mini",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "llama",
+        "llama4",
+        "llama4_text",
+        "longcat_flash",
+        "mamba",
+        "mamba2",
+        "mellum",
+        "mimo_v2_flash",
+        "minicpm3",
+        "minimax_m2",
+        "minimax_m3_vl_text",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "mllama",
+        "modernbert-decoder",
+        "moshi",
+        "nanochat",
+        "nemotron",
+        "nemotron_h",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmo_hybrid",
+        "olmoe",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "sarvam_mla",
+        "sarvam_moe",
+        "seed_oss",
+        "smollm3",
+        "solar_open",
+        "stablelm",
+        "starcoder2",
+        "vaultgemma",
+        "youtu",
+        "zamba2",
+    }
+)
+"""Every ``model_type`` that ``make census`` finds right under sequence parallelism. The list only grows."""

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from deepspeed_alst.cli.layer_memory import bytes_of, measure
 from deepspeed_alst.cli.main import main
-from deepspeed_alst.cli.plan import Layer, Machine, Model, longest, plan_of, static_bytes
+from deepspeed_alst.cli.plan import Layer, Machine, Model, bytes_of, longest, measure, plan_of, static_bytes
 from deepspeed_alst.config.parse import parse
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from deepspeed_alst.cli.launch import with_file
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.trial import samples
-from deepspeed_alst.cli.verdict import allowed, first_difference, judge, show
-from deepspeed_alst.cli.verify import _plain, configs_of, with_file
+from deepspeed_alst.cli.verify import _plain, allowed, configs_of, first_difference, judge, show
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

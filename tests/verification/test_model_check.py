@@ -30,10 +30,10 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError
 from deepspeed_alst.sequence_parallel import feature
-from deepspeed_alst.verification import run_model_check
+from deepspeed_alst.verification import verify_model
 from deepspeed_alst.verification.model_check import Routed, lengths
 from deepspeed_alst.verification.program_code import program_code
-from deepspeed_alst.verification.run_model_check import untouched
+from deepspeed_alst.verification.verify_model import untouched
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -290,7 +290,7 @@ def refusal() -> str:
         try:
             # No trial: of the live check's own words.
             with (
-                replaced(run_model_check, "run_isolated", lambda *args: None),
+                replaced(verify_model, "run_isolated", lambda *args: None),
                 replaced(feature, "verify_model", lambda *args: ""),
             ):
                 engine, *_ = deepspeed.initialize(
@@ -323,7 +323,7 @@ def trained(stage: int, checked: bool, half: bool) -> tuple[list[torch.Tensor], 
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     made = torch.Generator().manual_seed(dist.get_rank())
     batches = [{"input_ids": (ids := torch.randint(0, 64, (1, 40), generator=made)), "labels": ids} for _ in range(2)]
-    with mock.patch.object(run_model_check, "check_live_model", wraps=run_model_check.check_live_model) as check:
+    with mock.patch.object(verify_model, "check_live_model", wraps=verify_model.check_live_model) as check:
         for batch in deepspeed_alst.shard_dataloader(batches, engine):
             loss = engine(**batch).loss
             engine.backward(loss)
