@@ -25,6 +25,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from deepspeed_alst.cli.launch import PROGRESS
 from deepspeed_alst.config.parse import GAS, MICRO, block_of
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 
 # Recorded elements per parameter and tokens per layer, at most; of more, a sample at even spacing.
@@ -53,7 +54,7 @@ class Recorder:
         self._backward, self._step = engine.backward, engine.step
         engine.backward, engine.step = self.backward, self.step
         self._hooks = PatchSet()
-        for name, layer in _layers_of(engine.module).items():
+        for name, layer in ModelSpec(engine.module).layers.items():
             self._hooks.hook(layer, "forward", partial(self._keep, name))
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -112,14 +113,6 @@ class Recorder:
             s = hidden.shape[1]
             stride = max(1, s // _TOKENS)
             layers[name] = (stride, s, hidden.detach()[:, ::stride].float().cpu().clone())
-
-
-def _layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the decoder layers by name, in order: the members of the model's outermost ModuleList."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module):
-            return {f"{name}.{index}".replace("_orig_mod.", ""): layer for index, layer in enumerate(module)}
-    return {}
 
 
 def samples(spec: Namespace, vocab: int, count: int) -> list[dict[str, torch.Tensor]]:

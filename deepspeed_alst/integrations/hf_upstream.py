@@ -271,15 +271,11 @@ def tiled_logits_loss(
     Raises:
         ShapeError: an unknown reduction, or mismatched shapes.
     """
-    if output_reduction not in ("mean", "sum"):
-        raise ShapeError(f"TiledFusedLogitsLoss: output_reduction={output_reduction!r} is unknown; use 'mean' or 'sum'")
-    if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
+    shapes = [list(each.shape[:2]) for each in (x, y, mask) if each is not None]
+    if output_reduction not in ("mean", "sum") or len(shapes[0]) < 2 or any(each != shapes[0] for each in shapes):
         raise ShapeError(
-            f"TiledFusedLogitsLoss: x {list(x.shape)} and y {list(y.shape)} must both start with [batch, sequence]"
-        )
-    if mask is not None and mask.shape != x.shape[:2]:
-        raise ShapeError(
-            f"TiledFusedLogitsLoss: mask {list(mask.shape)} must be [batch, sequence], here {list(x.shape[:2])}"
+            "TiledFusedLogitsLoss: x, y and mask must start with the same [batch, sequence], and output_reduction be "
+            f"'mean' or 'sum' (got {shapes} and {output_reduction!r})"
         )
     rows = [x, y] if mask is None else [x, y, mask]
     tiles = zip(*(torch.chunk(each.flatten(0, 1), shards) for each in rows), strict=True)

@@ -29,7 +29,7 @@ from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_backends import TRIAL, keeps_documents_apart
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
-from deepspeed_alst.verification.hf_tiny_models import shrink
+from deepspeed_alst.verification.hf_tiny_models import draw_weights, shrink
 from deepspeed_alst.verification.program_code import check_custom_modules, install_program_code
 
 # In fp32 the two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
@@ -164,10 +164,7 @@ def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(0)
         model = _build(build, config).float()
-        with torch.no_grad():
-            for param in model.parameters():
-                if param.dim() > 1:
-                    param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
+        draw_weights(model)
     return model.train()
 
 

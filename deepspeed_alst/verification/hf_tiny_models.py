@@ -205,20 +205,26 @@ def build(config: Any, weights: str | None, ds_config: dict[str, Any], core: str
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "": torch.float32}[half]
     if weights is not None:
         # transformers partitions weights while this object is alive.
-        sharding = (
-            HfDeepSpeedConfig(ds_config) if (ds_config.get("zero_optimization") or {}).get("stage") == 3 else None
-        )
+        stage = (ds_config.get("zero_optimization") or {}).get("stage")
+        sharding = HfDeepSpeedConfig(ds_config) if stage == 3 else None
         model = AutoModelForCausalLM.from_pretrained(weights, config=config, dtype=dtype, attn_implementation=core)
         del sharding
         return model.train()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=core)
+    draw_weights(model)
     with torch.no_grad():
         for param in model.parameters():
-            if param.dim() > 1:
-                param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))  # large enough for sizable gradients
             param.copy_(param.to(dtype))
     return model.train()
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module) -> None:
+    """Replace the matrices of a model by random ones, large enough for sizable gradients."""
+    for param in model.parameters():
+        if param.dim() > 1:
+            param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
 
 
 def causal_lm(config: Any) -> PreTrainedModel:
