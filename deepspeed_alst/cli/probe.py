@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 import os
-import re
 import time
 import warnings
 from collections import Counter
@@ -17,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 from deepspeed_alst.cli.report import ROW_MARK, Row, guarded, judged, version_of
-from deepspeed_alst.environment import allocator_variable, check_deepspeed, is_left_over
+from deepspeed_alst.environment import check_deepspeed, is_left_over
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels.builder import BUILDERS
 from deepspeed_alst.offload.budget import spare_bytes
@@ -51,7 +50,6 @@ def main(hooked: bool, nvme_path: str) -> None:
         "tested versions": tested_rows(),
         "gpus": gpu_rows(),
         "imports": import_rows(),
-        "allocator": allocator_rows(),
         "ops": op_rows(),
         "build locks": lock_rows(),
         "host memory": memory_rows(),
@@ -108,18 +106,6 @@ def import_rows() -> Iterator[Row]:
 
     for module, distribution in _MODULES.items():
         yield from guarded(f"import {module}", imported(module, version_of(distribution)))
-
-
-def allocator_rows() -> Iterator[Row]:
-    """Yield the row on the CUDA allocator setting."""
-    setting = allocator_variable(os.environ)
-    off = torch.cuda.is_available() and re.search(r"expandable_segments\s*:\s*false", setting, re.IGNORECASE)
-    yield judged(
-        "allocator",
-        setting or "unset: on a GPU, alst.expandable_segments switches expandable segments on",
-        "long sequences fragment the memory" if off else "",
-        "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or leave it to alst.expandable_segments",
-    )
 
 
 def op_rows() -> Iterator[Row]:

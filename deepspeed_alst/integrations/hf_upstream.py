@@ -190,25 +190,22 @@ class AggregationCheck:
         if not self._left or not loss.requires_grad:  # the latter is DeepSpeed's to refuse
             yield
             return
-        value, seeds = float(loss.detach()), [0.0]
+        seeds = [0.0]
         handle = loss.register_hook(lambda grad: seeds.append(float(grad)))
-        self._check(value, _different_losses)
         yield
         handle.remove()
         # Several forwards in one backward: whose gradient is whose cannot be told.
         shard = self._shards[0] if len(self._shards) == 1 else None
-        self._check((value, seeds[-1], shard), _lost_gradient)
         self._shards.clear()
         self._left -= 1
-
-    def _check(self, mine: Any, problem_of: Callable[[list[Any]], str | None]) -> None:
-        """Check every sequence on every rank, so that all ranks raise SetupError or none does."""
+        # Every rank checks every sequence, so that all raise or none does.
+        everyone = gather_objects((float(loss.detach()), seeds[-1], shard), self._groups.control_group)
         P = self._groups.sp_size
-        everyone = gather_objects(mine, self._groups.control_group)
         for first in range(0, len(everyone), P):
-            if problem := problem_of(everyone[first : first + P]):
-                ranks = f"ranks {first} to {first + P - 1}, which share a sequence"
-                raise SetupError(f"engine.backward on {ranks}: {problem}. {_WAY_OUT}")
+            ranks = everyone[first : first + P]
+            if problem := _different_losses([loss for loss, *_ in ranks]) or _lost_gradient(ranks):
+                who = f"ranks {first} to {first + P - 1}, which share a sequence"
+                raise SetupError(f"engine.backward on {who}: {problem}. {_WAY_OUT}")
 
 
 def _different_losses(losses: list[float]) -> str | None:

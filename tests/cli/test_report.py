@@ -171,20 +171,6 @@ def test_gpus_are_counted_by_kind_and_unused_ones_are_told(machine):
     assert [row.verdict for row in probe.gpu_rows()] == ["ok"]
 
 
-def test_the_allocator_is_judged_on_gpus_only(machine, monkeypatch):
-    def row_for(setting, *gpus):
-        machine(*gpus)
-        monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
-        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-        (row,) = probe.allocator_rows()
-        return row
-
-    assert row_for("expandable_segments:False", "H100").verdict == "note"
-    assert row_for("expandable_segments:True", "H100").verdict == "ok"
-    assert "alst.expandable_segments" in row_for("", "H100").value
-    assert row_for("expandable_segments:False").verdict == "ok"
-
-
 def test_an_attention_kernel_that_does_not_load_is_a_problem(monkeypatch, tmp_path):
     installed(tmp_path, "flash_attn", "2.8")
     broken_module(tmp_path, "flash_attn", "undefined symbol")
