@@ -103,9 +103,7 @@ def build_session(
         AlstError: on all ranks.
     """
     with agree(control_group):
-        world_size, facts = dist.get_world_size(), check_model(spec)
-        heads = [(facts.num_heads, facts.num_kv_heads, "attention")] if facts.num_heads and facts.num_kv_heads else []
-        heads += [(*each, "scan") for each in sorted(facts.linear_heads)]
+        world_size, heads = dist.get_world_size(), check_model(spec)
         check_world(config, world_size, heads)
         check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
         for each in heads:

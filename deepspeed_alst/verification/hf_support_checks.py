@@ -5,7 +5,6 @@ The census or a tiny model of the same kind verifies all others, and the check o
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,20 +40,12 @@ _ADAPTER_OPTIONS = {
 _CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """Model facts that sequence parallelism needs before the first step."""
+def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
+    """Return the heads that ranks share; raise if the model is unsupported.
 
-    model_type: str
-    num_heads: int | None
-    """Query heads; None without attention or if layers differ, which are then checked when they attend."""
-    num_kv_heads: int | None
-    linear_heads: frozenset[tuple[int, int]] = frozenset()
-    """For layers without attention: heads, or channels, of a scan, and the number of its keys or B and C."""
-
-
-def check_model(spec: ModelSpec) -> ModelFacts:
-    """Return the facts of a model; raise if unsupported.
+    Returns:
+        For "attention" its query and key heads, if all layers have the same (else they are checked when they attend),
+        and for each "scan" of layers without attention its heads, or channels, and the number of its keys or B and C.
 
     Raises:
         UnsupportedModelError: one line per reason: the config key or module, its value, the fix.
@@ -71,11 +62,11 @@ def check_model(spec: ModelSpec) -> ModelFacts:
     problems += [*_loss_problems(base, text_config), *linear_problems(base), *_adapter_problems(spec)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{spec.name}: {problem}." for problem in problems))
-    num_heads, num_kv_heads = (
-        _of_all_layers(text_config, f"num_{which}_heads") for which in ("attention", "key_value")
-    )
-    num_heads = num_heads if has_attention(base) else None
-    return ModelFacts(base.config.model_type, num_heads, num_kv_heads or num_heads, frozenset(linear_heads(base)))
+    heads = [(*each, "scan") for each in sorted(linear_heads(base))]
+    num_heads = _of_all_layers(text_config, "num_attention_heads")
+    if num_heads and has_attention(base):
+        heads.insert(0, (num_heads, _of_all_layers(text_config, "num_key_value_heads") or num_heads, "attention"))
+    return heads
 
 
 def _of_all_layers(text_config: Any, name: str) -> int | None:
