@@ -121,7 +121,7 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
         SetupError: Liger cannot run here.
         UnsupportedModelError: it does not support the model, or a part of it.
     """
-    base, value, loss = spec.model, config.alst.liger_kernel, config.tiled_loss()
+    value, loss = config.alst.liger_kernel, config.tiled_loss()
     if loss is not None and loss.backend == "liger":
         check_liger_runs("alst.tiled_logits_loss", device)
     if value is False:
@@ -131,7 +131,14 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
     asked = {part: f"{_KEY}.{part}" for part, wanted in block if wanted}
     if value is True:
         asked = dict.fromkeys(LigerConfig.model_fields, _KEY)
-    required = next(iter(asked.values()), None)
+    in_tiles = _GATED - asked.keys() if config.alst.tiled_mlp_compute is not None and "swiglu" not in asked else set()
+    return _use(spec, block, asked, in_tiles, device, patches)
+
+
+def _use(
+    spec: ModelSpec, block: LigerConfig, asked: dict[str, str], in_tiles: Set[str], device: str, patches: PatchSet
+) -> LigerUse:
+    base, required = spec.model, next(iter(asked.values()), None)
 
     def unused(reason: str, kind: type[AlstError] = UnsupportedModelError, hint: str = "") -> LigerUse:
         if required:
@@ -157,11 +164,8 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
     wanted = {**dict(block), "cross_entropy": False, _LOSS: False}
     if block.geglu is None:
         wanted["geglu"] = block.swiglu
-    in_tiles = config.alst.tiled_mlp_compute is not None and "swiglu" not in asked
     try:
-        counts, refused = _patch(
-            base, FAMILIES[model_type], wanted, _GATED - asked.keys() if in_tiles else set(), patches
-        )
+        counts, refused = _patch(base, FAMILIES[model_type], wanted, in_tiles, patches)
     # Liger's functions raise many types of errors.
     except Exception as error:
         return unused(f"Liger's function for {model_type} stopped with {type(error).__name__}: {error}")
