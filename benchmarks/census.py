@@ -35,7 +35,8 @@ from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_parity_trial import Verdict, compare, numel, small_model, trial_core
 from deepspeed_alst.verification.hf_tiny_models import shrink
 from deepspeed_alst.verification.model_check import check_live_model
-from deepspeed_alst.verification.verify_model import RIGHT, untouched
+from deepspeed_alst.verification.verified_models import RIGHT
+from deepspeed_alst.verification.verify_model import untouched
 
 ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 600.0
@@ -235,7 +236,7 @@ def write(rows: list[Row]) -> None:
     counts = f"{len(models)} models: {counts}. Rows with a comma are one of them again, with other layers."
     page.write_text(f"{head}<!-- table -->\n\n{counts}\n\n{table_of(rows)}", encoding="utf-8")
     right = sorted(RIGHT | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS})
-    listed = ROOT / "deepspeed_alst" / "verification" / "verify_model.py"
+    listed = ROOT / "deepspeed_alst" / "verification" / "verified_models.py"
     lines = "".join(f'        "{name}",\n' for name in right)
     text = re.sub(r"(    \{\n).*?(    \}\n)", rf"\g<1>{lines}\g<2>", listed.read_text(encoding="utf-8"), flags=re.S)
     listed.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.verification.hf_parity_trial import Verdict
 from deepspeed_alst.verification.program_code import check_custom_modules
-from deepspeed_alst.verification.verify_model import RIGHT
+from deepspeed_alst.verification.verified_models import RIGHT
 from tests.models import proved
 
 SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_text", "qwen3_next")
