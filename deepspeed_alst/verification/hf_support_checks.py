@@ -59,7 +59,7 @@ def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
         )
     text_config = spec.text_config
     problems = [*_config_problems(base, text_config), *_class_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(base, text_config), *linear_problems(base), *_adapter_problems(spec)]
+    problems += [*_loss_problems(spec), *linear_problems(base), *_adapter_problems(spec)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{spec.name}: {problem}." for problem in problems))
     heads = [(*each, "scan") for each in sorted(linear_heads(base))]
@@ -141,18 +141,19 @@ def is_causal_lm_loss(function: Any) -> bool:
     return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS
 
 
-def _loss_problems(model: torch.nn.Module, text_config: Any) -> Iterator[str]:
+def _loss_problems(spec: ModelSpec) -> Iterator[str]:
     """Yield the problems of a user-defined loss, which would get a shard's logits, and of an unknown router loss."""
-    if not is_causal_lm_loss(model.loss_function):
-        name = getattr(model.loss_function, "__qualname__", type(model.loss_function).__name__)
+    loss_function = spec.model.loss_function
+    if not is_causal_lm_loss(loss_function):
+        name = getattr(loss_function, "__qualname__", type(loss_function).__name__)
         yield (
             f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
             "model its own, and change outputs.loss, which is the whole sequence's"
         )
-    if getattr(text_config, "output_router_logits", False):
+    if getattr(spec.text_config, "output_router_logits", False):
         from deepspeed_alst.moe.router_loss import unknown_router_loss
 
-        problem = unknown_router_loss(ModelSpec(model))
+        problem = unknown_router_loss(spec)
         yield from [] if problem is None else [problem]
 
 
