@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 import deepspeed_alst
-from deepspeed_alst.cli import keys, plan, report, schema, verify
+from deepspeed_alst.cli.main import build_parser
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.monitoring.metrics import Report
 
@@ -32,14 +32,10 @@ def interface() -> dict[str, Any]:
     """The public names, JSON keys, exceptions, commands and metrics, as they are."""
     names = {name: getattr(deepspeed_alst, name) for name in deepspeed_alst.__all__ if name != "__version__"}
     options = {}
-    for command in (keys, plan, report, schema, verify):
-        parser = argparse.ArgumentParser()
-        if hasattr(command, "add_arguments"):
-            command.add_arguments(parser)
-        actions = [each for each in parser._actions if each.dest != "help"]
-        options[command.__name__.rpartition(".")[2]] = sorted(
-            word for each in actions for word in each.option_strings or [each.dest]
-        )
+    (commands,) = (each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        actions = [each for each in command._actions if each.dest != "help"]
+        options[name] = sorted(word for each in actions for word in each.option_strings or [each.dest])
     return {
         "exceptions": {
             name: [base.__name__ for base in value.__mro__[1:-1]]

@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: the command's own, or 2 for an AlstError.
     """
-    arguments = _parser().parse_args(words)
+    arguments = build_parser().parse_args(words)
     try:
         return importlib.import_module(f"deepspeed_alst.cli.{arguments.command}").run(arguments)
     except AlstError as error:
@@ -54,7 +54,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return _ERROR_STATUS
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="ds_alst", description="What one wants to know before a long run.")
     version = f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
     parser.add_argument("--version", action="version", version=version)
