@@ -1,12 +1,15 @@
 """Memory of a layer with Liger's kernels, on fake tensors: their functions allocate, and nothing is launched."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 
 NORMS_AND_ROPE = {"swiglu": False}
@@ -23,9 +26,12 @@ def layer_peak(model_type: str, liger: Any) -> float:
     keys = AlstConfig.model_validate({"alst": {"liger_kernel": liger}})
 
     class Patched(System):
-        def _loss_of(self, model: Any, *rest: Any) -> Any:
-            use_liger_without_data(ModelSpec(model), keys, rest[-1])
-            return super()._loss_of(model, *rest)
+        @contextmanager
+        def on(self, model: Any, *args: Any, **options: Any) -> Iterator[Any]:
+            with PatchSet() as undo:
+                use_liger_without_data(ModelSpec(model), keys, undo)
+                with super().on(model, *args, **options) as step:
+                    yield step
 
     shape = next(each for each in REAL_SIZE if each.model_type == model_type)
     ledger = step_of(dataclasses.replace(shape, num_layers=1), 1, Patched("ours", "non-reentrant")).ledger
