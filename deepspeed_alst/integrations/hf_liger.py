@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu_squared": lambda x: F.relu(x).square(),
 }
 _GATED = {"swiglu", "geglu"}
-_IN_TILES = "in tiles, this package's closed form needs less memory"
+_IN_TILES = "in tiles, this package's closed form needs fewer bytes a token"
 _PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
 _Change = tuple[dict[str, Any], str, Any]
 """A namespace, a name in it and its new value."""
@@ -109,7 +109,7 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
     """Apply Liger's kernels as set in ``alst.liger_kernel``, on this rank, before any other patch of the modules.
 
     The reason against them is reported for ``"auto"`` and raised for parts requested by name. MLPs that
-    ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: its tiles keep more than the closed form's.
+    ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: in tiles the closed form needs fewer bytes a token.
 
     Args:
         spec: the model.
