@@ -182,6 +182,10 @@ def _is_half(ds_config: dict[str, Any]) -> bool:
 # --- verdict
 
 
+def _load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
 def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) -> list[Row]:
     """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
     found = differences(output / split, output / whole, sp_size)
@@ -202,7 +206,7 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
 
 def differences(run: Path, truth: Path, sp_size: int) -> Differences:
     """Return the differences of a run of ``sp_size`` ranks per sequence from one without, on the same samples."""
-    ranks, reference = [torch.load(run / f"record-{rank}.pt") for rank in range(sp_size)], torch.load(truth / _RECORD)
+    ranks, reference = [_load(run / f"record-{rank}.pt") for rank in range(sp_size)], _load(truth / _RECORD)
     found: Differences = {}
     for kind in ("loss", "norm"):
         steps = enumerate(zip(ranks[0][kind], reference[kind], strict=True), start=1)
@@ -259,7 +263,7 @@ def first_difference(rows: list[Row]) -> str:
 
 def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
     """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
-    curves = {name: torch.load(output / name / _RECORD)["loss"] for name in names}
+    curves = {name: _load(output / name / _RECORD)["loss"] for name in names}
     table = Table(title=f"{names[1]} against {names[0]}: {lengths}")
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")
