@@ -8,7 +8,6 @@ from deepspeed_alst.config.config_file import TOP_KEYS
 from deepspeed_alst.config.schema import BLOCKS, SWITCHES, AlstConfig
 
 
-
 def run(arguments: argparse.Namespace) -> int:
     """Print the schema, which checks this package's keys and accepts all others; return 0."""
     schema = json_schema()
