@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.ranks import finished
-from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.host_buffers import HostBufferPool, pages
-from deepspeed_alst.offload.swapper import Swapper
+from deepspeed_alst.offload.host_buffers import RING, HostBufferPool, pages
 
 Row = tuple[str, str, str, bool]
 """Row name, figure, target, and True if it is met."""
 
-LAYERS, HIDDEN, RING = 32, 1024, 4
+LAYERS, HIDDEN = 32, 1024
 # Tensors of more than 32 MiB: glibc may keep the memory of smaller ones after they are freed.
 LENGTHS = (17_000, 25_000, 34_000)
 _PAGE = 4096
@@ -28,12 +27,9 @@ _PAGE = 4096
 
 def one_pass(tier: str, length: int) -> tuple[int, int, int]:
     """Return resident bytes added by a forward, and bytes written to and read from disk."""
-    size = pages(length * HIDDEN * 2)
     with tempfile.TemporaryDirectory() as folder:
         if tier == "disk":
-            store = ActivationStore(
-                HostBufferPool(budget=0), Swapper(DiskFile(folder), HostBufferPool(budget=RING * size))
-            )
+            store = ActivationStore(HostBufferPool(budget=0), Swapper(DiskFile(folder)))
         else:
             store = ActivationStore(HostBufferPool())
         before = _resident()
@@ -46,7 +42,7 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
             tensor = gets.pop()()
             assert tensor[0, 0, 0] == layer and tensor[0, -1, -1] == layer
         store.close()
-    return grown, store.counts.bytes_to_disk, store.counts.bytes_from_disk
+    return grown, store.counts.bytes_to_disk, store.counts.bytes_back
 
 
 def rows() -> list[Row]:

@@ -165,6 +165,7 @@ def disk_rows(folder: str) -> Iterator[Row]:
             disk.threads.wait(each)
         rates = [_DISK_BYTES / 1e6 / seconds for seconds in (middle - begin, time.perf_counter() - middle)]
         value = f"writes {rates[0]:,.0f} MB/s, reads {rates[1]:,.0f} MB/s; {disk.description}"
-        yield judged("disk", value, disk.warning, "name a folder on a disk, best a local NVMe drive", "problem")
+        problem = "it is in memory" if "in memory" in disk.description else ""
+        yield judged("disk", value, problem, "name a folder on a disk, best a local NVMe drive", "problem")
     finally:
         disk.close()

@@ -12,7 +12,7 @@ import psutil
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.host_buffers import pages
+from deepspeed_alst.offload.host_buffers import RING, pages
 
 _KEY = "alst.activation_checkpoint_cpu_offload"
 # Computation in the time that a byte takes to the host: 600 TFLOPS over PCIe's 25 GB/s. Slower devices hide more.
@@ -95,7 +95,6 @@ def decide(
     room: MemoryBudget,
     wanted: bool | Literal["auto"],
     shard: tuple[int, int] = (1, 1),
-    ring_tensors: int = 4,
 ) -> Plan:
     """Decide the placement of a micro-step's activations.
 
@@ -105,7 +104,6 @@ def decide(
         room: room of the rank with the least.
         wanted: ``save_attention_output``.
         shard: ranks per sequence and sequences per batch.
-        ring_tensors: number of tensors in flight to disk at once, in host memory.
 
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
@@ -117,37 +115,33 @@ def decide(
         reason = "auto: its copy hides behind the computation, and the host has room"
         if not keeps:
             reason = "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
-    places = _places(layers, tokens, room, keeps, ring_tensors)
+    places = _places(layers, tokens, room, keeps)
     if places is None:
-        raise OffloadError(_too_much(layers, tokens, longest(layers, room, keeps, ring_tensors), room, keeps, shard))
+        raise OffloadError(_too_much(layers, tokens, room, keeps, shard))
     return Plan(keeps, *places, reason)
 
 
-def longest(layers: Layers, room: MemoryBudget, with_outputs: bool, ring_tensors: int = 4) -> int:
+def longest(layers: Layers, room: MemoryBudget, keeps: bool) -> int:
     """Return the most tokens per rank that fit."""
-    return bisect.bisect_left(
-        range(1, 2**48), True, key=lambda tokens: _places(layers, tokens, room, with_outputs, ring_tensors) is None
-    )
+    return bisect.bisect_left(range(1, 2**48), True, key=lambda tokens: _places(layers, tokens, room, keeps) is None)
 
 
-def _places(
-    layers: Layers, tokens: int, room: MemoryBudget, keeps: bool, ring_tensors: int
-) -> tuple[int, int, int] | None:
+def _places(layers: Layers, tokens: int, room: MemoryBudget, keeps: bool) -> tuple[int, int, int] | None:
     """Return the bytes on the host, on disk and in the ring between them; None if they do not fit."""
     needed = layers.waiting(tokens, keeps)
     if needed <= room.host:
         return needed, 0, 0
     # Tensors are not split, so up to one of the largest may not fit in the remaining bytes.
     largest = max(layers.sizes(tokens, keeps))
-    ring = min(ring_tensors * largest, room.host)
+    ring = min(RING * largest, room.host)
     on_host = min(needed, room.host - ring)
     to_disk = min(needed, needed - on_host + largest)
     return None if room.disk is None or to_disk > room.disk else (on_host, to_disk, ring)
 
 
-def _too_much(layers: Layers, tokens: int, most: int, room: MemoryBudget, keeps: bool, shard: tuple[int, int]) -> str:
+def _too_much(layers: Layers, tokens: int, room: MemoryBudget, keeps: bool, shard: tuple[int, int]) -> str:
     sp_size, batch = shard
-    whole, fitting = tokens // batch * sp_size, most // batch * sp_size
+    whole, fitting = tokens // batch * sp_size, longest(layers, room, keeps) // batch * sp_size
     need, host, on_disk = map(format_bytes, (layers.waiting(tokens, keeps), room.host, room.disk or 0))
     budget = "" if room.budget is None else f" (host_budget={room.budget}, of all ranks of a host)"
     ways_out = [

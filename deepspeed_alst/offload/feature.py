@@ -12,9 +12,9 @@ from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.attention_cache import keeping_frame
-from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide, spare_bytes
+from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, spare_bytes
 from deepspeed_alst.offload.checkpoint_inputs import (
     Keeping,
     check_checkpointing,
@@ -23,8 +23,7 @@ from deepspeed_alst.offload.checkpoint_inputs import (
 )
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
-from deepspeed_alst.offload.host_buffers import CudaRegistry, HostBufferPool
-from deepspeed_alst.offload.swapper import RING, Swapper
+from deepspeed_alst.offload.host_buffers import Copies, HostBufferPool
 from deepspeed_alst.report import print_report
 
 _KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
@@ -99,10 +98,9 @@ class ActivationOffload(Feature):
         checkpointed = "checkpointing turned on; " if self._turned_on else ""
         where = "host"
         if store.spill is not None:
-            file = store.spill.file
-            where = f"host, then {file.description}" + (f" ({file.warning})" if file.warning else "")
+            where = f"host, then {store.spill.file.description}"
         last = f", but for the last {self._keeping.keep_last}" if self._keeping.keep_last else ""
-        registered = "page-locked" if store.pool.registry is not None else "not page-locked: no CUDA"
+        registered = "page-locked" if store.pool.page_locked else "not page-locked: no CUDA"
         return [
             ("offload", f"{checkpointed}layer inputs to the {where}{last}; buffers of exact size, {registered}"),
             ("attention output", self._why_not or _KEPT[self._wanted]),
@@ -138,8 +136,7 @@ class ActivationOffload(Feature):
         """Decide the plan from all ranks' facts, alike on all ranks; return True if there was anything to decide.
 
         Raises:
-            OffloadError: there is not enough memory.
-            ConfigError: this rank's disk has less space than it reported.
+            OffloadError: there is not enough memory, or this rank's disk has less space than it reported.
         """
         known = [each for each in everyone if each is not None]
         if not known or max(each.tokens for each in known) <= self._planned_tokens:
@@ -151,8 +148,13 @@ class ActivationOffload(Feature):
         disks = [each.disk for each in rooms if each.disk is not None]
         room = MemoryBudget(min(each.host for each in rooms), min(disks) if disks else None, rooms[0].budget)
         layers, wanted = layers_of(self._spec, self._block.keep_last), False if self._why_not else self._wanted
-        plan = decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch), RING)
-        self._make_room(plan, room, layers.sizes(widest.tokens, plan.keeps_attention))
+        plan = decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch))
+        store, sizes = self._store(), layers.sizes(widest.tokens, plan.keeps_attention)
+        store.pool.round_to(sizes)
+        store.pool.budget = room.host - plan.ring_bytes
+        if store.spill is not None:
+            store.spill.ring.round_to(sizes)
+            store.spill.file.reserve(plan.disk_bytes)
         self._keeping.keeps_attention = plan.keeps_attention
         # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = widest.tokens
@@ -164,19 +166,13 @@ class ActivationOffload(Feature):
             print_report([("offload", on_host), ("attention output", kept)])
         return True
 
-    def _make_room(self, plan: Plan, room: MemoryBudget, sizes: list[int]) -> None:
-        store = self._keeping.store
-        assert store is not None
-        store.pool.round_to(sizes)
-        store.pool.budget = room.host - plan.ring_bytes
-        if store.spill is not None:
-            store.spill.ring.round_to(sizes)
-            store.spill.file.reserve(plan.disk_bytes)
+    def _store(self) -> ActivationStore:
+        assert self._keeping.store is not None
+        return self._keeping.store
 
     def _room(self, block: OffloadConfig) -> MemoryBudget:
-        store = self._keeping.store
-        assert store is not None
-        spill, ranks = store.spill, self._ranks
+        store, ranks = self._store(), self._ranks
+        spill = store.spill
         disk = None if spill is None else spill.file.free_bytes // ranks + spill.file.reserved_bytes
         if block.host_budget != "auto":
             return MemoryBudget(block.host_budget // ranks, disk, block.host_budget)
@@ -185,11 +181,10 @@ class ActivationOffload(Feature):
 
 
 def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:
-    registry = CudaRegistry() if device.type == "cuda" else None
-    pool = HostBufferPool(registry=registry)
-    if block.nvme_path is None:
-        return ActivationStore(pool)
-    return ActivationStore(pool, Swapper(DiskFile(block.nvme_path), HostBufferPool(budget=0, registry=registry)))
+    copies = Copies() if device.type == "cpu" else Copies(torch.get_device_module(device), device)
+    page_locked = device.type == "cuda"
+    spill = None if block.nvme_path is None else Swapper(DiskFile(block.nvme_path), copies, page_locked)
+    return ActivationStore(HostBufferPool(page_locked=page_locked), spill, copies)
 
 
 def layers_of(spec: ModelSpec, keep_last: int) -> Layers:

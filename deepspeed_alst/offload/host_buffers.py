@@ -1,7 +1,8 @@
-"""Pool of host buffers in page-rounded sizes, page-locked for CUDA and reused by size.
+"""Host buffers in page-rounded sizes, page-locked for CUDA and reused by size, and the copies to and from them.
 
 PyTorch's pinned allocator rounds each block up to a power of two, which costs up to twice the host memory (PyTorch
 issue 95823). Here each buffer is its own memory mapping, registered with CUDA at its exact size.
+Legend: n bytes of a tensor in memory order.
 """
 
 import mmap
@@ -16,6 +17,8 @@ from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.profiler.owners import owner
 
 PAGE = mmap.PAGESIZE
+RING = 4
+"""Number of tensors of the largest size under way to or from disk at once, in host buffers."""
 
 
 def pages(num_bytes: int) -> int:
@@ -23,49 +26,21 @@ def pages(num_bytes: int) -> int:
     return max(1, -(-num_bytes // PAGE)) * PAGE
 
 
-class CudaRegistry:
-    """Ranges page-locked by ``cudaHostRegister``, which CUDA copies without staging.
-
-    Raises:
-        OffloadError: CUDA refuses a range, most often because the limit of locked memory is too low.
-    """
-
-    def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock a memory range for all devices of this process."""
-        portable = 1  # cudaHostRegisterPortable
-        self._check(torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable), num_bytes)
-
-    def unregister(self, address: int) -> None:
-        """Release the range that starts at this address, after all copies are done."""
-        torch.cuda.synchronize()
-        self._check(torch.cuda.cudart().cudaHostUnregister(address), 0)
-
-    @staticmethod
-    def _check(answer: Any, num_bytes: int) -> None:
-        if int(answer):
-            raise OffloadError(
-                f"alst.activation_checkpoint_cpu_offload: CUDA cannot page-lock {num_bytes} bytes of host memory "
-                f"(error {int(answer)}). See `ulimit -l`, and what else locks memory on this host."
-            )
-
-
 class HostBufferPool:
     """Pool of host buffers by size; idle ones are reused, or freed when the budget needs their room.
 
     Args:
         budget: maximum bytes of all buffers together.
-        registry: page-locks the buffers; None without a device.
+        page_locked: register the buffers with CUDA, which then copies without staging.
 
     Attributes:
         num_bytes: bytes of all buffers, in use or idle.
         in_use: bytes of the buffers in use.
     """
 
-    def __init__(self, budget: int = 2**63 - 1, registry: CudaRegistry | None = None) -> None:
-        self.budget = budget
-        self.registry = registry
-        self.num_bytes = 0
-        self.in_use = 0
+    def __init__(self, budget: int = 2**63 - 1, page_locked: bool = False) -> None:
+        self.budget, self.page_locked = budget, page_locked
+        self.num_bytes = self.in_use = 0
         self._sizes: list[int] = []
         self._idle: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._lock = threading.RLock()  # reentrant, as finalizers return buffers at any point, in any thread
@@ -133,12 +108,61 @@ class HostBufferPool:
             buffer_n = torch.empty(0, dtype=torch.uint8).set_(
                 torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
             )
-        if self.registry is not None:
-            self.registry.register(buffer_n.data_ptr(), size)
+        if self.page_locked:
+            portable = 1  # cudaHostRegisterPortable: for all devices of this process
+            _check(torch.cuda.cudart().cudaHostRegister(buffer_n.data_ptr(), size, portable), size)
         return buffer_n
 
     def _release(self, buffer_n: torch.Tensor) -> None:
         """Unregister a buffer; its mapping is freed with its last reference."""
-        if self.registry is not None:
-            self.registry.unregister(buffer_n.data_ptr())
+        if self.page_locked:
+            torch.cuda.synchronize()  # a copy may still use it
+            _check(torch.cuda.cudart().cudaHostUnregister(buffer_n.data_ptr()), buffer_n.numel())
         self.num_bytes -= buffer_n.numel()
+
+
+def _check(answer: Any, num_bytes: int) -> None:
+    if int(answer):
+        raise OffloadError(
+            f"alst.activation_checkpoint_cpu_offload: CUDA cannot page-lock or release {num_bytes} bytes of host "
+            f"memory (error {int(answer)}). See `ulimit -l`, and what else locks memory on this host."
+        )
+
+
+class Copies:
+    """Copies between device and host, on a stream of their own where the device has streams.
+
+    A copy starts after all work queued so far and returns an event, None if it is done. Memory that a copy reads
+    belongs to the computation's stream: before it is freed, the computation must wait for the copy.
+
+    Args:
+        module: the device's module, such as ``torch.cuda``; None copies at once, for the CPU as the device.
+        device: of the stream.
+    """
+
+    def __init__(self, module: Any = None, device: torch.device | None = None) -> None:
+        self._module = module
+        self._stream = None if module is None else module.Stream(device=device)
+
+    def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> Any:
+        """Start a copy to the host tensor; return the event to wait for."""
+        if self._stream is None:
+            host_n.copy_(device_n)
+            return None
+        self._stream.wait_stream(self._module.current_stream())
+        with self._module.stream(self._stream):
+            host_n.copy_(device_n, non_blocking=True)
+            return self._stream.record_event()
+
+    def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> Any:
+        """Start a copy to the device tensor; return the event to wait for."""
+        done = self.out(host_n, device_n)
+        if self._stream is not None:
+            # The tensor may be freed before any wait: the backward may end without asking for it.
+            device_n.record_stream(self._stream)
+        return done
+
+    def wait(self, done: Any) -> None:
+        """Make all work that is queued on the device from now on wait for a copy; does not block this process."""
+        if done is not None:
+            self._module.current_stream().wait_event(done)

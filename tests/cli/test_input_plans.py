@@ -195,14 +195,14 @@ def test_slots_of_a_file_never_overlap_and_lie_within_it(disk_file, steps):
         if take:
             taken.append((disk_file.allocate(size * PAGE), size * PAGE))
         elif taken:
-            disk_file.free(taken.pop(which % len(taken))[0])
+            disk_file.free(*taken.pop(which % len(taken)))
         ends = [0, *itertools.chain(*((offset, offset + size) for offset, size in sorted(taken)))]
         assert ends == sorted(ends) and ends[-1] <= disk_file.reserved_bytes
-    for offset, _ in taken:
-        disk_file.free(offset)
+    for slot in taken:
+        disk_file.free(*slot)
     # The file is empty again.
     assert disk_file.allocate(PAGE) == 0
-    disk_file.free(0)
+    disk_file.free(0, PAGE)
 
 
 STEPS = st.lists(st.tuples(st.sampled_from(["take", "give", "round"]), st.integers(1, 5 * PAGE), st.integers(0, 9)))

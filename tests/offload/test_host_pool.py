@@ -8,7 +8,7 @@ import torch
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload import budget
-from deepspeed_alst.offload.host_buffers import PAGE, CudaRegistry, HostBufferPool, pages
+from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool, pages
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 3 * 2**20 + 5])
@@ -83,52 +83,45 @@ def test_a_closed_pool_gives_its_memory_back_and_takes_late_buffers():
     assert before - resident() > 1.9 * size
 
 
-class Registry:
-    """Keeps a list of what a device knows."""
+class Cudart:
+    """A stand-in for ``torch.cuda.cudart()``: what CUDA's runtime knows, and the number that it answers with."""
 
     def __init__(self) -> None:
-        self.known: dict[int, int] = {}
+        self.answer, self.known, self.calls = 0, dict[int, int](), []
 
-    def register(self, address: int, num_bytes: int) -> None:
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
         assert address % PAGE == 0 and num_bytes % PAGE == 0
         assert all(address + num_bytes <= start or start + size <= address for start, size in self.known.items())
         self.known[address] = num_bytes
-
-    def unregister(self, address: int) -> None:
-        del self.known[address]
-
-
-def test_buffers_are_registered_as_long_as_they_are_mapped():
-    registry = Registry()
-    pool = HostBufferPool(budget=8 * PAGE, registry=registry)
-    taken = [pool.take(3 * PAGE), pool.take(5 * PAGE)]
-    assert sorted(registry.known.values()) == [3 * PAGE, 5 * PAGE]
-    for each in taken:
-        pool.give(each)
-    assert pool.take(8 * PAGE) is not None and list(registry.known.values()) == [8 * PAGE]
-    pool.close()
-
-
-class Cudart:
-    """A stand-in for ``torch.cuda.cudart()``: the numbers that CUDA's runtime answers with."""
-
-    def __init__(self, answer: int) -> None:
-        self.answer, self.calls = answer, []
-
-    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
         self.calls.append(("register", address, num_bytes, flags))
         return self.answer
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.known[address]
         self.calls.append(("unregister", address))
         return self.answer
 
 
-def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
-    cudart = Cudart(0)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: cudart.calls.append(("wait",)))
-    pool = HostBufferPool(registry=CudaRegistry())
+@pytest.fixture
+def cudart(monkeypatch):
+    found = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: found.calls.append(("wait",)))
+    return found
+
+
+def test_buffers_are_registered_as_long_as_they_are_mapped(cudart):
+    pool = HostBufferPool(budget=8 * PAGE, page_locked=True)
+    taken = [pool.take(3 * PAGE), pool.take(5 * PAGE)]
+    assert sorted(cudart.known.values()) == [3 * PAGE, 5 * PAGE]
+    for each in taken:
+        pool.give(each)
+    assert pool.take(8 * PAGE) is not None and list(cudart.known.values()) == [8 * PAGE]
+    pool.close()
+
+
+def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(cudart):
+    pool = HostBufferPool(page_locked=True)
     buffer = pool.take(5000)
     address = buffer.data_ptr()
     pool.give(buffer)
@@ -136,8 +129,8 @@ def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(monkeypatch):
     # Nothing is unmapped under a copy.
     assert cudart.calls == [("register", address, 8192, 1), ("wait",), ("unregister", address)]
     cudart.answer = 2
-    with pytest.raises(OffloadError, match=r"page-lock 8192 bytes.*error 2"):
-        HostBufferPool(registry=CudaRegistry()).take(5000)
+    with pytest.raises(OffloadError, match=r"page-lock.* 8192 bytes.*error 2"):
+        HostBufferPool(page_locked=True).take(5000)
 
 
 def cgroup(folder, version: int, limit: str, usage: int, cache: int):
