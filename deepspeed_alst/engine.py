@@ -16,7 +16,7 @@ from deepspeed_alst.verification.verify_model import ModelCheck
 
 if TYPE_CHECKING:
     from deepspeed_alst.integrations.hf_upstream import UpstreamProgram
-    from deepspeed_alst.monitoring.metrics import Metrics
+    from deepspeed_alst.monitoring.feature import Metrics
 
 
 @dataclass

@@ -167,7 +167,7 @@ def _prepare_whole_batches(prepare: Callable[..., Any]) -> Callable[..., Any]:
         loader, sp_size = prepare(self, data_loader, *args, **kwargs), _sp_size_of(self)
         if sp_size == 1 or hasattr(loader, "alst_whole"):
             return loader
-        from deepspeed_alst.data.accelerate_loader import PreparedLoader
+        from deepspeed_alst.data.loader import PreparedLoader
 
         return PreparedLoader(loader, self, sp_size)
 

@@ -33,11 +33,9 @@ class Header:
 
     error: str | None = None
     ended: bool = False
-    sizes: tuple[int, ...] = ()
-    """Bytes for each rank of the sequence."""
+    sizes: tuple[int, ...] = ()  # bytes for each rank of the sequence
     digest: int = 0
-    place: str = ""
-    """Position of this rank in its data, which must be equal on all ranks; empty if it is not counted."""
+    place: str = ""  # of this rank in its data, which must be equal on all ranks; empty if it is not counted
 
 
 def shard_dataloader(loader: Any, engine: Any) -> Any:
@@ -66,8 +64,17 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
     return loader
 
 
-class ShardedDataLoader:
-    """Iterable of this rank's shards; other attributes (dataset, sampler, set_epoch, ...) are the inner loader's."""
+class _Wrapper:
+    """Wrapper of a loader, whose other attributes (dataset, sampler, set_epoch, ...) are the inner loader's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not set yet: unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+class ShardedDataLoader(_Wrapper):
+    """Iterable of this rank's shards."""
 
     def __init__(
         self,
@@ -91,11 +98,6 @@ class ShardedDataLoader:
     def __len__(self) -> int:
         """Return the micro-steps in an epoch, if all ranks of a sequence have loaders of equal length."""
         return len(self.loader) * self._groups.sp_size
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not set yet: unpickling
-            raise AttributeError(name)
-        return getattr(self.loader, name)
 
     @property
     def state_dict(self) -> Callable[..., Any]:
@@ -145,11 +147,7 @@ class ShardedDataLoader:
                 yield batch
 
     def exchange(self, batch: Any, place: str = "") -> list[Any]:
-        """Exchange one batch per rank; return this rank's shards of its sequence's batches, in rank order.
-
-        Raises:
-            DataError: on all ranks if any rank has an error, or if the ranks are at different places.
-        """
+        """Exchange one batch per rank; return this rank's shards of its sequence's batches, in rank order."""
         header, shards, error = self._prepare(iter([batch]))
         header.place = place
         return list(self._exchange(shards, self._meet(header, error)))
@@ -176,8 +174,6 @@ class ShardedDataLoader:
         try:
             whole = checked(batch, self._vocabulary)
             sharded = uncut(whole, P) if self._whole else self._cut(whole, P, self._multiple)
-            if not self._whole:
-                self._warn_of_padding(tokens_of(whole).shape[1], tokens_of(sharded.shards[0]).shape[1] * P)
             # BatchEncoding and similar types have methods (.to) that programs use.
             kind = type(batch) if isinstance(batch, UserDict) else dict
             shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
@@ -189,16 +185,6 @@ class ShardedDataLoader:
         except Exception as error:
             return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), [], error
         return header, shards, None
-
-    def _warn_of_padding(self, length: int, padded: int) -> None:
-        # Python shows a warning of identical text once.
-        if padded > 2 * length and dist.get_rank() == 0:
-            warnings.warn(
-                "more than half of the tokens of a batch are padding, which costs as much as they do: sequences are "
-                f"padded to a multiple of {self._multiple} tokens. Set alst.pad_to_multiple_of to fewer, or pack the "
-                "samples.",
-                stacklevel=3,
-            )
 
     def _meet(self, header: Header, error: BaseException | None = None) -> list[Header]:
         """Gather all ranks' headers; raise on every rank if any has an error, or is at another place."""
@@ -276,3 +262,37 @@ def _unpacked(data: torch.Tensor) -> Any:
 def _own_batches(loader: Any) -> Iterator[Any]:
     # A generator defers an error of iter(loader) itself to the first next(), where it is caught.
     yield from loader
+
+
+class PreparedLoader(_Wrapper):
+    """Loader prepared by accelerate, whose batches the engine shards; it may be created after this wrapper.
+
+    In training every batch is one micro-step on each rank of a sequence; all of them get it whole, in turn, so that a
+    program may generate from it. In evaluation each rank has its own batches, as without sequence parallelism.
+    """
+
+    alst_whole = True
+
+    def __init__(self, loader: Any, accelerator: Any, sp_size: int) -> None:
+        self.loader, self._accelerator, self._sp_size = loader, accelerator, sp_size
+        self._turns = sp_size
+
+    def __len__(self) -> int:
+        """Return the batches of an epoch: this rank's own in evaluation, all of its sequence's ranks in training."""
+        return len(self.loader) * self._turns
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over one epoch, of training or evaluation as the model's mode says."""
+        wrapped = self._accelerator.deepspeed_engine_wrapped
+        session = getattr(getattr(wrapped, "engine", None), "alst", None)
+        if session is None or not wrapped.engine.module.training:
+            self._turns = 1
+            yield from self.loader
+            return
+        self._turns = self._sp_size
+        device = getattr(self.loader, "device", None)
+        for batch in session.shard_dataloader(self.loader, whole=True):
+            if device is not None:
+                for key, x in batch.items():
+                    batch[key] = x.to(device) if isinstance(x, torch.Tensor) else x
+            yield batch

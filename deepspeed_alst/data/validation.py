@@ -29,9 +29,7 @@ class Vocabulary:
     """Vocabulary sizes of a model; None if unknown."""
 
     embeddings: int | None = None
-    """Size of the input embedding."""
     logits: int | None = None
-    """Size of the output, which may differ."""
 
 
 def vocabulary_of(spec: ModelSpec) -> Vocabulary:

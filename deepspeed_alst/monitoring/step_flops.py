@@ -34,16 +34,11 @@ class Span:
 class StepFlops:
     """FLOPs of forward and backward, by tokens and by pairs added up over all attention layers."""
 
-    spans: tuple[tuple[Span, int], ...]
-    """Attention ranges, each with its number of layers."""
-    token: float
-    """Per token: 6 per trained weight of the matrices that it passes (active experts only), 4 per frozen one."""
-    token_again: float
-    """Recomputation per token: 2 per weight in checkpointed layers."""
-    pair: float
-    """Per pair in one layer: ``6 * heads * (D_qk + D_v)``."""
-    pair_again: float
-    """Recomputation per pair: a third of it, times the share of layers that are checkpointed."""
+    spans: tuple[tuple[Span, int], ...]  # attention ranges, each with its number of layers
+    token: float  # 6 per trained weight of the matrices that a token passes (active experts only), 4 per frozen one
+    token_again: float  # recomputation: 2 per weight in checkpointed layers
+    pair: float  # in one layer: 6 * heads * (D_qk + D_v)
+    pair_again: float  # recomputation: a third of it, times the share of layers that are checkpointed
 
     def pairs(self, places: torch.Tensor) -> torch.Tensor:
         """Count the pairs of a token at each place of its document, over all layers."""

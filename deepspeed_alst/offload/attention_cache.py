@@ -32,8 +32,6 @@ _OPERATORS = frozenset(
         "varlen_fwd",
     }
 )
-_DROPOUT = ("dropout_p", "p_dropout")
-_GIVEN_OUTPUT = ("out", "out_")
 _LOG_SUM_EXP = "compute_log_sumexp"
 # Maximum elements of a result that is saved as it is: a seed, an offset.
 _FEW = 16
@@ -53,22 +51,18 @@ class _Kept(list[tuple[Any, list[Callable[[], torch.Tensor]]]]):
 
 
 class CheckpointFrame:
-    """One call of a checkpointed layer: the tensors that its forward saves for its recomputation.
+    """One call of a checkpointed layer: the tensors that its forward saves, by ``put``, for its recomputation.
 
     The layer runs twice in it, and code inside looks up the frame of its thread, which in a backward is autograd's.
-
-    Args:
-        put: offloads the tensors that are saved.
-        keeps_attention: True to save attention's output instead of recomputing it.
+    With ``keeps_attention`` attention's output is saved instead of recomputed.
     """
 
     def __init__(self, put: Put = on_device, keeps_attention: bool = False) -> None:
         self.keeps_attention = keeps_attention
         self.recomputing = False
+        # Attention implementation of each forward call whose output was saved, and of each that is recomputed.
         self.kept_attention: list[str] = []
-        """Attention implementation of each forward call whose output was saved."""
         self.unkept_attention: list[str] = []
-        """Attention implementation of each call whose output could not be saved and is recomputed."""
         self._put = put
         self._kept: _Kept | None = _Kept()
         self._owned = weakref.ref(self._kept)
@@ -116,12 +110,9 @@ class Ran:
     """Attention operator that ran in a forward."""
 
     name: str
-    outputs: list[torch.Tensor]
-    """Output and log-sum-exp; empty once they are saved."""
-    layouts: list[tuple[torch.Size, tuple[int, ...]]]
-    """Size and stride of each."""
-    others: Any
-    """Other results, the large ones emptied, in the operator's kind of sequence."""
+    outputs: list[torch.Tensor]  # output and log-sum-exp; empty once they are saved
+    layouts: list[tuple[torch.Size, tuple[int, ...]]]  # size and stride of each
+    others: Any  # other results, the large ones emptied, in the operator's kind of sequence
 
     def lay_flat(self) -> list[torch.Tensor]:
         """Return both as ``[numel]``, contiguous for any strides, and drop the references to them."""
@@ -190,19 +181,14 @@ class _Recording(TorchDispatchMode):
         if refusal := _refusal(named, result):
             self.refusals.append(f"{func.name()} {refusal}")
         else:
-            outputs = list(result[:2])
-            layouts = [(x.shape, x.stride()) for x in outputs]
-            self.ran.append(Ran(func.name(), outputs, layouts, type(result)(map(_small, result[2:]))))
+            layouts = [(x.shape, x.stride()) for x in result[:2]]
+            others = (x.new_empty(0) if isinstance(x, torch.Tensor) and x.numel() > _FEW else x for x in result[2:])
+            self.ran.append(Ran(func.name(), list(result[:2]), layouts, type(result)(others)))
         return result
 
 
 class Replaying(TorchDispatchMode):
-    """Dispatch mode that returns each operator's recorded results, in order, instead of running it.
-
-    Args:
-        ran: the recorded operators.
-        flat: output and log-sum-exp of each, as laid flat.
-    """
+    """Dispatch mode that returns each operator's recorded results, laid flat, in order, instead of running it."""
 
     def __init__(self, ran: list[Ran], flat: list[torch.Tensor]) -> None:
         super().__init__()
@@ -238,16 +224,12 @@ def _is_attention(func: Any) -> bool:
 
 def _refusal(named: dict[str, Any], result: Any) -> str:
     """Return the reason why an operator's results cannot be saved; empty if they can."""
-    if any(named.get(name) for name in _DROPOUT):
+    if any(named.get(name) for name in ("dropout_p", "p_dropout")):
         # A replay does not advance the generator, so that later dropout would draw other numbers.
         return "with dropout"
-    if any(named.get(name) is not None for name in _GIVEN_OUTPUT):
+    if any(named.get(name) is not None for name in ("out", "out_")):
         return "into an output that it was given"
     known = len(result) >= 2 and all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in result[:2])
     if not known or not all(is_dense(x) for x in result[:2]):
         return "with results of an unknown form"
     return ""
-
-
-def _small(x: Any) -> Any:
-    return x.new_empty(0) if isinstance(x, torch.Tensor) and x.numel() > _FEW else x

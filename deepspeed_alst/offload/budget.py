@@ -36,15 +36,12 @@ class Layers:
     """
 
     num_layers: int
-    keep_last: int
-    """Number of last layers whose tensors stay on the device."""
+    keep_last: int  # last layers whose tensors stay on the device
     input_bytes: int
     output_bytes: int
     lse_bytes: int
-    matrix_elements: int
-    """Elements of a layer's weight matrices that each token is multiplied with."""
-    head_elements: int
-    """Elements of a layer's query heads together."""
+    matrix_elements: int  # of a layer's weight matrices that each token is multiplied with
+    head_elements: int  # of a layer's query heads together
 
     def sizes(self, tokens: int, with_outputs: bool) -> list[int]:
         """Return the bytes of each tensor of one layer, rounded up to pages."""
@@ -68,12 +65,9 @@ class Layers:
 class MemoryBudget:
     """Memory available to one rank."""
 
-    host: int
-    """Bytes of host memory, the same for each rank of the host."""
-    disk: int | None = None
-    """Bytes on disk; None without a disk tier."""
-    budget: int | None = None
-    """The user's ``host_budget`` for all ranks of a host; None if the host's memory is the limit."""
+    host: int  # bytes of host memory, the same for each rank of the host
+    disk: int | None = None  # bytes on disk; None without a disk tier
+    budget: int | None = None  # host_budget of all ranks of a host; None if the host's memory is the limit
 
 
 @dataclass(frozen=True)
@@ -83,10 +77,8 @@ class Plan:
     keeps_attention: bool
     host_bytes: int
     disk_bytes: int
-    ring_bytes: int
-    """Host bytes of the ring of buffers for transfers to and from disk."""
-    reason: str
-    """Reason to save attention's output or not."""
+    ring_bytes: int  # of the host, for transfers to and from disk
+    reason: str  # to save attention's output or not
 
 
 def decide(

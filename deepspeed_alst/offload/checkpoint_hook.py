@@ -23,10 +23,9 @@ class CheckpointHook:
     """Wrappers and callbacks of one layer's checkpoint; ``checkpoint_hook_of`` creates one per layer."""
 
     def __init__(self) -> None:
+        # Wrappers of the checkpoint, the last one outermost; callbacks with the outputs of each run with gradients.
         self.around: list[Callable[[Checkpoint], Checkpoint]] = []
-        """Wrappers of the checkpoint, the last one outermost."""
         self.at_end: list[Callable[[Any], None]] = []
-        """Callbacks that get the outputs of each run of the layer with gradients enabled."""
 
     def __deepcopy__(self, memo: Any) -> "CheckpointHook":
         """Return the hook itself: a copy of the model shares it, as it shares the checkpoint function."""

@@ -25,17 +25,11 @@ from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_o
 class Keeping:
     """Tensors kept of a model's checkpointed layers, and where."""
 
-    store: ActivationStore | None
-    """None keeps them on the device."""
-    keep_last: int = 0
-    """Number of last layers whose tensors stay on the device."""
-    must_keep_attention: bool = False
-    """True if an attention output that cannot be kept is an error instead of one warning."""
-    keeps_attention: bool = False
-    """True if the next forward keeps the attention outputs."""
-    layers: list[torch.nn.Module] = field(default_factory=list)
-    """All layers that can be checkpointed, in the model's order."""
-    _warned: set[str] = field(default_factory=set)
+    store: ActivationStore | None  # None keeps them on the device
+    keep_last: int = 0  # last layers whose tensors stay on the device
+    must_keep_attention: bool = False  # an attention output that cannot be kept is an error instead of a warning
+    keeps_attention: bool = False  # in the next forward
+    layers: list[torch.nn.Module] = field(default_factory=list)  # that can be checkpointed, in the model's order
     _has_kept: bool = False
 
     def stays(self, layer: torch.nn.Module) -> bool:
@@ -43,11 +37,7 @@ class Keeping:
         return self.keep_last > 0 and layer in self._checkpointed()[-self.keep_last :]
 
     def check(self, layer: torch.nn.Module, frame: CheckpointFrame) -> None:
-        """Check that the attention outputs of a layer's forward were kept; warn once or raise if not.
-
-        Raises:
-            UnsupportedModelError: attention outputs must be kept, but one was not, or no layer called attention.
-        """
+        """Check that the attention outputs of a layer's forward were kept; if not, warn, or raise if they must be."""
         self._has_kept |= bool(frame.kept_attention)
         if not frame.keeps_attention:
             return
@@ -60,9 +50,8 @@ class Keeping:
                     f"alst.save_attention_output: {sentence}: its output cannot be kept. It can be kept of the kernels "
                     "of sdpa and flash attention, without dropout. Set the key to false."
                 )
-            if sentence not in self._warned:
-                self._warned.add(sentence)
-                warnings.warn(f"alst.save_attention_output: {sentence}; it runs again in the backward", stacklevel=2)
+            # Python shows a warning of identical text once.
+            warnings.warn(f"alst.save_attention_output: {sentence}; it runs again in the backward", stacklevel=2)
 
     def _checkpointed(self) -> list[torch.nn.Module]:
         return [layer for layer in self.layers if layer.gradient_checkpointing]

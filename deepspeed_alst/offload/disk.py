@@ -118,18 +118,14 @@ class DiskThreads:
 
 
 class DiskFile:
-    """Disk space for one rank's activations, freed whenever and however the process ends.
+    """Disk space for one rank's activations in an existing folder, freed whenever and however the process ends.
 
     Space is allocated in slots, reused by size; once none is in use, the file is empty again. ``allocate`` and
     ``reserve`` belong to one thread. ``description`` has the folder, its file system and the mode of I/O.
 
-    Args:
-        folder: an existing folder; it is not created.
-        silence_seconds: a disk that makes no progress for this long is an error.
-
     Raises:
         ConfigError: the folder is missing, or cannot be written to or read from.
-        OffloadError: the disk does not answer.
+        OffloadError: the disk does not answer for ``silence_seconds``.
     """
 
     def __init__(self, folder: str | os.PathLike[str], silence_seconds: float = 120.0) -> None:
