@@ -31,7 +31,7 @@ from deepspeed_alst.errors import CheckpointError
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
 
 _Stamps = Mapping[str, dict[str, Any] | None]
-"""By file name; None if it was saved without this package or before stamps existed."""
+"""By file name; None if it was saved without this package."""
 
 
 def takes_any_world_size(engine: Any) -> bool:
@@ -40,13 +40,7 @@ def takes_any_world_size(engine: Any) -> bool:
 
 
 def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
-    """Load a checkpoint by DeepSpeed's ``load_checkpoint``; one of another world size is converted before.
-
-    Args:
-        engine: that loads it.
-        load: DeepSpeed's own method.
-        call: its arguments.
-        group: all ranks over gloo.
+    """Load a checkpoint by ``load``, DeepSpeed's ``load_checkpoint``; one of another world size is converted before.
 
     Raises:
         CheckpointError: on all ranks, whichever could not load it or sees other files.

@@ -7,7 +7,6 @@ leaves the others in a barrier. Here ``latest`` is written last, after every ran
 import contextlib
 import inspect
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from deepspeed.checkpoint import constants
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, difference_over_ranks, gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import CheckpointError
-from deepspeed_alst.formatting import format_bytes
 
 STAMP = "deepspeed_alst"
 """Key of this package's entry in DeepSpeed's files: the id of the save, the rank that wrote the file, of how many, and
@@ -35,13 +33,7 @@ _LATEST = "latest"
 
 
 def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
-    """Save a checkpoint by DeepSpeed's ``save_checkpoint``.
-
-    Args:
-        engine: that saves it.
-        save: DeepSpeed's own method.
-        call: its arguments.
-        group: all ranks over gloo.
+    """Save a checkpoint by ``save``, DeepSpeed's ``save_checkpoint``; ``group`` is all ranks over gloo.
 
     Raises:
         CheckpointError: on all ranks, if one could not write its files.
@@ -62,10 +54,13 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
         if first and latest_tag(folder) == tag:
             latest.unlink()
     given["save_latest"] = False
-    stamp = {"save": gather_objects(uuid.uuid4().hex, group)[0], "rank": dist.get_rank()}
-    with _errors_kept(
-        engine, {**stamp, "world_size": dist.get_world_size(), "order": parameter_order(engine)}
-    ) as errors:
+    stamp = {
+        "save": gather_objects(uuid.uuid4().hex, group)[0],
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "order": parameter_order(engine),
+    }
+    with _errors_kept(engine, stamp) as errors:
         result = save(*call.args, **call.kwargs)
     raise_on_all_ranks(_not_written(errors[0], folder, tag) if errors else None, group)
     if names_latest:
@@ -144,11 +139,8 @@ def _errors_kept(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Exception]
 
 
 def _not_written(cause: Exception, folder: Path, tag: str) -> CheckpointError:
-    room = ""
-    with contextlib.suppress(OSError):
-        room = f" ({format_bytes(shutil.disk_usage(folder).free)} free there)"
     latest = latest_tag(folder)
     kept = f"{folder / _LATEST} still names {latest}" if latest else "there is no checkpoint before it"
-    error = CheckpointError(f"{folder / tag} could not be written{room}: {cause!r}. It is not whole, remove it; {kept}")
+    error = CheckpointError(f"{folder / tag} could not be written: {cause!r}. It is not whole, remove it; {kept}")
     error.__cause__ = cause
     return error

@@ -82,13 +82,7 @@ def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_si
 def convert(model_file: Path, optimizer_files: Sequence[Path], world_size: int) -> Generator[bool, None, None]:
     """Convert a checkpoint, unless it has been; yield every few seconds.
 
-    Args:
-        model_file: rank 0's.
-        optimizer_files: one per rank that saved the checkpoint.
-        world_size: of this run.
-
-    Raises:
-        CheckpointError: with the remedy.
+    Takes rank 0's model file, the optimizer files of all ranks that saved the checkpoint, and this run's world size.
     """
     folder = model_file.parent
     target = folder.with_name(f"{folder.name}_universal")

@@ -17,7 +17,7 @@ from deepspeed_alst.errors import DataError
 
 LABEL_KEYS = ("labels", "shift_labels")
 _TOKENS = ("input_ids", *LABEL_KEYS)
-_TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
+_TENSORS = (*_TOKENS, "inputs_embeds", "position_ids", "attention_mask")
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -177,12 +177,8 @@ def document_bounds(
     As in transformers' masks, a document starts where position ids do not increase by one, or with ``by_lowest``, as
     in its flash attention, at each token with the lowest.
 
-    Args:
-        positions_BS: of the whole sequences; a single row may stand for all.
-        given: bounds from the collator, which must be equal.
-        rows: of the batch.
-        packing: True if the model's attention keeps documents apart; else they raise DataError.
-        by_lowest: see above.
+    ``positions_BS`` is of the whole sequences; a single row may stand for all. Bounds ``given`` by the collator must be
+    equal. Without ``packing``, for an attention that does not keep documents apart, they raise DataError.
 
     Raises:
         DataError: as said, or documents in several rows or unlike ``given``, or tokens before the first.

@@ -88,14 +88,10 @@ def decide(
     wanted: bool | Literal["auto"],
     shard: tuple[int, int] = (1, 1),
 ) -> Plan:
-    """Decide the placement of a micro-step's activations.
+    """Decide the placement of a micro-step's activations, of B*s tokens of a shard.
 
-    Args:
-        layers: sizes of the model's layers.
-        tokens: tokens of this rank's shard, B*s.
-        room: room of the rank with the least.
-        wanted: ``save_attention_output``.
-        shard: ranks per sequence and sequences per batch.
+    ``room`` is that of the rank with the least, ``wanted`` is ``save_attention_output``, ``shard`` the ranks per sequence
+    and the sequences per batch.
 
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.

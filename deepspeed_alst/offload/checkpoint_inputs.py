@@ -58,11 +58,7 @@ class Keeping:
 
 
 def keep_activations(spec: ModelSpec, keeping: Keeping, patches: PatchSet) -> None:
-    """Make each checkpointed layer of a model keep its tensors; ``patches.close()`` undoes it.
-
-    Raises:
-        UnsupportedModelError: transformers checkpoints no layer of the model individually.
-    """
+    """Make each checkpointed layer of a model keep its tensors; ``patches.close()`` undoes it."""
     keeping.layers = spec.checkpointed_layers
     if not keeping.layers:
         raise UnsupportedModelError(
@@ -75,11 +71,7 @@ def keep_activations(spec: ModelSpec, keeping: Keeping, patches: PatchSet) -> No
 
 
 def turn_on_checkpointing(spec: ModelSpec, patches: PatchSet) -> bool:
-    """Turn transformers' gradient checkpointing on until ``patches.close()``; return True if it was off.
-
-    Raises:
-        UnsupportedModelError: the model does not support it.
-    """
+    """Turn transformers' gradient checkpointing on until ``patches.close()``; return True if it was off."""
     base = spec.model
     if base.is_activation_checkpointing:
         return False
@@ -97,11 +89,7 @@ def turn_on_checkpointing(spec: ModelSpec, patches: PatchSet) -> bool:
 
 
 def check_checkpointing(spec: ModelSpec, key: str) -> None:
-    """Raise if no layer is checkpointed in training, or if transformers offloads the layers' inputs itself.
-
-    Raises:
-        UnsupportedModelError: the key would have no effect.
-    """
+    """Raise if no layer is checkpointed in training, or if transformers offloads the layers' inputs itself."""
     layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
     if not layers:
         raise UnsupportedModelError(

@@ -44,11 +44,7 @@ class ActivationOffload(Feature):
     _printed: tuple[bool, bool] | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
-        """Register with the layers' checkpoints; at SP 1, plan before each forward (under SP the batch check does).
-
-        Raises:
-            UnsupportedModelError: the layers do not support checkpointing, or not individually.
-        """
+        """Register with the layers' checkpoints; at SP 1, plan before each forward (under SP the batch check does)."""
         alst = run.config.alst
         self._spec, self._sp_size = run.spec, run.config.sequence_parallel_size
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
@@ -78,15 +74,11 @@ class ActivationOffload(Feature):
         return ""
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
-        """Build the engine's activation store, as ``engine.alst_offload``.
-
-        Raises:
-            ConfigError: the disk tier's folder cannot be used.
-        """
+        """Build the engine's activation store, as ``engine.alst_offload``."""
         self._ranks = ranks_on_host(run.control_group)
         with agree(run.control_group):
             if self._block is not None:
-                store = self._keeping.store = _build_store(self._block, torch.device(engine.device))
+                store = self._keeping.store = _build_store(self._block.nvme_path, torch.device(engine.device))
                 patches.set(engine, "alst_offload", store)
                 patches.callback(store.close)
 
@@ -119,11 +111,7 @@ class ActivationOffload(Feature):
         self.decide([self.facts(tokens.shape[:2])])
 
     def facts(self, shape: Sequence[int]) -> Facts | None:
-        """Return the facts on a batch of ``[B, s]`` tokens on this rank; None if no backward follows.
-
-        Raises:
-            UnsupportedModelError: layers are not checkpointed, so the keys would have no effect.
-        """
+        """Return the facts on a batch of ``[B, s]`` tokens on this rank; None if no backward follows."""
         if not (self._spec.outer.training and torch.is_grad_enabled()):
             return None
         key, room = "alst.save_attention_output", MemoryBudget(0)
@@ -158,8 +146,8 @@ class ActivationOffload(Feature):
         self._keeping.keeps_attention = plan.keeps_attention
         # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = widest.tokens
-        if self._printed != (plan.keeps_attention, plan.disk_bytes > 0):
-            self._printed = plan.keeps_attention, plan.disk_bytes > 0
+        if self._printed != (decided := (plan.keeps_attention, plan.disk_bytes > 0)):
+            self._printed = decided
             on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
             on_host = f"{format_bytes(plan.host_bytes)} on the host{on_disk} of a rank with {widest.tokens:,} tokens"
             kept = f"{_KEPT[plan.keeps_attention]} ({self._why_not or plan.reason})"
@@ -180,10 +168,10 @@ class ActivationOffload(Feature):
         return MemoryBudget(spare_bytes() // ranks + store.pool.num_bytes + ring_bytes, disk)
 
 
-def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:
+def _build_store(nvme_path: str | None, device: torch.device) -> ActivationStore:
     copies = Copies() if device.type == "cpu" else Copies(torch.get_device_module(device), device)
     page_locked = device.type == "cuda"
-    spill = None if block.nvme_path is None else Swapper(DiskFile(block.nvme_path), copies, page_locked)
+    spill = None if nvme_path is None else Swapper(DiskFile(nvme_path), copies, page_locked)
     return ActivationStore(HostBufferPool(page_locked=page_locked), spill, copies)
 
 

@@ -21,11 +21,9 @@ from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_con
 
 
 def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
-    """Make a model's attention keep its output in frames that ask for it.
+    """Make a model's attention keep its output in frames that ask for it; ``patches.close()`` undoes it.
 
-    Args:
-        model: a transformers model, or a wrapper around one. Its configs are replaced by copies of its own.
-        patches: ``patches.close()`` undoes everything.
+    Its configs are replaced by copies of its own.
 
     Raises:
         UnsupportedModelError: no attention of the model runs as operators whose output can be kept.
@@ -47,11 +45,7 @@ def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
 
 
 def check_keeps_attention(model: torch.nn.Module) -> None:
-    """Raise if no attention's output can be kept, with or without sequence parallelism.
-
-    Raises:
-        UnsupportedModelError: there is none; the message has the fix.
-    """
+    """Raise if no attention's output can be kept, with or without sequence parallelism."""
     names = list(dict.fromkeys(str(config._attn_implementation) for config in _attention_configs(model)))
     reasons = [_reason_against(name) for name in names]
     if not all(reasons):
