@@ -90,8 +90,8 @@ def decide(
 ) -> Plan:
     """Decide the placement of a micro-step's activations, of B*s tokens of a shard.
 
-    ``room`` is that of the rank with the least, ``wanted`` is ``save_attention_output``, ``shard`` the ranks per sequence
-    and the sequences per batch.
+    ``room`` is that of the rank with the least, ``wanted`` is ``save_attention_output``, ``shard`` the ranks per
+    sequence and the sequences per batch.
 
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
