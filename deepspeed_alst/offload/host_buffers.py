@@ -144,22 +144,22 @@ class Copies:
         self._module = module
         self._stream = None if module is None else module.Stream(device=device)
 
-    def out(self, device_n: torch.Tensor, host_n: torch.Tensor) -> Any:
-        """Start a copy to the host tensor; return the event to wait for."""
+    def out(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
+        """Start a copy to a host tensor; return the event to wait for."""
         if self._stream is None:
-            host_n.copy_(device_n)
+            target_n.copy_(source_n)
             return None
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
-            host_n.copy_(device_n, non_blocking=True)
+            target_n.copy_(source_n, non_blocking=True)
             return self._stream.record_event()
 
-    def back(self, host_n: torch.Tensor, device_n: torch.Tensor) -> Any:
-        """Start a copy to the device tensor; return the event to wait for."""
-        done = self.out(host_n, device_n)
+    def back(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
+        """Start a copy to a device tensor; return the event to wait for."""
+        done = self.out(source_n, target_n)
         if self._stream is not None:
             # The tensor may be freed before any wait: the backward may end without asking for it.
-            device_n.record_stream(self._stream)
+            target_n.record_stream(self._stream)
         return done
 
     def wait(self, done: Any) -> None:
