@@ -32,7 +32,7 @@ def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
     functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
     for config in _attention_configs(model):
         name = config._attn_implementation
-        if _reason_against(name):
+        if not _can_be_kept(name):
             continue
         assert not isinstance(name, PrivateName), "under sequence parallelism attention keeps its output by itself"
         own, private = own_config(model, config, patches), PrivateName(name)
@@ -46,15 +46,14 @@ def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
 
 def check_keeps_attention(model: torch.nn.Module) -> None:
     """Raise if no attention's output can be kept, with or without sequence parallelism."""
-    names = list(dict.fromkeys(str(config._attn_implementation) for config in _attention_configs(model)))
-    reasons = [_reason_against(name) for name in names]
-    if not all(reasons):
-        return
-    found = " and ".join(f"attn_implementation={name!r} {why}" for name, why in zip(names, reasons, strict=True))
-    raise UnsupportedModelError(
-        f"{type(model).__name__}: attention's output cannot be kept: {found or 'no module names an attention'}. "
-        "Load the model with attn_implementation='sdpa' or 'flash_attention_2', or leave save_attention_output out"
-    )
+    names = dict.fromkeys(str(config._attn_implementation) for config in _attention_configs(model))
+    if not any(map(_can_be_kept, names)):
+        found = " and ".join(map(repr, names))
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: attention's output cannot be kept with attn_implementation={found}. Load the "
+            "model with transformers' own attn_implementation='sdpa' or 'flash_attention_2', or leave "
+            "save_attention_output out"
+        )
 
 
 def _attention_configs(model: torch.nn.Module) -> list[Any]:
@@ -63,14 +62,10 @@ def _attention_configs(model: torch.nn.Module) -> list[Any]:
     return [config for config in held.values() if getattr(config, "_attn_implementation", None)]
 
 
-def _reason_against(name: str) -> str:
-    """Return why the output of an attention of this name cannot be kept; empty if it can."""
+def _can_be_kept(name: str) -> bool:
+    """Return True for transformers' functions that run as operators whose output can be kept."""
     function = AttentionInterface._global_mapping.get(str(name))  # under sequence parallelism the name is private
-    if function is sdpa_attention_forward or function is flash_attention_forward:
-        return ""
-    if name.removeprefix("paged|") == "eager":
-        return "has no operator of its own"
-    return "runs as a compiled graph" if "flex" in name else "is no function of transformers' that is verified for it"
+    return function is sdpa_attention_forward or function is flash_attention_forward
 
 
 def _kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
