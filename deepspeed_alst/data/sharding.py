@@ -168,6 +168,8 @@ def _whole_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor],
     for key, x in batch.items():
         if x is None and key in (*_SPLIT_KEYS, "attention_mask"):
             continue
+        if key in _SPLIT_KEYS and not isinstance(x, torch.Tensor):
+            raise DataError(f"{key} must be a tensor, not {type(x).__name__}; make it one in the collate_fn")
         if key == "position_ids" and x.dim() == 1:
             whole[key] = x.expand(anchor.shape[0], -1)
         elif key in _SPLIT_KEYS or (
@@ -187,6 +189,8 @@ def _take_mask(common: dict[str, Any], whole: dict[str, torch.Tensor]) -> torch.
     """Pop the mask, which must be redundant."""
     mask: Any = common.pop("attention_mask", None)
     if mask is not None:
+        if not isinstance(mask, torch.Tensor):
+            raise DataError(f"attention_mask must be a tensor, not {type(mask).__name__}")
         _check_shape("attention_mask", mask, tokens_of(whole))
         check_mask(mask, whole)
     return mask

@@ -17,7 +17,7 @@ from deepspeed_alst.errors import DataError
 
 LABEL_KEYS = ("labels", "shift_labels")
 _TOKENS = ("input_ids", *LABEL_KEYS)
-_TENSORS = (*_TOKENS, "inputs_embeds", "position_ids", "attention_mask")
+_TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from deepspeed_alst.data.sharding import PLACE, REAL_TOKENS, shard_batch, shift_labels
-from deepspeed_alst.data.validation import Vocabulary, checked
 from deepspeed_alst.errors import DataError
 
 # B, S, P, multiple: ragged, exact, shorter than one shard, a single token, more padding than tokens.
@@ -251,8 +250,8 @@ def test_a_mask_of_another_length_is_refused_with_both(mask):
 
 def test_a_mask_that_is_no_tensor_is_refused_by_its_name():
     # Anything but a DataError here leaves the other ranks waiting: the loader tells them of no other.
-    with pytest.raises(DataError, match="attention_mask is a list, not a tensor"):
-        checked({"input_ids": tokens(1, 3), "attention_mask": [[1, 1, 1]]}, Vocabulary())
+    message = refusal({"input_ids": tokens(1, 3), "attention_mask": [[1, 1, 1]]})
+    assert "attention_mask" in message and "list" in message
 
 
 # --- packed samples

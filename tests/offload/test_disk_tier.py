@@ -364,7 +364,7 @@ def test_a_disk_that_does_not_answer_is_an_error_that_says_how_long():
     behind = threads.submit(lambda: None)
     begin = time.monotonic()
     for transfer in (transfers[0], behind):
-        with pytest.raises(OffloadError, match=r"^nvme_path='/nvme': the disk has not answered for 0\.3 s\. Look"):
+        with pytest.raises(OffloadError, match=r"^nvme_path='/nvme': the disk has not answered for 0\.3 s\. Name"):
             threads.wait(transfer)
     assert not any(each.done() for each in (*transfers, behind))
     assert not threads.close(seconds=0.1)
