@@ -15,14 +15,13 @@ import os
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.version import Version
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.figures import Figure, Part, markdown, report
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -65,7 +64,7 @@ TESTS = (
 )
 # By name: the module to run, and the pattern of its summary line.
 CHECKS = {
-    "parity": (("benchmarks.parity", "--short"), r"this package: (\d+ of \d+) cells"),
+    "parity": (("benchmarks.parity", "--short"), r"(?s).* (\d+ of \d+) met"),
     "census": (("benchmarks.census", *FAMILIES), r"(\d+ right)"),
     "tests": (("pytest", "-q", "-m", "not slow", *(f"tests/{name}" for name in TESTS)), r"(\d+ passed.*?) in "),
 }
@@ -101,10 +100,6 @@ class Combination:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-
-    def fails(self) -> bool:
-        """Return True if any check failed."""
-        return any(each.startswith("failed") for each in self.outcomes.values())
 
 
 def install_newest() -> Combination:
@@ -143,7 +138,7 @@ def is_inside(versions: dict[str, str]) -> bool:
     )
 
 
-def check(combination: Combination, progress: Console) -> None:
+def check(combination: Combination) -> None:
     """Record the versions and run all checks; stop if the package cannot be imported."""
     code = f"import importlib.metadata as m; print(*map(m.version, {LIBRARIES!r}))"
     combination.versions = dict(
@@ -155,27 +150,24 @@ def check(combination: Combination, progress: Console) -> None:
         return
     combination.run("-m", "benchmarks.build_ops")
     for name, (words, pattern) in CHECKS.items():
-        start = time.monotonic()
         done = combination.run("-m", *words)
         found = re.search(pattern, done.stdout)
         said = found[1] if found else next(reversed(done.stdout.strip().splitlines()), "nothing said")
         combination.outcomes[name] = f"failed: {said}" if done.returncode else said
-        progress.print(f"{combination.name}, {name}: {combination.outcomes[name]}; {time.monotonic() - start:.0f} s")
+        print(f"{combination.name}, {name}: {combination.outcomes[name]}", file=sys.stderr, flush=True)
         if done.returncode:
-            progress.print("\n".join(done.stdout.splitlines()[-40:]), markup=False)
+            print("\n".join(done.stdout.splitlines()[-40:]), file=sys.stderr)
 
 
-def row(combination: Combination, day: str) -> list[str]:
+def row(combination: Combination) -> list[str]:
     """Return the combination's table row."""
     outcomes = combination.outcomes
     said = [re.sub(r"\s+", " ", outcomes.get(name, "not run")).replace("|", "/") for name in CHECKS]
     if "import" in outcomes:
         said[0] = re.sub(r"\s+", " ", outcomes["import"].split(" (")[0])
     inside = "yes" if is_inside(combination.versions) else "no"
+    day = datetime.date.today().isoformat()
     return [day, *(combination.versions[name] for name in LIBRARIES), inside, *said]
-
-
-HEAD = ["when", *LIBRARIES, "in bounds", *CHECKS]
 
 
 def write(rows: list[list[str]], page: Path) -> None:
@@ -186,39 +178,35 @@ def write(rows: list[list[str]], page: Path) -> None:
     ]
     versions = slice(1, 1 + len(LIBRARIES))
     new = {tuple(each[versions]) for each in rows}
-    lines = [HEAD, ["---"] * len(HEAD), *rows, *(each for each in kept if tuple(each[versions]) not in new)]
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    table = markdown(HEAD, [*rows, *(each for each in kept if tuple(each[versions]) not in new)])
     page.write_text(f"{before}{mark}\n{table}", encoding="utf-8")
 
 
-def combination_name(word: str) -> str:
-    """Return "newest" or a transformers version as given; argparse reports anything else."""
-    return word if word == "newest" else str(Version(word))
+HEAD = ["when", *LIBRARIES, "in bounds", *CHECKS]
+
+
+def figures(names: list[str], writes: bool) -> Iterator[Figure]:
+    """Yield a row for each combination; one within the bounds must pass all checks."""
+    rows = []
+    for name in names:
+        combination = install_newest() if name == "newest" else with_transformers(name)
+        check(combination)
+        rows.append(row(combination))
+        inside = is_inside(combination.versions)
+        failed = any(each.startswith("failed") for each in combination.outcomes.values())
+        yield Figure(combination.name, tuple(rows[-1]), "right" if inside else "", not (inside and failed))
+    if writes:
+        write(rows, ROOT / "docs" / "versions.md")
 
 
 def main() -> int:
     """Print the table; return 1 if a combination within the bounds fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
-    parser.add_argument(
-        "--only", metavar="NAME", type=combination_name, help="one combination: newest, or a version of transformers"
-    )
+    parser.add_argument("--only", metavar="NAME", help="one combination: newest, or a version of transformers")
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else ["newest", *OLDER_TRANSFORMERS]
-    console, combinations = Console(width=180), []
-    for name in names:
-        combinations.append(install_newest() if name == "newest" else with_transformers(name))
-        check(combinations[-1], console)
-    rows = [row(each, datetime.date.today().isoformat()) for each in combinations]
-    table = Table(*HEAD)
-    for each in rows:
-        table.add_row(*each)
-    console.print(table)
-    if arguments.write:
-        write(rows, ROOT / "docs" / "versions.md")
-    bad = [each.name for each in combinations if each.fails() and is_inside(each.versions)]
-    console.print(f"inside of setup.py's bounds and not right: {', '.join(bad) or 'none'}")
-    return 1 if bad else 0
+    return report(__doc__, {"canary": Part(lambda: figures(names, arguments.write), tuple(HEAD))}, ())
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ import itertools
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from benchmarks.families import kind_config
+from benchmarks.families import family_config, kind_config
 from benchmarks.variants import trained, vary
 
 STEPS = 3
@@ -74,38 +74,13 @@ class Cell:
     """Additional top-level keys of the ds_config."""
 
     def name(self) -> str:
-        """Describe the cell briefly: only settings that differ from the defaults."""
-        words = [f"Z{self.stage}", self.dtype, f"gas{self.gas}"]
-        if self.stage in (1, 2, 3):
-            words.append("rs" if self.reduce_scatter else "no-rs")
-        words.append(f"SP{self.sp_size}" + (f"xDP{self.world_size // self.sp_size}" * (self.world_size > self.sp_size)))
-        if self.clip:
-            words.append(f"clip{self.clip:g}")
-        words += [
-            word
-            for word, said in {
-                "no-contig": not self.contiguous_gradients,
-                "overlap": self.overlap_comm,
-                f"accum-{self.grad_accum}": self.grad_accum,
-                f"sums-{self.sums}": self.sums,
-                "offload": self.offload_optimizer,
-                self.model: self.model,
-                "documents": self.documents,
-                f"kv{self.kv_heads}": self.kv_heads != 2,
-                "odd": self.odd_lengths,
-                "labels": self.unequal_labels,
-                "tied": self.tied,
-                f"ckpt-{self.checkpointing}": self.checkpointing,
-                "LoRA": self.lora,
-                "tiles": self.tiles,
-                f"loss-{self.loss}": self.loss,
-                f"offload-{self.offload}": self.offload,
-                f"frozen: {self.frozen}": self.frozen,
-                ",".join(key for key, _ in self.extra): self.extra,
-                f"seed {self.seed}": self.seed != 7,
-            }.items()
-            if said
-        ]
+        """Describe the cell briefly: stage, dtype, ranks, and the settings that differ from the defaults."""
+        words = [f"Z{self.stage}", self.dtype, f"SP{self.sp_size}"]
+        words += [f"xDP{self.world_size // self.sp_size}"] * (self.world_size > self.sp_size)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value != each.default and each.name not in ("stage", "dtype", "sp_size", "world_size"):
+                words.append(each.name if value is True else f"{each.name}={value}")
         return " ".join(words)
 
 
@@ -130,10 +105,7 @@ def _rates(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
 
 @dataclass
 class Result:
-    """Results on the host in fp64: loss, norm and gradients of the first step, total weight changes.
-
-    ``before`` holds the initial weights, in the fp64 run only.
-    """
+    """Results on the host in fp64: loss, norm and gradients of the first step, initial weights and their changes."""
 
     loss: float
     norm: float | None
@@ -146,20 +118,9 @@ def model_config(cell: Cell) -> Any:
     """Build the config of the cell's model or a Llama, whose embedding exceeds the reduction bucket."""
     if cell.model:
         return kind_config(cell.model)
-    return LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=cell.kv_heads,
-        max_position_embeddings=256,
-        tie_word_embeddings=cell.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        # With a cache, transformers' sdpa ignores packed documents at SP 1.
-        use_cache=not cell.documents,
-    )
+    # With a cache, transformers' sdpa ignores packed documents at SP 1.
+    changed = {"intermediate_size": 56, "tie_word_embeddings": cell.tied, "use_cache": not cell.documents}
+    return family_config("llama", num_key_value_heads=cell.kv_heads, **changed)
 
 
 def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Module:
@@ -254,6 +215,65 @@ def offload_keys(offload: str) -> dict[str, Any]:
     return {"activation_checkpoint_cpu_offload": block, "save_attention_output": offload == "outputs"}
 
 
+def world_mean(losses: list[torch.Tensor]) -> float:
+    """Return the mean of all ranks' losses, as many on each."""
+    mean = torch.stack(losses).double().mean()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def train_step(engine: Any, own: list[dict[str, torch.Tensor]]) -> float:
+    """Run one optimizer step on this rank's own samples; return the mean loss of all ranks."""
+    import deepspeed_alst
+
+    losses = []
+    for batch in deepspeed_alst.shard_dataloader(own, engine):
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return world_mean(losses)
+
+
+class Recorder:
+    """Recorder of an engine's first optimizer step, and of its weights before and after all steps."""
+
+    def __init__(self, engine: Any, loss_scale: int = 1) -> None:
+        self._engine, self._loss_scale = engine, loss_scale
+        self._named = trained(engine.module)
+        self._before = {name: full_weight(param) for name, param in self._named.items()}
+        self._losses: list[torch.Tensor] = []
+        self._first: Result | None = None
+        self._methods = engine.backward, engine.step
+        engine.backward, engine.step = self._backward, self._step
+
+    def _backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> Any:
+        # The HF Trainer divides by the accumulation steps itself.
+        factor = 1 if scale_wrt_gas else self._engine.gradient_accumulation_steps()
+        self._losses.append(loss.detach().double() * factor)
+        return self._methods[0](loss, scale_wrt_gas=scale_wrt_gas)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        from deepspeed.utils import safe_get_full_grad
+
+        is_first = self._first is None and self._engine.is_gradient_accumulation_boundary()
+        if is_first:
+            scale = self._loss_scale
+            grads = {name: safe_get_full_grad(param).double() / scale for name, param in self._named.items()}
+            self._first = Result(world_mean(self._losses), None, grads)
+        out = self._methods[1](*args, **kwargs)
+        if is_first and (norm := self._engine.get_global_grad_norm()) is not None:
+            self._first.norm = float(norm)
+        return out
+
+    def result(self) -> Result:
+        """Return the results on rank 0, elsewhere without tensors; needs the engine alive."""
+        changes = {name: full_weight(param) - self._before[name] for name, param in self._named.items()}
+        if dist.get_rank() != 0:
+            return replace(self._first, grads={})
+        return replace(self._first, changes=changes, before=self._before)
+
+
 def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
     """Run the cell with this package, configured by its keys only.
 
@@ -261,11 +281,7 @@ def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
     """
     import deepspeed_alst
 
-    def micro_batches(engine: Any, own: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        return iter(deepspeed_alst.shard_dataloader(own, engine))
-
-    config = ds_config(cell, cell.sp_size)
-    return _run(cell, config, micro_batches, lambda engine, batch: engine(**batch).loss, **changed)
+    return _run(cell, ds_config(cell, cell.sp_size), deepspeed_alst.shard_dataloader, _own_loss, **changed)
 
 
 def run_interpreted(cell: Cell) -> Result:
@@ -282,9 +298,7 @@ def run_interpreted(cell: Cell) -> Result:
 
 def run_sp1(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
     """Run the same program with ``sequence_parallel_size`` 1; ``changed`` as for ``run_alst``."""
-    return _run(
-        cell, ds_config(cell, 1), lambda engine, own: iter(own), lambda engine, batch: engine(**batch).loss, **changed
-    )
+    return _run(cell, ds_config(cell, 1), lambda own, engine: own, _own_loss, **changed)
 
 
 def run_upstream(cell: Cell) -> Result:
@@ -295,15 +309,19 @@ def run_upstream(cell: Cell) -> Result:
     config = ds_config(cell, cell.sp_size)
     del config["alst"]
     with upstream.active():
-        result = _run(cell, config, lambda engine, own: iter(upstream.loader(own)), upstream.loss, mpu=upstream.mpu)
+        result = _run(cell, config, lambda own, engine: upstream.loader(own), upstream.loss, mpu=upstream.mpu)
     upstream.close()
     return result
+
+
+def _own_loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return engine(**batch).loss
 
 
 def _run(
     cell: Cell,
     config: dict[str, Any],
-    micro_batches: Callable[[Any, list[dict[str, torch.Tensor]]], Iterator[dict[str, torch.Tensor]]],
+    micro_batches: Callable[[list[dict[str, torch.Tensor]], Any], Iterable[dict[str, torch.Tensor]]],
     loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
     mpu: Any = None,
     on_model: Callable[[Any], Any] = lambda model: model,
@@ -321,41 +339,27 @@ def _run(
             model.enable_input_require_grads()
         model.train()
     model = on_model(model)
-    optimizer = torch.optim.SGD(_param_groups(model, cell))
     mpu_argument = {} if mpu is None else {"mpu": mpu}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **mpu_argument)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model, cell), config=config, **mpu_argument)
     on_engine(engine)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    named = list(trained(engine.module).items())
-    before = {name: full_weight(param) for name, param in named}
-    result = Result(0.0, None)
-    for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
-        losses = []
-        for batch in micro_batches(engine, ranks[rank]):
-            loss = loss_of(engine, batch)
-            engine.backward(loss)
-            losses.append(loss.detach().double())
-            if engine.is_gradient_accumulation_boundary() and index == 0:
-                result.grads = {name: _gradient(param) / _loss_scale(cell) for name, param in named}
+    # ZeRO's gradients still contain the loss scale before the step; DeepSpeed 0.19.8 omits it at stage 0.
+    recorder = Recorder(engine, _FP16_LOSS_SCALE if cell.dtype == "fp16" and cell.stage else 1)
+    for ranks in samples(cell, hf_config.vocab_size):
+        for batch in micro_batches(ranks[dist.get_rank()], engine):
+            engine.backward(loss_of(engine, batch))
             engine.step()
-        if index == 0:
-            mean = torch.stack(losses).mean()
-            dist.all_reduce(mean)
-            result.loss = mean.item() / world_size
-            norm = engine.get_global_grad_norm()
-            result.norm = None if norm is None else float(norm)
-    result.changes = {name: full_weight(param) - before[name] for name, param in named}
+    result = recorder.result()
     engine.destroy()
-    return result if rank == 0 else replace(result, grads={}, changes={})
+    return result
 
 
-def _param_groups(model: torch.nn.Module, cell: Cell) -> list[dict[str, Any]]:
-    """Group parameters by learning rate: matrices and norm weights, for a Llama."""
+def sgd(model: torch.nn.Module, cell: Cell) -> torch.optim.SGD:
+    """Build SGD with a group per learning rate; Adam would hide a wrong gradient scale."""
     by_rate = defaultdict(list)
     rates = _rates(cell, model)
     for name, param in trained(model).items():
         by_rate[rates[name]].append(param)
-    return [{"params": params, "lr": rate} for rate, params in by_rate.items()]
+    return torch.optim.SGD([{"params": params, "lr": rate} for rate, params in by_rate.items()])
 
 
 def full_weight(param: torch.nn.Parameter) -> torch.Tensor:
@@ -364,17 +368,6 @@ def full_weight(param: torch.nn.Parameter) -> torch.Tensor:
 
     weight = safe_get_full_fp32_param(param)
     return (param.detach() if weight is None else weight).double().clone()
-
-
-def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
-    from deepspeed.utils import safe_get_full_grad
-
-    return safe_get_full_grad(param).double().clone()
-
-
-def _loss_scale(cell: Cell) -> int:
-    # ZeRO's gradients still contain the loss scale before the step; DeepSpeed 0.19.8 omits it at stage 0.
-    return _FP16_LOSS_SCALE if cell.dtype == "fp16" and cell.stage else 1
 
 
 class KeepFp64(TorchFunctionMode):
@@ -392,22 +385,25 @@ class KeepFp64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def run_truth(cell: Cell) -> Result:
-    """Run the cell in plain torch, fp64, one process, with gradients averaged over a step's unsharded samples."""
+def mean_of_samples(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return the mean of the samples' losses, as a plain loop accumulates it."""
+    return sum(model(**batch).loss for batch in batches) / len(batches)
+
+
+def run_truth(cell: Cell, loss_of: Callable[..., torch.Tensor] = mean_of_samples) -> Result:
+    """Run the cell in plain torch, fp64, one process; ``loss_of`` is the loss of a step's unsharded samples."""
     model = _fp64_model(cell)
     before = {name: param.detach().clone() for name, param in trained(model).items()}
-    rates, result = _rates(cell, model), Result(0.0, None)
-    for index, (loss, norm, grads) in enumerate(_fp64_steps(cell, model)):
-        if index == 0:
-            result = Result(loss, norm, grads)
+    rates, result = _rates(cell, model), None
+    for loss, norm, grads in _fp64_steps(cell, model, loss_of):
+        result = result or Result(loss, norm, grads, before=before)
         # DeepSpeed adds 1e-6 to the norm before the comparison.
         factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
         with torch.no_grad():
             for name, param in trained(model).items():
                 param -= rates[name] * grads[name] / factor
-    result.changes = {name: param.detach() - before[name] for name, param in trained(model).items()}
-    result.before = before
-    return result
+    changes = {name: param.detach() - before[name] for name, param in trained(model).items()}
+    return replace(result, changes=changes)
 
 
 def _fp64_model(cell: Cell) -> torch.nn.Module:
@@ -420,12 +416,13 @@ def _fp64_model(cell: Cell) -> torch.nn.Module:
     return model.to(rounding).double()
 
 
-def _fp64_steps(cell: Cell, model: torch.nn.Module) -> Iterator[tuple[float, float, dict[str, torch.Tensor]]]:
+def _fp64_steps(
+    cell: Cell, model: torch.nn.Module, loss_of: Callable[..., torch.Tensor] = mean_of_samples
+) -> Iterator[tuple[float, float, dict[str, torch.Tensor]]]:
     """Yield loss, gradient norm and gradients of each step."""
     for ranks in samples(cell, model.config.vocab_size):
-        batches = [batch for micros in ranks for batch in micros]
         with KeepFp64():
-            loss = sum(model(**batch).loss for batch in batches) / len(batches)
+            loss = loss_of(model, [batch for micros in ranks for batch in micros])
             model.zero_grad()
             loss.backward()
         grads = {name: param.grad.clone() for name, param in trained(model).items()}

@@ -9,20 +9,19 @@ listed one is not right, or one times out, possibly because the machine is busy.
 """
 
 import argparse
+import functools
 import re
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.ranks import LateError, RankError, Ranks
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
@@ -55,48 +54,33 @@ _INCOMPLETE: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16, "num_key_value_heads": 4},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 4},
 }
-_LONG = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
+_YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "short_factor": [1.0] * 8,
+    "original_max_position_embeddings": 64,
+}
+_ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
 # Variants that a family's default config does not cover.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, dynamic RoPE": (
         "llama",
         {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
     ),
-    "llama, YaRN": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "rope_theta": 1e4,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
+    "llama, YaRN": ("llama", {"rope_parameters": _YARN}),
     "phi3, longrope": (
         "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "long_factor": _LONG,
-                "short_factor": [1.0] * 8,
-                "original_max_position_embeddings": 64,
-            },
-            "original_max_position_embeddings": 64,
-            "max_position_embeddings": 512,
-        },
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 512},
     ),
     "qwen2, windows": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 24, "layer_types": None, "max_window_layers": 2},
     ),
-    "mixtral, router loss": (
-        "mixtral",
-        {"output_router_logits": True, "router_aux_loss_coef": 1.0, "sliding_window": None},
-    ),
-    "qwen3_moe, router loss": ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 1.0}),
-    "olmoe, router loss": ("olmoe", {"output_router_logits": True, "router_aux_loss_coef": 1.0}),
+    "mixtral, router loss": ("mixtral", {**_ROUTED, "sliding_window": None}),
+    "qwen3_moe, router loss": ("qwen3_moe", _ROUTED),
+    "olmoe, router loss": ("olmoe", _ROUTED),
 }
 CELLS = (("SP 2", 2, False), ("SP 4", 4, False), ("packed, SP 4", 4, True))
 COLUMNS = (*(name for name, _, _ in CELLS), "model check, SP 2")
@@ -139,7 +123,9 @@ def small_of(name: str) -> tuple[Any, Any]:
     return model_class, small
 
 
-_groups: dict[int, Any] = {}
+@functools.cache
+def _groups(sp_size: int) -> Any:
+    return build_groups(sp_size, build_control_group())
 
 
 def ask(name: str, sp_size: int, packed: bool) -> Verdict:
@@ -147,21 +133,17 @@ def ask(name: str, sp_size: int, packed: bool) -> Verdict:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    if sp_size not in _groups:
-        _groups[sp_size] = build_groups(sp_size, build_control_group())
     try:
         model_class, small = small_of(name)
         numel(model_class, small)
     except Exception as error:
         return Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")
-    return compare(model_class, small, _groups[sp_size], packed)
+    return compare(model_class, small, _groups(sp_size), packed)
 
 
 def ask_check(name: str, dtype: torch.dtype) -> Verdict:
     """Return the verdict of the live model check on a tiny model; runs on every rank."""
-    if 2 not in _groups:
-        _groups[2] = build_groups(2, build_control_group())
-    groups, calls = _groups[2], ForwardContext()
+    groups, calls = _groups(2), ForwardContext()
     model_class, small = small_of(name)
     model = small_model(model_class, small).to(dtype)
     model.config._attn_implementation = small._attn_implementation
@@ -192,7 +174,6 @@ def census(names: list[str]) -> Iterator[Row]:
                 verdicts.append(Verdict(outcome, str(error).strip().splitlines()[-1]))
                 ranks.close()
                 ranks = Ranks(4)
-                _groups.clear()
             if verdicts[-1].outcome != "right":
                 break
         if len(verdicts) == len(CELLS) and verdicts[-1].outcome in ("right", "refused"):
@@ -202,29 +183,12 @@ def census(names: list[str]) -> Iterator[Row]:
     ranks.close()
 
 
-def everything() -> list[str]:
-    """Return all families and variants."""
-    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
-
-
 def cells_of(row: Row) -> list[str]:
-    """Return a family's table cells: its error, or the outcome without a number."""
+    """Return a family's table cells: its error, or the outcome without a number, and why it is not right."""
     *compared, checked = [*row.verdicts, *[None] * (len(COLUMNS) - len(row.verdicts))]
     cells = [each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in compared]
-    return [
-        *(each or "" for each in cells),
-        "" if checked is None else "passes" * (checked.outcome == "right") or "fails",
-    ]
-
-
-def table_of(rows: list[Row]) -> str:
-    """Format the table in markdown."""
-    lines = [f"| model_type | {' | '.join(COLUMNS)} | why not |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for row in rows:
-        cells = cells_of(row)
-        why = re.sub(r"\s+", " ", row.why).replace("|", "/")[:200]
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {why} |")
-    return "\n".join(lines) + "\n"
+    passed = checked and ("passes" if checked.outcome == "right" else "fails")
+    return [*(each or "" for each in (*cells, passed)), re.sub(r"\s+", " ", row.why)[:200]]
 
 
 def write(rows: list[Row]) -> None:
@@ -234,7 +198,8 @@ def write(rows: list[Row]) -> None:
     models = [row for row in rows if row.name not in VARIANTS]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in tally(models).items())
     counts = f"{len(models)} models: {counts}. Rows with a comma are one of them again, with other layers."
-    page.write_text(f"{head}<!-- table -->\n\n{counts}\n\n{table_of(rows)}", encoding="utf-8")
+    table = markdown(["model_type", *COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
+    page.write_text(f"{head}<!-- table -->\n\n{counts}\n\n{table}", encoding="utf-8")
     right = sorted(RIGHT | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS})
     listed = ROOT / "deepspeed_alst" / "verification" / "verified_models.py"
     lines = "".join(f'        "{name}",\n' for name in right)
@@ -249,26 +214,28 @@ def tally(rows: list[Row]) -> dict[str, int]:
     return {each: count for each, count in counts.items() if count or each != "no answer"}
 
 
+def figures(names: list[str], writes: bool) -> Iterator[Figure]:
+    """Yield the verdicts of the families, and their counts."""
+    rows = []
+    for row in census(names):
+        rows.append(row)
+        lost = row.name in RIGHT and row.outcome not in ("right", "no answer")
+        met = not lost and row.outcome not in ("wrong", "crash", "no answer")
+        yield Figure(row.name, tuple(cells_of(row)), met=met, brief=False)
+    if writes:
+        write(rows)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tally(rows).items())
+    yield Figure(counts, ("",) * (len(COLUMNS) + 1))
+
+
 def main() -> int:
     """Print the table; return 1 if a family is wrong, crashes, or is no longer right."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write docs/census.md and the list of what is right")
-    parser.add_argument("families", nargs="*", default=everything())
+    parser.add_argument("families", nargs="*", default=[*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
     arguments = parser.parse_args()
-    started, rows, console = time.monotonic(), [], Console(width=180)
-    table = Table("", *COLUMNS, "why not")
-    for row in census(arguments.families):
-        rows.append(row)
-        table.add_row(row.name, *cells_of(row), row.why[:110])
-        print(f"\r{len(rows)} of {len(arguments.families)}", end="", file=sys.stderr, flush=True)
-    console.print(table)
-    lost = sorted(row.name for row in rows if row.name in RIGHT and row.outcome not in ("right", "no answer"))
-    counts = tally(rows)
-    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()), end="; ")
-    console.print(f"{len(lost)} of the list lost {' '.join(lost)}; {time.monotonic() - started:.0f} s")
-    if arguments.write:
-        write(rows)
-    return 1 if lost or counts["wrong"] or counts["crash"] or "no answer" in counts else 0
+    part = Part(lambda: figures(arguments.families, arguments.write), (*COLUMNS, "why not"))
+    return report(__doc__, {"census": part}, ())
 
 
 if __name__ == "__main__":

@@ -4,63 +4,54 @@ Both runs use the command of ``make demo`` on 2 ranks: SP 2 with gradient accumu
 Exit status 1 if the losses differ by more than 1e-4, or the last is not below 3.5 nats per byte.
 """
 
+import functools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.figures import Figure, Part, report
 
 ROOT = Path(__file__).parents[1]
-LARGEST_DIFFERENCE = 1e-4
-LAST_LOSS = 3.5
-LONGEST_SECONDS = 180.0
+LARGEST_DIFFERENCE, LAST_LOSS, LONGEST_SECONDS = 1e-4, 3.5, 180.0
 
 
-def run(name: str, folder: Path) -> tuple[list[dict], float]:
+@functools.cache
+def run(name: str) -> tuple[list[dict], float]:
     """Run the example; return its log lines and its seconds with startup."""
-    log = folder / f"{name}.jsonl"
-    command = ["deepspeed", "--num_gpus", "2", "examples/train.py", "--deepspeed", f"ds_configs/{name}.json"]
-    start = time.monotonic()
-    subprocess.run([*command, "--log-file", str(log)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in log.read_text().splitlines()], time.monotonic() - start
-
-
-def main() -> int:
-    """Print both curves; return 1 if a target is missed."""
     with tempfile.TemporaryDirectory() as folder:
-        split, seconds = run("sp2", Path(folder))
-        whole, whole_seconds = run("sp1", Path(folder))
-    table = Table(title="nats a byte; 2 ranks, 16,384 tokens")
-    for column in ("step", "SP 1", "SP 2", "difference", "norm, SP 1", "norm, SP 2"):
-        table.add_column(column, justify="right")
-    differences = []
-    for one, two in zip(whole, split, strict=True):
-        differences.append(abs(one["loss"] - two["loss"]))
-        table.add_row(
-            str(one["step"]),
-            f"{one['loss']:.6f}",
-            f"{two['loss']:.6f}",
-            f"{differences[-1]:.1e}",
-            f"{one['grad_norm']:.6f}",
-            f"{two['grad_norm']:.6f}",
-        )
-    console = Console(width=100)
-    console.print(table)
-    figures = {
-        f"largest difference {max(differences):.1e} (target: <= {LARGEST_DIFFERENCE:.0e})": max(differences)
-        <= LARGEST_DIFFERENCE,
-        f"last loss {split[-1]['loss']:.3f} nats a byte (target: < {LAST_LOSS})": split[-1]["loss"] < LAST_LOSS,
-        f"SP 2 took {seconds:.0f} s (target: < {LONGEST_SECONDS:.0f}; SP 1 took {whole_seconds:.0f})": seconds
-        < LONGEST_SECONDS,
-    }
-    for figure, met in figures.items():
-        console.print(f"{'ok    ' if met else 'MISSED'} {figure}")
-    return 0 if all(figures.values()) else 1
+        log = Path(folder) / "log"
+        command = ["deepspeed", "--num_gpus", "2", "examples/train.py", "--deepspeed", f"ds_configs/{name}.json"]
+        start = time.monotonic()
+        subprocess.run([*command, "--log-file", str(log)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return [json.loads(line) for line in log.read_text().splitlines()], time.monotonic() - start
 
+
+def steps() -> Iterator[Figure]:
+    """Yield loss and gradient norm of each step."""
+    for one, two in zip(run("sp1")[0], run("sp2")[0], strict=True):
+        texts = (f"{each[key]:.6f}" for key in ("loss", "grad_norm") for each in (one, two))
+        yield Figure(str(one["step"]), tuple(texts))
+
+
+def targets() -> Iterator[Figure]:
+    """Yield the figures that have a target."""
+    (whole, whole_seconds), (split, seconds) = run("sp1"), run("sp2")
+    apart = max(abs(one["loss"] - two["loss"]) for one, two in zip(whole, split, strict=True))
+    last = split[-1]["loss"]
+    yield Figure("largest difference", (f"{apart:.1e}",), f"<= {LARGEST_DIFFERENCE:.0e}", apart <= LARGEST_DIFFERENCE)
+    yield Figure("last loss, nats a byte", (f"{last:.3f}",), f"< {LAST_LOSS}", last < LAST_LOSS)
+    texts = (f"{seconds:.0f}, {whole_seconds:.0f} at SP 1",)
+    yield Figure("seconds at SP 2", texts, f"< {LONGEST_SECONDS:.0f}", seconds < LONGEST_SECONDS)
+
+
+PARTS = {
+    "nats a byte": Part(steps, ("SP 1", "SP 2", "norm, SP 1", "norm, SP 2"), "2 ranks, 16,384 tokens"),
+    "targets": Part(targets),
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, PARTS))

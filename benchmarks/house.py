@@ -14,11 +14,10 @@ import subprocess
 import sys
 import tempfile
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.figures import Figure, Part, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deepspeed_alst"
@@ -93,8 +92,8 @@ def _path_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def rows(loaded: list[str]) -> list[tuple[str, int, int | None]]:
-    """Return each figure with its goal, an upper bound."""
+def rows(loaded: list[str]) -> Iterator[Figure]:
+    """Yield each figure with its goal, an upper bound."""
     package = sorted(PACKAGE.rglob("*.py"))
     initialize = (PACKAGE / "initialize.py").read_text(encoding="utf-8")
     rest = [*ROOT.glob("csrc/**/*.c*"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("benchmarks/**/*.py")]
@@ -105,7 +104,7 @@ def rows(loaded: list[str]) -> list[tuple[str, int, int | None]]:
     sources = {path: path.read_text(encoding="utf-8") for path in package}
     elsewhere = "\n".join(text for path, text in sources.items() if path.name != "model_spec.py")
     first = docstrings(package)
-    return [
+    found: list[tuple[str, int, int | None]] = [
         ("package: lines", physical, 15_500),
         ("package: lines with code", logical, None),
         ("package: files", len(package), 95),
@@ -119,25 +118,25 @@ def rows(loaded: list[str]) -> list[tuple[str, int, int | None]]:
         (f"docstrings that begin with {', '.join(VAGUE)}", sum(each.split()[0] in VAGUE for each in first), 0),
         ("docstrings", len(first), None),
     ]
+    for name, value, goal in found:
+        yield Figure(name, (f"{value:,}",), "" if goal is None else f"<= {goal:,}", goal is None or value <= goal)
+
+
+def files(loaded: list[str]) -> Iterator[Figure]:
+    """Yield the lines of the modules of a plain step."""
+    for name in loaded:
+        yield Figure(name, (str(lines_of([_path_of(name)])[0]),))
 
 
 def main() -> int:
-    """Print the table; 1 where a goal is missed."""
+    """Print the tables; 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", action="store_true", help="list the modules of a plain step with their lines")
-    arguments = parser.parse_args()
-    loaded = loaded_after_a_step()
-    table = Table("figure", "now", "goal: at most")
-    found = rows(loaded)
-    for name, value, goal in found:
-        style = "red" if goal is not None and value > goal else None
-        table.add_row(name, f"{value:,}", "" if goal is None else f"{goal:,}", style=style)
-    console = Console(width=120)
-    console.print(table)
+    arguments, loaded = parser.parse_args(), loaded_after_a_step()
+    parts = {"package": Part(lambda: rows(loaded))}
     if arguments.files:
-        for name in loaded:
-            console.print(f"{lines_of([_path_of(name)])[0]:5d}  {name}")
-    return int(any(goal is not None and value > goal for _, value, goal in found))
+        parts["loaded after a plain step"] = Part(lambda: files(loaded), ("lines",))
+    return report(__doc__, parts, ())
 
 
 if __name__ == "__main__":

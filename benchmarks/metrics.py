@@ -10,11 +10,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import Ranks
 
 LENGTH, STEPS = 2048, 40
@@ -38,16 +40,8 @@ def seconds_a_step(folder: str) -> dict[str, list[float]]:
     engines = {}
     for index, (name, keys) in enumerate(CASES.items()):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=256,
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-            )
-        )
+        sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 2,
@@ -74,22 +68,16 @@ def seconds_a_step(folder: str) -> dict[str, list[float]]:
     return seconds
 
 
-def main() -> int:
-    """Print a row for each case; return 1 if one is too slow."""
+def rows() -> Iterator[Figure]:
+    """Yield the median ratio of each case to the step without metrics."""
     with tempfile.TemporaryDirectory() as folder, Ranks(2) as ranks:
         seconds = ranks.run(seconds_a_step, folder)[0]
-    plain = seconds["without"]
-    ratios = {
-        name: statistics.median(ours / theirs for ours, theirs in zip(each, plain, strict=True))
-        for name, each in seconds.items()
-    }
-    print(
-        f"{statistics.median(plain):.3f} s a step without; {STEPS} rounds, {LENGTH} tokens; target: <= {TARGET} of it"
-    )
-    for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.3f}")
-    return int(max(ratios.values()) > TARGET)
+    plain = seconds.pop("without")
+    yield Figure("without: seconds", (f"{statistics.median(plain):.3f}",))
+    for name, each in seconds.items():
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(each, plain, strict=True))
+        yield Figure(name, (f"{ratio:.3f}",), f"<= {TARGET} of without", ratio <= TARGET)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, {f"a step of {LENGTH} tokens, {STEPS} rounds": Part(rows)}))

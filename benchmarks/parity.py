@@ -12,17 +12,15 @@ import dataclasses
 import math
 import statistics
 import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import resume
 from benchmarks.cells import STEPS, Cell, Result, run_alst, run_interpreted, run_sp1, run_truth, run_upstream
 from benchmarks.families import KINDS, LINEAR_FAMILIES
+from benchmarks.figures import Figure, Part, report
 from benchmarks.grid import kernel_cells, model_cells, pairwise_cells, product_cells, short_cells
 from benchmarks.ranks import RankError, Ranks, interpreted_ranks
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
@@ -168,17 +166,10 @@ _KINDS = {"loss": "loss", "grads": "worst gradient", "norm": "norm", "changes": 
 _OTHER_SEEDS = (1, 2)
 # DeepSpeed's ALST counts as wrong above this error, beyond rounding in any dtype.
 _WRONG = 0.25
-
-
-def _cell_texts(row: Row) -> list[str]:
-    """Format one text per kind of error, with a line per run."""
-
-    def text(run: Errors | str, kind: str) -> str:
-        if isinstance(run, str) or (value := getattr(run, kind)) is None:
-            return "-"
-        return f"{max(value.values()) if isinstance(value, dict) else value:.1e}"
-
-    return ["\n".join(text(run, kind) for run in (row.sp1, row.alst, row.upstream)) for kind in _KINDS]
+_CAPTION = (
+    f"Relative errors against fp64, of SP 1 and of this package, which may have {SLACK:g} times SP 1's. DeepSpeed's "
+    f"ALST is wrong if off by more than {_WRONG:.0%}."
+)
 
 
 def _is_wrong(run: Errors | str) -> bool:
@@ -188,9 +179,8 @@ def _is_wrong(run: Errors | str) -> bool:
     return not max(run.loss, *run.grads.values(), *run.changes.values()) < _WRONG or math.isnan(run.loss)
 
 
-def run_cells(cells: list[Cell], trainers: list[Cell]) -> list[Row]:
+def run_cells(cells: list[Cell], trainers: list[Cell]) -> Iterator[Row]:
     """Measure all cells; those of one world size share processes."""
-    rows = []
     jobs = [(measure, cell) for cell in cells] + [(measure_trainer, cell) for cell in trainers]
     for world_size, interpreted in sorted({(cell.world_size, bool(cell.loss)) for _, cell in jobs}):
         with interpreted_ranks(world_size) if interpreted else Ranks(world_size) as ranks:
@@ -201,9 +191,7 @@ def run_cells(cells: list[Cell], trainers: list[Cell]) -> list[Row]:
                 if row.bounds_missed():
                     others = (run(dataclasses.replace(cell, seed=seed), ranks) for seed in _OTHER_SEEDS)
                     row = dataclasses.replace(row, others=tuple(others))
-                rows.append(row)
-                print(f"{len(rows)}/{len(jobs)} {rows[-1].name()}: {_verdict(rows[-1])}", file=sys.stderr, flush=True)
-    return rows
+                yield row
 
 
 def _verdict(row: Row) -> str:
@@ -215,6 +203,40 @@ def _verdict(row: Row) -> str:
     return f"ok with most samples; missed with the first: {luck[0]}" if luck else "ok"
 
 
+def _errors_text(rows: list[Row], kind: str) -> str:
+    """Format the largest error of SP 1 and of this package in some rows."""
+    texts = []
+    for runs in ([row.sp1 for row in rows], [row.alst for row in rows]):
+        found = [getattr(run, kind) for run in runs if not isinstance(run, str)]
+        found = [max(each.values()) if isinstance(each, dict) else each for each in found if each is not None]
+        texts.append(f"{max(found):.1e}" if found else "-")
+    return "; ".join(texts)
+
+
+def figures(rows: Iterable[Row]) -> Iterator[Figure]:
+    """Yield the errors of each cell, and the largest of each kind of cell."""
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        upstream = row.upstream if isinstance(row.upstream, str) else "wrong" if _is_wrong(row.upstream) else "right"
+        texts = (*(_errors_text([row], kind) for kind in _KINDS), upstream)
+        yield Figure(row.name(), texts, met=not row.problems(), verdict=_verdict(row), brief=False)
+        kinds[_kind_of(row)].append(row)
+    kinds["all"] = [row for each in kinds.values() for row in each]
+    for name, each in kinds.items():
+        met, ran = sum(not row.problems() for row in each), [row for row in each if not isinstance(row.upstream, str)]
+        upstream = f"{sum(_is_wrong(row.upstream) for row in ran)} of {len(ran)} wrong" if ran else "not run"
+        texts = (*(_errors_text(each, kind) for kind in _KINDS), upstream)
+        # A missed cell counts once, in its own row.
+        yield Figure(name, texts, "all met", verdict=f"{met} of {len(each)} met")
+
+
+def _kind_of(row: Row) -> str:
+    if row.cell.model or row.cell.documents:
+        return "other models, packed documents"
+    loop = "loss by Triton's and Liger's kernels" if row.cell.loss else row.program or "loop"
+    return f"{loop}, {row.cell.dtype}" if row.cell.loss else f"{loop}, ZeRO {row.cell.stage}, {row.cell.dtype}"
+
+
 def main() -> int:
     """Print the table; return 1 if a cell misses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,29 +244,10 @@ def main() -> int:
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
     cells += kernel_cells()[:1] if short else kernel_cells() + model_cells()
-    start = time.monotonic()
-    rows = run_cells(cells, trainer_cells()[:2] if short else trainer_cells())
-    table = Table(title=f"Relative errors against fp64, {len(rows)} cells", show_lines=True)
-    for column in ("cell", "run", *_KINDS.values(), "verdict"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        upstream = "DeepSpeed's ALST: wrong" if _is_wrong(row.upstream) else "DeepSpeed's ALST"
-        if isinstance(row.upstream, str):
-            upstream = f"DeepSpeed's ALST: {row.upstream}"
-        table.add_row(row.name(), f"SP 1\nthis package\n{upstream}", *_cell_texts(row), _verdict(row))
-    console = Console(width=150)
-    console.print(table)
-    missed_resumes = [] if short else resume.measure(console)[1]
-    bad = sum(bool(row.problems()) for row in rows)
-    wrong = sum(_is_wrong(row.upstream) for row in rows)
-    failed = sum(isinstance(row.upstream, str) for row in rows)
-    console.print(
-        f"this package: {len(rows) - bad} of {len(rows)} cells within {SLACK:g} x the error of SP 1 (target: all)\n"
-        f"DeepSpeed's own ALST: {wrong} off by more than {_WRONG:.0%}, {failed} not run\n"
-        f"resumed runs that miss their target: {len(missed_resumes)} (target: 0)\n"
-        f"{time.monotonic() - start:.0f} s"
-    )
-    return 1 if bad or missed_resumes else 0
+    trainers = trainer_cells()[:2] if short else trainer_cells()
+    columns = (*_KINDS.values(), "DeepSpeed's ALST")
+    parts = {"parity": Part(lambda: figures(run_cells(cells, trainers)), columns, _CAPTION)}
+    return report(__doc__, parts if short else parts | {"resumed": resume.PART}, ())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ removes the same slope. curve: the loss of ``make demo`` at SP 1 and SP 2.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +71,7 @@ def memory(path: Path) -> None:
 
 def curve(path: Path) -> None:
     """Plot the demo's losses at SP 1 and SP 2 in one chart."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {name: run(file, Path(folder))[0] for name, file in (("SP 1", "sp1"), ("SP 2", "sp2"))}
+    runs = {name: run(file)[0] for name, file in (("SP 1", "sp1"), ("SP 2", "sp2"))}
     draw_curves({name: [line["loss"] for line in lines] for name, lines in runs.items()}, str(path))
 
 

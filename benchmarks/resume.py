@@ -8,18 +8,16 @@ same layout, else 1e-6. Exit status 1 if a row misses it.
 
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import cells
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
+from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import RankError, Ranks
 
 STEPS, SAVED_AFTER = 4, 2
@@ -27,6 +25,8 @@ SAMPLES = 4  # per step, over all ranks
 TARGET = 1e-6
 # A smaller change would hide a wrong step.
 VISIBLE_CHANGE = 1e-2
+# SP degrees by number of ranks; the first ones save.
+LAYOUTS = {2: (2, 1), 4: (4,), 1: (1,)}
 
 
 @dataclass(frozen=True)
@@ -97,25 +97,9 @@ def build_engine(job: Job, from_scratch: bool = True) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job.cell, job.cell.sp_size))[0]
 
 
-def micro_batches(engine: Any, step: int, vocab: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Return this rank's micro-batches of a step."""
-    import deepspeed_alst
-
-    own = step_samples(step, vocab)[dist.get_rank() :: dist.get_world_size()]
-    return iter(deepspeed_alst.shard_dataloader(own, engine))
-
-
 def train_step(engine: Any, step: int, vocab: int) -> float:
     """Run one optimizer step; return the mean loss of its samples."""
-    losses = []
-    for batch in micro_batches(engine, step, vocab):
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach().double())
-    mean = torch.stack(losses).mean()
-    dist.all_reduce(mean)
-    return mean.item() / dist.get_world_size()
+    return cells.train_step(engine, step_samples(step, vocab)[dist.get_rank() :: dist.get_world_size()])
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
@@ -139,123 +123,40 @@ def run(job: Job, first: int, last: int, load: str | None = None, save: str | No
     return outcome if dist.get_rank() == 0 else Outcome(outcome.losses, {}, {})
 
 
-@dataclass(frozen=True)
-class Row:
-    """Comparison of a resumed and the uninterrupted run, or the reason of a failure."""
-
-    saved: Job
-    resumed: Job
-    loss: float = float("nan")
-    weights: float = float("nan")
-    change: float = 0.0
-    failure: str = ""
-
-    @property
-    def target(self) -> float:
-        """0 for the same layout."""
-        return 0.0 if self.saved.cell == self.resumed.cell else TARGET
-
-    def problems(self) -> list[str]:
-        """Return reasons for a miss; empty if the target is met."""
-        if self.failure:
-            return [self.failure]
-        found = [f"a weight moved by {self.change:.1%} only"] if self.change < VISIBLE_CHANGE else []
-        # `not <=` instead of `>`, so that NaN misses.
-        return found + [
-            f"{what}: {difference:.1e} > {self.target:.0e}"
-            for what, difference in (("loss", self.loss), ("weights", self.weights))
-            if not difference <= self.target
-        ]
+def resumed(saved: Job, whole: Outcome, folder: str, job: Job, ranks: Ranks) -> Figure:
+    """Resume a checkpoint as a job; compare with the uninterrupted run, bit by bit in the same layout."""
+    most = 0.0 if saved.cell == job.cell else TARGET
+    name, target = f"ZeRO {job.cell.stage}, {job.layout()}", f"<= {most:.0e}" if most else "bit-equal"
+    try:
+        rest = ranks.run(run, job, SAVED_AFTER, STEPS, folder)[0]
+    except RankError as error:
+        first = next((each for each in error.errors if each), error)
+        return Figure(name, ("", ""), target, False, str(first).splitlines()[0][:200] or "failed")
+    loss = max(abs(a - b) / b for a, b in zip(rest.losses, whole.losses[SAVED_AFTER:], strict=True))
+    weights = max(float((rest.weights[each] - w).norm() / w.norm()) for each, w in whole.weights.items())
+    trained = {each: w for each, w in rest.weights.items() if not (job.freeze and job.freeze in each)}
+    change = min(float((w - rest.before[each]).norm() / w.norm()) for each, w in trained.items())
+    problem = "" if change >= VISIBLE_CHANGE else f"a weight moved by {change:.1%} only"
+    met = loss <= most and weights <= most and not problem  # NaN misses
+    return Figure(name, (f"{loss:.1e}", f"{weights:.1e}"), target, met, problem)
 
 
-def compare(saved: Job, resumed: Job, whole: Outcome, rest: Outcome) -> Row:
-    """Compute the largest relative differences."""
-    theirs = whole.losses[SAVED_AFTER:]
-    return Row(
-        saved,
-        resumed,
-        loss=max(abs(a - b) / b for a, b in zip(rest.losses, theirs, strict=True)),
-        weights=max(float((rest.weights[name] - w).norm() / w.norm()) for name, w in whole.weights.items()),
-        change=min(
-            float((w - rest.before[name]).norm() / w.norm())
-            for name, w in rest.weights.items()
-            if not (resumed.freeze and resumed.freeze in name)
-        ),
-    )
-
-
-def resumed_rows(saved: Job, whole: Outcome, folder: str, jobs: Sequence[Job], ranks: Ranks) -> list[Row]:
-    """Resume a checkpoint as each of the jobs, all with the same number of ranks."""
-    rows = []
-    for job in jobs:
-        try:
-            rest = ranks.run(run, job, SAVED_AFTER, STEPS, folder)[0]
-            rows.append(compare(saved, job, whole, rest))
-        except RankError as error:
-            first = next((each for each in error.errors if each), error)
-            rows.append(Row(saved, job, failure=str(first).splitlines()[0][:200] or "failed"))
-    return rows
-
-
-LAYOUTS = ((2, 2), (1, 2), (4, 4), (1, 1))
-
-
-def run_all(stages: Sequence[int] = (1, 2, 3)) -> list[Row]:
+def rows(stages: Sequence[int] = (1, 2, 3)) -> Iterator[Figure]:
     """Save at SP 2 on 2 ranks, resume in every layout, for each stage."""
-    saved = {stage: Job.of(stage, 2, 2) for stage in stages}
     wholes: dict[int, Outcome] = {}
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="resume_") as root:
-        for world_size in dict.fromkeys(world_size for _, world_size in LAYOUTS):
+        for world_size, sp_sizes in LAYOUTS.items():
             with Ranks(world_size) as ranks:
-                for stage, job in saved.items():
-                    folder = str(Path(root) / str(stage))
-                    if stage not in wholes:
-                        wholes[stage] = ranks.run(run, job, 0, STEPS)[0]
-                        ranks.run(run, job, 0, SAVED_AFTER, None, folder)
-                    jobs = [Job.of(stage, sp_size, size) for sp_size, size in LAYOUTS if size == world_size]
-                    rows += resumed_rows(job, wholes[stage], folder, jobs, ranks)
-    return sorted(rows, key=lambda row: (row.saved.cell.stage, LAYOUTS.index(_layout(row.resumed))))
+                for stage in stages:
+                    saved, folder = Job.of(stage, 2, 2), f"{root}/{stage}"
+                    if world_size == 2:
+                        wholes[stage] = ranks.run(run, saved, 0, STEPS)[0]
+                        ranks.run(run, saved, 0, SAVED_AFTER, None, folder)
+                    for sp_size in sp_sizes:
+                        yield resumed(saved, wholes[stage], folder, Job.of(stage, sp_size, world_size), ranks)
 
 
-def _layout(job: Job) -> tuple[int, int]:
-    return job.cell.sp_size, job.cell.world_size
-
-
-def table_of(rows: Sequence[Row]) -> Table:
-    """Format the rows as a table."""
-    table = Table(title=f"Saved after step {SAVED_AFTER} at SP 2 on 2 ranks, resumed, against {STEPS} steps in one run")
-    for column in ("ZeRO stage", "resumed at", "loss", "worst weight", "target", "verdict"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        target = f"{row.target:.0e}" if row.target else "bit-equal"
-        figures = (f"{row.loss:.1e}", f"{row.weights:.1e}")
-        verdict = "; ".join(row.problems()) or "ok"
-        table.add_row(str(row.saved.cell.stage), row.resumed.layout(), *figures, target, verdict)
-    return table
-
-
-def measure(console: Console) -> tuple[list[Row], list[str]]:
-    """Run and print all; return the rows, and a line for each miss."""
-    rows = run_all()
-    console.print(table_of(rows))
-    problems = [
-        f"resume, stage {row.saved.cell.stage}, {row.resumed.layout()}: {problem}"
-        for row in rows
-        for problem in row.problems()
-    ]
-    return rows, problems
-
-
-def main() -> int:
-    """Print the table; return 1 if a row misses its target."""
-    start = time.monotonic()
-    console = Console(width=120)
-    rows, problems = measure(console)
-    met = sum(not row.problems() for row in rows)
-    console.print(f"{met} of {len(rows)} rows within their target (target: all)\n{time.monotonic() - start:.0f} s")
-    return 1 if problems else 0
-
+PART = Part(rows, ("loss", "worst weight"), "Saved at SP 2 on 2 ranks, against an uninterrupted run.")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, {"resumed": PART}))

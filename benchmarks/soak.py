@@ -10,20 +10,18 @@ Exit status 1 if a row misses its target.
 
 import gc
 import math
-import os
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.cells import Cell, build_model, ds_config, model_config
+from benchmarks.cells import Cell, build_model, ds_config, model_config, train_step, world_mean
+from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import Ranks
 
 STEPS, CHAPTER = 300, 50
@@ -83,8 +81,6 @@ def build_engine(sp_size: int, tiled: bool, chapter: int, folder: str) -> Any:
 
 def train(sp_size: int, tiled: bool, folder: str) -> Run:
     """Run all steps, on every rank."""
-    import deepspeed_alst
-
     run = Run()
     for chapter, first in enumerate(range(0, STEPS, CHAPTER)):
         engine = build_engine(sp_size, tiled, chapter, folder)
@@ -92,18 +88,11 @@ def train(sp_size: int, tiled: bool, folder: str) -> Run:
             path, state = engine.load_checkpoint(folder)
             assert path is not None and state["step"] == first, (path, state)
         for step in range(first, first + CHAPTER):
-            own = step_samples(step)[dist.get_rank() :: 2]
-            losses = []
-            for batch in deepspeed_alst.shard_dataloader(own, engine):
-                loss = engine(**batch).loss
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.detach())
-            run.losses.append(_mean(losses))
+            run.losses.append(train_step(engine, step_samples(step)[dist.get_rank() :: 2]))
         run.evaluations.append(_evaluate(engine))
         engine.save_checkpoint(folder, tag=f"chapter{chapter}", client_state={"step": first + CHAPTER})
         engine.destroy()
-        del engine, loss, losses, batch
+        del engine
         gc.collect()
         run.held.append(held())
     return run
@@ -117,42 +106,19 @@ def _evaluate(engine: Any) -> float:
         own = step_samples(STEPS)[dist.get_rank() :: 2]
         losses = [engine(**batch).loss for batch in deepspeed_alst.shard_dataloader(own, engine)]
     engine.train()
-    return _mean(losses)
-
-
-def _mean(losses: list[torch.Tensor]) -> float:
-    mean = torch.stack(losses).double().mean()
-    dist.all_reduce(mean)
-    return float(mean) / dist.get_world_size()
+    return world_mean(losses)
 
 
 def held() -> dict[str, int]:
     """Return the system resources that this process holds."""
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]
-    ends = [[int(end, 16) for end in each[0].split("-")] for each in maps]
+    process = psutil.Process()
+    shared = [each.size for each in process.memory_maps(grouped=False) if each.path.startswith("/dev/shm/")]
     return {
-        "resident memory, KiB": int(Path("/proc/self/statm").read_text().split()[1])
-        * os.sysconf("SC_PAGE_SIZE")
-        // 1024,
-        "file descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
-        "/dev/shm, bytes mapped": sum(end - begin for begin, end in ends),
+        "resident memory, KiB": process.memory_info().rss // 1024,
+        "file descriptors": process.num_fds(),
+        "threads": process.num_threads(),
+        "/dev/shm, bytes mapped": sum(shared),
     }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure with its target, an upper limit."""
-
-    what: str
-    before: str
-    figure: float
-    target: float
-
-    @property
-    def is_met(self) -> bool:
-        """True if the figure is within its target; NaN is not."""
-        return self.figure <= self.target
 
 
 def difference(ours: list[float], theirs: list[float]) -> float:
@@ -160,51 +126,34 @@ def difference(ours: list[float], theirs: list[float]) -> float:
     return max((abs(a - b) / abs(b) if math.isfinite(a) else math.inf) for a, b in zip(ours, theirs, strict=True))
 
 
-def rows_of(split: list[Run], whole: Run, tiled: Run) -> list[Row]:
-    """Return the rows: curves of rank 0, and resources of each rank of the split run."""
-    rows = []
-    for what in ("losses", "evaluations"):
-        curve = getattr(whole, what)
-        yardstick = difference(getattr(tiled, what), curve)
-        ours = difference(getattr(split[0], what), curve)
-        rows.append(
-            Row(f"{what}, SP 2 beside SP 1", f"rounding alone {yardstick:.1e}", ours, SLACK * max(yardstick, EPSILON))
-        )
-    rows.append(
-        Row("last loss of the first", f"first {whole.losses[0]:.3f}", split[0].losses[-1] / whole.losses[0], 0.5)
-    )
-    for rank, run in enumerate(split):
-        for what in run.held[0]:
-            settled = max(each[what] for each in run.held[:SETTLED])
-            growth = run.held[-1][what] - settled
-            target = LARGEST_GROWTH * settled if what.startswith("resident") else 0
-            rows.append(Row(f"rank {rank}: {what}, growth", f"{settled:,} after {SETTLED * CHAPTER}", growth, target))
-    return rows
+def figure(name: str, found: float, most: float, beside: str) -> Figure:
+    """Return a row with an upper limit, which NaN misses."""
+    return Figure(name, (beside, f"{found:.3g}"), f"<= {most:.3g}", found <= most)
 
 
-def main() -> int:
-    """Print the table; return 1 if a row misses its target."""
-    start = time.monotonic()
+def rows() -> Iterator[Figure]:
+    """Yield the curves of rank 0, and the resources of each rank of the split run."""
+    runs: dict[str, list[Run]] = {}
     with Ranks(2) as ranks:
-        runs = {}
         for name, (sp_size, tiled) in CASES.items():
             with tempfile.TemporaryDirectory(prefix="soak_") as folder:
                 runs[name] = ranks.run(train, sp_size, tiled, folder, seconds=3600)
-            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-    rows = rows_of(runs["split"], runs["whole"][0], runs["tiled"][0])
-    table = Table(title=f"{STEPS} steps at SP 2, saved and resumed every {CHAPTER}")
-    for column in ("figure", "beside", "found", "target", "verdict"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row.what, row.before, f"{row.figure:.3g}", f"<= {row.target:.3g}", "ok" if row.is_met else "MISSED"
-        )
-    console = Console(width=120)
-    console.print(table)
-    met = sum(row.is_met for row in rows)
-    console.print(f"{met} of {len(rows)} rows within their target (target: all)\n{time.monotonic() - start:.0f} s")
-    return int(met < len(rows))
+    whole, tiled, split = (runs[name][0] for name in CASES)
+    for what in ("losses", "evaluations"):
+        yardstick, ours = (difference(getattr(each, what), getattr(whole, what)) for each in (tiled, split))
+        beside = f"rounding alone {yardstick:.1e}"
+        yield figure(f"{what}, SP 2 beside SP 1", ours, SLACK * max(yardstick, EPSILON), beside)
+    first, last = whole.losses[0], split.losses[-1]
+    yield figure("last loss of the first", last / first, 0.5, f"first {first:.3f}")
+    for rank, run in enumerate(runs["split"]):
+        for what in run.held[0]:
+            settled = max(each[what] for each in run.held[:SETTLED])
+            most = LARGEST_GROWTH * settled if what.startswith("resident") else 0
+            beside = f"{settled:,} after {SETTLED * CHAPTER}"
+            yield figure(f"rank {rank}: {what}, growth", run.held[-1][what] - settled, most, beside)
 
+
+PARTS = {f"{STEPS} steps at SP 2, saved and resumed every {CHAPTER}": Part(rows, ("beside", "found"))}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, PARTS))

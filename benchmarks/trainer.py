@@ -4,29 +4,26 @@ The same program runs at SP 1 and at SP P, with every batch key "auto". Its loss
 a step on all ranks (the Trainer's ``num_items_in_batch``), so the fp64 run takes the same mean.
 """
 
-import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from benchmarks.cells import (
     STEPS,
     Cell,
-    KeepFp64,
+    Recorder,
     Result,
     build_model,
     ds_config,
-    full_weight,
-    learning_rates,
     model_config,
+    run_truth,
     samples,
+    sgd,
 )
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -55,15 +52,40 @@ def trainer_config(cell: Cell, sp_size: int) -> dict[str, Any]:
     return ds_config(cell, sp_size) | dict.fromkeys(_BATCH_KEYS, "auto")
 
 
+def samples_in_turn(cell: Cell) -> list[dict[str, torch.Tensor]]:
+    """Return all ranks' samples in the order in which a loader shared by the ranks draws them."""
+    steps = samples(cell, model_config(cell).vocab_size)
+    turns = [(micro, rank) for micro in range(cell.gas) for rank in range(cell.world_size)]
+    return [{key: x[0] for key, x in ranks[rank][micro].items()} for ranks in steps for micro, rank in turns]
+
+
+class CellTrainer(Trainer):
+    """Trainer with the cell's SGD, whose engine's first step is recorded."""
+
+    def __init__(self, cell: Cell, model: torch.nn.Module, **kwargs: Any) -> None:
+        # Under DeepSpeed the Trainer drops an optimizer that it is given.
+        self._sgd = sgd(model, cell)
+        super().__init__(model=model, callbacks=[_Watch(self)], **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the cell's optimizer."""
+        self.optimizer = self.optimizer or self._sgd
+        return self.optimizer
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, trainer: CellTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.recorder = Recorder(self._trainer.model_wrapped)
+
+
 def run_trainer(cell: Cell, sp_size: int) -> Result:
     """Run three steps of the Trainer; runs differ in ``sp_size`` only."""
     # transformers keeps the last ds_config while its TrainingArguments live, and would build the model sharded.
     unset_hf_deepspeed_config()
     model = build_model(model_config(cell))
-    batches = samples(cell, model.config.vocab_size)
-    # In the order in which the Trainer's ranks draw them.
-    dataset = [ranks[rank][micro] for ranks in batches for micro in range(cell.gas) for rank in range(cell.world_size)]
-    dataset = [{key: x[0] for key, x in sample.items()} for sample in dataset]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -82,86 +104,23 @@ def run_trainer(cell: Cell, sp_size: int) -> Result:
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = _Trainer(model=model, args=args, train_dataset=dataset, cell=cell)
+        trainer = CellTrainer(cell, model, args=args, train_dataset=samples_in_turn(cell))
         trainer.train()
-        engine = trainer.model_wrapped
-        changes = {name: full_weight(p) - trainer.before[name] for name, p in engine.module.named_parameters()}
-        engine.destroy()
+        result = trainer.recorder.result()
+        trainer.model_wrapped.destroy()
     first = trainer.state.log_history[0]
     norm = first.get("grad_norm") if cell.stage or cell.dtype != "fp32" else None
-    result = Result(first["loss"], norm, trainer.grads, changes)
-    return result if dist.get_rank() == 0 else replace(result, grads={}, changes={})
-
-
-class _Trainer(Trainer):
-    """Trainer with SGD that keeps the gradients of its first step."""
-
-    def __init__(self, *args: Any, cell: Cell, **kwargs: Any) -> None:
-        self._cell = cell
-        self.before: dict[str, torch.Tensor] = {}
-        self.grads: dict[str, torch.Tensor] = {}
-        super().__init__(*args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Use SGD, as Adam hides a wrong gradient scale."""
-        if self.optimizer is None:
-            matrix_rate, norm_rate = learning_rates(self._cell)
-            params = [p for p in self.model.parameters() if p.requires_grad]
-            dims = [getattr(p, "ds_shape", p.shape) for p in params]
-            self.optimizer = torch.optim.SGD(
-                [
-                    {"params": [p for p, d in zip(params, dims, strict=True) if len(d) > 1], "lr": matrix_rate},
-                    {"params": [p for p, d in zip(params, dims, strict=True) if len(d) == 1], "lr": norm_rate},
-                ]
-            )
-        return self.optimizer
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        engine = self.model_wrapped
-        named = list(engine.module.named_parameters())
-        self.before = {name: full_weight(param) for name, param in named}
-        engine.step = self._keeping_gradients(engine.step, named)
-        return prepared
-
-    def _keeping_gradients(self, step: Callable[..., Any], named: list[Any]) -> Callable[..., Any]:
-        from deepspeed.utils import safe_get_full_grad
-
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            if not self.grads:
-                self.grads = {name: safe_get_full_grad(param).double().clone() for name, param in named}
-            return step(*args, **kwargs)
-
-        return kept
+    return replace(result, loss=first["loss"], norm=norm)
 
 
 def run_trainer_truth(cell: Cell) -> Result:
     """Run the cell in fp64 plain torch, averaging over a step's labelled tokens."""
-    hf_config = model_config(cell)
-    rounding = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.dtype]
-    model = build_model(hf_config).to(rounding).double()
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    result = Result(0.0, None)
-    with KeepFp64():
-        for index, ranks in enumerate(samples(cell, hf_config.vocab_size)):
-            batches = [batch for micros in ranks for batch in micros]
-            count = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
-            loss = sum(_token_losses(model, batch) for batch in batches) / count
-            model.zero_grad()
-            loss.backward()
-            grads = {name: param.grad.clone() for name, param in model.named_parameters()}
-            norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
-            if index == 0:
-                result = Result(loss.item(), norm, grads)
-            factor = max(1.0, (norm + 1e-6) / cell.clip) if cell.clip else 1.0
-            with torch.no_grad():
-                for name, param in model.named_parameters():
-                    param -= learning_rates(cell)[param.dim() == 1] * grads[name] / factor
-    result.changes = {name: param.detach() - before[name] for name, param in model.named_parameters()}
-    result.before = before
-    return result
+    return run_truth(cell, _mean_of_tokens)
 
 
-def _token_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits = model(input_ids=batch["input_ids"]).logits
-    return F.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100, reduction="sum")
+def _mean_of_tokens(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    logits_1SV = [model(input_ids=batch["input_ids"]).logits for batch in batches]
+    labels_S = [batch["labels"][0, 1:] for batch in batches]
+    pairs = zip(logits_1SV, labels_S, strict=True)
+    losses = [F.cross_entropy(x[0, :-1], y, ignore_index=-100, reduction="sum") for x, y in pairs]
+    return sum(losses) / sum(int(y.ne(-100).sum()) for y in labels_S)

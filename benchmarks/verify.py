@@ -5,36 +5,28 @@ The configs are those published by the models' authors. Exit status 1 if one dif
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.figures import Figure, Part, report
 from deepspeed_alst.cli.main import main as ds_alst
 
 ROOT = Path(__file__).parents[1]
-MODELS = sorted((ROOT / "benchmarks" / "models").glob("*.json"))
 # Recipe for eight GPUs: ZeRO 3, bf16, tiles, layer inputs and optimizer on the host.
 RECIPE = ROOT / "ds_configs" / "sp8_zero3_bf16_offload.json"
 SECONDS = 60.0
 
 
-def main() -> int:
-    """Print the table; return 1 if a model misses."""
-    table = Table("model", "seconds", f"target: {SECONDS:.0f}", "verdict")
-    missed = 0
-    for path in MODELS:
+def rows() -> Iterator[Figure]:
+    """Yield the exit status and seconds of each model."""
+    for path in sorted((ROOT / "benchmarks" / "models").glob("*.json")):
         start = time.monotonic()
         words = ["--model", str(path), "--ds_config", str(RECIPE), "--output", f"runs/verify/{path.stem}"]
         status = ds_alst(["verify", *words])
         seconds = time.monotonic() - start
         met = status == 0 and seconds <= SECONDS
-        missed += not met
-        table.add_row(path.stem, f"{seconds:.0f}", "ok" if seconds <= SECONDS else "missed", f"exit status {status}")
-    Console().print(table)
-    print(f"{missed} of {len(MODELS)} missed")
-    return int(missed > 0)
+        yield Figure(path.stem, (str(status), f"{seconds:.0f}"), f"0, <= {SECONDS:.0f}", met)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, {"ds_alst verify": Part(rows, ("exit status", "seconds"))}))

@@ -11,14 +11,14 @@ Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P = sp
 
 import contextlib
 import sys
-import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.figures import Figure, Part, report
 
 # The ranks import deepspeed, transformers and benchmarks.upstream: a spawned rank imports this file before
 # benchmarks.ranks sets the variables that DeepSpeed reads at import.
@@ -169,42 +169,28 @@ def _run_upstream(model: torch.nn.Module, case: Case, tally: Tally) -> float:
     return loss.item()
 
 
-def _add_row(table: Table, case: Case, phase: str, ours: Traffic, upstream: Traffic) -> bool:
-    """Add one line to the table; return True if the target is met."""
-    met = ours == Traffic(TARGET, case.least_bytes) and ours.num_bytes <= upstream.num_bytes
-    ratio = (
-        f"{upstream.num_collectives / max(1, ours.num_collectives):.1f} / "
-        f"{upstream.num_bytes / max(1, ours.num_bytes):.3f}"
-    )
-    table.add_row(
-        *(str(case.sp_size), str(case.num_kv_heads), phase),
-        *(f"{each.num_collectives} / {each.num_bytes:,}" for each in (ours, upstream)),
-        *(ratio, f"{TARGET} / {case.least_bytes:,}", "ok" if met else "MISSED"),
-        end_section=phase == PHASES[-1],
-    )
-    return met
+def rows() -> Iterator[Figure]:
+    """Yield a layer's collectives and bytes by case and phase.
 
-
-def main() -> int:
-    """Measure and print; return 1 if this package misses a target."""
-    started = time.perf_counter()
-    title = "One decoder layer on the wire: collectives / bytes"
-    table = Table(title=title, caption=_CONVENTION, title_justify="left", caption_justify="left")
-    for header in ("SP", "kv heads", "phase", "ours", "upstream", "upstream : ours", "target", ""):
-        table.add_column(header, justify="left" if header in ("phase", "") else "right")
-    all_met = True
+    Raises:
+        RuntimeError: the ranks count differently.
+    """
     with Ranks(WORLD_SIZE) as ranks:
         for case in CASES:
             answers = ranks.run(measure, case)
             if any(answer != answers[0] for answer in answers):
                 raise RuntimeError(f"{case}: ranks count differently: {answers}")
             for phase in PHASES:
-                all_met &= _add_row(table, case, phase, *(answers[0][system][phase] for system in ("ours", "upstream")))
-    console = Console(width=120)
-    console.print(table)
-    console.print(f"{'All targets met' if all_met else 'Targets MISSED'}; {time.perf_counter() - started:.0f} s.")
-    return 0 if all_met else 1
+                ours, upstream = (answers[0][system][phase] for system in ("ours", "upstream"))
+                yield Figure(
+                    f"SP {case.sp_size}, {case.num_kv_heads} KV heads, {phase}",
+                    tuple(f"{each.num_collectives} / {each.num_bytes:,}" for each in (ours, upstream)),
+                    f"{TARGET} / {case.least_bytes:,}",
+                    ours == Traffic(TARGET, case.least_bytes) and ours.num_bytes <= upstream.num_bytes,
+                )
 
+
+PARTS = {"collectives / bytes of one decoder layer": Part(rows, ("this package", "DeepSpeed's"), _CONVENTION)}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, PARTS))

@@ -4,9 +4,9 @@ Each trains a cell of the parity table (benchmarks/cells.py) and returns what it
 package; what the tests want to see is taken from the engine's ``step`` (``Recorder``).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,22 +14,18 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # accelerate's and DeepSpeed's loops take it for granted
 from torch.utils.data import DataLoader
 
-from benchmarks.cells import Cell, Result, build_model, ds_config, full_weight, learning_rates, model_config, samples
+from benchmarks.cells import Cell, Recorder, Result, build_model, ds_config, model_config, sgd
+from benchmarks.trainer import CellTrainer, samples_in_turn
 
 
-class OwnSamples(torch.utils.data.Dataset):
+def own_samples(cell: Cell) -> list[dict[str, torch.Tensor]]:
     """This rank's samples of a cell, step after step, with position_ids as DeepSpeed's adapter demands them."""
+    return every_ranks_samples(cell)[dist.get_rank() :: cell.world_size]
 
-    def __init__(self, cell: Cell) -> None:
-        steps = samples(cell, model_config(cell).vocab_size)
-        self.batches = [batch for ranks in steps for batch in ranks[dist.get_rank()]]
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        batch = {key: x[0] for key, x in self.batches[index].items()}
-        return {**batch, "position_ids": torch.arange(len(batch["input_ids"]))}
+def every_ranks_samples(cell: Cell) -> list[dict[str, torch.Tensor]]:
+    """All ranks' samples, dealt out in turn: sample i is rank i % W's."""
+    return [{**each, "position_ids": torch.arange(len(each["input_ids"]))} for each in samples_in_turn(cell)]
 
 
 def config_of(cell: Cell, alst: bool = True) -> dict[str, Any]:
@@ -41,57 +37,12 @@ def config_of(cell: Cell, alst: bool = True) -> dict[str, Any]:
     return config
 
 
-def model_and_optimizer(cell: Cell) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def model_of(cell: Cell) -> torch.nn.Module:
     model = build_model(model_config(cell))
     if cell.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": cell.checkpointing == "reentrant"})
         model.train()
-    matrix_rate, norm_rate = learning_rates(cell)
-    return model, torch.optim.SGD(
-        [
-            {"params": [param for param in model.parameters() if param.dim() > 1], "lr": matrix_rate},
-            {"params": [param for param in model.parameters() if param.dim() == 1], "lr": norm_rate},
-        ]
-    )
-
-
-class Recorder:
-    """Looks at an engine's first optimizer step, and at its weights before and after all."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._named = list(engine.module.named_parameters())
-        self._before = {name: full_weight(param) for name, param in self._named}
-        self._result: Result | None = None
-        self._losses: list[torch.Tensor] = []
-        self._methods = {name: getattr(engine, name) for name in ("backward", "step")}
-        engine.backward, engine.step = self._backward, self._step
-
-    def _backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> Any:
-        # The HF Trainer divides by the accumulation steps itself.
-        factor = 1 if scale_wrt_gas else self._engine.gradient_accumulation_steps()
-        self._losses.append(loss.detach().double() * factor)
-        return self._methods["backward"](loss, scale_wrt_gas=scale_wrt_gas)
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        from deepspeed.utils import safe_get_full_grad
-
-        first = self._result is None and self._engine.is_gradient_accumulation_boundary()
-        if first:
-            grads = {name: safe_get_full_grad(param).double().clone() for name, param in self._named}
-            mean = torch.stack(self._losses).mean()
-            dist.all_reduce(mean)
-            self._result = Result(mean.item() / dist.get_world_size(), None, grads)
-        out = self._methods["step"](*args, **kwargs)
-        if first:
-            self._result.norm = float(self._engine.get_global_grad_norm())
-        return out
-
-    def result(self) -> Result:
-        """After the last step, with the engine still alive."""
-        changes = {name: full_weight(param) - self._before[name] for name, param in self._named}
-        result = replace(self._result, changes=changes, before=self._before)
-        return result if dist.get_rank() == 0 else replace(result, grads={}, changes={}, before={})
+    return model
 
 
 @contextmanager
@@ -178,13 +129,13 @@ def tutorial(cell: Cell, loss_of: Loss = tutorial_loss, alst: bool = True) -> Re
     from deepspeed.utils import groups
 
     with forgotten():
-        model, optimizer = model_and_optimizer(cell)
-        mpu = registered(cell, model)
+        model = model_of(cell)
+        mpu, optimizer = registered(cell, model), sgd(model, cell)
         engine, *_ = deepspeed.initialize(config=config_of(cell, alst), model=model, optimizer=optimizer, mpu=mpu)
         try:
             sp_group = groups._get_sequence_parallel_group()
             recorder = Recorder(engine)
-            for batch in adapter_for(OwnSamples(cell), engine):
+            for batch in adapter_for(own_samples(cell), engine):
                 batch = move_to_device(batch, engine.device)
                 loss = aggregated(loss_of(engine, batch, sp_group), batch["shift_labels"], sp_group)
                 engine.backward(loss)
@@ -197,8 +148,6 @@ def tutorial(cell: Cell, loss_of: Loss = tutorial_loss, alst: bool = True) -> Re
 @contextmanager
 def accelerates_state_forgotten() -> Iterator[None]:
     """accelerate keeps its state for the whole process, part of it in the environment."""
-    import os
-
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -246,11 +195,11 @@ def accelerate_loop(cell: Cell) -> Result:
     from deepspeed.utils import groups
 
     # Before the Accelerator, under whose ZeRO-3 config the model's weights would be drawn sharded, and differently.
-    model, optimizer = model_and_optimizer(cell)
+    model = model_of(cell)
     with accelerator_of(cell) as accelerator:
         # accelerate shards a loader that all ranks share: give it one whose every W-th sample is this rank's.
-        loader = DataLoader(EveryRanksSamples(cell), batch_size=1)
-        engine, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        loader = DataLoader(every_ranks_samples(cell), batch_size=1)
+        engine, optimizer, loader = accelerator.prepare(model, sgd(model, cell), loader)
         try:
             recorder = Recorder(engine)
             for batch in loader:
@@ -267,28 +216,10 @@ def accelerate_loop(cell: Cell) -> Result:
 
 def hf_trainer(cell: Cell, resume_from: str | None = None, then: Any = None, **changed: Any) -> Any:
     """The HF Trainer with ``TrainingArguments(parallelism_config=...)``; the result of ``then``, given it, if asked."""
-    import os
-
     from accelerate import PartialState
-    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+    from transformers import TrainingArguments, default_data_collator
 
-    recorders = []
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            recorders.append(Recorder(trainer.model_wrapped))
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            recorders.append(recorders[0].result())
-
-    model, optimizer = model_and_optimizer(cell)
-
-    class SgdTrainer(Trainer):
-        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-            # Under DeepSpeed the Trainer drops an optimizer that it is given.
-            self.optimizer = self.optimizer or optimizer
-            return self.optimizer
-
+    model = model_of(cell)
     with accelerates_state_forgotten():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")  # see accelerator_of
@@ -311,16 +242,11 @@ def hf_trainer(cell: Cell, resume_from: str | None = None, then: Any = None, **c
                 **changed,
             }
         )
-        trainer = SgdTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=EveryRanksSamples(cell),
-            data_collator=default_data_collator,
-            callbacks=[Watch()],
-        )
+        data = {"train_dataset": every_ranks_samples(cell), "data_collator": default_data_collator}
+        trainer = CellTrainer(cell, model, args=arguments, **data)
         try:
             trainer.train(resume_from_checkpoint=resume_from)
-            return then(trainer) if then else recorders[1]
+            return then(trainer) if then else trainer.recorder.result()
         finally:
             trainer.model_wrapped.destroy()
 
@@ -371,13 +297,3 @@ def tiled_tutorial(cell: Cell, num_tiles: int, alst: bool = True) -> Result:
     """The tutorial's loop with MLP and loss in tiles."""
     with tiled_llama(num_tiles):
         return tutorial(cell, own_forward_loss, alst)
-
-
-class EveryRanksSamples(OwnSamples):
-    """All ranks' samples, dealt out in turn: sample i is rank i % W's."""
-
-    def __init__(self, cell: Cell) -> None:
-        steps = samples(cell, model_config(cell).vocab_size)
-        self.batches = [
-            ranks[rank][micro] for ranks in steps for micro in range(cell.gas) for rank in range(cell.world_size)
-        ]

@@ -7,23 +7,18 @@ target is missed.
 """
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.kernels.compile import SHARED, compile_all
+from benchmarks.figures import Figure, Part, report
+from benchmarks.kernels.compile import SHARED, Compiled, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak, upstreams_bytes_a_logit
 from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, Sizes, copy_bytes_a_second, launches, seconds_on_gpu
 from benchmarks.kernels.judge import Interpreted, subjects
 from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
-from benchmarks.parts import chosen_parts
-
-Row = tuple[tuple[str, ...], str, bool]
-"""Name and figures, the target, and True if it is met."""
 
 _TILE_TOKENS = 523  # the torch backend's tile of 1 GiB
 _TOKENS, _VOCABULARY = 32768, 128256
@@ -44,15 +39,26 @@ _MEMORY = (
 )
 
 
-def compiled() -> Iterator[Row]:
-    """Yield registers, shared memory and spills."""
+def compiled() -> Iterator[Figure]:
+    """Yield registers, shared memory and spills: the most of a kernel's sizes, and each size that does not fit."""
+    by_kernel = defaultdict(list)
     for each in compile_all():
-        figures = (f"{each.registers}", f"{each.shared}", f"{each.spilled}")
-        name = f"{each.kernel}, {each.target}, {each.size}"
-        yield (name, *figures), f"0 spills, shared <= {SHARED[each.target]}", each.fits
+        by_kernel[each.kernel, each.target].append(each)
+        if not each.fits:
+            yield Figure(f"{each.kernel}, {each.target}, {each.size}", resources([each]), "must fit", False)
+    for (kernel, target), sizes in by_kernel.items():
+        fits = all(each.fits for each in sizes)
+        verdict = "" if fits else "see above"
+        name = f"{kernel}, {target}, {len(sizes)} launches"
+        yield Figure(name, resources(sizes), f"shared <= {SHARED[target]}, 0 spills", verdict=verdict)
 
 
-def numbers() -> Iterator[Row]:
+def resources(sizes: list[Compiled]) -> tuple[str, ...]:
+    """Return the texts of the most registers, shared memory and spills."""
+    return tuple(str(max(getattr(each, name) for each in sizes)) for name in ("registers", "shared", "spilled"))
+
+
+def numbers() -> Iterator[Figure]:
     """Yield errors and memory traffic."""
     process = Interpreted()
     for subject in subjects():
@@ -62,13 +68,13 @@ def numbers() -> Iterator[Row]:
             error, most = verdict.errors[verdict.worst]
             figures = (verdict.worst, f"{error:.1e} of {most:.1e}", f"{verdict.moved:.3f}")
             met = verdict.is_accurate and verdict.is_lean
-            yield (name, *figures), f"all errors; <= 1.1 x {verdict.least:.3f}", met
+            yield Figure(name, figures, f"all errors; <= 1.1 x {verdict.least:.3f}", met)
     moved = process.run(upstreams_bytes_a_logit, 3, 128256)
-    yield ("DeepSpeed's chunked cross-entropy [3, 128256] bfloat16", "", "", f"{moved:.3f}"), "none", True
+    yield Figure("DeepSpeed's chunked cross-entropy [3, 128256] bfloat16", ("", "", f"{moved:.3f}"))
     process.close()
 
 
-def memory() -> Iterator[Row]:
+def memory() -> Iterator[Figure]:
     """Yield memory peaks with and without the kernels."""
     process = Interpreted()
     by_torch = process.run(tile_peak, "torch", _TILE_TOKENS)
@@ -77,27 +83,27 @@ def memory() -> Iterator[Row]:
         words = f"loss, tiles of {tokens} tokens" if tokens else "loss, tiles of 1 GiB: 2,092 tokens, torch's have 523"
         most = 0.95 if tokens else 1.02
         figures = f"{by_torch / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
-        yield (words, *figures), f"<= {most} of torch's", peak <= most * by_torch
+        yield Figure(words, figures, f"<= {most} of torch's", peak <= most * by_torch)
     process.close()
     whole = f"{2 * 2 * _TOKENS * _VOCABULARY / 2**30:.2f} GiB"
-    yield ("loss, DeepSpeed's chunked on whole logits, computed", "", whole), "none", True
+    yield Figure("loss, DeepSpeed's chunked on whole logits, computed", ("", whole))
     for name, model_type in (("Llama-3.1-8B", "llama"), ("Qwen3-32B", "qwen3")):
         own = layer_peak(model_type, False)
         for parts, liger in (("norms and rotary embedding", NORMS_AND_ROPE), ("SwiGLU too", True)):
             peak = layer_peak(model_type, liger)
             figures = f"{own / 1024:.0f} KiB a token", f"{peak / 1024:.0f} KiB a token"
-            yield (f"a layer of {name}, Liger's {parts}", *figures), "<= 0.8 of torch's", peak <= 0.8 * own
+            yield Figure(f"a layer of {name}, Liger's {parts}", figures, "<= 0.8 of torch's", peak <= 0.8 * own)
     rows, by_autograd = mlp_peak(closed=False)
     for most, (own_rows, peak) in ((0.9, mlp_peak(closed=True, tile_tokens=rows)), (1.05, mlp_peak(closed=True))):
         words = f"MLP, tiles of {own_rows:,} tokens, by autograd of {rows:,}"
         figures = f"{by_autograd / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"
-        yield (words, *figures), f"<= {most} of autograd's", peak <= most * by_autograd
+        yield Figure(words, figures, f"<= {most} of autograd's", peak <= most * by_autograd)
 
 
-def gpu() -> Iterator[Row]:
+def gpu() -> Iterator[Figure]:
     """Yield times of the kernels on a GPU."""
     if not torch.cuda.is_available():
-        yield ("no GPU here: nothing is timed", "", "", ""), "", True
+        yield Figure("no GPU here: nothing is timed", ("", "", ""))
         return
     bytes_a_second = copy_bytes_a_second(seconds_on_gpu)
     for each in launches("cuda", Sizes()):
@@ -106,35 +112,18 @@ def gpu() -> Iterator[Row]:
         of_ligers = seconds / seconds_on_gpu(each.ligers) if each.ligers else None
         met = of_copy >= OF_A_COPY and (of_ligers is None or of_ligers <= OF_LIGERS)
         texts = (f"{1e3 * seconds:.3f} ms", f"{of_copy:.2f}", "" if of_ligers is None else f"{of_ligers:.2f}")
-        yield (each.name, *texts), f">= {OF_A_COPY} of a copy, <= {OF_LIGERS} x Liger's", met
+        yield Figure(each.name, texts, f">= {OF_A_COPY} of a copy, <= {OF_LIGERS} x Liger's", met)
 
 
-PARTS: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...], str]] = {
-    "compile": (compiled, ("registers", "shared", "spilled"), _COMPILE),
-    "numbers": (numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
-    "memory": (memory, ("torch", "kernels"), _MEMORY),
-    "gpu": (gpu, ("seconds", "of a copy's bytes a second", "times Liger's"), _GPU),
+PARTS = {
+    "compile": Part(compiled, ("registers", "shared", "spilled"), _COMPILE),
+    "numbers": Part(numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
+    "memory": Part(memory, ("torch", "kernels"), _MEMORY),
+    "gpu": Part(gpu, ("seconds", "of a copy's bytes a second", "times Liger's"), _GPU),
 }
-
-
-def main() -> int:
-    """Print a table for each part; return 1 if a target is missed."""
-    started, missed, console = time.monotonic(), 0, Console(width=160)
-    for name in chosen_parts(__doc__, PARTS):
-        rows, columns, caption = PARTS[name]
-        table = Table(title=name, caption=caption, title_justify="left", caption_justify="left")
-        for column in ("", *columns, "target", "verdict"):
-            table.add_column(column)
-        for texts, target, met in rows():
-            missed += not met
-            table.add_row(*texts, target, "ok" if met else "MISSED")
-        console.print(table)
-    console.print(f"{missed} targets missed; {time.monotonic() - started:.0f} s")
-    return 1 if missed else 0
-
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(report(__doc__, PARTS))
     except TimeoutError as late:
         sys.exit(str(late))

@@ -1,31 +1,24 @@
 """Step time and attention forwards of a checkpointed Llama with and without kept attention.
 
-    python -m benchmarks.offload.attention
-
 2 layers, hidden 512, 8 heads of 64, fp32 on CPU without sequence parallelism. Both variants alternate in one process on
-one thread; times are CPU time of the faster round, since load on the machine only adds to it. The exit status is
-non-zero if a target is missed.
+one thread; times are CPU time of the faster round, since load on the machine only adds to it.
 """
 
-import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
+from benchmarks.figures import Figure, one_thread
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.attention_cache import CheckpointFrame
 from deepspeed_alst.offload.hf_attention_cache import keep_attention
-
-Row = tuple[str, str, str, bool]
-"""Row name, figure, target, and True if it is met."""
 
 LENGTHS = (8192, 16384)
 LAYERS = 2
@@ -54,17 +47,8 @@ class Clock(TorchDispatchMode):
 
 def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
     """Build the model with each layer run in a frame."""
-    model = build_model(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=512,
-            intermediate_size=512,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=length,
-        )
-    )
+    sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
+    model = build_model(LlamaConfig(**sizes, num_hidden_layers=LAYERS, max_position_embeddings=length))
     if keeps:
         keep_attention(model, PatchSet())
 
@@ -91,8 +75,8 @@ def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, Clock]:
     return time.thread_time() - begin, clock
 
 
-def of_length(length: int) -> list[Row]:
-    """Return the rows of one sequence length."""
+def of_length(length: int) -> Iterator[Figure]:
+    """Yield the rows of one sequence length."""
     models = {keeps: checkpointed(keeps, length) for keeps in (False, True)}
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
     for model in models.values():
@@ -107,44 +91,16 @@ def of_length(length: int) -> list[Row]:
     ratio, predicted = kept / plain, 1 - forward / plain
     runs = {keeps: len(each[0][1].seconds["forward"]) / LAYERS for keeps, each in found.items()}
     name = f"{length:,} tokens"
-    return [
-        (f"{name}: attention of all layers, forward and backward", f"{forward:.2f} s, {backward:.2f} s", "", True),
-        (f"{name}: a step without", f"{plain:.2f} s", "", True),
-        (
-            f"{name}: a step with kept attention, of it",
-            f"{ratio:.3f}",
-            f"<= {predicted:.3f} by attention's own times, + {SLACK}",
-            ratio <= predicted + SLACK,
-        ),
-        (
-            f"{name}: attention forwards per layer and step",
-            f"{runs[True]:g}, {runs[False]:g} without",
-            "1",
-            runs[True] == 1,
-        ),
-    ]
+    yield Figure(f"{name}: attention of all layers, forward and backward", (f"{forward:.2f} s, {backward:.2f} s",))
+    yield Figure(f"{name}: a step without", (f"{plain:.2f} s",))
+    target = f"<= {predicted:.3f} by attention's own times, + {SLACK}"
+    yield Figure(f"{name}: a step with kept attention, of it", (f"{ratio:.3f}",), target, ratio <= predicted + SLACK)
+    texts = (f"{runs[True]:g}, {runs[False]:g} without",)
+    yield Figure(f"{name}: attention forwards per layer and step", texts, "1", runs[True] == 1)
 
 
-def rows() -> list[Row]:
-    """Return all figures with their targets."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [row for length in LENGTHS for row in of_length(length)]
-    finally:
-        torch.set_num_threads(threads)
-
-
-def main() -> int:
-    """Print the figures; return 1 if a target is missed."""
-    started, found = time.monotonic(), rows()
-    table = Table("figure", "value", "target", "")
-    for what, value, target, met in found:
-        table.add_row(what, value, target, "" if not target else "met" if met else "MISSED")
-    Console(width=140).print(table)
-    Console().print(f"{time.monotonic() - started:.0f} s")
-    return int(not all(met for *_, met in found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def rows() -> Iterator[Figure]:
+    """Yield all figures with their targets."""
+    with one_thread():
+        for length in LENGTHS:
+            yield from of_length(length)

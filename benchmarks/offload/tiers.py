@@ -7,22 +7,20 @@ Resident memory is that of the process at the end of the forward; each length ru
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 
+import psutil
 import torch
 
+from benchmarks.figures import Figure
 from benchmarks.ranks import finished
 from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import RING, HostBufferPool, pages
 
-Row = tuple[str, str, str, bool]
-"""Row name, figure, target, and True if it is met."""
-
 LAYERS, HIDDEN = 32, 1024
 # Tensors of more than 32 MiB: glibc may keep the memory of smaller ones after they are freed.
 LENGTHS = (17_000, 25_000, 34_000)
-_PAGE = 4096
 
 
 def one_pass(tier: str, length: int) -> tuple[int, int, int]:
@@ -45,25 +43,19 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
     return grown, store.counts.bytes_to_disk, store.counts.bytes_back
 
 
-def rows() -> list[Row]:
-    """Return all figures with their targets."""
-    found: list[Row] = []
-    exact = LAYERS * HIDDEN * 2
-    for tier, expected in (("host", exact), ("disk", RING * HIDDEN * 2)):
+def rows() -> Iterator[Figure]:
+    """Yield all figures with their targets."""
+    for tier, expected in (("host", LAYERS * HIDDEN * 2), ("disk", RING * HIDDEN * 2)):
         grown = {length: _in_a_process(tier, length) for length in LENGTHS}
         first, last = LENGTHS[0], LENGTHS[-1]
         slope = (grown[last][0] - grown[first][0]) / (last - first)
-        met = slope <= 1.05 * expected
-        what = f"{tier} tier: resident bytes a token of {LAYERS} layers"
-        found.append((what, f"{slope:,.0f}", f"<= {expected:,} + 5 %", met))
-        if tier == "disk":
-            for length in LENGTHS:
-                _, written, read = grown[length]
-                whole = LAYERS * pages(length * HIDDEN * 2)
-                figures = f"{written / 2**20:,.0f} MiB written, {read / 2**20:,.0f} read"
-                met = whole == written and read == whole
-                found.append((f"disk tier: {length:,} tokens", figures, f"{whole / 2**20:,.0f} MiB each", met))
-    return found
+        name = f"{tier} tier: resident bytes a token of {LAYERS} layers"
+        yield Figure(name, (f"{slope:,.0f}",), f"<= {expected:,} + 5 %", slope <= 1.05 * expected)
+    for length, (_, *moved) in grown.items():
+        whole = LAYERS * pages(length * HIDDEN * 2)
+        written, read = (f"{each / 2**20:,.0f}" for each in moved)
+        target, met = f"{whole / 2**20:,.0f} MiB each", moved == [whole, whole]
+        yield Figure(f"disk tier: {length:,} tokens", (f"{written} MiB written, {read} read",), target, met)
 
 
 def _in_a_process(tier: str, length: int) -> tuple[int, int, int]:
@@ -74,4 +66,4 @@ def _in_a_process(tier: str, length: int) -> tuple[int, int, int]:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    return psutil.Process().memory_info().rss

@@ -5,6 +5,7 @@ accelerator, DeepSpeed's offload_activations leaves all tensors in place, and tr
 size in torch's pinned allocator, which both use with an accelerator, is computed.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
+from benchmarks.figures import Figure
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.activation_store import ActivationStore
@@ -19,17 +21,13 @@ from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.ledger import Ledger
 
-Row = tuple[str, str, str, bool]
-"""Row name, figure, target, and True if it is met."""
-
 HIDDEN, LAYERS = 768, 6
 LENGTHS = (1000, 3000)
 OURS, NONE, DEEPSPEED, TRANSFORMERS = "here", "checkpointing alone", "DeepSpeed's", "transformers'"
 
 
-def rows() -> list[Row]:
-    """Return all figures with their targets."""
-    found = []
+def rows() -> Iterator[Figure]:
+    """Yield all figures with their targets."""
     exact = HIDDEN * 2
     for length in LENGTHS:
         whole = _kept(NONE, length)["residual"]
@@ -37,36 +35,26 @@ def rows() -> list[Row]:
             try:
                 live = _kept(name, length)
             except RuntimeError as error:
-                found.append((f"{length} tokens, {name} offload", str(error).split(";")[0], "", True))
+                yield Figure(f"{length} tokens, {name} offload", (str(error).split(";")[0],))
                 continue
             # Besides the layers' inputs, the graph holds the last norm's tensors, offloaded or not.
             off = (whole - live["residual"]) / length
-            host = live["host"] / length / (LAYERS - 1)
-            figures = f"{LAYERS - off / exact:.2f} of {LAYERS} layer inputs on the device"
-            is_ours = name == OURS
-            target = "1.00, the last" if is_ours else ""
-            found.append(
-                (f"{length} tokens, {name} offload", figures, target, not is_ours or off == (LAYERS - 1) * exact)
-            )
+            texts, is_ours = (f"{LAYERS - off / exact:.2f} of {LAYERS} layer inputs on the device",), name == OURS
+            met = not is_ours or off == (LAYERS - 1) * exact
+            yield Figure(f"{length} tokens, {name} offload", texts, "1.00, the last" * is_ours, met)
             if is_ours:
+                host = live["host"] / length / (LAYERS - 1)
                 met = exact <= host <= 1.01 * exact
-                found.append((f"{length} tokens, host bytes a token and layer", f"{host:.1f}", f"{exact}, 1 %", met))
+                yield Figure(f"{length} tokens, host bytes a token and layer", (f"{host:.1f}",), f"{exact}, 1 %", met)
         pinned = 2 ** (length * exact - 1).bit_length() / length
-        found.append((f"{length} tokens, the same of torch's pinned allocator (computed)", f"{pinned:.1f}", "", True))
-    return found
+        yield Figure(f"{length} tokens, the same of torch's pinned allocator (computed)", (f"{pinned:.1f}",))
 
 
 def _kept(name: str, length: int) -> dict[str, int]:
     """Return live bytes by owner between forward and backward."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 128, "hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS}
+    config = LlamaConfig(**sizes, num_attention_heads=12, num_key_value_heads=2)
     model = build_model(config).bfloat16().train()
     model.activation_checkpointing_enable(offload=name == TRANSFORMERS)
     ids = torch.randint(0, 128, (1, length))

@@ -10,20 +10,13 @@ import functools
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.parts import chosen_parts
+from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import Ranks
 from benchmarks.reduction import op
 from benchmarks.reduction.engines import BASELINE, OURS, SYSTEMS, Case, cases
 from benchmarks.reduction.measure import Traffic, extra_bytes, seconds, traffic, wire_bytes
-
-Row = tuple[tuple[str, ...], str, bool]
-"""Name and figures, the target, and True if it is met."""
 
 SMALL = {
     "sizes": (4099, 30, 12000, 1, 7001, 300007, 2048, 9973, 100000, 65537),
@@ -68,7 +61,7 @@ _TIME = (
 )
 
 
-def wire() -> Iterator[Row]:
+def wire() -> Iterator[Figure]:
     """Yield bytes on the wire."""
     numel = sum(SMALL["sizes"])
     for case, found in _traffics((1,)):
@@ -76,11 +69,11 @@ def wire() -> Iterator[Row]:
         most = _MOST.get((case.stage, case.accumulation), 0.5)
         # Three digits: unevenly split slices are padded by less than an element per rank.
         ratio = round(sent[OURS] / sent[BASELINE], 3)
-        figures = [f"{sent[name]:.2f}, {sent[name] / sent[BASELINE]:.3f} of it" for name in SYSTEMS if name != BASELINE]
-        yield (case.name, f"{sent[BASELINE]:.2f}", *figures), f"<= {most:.2f} of it", ratio <= most
+        texts = (f"{sent[name]:.2f}, {sent[name] / sent[BASELINE]:.3f} of it" for name in SYSTEMS if name != BASELINE)
+        yield Figure(case.name, (f"{sent[BASELINE]:.2f}", *texts), f"<= {most:.2f} of it", ratio <= most)
 
 
-def memory() -> Iterator[Row]:
+def memory() -> Iterator[Figure]:
     """Yield peak memory."""
     target = f"<= {2 * SLICE_BYTES / _KIB:,.0f}, two slices"
     for world_size, bucket in itertools.product((2, 4), BUCKETS):
@@ -89,34 +82,35 @@ def memory() -> Iterator[Row]:
                 found = ranks.run(extra_bytes, case)
                 most = {name: max(of_rank[name] for of_rank in found) for name in SYSTEMS}
                 met = all(most[name] <= 2 * SLICE_BYTES + _NUMBERS for name in SYSTEMS if SYSTEMS[name].ours)
-                figures = [f"{most[name] / _KIB:,.1f}" for name in SYSTEMS]
-                yield (f"{case.name}, bucket {bucket:,}", *figures), target, met
+                texts = tuple(f"{most[name] / _KIB:,.1f}" for name in SYSTEMS)
+                yield Figure(f"{case.name}, bucket {bucket:,}", texts, target, met, brief=bucket == BUCKETS[1])
 
 
-def error() -> Iterator[Row]:
+def error() -> Iterator[Figure]:
     """Yield errors against fp64, and differences from DeepSpeed's bits."""
     for case, found in _traffics((1, 4)):
-        figures = []
+        texts = []
         for name in SYSTEMS:
             worst = max(found, key=lambda of_rank, name=name: of_rank[name].error)[name]
-            figures.append(f"{worst.error:.1e}, " + (f"{worst.num_different:,} differ" if worst.num_different else "="))
+            texts.append(f"{worst.error:.1e}, " + (f"{worst.num_different:,} differ" if worst.num_different else "="))
         met = all(of_rank[OURS].worst_difference <= _FP32_ROUNDING for of_rank in found)
         # Sums of two numbers, and sums exact in fp32, do not depend on the order.
         is_same = not any(of_rank[OURS].num_different for of_rank in found)
         must = case.world_size == 2 or case.accumulation == "bf16"
         target = "=, bit by bit" if must else "= but for fp32 rounding"
-        yield (f"{case.name}, {case.gas} micro-steps", *figures), target, is_same if must else met
+        met, brief = is_same if must else met, case.gas > 1
+        yield Figure(f"{case.name}, {case.gas} micro-steps", tuple(texts), target, met, brief=brief)
 
 
-def times() -> Iterator[Row]:
+def times() -> Iterator[Figure]:
     """Yield seconds."""
     with Ranks(2) as ranks:
         for case in cases((2,), (1,), sizes=LARGE_SIZES, bucket=BUCKETS[1], slice_bytes=SLICE_BYTES):
             rounds = list(zip(*ranks.run(seconds, case, ROUNDS), strict=True))
             slowest = [{name: max(of_rank[name] for of_rank in one) for name in SYSTEMS} for one in rounds]
             median = {name: statistics.median(one[name] for one in slowest) for name in SYSTEMS}
-            ratios = [f"{median[name] / median[BASELINE]:.2f}" for name in SYSTEMS if name != BASELINE]
-            yield (case.name, f"{median[BASELINE] * 1000:.0f} ms", *ratios), "", True
+            ratios = (f"{median[name] / median[BASELINE]:.2f}" for name in SYSTEMS if name != BASELINE)
+            yield Figure(case.name, (f"{median[BASELINE] * 1000:.0f} ms", *ratios))
 
 
 def _traffics(gas: tuple[int, ...]) -> Iterator[tuple[Case, list[dict[str, Traffic]]]]:
@@ -132,29 +126,12 @@ def _traffics_of(world_size: int) -> list[tuple[Case, list[dict[str, Traffic]]]]
 
 
 PARTS = {
-    "wire": (wire, _WIRE),
-    "memory": (memory, _MEMORY),
-    "error": (error, _ERROR),
-    "time": (times, _TIME),
-    "op": (op.rows, ""),
+    "wire": Part(wire, tuple(SYSTEMS), _WIRE),
+    "memory": Part(memory, tuple(SYSTEMS), _MEMORY),
+    "error": Part(error, tuple(SYSTEMS), _ERROR),
+    "time": Part(times, tuple(SYSTEMS), _TIME),
+    "op": Part(op.rows),
 }
 
-
-def main() -> int:
-    """Print a table for each part; return 1 if a target is missed."""
-    started, missed, console = time.monotonic(), 0, Console(width=160)
-    for name in chosen_parts(__doc__, PARTS):
-        rows, caption = PARTS[name]
-        columns = ("figure", "target") if name == "op" else (*SYSTEMS, "target of " + OURS)
-        table = Table("", *columns, "verdict", title=name, caption=caption, title_justify="left")
-        table.caption_justify = "left"
-        for texts, target, met in rows():
-            missed += not met
-            table.add_row(*texts, target, ("ok" if met else "MISSED") if target else "")
-        console.print(table)
-    console.print(f"{missed} targets missed; {time.monotonic() - started:.0f} s")
-    return 1 if missed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, PARTS))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.figures import Figure, one_thread
 from benchmarks.ranks import finished
 from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces
 
@@ -75,13 +76,11 @@ def memory(name: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def rows() -> Iterator[tuple[tuple[str, str], str, bool]]:
-    """Yield names and figures, targets, and True where one is met."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+def rows() -> Iterator[Figure]:
+    """Yield all figures with their targets."""
+    with one_thread():
         words = load_sum_pieces("cpu")
-        yield ("what adds", words), "csrc op", words == "csrc op"
+        yield Figure("what adds", (words,), "csrc op", words == "csrc op")
         for dtype, out_dtype, least_times, least_share in (
             (torch.bfloat16, torch.float32, 15.0, 0.6),
             (torch.bfloat16, torch.bfloat16, 15.0, 0.5),
@@ -89,11 +88,9 @@ def rows() -> Iterator[tuple[tuple[str, str], str, bool]]:
             (torch.float32, torch.float32, 5.0, 0.6),
         ):
             times, share = speed(dtype, out_dtype)
-            name = f"{NUM_PIECES} pieces, {dtype} to {out_dtype}".replace("torch.", "")
-            yield (f"{name}: times faster than torch", f"{times:.1f}"), f">= {least_times}", times >= least_times
-            yield (f"{name}: of a copy's bandwidth", f"{share:.2f}"), f">= {least_share}", share >= least_share
-    finally:
-        torch.set_num_threads(threads)
+            name, met = f"{NUM_PIECES} pieces, {dtype} to {out_dtype}".replace("torch.", ""), times >= least_times
+            yield Figure(f"{name}: times faster than torch", (f"{times:.1f}",), f">= {least_times}", met)
+            yield Figure(f"{name}: of a copy's bandwidth", (f"{share:.2f}",), f">= {least_share}", share >= least_share)
     ours, theirs = memory("op"), memory("plain")
-    yield ("MiB beyond the output", f"{ours / MIB:.2f}"), "< 0.5", ours < MIB / 2
-    yield ("the same of torch, its output included", f"{theirs / MIB:.0f}"), "", True
+    yield Figure("MiB beyond the output", (f"{ours / MIB:.2f}",), "< 0.5", ours < MIB / 2)
+    yield Figure("the same of torch, its output included", (f"{theirs / MIB:.0f}",))

@@ -9,20 +9,14 @@ matmuls without attention scores, relative to a step without tiles and checkpoin
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import Ranks
 
-Row = tuple[str, str, str, str, bool]
-"""Row name, our figure, DeepSpeed's, the target, and True if it is met."""
 
-
-def shapes() -> Iterator[Row]:
+def shapes() -> Iterator[Figure]:
     """Yield bytes per token, FLOPs and MLP forwards of real-size (fake) and small (real) shapes."""
     from benchmarks.tiles.shapes import BASELINE, REAL_SIZE, SCALED, SYSTEMS, measure
 
@@ -34,19 +28,20 @@ def shapes() -> Iterator[Row]:
                 ranks.run(measure, shape, sp_size, each)[0] if on_ranks else measure(shape, sp_size, each)
                 for each in (BASELINE, upstream, ours)
             )
-            name, (layer, model) = f"{shape.name}, SP {sp_size}", shape.most
-            pair = [each.layer_flops / whole.layer_flops for each in (own, theirs)]
-            yield f"{name}: FLOPs of a layer", f"{pair[0]:.3f}", f"{pair[1]:.3f}", f"<= {layer}", pair[0] <= layer
-            pair = [each.model_flops / whole.model_flops for each in (own, theirs)]
-            yield f"{name}: FLOPs of the model", f"{pair[0]:.3f}", f"{pair[1]:.3f}", f"<= {model}", pair[0] <= model
-            kib = (f"{each.layer_peak / 1024:.0f}; {each.kept / 1024:.0f}" for each in (own, theirs))
-            yield f"{name}: KiB a token at a layer's peak; kept", *kib, "", True
+            name, brief = f"{shape.name}, SP {sp_size}", sp_size > 1
+            for what, kind, most in zip(("layer", "model"), ("layer_flops", "model_flops"), shape.most, strict=True):
+                pair = [getattr(each, kind) / getattr(whole, kind) for each in (own, theirs)]
+                texts = tuple(f"{each:.3f}" for each in pair)
+                yield Figure(f"{name}: FLOPs of a {what}", texts, f"<= {most}", pair[0] <= most, brief=brief)
+            kib = tuple(f"{each.layer_peak / 1024:.0f}; {each.kept / 1024:.0f}" for each in (own, theirs))
+            yield Figure(f"{name}: KiB a token at a layer's peak; kept", kib, brief=brief)
             if own.forwards[0]:
-                counts = (f"{each.forwards[0]:.0f} and {each.forwards[1]:.0f}" for each in (own, theirs))
-                yield f"{name}: forwards of first, last matrix", *counts, "2", own.forwards[0] <= 2
+                counts = tuple(f"{each.forwards[0]:.0f} and {each.forwards[1]:.0f}" for each in (own, theirs))
+                met = own.forwards[0] <= 2
+                yield Figure(f"{name}: forwards of first, last matrix", counts, "2", met, brief=brief)
 
 
-def loss() -> Iterator[Row]:
+def loss() -> Iterator[Figure]:
     """Yield peak bytes and FLOPs of the loss, with 100 % and 30 % of tokens trained."""
     from benchmarks.tiles.loss import FAKE, SCALED, SYSTEMS, peak_beyond_weights, run
 
@@ -54,13 +49,13 @@ def loss() -> Iterator[Row]:
         ledgers = [run(case, system, trained).ledger for system in SYSTEMS]
         whole, theirs, own = (peak_beyond_weights(ledger) / 2**20 for ledger in ledgers)
         name = f"{case.name}, {trained:.0%} trained"
-        yield f"{name}: peak MiB (whole {whole:.0f})", f"{own:.0f}", f"{theirs:.0f}", "< whole", own < whole
+        yield Figure(f"{name}: peak MiB (whole {whole:.0f})", (f"{own:.0f}", f"{theirs:.0f}"), "< whole", own < whole)
         whole, theirs, own = (ledger.matmul_flops for ledger in ledgers)
-        figures = f"{own / whole:.2f}", f"{theirs / whole:.2f}", f"{trained:.2f}"
-        yield f"{name}: FLOPs of the whole's", *figures, own / whole <= trained + 0.01
+        texts = f"{own / whole:.2f}", f"{theirs / whole:.2f}"
+        yield Figure(f"{name}: FLOPs of the whole's", texts, f"{trained:.2f}", own / whole <= trained + 0.01)
 
 
-def gathers() -> Iterator[Row]:
+def gathers() -> Iterator[Figure]:
     """Yield all-gathers per step under ZeRO-3, and reduce hook calls per weight."""
     from benchmarks.tiles import real
 
@@ -68,32 +63,36 @@ def gathers() -> Iterator[Row]:
         found = [[ranks.run(real.gathers, each, n)[0] for each in ("ours", "upstream")] for n in real.GATHER_TILES]
     fewest = min(own[0] for own, _ in found)
     for tiles, ((own, fired), (theirs, their_fired)) in zip(real.GATHER_TILES, found, strict=True):
-        yield f"{tiles} tiles: all-gathers a step", str(own), str(theirs), f"{fewest} at any number", own == fewest
-        yield f"{tiles} tiles: reduce hooks a weight", f"{fired:.0f}", f"{their_fired:.0f}", "1", fired == 1
+        texts = str(own), str(theirs)
+        yield Figure(f"{tiles} tiles: all-gathers a step", texts, f"{fewest} at any number", own == fewest)
+        yield Figure(f"{tiles} tiles: reduce hooks a weight", (f"{fired:.0f}", f"{their_fired:.0f}"), "1", fired == 1)
 
 
-def gradients() -> Iterator[Row]:
+def gradients() -> Iterator[Figure]:
     """Yield errors of bf16 weight gradients against fp64, by number of tiles."""
     from benchmarks.tiles.real import GRADIENT_TILES, gradient_errors
 
     errors = gradient_errors()
     most = 1.2 * errors["ours"][0]
-    for tiles, own, theirs in zip(GRADIENT_TILES, errors["ours"], errors["upstream"], strict=True):
-        yield f"{tiles} tiles: error of weight gradients", f"{own:.1e}", f"{theirs:.1e}", f"<= {most:.1e}", own <= most
+    for tiles, *pair in zip(GRADIENT_TILES, errors["ours"], errors["upstream"], strict=True):
+        texts = tuple(f"{each:.1e}" for each in pair)
+        yield Figure(f"{tiles} tiles: error of weight gradients", texts, f"<= {most:.1e}", pair[0] <= most)
 
 
-def times() -> Iterator[Row]:
+def times() -> Iterator[Figure]:
     """Yield step times on real tensors, relative to the checkpointed step without tiles."""
     from benchmarks.tiles.real import step_times
 
     (untiled, own, theirs), flops = step_times()
     predicted = flops[1] / flops[0]
-    figures = f"{own / untiled:.2f}", f"{theirs / untiled:.2f}", f"{predicted:.2f} by FLOPs, +- 0.05, and < DeepSpeed's"
     met = own / untiled <= predicted + 0.05 and own < theirs
-    yield "seconds of a step, 2K tokens, hidden 1024, of untiled's", *figures, met
+    target = f"{predicted:.2f} by FLOPs, +- 0.05, and < DeepSpeed's"
+    texts = f"{own / untiled:.2f}", f"{theirs / untiled:.2f}"
+    yield Figure("seconds of a step, 2K tokens, hidden 1024, of untiled's", texts, target, met)
 
 
-PARTS = {"shapes": shapes, "loss": loss, "gathers": gathers, "gradients": gradients, "time": times}
+_ROWS = {"shapes": shapes, "loss": loss, "gathers": gathers, "gradients": gradients, "time": times}
+PARTS = {name: Part(rows, ("this package", "DeepSpeed's")) for name, rows in _ROWS.items()}
 
 
 def draw(path: Path) -> None:
@@ -104,7 +103,7 @@ def draw(path: Path) -> None:
     for system in ("whole", "ours"):
         target = path.with_stem(f"{path.stem}_{system}")
         run(FAKE, system, 1.0).ledger.draw(str(target))
-        Console().print(f"{target}: {FAKE.tokens} tokens, {system}")
+        print(f"{target}: {FAKE.tokens} tokens, {system}")
 
 
 def main() -> int:
@@ -113,17 +112,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    started, missed, console = time.monotonic(), 0, Console(width=150)
-    for name in arguments.parts or ([] if arguments.picture else PARTS):
-        table = Table("", "this package", "DeepSpeed's", "target", "verdict", title=name, title_justify="left")
-        for what, own, theirs, target, met in PARTS[name]():
-            missed += not met
-            table.add_row(what, own, theirs, target, ("ok" if met else "MISSED") if target else "")
-        console.print(table)
     if arguments.picture:
         draw(arguments.picture)
-    console.print(f"{missed} targets missed; {time.monotonic() - started:.0f} s")
-    return 1 if missed else 0
+    return report(__doc__, PARTS, arguments.parts) if arguments.parts or not arguments.picture else 0
 
 
 if __name__ == "__main__":

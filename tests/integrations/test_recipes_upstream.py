@@ -143,9 +143,10 @@ class Engine:
     def __init__(self, alst=True, cell=CELL, **changed):
         import deepspeed
 
-        self._model, optimizer = programs.model_and_optimizer(cell)
+        self._model = programs.model_of(cell)
         mpu = programs.registered(cell, self._model)
         config = {**programs.config_of(cell, alst), **changed}
+        optimizer = programs.sgd(self._model, cell)
         self._engine = deepspeed.initialize(model=self._model, optimizer=optimizer, config=config, mpu=mpu)[0]
 
     def __enter__(self):
@@ -209,7 +210,7 @@ def other_models_and_the_programs_questions():
         again = Engine.__new__(Engine)
         again._engine = second_engine(parallel_state_sp)
         with again as engine:
-            batch = next(programs.adapter_for(programs.OwnSamples(CELL), engine))
+            batch = next(programs.adapter_for(programs.own_samples(CELL), engine))
             loss = programs.tutorial_loss(engine, batch, None)
         assert everything_global() == after
     return float(loss.detach()), during[0] != after[0]
@@ -218,9 +219,9 @@ def other_models_and_the_programs_questions():
 def second_engine(mpu, **changed):
     import deepspeed
 
-    model, optimizer = programs.model_and_optimizer(CELL)
+    model = programs.model_of(CELL)
     config = {**programs.config_of(CELL), **changed}
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
+    return deepspeed.initialize(model=model, optimizer=programs.sgd(model, CELL), config=config, mpu=mpu)[0]
 
 
 def test_other_models_are_spared_and_nothing_stays_behind(ranks2):
@@ -240,7 +241,7 @@ def epochs_and_resumption():
         return [batch["input_ids"].tolist() for batch in batches]
 
     with programs.accelerates_state_forgotten(), Engine() as engine:
-        adapter = programs.adapter_for(programs.OwnSamples(CELL), engine)
+        adapter = programs.adapter_for(programs.own_samples(CELL), engine)
         batches = list(adapter)
         first = ids(batches)
         assert len(first) == len(adapter) == 3 * CELL.gas * CELL.sp_size
@@ -292,7 +293,7 @@ def misuse(case):
         with Engine() as engine:
             if case == "two engines":
                 second_engine(parallel_state_sp)
-            for batch in programs.adapter_for(programs.OwnSamples(CELL), engine):
+            for batch in programs.adapter_for(programs.own_samples(CELL), engine):
                 loss = programs.tutorial_loss(engine, batch, None)
                 if case == "lost gradient":
                     labels = (batch["shift_labels"] != -100).sum()
