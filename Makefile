@@ -122,7 +122,7 @@ verify: setup
 
 # The wheel alone in a clean environment; QUICK=1 borrows this one's packages.
 wheel: setup
-	$(BIN)/python -m benchmarks.wheel $(if $(QUICK),--quick)
+	$(if $(QUICK),,FULL=1) $(BIN)/python -m pytest -s -m slow --durations=0 tests/system/test_wheel.py
 
 bench-resume: setup
 	$(BIN)/python -m benchmarks.resume

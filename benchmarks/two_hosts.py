@@ -5,15 +5,13 @@
 Each host has its own network, host name, /dev/shm and System V memory. A launcher starts ``examples/train.py`` on each,
 and the loss curve is compared with that of one host. Linux only; needs root, or unprivileged user namespaces. All
 resources live in namespaces of this program's processes and vanish with them. The exit status is non-zero if a figure
-misses its target, or namespaces are unavailable.
+misses its target, a launcher fails, or namespaces are unavailable.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.figures import Figure, Part, report
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
@@ -30,6 +30,7 @@ STEPS, LENGTH = 4, 2048
 LARGEST_DIFFERENCE = 1e-4
 SECONDS = 600.0
 _INSIDE = "--inside"
+BUFFERS = "buffers of DeepSpeed's shared-memory op"
 
 
 @dataclass(frozen=True)
@@ -67,35 +68,32 @@ class Host:
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     """Set up this process's host and a second one."""
-    other = subprocess.Popen(["unshare", *OWN, "sleep", "infinity"])
-    try:
+    # Its line comes from inside the new namespaces.
+    command = ["unshare", *OWN, "sh", "-c", "echo && exec sleep infinity"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         alpha = Host("alpha", "10.77.0.1")
         beta = Host("beta", "10.77.0.2", ("nsenter", "--target", str(other.pid), *OWN, f"--wdns={ROOT}"))
-        _wait_for_namespace(other.pid)
-        alpha.run("ip", "link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", str(other.pid))
-        for host in (alpha, beta):
-            host.run("hostname", host.name)
-            # As on Debian: by default gloo binds to the address that the host name resolves to.
-            names = folder / f"{host.name}.hosts"
-            names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
-            host.run("mount", "--bind", str(names), "/etc/hosts")
-            host.run("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
-            host.run("ip", "address", "add", f"{host.address}/24", "dev", CABLE)
-            for link in ("lo", CABLE):
-                host.run("ip", "link", "set", link, "up")
-        yield alpha, beta
-    finally:
-        other.kill()
-        other.wait()
+        try:
+            set_up(alpha, beta, other.pid, folder)
+            yield alpha, beta
+        finally:
+            other.kill()
 
 
-def _wait_for_namespace(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    mine = os.readlink("/proc/self/ns/ipc")
-    while os.readlink(f"/proc/{pid}/ns/ipc") == mine:
-        if time.monotonic() > deadline:
-            raise RuntimeError("unshare made no second host in 10 s")
-        time.sleep(0.05)
+def set_up(alpha: Host, beta: Host, pid: int, folder: Path) -> None:
+    """Connect the hosts by a cable, and name them; ``pid`` is the process of the second one."""
+    alpha.run("ip", "link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", str(pid))
+    for host in (alpha, beta):
+        host.run("hostname", host.name)
+        # As on Debian: by default gloo binds to the address that the host name resolves to.
+        names = folder / f"{host.name}.hosts"
+        names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
+        host.run("mount", "--bind", str(names), "/etc/hosts")
+        host.run("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
+        host.run("ip", "address", "add", f"{host.address}/24", "dev", CABLE)
+        for link in ("lo", CABLE):
+            host.run("ip", "link", "set", link, "up")
 
 
 @dataclass(frozen=True)
@@ -206,79 +204,50 @@ sys.exit(max(abs(shell.wait()) for shell in shells))
 
 
 def _wait(launched: list[subprocess.Popen]) -> None:
+    """Wait until all end well; end all if one fails, or after SECONDS."""
     deadline = time.monotonic() + SECONDS
     try:
         while any(process.poll() is None for process in launched):
-            if any(process.poll() for process in launched):
-                raise RuntimeError("a launcher failed")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"no end within {SECONDS:.0f} s")
+            if any(process.poll() for process in launched) or time.monotonic() > deadline:
+                break
             time.sleep(0.2)
-        if any(process.returncode for process in launched):
-            raise RuntimeError("a launcher failed")
+        if any(process.poll() != 0 for process in launched):
+            raise RuntimeError(f"a launcher failed, or did not end within {SECONDS:.0f} s")
     finally:
         for process in launched:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process.terminate()
+            process.wait()
 
 
-def figures(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield each figure with its target, and True if it is met."""
+def rows() -> Iterator[Figure]:
+    """Yield each figure with its target."""
     alone: dict[int, list[dict]] = {}
-    with two_hosts(folder) as hosts:
+    with tempfile.TemporaryDirectory() as name, two_hosts(folder := Path(name)) as hosts:
         for case in CASES:
             ranks = 2 * case.ranks_per_host
             if ranks not in alone:
                 alone[ranks] = train(hosts[:1], Case(case.ranks_per_host, 2), folder)
                 buffers = hosts[0].shared_buffers()
-                yield (
-                    f"{ranks} ranks on one host: {buffers} buffers of DeepSpeed's shared-memory op (target: {ranks})",
-                    buffers == ranks,
-                )
+                yield Figure(f"{ranks} ranks on one host: {BUFFERS}", (str(buffers),), str(ranks), buffers == ranks)
             before = hosts[0].cable_bytes()
             split = train(hosts, case, folder)
             moved = hosts[0].cable_bytes() - before
+            for key in ("loss", "grad_norm"):
+                apart = max(abs(one[key] - two[key]) for one, two in zip(alone[ranks], split, strict=True))
+                text = f"{split[-1][key]:.6f} after {STEPS} steps, differs by {apart:.1e} at most"
+                target = f"<= {LARGEST_DIFFERENCE:.0e} from one host"
+                yield Figure(f"{case.name}: {key}", (text,), target, apart <= LARGEST_DIFFERENCE)
             buffers = sum(host.shared_buffers() for host in hosts)
-            yield from _figures_of(case, alone[ranks], split, moved, buffers)
-
-
-def _figures_of(
-    case: Case, alone: list[dict], split: list[dict], moved: int, buffers: int
-) -> Iterator[tuple[str, bool]]:
-    for key in ("loss", "grad_norm"):
-        apart = max(abs(one[key] - two[key]) for one, two in zip(alone, split, strict=True))
-        last = f"{key} {split[-1][key]:.6f} after {STEPS} steps, on one host {alone[-1][key]:.6f}"
-        most = f"largest difference {apart:.1e} (target: <= {LARGEST_DIFFERENCE:.0e})"
-        yield f"{case.name}: {last}, {most}", apart <= LARGEST_DIFFERENCE
-    yield f"{case.name}: {buffers} buffers of the shared-memory op (target: 0)", buffers == 0
-    least = max(1, case.least_bytes)
-    yield f"{case.name}: {moved / 1e6:.1f} MB on the cable (target: >= {least / 1e6:.1f})", moved >= least
-
-
-def inside() -> int:
-    """Print the figures, inside the namespaces; return 1 if one is missed."""
-    missed = False
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for figure, met in figures(Path(folder)):
-                print(f"{'ok    ' if met else 'MISSED'} {figure}", flush=True)
-                missed |= not met
-        except RuntimeError as error:
-            print(f"MISSED {error}", flush=True)
-            return 1
-    return int(missed)
-
-
-def _end_with_the_parent() -> None:
-    """Kill this process with its parent: prctl(PR_SET_PDEATHSIG, SIGKILL)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            yield Figure(f"{case.name}: {BUFFERS}", (str(buffers),), "0", buffers == 0)
+            least = max(1, case.least_bytes)
+            target = f">= {least / 1e6:.1f}"
+            yield Figure(f"{case.name}: MB on the cable", (f"{moved / 1e6:.1f}",), target, moved >= least)
 
 
 def main() -> int:
     """Run in new namespaces; return 1 if that or a target fails."""
     if sys.argv[1:] == [_INSIDE]:
-        return inside()
+        return report(__doc__, {"two hosts": Part(rows)}, ())
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
         print(f"MISSED not run: {', '.join(lacking)} not found (util-linux, iproute2)")
@@ -291,8 +260,7 @@ def main() -> int:
         print(f"MISSED not run: this machine allows no namespaces: {' '.join(enter)}: {tried.stderr.strip()}")
         return 1
     links = os.listdir("/sys/class/net")
-    inner = [*enter, sys.executable, "-m", "benchmarks.two_hosts", _INSIDE]
-    status = subprocess.run(inner, cwd=ROOT, preexec_fn=_end_with_the_parent).returncode
+    status = subprocess.run([*enter, sys.executable, "-m", "benchmarks.two_hosts", _INSIDE], cwd=ROOT).returncode
     left = set(os.listdir("/sys/class/net")) - set(links)
     print(f"{'MISSED' if left else 'ok    '} {len(left)} network links left behind (target: 0)")
     return 1 if status or left else 0

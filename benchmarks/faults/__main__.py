@@ -6,31 +6,37 @@ row shows the seconds until the launcher and all ranks are gone, their error mes
 """
 
 import argparse
+import contextlib
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import psutil
 
-from benchmarks.faults.program import SAVE_EVERY, STEPS
-from benchmarks.faults.runs import MIB, Curve, End, curve_of, run, small_disk, train_here
+from benchmarks.faults.program import SAVE_EVERY, STEPS, train
+from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import RankError, Ranks
 from deepspeed_alst.checkpoint.load import verify
-from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 from deepspeed_alst.errors import CheckpointError
 
-TARGET_SECONDS = 60.0
+ROOT = Path(__file__).parents[2]
+TARGET_SECONDS, START_SECONDS = 60.0, 240.0
 # Ranks time out after this long in the stalled run; then they wait 10 s for each rank to answer, and DeepSpeed's
 # launcher gives a stopped process 30 s before it kills it.
 STALL_TIMEOUT = 20.0
 STALL_TARGET = STALL_TIMEOUT + 10.0 + 30.0 + 15.0
+MIB = 1 << 20
 _FILES = (
     "mp_rank_00_model_states.pt",
     "zero_pp_rank_0_mp_rank_00_optim_states.pt",
@@ -43,54 +49,37 @@ class Fault:
     """Fault and its expected outcome."""
 
     words: str
-    program: str
-    """Name of the fault in program.py."""
+    program: tuple[str, ...]
+    """Arguments of program.py."""
     says: str
     """Pattern that finds the cause in the output. Its group, if any, is shown in the table."""
     terminate: bool = False
+    """Send SIGTERM to all processes at the fault, as a preempting scheduler does."""
     target: float = TARGET_SECONDS
-    timeout: float | None = None
     disk: str = ""
     """Content of the small disk: "checkpoints" or "layers"."""
 
 
+# The launcher polls once a second and ends the others; the launcher or the peer reports it first.
+_KILLED, _TERMINATED = r"rank 1 has ended|return code = -9", r"received SIGTERM|return code = -15"
+_ROOM = r"OffloadError: .*(there is room for .* on disk)\."
+_UNWRITTEN = r"CheckpointError: .*(global_step4 could not be written)"
+_RAISED = "RuntimeError: rank 1 breaks in its own program"
+_STALLED = "RankLostError: rank 1 does not answer within 10 s"
+_NAN = "NonFiniteLossError: the loss is nan in optimizer step 4, micro-step 2"
 FAULTS = {
-    # The launcher polls once a second and ends the others; the launcher or the peer reports it first.
-    "kill": Fault("rank 1 is killed in a step", "killed", r"rank 1 has ended|return code = -9"),
-    "kill-save": Fault("rank 1 is killed in a save", "killed-in-save", r"rank 1 has ended|return code = -9"),
-    "raise": Fault("rank 1 raises in a step", "raises", r"RuntimeError: rank 1 breaks in its own program"),
+    "kill": Fault("rank 1 is killed in a step", ("killed",), _KILLED),
+    "kill-save": Fault("rank 1 is killed in a save", ("killed", "--in_save"), _KILLED),
+    "raise": Fault("rank 1 raises in a step", ("raises",), _RAISED),
     "stall": Fault(
-        "rank 1 is stopped in a step",
-        "stalled",
-        r"RankLostError: rank 1 does not answer within 10 s",
-        target=STALL_TARGET,
-        timeout=STALL_TIMEOUT,
+        "rank 1 is stopped in a step", ("stalled", "--timeout", str(STALL_TIMEOUT)), _STALLED, target=STALL_TARGET
     ),
-    "disk-save": Fault(
-        "full disk in a save", "disk", r"CheckpointError: .*(global_step4 could not be written)", disk="checkpoints"
-    ),
-    "disk-layers": Fault(
-        "full disk for layer inputs",
-        "disk",
-        r"OffloadError: .*(there is room for .* on disk)\.",
-        disk="layers",
-    ),
-    "term": Fault("SIGTERM in a step", "held", r"received SIGTERM|return code = -15", terminate=True),
-    "term-save": Fault("SIGTERM in a save", "held-in-save", r"received SIGTERM|return code = -15", terminate=True),
-    "nan": Fault("a loss is NaN", "nan", r"NonFiniteLossError: the loss is nan in optimizer step 4, micro-step 2"),
+    "disk-save": Fault("full disk in a save", ("disk", "--in_save"), _UNWRITTEN, disk="checkpoints"),
+    "disk-layers": Fault("full disk for layer inputs", ("disk",), _ROOM, disk="layers"),
+    "term": Fault("SIGTERM in a step", ("held",), _TERMINATED, terminate=True),
+    "term-save": Fault("SIGTERM in a save", ("held", "--in_save"), _TERMINATED, terminate=True),
+    "nan": Fault("a loss is NaN", ("nan",), _NAN),
 }
-
-
-@dataclass
-class Row:
-    """Result of a run with one fault."""
-
-    fault: Fault
-    seconds: float | None = None
-    said: str = ""
-    lost: str = ""
-    resume: str = ""
-    problems: list[str] = field(default_factory=list)
 
 
 def ds_config(nvme_path: Path | None) -> dict[str, Any]:
@@ -110,88 +99,100 @@ def ds_config(nvme_path: Path | None) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Losses and weights that the ranks of a run reported, exact to the bit."""
+
+    steps: dict[int, list[str]]
+    """Losses of each step's micro-steps in hex, equal on all ranks."""
+    weights: frozenset[str]
+    """Digests of the ranks' weights; one if the run completed."""
+
+
+def curve_of(folder: Path) -> Curve:
+    """Read the ranks' notes from a folder; steps count if all ranks completed them.
+
+    Raises:
+        ValueError: the ranks' losses differ.
+    """
+    logs = []
+    for path in (folder / "steps0", folder / "steps1"):
+        lines = path.read_text().splitlines() if path.exists() else []
+        logs.append({each["step"]: each["losses"] for each in map(json.loads, lines)})
+    steps = sorted(logs[0].keys() & logs[1].keys())
+    if any(logs[0][step] != logs[1][step] for step in steps):
+        raise ValueError(f"the ranks have different losses: {logs}")
+    return Curve(
+        {step: logs[0][step] for step in steps}, frozenset(each.read_text() for each in folder.glob("weights?"))
+    )
+
+
 class Bench:
     """Working folder, ranks that stay up for fault-free runs, and the uninterrupted run."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._folder, self._ranks = folder, ranks
         self._plain = self._write("plain", None)
-        self.whole = self._run_here("whole")
+        # It saves too, to measure the size of a checkpoint.
+        self.whole = self._run_here("whole", "", str(folder / "size"))
 
-    def row(self, name: str) -> Row:
+    def figure(self, name: str) -> Figure:
         """Run with one fault and check the outcome."""
-        fault, row = FAULTS[name], Row(FAULTS[name])
-        with PatchSet() as stack:
-            checkpoints, config, arguments = (
-                self._folder / name / "checkpoints",
-                self._plain,
-                ["--fault", fault.program],
-            )
+        fault, folder, config = FAULTS[name], self._folder / name, self._plain
+        arguments, checkpoints = ["--fault", *fault.program], folder / "checkpoints"
+        with contextlib.ExitStack() as stack:
             if fault.disk == "checkpoints":
-                # Room for one and a half checkpoints.
-                disk = stack.enter_context(small_disk(self._checkpoint_bytes() * 3 // 2, "tmpfs"))
-                if disk is None:
-                    arguments = ["--fault", "short-file"]
-                checkpoints = checkpoints if disk is None else disk / "checkpoints"
+                size = sum(path.stat().st_size for path in self._folder.glob(f"size/global_step{SAVE_EVERY}/*.pt"))
+                checkpoints = stack.enter_context(small_disk(size * 3 // 2, "tmpfs")) / "checkpoints"
             elif fault.disk == "layers":
                 disk = stack.enter_context(small_disk(16 * MIB, "ext4"))
-                if disk is None:
-                    row.problems.append("no disk of 16 MiB can be mounted here")
-                    return row
-                config = self._write(name, disk)
-                arguments += ["--fill", str(disk)]
-            if fault.timeout is not None:
-                arguments += ["--timeout", str(fault.timeout)]
+                config, arguments = self._write(name, disk), [*arguments, "--fill", str(disk)]
             arguments += ["--save", str(checkpoints)]
-            end = run(self._folder / name / "run", config, arguments, fault.terminate, seconds=2 * fault.target)
-            self._judge(row, end)
-            self._resume(row, name, checkpoints)
-        return row
+            seconds, output = run(folder / "run", config, arguments, fault)
+            found, curve = re.search(fault.says, output), curve_of(folder / "run")
+            problems = [
+                problem
+                for problem, is_there in {
+                    f"not stopped within {fault.target:.0f} s": not seconds <= fault.target,
+                    f"nobody names the cause; last: {output[-1500:]}": found is None,
+                    "it came to its end": bool(curve.weights),
+                    **self._differences(curve, range(1, len(curve.steps) + 1)),
+                }.items()
+                if is_there
+            ]
+            problems += self._resume(name, checkpoints)
+        said = found.group(found.re.groups) if found else ""
+        again = ", ".join(str(step) for step in curve.steps if step > SAVE_EVERY)
+        resumed = "see verdict" if problems else f"from step {SAVE_EVERY}, bit-equal"
+        texts = (f"{seconds:.1f}", said, again, resumed)
+        return Figure(fault.words, texts, f"<= {fault.target:.0f} s", not problems, "; ".join(problems)[:2000])
 
-    def _judge(self, row: Row, end: End) -> None:
-        row.seconds = end.seconds
-        # None for a run without a fault.
-        if end.seconds is None or not end.seconds <= row.fault.target:
-            row.problems.append(f"not stopped within {row.fault.target:.0f} s")
-        found = re.search(row.fault.says, end.output)
-        if found is None:
-            row.problems.append(f"nobody names the cause; last: {end.output[-1500:]}")
-        else:
-            row.said = found.group(found.re.groups)
-        if end.curve.weights:
-            row.problems.append("it came to its end")
-        _same(row, "before the fault", end.curve, self.whole, range(1, len(end.curve.steps) + 1))
-        row.lost = ", ".join(str(step) for step in end.curve.steps if step > SAVE_EVERY)
+    def _differences(self, found: Curve, steps: range) -> dict[str, bool]:
+        wrong = [step for step in steps if found.steps.get(step) != self.whole.steps.get(step)]
+        return {
+            f"steps {wrong or [*found.steps]} differ from the uninterrupted run": [*found.steps] != [*steps] or wrong
+        }
 
-    def _resume(self, row: Row, name: str, checkpoints: Path) -> None:
+    def _resume(self, name: str, checkpoints: Path) -> list[str]:
+        """Resume from ``latest`` without a fault; return the problems."""
         latest = checkpoints / "latest"
         tag = latest.read_text() if latest.exists() else "nothing"
         if tag != f"global_step{SAVE_EVERY}":
-            row.problems.append(f"latest names {tag}")
-            return
+            return [f"latest names {tag}"]
         try:
             for each in _FILES:
                 verify(checkpoints / tag / each)
             rest = self._run_here(f"{name}/resumed", str(checkpoints))
         except (CheckpointError, RankError) as error:
-            row.problems.append(f"no resume: {str(error)[-500:]}")
-            return
-        _same(row, "resumed", rest, self.whole, range(SAVE_EVERY + 1, STEPS + 1))
-        if rest.weights != self.whole.weights or len(rest.weights) != 1:
-            row.problems.append("resumed, the weights are others")
-        row.resume = f"from step {SAVE_EVERY}, bit-equal" if not row.problems else "see verdict"
+            return [f"no resume: {str(error)[-500:]}"]
+        wrong = self._differences(rest, range(SAVE_EVERY + 1, STEPS + 1))
+        wrong["resumed, the weights differ"] = rest.weights != self.whole.weights or len(rest.weights) != 1
+        return [problem for problem, is_there in wrong.items() if is_there]
 
-    def _checkpoint_bytes(self) -> int:
-        """Return the size of one checkpoint of the uninterrupted run."""
-        one = self._folder / "size" / f"global_step{SAVE_EVERY}"
-        return sum(path.stat().st_size for path in one.glob("*.pt"))
-
-    def _run_here(self, name: str, load: str | None = None) -> Curve:
+    def _run_here(self, name: str, load: str, save: str = "") -> Curve:
         folder = self._folder / name
         folder.mkdir(parents=True)
-        # The first run saves too, to measure the checkpoint size.
-        save = str(self._folder / "size") if load is None else None
-        self._ranks.run(train_here, str(self._plain), str(folder), load, save)
+        self._ranks.run(train, str(self._plain), folder, load, save)
         return curve_of(folder)
 
     def _write(self, name: str, nvme_path: Path | None) -> Path:
@@ -200,49 +201,104 @@ class Bench:
         return path
 
 
-def _same(row: Row, when: str, found: Curve, whole: Curve, steps: range) -> None:
-    wrong = [step for step in steps if found.steps.get(step) != whole.steps[step]]
-    if wrong or len(found.steps) != len(steps):
-        row.problems.append(f"{when}, steps {wrong or sorted(found.steps)} are not those of the uninterrupted run")
+def run(folder: Path, config: Path, arguments: Sequence[str], fault: Fault) -> tuple[float, str]:
+    """Start the program on two ranks and wait until all its processes are gone.
+
+    Returns:
+        Seconds from the fault until the end, infinite if they had to be killed; the output.
+    """
+    folder.mkdir(parents=True)
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    command += [str(ROOT / "benchmarks" / "faults" / "program.py"), "--config", str(config), "--notes", str(folder)]
+    fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    with (folder / "output").open("w") as output:
+        streams = {"stdout": output, "stderr": output}
+        # A separate session, to identify its processes.
+        process = subprocess.Popen(
+            [*command, *arguments], cwd=ROOT, env=os.environ | fixed, start_new_session=True, **streams
+        )
+        try:
+            seconds = _wait(process, folder / "fault", fault)
+        finally:
+            for each in _members(process.pid):
+                with contextlib.suppress(psutil.Error):
+                    each.kill()  # stopped ones included
+            process.wait()
+            remove_shared_memory(port)
+    return seconds, (folder / "output").read_text()
 
 
-def rows_of(names: Sequence[str]) -> Iterator[Row]:
+def _wait(process: subprocess.Popen[bytes], mark: Path, fault: Fault) -> float:
+    """Wait until all processes are gone; return the seconds since the fault."""
+    fault_at, limit = None, time.time() + START_SECONDS
+    while process.poll() is None or _members(process.pid):
+        if fault_at is None and mark.exists():
+            fault_at = mark.stat().st_mtime
+            limit = fault_at + 2 * fault.target
+            if fault.terminate:
+                os.killpg(process.pid, signal.SIGTERM)
+        if time.time() > limit:
+            return float("inf")
+        time.sleep(0.02)
+    # Without a mark the fault never came.
+    return time.time() - mark.stat().st_mtime if mark.exists() else float("nan")
+
+
+def _members(session: int) -> list[psutil.Process]:
+    """Return the session's live processes, stopped ones included."""
+    found = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(each.pid) == session and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
+
+
+@contextlib.contextmanager
+def small_disk(size_bytes: int, kind: str) -> Iterator[Path]:
+    """Mount a small "tmpfs" or loop-device "ext4" file system.
+
+    Raises:
+        OSError: it cannot be mounted, as it takes root and mkfs.ext4.
+    """
+    with tempfile.TemporaryDirectory(prefix="small_disk_") as root:
+        folder, image = Path(root) / "mount", Path(root) / "image"
+        folder.mkdir()
+        commands = [["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(folder)]]
+        if kind == "ext4":
+            image.touch()
+            os.truncate(image, size_bytes)
+            commands = [["mkfs.ext4", "-q", str(image)], ["mount", "-t", "ext4", "-o", "loop", str(image), str(folder)]]
+        for command in commands:
+            if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+                raise OSError(f"no disk of {size_bytes} bytes can be mounted here: {' '.join(command)}")
+        try:
+            yield folder
+        finally:
+            # Lazy unmount: a process with an open file there does not block it.
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def figures_of(names: Sequence[str]) -> Iterator[Figure]:
     """Run each of these faults."""
     with tempfile.TemporaryDirectory(prefix="faults_") as folder, Ranks(2) as ranks:
         bench = Bench(Path(folder), ranks)
         for name in names:
-            yield bench.row(name)
-
-
-def table_of(rows: Sequence[Row]) -> Table:
-    """Format the rows as a table."""
-    table = Table(title=f"Two ranks share a sequence; saved after step {SAVE_EVERY}, broken in step 4 or in its save")
-    for column in ("fault", "s to stop", "target", "what the output says", "steps done again", "resume", "verdict"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-        verdict = "; ".join(row.problems)[:200] or "ok"
-        table.add_row(row.fault.words, seconds, f"{row.fault.target:.0f}", row.said, row.lost, row.resume, verdict)
-    return table
+            try:
+                yield bench.figure(name)
+            except OSError as error:
+                yield Figure(FAULTS[name].words, ("", "", "", ""), "", False, str(error))
 
 
 def main() -> int:
     """Print the table; return 1 if a row misses its target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "faults", nargs="*", metavar="fault", help=f"one or more of: {', '.join(FAULTS)} (default: all)"
-    )
+    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], metavar="fault", help=", ".join(FAULTS))
     names = parser.parse_args().faults or list(FAULTS)
-    if unknown := [name for name in names if name not in FAULTS]:
-        parser.error(f"{', '.join(unknown)}: choose from {', '.join(FAULTS)}")
-    start, console, rows = time.monotonic(), Console(width=150), []
-    for row in rows_of(names):
-        rows.append(row)
-        console.print(f"{row.fault.words}: {'; '.join(row.problems) or 'ok'}", markup=False)
-    console.print(table_of(rows))
-    met = sum(not row.problems for row in rows)
-    console.print(f"{met} of {len(rows)} rows within their target (target: all)\n{time.monotonic() - start:.0f} s")
-    return 0 if met == len(rows) else 1
+    columns = ("s to stop", "what the output says", "steps done again", "resume")
+    caption = f"Two ranks share a sequence; saved after step {SAVE_EVERY}, broken in step 4 or in its save."
+    return report(__doc__, {"faults": Part(lambda: figures_of(names), columns, caption)}, ())
 
 
 if __name__ == "__main__":

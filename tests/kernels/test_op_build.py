@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from benchmarks.wheel import copy_checkout
 from deepspeed_alst.kernels import builder as building
 from deepspeed_alst.kernels.builder import BUILDERS, CudaSumPiecesBuilder, OpBuildError, SumPiecesBuilder, source_folder
+from tests.system.test_wheel import copy_checkout
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "programs" / "build_op.py"

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.faults.__main__ import rows_of
+from benchmarks.faults.__main__ import figures_of
 from benchmarks.resume import Job, build_engine
 from deepspeed_alst.checkpoint.save import _name_latest
 from deepspeed_alst.cli.launch import free_port
@@ -29,8 +29,8 @@ JOB = Job.of(2, 2, 2)
 
 @pytest.mark.slow
 def test_a_run_whose_rank_is_killed_stops_and_goes_on_to_the_bit():
-    (row,) = rows_of(["kill"])
-    assert row.problems == []
+    (figure,) = figures_of(["kill"])
+    assert figure.met, figure
 
 
 # --- who is missing
