@@ -5,28 +5,33 @@
 ``--write`` updates the tables in ds_configs/README.md and docs/multi_node.md. Everything is read from the JSON files
 and computed from model shapes, not measured. The exit status is non-zero if a recipe breaks a rule (``problems``).
 
-Legend: N parameters, P = sp_size, L layers; GB are 1e9 bytes.
+Legend: N parameters, P = sp_size, S tokens of a sequence, s = S/P, D head dim; GB are 1e9 bytes.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crossing import RANKS_PER_HOST, crossing_table, markdown, num_params
+from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from deepspeed_alst.cli.plan import Machine, Model, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "ds_configs"
 GPU_GB = {"h100": 80.0, "h200": 141.0}
+RANKS_PER_HOST = 8
+# Per GPU and second: bytes to other hosts (a 400 Gb/s link each) and FLOPs (half of an H100's bf16 peak).
+LINK_BYTES, FLOPS = 50e9, 500e12
+_LENGTHS = {"128K": 2**17, "1M": 2**20, "8M": 2**23}
 # Host memory of an 8-GPU node as in the paper (arXiv:2506.13996, section 5.2), also assumed for a single GPU.
 HOST_GB = 1900.0
 _SHAPES = {shape.name: shape for shape in REAL_SIZE}
@@ -89,14 +94,16 @@ class Recipe:
         return value_at(self.ds_config, f"zero_optimization.{path}", default)
 
     @property
-    def sp_size(self) -> int:
-        """Sequence parallel degree P."""
-        return self.config.sequence_parallel_size
-
-    @property
     def ranks_per_host(self) -> int:
         """Ranks per host, at most 8."""
         return min(self.ranks, RANKS_PER_HOST)
+
+    def states(self) -> tuple[float, float]:
+        """Return bytes of weights, gradients and optimizer of a recipe with a model: per GPU, and per host."""
+        assert self.shape is not None and self.zero("stage") == 3, self.name
+        on_host = [bool(self.zero(f"offload_{what}")) for what in ("optimizer", "param")]
+        gpu, host = states(num_params(self.shape), self.ranks, *on_host)
+        return gpu, host * self.ranks_per_host
 
 
 def load(name: str) -> Recipe:
@@ -105,26 +112,27 @@ def load(name: str) -> Recipe:
     machine = next((part for part in name.split("-") if part.startswith(tuple(f"{gpu}x" for gpu in GPU_GB))), "")
     model = next((shape for key, shape in _MODELS.items() if key in name), "")
     gpu, _, ranks = machine.partition("x")
-    return Recipe(
-        name,
-        ds_config,
-        parse(ds_config),
-        int(ranks or _RANKS.get(name, RANKS_PER_HOST)),
-        gpu or ("h100" if model else ""),
-        _SHAPES[model] if model else None,
-    )
+    gpu, shape = gpu or ("h100" if model else ""), _SHAPES[model] if model else None
+    return Recipe(name, ds_config, parse(ds_config), int(ranks or _RANKS.get(name, RANKS_PER_HOST)), gpu, shape)
 
 
-@dataclass(frozen=True)
-class States:
-    """Bytes per rank of weights, gradients and Adam states under ZeRO 3 in bf16."""
+def num_params(shape: Shape) -> int:
+    """Count a model's parameters: gated MLPs, RMSNorms, no biases, untied head; q and k norms for Qwen3."""
+    keys = shape.keys
+    hidden, heads, kv_heads = keys["hidden_size"], keys["num_attention_heads"], keys["num_key_value_heads"]
+    D = head_dim(shape)
+    attention = 2 * hidden * D * (heads + kv_heads) + (2 * D if shape.model_type == "qwen3" else 0)
+    layer = attention + 3 * hidden * keys["intermediate_size"] + 2 * hidden
+    return shape.num_layers * layer + 2 * keys["vocab_size"] * hidden + hidden
 
-    gpu: float
-    host: float
+
+def head_dim(shape: Shape) -> int:
+    """Return D."""
+    return shape.keys.get("head_dim", shape.keys["hidden_size"] // shape.keys["num_attention_heads"])
 
 
-def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -> States:
-    """Compute DeepSpeed 0.19.8's states of N parameters per rank, as ``ds_alst plan`` does.
+def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -> tuple[float, float]:
+    """Compute bytes per rank on GPU and host of N parameters' states, under ZeRO 3 in bf16, as ``ds_alst plan`` does.
 
     A parameter has 2 bytes of weight, 2 of gradient and 12 of fp32 weight, momentum and variance. With the optimizer on
     the host the gradient is there too, plus 4 bytes of its fp32 copy, which the step reads.
@@ -133,14 +141,7 @@ def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -
     zero = {"stage": 3, **{key: {"device": "cpu"} for key, is_there in on_host.items() if is_there}}
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
     gpu, host = static_bytes(Model(N, 0, 0), ds_config, Machine(ranks, 0, 0, ranks))
-    return States(sum(gpu.get(key, 0) for key in ("weights", "gradients", "optimizer")), sum(host.values()))
-
-
-def states_of(recipe: Recipe) -> States:
-    """Return the states of a recipe with a model."""
-    assert recipe.shape is not None and recipe.zero("stage") == 3, recipe.name
-    on_host = [bool(recipe.zero(f"offload_{what}")) for what in ("optimizer", "param")]
-    return states(num_params(recipe.shape), recipe.ranks, *on_host)
+    return sum(gpu.get(key, 0) for key in ("weights", "gradients", "optimizer")), sum(host.values())
 
 
 def activation_bytes(recipe: Recipe) -> float:
@@ -150,7 +151,8 @@ def activation_bytes(recipe: Recipe) -> float:
         return 0.0
     layers = recipe.shape.num_layers - offload.keep_last
     # A rank holds 1/P of its sequence; a host has several ranks.
-    return layers * recipe.shape.keys["hidden_size"] * 2 * recipe.ranks_per_host / recipe.sp_size
+    P = recipe.config.sequence_parallel_size
+    return layers * recipe.shape.keys["hidden_size"] * 2 * recipe.ranks_per_host / P
 
 
 def pinned_extra(recipe: Recipe) -> float:
@@ -161,39 +163,24 @@ def pinned_extra(recipe: Recipe) -> float:
     return (2 ** math.ceil(math.log2(gradients)) - gradients) * recipe.ranks_per_host / 1e9
 
 
-def switched_on(recipe: Recipe) -> str:
-    """Describe the enabled features of this package."""
-    alst = recipe.config.alst
+def row(recipe: Recipe) -> list[str]:
+    """Return the recipe's table row."""
+    alst, P = recipe.config.alst, recipe.config.sequence_parallel_size
     offload = alst.activation_checkpoint_cpu_offload
-    parts = {
+    features = {
         "loss": recipe.config.tiled_loss(),
         "MLP": alst.tiled_mlp_compute,
         "offload to host and disk" if offload and offload.nvme_path else "offload": offload,
     }
-    return ", ".join(part for part, on in parts.items() if on is not None) or "-"
-
-
-def row(recipe: Recipe) -> list[str]:
-    """Return the recipe's table row."""
-    on_host = ["optimizer"] * bool(recipe.zero("offload_optimizer")) + ["weights"] * bool(recipe.zero("offload_param"))
-    cells = [
-        f"`{recipe.name}.json`",
-        PURPOSES[recipe.name],
-        str(recipe.ranks),
-        f"{recipe.sp_size} x {recipe.ranks // recipe.sp_size}",
-        str(recipe.zero("stage")),
-        switched_on(recipe),
-        ", ".join(on_host) or "-",
-    ]
+    on_host = {"optimizer": recipe.zero("offload_optimizer"), "weights": recipe.zero("offload_param")}
+    cells = [f"`{recipe.name}.json`", PURPOSES[recipe.name], str(recipe.ranks), f"{P} x {recipe.ranks // P}"]
+    cells += [str(recipe.zero("stage")), ", ".join(name for name, on in features.items() if on is not None) or "-"]
+    cells += [", ".join(name for name, on in on_host.items() if on) or "-"]
     if recipe.shape is None:
         return [*cells, "-", "-", "-"]
-    needed, waiting = states_of(recipe), activation_bytes(recipe)
-    return [
-        *cells,
-        f"{needed.gpu / 1e9:.1f}",
-        f"{needed.host * recipe.ranks_per_host / 1e9:.0f}" if needed.host else "-",
-        f"{waiting * 1e6 / 1e9:.0f}" if waiting else "-",
-    ]
+    (gpu, host), waiting = recipe.states(), activation_bytes(recipe)
+    texts = f"{host / 1e9:.0f}" if host else "-", f"{waiting * 1e6 / 1e9:.0f}" if waiting else "-"
+    return [*cells, f"{gpu / 1e9:.1f}", *texts]
 
 
 def table() -> str:
@@ -205,36 +192,69 @@ def table() -> str:
     return markdown(head, [row(each) for each in recipes]) + f"\n{_PINNED}\n\n" + "".join(lines)
 
 
+def crossing_bytes(shape: Shape, sp_size: int) -> int:
+    """Return bytes per shard token leaving a host in a layer pass: q, k, v, output."""
+    heads = HeadPlan(sp_size, shape.keys["num_attention_heads"], shape.keys["num_key_value_heads"])
+    per_rank = 2 * (heads.heads_per_rank + heads.kv_heads_per_rank) * head_dim(shape) * 2
+    return max(0, sp_size - RANKS_PER_HOST) * per_rank
+
+
+def crossing_share(shape: Shape, sp_size: int, S: int) -> float:
+    """Return a checkpointed layer's link time relative to its compute time, without overlap."""
+    outside = 2 * shape.keys["vocab_size"] * shape.keys["hidden_size"]
+    layer, s = (num_params(shape) - outside) / shape.num_layers, S / sp_size
+    # 2 FLOPs per weight and token, 2 * S * width per token for causal attention. A backward is twice a forward, 2.5
+    # times for attention; a checkpointed forward runs twice, attention once with its output kept.
+    width = shape.keys["num_attention_heads"] * head_dim(shape)
+    flops = s * (4 * 2 * layer + 3.5 * 2 * S * width)
+    return (3 * crossing_bytes(shape, sp_size) * s / LINK_BYTES) / (flops / FLOPS)
+
+
+def crossing_table() -> str:
+    """Format bytes that leave the host under SP 16, 32 and 64, in Markdown."""
+    rows = [
+        [shape.name, str(P), f"{(P - RANKS_PER_HOST) / (P - 1):.2f}", f"{crossing_bytes(shape, P) / 1024:.0f}"]
+        + [f"{crossing_share(shape, P, S):.1%}" for S in _LENGTHS.values()]
+        for shape in (_SHAPES[name] for name in _MODELS.values())
+        for P in (16, 32, 64)
+        if shape.keys["num_attention_heads"] >= P
+    ]
+    head = ["model", "SP", "of the bytes sent, to other hosts", "KiB a token and pass"]
+    return markdown([*head, *(f"{length} tokens" for length in _LENGTHS)], rows)
+
+
 def problems(recipe: Recipe) -> list[str]:
     """Return the rules that a recipe with a model breaks."""
     if recipe.shape is None:
         return []
-    N, memory, needed = num_params(recipe.shape), GPU_GB[recipe.gpu] * 1e9, states_of(recipe)
-    host = needed.host * recipe.ranks_per_host / 1e9
+    N, memory, (gpu, host) = num_params(recipe.shape), GPU_GB[recipe.gpu] * 1e9, recipe.states()
     disk = getattr(recipe.config.alst.activation_checkpoint_cpu_offload, "nvme_path", None)
     optimizer_moves = 12 * N / recipe.ranks / memory > OPTIMIZER_SHARE
     weights_move = recipe.ranks == 1 and 2 * N / memory > WEIGHTS_SHARE
     rules = {
         "the optimizer belongs elsewhere": bool(recipe.zero("offload_optimizer")) == optimizer_moves,
         "the weights belong elsewhere": bool(recipe.zero("offload_param")) == weights_move,
-        "layer inputs need a disk, or need none": bool(disk) == (host / HOST_GB > STATES_SHARE),
-        "the states leave less than half of a GPU": needed.gpu < memory / 2,
-        "the states do not fit the host": host < HOST_GB,
+        "layer inputs need a disk, or need none": bool(disk) == (host / 1e9 / HOST_GB > STATES_SHARE),
+        "the states leave less than half of a GPU": gpu < memory / 2,
+        "the states do not fit the host": host < HOST_GB * 1e9,
     }
     return [f"{recipe.name}: {what}" for what, kept in rules.items() if not kept]
 
 
-TABLES: dict[Path, Callable[[], str]] = {
-    FOLDER / "README.md": table,
-    ROOT / "docs" / "multi_node.md": lambda: crossing_table([_SHAPES[name] for name in _MODELS.values()]),
-}
+TABLES = {FOLDER / "README.md": table, ROOT / "docs" / "multi_node.md": crossing_table}
+_MARK, _END = "<!-- table: python -m benchmarks.recipes --write -->\n", "<!-- end of table -->\n"
 
 
 def page_with(page: str, made: str) -> str:
     """Insert the table between its two marks in the page."""
-    before, rest = page.split("<!-- table: python -m benchmarks.recipes --write -->\n")
-    _, after = rest.split("<!-- end of table -->\n")
-    return f"{before}<!-- table: python -m benchmarks.recipes --write -->\n{made}<!-- end of table -->\n{after}"
+    before, _, rest = page.partition(_MARK)
+    return f"{before}{_MARK}{made}{_END}{rest.partition(_END)[2]}"
+
+
+def rules() -> Iterator[Figure]:
+    """Yield the number of recipes that keep the rules, and those that break one."""
+    broken = [line for name in PURPOSES for line in problems(load(name))]
+    yield Figure("recipes", (str(len(PURPOSES)),), "all keep the rules", not broken, "; ".join(broken))
 
 
 def main() -> int:
@@ -247,9 +267,7 @@ def main() -> int:
         print(made)
         if arguments.write:
             path.write_text(page_with(path.read_text(), made))
-    broken = [line for name in PURPOSES for line in problems(load(name))]
-    print("\n".join(f"MISSED {line}" for line in broken) or f"ok     {len(PURPOSES)} recipes keep the rules")
-    return 1 if broken else 0
+    return report(__doc__, {"recipes": Part(rules)}, ())
 
 
 if __name__ == "__main__":

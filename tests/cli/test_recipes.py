@@ -8,8 +8,17 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from benchmarks.crossing import crossing_bytes, crossing_share, num_params
-from benchmarks.recipes import FOLDER, PURPOSES, TABLES, load, page_with, problems
+from benchmarks.recipes import (
+    FOLDER,
+    PURPOSES,
+    TABLES,
+    crossing_bytes,
+    crossing_share,
+    load,
+    num_params,
+    page_with,
+    problems,
+)
 from benchmarks.tiles.shapes import REAL_SIZE
 from deepspeed_alst.config.compatibility import FEATURES, check_features
 from deepspeed_alst.config.parse import check_heads, check_world, parse
