@@ -303,15 +303,12 @@ def run_sp1(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
 
 def run_upstream(cell: Cell) -> Result:
     """Run the cell with DeepSpeed's own ALST, as documented there."""
-    from benchmarks.upstream import Upstream
+    from benchmarks import upstream
 
-    upstream = Upstream(model_config(cell), cell.sp_size)
     config = ds_config(cell, cell.sp_size)
     del config["alst"]
-    with upstream.active():
-        result = _run(cell, config, lambda own, engine: upstream.loader(own), upstream.loss, mpu=upstream.mpu)
-    upstream.close()
-    return result
+    with upstream.registered(model_config(cell), cell.sp_size) as mpu:
+        return _run(cell, config, upstream.loader, upstream.documented_loss, mpu=mpu)
 
 
 def _own_loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,17 +102,9 @@ def _model(case: Case, num_layers: int, tally: Tally) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=H * D,
-            intermediate_size=64,
-            num_hidden_layers=num_layers,
-            num_attention_heads=H,
-            num_key_value_heads=case.num_kv_heads,
-            attn_implementation="sdpa",
-        )
-    ).train()
+    sizes = {"vocab_size": 64, "hidden_size": H * D, "intermediate_size": 64, "num_hidden_layers": num_layers}
+    heads = {"num_attention_heads": H, "num_key_value_heads": case.num_kv_heads}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="sdpa")).train()
     checkpointing = {
         "use_reentrant": False,
         "context_fn": lambda: (contextlib.nullcontext(), tally.phase("recompute")),
@@ -120,53 +113,38 @@ def _model(case: Case, num_layers: int, tally: Tally) -> torch.nn.Module:
     return model
 
 
-def _sample() -> dict[str, torch.Tensor]:
-    ids_BS = torch.randint(64, (B, S), generator=torch.Generator().manual_seed(dist.get_rank()))
-    return {"input_ids": ids_BS, "labels": ids_BS.clone()}
-
-
-def _run_ours(model: torch.nn.Module, case: Case, tally: Tally) -> float:
-    """Run one micro-step of this package; return the loss."""
+def _run(
+    model: torch.nn.Module, case: Case, tally: Tally, config: dict, loader: Any, loss_of: Any, **mpu: Any
+) -> float:
+    """Run one micro-step; return the loss."""
     import deepspeed
 
-    from deepspeed_alst import shard_dataloader
-
-    # The model check runs once, in the first forward, which is the one that is counted here.
-    alst = {"pad_to_multiple_of": case.sp_size, "check_model": False}
-    keys = {"sequence_parallel_size": case.sp_size, "alst": alst}
-    config = {**_DS_CONFIG, **keys}
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    batch = next(iter(shard_dataloader([_sample()], engine)))
+    config = {**_DS_CONFIG, "sequence_parallel_size": case.sp_size, **config}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **mpu)
+    ids_BS = torch.randint(64, (B, S), generator=torch.Generator().manual_seed(dist.get_rank()))
+    batch = next(iter(loader([{"input_ids": ids_BS, "labels": ids_BS.clone()}], engine)))
     with tally.installed():
         with tally.phase("forward"):
-            loss = engine(**batch).loss
+            loss = loss_of(engine, batch)
         with tally.phase("backward"):
             engine.backward(loss)
     engine.destroy()
     return loss.item()
 
 
+def _run_ours(model: torch.nn.Module, case: Case, tally: Tally) -> float:
+    from deepspeed_alst import shard_dataloader
+
+    # The model check runs once, in the first forward, which is the one that is counted here.
+    alst = {"pad_to_multiple_of": case.sp_size, "check_model": False}
+    return _run(model, case, tally, {"alst": alst}, shard_dataloader, lambda engine, batch: engine(**batch).loss)
+
+
 def _run_upstream(model: torch.nn.Module, case: Case, tally: Tally) -> float:
-    """Run one micro-step of DeepSpeed's own ALST; return the loss."""
-    import deepspeed
+    from benchmarks import upstream
 
-    from benchmarks.upstream import Upstream
-
-    upstream = Upstream(model.config, case.sp_size, micro_batch_size=B)
-    config = {**_DS_CONFIG, "sequence_parallel_size": case.sp_size}
-    with upstream.active():
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=model.parameters(), config=config, mpu=upstream.mpu
-        )
-        batch = next(upstream.loader([_sample()]))
-        with tally.installed():
-            with tally.phase("forward"):
-                loss = upstream.loss(engine, batch)
-            with tally.phase("backward"):
-                engine.backward(loss)
-        engine.destroy()
-    upstream.close()
-    return loss.item()
+    with upstream.registered(model.config, case.sp_size, micro_batch_size=B) as mpu:
+        return _run(model, case, tally, {}, upstream.loader, upstream.documented_loss, mpu=mpu)
 
 
 def rows() -> Iterator[Figure]:

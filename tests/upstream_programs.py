@@ -14,8 +14,10 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # accelerate's and DeepSpeed's loops take it for granted
 from torch.utils.data import DataLoader
 
+from benchmarks import upstream
 from benchmarks.cells import Cell, Recorder, Result, build_model, ds_config, model_config, sgd
 from benchmarks.trainer import CellTrainer, samples_in_turn
+from benchmarks.upstream import aggregated, forgotten, shard_loss
 
 
 def own_samples(cell: Cell) -> list[dict[str, torch.Tensor]]:
@@ -45,44 +47,6 @@ def model_of(cell: Cell) -> torch.nn.Module:
     return model
 
 
-@contextmanager
-def forgotten() -> Iterator[None]:
-    """DeepSpeed's registration has no way back, and is refused a second time: undo it for the next test."""
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-    from deepspeed.utils import groups
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before, mpu = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), groups.mpu
-    try:
-        yield
-    finally:
-        groups.mpu = mpu
-        parallel_state_sp._release_sequence_parallel_groups()
-        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
-        ALL_ATTENTION_FUNCTIONS._local_mapping.update(before)
-
-
-def all_gather(x: torch.Tensor, group: Any) -> Any:
-    """As on NCCL: on gloo, torch 2.13's own raises in the backward of every group but the first."""
-    from benchmarks.upstream import _AllGather
-
-    if dist.get_world_size(group) == dist.get_world_size():
-        return torch.distributed.nn.functional.all_gather(x, group=group)
-    return _AllGather.apply(group, x)
-
-
-def aggregated(loss: torch.Tensor, shift_labels: torch.Tensor, group: Any) -> torch.Tensor:
-    """The loss of the documented loops: each shard's mean, weighted by its labelled tokens."""
-    losses_per_rank = all_gather(loss, group)
-    good_tokens = (shift_labels != -100).view(-1).sum()
-    good_tokens_per_rank = all_gather(good_tokens, group)
-    total_loss = sum(
-        losses_per_rank[rank] * good_tokens_per_rank[rank] for rank in range(torch.distributed.get_world_size(group))
-    )
-    total_good_tokens = sum(good_tokens_per_rank)
-    return total_loss / max(total_good_tokens, 1)
-
-
 def registered(cell: Cell, model: Any) -> Any:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
@@ -96,33 +60,13 @@ def registered(cell: Cell, model: Any) -> Any:
 
 
 def adapter_for(dataset: Any, engine: Any) -> Any:
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
-    from deepspeed.utils import groups
-
-    return UlyssesSPDataLoaderAdapter(
-        DataLoader(dataset, batch_size=1),
-        sp_rank=groups._get_sequence_parallel_rank(),
-        sp_group=groups._get_sequence_parallel_group(),
-        sp_world_size=groups._get_sequence_parallel_world_size(),
-        device=engine.device,
-    )
-
-
-def tutorial_loss(model: Any, batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
-    """The loss of DeepSpeed's tutorial, up to the aggregation."""
-    outputs = model(**batch)
-    return model.module.loss_function(
-        logits=outputs.logits,
-        labels=None,
-        shift_labels=batch["shift_labels"],
-        vocab_size=model.module.config.vocab_size,
-    )
+    return upstream.adapter_for(DataLoader(dataset, batch_size=1), engine)
 
 
 Loss = Callable[[Any, dict[str, torch.Tensor], Any], torch.Tensor]
 
 
-def tutorial(cell: Cell, loss_of: Loss = tutorial_loss, alst: bool = True) -> Result:
+def tutorial(cell: Cell, loss_of: Loss = shard_loss, alst: bool = True) -> Result:
     """https://www.deepspeed.ai/tutorials/ulysses-alst-sequence-parallelism/, by hand."""
     import deepspeed
     from deepspeed.runtime.utils import move_to_device

@@ -123,7 +123,7 @@ def test_deepspeeds_chunked_loss_is_taken_over_and_given_back(tiles, ranks2):
 def test_without_an_alst_block_deepspeed_is_left_alone(ranks2):
     """Its own factor is there to be seen: at stage 2 every gradient is SP times too large."""
     cell = Cell(stage=2)  # labels in every shard: without any, DeepSpeed's loss is NaN
-    upstream, _ = judged(programs.tutorial, cell, ranks2, programs.tutorial_loss, False)
+    upstream, _ = judged(programs.tutorial, cell, ranks2, programs.shard_loss, False)
     assert all(error == pytest.approx(1.0, rel=1e-4) for error in upstream.grads.values())
     assert ranks2.run(what_is_patched_without_the_block) == [(True, False, False)] * 2
 
@@ -211,7 +211,7 @@ def other_models_and_the_programs_questions():
         again._engine = second_engine(parallel_state_sp)
         with again as engine:
             batch = next(programs.adapter_for(programs.own_samples(CELL), engine))
-            loss = programs.tutorial_loss(engine, batch, None)
+            loss = programs.shard_loss(engine, batch, None)
         assert everything_global() == after
     return float(loss.detach()), during[0] != after[0]
 
@@ -294,7 +294,7 @@ def misuse(case):
             if case == "two engines":
                 second_engine(parallel_state_sp)
             for batch in programs.adapter_for(programs.own_samples(CELL), engine):
-                loss = programs.tutorial_loss(engine, batch, None)
+                loss = programs.shard_loss(engine, batch, None)
                 if case == "lost gradient":
                     labels = (batch["shift_labels"] != -100).sum()
                     totals = torch.stack([loss.detach() * labels, labels])
@@ -327,7 +327,7 @@ def test_what_would_be_wrong_stops_every_rank(case, kind, sentence, ranks2):
 
 def weighted_otherwise(engine, batch, group):
     """A loss with a weight of the program's own: its value and its gradient say the same, and it is let through."""
-    return programs.tutorial_loss(engine, batch, group) * 0.5
+    return programs.shard_loss(engine, batch, group) * 0.5
 
 
 def test_a_loss_weight_of_the_programs_own_is_no_lost_gradient(ranks2):
