@@ -107,11 +107,11 @@ bench: setup
 
 # Runs broken in nine ways, and resumed.
 faults: setup
-	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m pytest -s -m slow tests/system/test_nine_faults.py
 
 # 300 steps at SP 2 beside SP 1: curves, memory, descriptors, threads.
 soak: setup
-	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m pytest -s -m slow tests/system/test_soak.py
 
 bench-metrics: setup
 	$(BIN)/python -m benchmarks.metrics

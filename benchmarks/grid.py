@@ -81,19 +81,17 @@ def _complete(fixed: dict[str, Any], wanted: set[frozenset], world_size: int) ->
         candidates = [Cell(world_size=world_size, **{**plain, **choice}) for choice in choices]
         scored = sorted(
             zip(candidates, choices, strict=True),
-            key=lambda each: (-_is_possible(each[0]), -len(wanted & _pairs_of(each[1]))),
+            key=lambda each: (-_is_possible(each[0]), -len(wanted & _pairs(each[1]))),
         )
         choices = [choice for _, choice in scored[:4]]
     cell = Cell(world_size=world_size, **choices[0])
     return cell if _is_possible(cell) and all(getattr(cell, name) == level for name, level in fixed.items()) else None
 
 
-def _pairs_of(chosen: dict[str, Any]) -> set[frozenset]:
-    return {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
-
-
-def _pairs(cell: Cell) -> set[frozenset]:
-    return _pairs_of({name: getattr(cell, name) for name in _FACTORS})
+def _pairs(chosen: Cell | dict[str, Any]) -> set[frozenset]:
+    """Return the pairs of levels in a cell, or among some of its settings."""
+    levels = chosen if isinstance(chosen, dict) else {name: getattr(chosen, name) for name in _FACTORS}
+    return {frozenset(pair) for pair in itertools.combinations(levels.items(), 2)}
 
 
 _ALL = Cell(stage=3, gas=2, checkpointing="non-reentrant", tiles=True)

@@ -17,7 +17,7 @@ from benchmarks.kernels.compile import SHARED, Compiled, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak, upstreams_bytes_a_logit
 from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, Sizes, copy_bytes_a_second, launches, seconds_on_gpu
-from benchmarks.kernels.judge import Interpreted, subjects
+from benchmarks.kernels.judge import Interpreted, subjects, title
 from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
 
 _TILE_TOKENS = 523  # the torch backend's tile of 1 GiB
@@ -64,7 +64,7 @@ def numbers() -> Iterator[Figure]:
     for subject in subjects():
         for case in subject.CASES:
             verdict = process.run(subject.judge, case)
-            name = f"{subject.__name__.rsplit('.', 1)[-1]} {subject.title(case)}"
+            name = f"{subject.__name__.rsplit('.', 1)[-1]} {title(case)}"
             error, most = verdict.errors[verdict.worst]
             figures = (verdict.worst, f"{error:.1e} of {most:.1e}", f"{verdict.moved:.3f}")
             met = verdict.is_accurate and verdict.is_lean

@@ -52,15 +52,6 @@ CASES = (
 )
 
 
-def title(case: Case) -> str:
-    """Describe a case."""
-    name = f"[{case.t}, {case.V}] {str(case.dtype).removeprefix('torch.')}"
-    flags = ("label_smoothing", "softcap", "logit_scale")
-    return name + "".join(
-        f", {flag} {getattr(case, flag)}" for flag in flags if getattr(case, flag) != getattr(Case, flag)
-    )
-
-
 def launch(V: int, dtype: torch.dtype, smoothing: float, softcap: float, gradient: bool = True) -> None:
     """Launch the kernel of ``cross_entropy_`` on meta tensors."""
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_reference

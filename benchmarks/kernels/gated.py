@@ -54,13 +54,6 @@ CASES = (
 )
 
 
-def title(case: Case) -> str:
-    """Describe a case."""
-    words = f"[{case.t}, {case.F}] {str(case.dtype).removeprefix('torch.')}, {case.activation}"
-    words += ", backward" if case.backward else ", forward"
-    return words + (f", {case.layout}" if case.layout != "apart" else "") + (f", gap {case.gap}" if case.gap else "")
-
-
 def launch(F: int, dtype: torch.dtype, activation: str, layout: str) -> None:
     """Launch the kernels of ``gated_activation_`` and ``gated_gradients_`` on meta tensors."""
     from deepspeed_alst.kernels.gated import ACTIVATIONS

@@ -73,14 +73,6 @@ CASES = (
 )
 
 
-def title(case: Case) -> str:
-    """Describe a case."""
-    order = ", heads first" if case.heads_first else ""
-    return f"P {case.P}, {case.H}/{case.K} heads of {case.D}/{case.V}, [{case.B}, {case.s}]{order} " + str(
-        case.dtype
-    ).removeprefix("torch.")
-
-
 def launch(case: Case) -> None:
     """Launch the kernels of a layer's forward and backward on meta tensors."""
     from deepspeed_alst.kernels import pack_heads as heads

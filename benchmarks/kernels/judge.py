@@ -3,14 +3,14 @@
 A subject is a module of this folder, named in ``SUBJECTS``, with
 
 - ``COMPILED``: names of sizes, and the arguments with which ``launch`` launches the kernels on meta tensors;
-- ``CASES``: cases that ``judge`` runs in the interpreter; ``title`` describes a case.
+- ``CASES``: cases, frozen dataclasses, that ``judge`` runs in the interpreter.
 """
 
 import importlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,12 @@ MOST_TRAFFIC = 1.1
 def subjects() -> list[ModuleType]:
     """Return the modules of all subjects."""
     return [importlib.import_module(f"benchmarks.kernels.{name}") for name in SUBJECTS]
+
+
+def title(case: Any) -> str:
+    """Describe a case by its fields without a default, and those that differ from it."""
+    values = {each.name: getattr(case, each.name) for each in fields(case) if getattr(case, each.name) != each.default}
+    return ", ".join(f"{name} {value}".replace("torch.", "") for name, value in values.items())
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell, build_model, ds_config, model_config, run_alst, run_sp1, run_truth, samples
+from benchmarks.cells import Cell, build_model, ds_config, model_config, run_alst, run_sp1, run_truth, samples, vary
 from benchmarks.parity import errors, missed
 from benchmarks.ranks import RankError
-from benchmarks.variants import vary
 
 
 def _wrapped(backend: str, model: Any) -> Any:

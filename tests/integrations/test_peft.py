@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config, samples
+from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config, samples, trained
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
-from benchmarks.variants import trained
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch

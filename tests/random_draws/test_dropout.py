@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config
+from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config, trained
 from benchmarks.families import SMALL, family_config
-from benchmarks.variants import trained
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
+from benchmarks.cells import Cell, build_model, ds_config, model_config, samples, trained, vary
 from benchmarks.parity import measure
-from benchmarks.variants import trained, vary
 
 CELLS = [
     Cell(stage=0, frozen="all but norms"),

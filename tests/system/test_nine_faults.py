@@ -1,11 +1,9 @@
-"""Inject faults into training runs and check the recovery: ``python -m benchmarks.faults [fault ...]``.
+"""Nine faults in training runs, each through DeepSpeed's launcher, and the recovery; ``make faults`` prints them.
 
-Two ranks share a sequence at ZeRO 2 and save after every second step; rank 1 fails in step 4 of 5, or in its save. A
-row shows the seconds until the launcher and all ranks are gone, their error message, and whether a run resumed from
-``latest`` ends on the loss curve of an uninterrupted one, bit-equal. Exit status 1 if a row fails a check.
+Two ranks share a sequence at ZeRO 2 and save after every second step; rank 1 fails in step 4 of 5, or in its save. All
+ranks stop in time, the output names the cause, and a run resumed from ``latest`` goes on to the bit.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-from benchmarks.faults.program import SAVE_EVERY, STEPS, train
-from benchmarks.figures import Figure, Part, report
-from benchmarks.ranks import RankError, Ranks
 from deepspeed_alst.checkpoint.load import verify
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
-from deepspeed_alst.errors import CheckpointError
+from tests.programs.faulty import SAVE_EVERY, STEPS, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 TARGET_SECONDS, START_SECONDS = 60.0, 240.0
 # Ranks time out after this long in the stalled run; then they wait 10 s for each rank to answer, and DeepSpeed's
@@ -37,7 +34,7 @@ TARGET_SECONDS, START_SECONDS = 60.0, 240.0
 STALL_TIMEOUT = 20.0
 STALL_TARGET = STALL_TIMEOUT + 10.0 + 30.0 + 15.0
 MIB = 1 << 20
-_FILES = (
+FILES = (
     "mp_rank_00_model_states.pt",
     "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "zero_pp_rank_1_mp_rank_00_optim_states.pt",
@@ -50,7 +47,7 @@ class Fault:
 
     words: str
     program: tuple[str, ...]
-    """Arguments of program.py."""
+    """Arguments of tests/programs/faulty.py."""
     says: str
     """Pattern that finds the cause in the output. Its group, if any, is shown in the table."""
     terminate: bool = False
@@ -130,75 +127,64 @@ def curve_of(folder: Path) -> Curve:
 class Bench:
     """Working folder, ranks that stay up for fault-free runs, and the uninterrupted run."""
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self._folder, self._ranks = folder, ranks
-        self._plain = self._write("plain", None)
+    def __init__(self, folder: Path, ranks: Any) -> None:
+        self.folder, self._ranks = folder, ranks
+        self.plain = self.write("plain", None)
         # It saves too, to measure the size of a checkpoint.
-        self.whole = self._run_here("whole", "", str(folder / "size"))
+        self.whole = self.run_here("whole", save=str(folder / "size"))
 
-    def figure(self, name: str) -> Figure:
-        """Run with one fault and check the outcome."""
-        fault, folder, config = FAULTS[name], self._folder / name, self._plain
-        arguments, checkpoints = ["--fault", *fault.program], folder / "checkpoints"
-        with contextlib.ExitStack() as stack:
-            if fault.disk == "checkpoints":
-                size = sum(path.stat().st_size for path in self._folder.glob(f"size/global_step{SAVE_EVERY}/*.pt"))
-                checkpoints = stack.enter_context(small_disk(size * 3 // 2, "tmpfs")) / "checkpoints"
-            elif fault.disk == "layers":
-                disk = stack.enter_context(small_disk(16 * MIB, "ext4"))
-                config, arguments = self._write(name, disk), [*arguments, "--fill", str(disk)]
-            arguments += ["--save", str(checkpoints)]
-            seconds, output = run(folder / "run", config, arguments, fault)
-            found, curve = re.search(fault.says, output), curve_of(folder / "run")
-            problems = [
-                problem
-                for problem, is_there in {
-                    f"not stopped within {fault.target:.0f} s": not seconds <= fault.target,
-                    f"nobody names the cause; last: {output[-1500:]}": found is None,
-                    "it came to its end": bool(curve.weights),
-                    **self._differences(curve, range(1, len(curve.steps) + 1)),
-                }.items()
-                if is_there
-            ]
-            problems += self._resume(name, checkpoints)
-        said = found.group(found.re.groups) if found else ""
-        again = ", ".join(str(step) for step in curve.steps if step > SAVE_EVERY)
-        resumed = "see verdict" if problems else f"from step {SAVE_EVERY}, bit-equal"
-        texts = (f"{seconds:.1f}", said, again, resumed)
-        return Figure(fault.words, texts, f"<= {fault.target:.0f} s", not problems, "; ".join(problems)[:2000])
-
-    def _differences(self, found: Curve, steps: range) -> dict[str, bool]:
-        wrong = [step for step in steps if found.steps.get(step) != self.whole.steps.get(step)]
-        return {
-            f"steps {wrong or [*found.steps]} differ from the uninterrupted run": [*found.steps] != [*steps] or wrong
-        }
-
-    def _resume(self, name: str, checkpoints: Path) -> list[str]:
-        """Resume from ``latest`` without a fault; return the problems."""
-        latest = checkpoints / "latest"
-        tag = latest.read_text() if latest.exists() else "nothing"
-        if tag != f"global_step{SAVE_EVERY}":
-            return [f"latest names {tag}"]
-        try:
-            for each in _FILES:
-                verify(checkpoints / tag / each)
-            rest = self._run_here(f"{name}/resumed", str(checkpoints))
-        except (CheckpointError, RankError) as error:
-            return [f"no resume: {str(error)[-500:]}"]
-        wrong = self._differences(rest, range(SAVE_EVERY + 1, STEPS + 1))
-        wrong["resumed, the weights differ"] = rest.weights != self.whole.weights or len(rest.weights) != 1
-        return [problem for problem, is_there in wrong.items() if is_there]
-
-    def _run_here(self, name: str, load: str, save: str = "") -> Curve:
-        folder = self._folder / name
+    def run_here(self, name: str, load: str = "", save: str = "") -> Curve:
+        folder = self.folder / name
         folder.mkdir(parents=True)
-        self._ranks.run(train, str(self._plain), folder, load, save)
+        self._ranks.run(train, str(self.plain), folder, load, save)
         return curve_of(folder)
 
-    def _write(self, name: str, nvme_path: Path | None) -> Path:
-        path = self._folder / f"{name}.json"
+    def write(self, name: str, nvme_path: Path | None) -> Path:
+        path = self.folder / f"{name}.json"
         path.write_text(json.dumps(ds_config(nvme_path)))
         return path
+
+    def size_of_a_checkpoint(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob(f"size/global_step{SAVE_EVERY}/*.pt"))
+
+    def losses(self, steps: range) -> dict[int, list[str]]:
+        return {step: self.whole.steps[step] for step in steps}
+
+
+@pytest.fixture(scope="module")
+def bench(ranks2, tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("faults"), ranks2)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_all_ranks_stop_in_time_and_a_resumed_run_goes_on_to_the_bit(name, bench):
+    fault, folder, config = FAULTS[name], bench.folder / name, bench.plain
+    arguments, checkpoints = ["--fault", *fault.program], folder / "checkpoints"
+    with contextlib.ExitStack() as stack:
+        if fault.disk == "checkpoints":
+            size = bench.size_of_a_checkpoint() * 3 // 2
+            checkpoints = stack.enter_context(small_disk(size, "tmpfs")) / "checkpoints"
+        elif fault.disk == "layers":
+            disk = stack.enter_context(small_disk(16 * MIB, "ext4"))
+            config, arguments = bench.write(name, disk), [*arguments, "--fill", str(disk)]
+        seconds, output = run(folder / "run", config, [*arguments, "--save", str(checkpoints)], fault)
+        found, curve = re.search(fault.says, output), curve_of(folder / "run")
+        assert found, output[-3000:]
+        again = ", ".join(str(step) for step in curve.steps if step > SAVE_EVERY)
+        print(
+            f"\n{fault.words}: {seconds:.1f} s to stop (target: <= {fault.target:.0f}); "
+            f"{found.group(found.re.groups)}; steps done again: {again}"
+        )
+        assert seconds <= fault.target
+        assert not curve.weights  # it did not come to its end
+        assert curve.steps == bench.losses(range(1, len(curve.steps) + 1))
+        assert (checkpoints / "latest").read_text() == f"global_step{SAVE_EVERY}"
+        for each in FILES:
+            verify(checkpoints / f"global_step{SAVE_EVERY}" / each)
+        rest = bench.run_here(f"{name}/resumed", load=str(checkpoints))
+    assert rest.steps == bench.losses(range(SAVE_EVERY + 1, STEPS + 1))
+    assert rest.weights == bench.whole.weights and len(rest.weights) == 1
+    print(f"resumed from step {SAVE_EVERY}, bit-equal")
 
 
 def run(folder: Path, config: Path, arguments: Sequence[str], fault: Fault) -> tuple[float, str]:
@@ -210,7 +196,7 @@ def run(folder: Path, config: Path, arguments: Sequence[str], fault: Fault) -> t
     folder.mkdir(parents=True)
     port = free_port()
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-    command += [str(ROOT / "benchmarks" / "faults" / "program.py"), "--config", str(config), "--notes", str(folder)]
+    command += [str(ROOT / "tests" / "programs" / "faulty.py"), "--config", str(config), "--notes", str(folder)]
     fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     with (folder / "output").open("w") as output:
         streams = {"stdout": output, "stderr": output}
@@ -278,28 +264,3 @@ def small_disk(size_bytes: int, kind: str) -> Iterator[Path]:
         finally:
             # Lazy unmount: a process with an open file there does not block it.
             subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def figures_of(names: Sequence[str]) -> Iterator[Figure]:
-    """Run each of these faults."""
-    with tempfile.TemporaryDirectory(prefix="faults_") as folder, Ranks(2) as ranks:
-        bench = Bench(Path(folder), ranks)
-        for name in names:
-            try:
-                yield bench.figure(name)
-            except OSError as error:
-                yield Figure(FAULTS[name].words, ("", "", "", ""), "", False, str(error))
-
-
-def main() -> int:
-    """Print the table; return 1 if a row misses its target."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], metavar="fault", help=", ".join(FAULTS))
-    names = parser.parse_args().faults or list(FAULTS)
-    columns = ("s to stop", "what the output says", "steps done again", "resume")
-    caption = f"Two ranks share a sequence; saved after step {SAVE_EVERY}, broken in step 4 or in its save."
-    return report(__doc__, {"faults": Part(lambda: figures_of(names), columns, caption)}, ())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Small training run with an injectable fault, started through DeepSpeed's launcher by benchmarks/faults/__main__.py.
+"""Small training run with an injectable fault, started through DeepSpeed's launcher by system/test_nine_faults.py.
 
 A Llama at ZeRO 2 on two ranks that share a sequence. Each rank writes to ``--notes``: a line of JSON per step (the
 exact loss), an empty file at the fault, and at the end a digest of its weights.

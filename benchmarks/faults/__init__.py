@@ -1,1 +1,0 @@
-"""Fault injection into training runs: ``python -m benchmarks.faults``."""
