@@ -96,7 +96,7 @@ house: setup
 
 # The example over two network namespaces; Linux, root.
 two-hosts: setup
-	$(BIN)/python -m benchmarks.two_hosts
+	TWO_HOSTS=required $(BIN)/python -m pytest -s -m slow tests/system/test_two_hosts.py
 
 recipes: setup
 	$(BIN)/python -m benchmarks.recipes --write

@@ -21,7 +21,7 @@ from benchmarks.figures import SUMMARY
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 NAMES = ("kernels", "tiles", "reduction", "offload", "wire", "verify", "recipes", "metrics", "curve")
-NAMES += ("two_hosts", "parity", "census")
+NAMES += ("parity", "census")
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "triton", "liger-kernel", "peft", "trl")
 _HEAD = """# All benchmarks
 

@@ -85,21 +85,12 @@ class Combination:
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a Python command in the environment, with this checkout."""
         places = [str(each) for each in (self.in_front, ROOT) if each]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(places),
-            "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
-        }
+        path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PATH": path}
         if self.in_front is None:  # ops are built per torch version
             environment["TORCH_EXTENSIONS_DIR"] = str(CACHE / f"extensions-{self.versions.get('torch', '')}")
-        return subprocess.run(
-            [str(self.python), *words],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.run([str(self.python), *words], cwd=ROOT, env=environment, text=True, **streams)
 
 
 def install_newest() -> Combination:
@@ -133,17 +124,15 @@ def bounds() -> dict[str, Requirement]:
 
 def is_inside(versions: dict[str, str]) -> bool:
     """Return True if setup.py's bounds allow these versions."""
-    return all(
-        each.specifier.contains(versions[name], prereleases=True) for name, each in bounds().items() if name in versions
-    )
+    known = (each for each in bounds().values() if each.name in versions)
+    return all(each.specifier.contains(versions[each.name], prereleases=True) for each in known)
 
 
 def check(combination: Combination) -> None:
     """Record the versions and run all checks; stop if the package cannot be imported."""
     code = f"import importlib.metadata as m; print(*map(m.version, {LIBRARIES!r}))"
-    combination.versions = dict(
-        zip(LIBRARIES, combination.run("-c", code).stdout.split()[-len(LIBRARIES) :], strict=True)
-    )
+    found = combination.run("-c", code).stdout.split()[-len(LIBRARIES) :]
+    combination.versions = dict(zip(LIBRARIES, found, strict=True))
     imported = combination.run("-W", "ignore", "-c", "import deepspeed_alst.initialize")
     if imported.returncode:
         combination.outcomes = {"import": f"failed: {imported.stdout.strip().splitlines()[-1]}"}

@@ -18,13 +18,7 @@ from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 _ANSWER_SECONDS = 300.0
 
 # Imported once before the ranks fork. These imports must not start threads, which a fork would lose.
-_IMPORTED = [
-    "torch",
-    "deepspeed",
-    "torch._dynamo",
-    "accelerate",
-    "transformers.models.llama.modeling_llama",
-]
+_IMPORTED = ["torch", "deepspeed", "torch._dynamo", "accelerate", "transformers.models.llama.modeling_llama"]
 _ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "DEEPSPEED_LOG_LEVEL": "error",
@@ -99,23 +93,18 @@ class Ranks:
                 are killed.
         """
         try:
-            return self._run(function, args, seconds)
-        except RankError:
-            raise
+            for connection in self._connections:
+                connection.send((function, args))
+            deadline = time.monotonic() + seconds
+            answers = []
+            for connection in self._connections:
+                # The replies of other ranks explain why some hang.
+                answered = connection.poll(max(0.0, deadline - time.monotonic()))
+                answers.append(connection.recv() if answered else (None, None, no_answer(seconds)))
         except BaseException:
             # Interrupted between request and reply: the next request would receive this reply.
             self.close()
             raise
-
-    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> list[Any]:
-        for connection in self._connections:
-            connection.send((function, args))
-        deadline = time.monotonic() + seconds
-        answers = []
-        for connection in self._connections:
-            # The replies of other ranks explain why some hang.
-            answered = connection.poll(max(0.0, deadline - time.monotonic()))
-            answers.append(connection.recv() if answered else (None, None, no_answer(seconds)))
         errors = [error for _, error, _ in answers]
         traces = "\n".join(f"--- rank {rank}\n{trace}" for rank, (_, _, trace) in enumerate(answers) if trace)
         if traces:

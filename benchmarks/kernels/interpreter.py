@@ -55,8 +55,8 @@ def faithful() -> Iterator[Traffic]:
         replace(interpreter, "_implicit_cvt", _with_fp32_scalars(interpreter))
         ranges: list[tuple[int, int]] = []
         replace(interpreter.GridExecutor, "_init_args_hst", _noting(ranges))
-        replace(builder, "create_masked_load", _loading(ranges, traffic))
-        replace(builder, "create_masked_store", _storing(ranges, traffic))
+        replace(builder, "create_masked_load", _counting("read", 0, ranges, traffic))
+        replace(builder, "create_masked_store", _counting("written", 1, ranges, traffic))
         yield traffic
 
 
@@ -147,23 +147,15 @@ def _touched(what: str, pointers: Any, mask: np.ndarray, ranges: list[tuple[int,
     return addresses.size * size
 
 
-def _loading(ranges: list[tuple[int, int]], traffic: Traffic) -> Any:
+def _counting(what: str, mask_at: int, ranges: list[tuple[int, int]], traffic: Traffic) -> Any:
+    """Check and count accesses; the mask is the argument at this place after the pointers."""
+
     def make(original: Any) -> Any:
-        def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            traffic.read += _touched("load", pointers, mask.data, ranges)
-            return original(self, pointers, mask, *rest)
+        def access(self: Any, pointers: Any, *rest: Any) -> Any:
+            moved = _touched("load" if what == "read" else "store", pointers, rest[mask_at].data, ranges)
+            setattr(traffic, what, getattr(traffic, what) + moved)
+            return original(self, pointers, *rest)
 
-        return load
-
-    return make
-
-
-def _storing(ranges: list[tuple[int, int]], traffic: Traffic) -> Any:
-    def make(original: Any) -> Any:
-        def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            traffic.written += _touched("store", pointers, mask.data, ranges)
-            return original(self, pointers, value, mask, *rest)
-
-        return store
+        return access
 
     return make

@@ -50,19 +50,28 @@ def _check(q, k, v, dims: int) -> None:
     assert q.shape[-2] % k.shape[-2] == 0, "heads in key/value must divide heads in query"
 
 
-def _attend(q_BSHD, k_BSKD, v_BSKD, scale, causal, left, softcap, sink_H) -> torch.Tensor:
-    """Softmax of all scores, as it is written down; queries see themselves and ``left`` tokens before."""
-    B, S, H, D = q_BSHD.shape
-    groups = H // k_BSKD.shape[2]
-    k_BSHD, v_BSHD = (x.repeat_interleave(groups, dim=2) for x in (k_BSKD, v_BSKD))
-    scores_BHSS = torch.einsum("bqhd,bkhd->bhqk", q_BSHD, k_BSHD) * (1 / math.sqrt(D) if scale is None else scale)
+def repeated(x_BSKD: torch.Tensor, q_BSHD: torch.Tensor) -> torch.Tensor:
+    """Key or value heads, one for each query head."""
+    return x_BSKD.repeat_interleave(q_BSHD.shape[2] // x_BSKD.shape[2], dim=2)
+
+
+def scores_of(q_BSHD, k_BSKD, scale, left, softcap) -> torch.Tensor:
+    """``[B, H, S, S]``, those that are hidden at -inf: queries see themselves and ``left`` tokens before."""
+    scores_BHSS = torch.einsum("bqhd,bkhd->bhqk", q_BSHD, repeated(k_BSKD, q_BSHD)) * scale
     if softcap:
         scores_BHSS = softcap * torch.tanh(scores_BHSS / softcap)
-    assert causal, "under sequence parallelism attention is causal"
+    S = q_BSHD.shape[1]
     behind_SS = torch.arange(S)[:, None] - torch.arange(S)
     hidden_SS = (behind_SS < 0) | (behind_SS > (left if left is not None and left >= 0 else S))
-    scores_BHSS = scores_BHSS.masked_fill(hidden_SS, -math.inf)
+    return scores_BHSS.masked_fill(hidden_SS, -math.inf)
+
+
+def _attend(q_BSHD, k_BSKD, v_BSKD, scale, causal, left, softcap, sink_H) -> torch.Tensor:
+    """Softmax of all scores, as it is written down."""
+    B, S, H, D = q_BSHD.shape
+    assert causal, "under sequence parallelism attention is causal"
+    scores_BHSS = scores_of(q_BSHD, k_BSKD, 1 / math.sqrt(D) if scale is None else scale, left, softcap)
     if sink_H is not None:
         assert sink_H.shape == (H,), f"a sink for each of the {H} query heads, not {list(sink_H.shape)}"
         scores_BHSS = torch.cat([scores_BHSS, sink_H.view(1, H, 1, 1).expand(B, H, S, 1)], dim=-1)
-    return torch.einsum("bhqk,bkhd->bqhd", scores_BHSS.softmax(-1)[..., :S], v_BSHD)
+    return torch.einsum("bhqk,bkhd->bqhd", scores_BHSS.softmax(-1)[..., :S], repeated(v_BSKD, q_BSHD))

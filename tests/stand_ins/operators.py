@@ -8,7 +8,6 @@ Legend: B batch, S sequence, T tokens of all documents, H query heads, K kv head
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -139,28 +138,17 @@ def _padded(x):
     return F.pad(x, [0, -x.shape[-1] % 8])
 
 
-def _scores(q_BSHD, k_BSKD, scale, left, softcap):
-    """Scores ``[B, H, S, S]``, those that are hidden at -inf."""
-    k_BSHD = k_BSKD.repeat_interleave(q_BSHD.shape[2] // k_BSKD.shape[2], dim=2)
-    scores_BHSS = torch.einsum("bqhd,bkhd->bhqk", q_BSHD, k_BSHD) * scale
-    if softcap:
-        scores_BHSS = softcap * torch.tanh(scores_BHSS / softcap)
-    S = q_BSHD.shape[1]
-    behind_SS = torch.arange(S)[:, None] - torch.arange(S)
-    return scores_BHSS.masked_fill((behind_SS < 0) | (behind_SS > (left if left >= 0 else S)), -math.inf)
-
-
 def _forward(q_BSHD, k_BSKD, v_BSKD, scale, left, softcap):
-    scores_BHSS = _scores(q_BSHD, k_BSKD, scale, left, softcap)
+    scores_BHSS = attend.scores_of(q_BSHD, k_BSKD, scale, left, softcap)
     lse_BHS = scores_BHSS.logsumexp(-1)
-    v_BSHD = v_BSKD.repeat_interleave(q_BSHD.shape[2] // v_BSKD.shape[2], dim=2)
-    return torch.einsum("bhqk,bkhd->bqhd", (scores_BHSS - lse_BHS[..., None]).exp(), v_BSHD), lse_BHS
+    weights_BHSS = (scores_BHSS - lse_BHS[..., None]).exp()
+    return torch.einsum("bhqk,bkhd->bqhd", weights_BHSS, attend.repeated(v_BSKD, q_BSHD)), lse_BHS
 
 
 def _backward(do_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS, scale, left, softcap):
     groups = q_BSHD.shape[2] // k_BSKD.shape[2]
-    k_BSHD, v_BSHD = (x.repeat_interleave(groups, dim=2) for x in (k_BSKD, v_BSKD))
-    scores_BHSS = _scores(q_BSHD, k_BSKD, scale, left, softcap)
+    k_BSHD, v_BSHD = (attend.repeated(x, q_BSHD) for x in (k_BSKD, v_BSKD))
+    scores_BHSS = attend.scores_of(q_BSHD, k_BSKD, scale, left, softcap)
     p_BHSS = (scores_BHSS - lse_BHS[..., None]).exp()
     delta_BHS = (do_BSHD * out_BSHD).sum(-1).transpose(1, 2)
     ds_BHSS = p_BHSS * (torch.einsum("bqhd,bkhd->bhqk", do_BSHD, v_BSHD) - delta_BHS[..., None])
