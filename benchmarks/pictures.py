@@ -14,16 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.curve import run
-from benchmarks.kernels.liger import NORMS_AND_ROPE
+from benchmarks.kernels.liger import NORMS_AND_ROPE, WithLiger
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
-from deepspeed_alst.config.schema import AlstConfig, TiledMLPConfig
+from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
 from deepspeed_alst.offload.host_buffers import HostBufferPool
@@ -31,35 +28,28 @@ from deepspeed_alst.profiler.picture import draw, draw_curves
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SP_SIZE = 8
-LIGER = AlstConfig.model_validate({"alst": {"liger_kernel": NORMS_AND_ROPE}})
 # Without tiles, the logits exceed it by far.
 TOP = 20 * 2**30
 
 
-class Whole(System):
-    """Our tiles with Liger's norms and rotary embedding, and optionally layer inputs offloaded to the host."""
-
-    def __init__(self, offloads: bool) -> None:
-        super().__init__("ours", "non-reentrant")
-        self.offloads = offloads
+class Offloading(WithLiger):
+    """Our tiles with Liger's norms and rotary embedding, and layer inputs offloaded to the host."""
 
     @contextmanager
-    def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
-        """Patch the model as in System, with Liger's kernels and offload."""
+    def on(self, model: Any, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
+        """Patch the model as in WithLiger, with offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
-            use_liger_without_data(ModelSpec(model), LIGER, undo)
-            if self.offloads:
-                store = ActivationStore(HostBufferPool())
-                undo.callback(store.close)
-                keep_activations(ModelSpec(model), Keeping(store, keep_last=1), undo)
+            store = ActivationStore(HostBufferPool())
+            undo.callback(store.close)
+            keep_activations(ModelSpec(model), Keeping(store, keep_last=1), undo)
             yield step
 
 
 STEPS = {
     "checkpointed layers, no tiles": System("untiled", "non-reentrant"),
     "DeepSpeed's TiledMLP and TiledFusedLogitsLoss": System("upstream", "non-reentrant"),
-    "this package's tiles and kernels": Whole(offloads=False),
-    "the same, layer inputs on the host": Whole(offloads=True),
+    "this package's tiles and kernels": WithLiger(NORMS_AND_ROPE),
+    "the same, layer inputs on the host": Offloading(NORMS_AND_ROPE),
 }
 
 

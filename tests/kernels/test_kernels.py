@@ -300,7 +300,7 @@ def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
 
 def test_a_layer_by_ligers_kernels_needs_less_at_its_peak():
     own, norms, all_parts = (layer_peak("llama", liger) for liger in (False, NORMS_AND_ROPE, True))
-    assert norms <= 0.68 * own and norms < all_parts <= 0.75 * own
+    assert norms <= 0.68 * own and all_parts <= 0.68 * own
 
 
 def test_only_launches_on_fake_tensors_are_skipped_and_only_until_the_undo(monkeypatch):
