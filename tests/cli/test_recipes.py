@@ -48,7 +48,7 @@ def test_a_recipe_is_accepted_for_its_ranks(name):
     ds_config = recipe.ds_config
     if "auto" in ds_config.values():  # the HF Trainer's, which fills it in
         ds_config = filled_by_the_trainer(FOLDER / f"{name}.json")
-    assert DeepSpeedConfig(ds_config).gradient_accumulation_steps == recipe.sp_size
+    assert DeepSpeedConfig(ds_config).gradient_accumulation_steps == recipe.config.sequence_parallel_size
 
 
 def filled_by_the_trainer(path):
