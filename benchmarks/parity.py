@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,15 @@ def _is_wrong(run: Errors | str) -> bool:
     return not max(run.loss, *run.grads.values(), *run.changes.values()) < _WRONG or math.isnan(run.loss)
 
 
+def repeated(run: Callable[[Cell, Ranks], Row], cell: Cell, ranks: Ranks) -> Row:
+    """Run a cell, and with other samples too if it misses a bound."""
+    row = run(cell, ranks)
+    if not row.bounds_missed():
+        return row
+    others = (run(dataclasses.replace(cell, seed=seed), ranks) for seed in _OTHER_SEEDS)
+    return dataclasses.replace(row, others=tuple(others))
+
+
 def run_cells(cells: list[Cell], trainers: list[Cell]) -> Iterator[Row]:
     """Measure all cells; those of one world size share processes."""
     jobs = [(measure, cell) for cell in cells] + [(measure_trainer, cell) for cell in trainers]
@@ -187,11 +196,7 @@ def run_cells(cells: list[Cell], trainers: list[Cell]) -> Iterator[Row]:
             for run, cell in jobs:
                 if (cell.world_size, bool(cell.loss)) != (world_size, interpreted):
                     continue
-                row = run(cell, ranks)
-                if row.bounds_missed():
-                    others = (run(dataclasses.replace(cell, seed=seed), ranks) for seed in _OTHER_SEEDS)
-                    row = dataclasses.replace(row, others=tuple(others))
-                yield row
+                yield repeated(run, cell, ranks)
 
 
 def _verdict(row: Row) -> str:
