@@ -18,11 +18,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.figures import Figure, Part, report
+from tests.core.test_patching import EXEMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deepspeed_alst"
 SUPPORT = ("conftest", "liger_interpreter", "models", "sabotage", "upstream_programs", "stand_ins/*")
 VAGUE = ("What", "Whether", "Which", "How", "Of")
+# How a model's parts are found, and the names of tolerances.
+_PARTS = re.compile(
+    r"get_(?:out|in)put_embeddings\(|, GradientCheckpointingLayer\)|_can_record_outputs|get_base_model\("
+)
+_TOLERANCE = re.compile(r"^_(?:SLACK\w*|ULPS|EXACT|MOST|\w*TOLERANCE|\w*ROUNDINGS)\b.* = [\d.e, -]+$", re.M)
 # Runs on every rank; rank 0 prints the package's modules.
 _STEP = """
 import sys, torch, deepspeed, torch.distributed as dist
@@ -102,7 +108,8 @@ def rows(loaded: list[str]) -> Iterator[Figure]:
     everything = lines_of([*package, *rest])
     ring = [_path_of(name) for name in loaded]
     sources = {path: path.read_text(encoding="utf-8") for path in package}
-    elsewhere = "\n".join(text for path, text in sources.items() if path.name != "model_spec.py")
+    elsewhere = "\n".join(text for path, text in sources.items() if path.name != "hf_model_spec.py")
+    tolerances = sum(len(_TOLERANCE.findall(text)) for text in sources.values())
     first = docstrings(package)
     found: list[tuple[str, int, int | None]] = [
         ("package: lines", physical, 15_500),
@@ -114,7 +121,9 @@ def rows(loaded: list[str]) -> Iterator[Figure]:
         ("loaded after a plain step: lines", lines_of(ring)[0], 4_800),
         ("initialize.py: lines", initialize.count("\n"), 130),
         ("initialize.py: modules of the package that it imports", initialize.count("from deepspeed_alst"), 10),
-        ("calls of base_model outside core/model_spec.py", len(re.findall(r"\bbase_model\(", elsewhere)), 0),
+        ("places outside hf_model_spec.py that look for a model's parts", len(_PARTS.findall(elsewhere)), 0),
+        ("modules that change foreign objects without PatchSet", len(EXEMPT), 6),
+        ("tolerances of numerical self-checks", tolerances, 6),
         (f"docstrings that begin with {', '.join(VAGUE)}", sum(each.split()[0] in VAGUE for each in first), 0),
         ("docstrings", len(first), None),
     ]

@@ -75,7 +75,7 @@ def count_draws(
         is_training = any(each.training for each in module.modules())
         if is_training and isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
             if draws.sp_size > 1:
-                _refuse_neftune(base)
+                _refuse_neftune(spec)
             rank = 0 if is_whole() else draws.sp_rank
             entered.enter_context(draws.begin(*tokens.shape[:2], rank, on_trial()))
             states[:] = _generators(base) if any(map(_is_compiled, model.modules())) else []
@@ -133,9 +133,8 @@ def _generators(model: torch.nn.Module) -> list[torch.Tensor]:
     return [torch.get_rng_state(), *on_device]
 
 
-def _refuse_neftune(base: torch.nn.Module) -> None:
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    alpha = getattr(embeddings, "neftune_noise_alpha", None)
+def _refuse_neftune(spec: ModelSpec) -> None:
+    alpha = getattr(spec.embeddings, "neftune_noise_alpha", None)
     if alpha is not None:
         raise UnsupportedModelError(
             f"neftune_noise_alpha={alpha}: NEFTune's noise is scaled by the sample's length, of which the embeddings "
