@@ -30,11 +30,10 @@ def prebuilt_ops():
     sys.path.insert(0, str(HERE))
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
 
-    from deepspeed_alst.kernels.builder import BUILDERS
+    from deepspeed_alst.kernels.builder import OPS, extension
 
-    builders = [each() for device, each in BUILDERS.items() if device != "cuda" or CUDA_HOME is not None]
     return {
-        "ext_modules": [each.builder() for each in builders],
+        "ext_modules": [extension(device) for device in OPS if device != "cuda" or CUDA_HOME is not None],
         "cmdclass": {"build_py": BuildWithSources, "build_ext": BuildExtension},
     }
 

@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 from deepspeed_alst.cli.report import ROW_MARK, Row, guarded, judged, version_of
 from deepspeed_alst.environment import check_deepspeed, is_left_over
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.kernels.builder import BUILDERS
+from deepspeed_alst.kernels import builder
 from deepspeed_alst.offload.budget import spare_bytes
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import HostBufferPool
@@ -111,10 +111,9 @@ def import_rows() -> Iterator[Row]:
 def op_rows() -> Iterator[Row]:
     """Yield the row on the csrc/ op of this device; nothing is built."""
     device = get_accelerator().device_name()
-    if device not in BUILDERS:
+    if device not in builder.OPS:
         return
-    builder = BUILDERS[device]()
-    name, found, problem = f"op {builder.NAME}", builder.find(), builder.why_not()
+    name, found, problem = f"op {builder.OPS[device]}", builder.find(device), builder.why_not(device)
     if problem and not found:
         value = f"{problem}: torch takes its place, slower and with the same result"
         yield Row(name, value, "note", problem.way_out)

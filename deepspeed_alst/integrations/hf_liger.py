@@ -75,7 +75,7 @@ def use_liger_without_data(spec: ModelSpec, config: AlstConfig, patches: PatchSe
     """
     if config.alst.liger_kernel is False or _reason_against_setup("cuda", interpreted=False):
         return
-    from deepspeed_alst.kernels.liger import skip_fake_launches
+    from deepspeed_alst.kernels.registry import skip_fake_launches
 
     skip_fake_launches(patches)
     apply_liger(spec, config, "cuda", patches)

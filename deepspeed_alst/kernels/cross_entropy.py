@@ -1,4 +1,4 @@
-"""Cross-entropy that overwrites a tile of logits with their gradient.
+"""Cross-entropy that overwrites a tile of logits with their gradient, by this package's kernel and by Liger's.
 
 ``z = cap * tanh(logit_scale * x / cap)`` (``logit_scale * x`` without a cap), the loss of a row is ``logsumexp(z) - (1
 - smoothing) * z[label] - smoothing * mean(z)``, and ``x`` becomes ``scale`` times its derivative. The normalizer is an
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from deepspeed_alst.errors import DataError, ShapeError
+from deepspeed_alst.errors import DataError
 from deepspeed_alst.kernels.registry import OPS, Op, pick
 
 IGNORED_LABEL = -100
@@ -189,12 +189,7 @@ def _example(device: torch.device) -> tuple[Any, ...]:
     return logits_tV, labels_t, torch.tensor(0.37, device=device), 0.1, 20.0, 0.7, True
 
 
-OPS["cross_entropy"] = Op(
-    reference=cross_entropy_reference,
-    op=_op,
-    launch=_launch,
-    example=_example,
-)
+OPS["cross_entropy"] = Op(cross_entropy_reference, _op, _launch, _example)
 
 
 def has_own_rows(logits_tV: torch.Tensor) -> bool:
@@ -203,27 +198,8 @@ def has_own_rows(logits_tV: torch.Tensor) -> bool:
     return (V == 1 or logits_tV.stride(1) == 1) and (t <= 1 or logits_tV.stride(0) >= V)
 
 
-def _check(logits_tV: torch.Tensor, labels_t: torch.Tensor) -> None:
-    if logits_tV.dim() != 2 or logits_tV.shape[1] == 0 or not logits_tV.is_floating_point():
-        wrong = "logits must be [t, V] with V >= 1, of floating-point numbers"
-    elif labels_t.shape != logits_tV.shape[:1] or labels_t.dtype != torch.int64:
-        wrong = "labels must be [t] and torch.int64"
-    elif not has_own_rows(logits_tV):
-        wrong = "the rows of logits must be contiguous, and share no memory"
-    else:
-        return
-    raise ShapeError(
-        f"cross_entropy_: {wrong}; logits are {list(logits_tV.shape)} with strides {list(logits_tV.stride())}, "
-        f"{logits_tV.dtype}, labels {list(labels_t.shape)}, {labels_t.dtype}"
-    )
-
-
 def check_labels(lowest: int, highest: int, vocab: int) -> None:
-    """Raise DataError for labels outside the vocabulary.
-
-    Raises:
-        DataError: with the label. The caller reads the range from the device once per loss, not once per tile.
-    """
+    """Raise DataError for labels outside the vocabulary; their range is read from the device once per loss."""
     if lowest < 0 or highest >= vocab:
         raise DataError(
             f"label {lowest if lowest < 0 else highest} is no token of a vocabulary of {vocab}. Labels are in "
@@ -243,8 +219,7 @@ def cross_entropy_(
     """Sum a tile's losses and overwrite its logits with their gradient: ``[t, V], [t], [] -> []`` in fp32.
 
     Rows labelled -100 have loss 0 and gradient 0. A label outside the vocabulary makes the loss and gradient of its row
-    NaN, without an out-of-bounds read. Raising here would need a device assert or a device sync per tile, so the caller
-    passes the range of all tiles' labels to ``check_labels``.
+    NaN, without an out-of-bounds read; the caller passes the range of all tiles' labels to ``check_labels``.
 
     Args:
         logits_tV: bf16, fp16 or fp32 (fp64 uses the reference); contiguous rows, row stride >= V.
@@ -254,10 +229,48 @@ def cross_entropy_(
         softcap: logits are squashed into (-softcap, softcap); 0 for none.
         logit_scale: multiplies the logits before the softcap.
         gradient: if False, the logits are left unchanged and read once.
-
-    Raises:
-        ShapeError: incompatible sizes, strides or dtypes.
     """
-    _check(logits_tV, labels_t)
     function = pick("cross_entropy", logits_tV)
     return function(logits_tV, labels_t.contiguous(), scale.float(), label_smoothing, softcap, logit_scale, gradient)
+
+
+@torch.library.custom_op("deepspeed_alst::liger_cross_entropy_", mutates_args=("logits_tV",))
+def liger_cross_entropy_(
+    logits_tV: torch.Tensor,
+    labels_t: torch.Tensor,
+    divisor: float,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    gradient: bool = True,
+) -> torch.Tensor:
+    """Compute ``cross_entropy_`` by Liger's kernel, its gradient divided by ``divisor``; no fp64.
+
+    It reads out of bounds for a label outside the vocabulary: all labels must have passed ``check_labels``.
+    """
+    # Liger's cross_entropy_forward would round the losses to the logits' dtype, and sync with the device three times a
+    # tile. The kernel multiplies the gradient by 1 / n_non_ignore in fp32, before rounding.
+    from liger_kernel.ops.backends._triton.cross_entropy import cross_entropy_loss_and_grad_triton  # takes seconds
+
+    losses_t, *_ = cross_entropy_loss_and_grad_triton(
+        logits_tV,
+        labels_t,
+        ce_weight=None,
+        ignore_index=IGNORED_LABEL,
+        lse_square_scale=0.0,
+        label_smoothing=label_smoothing,
+        reduction="mean",
+        softcap=softcap or None,
+        n_non_ignore=divisor,
+        sum_non_ignore_weight=divisor,
+        weight_sum=0.0,
+        return_z_loss=False,
+        return_token_accuracy=False,
+        return_predicted_tokens=False,
+        has_gradients=gradient,
+    )
+    return losses_t.sum() * divisor
+
+
+@liger_cross_entropy_.register_fake
+def _liger_fake(logits_tV, labels_t, divisor, label_smoothing=0.0, softcap=0.0, gradient=True):
+    return logits_tV.new_empty((), dtype=torch.float32)

@@ -21,8 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels.cross_entropy import has_own_rows
 from deepspeed_alst.kernels.registry import OPS, Op, pick
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -163,33 +161,9 @@ def _example(num_tensors: int, device: torch.device) -> tuple[Any, ...]:
 
 
 OPS["gated_activation"] = Op(
-    reference=gated_activation_reference,
-    op=_activation,
-    launch=_launch_activation,
-    example=functools.partial(_example, 2),
+    gated_activation_reference, _activation, _launch_activation, functools.partial(_example, 2)
 )
-OPS["gated_gradients"] = Op(
-    reference=gated_gradients_reference,
-    op=_gradients,
-    launch=_launch_gradients,
-    example=functools.partial(_example, 3),
-)
-
-
-def _check(op: str, activation: str, *each_tF: torch.Tensor) -> None:
-    first = each_tF[0]
-    if activation not in ACTIVATIONS:
-        wrong = f"{activation!r} is none of {', '.join(ACTIVATIONS)}"
-    elif any(each.dim() != 2 or each.shape != first.shape for each in each_tF):
-        wrong = "all must be [t, F]"
-    elif any(each.dtype != first.dtype for each in each_tF) or not first.is_floating_point():
-        wrong = "all must be of one floating-point dtype"
-    elif not all(has_own_rows(each) for each in each_tF):
-        wrong = "rows must be contiguous, and share no memory"
-    else:
-        return
-    given = "; ".join(f"{list(each.shape)} with strides {list(each.stride())}, {each.dtype}" for each in each_tF)
-    raise ShapeError(f"{op}: {wrong}; given {given}")
+OPS["gated_gradients"] = Op(gated_gradients_reference, _gradients, _launch_gradients, functools.partial(_example, 3))
 
 
 def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: str) -> None:
@@ -200,11 +174,7 @@ def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: st
             fused projection's output.
         up_tF: same dtype and device, other memory; unchanged.
         activation: one of ``ACTIVATIONS``.
-
-    Raises:
-        ShapeError: incompatible sizes, strides or dtypes.
     """
-    _check("gated_activation_", activation, gate_tF, up_tF)
     pick("gated_activation", gate_tF)(gate_tF, up_tF, ACTIVATIONS.index(activation))
 
 
@@ -212,7 +182,6 @@ def gated_gradients_(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.
     """Compute the gradients of ``a = act(gate) * up`` from that of ``a``, in place: ``[t, F]`` three times.
 
     Afterwards ``gate_tF`` and ``up_tF`` hold their gradients, and ``grad_tF`` holds ``a``.
-    Arguments and errors are those of ``gated_activation_``.
+    Arguments are those of ``gated_activation_``.
     """
-    _check("gated_gradients_", activation, gate_tF, up_tF, grad_tF)
     pick("gated_gradients", gate_tF)(gate_tF, up_tF, grad_tF, ACTIVATIONS.index(activation))

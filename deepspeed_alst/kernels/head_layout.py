@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.errors import ShapeError
-
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST = 3  # q, k and v
 
 
 def by_heads(x_BHsD: torch.Tensor, num_pieces: int) -> torch.Tensor:
@@ -82,19 +79,6 @@ def _run(name: str, reference: Callable[..., Any], x: torch.Tensor, pieces: Sequ
     return (pick(name, x) if pick else reference)(*args)
 
 
-def _check(pieces: Sequence[torch.Tensor], num_ranks: int) -> None:
-    if not 1 <= len(pieces) <= _MOST:
-        wrong = f"there must be 1 to {_MOST} tensors"
-    elif any(x.dim() != 5 or x.shape[1:3] != pieces[0].shape[1:3] or x.device != pieces[0].device for x in pieces):
-        wrong = "pieces must be [g, s, B, h, D], of the same s and B, on one device"
-    elif any(x.shape[0] < 1 or num_ranks % x.shape[0] for x in pieces):
-        wrong = f"each tensor's pieces must divide {num_ranks} ranks"
-    else:
-        return
-    words = ", ".join(f"{list(x.shape)} on {x.device}" for x in pieces)
-    raise ShapeError(f"pack and unpack_: {wrong}; pieces are {words}")
-
-
 def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
     """Pack up to three tensors into the send buffer of an all-to-all: ``[g, s, B, h, D] -> [P, s, B, W]``.
 
@@ -104,11 +88,7 @@ def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
         pieces: any strides; bf16, fp16 and fp32 use a kernel if the D elements of a head are contiguous. With different
             dtypes, the buffer has the first one's: under autocast RoPE leaves q and k in fp32, and v in bf16.
         num_ranks: P, a multiple of each g.
-
-    Raises:
-        ShapeError: incompatible sizes or devices.
     """
-    _check(pieces, num_ranks)
     first = pieces[0]
     if len(pieces) == 1 and first.shape[0] == num_ranks and first.is_contiguous():
         return first.flatten(3)
@@ -122,14 +102,5 @@ def unpack_(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
         wire_PsBW: contiguous.
         pieces: output views ``[g, s, B, h, D]``. If g < P, each piece is the sum of P/g ranks' pieces in fp32, rounded
             once.
-
-    Raises:
-        ShapeError: incompatible sizes, strides or devices.
     """
-    _check(pieces, wire_PsBW.shape[0])
-    if wire_PsBW.shape != wire_shape(pieces, wire_PsBW.shape[0]) or not wire_PsBW.is_contiguous():
-        raise ShapeError(
-            f"unpack_: the buffer must be {list(wire_shape(pieces, wire_PsBW.shape[0]))} and contiguous, it is "
-            f"{list(wire_PsBW.shape)} with strides {list(wire_PsBW.stride())}"
-        )
     _run("unpack_heads_", unpack_reference, wire_PsBW, pieces, wire_PsBW, list(pieces))

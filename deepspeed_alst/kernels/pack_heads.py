@@ -69,16 +69,12 @@ def _heads_kernel(wire_ptr, x_ptrs, strides, s, B, W, SIZES: tl.constexpr, BLOCK
         block -= num_blocks
 
 
-def _columns(width: int) -> int:
-    return min(_COLUMNS, key=lambda columns: (-(-width // columns) * columns, -columns))
-
-
 def _launch(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor], is_pack: bool) -> None:
     P, s, B, W = wire_PsBW.shape
     sizes, blocks, first = [], 0, 0
     for x_gsBhD in pieces:
         g, _, _, h, D = x_gsBhD.shape
-        columns = _columns(h * D)
+        columns = min(_COLUMNS, key=lambda each: (triton.cdiv(h * D, each) * each, -each))
         sizes.append((g, P // g, h, D, columns, first))
         blocks += g * B * triton.cdiv(s, _BLOCK // columns) * triton.cdiv(h * D, columns)
         first += h * D
@@ -117,15 +113,10 @@ def _example_pieces(device: torch.device) -> list[torch.Tensor]:
     ]
 
 
-OPS["pack_heads"] = Op(
-    reference=pack_reference,
-    op=_pack_op,
-    launch=_launch_pack,
-    example=lambda device: (_example_pieces(device), 4),
-)
+OPS["pack_heads"] = Op(pack_reference, _pack_op, _launch_pack, lambda device: (_example_pieces(device), 4))
 OPS["unpack_heads_"] = Op(
-    reference=unpack_reference,
-    op=_unpack_op,
-    launch=_launch_unpack,
-    example=lambda device: (torch.randn(4, 3, 2, 144, device=device), _example_pieces(device)),
+    unpack_reference,
+    _unpack_op,
+    _launch_unpack,
+    lambda device: (torch.randn(4, 3, 2, 144, device=device), _example_pieces(device)),
 )

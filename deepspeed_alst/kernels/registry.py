@@ -13,9 +13,12 @@ from typing import Any
 import torch
 import triton
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.runtime import Autotuner, JITFunction
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
 
 # Limit as a multiple of torch's own error in the same dtype.
@@ -115,3 +118,17 @@ def _run(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtyp
     arguments = tree_map(copied, given)
     found = (function(*arguments), arguments)
     return [each.detach().double() for each in tree_leaves(found) if isinstance(each, torch.Tensor)]
+
+
+def skip_fake_launches(patches: PatchSet) -> None:
+    """Skip Triton kernels whose arguments are fake: of Liger's functions, what they allocate is left to measure."""
+
+    def unless_fake(run: Any) -> Any:
+        def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(each, FakeTensor) for each in (*args, *kwargs.values())):
+                return run(self, *args, **kwargs)
+
+        return launch
+
+    for kind in (JITFunction, Autotuner):
+        patches.wrap(kind, "run", unless_fake)

@@ -214,7 +214,7 @@ def _by_kernel(
     known_T = labels_T.where(labels_T != IGNORED_LABEL, 0)
     lowest, highest = torch.stack(known_T.aminmax()).tolist() if known_T.numel() else (0, 0)
     if kernel.by_liger:
-        from deepspeed_alst.kernels.liger import liger_cross_entropy_
+        from deepspeed_alst.kernels.cross_entropy import liger_cross_entropy_
 
         assert kernel.logit_scale == 1, "Liger's kernel has no scale"
         divisor = 1 / scale.item() if needs_grad else 1.0

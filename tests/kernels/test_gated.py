@@ -12,7 +12,6 @@ import torch
 from benchmarks.kernels.gated import CASES, Case, judge
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
-from deepspeed_alst.errors import ShapeError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -109,31 +108,6 @@ def _rows_beyond_int32() -> None:
 
 def test_rows_may_begin_beyond_2_to_the_31_elements(interpreted):
     interpreted.run(_rows_beyond_int32)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3)), r"must be \[t, F\]"),
-        (lambda: torch.zeros(3, 2, 3, 4), r"must be \[t, F\]"),
-        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3).half()), "of one floating-point dtype"),
-        (lambda: torch.zeros(3, 2, 3, dtype=torch.int32), "of one floating-point dtype"),
-        (lambda: (torch.zeros(2, 3), torch.zeros(3, 2).t(), torch.zeros(2, 3)), "rows must be contiguous"),
-        (lambda: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3).expand(2, 3)), "share no memory"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(make, words):
-    from deepspeed_alst.kernels.gated import gated_gradients_
-
-    with pytest.raises(ShapeError, match=words):
-        gated_gradients_(*make(), "silu")
-
-
-def test_an_activation_that_is_none_of_these_is_refused():
-    from deepspeed_alst.kernels.gated import gated_activation_
-
-    with pytest.raises(ShapeError, match="'relu' is none of silu, gelu, gelu_tanh"):
-        gated_activation_(torch.zeros(2, 3), torch.zeros(2, 3), "relu")
 
 
 def _opcheck() -> None:

@@ -24,7 +24,7 @@ from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.errors import DataError, SetupError, ShapeError
+from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, on_the_way, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import tile_loss
@@ -140,25 +140,6 @@ def _rows_beyond_int32() -> None:
 
 def test_rows_may_begin_beyond_2_to_the_31_elements(interpreted):
     interpreted.run(_rows_beyond_int32)
-
-
-@pytest.mark.parametrize(
-    ("logits", "labels", "words"),
-    [
-        (torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long), "must be .t, V."),
-        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.long), "V >= 1"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), "labels must be"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "torch.int64"),
-        (torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, dtype=torch.long), "floating-point numbers"),
-        (torch.zeros(3, 2).t(), torch.zeros(2, dtype=torch.long), "rows of logits must be contiguous"),
-        (torch.zeros(1, 3).expand(2, 3), torch.zeros(2, dtype=torch.long), "share no memory"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(interpreted, logits, labels, words):
-    from deepspeed_alst.kernels.cross_entropy import cross_entropy_
-
-    with pytest.raises(ShapeError, match=words):
-        cross_entropy_(logits, labels, torch.tensor(1.0))
 
 
 def _opcheck() -> None:
@@ -306,7 +287,7 @@ def test_a_layer_by_ligers_kernels_needs_less_at_its_peak():
 def test_only_launches_on_fake_tensors_are_skipped_and_only_until_the_undo(monkeypatch):
     from triton.runtime import Autotuner, JITFunction
 
-    from deepspeed_alst.kernels.liger import skip_fake_launches
+    from deepspeed_alst.kernels.registry import skip_fake_launches
     from deepspeed_alst.profiler.fake import fake_world
 
     for kind in (JITFunction, Autotuner):

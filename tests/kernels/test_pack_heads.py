@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.kernels.heads import Case, compare, judge
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
-from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.kernels import head_layout as wire
 from deepspeed_alst.kernels import registry
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, pack_reference, unpack_
@@ -160,27 +159,6 @@ def test_pieces_may_begin_beyond_2_to_the_31_elements(interpreted):
     """Run here, and interpreted."""
     _beyond_int32()
     interpreted.run(_beyond_int32, faithful)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "ranks", "words"),
-    [
-        ([], 2, "1 to 3 tensors"),
-        ([(2, 3, 1, 4, 8)] * 4, 2, "1 to 3 tensors"),
-        ([(2, 3, 4, 8)], 2, r"must be \[g, s, B, h, D\]"),
-        ([(2, 3, 1, 4, 8), (2, 4, 1, 4, 8)], 2, "of the same s and B"),
-        ([(2, 3, 1, 4, 8)], 3, "must divide 3 ranks"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(shapes, ranks, words):
-    with pytest.raises(ShapeError, match=words):
-        pack([torch.zeros(shape) for shape in shapes], ranks)
-
-
-@pytest.mark.parametrize("received", [torch.zeros(2, 3, 1, 31), torch.zeros(2, 3, 1, 64)[..., ::2]])
-def test_a_buffer_that_does_not_fit_is_refused(received):
-    with pytest.raises(ShapeError, match=r"must be \[2, 3, 1, 32\] and contiguous"):
-        unpack_(received, [torch.zeros(2, 3, 1, 4, 8)])
 
 
 def _opcheck() -> None:
