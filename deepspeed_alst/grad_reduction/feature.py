@@ -45,6 +45,6 @@ class SeparateExperts(Feature):
         """Patch the blocks of experts, if there are any."""
         if next(run.spec.separate_experts(), None) is None:
             return
-        from deepspeed_alst.moe.separate_experts import call_together
+        from deepspeed_alst.moe.mixtures import call_together
 
         call_together(run.spec, run.stage, run.leaf, patches)

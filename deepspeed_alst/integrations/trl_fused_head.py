@@ -46,7 +46,7 @@ def sum_fused_head(spec: ModelSpec, group: Any, calls: ForwardContext, patches: 
         output["log_probs"] = _SummedOverShards.apply(log_probs_Bs, whole_sum - local, dist.get_world_size(group))
         calls.note_loss(output["log_probs"])
         output["loss"] = -output["log_probs"].sum() / count.clamp(min=1.0).to(log_probs_Bs.dtype)
-        if getattr(output, "aux_loss", None) is not None:  # the full sequence's already (router_loss.py)
+        if getattr(output, "aux_loss", None) is not None:  # the full sequence's already (moe/mixtures.py)
             output["loss"] = output["loss"] + getattr(spec.text_config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 

@@ -1,7 +1,7 @@
 """Token-mixing layers without attention: gated delta nets, Mamba, short convolutions.
 
 They are found by the functions that their forward calls, which transformers has as a kernel and in plain torch. A layer
-whose functions are all known can be sharded (functions.py); another one is rejected.
+whose functions are all known can be sharded (split_layers.py); another one is rejected.
 """
 
 import inspect

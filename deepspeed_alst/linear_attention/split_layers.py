@@ -1,19 +1,225 @@
-"""Run a layer's own forward with its token-mixing functions replaced by sharded ones."""
+"""Layers without attention over a sequence sharded across ranks: their own forwards, with sharded token mixing.
+
+A layer's projections, gates and norms run on the shard. The functions that mix tokens run unchanged on the part of the
+full sequence that they need: a convolution gets the few tokens before the shard, a scan the full sequence of this
+rank's heads.
+
+Legend: B batch, S full sequence, H heads, D head dim, G groups of heads with the same keys (or the same B and C), N
+state (or documents), C channels, K kernel size, P ranks; lower case = this rank's share.
+"""
 
 import functools
 import inspect
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.linear_attention.functions import SHARDED, Split
-from deepspeed_alst.linear_attention.layers import KINDS, functions_of, linear_layers
+from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
+from deepspeed_alst.linear_attention.layers import KINDS, Function, functions_of, kernel_wrapper, linear_layers
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.ulysses import head_to_seq
+
+Tensors = Sequence[torch.Tensor]
+
+# Document arguments of transformers' layers. A rank's ``seq_idx`` covers its shard only.
+_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
+
+
+class Split:
+    """Shared state of one model's sharded functions."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.bounds: torch.Tensor | None = None
+        """Document bounds of the running layer call, ``[N + 1]`` of the full sequence; None for a document a row."""
+
+    def share(self, num_heads: int, num_groups: int) -> tuple[int, slice]:
+        """Return the number of copies of a group's tensors, and this rank's heads."""
+        plan = HeadPlan(dist.get_world_size(self.group), num_heads, num_groups)
+        heads = plan.heads_of(dist.get_rank(self.group))
+        return plan.kv_replicas, slice(heads.start, heads.stop)
+
+    def to_heads(self, tensors: Tensors, copies: Sequence[int]) -> Tensors:
+        """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D."""
+        whole = seq_to_head([x if x.dim() == 4 else x.unsqueeze(-1) for x in tensors], copies, self.group)
+        return [w if x.dim() == 4 else w.squeeze(-1) for x, w in zip(tensors, whole, strict=True)]
+
+    def document_numbers(self, start: int, length: int, device: torch.device) -> torch.Tensor:
+        """Return each token's document number, ``[1, length]`` int32; before the sequence it is the first's."""
+        assert self.bounds is not None
+        places = torch.arange(start, start + length, device=device).clamp(min=0)
+        return torch.searchsorted(self.bounds[1:].to(places), places, right=True).int()[None]
+
+    def by_document(self, function: Callable[[slice], torch.Tensor], start: int, length: int, dim: int) -> torch.Tensor:
+        """Call a function on each document's slice of ``length`` tokens from ``start`` on; concatenate the results."""
+        assert self.bounds is not None
+        inner = [bound - start for bound in self.bounds.tolist() if 0 < bound - start < length]
+        cuts = itertools.pairwise([0, *inner, length])
+        return torch.cat([function(slice(first, last)) for first, last in cuts], dim)
+
+    def run(self, original: Function, call: Function, whole: Tensors, **documents: Callable[[], Any]) -> torch.Tensor:
+        """Call a scan on full sequences ``[B, S, ...]``, each document separately.
+
+        ``documents`` is the argument that passes the documents to a kernel.
+        """
+        if self.bounds is None:
+            return call(*whole)
+        if not _is_plain_torch(original):
+            return call(*whole, **{name: make() for name, make in documents.items()})
+        return self.by_document(lambda piece: call(*(x[:, piece] for x in whole)), 0, whole[0].shape[1], dim=1)
+
+
+def convolution(original: Function, split: Split) -> Function:
+    """Shard ``causal_conv1d_fn``: ``[B, C, s] -> [B, C, s]`` by weights ``[C, K]``, depthwise."""
+
+    def causal_conv1d(
+        hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        width = weight.shape[-1] - 1
+        x_BCt = with_tokens_before(hidden_states, width, split.group)
+        start, length = dist.get_rank(split.group) * hidden_states.shape[-1] - width, x_BCt.shape[-1]
+        kwargs = _undocumented(kwargs)
+        if split.bounds is not None and _is_plain_torch(original):
+            out_BCt = split.by_document(
+                lambda piece: original(x_BCt[..., piece], weight, bias, **kwargs), start, length, dim=-1
+            )
+        else:
+            if split.bounds is not None:
+                kwargs["seq_idx"] = split.document_numbers(start, length, x_BCt.device)
+            out_BCt = original(x_BCt, weight, bias, **kwargs)
+        return out_BCt[..., width:]
+
+    return causal_conv1d
+
+
+def delta_rule(original: Function, split: Split) -> Function:
+    """Shard ``chunk_gated_delta_rule``, ``chunk_kda``: q, k ``[B, s, G, D]``, v ``[B, s, H, D]`` to v's shape."""
+
+    def chunk_delta_rule(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        _refuse_states(kwargs)
+        kwargs = _undocumented(kwargs)
+        m, _ = split.share(value.shape[2], key.shape[2])
+        whole = split.to_heads([query, key, value, g, beta], (m, m, 1, 1, 1))
+
+        def call(q: Any, k: Any, v: Any, g: Any, beta: Any, **documents: Any) -> torch.Tensor:
+            return original(q, k, v, g=g, beta=beta, **documents, **kwargs)[0]
+
+        out_BShD = split.run(original, call, whole, cu_seqlens=lambda: split.bounds)
+        return head_to_seq(out_BShD, split.group), None
+
+    return chunk_delta_rule
+
+
+def mamba2_scan(original: Function, split: Split) -> Function:
+    """Shard ``mamba_chunk_scan_combined``: x ``[B, s, H, D]``, dt ``[B, s, H]``, B, C ``[B, s, G, N]`` to x's shape.
+
+    A, D and dt_bias have a value per head, of which each rank takes its own.
+    """
+
+    def chunk_scan(
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        _refuse_states(kwargs, z=z)
+        m, mine = split.share(hidden_states.shape[2], B.shape[2])
+        kwargs = _undocumented(kwargs)
+        kwargs |= {name: x[mine] for name, x in (("D", D), ("dt_bias", dt_bias)) if x is not None}
+        whole = split.to_heads([hidden_states, dt, B, C], (1, 1, m, m))
+
+        def call(x: Any, dt: Any, B: Any, C: Any, **documents: Any) -> torch.Tensor:
+            return original(x, dt, A[mine], B, C, **documents, **kwargs)
+
+        def numbers() -> torch.Tensor:
+            return split.document_numbers(0, whole[0].shape[1], dt.device)
+
+        return head_to_seq(split.run(original, call, whole, seq_idx=numbers), split.group)
+
+    return chunk_scan
+
+
+def mamba_scan(original: Function, split: Split) -> Function:
+    """Shard ``selective_scan_fn``: x, dt, z ``[B, C, s]``, B and C ``[B, N, s]`` to ``[B, C, s]``, per channel.
+
+    A is ``[C, N]``, D and delta_bias ``[C]``, of which each rank takes its channels' values.
+    """
+
+    def selective_scan(
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
+        delta_bias: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        _refuse_states(kwargs)
+        m, mine = split.share(hidden_states.shape[1], 1)
+        kwargs |= {name: x[mine] for name, x in (("D", D), ("delta_bias", delta_bias)) if x is not None}
+        of_channels = [hidden_states, dt] if z is None else [hidden_states, dt, z]
+        tensors = [*(x.transpose(1, 2) for x in of_channels), *(x.transpose(1, 2).unsqueeze(2) for x in (B, C))]
+        whole = split.to_heads(tensors, [1] * len(of_channels) + [m, m])
+        x, dt, *z_if_any = (w.transpose(1, 2) for w in whole[:-2])
+        B, C = (w.squeeze(2).transpose(1, 2) for w in whole[-2:])
+        out_BcS = original(x, dt, A[mine], B, C, z=z_if_any[0] if z_if_any else None, **kwargs)
+        return head_to_seq(out_BcS.transpose(1, 2).unsqueeze(-1), split.group).squeeze(-1).transpose(1, 2)
+
+    return selective_scan
+
+
+def fused(original: Function, split: Split) -> Function:
+    """Disable the fused projection, convolution, scan and norm: for None a layer calls its separate functions."""
+    return lambda *args, **kwargs: None
+
+
+SHARDED = {
+    "causal_conv1d_fn": convolution,
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
+    "mamba2_chunk_scan": mamba2_scan,
+    "mamba2_split_conv1d_scan_combined": fused,
+    "mamba_selective_scan": mamba_scan,
+    "mamba_inner_fn": fused,
+}
+"""Makers of sharded functions by the names in ``layers.KINDS``."""
+
+
+def _undocumented(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _DOCUMENTS}
+
+
+def _refuse_states(kwargs: dict[str, Any], **more: Any) -> None:
+    """Raise on arguments of generation with a cache, which must bypass the sharded layers."""
+    states = ("initial_state", "initial_states", "output_final_state", "return_final_states", "return_last_state")
+    more |= {name: kwargs[name] for name in states if kwargs.get(name) not in (None, False)}
+    given = [name for name, value in more.items() if value is not None]
+    if given:
+        raise UnsupportedModelError(f"a scan was called with {', '.join(given)}: not verified on a split sequence")
+
+
+def _is_plain_torch(value: Any) -> bool:
+    """Return True if transformers runs this function in plain torch, which cannot keep documents apart."""
+    if isinstance(value, torch.nn.Module) and "forward" in vars(value):
+        return False  # replaced by a kernel of the hub
+    return not inspect.getclosurevars(kernel_wrapper(value)).nonlocals["is_new_implementation"]
 
 
 def split_linear_layers(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> int:
@@ -54,8 +260,11 @@ def _split_forward(
         _check_arguments(layer.__name__, signature.bind(self, *args, **kwargs).arguments)
         if bounds is not None:
             _check_documents(layer.__name__, leaking, kwargs)
-        with split.documents(bounds):
+        split.bounds = bounds
+        try:
             return run(self, *args, **kwargs)
+        finally:
+            split.bounds = None
 
     return forward
 

@@ -140,7 +140,7 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
     if isinstance(keep, torch.Tensor) or keep:
         return "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
     if calls.routes:
-        from deepspeed_alst.moe.router_loss import router_problem
+        from deepspeed_alst.moe.mixtures import router_problem
 
         if (problem := router_problem(spec, kwargs, calls)) is not None:
             return problem

@@ -62,7 +62,7 @@ def patch_model(
         sum_fused_head(spec, group, calls, patches)
     calls.routes = bool(spec.router_classes)
     if calls.routes:
-        from deepspeed_alst.moe.router_loss import whole_router_loss
+        from deepspeed_alst.moe.mixtures import whole_router_loss
 
         whole_router_loss(spec, group, calls, patches)
     if hasattr(base, "generate"):

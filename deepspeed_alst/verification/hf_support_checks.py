@@ -151,7 +151,7 @@ def _loss_problems(spec: ModelSpec) -> Iterator[str]:
             "model its own, and change outputs.loss, which is the whole sequence's"
         )
     if getattr(spec.text_config, "output_router_logits", False):
-        from deepspeed_alst.moe.router_loss import unknown_router_loss
+        from deepspeed_alst.moe.mixtures import unknown_router_loss
 
         problem = unknown_router_loss(spec)
         yield from [] if problem is None else [problem]

@@ -28,8 +28,8 @@ from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
 from deepspeed_alst.linear_attention import split_layers
 from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
-from deepspeed_alst.linear_attention.functions import Split, convolution, delta_rule, mamba2_scan
 from deepspeed_alst.linear_attention.layers import linear_layers
+from deepspeed_alst.linear_attention.split_layers import Split, convolution, delta_rule, mamba2_scan
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.sequence_parallel.ulysses import head_to_seq
 from deepspeed_alst.verification.hf_support_checks import check_model

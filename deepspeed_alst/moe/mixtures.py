@@ -1,7 +1,7 @@
-"""Load-balancing loss of a mixture-of-experts model over the whole sequence.
+"""Mixtures of experts: their load-balancing loss over the whole sequence, and experts that not every rank calls.
 
-It is E times the sum over the experts of an expert's share of tokens times its mean probability (Switch Transformer,
-arXiv:2101.03961). Counts and probabilities are first summed over the ranks of a sequence, without padding.
+The loss is E times the sum over the experts of an expert's share of tokens times its mean probability (Switch
+Transformer, arXiv:2101.03961). Counts and probabilities are first summed over the ranks of a sequence, without padding.
 
 Legend: B batch, s tokens of this rank's shard, T = B*s, L layers, E experts, k experts per token.
 """
@@ -198,3 +198,51 @@ def _check_recorded(spec: ModelSpec, gate_logits: tuple[torch.Tensor, ...], num_
             f"{spec.name}: a reentrant checkpoint records router logits without a gradient, so that {_SWITCH}=True "
             "would train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+
+def call_together(spec: ModelSpec, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
+    """Make blocks of separate experts look the same to the engine on all ranks, whatever their tokens.
+
+    transformers stacks a layer's experts in one module; of separate modules a forward calls those that have tokens.
+    Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights, so each block is
+    made a ``leaf`` module (tiling/zero3_leaf.py). On other stages the rank would have no gradient for the expert, or at
+    another time, and DeepSpeed 0.19.8 then adds up gradients of different weights.
+    """
+    for block, experts in spec.separate_experts():
+        if stage == 3:
+            leaf(block)
+        else:
+            patches.hook(block, "forward_pre", _gradient_for_each(experts))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Identity of a block's input that gives the weights of all its experts a zero gradient.
+
+    Its backward runs after those of all ops on the input, so every weight's gradient is complete then on all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        ctx.params = params
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # An expanded scalar takes memory only for weights without another gradient.
+        return grad, *(param.new_zeros(()).expand_as(param) for param in ctx.params)
+
+
+def _gradient_for_each(experts: torch.nn.Module) -> Callable[..., Any]:
+    @torch.compiler.disable
+    def hook(block: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+        params = [param for param in experts.parameters() if param.requires_grad]
+        if not params or not torch.is_grad_enabled():
+            return None
+        if not args or not isinstance(args[0], torch.Tensor):
+            raise UnsupportedModelError(
+                f"{type(block).__name__} has experts of their own and was not called with its tokens first: those "
+                "without tokens could not be given a gradient. Use ZeRO 3."
+            )
+        return (_ZeroGradients.apply(args[0], *params), *args[1:])
+
+    return hook
