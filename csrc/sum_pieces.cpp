@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "sum_pieces.h"
-#include "sum_pieces_check.h"
+#include "sum_pieces_tensors.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -19,8 +19,7 @@ using namespace alst;
 
 constexpr int64_t kTile = 1024;    // 4 KiB of fp32: it stays in L1 while all pieces are added
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it saves
-constexpr int kMost = 8;           // pieces read at once, and then
-constexpr int kFewer = 4;
+constexpr int kGroup = 4;          // pieces read at once
 
 template <typename In, int kPieces, bool kBegin>
 ALST_INLINE void add_group(const typename In::Stored* from, int64_t stride, float* __restrict total, int64_t n) {
@@ -35,20 +34,14 @@ template <typename In>
 ALST_INLINE void add_pieces(const Sum& sum, int64_t begin, float* total, int64_t n) {
   const auto* from = static_cast<const typename In::Stored*>(sum.pieces) + begin;
   int64_t added = 1;
-  if (sum.num_pieces >= kMost) {
-    add_group<In, kMost, true>(from, sum.stride, total, n);
-    added = kMost;
-  } else if (sum.num_pieces >= kFewer) {
-    add_group<In, kFewer, true>(from, sum.stride, total, n);
-    added = kFewer;
+  if (sum.num_pieces >= kGroup) {
+    add_group<In, kGroup, true>(from, sum.stride, total, n);
+    added = kGroup;
   } else {
     add_group<In, 1, true>(from, sum.stride, total, n);
   }
-  for (; added + kMost <= sum.num_pieces; added += kMost) {
-    add_group<In, kMost, false>(from + added * sum.stride, sum.stride, total, n);
-  }
-  for (; added + kFewer <= sum.num_pieces; added += kFewer) {
-    add_group<In, kFewer, false>(from + added * sum.stride, sum.stride, total, n);
+  for (; added + kGroup <= sum.num_pieces; added += kGroup) {
+    add_group<In, kGroup, false>(from + added * sum.stride, sum.stride, total, n);
   }
   for (; added < sum.num_pieces; ++added) {
     add_group<In, 1, false>(from + added * sum.stride, sum.stride, total, n);
@@ -92,7 +85,7 @@ Function of_dtype(ScalarType dtype, Function bf16, Function fp16, Function fp32)
 }
 
 void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
-  const Sum sum = checked_sum(pieces_Pn, out_n, scale, accumulate);
+  const Sum sum = sum_of(pieces_Pn, out_n, scale, accumulate);
   const auto add_tile = of_dtype(pieces_Pn.scalar_type(), add_pieces_bf16, add_pieces_fp16, add_pieces_fp32);
   const auto store_tile = of_dtype(out_n.scalar_type(), store_bf16, store_fp16, store_fp32);
   torch::stable::parallel_for(0, sum.n, kGrain, [&](int64_t from, int64_t to) {

@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "sum_pieces.h"
-#include "sum_pieces_check.h"
+#include "sum_pieces_tensors.h"
 
 namespace {
 
@@ -41,7 +41,7 @@ void launch_to(ScalarType out, const Sum& sum, cudaStream_t stream) {
 }
 
 void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
-  const Sum sum = checked_sum(pieces_Pn, out_n, scale, accumulate);
+  const Sum sum = sum_of(pieces_Pn, out_n, scale, accumulate);
   if (sum.n == 0) return;  // CUDA launches no empty grid
   const auto device = pieces_Pn.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -195,17 +195,3 @@ def test_what_does_not_fit_is_an_error_that_says_how(function, pieces, out, says
     with pytest.raises(ShapeError, match="sum_pieces: ") as error:
         function(pieces, out, 1.0)
     assert says in str(error.value) and str(list(out.shape)) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "out"),
-    [
-        (torch.ones(63), torch.ones(63)),
-        (torch.ones(63, 2).t(), torch.ones(63)),
-        (torch.ones(2, 63), torch.ones(62)),
-        (torch.ones(2, 63).double(), torch.ones(63)),
-    ],
-)
-def test_the_compiled_op_refuses_by_itself_what_it_cannot_read(pieces, out):
-    with pytest.raises(RuntimeError, match="sum_pieces"):
-        torch.ops.deepspeed_alst.sum_pieces(pieces, out, 1.0, False)
