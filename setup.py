@@ -30,10 +30,10 @@ def prebuilt_ops():
     sys.path.insert(0, str(HERE))
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
 
-    from deepspeed_alst.kernels.builder import OPS, extension
+    from deepspeed_alst.kernels.builder import LIBRARIES, extension
 
     return {
-        "ext_modules": [extension(device) for device in OPS if device != "cuda" or CUDA_HOME is not None],
+        "ext_modules": [extension(device) for device in LIBRARIES if device != "cuda" or CUDA_HOME is not None],
         "cmdclass": {"build_py": BuildWithSources, "build_ext": BuildExtension},
     }
 

@@ -111,9 +111,9 @@ def import_rows() -> Iterator[Row]:
 def op_rows() -> Iterator[Row]:
     """Yield the row on the csrc/ op of this device; nothing is built."""
     device = get_accelerator().device_name()
-    if device not in builder.OPS:
+    if device not in builder.LIBRARIES:
         return
-    name, found, problem = f"op {builder.OPS[device]}", builder.find(device), builder.why_not(device)
+    name, found, problem = f"op {builder.LIBRARIES[device]}", builder.find(device), builder.why_not(device)
     if problem and not found:
         value = f"{problem}: torch takes its place, slower and with the same result"
         yield Row(name, value, "note", problem.way_out)

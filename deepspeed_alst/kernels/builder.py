@@ -21,7 +21,7 @@ import torch
 from deepspeed.ops.op_builder.builder import assert_no_cuda_mismatch
 from torch.utils import cpp_extension
 
-OPS = {"cpu": "alst_sum_pieces", "cuda": "alst_sum_pieces_cuda"}
+LIBRARIES = {"cpu": "alst_sum_pieces", "cuda": "alst_sum_pieces_cuda"}
 """Name of the library of ``deepspeed_alst::sum_pieces`` by device; CUDA's has no CPU kernel."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Oldest torch whose stable ABI has all that the sources use; the binaries run on it and on every later one.
@@ -53,7 +53,7 @@ def extension(device: str) -> Any:
     """Return the setuptools extension that builds a device's library at installation."""
     kind = cpp_extension.CppExtension if device == "cpu" else cpp_extension.CUDAExtension
     flags = {"cxx": _CXX_FLAGS, "nvcc": _nvcc_flags(device)}
-    return kind(f"deepspeed_alst.kernels.{OPS[device]}_op", [_source(device)], extra_compile_args=flags)
+    return kind(f"deepspeed_alst.kernels.{LIBRARIES[device]}_op", [_source(device)], extra_compile_args=flags)
 
 
 def cuda_flags(nvcc: str) -> list[str]:
@@ -77,7 +77,7 @@ def why_not(device: str) -> OpBuildError | None:
         if cpp_extension.CUDA_HOME is None:
             return OpBuildError("no CUDA toolkit found", "install one and name its folder in CUDA_HOME")
         try:
-            assert_no_cuda_mismatch(OPS[device])
+            assert_no_cuda_mismatch(LIBRARIES[device])
         except Exception as error:  # DeepSpeed raises plain Exceptions
             return OpBuildError(str(error), "install the CUDA toolkit that torch was built with")
     compiler = cpp_extension.get_cxx_compiler().split()[0]
@@ -102,7 +102,7 @@ def find(device: str) -> Path | None:
     """Load the library that is there, prebuilt or built before, and return its path; None if none loads."""
     if device == "cuda" and _unsupported():
         return None
-    for library in (*_PACKAGE.glob(f"kernels/{OPS[device]}_op.*so"), *_build_folder(device).glob("*.so")):
+    for library in (*_PACKAGE.glob(f"kernels/{LIBRARIES[device]}_op.*so"), *_build_folder(device).glob("*.so")):
         with contextlib.suppress(OSError):  # for another libc, or of an interrupted copy
             torch.ops.load_library(library)
             return library
@@ -136,17 +136,23 @@ def _build_folder(device: str) -> Path:
     for source in (Path(__file__), *sorted(source_folder().glob("*.[ch]*"))):
         inputs.update(source.name.encode() + source.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return Path(root) / OPS[device] / inputs.hexdigest()[:16]
+    return Path(root) / LIBRARIES[device] / inputs.hexdigest()[:16]
 
 
 def _build(device: str, folder: Path) -> Path:
     for left in folder.glob("build-*"):  # by killed builders
         shutil.rmtree(left, ignore_errors=True)
-    print(f"deepspeed_alst: compiling {OPS[device]} into {folder}, once; up to a minute", file=sys.stderr, flush=True)
+    print(
+        f"deepspeed_alst: compiling {LIBRARIES[device]} into {folder}, once; up to a minute",
+        file=sys.stderr,
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as workplace:
         flags = _CXX_FLAGS, _nvcc_flags(device)
         try:
-            cpp_extension.load(OPS[device], _source(device), *flags, build_directory=workplace, is_python_module=False)
+            cpp_extension.load(
+                LIBRARIES[device], _source(device), *flags, build_directory=workplace, is_python_module=False
+            )
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             log = folder / "failed.log"
             log.write_text(str(error), encoding="utf-8")
@@ -165,7 +171,7 @@ def load(device: str) -> str:
     Returns:
         ``"csrc op"``, or ``"torch (<why>)"``.
     """
-    if device not in OPS:
+    if device not in LIBRARIES:
         return f"torch (no csrc op for {device})"
     try:
         find_or_build(device)

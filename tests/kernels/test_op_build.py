@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from torch.utils import cpp_extension
 
-from deepspeed_alst.kernels.builder import OPS, OpBuildError, extension, find_or_build, source_folder
+from deepspeed_alst.kernels.builder import LIBRARIES, OpBuildError, extension, find_or_build, source_folder
 from tests.system.test_wheel import copy_checkout
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +195,6 @@ def test_setup_loads_no_torch_unless_it_is_asked_to():
 
 
 def test_libraries_have_names_of_their_own_and_sources_that_are_there():
-    assert list(OPS.values()) == ["alst_sum_pieces", "alst_sum_pieces_cuda"]
+    assert list(LIBRARIES.values()) == ["alst_sum_pieces", "alst_sum_pieces_cuda"]
     assert all(Path(source).is_file() for source in extension("cpu").sources)
     assert source_folder() == ROOT / "csrc"
