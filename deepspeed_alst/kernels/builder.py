@@ -142,17 +142,12 @@ def _build_folder(device: str) -> Path:
 def _build(device: str, folder: Path) -> Path:
     for left in folder.glob("build-*"):  # by killed builders
         shutil.rmtree(left, ignore_errors=True)
-    print(
-        f"deepspeed_alst: compiling {LIBRARIES[device]} into {folder}, once; up to a minute",
-        file=sys.stderr,
-        flush=True,
-    )
+    name = LIBRARIES[device]
+    print(f"deepspeed_alst: compiling {name} into {folder}, once; up to a minute", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as workplace:
         flags = _CXX_FLAGS, _nvcc_flags(device)
         try:
-            cpp_extension.load(
-                LIBRARIES[device], _source(device), *flags, build_directory=workplace, is_python_module=False
-            )
+            cpp_extension.load(name, _source(device), *flags, build_directory=workplace, is_python_module=False)
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             log = folder / "failed.log"
             log.write_text(str(error), encoding="utf-8")
