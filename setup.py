@@ -12,12 +12,13 @@ HERE = Path(__file__).parent
 
 
 class BuildWithSources(build_py):
-    """Puts csrc/ into the package, where an op is built from at first use; a checkout has it beside the package."""
+    """Puts csrc/, from which an op is built at first use, and ds_configs/ into the package; a checkout has both."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            shutil.copytree(HERE / "csrc", Path(self.build_lib) / "deepspeed_alst" / "csrc", dirs_exist_ok=True)
+            for name in ("csrc", "ds_configs"):
+                shutil.copytree(HERE / name, Path(self.build_lib) / "deepspeed_alst" / name, dirs_exist_ok=True)
 
 
 def prebuilt_ops():

@@ -31,6 +31,12 @@ _COMMANDS = {
         """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
   ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json""",
     ),
+    "recipes": (
+        "the ready ds_configs: list them, show one, copy one",
+        """  ds_alst recipes
+  ds_alst recipes llama-8b
+  ds_alst recipes llama-8b-h100x8 --copy ds.json""",
+    ),
     "keys": ("reference of the keys in Markdown: type, default, meaning", "  ds_alst keys > configuration.md"),
     "schema": ("JSON Schema of the keys, for editors", "  ds_alst schema > alst.schema.json"),
 }
@@ -60,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     version = f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    report, verify, plan, *_ = (
+    report, verify, plan, recipes, *_ = (
         commands.add_parser(
             name,
             help=summary,
@@ -97,4 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus_per_host", type=int, default=8, help="of those of --num_gpus (8)")
     add("--seq_len", type=int, help="tokens of a sequence; default: as many as fit")
     add("--json", action="store_true", help="print JSON")
+    add = recipes.add_argument
+    add("name", nargs="?", default="", help="show this recipe, or list those with this in their names")
+    add("--copy", type=Path, metavar="PATH", help="write the recipe to this file, or into this folder")
     return parser

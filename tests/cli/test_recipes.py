@@ -20,6 +20,7 @@ from benchmarks.recipes import (
     problems,
 )
 from benchmarks.tiles.shapes import REAL_SIZE
+from deepspeed_alst.cli.main import main
 from deepspeed_alst.config.compatibility import FEATURES, check_features
 from deepspeed_alst.config.parse import check_heads, check_world, parse
 
@@ -149,3 +150,30 @@ def test_nothing_crosses_while_a_sequence_fits_a_host_and_shares_fall_with_its_l
     assert crossing_bytes(shape, 16) == 8 * (2 + 2 + 1 + 1) * 128 * 2
     shares = [crossing_share(shape, 16, 2**power) for power in (14, 17, 20)]
     assert shares == sorted(shares, reverse=True)
+
+
+# --- ds_alst recipes
+
+
+def test_the_command_lists_every_recipe_or_those_of_a_name(capsys):
+    assert main(["recipes"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert listed == list(PURPOSES)
+    assert main(["recipes", "qwen3"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert listed == [name for name in PURPOSES if "qwen3" in name]
+
+
+def test_the_command_shows_a_recipe_and_copies_it_once(tmp_path, capsys):
+    content = (FOLDER / "sp2.json").read_text()
+    assert main(["recipes", "sp2.json"]) == 0 and capsys.readouterr().out == content
+    for path in (tmp_path, tmp_path / "ds.json"):
+        assert main(["recipes", "sp2", "--copy", str(path)]) == 0
+        assert main(["recipes", "sp2", "--copy", str(path)]) == 2 and "not there yet" in capsys.readouterr().err
+    assert (tmp_path / "sp2.json").read_text() == (tmp_path / "ds.json").read_text() == content
+
+
+@pytest.mark.parametrize("words", [["sp3"], ["qwen3", "--copy", "ds.json"], ["--copy", "ds.json"]])
+def test_a_name_that_is_not_a_recipes_is_an_error_with_the_names_there_are(words, capsys):
+    assert main(["recipes", *words]) == 2
+    assert "qwen3-32b-h100x8" in capsys.readouterr().err and not Path("ds.json").exists()

@@ -63,7 +63,7 @@ def copy_checkout(folder: Path) -> Path:
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "_deepspeed_alst_autoload.py"):
         shutil.copy(ROOT / name, folder)
-    for name in ("deepspeed_alst", "csrc"):
+    for name in ("deepspeed_alst", "csrc", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
@@ -115,10 +115,11 @@ def test_the_wheel_has_all_modules_and_sources_and_nothing_else(built):
     source, wheel = built
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(source)) for path in (source / "deepspeed_alst").rglob("*.py")}
-    sources = {f"deepspeed_alst/{path.relative_to(source)}" for path in (source / "csrc").rglob("*") if path.is_file()}
+    files = (path for name in ("csrc", "ds_configs") for path in (source / name).rglob("*") if path.is_file())
+    sources = {f"deepspeed_alst/{path.relative_to(source)}" for path in files}
     assert (modules | sources) - names == set()
     assert {name for name in names if name.startswith(("tests", "benchmarks", "examples"))} == set()
-    print(f"{wheel.name}, {wheel.stat().st_size / 1000:.0f} kB: {len(modules)} modules, {len(sources)} sources of csrc")
+    print(f"{wheel.name}, {wheel.stat().st_size / 1000:.0f} kB: {len(modules)} modules, {len(sources)} files of csrc and ds_configs")
 
 
 def test_import_torch_loads_the_package_from_the_venv(clean):
