@@ -1,13 +1,12 @@
 """Train a causal language model on long documents with the unmodified Hugging Face Trainer.
 
-    deepspeed --num_gpus 2 examples/train_hf.py --deepspeed ds_configs/trainer_sp2.json --output_dir runs/hf
+    deepspeed --num_gpus 2 examples/hf_trainer.py --deepspeed ds_configs/trainer_sp2.json --output_dir runs/hf
 
 All arguments of transformers.TrainingArguments are accepted. Without --model and --data, a tiny byte-level Llama, built
-from a config, trains on the sources of Python's standard library.
+from a config, trains on the sources of Python's standard library. A run that was stopped resumes from --output_dir.
 """
 
 import json
-import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ class Arguments:
     data: Path | None = None
     """A .jsonl (key "text") or .txt file; default: Python's standard library."""
 
-    seq_len: int = 16384
+    seq_len: int = 2048
     """Maximum sequence length in tokens."""
 
 
@@ -71,18 +70,10 @@ def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def build(name: str | None):
     """Return the model and a function that tokenizes text."""
     if name is None:
-        config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1 << 20,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-        )
+        sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        tokens = {"bos_token_id": None, "eos_token_id": None}
+        config = LlamaConfig(**sizes, **heads, **tokens, max_position_embeddings=1 << 20, use_cache=False)
         return LlamaForCausalLM(config), lambda text: list(text.encode("utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name), lambda text: tokenizer(text)["input_ids"]
@@ -90,15 +81,23 @@ def build(name: str | None):
 
 def main() -> None:
     """Train, evaluate and save the model."""
-    own, args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
-    if args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # The ranks of a host share its cores; excess threads waste time in spin waits.
-        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, os.cpu_count() // ranks_here))
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=10,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=True,
+        logging_steps=1,
+        report_to="none",
+    )
+    own, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model, tokenize = build(own.model)
     samples = windows(read_texts(own.data), tokenize, own.seq_len)
-    held_out = max(1, len(samples) // 50)
+    held_out = min(8, max(1, len(samples) // 50))
     trainer = Trainer(
         model=model,
         args=args,
@@ -108,9 +107,7 @@ def main() -> None:
     )
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
+    trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.end()
 
