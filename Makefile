@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo demo-sp1 demo-hf demo-hf-sp1 check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup docs demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -44,19 +44,33 @@ demo: setup
 demo-sp1: setup
 	deepspeed --num_gpus $(RANKS) examples/train.py --deepspeed ds_configs/sp1.json
 
-# The same training by the HF Trainer. Without a GPU it must be told so: accelerate would take each rank for itself.
-HF_ARGUMENTS := --seq_len 16384 --max_steps 10 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 \
-	--learning_rate 0.01 \
-	--lr_scheduler_type constant --max_grad_norm 1.0 --gradient_checkpointing --logging_steps 1 --logging_nan_inf_filter False \
-	--do_eval --save_strategy no --report_to none $(if $(filter 0,$(GPUS)),--use_cpu)
+# The ranks of a host share its cores; more threads than cores wait for one another.
+demo-hf demo-hf-sp1 examples: export OMP_NUM_THREADS ?= $(shell n=$$(($$(getconf _NPROCESSORS_ONLN) / $(RANKS))); echo $$((n > 1 ? n : 1)))
+
+# The same training by the HF Trainer.
+HF_ARGUMENTS := --seq_len 16384 --logging_nan_inf_filter False --save_strategy no
 
 demo-hf: setup
-	deepspeed --num_gpus $(RANKS) examples/train_hf.py --deepspeed ds_configs/trainer_sp2.json \
+	deepspeed --num_gpus $(RANKS) examples/hf_trainer.py --deepspeed ds_configs/trainer_sp2.json \
 		--output_dir runs/demo_hf $(HF_ARGUMENTS)
 
 demo-hf-sp1: setup
-	deepspeed --num_gpus $(RANKS) examples/train_hf.py --deepspeed ds_configs/trainer_sp1.json \
+	deepspeed --num_gpus $(RANKS) examples/hf_trainer.py --deepspeed ds_configs/trainer_sp1.json \
 		--output_dir runs/demo_hf_sp1 $(HF_ARGUMENTS)
+
+# The examples one after the other, on short sequences; 5 minutes on 2 cores.
+LAUNCH := deepspeed --num_gpus
+examples: setup
+	rm -rf runs/examples
+	$(LAUNCH) 2 examples/train.py --deepspeed ds_configs/sp2.json --seq-len 2048
+	$(LAUNCH) 2 examples/hf_trainer.py --deepspeed ds_configs/trainer_sp2.json --output_dir runs/examples/hf
+	$(LAUNCH) 2 examples/trl_sft_packed.py --deepspeed ds_configs/trainer_sp2.json --output_dir runs/examples/sft
+	$(LAUNCH) 2 examples/lora.py --deepspeed ds_configs/sp2.json --output runs/examples/lora
+	$(LAUNCH) 2 examples/custom_loss.py --deepspeed ds_configs/sp2.json
+	$(LAUNCH) 2 examples/custom_loss.py --deepspeed ds_configs/sp1.json
+	$(LAUNCH) 2 examples/evaluate_and_generate.py --deepspeed ds_configs/sp2.json
+	$(LAUNCH) 2 examples/resume.py --deepspeed ds_configs/sp2.json --checkpoint runs/examples/resume --steps 5
+	$(LAUNCH) 1 examples/resume.py --deepspeed ds_configs/sp1.json --checkpoint runs/examples/resume --steps 10
 
 check: setup
 	ruff check .
