@@ -1,11 +1,22 @@
-"""The example program through DeepSpeed's launcher: one curve with and without sequence parallelism, and resumed."""
+"""The example programs: train.py by DeepSpeed's launcher, one curve with and without sequence parallelism, and resumed.
 
+The others run as they are in two ranks that are started once.
+"""
+
+import contextlib
+import io
 import json
+import multiprocessing
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
@@ -78,3 +89,122 @@ def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
     remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("sharded at load: True") == 2 and done.stdout.count("trained") == 2
+
+
+# --- the other scripts
+
+
+def play(script: str, *words: str) -> str:
+    """Run a script as the launcher would, on this rank; what it prints."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    printed = io.StringIO()
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(printed),
+        mock.patch.object(sys, "argv", [script, *words]),
+        mock.patch.object(dist, "destroy_process_group"),  # of the ranks, for the next script
+        # DeepSpeed's loader reads in processes of its own, which daemons may not have.
+        mock.patch.dict(multiprocessing.current_process()._config, daemon=False),
+    ):
+        runpy.run_path(f"examples/{script}", run_name="__main__")
+    return printed.getvalue()
+
+
+def losses_of(printed: str, key: str = "loss") -> list[float]:
+    """The losses of a plain loop's lines, or of the Trainer's."""
+    return [
+        float(value)
+        for value in re.findall(rf"^step .*?\b{key} (\S+)|'loss': '(\S+?)'", printed, re.M)
+        for value in value
+        if value
+    ]
+
+
+def test_terms_of_ones_own_are_right_beside_the_models_loss(ranks2):
+    split, whole = (
+        ranks2.run(play, "custom_loss.py", "--deepspeed", f"ds_configs/{name}.json", "--steps", "4")[0]
+        for name in ("sp2", "sp1")
+    )
+    numbers = [[float(x) for x in re.findall(r"\d+\.\d+", each.partition("step   1/4")[2])] for each in (split, whole)]
+    # Loss, the model's, two terms and the norm of four steps.
+    assert len(numbers[0]) == 20 and numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=2e-4)
+    assert numbers[0][15] < numbers[0][0] - 1 and numbers[0][18] > 0.1
+
+
+def test_a_model_is_evaluated_and_generates(ranks2):
+    printed = ranks2.run(play, "evaluate_and_generate.py", "--deepspeed", "ds_configs/sp2_zero3.json")[0]
+    assert printed.splitlines()[-1].endswith("abc -> defghijklm")
+    assert float(re.findall(r"held-out loss (\S+)", printed)[-1]) < 0.5
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_another_sp_degree_and_on_one_rank(ranks2, tmp_path):
+    from benchmarks.ranks import Ranks
+
+    words = ["resume.py", "--checkpoint", str(tmp_path), "--seq-len", "1000", "--deepspeed"]
+    first = ranks2.run(play, *words, "ds_configs/sp2.json", "--steps", "2")[0]
+    second = ranks2.run(play, *words, "ds_configs/sp1.json", "--steps", "4")[0]
+    with Ranks(1) as alone:
+        third = alone.run(play, *words, "ds_configs/sp1.json", "--steps", "6")[0]
+    for printed in (second, third):
+        saved, resumed = re.findall(r"held-out loss (\S+)", printed)
+        assert float(saved) == pytest.approx(float(resumed), abs=2e-4)
+    losses = losses_of(first + second + third)
+    assert len(losses) == 6 and losses[-1] < losses[0] - 1
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_saved_and_loaded(ranks2, tmp_path):
+    printed = ranks2.run(play, "lora.py", "--deepspeed", "ds_configs/sp2.json", "--output", str(tmp_path))[0]
+    losses = losses_of(printed)
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
+    assert "differ by 0.0e+00" in printed and (tmp_path / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["hf_trainer.py", "trl_sft_packed.py"])
+def test_the_trainers_loss_falls(script, ranks2, tmp_path):
+    words = ["--deepspeed", "ds_configs/trainer_sp2.json", "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
+    printed = ranks2.run(play, script, *words)[0]
+    losses = losses_of(printed)
+    assert len(losses) == 10 and losses[-1] < losses[0] - 1
+    assert re.search(r"eval_loss += +[23]\.", printed) and (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_the_ranks_of_two_nodes(tmp_path):
+    # Two tasks of srun on this host, each with the number of its node.
+    (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_NODEID=1 "$@" & other=$!\nSLURM_NODEID=0 "$@" && wait $other\n')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n")
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "RANKS_PER_NODE": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(port - 15000),
+        "USER": "nobody",
+    }
+    words = ["examples/train.py", "--deepspeed", "ds_configs/sp2.json", "--seq-len", "1000", "--steps", "2"]
+    try:
+        done = subprocess.run(
+            ["examples/slurm.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+    finally:
+        remove_shared_memory(port)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "step   2/2" in done.stdout and "2 ranks share a sequence" in done.stdout + done.stderr
+
+
+def test_every_script_is_in_the_table_and_short():
+    table = (ROOT / "examples" / "README.md").read_text()
+    for path in (ROOT / "examples").iterdir():
+        if path.suffix in (".py", ".sh"):
+            assert f"[{path.name}]({path.name})" in table
+            assert path.name == "train.py" or path.read_text().count("\n") <= 120, path
