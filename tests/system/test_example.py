@@ -6,12 +6,12 @@ The others run as they are in two ranks that are started once.
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import runpy
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -96,17 +96,19 @@ def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
 
 def play(script: str, *words: str) -> str:
     """Run a script as the launcher would, on this rank; what it prints."""
+    from deepspeed import DeepSpeedEngine
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+    io_of = DeepSpeedEngine.deepspeed_io
     printed = io.StringIO()
     with (
         contextlib.chdir(ROOT),
         contextlib.redirect_stdout(printed),
         mock.patch.object(sys, "argv", [script, *words]),
         mock.patch.object(dist, "destroy_process_group"),  # of the ranks, for the next script
-        # DeepSpeed's loader reads in processes of its own, which daemons may not have.
-        mock.patch.dict(multiprocessing.current_process()._config, daemon=False),
+        # Daemons cannot have the processes that DeepSpeed's loader would read in.
+        mock.patch.object(DeepSpeedEngine, "deepspeed_io", partialmethod(io_of, num_local_io_workers=0)),
     ):
         runpy.run_path(f"examples/{script}", run_name="__main__")
     return printed.getvalue()
