@@ -119,9 +119,8 @@ def test_the_wheel_has_all_modules_and_sources_and_nothing_else(built):
     sources = {f"deepspeed_alst/{path.relative_to(source)}" for path in files}
     assert (modules | sources) - names == set()
     assert {name for name in names if name.startswith(("tests", "benchmarks", "examples"))} == set()
-    print(
-        f"{wheel.name}, {wheel.stat().st_size / 1000:.0f} kB: {len(modules)} modules, {len(sources)} files of csrc and ds_configs"
-    )
+    size = f"{wheel.stat().st_size / 1000:.0f} kB"
+    print(f"{wheel.name}, {size}: {len(modules)} modules, {len(sources)} files of csrc and ds_configs")
 
 
 def test_import_torch_loads_the_package_from_the_venv(clean):
