@@ -55,10 +55,12 @@ def test_a_recipe_is_accepted_for_its_ranks(name):
 def filled_by_the_trainer(path):
     from accelerate.state import AcceleratorState
     from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     args = TrainingArguments(output_dir="unused", use_cpu=True, deepspeed=str(path))
     AcceleratorState._reset_state(reset_partial_state=True)
     ds_config = args.hf_deepspeed_config.config
+    unset_hf_deepspeed_config()  # else models are built sharded for as long as args live
     # The Trainer's model says how large it is.
     ds_config["zero_optimization"]["reduce_bucket_size"] = 1 << 20
     # One rank fills in its own world; the recipe is for as many as share a sequence.
