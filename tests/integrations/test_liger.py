@@ -760,7 +760,7 @@ def _patched_before(cell: Cell, keys: dict, on_the_class: bool = False) -> tuple
     config = ds_config(cell, cell.sp_size)
     config = {**config, "alst": {**config.get("alst", {}), **keys}}
 
-    def micro_batches(engine: Any, own: list) -> Any:
+    def micro_batches(own: list, engine: Any) -> Any:
         return iter(deepspeed_alst.shard_dataloader(own, engine) if cell.sp_size > 1 else own)
 
     results = []
