@@ -142,6 +142,7 @@ def check(combination: Combination) -> None:
         done = combination.run("-m", *words)
         found = re.search(pattern, done.stdout)
         said = found[1] if found else next(reversed(done.stdout.strip().splitlines()), "nothing said")
+        said = re.sub(rf" ?\(?{re.escape(str(ROOT))}\S*", "", said)  # a path of this machine
         combination.outcomes[name] = f"failed: {said}" if done.returncode else said
         print(f"{combination.name}, {name}: {combination.outcomes[name]}", file=sys.stderr, flush=True)
         if done.returncode:
