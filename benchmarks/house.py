@@ -27,6 +27,7 @@ VAGUE = ("What", "Whether", "Which", "How", "Of")
 # How a model's parts are found, and the names of tolerances.
 _PARTS = re.compile(
     r"get_(?:out|in)put_embeddings\(|, GradientCheckpointingLayer\)|_can_record_outputs|get_base_model\("
+    r"|isinstance\([^)]*ModuleList|\"num_(?:local_)?experts\""
 )
 _TOLERANCE = re.compile(r"^_(?:SLACK\w*|ULPS|EXACT|MOST|\w*TOLERANCE|\w*ROUNDINGS)\b.* = [\d.e, -]+$", re.M)
 # Runs on every rank; rank 0 prints the package's modules.

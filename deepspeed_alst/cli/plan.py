@@ -242,15 +242,14 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]
     Raises:
         UnsupportedModelError: the model does not run without data.
     """
-    counts = (getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
-    experts = next((count for count in counts if count), 1)
-    per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts > 1 else 0
     try:
         with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
             model, calls = causal_lm(config).train(), ForwardContext()
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             spec = ModelSpec(model)
+            experts = max(spec.expert_counts, default=0)
+            per_expert = tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts else 0
             patch_model(spec, dist.group.WORLD, patches, calls)
             use_liger_without_data(spec, keys, patches)  # as on a GPU
             if keys.alst.tiled_mlp_compute is not None:
@@ -263,7 +262,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]
                 # Not measured: patches may still set themselves up in the first step.
                 model(**batch, use_cache=False).loss.backward()
                 model.zero_grad()
-                return _peaks(model, batch)
+                return _peaks(spec, batch)
     except Exception as error:
         if isinstance(error, AlstError):
             raise
@@ -273,18 +272,18 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]
         ) from error
 
 
-def _peaks(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+def _peaks(spec: ModelSpec, batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
     def beside_weights(sample: Any) -> int:
         return int(sample.total - sample.bytes["weights"] - sample.bytes["gradients"])
 
-    with Ledger(model) as ledger:
-        loss = model(**batch, use_cache=False).loss
+    with Ledger(spec.model) as ledger:
+        loss = spec.model(**batch, use_cache=False).loss
         kept = beside_weights(ledger.timeline[-1])
         loss.backward()
-    layers = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList))
+    layers = tuple(f"{name}." for name in spec.layers)
     peaks = {True: 0, False: 0}
     for sample in ledger.timeline:
-        inside = sample.moment.module.startswith(layers)
+        inside = f"{sample.moment.module}.".startswith(layers)
         peaks[inside] = max(peaks[inside], beside_weights(sample))
     return peaks[True], peaks[False], kept
 

@@ -109,7 +109,7 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
     """Apply Liger's kernels as set in ``alst.liger_kernel``, on this rank, before any other patch of the modules.
 
     The reason against them is reported for ``"auto"`` and raised for parts requested by name. MLPs that
-    ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: in tiles the closed form needs fewer bytes a token.
+    ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: in tiles of one size the closed form needs fewer bytes.
 
     Args:
         spec: the model.
