@@ -28,9 +28,9 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_backends import TRIAL
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 from deepspeed_alst.verification.hf_parity_trial import Verdict, compare, numel, small_model, trial_core
 from deepspeed_alst.verification.hf_tiny_models import shrink
 from deepspeed_alst.verification.model_check import check_live_model

@@ -23,7 +23,7 @@ from deepspeed_alst.cli.plan import Machine, Model, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "ds_configs"

@@ -24,8 +24,8 @@ from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 

@@ -25,8 +25,8 @@ from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_parity_trial import numel

@@ -24,8 +24,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
 from deepspeed_alst.linear_attention.layers import KINDS, Function, functions_of, kernel_wrapper, linear_layers
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import head_to_seq
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, HeadToSeq
 
 Tensors = Sequence[torch.Tensor]
 
@@ -51,6 +50,10 @@ class Split:
         """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D."""
         whole = seq_to_head([x if x.dim() == 4 else x.unsqueeze(-1) for x in tensors], copies, self.group)
         return [w if x.dim() == 4 else w.squeeze(-1) for x, w in zip(tensors, whole, strict=True)]
+
+    def to_sequence(self, x_BShD: torch.Tensor) -> torch.Tensor:
+        """Exchange ``[B, S, h, D] -> [B, s, H, D]``."""
+        return HeadToSeq.apply(x_BShD.transpose(1, 2), self.group)
 
     def document_numbers(self, start: int, length: int, device: torch.device) -> torch.Tensor:
         """Return each token's document number, ``[1, length]`` int32; before the sequence it is the first's."""
@@ -115,7 +118,7 @@ def delta_rule(original: Function, split: Split) -> Function:
             return original(q, k, v, g=g, beta=beta, **documents, **kwargs)[0]
 
         out_BShD = split.run(original, call, whole, cu_seqlens=lambda: split.bounds)
-        return head_to_seq(out_BShD, split.group), None
+        return split.to_sequence(out_BShD), None
 
     return chunk_delta_rule
 
@@ -149,7 +152,7 @@ def mamba2_scan(original: Function, split: Split) -> Function:
         def numbers() -> torch.Tensor:
             return split.document_numbers(0, whole[0].shape[1], dt.device)
 
-        return head_to_seq(split.run(original, call, whole, seq_idx=numbers), split.group)
+        return split.to_sequence(split.run(original, call, whole, seq_idx=numbers))
 
     return chunk_scan
 
@@ -180,7 +183,7 @@ def mamba_scan(original: Function, split: Split) -> Function:
         x, dt, *z_if_any = (w.transpose(1, 2) for w in whole[:-2])
         B, C = (w.squeeze(2).transpose(1, 2) for w in whole[-2:])
         out_BcS = original(x, dt, A[mine], B, C, z=z_if_any[0] if z_if_any else None, **kwargs)
-        return head_to_seq(out_BcS.transpose(1, 2).unsqueeze(-1), split.group).squeeze(-1).transpose(1, 2)
+        return split.to_sequence(out_BcS.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
 
     return selective_scan
 

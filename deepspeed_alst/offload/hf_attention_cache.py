@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.attention_cache import attend_once, keeping_frame
-from deepspeed_alst.sequence_parallel.hf_backends import under_own_name
+from deepspeed_alst.sequence_parallel.hf_attention import under_own_name
 from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config
 
 

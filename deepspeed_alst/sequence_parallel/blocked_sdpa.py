@@ -1,17 +1,15 @@
 """Causal attention on whole sequences with a window, chunks or packed documents, by torch's sdpa.
 
-A sequence falls into stretches that do not attend to one another (documents, chunks), each computed separately; one
-longer than its window is computed in blocks of query rows with only the keys of their band. So a packed batch costs
-what its documents cost, and a window of W tokens the scores of 2W keys per row; the only mask is a block's.
-
-Legend: B batch, S whole sequence, h query heads, k KV heads, g = h/k, D head dim; N rows, of a batch or of stretches of
-the same length; L length of a stretch; W window; R query rows of a block.
+Documents and chunks are computed separately, a longer window's stretch in blocks of query rows with the keys of their
+band. Legend: B batch, S whole sequence, h query heads, k KV heads, g = h/k, D head dim; N rows, of a batch or of
+stretches of the same length; L length of a stretch; W window; R query rows of a block; M = rows of a span; j = W + R.
 """
 
 import torch
 import torch.nn.functional as F
 
-from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec
+from deepspeed_alst.sequence_parallel.hf_attention import causal_sdpa
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 _LEAST_ROWS = 64
 """Minimum rows of a block; fewer would leave a kernel's tile half empty."""
@@ -25,31 +23,23 @@ def attend(
     q_BhSD: torch.Tensor,
     k_BkSD: torch.Tensor,
     v_BkSD: torch.Tensor,
-    mask: MaskSpec | None = None,
+    mask: MaskSpec,
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend under a mask, or causally without one: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``.
-
-    Head size of v may differ. Every sdpa backend that supports the pieces may run them.
-    """
-    if mask is None:
-        return _causal(q_BhSD, k_BkSD, v_BkSD, scaling, dropout)
+    """Attend under a mask: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``. Head size of v may differ."""
     runs = mask.runs(q_BhSD.shape[2])
-    sizes = [run.count * run.length for run in runs]
+    sizes = [count * length for count, length in runs]
     outputs = []
     # The backward of split is one cat; that of each slice would be a gradient of the whole sequence.
-    for run, *qkv in zip(runs, *(x.split(sizes, dim=2) for x in (q_BhSD, k_BkSD, v_BkSD)), strict=True):
-        q, k, v = (_stretches_to_rows(x, run.count) for x in qkv)
-        banded = mask.window is not None and mask.window < run.length
-        out = _banded(q, k, v, mask.window, scaling, dropout) if banded else _causal(q, k, v, scaling, dropout)
-        outputs.append(_rows_to_stretches(out, run.count))
+    for (count, length), *qkv in zip(runs, *(x.split(sizes, dim=2) for x in (q_BhSD, k_BkSD, v_BkSD)), strict=True):
+        q, k, v = (_stretches_to_rows(x, count) for x in qkv)
+        if mask.window is not None and mask.window < length:
+            out = _banded(q, k, v, mask.window, scaling, dropout)
+        else:
+            out = causal_sdpa(q, k, v, scaling, dropout)
+        outputs.append(_rows_to_stretches(out, count))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, dropout: float) -> torch.Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scaling, enable_gqa=gqa)
 
 
 def _stretches_to_rows(x_BhSD: torch.Tensor, count: int) -> torch.Tensor:
@@ -69,19 +59,26 @@ def _banded(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attend within stretches longer than the window: ``[N, h, L, D], 2 x [N, k, L, D] -> [N, h, L, D]``."""
-    length = q_NhLD.shape[2]
-    rows = min(_rows_of_block(window), length - window)
-    mask_Rj = _band(rows, window, q_NhLD)
-    span = max(1, _SPAN // rows) * rows
+    """Attend within stretches longer than the window: ``[N, h, L, D], 2 x [N, k, L, D] -> [N, h, L, D]``.
+
+    With a mask, sdpa's kernels do not support head groups, and copies of the KV heads would be g times as large. So one
+    KV head runs at a time, expanded to its query heads without a copy.
+    """
+    length, group = q_NhLD.shape[2], q_NhLD.shape[1] // k_NkLD.shape[1]
+    mask_Rj = _band(min(_rows_of_block(window), length - window), window, q_NhLD)
+    span = max(1, _SPAN // len(mask_Rj)) * len(mask_Rj)
     starts = range(window, length, span)
-    sizes = [min(span, length - start) for start in starts]
-    first, *others = q_NhLD.split([window, *sizes], dim=2)
+    first, *others = q_NhLD.split([window, *(min(span, length - start) for start in starts)], dim=2)
     # The first W rows attend to all tokens before them.
-    outputs = [_causal(first, k_NkLD[:, :, :window], v_NkLD[:, :, :window], scaling, dropout)]
+    outputs = [causal_sdpa(first, k_NkLD[:, :, :window], v_NkLD[:, :, :window], scaling, dropout)]
     for start, q in zip(starts, others, strict=True):
         keys = slice(start - window, start + q.shape[2])
-        outputs.append(_attend_span(q, k_NkLD[:, :, keys], v_NkLD[:, :, keys], mask_Rj, scaling, dropout))
+        k, v = k_NkLD[:, :, keys], v_NkLD[:, :, keys]
+        if group == 1:
+            outputs.append(_attend_span(q, k, v, mask_Rj, scaling, dropout))
+            continue
+        per_kv_head = zip(q.split(group, 1), k.split(1, 1), v.split(1, 1), strict=True)
+        outputs.append(torch.cat([_attend_span(*qkv, mask_Rj, scaling, dropout) for qkv in per_kv_head], dim=1))
     return torch.cat(outputs, dim=2)
 
 
@@ -102,26 +99,6 @@ def _band(rows: int, window: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _attend_span(
-    q_NhMD: torch.Tensor,
-    k_NkMD: torch.Tensor,
-    v_NkMD: torch.Tensor,
-    mask_Rj: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Attend from M query rows to their M + W keys.
-
-    With a mask, sdpa's kernels do not support head groups, and copies of the KV heads would be g times as large. So one
-    KV head runs at a time, expanded to its query heads without a copy.
-    """
-    group = q_NhMD.shape[1] // k_NkMD.shape[1]
-    if group == 1:
-        return _attend_blocks(q_NhMD, k_NkMD, v_NkMD, mask_Rj, scaling, dropout)
-    per_kv_head = zip(q_NhMD.split(group, 1), k_NkMD.split(1, 1), v_NkMD.split(1, 1), strict=True)
-    return torch.cat([_attend_blocks(*qkv, mask_Rj, scaling, dropout) for qkv in per_kv_head], dim=1)
-
-
-def _attend_blocks(
     q_NgMD: torch.Tensor,
     k_NxMD: torch.Tensor,
     v_NxMD: torch.Tensor,
@@ -129,36 +106,46 @@ def _attend_blocks(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attend for heads with one KV head each or one for all: all full blocks at once, then the rest."""
+    """Attend from M query rows to their M + W keys, of one KV head each or one for all: full blocks, then the rest."""
     rows, keys = mask_Rj.shape
-    window = keys - rows
-    count, left = divmod(q_NgMD.shape[2], rows)
+    window, (count, rest) = keys - rows, divmod(q_NgMD.shape[2], rows)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
+
+    def overlapping(x_NxMD: torch.Tensor) -> torch.Tensor:  # [N * count, x, j, D], a view if N is 1
+        blocks = x_NxMD[:, :, : window + count * rows].unfold(2, keys, rows)
+        return blocks.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    q_blocks, q_rest = q_NgMD.split([count * rows, rest], dim=2)
     outputs = []
-    blocks, rest = q_NgMD.split([count * rows, left], dim=2)
     if count:
-        k, v = (_overlapping(x, count, rows, window) for x in (k_NxMD, v_NxMD))
-        out = _under_mask(_stretches_to_rows(blocks, count), k, v, mask_Rj, scaling, dropout)
+        out = run(_stretches_to_rows(q_blocks, count), overlapping(k_NxMD), overlapping(v_NxMD), mask_Rj)
         outputs.append(_rows_to_stretches(out, count))
-    if left:
-        k, v = (x[:, :, -left - window :] for x in (k_NxMD, v_NxMD))
-        outputs.append(_under_mask(rest, k, v, mask_Rj[:left, : window + left], scaling, dropout))
+    if rest:
+        k, v = (x[:, :, -rest - window :] for x in (k_NxMD, v_NxMD))
+        outputs.append(run(q_rest, k, v, mask_Rj[:rest, : window + rest]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _overlapping(x_NxMD: torch.Tensor, count: int, rows: int, window: int) -> torch.Tensor:
-    """Return each block's keys, overlapping by W: ``[N * count, x, W + R, D]``; a view if N is 1."""
-    of_blocks = x_NxMD[:, :, : window + count * rows].unfold(2, window + rows, rows)
-    return of_blocks.permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-
-def _under_mask(
-    q_NgRD: torch.Tensor,
-    k_NxjD: torch.Tensor,
-    v_NxjD: torch.Tensor,
-    mask_Rj: torch.Tensor,
+def attend_all_pairs(
+    q_BhSD: torch.Tensor,
+    k_BkSD: torch.Tensor,
+    v_BkSD: torch.Tensor,
+    mask: MaskSpec | None,
     scaling: float | None,
-    dropout: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    group = q_NgRD.shape[1]
-    k, v = (x.expand(-1, group, -1, -1) for x in (k_NxjD, v_NxjD))
-    return F.scaled_dot_product_attention(q_NgRD, k, v, mask_Rj, dropout, scale=scaling)
+    """Attend with the full score matrix, soft-cap and sinks ``[h]``: for trials of about a hundred tokens."""
+    q, S = q_BhSD, q_BhSD.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k_BkSD, v_BkSD))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~(mask or MaskSpec()).seen(S, q.device), -torch.inf)
+    if s_aux is not None:  # sinks take part in the softmax, without a value
+        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    return scores.float().softmax(-1).to(v.dtype)[..., :S] @ v

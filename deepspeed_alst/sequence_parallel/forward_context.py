@@ -55,6 +55,8 @@ class ForwardContext:
     """Bounds of the packed documents in this forward's full sequence; empty for a single document."""
     highest: int | None = None
     """Highest position id in this forward's full sequence."""
+    scale_queries: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None = None
+    """Scales a layer's queries by the positions of this rank's shard (hf_positions.py)."""
 
     @contextlib.contextmanager
     def having(self, **values: Any) -> Iterator[None]:

@@ -1,24 +1,39 @@
-"""Ulysses attention in transformers' attention interface, under a name private to one model."""
+"""Ulysses attention in transformers' attention interface, and the backends that run between its all-to-alls.
 
+sdpa is called directly, in blocks under a mask (blocked_sdpa.py), all other backends by transformers' functions.
+
+Legend: B batch, S full sequence, s = S/P, D head dim; H and K query and KV heads, h and k those of this rank.
+"""
+
+import contextlib
+import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.random_draws.draw_mode import counted_attention
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.hf_backends import AttentionBackend
-from deepspeed_alst.sequence_parallel.hf_masks import mask_function_for
-from deepspeed_alst.sequence_parallel.hf_positions import ScaleQueries, take_temperatures
-from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
-from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, ulysses_attention
 
+if TYPE_CHECKING:
+    from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+
+TRIAL = "alst_trial"
+"""Attention with a full score matrix, to probe a model on CPU for which transformers has no sdpa."""
+_LARGEST_MASK = 2**30
 # Arguments that a mask expresses too; a mask overrides them, as in transformers.
 _IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Arguments of an attention call that change its result. A backend gets its forwarded_kwargs; any other raises.
@@ -26,28 +41,149 @@ _ARGUMENTS = (
     *_IN_THE_MASK,
     *("softcap", "s_aux", "deterministic", "kernel_options", "position_bias", "head_mask", "block_table", "cache"),
 )
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One attention implementation, under its transformers name."""
+
+    name: str
+    forwarded_kwargs: tuple[str, ...]
+    """Result-changing arguments of the attention call that this backend gets."""
+    attend: Callable[..., torch.Tensor]
+    """``(module, (q, k, v), mask, scaling, kwargs)``: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``."""
+    uses_mask: bool = True
+    """True if windows, chunks and packed documents reach the backend as a mask, not as arguments."""
+    runs_operators: bool = True
+    """True if it runs as torch operators, not as a compiled graph."""
+
+
+def find_backend(name: str) -> AttentionBackend | None:
+    """Return the backend of an ``attn_implementation``; None if unavailable under sequence parallelism.
+
+    Flash attention has many names (2, 3, 4, kernels of the hub), so its function identifies it. A user function under
+    "sdpa" runs on the full sequence of this rank's heads; one under another of these names is not available.
+    """
+    function = AttentionInterface._global_mapping.get(name)
+    if name == "sdpa" and function is sdpa_attention_forward:
+        return AttentionBackend(name, ("dropout",), _sdpa)
+    if name == "sdpa":
+        return AttentionBackend(name, (), functools.partial(_user_function, function), runs_operators=False)
+    if name == TRIAL:
+        return AttentionBackend(name, ("softcap", "s_aux"), _trial)
+    if function is flash_attention_forward:
+        arguments = ("dropout", "softcap", "s_aux", "deterministic", *_IN_THE_MASK)
+        return AttentionBackend(name, arguments, functools.partial(_flash, name), uses_mask=False)
+    if function is flex_attention_forward:
+        return AttentionBackend(name, ("softcap", "kernel_options"), _flex, runs_operators=False)
+    return None
+
+
+def _sdpa(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any) -> torch.Tensor:
+    dropout = kwargs.get("dropout", 0.0)
+    if mask is None:
+        return causal_sdpa(*qkv, scaling, dropout)
+    from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
+
+    return attend(*qkv, mask, scaling, dropout)
+
+
+def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, dropout: float) -> Any:
+    """Attend causally by torch's sdpa: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``."""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scaling, enable_gqa=gqa)
+
+
+def _trial(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any) -> torch.Tensor:
+    from deepspeed_alst.sequence_parallel.blocked_sdpa import attend_all_pairs
+
+    return attend_all_pairs(*qkv, mask, scaling, **kwargs)
+
+
+def _user_function(
+    function: Callable[..., Any],
+    module: Any,
+    qkv: Tensors,
+    mask: "MaskSpec | None",
+    scaling: float | None,
+    kwargs: Any,
+) -> torch.Tensor:
+    """Call a user function registered as sdpa, with a mask as transformers makes it: ``[1, 1, S, S]``."""
+    length, dense = qkv[0].shape[2], None
+    if mask is not None and length**2 > _LARGEST_MASK:
+        raise UnsupportedModelError(
+            f"the program's own function under attn_implementation='sdpa' needs a mask of {length} x {length} tokens "
+            f"for this window, these chunks or packed documents, more than {_LARGEST_MASK} bytes. Leave transformers' "
+            "function there, or give it shorter sequences"
+        )
+    if mask is not None:
+        dense = mask.seen(length, qkv[0].device)[None, None]
+    out_BShD, _ = function(under_own_name(module, "sdpa"), *qkv, dense, dropout=0.0, scaling=scaling, **kwargs)
+    return out_BShD.transpose(1, 2)
+
+
+def _flash(
+    name: str, module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any
+) -> torch.Tensor:
+    seen = under_own_name(module, name)
+    with counted_attention(qkv[0].device) if "dropout" in kwargs else contextlib.nullcontext():
+        out_BShD, _ = flash_attention_forward(seen, *qkv, None, scaling=scaling, is_causal=True, **kwargs)
+    return out_BShD.transpose(1, 2)
+
+
+def _flex(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any) -> torch.Tensor:
+    q = qkv[0]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        raise UnsupportedModelError(
+            "attn_implementation='flex_attention' cannot train on CPU: PyTorch has no backward of it there. Load "
+            "the model with attn_implementation='sdpa'"
+        )
+    blocks = _block_mask(mask, q.shape[2], q.device)
+    out_BShD, _ = flex_attention_forward(module, *qkv, blocks, scaling=scaling, **kwargs)
+    return out_BShD.transpose(1, 2)
+
+
+# A million tokens make a mask of 2**26 blocks; two are cached, as layers with and without a window alternate.
+@functools.lru_cache(maxsize=2)
+def _block_mask(mask: "MaskSpec | None", length: int, device: torch.device) -> Any:
+    """Build flex attention's block mask of the full sequence; one row, broadcast over the batch."""
+    rule = causal_mask_function if mask is None else mask.rule(length, device)
+    return flex_attention_mask(1, length, length, mask_function=rule, device=device)
+
+
+def under_own_name(module: torch.nn.Module, name: str) -> Any:
+    """Return a view of an attention module whose config has the backend's transformers name.
+
+    With the private name transformers would load the kernel again and register it over the model's own entry.
+    """
+    return _View(module, config=_View(module.config, _attn_implementation=name))
+
+
+class _View:
+    """View of an object with some attributes replaced."""
+
+    def __init__(self, seen: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_seen"], name)
 
 
 def register_attention(
     model: torch.nn.Module, backend: AttentionBackend, group: Any, calls: ForwardContext, patches: PatchSet
 ) -> None:
     """Register Ulysses attention over ``group`` for one model and count its calls."""
-    name = PrivateName(backend.name)
-    scale_queries = take_temperatures(model, dist.get_rank(group), calls, patches)
-    layers = weakref.WeakSet(model.modules())
+    name, layers = PrivateName(backend.name), weakref.WeakSet(model.modules())
     functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
-    patches.entry(functions, name, _attention_over(group, backend, calls, layers, scale_queries))
+    patches.entry(functions, name, _attention_over(group, backend, calls, layers))
     # transformers silently builds no mask for a name that is missing from the mask interface.
     patches.entry(masks, name, mask_function_for(backend, dist.get_world_size(group), calls))
     patches.set(model.config, "_attn_implementation", name)
 
 
 def _attention_over(
-    group: Any,
-    backend: AttentionBackend,
-    calls: ForwardContext,
-    layers: weakref.WeakSet[torch.nn.Module],
-    scale_queries: ScaleQueries,
+    group: Any, backend: AttentionBackend, calls: ForwardContext, layers: weakref.WeakSet[torch.nn.Module]
 ) -> Callable[..., tuple[torch.Tensor, None]]:
     """Return the attention function: q ``[B, H, s, D]``, k and v ``[B, K, s, D]`` to ``[B, s, H, D]``."""
 
@@ -58,15 +194,15 @@ def _attention_over(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: MaskSpec | None,
+        attention_mask: "MaskSpec | None",
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         # position_ids are left out: they cover one shard, and documents come in cu_seq_lens_q or in the mask.
-        beside = _IN_THE_MASK if backend.uses_mask else ()
-        arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None and name not in beside}
+        ignored = _IN_THE_MASK if backend.uses_mask else ()
+        arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None and name not in ignored}
         arguments |= {"dropout": dropout} if dropout else {}
         _check_call(module, query, key, attention_mask, is_causal, layers)
         calls.check_inside(type(module).__name__)
@@ -83,12 +219,14 @@ def _attention_over(
             plan = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1])
             heads = plan.heads_of(dist.get_rank(group))
             arguments["s_aux"] = arguments["s_aux"][heads.start : heads.stop]
+        if calls.scale_queries is not None:
+            query = calls.scale_queries(module, query)
 
         def run(*qkv: torch.Tensor) -> torch.Tensor:
             return backend.attend(module, qkv, attention_mask, scaling, arguments)
 
         frame = calls.keeping_frame and calls.keeping_frame(backend.name, backend.runs_operators)
-        return ulysses_attention(scale_queries(module, query), key, value, group, run, frame), None
+        return ulysses_attention(query, key, value, group, run, frame), None
 
     return attention
 
@@ -101,15 +239,56 @@ def _check_call(module, query, key, attention_mask, is_causal, layers) -> None:
             f"{layer} is part of another model, built from the config of one under sequence parallelism: its attention "
             "would mix the sequences of all ranks. Build it from copy.deepcopy(model.config)"
         )
-    if attention_mask is not None and not isinstance(attention_mask, MaskSpec):
-        raise UnsupportedModelError(
-            f"{layer} was given a mask of its own making ({type(attention_mask).__name__}"
-            f" {list(getattr(attention_mask, 'shape', ()))}): it is a shard's"
-        )
+    if attention_mask is not None:
+        from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+
+        if not isinstance(attention_mask, MaskSpec):
+            raise UnsupportedModelError(
+                f"{layer} was given a mask of its own making ({type(attention_mask).__name__}"
+                f" {list(getattr(attention_mask, 'shape', ()))}): it is a shard's"
+            )
     if query.shape[2] != key.shape[2]:
         raise UnsupportedModelError(
             f"{layer} has {query.shape[2]} queries for {key.shape[2]} keys: generation with a cache, and attention to "
-            "other sequences, are not yet available under sequence parallelism"
+            "other sequences, are not available under sequence parallelism"
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedModelError(f"{layer}: attention that is not causal is not verified")
+
+
+def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardContext) -> Callable[..., Any]:
+    """Return one model's mask function for transformers; it returns None for plain causal attention."""
+
+    @torch.compiler.disable
+    def mask_function(
+        *,
+        mask_function: Callable[..., Any],
+        q_length: int,
+        kv_length: int,
+        q_offset: Any = 0,
+        kv_offset: int = 0,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> "MaskSpec | None":
+        # Models that count positions by a mask create one of ones if they get none.
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            raise UnsupportedModelError(
+                "attention_mask reached the model: the sharded loader checks and drops it; remove it from the batch"
+            )
+        if kv_length != q_length or q_offset or kv_offset:
+            raise UnsupportedModelError(
+                f"the model asks for a mask of {q_length} queries for {kv_length} keys: generation with a cache, and "
+                "attention to other sequences, are not available under sequence parallelism"
+            )
+        if mask_function is causal_mask_function and not calls.documents:
+            return None
+        from deepspeed_alst.sequence_parallel import hf_masks
+
+        length = q_length * sp_size
+        if backend.uses_mask:
+            return hf_masks.whole_mask(mask_function, length, calls.documents)
+        # Flash attention takes windows and documents as arguments of its own.
+        hf_masks.check_for_flash(backend.name, mask_function, length)
+        return None
+
+    return mask_function

@@ -1,15 +1,16 @@
-"""Read a model's mask function of transformers and build the mask of the whole sequence.
+"""Masks of a whole sequence under a window, chunks or packed documents, read from transformers' mask functions.
 
-transformers composes a mask function of a few parts, for a shard's length here. Parts and their window or chunk size
-are read from closures, not evaluated: without a device read, at no cost for 4M tokens, on tensors without data. At
-startup all parts are compared with transformers on every token pair of a small sequence. An unknown part is an error.
+transformers composes a mask function of a few parts, for a shard's length here. Parts and their sizes are read from
+closures, not evaluated: without a device read, at any length. Legend: S whole sequence, N documents.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
-from transformers import masking_utils
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -23,9 +24,6 @@ from transformers.masking_utils import (
 
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_backends import AttentionBackend
-from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec
 
 _NONE = torch.zeros(1, 1, dtype=torch.long)
 # Parts are identified by their code object, which all functions of one factory share.
@@ -35,49 +33,90 @@ _PACKED = packed_sequence_mask_function(_NONE).__code__
 _WINDOW = sliding_window_overlay(1).__code__
 _CHUNK = chunked_overlay(1, _NONE).__code__
 
-MaskFunction = Callable[..., MaskSpec | None]
+Rule = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
+"""``(batch, head, query, key) -> bool`` on index tensors: the form of transformers' and flex attention's masks."""
 
 
-def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardContext) -> MaskFunction:
-    """Return one model's mask function for transformers, which builds the attention mask of its layers.
+class MaskReadError(UnsupportedModelError, AttributeError):
+    """Error of a model that reads its mask, of which a rank has no tensor."""
 
-    It returns None for plain causal attention, and always for flash attention, which takes windows and documents as
-    arguments of its own.
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Tokens hidden from a causal mask, in place of the mask in the arguments of a layer.
+
+    Layer arguments are available in the recomputation of a checkpointed layer, even after other batches' forwards.
+    """
+
+    window: int | None = None
+    """Number of tokens a token attends to: itself and the ``window - 1`` before it."""
+    chunk: int | None = None
+    """Length of a chunk; tokens attend within theirs, and chunks count from the start of a document."""
+    documents: tuple[int, ...] = ()
+    """Bounds of packed documents, ``[N + 1]`` from 0 to S; empty if the sequence is one document."""
+
+    def hides_nothing(self, length: int) -> bool:
+        """Return True if it is plain causal attention over a sequence of this length."""
+        short = [size for size in (self.window, self.chunk) if size is not None and size < length]
+        return not short and len(self.documents) <= 2
+
+    def runs(self, length: int) -> list[tuple[int, int]]:
+        """Return the independent stretches of a sequence, as ``(count, length)`` of adjacent equal ones."""
+        runs: list[tuple[int, int]] = []
+        for start, end in itertools.pairwise(self.documents or (0, length)):
+            size = self.chunk or end - start
+            whole, rest = divmod(end - start, size) if size else (0, 0)
+            for piece in [size] * whole + [rest] * bool(rest):
+                if runs and runs[-1][1] == piece:
+                    runs[-1] = (runs[-1][0] + 1, piece)
+                else:
+                    runs.append((1, piece))
+        return runs
+
+    def rule(self, length: int, device: torch.device | str = "cpu") -> Rule:
+        """Return the mask as a function of indices, for flex attention's block masks."""
+        window, chunk = self.window, self.chunk
+        bounds = torch.tensor(self.documents or (0, length), device=device)
+        starts_S = torch.repeat_interleave(bounds[:-1], bounds.diff())
+
+        def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            start = starts_S[query]
+            seen = (key <= query) & (start == starts_S[key])
+            if window is not None:
+                seen = seen & (key > query - window)
+            if chunk is not None:
+                seen = seen & ((key - start) // chunk == (query - start) // chunk)
+            return seen
+
+        return sees
+
+    def seen(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the mask as a tensor, ``[S, S]``: True where a token (row) attends to another."""
+        places = torch.arange(length, device=device)
+        return self.rule(length, device)(0, 0, places[:, None], places[None])
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # copy, pickle and dispatch protocols look these up
+            raise AttributeError(name)
+        raise MaskReadError(
+            f"the model reads {name} of its attention mask, of which a rank has no tensor: what it makes of it would "
+            "be a shard's. It is not available under sequence parallelism with this window, these chunks or packed "
+            "documents"
+        )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.__getattr__("a part")
+
+
+def whole_mask(mask_function: Callable[..., Any], length: int, documents: tuple[int, ...]) -> MaskSpec | None:
+    """Return the mask of a whole sequence of this length; None for plain causal attention.
 
     Raises:
-        UnsupportedModelError: the parts of transformers' masks do not mean what this module assumes.
+        UnsupportedModelError: as ``read_mask``, or this version of transformers has other masks.
     """
-    run_isolated(_try_parts)  # on real tensors, even under a fake tensor mode of the caller
-
-    @torch.compiler.disable
-    def mask_function(
-        *,
-        mask_function: Callable[..., Any],
-        q_length: int,
-        kv_length: int,
-        q_offset: Any = 0,
-        kv_offset: int = 0,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> MaskSpec | None:
-        # Models that count positions by a mask create one of ones if they get none.
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
-            raise UnsupportedModelError(
-                "attention_mask reached the model: the sharded loader checks and drops it; remove it from the batch"
-            )
-        if kv_length != q_length or q_offset or kv_offset:
-            raise UnsupportedModelError(
-                f"the model asks for a mask of {q_length} queries for {kv_length} keys: generation with a cache, and "
-                "attention to other sequences, are not available under sequence parallelism"
-            )
-        length = q_length * sp_size
-        if not backend.uses_mask:
-            _check_for_flash(backend, mask_function, length)
-            return None
-        mask = read_mask(mask_function, calls.documents)
-        return None if mask.hides_nothing(length) else mask
-
-    return mask_function
+    check_parts()
+    mask = read_mask(mask_function, documents)
+    return None if mask.hides_nothing(length) else mask
 
 
 def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()) -> MaskSpec:
@@ -101,15 +140,26 @@ def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()
             # Its offset is the left padding, which is always 0.
             chunks.add(_enclosed(part)["chunk_size"])
         else:
+            name = getattr(part, "__qualname__", type(part).__name__)
             raise UnsupportedModelError(
-                f"the model's mask has a part that is neither causal, nor a window, nor chunks ({_name(part)}): it "
-                "cannot be made for the whole sequence under sequence parallelism"
+                f"the model's mask has a part that is neither causal, nor a window, nor chunks ({name}): it cannot be "
+                "made for the whole sequence under sequence parallelism"
             )
     if not causal or len(chunks) > 1:
         raise UnsupportedModelError(
             f"the model asks for a mask that is not causal, or has chunks of several lengths {sorted(chunks)}"
         )
     return MaskSpec(min(windows, default=None), min(chunks, default=None), documents)
+
+
+def check_for_flash(name: str, mask_function: Callable[..., Any], length: int) -> None:
+    """Raise if the mask has chunks, which flash attention lacks and transformers checks in a shard only."""
+    for part in _parts(mask_function):
+        if getattr(part, "__code__", None) is _CHUNK and (size := _enclosed(part)["chunk_size"]) < length:
+            raise UnsupportedModelError(
+                f"attn_implementation='{name}' has no chunked attention, and the sequence of {length} tokens is longer "
+                f"than the model's chunks of {size}; load the model with attn_implementation='sdpa'"
+            )
 
 
 def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
@@ -130,35 +180,21 @@ def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in cells}
 
 
-def _name(part: Callable[..., Any]) -> str:
-    return getattr(part, "__qualname__", type(part).__name__)
+@functools.cache
+def check_parts() -> None:
+    """Compare the masks read with transformers' own functions, on two documents of 7 and 5 tokens."""
+    run_isolated(_compare_parts)  # on real tensors, even under a fake tensor mode of the caller
 
 
-def _check_for_flash(backend: AttentionBackend, mask_function: Callable[..., Any], length: int) -> None:
-    """Raise if the mask has chunks, which flash attention lacks and transformers checks in a shard only."""
-    for part in _parts(mask_function):
-        if getattr(part, "__code__", None) is _CHUNK and (size := _enclosed(part)["chunk_size"]) < length:
-            raise UnsupportedModelError(
-                f"attn_implementation='{backend.name}' has no chunked attention, and the sequence of {length} tokens "
-                f"is longer than the model's chunks of {size}; load the model with attn_implementation='sdpa'"
-            )
-
-
-def _try_parts() -> None:
-    """Compare the parsed masks with transformers' own functions, on two documents of 7 and 5 tokens."""
-    documents = (0, 7, 12)
-    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
-    of_document = torch.tensor([0] * 7 + [1] * 5)[None]
+def _compare_parts() -> None:
+    positions, none = torch.cat([torch.arange(7), torch.arange(5)])[None], torch.zeros(1, dtype=torch.long)
+    documents = packed_sequence_mask_function(torch.tensor([[0] * 7 + [1] * 5]))
     query, key = torch.arange(12)[:, None], torch.arange(12)[None, :]
-    none = torch.zeros(1, dtype=torch.long)
     for plain in (causal_mask_function, sliding_window_causal_mask_function(3), chunked_causal_mask_function(3, none)):
-        packed = and_masks(
-            remap_positions_for_packed_sequence(plain, positions), packed_sequence_mask_function(of_document)
-        )
-        for asked, bounds in ((plain, ()), (packed, documents)):
-            mask = read_mask(asked, bounds)
-            if not torch.equal(asked(0, 0, query, key), mask.seen(12)):
+        packed = and_masks(remap_positions_for_packed_sequence(plain, positions), documents)
+        for asked, bounds in ((plain, ()), (packed, (0, 7, 12))):
+            if not torch.equal(asked(0, 0, query, key), read_mask(asked, bounds).seen(12)):
                 raise UnsupportedModelError(
-                    f"{masking_utils.__name__} of the installed transformers means another mask by {_name(plain)} than "
-                    "the versions that this package was tried with; install another version of transformers"
+                    "transformers.masking_utils of the installed transformers builds another mask by "
+                    f"{plain.__qualname__} than the versions that were tested; install transformers 5.23 or 5.24"
                 )

@@ -19,7 +19,7 @@ from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck, StepDropper
 from deepspeed_alst.random_draws.model_draws import Draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_backends import keeps_documents_apart, starts_at_lowest
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 
 
 class Session:
@@ -36,7 +36,10 @@ class Session:
         """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
         """True if the engine accepts whole batches, which it splits itself."""
-        self._packing, self._by_lowest = keeps_documents_apart(spec), starts_at_lowest(spec)
+        backend = find_backend(spec.config._attn_implementation)
+        self._packing = backend is not None
+        # In flash attention packed documents start at the lowest position id.
+        self._by_lowest = backend is not None and not backend.uses_mask
         self._vocabulary = vocabulary_of(spec)
         # Rank 0's seed: programs may seed each rank differently.
         seed = gather_objects(torch.initial_seed(), control_group)[0]

@@ -1,13 +1,12 @@
-"""Ulysses attention over a sharded sequence: all-to-all in, the core on whole sequences, all-to-all out.
+"""Ulysses attention (arXiv:2309.14509): all-to-all in, the core on whole sequences, all-to-all out.
 
-q, k and v share one buffer, so a layer makes two collectives in forward, two in the recomputation (one if attention's
-output is saved: cached_ulysses.py) and two in backward. Ulysses, arXiv:2309.14509.
-
+q, k and v share one buffer: two collectives in each pass, one in the recomputation if the output is saved.
 Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P ranks; lower case = local share (s = S/P,
 h = H/P, k = KV heads per rank); W = h*D + 2*k*D, the elements of one token for one rank.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,57 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.distributed.collectives import count_sent
+from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, unpack_
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Split of H query heads and K KV heads over P ranks.
+
+    Rank r holds query heads ``[r*H/P, (r+1)*H/P)``, and K/P of the KV heads if K >= P; otherwise P/K neighbouring ranks
+    hold the same one.
+    """
+
+    sp_size: int
+    num_heads: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        P, H, K = self.sp_size, self.num_heads, self.num_kv_heads
+        if K < 1 or H % K:
+            raise ShapeError(f"{H} query heads are not a multiple of {K} key/value heads")
+        if H % P:
+            raise ShapeError(f"{H} query heads cannot be split over sequence_parallel_size={P} ranks")
+        if K % P and P % K:
+            raise ShapeError(f"{K} key/value heads and sequence_parallel_size={P} do not divide one another")
+
+    @property
+    def heads_per_rank(self) -> int:
+        """Number of query heads per rank."""
+        return self.num_heads // self.sp_size
+
+    @property
+    def kv_heads_per_rank(self) -> int:
+        """Number of KV heads per rank, at least one."""
+        return max(1, self.num_kv_heads // self.sp_size)
+
+    @property
+    def kv_replicas(self) -> int:
+        """Number of ranks that hold the same KV head."""
+        return max(1, self.sp_size // self.num_kv_heads)
+
+    def heads_of(self, rank: int) -> range:
+        """Return the query heads of a rank."""
+        h = self.heads_per_rank
+        return range(rank * h, (rank + 1) * h)
+
+    def kv_heads_of(self, rank: int) -> range:
+        """Return the KV heads of a rank."""
+        first = rank // self.kv_replicas * self.kv_heads_per_rank
+        return range(first, first + self.kv_heads_per_rank)
 
 
 def ulysses_attention(
@@ -38,18 +84,13 @@ def ulysses_attention(
         ShapeError: these heads cannot be split over the ranks.
     """
     plan = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1])
-    q_BhSD, k_BkSD, v_BkSD = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)
+    q_BhSD, k_BkSD, v_BkSD = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)  # type: ignore[no-untyped-call]
     run = partial(core, q_BhSD, k_BkSD, v_BkSD)
     if frame is None:
-        return HeadToSeq.apply(run(), group)
+        return HeadToSeq.apply(run(), group)  # type: ignore[no-untyped-call]
     from deepspeed_alst.sequence_parallel.cached_ulysses import attend_once
 
     return attend_once(frame, run, group)
-
-
-def head_to_seq(x_BShD: torch.Tensor, group: Any) -> torch.Tensor:
-    """Exchange a head shard for a sequence shard: ``[B, S, h, D] -> [B, s, H, D]``. One all-to-all, one in backward."""
-    return HeadToSeq.apply(x_BShD.transpose(1, 2), group)
 
 
 class _SeqToHead(torch.autograd.Function):
@@ -125,5 +166,5 @@ def _unpack_heads(recv_PsBW: torch.Tensor, widths: list[tuple[int, int]]) -> Ten
     recv_SBW = recv_PsBW.flatten(0, 1)
     return tuple(
         part_SBW.unflatten(-1, width).permute(1, 2, 0, 3)
-        for part_SBW, width in zip(recv_SBW.split([h * D for h, D in widths], dim=-1), widths, strict=True)
+        for part_SBW, width in zip(torch.split(recv_SBW, [h * D for h, D in widths], dim=-1), widths, strict=True)
     )

@@ -25,9 +25,9 @@ from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import Draws, count_draws, without_dropout
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_backends import TRIAL, keeps_documents_apart
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.hf_attention import TRIAL, find_backend
 from deepspeed_alst.verification.hf_support_checks import check_model
 from deepspeed_alst.verification.hf_tiny_models import draw_weights, shrink
 from deepspeed_alst.verification.program_code import check_custom_modules, install_program_code
@@ -217,7 +217,8 @@ def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceG
     spec = ModelSpec(model)
     check_model(spec)
     P, calls = groups.sp_size, ForwardContext()
-    cut = shard_batch(batch, P, P, keeps_documents_apart(spec), bool(spec.router_classes))
+    packing = find_backend(spec.config._attn_implementation) is not None
+    cut = shard_batch(batch, P, P, packing, bool(spec.router_classes))
     with PatchSet() as patches:
         patch_model(spec, groups.sp_control_group, patches, calls)
         check_batches(spec, groups, calls, patches)

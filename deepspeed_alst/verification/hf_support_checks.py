@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.layers import available_layer_types, has_attention, linear_heads, linear_problems
-from deepspeed_alst.sequence_parallel.hf_backends import find_backend
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.program_code import is_programs
 

@@ -18,7 +18,7 @@ from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.tiling.tiled_mlp import fewest_bytes, row_bytes, sums_fit, tile_rows
 

@@ -539,7 +539,7 @@ def test_an_sp_degree_that_cannot_split_the_heads_is_refused_with_those_that_can
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (12, 6), (12, 4), (9, 3), (14, 2), (71, 1), (40, 10)])
 def test_the_degrees_that_the_message_lists_are_exactly_those_that_a_head_plan_accepts(heads, kv_heads):
     from deepspeed_alst.errors import ShapeError
-    from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+    from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 
     def fits(sp_size: int) -> bool:
         try:

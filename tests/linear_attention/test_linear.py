@@ -30,8 +30,8 @@ from deepspeed_alst.linear_attention import split_layers
 from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
 from deepspeed_alst.linear_attention.layers import linear_layers
 from deepspeed_alst.linear_attention.split_layers import Split, convolution, delta_rule, mamba2_scan
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
-from deepspeed_alst.sequence_parallel.ulysses import head_to_seq
+from deepspeed_alst.sequence_parallel.feature import patch_model
+from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.models import family_batch, split_and_whole, step_in_fp64
@@ -59,7 +59,7 @@ def exchanged_heads(sp_size: int) -> None:
         first = rank // m * h
         assert torch.equal(got, x[:, :, first : first + h])
         if m == 1:
-            assert torch.equal(head_to_seq(got, None), x[:, 2 * rank : 2 * rank + 2])
+            assert torch.equal(HeadToSeq.apply(got.transpose(1, 2), None), x[:, 2 * rank : 2 * rank + 2])
 
 
 def test_heads_of_every_dtype_travel_in_one_buffer(ranks4):

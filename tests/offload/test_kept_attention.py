@@ -27,8 +27,8 @@ from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_once,
 from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 from tests import stand_ins
 from tests.models import family_batch

@@ -21,9 +21,9 @@ from deepspeed_alst.random_draws import counter_based as draws
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, branch
 from deepspeed_alst.random_draws.model_draws import Draws, count_draws
 from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_support_checks import check_model
@@ -190,7 +190,7 @@ def test_evaluation_and_a_rate_of_0_draw_nothing_and_a_generator_is_left_alone()
     assert torch.equal(own, torch.rand(3, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("mask", [None, MaskSpec(window=7), MaskSpec(documents=(0, 13, 40))])
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(window=7), MaskSpec(documents=(0, 13, 40))])
 def test_attention_drops_with_its_probability_and_other_ranks_heads_draw_others(mask):
     make = torch.Generator().manual_seed(1)
     qkv = [torch.randn(1, heads, 40, 8, generator=make, dtype=torch.float64) for heads in (4, 2, 2)]

@@ -30,9 +30,9 @@ from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_backends import find_backend
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
@@ -81,8 +81,7 @@ def split_step(core: str, config: Any, batch: dict[str, Any], sp_size: int, mult
         groups = build_groups(sp_size, build_control_group())
         undo.callback(groups.destroy)
         model = model_with(core, config)
-        packing = find_backend(core).keeps_documents_apart
-        sharded = shard_batch(batch, sp_size, multiple, packing)
+        sharded = shard_batch(batch, sp_size, multiple, packing=True)
         calls = ForwardContext()
         patch_model(ModelSpec(model), groups.sp_group, undo, calls)
         check_batches(ModelSpec(model), groups, calls, undo)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from deepspeed_alst.errors import AlstError, ShapeError
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 
 SIZES = [
     (P, H, K)
@@ -54,9 +54,9 @@ def test_every_query_head_is_on_one_rank_with_exactly_the_kv_heads_that_the_rank
         (2, 71, 71, "71 query heads cannot be split over sequence_parallel_size=2 ranks"),
         (4, 12, 6, "6 key/value heads and sequence_parallel_size=4 do not divide one another"),
         (6, 36, 9, "9 key/value heads and sequence_parallel_size=6 do not divide one another"),
-        (2, 8, 3, "8 query heads are no multiple of 3 key/value heads"),
-        (1, 4, 8, "4 query heads are no multiple of 8 key/value heads"),
-        (1, 4, 0, "4 query heads are no multiple of 0 key/value heads"),
+        (2, 8, 3, "8 query heads are not a multiple of 3 key/value heads"),
+        (1, 4, 8, "4 query heads are not a multiple of 8 key/value heads"),
+        (1, 4, 0, "4 query heads are not a multiple of 0 key/value heads"),
     ],
 )
 def test_heads_that_the_ranks_cannot_split_are_refused_with_their_numbers(P, H, K, message):

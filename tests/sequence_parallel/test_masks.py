@@ -30,9 +30,8 @@ from deepspeed_alst.sequence_parallel import blocked_sdpa as banded
 from deepspeed_alst.sequence_parallel import hf_masks as masks
 from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_backends import find_backend
-from deepspeed_alst.sequence_parallel.hf_masks import mask_function_for, read_mask
-from deepspeed_alst.sequence_parallel.mask_spec import MaskSpec, Run
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend, mask_function_for
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, read_mask
 from tests.sequence_parallel.test_cores import EXACT
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
@@ -44,19 +43,19 @@ NO_PADDING = torch.zeros(1, dtype=torch.long)
 @pytest.mark.parametrize(
     ("mask", "length", "runs"),
     [
-        (MaskSpec(), 12, [(0, 1, 12)]),
-        (MaskSpec(window=5), 12, [(0, 1, 12)]),
-        (MaskSpec(chunk=5), 12, [(0, 2, 5), (10, 1, 2)]),
-        (MaskSpec(chunk=4), 12, [(0, 3, 4)]),
-        (MaskSpec(documents=(0, 7, 8, 16)), 16, [(0, 1, 7), (7, 1, 1), (8, 1, 8)]),
+        (MaskSpec(), 12, [(1, 12)]),
+        (MaskSpec(window=5), 12, [(1, 12)]),
+        (MaskSpec(chunk=5), 12, [(2, 5), (1, 2)]),
+        (MaskSpec(chunk=4), 12, [(3, 4)]),
+        (MaskSpec(documents=(0, 7, 8, 16)), 16, [(1, 7), (1, 1), (1, 8)]),
         # Neighbours of the same length are attended to together; a chunk starts where its document does.
-        (MaskSpec(documents=(0, 1, 2, 3, 7)), 7, [(0, 3, 1), (3, 1, 4)]),
-        (MaskSpec(chunk=4, documents=(0, 7, 11, 16)), 16, [(0, 1, 4), (4, 1, 3), (7, 2, 4), (15, 1, 1)]),
-        (MaskSpec(documents=(0, 3, 3, 5)), 5, [(0, 1, 3), (3, 1, 2)]),
+        (MaskSpec(documents=(0, 1, 2, 3, 7)), 7, [(3, 1), (1, 4)]),
+        (MaskSpec(chunk=4, documents=(0, 7, 11, 16)), 16, [(1, 4), (1, 3), (2, 4), (1, 1)]),
+        (MaskSpec(documents=(0, 3, 3, 5)), 5, [(1, 3), (1, 2)]),
     ],
 )
 def test_a_sequence_falls_into_runs_of_stretches_of_the_same_length(mask, length, runs):
-    assert mask.runs(length) == [Run(*run) for run in runs]
+    assert mask.runs(length) == runs
 
 
 def inputs(B: int, h: int, k: int, S: int, D: int = 8, Dv: int = 8, seed: int = 0) -> list[torch.Tensor]:
@@ -234,8 +233,9 @@ def test_a_version_of_transformers_whose_window_is_another_is_refused():
     causal = mock.patch.object(
         masks, "sliding_window_causal_mask_function", lambda size: and_masks(wider(size), causal_mask_function)
     )
-    with window, causal, pytest.raises(UnsupportedModelError, match="installed transformers means another mask"):
-        mask_function_for(find_backend("sdpa"), 2, ForwardContext())
+    masks.check_parts.cache_clear()
+    with window, causal, pytest.raises(UnsupportedModelError, match="installed transformers builds another mask"):
+        asked("sdpa", chunked_causal_mask_function(7, NO_PADDING))
 
 
 def test_a_model_that_reads_its_mask_is_refused_and_copies_and_asking_are_not():
