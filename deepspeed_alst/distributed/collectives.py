@@ -42,36 +42,31 @@ def broadcast_object(mine: Any) -> Any:
 
 def difference_over_ranks(mine: Mapping[str, Any], group: Any) -> str:
     """Describe how the first rank that differs from rank 0 does; empty if none. Collective over a gloo group."""
-    first, *others = gather_objects(dict(mine), group)
+    # By repr, as NaN, which JSON may contain, is not equal to itself.
+    first, *others = gather_objects({key: repr(value) for key, value in mine.items()}, group)
     for rank, found in enumerate(others, start=1):
-        # By repr too, as NaN, which JSON may contain, is not equal to itself.
-        different = [key for key in first if first[key] != found.get(key) and repr(first[key]) != repr(found.get(key))]
-        if different:
-            return "; ".join(f"{key}={first[key]!r} on rank 0, {found.get(key)!r} on rank {rank}" for key in different)
+        if different := [key for key in first if first[key] != found.get(key)]:
+            return "; ".join(f"{key}={first[key]} on rank 0, {found.get(key)} on rank {rank}" for key in different)
     return ""
 
 
 def assert_same_on_all_ranks(settings: Mapping[str, Any], group: Any) -> None:
     """Raise ConfigError on all ranks if settings that collectives depend on differ. Collective over a gloo group."""
     if difference := difference_over_ranks(settings, group):
-        raise ConfigError(f"the ranks have different ds_configs, and must have one: {difference}")
+        raise ConfigError(f"the ranks have different ds_configs, and must have the same: {difference}")
 
 
 def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:
     """Raise on all ranks if any rank has an error. Collective over a gloo group.
 
-    A rank with its own error raises it; the others raise the same class, with that rank's number and message.
-
-    Raises:
-        AlstError: of the class of the first rank's error.
+    A rank with its own error raises it; the others raise the first rank's class, with its number and message.
     """
     everyone = gather_objects(None if error is None else (type(error), str(error)), group)
     if error is not None:
         raise error
     for rank, found in enumerate(everyone):
         if found is not None:
-            kind, message = found
-            raise kind(f"rank {rank}: {message}")
+            raise found[0](f"rank {rank}: {found[1]}")
 
 
 @contextlib.contextmanager
@@ -105,14 +100,11 @@ def world_timeout() -> timedelta:
 
 @contextlib.contextmanager
 def name_missing_ranks(group: Any, seconds: float = 10.0) -> Iterator[None]:
-    """Convert a collective's failure inside the context to an error with the lost or silent rank's number.
+    """Raise RankLostError with the lost or silent ranks' numbers for a collective that fails in the context.
 
     Args:
         group: all ranks over gloo, used for nothing else: a group whose collective has timed out is broken.
         seconds: time limit for a rank's answer.
-
-    Raises:
-        RankLostError: instead of the backend's error, which is its cause.
     """
     try:
         yield
@@ -141,8 +133,7 @@ def _find_missing(group: Any, seconds: float) -> dict[int, str]:
             dist.irecv(torch.zeros(1), group=group, group_src=peer).wait(timedelta(seconds=seconds))
             sent.wait(timedelta(seconds=seconds))
         except RuntimeError as error:
-            silent = "Timed out" in str(error)
-            found[peer] = f"does not answer within {seconds:.0f} s" if silent else "has ended"
+            found[peer] = f"does not answer within {seconds:.0f} s" if "Timed out" in str(error) else "has ended"
 
     threads = [threading.Thread(target=ask, args=(peer,)) for peer in range(dist.get_world_size(group)) if peer != rank]
     for thread in threads:
@@ -159,9 +150,9 @@ def _describe(error: RuntimeError, missing: dict[int, str], world_size: int) -> 
         return f"a collective failed, though all {world_size} ranks answer: they do not call the same ones ({reason})"
     who = "; ".join(f"rank {rank} {what}" for rank, what in missing.items())
     return (
-        f"{who} (of {world_size} ranks; a collective failed: {reason}). The reason is in that rank's own output; a "
-        "process that was killed has left none: look for the kernel's out-of-memory killer there. How long ranks wait "
-        f"for one another ({world_timeout().total_seconds():.0f} s) is DEEPSPEED_TIMEOUT, in whole minutes."
+        f"{who} (of {world_size} ranks; a collective failed: {reason}). The reason is in that rank's own output; if "
+        "there is none, look for the kernel's out-of-memory killer on its host. DEEPSPEED_TIMEOUT, in whole minutes, "
+        f"sets how long ranks wait for one another (now {world_timeout().total_seconds():.0f} s)."
     )
 
 

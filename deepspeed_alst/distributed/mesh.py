@@ -1,8 +1,8 @@
-"""Process groups of an engine, and the model-parallel unit (mpu) in whose form DeepSpeed expects them.
+"""Process groups of an engine, as the model-parallel unit (mpu) that DeepSpeed expects.
 
-P = sp_size consecutive ranks, thus of one node, share a sequence. DeepSpeed is told that the SP degree is 1 and that
-its ZeRO world is all ranks: with the real degree it divides gradients by world / SP on some paths, by world on others
-(deepspeed 0.19.8: stage3.py:1878, coalesced_collectives.py:124). The loss compensates (distributed/sequence_loss.py).
+DeepSpeed is told that the SP degree is 1 and that its ZeRO world is all ranks: with the real degree it divides
+gradients by world / SP on some paths, by world on others (deepspeed 0.19.8: stage3.py:1878,
+coalesced_collectives.py:124). The loss compensates (distributed/sequence_loss.py).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from deepspeed_alst.distributed.collectives import world_timeout
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """Process groups of one engine, as seen by this rank."""
+    """Process groups of one engine, as seen by this rank; sp_size consecutive ranks share a sequence."""
 
     sp_size: int
     sp_rank: int
@@ -44,9 +44,9 @@ class SequenceGroups:
         return list(range(self.dp_rank * self.sp_size, (self.dp_rank + 1) * self.sp_size))
 
     def destroy(self) -> None:
-        """Give the process groups back; the object is of no use afterwards."""
-        destroy_groups(self.sp_group, self.world_group, self.self_group, self.sp_control_group)
-        destroy_groups(self.control_group, self.roll_group)
+        """Destroy the process groups."""
+        groups = self.sp_group, self.world_group, self.self_group, self.sp_control_group
+        destroy_groups(*groups, self.control_group, self.roll_group)
 
     def as_mpu(self) -> SimpleNamespace:
         """Return the groups as DeepSpeed's mpu: functions ``get_...`` without arguments.
@@ -54,11 +54,13 @@ class SequenceGroups:
         It has ``initialize_sequence_parallel``, by which DeepSpeed tells a Ulysses mpu from Megatron's, and no
         ``get_data_parallel_group``, over which ZeRO-3 would shard and reduce instead of the world.
         """
-        tensor = {"rank": 0, "world_size": 1, "group": self.self_group}
         answers = {
-            f"{name}_{what}": x for name in ("model_parallel", "tensor_model_parallel") for what, x in tensor.items()
-        }
-        answers |= {
+            "model_parallel_rank": 0,
+            "model_parallel_world_size": 1,
+            "model_parallel_group": self.self_group,
+            "tensor_model_parallel_rank": 0,
+            "tensor_model_parallel_world_size": 1,
+            "tensor_model_parallel_group": self.self_group,
             "data_parallel_world_size": self.dp_size,  # train_batch_size = micro batch x accumulation steps x this
             "data_parallel_rank": self.dp_rank,
             "sequence_parallel_world_size": 1,  # for any SP degree: see the module docstring
@@ -73,7 +75,7 @@ class SequenceGroups:
 
 
 def destroy_groups(*groups: Any) -> None:
-    """Destroy process groups; one that is gone already, with the world, is skipped."""
+    """Destroy process groups; skip one that was destroyed with the world."""
     for group in groups:
         with contextlib.suppress(ValueError, AssertionError, KeyError):
             dist.destroy_process_group(group)
@@ -110,10 +112,7 @@ def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:
 
 @contextlib.contextmanager
 def installed(mpu: Any) -> Iterator[None]:
-    """Set DeepSpeed's global ``deepspeed.utils.groups.mpu`` inside the context and restore it afterwards.
-
-    DeepSpeed sets it when an engine is built and never resets it, so that a second engine would inherit it.
-    """
+    """Set ``deepspeed.utils.groups.mpu`` in the context: DeepSpeed never resets it, and a second engine inherits it."""
     from deepspeed.utils import groups  # type: ignore[import-untyped]
 
     before, groups.mpu = groups.mpu, mpu

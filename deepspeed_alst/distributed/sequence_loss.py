@@ -1,10 +1,8 @@
 """Loss of the whole sequence on every rank, without autograd through a collective.
 
-A rank's share of the loss is the sum of its token losses divided by the sequence's token count; the value is the
-all-reduced sum of the shares. DeepSpeed averages gradients over all ranks (distributed/mesh.py), but the ranks of one
-sequence must be summed, so the share's gradient is multiplied by the SP degree: exact for powers of 2.
-
-Legend: s tokens of this rank's shard, V vocabulary.
+A rank's share is the sum of its token losses divided by the sequence's token count; the loss is the all-reduced sum of
+the shares. DeepSpeed averages gradients over all ranks, but those of one sequence must be summed, so a share's gradient
+is multiplied by the SP degree. Legend: s tokens of this rank's shard, V vocabulary.
 """
 
 from typing import Any
@@ -54,26 +52,19 @@ def shard_loss(
 ) -> torch.Tensor:
     """Compute this rank's share of a loss, ``[s, V], [s], [] -> []``: its summed token losses, divided.
 
-    Labels are shifted already; -100 is ignored. Without any label the loss and its gradients are 0, not NaN: the
-    ranks of a sequence still meet in its backward.
+    Labels are shifted already; -100 is ignored. Without any label the loss and its gradients are 0, not NaN.
     """
     # fp32 as in transformers' loss; fp64 stays fp64.
     logits_sV = logits_sV if logits_sV.dtype == torch.float64 else logits_sV.float()
-    local_sum = F.cross_entropy(
-        logits_sV,
-        labels_s.to(logits_sV.device),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    labels_s = labels_s.to(logits_sV.device)
+    local_sum = F.cross_entropy(logits_sV, labels_s, reduction="sum", label_smoothing=label_smoothing)
     return local_sum / divisor.to(local_sum)
 
 
 def sum_over_shards(share: torch.Tensor, group: Any) -> torch.Tensor:
     """Sum the ranks' shares of a loss, or of a part of it: same shape and dtype, on all ranks of the sequence.
 
-    If every rank computes the same loss from the sum, DeepSpeed's average of its gradients is the whole sequence's:
-    each rank passes the incoming gradient, times P, on to its own share. Collective over the group: one all-reduce in
+    Each rank passes the incoming gradient, times P, on to its own share. Collective over the group: one all-reduce in
     fp64, none in the backward, no host sync.
     """
     whole = share.detach().double()

@@ -165,6 +165,6 @@ def _unpack_heads(recv_PsBW: torch.Tensor, widths: list[tuple[int, int]]) -> Ten
     """
     recv_SBW = recv_PsBW.flatten(0, 1)
     return tuple(
-        part_SBW.unflatten(-1, width).permute(1, 2, 0, 3)
+        part_SBW.unflatten(-1, width).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
         for part_SBW, width in zip(torch.split(recv_SBW, [h * D for h, D in widths], dim=-1), widths, strict=True)
     )
