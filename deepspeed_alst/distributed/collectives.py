@@ -42,11 +42,12 @@ def broadcast_object(mine: Any) -> Any:
 
 def difference_over_ranks(mine: Mapping[str, Any], group: Any) -> str:
     """Describe how the first rank that differs from rank 0 does; empty if none. Collective over a gloo group."""
-    # By repr, as NaN, which JSON may contain, is not equal to itself.
-    first, *others = gather_objects({key: repr(value) for key, value in mine.items()}, group)
+    first, *others = gather_objects(dict(mine), group)
     for rank, found in enumerate(others, start=1):
-        if different := [key for key in first if first[key] != found.get(key)]:
-            return "; ".join(f"{key}={first[key]} on rank 0, {found.get(key)} on rank {rank}" for key in different)
+        # By repr too, as NaN, which JSON may contain, is not equal to itself.
+        different = [key for key in first if first[key] != found.get(key) and repr(first[key]) != repr(found.get(key))]
+        if different:
+            return "; ".join(f"{key}={first[key]!r} on rank 0, {found.get(key)!r} on rank {rank}" for key in different)
     return ""
 
 

@@ -1,8 +1,6 @@
 """Exchanges of layers without attention: whole sequences of some heads for scans, earlier tokens for convolutions.
 
-Queries, keys and values of attention have their own exchange with kernels (sequence_parallel/ulysses.py); here tensors
-may be more than three and keep their dtypes: decays are in fp32 beside keys in bf16. A token's bytes for a rank are
-contiguous: one collective, and one in the backward. Ulysses, arXiv:2309.14509.
+Unlike attention's (sequence_parallel/ulysses.py), they take any number of tensors, of any dtypes, in one collective.
 
 Legend: B batch, S whole sequence, H heads, D head dim, P ranks; lower case = this rank's share (s = S/P, h = heads of a
 tensor that one rank gets); m = neighbouring ranks that hold the same head; W = bytes of one token for one rank. For the
@@ -19,7 +17,7 @@ from deepspeed_alst.distributed.collectives import count_sent
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens
 from deepspeed_alst.sequence_parallel.ulysses import exchange
 
-# Alignment of each tensor in a token's bytes, for its dtype and for kernels that load 16 bytes at once.
+# Bytes; each tensor in a token's bytes is aligned for its dtype and for kernels that load 16 bytes at once.
 _ALIGNMENT = 16
 _Layout = list[tuple[int, int, torch.dtype]]
 """h, D and dtype of each tensor."""
@@ -29,8 +27,7 @@ def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], copies: Sequence[int], gro
     """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
 
     H, D and dtype may differ. Rank r gets heads ``[r*h, (r+1)*h)``. If a tensor's ``copies`` m are above 1, H*m is P,
-    and m ranks get the same head; their gradients of it are summed. Collective over the group: one all-to-all here, one
-    in the backward.
+    m ranks get the same head, and their gradients are summed. Collective: one all-to-all, one in the backward.
     """
     return _SeqToHead.apply(tuple(copies), group, *tensors_BsHD)
 
@@ -90,15 +87,10 @@ def _aligned_bytes(h: int, D: int, dtype: torch.dtype) -> int:
 def with_tokens_before(x_BCs: torch.Tensor, width: int, group: Any) -> torch.Tensor:
     """Prepend the ``width`` tokens before a shard: ``[B, C, s] -> [B, C, w + s]``, channels innermost in memory.
 
-    Tokens before the sequence are 0. A shard shorter than the width gets tokens of several ranks. Collective over the
-    group: one all-to-all of ``width`` tokens per rank, and one in the backward.
+    Tokens before the sequence are 0. A shard shorter than the width gets tokens of several ranks. Collective: one
+    all-to-all of ``width`` tokens per rank, and one in the backward.
     """
     return _WithTokensBefore.apply(x_BCs, width, group) if width else x_BCs
-
-
-def tokens_from(distance: int, width: int, length: int) -> int:
-    """Return how many of its last tokens the rank ``distance`` before sends, out of the ``width`` tokens."""
-    return min(max(width - (distance - 1) * length, 0), length)
 
 
 class _WithTokensBefore(torch.autograd.Function):
@@ -107,8 +99,10 @@ class _WithTokensBefore(torch.autograd.Function):
         P, rank = dist.get_world_size(group), dist.get_rank(group)
         B, C, s = x_BCs.shape
         ctx.group, ctx.width = group, width
-        ctx.to_ranks = [tokens_from(other - rank, width, s) if other > rank else 0 for other in range(P)]
-        ctx.from_ranks = [tokens_from(rank - other, width, s) if other < rank else 0 for other in range(P)]
+        # Tokens that the rank at each distance before a shard sends to it.
+        counts = [0, *(min(max(width - before * s, 0), s) for before in range(P - 1))]
+        ctx.to_ranks = [counts[max(other - rank, 0)] for other in range(P)]
+        ctx.from_ranks = [counts[max(rank - other, 0)] for other in range(P)]
         x_sBC = x_BCs.permute(2, 0, 1)
         send_nBC = torch.cat([x_sBC[s - tokens :] for tokens in ctx.to_ranks])
         before_nBC = _exchange(send_nBC, ctx.to_ranks, ctx.from_ranks, group)

@@ -1,7 +1,7 @@
 """Token-mixing layers without attention: gated delta nets, Mamba, short convolutions.
 
-They are found by the functions that their forward calls, which transformers has as a kernel and in plain torch. A layer
-whose functions are all known can be sharded (split_layers.py); another one is rejected.
+They are found by the functions with kernels that their methods call. A layer whose functions are all known can be
+sharded (split_layers.py); others are rejected.
 """
 
 import inspect
@@ -54,12 +54,12 @@ _TOKEN_WISE = {"mlp", "moe"}
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return a model's token-mixing layers without attention, by name."""
-    classes = {each for each in {type(module) for module in model.modules()} if functions_of(each)}
-    return {name: module for name, module in model.named_modules() if type(module) in classes}
+    mixing = {each: bool(functions_of(each)) for each in {type(module) for module in model.modules()}}
+    return {name: module for name, module in model.named_modules() if mixing[type(module)]}
 
 
 def functions_of(layer: type) -> dict[str, Function]:
-    """Return the functions with kernels that a layer's methods call, by name; empty for most layers."""
+    """Return the functions with kernels that a layer's methods call, by name."""
     return {name: function for method in _methods(layer) for name, function in _called_by(method).items()}
 
 
@@ -101,7 +101,7 @@ def linear_problems(model: torch.nn.Module) -> list[str]:
             where = "" if unknown else " outside of its forward"
             why = f"calls {', '.join(unknown or elsewhere)}{where}, which is not verified on a split sequence"
         elif "forward" in vars(layer):
-            why = "has a forward that was put there after it was made; take it off"
+            why = "has a forward that was set on the instance; remove it"
         else:
             continue
         problems.setdefault(type(layer), f"{name} ({type(layer).__name__}) {why}")

@@ -1,9 +1,6 @@
-"""Layers without attention over a sequence sharded across ranks: their own forwards, with sharded token mixing.
+"""Layers without attention on a shard: their own forwards, whose token-mixing functions see the full sequence.
 
-A layer's projections, gates and norms run on the shard. The functions that mix tokens run unchanged on the part of the
-full sequence that they need: a convolution gets the few tokens before the shard, a scan the full sequence of this
-rank's heads.
-
+A convolution gets the few tokens before the shard, a scan the full sequence of this rank's heads.
 Legend: B batch, S full sequence, H heads, D head dim, G groups of heads with the same keys (or the same B and C), N
 state (or documents), C channels, K kernel size, P ranks; lower case = this rank's share.
 """
@@ -37,7 +34,7 @@ class Split:
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.bounds: torch.Tensor | None = None
+        self.bounds: Any = None
         """Document bounds of the running layer call, ``[N + 1]`` of the full sequence; None for a document a row."""
 
     def share(self, num_heads: int, num_groups: int) -> tuple[int, slice]:
@@ -55,29 +52,30 @@ class Split:
         """Exchange ``[B, S, h, D] -> [B, s, H, D]``."""
         return HeadToSeq.apply(x_BShD.transpose(1, 2), self.group)
 
-    def document_numbers(self, start: int, length: int, device: torch.device) -> torch.Tensor:
-        """Return each token's document number, ``[1, length]`` int32; before the sequence it is the first's."""
-        assert self.bounds is not None
-        places = torch.arange(start, start + length, device=device).clamp(min=0)
+    def document_numbers(self, start: int, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return the document number of each token along a dim from ``start`` on, ``[1, tokens]`` int32."""
+        # Before the sequence it is the first document's.
+        places = torch.arange(start, start + x.shape[dim], device=x.device).clamp(min=0)
         return torch.searchsorted(self.bounds[1:].to(places), places, right=True).int()[None]
 
-    def by_document(self, function: Callable[[slice], torch.Tensor], start: int, length: int, dim: int) -> torch.Tensor:
-        """Call a function on each document's slice of ``length`` tokens from ``start`` on; concatenate the results."""
-        assert self.bounds is not None
+    def by_document(self, function: Function, tensors: Tensors, start: int, dim: int) -> torch.Tensor:
+        """Call a function on each document's part of tensors, whose tokens begin at ``start``; concatenate."""
+        length = tensors[0].shape[dim]
         inner = [bound - start for bound in self.bounds.tolist() if 0 < bound - start < length]
-        cuts = itertools.pairwise([0, *inner, length])
-        return torch.cat([function(slice(first, last)) for first, last in cuts], dim)
+        sizes = [last - first for first, last in itertools.pairwise([0, *inner, length])]
+        return torch.cat([function(*parts) for parts in zip(*(x.split(sizes, dim) for x in tensors), strict=True)], dim)
 
-    def run(self, original: Function, call: Function, whole: Tensors, **documents: Callable[[], Any]) -> torch.Tensor:
+    def run(self, original: Function, call: Function, whole: Tensors, documents: str) -> torch.Tensor:
         """Call a scan on full sequences ``[B, S, ...]``, each document separately.
 
-        ``documents`` is the argument that passes the documents to a kernel.
+        A kernel gets the documents as the argument of this name, ``cu_seqlens`` or ``seq_idx``.
         """
         if self.bounds is None:
             return call(*whole)
-        if not _is_plain_torch(original):
-            return call(*whole, **{name: make() for name, make in documents.items()})
-        return self.by_document(lambda piece: call(*(x[:, piece] for x in whole)), 0, whole[0].shape[1], dim=1)
+        if _is_plain_torch(original):
+            return self.by_document(call, whole, start=0, dim=1)
+        value = self.bounds if documents == "cu_seqlens" else self.document_numbers(0, whole[0], dim=1)
+        return call(*whole, **{documents: value})
 
 
 def convolution(original: Function, split: Split) -> Function:
@@ -86,19 +84,15 @@ def convolution(original: Function, split: Split) -> Function:
     def causal_conv1d(
         hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        width = weight.shape[-1] - 1
+        width, kwargs = weight.shape[-1] - 1, _undocumented(kwargs)
         x_BCt = with_tokens_before(hidden_states, width, split.group)
-        start, length = dist.get_rank(split.group) * hidden_states.shape[-1] - width, x_BCt.shape[-1]
-        kwargs = _undocumented(kwargs)
+        start = dist.get_rank(split.group) * hidden_states.shape[-1] - width
         if split.bounds is not None and _is_plain_torch(original):
-            out_BCt = split.by_document(
-                lambda piece: original(x_BCt[..., piece], weight, bias, **kwargs), start, length, dim=-1
-            )
-        else:
-            if split.bounds is not None:
-                kwargs["seq_idx"] = split.document_numbers(start, length, x_BCt.device)
-            out_BCt = original(x_BCt, weight, bias, **kwargs)
-        return out_BCt[..., width:]
+            out_BCt = split.by_document(lambda x: original(x, weight, bias, **kwargs), [x_BCt], start, dim=-1)
+            return out_BCt[..., width:]
+        if split.bounds is not None:
+            kwargs["seq_idx"] = split.document_numbers(start, x_BCt, dim=-1)
+        return original(x_BCt, weight, bias, **kwargs)[..., width:]
 
     return causal_conv1d
 
@@ -117,8 +111,7 @@ def delta_rule(original: Function, split: Split) -> Function:
         def call(q: Any, k: Any, v: Any, g: Any, beta: Any, **documents: Any) -> torch.Tensor:
             return original(q, k, v, g=g, beta=beta, **documents, **kwargs)[0]
 
-        out_BShD = split.run(original, call, whole, cu_seqlens=lambda: split.bounds)
-        return split.to_sequence(out_BShD), None
+        return split.to_sequence(split.run(original, call, whole, "cu_seqlens")), None
 
     return chunk_delta_rule
 
@@ -143,16 +136,13 @@ def mamba2_scan(original: Function, split: Split) -> Function:
         _refuse_states(kwargs, z=z)
         m, mine = split.share(hidden_states.shape[2], B.shape[2])
         kwargs = _undocumented(kwargs)
-        kwargs |= {name: x[mine] for name, x in (("D", D), ("dt_bias", dt_bias)) if x is not None}
+        kwargs |= {name: x[mine] for name, x in {"D": D, "dt_bias": dt_bias}.items() if x is not None}
         whole = split.to_heads([hidden_states, dt, B, C], (1, 1, m, m))
 
         def call(x: Any, dt: Any, B: Any, C: Any, **documents: Any) -> torch.Tensor:
             return original(x, dt, A[mine], B, C, **documents, **kwargs)
 
-        def numbers() -> torch.Tensor:
-            return split.document_numbers(0, whole[0].shape[1], dt.device)
-
-        return split.to_sequence(split.run(original, call, whole, seq_idx=numbers))
+        return split.to_sequence(split.run(original, call, whole, "seq_idx"))
 
     return chunk_scan
 
@@ -176,7 +166,7 @@ def mamba_scan(original: Function, split: Split) -> Function:
     ) -> torch.Tensor:
         _refuse_states(kwargs)
         m, mine = split.share(hidden_states.shape[1], 1)
-        kwargs |= {name: x[mine] for name, x in (("D", D), ("delta_bias", delta_bias)) if x is not None}
+        kwargs |= {name: x[mine] for name, x in {"D": D, "delta_bias": delta_bias}.items() if x is not None}
         of_channels = [hidden_states, dt] if z is None else [hidden_states, dt, z]
         tensors = [*(x.transpose(1, 2) for x in of_channels), *(x.transpose(1, 2).unsqueeze(2) for x in (B, C))]
         whole = split.to_heads(tensors, [1] * len(of_channels) + [m, m])
@@ -210,7 +200,7 @@ def _undocumented(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_states(kwargs: dict[str, Any], **more: Any) -> None:
-    """Raise on arguments of generation with a cache, which must bypass the sharded layers."""
+    """Raise on arguments of generation with a cache."""
     states = ("initial_state", "initial_states", "output_final_state", "return_final_states", "return_last_state")
     more |= {name: kwargs[name] for name in states if kwargs.get(name) not in (None, False)}
     given = [name for name, value in more.items() if value is not None]
@@ -225,15 +215,14 @@ def _is_plain_torch(value: Any) -> bool:
     return not inspect.getclosurevars(kernel_wrapper(value)).nonlocals["is_new_implementation"]
 
 
-def split_linear_layers(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> int:
-    """Shard the layers without attention of a model without ``linear_problems`` over a group; return their number."""
+def split_linear_layers(model: torch.nn.Module, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
+    """Shard the layers without attention of a model without ``linear_problems`` over a group."""
     layers = list(linear_layers(model).values())
     split, owned = Split(group), weakref.WeakSet(layers)
     forwards = {each: _split_forward(each, split, calls, owned) for each in {type(layer) for layer in layers}}
     for layer in layers:
         # A method, so that a deep copy of the layer binds its own, which raises.
         patches.forward(layer, forwards[type(layer)])
-    return len(layers)
 
 
 def _split_forward(
@@ -242,7 +231,6 @@ def _split_forward(
     plain = inspect.unwrap(layer.forward)
     known = {name: function for name, function in functions_of(layer).items() if name in KINDS}
     replaced = {name: SHARDED[name](function, split) for name, function in known.items()}
-    # The layer's own code looks the functions up in the globals of its source file.
     run = with_names(plain, lambda function: replaced if function is plain else {})
     signature = inspect.signature(plain)
     leaking = [name for name in known if not KINDS[name].keeps_documents_apart]
@@ -259,7 +247,9 @@ def _split_forward(
                 "of all ranks. Copy the model before deepspeed.initialize, or build it from copy.deepcopy(model.config)"
             )
         bounds = kwargs.get("cu_seq_lens_q")
-        calls.enter(layer.__name__, has_documents=bounds is not None)
+        calls.check_inside(layer.__name__)
+        calls.linear += 1
+        calls.with_documents += bounds is not None
         _check_arguments(layer.__name__, signature.bind(self, *args, **kwargs).arguments)
         if bounds is not None:
             _check_documents(layer.__name__, leaking, kwargs)

@@ -1,7 +1,6 @@
-"""Mixtures of experts: their load-balancing loss over the whole sequence, and experts that not every rank calls.
+"""Mixtures of experts: load-balancing loss over the whole sequence, and experts that not every rank calls.
 
-The loss is E times the sum over the experts of an expert's share of tokens times its mean probability (Switch
-Transformer, arXiv:2101.03961). Counts and probabilities are first summed over the ranks of a sequence, without padding.
+The loss is E times the sum over the experts of their share of tokens times their mean probability (arXiv:2101.03961).
 
 Legend: B batch, s tokens of this rank's shard, T = B*s, L layers, E experts, k experts per token.
 """
@@ -69,16 +68,17 @@ def router_problem(spec: ModelSpec, kwargs: dict[str, Any], calls: ForwardContex
 
 
 def whole_router_loss(spec: ModelSpec, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
-    """Patch a model to compute its load-balancing loss over the whole sequence, sharded over a group.
+    """Patch a model with routers to compute its load-balancing loss over the whole sequence, sharded over a group.
 
     Its forwards look the function up by a global name that other models share, so this model runs copies of them with
     another function under that name.
     """
     base = spec.model
-    if not spec.router_classes:
-        return
 
     def whole(before: Callable[..., Any]) -> Callable[..., Any]:
+        if not _is_known(before):
+            return before
+
         @torch.compiler.disable
         @functools.wraps(before)
         def of_whole_sequence(
@@ -91,7 +91,7 @@ def whole_router_loss(spec: ModelSpec, group: Any, calls: ForwardContext, patche
             _check_recorded(spec, gate_logits, calls.real_tokens.numel())
             return load_balancing_loss(gate_logits, num_experts, top_k, calls.real_tokens.flatten(), group)
 
-        return of_whole_sequence if _is_known(before) else before
+        return of_whole_sequence
 
     def names_for(function: FunctionType) -> dict[str, Any]:
         if _FUNCTION not in function.__code__.co_names:
@@ -106,8 +106,8 @@ def whole_router_loss(spec: ModelSpec, group: Any, calls: ForwardContext, patche
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
         if getattr(output, "aux_loss", None) is not None and not calls.router_loss and not calls.whole:
             raise UnsupportedModelError(
-                f"{type(base).__name__} made its router's loss by a way of its own, of a shard. Undo whatever replaced "
-                f"its forward (Liger, a subclass), or set {_SWITCH} to False."
+                f"{type(base).__name__} made its router's loss without {_FUNCTION}: it is the loss of a shard. Undo "
+                f"whatever replaced its forward (Liger, a subclass), or set {_SWITCH} to False."
             )
 
     # Every call passes the outermost module.
@@ -201,9 +201,8 @@ def _check_recorded(spec: ModelSpec, gate_logits: tuple[torch.Tensor, ...], num_
 
 
 def call_together(spec: ModelSpec, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
-    """Make blocks of separate experts look the same to the engine on all ranks, whatever their tokens.
+    """Make all ranks use all experts of a block with a module for each, of which a forward calls those with tokens.
 
-    transformers stacks a layer's experts in one module; of separate modules a forward calls those that have tokens.
     Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights, so each block is
     made a ``leaf`` module (tiling/zero3_leaf.py). On other stages the rank would have no gradient for the expert, or at
     another time, and DeepSpeed 0.19.8 then adds up gradients of different weights.
@@ -240,8 +239,8 @@ def _gradient_for_each(experts: torch.nn.Module) -> Callable[..., Any]:
             return None
         if not args or not isinstance(args[0], torch.Tensor):
             raise UnsupportedModelError(
-                f"{type(block).__name__} has experts of their own and was not called with its tokens first: those "
-                "without tokens could not be given a gradient. Use ZeRO 3."
+                f"{type(block).__name__} has a module for each expert, and its first argument is not its tokens: "
+                "experts without tokens could not be given a gradient. Use ZeRO 3."
             )
         return (_ZeroGradients.apply(args[0], *params), *args[1:])
 

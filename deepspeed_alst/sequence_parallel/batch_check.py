@@ -1,12 +1,10 @@
 """Check before each forward that the batch is a shard and matches the other ranks of its sequence.
 
-Runs as a forward pre-hook of the model: one small exchange over gloo and a few scalars read from the device per forward
-(not per layer), so that all ranks raise together and none hangs in a collective.
+One small exchange over gloo and a few scalars read from the device per forward, so that all ranks raise together.
 """
 
 import bisect
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +34,8 @@ class Facts:
     """Batch size and shard length."""
     first: int = 0
     """Position id of the first token."""
-    place: int = 0
-    """Expected position id of the first token, padding aside: its offset in its document."""
+    expected: int = 0
+    """Offset of the first token in its document, which is its position id, padding aside."""
     highest: int = 0
     """Highest position id of all tokens."""
     documents: int = 0
@@ -77,7 +75,13 @@ def check_batches(
         calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
         if planner is not None:
             raise_on_all_ranks(refusal, groups.control_group)
-            _decide_together(planner, [each for _, each in everyone], groups)
+            error, is_new = None, True
+            try:  # the same decision on all ranks
+                is_new = planner.decide([each for _, each in everyone])
+            except AlstError as raised:
+                error = raised
+            if is_new:
+                raise_on_all_ranks(error, groups.control_group)
         # transformers would cache every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
         if bounds:
@@ -91,17 +95,6 @@ def check_batches(
     patches.hook(spec.outer, "forward_pre", check, prepend=True, with_kwargs=True)
 
 
-def _decide_together(planner: Any, everyone: Sequence[Any], groups: SequenceGroups) -> None:
-    """Make the planner's decision, the same on all ranks; raise on all ranks if one cannot apply it."""
-    error, is_new = None, True
-    try:
-        is_new = planner.decide(everyone)
-    except AlstError as raised:
-        error = raised
-    if is_new:
-        raise_on_all_ranks(error, groups.control_group)
-
-
 def _read(
     spec: ModelSpec,
     args: tuple[Any, ...],
@@ -110,7 +103,7 @@ def _read(
     groups: SequenceGroups,
     calls: ForwardContext,
 ) -> tuple[Facts, list[int]]:
-    """Return the facts of a batch and the bounds of its packed documents; never raise, as the other ranks wait."""
+    """Return the facts of a batch and its packed documents' bounds; never raise, as the other ranks wait."""
     bounds: list[int] = []
     try:
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -135,7 +128,7 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
     if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
         return (
             f"it asks for a cache (use_cache, {', '.join(CACHES)}), which would hold a shard's keys and values; leave "
-            "it out. To generate, call model.generate, which goes round the split"
+            "it out. To generate, call model.generate, which runs without sequence parallelism"
         )
     if isinstance(keep, torch.Tensor) or keep:
         return "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
@@ -152,11 +145,14 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
         return f"it has no position_ids, so it is not split over the ranks. {WAY_OUT}"
     if labels is not None and shifted is None:
         return f"it has labels, but no shift_labels, so it is not split over the ranks. {WAY_OUT}"
-    if labels is not None and not _are_the_same_labels(labels.to(shifted.device), shifted):
-        return (
-            "its labels are not its shift_labels moved by one: the loss is made of shift_labels, so change labels in "
-            "the dataset or the collate_fn, before the batch is split"
-        )
+    if labels is not None:
+        # Moved by one, or the same: the HF Trainer needs labels to get a loss.
+        labels = labels.to(shifted.device)
+        if not torch.equal(labels[:, 1:], shifted[:, :-1]) and not torch.equal(labels, shifted):
+            return (
+                "its labels are not its shift_labels moved by one: the loss is made of shift_labels, so change labels "
+                "in the dataset or the collate_fn, before the batch is split"
+            )
     return None
 
 
@@ -194,11 +190,6 @@ def _place_of(
     return Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
 
 
-def _are_the_same_labels(labels: torch.Tensor, shifted: torch.Tensor) -> bool:
-    """Return True if labels are shift_labels, shifted by one or as is: the HF Trainer needs labels to get a loss."""
-    return torch.equal(labels[:, 1:], shifted[:, :-1]) or torch.equal(labels, shifted)
-
-
 def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
     """Return why the batches are not shards of sequences, or None; the same on every rank."""
     for rank, facts in enumerate(everyone):
@@ -213,7 +204,7 @@ def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
         shapes = [facts.shape for facts in ranks]
         starts, highest = [facts.first for facts in ranks], max(facts.highest for facts in ranks)
         # Padding has no position id above the last token's.
-        expected = [min(facts.place, highest) for facts in ranks]
+        expected = [min(facts.expected, highest) for facts in ranks]
         if any(facts.batch for facts in ranks):
             expected = starts
         if len({(facts.shape, facts.documents, facts.batch) for facts in ranks}) > 1 or starts != expected:

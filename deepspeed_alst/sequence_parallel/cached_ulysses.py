@@ -1,7 +1,7 @@
-"""Ulysses attention whose output is saved for the recomputation of its layer, which then makes one collective.
+"""Ulysses attention with its output saved for the recomputation of its layer, which then makes one collective.
 
-The output is saved as the sequence shard that the layer continues with; attention's backward gets it back as a head
-shard, in one collective with its gradient. Legend as in ulysses.py.
+The output is saved as a sequence shard; attention's backward gets it as a head shard, in one collective with its
+gradient. Legend as in ulysses.py.
 """
 
 from collections.abc import Callable

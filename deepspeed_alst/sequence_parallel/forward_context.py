@@ -27,7 +27,7 @@ class ForwardContext:
     linear: int = 0
     """Calls of sharded layers without attention."""
     with_documents: int = 0
-    """Calls of either kind that got the bounds of packed documents."""
+    """Calls of either kind with the bounds of packed documents."""
     loss: int = 0
     router_loss: int = 0
     routes: bool = False
@@ -83,12 +83,6 @@ class ForwardContext:
         """Mark forwards in the context as the model check's; restore all counters at its end."""
         return self.having(**vars(self) | {"checking": True, "makes_whole_loss": True, "loss_follows": False})
 
-    def enter(self, layer: str, has_documents: bool) -> None:
-        """Count a call of a layer without attention."""
-        self.check_inside(layer)
-        self.linear += 1
-        self.with_documents += has_documents
-
     def check_inside(self, layer: str) -> None:
         """Raise UnsupportedModelError outside of the outermost module's forward, which checks the batch."""
         # Recomputation in the backward runs layers outside of the model's forward.
@@ -101,15 +95,15 @@ class ForwardContext:
     def note_loss(self, loss: torch.Tensor) -> None:
         """Count a full-sequence loss, and its gradient when it arrives."""
         self.loss += 1
-        if loss.requires_grad:
-            loss.register_hook(self._note_gradient)
 
-    def _note_gradient(self, grad: torch.Tensor) -> None:
-        self.gradients += 1
+        def count(grad: torch.Tensor) -> None:
+            self.gradients += 1
+
+        if loss.requires_grad:
+            loss.register_hook(count)
 
 
 def _why_not_called(model: torch.nn.Module) -> str:
-    """Return why a model bypasses transformers' attention interface, and the fix."""
     homes = (each.__module__ for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
     home = sys.modules.get(next(homes, ""))
     if home is not None and not hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
@@ -118,11 +112,7 @@ def _why_not_called(model: torch.nn.Module) -> str:
 
 
 def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole_loss: bool) -> None:
-    """Raise if a forward bypasses the patched parts, which a subclass or a library may replace.
-
-    Without ``whole_loss`` user code may compute a shard's
-    loss in any way.
-    """
+    """Raise if a forward bypasses the patched parts; the loss is checked with ``whole_loss`` alone."""
     name = spec.name
 
     @torch.compiler.disable

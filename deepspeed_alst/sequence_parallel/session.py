@@ -1,7 +1,6 @@
 """Sequence parallelism on one engine: its state, its wrappers, and their undo."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +51,11 @@ class Session:
     def attach(self, engine: Any) -> None:
         """Use an engine's clock for random numbers, and give it the size of its batches."""
         self._patches.set(engine, "alst", self)
-        self.calls.draws.clock = functools.partial(_step_and_micro_step, engine)
+        # DeepSpeed restarts micro_steps at 0 after a resume.
+        self.calls.draws.clock = lambda: (
+            engine.global_steps,
+            engine.micro_steps % engine.gradient_accumulation_steps(),
+        )
         # DeepSpeed sets None for such an mpu, and set_train_batch_size multiplies by it.
         engine.dp_world_size = self.groups.dp_size
 
@@ -85,7 +88,7 @@ class Session:
         return self.shard_dataloader((), whole).exchange(batch, place)
 
     def meet(self, place: str) -> None:
-        """Synchronize all ranks at a place in their data that no batch follows."""
+        """Synchronize all ranks at a place in their data without a batch."""
         self.shard_dataloader(()).meet(place)
 
     def cut(self, batch: Any) -> Any:
@@ -94,7 +97,7 @@ class Session:
 
     @contextlib.contextmanager
     def whole_batches(self) -> Iterator[None]:
-        """Accept whole batches too while the context is open (sequence_parallel/whole_batches.py)."""
+        """Accept whole batches too in the context (sequence_parallel/whole_batches.py)."""
         before, self.takes_whole = self.takes_whole, True
         try:
             yield
@@ -127,19 +130,27 @@ class Session:
         return self.shard_dataloader(io(dataset, *args, **kwargs))
 
     def watch_loss(self, output: Any) -> None:
-        """Refuse a direct backward of what a forward has made."""
+        """Raise in a direct backward of a forward's loss or logits."""
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
         if loss is None:  # the program makes its own, of the logits
             loss = getattr(output, "logits", None)
+
+        def check(grad: torch.Tensor) -> None:
+            if not self._in_backward:
+                raise SetupError(
+                    "call engine.backward(loss), not loss.backward(): with gradient accumulation, which sequence "
+                    "parallelism needs, DeepSpeed 0.19.8 scales a direct backward by another factor on ZeRO 1 and 2"
+                )
+
         if isinstance(loss, torch.Tensor) and loss.requires_grad:
-            loss.register_hook(self._check_backward)
+            loss.register_hook(check)
 
     @contextlib.contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[torch.Tensor]:
         """Run the engine's backward inside, on the loss that is yielded.
 
         Raises:
-            SetupError: the loss is not made of the model's own.
+            SetupError: the loss was not computed from the model's own.
         """
         self._in_backward, self.calls.gradients = True, 0
         self.losses.add(loss)
@@ -149,18 +160,6 @@ class Session:
             self._in_backward = False
         if self.calls.makes_whole_loss and not self.calls.gradients:
             raise SetupError(
-                "engine.backward was given a loss that is not made of the model's own: one made of its logits is "
-                "the loss of a shard. Give the batch labels and use the loss that the model returns."
+                "engine.backward was given a loss that was not computed from the model's own: one made of its logits "
+                "is the loss of a shard. Give the batch labels and use the loss that the model returns."
             )
-
-    def _check_backward(self, grad: torch.Tensor) -> None:
-        if not self._in_backward:
-            raise SetupError(
-                "call engine.backward(loss), not loss.backward(): with gradient accumulation, which sequence "
-                "parallelism needs, DeepSpeed 0.19.8 scales a direct backward by another factor on ZeRO 1 and 2"
-            )
-
-
-def _step_and_micro_step(engine: Any) -> tuple[int, int]:
-    # DeepSpeed restarts micro_steps at 0 after a resume.
-    return engine.global_steps, engine.micro_steps % engine.gradient_accumulation_steps()

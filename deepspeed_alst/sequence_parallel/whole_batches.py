@@ -1,18 +1,15 @@
-"""Splitting of whole batches at the engine, if the model computes the loss; the rest of a program sees them whole.
+"""Splitting of whole batches at the engine: a Trainer's evaluation by generation, a user's compute_loss, accelerate.
 
-For batches that no loader splits: a Trainer's evaluation by generation, a compute_loss of the program's own, loaders
-prepared by accelerate. In training the ranks of a sequence have the same batch, and each cuts its shard out of it. In
-evaluation each may have its own: they exchange them, run one forward per batch, and every rank gets its own batch's
-loss and logits.
+In training the ranks of a sequence have the same batch, and each cuts its shard out of it. In evaluation each may have
+its own: they exchange them and run one forward per batch, and every rank gets its own batch's loss and logits.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
-from deepspeed_alst.data.sharding import PLACE, kept_places, labels_of_all
+from deepspeed_alst.data.sharding import PLACE, fingerprint, kept_places, labels_of_all
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
@@ -83,21 +80,17 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
 def _whole_logits(pieces: list[Any], length: int, trains: bool, session: Any) -> Any:
     if trains:
         return NotHere(
-            "outputs.logits was looked at in training, where each rank has those of a shard: a loss made of them is "
-            "the loss of a shard. Give the batch labels and use the loss that the model returns."
+            "outputs.logits was read in training, where each rank has those of a shard: a loss made of them is the "
+            "loss of a shard. Give the batch labels and use the loss that the model returns."
         )
     if any(piece is None for piece in pieces) or is_too_large(pieces[0], session.groups.sp_size):
         return NotHere(
-            "outputs.logits was looked at, and those of this batch's whole sequence are not made: they are larger than "
-            "2 GiB. Use outputs.loss, shorter sequences or fewer rows."
+            "outputs.logits was read, and those of this batch's whole sequence are not gathered, as they exceed 2 GiB. "
+            "Use outputs.loss, shorter sequences or fewer rows."
         )
     return gather_predictions(pieces, length, session.groups)
 
 
 def _digest(batch: dict[str, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for key in sorted(batch):
-        if isinstance(x := batch[key], torch.Tensor):
-            digest.update(f"{key} {tuple(x.shape)}".encode())
-            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    tensors = {key: x for key, x in sorted(batch.items()) if isinstance(x, torch.Tensor)}
+    return " ".join(f"{key} {tuple(x.shape)} {fingerprint(x.reshape(-1))}" for key, x in tensors.items())

@@ -399,7 +399,7 @@ def with_own_loss(output: Any) -> Any:
     [
         ("unmarked", "does not say in alst_real_tokens which tokens are padding"),
         ("reentrant", "a reentrant checkpoint records router logits without a gradient"),
-        ("own", "made its router's loss by a way of its own"),
+        ("own", "made its router's loss without load_balancing_loss_func"),
     ],
 )
 def test_what_cannot_be_right_is_refused(case, sentence, ranks2):
