@@ -88,8 +88,8 @@ class ForwardContext:
         # Recomputation in the backward runs layers outside of the model's forward.
         if not self.inside and torch._C._current_graph_task_id() == -1:
             raise UnsupportedModelError(
-                f"{layer} was called outside of its causal language model: what reached it was not checked to be a "
-                "shard. Call the engine, with a batch of the sharded loader."
+                f"{layer} was called outside of its causal language model: its input was not checked to be a shard. "
+                "Call the engine, with a batch of the sharded loader."
             )
 
     def note_loss(self, loss: torch.Tensor) -> None:

@@ -208,9 +208,8 @@ def _attention_over(
         calls.check_inside(type(module).__name__)
         for name in arguments.keys() - set(backend.forwarded_kwargs):
             raise UnsupportedModelError(
-                f"{type(module).__name__} was called with {name}, which attn_implementation='{backend.name}' is not "
-                "given under sequence parallelism; of all backends flash attention is given most "
-                "(attn_implementation='flash_attention_2')"
+                f"{type(module).__name__} was called with {name}, which attn_implementation='{backend.name}' does not "
+                "support under sequence parallelism; attn_implementation='flash_attention_2' supports most arguments"
             )
         calls.attention += 1
         documents = arguments.get("cu_seq_lens_q") if attention_mask is None else attention_mask.documents

@@ -99,9 +99,8 @@ class MaskSpec:
         if name.startswith("__"):  # copy, pickle and dispatch protocols look these up
             raise AttributeError(name)
         raise MaskReadError(
-            f"the model reads {name} of its attention mask, of which a rank has no tensor: what it makes of it would "
-            "be a shard's. It is not available under sequence parallelism with this window, these chunks or packed "
-            "documents"
+            f"the model reads {name} of its attention mask, which is not a tensor under sequence parallelism with a "
+            "window, chunks or packed documents: use another model, or one document per row if it has neither of them"
         )
 
     def __getitem__(self, index: Any) -> NoReturn:
