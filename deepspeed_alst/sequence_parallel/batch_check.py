@@ -75,13 +75,13 @@ def check_batches(
         calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
         if planner is not None:
             raise_on_all_ranks(refusal, groups.control_group)
-            error, is_new = None, True
+            is_new = True
             try:  # the same decision on all ranks
                 is_new = planner.decide([each for _, each in everyone])
-            except AlstError as raised:
-                error = raised
+            except AlstError as error:
+                refusal = error
             if is_new:
-                raise_on_all_ranks(error, groups.control_group)
+                raise_on_all_ranks(refusal, groups.control_group)
         # transformers would cache every layer's keys and values of the shard, which nothing reads.
         kwargs["use_cache"] = False
         if bounds:
