@@ -21,8 +21,7 @@ from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from deepspeed_alst.cli.plan import Machine, Model, static_bytes
 from deepspeed_alst.config.compatibility import value_at
-from deepspeed_alst.config.parse import parse
-from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.errors import ConfigError, SetupError
 
-_TESTED = ((0, 19, 8), (0, 20, 0))
+_TESTED = ((0, 19, 8), (0, 20))
 # Newest minor version of each further dependency that `make canary` has passed with: docs/versions.md.
 NEWEST_TESTED = {
     "torch": "2.14",
@@ -34,34 +34,21 @@ _LOOKS, _LOOK_SECONDS = 5, 0.3
 
 
 def check_deepspeed() -> None:
-    """Raise SetupError for an untested DeepSpeed, and warn about other libraries newer than tested.
-
-    Raises:
-        SetupError: the version is older than 0.19.8, or 0.20 or newer.
-    """
-    found = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3] if part.isdigit())
-    if not _TESTED[0] <= found < _TESTED[1]:
+    """Raise SetupError for an untested DeepSpeed; warn on rank 0 about other libraries newer than tested."""
+    if not _TESTED[0] <= Version(deepspeed.__version__).release < _TESTED[1]:
         raise SetupError(
-            f"deepspeed {deepspeed.__version__} is not tested with this version of deepspeed_alst, which relies on its "
-            "internals. Install one that is: pip install 'deepspeed>=0.19.8,<0.20'"
+            f"deepspeed {deepspeed.__version__} is not tested with this version of deepspeed_alst, which patches its "
+            "internals. Install a tested one: pip install 'deepspeed>=0.19.8,<0.20'"
         )
-    _warn_of_untested()
-
-
-def _warn_of_untested() -> None:
-    """Warn on rank 0 about libraries newer than the tested versions."""
-    if os.environ.get("RANK", "0") != "0":
-        return
     newer = []
     for name, newest in NEWEST_TESTED.items():
         with contextlib.suppress(PackageNotFoundError):
             found = version(name)
             if Version(found).release[:2] > Version(newest).release:
                 newer.append(f"{name} {found} (newest tested: {newest})")
-    if newer:
+    if newer and os.environ.get("RANK", "0") == "0":
         warnings.warn(
-            f"newer than what this version of deepspeed_alst was tested with: {', '.join(newer)}. "
-            "docs/versions.md has what is right with what.",
+            f"newer than tested with this version of deepspeed_alst: {', '.join(newer)}; see docs/versions.md",
             stacklevel=2,
         )
 
@@ -73,14 +60,14 @@ def check_build_lock() -> None:
     leaves the file behind, and every later run waits for it forever, without a message.
 
     Raises:
-        SetupError: the lock file exists and no process holds it open; the message has its path and the remedy.
+        SetupError: the lock file exists and no process holds it open.
     """
     if get_accelerator().device_name() != "cpu" or torch.distributed.is_initialized():
         return
     lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
     if is_left_over(lock):
         raise SetupError(
-            f"{lock} is left over from a build that was killed, and DeepSpeed would wait for it for ever. "
+            f"{lock} is left over from a build that was killed, and DeepSpeed would wait for it forever. "
             f"Remove it: rm {lock}"
         )
 
@@ -98,11 +85,20 @@ def is_left_over(lock: Path) -> bool:
             state = lock.stat()
         except OSError:
             return False
-        if _is_open_somewhere(lock) or (several_hosts and time.time() - state.st_mtime < _REMOTE_BUILD_SECONDS):
+        if _is_open(lock) or (several_hosts and time.time() - state.st_mtime < _REMOTE_BUILD_SECONDS):
             return False
         seen.add((state.st_ino, state.st_mtime_ns))
         time.sleep(_LOOK_SECONDS)
     return len(seen) == 1  # otherwise released and taken again meanwhile
+
+
+def _is_open(path: Path) -> bool:
+    path = path.resolve()  # /proc has resolved paths, and a home may be a symlink
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if descriptor.readlink() == path:
+                return True
+    return False
 
 
 def use_expandable_segments(config: AlstConfig) -> str:
@@ -115,34 +111,23 @@ def use_expandable_segments(config: AlstConfig) -> str:
     if not torch.cuda.is_available():
         if wanted:
             raise ConfigError("alst.expandable_segments=true: this machine has no CUDA device. Remove the key.")
-        return "no CUDA device"
+        return "PyTorch's for CPU"
     if wanted is False:
-        return "expandable segments left as they are (alst.expandable_segments=false)"
+        return "expandable segments unchanged: alst.expandable_segments is false"
     if "expandable_segments" in allocator_variable(os.environ):
-        return "as the environment says"
+        return f"expandable segments as in the environment: {allocator_variable(os.environ)}"
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 0:
-        late = "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the program starts"
+        late = (
+            "the program has allocated CUDA memory before deepspeed.initialize; export "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before it starts"
+        )
         if wanted:
-            raise ConfigError(
-                f"alst.expandable_segments=true: too late, the program has allocated CUDA memory already. {late}."
-            )
-        return f"expandable segments off: the program has allocated CUDA memory already; {late}"
+            raise ConfigError(f"alst.expandable_segments=true: too late, {late}.")
+        return f"expandable segments off: {late}"
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    return "expandable segments"
+    return "expandable segments on"
 
 
 def allocator_variable(environ: Mapping[str, str]) -> str:
     """Return the allocator settings of the environment, from both of torch's variables."""
     return environ.get("PYTORCH_ALLOC_CONF", "") + environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-
-
-def _is_open_somewhere(path: Path) -> bool:
-    """Return True if a process of this host holds the file open, as a builder does."""
-    path = path.resolve()  # /proc has resolved paths, and a home may be a symlink
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if descriptor.readlink() == path:
-                return True
-        except OSError:
-            continue
-    return False

@@ -1,17 +1,31 @@
-"""Features that keys of the ds_config turn on: their interface, what they are given, and their order."""
+"""Features that keys of the ds_config turn on: their interface, their order, and the activation report."""
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deepspeed.accelerator import get_accelerator
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
+
+if TYPE_CHECKING:
+    from deepspeed_alst.grad_reduction.reduce import Reduction
+    from deepspeed_alst.grad_reduction.zero_paths import ReductionPath
+
+_SWITCHED = ("offload", "liger", "tiled MLP", "tiled loss")
+_MODEL_CHECK = {
+    True: "SP 1 against SP on short sequences, before the first forward; code that only long ones reach is not checked",
+    False: "off: alst.check_model is false",
+}
 
 
 @dataclass(frozen=True)
@@ -33,22 +47,6 @@ class RunContext:
     """DeepSpeed's own sequence-parallel mpu, if the program was written for its ALST; else None."""
     calls: ForwardContext
     leaf: ZeRO3Leaves
-
-    @classmethod
-    def build(
-        cls,
-        spec: ModelSpec,
-        config: AlstConfig,
-        stage: int,
-        control_group: Any,
-        session: Session | None,
-        upstream: Any,
-        patches: PatchSet,
-    ) -> "RunContext":
-        """Describe a call; see the attributes."""
-        device, calls = get_accelerator().device_name(), session.calls if session else ForwardContext()
-        leaf = ZeRO3Leaves(spec.outer, stage, patches)
-        return cls(spec, config, stage, device, control_group, session, upstream, calls, leaf)
 
 
 class Feature:
@@ -105,3 +103,89 @@ def features_of(run: RunContext, bucket: str) -> list[Feature]:
         add("grad_reduction.GradReduction", session, bucket)
     add("monitoring.StepMetrics")
     return found
+
+
+# --- the activation report
+
+
+def print_report(rows: list[tuple[str, str]]) -> None:
+    """Print rows as a table on rank 0."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    table = Table(title="deepspeed_alst", title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    # A log file has no width, and rows must not be truncated.
+    Console(stderr=True, width=120).print(table)
+
+
+def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator: str) -> list[tuple[str, str]]:
+    """Return the rows of the activation report: name and description."""
+    rows = [row for feature in features for row in feature.report()]
+    off = [name for name in _SWITCHED if name not in dict(rows)]
+    rows += [("off", ", ".join(off))] if off else []
+    if run.session is None:
+        return [
+            ("sequence parallelism", "off: sequence_parallel_size is 1"),
+            *rows,
+            ("reduction", "DeepSpeed's: sequence_parallel_size is 1"),
+            ("CUDA allocator", allocator),
+        ]
+    groups, multiple = run.session.groups, run.config.padding_multiple()
+    micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    sharded = "" if engine.training_dataloader is None else "training_data is sharded; "
+    check = _MODEL_CHECK[run.config.alst.check_model]
+    if run.upstream is not None:
+        sharded, check = "UlyssesSPDataLoaderAdapter is replaced; ", "off: the program is written for shards"
+    return [
+        ("sequence parallelism", f"{groups.sp_size} ranks per sequence, {groups.dp_size} replica(s)"),
+        ("data", f"{sharded}sequences are padded to a multiple of {multiple} tokens"),
+        ("optimizer step", step_words(micro, accumulation, groups.sp_size, groups.dp_size, multiple)),
+        *rows,
+        ("model check", check),
+        ("CUDA allocator", allocator),
+    ]
+
+
+def step_words(micro: int, accumulation: int, sp_size: int, replicas: int, multiple: int) -> str:
+    """Describe an optimizer step: samples, micro-steps and tokens."""
+    words = (
+        f"{micro * accumulation * replicas} samples in {accumulation} micro-steps of {micro} on {replicas} replica(s); "
+        f"a rank has a multiple of {multiple // sp_size} tokens of each, with padding"
+    )
+    if accumulation % sp_size:
+        words += (
+            f"; gradient_accumulation_steps is not a multiple of sequence_parallel_size={sp_size}, so that some steps "
+            "take only some of the batches that the ranks of a sequence have loaded together"
+        )
+    return words
+
+
+def reduction_rows(
+    engine: Any, reduction: "Reduction", path: "ReductionPath", adder: str, bucket: str
+) -> list[tuple[str, str]]:
+    """Return the rows on the gradient sums' dtype, cost and buckets; ``bucket`` is the size's source."""
+    ranks = dist.get_world_size()
+    sizes = [getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters() if param.requires_grad]
+    numel, stage = sum(sizes), int(engine.zero_optimization_stage())
+    # A parameter larger than the bucket is reduced alone.
+    at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
+    # Send and receive buffers, and on stage 0 this rank's shard of the sums.
+    widest = max(dtype.itemsize for dtype in path.hops)
+    extra = min(2 * reduction.slice_bytes, 2 * at_once * widest + (at_once // ranks * widest if stage == 0 else 0))
+    wire = ", then ".join(_short(dtype) for dtype in path.hops)
+    adder = f" ({adder})" if reduction.dtype == torch.float32 else ""
+    buckets = f"{bucket} is not used on this path"
+    if path.bucket_size is not None:
+        buckets = f"{path.bucket_size:,} elements ({bucket})"
+    sent = f"{format_bytes(path.bytes_sent(engine), 1)} sent per rank and step"
+    return [
+        ("reduction", f"ZeRO stage {stage}, summed in {_short(reduction.dtype)}{adder} over {ranks} ranks"),
+        ("on the wire", f"{wire}: {sent} ({path.reductions} x {numel:,} elements)"),
+        ("largest extra buffers", f"{format_bytes(extra, 1)}{path.besides}"),
+        ("gradient buckets", buckets),
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -6,17 +6,10 @@ from typing import Any
 _LONGEST = 200
 
 
-def format_bytes(num_bytes: float, digits: int = 2, step: int = 1024) -> str:
-    """Format bytes in the largest unit that gives a value of at least one.
-
-    Args:
-        num_bytes: number of bytes.
-        digits: decimal places.
-        step: 1024 for memory (KiB, MiB, GiB), 1000 for traffic (kB, MB, GB).
-    """
-    units = ("bytes", "kB", "MB", "GB") if step == 1000 else ("bytes", "KiB", "MiB", "GiB")
-    power = next((power for power in (3, 2, 1) if num_bytes >= step**power), 0)
-    return f"{num_bytes / step**power:,.{digits}f} {units[power]}"
+def format_bytes(num_bytes: float, digits: int = 2) -> str:
+    """Format bytes in the largest binary unit that gives a value of at least one."""
+    power = next((power for power in (3, 2, 1) if num_bytes >= 1024**power), 0)
+    return f"{num_bytes / 1024**power:,.{digits}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def shown(value: Any) -> str:

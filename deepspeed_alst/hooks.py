@@ -1,6 +1,6 @@
-"""Gate in front of ``deepspeed.initialize``: reads the config, and loads the package only if the config enables it.
+"""Hooks of DeepSpeed, transformers and accelerate: each loads the package only if the ds_config enables it.
 
-Runs in every process that imports deepspeed or transformers, so it contains little beyond that check.
+They are installed in every process that imports these libraries, so they contain little beyond that check.
 """
 
 import inspect
@@ -12,16 +12,12 @@ from types import ModuleType
 from typing import Any
 
 from deepspeed_alst.config.config_file import OWN_KEYS, config_on_command_line, find_config, ignored, is_wanted
-from deepspeed_alst.core.patching import OWNED, unwrap, wrap_once
+from deepspeed_alst.core.patching import OWNED, wrap_once
 
 
 def hook_initialize(deepspeed: ModuleType) -> None:
-    """Wrap ``deepspeed.initialize`` with the gate; a second call does nothing."""
+    """Wrap ``deepspeed.initialize``; a second call does nothing."""
     wrap_once(deepspeed, "initialize", _before_initialize)
-    if is_wanted(_command_line_config()):
-        # DeepSpeed builds its CPU op in init_distributed, which zero.Init or the program may call before initialize.
-        for holder in _holders(deepspeed):
-            wrap_once(holder, "init_distributed", _check_lock_before)
 
 
 def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,38 +47,16 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
 def _warn_of(lines: list[str]) -> None:
     """Print one line for all ignored keys, on every rank, since each has its own ds_config."""
     if lines:
-        print(f"deepspeed_alst: the ds_config switches nothing on here; {' '.join(lines)}", file=sys.stderr)
+        print(f"deepspeed_alst: the ds_config enables nothing of this package. {' '.join(lines)}", file=sys.stderr)
 
 
 def _refuse_a_second_engine() -> None:
     from deepspeed_alst.errors import SetupError
 
     raise SetupError(
-        "deepspeed.initialize was given a model that an engine has changed (sequence parallelism or tiles): the second "
-        "engine would have the first one's. Call destroy() of that engine first."
+        "model: another engine has patched it for sequence parallelism or tiling. Call destroy() of that engine "
+        "before deepspeed.initialize."
     )
-
-
-def _check_lock_before(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_distributed(*args, **kwargs):
-        from deepspeed_alst.environment import check_build_lock
-
-        check_build_lock()
-        return original(*args, **kwargs)
-
-    return init_distributed
-
-
-def _holders(deepspeed: ModuleType) -> tuple[Any, ...]:
-    """Return the modules in which DeepSpeed looks up ``init_distributed``; zero.Init has its own reference."""
-    return deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters
-
-
-def unhook_initialize(deepspeed: ModuleType) -> None:
-    """Restore ``deepspeed.initialize``, and ``init_distributed`` where it was hooked."""
-    unwrap(deepspeed, "initialize")
-    for holder in _holders(deepspeed):
-        unwrap(holder, "init_distributed")
 
 
 def _command_line_config() -> dict[str, Any]:
@@ -94,11 +68,9 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
     """Make transformers load models sharded in a plain ZeRO-3 loop that does not request it.
 
     The model is built before ``deepspeed.initialize`` is called, so the config is looked up on the command line. A
-    config with "auto" outside the alst block belongs to the HF Trainer, which registers its own.
-
-    Args:
-        integration: module ``transformers.integrations.deepspeed``; an attribute on it keeps the config alive, since
-            transformers holds a weak reference.
+    config with "auto" outside the alst block belongs to the HF Trainer, which registers its own. An attribute of
+    ``integration`` (``transformers.integrations.deepspeed``) keeps the config alive, since transformers holds a weak
+    reference.
     """
     ds_config = _command_line_config()
     zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
@@ -115,11 +87,7 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
 
 
 def hook_trainer_config(integration: ModuleType) -> None:
-    """Make the HF Trainer's ``"auto"`` batch keys count micro-steps if sequences are sharded over ranks.
-
-    Args:
-        integration: module ``transformers.integrations.deepspeed``.
-    """
+    """Make the HF Trainer's ``"auto"`` batch keys count micro-steps if sequences are sharded over ranks."""
     wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _count_micro_steps)
 
 
@@ -135,11 +103,7 @@ def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hook_accelerate_config(module: ModuleType) -> None:
-    """Hide the alst block from accelerate, which raises on any "auto" that it has no value for.
-
-    Args:
-        module: ``accelerate.utils.dataclasses``.
-    """
+    """Hide the alst block from accelerate, which raises on any "auto" that it has no value for."""
     wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _without_own_keys)
 
 
@@ -153,11 +117,7 @@ def _without_own_keys(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hook_accelerator(module: ModuleType) -> None:
-    """Make the engine split batches of loaders that accelerate prepares, the HF Trainer's loaders excepted.
-
-    Args:
-        module: ``accelerate.accelerator``.
-    """
+    """Make the engine split batches of loaders that accelerate prepares, except the HF Trainer's."""
     wrap_once(module.Accelerator, "prepare_data_loader", _prepare_whole_batches)
     wrap_once(module.Accelerator, "_prepare_deepspeed", _take_whole_batches)
 
@@ -198,16 +158,9 @@ def _sp_size_of(accelerator: Any) -> int:
 
 
 def hook_trainer(module: ModuleType) -> None:
-    """Make the HF Trainer's steps run on shards if its engine shards sequences; others are unchanged.
-
-    Evaluation gets logits where its program needs them, also at SP 1.
-
-    Args:
-        module: ``transformers.trainer``.
-    """
+    """Make the HF Trainer's steps run on shards, and give its evaluation logits, also at SP 1."""
     wrap_once(module.Trainer, "training_step", _step_over_shards)
     wrap_once(module.Trainer, "evaluation_loop", _evaluate_with_logits)
-    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _agree_on_accumulation)
 
 
 def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,18 +185,6 @@ def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             return evaluate(self, *args, **kwargs)
 
     return evaluation_loop
-
-
-def _agree_on_accumulation(create: Callable[..., Any]) -> Callable[..., Any]:
-    def create_accelerator_and_postprocess(self):
-        create(self)
-        if _trainer_splits_sequences(self):
-            # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
-            steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
-            if type(steps) is int:
-                self.accelerator.gradient_accumulation_steps = steps
-
-    return create_accelerator_and_postprocess
 
 
 def _trainer_splits_sequences(trainer: Any) -> bool:

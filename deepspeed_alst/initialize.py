@@ -5,16 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import OWNED, PatchSet
 from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.engine import extend
-from deepspeed_alst.features import RunContext, features_of
+from deepspeed_alst.features import RunContext, features_of, print_report, report_rows
 from deepspeed_alst.grad_reduction.bucket_size import deepspeed_arguments
-from deepspeed_alst.report import print_report, report_rows
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.start import build_session, check_arguments, read_config, start_ranks, upstream_mpu
+from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -47,7 +49,9 @@ def initialize(
         control_group = start_ranks(arguments, ds_config, patches)
         session = build_session(spec, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        run = RunContext.build(spec, config, stage, control_group, session, upstream, patches)
+        device, calls = get_accelerator().device_name(), session.calls if session else ForwardContext()
+        leaves = ZeRO3Leaves(spec.outer, stage, patches)
+        run = RunContext(spec, config, stage, device, control_group, session, upstream, calls, leaves)
         features = features_of(run, bucket)
 
         build = with_plain_copies(original, spec.outer, patches)

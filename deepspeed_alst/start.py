@@ -1,4 +1,4 @@
-"""Before the engine is built: read the ds_config, refuse what cannot be honoured, and start the ranks."""
+"""Before the engine is built: read and check the ds_config and the arguments, and start the ranks."""
 
 import sys
 from typing import Any
@@ -8,9 +8,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.config.compatibility import check_features, check_numbers, idle_checkpointing, zero_stage
-from deepspeed_alst.config.parse import SAME_ON_ALL_RANKS, check_batch_keys, check_heads, check_world, parse
-from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.config.compatibility import check_batch_keys, check_features, check_heads, check_world, zero_stage
+from deepspeed_alst.config.config_file import TOP_KEYS
+from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, assert_same_on_all_ranks
@@ -18,20 +18,28 @@ from deepspeed_alst.distributed.mesh import build_control_group, destroy_groups
 from deepspeed_alst.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
-from deepspeed_alst.report import warn_rank_0
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.verification.hf_support_checks import check_model
 
 _MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
+# Ranks with different values of these keys would deadlock or diverge.
+_SAME_ON_ALL_RANKS = (
+    *AlstConfig.model_fields,
+    *TOP_KEYS,
+    "zero_optimization",
+    "data_types",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
 
 
 def read_config(ds_config: dict[str, Any]) -> tuple[AlstConfig, int, str]:
-    """Parse this package's keys and DeepSpeed's ZeRO stage, check DeepSpeed's numbers, and set the allocator."""
+    """Return this package's keys, the ZeRO stage and a description of the CUDA allocator, which is set."""
     check_deepspeed()
-    config, stage = parse(ds_config), zero_stage(ds_config)
-    check_numbers(ds_config)
-    warn_rank_0(idle_checkpointing(ds_config))
-    return config, stage, use_expandable_segments(config)
+    config = parse(ds_config)
+    return config, zero_stage(ds_config), use_expandable_segments(config)
 
 
 def is_upstreams(mpu: Any) -> bool:
@@ -52,14 +60,14 @@ def upstream_mpu(arguments: dict[str, Any], ds_config: dict[str, Any]) -> tuple[
         size = mpu.get_sequence_parallel_world_size()
     except AssertionError:
         raise ConfigError(
-            "mpu: DeepSpeed's sequence-parallel groups are not made yet; call "
+            "mpu: DeepSpeed's sequence-parallel groups do not exist yet; call "
             "UlyssesSPAttentionHF.register_with_transformers before deepspeed.initialize"
         ) from None
-    said = ds_config.get("sequence_parallel_size", size)
-    if said != size:
+    given = ds_config.get("sequence_parallel_size", size)
+    if given != size:
         raise ConfigError(
-            f"sequence_parallel_size={shown(said)}: the mpu was registered with sequence_parallel_size={size}. Set the "
-            f"key to {size}, or leave it out."
+            f"sequence_parallel_size={shown(given)}: the mpu was registered with sequence_parallel_size={size}. Set "
+            f"the key to {size}, or leave it out."
         )
     return mpu, {**ds_config, "sequence_parallel_size": size}
 
@@ -69,11 +77,11 @@ def check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Non
     check_features(ds_config)
     problems = []
     if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
-        problems.append("mpu: sequence_parallel_size makes its own process groups; leave mpu out, or the key")
+        problems.append("mpu: sequence_parallel_size makes its own process groups; leave out mpu, or the key")
     if arguments.get("mesh_param") is not None:
-        problems.append("mesh_param: sequence_parallel_size makes process groups of its own; leave it out")
+        problems.append("mesh_param: sequence_parallel_size makes its own process groups; leave it out")
     if isinstance(arguments.get("model"), PipelineModule):
-        problems.append("model: a PipelineModule has no sequence dimension that could be split; use ZeRO")
+        problems.append("model: a PipelineModule has no sequence dimension to split; use ZeRO")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -87,17 +95,17 @@ def start_ranks(arguments: dict[str, Any], ds_config: dict[str, Any], patches: P
     )
     group = build_control_group()
     patches.callback(destroy_groups, group)
-    # At SP 1 nothing but the degree must match: hosts may have disks of other names.
-    keys = SAME_ON_ALL_RANKS if ds_config.get("sequence_parallel_size", 1) != 1 else ()
-    same = {key: ds_config.get(key) if key in keys else None for key in SAME_ON_ALL_RANKS}
-    assert_same_on_all_ranks({**same, "sequence_parallel_size": ds_config.get("sequence_parallel_size", 1)}, group)
+    # At SP 1 only the degree must match: hosts may have different disks.
+    sp_size = ds_config.get("sequence_parallel_size", 1)
+    keys = {key: ds_config.get(key) if sp_size != 1 else None for key in _SAME_ON_ALL_RANKS}
+    assert_same_on_all_ranks({**keys, "sequence_parallel_size": sp_size}, group)
     return group
 
 
 def build_session(
     spec: ModelSpec, config: AlstConfig, ds_config: dict[str, Any], control_group: Any, patches: PatchSet
 ) -> Session:
-    """Check model, world size and batch keys against the SP degree, together, and build the state of a sequence.
+    """Check model, world size and batch keys against the SP degree, and build the state of sequence parallelism.
 
     Raises:
         AlstError: on all ranks.

@@ -1,7 +1,7 @@
 """Dependencies point one way, third parties are fenced in, files and functions stay short: read from the sources.
 
 errors, formatting, core <- config, kernels, profiler <- distributed, environment <- data <- a folder for each feature,
-engine, features, report <- start <- initialize <- cli. The loading of the package (hooks, autoload, __init__) stands
+engine, features <- start <- initialize <- cli. The loading of the package (hooks, autoload, __init__) stands
 outside: it may reach in, and nothing reaches it. transformers is imported by modules named hf_* alone.
 """
 
@@ -23,7 +23,7 @@ LAYERS = (
     {"data"},
     {
         *("sequence_parallel", "linear_attention", "moe", "random_draws", "tiling", "offload", "grad_reduction"),
-        *("checkpoint", "monitoring", "verification", "integrations", "features", "report", "engine"),
+        *("checkpoint", "monitoring", "verification", "integrations", "features", "engine"),
     },
     {"start"},
     {"initialize"},
@@ -136,8 +136,8 @@ def _is_string(node: ast.Expr) -> bool:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("errors", "from deepspeed_alst.config.parse import parse"),
-        ("config.parse", "from deepspeed_alst.distributed.mesh import build_groups"),
+        ("errors", "from deepspeed_alst.config.schema import parse"),
+        ("config.schema", "from deepspeed_alst.distributed.mesh import build_groups"),
         ("config.schema", "import deepspeed_alst.initialize"),
         ("distributed.sequence_loss", "from deepspeed_alst.data import loader"),
         ("distributed.sequence_loss", "from ..data import loader"),

@@ -1,18 +1,120 @@
-"""Run programs with DeepSpeed's launcher and find the cause of a failure."""
+"""Runs of ``ds_alst verify``: their ds_configs, DeepSpeed's launcher, and the cause of a failure."""
 
+import contextlib
 import os
 import random
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
+from deepspeed_alst.cli.report import problems
+from deepspeed_alst.config.compatibility import GAS, MICRO
+from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, is_wanted
+from deepspeed_alst.config.schema import block_of
 from deepspeed_alst.errors import ConfigError, SetupError
+from deepspeed_alst.formatting import shown
 
-_LOOK_SECONDS = 0.2
-# Marker of lines that are also shown on the terminal.
 PROGRESS = "ds_alst verify:"
+"""Marker of log lines that are also shown on the terminal."""
+BASELINE = "SP 1"
+HALF_KEYS = ("bf16", "fp16")
+# A default tile would hold a tiny model's whole sequence.
+_SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
+
+
+def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Return the SP degree to verify and the ds_config of each run by name, the baseline first.
+
+    With fewer ranks than the file's SP degree, all ranks share a sequence.
+
+    Raises:
+        ConfigError: the file is invalid, accumulation is not a multiple of the SP degree, or nothing is to be verified.
+    """
+    lines = problems(ds_config, None)
+    for key in (MICRO, GAS):
+        value = ds_config.get(key, "auto")
+        if value != "auto" and (type(value) is not int or value < 1):
+            lines.append(f"{key}: must be a positive whole number (got {shown(value)}).")
+    if lines:
+        raise ConfigError("\n".join(lines))
+    wanted = ds_config.get("sequence_parallel_size", 1)
+    if not is_wanted(ds_config):
+        raise ConfigError("the ds_config has neither sequence_parallel_size > 1 nor an alst block: nothing to verify")
+    sp_size = min(wanted, world_size)
+    if sp_size < min(wanted, 2):
+        raise ConfigError(
+            "--num_gpus 1: verify needs two or more ranks (on a machine with one GPU, DS_ACCELERATOR=cpu ... "
+            "--num_gpus 2 verifies a small model)"
+        )
+    if world_size % sp_size:
+        raise ConfigError(f"sequence_parallel_size={wanted} does not divide {world_size} ranks; choose --num_gpus")
+    split = dict(ds_config)
+    whole = {key: value for key, value in ds_config.items() if key not in ("alst", DTYPE, *TOP_KEYS)}
+    if (accumulation := ds_config.get(GAS, wanted)) != "auto":
+        if accumulation % wanted:
+            raise ConfigError(
+                f"{GAS}={accumulation} is not a multiple of sequence_parallel_size={wanted}, so that no run without "
+                "sequence parallelism has the same samples per step. Use a multiple."
+            )
+        whole[GAS], split[GAS] = accumulation // wanted, accumulation // wanted * sp_size
+        for each in (whole, split):
+            each.pop("train_batch_size", None)
+    split["sequence_parallel_size"], whole["sequence_parallel_size"] = sp_size, 1
+    return sp_size, {BASELINE: whole, f"SP {sp_size}" if sp_size > 1 else "with alst": split}
+
+
+def builtin_config(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, Any]:
+    """Adapt a ds_config to the built-in program, which trains by SGD because Adam would hide a gradient's scale."""
+    config = _without_auto(ds_config)
+    for key in ("optimizer", "scheduler", "train_batch_size", "tensorboard", "wandb", "csv_monitor", "comet"):
+        config.pop(key, None)
+    config.setdefault(MICRO, 1)
+    config.setdefault(GAS, config["sequence_parallel_size"])
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+    if not small or not any(key in config for key in ("alst", *TOP_KEYS)):
+        return config
+    block = config["alst"] = block_of(config)
+    for key in TOP_KEYS:
+        config.pop(key, None)
+    block.setdefault("pad_to_multiple_of", config["sequence_parallel_size"])
+    for key, tokens in _SMALL_TILES.items():
+        value = block.get(key, "auto" if key == "tiled_logits_loss" else False)
+        if value in (True, "auto"):
+            block[key] = {"tile_tokens": tokens}
+    offload = block.get("activation_checkpoint_cpu_offload")
+    if isinstance(offload, dict) and "nvme_path" in offload:
+        offload["nvme_path"] = str(output)
+    return config
+
+
+def _without_auto(value: Any) -> Any:
+    """Drop the "auto" values that the HF Trainer would fill in."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}
+
+
+def is_half(ds_config: dict[str, Any]) -> bool:
+    """Return True if a ds_config trains in bf16 or fp16."""
+    return any(isinstance(block := ds_config.get(key), dict) and block.get("enabled") for key in HALF_KEYS)
+
+
+def with_file(program: list[str], path: str) -> list[str]:
+    """Replace the ds_config in a program's arguments, after ``--deepspeed`` or ``--deepspeed_config``.
+
+    Raises:
+        ConfigError: the program has no such option.
+    """
+    for place, word in enumerate(program):
+        key, equals, value = word.partition("=")
+        # Without a value, --deepspeed is DeepSpeed's own switch beside --deepspeed_config JSON.
+        following = value if equals else next(iter(program[place + 1 :]), "-")
+        if key in ("--deepspeed", "--deepspeed_config") and not following.startswith("-"):
+            found = [f"{key}={path}"] if equals else [key, path]
+            return [*program[:place], *found, *program[place + len(found) :]]
+    raise ConfigError("verify: the program's arguments must have --deepspeed JSON, which verify replaces")
 
 
 def launch(words: list[str], world_size: int, log: Path) -> None:
@@ -28,41 +130,24 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     port = free_port()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
-    command = [*launcher, "--master_port", str(port), *words]
-    with log.open("w") as out, log.open(errors="replace") as printed:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            is_over = False
-            while not is_over:
-                # Asked before the lines are read: those of the end are shown too.
-                is_over = process.poll() is not None
-                for line in printed:
-                    if PROGRESS in line:
-                        print(line[line.index(PROGRESS) :].rstrip(), file=sys.stderr, flush=True)
-                time.sleep(0 if is_over else _LOOK_SECONDS)
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            remove_shared_memory(port)
-    if process.returncode:
-        raise SetupError(f"{_reason(log)} (exit status {process.returncode}; all of it is in {log})")
-
-
-def with_file(program: list[str], path: str) -> list[str]:
-    """Replace a program's ds_config: ``--deepspeed JSON`` or ``--deepspeed_config JSON``, also with ``=``.
-
-    Raises:
-        ConfigError: the program has no such option.
-    """
-    for place, word in enumerate(program):
-        key, equals, value = word.partition("=")
-        # Without a value, --deepspeed is DeepSpeed's own switch beside --deepspeed_config JSON.
-        following = value if equals else next(iter(program[place + 1 :]), "-")
-        if key in ("--deepspeed", "--deepspeed_config") and not following.startswith("-"):
-            found = [f"{key}={path}"] if equals else [key, path]
-            return [*program[:place], *found, *program[place + len(found) :]]
-    raise ConfigError("verify: the program's own words must have --deepspeed JSON, for another file to go there")
+    command, piped = [*launcher, "--master_port", str(port), *words], subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdout=piped, stderr=subprocess.STDOUT, env=environment, text=True, errors="replace"
+    )
+    try:
+        with log.open("w") as file:
+            for line in process.stdout or ():
+                file.write(line)
+                if PROGRESS in line:
+                    print(line[line.index(PROGRESS) :].rstrip(), file=sys.stderr, flush=True)
+        status = process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        remove_shared_memory(port)
+    if status:
+        raise SetupError(f"{_reason(log)} (exit status {status}; full output: {log})")
 
 
 def _reason(log: Path) -> str:
@@ -74,7 +159,7 @@ def _reason(log: Path) -> str:
 
 
 def num_gpus() -> int:
-    """Return the number of GPUs of a run, or 0 if it would run on CPU."""
+    """Return the number of GPUs, or 0 if a run would use the CPU."""
     import torch
 
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
@@ -89,11 +174,8 @@ def free_port() -> int:
         SetupError: none of 100 tried ports is free.
     """
     for port in random.sample(range(15000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
             return port
     raise SetupError("none of 100 ports between 15000 and 32000 is free")
 

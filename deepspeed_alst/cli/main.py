@@ -1,7 +1,6 @@
-"""``ds_alst``: the options of its commands; each is ``run(arguments) -> exit status`` in the module of its name.
+"""``ds_alst``: the options of its commands; a command is ``run(arguments) -> exit status`` of a module.
 
-Only the module asked for is imported, for it may load torch and transformers: --help stays fast, and commands fail
-independently.
+Only the module of the command is imported: --help loads neither torch nor transformers.
 """
 
 import argparse
@@ -15,32 +14,33 @@ from deepspeed_alst.errors import AlstError
 _ERROR_STATUS = 2  # same as argparse
 _COMMANDS = {
     "report": (
-        "the environment that a run would have, with a verdict for each part of it and what to do",
+        "check the environment and a ds_config: a row per check, with a remedy",
         """  ds_alst report
   ds_alst report --ds_config ds.json --num_gpus 8
   ds_alst report --nvme_path /mnt/nvme --json""",
     ),
     "verify": (
-        "train with sequence parallelism and without, on the same samples, and say how far apart the two are",
+        "train with and without sequence parallelism on the same samples, and compare the runs",
         """  ds_alst verify --ds_config ds.json --model meta-llama/Llama-3.1-8B
   ds_alst verify --ds_config ds.json --model ./config.json --num_gpus 2
   ds_alst verify --ds_config ds.json -- train.py --deepspeed ds.json --max_steps 5""",
     ),
     "plan": (
-        "how long a sequence fits into a machine's memory, where the bytes go, and what binds",
+        "compute the longest sequence that fits into GPU and host memory, and the bytes by category",
         """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
   ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json""",
     ),
     "recipes": (
-        "the ready ds_configs: list them, show one, copy one",
+        "list, show or copy the ready ds_configs",
         """  ds_alst recipes
   ds_alst recipes llama-8b
   ds_alst recipes llama-8b-h100x8 --copy ds.json""",
     ),
-    "keys": ("reference of the keys in Markdown: type, default, meaning", "  ds_alst keys > configuration.md"),
-    "schema": ("JSON Schema of the keys, for editors", "  ds_alst schema > alst.schema.json"),
+    "keys": ("print the reference of the keys in Markdown", "  ds_alst keys > configuration.md"),
+    "schema": ("print the JSON Schema of the keys, for editors", "  ds_alst schema > alst.schema.json"),
 }
 """Summary and examples of each command."""
+_REFERENCE = ("keys", "schema", "recipes")  # commands in one module
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -53,8 +53,9 @@ def main(words: Sequence[str] | None = None) -> int:
         Exit status: the command's own, or 2 for an AlstError.
     """
     arguments = build_parser().parse_args(words)
+    module = "reference" if arguments.command in _REFERENCE else arguments.command
     try:
-        return importlib.import_module(f"deepspeed_alst.cli.{arguments.command}").run(arguments)
+        return importlib.import_module(f"deepspeed_alst.cli.{module}").run(arguments)
     except AlstError as error:
         print(f"ds_alst {arguments.command}: {error}", file=sys.stderr)
         return _ERROR_STATUS
@@ -62,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="ds_alst", description="What one wants to know before a long run.")
+    parser = argparse.ArgumentParser(prog="ds_alst", description="Checks before a long run.")
     version = f"deepspeed_alst {sys.modules['deepspeed_alst'].__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -78,32 +79,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = report.add_argument
     add("--json", action="store_true", help="print the rows as JSON: name, value, verdict, remedy")
-    add("--nvme_path", default="", metavar="FOLDER", help="measure this folder's disk, with 256 MiB")
-    add("--ds_config", metavar="JSON", help="also check the keys of this ds_config")
-    add("--num_gpus", type=int, metavar="N", help="the ranks that --ds_config is checked for")
+    add("--nvme_path", default="", metavar="FOLDER", help="measure the disk of this folder with 256 MiB")
+    add("--ds_config", metavar="JSON", help="check the keys of this ds_config")
+    add("--num_gpus", type=int, metavar="N", help="number of ranks for --ds_config")
     add = verify.add_argument
     add("--ds_config", required=True, metavar="JSON", help="the ds_config to verify")
-    add("--model", help="a config.json, a folder or a hub name; a small model of its kind is trained")
-    add("--full", action="store_true", help="train the model itself; with the folder's weights, if any")
-    add(
-        "--num_gpus", type=int, help="ranks; fewer than the file's all share a sequence; default: all GPUs, or 2 on CPU"
-    )
-    add("--seq_len", type=int, default=203, help="tokens of a sample (203)")
+    add("--model", help="a config.json, a folder or a hub name; a small copy is trained")
+    add("--full", action="store_true", help="train the model itself, with its weights if it has any")
+    add("--num_gpus", type=int, help="number of ranks; default: all GPUs, or 2 on CPU")
+    add("--seq_len", type=int, default=203, help="tokens per sample (203)")
     add("--steps", type=int, default=5, help="optimizer steps (5)")
     add("--data", default="", help=".jsonl with input_ids, labels; default: random tokens")
-    add("--attn_implementation", default="sdpa", help="the model's attention (sdpa)")
-    add("--output", type=Path, default=Path("runs/verify"), help="folder of results (runs/verify)")
+    add("--attn_implementation", default="sdpa", help="attention implementation (sdpa)")
+    add("--output", type=Path, default=Path("runs/verify"), help="folder for results (runs/verify)")
     add("program", nargs="*", help="-- train.py --deepspeed ds.json ...: your program, instead of --model")
     add = plan.add_argument
     add("--model", required=True, help="a config.json, a folder or a hub name")
     add("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
-    add("--num_gpus", type=int, default=8, help="all of them (8)")
-    add("--gpu_memory", type=float, default=80, help="GiB of one (80)")
-    add("--host_memory", type=float, default=1800, help="GiB of one host (1800)")
-    add("--gpus_per_host", type=int, default=8, help="of those of --num_gpus (8)")
-    add("--seq_len", type=int, help="tokens of a sequence; default: as many as fit")
+    add("--num_gpus", type=int, default=8, help="number of GPUs on all hosts (8)")
+    add("--gpu_memory", type=float, default=80, help="GiB per GPU (80)")
+    add("--host_memory", type=float, default=1800, help="GiB per host (1800)")
+    add("--gpus_per_host", type=int, default=8, help="GPUs per host (8)")
+    add("--seq_len", type=int, help="tokens per sequence; default: the longest that fits")
     add("--json", action="store_true", help="print JSON")
     add = recipes.add_argument
-    add("name", nargs="?", default="", help="show this recipe, or list those with this in their names")
+    add("name", nargs="?", default="", help="recipe to show, or a part of the names to list")
     add("--copy", type=Path, metavar="PATH", help="write the recipe to this file, or into this folder")
     return parser

@@ -1,7 +1,7 @@
-"""``ds_alst plan``: longest sequence that fits, memory by category and the binding limit, for any machine.
+"""``ds_alst plan``: longest sequence that fits, bytes by category and the limiting memory, for any machine.
 
-One layer runs on tensors without data to count bytes per token; the rest is arithmetic. Covers decoders in half
-precision with checkpointed layers. Legend: N parameters, P = sp_size, s tokens of a rank's shard.
+One layer runs on fake tensors to count bytes per token; the rest is arithmetic, for decoders in half precision with
+checkpointed layers. Legend: N parameters, P = sp_size, s tokens of a rank's shard.
 """
 
 import argparse
@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.cli.report import problems, read_json
 from deepspeed_alst.config.compatibility import value_at, zero_stage
-from deepspeed_alst.config.parse import block_of, parse
-from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.config.schema import AlstConfig, block_of, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, ConfigError, UnsupportedModelError
@@ -33,18 +32,18 @@ from deepspeed_alst.verification.hf_parity_trial import numel
 from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config
 
 _GIB = 2**30
-# Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU, which no allocator reports.
+# Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU.
 _RESERVED = 3 * _GIB
 _STATES = {"adam": 8, "adamw": 8, "fusedadam": 8, "adagrad": 4, "lion": 4, "sgd": 0}
 """Bytes of optimizer state per element, in fp32."""
-_TOKENS = (32768, 65536)  # of the two measurements of a linear fit: more than any tile has
+_TOKENS = (32768, 65536)  # of the two measurements of the linear fit: more than any tile has
 Sizes = dict[str, float]
 """Bytes by category."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes one rank needs for its s tokens, measured on a one-layer model: ``fixed + a_token * s``."""
+    """Peak bytes of one rank in a layer and in the loss, measured on a one-layer model: ``fixed + a_token * s``."""
 
     fixed: float
     a_token: float
@@ -76,15 +75,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory for a number of tokens per rank."""
+    """Memory for ``tokens`` per rank: bytes of one GPU, of one host, and on its ``nvme_path``."""
 
     tokens: int
     device: Sizes
-    """Bytes of one GPU."""
     host: Sizes
-    """Bytes of one host."""
     disk: float
-    """Bytes on one host's ``nvme_path``, for which host memory has no room."""
 
     def over(self, machine: Machine) -> str:
         """Return the memory that is exceeded, "GPU" or "host"; empty if the plan fits."""
@@ -94,7 +90,7 @@ class Plan:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; return 0 if the sequence fits, 1 if it does not.
+    """Print the plan; return 0 if the sequence fits, else 1.
 
     Raises:
         AlstError: the ds_config or the model cannot be planned for.
@@ -112,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = plan_of(model, layer, ds_config, machine, tokens)
     fits = bool(most.tokens) and not plan.over(machine)
     if arguments.json:
-        said = {
+        result = {
             "sequence": tokens * P,
             "longest": most.tokens * P,
             "bound by": binding,
@@ -123,11 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
             "bytes a token of a rank": layer.a_token,
             "kept a token and layer": layer.kept,
         }
-        print(json.dumps(said, indent=1))
+        print(json.dumps(result, indent=1))
     else:
         _print(plan, machine, P)
-        print(f"The longest that fits has {most.tokens * P:,} tokens; the {binding}'s memory binds.")
-        print("" if fits else "This one does not fit.")
+        print(f"The longest sequence that fits has {most.tokens * P:,} tokens, limited by {binding} memory.")
+        print("" if fits else f"A sequence of {tokens * P:,} tokens does not fit.")
     return int(not fits)
 
 
@@ -146,7 +142,7 @@ def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -
         "gradients": N * width / (num_gpus if stage >= 2 else 1),
         "optimizer": N * of_optimizer / (num_gpus if stage >= 1 else 1),
         # Weights, and their gradients before reduction.
-        "gathered at once": 2 * model.largest * width if stage == 3 else 0,
+        "gathered weights": 2 * model.largest * width if stage == 3 else 0,
     }
     host: Sizes = {}
     if value_at(ds_config, "zero_optimization.offload_optimizer.device") == "cpu":
@@ -166,7 +162,7 @@ def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -
         bucket = 5e8
     in_buckets = num_buckets(ds_config) * min(bucket, N) * width
     slices = 2 * reduction.get("slice_bytes", 64 * 2**20)
-    return device | {"gradient bucket and slices": in_buckets + slices, "reserved": _RESERVED}, host
+    return device | {"gradient buckets, slices": in_buckets + slices, "reserved": _RESERVED}, host
 
 
 def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine, tokens: int) -> Plan:
@@ -176,15 +172,15 @@ def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: M
     ranks = min(machine.gpus_of_host, machine.num_gpus)
     host = {key: size * ranks for key, size in on_host.items()}
     one, waiting, disk = layer.kept * tokens, (model.num_layers - 1) * layer.kept * tokens, 0.0
-    device["layers' inputs"] = one if offload else waiting
+    device["layer inputs"] = one if offload else waiting
     in_layer = layer.fixed + layer.a_token * tokens
     in_loss = layer.loss_fixed + layer.loss_a_token * tokens + (0 if offload else one)
-    device["a layer's backward" if in_layer >= in_loss else "logits and loss"] = max(in_layer, in_loss)
+    device["backward of a layer" if in_layer >= in_loss else "logits and loss"] = max(in_layer, in_loss)
     if offload:
         room = max(0.0, machine.host_bytes - sum(host.values()))
         has_disk = isinstance(offload, dict) and offload.get("nvme_path")
         disk = max(0.0, waiting * ranks - room) if has_disk else 0.0
-        host["layers' inputs"] = waiting * ranks - disk
+        host["layer inputs"] = waiting * ranks - disk
     return Plan(tokens, device, host, disk)
 
 
@@ -199,18 +195,18 @@ def longest(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: M
 
 
 def _print(plan: Plan, machine: Machine, sp_size: int) -> None:
-    print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} on each of {sp_size} ranks")
+    print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} per rank at SP {sp_size}")
     rows = {name: (plan.device.get(name), plan.host.get(name)) for name in {**plan.device, **plan.host}}
-    rows["sum"] = sum(plan.device.values()), sum(plan.host.values())
+    rows["total"] = sum(plan.device.values()), sum(plan.host.values())
     rows["available"] = machine.gpu_bytes, machine.host_bytes
     print(f"{'':28}{'GiB per GPU':>14}{'GiB per host':>14}")
     for name, sizes in rows.items():
         print(f"{name:28}" + "".join(f"{'' if size is None else f'{size / _GIB:,.1f}':>14}" for size in sizes))
     if plan.disk:
-        print(f"{plan.disk / _GIB:,.1f} GiB of layers' inputs per host go to nvme_path.")
+        print(f"{plan.disk / _GIB:,.1f} GiB of layer inputs per host are on nvme_path.")
 
 
-# --- one layer on tensors without data
+# --- one layer on fake tensors
 
 
 def measure(name: str, keys: AlstConfig) -> tuple[Model, Layer]:
@@ -218,7 +214,7 @@ def measure(name: str, keys: AlstConfig) -> tuple[Model, Layer]:
     whole = load_config(name, small=False).get_text_config()
     num_layers = getattr(whole, "num_hidden_layers", 0)
     if not num_layers:
-        raise ConfigError(f"--model {name}: num_hidden_layers is not in its config")
+        raise ConfigError(f"--model {name}: its config has no num_hidden_layers; give a decoder's")
     one, two = (_with_layers(whole, count) for count in (1, 2))
     largest = max(numel(causal_lm, two) - numel(causal_lm, one), whole.vocab_size * whole.hidden_size)
     a, b = _TOKENS
@@ -235,12 +231,12 @@ def measure(name: str, keys: AlstConfig) -> tuple[Model, Layer]:
 
 
 def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]:
-    """Measure one rank's peaks in layers and outside and what it keeps for the backward, beside weights and gradients.
+    """Measure a rank's peak bytes in layers and outside, and those kept for the backward, in bf16 for s ``tokens``.
 
-    The model runs in bf16 with checkpointed layers; ``tokens`` are s.
+    Layers are checkpointed; weights and their gradients are not counted.
 
     Raises:
-        UnsupportedModelError: the model does not run without data.
+        UnsupportedModelError: the model does not run on fake tensors.
     """
     try:
         with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
@@ -267,7 +263,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]
         if isinstance(error, AlstError):
             raise
         raise UnsupportedModelError(
-            f"this model cannot be planned for: on tensors without data it raises {type(error).__name__}: "
+            f"--model: cannot be planned for, as it fails on fake tensors with {type(error).__name__}: "
             f"{str(error).splitlines()[0][:100]}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Rows of ``ds_alst report`` that need torch and DeepSpeed, printed as they are found by a process of its own."""
+"""Rows of ``ds_alst report`` that need torch and DeepSpeed, printed by a process of its own."""
 
 import functools
 import importlib
@@ -33,7 +33,6 @@ _MODULES = {
     "flash_attn_interface": "flash-attn-3",
     "flash_attn.cute": "flash-attn-4",
 }
-# Pieces have the disk tier's size and are all in flight at once.
 _DISK_BYTES, _PIECES = 256 << 20, 4
 _SILENCE_SECONDS = 30.0
 
@@ -61,16 +60,16 @@ def main(hooked: bool, nvme_path: str) -> None:
 
 
 def autoload_rows(hooked: bool) -> Iterator[Row]:
-    """Yield the row on the hook that ``import torch`` installs in a program that does not name this package."""
+    """Yield the row on the hook that ``import torch`` installs in a program that does not import this package."""
     if hooked:
         yield Row("autoload", f"on: `import torch` loads {Path(__file__).parents[1]}")
         return
     names = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "DEEPSPEED_ALST_AUTOLOAD")
     switch = next((name for name in names if os.environ.get(name) == "0"), "")
-    why = f"off by {switch}=0" if switch else "no hook after `import torch, deepspeed`"
-    remedy = f"unset {switch}" if switch else "install the package, and see: python -c 'import torch, deepspeed'"
-    value = f"{why}: the keys of a ds_config do nothing by themselves"
-    yield Row("autoload", value, "problem", f"{remedy}; or import deepspeed_alst before deepspeed.initialize")
+    why = f"off ({switch}=0)" if switch else "`import torch, deepspeed` does not load it"
+    remedy = f"unset {switch}" if switch else "install the package"
+    value = f"{why}: the keys of a ds_config have no effect"
+    yield Row("autoload", value, "problem", f"{remedy}, or import deepspeed_alst before deepspeed.initialize")
 
 
 def tested_rows() -> Iterator[Row]:
@@ -79,7 +78,7 @@ def tested_rows() -> Iterator[Row]:
         warnings.simplefilter("always")
         check_deepspeed()
     newer = "; ".join(str(each.message) for each in caught)
-    yield judged("tested versions", "DeepSpeed is one of them", newer, "compare a run by ds_alst verify")
+    yield judged("tested versions", "DeepSpeed is tested", newer, "compare a run with ds_alst verify")
 
 
 def gpu_rows() -> Iterator[Row]:
@@ -90,8 +89,8 @@ def gpu_rows() -> Iterator[Row]:
     device = get_accelerator().device_name()
     value += f"; torch {torch.__version__}, DeepSpeed runs on {device}"
     if _DRIVER.exists() and not found:
-        remedy = "install torch for CUDA, or a driver for its CUDA; look for an empty CUDA_VISIBLE_DEVICES"
-        yield Row("gpus", f"{value}, and this machine has NVIDIA's driver", "problem", remedy)
+        remedy = "install torch for CUDA, or a driver for its CUDA version; check CUDA_VISIBLE_DEVICES"
+        yield Row("gpus", f"{value}, although an NVIDIA driver is installed", "problem", remedy)
     else:
         yield judged("gpus", value, "not on the GPUs" if found and device == "cpu" else "", "unset DS_ACCELERATOR")
 
@@ -115,10 +114,9 @@ def op_rows() -> Iterator[Row]:
         return
     name, found, problem = f"op {builder.LIBRARIES[device]}", builder.find(device), builder.why_not(device)
     if problem and not found:
-        value = f"{problem}: torch takes its place, slower and with the same result"
-        yield Row(name, value, "note", problem.way_out)
+        yield Row(name, f"{problem}: torch computes instead, slower", "note", problem.way_out)
     else:
-        yield Row(name, str(found or "not built yet: at its first use, in 10 s on CPU and a minute for CUDA"))
+        yield Row(name, str(found or "not built yet; the first use builds it, in 10 s on CPU and a minute for CUDA"))
 
 
 def lock_rows() -> Iterator[Row]:
@@ -128,19 +126,18 @@ def lock_rows() -> Iterator[Row]:
     locks = [lock for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")} if "/alst_" not in str(lock)]
     stale = sorted(filter(is_left_over, locks))
     for lock in stale:
-        value = f"{lock} is held by no process here: whoever needs this op waits for ever"
-        remedy = f"when no build runs, on other hosts that share the folder either: rm {lock}"
-        yield Row("build lock", value, "problem", remedy)
+        value = f"{lock} is left over from a build that was killed: the next build of this op waits forever"
+        yield Row("build lock", value, "problem", f"if no host that shares the folder is building: rm {lock}")
     if not stale:
-        yield Row("build locks", f"none is left over in {root}")
+        yield Row("build locks", f"none left over in {root}")
 
 
 def memory_rows() -> Iterator[Row]:
     """Yield the row on host memory and the part of it available to offloaded activations."""
     memory, spare = psutil.virtual_memory(), spare_bytes()
-    value = f"{format_bytes(memory.total, 1)}, {format_bytes(memory.available, 1)} available; "
-    value += f"{format_bytes(spare, 1)} for offloaded activations, within the cgroup's limit"
-    yield judged("host memory", value, "" if spare else "none", "end what holds it, or raise the container's limit")
+    value = f"{format_bytes(memory.total, 1)}, {format_bytes(memory.available, 1)} available, "
+    value += f"{format_bytes(spare, 1)} of it for offloaded activations (cgroup limit included)"
+    yield judged("host memory", value, "" if spare else "none", "free host memory, or raise the container's limit")
 
 
 def disk_rows(folder: str) -> Iterator[Row]:
@@ -164,7 +161,7 @@ def disk_rows(folder: str) -> Iterator[Row]:
             disk.threads.wait(each)
         rates = [_DISK_BYTES / 1e6 / seconds for seconds in (middle - begin, time.perf_counter() - middle)]
         value = f"writes {rates[0]:,.0f} MB/s, reads {rates[1]:,.0f} MB/s; {disk.description}"
-        problem = "it is in memory" if "in memory" in disk.description else ""
+        problem = "not a disk" if "in memory" in disk.description else ""
         yield judged("disk", value, problem, "name a folder on a disk, best a local NVMe drive", "problem")
     finally:
         disk.close()

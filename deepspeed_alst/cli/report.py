@@ -1,7 +1,7 @@
-"""``ds_alst report``: what a run of this package depends on, with a verdict per part.
+"""``ds_alst report``: checks of the environment and of a ds_config, with a verdict and a remedy per row.
 
-A process of its own (probe.py) finds all that needs torch: if torch or DeepSpeed fails to load, crashes or hangs, that
-is a row of the report instead of its end.
+All that needs torch runs in a process of its own (probe.py): if torch or DeepSpeed fails to load, crashes or hangs,
+that is a row of the report.
 """
 
 import argparse
@@ -19,10 +19,9 @@ from typing import Any, Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from deepspeed_alst.config.compatibility import check_features, check_numbers, wrong_blocks, zero_stage
+from deepspeed_alst.config.compatibility import check_features, check_world, zero_stage
 from deepspeed_alst.config.config_file import is_wanted, read_config
-from deepspeed_alst.config.parse import block_of, check_world, parse
-from deepspeed_alst.config.schema import AlstBlockConfig
+from deepspeed_alst.config.schema import block_of, parse
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 
@@ -41,15 +40,15 @@ probe.main(hooked, sys.argv[2])
 """
 _ROOT = Path(__file__).parents[2]
 _NAME = "deepspeed-alst"
-# Effect of a distribution's absence; empty if there is no run without it.
+# Effect of a distribution's absence; empty if it is required.
 _WITHOUT = {
     _NAME: "",
     "torch": "",
     "deepspeed": "",
     "transformers": "",
-    "accelerate": "no HF Trainer, and no loading of a model in shards (ZeRO 3)",
+    "accelerate": "no HF Trainer, and no sharded loading of models (ZeRO 3)",
     "triton": "no Triton kernels: torch computes",
-    "liger-kernel": "no Liger kernels: norms and rotary embedding are the model's own",
+    "liger-kernel": "no Liger kernels",
     "peft": "no LoRA",
     "trl": "no SFTTrainer",
 }
@@ -58,7 +57,7 @@ Verdict = Literal["ok", "note", "problem"]
 
 
 class Row(NamedTuple):
-    """One part of the environment. The field names are the keys of the JSON and must not change."""
+    """One check. The field names are the keys of the JSON and must not change."""
 
     name: str
     value: str
@@ -76,23 +75,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
     else:
+        width = max(len(row.name) for row in rows)
         for row in rows:
-            print(f"{row.verdict:9}{row.name:30} {row.value}")
+            print(f"{row.verdict:9}{row.name:{width}}  {row.value}")
             if row.remedy:
-                print(f"{'':40}-> {row.remedy}")
+                print(f"{'':{width + 11}}-> {row.remedy}")
         verdicts = [row.verdict for row in rows]
         print(f"{verdicts.count('problem')} problems, {verdicts.count('note')} notes, {verdicts.count('ok')} ok")
-        print("DeepSpeed's own ops, the CUDA toolkit and shared memory: ds_report")
+        print("For DeepSpeed's ops, the CUDA toolkit and shared memory, run ds_report")
     return int(any(row.verdict == "problem" for row in rows))
 
 
 def guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield the rows of one part; an exception becomes a row, so that other parts are still reported."""
+    """Yield rows; an exception becomes a row, so that the other checks still run."""
     try:
         yield from rows
     except Exception as error:  # whatever a broken installation raises
-        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        yield Row(name, said, "problem", "repair what the message names, or install it again")
+        message = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        yield Row(name, message, "problem", "fix the cause, or install the package again")
 
 
 def judged(name: str, value: str, wrong: str, remedy: str, verdict: Verdict = "note") -> Row:
@@ -109,17 +109,16 @@ def version_of(distribution: str) -> str:
 
 
 def version_rows() -> Iterator[Row]:
-    """Yield a row per distribution: its version beside this package's requirement. Imports none of them."""
+    """Yield a row per distribution, its version against this package's requirement; nothing is imported."""
     lines = importlib.metadata.requires(_NAME) if version_of(_NAME) else None
     wanted = {each.name: each.specifier for each in map(Requirement, lines or ())}
     yield Row("python", f"{platform.python_version()} at {sys.executable}")
     for name, without in _WITHOUT.items():
         found, specifier = version_of(name), wanted.get(name, SpecifierSet())
-        wrong = without or "no run without it"
+        wrong = without or "required"
         if found:
-            fits = specifier.contains(found, prereleases=True)
-            wrong = "" if fits else "not a version that this package works with"
-        value = (found or "not installed") + (f" (asked for: {specifier})" if specifier else "")
+            wrong = "" if specifier.contains(found, prereleases=True) else "unsupported version"
+        value = (found or "not installed") + (f" (required: {specifier})" if specifier else "")
         install = f"pip install {_ROOT}" if name == _NAME else f"pip install '{name}{specifier}'"
         yield judged(name, value, wrong, install, "note" if without else "problem")
 
@@ -128,17 +127,16 @@ def read_json(path: str) -> dict[str, Any]:
     """Read a ds_config from a file.
 
     Raises:
-        ConfigError: the file cannot be read or holds no ds_config.
+        ConfigError: the file cannot be read or is not a JSON object.
     """
     try:
         return read_config(path)
     except (OSError, ValueError) as error:
-        way_out = "Give the path of a JSON file that holds an object."
-        raise ConfigError(f"--ds_config {path} cannot be read: {error}. {way_out}") from error
+        raise ConfigError(f"--ds_config {path}: {error}. Give the path of a JSON file with an object.") from error
 
 
 def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> list[str]:
-    """Return the lines of all errors; the checks of a parsed config are skipped if parsing fails."""
+    """Return the lines of all errors of a ds_config, for ``num_ranks`` if given."""
     lines: list[str] = []
 
     def checked(check: Any, *args: Any) -> Any:
@@ -148,52 +146,48 @@ def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> list[str]:
             lines.extend(str(error).splitlines())
 
     config = checked(parse, ds_config)
-    checked(check_numbers, ds_config)
     checked(zero_stage, ds_config)
-    if config is None or not is_wanted(ds_config):
-        return lines
-    if config.sequence_parallel_size == 1:
-        return lines + wrong_blocks(ds_config)
-    checked(check_features, ds_config)
-    if num_ranks is not None:
-        checked(check_world, config, num_ranks)
+    if config is not None and is_wanted(ds_config) and config.sequence_parallel_size > 1:
+        checked(check_features, ds_config)
+        if num_ranks is not None:
+            checked(check_world, config, num_ranks)
     return lines
 
 
 def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
-    """Yield a row per error that would stop a run with this ds_config, or per key of this package in it.
+    """Yield a row per error that would stop a run with this ds_config, else a row per key of this package.
 
     Args:
         path: of the JSON file.
         num_ranks: number of ranks in the run, or None if unknown.
 
     Raises:
-        ConfigError: the file cannot be read or holds no ds_config.
+        ConfigError: the file cannot be read or is not a JSON object.
     """
     ds_config = read_json(path)
     if lines := problems(ds_config, num_ranks):
         yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in lines)
         return
     if not is_wanted(ds_config):
-        nothing = f"{path} asks for nothing of this package: DeepSpeed runs untouched"
+        nothing = f"{path} has no key of this package: DeepSpeed runs unchanged"
         yield Row("ds_config", nothing, "note", "add sequence_parallel_size, or an alst block")
         return
     config = parse(ds_config)
     P = config.sequence_parallel_size
-    replicas = "" if num_ranks is None else f" in {num_ranks // P} replica(s)"
-    shares = (
-        f"{P} ranks share a sequence{replicas}, padded to a multiple of {config.padding_multiple()} tokens; "
-        f"gradients are summed in {config.seq_parallel_communication_data_type}"
-    )
-    yield Row("ds_config", f"{path}: {shares if P > 1 else 'whole sequences on every rank'}")
+    value = f"{path}: sequence parallelism is off"
+    if P > 1:
+        replicas = "" if num_ranks is None else f", {num_ranks // P} replica(s)"
+        value = (
+            f"{path}: {P} ranks per sequence{replicas}; sequences are padded to a multiple of "
+            f"{config.padding_multiple()} tokens; gradients are summed in {config.seq_parallel_communication_data_type}"
+        )
+    yield Row("ds_config", value)
     values = config.alst.model_dump()
-    for key in block_of(ds_config):
-        meaning = " ".join((AlstBlockConfig.model_fields[key].description or "").split())
-        yield Row(f"alst.{key}", f"{shown(values[key])} ({meaning.rstrip('.')})")
+    yield from (Row(f"alst.{key}", shown(values[key])) for key in block_of(ds_config))
     offload = config.alst.activation_checkpoint_cpu_offload
     if offload and offload.nvme_path and not Path(offload.nvme_path).is_dir():
-        missing = f"nvme_path: no folder on this host (got {shown(offload.nvme_path)})"
-        remedy = "make the folder on every host, or name another"
+        missing = f"nvme_path={shown(offload.nvme_path)}: this host has no such folder"
+        remedy = "create the folder on every host, or name another"
         yield Row("alst.activation_checkpoint_cpu_offload", missing, "problem", remedy)
 
 
@@ -208,5 +202,5 @@ def _probe(nvme_path: str) -> Iterator[Row]:
     if done.returncode:
         where = f"after '{found[-1].name}'" if found else "at import torch, deepspeed"
         errors = [line for line in done.stderr.splitlines() if re.search("error|timeout", line, re.IGNORECASE)]
-        value = f"ended with status {done.returncode} {where}: {errors[-1] if errors else 'no message'}"
-        yield Row("a fresh process", value, "problem", "see all of: python -c 'import torch, deepspeed'")
+        value = f"failed {where} with exit status {done.returncode}: {errors[-1] if errors else 'no message'}"
+        yield Row("a new process", value, "problem", "run: python -c 'import torch, deepspeed'")

@@ -1,7 +1,6 @@
-"""A run of ``ds_alst verify`` on each rank, recorded from outside of the engine.
+"""Ranks of ``ds_alst verify``: train the built-in program (OUTPUT), or run the user's (FOLDER STEPS PROGRAM [WORDS]).
 
-    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial OUTPUT                        # the built-in program
-    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial FOLDER STEPS PROGRAM [WORDS]  # the user's program
+    deepspeed --num_gpus 2 --module deepspeed_alst.cli.trial OUTPUT | FOLDER STEPS PROGRAM [WORDS]
 
 Legend: S tokens of the whole sequence, s of this rank's shard, H hidden.
 """
@@ -24,7 +23,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from deepspeed_alst.cli.launch import PROGRESS
-from deepspeed_alst.config.parse import GAS, MICRO, block_of
+from deepspeed_alst.config.compatibility import GAS, MICRO
+from deepspeed_alst.config.schema import block_of
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 
@@ -36,13 +36,9 @@ _IGNORED = -100
 
 
 class Recorder:
-    """Recorder of an engine's first steps. All ranks must create one: gathering weights is collective.
+    """Recorder of an engine's first ``steps`` steps, then calls ``then``. Collective: it gathers weights.
 
-    Args:
-        engine: DeepSpeed engine; its ``backward`` and ``step`` are wrapped.
-        folder: receives ``record-RANK.pt``: losses, norms, gradients, weights' changes and layers' outputs.
-        steps: number of optimizer steps.
-        then: called after the last step.
+    Writes ``record-RANK.pt`` to ``folder``: losses, norms, gradients, weight updates and layer outputs.
     """
 
     def __init__(self, engine: Any, folder: Path, steps: int, then: Callable[[], None]) -> None:
@@ -116,7 +112,7 @@ class Recorder:
 
 
 def samples(spec: Namespace, vocab: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """Return ``count`` samples of ``[S]``; random ones ignore every third label, every other one its second half."""
+    """Return ``count`` samples ``[S]``, of the data file or random with some labels ignored."""
     if spec.data:
         with open(spec.data, encoding="utf-8") as lines:
             read = [json.loads(line) for line in lines if line.strip()]
@@ -150,7 +146,7 @@ def train(spec: Namespace, ds_config: dict[str, Any], folder: Path) -> None:
     data = samples(spec, config.get_text_config().vocab_size, ds_config[MICRO] * ds_config[GAS] * replicas)
     optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    # No workers: the data is in memory and read again in each step, so starting workers would dominate.
+    # Workers would take longer to start than to load data that is in memory.
     loader = engine.deepspeed_io(data, pin_memory=False, num_local_io_workers=0)
     done: list[bool] = []
     Recorder(engine, folder, spec.steps, then=lambda: done.append(True))
@@ -194,11 +190,11 @@ def run_program(folder: Path, steps: int, words: list[str]) -> None:
     sys.argv = words
     sys.path[0] = str(Path(words[0]).resolve().parent)
     runpy.run_path(words[0], run_name="__main__")
-    raise SystemExit(f"{words[0]} ended before {steps} optimizer steps were done")
+    raise SystemExit(f"{words[0]} ended before {steps} optimizer steps")
 
 
 def main() -> None:
-    """Run what the command line names (see the module's docstring)."""
+    """Run the command line (see the module's docstring)."""
     _, local_rank, folder, *program = sys.argv
     if program:
         run_program(Path(folder), int(program[0]), [program[1], local_rank, *program[2:]])

@@ -7,7 +7,6 @@ with the same samples in a step. A tensor's difference is the norm of the differ
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import time
@@ -19,18 +18,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deepspeed_alst.cli.launch import launch, num_gpus, with_file
-from deepspeed_alst.cli.report import problems, read_json
-from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, is_wanted
-from deepspeed_alst.config.parse import GAS, MICRO, block_of
+from deepspeed_alst.cli.launch import (
+    BASELINE,
+    HALF_KEYS,
+    builtin_config,
+    configs_of,
+    is_half,
+    launch,
+    num_gpus,
+    with_file,
+)
+from deepspeed_alst.cli.report import read_json
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.formatting import shown
-from deepspeed_alst.profiler.picture import draw_curves
 
-_BASELINE, _ROUNDING = "SP 1", "SP 1 in fp32"
-_HALF_KEYS = ("bf16", "fp16")
-# A default tile would hold a tiny model's whole sequence.
-_SMALL_TILES = {"tiled_mlp_compute": 37, "tiled_logits_loss": 41}
+_ROUNDING = "SP 1 in fp32"
 
 Differences = dict[str, dict[str, float]]
 """Differences of two runs by kind (``KINDS``), then by step, layer or parameter, each in model order."""
@@ -44,12 +45,12 @@ _TELLING = 0.5
 KINDS = {
     "loss": ("loss", 1e-4, 5e-3),
     "norm": ("gradient norm", 3e-4, 3e-2),
-    "layers": ("layers' outputs, first sample", 3e-4, 5e-2),
+    "layers": ("layer outputs, first sample", 3e-4, 5e-2),
     "gradients": ("gradients, first step", 3e-4, 1e-1),
-    "changes": ("weights' change, all steps", 3e-3, 2e-1),
+    "changes": ("weight updates, all steps", 3e-3, 2e-1),
 }
-"""Compared quantities: name in the table, largest difference that is rounding in fp32, and in half precision without a
-run in fp32 to measure it."""
+"""Compared quantities: name in the table, largest difference by rounding in fp32, and in half precision unless a run in
+fp32 measures it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     start, program = time.monotonic(), arguments.program
     if bool(arguments.model) == bool(program):
-        raise ConfigError("verify: give either --model CONFIG, or your program: -- train.py --deepspeed ds.json ...")
+        raise ConfigError("verify: give either --model CONFIG, or a program: -- train.py --deepspeed ds.json ...")
     world_size = arguments.num_gpus or num_gpus() or 2
     sp_size, runs = configs_of(read_json(arguments.ds_config), world_size)
     output = arguments.output.absolute()
@@ -83,10 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     if program:
         programs = {name: with_file(program, str(output / name / "ds_config.json")) for name in runs}
     else:
-        runs = {name: _plain(ds_config, output, small=not arguments.full) for name, ds_config in runs.items()}
-        if _is_half(runs[_BASELINE]) and not arguments.full:
-            left_out = (*_HALF_KEYS, "data_types")
-            runs[_ROUNDING] = {key: value for key, value in runs[_BASELINE].items() if key not in left_out}
+        runs = {name: builtin_config(ds_config, output, small=not arguments.full) for name, ds_config in runs.items()}
+        if is_half(runs[BASELINE]) and not arguments.full:
+            left_out = (*HALF_KEYS, "data_types")
+            runs[_ROUNDING] = {key: value for key, value in runs[BASELINE].items() if key not in left_out}
     for name, ds_config in runs.items():
         (output / name).mkdir(parents=True)
         (output / name / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
@@ -99,87 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         (output / "spec.json").write_text(json.dumps(spec | {"runs": list(runs)}))
         launch([*trial, str(output)], world_size, output / "run.log")
     rows = judge(output, *runs, sp_size=sp_size)
-    lengths = f"{world_size} ranks; {arguments.steps} steps; {time.monotonic() - start:.0f} s"
-    return show(rows, output, list(runs), lengths)
-
-
-def configs_of(ds_config: dict[str, Any], world_size: int) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Return the SP degree to verify and the ds_config of each run by name, the baseline first.
-
-    Fewer ranks than the file's SP degree all share a sequence.
-
-    Raises:
-        ConfigError: the file is invalid, accumulation is no multiple of the SP degree, or there is nothing to verify.
-    """
-    lines = problems(ds_config, None)
-    for key in (MICRO, GAS):
-        value = ds_config.get(key, "auto")
-        if value != "auto" and (type(value) is not int or value < 1):
-            lines.append(f"{key}: must be a positive whole number (got {shown(value)}).")
-    if lines:
-        raise ConfigError("\n".join(lines))
-    wanted = ds_config.get("sequence_parallel_size", 1)
-    if not is_wanted(ds_config):
-        raise ConfigError("sequence_parallel_size=1 and no alst block: there is nothing to verify")
-    sp_size = min(wanted, world_size)
-    if sp_size < min(wanted, 2):
-        raise ConfigError(
-            "one rank cannot share a sequence: verify needs two or more (--num_gpus 2; on a machine with one GPU, "
-            "DS_ACCELERATOR=cpu verifies a small model)"
-        )
-    if world_size % sp_size:
-        raise ConfigError(f"sequence_parallel_size={wanted} does not divide {world_size} ranks; choose --num_gpus")
-    split = dict(ds_config)
-    whole = {key: value for key, value in ds_config.items() if key not in ("alst", DTYPE, *TOP_KEYS)}
-    if (accumulation := ds_config.get(GAS, wanted)) != "auto":
-        if accumulation % wanted:
-            raise ConfigError(
-                f"{GAS}={accumulation} is no multiple of sequence_parallel_size={wanted}: "
-                "without sequence parallelism no step sees the same samples. Make it one"
-            )
-        whole[GAS], split[GAS] = accumulation // wanted, accumulation // wanted * sp_size
-        for each in (whole, split):
-            each.pop("train_batch_size", None)
-    split["sequence_parallel_size"], whole["sequence_parallel_size"] = sp_size, 1
-    return sp_size, {_BASELINE: whole, f"SP {sp_size}" if sp_size > 1 else "with alst": split}
-
-
-def _plain(ds_config: dict[str, Any], output: Path, small: bool) -> dict[str, Any]:
-    """Adapt a ds_config to the built-in program, which trains by SGD because Adam would hide a gradient's scale."""
-    config = _without_auto(ds_config)
-    for key in ("optimizer", "scheduler", "train_batch_size", "tensorboard", "wandb", "csv_monitor", "comet"):
-        config.pop(key, None)
-    config.setdefault(MICRO, 1)
-    config.setdefault(GAS, config["sequence_parallel_size"])
-    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
-    if not small or not any(key in config for key in ("alst", *TOP_KEYS)):
-        return config
-    block = config["alst"] = block_of(config)
-    for key in TOP_KEYS:
-        config.pop(key, None)
-    block.setdefault("pad_to_multiple_of", config["sequence_parallel_size"])
-    for key, tokens in _SMALL_TILES.items():
-        value = block.get(key, "auto" if key == "tiled_logits_loss" else False)
-        if value in (True, "auto"):
-            block[key] = {"tile_tokens": tokens}
-    offload = block.get("activation_checkpoint_cpu_offload")
-    if isinstance(offload, dict) and "nvme_path" in offload:
-        offload["nvme_path"] = str(output)
-    return config
-
-
-def _without_auto(value: Any) -> Any:
-    """Drop the "auto" values that the HF Trainer would fill in."""
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}
-
-
-def _is_half(ds_config: dict[str, Any]) -> bool:
-    return any((ds_config.get(key) or {}).get("enabled") for key in _HALF_KEYS)
-
-
-# --- verdict
+    summary = f"{world_size} ranks; {arguments.steps} steps; {time.monotonic() - start:.0f} s"
+    return show(rows, output, list(runs), summary)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -190,7 +112,7 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
     """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
     found = differences(output / split, output / whole, sp_size)
     rounding = differences(output / whole, output / others[0], 1) if others else None
-    half = _is_half(json.loads((output / split / "ds_config.json").read_text()))
+    half = is_half(json.loads((output / split / "ds_config.json").read_text()))
     rows = []
     for kind, (words, *_) in KINDS.items():
         limits = {place: allowed(kind, place, half, rounding) for place in found[kind]}
@@ -252,24 +174,24 @@ def allowed(kind: str, place: str, half: bool, rounding: Differences | None) -> 
 
 
 def first_difference(rows: list[Row]) -> str:
-    """Describe the first difference: forward in layer order, then backward in reverse order."""
+    """Describe the first difference: forward in layer order, then backward in reverse order; empty if none."""
     missed = {row.what: row.missed for row in rows}
     if layers := missed[KINDS["layers"][0]]:
         return f"The first layer whose output differs is {layers[0]}."
     if gradients := missed[KINDS["gradients"][0]]:
-        return f"All layers' outputs agree; in the backward, {gradients[-1]} is the first to differ."
+        return f"All layer outputs agree; in the backward, {gradients[-1]} is the first to differ."
     return ""
 
 
-def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
-    """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
+def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
+    """Print the table, write ``verify.json``; return 1 if any difference exceeds rounding."""
     curves = {name: _load(output / name / _RECORD)["loss"] for name in names}
-    table = Table(title=f"{names[1]} against {names[0]}: {lengths}")
+    table = Table(title=f"{names[1]} against {names[0]}: {summary}")
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")
     for row in rows:
         if not row.place:
-            table.add_row(row.what, "-", "-", "-", "not compared: a run has none")
+            table.add_row(row.what, "-", "-", "-", "not compared: missing in a run")
             continue
         verdict = f"{len(row.missed)} DIFFER" if row.missed else "ok"
         verdict += f", {row.num_hidden} hidden by rounding" if row.num_hidden else ""
@@ -280,13 +202,8 @@ def show(rows: list[Row], output: Path, names: list[str], lengths: str) -> int:
         console.print(f"loss, {name}: " + " ".join(f"{loss:.5f}" for loss in losses))
     if place := first_difference(rows):
         console.print(place)
-    (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
     if any(row.num_hidden for row in rows):
-        console.print("What rounding hides is seen in fp32: verify a copy of the file without bf16 or fp16.")
-    try:
-        draw_curves(curves, str(output / "loss.png"))
-        files = "loss.png and verify.json"
-    except ImportError:
-        files = "(no picture: pip install matplotlib) verify.json"
-    console.print(f"{files} are in {os.path.relpath(output)}")
+        console.print("To compare what rounding hides, verify a copy of the ds_config without bf16 or fp16.")
+    (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
+    console.print(f"Results: {output / 'verify.json'}")
     return int(any(row.missed for row in rows))

@@ -1,19 +1,18 @@
-"""DeepSpeed's keys under sequence parallelism: values read before DeepSpeed reads them, and refused features. Pure.
+"""DeepSpeed's keys under sequence parallelism: refused features, and sizes against the ranks and the model. Pure.
 
-``docs/compatibility.md`` is the table of features, and every row has a test: a "right" row trains and is compared with
-SP=1, a "refused" row raises ConfigError. What DeepSpeed has removed it refuses itself.
+``docs/compatibility.md`` lists the features that work and those in ``REFUSED``; every row has a test.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
 
 Config = Mapping[str, Any]
-_BLOCKS = ("bf16", "fp16", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+TOTAL, MICRO, GAS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 _MISSING = object()
 
 
@@ -33,7 +32,7 @@ def zero_stage(ds_config: Config) -> int:
         ConfigError: the stage does not exist, or ``zero_optimization`` is not an object.
     """
     block = ds_config.get("zero_optimization")
-    if block is not None and not isinstance(block, Mapping):
+    if not isinstance(block, Mapping | None):
         raise ConfigError(f'zero_optimization: must be an object such as {{"stage": 3}} (got {shown(block)}).')
     stage = value_at(ds_config, "zero_optimization.stage", 0)
     if stage == "auto":
@@ -43,62 +42,19 @@ def zero_stage(ds_config: Config) -> int:
     return int(stage)
 
 
-def wrong_blocks(ds_config: Config) -> list[str]:
-    """Return a line for each block that is not an object, and for two half precisions at once."""
-    lines = [
-        f"{path}: must be an object (got {shown(block)})."
-        for path in _BLOCKS
-        if not isinstance(block := value_at(ds_config, path), Mapping | None)
-    ]
-    if value_at(ds_config, "bf16.enabled") is True and value_at(ds_config, "fp16.enabled") is True:
-        lines.append("fp16.enabled=true: bf16.enabled is true too; leave one of them out.")
-    return lines
-
-
-def check_numbers(ds_config: Config) -> None:
-    """Raise ConfigError for values of steps_per_print or gradient_clipping that would fail in the middle of a step."""
-    lines = []
-    steps, clipping = ds_config.get("steps_per_print"), ds_config.get("gradient_clipping", "auto")
-    # accelerate uses infinity for never.
-    if steps not in (None, math.inf) and not is_count(steps):
-        lines.append(f"steps_per_print: must be a whole number above 0, or null for never (got {shown(steps)}).")
-    if clipping != "auto" and (type(clipping) not in (int, float) or not clipping >= 0):
-        lines.append(f"gradient_clipping: must be a number, 0 for none (got {shown(clipping)}).")
-    if lines:
-        raise ConfigError("\n".join(lines))
-
-
-def is_count(value: Any) -> bool:
-    """Return True for a positive whole number, which JSON may write as 5e8."""
-    return type(value) in (int, float) and value >= 1 and value % 1 == 0
-
-
-def idle_checkpointing(ds_config: Config) -> str:
-    """Return a warning if DeepSpeed's activation checkpointing is set, which these models ignore; else empty."""
-    block = ds_config.get("activation_checkpointing")
-    for key, value in block.items() if isinstance(block, Mapping) else ():
-        if value:
-            return (
-                f"activation_checkpointing.{key}={shown(value)} does nothing: transformers checkpoints layers by "
-                "PyTorch's function, not by DeepSpeed's. alst.activation_checkpoint_cpu_offload puts checkpoints on "
-                "the host"
-            )
-    return ""
-
-
 @dataclass(frozen=True)
 class Feature:
-    """One row: name, JSON path, predicate on its value, and the reason to reject it (empty if supported)."""
+    """A refused feature: name, JSON path, predicate on the value there, and the reason with the remedy."""
 
     name: str
     path: str
     enables: Callable[[Any], bool]
-    refusal: str = ""
+    refusal: str
     also: Callable[[Config], bool] = lambda ds_config: True
     """Further condition on the ds_config."""
 
     def asked(self, ds_config: Config) -> bool:
-        """Return True if the ds_config enables the feature; a key that is not there enables nothing."""
+        """Return True if the ds_config enables the feature; a missing key enables nothing."""
         value = value_at(ds_config, self.path, _MISSING)
         return value is not _MISSING and self.enables(value) and self.also(ds_config)
 
@@ -110,8 +66,8 @@ def _on(value: Any) -> bool:
     return value != "auto" and bool(value.get("enabled", False) if isinstance(value, Mapping) else value)
 
 
-def _is(*words: Any) -> Callable[[Any], bool]:
-    return lambda value: (value.lower() if isinstance(value, str) else value) in words
+def _is(word: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value.lower() == word
 
 
 def _is_not(*words: Any) -> Callable[[Any], bool]:
@@ -124,10 +80,6 @@ def _samples_data(block: Any) -> bool:
     return _on(block) or any(_on(value_at(block, path)) for path in inner)
 
 
-def _has_autosp(passes: Any) -> bool:
-    return isinstance(passes, list | tuple) and "autosp" in passes
-
-
 # Conditions on the ds_config.
 
 
@@ -137,90 +89,74 @@ def _at(*stages: int) -> Callable[[Config], bool]:
     return lambda ds_config: value_at(ds_config, "zero_optimization.stage", 0) in words
 
 
-def _alone(ds_config: Config) -> bool:
-    return "seq_parallel_communication_data_type" not in ds_config
-
-
 def _muon_on_zero_1_with_bf16(ds_config: Config) -> bool:
-    return _MUON.asked(ds_config) and _BF16.asked(ds_config) and zero_stage(ds_config) == 1
+    is_muon = _is("muon")(value_at(ds_config, "optimizer.type"))
+    return is_muon and _on(ds_config.get("bf16")) and zero_stage(ds_config) == 1
 
 
 _given, _above_one = _is_not(None, "auto"), _is_not(None, "auto", 0, 1, "0", "1")
 _ZERO = "zero_optimization"
 _UNVERIFIED = "not verified under sequence parallelism; remove it, or set sequence_parallel_size to 1"
-_REMOVED = "DeepSpeed 0.19.8 has it no more, with or without sequence parallelism; remove it"
-_QUANTIZED = "quantized weights do not give the gradients of the run without it; remove it"
+_QUANTIZED = "quantized weights change the gradients; remove it"
 _NVME = 'not verified under sequence parallelism; use device "cpu"'
-_BF16 = Feature("bf16", "bf16", _on)
-_MUON = Feature("Muon", "optimizer.type", _is("muon"))
 
-FEATURES = (
-    Feature("fp16", "fp16", _on),
-    _BF16,
+REFUSED = (
     Feature(
         "torch autocast",
         "torch_autocast",
         _on,
-        "gradients are not reduced in seq_parallel_communication_data_type; use bf16.enabled",
+        "gradients would not be reduced in seq_parallel_communication_data_type; use bf16.enabled",
     ),
-    Feature("gradient clipping", "gradient_clipping", _on),
-    Feature(
-        "prescale_gradients", "prescale_gradients", _on, "it divides before the sum, which rounds twice; remove it"
-    ),
+    Feature("prescale_gradients", "prescale_gradients", _on, "divides before the sum, which rounds twice; remove it"),
     Feature(
         "gradient_predivide_factor",
         "gradient_predivide_factor",
         _is_not(1, None),
-        "DeepSpeed 0.19 divides wrongly at stage 3; remove it",
+        "DeepSpeed 0.19 divides wrongly at ZeRO stage 3; remove it",
     ),
-    Feature("gradient_allreduce_op", "gradient_allreduce_op", _is("sum"), "replicas must be averaged; remove it"),
-    Feature("optimizer offload to CPU", f"{_ZERO}.offload_optimizer.device", _is("cpu")),
+    Feature("gradient_allreduce_op", "gradient_allreduce_op", _is("sum"), "gradients must be averaged; remove it"),
     Feature("optimizer offload to NVMe", f"{_ZERO}.offload_optimizer.device", _is("nvme"), _NVME),
-    Feature("parameter offload to CPU", f"{_ZERO}.offload_param.device", _is("cpu")),
     Feature("parameter offload to NVMe", f"{_ZERO}.offload_param.device", _is("nvme"), _NVME, _at(3)),
-    Feature("reduce_scatter off", f"{_ZERO}.reduce_scatter", _is(False)),
-    Feature("contiguous_gradients off", f"{_ZERO}.contiguous_gradients", _is(False)),
-    Feature("overlap_comm", f"{_ZERO}.overlap_comm", _on),
     Feature(
         "round_robin_gradients",
         f"{_ZERO}.round_robin_gradients",
         _on,
-        "DeepSpeed 0.19.8 cannot read full gradients beside it; remove it",
+        "DeepSpeed 0.19.8 cannot return full gradients with it; remove it",
         _at(1, 2),
     ),
-    Feature("fp32 gradient accumulation", "data_types.grad_accum_dtype", _is("fp32")),
     Feature(
         "communication_data_type",
         "communication_data_type",
         _given,
-        "use seq_parallel_communication_data_type, beside it or instead",
-        _alone,
+        "not used under sequence parallelism; use seq_parallel_communication_data_type, with or without it",
+        lambda ds_config: "seq_parallel_communication_data_type" not in ds_config,
     ),
     Feature("hpZ (ZeRO++)", f"{_ZERO}.zero_hpz_partition_size", _above_one, _UNVERIFIED, _at(3)),
     Feature("qwZ (ZeRO++)", f"{_ZERO}.zero_quantized_weights", _on, _QUANTIZED, _at(3)),
     Feature("qwZ for frozen weights (ZeRO++)", f"{_ZERO}.zero_quantized_nontrainable_weights", _on, _QUANTIZED, _at(3)),
-    Feature("qgZ (ZeRO++)", f"{_ZERO}.zero_quantized_gradients", _on, "gradients would be summed in 4 bits; remove it"),
+    Feature("qgZ (ZeRO++)", f"{_ZERO}.zero_quantized_gradients", _on, "sums gradients in 4 bits; remove it"),
     # Any block enables it, even an empty one.
     Feature("ZenFlow", f"{_ZERO}.zenflow", _given, _UNVERIFIED),
     Feature("SuperOffload", f"{_ZERO}.offload_optimizer.super_offload", _on, _UNVERIFIED, _at(3)),
-    Feature("AutoTP", "tensor_parallel.autotp_size", _above_one, "it would split the attention heads too; remove it"),
+    Feature("AutoTP", "tensor_parallel.autotp_size", _above_one, "splits the attention heads too; remove it"),
     Feature("AutoEP", "expert_parallel", _on, _UNVERIFIED),
     Feature("pipeline parallelism", "pipeline", bool, "a PipelineModule has no sequence dimension to split; use ZeRO"),
-    Feature("1-bit optimizers", "optimizer.type", _is("onebitadam", "zerooneadam", "onebitlamb"), _REMOVED),
-    _MUON,
     Feature(
         "Muon on ZeRO 1 with bf16 gradients accumulated in fp32",
         "data_types.grad_accum_dtype",
         _is("fp32"),
-        "it takes no mpu; use zero_optimization.stage 2, or remove it",
+        "its optimizer takes no mpu; use zero_optimization.stage 2, or remove it",
         _muon_on_zero_1_with_bf16,
     ),
     Feature("DeepCompile", "compile.deepcompile", _on, _UNVERIFIED),
     Feature(
-        "AutoSP", "compile.passes", _has_autosp, "it is sequence parallelism too; remove the pass, or the alst block"
+        "AutoSP",
+        "compile.passes",
+        lambda passes: isinstance(passes, list | tuple) and "autosp" in passes,
+        "is sequence parallelism too; remove the pass, or the alst block",
     ),
-    Feature("checkpoint writer", "checkpoint.writer", _given, "it asks for a data-parallel group; remove it"),
-    Feature("data_efficiency", "data_efficiency", _samples_data, "it draws and cuts the samples itself; remove it"),
+    Feature("checkpoint writer", "checkpoint.writer", _given, "needs a data-parallel group; remove it"),
+    Feature("data_efficiency", "data_efficiency", _samples_data, "draws and cuts the samples itself; remove it"),
     Feature("hybrid_engine", "hybrid_engine", _on, _UNVERIFIED),
     Feature("autotuning", "autotuning", _on, _UNVERIFIED),
     Feature("unmanaged gradient accumulation", "managed_gradient_accumulation", lambda value: not value, _UNVERIFIED),
@@ -228,17 +164,107 @@ FEATURES = (
         "data_parallel_size mesh",
         "data_parallel_size",
         _given,
-        "DeepSpeed then reduces over the data ranks only; remove it",
+        "DeepSpeed would average gradients over the data-parallel ranks only; remove it",
     ),
 )
+"""DeepSpeed's features that are not right under sequence parallelism, in the order of docs/compatibility.md."""
 
 
 def check_features(ds_config: Config) -> None:
     """Raise ConfigError if a feature does not work with sequence parallelism: a line each, with the remedy."""
-    lines = wrong_blocks(ds_config)
-    for feature in FEATURES:
-        if feature.refusal and feature.asked(ds_config):
-            value = shown(value_at(ds_config, feature.path))
-            lines.append(f"{feature.path}={value} ({feature.name}): {feature.refusal}.")
+    lines = [
+        f"{each.path}={shown(value_at(ds_config, each.path))} ({each.name}): {each.refusal}."
+        for each in REFUSED
+        if each.asked(ds_config)
+    ]
     if lines:
         raise ConfigError("\n".join(lines))
+
+
+# --- sizes
+
+
+def _fits(degree: int, num_heads: int, num_kv_heads: int) -> bool:
+    """Return True if an SP degree can split these heads."""
+    return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
+
+
+def _fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]:
+    """Return the SP degrees that fit the ranks and the heads. A world size of 0 (unknown) allows every degree."""
+    largest = max([world_size, *(each[0] for each in heads)])
+    return [
+        degree
+        for degree in range(1, largest + 1)
+        if world_size % degree == 0 and all(_fits(degree, *each[:2]) for each in heads)
+    ]
+
+
+def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int, str]] = ()) -> None:
+    """Raise ConfigError, with the valid SP degrees, if this one does not divide the number of ranks.
+
+    ``heads`` are the model's, if known: query heads, KV heads and their owner.
+    """
+    sp_size = config.sequence_parallel_size
+    if world_size % sp_size:
+        raise ConfigError(
+            f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
+            f"Use one of {_fitting(world_size, [*heads])}."
+        )
+
+
+def check_heads(
+    config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
+) -> None:
+    """Raise ConfigError, with the valid SP degrees, if this one cannot split these heads, of attention or a scan.
+
+    It must divide the query heads, and divide the KV heads or be divided by them.
+    """
+    sp_size = config.sequence_parallel_size
+    if _fits(sp_size, num_heads, num_kv_heads):
+        return
+    heads, groups = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups")
+    why = f"does not divide the model's {num_heads} {heads}"
+    if num_heads % sp_size == 0:
+        why = f"and the model's {num_kv_heads} {groups} do not divide one another"
+    raise ConfigError(
+        f"sequence_parallel_size={shown(sp_size)} {why}. "
+        f"Use one of {_fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
+        "the remaining ranks become data-parallel replicas."
+    )
+
+
+def check_batch_keys(ds_config: Config, sp_size: int, world_size: int) -> None:
+    """Raise ConfigError if the batch size keys are inconsistent or not numbers, with the value to change.
+
+    Missing ones are derived like in DeepSpeed (_set_batch_related_parameters). Under sequence parallelism a micro-step
+    is one rank's batch.
+    """
+    given = {name: ds_config[name] for name in (TOTAL, MICRO, GAS) if ds_config.get(name) is not None}
+    wrong = [
+        f'{name}: must be a positive whole number; only the HF Trainer fills in "auto" (got {shown(value)}).'
+        for name, value in given.items()
+        if type(value) not in (int, float) or not value >= 1 or value % 1
+    ]
+    if not wrong and not {TOTAL, MICRO} & given.keys():
+        wrong = [f"{MICRO}: missing, and {TOTAL} too; set it to the number of samples in a rank's batch."]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    replicas = world_size // sp_size
+    # 0 is a missing one.
+    total, micro, accumulation = (int(given.get(name, 0)) for name in (TOTAL, MICRO, GAS))
+    if MICRO not in given:
+        accumulation = accumulation or 1
+        micro = total // replicas // accumulation
+    elif GAS not in given:
+        accumulation = total // micro // replicas if total else 1
+    product = micro * accumulation * replicas
+    if product and total in (0, product):
+        return
+    fits = micro and total % (micro * replicas) == 0
+    ways = [f"{GAS} to {total // (micro * replicas)}, which keeps the samples per step"] if fits else []
+    ways += [f"{TOTAL} to {product or f'a multiple of {replicas}'}"]
+    raise ConfigError(
+        f"{TOTAL}={total} is not {MICRO}={micro} x {GAS}={accumulation} x {replicas} replica(s) = {product}. With "
+        f"sequence_parallel_size={sp_size}, {world_size} ranks are {replicas} replica(s); the batches of a replica's "
+        f"{sp_size} ranks take {sp_size} micro-steps, which {GAS} counts. Set {', or '.join(ways)}."
+    )

@@ -1,6 +1,6 @@
-"""Reading of a ds_config as DeepSpeed reads it, this package's keys in it, and keys that are nearly this package's.
+"""Reading of a ds_config as DeepSpeed does, and misspelt or misplaced keys of this package, which DeepSpeed ignores.
 
-Standard library only, for the gate: every process that imports deepspeed loads it, and DeepSpeed ignores unknown keys.
+Standard library only: every process that imports deepspeed loads it.
 """
 
 import base64
@@ -49,22 +49,9 @@ ALIASES = {
     "offloadactivations?|cpucheckpointing": "alst.activation_checkpoint_cpu_offload",  # DeepSpeed's other block
     "reducebucketsize": "zero_optimization.reduce_bucket_size",
 }
-_DEEPSPEEDS = """
-    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
-    compile compression_training csv_monitor curriculum_learning data_efficiency data_parallel_size data_types
-    dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue elasticity
-    expert_parallel flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_allreduce_op
-    gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine log_level managed_gradient_accumulation
-    memory_breakdown nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training scheduler
-    seed sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
-    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization
-"""
-DEEPSPEED_KEYS = frozenset(_DEEPSPEEDS.split())
 _OPTIONS = ("--deepspeed", "--deepspeed_config", "--deepscale_config")
-# Similarity (difflib) from which a name counts as misspelt. communication_data_type has 0.79 with a key of this
-# package, 'aslt' 0.75 with 'alst'; in short names the first letter must match, or 'last' would be close too.
+# Similarity (difflib) of a misspelt name. DeepSpeed's communication_data_type has 0.79 with a key of this package,
+# 'aslt' 0.75 with 'alst'; short names must have the same first letter, or 'last' would be close too.
 _CLOSE, _CLOSE_SHORT, _SHORT = 0.82, 0.74, 5
 
 
@@ -73,7 +60,7 @@ def read_config(text: str) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the text is neither, holds no object, or has a duplicate key.
+        ValueError: the text is neither, is not an object, or has a duplicate key.
     """
     import hjson  # type: ignore[import-untyped]  # DeepSpeed's own reader: comments, trailing commas
 
@@ -86,7 +73,7 @@ def read_config(text: str) -> dict[str, Any]:
     except (RecursionError, OverflowError) as error:  # nested too deep, a number too large
         raise ValueError(str(error)) from error
     if not isinstance(ds_config, dict):
-        raise ValueError("it holds no JSON object; put the keys into { }")
+        raise ValueError("not a JSON object; put the keys into { }")
     return ds_config
 
 
@@ -145,18 +132,19 @@ def is_wanted(ds_config: dict[str, Any] | None, mpu: Any = None, mesh: Any = Non
 
 
 def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Yield a line for each key unknown to DeepSpeed that is close to one of this package's.
+    """Yield a line for each key that is close to one of this package's, or in another place.
 
     ``nested`` has the keys of the inner blocks and their full paths.
     """
-    places = {**dict.fromkeys(DEEPSPEED_KEYS, ""), **(nested or {}), **OURS}
+    places = {**(nested or {}), **OURS}
     for key, value in ds_config.items():
-        if key in DEEPSPEED_KEYS:
-            yield from _inside(str(key), value)
-        elif key == "model" and isinstance(value, Mapping) and value.get("type") == "liger":
+        if key == "model" and isinstance(value, Mapping) and value.get("type") == "liger":
             yield 'model.type="liger": ArcticTraining reads it; here it is "alst": {"liger_kernel": true}.'
-        elif places.get(key) != key and (place := place_of(str(key), places)):
-            yield correction("", str(key), place)
+        elif places.get(key) != key:
+            if place := place_of(str(key), places):
+                yield correction("", str(key), place)
+            else:
+                yield from _inside(str(key), value)
 
 
 def ignored(ds_config: Mapping[str, Any]) -> list[str]:
@@ -164,7 +152,7 @@ def ignored(ds_config: Mapping[str, Any]) -> list[str]:
     asking = {key: value for key, value in ds_config.items() if not _is_off(value)}
     lines = [*near_misses(asking)]
     if DTYPE in asking and ds_config.get(SP, 1) == 1:
-        lines.append(f"{DTYPE}={shown(asking[DTYPE])}: it counts where {SP} is above 1.")
+        lines.append(f"{DTYPE}={shown(asking[DTYPE])}: used only with {SP} > 1.")
     return lines
 
 
@@ -186,10 +174,10 @@ def _inside(path: str, block: Any) -> Iterator[str]:
 
 
 def correction(block: str, key: str, place: str) -> str:
-    """Return the line for a key that a block does not know, with the path of the key that is meant."""
+    """Return the error for an unknown key of a block, with the path of the key that is meant."""
     path = f"{block}.{as_word(key)}" if block else as_word(key)
     if place.rpartition(".")[2] == key:
-        return f"{path}: belongs {'into a block' if '.' in place else 'at the top level'} of the ds_config, as {place}."
+        return f"{path}: belongs {'in a block' if '.' in place else 'at the top level'} of the ds_config, as {place}."
     near = place.replace(f"{block}.", "") if block else place
     outside = f", outside of the {block} block" if block and near == place else ""
     return f"{path}: unknown key. Did you mean '{near}'{outside}?"

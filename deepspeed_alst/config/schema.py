@@ -1,6 +1,6 @@
-"""Keys of a ds_config that this package reads: typed, frozen, unknown keys rejected. Pure: no torch, no I/O."""
+"""Keys of a ds_config that this package reads, and ``parse``, which checks them. Pure: no torch, no I/O."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -11,11 +11,14 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
-from deepspeed_alst.formatting import shown
+from deepspeed_alst.config.config_file import OURS, TOP_KEYS, correction, near_misses, nearest, place_of
+from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.formatting import as_word, shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
 
@@ -34,16 +37,6 @@ def _number_of(unit: str, *words: str | None) -> BeforeValidator:
 
     accepted = Annotated[int, Field(ge=1)] | Literal[words]  # type: ignore[valid-type]
     return BeforeValidator(check, json_schema_input_type=accepted) if words else BeforeValidator(check)
-
-
-def _degree(value: Any) -> Any:
-    """Return an SP degree; raise ValueError if it is not written as a positive integer."""
-    if type(value) is not int or value < 1:
-        raise ValueError(
-            "must be the number of ranks that share a sequence, such as 8, without quotes or a point; 1 is none, "
-            "nothing fills it in"
-        )
-    return value
 
 
 def _lowercase(value: Any) -> Any:
@@ -191,13 +184,13 @@ class AlstBlockConfig(_Block):
     @field_validator("liger_kernel")
     @classmethod
     def _one_loss(cls, value: Any, info: Any) -> Any:
-        """Raise ValueError if Liger's loss contradicts tiled_logits_loss, of which it is a backend."""
+        """Raise ValueError if Liger's loss, a backend of tiled_logits_loss, contradicts it."""
         part, loss = getattr(value, "fused_linear_cross_entropy", None), info.data.get("tiled_logits_loss", "auto")
         backend = False if loss is None else getattr(loss, "backend", "auto")
         if part is not None and backend != "auto" and part != (backend == "liger"):
             raise ValueError(
-                f"fused_linear_cross_entropy is {shown(part)}, and tiled_logits_loss, of which it is a backend, is "
-                f"{shown(backend)}; leave one of them out"
+                f"fused_linear_cross_entropy={shown(part)} contradicts tiled_logits_loss={shown(backend)}; leave one "
+                "of them out"
             )
         return value
 
@@ -205,16 +198,14 @@ class AlstBlockConfig(_Block):
     @classmethod
     def _not_yet(cls, value: Any) -> Any:
         if value is not False:
-            raise ValueError("not yet available in this version of deepspeed_alst; remove the key, or set it to false")
+            raise ValueError("not available in this version of deepspeed_alst; remove the key, or set it to false")
         return value
 
 
 class AlstConfig(_Block):
     """All keys of a ds_config that this package acts on."""
 
-    sequence_parallel_size: Annotated[
-        int, BeforeValidator(_degree, json_schema_input_type=Annotated[int, Field(ge=1)])
-    ] = 1
+    sequence_parallel_size: StrictInt = Field(default=1, ge=1)
     """SP degree: number of ranks that share one sequence."""
     seq_parallel_communication_data_type: Annotated[ReductionDtype, BeforeValidator(_lowercase)] = "fp32"
     """Dtype of gradient sums under SP."""
@@ -234,3 +225,71 @@ class AlstConfig(_Block):
         if self.alst.pad_to_multiple_of == "auto":
             return 256 * self.sequence_parallel_size
         return self.alst.pad_to_multiple_of
+
+
+# Union types: pydantic inserts the chosen member into the error path.
+_UNIONS = ("tiled_logits_loss", "liger_kernel")
+# Full paths of the inner blocks' keys.
+_NESTED = {
+    key: " or ".join(f"alst.{name}.{key}" for name, block in BLOCKS.items() if key in block.model_fields)
+    for block in BLOCKS.values()
+    for key in block.model_fields
+}
+
+
+def parse(ds_config: Mapping[str, Any]) -> AlstConfig:
+    """Parse this package's keys of a ds_config.
+
+    Raises:
+        ConfigError: keys are unknown, out of range or unavailable; one line per key.
+    """
+    at_top = [key for key in TOP_KEYS if key in ds_config]
+    problems = [*near_misses(ds_config, _NESTED)]
+    given = {name: ds_config[name] for name in AlstConfig.model_fields if name in ds_config}
+    if isinstance(block := ds_config.get("alst", {}), Mapping):
+        given["alst"] = block_of(ds_config)
+        problems += [f"{key}: also set as alst.{key}; leave one of them out." for key in at_top if key in block]
+    try:
+        config = AlstConfig.model_validate(given)
+    except ValidationError as error:
+        problems += [_line(each, at_top) for each in error.errors() if not _is_other_member(each)]
+        raise ConfigError("\n".join(problems)) from None
+    sp_size, multiple = config.sequence_parallel_size, config.padding_multiple()
+    if multiple % sp_size:
+        problems.append(
+            f"alst.pad_to_multiple_of={shown(multiple)} is not a multiple of "
+            f'sequence_parallel_size={shown(sp_size)}. Use {shown(-(-multiple // sp_size) * sp_size)}, or "auto".'
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def block_of(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``alst`` block merged with ALST's own names at the top level."""
+    return {key: ds_config[key] for key in TOP_KEYS if key in ds_config} | dict(ds_config.get("alst") or {})
+
+
+def _is_other_member(error: Any) -> bool:
+    """Return True if a value that may be an object or "auto" is reported as not "auto"."""
+    return error["type"] == "literal_error" and str(error["loc"][-1]).startswith("literal[")
+
+
+def _line(error: Any, at_top: Sequence[str]) -> str:
+    """Format one pydantic error, under the path that the user wrote."""
+    loc = [str(part) for part in error["loc"]]
+    if len(loc) > 2 and loc[1] in _UNIONS:
+        del loc[2]
+    unknown = error["type"] == "extra_forbidden"
+    owner = loc[:-1] if unknown else loc
+    block = BLOCKS.get(owner[1], AlstBlockConfig) if len(owner) > 1 else AlstBlockConfig
+    words = [as_word(part) for part in loc[len(loc) > 1 and loc[1] in at_top :]]
+    path, parent = ".".join(words), ".".join(words[:-1])
+    if unknown:
+        own = {name: f"{parent}.{name}" for name in block.model_fields}
+        place = place_of(loc[-1], {**_NESTED, **OURS, **own})
+        return correction(parent, loc[-1], place) if place else f"{path}: unknown key.{nearest(loc[-1], own)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        message = f"must be an object of {', '.join(block.model_fields)}"
+    return f"{path}: {message} (got {shown(error['input'])})."

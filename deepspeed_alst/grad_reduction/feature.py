@@ -5,12 +5,11 @@ from typing import Any
 import torch
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.features import Feature, RunContext, reduction_rows
 from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
 from deepspeed_alst.grad_reduction.reduce import Reduction
 from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
 from deepspeed_alst.grad_reduction.zero_paths import install_reduction
-from deepspeed_alst.report import reduction_rows
 from deepspeed_alst.sequence_parallel.session import Session
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.config.parse import GAS, MICRO, TOTAL, check_batch_keys, parse
+from deepspeed_alst.config.compatibility import GAS, MICRO, TOTAL, check_batch_keys
+from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, sum_over_shards, whole_sequence_divisor
 from deepspeed_alst.errors import ConfigError

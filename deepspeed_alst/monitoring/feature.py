@@ -81,7 +81,7 @@ class Report:
         device = "" if self.peak_device_bytes is None else f"{format_bytes(self.peak_device_bytes)} device, "
         parts.append(f"peak {device}{format_bytes(self.peak_host_bytes)} host")
         if self.wire_bytes is not None:
-            parts.append(f"wire {format_bytes(self.wire_bytes, 1, 1000)}")
+            parts.append(f"wire {format_bytes(self.wire_bytes, 1)}")
         if self.offload_host_bytes is not None:
             disk = f", {format_bytes(self.offload_disk_bytes or 0)} disk, waited {self.offload_wait_seconds:.2f} s"
             host = f"offload {format_bytes(self.offload_host_bytes)} host"

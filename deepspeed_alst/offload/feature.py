@@ -10,7 +10,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.attention_cache import keeping_frame
@@ -24,7 +24,6 @@ from deepspeed_alst.offload.checkpoint_inputs import (
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
 from deepspeed_alst.offload.host_buffers import Copies, HostBufferPool
-from deepspeed_alst.report import print_report
 
 _KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
 

@@ -7,8 +7,7 @@ import pytest
 
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.config.config_file import TOP_KEYS
-from deepspeed_alst.config.parse import parse
-from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig
+from deepspeed_alst.config.schema import BLOCKS, AlstBlockConfig, AlstConfig, parse
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.plan import Layer, Machine, Model, bytes_of, longest, measure, plan_of, static_bytes
-from deepspeed_alst.config.parse import parse
+from deepspeed_alst.config.schema import parse
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -76,14 +76,14 @@ def test_a_bucket_is_as_large_as_its_key_says(zero, reduction, num_bytes):
     model = Model(8 * 10**9, 10, 10**8)
     ds_config = {**DS_CONFIG, "zero_optimization": zero, "alst": {"reduction": {**reduction, "slice_bytes": 2**20}}}
     device, _ = static_bytes(model, ds_config, H100)
-    assert device["gradient bucket and slices"] == num_bytes + 2 * 2**20
+    assert device["gradient buckets, slices"] == num_bytes + 2 * 2**20
 
 
 def test_an_automatic_bucket_is_a_share_of_what_is_left():
     ds_config = {**DS_CONFIG, "zero_optimization": {"stage": 0}, "alst": {"reduction": {"bucket_size": "auto"}}}
     for billions, numel in ((4, (77 * GIB - 4 * 16 * 10**9) // 32 // 2), (1, 500_000_000), (8, 2**20)):
         device, _ = static_bytes(Model(billions * 10**9, 10, 10**8), ds_config, H100)
-        assert device["gradient bucket and slices"] == 2 * numel + 2 * 64 * 2**20
+        assert device["gradient buckets, slices"] == 2 * numel + 2 * 64 * 2**20
 
 
 def test_what_is_offloaded_is_on_the_host():
@@ -95,7 +95,7 @@ def test_what_is_offloaded_is_on_the_host():
     # Of 16 ranks eight are on this host.
     assert plan.host["optimizer"] == pytest.approx(8 * 16 * 10**9 / 16)
     assert plan.host["gradients"] == pytest.approx(8 * 2 * 10**9 / 16) and "gradients" not in plan.device
-    assert plan.host["layers' inputs"] == 8 * 9 * 800 * 1000
+    assert plan.host["layer inputs"] == 8 * 9 * 800 * 1000
     disk = {**DS_CONFIG, "alst": {"activation_checkpoint_cpu_offload": {"nvme_path": "/nvme"}}}
     assert plan_of(model, layer, disk, machine, 1000).disk == 0
     far = plan_of(model, layer, disk, machine, 10**10)
@@ -119,7 +119,7 @@ def test_the_command_says_where_the_bytes_go(measured, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["fits"] and said["sequence"] == 500_000 and said["longest"] > 500_000
     assert main([*words, "--seq_len", "500000000"]) == 1
-    assert "This one does not fit" in capsys.readouterr().out
+    assert "A sequence of 500,000,000 tokens does not fit" in capsys.readouterr().out
 
 
 def test_a_ds_config_that_is_refused_is_refused_here(measured, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_a_torch_that_does_not_load_is_a_row(tmp_path):
     broken = broken_module(tmp_path / "broken", "torch", "libcudart.so.99: cannot open shared object file")
     status, rows = run_report(folder=tmp_path, first_in_path=broken)
     assert status == 1
-    (row,) = named(rows, "a fresh process")
+    (row,) = named(rows, "a new process")
     assert row.verdict == "problem" and "libcudart.so.99" in row.value and "at import torch" in row.value
     assert named(rows, "deepspeed")[0].verdict == "ok"
 
@@ -114,10 +114,10 @@ def installed(folder, name, version):
 @pytest.mark.parametrize(
     ("name", "version", "verdict", "words"),
     [
-        ("torch", "2.7.0+cu126", "problem", "not a version"),
-        ("torch", "2.9.1", "problem", "2.9.1 (asked for: >=2.13.0); not a version"),
+        ("torch", "2.7.0+cu126", "problem", "unsupported version"),
+        ("torch", "2.9.1", "problem", "2.9.1 (required: >=2.13.0); unsupported version"),
         ("deepspeed", "0.20.0", "problem", "<0.20"),
-        ("liger_kernel", "0.5.0", "note", "0.5.0 (asked for"),
+        ("liger_kernel", "0.5.0", "note", "0.5.0 (required"),
         ("transformers", "99.0", "ok", "99.0"),
     ],
 )
@@ -195,10 +195,10 @@ def test_a_library_newer_than_tested_is_a_note(monkeypatch):
 @pytest.mark.parametrize(
     ("ds_config", "verdicts", "words"),
     [
-        ({"sequence_parallel_size": 2}, ["ok"], "2 ranks share a sequence in 4 replica(s)"),
-        ({"sequence_parallel_size": 1, "alst": {}}, ["ok"], "whole sequences"),
+        ({"sequence_parallel_size": 2}, ["ok"], "2 ranks per sequence, 4 replica(s)"),
+        ({"sequence_parallel_size": 1, "alst": {}}, ["ok"], "sequence parallelism is off"),
         ({"alst": {"tiled_mlp_compute": True}}, ["ok"] * 2, '{"tile_tokens": null, "tile_bytes": "auto", '),
-        ({"zero_optimization": {"stage": 3}}, ["note"], "asks for nothing"),
+        ({"zero_optimization": {"stage": 3}}, ["note"], "has no key of this package"),
         ({"sequence_parallel_size": 3}, ["problem"], "Use one of [1, 2, 4, 8]"),
         ({"alst": {"tiled_mlp": True, "pad_to_multiple_of": 0}}, ["problem"] * 2, "Did you mean 'tiled_mlp_compute'"),
         (
@@ -206,15 +206,13 @@ def test_a_library_newer_than_tested_is_a_note(monkeypatch):
             ["problem"] * 3,
             "prescale_gradients=true",
         ),
-        ({"alst": {}, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["problem"], "bf16.enabled is true too"),
-        ({"alst": {}, "steps_per_print": 0}, ["problem"], "steps_per_print: must be a whole number"),
         (
             {"activation_checkpoint_cpu_offload": {"nvme_path": "/no/such/folder"}},
             ["ok", "ok", "problem"],
-            "nvme_path: no folder on this host",
+            "this host has no such folder",
         ),
         ({"sp_size": 2}, ["problem"], "Did you mean 'sequence_parallel_size'?"),
-        ({"sequence_parallel_size": 2, "data_parallel_size": 4}, ["note"], "asks for nothing"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 4}, ["note"], "has no key of this package"),
     ],
 )
 def test_a_ds_config_is_checked_for_a_number_of_ranks(tmp_path, ds_config, verdicts, words):
@@ -223,7 +221,7 @@ def test_a_ds_config_is_checked_for_a_number_of_ranks(tmp_path, ds_config, verdi
     assert [row.verdict for row in rows] == verdicts and any(words in row.value for row in rows), rows
 
 
-@pytest.mark.parametrize(("content", "words"), [('{"alst": ', ""), ("[1]", "no JSON object"), (None, "cannot be read")])
+@pytest.mark.parametrize(("content", "words"), [('{"alst": ', ""), ("[1]", "not a JSON object"), (None, "No such")])
 def test_a_ds_config_that_cannot_be_read_is_a_row(tmp_path, content, words):
     path = tmp_path / "ds.json"
     if content is not None:
@@ -237,7 +235,7 @@ def test_every_ready_ds_config_passes():
         num_gpus = max(8, json.loads(path.read_text()).get("sequence_parallel_size", 1))
         wrong = [row.value for row in report.config_rows(str(path), num_gpus) if row.verdict == "problem"]
         # Its disk is not on this host.
-        assert all("nvme_path: no folder on this host" in value for value in wrong), path
+        assert all("this host has no such folder" in value for value in wrong), path
 
 
 # --- the command line

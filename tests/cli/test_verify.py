@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from deepspeed_alst.cli.launch import with_file
+from deepspeed_alst.cli.launch import builtin_config, configs_of, with_file
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.trial import samples
-from deepspeed_alst.cli.verify import _plain, allowed, configs_of, first_difference, judge, show
+from deepspeed_alst.cli.verify import allowed, first_difference, judge, show
 from deepspeed_alst.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,6 @@ def judged(runs):
 
 def test_equal_runs_are_equal(verified):
     said = json.loads((verified / "verify.json").read_text())
-    assert (verified / "loss.png").stat().st_size > 1000
     assert said["loss"].keys() == {"SP 1", "SP 2"} and len(said["loss"]["SP 1"]) == 3
     assert said["loss"]["SP 1"][0] > said["loss"]["SP 1"][-1]  # it does train
     assert all(not row["missed"] and row["difference"] < 1e-4 for row in said["rows"])
@@ -176,10 +175,14 @@ def test_a_refused_model_is_refused_in_its_words(tmp_path, capsys):
 @pytest.mark.parametrize(
     "ds_config, world_size, words",
     [
-        ({"zero_optimization": {"stage": 1}}, 2, "there is nothing to verify"),
-        ({"sequence_parallel_size": 2, "gradient_accumulation_steps": 3}, 2, "=3 is no multiple of sequence_parallel"),
+        ({"zero_optimization": {"stage": 1}}, 2, "nothing to verify"),
+        (
+            {"sequence_parallel_size": 2, "gradient_accumulation_steps": 3},
+            2,
+            "=3 is not a multiple of sequence_par",
+        ),
         ({"sequence_parallel_size": 2, "alst": {}}, 3, "does not divide 3 ranks"),
-        ({"sequence_parallel_size": 8}, 1, "one rank cannot share a sequence"),
+        ({"sequence_parallel_size": 8}, 1, "two or more ranks"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ds_config, world_size, words):
@@ -206,7 +209,7 @@ def test_any_wrong_type_is_a_sentence_or_runs(key, value):
     except ConfigError as error:
         assert key in str(error)
     else:
-        assert all(_plain(each, Path("out"), small=True) for each in configs.values())
+        assert all(builtin_config(each, Path("out"), small=True) for each in configs.values())
 
 
 def test_wrong_types_are_named_all_at_once():
@@ -234,7 +237,7 @@ def test_progress_is_shown_while_a_program_runs(tmp_path, capsys, monkeypatch):
 
 def test_alsts_own_names_at_the_top_level_are_in_the_split_run_alone():
     _, configs = configs_of({"sequence_parallel_size": 2, "tiled_mlp_compute": True}, 2)
-    whole, split = (_plain(each, Path("out"), small=True) for each in configs.values())
+    whole, split = (builtin_config(each, Path("out"), small=True) for each in configs.values())
     assert "tiled_mlp_compute" not in whole and "alst" not in whole
     assert "tiled_mlp_compute" not in split and split["alst"]["tiled_mlp_compute"] == {"tile_tokens": 37}
 
@@ -251,9 +254,9 @@ def test_both_runs_see_the_same_samples_in_a_step():
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "give either --model CONFIG, or your program"),
+        ([], "give either --model CONFIG, or a program"),
         (["--model", "nowhere/config.json"], "nowhere/config.json: there is no such file"),
-        (["--", "train.py"], "the program's own words must have --deepspeed JSON"),
+        (["--", "train.py"], "the program's arguments must have --deepspeed JSON"),
     ],
 )
 def test_a_command_that_makes_no_sense_says_so(words, said, tmp_path, capsys):

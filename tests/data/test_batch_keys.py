@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 
-from deepspeed_alst.config.parse import GAS, MICRO, TOTAL, check_batch_keys, step_words
+from deepspeed_alst.config.compatibility import GAS, MICRO, TOTAL, check_batch_keys
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.features import step_words  # ['step_words']
 
 P, WORLD = 2, 4
 
@@ -46,8 +47,8 @@ def test_numbers_are_refused_exactly_where_deepspeed_refuses_them():
 def test_what_fits_without_sequence_parallelism_is_told_the_number_that_keeps_its_samples():
     words = refusal({TOTAL: 16, MICRO: 2, GAS: 2})
     assert "train_batch_size=16 is not train_micro_batch_size_per_gpu=2 x gradient_accumulation_steps=2 x 2" in words
-    assert "sequence_parallel_size=2" in words and "a batch of each rank is 2 micro-steps" in words
-    assert "gradient_accumulation_steps to 4, which keeps the samples of a step, or train_batch_size to 8." in words
+    assert "sequence_parallel_size=2" in words and "the batches of a replica's 2 ranks take 2 micro-steps" in words
+    assert "gradient_accumulation_steps to 4, which keeps the samples per step, or train_batch_size to 8." in words
     assert not refusal({TOTAL: 16, MICRO: 2, GAS: 4}) and not refusal({TOTAL: 8, MICRO: 2, GAS: 2})
 
 
@@ -64,6 +65,6 @@ def test_what_is_no_number_is_named(name, value):
 
 def test_a_step_is_told_in_samples_and_micro_steps():
     words = step_words(micro=2, accumulation=4, sp_size=2, replicas=3, multiple=512)
-    assert words.startswith("24 samples: 4 micro-steps of 2 on 3 replica(s)") and "2 x 256 tokens" in words
-    assert "no multiple" not in words
-    assert "3 micro-steps are no multiple of sequence_parallel_size=2" in step_words(2, 3, 2, 1, 512)
+    assert words.startswith("24 samples in 4 micro-steps of 2 on 3 replica(s)") and "multiple of 256 tokens" in words
+    assert "not a multiple" not in words
+    assert "is not a multiple of sequence_parallel_size=2" in step_words(2, 3, 2, 1, 512)

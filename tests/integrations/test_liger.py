@@ -21,8 +21,7 @@ from benchmarks.kernels.cross_entropy import tile_peak
 from benchmarks.kernels.judge import Interpreted, measure
 from benchmarks.ranks import RankError
 from benchmarks.ranks import interpreted_ranks as started_interpreted
-from deepspeed_alst.config.parse import parse
-from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, UnsupportedModelError

@@ -21,7 +21,8 @@ from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.tally import Tally
-from deepspeed_alst.config.parse import check_heads, parse
+from deepspeed_alst.config.compatibility import check_heads
+from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch

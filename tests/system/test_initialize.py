@@ -290,7 +290,7 @@ def test_a_torch_newer_than_the_tests_is_warned_of_on_rank_0_alone(found, newer,
     monkeypatch.setenv("RANK", "0")
     environment.check_deepspeed()
     said = [str(each.message) for each in recwarn]
-    assert len(said) == newer and all(f"with: torch {found} (newest tested: 2.14). " in each for each in said)
+    assert len(said) == newer and all(f": torch {found} (newest tested: 2.14); " in each for each in said)
 
 
 def misuse(case: str) -> None:

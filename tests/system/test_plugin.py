@@ -97,8 +97,8 @@ out["our calls"] = [
     attempt(deepspeed.initialize, *[None] * 10, ours),
 ]
 
-from deepspeed_alst.hooks import unhook_initialize
-unhook_initialize(deepspeed)
+from deepspeed_alst.core.patching import unwrap
+unwrap(deepspeed, "initialize")
 out["unhooked"] = deepspeed.initialize is original
 """
 
@@ -112,8 +112,8 @@ original = deepspeed.initialize.__deepspeed_alst__
 import deepspeed_alst
 deepspeed_alst.autoload.install()
 out["hooked once"] = deepspeed.initialize.__deepspeed_alst__ is original and not mark(original)
-from deepspeed_alst.hooks import unhook_initialize
-unhook_initialize(deepspeed)
+from deepspeed_alst.core.patching import unwrap
+unwrap(deepspeed, "initialize")
 out["unhooked"] = deepspeed.initialize is original
 """
 
