@@ -1,6 +1,6 @@
-"""Post-import hook for ``deepspeed``: standard library only, a few milliseconds.
+"""Hooks at the import of DeepSpeed, transformers and accelerate: standard library only, a few milliseconds.
 
-It runs inside other imports (``torch``, through _deepspeed_alst_autoload.py, and ``deepspeed``), so its errors are
+They run inside other imports (``torch``, through _deepspeed_alst_autoload.py, and ``deepspeed``), so that errors are
 printed and not raised.
 """
 
@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-_TARGET = "deepspeed"
-_PROGRAMS = {
+# Functions of hooks.py that hook a module once it is imported.
+_HOOKS = {
+    "deepspeed": ("hook_initialize",),
     "transformers.integrations.deepspeed": ("load_sharded_under_zero3", "hook_trainer_config"),
     "transformers.trainer": ("hook_trainer",),
     "accelerate.utils.dataclasses": ("hook_accelerate_config",),
@@ -18,22 +19,17 @@ _PROGRAMS = {
 
 
 def install() -> None:
-    """Install the hooks of ``deepspeed.initialize``, transformers and accelerate, now or at their import."""
-    for name in _PROGRAMS:
-        if name in sys.modules:
-            _hook_programs(sys.modules[name])
-        else:
-            after_import(name, _hook_programs)
-    module = sys.modules.get(_TARGET)
-    if module is None:
-        after_import(_TARGET, _hook)
-    elif _is_half_imported(module):
-        # `import deepspeed` before `import torch`: deepspeed's import of torch runs this, and `initialize` does not
-        # exist yet. The first attribute access on the finished module installs the hook.
-        if type(module) is ModuleType:
+    """Install the hooks of DeepSpeed, transformers and accelerate, now or at their import."""
+    for name in _HOOKS:
+        module = sys.modules.get(name)
+        if module is None:
+            after_import(name, _hook)
+        elif not getattr(module.__spec__, "_initializing", False):
+            _hook(module)
+        elif type(module) is ModuleType:
+            # `import deepspeed` before `import torch`: deepspeed's import of torch runs this, and `initialize` does
+            # not exist yet. The first attribute access on the finished module installs the hook.
             module.__class__ = _HalfImportedModule
-    else:
-        _hook(module)
 
 
 def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
@@ -43,25 +39,13 @@ def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
 
 
 def _hook(module: ModuleType) -> None:
-    _call_hook("hook_initialize", module)
+    for function in _HOOKS[module.__name__]:
+        try:
+            from deepspeed_alst import hooks
 
-
-def _hook_programs(module: ModuleType) -> None:
-    for function in _PROGRAMS[module.__name__]:
-        _call_hook(function, module)
-
-
-def _call_hook(function: str, module: ModuleType) -> None:
-    try:
-        from deepspeed_alst import hooks
-
-        getattr(hooks, function)(module)
-    except Exception as error:
-        print(f"deepspeed_alst: {module.__name__} could not be hooked: {error!r}", file=sys.stderr)
-
-
-def _is_half_imported(module: ModuleType) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
+            getattr(hooks, function)(module)
+        except Exception as error:
+            print(f"deepspeed_alst: {module.__name__} could not be hooked: {error!r}", file=sys.stderr)
 
 
 class _HalfImportedModule(ModuleType):
@@ -75,10 +59,7 @@ class _HalfImportedModule(ModuleType):
 
 
 class _AfterImport:
-    """Meta path finder for one module: delegates to the finders behind it, and calls back after execution.
-
-    It stays installed until then: others look a module up without importing it (``importlib.util.find_spec``).
-    """
+    """Meta path finder for one module that calls back after its execution, and stays installed until then."""
 
     def __init__(self, name: str, call: Callable[[ModuleType], None]) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine with the package's features: what each of its methods adds, in the order in which it happens."""
+"""Methods that the package's features add to DeepSpeed's engine."""
 
 import contextlib
 import inspect
@@ -33,11 +33,11 @@ class EngineFeatures:
     gradient_check: GradientCheck | None = None
     model_check: ModelCheck | None = None
     upstream: "UpstreamProgram | None" = None
-    """A program written for DeepSpeed's own ALST."""
+    """Set if the program was written for DeepSpeed's own ALST."""
 
     @contextlib.contextmanager
     def collectives(self) -> Iterator[None]:
-        """Run a method of DeepSpeed's with its own mpu, and name the ranks that are missing in a collective."""
+        """Run a method of DeepSpeed with this engine's mpu; an error names the ranks missing in a collective."""
         if self.session is None:
             yield
             return
@@ -46,12 +46,12 @@ class EngineFeatures:
 
 
 class AlstEngine:
-    """Methods of an engine, ahead of its own class's: ``PatchSet.mixin`` puts them there."""
+    """Mixin ahead of the engine's class, installed by ``PatchSet.mixin``."""
 
     alst_features: EngineFeatures
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Check the model before the first forward, then split a whole batch, or run a shard."""
+        """Check the model before the first forward, then split a whole batch or run a shard."""
         features = self.alst_features
         if features.model_check is not None:
             with features.collectives():
@@ -76,7 +76,7 @@ class AlstEngine:
         return output
 
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compare the first step's gradients with their average, and refuse a loss that is not the sequence's."""
+        """Check the first averaged gradients, and refuse a loss that is not the whole sequence's."""
         features = self.alst_features
         with contextlib.ExitStack() as around:
             if features.gradient_check is not None:
@@ -92,7 +92,7 @@ class AlstEngine:
         return scaled
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Drop a step with a NaN or Inf loss or gradient on all ranks, and report one that was made."""
+        """Drop a step with a NaN or Inf loss or gradient on all ranks, and report a completed one."""
         features = self.alst_features
         with contextlib.ExitStack() as around:
             if features.gradient_check is not None:
@@ -105,7 +105,7 @@ class AlstEngine:
             return super().step(*args, **kwargs)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """Save so that a failure on one rank is an error on all, and any world size can load it."""
+        """Save a checkpoint for any world size; a failure on one rank is an error on all."""
         from deepspeed_alst.checkpoint.load import takes_any_world_size
         from deepspeed_alst.checkpoint.save import save_on_all_ranks
 
@@ -142,8 +142,8 @@ class AlstEngine:
         asked = kwargs.get("compiled_autograd_enabled") or (len(args) > 3 and args[3])
         if asked and self.alst_features.session is not None:
             raise UnsupportedModelError(
-                "engine.compile(compiled_autograd_enabled=True): a compiled backward is not verified under sequence "
-                "parallelism; leave it out, and forward and backward of each part between the collectives are compiled"
+                "engine.compile(compiled_autograd_enabled=True): not verified under sequence parallelism; leave the "
+                "argument out"
             )
         return super().compile(*args, **kwargs)
 
@@ -156,7 +156,7 @@ class AlstEngine:
 
 
 def extend(engine: Any, patches: PatchSet, control_group: Any, session: Session | None) -> None:
-    """Give an engine the methods of AlstEngine, until its patches are undone."""
+    """Add the methods of AlstEngine to an engine, until its patches are undone."""
     patches.set(engine, "alst_features", EngineFeatures(patches, control_group, session))
     patches.mixin(engine, AlstEngine)
 

@@ -78,18 +78,16 @@ def is_left_over(lock: Path) -> bool:
     With several hosts, which may share the folder, a recent lock file counts as another host's build.
     """
     several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) != os.environ.get("WORLD_SIZE")
-    seen = set()
     # A builder closes the file shortly before it removes it, so only a persistent lock file is stale.
     for _ in range(_LOOKS):
         try:
-            state = lock.stat()
+            age = time.time() - lock.stat().st_mtime
         except OSError:
             return False
-        if _is_open(lock) or (several_hosts and time.time() - state.st_mtime < _REMOTE_BUILD_SECONDS):
+        if _is_open(lock) or (several_hosts and age < _REMOTE_BUILD_SECONDS):
             return False
-        seen.add((state.st_ino, state.st_mtime_ns))
         time.sleep(_LOOK_SECONDS)
-    return len(seen) == 1  # otherwise released and taken again meanwhile
+    return True
 
 
 def _is_open(path: Path) -> bool:

@@ -14,7 +14,7 @@ class ShapeError(AlstError):
 
 
 class UnsupportedModelError(AlstError):
-    """Model, or part of one, whose gradients under sequence parallelism are not verified."""
+    """Model, or a part of it, whose gradients under sequence parallelism are not verified."""
 
 
 class DataError(AlstError):
@@ -30,7 +30,7 @@ class SetupError(AlstError):
 
 
 class OffloadError(AlstError):
-    """Activations that cannot be offloaded or fetched: the disk is full, fails, or does not respond."""
+    """Failed offload or fetch of activations: the disk is full, fails, or does not respond."""
 
 
 class NonFiniteLossError(AlstError):
@@ -42,4 +42,4 @@ class NonFiniteGradientError(NonFiniteLossError):
 
 
 class RankLostError(AlstError, RuntimeError):
-    """Failed collective: another rank has ended or does not respond. A RuntimeError too, like torch's own."""
+    """Failed collective: another rank has exited or does not respond. Also a RuntimeError, like torch's."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepspeed_alst.cli.report import problems
 from deepspeed_alst.config.compatibility import GAS, MICRO
-from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, is_wanted
+from deepspeed_alst.config.config_file import DTYPE, TOP_KEYS, config_on_command_line, is_wanted
 from deepspeed_alst.config.schema import block_of
 from deepspeed_alst.errors import ConfigError, SetupError
 from deepspeed_alst.formatting import shown
@@ -107,14 +107,11 @@ def with_file(program: list[str], path: str) -> list[str]:
     Raises:
         ConfigError: the program has no such option.
     """
-    for place, word in enumerate(program):
-        key, equals, value = word.partition("=")
-        # Without a value, --deepspeed is DeepSpeed's own switch beside --deepspeed_config JSON.
-        following = value if equals else next(iter(program[place + 1 :]), "-")
-        if key in ("--deepspeed", "--deepspeed_config") and not following.startswith("-"):
-            found = [f"{key}={path}"] if equals else [key, path]
-            return [*program[:place], *found, *program[place + len(found) :]]
-    raise ConfigError("verify: the program's arguments must have --deepspeed JSON, which verify replaces")
+    given = config_on_command_line(program)
+    if given is None:
+        raise ConfigError("verify: the program's arguments must have --deepspeed JSON, which verify replaces")
+    forms = (given, f"--deepspeed={given}", f"--deepspeed_config={given}")
+    return [word.removesuffix(given) + path if word in forms else word for word in program]
 
 
 def launch(words: list[str], world_size: int, log: Path) -> None:

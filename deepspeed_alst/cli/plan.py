@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, layer = measure(arguments.model, config)
     gpu_bytes, host_bytes = arguments.gpu_memory * _GIB, arguments.host_memory * _GIB
     machine = Machine(arguments.num_gpus, gpu_bytes, host_bytes, arguments.gpus_per_host)
-    most, binding = longest(model, layer, ds_config, machine)
+    most, limit = longest(model, layer, ds_config, machine)
     tokens = most.tokens if arguments.seq_len is None else -(-arguments.seq_len // P)
     plan = plan_of(model, layer, ds_config, machine, tokens)
     fits = bool(most.tokens) and not plan.over(machine)
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = {
             "sequence": tokens * P,
             "longest": most.tokens * P,
-            "bound by": binding,
+            "bound by": limit,
             "fits": fits,
             "bytes of a GPU": plan.device,
             "bytes of a host": plan.host,
@@ -122,8 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         _print(plan, machine, P)
-        print(f"The longest sequence that fits has {most.tokens * P:,} tokens, limited by {binding} memory.")
-        print("" if fits else f"A sequence of {tokens * P:,} tokens does not fit.")
+        if not fits:
+            print(f"A sequence of {tokens * P:,} tokens does not fit.")
+        print(f"The longest sequence that fits has {most.tokens * P:,} tokens, limited by {limit} memory.")
     return int(not fits)
 
 
@@ -185,13 +186,13 @@ def plan_of(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: M
 
 
 def longest(model: Model, layer: Layer, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Plan, str]:
-    """Return the plan of the longest shard that fits and the binding memory; 0 tokens if not even weights fit."""
-    low, high, binding = 0, 2**40, plan_of(model, layer, ds_config, machine, 2**40).over(machine)
+    """Return the plan of the longest shard that fits, 0 tokens if none does, and the memory that limits it."""
+    low, high, limit = 0, 2**40, plan_of(model, layer, ds_config, machine, 2**40).over(machine)
     while high - low > 1:
         middle = (low + high) // 2
         over = plan_of(model, layer, ds_config, machine, middle).over(machine)
-        low, high, binding = (low, middle, over) if over else (middle, high, binding)
-    return plan_of(model, layer, ds_config, machine, low), binding
+        low, high, limit = (low, middle, over) if over else (middle, high, limit)
+    return plan_of(model, layer, ds_config, machine, low), limit
 
 
 def _print(plan: Plan, machine: Machine, sp_size: int) -> None:

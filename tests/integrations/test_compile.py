@@ -132,7 +132,7 @@ def misuse(case: str) -> None:
 @pytest.mark.parametrize(
     "case, sentence",
     [
-        ("compiled autograd", "engine.compile(compiled_autograd_enabled=True): a compiled backward is not verified"),
+        ("compiled autograd", "engine.compile(compiled_autograd_enabled=True): not verified"),
         ("whole batch", "it has no position_ids, so it is not split over the ranks"),
         ("packed", "its position_ids restart"),
     ],

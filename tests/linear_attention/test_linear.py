@@ -326,7 +326,7 @@ def test_a_degree_that_does_not_split_a_scans_heads_is_refused_with_those_that_d
     config = parse({"sequence_parallel_size": 16})
     with pytest.raises(ConfigError) as caught:
         check_heads(config, *found, "scan")
-    assert f"sequence_parallel_size=16 is more than the model's {found[0]} heads of a scan" in str(caught.value)
+    assert f"sequence_parallel_size=16 does not divide the model's {found[0]} heads of a scan" in str(caught.value)
     assert f"Use one of {fitting};" in str(caught.value)
 
 
