@@ -58,9 +58,6 @@ def check_build_lock() -> None:
 
     On CPU, DeepSpeed compiles its shared-memory op at the first ``init_distributed``, under a lock file. A killed run
     leaves the file behind, and every later run waits for it forever, without a message.
-
-    Raises:
-        SetupError: the lock file exists and no process holds it open.
     """
     if get_accelerator().device_name() != "cpu" or torch.distributed.is_initialized():
         return
@@ -100,16 +97,12 @@ def _is_open(path: Path) -> bool:
 
 
 def use_expandable_segments(config: AlstConfig) -> str:
-    """Enable the CUDA allocator's expandable segments before its first allocation; return a description.
-
-    Raises:
-        ConfigError: the key is true, and there is no CUDA device or memory is allocated already.
-    """
+    """Enable expandable segments before the first CUDA allocation, or raise ConfigError; return a report row."""
     wanted = config.alst.expandable_segments
     if not torch.cuda.is_available():
         if wanted:
             raise ConfigError("alst.expandable_segments=true: this machine has no CUDA device. Remove the key.")
-        return "PyTorch's for CPU"
+        return ""
     if wanted is False:
         return "expandable segments unchanged: alst.expandable_segments is false"
     if "expandable_segments" in allocator_variable(os.environ):

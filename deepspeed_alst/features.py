@@ -66,9 +66,7 @@ class Feature:
 def features_of(run: RunContext, bucket: str) -> list[Feature]:
     """Build the features of a run, in the order in which they patch the model; their modules load only then.
 
-    Args:
-        run: config, session and model of this call.
-        bucket: description of the gradient buckets' size.
+    ``bucket`` is the source of the gradient buckets' size, for the report.
     """
     block, session, found = run.config.alst, run.session, list[Feature]()
 
@@ -124,13 +122,10 @@ def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator
     rows = [row for feature in features for row in feature.report()]
     off = [name for name in _SWITCHED if name not in dict(rows)]
     rows += [("off", ", ".join(off))] if off else []
+    memory = [("CUDA allocator", allocator)] if allocator else []
     if run.session is None:
-        return [
-            ("sequence parallelism", "off: sequence_parallel_size is 1"),
-            *rows,
-            ("reduction", "DeepSpeed's: sequence_parallel_size is 1"),
-            ("CUDA allocator", allocator),
-        ]
+        reason = "sequence_parallel_size is 1"
+        return [("sequence parallelism", f"off: {reason}"), *rows, ("reduction", f"DeepSpeed's: {reason}"), *memory]
     groups, multiple = run.session.groups, run.config.padding_multiple()
     micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     sharded = "" if engine.training_dataloader is None else "training_data is sharded; "
@@ -139,20 +134,21 @@ def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator
         sharded, check = "UlyssesSPDataLoaderAdapter is replaced; ", "off: the program is written for shards"
     return [
         ("sequence parallelism", f"{groups.sp_size} ranks per sequence, {groups.dp_size} replica(s)"),
-        ("data", f"{sharded}sequences are padded to a multiple of {multiple} tokens"),
-        ("optimizer step", step_words(micro, accumulation, groups.sp_size, groups.dp_size, multiple)),
+        (
+            "data",
+            f"{sharded}sequences are padded to a multiple of {multiple} tokens, {multiple // groups.sp_size} per rank",
+        ),
+        ("optimizer step", step_words(micro, accumulation, groups.sp_size, groups.dp_size)),
         *rows,
         ("model check", check),
-        ("CUDA allocator", allocator),
+        *memory,
     ]
 
 
-def step_words(micro: int, accumulation: int, sp_size: int, replicas: int, multiple: int) -> str:
-    """Describe an optimizer step: samples, micro-steps and tokens."""
-    words = (
-        f"{micro * accumulation * replicas} samples in {accumulation} micro-steps of {micro} on {replicas} replica(s); "
-        f"a rank has a multiple of {multiple // sp_size} tokens of each, with padding"
-    )
+def step_words(micro: int, accumulation: int, sp_size: int, replicas: int) -> str:
+    """Describe an optimizer step in samples and micro-steps."""
+    samples = micro * accumulation * replicas
+    words = f"{samples} samples: {accumulation} micro-steps of {micro} sample(s) on {replicas} replica(s)"
     if accumulation % sp_size:
         words += (
             f"; gradient_accumulation_steps is not a multiple of sequence_parallel_size={sp_size}, so that some steps "

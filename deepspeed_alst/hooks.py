@@ -68,15 +68,14 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
     """Make transformers load models sharded in a plain ZeRO-3 loop that does not request it.
 
     The model is built before ``deepspeed.initialize`` is called, so the config is looked up on the command line. A
-    config with "auto" outside the alst block belongs to the HF Trainer, which registers its own. An attribute of
-    ``integration`` (``transformers.integrations.deepspeed``) keeps the config alive, since transformers holds a weak
-    reference.
+    config with "auto" outside the alst block belongs to the HF Trainer, which registers its own.
     """
     ds_config = _command_line_config()
     zero = ds_config.get("zero_optimization") if is_wanted(ds_config) else None
     trainers = '"auto"' in json.dumps({key: value for key, value in ds_config.items() if key not in OWN_KEYS})
     if not isinstance(zero, dict) or zero.get("stage") != 3 or trainers or integration.is_deepspeed_zero3_enabled():
         return
+    # transformers holds a weak reference.
     integration.kept_by_deepspeed_alst = integration.HfDeepSpeedConfig(ds_config)
     if os.environ.get("RANK", "0") == "0":
         print(

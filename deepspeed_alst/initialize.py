@@ -27,9 +27,9 @@ def initialize(
     """Run ``deepspeed.initialize`` for a ds_config that enables this package.
 
     Args:
-        original: DeepSpeed's own function.
-        arguments: the caller's arguments, by name.
-        ds_config: the config among them, as a dict.
+        original: DeepSpeed's function.
+        arguments: the caller's, by name.
+        ds_config: of the arguments, as a dict.
 
     Returns:
         DeepSpeed's results: engine, optimizer, training loader (sharded), learning-rate scheduler.

@@ -107,8 +107,7 @@ def build_session(
 ) -> Session:
     """Check model, world size and batch keys against the SP degree, and build the state of sequence parallelism.
 
-    Raises:
-        AlstError: on all ranks.
+    An error on one rank is raised on all.
     """
     with agree(control_group):
         world_size, heads = dist.get_world_size(), check_model(spec)

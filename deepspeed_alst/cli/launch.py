@@ -102,11 +102,7 @@ def is_half(ds_config: dict[str, Any]) -> bool:
 
 
 def with_file(program: list[str], path: str) -> list[str]:
-    """Replace the ds_config in a program's arguments, after ``--deepspeed`` or ``--deepspeed_config``.
-
-    Raises:
-        ConfigError: the program has no such option.
-    """
+    """Replace the ds_config after ``--deepspeed`` or ``--deepspeed_config``; raise ConfigError without one."""
     given = config_on_command_line(program)
     if given is None:
         raise ConfigError("verify: the program's arguments must have --deepspeed JSON, which verify replaces")
@@ -115,11 +111,7 @@ def with_file(program: list[str], path: str) -> list[str]:
 
 
 def launch(words: list[str], world_size: int, log: Path) -> None:
-    """Run a command with DeepSpeed's launcher; write its output to a log and its progress to the terminal.
-
-    Raises:
-        SetupError: it failed; the message has the cause.
-    """
+    """Run a command with DeepSpeed's launcher and write a log; SetupError has the cause of a failure."""
     environment = dict(os.environ)
     if not num_gpus():
         environment["DS_ACCELERATOR"] = "cpu"
@@ -163,13 +155,7 @@ def num_gpus() -> int:
 
 
 def free_port() -> int:
-    """Return an unused port below the kernel's ephemeral range, from which gloo's sockets take theirs.
-
-    Rank 0 listens only seconds later, after its imports.
-
-    Raises:
-        SetupError: none of 100 tried ports is free.
-    """
+    """Return an unused port below the ephemeral range, of which gloo's sockets may take it before rank 0 listens."""
     for port in random.sample(range(15000, 32000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

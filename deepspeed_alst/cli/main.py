@@ -44,14 +44,7 @@ _REFERENCE = ("keys", "schema", "recipes")  # commands in one module
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        words: command-line arguments without the program's name; None for those of this process.
-
-    Returns:
-        Exit status: the command's own, or 2 for an AlstError.
-    """
+    """Run the command in ``words``, or in ``sys.argv``; return its exit status, or 2 for an AlstError."""
     arguments = build_parser().parse_args(words)
     module = "reference" if arguments.command in _REFERENCE else arguments.command
     try:

@@ -38,12 +38,7 @@ _SILENCE_SECONDS = 30.0
 
 
 def main(hooked: bool, nvme_path: str) -> None:
-    """Print all rows.
-
-    Args:
-        hooked: True if imports of torch and deepspeed alone have hooked ``deepspeed.initialize``.
-        nvme_path: folder whose disk is measured; empty for none.
-    """
+    """Print all rows; ``hooked`` is True if ``import torch, deepspeed`` has loaded this package."""
     parts = {
         "autoload": autoload_rows(hooked),
         "tested versions": tested_rows(),

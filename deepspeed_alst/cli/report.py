@@ -40,18 +40,8 @@ probe.main(hooked, sys.argv[2])
 """
 _ROOT = Path(__file__).parents[2]
 _NAME = "deepspeed-alst"
-# Effect of a distribution's absence; empty if it is required.
-_WITHOUT = {
-    _NAME: "",
-    "torch": "",
-    "deepspeed": "",
-    "transformers": "",
-    "accelerate": "no HF Trainer, and no sharded loading of models (ZeRO 3)",
-    "triton": "no Triton kernels: torch computes",
-    "liger-kernel": "no Liger kernels",
-    "peft": "no LoRA",
-    "trl": "no SFTTrainer",
-}
+_REQUIRED = (_NAME, "torch", "deepspeed", "transformers")
+_OPTIONAL = ("accelerate", "triton", "liger-kernel", "peft", "trl")
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -113,22 +103,18 @@ def version_rows() -> Iterator[Row]:
     lines = importlib.metadata.requires(_NAME) if version_of(_NAME) else None
     wanted = {each.name: each.specifier for each in map(Requirement, lines or ())}
     yield Row("python", f"{platform.python_version()} at {sys.executable}")
-    for name, without in _WITHOUT.items():
+    for name in (*_REQUIRED, *_OPTIONAL):
         found, specifier = version_of(name), wanted.get(name, SpecifierSet())
-        wrong = without or "required"
+        wrong = "required" if name in _REQUIRED else "optional"
         if found:
             wrong = "" if specifier.contains(found, prereleases=True) else "unsupported version"
-        value = (found or "not installed") + (f" (required: {specifier})" if specifier else "")
+        value = (found or "not installed") + (f" (needs {specifier})" if specifier else "")
         install = f"pip install {_ROOT}" if name == _NAME else f"pip install '{name}{specifier}'"
-        yield judged(name, value, wrong, install, "note" if without else "problem")
+        yield judged(name, value, wrong, install, "problem" if name in _REQUIRED else "note")
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read a ds_config from a file.
-
-    Raises:
-        ConfigError: the file cannot be read or is not a JSON object.
-    """
+    """Read the file of ``--ds_config``; raise ConfigError if it is not a JSON object."""
     try:
         return read_config(path)
     except (OSError, ValueError) as error:
@@ -156,10 +142,6 @@ def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> list[str]:
 
 def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
     """Yield a row per error that would stop a run with this ds_config, else a row per key of this package.
-
-    Args:
-        path: of the JSON file.
-        num_ranks: number of ranks in the run, or None if unknown.
 
     Raises:
         ConfigError: the file cannot be read or is not a JSON object.

@@ -55,14 +55,13 @@ fp32 measures it."""
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of difference."""
+    """Comparison of one kind: the largest difference, its place and limit, and all places beyond their limits."""
 
     what: str
     difference: float
     place: str
     allowed: float
     missed: tuple[str, ...]
-    """Places where the difference exceeds rounding, in model order."""
     num_hidden: int = 0
     """Number of places where rounding may hide a factor of two."""
 
@@ -104,10 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
     return show(rows, output, list(runs), summary)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
 def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) -> list[Row]:
     """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
     found = differences(output / split, output / whole, sp_size)
@@ -115,20 +110,19 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
     half = is_half(json.loads((output / split / "ds_config.json").read_text()))
     rows = []
     for kind, (words, *_) in KINDS.items():
-        limits = {place: allowed(kind, place, half, rounding) for place in found[kind]}
-        # `value > limit` would miss NaN.
-        missed = tuple(place for place, value in found[kind].items() if not value <= limits[place])
+        values = {place: math.inf if math.isnan(value) else value for place, value in found[kind].items()}
+        limits = {place: allowed(kind, place, half, rounding) for place in values}
+        missed = tuple(place for place, value in values.items() if value > limits[place])
         # The largest difference may be allowed where a smaller one is not.
-        named = {place: found[kind][place] for place in missed or found[kind]}
-        place = max(named, key=lambda name: math.inf if math.isnan(named[name]) else named[name], default="")
+        place = max(missed or values, key=values.__getitem__, default="")
         num_hidden = sum(limit > _TELLING for limit in limits.values())
-        rows.append(Row(words, named.get(place, 0.0), place, limits.get(place, 0.0), missed, num_hidden))
+        rows.append(Row(words, found[kind].get(place, 0.0), place, limits.get(place, 0.0), missed, num_hidden))
     return rows
 
 
 def differences(run: Path, truth: Path, sp_size: int) -> Differences:
     """Return the differences of a run of ``sp_size`` ranks per sequence from one without, on the same samples."""
-    ranks, reference = [_load(run / f"record-{rank}.pt") for rank in range(sp_size)], _load(truth / _RECORD)
+    ranks, reference = [torch.load(run / f"record-{rank}.pt") for rank in range(sp_size)], torch.load(truth / _RECORD)
     found: Differences = {}
     for kind in ("loss", "norm"):
         steps = enumerate(zip(ranks[0][kind], reference[kind], strict=True), start=1)
@@ -185,7 +179,7 @@ def first_difference(rows: list[Row]) -> str:
 
 def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
     """Print the table, write ``verify.json``; return 1 if any difference exceeds rounding."""
-    curves = {name: _load(output / name / _RECORD)["loss"] for name in names}
+    curves = {name: torch.load(output / name / _RECORD)["loss"] for name in names}
     table = Table(title=f"{names[1]} against {names[0]}: {summary}")
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")

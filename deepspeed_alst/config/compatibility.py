@@ -26,11 +26,7 @@ def value_at(ds_config: Any, path: str, default: Any = None) -> Any:
 
 
 def zero_stage(ds_config: Config) -> int:
-    """Return the ZeRO stage as DeepSpeed reads it: ``"3"`` is 3, and ``"auto"`` its default.
-
-    Raises:
-        ConfigError: the stage does not exist, or ``zero_optimization`` is not an object.
-    """
+    """Return the ZeRO stage as DeepSpeed reads it (``"3"`` is 3, ``"auto"`` 0); raise ConfigError if it is none."""
     block = ds_config.get("zero_optimization")
     if not isinstance(block, Mapping | None):
         raise ConfigError(f'zero_optimization: must be an object such as {{"stage": 3}} (got {shown(block)}).')
