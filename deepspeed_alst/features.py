@@ -1,11 +1,12 @@
 """Features that keys of the ds_config turn on: their interface, their order, and the activation report."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +38,6 @@ class RunContext:
     config: AlstConfig
     stage: int
     """ZeRO stage."""
-    device: str
-    """Kind of the device that the engine uses."""
     control_group: Any
     """All ranks over gloo."""
     session: Session | None
@@ -47,6 +46,8 @@ class RunContext:
     """DeepSpeed's own sequence-parallel mpu, if the program was written for its ALST; else None."""
     calls: ForwardContext
     leaf: ZeRO3Leaves
+    device: str = field(default_factory=lambda: get_accelerator().device_name())
+    """Kind of the device that the engine uses."""
 
 
 class Feature:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.core.copying import with_plain_copies
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -49,9 +48,8 @@ def initialize(
         control_group = start_ranks(arguments, ds_config, patches)
         session = build_session(spec, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        device, calls = get_accelerator().device_name(), session.calls if session else ForwardContext()
-        leaves = ZeRO3Leaves(spec.outer, stage, patches)
-        run = RunContext(spec, config, stage, device, control_group, session, upstream, calls, leaves)
+        calls, leaves = session.calls if session else ForwardContext(), ZeRO3Leaves(spec.outer, stage, patches)
+        run = RunContext(spec, config, stage, control_group, session, upstream, calls, leaves)
         features = features_of(run, bucket)
 
         build = with_plain_copies(original, spec.outer, patches)

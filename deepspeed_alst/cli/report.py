@@ -118,7 +118,7 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         return read_config(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--ds_config {path}: {error}. Give the path of a JSON file with an object.") from error
+        raise ConfigError(f"--ds_config {path} cannot be read: {error}. Give the path of a JSON file.") from error
 
 
 def problems(ds_config: Mapping[str, Any], num_ranks: int | None) -> list[str]:

@@ -144,7 +144,7 @@ def near_misses(ds_config: Mapping[str, Any], nested: Mapping[str, str] | None =
             if place := place_of(str(key), places):
                 yield correction("", str(key), place)
             else:
-                yield from _inside(str(key), value)
+                yield from _inside(as_word(str(key)), value)
 
 
 def ignored(ds_config: Mapping[str, Any]) -> list[str]:

@@ -170,7 +170,7 @@ def test_the_command_shows_a_recipe_and_copies_it_once(tmp_path, capsys):
     assert main(["recipes", "sp2.json"]) == 0 and capsys.readouterr().out == content
     for path in (tmp_path, tmp_path / "ds.json"):
         assert main(["recipes", "sp2", "--copy", str(path)]) == 0
-        assert main(["recipes", "sp2", "--copy", str(path)]) == 2 and "not there yet" in capsys.readouterr().err
+        assert main(["recipes", "sp2", "--copy", str(path)]) == 2 and "does not exist yet" in capsys.readouterr().err
     assert (tmp_path / "sp2.json").read_text() == (tmp_path / "ds.json").read_text() == content
 
 

@@ -221,7 +221,9 @@ def test_a_ds_config_is_checked_for_a_number_of_ranks(tmp_path, ds_config, verdi
     assert [row.verdict for row in rows] == verdicts and any(words in row.value for row in rows), rows
 
 
-@pytest.mark.parametrize(("content", "words"), [('{"alst": ', ""), ("[1]", "not a JSON object"), (None, "No such")])
+@pytest.mark.parametrize(
+    ("content", "words"), [('{"alst": ', ""), ("[1]", "not a JSON object"), (None, "cannot be read")]
+)
 def test_a_ds_config_that_cannot_be_read_is_a_row(tmp_path, content, words):
     path = tmp_path / "ds.json"
     if content is not None:
