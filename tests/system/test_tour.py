@@ -27,4 +27,4 @@ def test_the_notebook_runs(monkeypatch):
     said = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
     )
-    assert "The longest that fits has" in said and "largest difference of the losses" in said
+    assert "The longest sequence that fits has" in said and "largest difference of the losses" in said
