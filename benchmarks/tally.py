@@ -61,9 +61,14 @@ _RULES: dict[str, Callable[[dict[str, Any], int, int], tuple[int, int]]] = {
         _split_to_others(a["output"], a.get("output_split_sizes"), P, r),
     ),
     "all_gather": lambda a, P, r: (_size(a["tensor"]) * (P - 1),) * 2,
-    "all_gather_into_tensor": lambda a, P, r: (_size(a["input_tensor"]) * (P - 1),) * 2,
+    "all_gather_single": lambda a, P, r: (_size(a["input_tensor"]) * (P - 1),) * 2,
     "all_reduce": lambda a, P, r: (2 * _size(a["tensor"]) * (P - 1) // P,) * 2,
-    "reduce_scatter_tensor": lambda a, P, r: (_size(a["input"]) * (P - 1) // P,) * 2,
+    "reduce_scatter_single": lambda a, P, r: (_size(a["input"]) * (P - 1) // P,) * 2,
+}
+# Their older names, which DeepSpeed uses.
+_RULES |= {
+    "all_gather_into_tensor": _RULES["all_gather_single"],
+    "reduce_scatter_tensor": _RULES["reduce_scatter_single"],
 }
 _COLLECTIVES = (
     *("all_to_all", "all_to_all_single", "all_reduce", "all_reduce_coalesced", "reduce", "broadcast"),

@@ -89,7 +89,7 @@ def main() -> None:
         per_device_eval_batch_size=1,
         learning_rate=0.01,
         lr_scheduler_type="constant",
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         logging_steps=1,
         report_to="none",
     )

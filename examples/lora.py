@@ -44,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base_model(), adapter)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.enable_input_require_grads()  # checkpoints of a frozen model need an input with a gradient
     engine, _, loader, _ = deepspeed.initialize(
         model=model,

@@ -46,10 +46,10 @@ class System:
         """Patch the model and yield ``step(batch)``, which returns the loss; ``mlp`` is our tile budget."""
         with PatchSet() as undo:
             if self.checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": self.checkpointing == "reentrant"})
+                model.activation_checkpointing_enable({"use_reentrant": self.checkpointing == "reentrant"})
                 model.enable_input_require_grads()
                 undo.callback(model.disable_input_require_grads)
-                undo.callback(model.gradient_checkpointing_disable)
+                undo.callback(model.activation_checkpointing_disable)
             calls = ForwardContext()
             if sp_size > 1:
                 patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)

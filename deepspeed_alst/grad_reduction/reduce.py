@@ -166,7 +166,7 @@ class Reduction:
         region = max(2 * P * wire.itemsize, P * sums.itemsize)
         for parts, mine_m, scratch in self._sums(grads, 1 / divisor, sums, region, group):
             all_n = _view(scratch, 0, P * mine_m.numel(), sums)
-            dist.all_gather_into_tensor(all_n, mine_m, group=group)
+            dist.all_gather_single(all_n, mine_m, group=group)
             for part in parts:
                 outs[part.index][part.start : part.stop].copy_(all_n[part.at : part.at + part.width])
 
@@ -211,7 +211,7 @@ class Reduction:
         # Scale before the sum, as DeepSpeed does: 16 bits overflow early.
         send_Pm.mul_(scale)
         sum_1m = _view(scratch, send_Pm.nbytes, m, send_Pm.dtype).view(1, m)
-        dist.reduce_scatter_tensor(sum_1m, send_Pm, group=group)
+        dist.reduce_scatter_single(sum_1m, send_Pm, group=group)
         return sum_1m, 1.0
 
 

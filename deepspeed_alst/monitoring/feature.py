@@ -179,7 +179,7 @@ class Metrics:
         mine = torch.tensor([numbers], dtype=torch.float64)
         group = self._engine.alst_features.control_group
         everyone = mine.new_empty(dist.get_world_size(group), len(numbers))
-        dist.all_gather_into_tensor(everyone, mine, group=group)
+        dist.all_gather_single(everyone, mine, group=group)
         end = time.perf_counter()
         if dist.get_rank() == 0:
             # A program may have called no forward of the engine.

@@ -94,7 +94,7 @@ def check_checkpointing(spec: ModelSpec, key: str) -> None:
     if not layers:
         raise UnsupportedModelError(
             f"{key}: no layer of {spec.name} is checkpointed. Turn gradient checkpointing on "
-            "(model.gradient_checkpointing_enable()), or set the key to false."
+            "(model.activation_checkpointing_enable()), or set the key to false."
         )
     function = vars(layers[0]).get("_gradient_checkpointing_func")
     function = getattr(function, "alst_before", function)

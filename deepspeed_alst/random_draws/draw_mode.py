@@ -123,7 +123,7 @@ def _refuse_checkpoints() -> None:
         if code.co_filename.endswith(_CHECKPOINTS):
             raise UnsupportedModelError(
                 "the model draws random numbers in a checkpoint of its own, whose recomputation would draw others. Use "
-                "transformers', model.gradient_checkpointing_enable(), or set dropout to 0"
+                "transformers', model.activation_checkpointing_enable(), or set dropout to 0"
             )
         frame = frame.f_back
 

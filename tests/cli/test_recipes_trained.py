@@ -23,7 +23,7 @@ def small_model() -> Any:
 
     sizes = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     model = build_model(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None))
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return model
 
 

@@ -85,7 +85,7 @@ def build_engine(config: str) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 

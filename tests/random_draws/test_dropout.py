@@ -434,7 +434,7 @@ class Noisy(torch.nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_of_the_programs_own_is_refused(reentrant):
     x = torch.ones(2, 12, 5, requires_grad=True)
-    with forward(), pytest.raises(UnsupportedModelError, match=r"model\.gradient_checkpointing_enable"):
+    with forward(), pytest.raises(UnsupportedModelError, match=r"model\.activation_checkpointing_enable"):
         checkpoint(F.dropout, x, use_reentrant=reentrant)
 
 
