@@ -6,7 +6,9 @@ what the module does. RoPE, which is called by a global name, reaches the attent
 """
 
 import inspect
+import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
@@ -238,6 +240,10 @@ def _patch(
                 patches.forward(module, forward)
             for change in own:
                 patches.entry(*change)
+    # At an op's first use Liger warns that its backends for other hardware, such as Ascend, cannot be imported.
+    registry, others = logging.getLogger("liger_kernel.backends.registry"), re.compile(r"Backend impl '[^']*\._(?!triton)")
+    patches.callback(registry.removeFilter, keep := lambda record: not others.match(record.getMessage()))
+    registry.addFilter(keep)
     return counts, tiled | refused
 
 
