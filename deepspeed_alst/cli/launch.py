@@ -117,6 +117,7 @@ def launch(words: list[str], world_size: int, log: Path) -> None:
         environment["DS_ACCELERATOR"] = "cpu"
         # Threads of several ranks would compete for cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    print(f"{PROGRESS} starting {world_size} ranks; all that they print goes to {log}", file=sys.stderr, flush=True)
     port = free_port()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
     command, piped = [*launcher, "--master_port", str(port), *words], subprocess.PIPE

@@ -7,6 +7,7 @@ checkpointed layers. Legend: N parameters, P = sp_size, s tokens of a rank's sha
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("\n".join(lines))
     config = parse(ds_config)
     P = config.sequence_parallel_size
+    print(f"ds_alst plan: measuring layers of {arguments.model} on tensors without data", file=sys.stderr)
     model, layer = measure(arguments.model, config)
     gpu_bytes, host_bytes = arguments.gpu_memory * _GIB, arguments.host_memory * _GIB
     machine = Machine(arguments.num_gpus, gpu_bytes, host_bytes, arguments.gpus_per_host)
@@ -242,7 +244,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int) -> tuple[int, int, int]
     try:
         with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
             model, calls = causal_lm(config).train(), ForwardContext()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             spec = ModelSpec(model)
             experts = max(spec.expert_counts, default=0)

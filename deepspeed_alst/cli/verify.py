@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,7 +191,8 @@ def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
         verdict = f"{len(row.missed)} DIFFER" if row.missed else "ok"
         verdict += f", {row.num_hidden} hidden by rounding" if row.num_hidden else ""
         table.add_row(row.what, f"{row.difference:.1e}", row.place, f"<= {row.allowed:.1e}", verdict)
-    console = Console()
+    # A log file has no width, and names of layers must not be folded.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for name, losses in curves.items():
         console.print(f"loss, {name}: " + " ".join(f"{loss:.5f}" for loss in losses))
