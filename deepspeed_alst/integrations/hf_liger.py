@@ -241,7 +241,7 @@ def _patch(
             for change in own:
                 patches.entry(*change)
     # At an op's first use Liger warns that its backends for other hardware, such as Ascend, cannot be imported.
-    registry, others = logging.getLogger("liger_kernel.backends.registry"), re.compile(r"Backend impl '[^']*\._(?!triton)")
+    registry, others = logging.getLogger("liger_kernel.backends.registry"), re.compile("Backend impl '[^']*[.]_(?!tri)")
     patches.callback(registry.removeFilter, keep := lambda record: not others.match(record.getMessage()))
     registry.addFilter(keep)
     return counts, tiled | refused
