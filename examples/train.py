@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
@@ -117,6 +118,8 @@ def main() -> None:
     def save() -> None:
         engine.save_checkpoint(str(args.checkpoint), client_state={"step": step, "epoch": epoch, "consumed": consumed})
 
+    # One bar for the job, on a terminal.
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=True if dist.get_rank() else None)
     losses, tokens, started = [], 0, time.perf_counter()
     while step < args.steps:
         loader.data_sampler.set_epoch(epoch)
@@ -133,7 +136,7 @@ def main() -> None:
             consumed = (index + 1) * samples_per_batch
             if last:
                 step += 1
-                report(args, step, engine, torch.stack(losses).mean(), tokens, time.perf_counter() - started)
+                report(args, step, bar, engine, torch.stack(losses).mean(), tokens, time.perf_counter() - started)
                 losses, tokens, started = [], 0, time.perf_counter()
                 if args.checkpoint and (step == args.steps or (args.save_every and step % args.save_every == 0)):
                     save()
@@ -141,11 +144,12 @@ def main() -> None:
                 break
         else:
             epoch, consumed = epoch + 1, 0
+    bar.close()
     dist.destroy_process_group()
 
 
-def report(args: argparse.Namespace, step: int, engine, loss: torch.Tensor, tokens: int, seconds: float) -> None:
-    """Print a progress line on rank 0; the loss is the mean over all ranks."""
+def report(args: argparse.Namespace, step: int, bar, engine, loss: torch.Tensor, tokens: int, seconds: float) -> None:
+    """Print a line above the progress bar on rank 0; the loss is the mean over all ranks."""
     dist.all_reduce(loss)
     norm = engine.get_global_grad_norm()
     line = {
@@ -157,11 +161,14 @@ def report(args: argparse.Namespace, step: int, engine, loss: torch.Tensor, toke
     }
     if dist.get_rank() == 0:
         shown = "-" if norm is None else f"{line['grad_norm']:.3f}"
-        print(
-            f"step {step:3d}/{args.steps}  loss {line['loss']:.4f}  grad norm {shown}  "
-            f"{line['tokens_per_s']:,.0f} tokens/s  peak {line['peak_gib']:.2f} GiB",
-            flush=True,
-        )
+        with bar.external_write_mode():
+            print(
+                f"step {step:3d}/{args.steps}  loss {line['loss']:.4f}  grad norm {shown}  "
+                f"{line['tokens_per_s']:,.0f} tokens/s  peak {line['peak_gib']:.2f} GiB",
+                flush=True,
+            )
+        bar.set_postfix(loss=line["loss"], refresh=False)
+        bar.update()
         if args.log_file:
             with args.log_file.open("a") as log:
                 log.write(json.dumps(line) + "\n")
