@@ -166,6 +166,10 @@ def _use(
     wanted = {**dict(block), "cross_entropy": False, _LOSS: False}
     if block.geglu is None:
         wanted["geglu"] = block.swiglu
+    # At an op's first use Liger warns that its backends for other hardware, such as Ascend, cannot be imported.
+    registry, others = logging.getLogger("liger_kernel.backends.registry"), re.compile("Backend impl '[^']*[.]_(?!tri)")
+    patches.callback(registry.removeFilter, keep := lambda record: not others.match(record.getMessage()))
+    registry.addFilter(keep)
     try:
         counts, refused = _patch(base, FAMILIES[model_type], wanted, in_tiles, patches)
     # Liger's functions raise many types of errors.
@@ -240,10 +244,6 @@ def _patch(
                 patches.forward(module, forward)
             for change in own:
                 patches.entry(*change)
-    # At an op's first use Liger warns that its backends for other hardware, such as Ascend, cannot be imported.
-    registry, others = logging.getLogger("liger_kernel.backends.registry"), re.compile("Backend impl '[^']*[.]_(?!tri)")
-    patches.callback(registry.removeFilter, keep := lambda record: not others.match(record.getMessage()))
-    registry.addFilter(keep)
     return counts, tiled | refused
 
 
