@@ -1,6 +1,7 @@
 """Features that keys of the ds_config turn on: their interface, their order, and the activation report."""
 
 import importlib
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -114,8 +116,9 @@ def print_report(rows: list[tuple[str, str]]) -> None:
     table = Table(title="deepspeed_alst", title_justify="left", show_header=False)
     for row in rows:
         table.add_row(*row)
-    # A log file has no width, and rows must not be truncated.
-    Console(stderr=True, width=120).print(table)
+    # Above the Trainer's progress bar. A log file has no width, and rows must not be truncated.
+    with tqdm.external_write_mode(file=sys.stderr):
+        Console(stderr=True, width=120).print(table)
 
 
 def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator: str) -> list[tuple[str, str]]:

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
@@ -20,7 +22,6 @@ from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import uncounted
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.random_draws.model_draws import drop_no_attention
-from deepspeed_alst.report import warn_rank_0
 from deepspeed_alst.verification.model_check import check_live_model
 from deepspeed_alst.verification.program_code import (
     check_custom_modules,
@@ -104,8 +105,10 @@ class ModelCheck:
             summary = check_live_model(self._spec, session.groups, session.calls, torch.device(self._engine.device))
         _forget_trace(self._engine)
         self._checked.add(model.training)
-        mode, seconds = "training" if model.training else "evaluation", time.perf_counter() - began
-        warn_rank_0(f"model check ({mode}): {summary} ({seconds:.1f} s)")
+        if dist.get_rank() == 0:
+            mode, seconds = "training" if model.training else "evaluation", time.perf_counter() - began
+            # Above the Trainer's progress bar, not inside of it.
+            tqdm.write(f"deepspeed_alst: model check ({mode}): {summary} ({seconds:.1f} s)", file=sys.stderr)
 
 
 def _forget_trace(engine: Any) -> None:
