@@ -31,6 +31,7 @@ from deepspeed_alst.cli.launch import (
 )
 from deepspeed_alst.cli.report import read_json
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.profiler.picture import draw_curves
 
 _ROUNDING = "SP 1 in fp32"
 
@@ -179,9 +180,10 @@ def first_difference(rows: list[Row]) -> str:
 
 
 def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
-    """Print the table, write ``verify.json``; return 1 if any difference exceeds rounding."""
-    curves = {name: torch.load(output / name / _RECORD)["loss"] for name in names}
-    table = Table(title=f"{names[1]} against {names[0]}: {summary}")
+    """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
+    records = {name: torch.load(output / name / _RECORD) for name in names}
+    curves, title = {name: record["loss"] for name, record in records.items()}, f"{names[1]} against {names[0]}: {summary}"
+    table = Table(title=title)
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -201,5 +203,12 @@ def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
     if any(row.num_hidden for row in rows):
         console.print("To compare what rounding hides, verify a copy of the ds_config without bf16 or fp16.")
     (output / "verify.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "loss": curves}, indent=1))
-    console.print(f"Results: {output / 'verify.json'}")
+    try:
+        norms = {name: record["norm"] for name, record in records.items() if None not in record["norm"]}
+        charts = {"loss, nats per token": curves, "gradient norm, before clipping": norms}
+        draw_curves(title, {quantity: runs for quantity, runs in charts.items() if runs}, str(output / "loss.png"))
+        files = "verify.json and loss.png"
+    except ImportError:
+        files = "verify.json (a plot needs pip install matplotlib)"
+    console.print(f"Results: {files} in {output}")
     return int(any(row.missed for row in rows))

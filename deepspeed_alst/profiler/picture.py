@@ -17,6 +17,18 @@ _NUM_PARTS = 8
 _MAX_STRETCHES = 2000
 # Share of the width: a shorter stretch of forward or backward has no room for a label.
 _NAMED_SHARE = 0.03
+_LOOKS: dict[Category, tuple[str, str]] = {
+    "weights": ("weights", "#7f7f7f"),
+    "gradients": ("gradients", "#8c564b"),
+    "residual": ("layer inputs, norms", "#1f77b4"),
+    "attention": ("attention", "#ff7f0e"),
+    "tiles": ("MLP", "#2ca02c"),
+    "logits": ("logits and loss", "#d62728"),
+    "communication": ("communication", "#9467bd"),
+    "other": ("other", "#c7c7c7"),
+    "host": ("offload buffers, on the host", "black"),
+}
+"""Each owner's name and colour, the same in every plot."""
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 
@@ -47,10 +59,8 @@ def report(ledger: Any) -> str:
     return out.getvalue()
 
 
-def draw(
-    timelines: dict[str, list[Sample]], path: str, left_out: Collection[Category] = ("host",), top: int = 0
-) -> None:
-    """Plot live bytes by owner as stacked areas, one step below another, with peaks and parts.
+def draw(timelines: dict[str, list[Sample]], path: str, left_out: Collection[Category] = (), top: int = 0) -> None:
+    """Plot live bytes by owner as stacked areas, one step below another; host memory is a dashed line.
 
     Args:
         timelines: samples of each step by name; the name may be empty.
@@ -59,39 +69,52 @@ def draw(
         top: end of the shared scale in bytes; 0: above the highest.
     """
     samples_of_all = [sample for samples in timelines.values() for sample in samples]
-    owners = [each for each in CATEGORIES if each not in left_out and any(s.bytes[each] for s in samples_of_all)]
+    shown = [each for each in CATEGORIES if each not in left_out and any(s.bytes[each] for s in samples_of_all)]
+    owners = [each for each in shown if each != "host"]
     totals = {name: [sum(each.bytes[o] for o in owners) for each in samples] for name, samples in timelines.items()}
     most = top or max(map(max, totals.values()))
     unit, unit_name = next((size, name) for size, name in _UNITS if most >= size or size == 1)
-    figure = _figure(12, 5 if len(timelines) == 1 else 2.8 * len(timelines))
+    figure = new_figure(12, 5 if len(timelines) == 1 else 2.8 * len(timelines))
     all_axes = figure.subplots(len(timelines), sharey=True, squeeze=False)[:, 0]
     for axes, (name, samples) in zip(all_axes, timelines.items(), strict=True):
         peak = max(range(len(samples)), key=totals[name].__getitem__)
         _stack(axes, samples, _thinned(totals[name]), owners, unit)
+        if "host" in shown:
+            heights, (label, color) = [each.bytes["host"] / unit for each in samples], _LOOKS["host"]
+            axes.plot(heights, label=label, color=color, linestyle="--", linewidth=1)
         height = totals[name][peak] / unit
         axes.plot([peak], [min(height, most / unit)], "v", color="black", clip_on=False)
-        said = f"peak {height:.2f} {unit_name}: {samples[peak].moment}"
-        axes.set_title(f"{name}; {said}" if name else said, loc="left", fontsize=10)
+        said = f"peak {height:.2f} {unit_name}"
+        axes.set_title(f"{name}; {said}" if name else f"{said}: {samples[peak].moment}", loc="left", fontsize=10)
         axes.set_ylabel(f"live {unit_name}")
     all_axes[0].set_ylim(0, top / unit if top else None)
     all_axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, reverse=True)
-    all_axes[-1].set_xlabel("allocations and releases")
+    all_axes[-1].set_xlabel("allocations and releases, in order")
     figure.savefig(path, dpi=120 if len(timelines) == 1 else 90)
 
 
-def draw_curves(curves: dict[str, list[float]], path: str) -> None:
-    """Draw one loss curve per run over its steps; later ones are thinner, so that equal ones stay visible."""
-    figure = _figure(7, 4.5)
-    axes = figure.subplots()
-    for place, (name, losses) in enumerate(curves.items()):
-        axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=max(1.0, 5.0 - 3 * place), marker=".")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token")
-    axes.legend(frameon=False)
+def draw_curves(title: str, curves: dict[str, dict[str, list[float]]], path: str) -> None:
+    """Plot curves over the optimizer steps, one chart per quantity.
+
+    Args:
+        title: of the figure.
+        curves: by quantity with its unit, then by run. Later runs are thinner, so that equal ones stay visible.
+        path: a PNG, or another format by its suffix.
+    """
+    figure = new_figure(6 * len(curves), 4.5)
+    figure.suptitle(title)
+    for axes, (quantity, runs) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for place, (name, values) in enumerate(runs.items()):
+            steps = range(1, len(values) + 1)
+            axes.plot(steps, values, label=name, linewidth=max(1.0, 5.0 - 3 * place), marker=".")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(quantity)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Return a figure without pyplot, which would change the program's own figures and backend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -110,10 +133,12 @@ def _table(*headers: str) -> Table:
 
 def _stack(axes: Any, samples: list[Sample], places: list[int], owners: list[Category], unit: int) -> None:
     heights = [[samples[place].bytes[each] / unit for place in places] for each in owners]
-    axes.stackplot(places, heights, labels=owners, step="post", linewidth=0)
+    labels, colors = zip(*(_LOOKS[each] for each in owners), strict=True)
+    axes.stackplot(places, heights, labels=labels, colors=colors, step="post", linewidth=0)
     for place, name in _boundaries(samples):
         axes.axvline(place, color="grey", linewidth=0.8)
-        axes.annotate(name, (place, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="grey")
+        inside = {"xytext": (3, -3), "textcoords": "offset points", "va": "top"}
+        axes.annotate(name, (place, 1), xycoords=("data", "axes fraction"), fontsize=8, color="grey", **inside)
     axes.margins(x=0)
 
 

@@ -49,10 +49,12 @@ class Scopes:
         self._marked: list[Scope] = []
 
     def enter_module(self, module: torch.nn.Module) -> None:
-        """Enter a module's forward; without its own category it inherits the enclosing one."""
+        """Enter a module's forward; without its own category it inherits the enclosing one, or else is ``residual``."""
         around, _ = self.now()
-        category, path = self._modules.get(id(module), Scope(None, around.module))
-        self._enter(module, Scope(category or around.category, path))
+        known = self._modules.get(id(module))
+        category, path = known or Scope(None, around.module)
+        # A program may call the decoder without the model around it, as DeepSpeed's tiled loss requires.
+        self._enter(module, Scope(category or around.category or ("residual" if known else None), path))
 
     def leave_module(self, module: torch.nn.Module) -> None:
         """Leave a module, also after an exception. After the head, the enclosing module computes logits and loss."""
@@ -130,7 +132,7 @@ class Scopes:
 def _scope_of(path: str, module: torch.nn.Module) -> Scope:
     """Return the category that a module starts, or None to inherit, and its path."""
     name, kind = path.rsplit(".", 1)[-1], type(module).__name__
-    own: Category | None = None if path else "residual"
+    own: Category | None = None
     if name in _HEADS:
         own = "logits"
     elif any(map(_ATTENTION.fullmatch, (name, kind))):

@@ -550,6 +550,25 @@ def test_claimed_tensors_belong_to_who_claims_them():
     assert ledger.timeline[-1].bytes["host"] == 40 and ledger.peak.bytes == 0
 
 
+def test_the_decoder_alone_has_the_owners_that_it_has_inside_the_model():
+    """DeepSpeed's TiledFusedLogitsLoss needs the hidden states, without the model's own forward."""
+    model = build("non-reentrant")
+    whole = keep(model, lambda: model(input_ids=tokens(), use_cache=False, logits_to_keep=1))
+    alone = keep(model, lambda: model.model(input_ids=tokens(), use_cache=False))
+
+    def most(ledger, category):
+        return max(sample.bytes[category] for sample in ledger.timeline)
+
+    for category in ("residual", "attention", "tiles"):
+        assert most(alone, category) == most(whole, category) > 0
+    assert most(alone, "other") == most(whole, "other")
+
+
+def test_every_owner_has_a_colour_of_its_own():
+    names, colors = zip(*(picture._LOOKS[category] for category in CATEGORIES), strict=True)
+    assert len(set(names)) == len(set(colors)) == len(CATEGORIES)
+
+
 def test_the_picture_is_drawn(tmp_path):
     model = build("non-reentrant")
     path = tmp_path / "step.png"
