@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -28,15 +28,23 @@ $(VENV)/ready: setup.py
 	$(BIN)/python -m benchmarks.build_ops
 	touch $@
 
-# The documentation site into site/. An environment of its own: it needs neither torch nor this package.
+# Spelling, links, and the site in site/. An environment of its own: it needs neither torch nor this package.
 DOCS := .cache/docs
 docs: $(DOCS)/ready
+	$(DOCS)/bin/codespell
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 $(DOCS)/ready: Makefile
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet 'mkdocs-material>=9.8,<10'
+	$(DOCS)/bin/python -m pip install --quiet 'mkdocs-material>=9.8,<10' 'codespell>=2.4'
 	touch $@
+
+# Tables and sample outputs of README, docs/ and ds_configs/ that come from a program; 8 minutes on 2 cores.
+docs-data: setup
+	$(BIN)/ds_alst keys > docs/configuration.md
+	$(BIN)/ds_alst schema > ds_configs/alst.schema.json
+	$(BIN)/python -m benchmarks.recipes --write
+	$(BIN)/python -m benchmarks.samples
 
 demo: setup
 	deepspeed --num_gpus $(RANKS) examples/train.py --deepspeed ds_configs/sp2.json
@@ -58,7 +66,7 @@ demo-hf-sp1: setup
 	deepspeed --num_gpus $(RANKS) examples/hf_trainer.py --deepspeed ds_configs/trainer_sp1.json \
 		--output_dir runs/demo_hf_sp1 $(HF_ARGUMENTS)
 
-# The examples one after the other, on short sequences; 5 minutes on 2 cores.
+# The examples one after the other, on short sequences, the notebook, and the code blocks of README and docs.
 LAUNCH := deepspeed --num_gpus
 examples: setup
 	rm -rf runs/examples
@@ -71,6 +79,8 @@ examples: setup
 	$(LAUNCH) 2 examples/evaluate_and_generate.py --deepspeed ds_configs/sp2.json
 	$(LAUNCH) 2 examples/resume.py --deepspeed ds_configs/sp2.json --checkpoint runs/examples/resume --steps 5
 	$(LAUNCH) 1 examples/resume.py --deepspeed ds_configs/sp1.json --checkpoint runs/examples/resume --steps 10
+	$(BIN)/python -m pytest -m slow tests/system/test_tour.py tests/test_docs.py -k 'notebook or migration'
+	$(BIN)/python -m pytest -p tests.code_blocks README.md CONTRIBUTING.md docs examples ds_configs
 
 check: setup
 	ruff check .

@@ -74,11 +74,15 @@ setup(
     extras_require={
         "plots": ["matplotlib>=3.11"],  # the ledger's picture
         "notebook": ["ipykernel>=7.0", "matplotlib>=3.11", "nbclient>=0.11"],  # examples/tour.ipynb
-        "docs": ["mkdocs-material>=9.8,<10"],  # make docs
+        "docs": ["mkdocs-material>=9.8,<10", "codespell>=2.4"],  # make docs
         "dev": [
             "peft>=0.21.0",  # LoRA
             "trl>=1.16.0",  # SFTTrainer
             "matplotlib>=3.11",
+            "cogapp>=3.6",  # make docs-data
+            "sybil>=10.1",  # code blocks of README and docs, make examples
+            "ipykernel>=7.0",  # examples/tour.ipynb, make examples
+            "nbclient>=0.11",
             "ninja",  # builds DeepSpeed's CPU communication op
             "pytest>=9.0",
             "hypothesis>=6.170",  # bad input of every kind

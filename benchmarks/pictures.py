@@ -11,9 +11,10 @@ rank holds from the batch to the gradients. curve: loss and gradient norm of ``m
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib import rc_context
@@ -23,7 +24,7 @@ from benchmarks.curve import run
 from benchmarks.kernels.liger import NORMS_AND_ROPE, WithLiger
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
-from deepspeed_alst.cli.plan import Machine, longest, measure
+from deepspeed_alst.cli.plan import Machine, Plan, longest, measure
 from deepspeed_alst.config.parse import parse
 from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -79,13 +80,17 @@ def memory(path: Path) -> None:
     draw(timelines, str(path), left_out=("weights", "gradients"), top=TOP)
 
 
-def longest_of(recipe: str, num_gpus: int) -> int:
-    """Return the longest sequence of a recipe with Llama-3.1-8B, as ``ds_alst plan`` with its default machine."""
+def longest_of(recipe: str, num_gpus: int, zero: Mapping[str, Any] = MappingProxyType({})) -> tuple[Plan, int]:
+    """Return a recipe's plan for Llama-3.1-8B, as ``ds_alst plan`` with its default machine, and its SP degree.
+
+    ``zero`` replaces keys of its zero_optimization block.
+    """
     ds_config = json.loads((ROOT / "ds_configs" / f"{recipe}.json").read_text(encoding="utf-8"))
+    ds_config["zero_optimization"] |= zero
     config = parse(ds_config)
     model, layer = measure(str(ROOT / "benchmarks" / "models" / "llama-3.1-8b.json"), config)
     plan, _ = longest(model, layer, ds_config, Machine(num_gpus, 80 * 2**30, 1800 * 2**30, 8))
-    return plan.tokens * config.sequence_parallel_size
+    return plan, config.sequence_parallel_size
 
 
 def longest_sequences(path: Path) -> None:
@@ -96,8 +101,9 @@ def longest_sequences(path: Path) -> None:
     figure.suptitle("Longest sequence of Llama-3.1-8B in bf16, GPUs of 80 GiB, 1,800 GiB per host; computed")
     titles = "keys, one after the other, on 8 GPUs", "GPUs, with all keys"
     for axes, title, found in zip(figure.subplots(1, 2), titles, (by_keys, by_gpus), strict=True):
-        bars = axes.barh(list(found), [tokens / 1e6 for tokens in found.values()], color=BLUE)
-        axes.bar_label(bars, [f"{tokens:,}" for tokens in found.values()], padding=3)
+        tokens = [plan.tokens * sp_size for plan, sp_size in found.values()]
+        bars = axes.barh(list(found), [each / 1e6 for each in tokens], color=BLUE)
+        axes.bar_label(bars, [f"{each:,}" for each in tokens], padding=3)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("million tokens")
         axes.margins(x=0.3)

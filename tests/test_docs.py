@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+from benchmarks.samples import SAMPLES, SLOW
 from deepspeed_alst.config.compatibility import REFUSED
 from deepspeed_alst.config.schema import AlstBlockConfig, parse
 from deepspeed_alst.environment import NEWEST_TESTED
@@ -28,8 +29,8 @@ def text(page: str) -> str:
 
 
 def snippets(content: str, language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", content, re.S | re.M)
+    """The fenced blocks of a language, with a title or without."""
+    return re.findall(rf"^```{language}(?: title=[^\n]*)?\n(.*?)^```", content, re.S | re.M)
 
 
 def without_snippets(content: str) -> str:
@@ -217,6 +218,54 @@ def test_readme_reproduce_the_census_and_the_list_count_the_same_models():
     assert f"SP 2 and 4: {len(models)} | {len(RIGHT)} right, {packed} of them packed too" in text("docs/reproduce.md")
     assert f"of {len(models)} | {len(RIGHT)}, 0; others" in text("README.md")
     assert f"{len(RIGHT)} causal LMs of transformers" in text("README.md")
+
+
+# Their blocks are run by `make examples`, or have a title that says why not.
+BLOCKS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*PAGES.values(), *ROOT.glob("*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("ds_configs/*.md"))
+}
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_every_block_has_a_language_and_a_console_is_a_sample_or_has_a_title(page):
+    heads = re.findall(r"^(.*)\n```([^`\n]*)\n(?:.*\n)*?```$", BLOCKS[page], re.M)
+    allowed = re.compile(r'(bash|console|json|python|text)( title="[^"]+")?')
+    assert [head for _, head in heads if not allowed.fullmatch(head)] == []
+    assert [head for before, head in heads if head == "console" and "[[[cog" not in before] == []
+
+
+def test_a_block_is_run_and_one_that_fails_or_has_a_title_is_not_passed_over(tmp_path):
+    pytest.importorskip("sybil")
+    page = ROOT / "runs" / f"{tmp_path.name}.md"
+    page.parent.mkdir(exist_ok=True)
+    blocks = (
+        "python\nx = 1",
+        "python\nassert x == 1",
+        "python\nassert x == 2",
+        "bash\nds_alst recipes sp2 --copy new.json",
+    )
+    blocks += ("bash\ntest -s new.json", "bash\nfalse\ntrue", 'bash title="needs what is not here"\nfalse')
+    page.write_text("".join(f"```{block}\n```\n\n" for block in blocks), encoding="utf-8")
+    words = [sys.executable, "-m", "pytest", "-p", "tests.code_blocks", "-q", str(page)]
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    finally:
+        page.unlink()
+    assert "2 failed, 4 passed" in done.stdout, done.stdout
+
+
+def test_samples_and_tables_that_are_quick_to_make_are_up_to_date():
+    """``make docs-data`` writes them."""
+    pytest.importorskip("cogapp")
+    words = [sys.executable, "-m", "benchmarks.samples", "--check"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_every_sample_has_its_place_in_a_page_and_no_page_has_another():
+    put = re.findall(r'\[\[\[cog put\("([^"]+)"\) \]\]\]', "".join(map(text, PAGES)))
+    assert sorted(put) == sorted(SAMPLES) and set(SLOW) <= set(SAMPLES)
 
 
 def files_of(page: str) -> dict[str, str]:
