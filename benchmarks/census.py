@@ -12,6 +12,7 @@ import argparse
 import functools
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ def cells_of(row: Row) -> list[str]:
     *compared, checked = [*row.verdicts, *[None] * (len(COLUMNS) - len(row.verdicts))]
     cells = [each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in compared]
     passed = checked and ("passes" if checked.outcome == "right" else "fails")
-    return [*(each or "" for each in (*cells, passed)), re.sub(r"\s+", " ", row.why)[:200]]
+    return [*(each or "" for each in (*cells, passed)), textwrap.shorten(row.why, 200, placeholder=" ...")]
 
 
 def write(rows: list[Row]) -> None:
@@ -197,7 +198,7 @@ def write(rows: list[Row]) -> None:
     head = page.read_text(encoding="utf-8").split("<!-- table -->")[0]
     models = [row for row in rows if row.name not in VARIANTS]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in tally(models).items())
-    counts = f"{len(models)} models: {counts}. Rows with a comma are one of them again, with other layers."
+    counts = f"{len(models)} models: {counts}. Rows with a comma are variants of a model."
     table = markdown(["model_type", *COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
     page.write_text(f"{head}<!-- table -->\n\n{counts}\n\n{table}", encoding="utf-8")
     right = sorted(RIGHT | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS})
