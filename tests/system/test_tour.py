@@ -15,6 +15,15 @@ def test_the_notebook_has_no_outputs():
     assert cells and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
+def test_the_cells_that_start_no_ranks_run(capsys, monkeypatch):
+    monkeypatch.chdir(TOUR.parent)
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"]}
+    namespace = {}
+    for name in ("setup", "show"):
+        exec(compile(cells[name], name, "exec"), namespace)
+    assert '"sequence_parallel_size": 2' in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_notebook_runs(monkeypatch):
