@@ -80,7 +80,7 @@ examples: setup
 	$(LAUNCH) 2 examples/resume.py --deepspeed ds_configs/sp2.json --checkpoint runs/examples/resume --steps 5
 	$(LAUNCH) 1 examples/resume.py --deepspeed ds_configs/sp1.json --checkpoint runs/examples/resume --steps 10
 	$(BIN)/python -m pytest -m slow tests/system/test_tour.py tests/test_docs.py -k 'notebook or migration'
-	$(BIN)/python -m pytest -p tests.code_blocks README.md CONTRIBUTING.md docs examples ds_configs
+	$(BIN)/python -m pytest -p tests.code_blocks --timeout 900 README.md CONTRIBUTING.md docs examples ds_configs
 
 check: setup
 	ruff check .
