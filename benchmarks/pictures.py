@@ -25,8 +25,7 @@ from benchmarks.kernels.liger import NORMS_AND_ROPE, WithLiger
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.cli.plan import Machine, Plan, longest, measure
-from deepspeed_alst.config.parse import parse
-from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.config.schema import TiledMLPConfig, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.activation_store import ActivationStore

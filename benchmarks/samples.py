@@ -26,7 +26,7 @@ from benchmarks.figures import markdown
 ROOT = Path(__file__).parents[1]
 _QUICK = "ALST_SAMPLES_QUICK"
 _LLAMA = "benchmarks/models/llama-3.1-8b.json"
-_PLANNED = r"[\d,]+ tokens|\s+GiB|layers|a layer|optimizer|sum|The longest"
+_PLANNED = r"[\d,]+ tokens|\s+GiB|layer|backward|optimizer|total|The longest"
 
 
 def block(content: str, language: str = "text", width: int = 125) -> str:
@@ -94,7 +94,8 @@ def config_errors(ds_config: dict[str, Any], num_gpus: int = 8) -> str:
 
 def heads_error() -> str:
     """Return the error of SP 2 with 3 query heads on 6 ranks."""
-    from deepspeed_alst.config.parse import check_heads, parse
+    from deepspeed_alst.config.compatibility import check_heads
+    from deepspeed_alst.config.schema import parse
 
     return block(error_of(lambda: check_heads(parse({"sequence_parallel_size": 2}), 3, 3, world_size=6)))
 
@@ -125,7 +126,7 @@ def version_warning() -> str:
     older = mock.patch.object(environment, "version", lambda name: newer.get(name, "0"))
     with older, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        environment._warn_of_untested()
+        environment.check_deepspeed()
     return block(str(caught[0].message))
 
 

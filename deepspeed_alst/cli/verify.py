@@ -182,7 +182,10 @@ def first_difference(rows: list[Row]) -> str:
 def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
     """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
     records = {name: torch.load(output / name / _RECORD) for name in names}
-    curves, title = {name: record["loss"] for name, record in records.items()}, f"{names[1]} against {names[0]}: {summary}"
+    curves, title = (
+        {name: record["loss"] for name, record in records.items()},
+        f"{names[1]} against {names[0]}: {summary}",
+    )
     table = Table(title=title)
     for column in ("", "largest difference", "where", "rounding", "verdict"):
         table.add_column(column, overflow="fold")
