@@ -32,11 +32,10 @@ from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
-from deepspeed_alst.verification.hf_parity_trial import Verdict, compare, numel, small_model, trial_core
-from deepspeed_alst.verification.hf_tiny_models import shrink
+from deepspeed_alst.verification.hf_parity_trial import Verdict, compare
+from deepspeed_alst.verification.hf_tiny_models import numel, shrink, small_model, trial_core
 from deepspeed_alst.verification.model_check import check_live_model
-from deepspeed_alst.verification.verified_models import RIGHT
-from deepspeed_alst.verification.verify_model import untouched
+from deepspeed_alst.verification.verify_model import RIGHT, untouched
 
 ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 600.0
@@ -202,9 +201,11 @@ def write(rows: list[Row]) -> None:
     table = markdown(["model_type", *COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
     page.write_text(f"{head}<!-- table -->\n\n{counts}\n\n{table}", encoding="utf-8")
     right = sorted(RIGHT | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS})
-    listed = ROOT / "deepspeed_alst" / "verification" / "verified_models.py"
-    lines = "".join(f'        "{name}",\n' for name in right)
-    text = re.sub(r"(    \{\n).*?(    \}\n)", rf"\g<1>{lines}\g<2>", listed.read_text(encoding="utf-8"), flags=re.S)
+    listed = ROOT / "deepspeed_alst" / "verification" / "verify_model.py"
+    names = textwrap.fill(" ".join(right), 120, break_on_hyphens=False)
+    text = re.sub(
+        r'(_FAMILIES = """\n).*?(\n""")', rf"\g<1>{names}\g<2>", listed.read_text(encoding="utf-8"), flags=re.S
+    )
     listed.write_text(text, encoding="utf-8")
 
 

@@ -205,7 +205,7 @@ def test_the_compatibility_page_is_the_table():
 
 
 def test_readme_reproduce_the_census_and_the_list_count_the_same_models():
-    from deepspeed_alst.verification.verified_models import RIGHT
+    from deepspeed_alst.verification.verify_model import RIGHT
 
     rows = [
         line.strip("|").split("|") for line in text("docs/census.md").splitlines() if re.match(r"\| [\w-]+ \|", line)

@@ -29,8 +29,7 @@ from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
-from deepspeed_alst.verification.hf_parity_trial import numel
-from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config
+from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config, numel
 
 _GIB = 2**30
 # Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU.

@@ -30,6 +30,7 @@ from deepspeed_alst.cli.launch import (
     with_file,
 )
 from deepspeed_alst.cli.report import read_json
+from deepspeed_alst.core.selfcheck import SLACK
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.profiler.picture import draw_curves
 
@@ -40,8 +41,6 @@ Differences = dict[str, dict[str, float]]
 _RECORD = "record-0.pt"
 # Fraction of the global gradient norm below which a gradient is rounding, e.g. of a key bias, which softmax cancels.
 _NOTHING = 1e-4
-# Each of the two half-precision runs deviates by about the measured rounding.
-_SLACK = 3.0
 # Relative difference of a gradient from its half.
 _TELLING = 0.5
 KINDS = {
@@ -166,7 +165,8 @@ def allowed(kind: str, place: str, half: bool, rounding: Differences | None) -> 
     values = rounding[kind]
     # A scalar or a parameter of few elements may agree by chance, and curves cross.
     usual = (max if kind in ("loss", "norm") else statistics.median)(values.values() or [0.0])
-    return max(_SLACK * max(values.get(place, 0.0), usual), KINDS[kind][1])
+    # Each of the two half-precision runs deviates by about the measured rounding.
+    return max(SLACK * max(values.get(place, 0.0), usual), KINDS[kind][1])
 
 
 def first_difference(rows: list[Row]) -> str:

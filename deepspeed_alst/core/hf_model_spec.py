@@ -1,4 +1,4 @@
-"""A transformers model as its parts are named everywhere here: wrappers, decoder, layers, head, routers, experts.
+"""Parts of a transformers model: wrappers, decoder, layers, head, routers, experts.
 
 Nothing else in the package looks for them.
 """
@@ -71,6 +71,24 @@ class ModelSpec:
         }
 
     @property
+    def module_lists(self) -> list[torch.nn.ModuleList]:
+        """All ModuleLists of the model, nested ones included."""
+        return [module for module in self.model.modules() if isinstance(module, torch.nn.ModuleList)]
+
+    def counterpart(self, name: str) -> torch.nn.Module | None:
+        """Return the module that a larger model of the same kind has under a name; indices wrap around.
+
+        None if there is none.
+        """
+        module: Any = self.model
+        for part in name.split(".") if name else ():
+            if isinstance(module, torch.nn.ModuleList) and part.isdigit() and len(module):
+                module = module[int(part) % len(module)]
+            else:
+                module = getattr(module, part, None)
+        return module if isinstance(module, torch.nn.Module) else None
+
+    @property
     def checkpointed_layers(self) -> list[torch.nn.Module]:
         """Layers that transformers can checkpoint one by one, in model order."""
         return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -94,12 +112,16 @@ class ModelSpec:
     def separate_experts(self) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
         """Yield the blocks of layers that hold a list of as many modules as the config has experts, and the list."""
         counts = self.expert_counts
-        lists = [module for module in self.model.modules() if isinstance(module, torch.nn.ModuleList)]
         # Nested lists yield their blocks twice.
-        for block in dict.fromkeys(block for each in lists for layer in each for block in layer.modules()):
+        for block in dict.fromkeys(block for each in self.module_lists for layer in each for block in layer.modules()):
             for child in block.children():
                 if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) and len(child) in counts:
                     yield block, child
+
+
+def stacked_expert_count(module: torch.nn.Module) -> str | None:
+    """Return the attribute in which a module of stacked experts keeps their number; None if it reads the weights."""
+    return next((name for name in ("num_experts", "num_local_experts") if hasattr(module, name)), None)
 
 
 def is_peft(model: torch.nn.Module) -> bool:

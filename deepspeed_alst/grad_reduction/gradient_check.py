@@ -16,14 +16,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import tolerance
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import SetupError
 
 _ELEMENTS = 1024
 _LARGEST = 1 << 26  # elements; DeepSpeed returns the full gradient in fp32, 256 MiB here
-# A wrong divisor gives a factor of at least 1 + 1/world; bf16 sums err by about 1e-2.
-_TOLERANCE = 1e-3
-_LOW_PRECISION_TOLERANCE = 0.1
 
 
 class GradientCheck:
@@ -119,8 +117,8 @@ class GradientCheck:
                 continue
             # The factor as a projection. Both include fp16's loss scale: DeepSpeed unscales in the step.
             factor, compared = float(expected.dot(reduced) / square), True
-            is_precise = {param.dtype, self._summed_in} <= {torch.float32, torch.float64}
-            if abs(factor - 1.0) > (_TOLERANCE if is_precise else _LOW_PRECISION_TOLERANCE):
+            # A wrong divisor gives a factor of at least 1 + 1/world; bf16 sums err by about 1e-2.
+            if abs(factor - 1.0) > max(tolerance(param.dtype), tolerance(self._summed_in)):
                 raise SetupError(
                     f"the gradient of {name} came out as {factor:.4g} times the average over all ranks (ZeRO stage "
                     f"{self._engine.zero_optimization_stage()}): training would go wrong. This configuration is not "

@@ -21,9 +21,8 @@ from transformers.activations import ACT2FN
 
 from deepspeed_alst.config.config_file import nearest
 from deepspeed_alst.config.schema import AlstConfig, LigerConfig
-from deepspeed_alst.core.function_copies import with_names
 from deepspeed_alst.core.hf_model_spec import ModelSpec
-from deepspeed_alst.core.patching import ABSENT, PatchSet, set_entry
+from deepspeed_alst.core.patching import ABSENT, PatchSet, copy_function, set_entry
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
@@ -224,7 +223,7 @@ def _patch(
     found, tiled, refused = [], {}, {}
     for name, module in model.named_modules():
         own = [*changes.get(id(vars(module)), ()), *changes.get(id(module._modules), ())]
-        forward = with_names(type(module).forward, names_for)
+        forward = copy_function(type(module).forward, names_for)
         calls_rope = forward is not type(module).forward
         part = "rope" if calls_rope else next(filter(None, (_part_of(now) for *_, now in own)), None)
         # Functions of composite models use those of other families, by their defaults.

@@ -19,10 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import Autotuner, JITFunction
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.selfcheck import run_isolated
-
-# Limit as a multiple of torch's own error in the same dtype.
-_SLACK = 3.0
+from deepspeed_alst.core.selfcheck import SLACK, run_isolated
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def _worst(op: Op, device: torch.device) -> str:
     eps = torch.finfo(torch.float32).eps
     for index, (right, plain, found) in enumerate(zip(truth, same, ours, strict=True)):
         size = right.abs().max()
-        error, most = (found - right).abs().max(), _SLACK * (plain - right).abs().max() + eps * size
+        error, most = (found - right).abs().max(), SLACK * (plain - right).abs().max() + eps * size
         if not error <= most:
             return f"result {index} is off by {error:.1e}, more than {most:.1e}"
     return ""

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+
 Function = Callable[..., Any]
 
 
@@ -115,11 +117,8 @@ def available_layer_types(model: torch.nn.Module, layer_types: list[str] | None)
     """
     layer_types = layer_types or []
     split = set(linear_layers(model).values())
-    stacks = [
-        list(zip(layer_types, stack, strict=True))
-        for stack in model.modules()
-        if isinstance(stack, torch.nn.ModuleList) and len(stack) == len(layer_types)
-    ]
+    lists = (each for each in ModelSpec(model).module_lists if len(each) == len(layer_types))
+    stacks = [list(zip(layer_types, each, strict=True)) for each in lists]
     return _TOKEN_WISE | {
         each
         for each in _MAY_BE_SPLIT

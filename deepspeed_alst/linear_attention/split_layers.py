@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.core.function_copies import with_names
-from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.patching import PatchSet, copy_function
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
 from deepspeed_alst.linear_attention.layers import KINDS, Function, functions_of, kernel_wrapper, linear_layers
@@ -231,7 +230,8 @@ def _split_forward(
     plain = inspect.unwrap(layer.forward)
     known = {name: function for name, function in functions_of(layer).items() if name in KINDS}
     replaced = {name: SHARDED[name](function, split) for name, function in known.items()}
-    run = with_names(plain, lambda function: replaced if function is plain else {})
+    # The layer's own code looks the functions up in the globals of its source file.
+    run = copy_function(plain, lambda function: replaced if function is plain else {})
     signature = inspect.signature(plain)
     leaking = [name for name in known if not KINDS[name].keeps_documents_apart]
 

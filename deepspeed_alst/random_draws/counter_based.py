@@ -202,9 +202,9 @@ def _drawn(
 
 def _refuse(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
     raise UnsupportedModelError(
-        f"the model draws random numbers by {func.__name__}, which is not available under sequence parallelism: its "
-        "ranks would not draw those of one sequence. Use dropout, rand, randn, bernoulli or exponential_ instead, or "
-        "switch it off"
+        f"the model draws random numbers by {func.__name__}, which is not available under sequence parallelism: the "
+        "ranks would draw different numbers than one sequence. Use dropout, rand, randn, bernoulli or exponential_, or "
+        "set its rate to 0"
     )
 
 

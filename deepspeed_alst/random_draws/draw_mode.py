@@ -80,8 +80,8 @@ class _Place:
             return self.next_key("rank", forward.replica, forward.rank, start), rows
         if s in shape[1:]:
             raise UnsupportedModelError(
-                f"random numbers of shape {list(shape)} for {forward.rows} x {s} tokens: which of them "
-                "belong to which token is not known under sequence parallelism. Draw them as [batch, tokens, ...]"
+                f"random numbers of shape {list(shape)} for {forward.rows} x {s} tokens: sequence parallelism needs to "
+                "know their token dimension. Draw them as [batch, tokens, ...]"
             )
         return self.next_key("shared", forward.replica), rows
 
@@ -122,8 +122,8 @@ def _refuse_checkpoints() -> None:
             return
         if code.co_filename.endswith(_CHECKPOINTS):
             raise UnsupportedModelError(
-                "the model draws random numbers in a checkpoint of its own, whose recomputation would draw others. Use "
-                "transformers', model.activation_checkpointing_enable(), or set dropout to 0"
+                "the model draws random numbers in its own torch.utils.checkpoint, whose recomputation would draw "
+                "others. Use model.activation_checkpointing_enable(), or set dropout to 0"
             )
         frame = frame.f_back
 

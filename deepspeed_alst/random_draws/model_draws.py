@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.checkpoint_hook import checkpoint_hook_of
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, run_checkpoint
+
+if TYPE_CHECKING:
+    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 
 @dataclass
@@ -46,23 +49,9 @@ class Draws:
         return CountedDraws(Forward((self.seed, *now, self._forwards), self.replica, rank, rows, tokens))
 
 
-def count_draws(
-    spec: ModelSpec,
-    draws: Draws,
-    patches: PatchSet,
-    is_whole: Callable[[], bool] = lambda: False,
-    on_trial: Callable[[], bool] = lambda: False,
-) -> None:
-    """Make a transformers model, or a wrapper around one, draw its random numbers from counters.
-
-    Args:
-        spec: the model.
-        draws: this rank's state.
-        patches: undoes it.
-        is_whole: called at each forward; True if it gets the full sequence, not this rank's shard.
-        on_trial: called at each forward; True if it draws the same numbers as other trials and is not counted.
-    """
-    model, base, entered = spec.outer, spec.model, ExitStack()
+def count_draws(spec: ModelSpec, calls: "ForwardContext", patches: PatchSet) -> None:
+    """Make a transformers model, or a wrapper around one, draw its random numbers from counters."""
+    model, base, draws, entered = spec.outer, spec.model, calls.draws, ExitStack()
     draws.are_counted = True
     states: list[torch.Tensor] = []
 
@@ -76,8 +65,8 @@ def count_draws(
         if is_training and isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
             if draws.sp_size > 1:
                 _refuse_neftune(spec)
-            rank = 0 if is_whole() else draws.sp_rank
-            entered.enter_context(draws.begin(*tokens.shape[:2], rank, on_trial()))
+            rank = 0 if calls.whole else draws.sp_rank
+            entered.enter_context(draws.begin(*tokens.shape[:2], rank, calls.checking))
             states[:] = _generators(base) if any(map(_is_compiled, model.modules())) else []
 
     @torch.compiler.disable
@@ -86,7 +75,7 @@ def count_draws(
         if states and not all(map(torch.equal, states, _generators(base))):
             raise UnsupportedModelError(
                 f"{type(base).__name__}: compiled code has drawn random numbers from torch's generator (rand_like, "
-                "randn_like), which are not those of one sequence. Leave its layers out of torch.compile"
+                "randn_like), which differ from those of one sequence. Leave its layers out of torch.compile"
             )
 
     patches.hook(model, "forward_pre", enter, with_kwargs=True)
@@ -109,7 +98,7 @@ def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet
     return config
 
 
-def drop_no_attention(model: torch.nn.Module, patches: PatchSet) -> None:
+def zero_attention_dropout(model: torch.nn.Module, patches: PatchSet) -> None:
     """Set the dropout rates of a model's attention modules to 0: kernels draw for one rank's heads."""
     without_dropout(ModelSpec(model).config, True, patches)
     for module in model.modules():
@@ -137,6 +126,6 @@ def _refuse_neftune(spec: ModelSpec) -> None:
     alpha = getattr(spec.embeddings, "neftune_noise_alpha", None)
     if alpha is not None:
         raise UnsupportedModelError(
-            f"neftune_noise_alpha={alpha}: NEFTune's noise is scaled by the sample's length, of which the embeddings "
-            "see a padded shard under sequence parallelism; leave it out"
+            f"neftune_noise_alpha={alpha}: NEFTune scales its noise by the sample length, and under sequence "
+            "parallelism the embeddings get a padded shard; leave it out"
         )

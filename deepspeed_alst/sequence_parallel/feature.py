@@ -128,7 +128,7 @@ def patch_model(
         patches.wrap(base, "generate", _without_split(base.config, calls))
     check_calls(spec, calls, patches, whole_loss)
     calls.draws.sp_rank, calls.draws.sp_size = rank, ranks
-    count_draws(spec, calls.draws, patches, lambda: calls.whole, lambda: calls.checking)
+    count_draws(spec, calls, patches)
     return f"{spec.name}: {'; '.join(parts)}"
 
 

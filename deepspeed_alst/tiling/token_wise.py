@@ -55,7 +55,7 @@ def _matrices(module: torch.nn.Module) -> list[torch.Size]:
 
 def _takes_rows(module: torch.nn.Module) -> bool:
     """Return True if a forward takes one to three tensors and nothing else, and uses the module's matrices."""
-    if isinstance(module, torch.nn.Linear | torch.nn.ModuleList):
+    if isinstance(module, torch.nn.Linear):
         return False
     parameters = inspect.signature(module.forward).parameters.values()
     plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)

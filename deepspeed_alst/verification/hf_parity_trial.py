@@ -1,52 +1,52 @@
-"""Check a model family numerically: one training step of a tiny model, unsharded and sharded, on CPU.
+"""Try a model family numerically: one training step of a tiny model, unsharded and sharded, on CPU.
 
 Every rank builds the same tiny model and the same random sequence, computes the loss and all gradients of the whole
-sequence alone, then those of its shard with the other ranks. The census checks every family of transformers this way,
-the start of a training run a model that the census has not found right.
+sequence alone, then those of its shard with the other ranks. The census tries every family of transformers this way,
+the start of a training run a model that the census has not found right, with the program's own code.
 """
 
-import copy
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
-from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.patching import PatchSet, copy_function
+from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, run_isolated, tolerance
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.random_draws.model_draws import Draws, count_draws, without_dropout
+from deepspeed_alst.random_draws.model_draws import count_draws, without_dropout
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL, find_backend
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from deepspeed_alst.verification.hf_support_checks import check_model
-from deepspeed_alst.verification.hf_tiny_models import draw_weights, shrink
-from deepspeed_alst.verification.program_code import check_custom_modules, install_program_code
+from deepspeed_alst.verification.hf_tiny_models import Build, numel, shrink, small_model, trial_core
+from deepspeed_alst.verification.program_code import class_name, code_of_modules, is_programs
 
-# In fp32 the two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
-_MOST = 3e-4
 # Share of all gradients' norm; less is rounding, e.g. for a key bias, which softmax cancels.
 _NOTHING = 1e-4
 _LARGEST = 2**25  # parameters; each rank holds several fp32 copies
+_TOKENS = 7
 _TERM = (
-    " If it adds a term to the loss: made of logits or hidden states it is one of a shard's tokens. Add it in the "
-    "training loop, to outputs.loss (README, Limits, says how), or make it of parameters alone."
+    " A term of logits or hidden states that its forward adds to the loss covers a shard's tokens only. Add it in the "
+    "training loop, to outputs.loss (see Limits in the README), or compute it from parameters alone."
 )
 LENGTH = 101
 """Tokens of the sequence: more than any window of a tiny config, and a prime."""
 DOCUMENTS = (37, 1, 30, 33)
 """Lengths of the packed documents: they end inside shards, and one is a single token."""
 
-Build = Callable[[PreTrainedConfig], PreTrainedModel]
+_Weighted = tuple[dict[str, Any], float]
+"""Batch, and the factor of its loss."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,24 @@ def check_tiny_model(spec: ModelSpec, groups: SequenceGroups, unlisted: str, cod
         small._attn_implementation = trial_core(type(base))
     except Exception as error:
         raise UnsupportedModelError(
-            f"{unlisted}, and no small config of its kind could be made: {_words(error)}. {way_out}."
+            f"{unlisted}, and its config cannot be shrunk for a trial: {_words(error)}. {way_out}."
         ) from error
 
     def build(config: PreTrainedConfig) -> PreTrainedModel:
-        return install_program_code(spec, type(base)(config))
+        return _install_program_code(spec, type(base)(config))
 
     whole = compare(build, small, groups)
     packed = compare(build, small, groups, packed=True) if whole.outcome == "right" else whole
-    # A packed batch refused here raises no error yet: training refuses it too.
     for verdict, batch in ((whole, "sequence"), (packed, "packed sequence")):
+        # A packed batch refused here raises no error yet: training refuses it too.
         if verdict.outcome in ("wrong", "crash") or (verdict.outcome == "refused" and verdict is whole):
             hint = _TERM if code and verdict.outcome == "wrong" else ""
             raise UnsupportedModelError(
-                f"{unlisted}, and a small model of its kind is {verdict.outcome} there on a {batch}: "
+                f"{unlisted}, and the trial of a tiny model on a {batch} failed ({verdict.outcome}): "
                 f"{verdict.why.rstrip('.')}.{hint} {way_out}."
             )
     check_custom_modules(base, small_model(build, small))
-    return f"a small model of its kind is right to {whole.error:.0e}; packed: {packed.outcome}"
-
-
-def trial_core(model_class: type[PreTrainedModel]) -> str:
-    """Return the attention implementation of a trial on CPU; it gets the same inputs as the GPU's cores."""
-    if model_class._supports_sdpa:
-        return "sdpa"
-    return TRIAL if model_class._supports_flash_attn or model_class._supports_flex_attn else "eager"
+    return f"a tiny model is right to {whole.error:.0e}; packed: {packed.outcome}"
 
 
 def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
@@ -115,10 +108,10 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     batch = _sample(config, packed)
     try:
         if (size := numel(build, config)) > _LARGEST:
-            return Verdict("refused", f"its small model has {size:,} parameters, too many for a trial")
+            return Verdict("refused", f"the tiny model has {size:,} parameters, more than {_LARGEST:,}")
         truth = _whole_step(small_model(build, config), [(batch, 1.0)])
     except Exception as error:
-        return Verdict("refused", f"it cannot be trained on {LENGTH} tokens on CPU at all: {_words(error)}")
+        return Verdict("refused", f"a step on {LENGTH} tokens on CPU raises {_words(error)}")
     mine: Any = None
     failure = None
     try:
@@ -138,34 +131,8 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     if verdict.outcome == "wrong":
         again = _whole_step(small_model(build, config), [(batch, 1.0)], seed=1)
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
-            return Verdict("refused", "its training draws random numbers, which ranks cannot draw alike")
+            return Verdict("refused", "its training draws random numbers that depend on the number of ranks")
     return verdict
-
-
-def _build(build: Build, config: PreTrainedConfig) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    if config._attn_implementation == TRIAL:
-        config._attn_implementation = "eager"  # its reference
-    return build(config)
-
-
-def numel(build: Build, config: PreTrainedConfig) -> int:
-    """Count the parameters of a model, on the meta device if it can be built there."""
-    try:
-        with torch.device("meta"):
-            model = _build(build, config)
-    except Exception:  # it reads values when it is built
-        model = _build(build, config)
-    return sum(param.numel() for param in model.parameters())
-
-
-def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
-    """Build a tiny model with the same weights on every rank, random enough for sizable gradients."""
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(0)
-        model = _build(build, config).float()
-        draw_weights(model)
-    return model.train()
 
 
 def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
@@ -182,7 +149,7 @@ def _sample(config: PreTrainedConfig, packed: bool) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _documents(batch: dict[str, torch.Tensor]) -> list[tuple[dict[str, Any], float]]:
+def _documents(batch: dict[str, torch.Tensor]) -> list[_Weighted]:
     """Return each packed document with labels, and its share of all labels."""
     places = itertools.pairwise(itertools.accumulate(DOCUMENTS, initial=0))
     parts = [{key: batch[key][:, slice(*place)] for key in ("input_ids", "labels")} for place in places]
@@ -190,18 +157,14 @@ def _documents(batch: dict[str, torch.Tensor]) -> list[tuple[dict[str, Any], flo
     return [(part, count / sum(counts)) for part, count in zip(parts, counts, strict=True) if count]
 
 
-def _whole_step(
-    model: torch.nn.Module, batches: list[tuple[dict[str, Any], float]], seed: int = 0
-) -> dict[str, torch.Tensor]:
+def _whole_step(model: torch.nn.Module, batches: list[_Weighted], seed: int = 0) -> dict[str, torch.Tensor]:
     """Run ``_step`` on an unsharded model, with the random numbers that its ranks would draw."""
     with PatchSet() as patches:
-        count_draws(ModelSpec(model), Draws(), patches)
+        count_draws(ModelSpec(model), ForwardContext(), patches)
         return _step(model, batches, seed)
 
 
-def _step(
-    model: torch.nn.Module, batches: list[tuple[dict[str, Any], float]], seed: int = 0
-) -> dict[str, torch.Tensor]:
+def _step(model: torch.nn.Module, batches: list[_Weighted], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return the sum of the batches' losses times their factors, and its gradients by name."""
     total = torch.zeros(())
     with torch.random.fork_rng([]):
@@ -239,10 +202,82 @@ def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups
         error = float((found - whole).norm()) / (size if name == "loss" else max(size, nothing))
         if not error <= worst:
             worst, place = error, name
-    if worst <= _MOST:
+    # The two steps differ by 1e-7 to 1e-5; a wrong one is off by 1% or more.
+    if worst <= tolerance(torch.float32):
         return Verdict("right", error=worst)
     return Verdict("wrong", f"{place} is off by {worst:.1e}", worst)
 
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+# --- the program's own code
+
+
+def _install_program_code(spec: ModelSpec, small: PreTrainedModel) -> PreTrainedModel:
+    """Install the program code of single modules on a tiny model of the same kind; return the tiny model.
+
+    Objects of the live model that the code reaches, by a closure or a bound method, become those of the tiny model.
+    """
+    model, base, tiny = spec.outer, spec.model, ModelSpec(small)
+    counterparts: dict[int, Any] = {id(module): tiny.counterpart(name) for name, module in base.named_modules()}
+    counterparts[id(model)] = small
+    of_wrapper = [each for each in code_of_modules(model) if each[0] == ""] if base is not model else []
+    for name, kind, code, hook_options in [*code_of_modules(base), *of_wrapper]:
+        other = tiny.counterpart(name)
+        if other is None:
+            raise LookupError(f"{kind} of {name}: the tiny model has no such module")
+        code = copy_function(code, replace=lambda value: counterparts.get(id(value)) or value)
+        if hook_options is None:
+            PatchSet().set(other, kind, code)
+        else:
+            PatchSet().hook(other, kind, code, **hook_options)
+    return small
+
+
+def custom_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the outermost modules of user-defined classes, by name; the model itself is excluded."""
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and is_programs(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def check_custom_modules(model: torch.nn.Module, built: torch.nn.Module | None) -> None:
+    """Raise UnsupportedModelError if a user-defined module that no tiny model has ``built`` is not token-wise."""
+    tried = {type(module) for module in built.modules()} if built is not None else set()
+    for name, module in custom_modules(model).items():
+        if type(module) not in tried and (problem := run_isolated(_problem, module)):
+            raise UnsupportedModelError(
+                f"{name} is a {class_name(type(module))}, which {problem}: under sequence parallelism it would get a "
+                "part of the sequence. Build it in the model's class, which a trial of a tiny model covers, or set "
+                "sequence_parallel_size to 1."
+            )
+
+
+def _problem(module: torch.nn.Module) -> str:
+    """Return why a module is not known to be token-wise, ``[1, S, H] -> [1, S, H']``; empty if it is."""
+    training = module.training
+    with torch.random.fork_rng([]), deepspeed.zero.GatheredParameters(list(module.parameters())):
+        weight = next((param for param in module.parameters() if param.dim()), torch.zeros(_TOKENS))
+        # A norm's weight has its input's width; without weights any width works.
+        linears = (each.in_features for each in module.modules() if isinstance(each, torch.nn.Linear))
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            output = module(x)
+            return output[0] if isinstance(output, tuple) else output
+
+        def in_parts(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([run(x[:, :3]), run(x[:, 3:])], dim=1)
+
+        module.eval()
+        try:
+            # Tokens before and after a part must not change its result.
+            x_SH = random_tensors()(1, _TOKENS, next(linears, weight.shape[-1])).to(weight.device, weight.dtype)
+            return "" if is_equivalent(run, in_parts, (x_SH.requires_grad_(),)) else "mixes tokens"
+        except Exception as error:
+            return f"raises in a forward of its own ({_words(error)})"
+        finally:
+            module.train(training)

@@ -26,15 +26,15 @@ _CORES = (
     ("_supports_flex_attn", "'flex_attention'"),
 )
 _WHY_NOT = {
-    "eager": " (it makes a score of every pair of tokens)",
-    "paged|eager": " (it is made for generation)",
+    "eager": " (its score matrix is quadratic in the sequence)",
+    "paged|eager": " (it is for generation)",
 }
 # Supported attention layer types by their transformers names; flash attention has no chunks.
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # Options of PEFT's adapters whose defects no comparison of forwards sees, or would report less clearly.
 _ADAPTER_OPTIONS = {
-    "alora_invocation_tokens": "looks for tokens in the sequence, of which a rank has its shard only",
-    "monteclora_config": "keeps random weights that ranks would draw apart",
+    "alora_invocation_tokens": "searches the whole sequence for tokens, and a rank has a shard",
+    "monteclora_config": "draws random weights, which would differ between ranks",
     "velora_config": "changes the backward, which is not verified",
 }
 _CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
@@ -97,11 +97,11 @@ def _config_problems(model: PreTrainedModel, text_config: Any) -> Iterator[str]:
 def _core_problems(model: PreTrainedModel, name: Any) -> Iterator[str]:
     cores = [words for flag, words in _CORES if getattr(model, flag, False)]
     if isinstance(name, PrivateName):
-        yield "it has an engine with sequence parallelism already; destroy() that one, or build a second model"
+        yield "an engine with sequence parallelism owns it already; call destroy() on that one, or build a second model"
     elif is_programs(AttentionMaskInterface._global_mapping.get(name)):
         yield (
-            f"a function of the program's own makes the masks of attn_implementation='{name}' "
-            "(AttentionMaskInterface): it would be asked for a shard's; leave transformers' there"
+            f"the program has registered its own mask function for attn_implementation='{name}' "
+            "(AttentionMaskInterface), which would get a shard; restore transformers'"
         )
     elif find_backend(name) is None and not cores:
         yield (
@@ -119,7 +119,7 @@ def _core_problems(model: PreTrainedModel, name: Any) -> Iterator[str]:
 def _class_problems(model: torch.nn.Module) -> Iterator[str]:
     """Yield the problems of another head, or of a model that counts positions itself, from 0 in each shard."""
     if not {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        yield "only causal language models (AutoModelForCausalLM) are verified: other heads take a shard for the whole"
+        yield "only causal language models (AutoModelForCausalLM) are verified: other heads would get a shard"
         return
     if not has_attention(model):
         return
@@ -147,8 +147,8 @@ def _loss_problems(spec: ModelSpec) -> Iterator[str]:
     if not is_causal_lm_loss(loss_function):
         name = getattr(loss_function, "__qualname__", type(loss_function).__name__)
         yield (
-            f"loss_function is {name}, not transformers' ForCausalLMLoss: it would make the loss of a shard; leave the "
-            "model its own, and change outputs.loss, which is the whole sequence's"
+            f"loss_function is {name}, not transformers' ForCausalLMLoss: it would compute the loss of a shard; "
+            "restore the model's own, and change outputs.loss, which is the whole sequence's"
         )
     if getattr(spec.text_config, "output_router_logits", False):
         from deepspeed_alst.moe.mixtures import unknown_router_loss
@@ -184,11 +184,10 @@ def _adapter_problems(spec: ModelSpec) -> Iterator[str]:
     for name, config in (configs if isinstance(configs, dict) else {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning:
-            why = "puts virtual tokens before the sequence, of which a rank sees its shard only"
-            problems = [f"peft_type='{kind}' {why}; use LoRA"]
+            problems = [f"peft_type='{kind}' puts virtual tokens before the sequence, and a rank has a shard; use LoRA"]
         elif kind == "ADALORA":
-            problems = [f"peft_type='{kind}' moves ranks between weights by this rank's shard's gradients; use LoRA"]
+            problems = [f"peft_type='{kind}' reallocates LoRA ranks by the gradients of a shard; use LoRA"]
         else:
             options = [each for each in _ADAPTER_OPTIONS if getattr(config, each, None)]
-            problems = [f"{each} {_ADAPTER_OPTIONS[each]}; leave it out" for each in options]
+            problems = [f"{each} {_ADAPTER_OPTIONS[each]}; remove it" for each in options]
         yield from (f"adapter '{name}': {each}" for each in problems)

@@ -1,11 +1,13 @@
-"""Tiny configs of the same kind as a given one, and models for a trial of a ds_config.
+"""Tiny configs of the same kind as a given one, and models for a trial of a family or of a ds_config.
 
 Sizes are recognized by transformers' names for them; other fields keep their values, so switches and scales carry over.
 Windows, chunks and the original length of a RoPE become short, so that a short sequence exceeds them.
 """
 
+import copy
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,21 +16,15 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.random_draws.model_draws import without_dropout
+from deepspeed_alst.sequence_parallel.hf_backends import TRIAL
 
+Build = Callable[[PreTrainedConfig], PreTrainedModel]
 _HEADS, _KV_HEADS = 8, 4
 _MOST_LAYERS = 8
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _HEAD_COUNTS = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "decoder_attention_heads",
-    "encoder_attention_heads",
-    "num_decoder_attention_heads",
-    "num_encoder_attention_heads",
-    "attention_heads",
-    "swa_num_attention_heads",
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"),
+    *("num_decoder_attention_heads", "num_encoder_attention_heads", "attention_heads", "swa_num_attention_heads"),
 )
 _KV_HEAD_COUNTS = ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "num_query_groups")
 _MLA_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
@@ -169,6 +165,39 @@ def _are_layers(value: Any, count: int) -> bool:
     if not isinstance(value, list) or not value or not all(type(each) is int for each in value):
         return False
     return value == sorted(set(value)) and value[-1] < count and len(value) > 1
+
+
+def trial_core(model_class: type[PreTrainedModel]) -> str:
+    """Return the attention implementation of a trial on CPU; it gets the same inputs as the GPU's cores."""
+    if model_class._supports_sdpa:
+        return "sdpa"
+    return TRIAL if model_class._supports_flash_attn or model_class._supports_flex_attn else "eager"
+
+
+def _build(build: Build, config: PreTrainedConfig) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    if config._attn_implementation == TRIAL:
+        config._attn_implementation = "eager"  # its reference
+    return build(config)
+
+
+def numel(build: Build, config: PreTrainedConfig) -> int:
+    """Count the parameters of a model, on the meta device if it can be built there."""
+    try:
+        with torch.device("meta"):
+            model = _build(build, config)
+    except Exception:  # it reads values when it is built
+        model = _build(build, config)
+    return sum(param.numel() for param in model.parameters())
+
+
+def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
+    """Build a tiny model with the same weights on every rank, random enough for sizable gradients."""
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = _build(build, config).float()
+        draw_weights(model)
+    return model.train()
 
 
 def load_config(model: str, small: bool) -> Any:

@@ -1,6 +1,6 @@
 """Compare the live model unsharded and sharded over the ranks, before its first step.
 
-Legend: S whole sequence, s = S/P of one rank, V vocabulary, n tokens, M hidden size.
+Legend: n tokens, M hidden size.
 """
 
 import inspect
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import SLACK
 from deepspeed_alst.data.sharding import REAL_TOKENS
 from deepspeed_alst.data.validation import vocabulary_of
 from deepspeed_alst.distributed.collectives import agree, gather_objects, is_collective_failure
@@ -27,7 +28,6 @@ from deepspeed_alst.tiling.lazy_logits import LazyLogits
 
 TOKENS_PER_RANK = 16
 LONGEST = 8192
-_SLACK = 3.0
 # Differences inside the model that cancel in its last hidden state may be larger.
 _SLACK_INSIDE = 10.0
 # Roundings of the result itself, and fp32 roundings of the reductions before it (sums of squares, softmax).
@@ -95,7 +95,7 @@ def check_live_model(spec: ModelSpec, groups: SequenceGroups, calls: ForwardCont
         batches = _batches(spec, groups, length, device, at, with_loss=not sizes)
         worst = max(worst, _compare(spec, groups, calls, batches, at + length - 1))
         sizes.append(f"{length} tokens" + f" from position {at} on" * (at > 0))
-    return f"whole and split agree to {worst:.0e} on {' and '.join(sizes)}"
+    return f"unsharded and sharded agree to {worst:.0e} on {' and '.join(sizes)}"
 
 
 def lengths(spec: ModelSpec, sp_size: int) -> tuple[int, int, int]:
@@ -118,37 +118,35 @@ def _compare(
     batches: tuple[dict[str, Any], dict[str, Any]],
     highest: int,
 ) -> float:
-    """Run a sequence whole and split; return the largest difference."""
+    """Run a sequence unsharded and sharded; return the largest difference."""
     whole_batch, shard = batches
     recorded: list[torch.Tensor] = []
 
     def whole(noise: torch.Generator | None = None) -> _Outputs:
         routed = Routed(recorded if noise is not None else None, groups, noise)
         with agree(groups.control_group), calls.unsplit(spec.config), routed:
-            outputs = _run(spec, whole_batch, "whole")
+            outputs = _run(spec, whole_batch, "unsharded")
         recorded[:] = recorded or routed.chosen
         return outputs
 
     def split() -> _Outputs:
         calls.documents, calls.highest = (), highest
         with Routed(recorded, groups, None):
-            return _run(spec, shard, "split")
+            return _run(spec, shard, "sharded")
 
     truth, rounded = whole(), whole(torch.Generator(shard["input_ids"].device).manual_seed(0))
     # Without ``agree``: the other ranks may wait in a collective of their forward, and stop when this one has.
     everyone = gather_objects(_judge(split(), truth, rounded, groups), groups.control_group)
     if problems := [each for each, _, _ in everyone if each]:
         limit = max(each for _, _, each in everyone)
-        place = _first_difference(
-            _watch(spec.outer, whole, whole_batch), _watch(spec.outer, split, shard), groups, limit
-        )
-        place = place or "what the model's forward does around its modules, or its loss,"
+        unsharded, sharded = _watch(spec.outer, whole, whole_batch), _watch(spec.outer, split, shard)
+        place = _first_difference(unsharded, sharded, groups, limit)
+        place = f"{place} is the first module" if place else "Code around the modules, or the loss, is the first"
         raise UnsupportedModelError(
-            f"{spec.name} gives another result whole than split over {groups.sp_size} ranks: "
-            f"{problems[0]}. {place} is the first module that makes another output of the same input. What it runs, "
-            "replaced methods and hooks of the program's included, looks at other tokens, at the sequence's length, or "
-            "draws random numbers. Undo that, or set sequence_parallel_size to 1; with alst.check_model: false it "
-            "would be trained as it is"
+            f"{spec.name} differs between an unsharded and a sharded forward over {groups.sp_size} ranks: "
+            f"{problems[0]}. {place} whose output differs for equal inputs. It, a replaced method or a hook on it "
+            "reads other tokens or the sequence length, or draws random numbers. Remove that, or set "
+            "sequence_parallel_size to 1; alst.check_model: false trains the model unchecked"
         )
     return max(each for _, each, _ in everyone)
 
@@ -178,11 +176,7 @@ def _batches(
 
 
 def _run(spec: ModelSpec, batch: dict[str, Any], how: str) -> _Outputs:
-    """Run one forward, with the same random numbers in each run.
-
-    Raises:
-        UnsupportedModelError: for whatever the model's code raises, but for a lost rank.
-    """
+    """Run one forward, with the same random numbers in each run; an error of the model is an AlstError."""
     try:
         return _outputs(spec, batch)
     except Exception as error:
@@ -190,8 +184,8 @@ def _run(spec: ModelSpec, batch: dict[str, Any], how: str) -> _Outputs:
             raise
         words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise UnsupportedModelError(
-            f"the model cannot be run {how} on a sequence of input_ids and labels, so nobody knows whether it is right "
-            f"under sequence parallelism ({words}). Set alst.check_model to false to train it unchecked"
+            f"the model check failed: the {how} forward on input_ids and labels raised {words}. Set "
+            "alst.check_model to false to train the model unchecked"
         ) from error
 
 
@@ -231,16 +225,16 @@ def _judge(found: _Outputs, truth: _Outputs, rounded: _Outputs, groups: Sequence
             n = len(whole) // groups.sp_size
             first = groups.sp_rank * n
             if mine.shape != (n, *whole.shape[1:]):
-                return f"{list(mine.shape)} of {name} on a rank, {list(whole.shape)} of the whole", math.inf, math.inf
+                return f"{name} is {list(mine.shape)} on a rank, {list(whole.shape)} unsharded", math.inf, math.inf
         least = 1e-30 if name == "hidden" else 1.0
         eps = torch.finfo(truth.get("hidden", whole).dtype).eps
         reductions = _FP32_ROUNDINGS * min(eps, torch.finfo(torch.float32).eps)
-        limit = _SLACK * float(_errors(rounded[name], whole, least).max()) + _ROUNDINGS * eps + reductions
+        limit = SLACK * float(_errors(rounded[name], whole, least).max()) + _ROUNDINGS * eps + reductions
         errors = _errors(mine, whole[first : first + len(mine)], least)
         worst, most = max(worst, float(errors.max())), max(most, limit)
         if not float(errors.max()) <= limit:
             token = "the loss" if name == "loss" else f"token {int(errors.argmax()) + first}'s {name}"
-            return f"{token} is off by {float(errors.max()):.1e}, where rounding makes {limit:.0e}", worst, limit
+            return f"{token} is off by {float(errors.max()):.1e}; rounding allows {limit:.0e}", worst, limit
     return "", worst, most
 
 

@@ -1,7 +1,7 @@
-"""The two times a model is verified: before its attention is patched, and live before the engine's first forward.
+"""The two verifications of a model: before its attention is patched, and live before the engine's first forward.
 
 The first is the census's list, or a trial of a tiny model of its kind (hf_parity_trial.py); the second compares the
-model as it is, whole against split (model_check.py), and leaves it bit for bit as it was.
+model as it is, unsharded and sharded (model_check.py), and leaves it bit for bit as it was.
 """
 
 import contextlib
@@ -21,16 +21,24 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import uncounted
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.random_draws.model_draws import drop_no_attention
+from deepspeed_alst.random_draws.model_draws import zero_attention_dropout
 from deepspeed_alst.verification.model_check import check_live_model
-from deepspeed_alst.verification.program_code import (
-    check_custom_modules,
-    check_gradient_hooks,
-    custom_modules,
-    program_code,
-)
-from deepspeed_alst.verification.verified_models import RIGHT
+from deepspeed_alst.verification.program_code import GRADIENT_HOOK, check_gradient_hooks, class_name, program_code
 
+_FAMILIES = """
+afmoe apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bamba beam biogpt bitnet codegen cohere cohere2
+cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 diffllama emu3 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1
+falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe
+glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
+granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
+iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4 llama4_text
+longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
+mixtral mllama modernbert-decoder moshi nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon
+phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next sarvam_mla
+sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu zamba2
+"""
+RIGHT = frozenset(_FAMILIES.split())
+"""``model_type`` of the families that ``make census`` found right under sequence parallelism; the list only grows."""
 # DeepSpeed swaps the weights' storage under ZeRO-3; submodules are saved on their own.
 _NOT_SAVED = ("_parameters", "_modules")
 
@@ -47,47 +55,49 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     Raises:
         UnsupportedModelError: the model is not right; on all ranks.
     """
-    check_gradient_hooks(spec.outer)
-    base = spec.model
-    # Modules that were put in are tried by themselves: a tiny model would not have them.
-    put_in = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, custom_modules(base).values())}
-    code = () if upstream else tuple(each for each in program_code(spec.outer) if each not in put_in)
-    if base.config.model_type in RIGHT and not code:
-        check_custom_modules(base, None)
+    code, is_listed = program_code(spec.outer), spec.config.model_type in RIGHT
+    if is_listed and not code:
         return ""
-    from deepspeed_alst.verification.hf_parity_trial import check_tiny_model
+    check_gradient_hooks(spec.outer)
+    from deepspeed_alst.verification import hf_parity_trial as trial
 
-    unlisted = (
-        f"{type(base).__name__} (model_type='{base.config.model_type}') is none of the {len(RIGHT)} families that are "
-        "verified under sequence parallelism (docs/census.md)"
-    )
-    if base.config.model_type in RIGHT:
-        unlisted = f"{type(base).__name__} runs code of the program's own ({', '.join(code[:4])})"
-    return check_tiny_model(spec, groups, unlisted, code)
+    # Modules that were put in are tried by themselves: a tiny model would not have them.
+    put_in = {class_name(type(each)) for each in trial.custom_modules(spec.model).values()}
+    code = () if upstream else tuple(each for each in code if each not in put_in and not each.startswith(GRADIENT_HOOK))
+    if not is_listed:
+        why = (
+            f"{spec.name} (model_type='{spec.config.model_type}') is not in the {len(RIGHT)} families verified under "
+            "sequence parallelism (docs/census.md)"
+        )
+    elif code:
+        why = f"{spec.name} runs the program's own code ({', '.join(code[:4])})"
+    else:
+        trial.check_custom_modules(spec.model, None)
+        return ""
+    return trial.check_tiny_model(spec, groups, why, code)
 
 
 class ModelCheck:
     """Compare the live model before the engine's first forward in training mode, and before the first in evaluation.
 
     Args:
-        engine: of a session, whose model's code the trial of a small model has seen.
+        engine: engine of a session; its model's code was verified.
         spec: its model.
     """
 
     def __init__(self, engine: Any, spec: ModelSpec) -> None:
-        self._spec = spec
-        self._engine, self._checked, self._code = engine, set[bool](), program_code(engine.module)
+        self._engine, self._spec, self._code = engine, spec, program_code(engine.module)
+        self._checked = set[bool]()
 
     def run_once(self) -> None:
         """Check the model in its mode, unless that was done.
 
         Raises:
-            UnsupportedModelError: on all ranks, where the model is not right.
+            UnsupportedModelError: the model is not right; on all ranks.
         """
         model, session = self._engine.module, self._engine.alst
         if model.training in self._checked:
             return
-        check_gradient_hooks(model)
         if not self._checked and program_code(model) != self._code:
             # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
             run_isolated(verify_model, self._spec, session.groups)
@@ -100,7 +110,7 @@ class ModelCheck:
             uncounted(session.groups.sp_group),
             PatchSet() as patches,
         ):
-            drop_no_attention(model, patches)
+            zero_attention_dropout(model, patches)
             patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
             summary = check_live_model(self._spec, session.groups, session.calls, torch.device(self._engine.device))
         _forget_trace(self._engine)
@@ -138,34 +148,35 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _save(value: Any, saved: set[int], restore: ExitStack) -> None:
-    """Restore a tensor, or a container and what is in it, in place on exit."""
+    """Restore a tensor, or a container and its contents, in place on exit."""
     if id(value) in saved:
         return
     saved.add(id(value))
     if type(value) is torch.Tensor and not value.is_meta:
-        restore.callback(_put_back, value, value.detach().clone())
+        restore.callback(_restore_tensor, value, value.detach().clone())
     elif isinstance(value, dict | list | set):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if name not in _NOT_SAVED:
                 _save(inner, saved, restore)
         # copy() keeps an OrderedDict and so the order of hooks.
-        restore.callback(_refill, value, value.copy())
+        restore.callback(_restore_container, value, value.copy())
 
 
-def _refill(container: Any, contents: Any) -> None:
-    """Restore the contents of a container; unchanged dicts stay, of which some take no update."""
+def _restore_container(container: Any, contents: Any) -> None:
     if isinstance(container, list):
         container[:] = contents
     elif (
         isinstance(container, set)
         or list(container) != list(contents)
         or any(container[key] is not value for key, value in contents.items())
-    ):
+    ):  # unchanged dicts stay: some take no update
         container.clear()
         container.update(contents)
 
 
-def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    if tensor.shape != values.shape or not torch.equal(tensor, values):
-        with torch.no_grad():
-            tensor.set_(values) if tensor.shape != values.shape else tensor.copy_(values)
+def _restore_tensor(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.no_grad():
+        if tensor.shape != values.shape:
+            tensor.set_(values)
+        elif not torch.equal(tensor, values):
+            tensor.copy_(values)

@@ -12,8 +12,6 @@ from tests.test_layers import SOURCES
 # What may change objects in other ways, and why.
 EXEMPT = {
     "core.patching": "it is the service",
-    "core.copying": "it fills a twin of its own, which is pickled",
-    "core.function_copies": "it builds the functions that are patched in",
     "autoload": "runs within `import torch`, before anything of the package can be imported",
     "tiling.experts": "an expert's shell is the package's own module",
 }

@@ -23,7 +23,7 @@ def inputs(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_roundings_are_forgiven(dtype):
-    assert is_equivalent(lambda x: (x * 3) / 3, lambda x: x * 1, inputs(dtype), 2, 2)
+    assert is_equivalent(lambda x: (x * 3) / 3, lambda x: x * 1, inputs(dtype))
 
 
 @pytest.mark.parametrize(
@@ -38,19 +38,19 @@ def test_roundings_are_forgiven(dtype):
     ],
 )
 def test_another_value_gradient_dtype_shape_or_number_of_outputs_is_not(function):
-    assert not is_equivalent(function, lambda x: x * 2, inputs(), 8, 8)
+    assert not is_equivalent(function, lambda x: x * 2, inputs())
 
 
 def test_inputs_are_not_changed():
     (x,) = inputs()
     before = x.detach().clone()
-    is_equivalent(lambda x: x.mul(1).add_(1), lambda x: x + 1, (x,), 1, 1)
+    is_equivalent(lambda x: x.mul(1).add_(1), lambda x: x + 1, (x,))
     assert torch.equal(x, before) and x.grad is None
 
 
 def test_a_check_runs_out_of_reach_of_the_callers_modes():
     with FakeTensorMode(), torch.no_grad():
-        assert run_isolated(is_equivalent, lambda x: x * 2, lambda x: x + x, inputs_outside(), 1, 1)
+        assert run_isolated(is_equivalent, lambda x: x * 2, lambda x: x + x, inputs_outside())
 
 
 def inputs_outside():

@@ -115,11 +115,11 @@ _CAUSAL = {"task_type": "CAUSAL_LM"}
         ("PromptTuningConfig", {"num_virtual_tokens": 3, **_CAUSAL}, "peft_type='PROMPT_TUNING' puts virtual tokens"),
         ("PromptEncoderConfig", {"num_virtual_tokens": 3, **_CAUSAL}, "peft_type='P_TUNING' puts virtual tokens"),
         ("PrefixTuningConfig", {"num_virtual_tokens": 3, **_CAUSAL}, "peft_type='PREFIX_TUNING' puts virtual tokens"),
-        ("AdaLoraConfig", {"target_modules": ["q_proj"], "total_step": 9, **_CAUSAL}, "'ADALORA' moves ranks between"),
+        ("AdaLoraConfig", {"target_modules": ["q_proj"], "total_step": 9, **_CAUSAL}, "'ADALORA' reallocates"),
         (
             "LoraConfig",
             {**_RANK4, "alora_invocation_tokens": [3], **_CAUSAL},
-            "alora_invocation_tokens looks for tokens",
+            "alora_invocation_tokens searches",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_an_adapter_without_a_wrapper_is_checked_too():
 
     model = build_model(family_config("llama"))
     inject_adapter_in_model(LoraConfig(**_RANK4, task_type="CAUSAL_LM", alora_invocation_tokens=[3]), model)
-    with pytest.raises(UnsupportedModelError, match="adapter 'default': alora_invocation_tokens looks for tokens"):
+    with pytest.raises(UnsupportedModelError, match="adapter 'default': alora_invocation_tokens searches"):
         check_model(ModelSpec(model))
 
 

@@ -229,7 +229,7 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
         if split:
             patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
         else:
-            count_draws(ModelSpec(model), calls.draws, undo)
+            count_draws(ModelSpec(model), calls, undo)
         if tile:
             tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)
             replace_whole_loss(ModelSpec(model), undo) if not split else None
@@ -346,7 +346,7 @@ def adapter_difference(kind: str, arguments: dict[str, Any]) -> float:
                 batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
                 patch_model(ModelSpec(model), dist.group.WORLD, undo)
             else:
-                count_draws(ModelSpec(model), Draws(), undo)
+                count_draws(ModelSpec(model), ForwardContext(), undo)
             loss = model(**batch, use_cache=False).loss
             loss.backward()
         grads = {name: param.grad for name, param in trained(model).items() if param.grad is not None}
@@ -373,7 +373,7 @@ def test_the_programs_generator_and_other_threads_models_are_left_alone():
 
     model = build_model(family_config("seed_oss")).train()
     with PatchSet() as undo:
-        count_draws(ModelSpec(model), Draws(), undo)
+        count_draws(ModelSpec(model), ForwardContext(), undo)
         before = torch.get_rng_state()
         model(input_ids=ids, labels=ids).loss.backward()
         assert torch.equal(torch.get_rng_state(), before)
@@ -387,10 +387,10 @@ def test_forwards_draw_anew_and_on_trial_the_same():
     ids = torch.arange(24).view(1, 24) + 5
     model = build_model(family_config("seed_oss")).train()
     with PatchSet() as undo:
-        trial: list[bool] = []
-        count_draws(ModelSpec(model), Draws(), undo, on_trial=lambda: bool(trial))
+        calls = ForwardContext()
+        count_draws(ModelSpec(model), calls, undo)
         first, second = (model(input_ids=ids).logits for _ in range(2))
-        trial.append(True)
+        calls.checking = True
         third, fourth = (model(input_ids=ids).logits for _ in range(2))
         model.eval()
         calm = model(input_ids=ids).logits
@@ -402,7 +402,7 @@ def test_forwards_draw_anew_and_on_trial_the_same():
 def test_an_error_in_a_forward_leaves_no_mode_behind():
     model = build_model(family_config("seed_oss")).train()
     with PatchSet() as undo:
-        count_draws(ModelSpec(model), Draws(), undo)
+        count_draws(ModelSpec(model), ForwardContext(), undo)
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 8), 10**6))
         assert torch.overrides._get_current_function_mode_stack() == []
@@ -415,7 +415,7 @@ def test_compiled_layers_draw_the_same_and_what_a_compiler_would_draw_is_refused
     for compiled in (False, True):
         model = build_model(family_config("seed_oss")).train()
         with PatchSet() as undo:
-            count_draws(ModelSpec(model), Draws(), undo)
+            count_draws(ModelSpec(model), ForwardContext(), undo)
             for layer in model.model.layers if compiled else ():
                 layer.mlp.compile(backend="aot_eager")
             losses.append(model(input_ids=ids, labels=ids).loss)
@@ -444,7 +444,7 @@ def test_neftunes_noise_is_refused_where_a_sequence_is_split():
     embeddings.neftune_noise_alpha = 5.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
     with PatchSet() as undo:
-        count_draws(ModelSpec(model), Draws(sp_size=4), undo)
+        count_draws(ModelSpec(model), ForwardContext(draws=Draws(sp_size=4)), undo)
         with pytest.raises(UnsupportedModelError, match=r"neftune_noise_alpha=5\.0: .* leave it out"):
             model(input_ids=torch.arange(64).view(1, 64))
     model(input_ids=torch.arange(64).view(1, 64))

@@ -328,7 +328,7 @@ def facts_of_the_name(core: str) -> dict[str, Any]:
         }
         model.set_attn_implementation(core)  # it has it
         facts["set again"] = model.config._attn_implementation is name
-        with pytest.raises(UnsupportedModelError, match="it has an engine with sequence parallelism already"):
+        with pytest.raises(UnsupportedModelError, match="an engine with sequence parallelism owns it already"):
             check_model(ModelSpec(model))
         undo.close()
         left = [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)]

@@ -309,7 +309,7 @@ def refusal() -> str:
 
 def test_a_refusal_names_the_first_module_that_differs(ranks2):
     for words in ranks2.run(refusal):
-        assert "model.layers.0.mlp (LlamaMLP) is the first module that makes another output" in words
+        assert "model.layers.0.mlp (LlamaMLP) is the first module whose output differs" in words
         assert "alst.check_model" in words
 
 
