@@ -123,7 +123,7 @@ def rows(loaded: list[str]) -> Iterator[Figure]:
         ("initialize.py: lines", initialize.count("\n"), 130),
         ("initialize.py: modules of the package that it imports", initialize.count("from deepspeed_alst"), 10),
         ("places outside hf_model_spec.py that look for a model's parts", len(_PARTS.findall(elsewhere)), 0),
-        ("modules that change foreign objects without PatchSet", len(EXEMPT), 1),
+        ("modules that change foreign objects without PatchSet", len(EXEMPT), 3),
         ("tolerances of numerical self-checks", tolerances, 6),
         (f"docstrings that begin with {', '.join(VAGUE)}", sum(each.split()[0] in VAGUE for each in first), 0),
         ("docstrings", len(first), None),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.core.hf_model_spec import stacked_expert_count
 from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here, gradients_of
 from deepspeed_alst.tiling.weight_gradients import WeightGradients
 
@@ -119,7 +120,8 @@ def _run(
     num_experts = len(getattr(module, names[0]))
     vars(shell).update({name: value for name, value in vars(module).items() if name != "forward"})
     vars(shell)["_parameters"] = dict(zip(names, slices, strict=True))
-    if getattr(module, "num_experts", None) == num_experts:
-        vars(shell)["num_experts"] = 1
+    count = stacked_expert_count(module)
+    if count is not None and getattr(module, count) == num_experts:
+        vars(shell)[count] = 1
     index_n1 = torch.zeros(len(x_nH), 1, dtype=torch.long, device=x_nH.device)
     return type(module).forward(shell, x_nH, index_n1, weight_n.unsqueeze(1))

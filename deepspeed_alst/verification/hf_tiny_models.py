@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.random_draws.model_draws import without_dropout
-from deepspeed_alst.sequence_parallel.hf_backends import TRIAL
+from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 _HEADS, _KV_HEADS = 8, 4
