@@ -3,11 +3,11 @@
 from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.environment import check_build_lock
-from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
+from deepspeed_alst.kernels.builder import load
 
 if __name__ == "__main__":
     check_build_lock()
     device = get_accelerator().device_name()
     if device == "cpu":
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
-    print(f"sum of gradient pieces on {device}: {load_sum_pieces(device)}")
+    print(f"sum of gradient pieces on {device}: {load(device)}")

@@ -10,13 +10,13 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import name_missing_ranks
 from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.grad_reduction.gradient_check import GradientCheck
+from deepspeed_alst.grad_reduction.checks import AverageCheck
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.verification.verify_model import ModelCheck
 
 if TYPE_CHECKING:
     from deepspeed_alst.integrations.hf_upstream import UpstreamProgram
-    from deepspeed_alst.monitoring.feature import Metrics
+    from deepspeed_alst.monitoring.metrics import Metrics
 
 
 @dataclass
@@ -30,7 +30,7 @@ class EngineFeatures:
     session: Session | None = None
     """Sequence parallelism."""
     metrics: "Metrics | None" = None
-    gradient_check: GradientCheck | None = None
+    gradient_check: AverageCheck | None = None
     model_check: ModelCheck | None = None
     upstream: "UpstreamProgram | None" = None
     """Set if the program was written for DeepSpeed's own ALST."""
@@ -95,8 +95,6 @@ class AlstEngine:
         """Drop a step with a NaN or Inf loss or gradient on all ranks, and report a completed one."""
         features = self.alst_features
         with contextlib.ExitStack() as around:
-            if features.gradient_check is not None:
-                around.enter_context(features.gradient_check.step())
             if features.metrics is not None:
                 around.enter_context(features.metrics.step())
             around.enter_context(features.collectives())

@@ -12,7 +12,7 @@ from deepspeed_alst.core.patching import OWNED, PatchSet
 from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.engine import extend
 from deepspeed_alst.features import RunContext, features_of, print_report, report_rows
-from deepspeed_alst.grad_reduction.bucket_size import deepspeed_arguments
+from deepspeed_alst.grad_reduction.feature import deepspeed_arguments
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.start import build_session, check_arguments, read_config, start_ranks, upstream_mpu
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves

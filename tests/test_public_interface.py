@@ -11,7 +11,7 @@ from pydantic import BaseModel
 import deepspeed_alst
 from deepspeed_alst.cli.main import build_parser
 from deepspeed_alst.config.schema import AlstConfig
-from deepspeed_alst.monitoring.feature import Report
+from deepspeed_alst.monitoring.metrics import Report
 
 GOLDEN = Path(__file__).parent / "public_interface.json"
 

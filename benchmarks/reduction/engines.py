@@ -92,8 +92,8 @@ def build(case: Case, system: System) -> Any:
     import deepspeed
 
     from deepspeed_alst.grad_reduction.reduce import Reduction
-    from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
     from deepspeed_alst.grad_reduction.zero_paths import install_reduction
+    from deepspeed_alst.kernels.builder import load
 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -113,7 +113,7 @@ def build(case: Case, system: System) -> Any:
     allreduce_gradients = engine.allreduce_gradients
     engine.allreduce_gradients = lambda bucket_size=case.bucket: allreduce_gradients(bucket_size)
     if system.ours:
-        if (adder := load_sum_pieces("cpu")) != "csrc op":
+        if (adder := load("cpu")) != "csrc op":
             raise RuntimeError(f"the local sum is not the compiled op: {adder}")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[system.dtype]
         install_reduction(engine, Reduction(dtype, case.slice_bytes), PatchSet())

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.figures import Figure, one_thread
 from benchmarks.ranks import finished
-from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
+from deepspeed_alst.kernels.builder import load
 
 NUM_PIECES, NUM_ELEMENTS = 8, 4 << 20
 ROUNDS = 11
@@ -69,7 +70,7 @@ def _peak() -> int:
 def memory(name: str) -> int:
     """Run ``peak_beyond`` in a separate process."""
     program = (
-        "import torch; from benchmarks.reduction import op; torch.set_num_threads(1); op.load_sum_pieces('cpu'); "
+        "import torch; from benchmarks.reduction import op; torch.set_num_threads(1); op.load('cpu'); "
         f"print(op.peak_beyond({name!r}))"
     )
     done = finished([sys.executable, "-c", program], 600.0, stdout=subprocess.PIPE, check=True)
@@ -79,7 +80,7 @@ def memory(name: str) -> int:
 def rows() -> Iterator[Figure]:
     """Yield all figures with their targets."""
     with one_thread():
-        words = load_sum_pieces("cpu")
+        words = load("cpu")
         yield Figure("what adds", (words,), "csrc op", words == "csrc op")
         for dtype, out_dtype, least_times, least_share in (
             (torch.bfloat16, torch.float32, 15.0, 0.6),

@@ -81,8 +81,7 @@ def measure(shape: Shape, sp_size: int, system: System) -> Found:
     one, two = (step_of(replace(shape, num_layers=count), sp_size, system) for count in (1, 2))
     layer = two.ledger.matmul_flops - one.ledger.matmul_flops
     in_layers = [each for each in one.ledger.timeline if each.moment.module.startswith("model.layers.")]
-    forwards = one.ledger.forwards(shape.tokens)
-    of_mlp = [count for name, count in forwards.items() if ".mlp." in name and ".gate." not in name]
+    of_mlp = [rows / shape.tokens for name, rows in one.rows.items() if ".mlp." in name and ".gate." not in name]
     return Found(
         max(sample.total - sample.bytes["weights"] for sample in in_layers) / shape.tokens,
         (_activations(two.kept) - _activations(one.kept)) / shape.tokens,

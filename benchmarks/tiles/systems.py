@@ -9,6 +9,7 @@ Legend: B batch, s tokens of this rank's shard, V vocabulary.
 import functools
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
@@ -29,6 +31,7 @@ from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 
+aten = torch.ops.aten
 IGNORED_LABEL = -100
 LOSS_SHARD_BYTES = 2**30
 Step = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -137,12 +140,34 @@ def build(config: Any, num_layers: int, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
+class ForwardRows(TorchDispatchMode):
+    """Rows multiplied with each linear weight in forward direction, by parameter name: recomputation and tiles too."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.rows: Counter[str] = Counter()
+        self._matrices = {_place(x): (name, x.stride()) for name, x in model.named_parameters() if x.dim() == 2}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count a matmul: the forward uses the transposed weight, the input gradient the weight itself."""
+        if getattr(func, "overloadpacket", None) in (aten.mm, aten.addmm, aten.bmm):
+            x, weight = args[-2:]
+            name, stride = self._matrices.get(_place(weight), ("", ()))
+            if name and weight.stride()[-2:] == stride[::-1]:
+                self.rows[name] += x.shape[:-1].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def _place(x: torch.Tensor) -> tuple[int, int]:
+    return x.untyped_storage()._cdata, int(x.storage_offset())
+
+
 def second_step(model: Any, step: Step, batch: dict[str, torch.Tensor]) -> Any:
-    """Return a ledger of the second step and its live bytes after the forward; the first may set up state."""
+    """Return a ledger of the second step, live bytes after its forward, and rows; the first may set up state."""
     step(batch).backward()
     model.zero_grad()
-    with Ledger(model) as ledger:
+    with ForwardRows(model) as forward, Ledger(model) as ledger:
         loss = step(batch)
         kept = ledger.timeline[-1]
         loss.backward()
-    return SimpleNamespace(ledger=ledger, kept=kept)
+    return SimpleNamespace(ledger=ledger, kept=kept, rows=forward.rows)

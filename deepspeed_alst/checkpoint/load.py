@@ -1,9 +1,8 @@
 """``load_checkpoint`` of an engine on any number of ranks, in DeepSpeed's format.
 
 ZeRO shards over all ranks, so another SP degree on as many ranks needs no conversion. On another number of ranks
-DeepSpeed loads universal checkpoints only: rank 0 makes one next to the given checkpoint.
-
-All ranks inspect the files and agree on the result before any rank loads: either all ranks load, or none does.
+DeepSpeed loads universal checkpoints only: rank 0 makes one next to the given checkpoint. All ranks inspect the files
+before any rank loads: either all load, or none does.
 """
 
 import inspect
@@ -30,8 +29,7 @@ from deepspeed_alst.errors import CheckpointError
 
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
 
-_Stamps = Mapping[str, dict[str, Any] | None]
-"""By file name; None if it was saved without this package."""
+_Stamps = Mapping[str, dict[str, Any] | None]  # by file name; None if it was saved without this package
 
 
 def takes_any_world_size(engine: Any) -> bool:
@@ -40,10 +38,10 @@ def takes_any_world_size(engine: Any) -> bool:
 
 
 def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
-    """Load a checkpoint by ``load``, DeepSpeed's ``load_checkpoint``; one of another world size is converted before.
+    """Load by DeepSpeed's ``load``, after a conversion if the checkpoint is of another world size.
 
     Raises:
-        CheckpointError: on all ranks, whichever could not load it or sees other files.
+        CheckpointError: on all ranks, if one cannot load it or sees other files.
     """
     given = call.arguments
     load_dir = Path(given["load_dir"])
@@ -56,7 +54,8 @@ def load_on_any_world_size(engine: Any, load: Callable[..., Any], call: inspect.
     if not engine.use_node_local_storage():
         _check_one_save(folder, ChainMap(*gather_objects(stamps, group)))
     if seen["converts"]:
-        _convert(engine, folder, seen["world_size"], group)
+        names = _optimizer_files(engine, folder, seen["world_size"])
+        convert_together(_model_file(engine, folder), names, engine.seq_dp_world_size, group)
         folder = load_dir / f"{seen['tag']}_universal"
     universal = seen["universal"] or seen["converts"]
     given.update(load_dir=str(load_dir), tag=str(folder.relative_to(load_dir)))
@@ -88,24 +87,23 @@ def _inspect(engine: Any, load_dir: Path, given: dict[str, Any]) -> tuple[dict[s
         raise CheckpointError(f"{folder}: no such checkpoint; {load_dir} has {', '.join(there) or 'none'}")
     if not model_file.is_file():
         raise CheckpointError(
-            f"{model_file} is missing: the checkpoint is incomplete, or was saved at another ZeRO stage, where 3 has "
-            f"other files than those below; this engine runs stage {engine.zero_optimization_stage()}"
+            f"{model_file} is missing: the checkpoint is incomplete, or was saved at another ZeRO stage; this engine "
+            f"runs stage {engine.zero_optimization_stage()}"
         )
     state, universal = read(model_file), is_universal(folder)
     if engine.load_universal_checkpoint() and not universal:
         raise CheckpointError(f"checkpoint.load_universal=true: {folder} is not a universal checkpoint")
-    zero, partitioned = engine.zero_optimization(), engine.zero_optimization_partition_weights()
-    same_world_size = state["dp_world_size"] == engine.seq_dp_world_size
+    zero, reads_shards = engine.zero_optimization(), with_optimizer or engine.zero_optimization_partition_weights()
     # Below ZeRO 3 one file holds all weights unsharded.
-    converts = zero and not universal and not same_world_size and (with_optimizer or partitioned)
+    converts = zero and not universal and reads_shards and state["dp_world_size"] != engine.seq_dp_world_size
     own = []
     if zero and not universal and not converts:
         # Only this rank reads these files: an error inside DeepSpeed's load would leave the other ranks waiting.
         own = [engine._get_ckpt_name(str(load_dir), tag)]
         own += [engine._get_zero_ckpt_name(str(load_dir), tag)] * with_optimizer
-    stamps = _verify_share(folder, with_optimizer or partitioned, map(Path, own))
+    stamps = _verify_share(folder, reads_shards, map(Path, own))
     if own and with_optimizer and OPTIMIZER_STATE_DICT not in read(Path(own[-1])):
-        raise CheckpointError(f"{own[-1]} holds no optimizer state of DeepSpeed's")
+        raise CheckpointError(f"{own[-1]} has no {OPTIMIZER_STATE_DICT}: resume from another checkpoint")
     by_place = not universal and not converts
     if with_optimizer and (by_place or (given["load_module_strict"] and given["custom_load_fn"] is None)):
         # DeepSpeed compares weights, on all ranks alike, but not the optimizer state.
@@ -124,7 +122,7 @@ def _model_file(engine: Any, folder: Path) -> Path:
 
 
 def _verify_share(folder: Path, with_optimizer: bool, own: Iterable[Path]) -> _Stamps:
-    """Verify a rank's own files and its share of the common files in one read; return the stamps found."""
+    """Verify a rank's own files and its share of the common files; return the stamps found."""
     files = [*folder.glob("*_model_states.pt"), *(folder / "zero").rglob("*.pt"), *own]
     files += folder.glob("*_optim_states.pt") if with_optimizer else ()
     stamps = {}
@@ -138,7 +136,9 @@ def _verify_share(folder: Path, with_optimizer: bool, own: Iterable[Path]) -> _S
             continue  # tensors of a universal checkpoint are identified by their path
         stamps[path.name] = stamp = read(path).get(STAMP)
         if stamp and named and stamp["rank"] != owner:
-            raise CheckpointError(f"{path} is rank {stamp['rank']}'s file under the name of rank {owner}'s")
+            raise CheckpointError(
+                f"{path} was written by rank {stamp['rank']}, not {owner}: the files were mixed; copy them again"
+            )
     return stamps
 
 
@@ -148,7 +148,7 @@ def verify(path: Path) -> None:
         # A program may disable torch.save's checksums.
         damaged = archive.testzip() if torch.serialization.get_crc32_options() else None
         if damaged is not None:
-            raise zipfile.BadZipFile(f"its part {damaged} does not have the checksum that it was saved with")
+            raise zipfile.BadZipFile(f"checksum mismatch in {damaged}")
 
 
 def _check_one_save(folder: Path, stamps: _Stamps) -> None:
@@ -164,19 +164,22 @@ def _check_one_save(folder: Path, stamps: _Stamps) -> None:
             continue
         if (stamp or {}).get("save") != kept.get("save"):
             raise CheckpointError(
-                f"{folder}: {name} and {first} are not of the same save. The checkpoint was written over and not "
-                "finished, or its files were mixed: resume from another one"
+                f"{folder}: {name} and {first} are not of the same save: the checkpoint was partly overwritten, or its "
+                "files were mixed. Resume from another one"
             )
 
 
 def _check_same_weights(engine: Any, state: Mapping[str, Any], folder: Path, ordered: bool) -> None:
     """Raise CheckpointError if the optimizer states are of weights with other names or shapes, or in another order.
 
-    DeepSpeed knows them by their place; ``ordered`` is False for universal checkpoints, which go by name.
+    DeepSpeed assigns them by position; ``ordered`` is False for universal checkpoints, which assign them by name.
     """
     zero, saved = engine.zero_optimization(), state[PARAM_SHAPES]
     if zero and saved is None:
-        raise CheckpointError(f"{folder} was saved without ZeRO, and this engine runs it")
+        raise CheckpointError(
+            f"{folder} was saved without ZeRO, and this engine runs stage {engine.zero_optimization_stage()}: resume "
+            "with stage 0"
+        )
     saved = saved or (state.get(STAMP) or {}).get("order")
     ours = engine._get_zero_param_shapes() if zero else parameter_order(engine)
     if engine.optimizer is None or saved is None:
@@ -192,21 +195,22 @@ def _check_same_weights(engine: Any, state: Mapping[str, Any], folder: Path, ord
     for there, here in zip_longest(*(lists if ordered else map(sorted, lists)), fillvalue="nothing"):
         if there != here:
             raise CheckpointError(
-                f"{folder} is of another model, or one trained in other parts, or its optimizer had the weights in "
-                f"another order, by which DeepSpeed knows their states: it has {there}, here is {here}. Give the "
-                "optimizer the same parameters in the same order (of a set they have none), or load the weights alone: "
+                f"{folder} is of another model, of other trained parameters, or its optimizer had the weights in "
+                f"another order, by which DeepSpeed assigns their states: it has {there}, here is {here}. Give the "
+                "optimizer the same parameters in the same order (a set has none), or load the weights alone: "
                 "load_module_only=True"
             )
 
 
-def _convert(engine: Any, folder: Path, saved_world_size: int, group: Any) -> None:
+def _optimizer_files(engine: Any, folder: Path, world_size: int) -> list[Path]:
+    """Return the optimizer files of all ranks that saved; raise CheckpointError if no rank can read all of them."""
     if engine.use_node_local_storage() or engine.zero_nvme_offload_optimizer():
         raise CheckpointError(
-            f"{folder} was saved on {saved_world_size} ranks and this run has {engine.seq_dp_world_size}: with "
-            "checkpoint.use_node_local_storage or the optimizer on NVMe, no rank sees all its files. Resume on "
-            f"{saved_world_size} ranks"
+            f"{folder} was saved on {world_size} ranks and this run has {engine.seq_dp_world_size}: with "
+            "checkpoint.use_node_local_storage or the optimizer on NVMe, no rank can read all files. Resume on "
+            f"{world_size} ranks"
         )
-    names = engine._get_mp_rank_zero_checkpoint_names(
-        str(folder.parent), folder.name, 0, saved_world_size, engine.bfloat16_enabled()
-    )
-    convert_together(_model_file(engine, folder), [Path(name) for name in names], engine.seq_dp_world_size, group)
+    folders = str(folder.parent), folder.name
+    return [
+        Path(x) for x in engine._get_mp_rank_zero_checkpoint_names(*folders, 0, world_size, engine.bfloat16_enabled())
+    ]

@@ -1,7 +1,7 @@
 """``save_checkpoint`` that succeeds or fails on all ranks, with a ``latest`` that only names complete checkpoints.
 
-DeepSpeed's rank 0 writes ``latest`` after its own files, regardless of other ranks' files, and a rank that cannot write
-leaves the others in a barrier. Here ``latest`` is written last, after every rank has written all of its files.
+DeepSpeed's rank 0 writes ``latest`` after its own files alone, and a rank that cannot write leaves the others in a
+barrier. Here ``latest`` is written after every rank has written all of its files.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import inspect
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from deepspeed_alst.distributed.collectives import agree, difference_over_ranks,
 from deepspeed_alst.errors import CheckpointError
 
 STAMP = "deepspeed_alst"
-"""Key of this package's entry in DeepSpeed's files: the id of the save, the rank that wrote the file, of how many, and
-the parameter names by optimizer group. In plain types, readable without this package."""
+"""Key of this package's entry in DeepSpeed's files: id of the save, rank, world size, and parameter names by optimizer
+group. In plain types, readable without this package."""
 
 # The entry without which ds_to_universal refuses to convert a checkpoint of ZeRO 1 and 2.
 _CONVERTIBLE = {
@@ -33,11 +34,7 @@ _LATEST = "latest"
 
 
 def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.BoundArguments, group: Any) -> Any:
-    """Save a checkpoint by ``save``, DeepSpeed's ``save_checkpoint``; ``group`` is all ranks over gloo.
-
-    Raises:
-        CheckpointError: on all ranks, if one could not write its files.
-    """
+    """Save by DeepSpeed's ``save``; raise CheckpointError on all ranks if one could not write its files."""
     given = call.arguments
     folder, names_latest = Path(given["save_dir"] or ""), bool(given["save_latest"])
     tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
@@ -45,12 +42,12 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
     if not engine.use_node_local_storage():
         asked["save_dir"] = os.path.abspath(folder)
     check_same("save_checkpoint", asked, group)
-    # DeepSpeed refuses no folder; what is written in the background says itself when it is whole.
+    # DeepSpeed refuses a missing folder; its asynchronous engines report themselves when a checkpoint is complete.
     if not given["save_dir"] or engine.checkpoint_engine.is_decoupled():
         return save(*call.args, **call.kwargs)
     first, latest = dist.get_rank() == 0, folder / _LATEST
     with agree(group, CheckpointError, f"{latest} cannot be replaced"):
-        # Until all files of a tag that is written over are new, it is a mix of two steps.
+        # A tag that is being overwritten has files of two steps.
         if first and latest_tag(folder) == tag:
             latest.unlink()
     given["save_latest"] = False
@@ -64,7 +61,7 @@ def save_on_all_ranks(engine: Any, save: Callable[..., Any], call: inspect.Bound
         result = save(*call.args, **call.kwargs)
     raise_on_all_ranks(_not_written(errors[0], folder, tag) if errors else None, group)
     if names_latest:
-        with agree(group, CheckpointError, f"{folder / tag} is whole, but {latest} could not be written"):
+        with agree(group, CheckpointError, f"{folder / tag} is complete, but {latest} could not be written"):
             if first:
                 _name_latest(folder, tag)
     return result
@@ -74,13 +71,13 @@ def check_same(call: str, mine: dict[str, Any], group: Any) -> None:
     """Raise CheckpointError on all ranks if they ask for, or see, different things. Collective over a gloo group."""
     if difference := difference_over_ranks(mine, group):
         raise CheckpointError(
-            f"{call}: the ranks ask for or see different checkpoints ({difference}). Give all the same folder, which "
-            "they share, and a tag made of what they have alike, such as the step"
+            f"{call}: the ranks ask for or see different checkpoints ({difference}). Use one shared folder, and "
+            "the same tag on all ranks, such as the step"
         )
 
 
 def parameter_order(engine: Any) -> list[list[str]] | None:
-    """Return the names of the trained parameters by optimizer group, which their states go by."""
+    """Return the names of the trained parameters by optimizer group, in the order of their states."""
     optimizer = engine.optimizer
     if optimizer is None:
         return None
@@ -93,16 +90,16 @@ def parameter_order(engine: Any) -> list[list[str]] | None:
 
 
 def latest_tag(folder: Path, name: str = _LATEST) -> str | None:
-    """Return the tag in a folder's ``latest`` file, None without one; raise CheckpointError if it is no text."""
+    """Return the tag in a folder's ``latest`` file, None without one; raise CheckpointError if it is not text."""
     path = folder / name
     try:
         return path.read_text().strip() if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} names no checkpoint: {error!r}. Write a tag into it, or remove it") from error
+        raise CheckpointError(f"{path} cannot be read: {error!r}. Write a tag to it, or remove it") from error
 
 
 def _name_latest(folder: Path, tag: str) -> None:
-    """Replace ``latest`` atomically: written in place, it would be empty briefly, or for good on a full disk."""
+    """Replace ``latest`` atomically: a full disk would leave it empty."""
     new = folder / f"{_LATEST}.new"
     with new.open("w") as file:
         file.write(tag)
@@ -116,31 +113,28 @@ def _errors_kept(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Exception]
     """Stamp saved files, and collect errors in a list: a raise would leave other ranks waiting."""
     errors: list[Exception] = []
 
-    def stamped(write: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda state_dict, path: write({**_CONVERTIBLE, **state_dict, STAMP: stamp}, path)
+    def stamped(write: Callable[..., Any], state_dict: Any, path: str) -> Any:
+        return write({**_CONVERTIBLE, **state_dict, STAMP: stamp}, path)
 
-    def keep(write: Callable[..., Any]) -> Callable[..., Any]:
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            try:
-                # No retry after the first error: the disk may be full.
-                return None if errors else write(*args, **kwargs)
-            except Exception as error:
-                errors.append(error)
-
-        return kept
+    def keep(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            # No retry after the first error: the disk may be full.
+            return None if errors else write(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
 
     with PatchSet() as patches:
-        patches.wrap(engine.checkpoint_engine, "save", stamped)
-        patches.wrap(engine.checkpoint_engine, "makedirs", keep)
+        patches.wrap(engine.checkpoint_engine, "save", lambda write: partial(stamped, write))
+        patches.wrap(engine.checkpoint_engine, "makedirs", lambda write: partial(keep, write))
         # These assemble the state dict too, which fails on an unsuitable client_state.
-        patches.wrap(engine, "_save_checkpoint", keep)
-        patches.wrap(engine, "_save_zero_checkpoint", keep)
+        for name in ("_save_checkpoint", "_save_zero_checkpoint"):
+            patches.wrap(engine, name, lambda write: partial(keep, write))
         yield errors
 
 
 def _not_written(cause: Exception, folder: Path, tag: str) -> CheckpointError:
     latest = latest_tag(folder)
-    kept = f"{folder / _LATEST} still names {latest}" if latest else "there is no checkpoint before it"
-    error = CheckpointError(f"{folder / tag} could not be written: {cause!r}. It is not whole, remove it; {kept}")
+    kept = f"{folder / _LATEST} still names {latest}" if latest else "there is no earlier checkpoint"
+    error = CheckpointError(f"{folder / tag} could not be written: {cause!r}. It is incomplete, remove it; {kept}")
     error.__cause__ = cause
     return error

@@ -1,7 +1,7 @@
 """Universal checkpoints, DeepSpeed's format for another number of ranks: conversion and complete loading.
 
-``<tag>`` is converted once to ``<tag>_universal`` beside it, by DeepSpeed's own converter. It runs as a subprocess of
-rank 0 while all ranks synchronize every few seconds, so that a conversion of an hour hits no collective's timeout.
+DeepSpeed's own converter makes ``<tag>_universal`` beside ``<tag>``, once. It runs as a subprocess of rank 0 while all
+ranks synchronize every few seconds, so that a long conversion hits no collective's timeout.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.errors import CheckpointError
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
-# Runs the converter so that the kernel kills it and its workers when the parent process ends: PR_SET_PDEATHSIG is 1,
-# and is not inherited. Another parent pid at the start means that the parent ended first.
+# Has the kernel kill the converter and its workers when the parent process ends: PR_SET_PDEATHSIG is 1, and not
+# inherited. Another parent pid at the start means that the parent ended first.
 _ENDS_WITH_ITS_PARENT = f"""
 import ctypes, os, runpy, signal, sys
 
@@ -36,29 +36,29 @@ def end_with_parent():
 
 end_with_parent()
 if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit("the run that asked for this conversion has ended")
+    sys.exit("the training run has ended")
 os.register_at_fork(after_in_child=end_with_parent)
 runpy.run_module({_CONVERTER!r}, run_name="__main__", alter_sys=True)
 """
 _MEETING_SECONDS = 2.0
-# Marks a folder that this package made, and may make anew.
+# Marks a folder that this package has made, and may replace.
 _MADE_HERE = "made_by_deepspeed_alst"
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a file in the error of reading it, a CheckpointError."""
+    """Raise CheckpointError with the file's path for any error of reading it."""
     try:
         yield
     except Exception as error:
         raise CheckpointError(
-            f"{path} is missing, cut short or damaged: {error!r}. Copy it again, or resume from another checkpoint; a "
-            "run in another dtype saves under other names"
+            f"{path} is missing, truncated or damaged: {error!r}. Copy it again, or resume from another checkpoint; a "
+            "run in another dtype has other file names"
         ) from error
 
 
 def read(path: Path) -> Any:
-    """Load a file of torch.save with memory-mapped tensors; raise CheckpointError if it is missing or truncated."""
+    """Load a file with memory-mapped tensors; raise CheckpointError if it is missing or truncated."""
     with naming(path):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
@@ -69,7 +69,7 @@ def is_universal(folder: Path) -> bool:
 
 
 def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_size: int, group: Any) -> None:
-    """Convert on rank 0, or reuse an earlier conversion, while other ranks wait. Collective over a gloo group."""
+    """Convert on rank 0, unless it has been done, while other ranks wait. Collective over a gloo group."""
     steps = convert(model_file, optimizer_files, world_size) if dist.get_rank() == 0 else (each for each in ())
     goes_on = True
     with contextlib.closing(steps):
@@ -80,9 +80,9 @@ def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_si
 
 
 def convert(model_file: Path, optimizer_files: Sequence[Path], world_size: int) -> Generator[bool, None, None]:
-    """Convert a checkpoint, unless it has been; yield every few seconds.
+    """Convert a checkpoint, unless it has been done; yield every few seconds.
 
-    Takes rank 0's model file, the optimizer files of all ranks that saved the checkpoint, and this run's world size.
+    Takes rank 0's model file, the optimizer files of all ranks that saved, and this run's world size.
     """
     folder = model_file.parent
     target = folder.with_name(f"{folder.name}_universal")
@@ -112,7 +112,7 @@ def convert(model_file: Path, optimizer_files: Sequence[Path], world_size: int) 
             # The file that checkpoint.load_universal reads.
             (partial / "latest_universal").replace(folder.with_name("latest_universal"))
     except OSError as error:
-        raise CheckpointError(f"{folder}: nothing can be written beside it ({error}). {way_out}") from error
+        raise CheckpointError(f"{folder.parent} is not writable ({error}). {way_out}") from error
 
 
 def _run(arguments: list[str], log: Path) -> Generator[bool, None, int]:
@@ -144,8 +144,7 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{folder}: another run converts this checkpoint right now. Start again when it is done, which that "
-                "run's output says"
+                f"{folder}: another run is converting this checkpoint. Start again when it is done"
             ) from None
         except OSError:
             pass  # the file system does not support locks
@@ -159,21 +158,21 @@ def _check_convertible(folder: Path, optimizer_files: Sequence[Path], why: str) 
     different = sorted(each.name for each in {*optimizer_files} ^ {*folder.glob("*_optim_states.pt")})
     if different:
         raise CheckpointError(
-            f"{why}, but its optimizer files are not those of {len(optimizer_files)} ranks. Missing, or left from an "
-            f"earlier save under the same tag and to be removed: {', '.join(different)}"
+            f"{why}, but its optimizer files are not those of {len(optimizer_files)} ranks. Missing, or of an earlier "
+            f"save under the same tag and to be removed: {', '.join(different)}"
         )
     # DeepSpeed stores torch's state dict under another key at ZeRO 3.
     saved = read(optimizer_files[0])[constants.OPTIMIZER_STATE_DICT]
     state = saved.get(constants.BASE_OPTIMIZER_STATE, saved.get(constants.OPTIMIZER_STATE_DICT))["state"]
     if not {"exp_avg", "exp_avg_sq"} <= set().union(*state.values()):
         raise CheckpointError(
-            f"{why}: DeepSpeed's universal checkpoints hold Adam's state only, and this optimizer has another. Resume "
-            f"on {len(optimizer_files)} ranks, or load the weights alone: load_module_only=True"
+            f"{why}: DeepSpeed's universal checkpoints hold Adam states only. Resume on {len(optimizer_files)} ranks, "
+            "or load the weights alone: load_module_only=True"
         )
 
 
 def _is_fresh(target: Path, model_file: Path) -> bool:
-    """Return True if a universal checkpoint is of the same save as a model file; False if it may be made anew."""
+    """Return True if a universal checkpoint is of the same save as a model file; False if it may be replaced."""
 
     def identity(path: Path) -> Any:
         # The converter copies the file, with its time.
@@ -184,48 +183,43 @@ def _is_fresh(target: Path, model_file: Path) -> bool:
         return True
     if not (target / _MADE_HERE).exists():
         raise CheckpointError(
-            f"{target} is in the way: it is not a universal checkpoint of {model_file.parent} as it is now. Remove it, "
-            f"or load it by its name: engine.load_checkpoint('{target.parent}', tag='{target.name}')"
+            f"{target} exists, and is not the universal checkpoint of the current {model_file.parent}. Remove it, or "
+            f"load it by its name: engine.load_checkpoint('{target.parent}', tag='{target.name}')"
         )
     return False
 
 
 def restore_the_rest(engine: Any, model_file: Path, with_optimizer: bool) -> None:
-    """Restore state that DeepSpeed 0.19.8 omits or mixes up in a universal checkpoint. Collective.
+    """Restore state that DeepSpeed 0.19.8 does not load correctly from a universal checkpoint. Collective.
 
     DeepSpeed leaves frozen weights and buffers unchanged; at ZeRO 3 all parameter groups get the first one's settings
     and share its step count, which each of them advances.
     """
-    state = read(model_file)
-    trained = set().union(*state[constants.PARAM_SHAPES])
-    named = engine.module.named_buffers()
+    state, folder = read(model_file), model_file.parent
+    trained, named = set().union(*state[constants.PARAM_SHAPES]), engine.module.named_buffers()
     if not engine.zero_optimization_partition_weights():
         named = chain(named, engine.module.named_parameters())
     else:
-        _restore_frozen_shards(engine, model_file.parent, state)
-        if with_optimizer:
-            _restore_groups(engine.optimizer.optimizer, model_file.parent)
+        _restore_frozen_shards(engine, folder, state)
     for name, x in named:
         if name in state["module"] and name not in trained:
             x.data.copy_(state["module"][name])
-
-
-def _restore_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    saved = read(folder / "zero" / "optimizer_state.pt")[constants.PARAM_GROUPS]
-    for group, settings in zip(optimizer.param_groups, saved, strict=True):
-        group.update({name: value for name, value in settings.items() if name != "params"})
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+    if engine.zero_optimization_partition_weights() and with_optimizer:
+        optimizer = engine.optimizer.optimizer
+        groups = read(folder / "zero" / "optimizer_state.pt")[constants.PARAM_GROUPS]
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "params"})
+        for own in optimizer.state.values():
+            if isinstance(own.get("step"), torch.Tensor):
+                own["step"] = own["step"].clone()
 
 
 def _restore_frozen_shards(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Restore ZeRO 3's frozen weights from the shards that the ranks saved; all open them, so that none fails alone."""
     shapes = state[constants.FROZEN_PARAM_SHAPES] or {}
     frozen = [(name, param) for name, param in engine.module.named_parameters() if name in shapes]
-    ranks = range(state["dp_world_size"] if frozen else 0)
-    files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
-    pieces = [read(each)[constants.FROZEN_PARAM_FRAGMENTS] for each in files]
+    files = (f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(state["dp_world_size"] if frozen else 0))
+    pieces = [read(folder / each)[constants.FROZEN_PARAM_FRAGMENTS] for each in files]
     for name, param in frozen:
         with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
             if dist.get_rank() == 0:

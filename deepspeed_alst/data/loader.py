@@ -1,8 +1,8 @@
 """Sharded data loader: each rank loads its own batches, and the ranks of a sequence process them in turn.
 
-A refill takes one batch per rank. Rank i cuts its batch into P shards and sends shard j to rank j, so that no rank ever
-holds another rank's whole sample. P micro-steps follow; in step i all ranks process rank i's batch. The exchange runs
-on the host over gloo: 24 bytes per token are small next to the compute of a long sequence.
+A refill takes one batch per rank. Rank i cuts its batch into P shards and sends shard j to rank j. P micro-steps
+follow; in step i all ranks process rank i's batch. The exchange runs on the host over gloo: 24 bytes per token are
+small next to the compute of a long sequence.
 """
 
 import functools
@@ -35,15 +35,14 @@ class Header:
     ended: bool = False
     sizes: tuple[int, ...] = ()  # bytes for each rank of the sequence
     digest: int = 0
-    place: str = ""  # of this rank in its data, which must be equal on all ranks; empty if it is not counted
+    place: str = ""  # in this rank's data, equal on all ranks; empty if not counted
 
 
 def shard_dataloader(loader: Any, engine: Any) -> Any:
     """Shard the batches of a loader across the ranks of a sequence.
 
     Every rank's loader must yield its own samples, as under plain data parallelism (a DistributedSampler over all
-    ranks). ``len`` is ``len(loader)`` times the SP degree. With ``sequence_parallel_size`` 1 the loader is returned as
-    it is, so that a program can keep this line in its comparison without sequence parallelism.
+    ranks). ``len`` is ``len(loader)`` times the SP degree. With ``sequence_parallel_size`` 1 the loader is returned.
 
     Args:
         loader: a DataLoader, or any iterable of dicts with ``input_ids`` of shape [batch, sequence].
@@ -101,24 +100,18 @@ class ShardedDataLoader(_Wrapper):
 
     @property
     def state_dict(self) -> Callable[..., Any]:
-        """Inner loader's ``state_dict``, if it has one: this rank's position in its own data.
+        """Inner loader's ``state_dict``, if it has one; it raises DataError within a refill."""
+        return functools.partial(self._state_dict, self.loader.state_dict)
 
-        The function raises DataError between the micro-steps of one refill, whose batches the state counts as done.
-        """
-        inner = self.loader.state_dict
-
-        @functools.wraps(inner)
-        def state_dict(*args: Any, **kwargs: Any) -> Any:
-            P = self._groups.sp_size
-            if self.num_pending:
-                raise DataError(
-                    f"state_dict: {self.num_pending} of {P} micro-steps are still to come of batches that the data "
-                    f"loader counts as done; resumed from here they would be lost. Take it after every {P}th "
-                    f"micro-step: where a step ends, with gradient_accumulation_steps a multiple of {P}"
-                )
-            return inner(*args, **kwargs)
-
-        return state_dict
+    def _state_dict(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        P = self._groups.sp_size
+        if self.num_pending:
+            raise DataError(
+                f"state_dict: {self.num_pending} of {P} micro-steps are still to come of batches that the data loader "
+                f"counts as done, and would be lost on resuming. Take it after every {P}th micro-step: at the end of "
+                f"an optimizer step, if gradient_accumulation_steps is a multiple of {P}"
+            )
+        return inner(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over one epoch; raise DataError on all ranks if any rank has an error."""
@@ -199,8 +192,8 @@ class ShardedDataLoader(_Wrapper):
         if len(set(places)) > 1:
             where = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
             raise DataError(
-                f"the ranks' data are not of the same length ({where}). Give every rank as many batches: a dataset "
-                "that yields each rank's own samples must yield as many on all of them"
+                f"the ranks have different numbers of batches ({where}). A dataset that yields each rank's own samples "
+                "must yield the same number on all ranks"
             )
         return everyone
 
@@ -212,8 +205,8 @@ class ShardedDataLoader(_Wrapper):
             left = [rank for rank, header in enumerate(everyone) if not header.ended]
             warnings.warn(
                 f"data-parallel replicas ran out of samples at different times (micro-steps left: {steps}). The epoch "
-                f"ends here for all; at least one batch of ranks {left} is not trained on. Give every rank as many "
-                "batches, e.g. with torch's DistributedSampler.",
+                f"ends here for all; at least one batch of ranks {left} is not trained on. Give every rank the same "
+                "number of batches, for example by torch's DistributedSampler.",
                 stacklevel=3,
             )
         return len(set(steps)) > 1 or not any(steps)
@@ -267,8 +260,8 @@ def _own_batches(loader: Any) -> Iterator[Any]:
 class PreparedLoader(_Wrapper):
     """Loader prepared by accelerate, whose batches the engine shards; it may be created after this wrapper.
 
-    In training every batch is one micro-step on each rank of a sequence; all of them get it whole, in turn, so that a
-    program may generate from it. In evaluation each rank has its own batches, as without sequence parallelism.
+    In training each batch goes whole to all ranks of a sequence, in turn, so that a program may generate from it. In
+    evaluation each rank has its own batches.
     """
 
     alst_whole = True

@@ -1,4 +1,4 @@
-"""Preparation of one whole batch and its cut into P shards. Pure: no process group, no state.
+"""Cut one whole batch into P shards. Pure: no process group, no state.
 
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 """
@@ -23,8 +23,7 @@ from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import DataError
 
 REAL_TOKENS = "alst_real_tokens"
-"""Key of the mask of a sample's own tokens, as opposed to padding."""
-
+"""Key of the mask of tokens that are not padding."""
 PLACE = "alst_place"
 """Key of a shard's rank and its batch's fingerprint, ``[2]``, for position ids that do not identify them."""
 
@@ -51,15 +50,14 @@ def shard_batch(
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
     ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, other tensors with 0, position ids
-    with the last one again, or after packed documents with a count from 0, at most the sample's highest.
-    ``position_ids`` and ``shift_labels`` are created if absent. A mask of ones or right padding is dropped. Everything
-    else goes to every rank unchanged.
+    with the last one, or after packed documents with a count from 0, at most the sample's highest. ``position_ids`` and
+    ``shift_labels`` are created if absent. A mask of ones or right padding is dropped. Everything else goes to every
+    rank unchanged.
 
-    With ``packing``, for an attention that keeps packed documents apart, every rank gets the bounds of all of them
+    With ``packing``, for an attention that separates packed documents, every rank gets the bounds of all of them
     (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being its own document); without it they raise DataError. With
-    ``marks_padding``, for a router's loss, every shard marks the tokens that are padding neither of the mask nor of
-    this function (``alst_real_tokens``, ``[B, s]`` bool). If positions do not count from 0 in each document, each
-    shard has its rank and its batch's fingerprint (``alst_place``).
+    ``marks_padding``, every shard has a mask of its real tokens (``alst_real_tokens``, ``[B, s]`` bool). If positions
+    do not count from 0 in each document, each shard has its rank and its batch's fingerprint (``alst_place``).
 
     Raises:
         DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
@@ -79,7 +77,7 @@ def shard_batch(
         whole[REAL_TOKENS] = real_BS.expand(rows, length)
     padded = -(-length // multiple) * multiple
     if documents is not None:
-        # The padding is a document: the others keep their lengths, and spend no attention on it.
+        # The padding is a document of its own, so that no other attends to it.
         end = documents.new_tensor([padded] if padded > length else [])
         common |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.cat([documents, end]))
     pieces = {
@@ -112,30 +110,6 @@ def tokens_of(batch: Mapping[str, Any]) -> torch.Tensor:
     return next(batch[key] for key in _LENGTH_KEYS if batch.get(key) is not None)
 
 
-def labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
-    """Expand the labels of a batch with ``logits_to_keep`` to all tokens; raise DataError if they are not as many."""
-    keep = batch.get("logits_to_keep")
-    batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
-    key = next((key for key in reversed(LABEL_KEYS) if batch.get(key) is not None), None)
-    if keep is None or (isinstance(keep, int) and keep == 0) or key is None:
-        return batch
-    tokens, kept = tokens_of(batch), batch[key]
-    places = torch.arange(tokens.shape[1], device=tokens.device)[kept_places(keep)]
-    if kept.shape != (tokens.shape[0], len(places)):
-        raise DataError(
-            f"{key} has shape {list(kept.shape)}, and logits_to_keep keeps {len(places)} of {tokens.shape[1]} tokens: "
-            "give labels to as many, or leave logits_to_keep out"
-        )
-    shifted = torch.full(tokens.shape[:2], IGNORED_LABEL, dtype=kept.dtype, device=kept.device)
-    shifted[:, places.to(kept.device)] = kept if key == "shift_labels" else shift_labels(kept)
-    return batch | dict.fromkeys(LABEL_KEYS, shifted)
-
-
-def kept_places(keep: Any) -> Any:
-    """Return the tokens that transformers' ``logits_to_keep`` selects, as an index."""
-    return slice(-keep, None) if isinstance(keep, int) else keep
-
-
 def shift_labels(labels_BS: torch.Tensor) -> torch.Tensor:
     """Shift labels so that each token has the next one's: ``[B, S] -> [B, S]``, none at the end of a row."""
     return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
@@ -163,13 +137,11 @@ def _whole_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor],
             f"{sorted(batch, key=str)}"
         )
     if not anchor.shape[0] or not anchor.shape[1]:
-        raise DataError("a batch has no rows, or sequences of length 0; leave it, or the empty documents, out")
+        raise DataError("a batch has no rows, or sequences of length 0; leave out empty batches and documents")
     whole, common = {}, {}
     for key, x in batch.items():
         if x is None and key in (*_SPLIT_KEYS, "attention_mask"):
             continue
-        if key in _SPLIT_KEYS and not isinstance(x, torch.Tensor):
-            raise DataError(f"{key} must be a tensor, not {type(x).__name__}; make it one in the collate_fn")
         if key == "position_ids" and x.dim() == 1:
             whole[key] = x.expand(anchor.shape[0], -1)
         elif key in _SPLIT_KEYS or (
@@ -186,7 +158,6 @@ def _whole_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor],
 
 
 def _take_mask(common: dict[str, Any], whole: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Pop the mask, which must be redundant."""
     mask: Any = common.pop("attention_mask", None)
     if mask is not None:
         if not isinstance(mask, torch.Tensor):

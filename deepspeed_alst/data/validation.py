@@ -1,7 +1,7 @@
 """Checks of a whole batch before it is cut: ids and labels, mask, packed documents.
 
 Packed documents share a row and must not attend to one another. They are given by position ids that restart, by the
-sequence lengths of packing collators (``cu_seq_lens_q``), or both. Legend: B batch, S whole sequence, N documents.
+``cu_seq_lens_q`` of packing collators, or both. Legend: B batch, S whole sequence, N documents.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,6 @@ _TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-# --- ids and labels
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """Vocabulary sizes of a model; None if unknown."""
@@ -41,13 +38,13 @@ def vocabulary_of(spec: ModelSpec) -> Vocabulary:
 
 
 def checked(batch: Any, vocabulary: Vocabulary) -> Any:
-    """Return a batch with checked int64 ids and labels; a batch that is no mapping is returned as it is.
+    """Return a batch with checked int64 ids and labels; a batch that is not a mapping is returned.
 
     An out-of-range token would otherwise raise on one rank alone, in its forward, and the others would hang.
 
     Raises:
-        DataError: ids, labels or positions are no tensor, or ids and labels not of an integer dtype; a token has no
-            embedding, a label no logit; a tensor requires a gradient.
+        DataError: ids, labels or positions are not tensors, ids or labels are not integers in the range of the
+            vocabulary, or a tensor requires a gradient.
     """
     if not isinstance(batch, Mapping):
         return batch
@@ -56,16 +53,15 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
         if not isinstance(x, torch.Tensor):
             if key in _TENSORS and x is not None:
                 raise DataError(
-                    f"{key} is a {type(x).__name__}, not a tensor (of lists in a dataset, torch's own collate_fn makes "
-                    "lists of tensors). Make one of shape [batch, sequence] in the loader's collate_fn: "
-                    "transformers.default_data_collator does, and DataCollatorForSeq2Seq pads too"
+                    f"{key} is a {type(x).__name__}, not a tensor of shape [batch, sequence] (torch's default_collate "
+                    "makes lists of tensors from lists). Use transformers.default_data_collator as the collate_fn, or "
+                    "DataCollatorForSeq2Seq to pad"
                 )
             continue
         if x.requires_grad:
             raise DataError(
-                f"{key} requires a gradient, which ends at the exchange between ranks: what has made it would not be "
-                f"trained. Detach it, batch['{key}'].detach(), if that is meant; else make it within the model that "
-                "deepspeed.initialize is given"
+                f"{key} requires a gradient, which the exchange between ranks does not pass on. Detach it "
+                f"(batch['{key}'].detach()), or compute it inside the model that deepspeed.initialize is given"
             )
         if key in _TOKENS:
             numbers[key] = as_int64(key, x)
@@ -77,8 +73,7 @@ def as_int64(key: str, x: torch.Tensor) -> torch.Tensor:
     """Convert ids or labels of any integer dtype to int64; raise DataError for another dtype."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise DataError(
-            f"{key} has dtype {x.dtype}, and must have whole numbers: make them torch.int64 in the dataset or the "
-            "collate_fn"
+            f"{key} has dtype {x.dtype}, and must have integers: convert it to torch.int64 in the collate_fn"
         )
     return x.to(torch.int64)
 
@@ -95,7 +90,7 @@ def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
         row, token = outside_BS.nonzero()[0].tolist()
         raise DataError(
             f"{key} of row {row} has {int(x_BS[row, token])} at token {token}, and the model has "
-            f"{'logits' if is_label else 'embeddings'} for 0 to {size - 1}. Use the model's own tokenizer, or "
+            f"{'logits' if is_label else 'embeddings'} for 0 to {size - 1}. Use the model's own tokenizer, or call "
             "model.resize_token_embeddings before deepspeed.initialize"
             f"{f'; a token without a label has {IGNORED_LABEL}' * is_label}"
         )
@@ -105,14 +100,11 @@ def _check_range(key: str, x_BS: torch.Tensor, vocabulary: Vocabulary) -> None:
 
 
 def check_mask(mask_BS: torch.Tensor, whole: dict[str, torch.Tensor]) -> None:
-    """Raise DataError for a mask that causal attention does not make redundant.
-
-    It may be ones, or have zeros on the right, on tokens without labels.
-    """
+    """Raise DataError unless a mask is of ones, or of right padding without labels, which causal attention allows."""
     if mask_BS.dim() != 2:
         raise DataError(
-            f"attention_mask has {mask_BS.dim()} dims, shape {list(mask_BS.shape)}: only [batch, sequence] masks "
-            "can be split over ranks. Remove it where it is plain causal."
+            f"attention_mask has shape {list(mask_BS.shape)}: only [batch, sequence] masks can be split over ranks. "
+            "Remove it if it is causal."
         )
     kept_BS = mask_BS != 0
     rising = kept_BS[:, 1:] & ~kept_BS[:, :-1]
@@ -127,10 +119,8 @@ def check_mask(mask_BS: torch.Tensor, whole: dict[str, torch.Tensor]) -> None:
         if key in whole and (labelled_BS := ~kept_BS & (whole[key] != IGNORED_LABEL)).any():
             row = int(labelled_BS.any(dim=1).nonzero()[0, 0])
             raise DataError(
-                f"{key} of row {row} has labels on tokens that attention_mask hides, so the loss would train the "
-                "model to write padding, of which each token sees the sample and no other padding: not available "
-                "under sequence parallelism. Add where the labels are made: "
-                f"labels[attention_mask == 0] = {IGNORED_LABEL}"
+                f"{key} of row {row} has labels on tokens that attention_mask hides, which sequence parallelism does "
+                f"not support. Add in the collate_fn: labels[attention_mask == 0] = {IGNORED_LABEL}"
             )
 
 
@@ -141,16 +131,16 @@ def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
     """Pop a collator's document bounds ``[N + 1]`` from a batch; return None if it has none.
 
     Raises:
-        DataError: they are not the bounds of documents that fill the row, or differ for queries and keys.
+        DataError: they do not rise from 0 to ``length``, or differ for queries and keys.
     """
-    for name in ("max_length_q", "max_length_k"):  # for flash attention, which measures again after padding
+    for name in ("max_length_q", "max_length_k"):  # computed again after padding
         common.pop(name, None)
     given: torch.Tensor | None = None
     for name in _BOUNDS:
         if (bounds := common.pop(name, None)) is None:
             continue
         if not isinstance(bounds, torch.Tensor) or bounds.dim() != 1 or bounds.is_floating_point() or not len(bounds):
-            raise DataError(f"{name} must be one row of whole numbers, the documents' bounds")
+            raise DataError(f"{name} must be a 1-D integer tensor, the bounds of the documents")
         bounds = bounds.long()  # signed, so that diff() is negative at a decrease
         if bounds[0] != 0 or bounds[-1] != length or (bounds.diff() < 0).any():
             raise DataError(
@@ -158,7 +148,7 @@ def take_bounds(common: dict[str, Any], length: int) -> torch.Tensor | None:
                 f"in the row, {length}"
             )
         if given is not None and not torch.equal(bounds, given):
-            raise DataError("cu_seq_lens_q and cu_seq_lens_k differ: only attention within a sequence can be split")
+            raise DataError("cu_seq_lens_q and cu_seq_lens_k differ: only self-attention can be split")
         given = bounds
     return None if given is None else given.unique_consecutive()
 
@@ -175,41 +165,39 @@ def document_bounds(
     """Return the bounds ``[N + 1]`` of a batch's documents, int32; None if every row is one document.
 
     As in transformers' masks, a document starts where position ids do not increase by one, or with ``by_lowest``, as
-    in its flash attention, at each token with the lowest.
-
-    ``positions_BS`` is of the whole sequences; a single row may stand for all. Bounds ``given`` by the collator must be
-    equal. Without ``packing``, for an attention that does not keep documents apart, they raise DataError.
+    in its flash attention, at each token with the lowest. A single row of positions may stand for all.
 
     Raises:
-        DataError: as said, or documents in several rows or unlike ``given``, or tokens before the first.
+        DataError: documents without ``packing``, for an attention that does not separate them; documents in several
+            rows; bounds other than those ``given`` by the collator; tokens before the first document.
     """
     starts_BS = _starts(positions_BS)
     if not packing and starts_BS.any():
         row, column = starts_BS.nonzero()[0].tolist()
         raise DataError(
-            f"position_ids restart at token {column} of row {row}: this model does not keep packed samples apart under "
+            f"position_ids restart at token {column} of row {row}: this model does not support packed samples under "
             "sequence parallelism. Give one document per row, or leave position_ids out."
         )
     if by_lowest:
         starts_BS = positions_BS == positions_BS.amin(dim=1, keepdim=True)
         if not starts_BS[:, 0].all():
             raise DataError(
-                "position_ids start higher than their lowest, at which flash attention starts a document: the tokens "
-                "before it would be part of none. Start them at the lowest, or leave them out."
+                "position_ids do not start at their lowest value, where flash attention starts a document: the first "
+                "tokens would be part of none. Start them at the lowest, or leave them out."
             )
         starts_BS[:, 0] = False
     several = bool(starts_BS.any())
     if rows > 1 and (several or given is not None):
         raise DataError(
-            f"packed documents in a batch of {rows} rows (position_ids that do not go on by one): they are kept apart "
-            "in a batch of one row only. Pack all of them into one row, or leave position_ids out."
+            f"packed documents in a batch of {rows} rows (position_ids do not increase by one): only one row is "
+            "supported. Pack all documents into one row, or leave position_ids out."
         )
     end = starts_BS.new_ones(1)
     bounds = torch.cat([end, starts_BS[0, 1:], end]).nonzero().flatten()
     if given is not None and not torch.equal(bounds, given.to(bounds)):
         raise DataError(
-            f"cu_seq_lens_q has documents that end at {_few(given[1:])}, position_ids some that end at "
-            f"{_few(bounds[1:])}. Leave one of the two out."
+            f"documents end at {_few(given[1:])} by cu_seq_lens_q, and at {_few(bounds[1:])} by position_ids. Leave "
+            "one of the two out."
         )
     return bounds.to(torch.int32) if several or (packing and given is not None) else None
 
@@ -224,12 +212,12 @@ def _starts(positions_BS: torch.Tensor) -> torch.Tensor:
 
 
 def check_numbers(seq_idx_BS: torch.Tensor, positions_BS: torch.Tensor) -> None:
-    """Raise DataError if ``seq_idx``, the number of each token's document, changes where position ids go on."""
+    """Raise DataError if ``seq_idx``, the number of each token's document, contradicts the position ids."""
     changes_BS = F.pad(seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1], (1, 0))
     wrong = (changes_BS != _starts(positions_BS)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
         raise DataError(
             f"seq_idx {'starts' if changes_BS[row, column] else 'does not start'} a document at token {column} of row "
-            f"{row}, position_ids say the opposite. Make them agree, or leave seq_idx out."
+            f"{row}, unlike position_ids. Make them agree, or leave seq_idx out."
         )

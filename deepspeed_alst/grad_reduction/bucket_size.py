@@ -1,6 +1,5 @@
-"""Number of elements of DeepSpeed's gradient buckets (``alst.reduction.bucket_size``)."""
+"""Number of elements of DeepSpeed's gradient buckets for ``alst.reduction.bucket_size`` ``"auto"``."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from deepspeed_alst.config.compatibility import zero_stage
-from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.distributed.collectives import ranks_on_host
 
 # DeepSpeed's default; larger buckets gain nothing.
@@ -32,38 +30,11 @@ def num_buckets(ds_config: Mapping[str, Any]) -> int:
     return 2 if zero.get("overlap_comm") and zero_stage(dict(ds_config)) < 3 else 1
 
 
-def deepspeed_arguments(
-    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Any
-) -> tuple[dict[str, Any], str]:
-    """Return the arguments of DeepSpeed's call, and the source of its bucket size; at SP 1 they are the caller's."""
-    if session is None:
-        return arguments, ""
-    ours = copy.deepcopy(ds_config)
-    # Buckets keep the gradients' dtype if the sum is in fp32; the user's communication_data_type is for SP 1.
-    ours.pop("communication_data_type", None)
-    if config.seq_parallel_communication_data_type != "fp32":
-        ours["communication_data_type"] = config.seq_parallel_communication_data_type
-    size, source = config.alst.reduction.bucket_size, "alst.reduction.bucket_size"
-    if size == "auto":
-        size, source = _automatic_numel(arguments["model"], ds_config, session.groups.control_group)
-    if size is None:
-        source = "reduce_bucket_size"
-    else:
-        ours["zero_optimization"] = {**(ours.get("zero_optimization") or {}), "reduce_bucket_size": size}
-    passed = {name: value for name, value in arguments.items() if name not in ("config_params", "training_data")}
-    if arguments.get("config") is None and arguments.get("config_params") is None:
-        # The config came in args. DeepSpeed rejects two, so `ours` replaces it there.
-        args = copy.copy(arguments["args"])
-        args.deepspeed_config, args.deepscale_config = ours, None
-        return {**passed, "args": args, "mpu": session.mpu}, source
-    return {**passed, "config": ours, "mpu": session.mpu}, source
+def automatic_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup) -> tuple[int, str]:
+    """Return the bucket size, equal on all ranks, and a description of its derivation.
 
-
-def _automatic_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGroup) -> tuple[int, str]:
-    """Return the bucket size for ``"auto"``, equal on all ranks, and a description of its derivation.
-
-    The memory is estimated before the engine is built: what weights, gradients and Adam states leave on the rank with
-    the least. Source: arXiv:1910.02054, section 3.1: 12 bytes per parameter for fp32 weights, momentum and variance.
+    The spare memory is what weights, gradients and Adam states will leave on the rank with the least. Source:
+    arXiv:1910.02054, section 3.1: 12 bytes per parameter for fp32 weights, momentum and variance.
     """
     numel = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
     zero = ds_config.get("zero_optimization") or {}
@@ -74,13 +45,12 @@ def _automatic_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessG
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") not in ("none", None)
     states = 0 if offloaded else 12 * numel // (ranks if stage >= 1 else 1)
     available = accelerator.available_memory() // (ranks_on_host(group) if accelerator.device_name() == "cpu" else 1)
-    spare = torch.tensor([available - weights - gradients - states], dtype=torch.int64)
-    dist.all_reduce(spare, op=dist.ReduceOp.MIN, group=group)
-    size = fitting_numel(ds_config, int(spare.item()), numel)
-    spared = max(0, int(spare.item())) / 2**30
-    return size, f"auto: 1/{_SHARE} of {spared:.1f} GiB to spare, {numel:,} gradient elements"
+    least = torch.tensor([available - weights - gradients - states], dtype=torch.int64)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    spare = int(least.item())
+    source = f"auto: 1/{_SHARE} of {max(0, spare) / 2**30:.1f} GiB to spare, {numel:,} gradient elements"
+    return fitting_numel(ds_config, spare, numel), source
 
 
 def _gradient_bytes(ds_config: Mapping[str, Any]) -> int:
-    half = any((ds_config.get(key) or {}).get("enabled") for key in ("bf16", "fp16"))
-    return 2 if half else 4
+    return 2 if any((ds_config.get(key) or {}).get("enabled") for key in ("bf16", "fp16")) else 4

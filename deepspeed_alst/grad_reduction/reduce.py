@@ -1,8 +1,7 @@
-"""Exact gradient reduction over ranks, sent in the gradients' own dtype, in slices of bounded memory.
+"""Exact averaging of gradients over ranks, sent in the gradients' own dtype, in slices of bounded memory.
 
 A rank receives the P pieces of its share of a slice, adds them in fp32, and divides once. Sums go on to their owners
 (ZeRO 1, 2) or to all ranks (ZeRO 0). Each step sends and receives at most n * (P-1)/P elements a rank.
-
 Legend: P ranks, n elements of a slice, m of a rank's share of it.
 """
 
@@ -75,13 +74,12 @@ class Fragment:
 
     numel: int
     owner: int
-    out: torch.Tensor | None = None
-    """Tensor of the owner to add them to; None: in place in the bucket."""
+    out: torch.Tensor | None = None  # fp32 partition of the owner, to add to; None: in place in the bucket
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Averaging of gradients over ranks.
+    """Averaging of gradients, of the same sizes in the same order on all ranks.
 
     With ``dtype`` fp32, gradients are sent in their own dtype and added in fp32; with bf16 or fp16, they are sent and
     added in that dtype. Extra memory is at most twice ``slice_bytes``: one slice and its received pieces.
@@ -103,12 +101,8 @@ class Reduction:
     ) -> Iterator[torch.Tensor]:
         """Average gradients and shard each over the ranks: ``[r*c, (r+1)*c)`` to rank r, c = ceil(n/P).
 
-        Args:
-            grads: any shapes; the same number, order and sizes on all ranks.
-            place: returns the 1-D output of c elements for the share of gradient i, called when its first sums are
-                ready. Elements past the end of the gradient are set to zero.
-            accumulate: True to add to the output, in its dtype.
-            group: the ranks.
+        ``place(i)`` returns the 1-D output of c elements for the share of gradient i, called when its first sums are
+        ready. Elements past the end of the gradient are set to zero. ``accumulate`` adds to the output, in its dtype.
 
         Yields:
             Each gradient's share in turn; the gradient is no longer read.

@@ -1,12 +1,11 @@
 """Op ``deepspeed_alst::sum_pieces``: add P pieces of a slice of n elements, one per rank, in one pass.
 
-It is defined here in PyTorch, for every device; ``load_sum_pieces`` puts the kernel of ``csrc/`` in its place.
+It is defined here in PyTorch, for every device; ``kernels.builder.load`` registers the kernel of ``csrc/`` instead.
 """
 
 import torch
 
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels.builder import load
 
 _HALF_OR_SINGLE = {torch.bfloat16, torch.float16, torch.float32}
 # Elements per step of the reference: adding bf16 to fp32 makes an fp32 copy of the bf16 on CPU.
@@ -14,7 +13,7 @@ _PART = 1 << 20
 
 
 def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
-    """Compute ``sum_pieces`` in PyTorch, as reference and fallback; fp64 pieces in fp64, as ground truth."""
+    """Compute ``sum_pieces`` in PyTorch; fp64 pieces in fp64, as ground truth."""
     _check(pieces_Pn, out_n)
     dtype = torch.promote_types(pieces_Pn.dtype, torch.float32)
     for begin in range(0, out_n.numel(), _PART):
@@ -56,23 +55,13 @@ torch.library.register_fake(
 )
 
 
-def load_sum_pieces(device_type: str) -> str:
-    """Load the compiled op for ``"cpu"`` or ``"cuda"``, and return which one will compute."""
-    return load(device_type)
-
-
 def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
     """Add P pieces in one pass: ``[P, n] -> [n]``, ``out = scale * (((p0 + p1) + p2) + ...)``.
 
     bf16, fp16 or fp32 pieces are added in fp32 in this order; the result is rounded once, to nearest even, to bf16,
     fp16 or fp32. Inf and NaN propagate (which NaN is not specified). The compiled op and the reference agree bit by
-    bit.
-
-    Args:
-        pieces_Pn: each piece contiguous; the stride between pieces may be larger than n.
-        out_n: contiguous; alignment to its element size suffices. Must not overlap the pieces.
-        scale: fp32 factor of the sum.
-        accumulate: ``out = out + scale * (...)`` instead, added in fp32 and rounded once.
+    bit. Each piece is contiguous; ``out_n`` too, and must not overlap them. With ``accumulate``,
+    ``out = out + scale * (...)``, added in fp32 and rounded once.
 
     Raises:
         ShapeError: incompatible sizes, strides, dtypes or devices.

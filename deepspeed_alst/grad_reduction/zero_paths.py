@@ -25,14 +25,10 @@ _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3__"
 class ReductionPath:
     """Path of an engine's gradients, for the report."""
 
-    hops: tuple[torch.dtype, ...]
-    """Dtype on the wire of each exchange."""
-    reductions: int = 1
-    """Reductions of each gradient per step."""
-    bucket_size: int | None = None
-    """Elements per bucket; None without buckets."""
-    besides: str = ""
-    """Further memory use, as text."""
+    hops: tuple[torch.dtype, ...]  # dtype on the wire of each exchange
+    reductions: int = 1  # of each gradient per step
+    bucket_size: int | None = None  # elements; None without buckets
+    besides: str = ""  # further memory use, as text
 
     def bytes_sent(self, engine: Any) -> float:
         """Return the bytes sent by one rank per step."""
@@ -43,15 +39,11 @@ class ReductionPath:
 
 
 def install_reduction(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Average an engine's gradients by ``reduction``, on the path of its ZeRO stage and options.
-
-    Raises:
-        UnsupportedModelError: the model has experts of DeepSpeed's own MoE layer, which are reduced over other ranks.
-    """
+    """Average an engine's gradients by ``reduction``, on the path of its ZeRO stage and options."""
     if any(is_moe_param(param) for param in engine.module.parameters()):
         raise UnsupportedModelError(
-            "the model has experts of deepspeed.moe, whose groups of ranks know nothing of sequence parallelism; "
-            "use a transformers mixture of experts"
+            "the model has deepspeed.moe layers, whose process groups do not support sequence parallelism; use a "
+            "transformers mixture of experts"
         )
     optimizer = engine.optimizer
     # By the optimizer's methods, not by stage: with bf16 and fp32 accumulation stage 1 has its own optimizer.

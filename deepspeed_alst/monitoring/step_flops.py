@@ -1,8 +1,8 @@
-"""FLOPs of a training step by formula, from a model's config and weights, in two conventions.
+"""FLOPs of a training step in closed form, from a model's config and weights, in two conventions.
 
 A multiply-add is 2, and only matmuls count. Per token, each matrix weight costs 2 in the forward, 2 for the input
-gradient, and 2 for the weight gradient if it trains. Attention costs per pair of a token and one it attends to: a score
-and its part of the output, 2 * (D_qk + D_v) per head, and twice that in the backward.
+gradient, and 2 for the weight gradient if it trains. Attention costs 2 * (D_qk + D_v) per head and pair of tokens, and
+twice that in the backward.
 """
 
 from collections import Counter
@@ -35,10 +35,10 @@ class StepFlops:
     """FLOPs of forward and backward, by tokens and by pairs added up over all attention layers."""
 
     spans: tuple[tuple[Span, int], ...]  # attention ranges, each with its number of layers
-    token: float  # 6 per trained weight of the matrices that a token passes (active experts only), 4 per frozen one
+    token: float  # 6 per trained weight of a token's matrices (active experts only), 4 per frozen one
     token_again: float  # recomputation: 2 per weight in checkpointed layers
     pair: float  # in one layer: 6 * heads * (D_qk + D_v)
-    pair_again: float  # recomputation: a third of it, times the share of layers that are checkpointed
+    pair_again: float  # recomputation: a third of it, times the share of checkpointed layers
 
     def pairs(self, places: torch.Tensor) -> torch.Tensor:
         """Count the pairs of a token at each place of its document, over all layers."""
@@ -50,24 +50,22 @@ class StepFlops:
 
     def alst(self, tokens: float, pairs: float) -> float:
         """Compute ALST's FLOPs (arXiv 2506.13996): the full square of scores, checkpointed layers' forward twice."""
-        # The square has each pair both ways, and a token's with itself once.
+        # The square has each pair twice, and a token's with itself once.
         square = 2 * pairs - sum(layers for _, layers in self.spans) * tokens
         return (self.token + self.token_again) * tokens + (self.pair + self.pair_again) * square
 
 
 def step_flops(spec: ModelSpec) -> StepFlops | None:
-    """Return the FLOPs of a model, bare or wrapped; None if its config does not tell the active experts or heads.
+    """Return the FLOPs of a model, bare or wrapped; None if its config lacks the active experts or heads.
 
-    Embedding lookups are not matrix products; the head counts for all tokens, tied or not. A weight that a forward uses
-    several times counts once.
+    Embedding lookups do not count; the head counts for all tokens, tied or not. A shared weight counts once.
     """
     if not hasattr(spec.model, "config"):
         return None
-    config = spec.text_config
+    config, layers = spec.text_config, spec.checkpointed_layers
     spans, width, weights = _spans(config), _pair_width(config), _weights(spec, config)
     if (spans and width is None) or weights is None:
         return None
-    layers = spec.checkpointed_layers
     again = [layer for layer in layers if layer.gradient_checkpointing]
     recomputed = {param for layer in again for param in layer.parameters()}
     pair = 6 * (width or 0)
@@ -92,7 +90,7 @@ def _spans(config: Any) -> tuple[tuple[Span, int], ...]:
 
 
 def _pair_width(config: Any) -> int | None:
-    """Return heads * (D_qk + D_v) of a layer, or None if the config does not tell it."""
+    """Return heads * (D_qk + D_v) of a layer, or None if the config lacks it."""
     try:
         heads = getattr(config, "num_attention_heads", None)
         if not heads:
@@ -106,7 +104,7 @@ def _pair_width(config: Any) -> int | None:
 
 
 def _weights(spec: ModelSpec, config: Any) -> dict[torch.nn.Parameter, int] | None:
-    """Return each matrix's elements that a token passes; None if the number of active experts is not known."""
+    """Return each matrix's elements that a token uses; None if the number of active experts is unknown."""
     counts, base = spec.expert_counts, spec.model
     apart = {param: len(each) for _, each in spec.separate_experts() for param in each.parameters()}
     active = next((value for name in _ACTIVE_EXPERTS if (value := getattr(config, name, None))), None)

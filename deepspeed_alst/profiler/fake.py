@@ -1,6 +1,6 @@
 """Simulated ranks and fake tensors on one CPU, so that a ledger can measure models of real size.
 
-For measurements only: results that depend on a value (a loss, a token's expert) are undefined.
+Results that depend on a value (a loss, a token's expert) are undefined.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,9 @@ aten = torch.ops.aten
 
 @contextmanager
 def fake_ranks(num_ranks: int) -> Iterator[None]:
-    """Run as rank 0 of ``num_ranks`` simulated ranks; collectives send nothing and change nothing.
-
-    Raises:
-        SetupError: torch.distributed is initialized already.
-    """
+    """Run as rank 0 of simulated ranks, whose collectives do nothing; SetupError if torch.distributed is in use."""
     if dist.is_initialized():
-        raise SetupError("fake_ranks: torch.distributed is initialised already, and a process has one world only")
+        raise SetupError("fake_ranks: torch.distributed is initialized already, and a process has one world only")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         yield
@@ -36,14 +32,11 @@ def fake_ranks(num_ranks: int) -> Iterator[None]:
 
 @contextmanager
 def fake_world(num_ranks: int) -> Iterator[FakeTensorMode]:
-    """Run as rank 0 of ``num_ranks`` simulated ranks, with fake tensors.
+    """Run as rank 0 of ``num_ranks`` simulated ranks, with fake tensors; SetupError as in ``fake_ranks``.
 
     Open a ledger inside, so that it sees operators before the fake mode does. Build models in their final dtype: a fake
-    parameter cannot be cast. A transformers model whose attention is not patched creates the full S x S mask here,
-    because it cannot tell from fake position_ids that no documents are packed.
-
-    Raises:
-        SetupError: torch.distributed is initialized already.
+    parameter cannot be cast. Without patched attention transformers creates the full S x S mask here, because fake
+    position_ids may be of packed documents.
     """
     with fake_ranks(num_ranks), FakeTensorMode() as mode:
         yield mode
@@ -52,9 +45,7 @@ def fake_world(num_ranks: int) -> Iterator[FakeTensorMode]:
 class Known(TorchDispatchMode):
     """Values that fake tensors lack; open it inside ``fake_world`` and outside the ledger.
 
-    Args:
-        num_labelled: number of elements that ``nonzero`` finds.
-        per_expert: value of an element of a fake integer tensor: tokens of one expert.
+    ``nonzero`` finds ``num_labelled`` elements; an element of an integer tensor is ``per_expert``, an expert's tokens.
     """
 
     def __init__(self, num_labelled: int, per_expert: int = 0) -> None:

@@ -19,12 +19,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError
-from deepspeed_alst.profiler.owners import CATEGORIES, Block, Blocks, Category, Moment, Peak, Sample, opened
-from deepspeed_alst.profiler.scopes import Scopes
+from deepspeed_alst.profiler.owners import CATEGORIES, Block, Blocks, Category, Moment, Peak, Sample, Scopes, opened
 
 aten = torch.ops.aten
-_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
-_WITH_WEIGHT = (aten.mm, aten.addmm, aten.bmm)
 # Owners that derived tensors do not inherit.
 _NOT_INHERITED = ("weights", "gradients", "communication", "host")
 
@@ -41,37 +38,31 @@ class Ledger:
     """Ledger of one model, a context manager; readable during and after the step.
 
     FLOPs are by torch's formulas: a multiply-add is 2, only matmuls, convolutions and attention count, causal attention
-    counts in full (all S x S scores), and its backward recomputes the scores.
-
-    Args:
-        model: its parameters and buffers are the weights; module names and classes determine the owners. If it is not
-            on the CPU, CPU memory is ``host``.
+    counts in full (all S x S scores), and its backward recomputes the scores. The model's parameters and buffers are
+    the weights; module names and classes determine the owners. If it is not on the CPU, CPU memory is ``host``.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.spent: Counter[Spent] = Counter()
         """FLOPs by part of the step, category and operator."""
-        self.rows: Counter[str] = Counter()
-        """Rows multiplied with each linear weight in forward direction, by parameter name."""
         first = next(model.parameters(), None)
         self._on_cpu = first is None or first.device.type == "cpu"
         self._model = model
         self._scopes = Scopes(model)
         self._blocks = Blocks()
-        # Name and strides of each matrix, by its storage and offset.
-        self._matrices: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self._undo = PatchSet()
 
     def __enter__(self) -> "Ledger":
         with PatchSet().rollback_on_error() as undo:
             undo.enter_context(opened(self.owner))
-            undo.callback(self._scopes.close)
-            undo.callback(self._blocks.close)
-            self._claim_model()
+            undo.callback(self._scopes.entries.clear)
+            undo.callback(self._blocks.alive.clear)
+            self.claim([*self._model.buffers(), *self._model.parameters()], "weights")
+            self._claim_gradients()
             undo.hook(torch_modules, "module_forward_pre", lambda module, args: self._scopes.enter_module(module))
             undo.hook(torch_modules, "module_forward", self._after_module, always_call=True)
             undo.wrap(torch.UntypedStorage, "resize_", self._seen)
-            # On a GPU autograd has threads of its own otherwise, and their sequence numbers are others (scopes.py).
+            # On a GPU autograd has threads of its own otherwise, and their sequence numbers are others (owners.py).
             undo.enter_context(torch.autograd.set_multithreading_enabled(False))
             undo.enter_context(_Watch(self._run))
             undo.callback(self._claim_gradients)
@@ -103,17 +94,17 @@ class Ledger:
         """Peak of device memory: bytes, moment and owners."""
         return self._blocks.peak()
 
-    @property
-    def flops(self) -> Counter[str]:
-        """FLOPs by operator."""
-        return self.flops_by("operator")
-
     def flops_by(self, field: str) -> Counter[str]:
         """Sum FLOPs by a field of ``Spent``: part, category or operator."""
         found: Counter[str] = Counter()
         for spent, flops in self.spent.items():
             found[getattr(spent, field)] += flops
         return found
+
+    @property
+    def flops(self) -> Counter[str]:
+        """FLOPs by operator."""
+        return self.flops_by("operator")
 
     @property
     def attention_flops(self) -> int:
@@ -124,10 +115,6 @@ class Ledger:
     def matmul_flops(self) -> int:
         """FLOPs of all other operators."""
         return self.flops.total() - self.attention_flops
-
-    def forwards(self, num_tokens: int) -> dict[str, float]:
-        """Return forward passes of all tokens per linear weight, recomputation and tiles included."""
-        return {name: rows / num_tokens for name, rows in self.rows.items()}
 
     def report(self) -> str:
         """Format the peak, its owners and the FLOPs as text."""
@@ -155,7 +142,7 @@ class Ledger:
         result = func(*args, **kwargs)
         category = scope.category or _inherited(inputs)
         outputs = [self._see(each, category) for each in tree_leaves(result) if _has_storage(each)]
-        if getattr(func, "namespace", "") in _COLLECTIVES:
+        if "c10d" in getattr(func, "namespace", ""):
             for block in inputs + outputs:
                 block.claim("communication")
         elif self._scopes.accumulates():
@@ -166,29 +153,12 @@ class Ledger:
         if (flops_of := _formula(func)) is not None:
             flops = flops_of(*args, **kwargs, out_val=result)
             self.spent[Spent(part, category, moment.operator)] += flops
-            if getattr(func, "_overloadpacket", None) in _WITH_WEIGHT:
-                self._count_rows(*args[-2:])
         return result
 
     def _see(self, tensor: torch.Tensor, category: Category, *, initial: bool = False) -> Block:
         if tensor.device.type == "cpu" and not self._on_cpu:
             category = "host"
         return self._blocks.see(tensor.untyped_storage(), category, initial=initial)
-
-    def _count_rows(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """Count rows of a forward matmul: it uses the transposed weight, the input gradient the weight itself."""
-        place = (weight.untyped_storage()._cdata, int(weight.storage_offset()))
-        name, stride = self._matrices.get(place, ("", ()))
-        if name and weight.stride()[-2:] == stride[::-1]:
-            self.rows[name] += x.shape[:-1].numel()
-
-    def _claim_model(self) -> None:
-        self.claim(self._model.buffers(), "weights")
-        self.claim(self._model.parameters(), "weights")
-        for name, param in self._model.named_parameters():
-            if param.dim() == 2 and _has_storage(param):
-                self._matrices[param.untyped_storage()._cdata, int(param.storage_offset())] = (name, param.stride())
-        self._claim_gradients()
 
     def _claim_gradients(self) -> None:
         self.claim([param.grad for param in self._model.parameters() if param.grad is not None], "gradients")

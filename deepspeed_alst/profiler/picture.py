@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.profiler.owners import CATEGORIES, START, Category, Sample
-from deepspeed_alst.profiler.scopes import BACKWARD, FORWARD, RECOMPUTE
+from deepspeed_alst.profiler.owners import BACKWARD, CATEGORIES, FORWARD, RECOMPUTE, START, Category, Sample
 
 _NUM_PARTS = 8
-# A plot is some 1,000 pixels wide. With more samples, only the first and highest of each stretch are drawn.
+# A plot is about 1,000 pixels wide. With more samples, only the first and highest of each stretch are drawn.
 _MAX_STRETCHES = 2000
-# Share of the width: a shorter stretch of forward or backward has no room for a label.
+# Share of the width that the label of a forward or backward needs.
 _NAMED_SHARE = 0.03
 _LOOKS: dict[Category, tuple[str, str]] = {
     "weights": ("weights", "#7f7f7f"),
@@ -38,7 +37,7 @@ def report(ledger: Any) -> str:
     owners, allocations = _table("owner", "memory", "of the peak"), _table("allocated in", "owner", "memory")
     for owner, size in sorted(peak.owners.items(), key=lambda item: -item[1]):
         if size:
-            owners.add_row(owner, format_bytes(size), "beside it" if owner == "host" else f"{size / peak.bytes:.1%}")
+            owners.add_row(owner, format_bytes(size), "not included" if owner == "host" else f"{size / peak.bytes:.1%}")
     for (owner, birth), size in peak.parts.most_common(_NUM_PARTS):
         allocations.add_row("before the start" if birth == START else str(birth), owner, format_bytes(size))
     operators = _table("operator", *parts, "all")
@@ -52,7 +51,7 @@ def report(ledger: Any) -> str:
     console = Console(file=out, width=180)
     console.print(f"Peak: {format_bytes(peak.bytes)} at {peak.moment}")
     console.print(owners)
-    console.print("Its largest parts, by what allocated them:")
+    console.print("Largest parts of the peak, by what allocated them:")
     console.print(allocations)
     console.print(f"FLOPs: {ledger.matmul_flops:,} in matmuls, {ledger.attention_flops:,} in fused attention")
     console.print(operators)

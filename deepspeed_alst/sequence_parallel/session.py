@@ -15,7 +15,7 @@ from deepspeed_alst.data.validation import vocabulary_of
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.errors import DataError, SetupError
-from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck, StepDropper
+from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
 from deepspeed_alst.random_draws.model_draws import Draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_attention import find_backend
@@ -43,7 +43,7 @@ class Session:
         # Rank 0's seed: programs may seed each rank differently.
         seed = gather_objects(torch.initial_seed(), control_group)[0]
         self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank))
-        self.losses = NonFiniteLossCheck(self.groups, self.calls)
+        self.losses = NonFiniteCheck(self.groups, self.calls)
         self._patches = patches
         self._in_backward = False
         self._loss_divisor = 1
@@ -58,11 +58,6 @@ class Session:
         )
         # DeepSpeed sets None for such an mpu, and set_train_batch_size multiplies by it.
         engine.dp_world_size = self.groups.dp_size
-
-    def watch_gradients(self, engine: Any) -> None:
-        """Drop steps with NaN or Inf gradients. Runs after the reduction is installed, whose norm it reads."""
-        if not engine.fp16_enabled():
-            self.losses.dropper = StepDropper(engine, self._patches)
 
     def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
         """Wrap a loader to yield this rank's shards; a sharded loader is returned unchanged.

@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from deepspeed_alst.data.sharding import PLACE, fingerprint, kept_places, labels_of_all
+from deepspeed_alst.data.sharding import PLACE, fingerprint, shift_labels, tokens_of
+from deepspeed_alst.data.validation import LABEL_KEYS
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
+from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
 from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
@@ -49,7 +51,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
         facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
-        batch = labels_of_all(batch)
+        batch = _labels_of_all(batch)
     except AlstError as error:
         facts = Facts(str(error))
     except Exception as error:
@@ -74,7 +76,31 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
     made = _whole_logits(logits, length, trains, session)
-    return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, kept_places(keep)])
+    return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, _kept_places(keep)])
+
+
+def _labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
+    """Expand the labels of a batch with ``logits_to_keep`` to all tokens; raise DataError if they are not as many."""
+    keep = batch.get("logits_to_keep")
+    batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
+    key = next((key for key in reversed(LABEL_KEYS) if batch.get(key) is not None), None)
+    if keep is None or (isinstance(keep, int) and keep == 0) or key is None:
+        return batch
+    tokens, kept = tokens_of(batch), batch[key]
+    places = torch.arange(tokens.shape[1], device=tokens.device)[_kept_places(keep)]
+    if kept.shape != (tokens.shape[0], len(places)):
+        raise DataError(
+            f"{key} has shape {list(kept.shape)}, and logits_to_keep keeps {len(places)} of {tokens.shape[1]} tokens: "
+            "give labels to as many, or leave logits_to_keep out"
+        )
+    shifted = torch.full(tokens.shape[:2], IGNORED_LABEL, dtype=kept.dtype, device=kept.device)
+    shifted[:, places.to(kept.device)] = kept if key == "shift_labels" else shift_labels(kept)
+    return batch | dict.fromkeys(LABEL_KEYS, shifted)
+
+
+def _kept_places(keep: Any) -> Any:
+    """Return the tokens that transformers' ``logits_to_keep`` selects, as an index."""
+    return slice(-keep, None) if isinstance(keep, int) else keep
 
 
 def _whole_logits(pieces: list[Any], length: int, trains: bool, session: Any) -> Any:

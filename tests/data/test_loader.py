@@ -454,7 +454,7 @@ CAUSES = {
     "dataset": "the data loader raised KeyError: 'text'",
     "left padding": "attention_mask has padding on the left in row 0",
     "tuple": "a batch must be a mapping",
-    "a gradient": "inputs_embeds requires a gradient, which ends at the exchange between ranks",
+    "a gradient": "inputs_embeds requires a gradient, which the exchange between ranks does not pass on",
 }
 
 
@@ -579,10 +579,10 @@ LABELS = batch_of(1, 1, rows=3)["labels"]
     [
         (
             {"labels": LABELS[:1].float()},
-            "labels has dtype torch.float32, and must have whole numbers: make them",
+            "labels has dtype torch.float32, and must have integers: convert it",
         ),
-        ({"labels": LABELS[:1] > 3}, "labels has dtype torch.bool, and must have whole numbers"),
-        ({"input_ids": LABELS[:1].double()}, "input_ids has dtype torch.float64, and must have whole numbers"),
+        ({"labels": LABELS[:1] > 3}, "labels has dtype torch.bool, and must have integers"),
+        ({"input_ids": LABELS[:1].double()}, "input_ids has dtype torch.float64, and must have integers"),
         ({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 4]]}, "input_ids is a list, not a tensor"),
         ({"labels": LABELS[:1].tolist()}, "labels is a list, not a tensor"),
     ],

@@ -239,7 +239,7 @@ def test_a_mask_with_holes_is_refused_with_its_row():
 
 def test_a_mask_of_four_dims_is_refused_with_its_shape():
     message = refusal({"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 1, 5, 5)})
-    assert "attention_mask has 4 dims, shape [2, 1, 5, 5]" in message
+    assert "attention_mask has shape [2, 1, 5, 5]" in message
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.ones(2, 6), torch.ones(5), torch.tensor(1)])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from benchmarks.ranks import Ranks
 from deepspeed_alst.grad_reduction.reduce import Fragment, Reduction
-from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces
+from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.profiler.ledger import Ledger
 
 SIZES = (1, 7, 64, 1000, 4097)
@@ -186,7 +186,7 @@ def test_micro_steps_add_up_in_the_dtype_of_the_shares(out, ranks2, ranks3):
 def extra_bytes(kind: str, dtype: torch.dtype, out: torch.dtype, slice_bytes: int, numel: int) -> int:
     """The most that is alive during a reduction beside the gradients and the places of the results."""
     P, r = dist.get_world_size(), dist.get_rank()
-    assert load_sum_pieces("cpu") == "csrc op"  # the definition in torch needs a little more
+    assert load("cpu") == "csrc op"  # the definition in torch needs a little more
     reduction, group = Reduction(slice_bytes=slice_bytes), dist.group.WORLD
     grads = gradients(dtype, r, (numel, 1001))
     places = [

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.reduction.op import memory
 from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces, sum_pieces_reference
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces, sum_pieces_reference
+from deepspeed_alst.kernels.builder import load
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -20,7 +21,7 @@ EVERY_HALF = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    assert load_sum_pieces("cpu") == "csrc op"
+    assert load("cpu") == "csrc op"
     assert torch._C._dispatch_has_kernel_for_dispatch_key("deepspeed_alst::sum_pieces", "CPU")
 
 

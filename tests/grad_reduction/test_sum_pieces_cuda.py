@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspeed_alst.grad_reduction.sum_pieces import load_sum_pieces, sum_pieces, sum_pieces_reference
-from deepspeed_alst.kernels.builder import cuda_flags, source_folder
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces, sum_pieces_reference
+from deepspeed_alst.kernels.builder import cuda_flags, load, source_folder
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HARNESS = Path(__file__).parents[1] / "programs" / "sum_by_threads.cpp"
@@ -146,7 +146,7 @@ def test_every_kernel_loads_16_bytes_at_a_time(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_dtype", DTYPES)
 def test_on_a_gpu_the_kernel_is_the_definition_bit_by_bit(dtype, out_dtype):
-    assert load_sum_pieces("cuda") == "csrc op"
+    assert load("cuda") == "csrc op"
     torch.manual_seed(0)
     for P, n, gap, begin in itertools.product((1, 3, 8), (1, 63, 4097, 1_000_003), (0, 5), (0, 1)):
         pieces_Pn = torch.randn(P, n + gap, device="cuda").to(dtype)[:, :n]

@@ -186,7 +186,7 @@ def refusal_of(what: str, options: dict, data: dict) -> str:
 def test_streams_of_other_lengths_on_other_ranks_are_refused_on_all(gas, ranks2):
     options = {"accelerator_config": {"dispatch_batches": False}, "max_steps": 20, "gradient_accumulation_steps": gas}
     for said in ranks2.run(refusal_of, "train", options, {"train_dataset": OwnStream()}, seconds=120):
-        assert "the ranks' data are not of the same length (rank 0: in training of 20 steps" in said
+        assert "the ranks have different numbers of batches (rank 0: in training of 20 steps" in said
 
 
 @pytest.mark.parametrize("key", ["train_dataset", "eval_dataset"])

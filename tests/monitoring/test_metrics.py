@@ -20,7 +20,7 @@ from benchmarks.cells import Cell, build_model, ds_config, model_config, samples
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
 from deepspeed_alst.core.hf_model_spec import ModelSpec
-from deepspeed_alst.monitoring.feature import shard_places, whole_places
+from deepspeed_alst.monitoring.metrics import shard_places, whole_places
 from deepspeed_alst.monitoring.step_flops import Span, StepFlops, step_flops
 from tests.moe.test_mixtures import SeparateExperts
 

@@ -265,7 +265,6 @@ def test_flops_of_a_stack_of_linear_layers_are_exact():
     assert ledger.flops_by("part") == {"forward": first + second, "backward": first + 2 * second}
     assert ledger.flops == {"aten.addmm": first, "aten.mm": first + 3 * second}
     assert ledger.matmul_flops == 2 * first + 3 * second and ledger.attention_flops == 0
-    assert ledger.forwards(11) == {"0.weight": 1.0, "2.weight": 1.0}
 
 
 def test_flops_of_attention_on_cpu_are_torchs_formula():
@@ -297,7 +296,7 @@ def test_inference_mode_has_the_same_flops():
     model = torch.nn.Linear(5, 7)
     with torch.inference_mode():
         ledger = keep(model, lambda: model(torch.ones(2, 3, 5)))
-    assert ledger.flops.total() == linear_flops(6, (5, 7)) and ledger.rows == {"weight": 6}
+    assert ledger.flops.total() == linear_flops(6, (5, 7))
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -305,9 +304,6 @@ def test_a_recomputed_mlp_is_counted_twice_and_the_head_once(checkpointing):
     model = build(checkpointing)
     ledger = keep(model, lambda: step(model, tokens()))
     times = 1 if checkpointing == "whole" else 2
-    forwards = ledger.forwards(T)
-    assert [forwards[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(LAYERS)] == [times] * LAYERS
-    assert forwards["lm_head.weight"] == 1
     q_k_v_o = ((WIDTH, WIDTH), (WIDTH, 128), (WIDTH, 128), (WIDTH, WIDTH))
     layer = linear_flops(T, *q_k_v_o, *[(WIDTH, INNER)] * 3)
     head, attention = linear_flops(T, (WIDTH, VOCABULARY)), 2 * (2 * T * T * HEADS * HEAD_SIZE)
@@ -383,7 +379,6 @@ def test_nested_autograd_is_followed(is_checkpointed):
         ("recompute", "tiles"): times * inner,
         ("backward", "tiles"): 2 * inner,
     }
-    assert ledger.forwards(8)["body.inner.weight"] == 1 + times
     assert max(sample.bytes["logits"] for sample in ledger.timeline) >= 8 * 32 * 4
     assert ledger.timeline[-1].bytes["tiles"] == 0
 
@@ -444,7 +439,7 @@ def test_fake_tensors_have_the_bytes_and_flops_of_real_ones(checkpointing):
             patch_model(ModelSpec(model), dist.group.WORLD, undo)
             ledgers.append(keep(model, lambda model=model: shard_step(model)))
     real, fake = ledgers
-    assert fake.spent == real.spent and fake.rows == real.rows
+    assert fake.spent == real.spent
     assert fake.peak.moment == real.peak.moment
     assert (fake.peak.bytes, fake.peak.owners) == (real.peak.bytes, real.peak.owners)
 

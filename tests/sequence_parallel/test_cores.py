@@ -542,7 +542,7 @@ def test_a_function_that_somebody_registered_under_a_cores_name_is_not_the_core(
 
 def test_packed_documents_are_refused_where_the_model_does_not_keep_them_apart():
     for batch in (packed_batch(), collated(DataCollatorWithFlattening(return_flash_attn_kwargs=True))):
-        with pytest.raises(DataError, match=r"restart at token 7 of row 0.*does not keep packed samples apart"):
+        with pytest.raises(DataError, match=r"restart at token 7 of row 0.*does not support packed samples"):
             shard_batch(batch, 2, 2)
 
 
@@ -557,11 +557,14 @@ def test_a_single_document_of_a_packing_collator_is_a_document():
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"cu_seq_lens_q": torch.tensor([0, 2, 6])}, "documents that end at 2, 6, position_ids some that end at 3, 6"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 2, 6])},
+            "end at 2, 6 by cu_seq_lens_q, and at 3, 6 by position_ids",
+        ),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "cu_seq_lens_q goes from 0 to 5"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 3, 6])}, "it must rise"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6]), "cu_seq_lens_k": torch.tensor([0, 6])}, "differ"),
-        ({"cu_seq_lens_k": [0, 3, 6]}, "cu_seq_lens_k must be one row"),
+        ({"cu_seq_lens_k": [0, 3, 6]}, "cu_seq_lens_k must be a 1-D integer tensor"),
     ],
 )
 def test_documents_that_do_not_fit_are_refused(changed, sentence):

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config, samples
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import NonFiniteLossError
-from deepspeed_alst.grad_reduction.nan_check import NonFiniteLossCheck
+from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from tests.sequence_parallel.test_features import allow_fp16_on_cpu, forbid_fp16_on_cpu
 
@@ -104,17 +105,20 @@ def test_of_batches_that_are_exchanged_one_by_one_the_rank_is_named(ranks2):
 
 
 def loss_of_one_rank_alone() -> tuple[str, bool]:
-    groups = build_groups(1, build_control_group())
-    engine = mock.Mock(global_steps=0)
-    watch = NonFiniteLossCheck(groups, ForwardContext())
-    watch.dropper = mock.MagicMock(parameter="")
-    watch.add(torch.tensor(math.nan if dist.get_rank() == 1 else 1.0))
+    groups, module = build_groups(1, build_control_group()), torch.nn.Linear(1, 1)
+    optimizer, before = torch.optim.SGD(module.parameters(), lr=1.0), module.weight.item()
+    module.weight.grad = torch.ones(1, 1)
+    engine = mock.Mock(global_steps=0, module=module, optimizer=optimizer, fp16_enabled=lambda: False)
     try:
-        with pytest.raises(NonFiniteLossError) as raised, watch.step(engine):
-            pass
+        with PatchSet() as patches:
+            watch = NonFiniteCheck(groups, ForwardContext())
+            watch.watch(engine, patches)
+            watch.add(torch.tensor(math.nan if dist.get_rank() == 1 else 1.0))
+            with pytest.raises(NonFiniteLossError) as raised, watch.step(engine):
+                optimizer.step()
     finally:
         groups.destroy()
-    return str(raised.value), watch.dropper.dropping.call_args.args[0]
+    return str(raised.value), module.weight.item() == before
 
 
 def test_a_loss_that_is_nan_on_one_rank_alone_stops_all(ranks2):

@@ -61,7 +61,7 @@ def losses_by_dtype() -> tuple[list[float], str]:
 
 def test_without_sequence_parallelism_too_labels_are_whole_numbers_of_any_dtype(ranks2):
     losses, words = ranks2.run(losses_by_dtype)[0]
-    assert len(set(losses)) == 1 and words.startswith("labels has dtype torch.float32, and must have whole numbers")
+    assert len(set(losses)) == 1 and words.startswith("labels has dtype torch.float32, and must have integers")
 
 
 class Gathers(TorchDispatchMode):
