@@ -72,6 +72,8 @@ class Cell:
     """Tile MLP and loss, a few tokens per tile."""
     loss: str = ""
     """Loss backend of the tiles, "triton" or "liger", run by Triton's interpreter; needs ``tiles``."""
+    lean: bool = False
+    """Run decoder layers in chunks of a few tokens; needs ``checkpointing``."""
     offload: str = ""
     """Offload target of layer inputs: "host", "disk", or "outputs" for attention outputs too, both on the host."""
     frozen: str = ""
@@ -241,6 +243,8 @@ def ds_config(cell: Cell, sp_size: int) -> dict[str, Any]:
         if cell.tiles:
             loss = {"tile_tokens": 5} | ({"backend": cell.loss} if cell.loss else {})
             config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": loss}
+        if cell.lean:
+            config["alst"]["memory_lean_layer"] = {"chunk_tokens": 10, "tile_tokens": 4, "key_block": 7}
         config["alst"] |= offload_keys(cell.offload)
     return config
 

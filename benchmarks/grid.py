@@ -37,12 +37,15 @@ _FACTORS: dict[str, tuple[Any, ...]] = {
     "lora": (False, True),
     "tiles": (True, False),
     "offload": ("", "outputs", "host", "disk"),
+    "lean": (False, True),
 }
 
 
 def _is_possible(cell: Cell) -> bool:
     """Return False for settings that DeepSpeed ignores, or rejects at SP 1 too."""
     zero_only = cell.overlap_comm or cell.offload_optimizer or not cell.contiguous_gradients or not cell.reduce_scatter
+    if cell.lean and not cell.checkpointing:
+        return False
     if cell.stage == 0 and (zero_only or cell.grad_accum):
         return False
     # An fp32 run accumulates in fp32 anyway.
@@ -129,6 +132,7 @@ def short_cells() -> list[Cell]:
         Cell(stage=2, gas=2, lora=True, dtype="bf16", unequal_labels=True),
         *(replace(_ALL, odd_lengths=True, unequal_labels=True, model=kind) for kind in ("gated delta net", "Mamba 2")),
         replace(_ALL, documents=True, model="mixture"),
+        *lean_cells()[:5],
     ]
     return cells + [
         replace(cell, world_size=4, **changed)
@@ -156,6 +160,26 @@ def kernel_cells() -> list[Cell]:
         replace(tiled, stage=2, loss="liger"),
         *(replace(tiled, stage=1, dtype="fp16", loss=loss) for loss in ("triton", "liger")),
         *(replace(cell, loss=loss) for cell in in_bf16 for loss in ("triton", "liger")),
+    ]
+
+
+def lean_cells() -> list[Cell]:
+    """Return cells of memory-lean layers: stages, dtypes, offload, adapters, windows, documents, shared KV heads."""
+    lean = Cell(checkpointing="non-reentrant", lean=True)
+    full = replace(lean, gas=2, odd_lengths=True, unequal_labels=True, clip=0.5, tiles=True)
+    sp4 = {"sp_size": 4, "world_size": 4}
+    return [
+        replace(lean, stage=0, gas=4),
+        replace(full, stage=3, offload="outputs"),
+        replace(full, stage=3, lora=True, offload="host"),
+        replace(lean, stage=2, gas=2, model="some layers' window", documents=True),
+        replace(lean, stage=1, gas=4, dtype="bf16", checkpointing="reentrant"),
+        replace(lean, stage=2, dtype="bf16", grad_accum="fp32", offload="disk"),
+        replace(lean, stage=3, gas=2, dtype="bf16", tied=True, tiles=True),
+        replace(full, stage=2, kv_heads=1, **sp4),
+        replace(lean, stage=3, model="chunks", **sp4),
+        replace(lean, stage=2, model="window 7", documents=True, **sp4),
+        replace(full, stage=2, frozen="layer 0"),
     ]
 
 

@@ -21,7 +21,7 @@ from benchmarks import resume
 from benchmarks.cells import STEPS, Cell, Result, run_alst, run_interpreted, run_sp1, run_truth, run_upstream
 from benchmarks.families import KINDS, LINEAR_FAMILIES
 from benchmarks.figures import Figure, Part, report
-from benchmarks.grid import kernel_cells, model_cells, pairwise_cells, product_cells, short_cells
+from benchmarks.grid import kernel_cells, lean_cells, model_cells, pairwise_cells, product_cells, short_cells
 from benchmarks.ranks import RankError, Ranks, interpreted_ranks
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
 
@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
-    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells()
+    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells() + lean_cells()
     trainers = trainer_cells()[:2] if short else trainer_cells()
     columns = (*_KINDS.values(), "DeepSpeed's ALST")
     parts = {"parity": Part(lambda: figures(run_cells(cells, trainers)), columns, _CAPTION)}

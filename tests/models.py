@@ -1,16 +1,19 @@
 """One step of a small model in fp64, whole and split."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import SMALL
+from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
+from deepspeed_alst.memory_lean import feature, norm
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.verification.verify_model import verify_model
@@ -40,16 +43,23 @@ def state_of(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def step_in_fp64(
-    config: Any, batch: dict[str, torch.Tensor], group: Any = None, multiple: int = 0
+    config: Any,
+    batch: dict[str, torch.Tensor],
+    group: Any = None,
+    multiple: int = 0,
+    lean: MemoryLeanConfig | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step, all in fp64: whole if there is no group, else split over it.
 
-    Split, the sequence is padded to a ``multiple``, by default of the number of ranks.
+    Split, the sequence is padded to a ``multiple``, by default of the number of ranks, and layers run in the chunks of
+    a ``lean`` config, if there is one.
     Gradients of the split run are averaged over the ranks, as DeepSpeed does it.
     """
     # Eager experts: the grouped matrix product of the default has no fp64.
     config._experts_implementation = "eager"
     model = build_model(config).double()
+    if lean is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     before = state_of(model)
     with PatchSet() as patches, KeepFp64():
         if group is not None:
@@ -57,6 +67,12 @@ def step_in_fp64(
             batch = shard_batch(batch, sp_size, multiple or sp_size, marks_padding=True).shards[dist.get_rank(group)]
             calls.real_tokens = batch.pop(REAL_TOKENS)
             patch_model(ModelSpec(model), group, patches, calls)
+        if group is not None and lean is not None:
+            # Autograd runs backwards without modes: layers enter them again as they do with autocast.
+            for module in (feature, norm):
+                patches.enter_context(mock.patch.object(module, "autocast_as_here", lambda kind: KeepFp64))
+            layers, reasons = feature.run_in_chunks(ModelSpec(model), lean, group, calls, lambda layer: None, patches)
+            assert layers and not reasons, reasons
         loss = model(**batch, use_cache=False).loss
         loss.backward()
     assert patches.journal == [] and state_of(model) == before
@@ -69,7 +85,13 @@ def step_in_fp64(
 
 
 def split_and_whole(
-    config: Any, length: int, rows: int = 1, sp_size: int = 2, multiple: int = 0, padding: int = 0
+    config: Any,
+    length: int,
+    rows: int = 1,
+    sp_size: int = 2,
+    multiple: int = 0,
+    padding: int = 0,
+    lean: MemoryLeanConfig | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Relative error of the split run's loss, and of each gradient, against the whole run's.
 
@@ -82,7 +104,7 @@ def split_and_whole(
         batch["labels"][0, -padding:] = -100
     whole_loss, whole = step_in_fp64(config, batch)
     groups = [dist.new_group(list(range(first, first + sp_size))) for first in range(0, dist.get_world_size(), sp_size)]
-    loss, grads = step_in_fp64(config, batch, groups[dist.get_rank() // sp_size], multiple)
+    loss, grads = step_in_fp64(config, batch, groups[dist.get_rank() // sp_size], multiple, lean)
     # A rank's batch may leave an expert without a token, and its gradient None.
     assert grads.keys() == whole.keys()
     worst = {name: float((grads[name] - true).norm() / true.norm()) for name, true in whole.items() if true.norm()}

@@ -23,7 +23,7 @@ LAYERS = (
     {"data"},
     {
         *("sequence_parallel", "linear_attention", "moe", "random_draws", "tiling", "offload", "grad_reduction"),
-        *("checkpoint", "monitoring", "verification", "integrations", "features", "engine"),
+        *("checkpoint", "monitoring", "verification", "integrations", "memory_lean", "features", "engine"),
     },
     {"start"},
     {"initialize"},

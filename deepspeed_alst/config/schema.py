@@ -108,8 +108,7 @@ class ReductionConfig(_Block):
     slice_bytes: Annotated[int, _number_of("bytes")] = Field(default=2**26, ge=4096)
     """Bytes reduced at a time. The reduction needs at most twice that in addition to the gradients."""
     bucket_size: Annotated[Literal["auto"] | int | None, _number_of("elements", "auto", None)] = None
-    """Elements of DeepSpeed's gradient buckets, instead of zero_optimization.reduce_bucket_size; "auto" takes the spare
-    memory."""
+    """Elements of DeepSpeed's gradient buckets, instead of its reduce_bucket_size; "auto" takes the spare memory."""
 
 
 class OffloadConfig(_Block):
@@ -119,8 +118,19 @@ class OffloadConfig(_Block):
     """Existing folder on a fast disk, for activations that exceed the host memory."""
     host_budget: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
     """Bytes of a host's memory for the activations of all its ranks; "auto" is the spare memory of the host."""
-    keep_last: StrictInt = Field(default=1, ge=0)
-    """Number of last layers whose tensors stay on the device: the backward needs them at once."""
+    keep_last: StrictInt | None = Field(default=None, ge=0)
+    """Last layers whose tensors stay on the device; unset means 1, or 0 if layers run in chunks."""
+
+
+class MemoryLeanConfig(_Block):
+    """``alst.memory_lean_layer`` as an object; ``true`` is an empty object."""
+
+    chunk_tokens: StrictInt = Field(default=8192, ge=1)
+    """Tokens of a rank's shard that a layer processes at a time."""
+    tile_tokens: StrictInt = Field(default=2048, ge=1)
+    """Tokens of a chunk whose graph exists at a time."""
+    key_block: StrictInt = Field(default=65536, ge=1)
+    """Keys of one kernel call, which bound what attention's kernel allocates for their gradients."""
 
 
 BLOCKS: dict[str, type[BaseModel]] = {
@@ -129,6 +139,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "tiled_logits_loss": TiledLossConfig,
     "liger_kernel": LigerConfig,
     "activation_checkpoint_cpu_offload": OffloadConfig,
+    "memory_lean_layer": MemoryLeanConfig,
 }
 SWITCHES: dict[str, tuple[str, ...]] = {
     "tiled_mlp_compute": (),
@@ -136,6 +147,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "liger_kernel": ("auto",),
     "activation_checkpoint_cpu_offload": (),
     "save_attention_output": ("auto",),
+    "memory_lean_layer": (),
 }
 """Words that a switch takes besides true, false and, if it is in BLOCKS, an object."""
 
@@ -163,8 +175,8 @@ class AlstBlockConfig(_Block):
     save_attention_output: bool | Literal["auto"] = "auto"
     """Attention output and log-sum-exp kept for the backward of checkpointed layers: true, false, or "auto": with the
     offload, if the copy overlaps with computation and the host has memory."""
-    memory_lean_layer: Literal[False] = False
-    """Memory-lean layer schedule. Not available in this version."""
+    memory_lean_layer: MemoryLeanConfig | None = None
+    """Checkpointed decoder layers in chunks of tokens, keys and values resident: true, false or an object."""
 
     @field_validator(*SWITCHES, mode="before")
     @classmethod
@@ -192,13 +204,6 @@ class AlstBlockConfig(_Block):
                 f"fused_linear_cross_entropy={shown(part)} contradicts tiled_logits_loss={shown(backend)}; leave one "
                 "of them out"
             )
-        return value
-
-    @field_validator("memory_lean_layer", mode="before")
-    @classmethod
-    def _not_yet(cls, value: Any) -> Any:
-        if value is not False:
-            raise ValueError("not available in this version of deepspeed_alst; remove the key, or set it to false")
         return value
 
 

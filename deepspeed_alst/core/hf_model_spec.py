@@ -60,6 +60,12 @@ class ModelSpec:
         return self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
 
     @property
+    def norms(self) -> list[torch.nn.Module]:
+        """The decoder's own modules that have vectors as their only weights: norms before or after the layers."""
+        children = [child for child in self.decoder.children() if list(child.parameters())]
+        return [child for child in children if all(param.dim() == 1 for param in child.parameters())]
+
+    @property
     def layers(self) -> dict[str, torch.nn.Module]:
         """Elements of the decoder's own ModuleLists, by name in ``model``."""
         prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)

@@ -154,12 +154,12 @@ class ActivationStore:
         self._last: Callable[[], Group | None] = lambda: None
         self._leaving: list[Group] = []
 
-    def group(self, stays: bool = False) -> "Group":
-        """Start a group for a call of a checkpointed layer; if it stays, its tensors are not offloaded."""
+    def group(self, stays: bool = False, prefetches: bool = True) -> "Group":
+        """Start a group of a layer's tensors, not offloaded if it stays; without prefetch the backward has its order."""
         # The second-last group leaves first. Between forward and backward only groups that stay are on the device.
         self.release_kept(keep=0 if stays else 1)
-        group = Group(self, self._last, stays)
-        self._last = weakref.ref(group)
+        group = Group(self, self._last if prefetches else lambda: None, stays)
+        self._last = weakref.ref(group) if prefetches else self._last
         if not stays:
             self._leaving.append(group)
         return group
@@ -185,13 +185,13 @@ class Group:
         self._store, self._before, self._stays = store, before, stays
         self._tensors: list[weakref.ref[OffloadedTensor]] = []
 
-    def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Offload a tensor and return a function that restores it on each call (``attention_cache.Put``)."""
+    def put(self, tensor: torch.Tensor) -> "OffloadedTensor":
+        """Offload a tensor and return what restores it on each call (``attention_cache.Put``)."""
         offloaded = OffloadedTensor(self, tensor, self._store)
         self._tensors.append(weakref.ref(offloaded))
         if not self._stays and tensor.numel():
             offloaded.leave()
-        return offloaded.get
+        return offloaded
 
     def fetch_before(self) -> None:
         """Start copying the group before this one back, and read earlier groups from disk as buffers allow."""
@@ -280,7 +280,7 @@ class OffloadedTensor:
         store.counts.bytes_back += target_n.numel()
         self._tensor = tensor
 
-    def get(self) -> torch.Tensor:
+    def __call__(self) -> torch.Tensor:
         """Return the tensor on its device."""
         self._store.release_kept()
         self.come_back()

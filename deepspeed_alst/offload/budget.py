@@ -42,15 +42,35 @@ class Layers:
     lse_bytes: int
     matrix_elements: int  # of a layer's weight matrices that each token is multiplied with
     head_elements: int  # of a layer's query heads together
+    lean_layers: int = 0  # those of them that run in chunks
+    chunk_tokens: int = 1  # of a chunk, of all samples of a batch
+    norms: int = 0  # that run in chunks and save their inputs too
 
     def sizes(self, tokens: int, with_outputs: bool) -> list[int]:
-        """Return the bytes of each tensor of one layer, rounded up to pages."""
-        sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
-        return [pages(tokens * size) for size in sizes if size]
+        """Return the bytes of each tensor of one layer, rounded up to pages; in chunks, of each size."""
+        sizes = self._of_layer(tokens, with_outputs) if self.lean_layers < self.num_layers else []
+        if self.lean_layers:
+            sizes += [size for _, each in self._chunks(tokens) for size in self._of_layer(each, with_outputs)]
+        return sizes
 
     def waiting(self, tokens: int, with_outputs: bool) -> int:
         """Return the offloaded bytes of all layers, rounded up to pages."""
-        return max(0, self.num_layers - self.keep_last) * sum(self.sizes(tokens, with_outputs))
+        layers = max(0, self.num_layers - self.keep_last)
+        in_chunks = min(self.lean_layers, layers)
+        found = (layers - in_chunks) * sum(self._of_layer(tokens, with_outputs))
+        for count, each in self._chunks(tokens) if self.lean_layers else ():
+            found += count * in_chunks * sum(self._of_layer(each, with_outputs))
+            found += count * self.norms * sum(self._of_layer(each, False))
+        return found
+
+    def _of_layer(self, tokens: int, with_outputs: bool) -> list[int]:
+        sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
+        return [pages(tokens * size) for size in sizes if size]
+
+    def _chunks(self, tokens: int) -> list[tuple[int, int]]:
+        """Return how many chunks there are of each number of tokens."""
+        count, rest = divmod(tokens, self.chunk_tokens)
+        return [each for each in ((count, self.chunk_tokens), (1, rest)) if each[0] and each[1]]
 
     def copy_is_hidden(self, sequence: int) -> bool:
         """Return True if a layer's forward over S tokens takes longer than copying its input and attention's output.

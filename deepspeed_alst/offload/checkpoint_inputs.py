@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,14 @@ from deepspeed_alst.offload.attention_cache import CheckpointFrame, on_device
 from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_of
 
 
+class Chunks(NamedTuple):
+    """Layers and norms that run in chunks of tokens (memory_lean/feature.py), and save their inputs chunk by chunk."""
+
+    layers: int
+    norms: int
+    tokens: int
+
+
 @dataclass(eq=False)
 class Keeping:
     """Tensors kept of a model's checkpointed layers, and where."""
@@ -29,6 +37,7 @@ class Keeping:
     keep_last: int = 0  # last layers whose tensors stay on the device
     must_keep_attention: bool = False  # an attention output that cannot be kept is an error instead of a warning
     keeps_attention: bool = False  # in the next forward
+    chunks: Chunks | None = None
     layers: list[torch.nn.Module] = field(default_factory=list)  # that can be checkpointed, in the model's order
     _has_kept: bool = False
 

@@ -16,6 +16,7 @@ from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.attention_cache import keeping_frame
 from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, spare_bytes
 from deepspeed_alst.offload.checkpoint_inputs import (
+    Chunks,
     Keeping,
     check_checkpointing,
     keep_activations,
@@ -49,15 +50,21 @@ class ActivationOffload(Feature):
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
         self._turned_on = self._block is not None and turn_on_checkpointing(run.spec, patches)
         run.calls.keeping_frame = keeping_frame
-        self._keeping = Keeping(
+        self.keeping = Keeping(
             store=None,
-            keep_last=self._block.keep_last if self._block is not None else 0,
+            keep_last=self._keep_last(alst.memory_lean_layer is not None),
             must_keep_attention=self._wanted is True,
         )
         self._why_not = "" if self._wanted is False else self._keep_attention(patches)
-        keep_activations(run.spec, self._keeping, patches)
+        keep_activations(run.spec, self.keeping, patches)
         if run.session is None:
             patches.hook(run.spec.outer, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
+
+    def _keep_last(self, in_chunks: bool) -> int:
+        if self._block is None:
+            return 0
+        # Chunks come back one ahead, so that the last layer's need not stay.
+        return self._block.keep_last if self._block.keep_last is not None else int(not in_chunks)
 
     def _keep_attention(self, patches: PatchSet) -> str:
         """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""
@@ -77,20 +84,20 @@ class ActivationOffload(Feature):
         self._ranks = ranks_on_host(run.control_group)
         with agree(run.control_group):
             if self._block is not None:
-                store = self._keeping.store = _build_store(self._block.nvme_path, torch.device(engine.device))
+                store = self.keeping.store = _build_store(self._block.nvme_path, torch.device(engine.device))
                 patches.set(engine, "alst_offload", store)
                 patches.callback(store.close)
 
     def report(self) -> list[tuple[str, str]]:
         """Return where activations are kept."""
-        store = self._keeping.store
+        store = self.keeping.store
         if store is None:
             return [("attention output", "kept on the device")]
         checkpointed = "checkpointing turned on; " if self._turned_on else ""
         where = "host"
         if store.spill is not None:
             where = f"host, then {store.spill.file.description}"
-        last = f", but for the last {self._keeping.keep_last}" if self._keeping.keep_last else ""
+        last = f", but for the last {self.keeping.keep_last}" if self.keeping.keep_last else ""
         registered = "page-locked" if store.pool.page_locked else "not page-locked: no CUDA"
         return [
             ("offload", f"{checkpointed}layer inputs to the {where}{last}; buffers of exact size, {registered}"),
@@ -129,12 +136,13 @@ class ActivationOffload(Feature):
         if not known or max(each.tokens for each in known) <= self._planned_tokens:
             return False
         if self._block is None:
-            self._keeping.keeps_attention = True
+            self.keeping.keeps_attention = True
             return False
         widest, rooms = max(known, key=lambda each: each.tokens), [each.room for each in known]
         disks = [each.disk for each in rooms if each.disk is not None]
         room = MemoryBudget(min(each.host for each in rooms), min(disks) if disks else None, rooms[0].budget)
-        layers, wanted = layers_of(self._spec, self._block.keep_last), False if self._why_not else self._wanted
+        layers = layers_of(self._spec, self.keeping.keep_last, self.keeping.chunks, widest.batch)
+        wanted = False if self._why_not else self._wanted
         plan = decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch))
         store, sizes = self._store(), layers.sizes(widest.tokens, plan.keeps_attention)
         store.pool.round_to(sizes)
@@ -142,7 +150,7 @@ class ActivationOffload(Feature):
         if store.spill is not None:
             store.spill.ring.round_to(sizes)
             store.spill.file.reserve(plan.disk_bytes)
-        self._keeping.keeps_attention = plan.keeps_attention
+        self.keeping.keeps_attention = plan.keeps_attention
         # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = widest.tokens
         if self._printed != (decided := (plan.keeps_attention, plan.disk_bytes > 0)):
@@ -154,8 +162,8 @@ class ActivationOffload(Feature):
         return True
 
     def _store(self) -> ActivationStore:
-        assert self._keeping.store is not None
-        return self._keeping.store
+        assert self.keeping.store is not None
+        return self.keeping.store
 
     def _room(self, block: OffloadConfig) -> MemoryBudget:
         store, ranks = self._store(), self._ranks
@@ -174,8 +182,12 @@ def _build_store(nvme_path: str | None, device: torch.device) -> ActivationStore
     return ActivationStore(HostBufferPool(page_locked=page_locked), spill, copies)
 
 
-def layers_of(spec: ModelSpec, keep_last: int) -> Layers:
+def layers_of(spec: ModelSpec, keep_last: int, chunks: Chunks | None = None, batch: int = 1) -> Layers:
     """Return the sizes of the activations that checkpointed layers keep, from the config and the weights."""
+    in_chunks = {}
+    if chunks is not None:
+        sizes = ("lean_layers", "chunk_tokens", "norms")
+        in_chunks = dict(zip(sizes, (chunks.layers, chunks.tokens * batch, chunks.norms), strict=True))
     layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
     config = spec.text_config
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
@@ -191,4 +203,5 @@ def layers_of(spec: ModelSpec, keep_last: int) -> Layers:
         # Excludes stacked experts: each token uses few of them.
         matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
         head_elements=head_elements,
+        **in_chunks,
     )

@@ -154,6 +154,18 @@ def branch() -> Branch:
     return again
 
 
+@contextlib.contextmanager
+def not_counted() -> Iterator[None]:
+    """Restore this thread's counters on exit: a trial inside leaves the numbers of later draws as they are."""
+    mode = current_draws()
+    before = Counter(mode.place.calls) if mode is not None else Counter()
+    try:
+        yield
+    finally:
+        if mode is not None:
+            mode.place.calls = before
+
+
 def run_checkpoint(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``checkpoint(function, ...)``, whose recomputation draws the numbers of its forward."""
     return checkpoint(functools.partial(_run_again, branch(), function), *args, **kwargs)

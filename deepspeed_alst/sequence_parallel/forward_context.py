@@ -49,6 +49,8 @@ class ForwardContext:
     """True while forwards are the model check's, whose batches are not checked here."""
     keeping_frame: Callable[[str, bool], Any] | None = None
     """Returns the frame that saves the next attention call's output (offload/attention_cache.py); None if none is."""
+    answer_attention: Callable[..., torch.Tensor] | None = None
+    """Takes attention calls in place of a backend while a part of a memory-lean layer runs (memory_lean/parts.py)."""
     core: str = ""
     """Attention implementation that the model was loaded with."""
     documents: tuple[int, ...] = ()

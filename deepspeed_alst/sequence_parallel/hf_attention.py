@@ -214,6 +214,8 @@ def _attention_over(
         calls.attention += 1
         documents = arguments.get("cu_seq_lens_q") if attention_mask is None else attention_mask.documents
         calls.with_documents += documents is not None and len(documents) > 2
+        if calls.answer_attention is not None:
+            return calls.answer_attention(query, key, value, attention_mask, scaling, arguments, backend), None
         if "s_aux" in arguments:
             plan = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1])
             heads = plan.heads_of(dist.get_rank(group))

@@ -224,10 +224,10 @@ def _note_unused_values(layer: torch.nn.Module, works: list[TiledModule], output
     for work in works:
         node, work.last_node = work.last_node, None
         if node is not None:
-            work.value_unused = not is_watched and _is_unused(ends, node)
+            work.value_unused = not is_watched and is_value_unused(ends, node)
 
 
-def _is_unused(ends: list[Any], node: Any) -> bool:
+def is_value_unused(ends: list[Any], node: Any) -> bool:
     """Return True if no node of the graph between ``node`` and ``ends`` needs the value of ``node``."""
     reaches: dict[Any, bool] = {node: True}
     needs_none = True

@@ -1,0 +1,73 @@
+"""Chunks of tokens: their sizes, what is saved of them, and arguments cut for them."""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+class UnsupportedLayerError(Exception):
+    """Reason why a layer, or one call of it, runs on the ordinary path."""
+
+
+class Sizes(NamedTuple):
+    """Sizes of a pass, in tokens."""
+
+    chunk: int
+    """Tokens of a rank's shard that run at a time."""
+    tile: int
+    """Tokens of a chunk whose graph exists at a time."""
+    key_block: int
+    """Keys of a kernel call, which bound the gradients that it allocates."""
+
+
+class Saved(Protocol):
+    """Tensor that a forward has saved for its backward."""
+
+    def __call__(self) -> torch.Tensor:
+        """Return it on its device; it may be asked for again."""
+
+    def come_back(self) -> None:
+        """Start to bring it back."""
+
+
+class OnDevice:
+    """A saved tensor that stays where it is."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x = x
+
+    def __call__(self) -> torch.Tensor:
+        """Return the tensor."""
+        return self._x
+
+    def come_back(self) -> None:
+        """Do nothing."""
+
+
+def of_size(first: int, last: int, size: int) -> list[slice]:
+    """Return slices of at most ``size`` that together are ``[first, last)``."""
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
+
+
+def cut(value: Any, part: slice, num_tokens: int) -> Any:
+    """Return a layer's argument for some of its tokens.
+
+    Raises:
+        UnsupportedLayerError: more than one dim of a tensor may be that of the tokens.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(cut(each, part, num_tokens) for each in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens and (dim or value.dim() == 1)]
+    if len(dims) > 1:
+        raise UnsupportedLayerError(
+            f"an argument of shape {list(value.shape)}, of which {dims} may be its {num_tokens} tokens"
+        )
+    return value.narrow(dims[0], part.start, part.stop - part.start) if dims else value
+
+
+def own_gradient(dy: torch.Tensor) -> torch.Tensor:
+    """Return a gradient that may be written to: itself, if autograd has no other use for it, or a copy."""
+    is_own = dy._use_count() == 1 and dy.is_contiguous()
+    return dy if is_own else dy.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,286 @@
+"""``alst.memory_lean_layer``."""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+
+from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.memory_lean.attention import can_attend
+from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
+from deepspeed_alst.memory_lean.exchange import HeadExchange
+from deepspeed_alst.memory_lean.layer import LeanCall, LeanPass
+from deepspeed_alst.memory_lean.norm import ChunkedNorm
+from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
+from deepspeed_alst.offload.checkpoint_inputs import Chunks, Keeping
+from deepspeed_alst.offload.feature import ActivationOffload
+from deepspeed_alst.random_draws.draw_mode import branch, not_counted
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.tiling.gated_mlp import is_foreign
+from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here
+from deepspeed_alst.tiling.token_wise import token_wise_modules
+
+_LEARNED_FROM = 8  # tokens
+# Arguments of flash attention that a mask expresses.
+_IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class MemoryLeanLayers(Feature):
+    """Decoder layers that run in chunks of tokens."""
+
+    def __init__(self, config: MemoryLeanConfig, offload: ActivationOffload | None) -> None:
+        self._config, self._offload = config, offload
+
+    def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
+        """Give each decoder layer that can a forward in chunks."""
+        assert run.session is not None
+        group = run.session.groups.sp_group
+        keeping = None if self._offload is None else self._offload.keeping
+        self._layers, self._reasons = run_in_chunks(
+            run.spec, self._config, group, run.calls, run.leaf, patches, keeping
+        )
+
+    def report(self) -> list[tuple[str, str]]:
+        """Return how many layers run in chunks, and why others do not."""
+        sizes = f"chunks of {self._config.chunk_tokens:,} tokens, tiles of {self._config.tile_tokens:,}"
+        ordinary = [f"{number} ordinary: {reason}" for reason, number in self._reasons.items()]
+        return [("memory-lean layer", "; ".join([f"{self._layers} layers in {sizes}", *ordinary]))]
+
+
+def run_in_chunks(
+    spec: ModelSpec,
+    config: MemoryLeanConfig,
+    group: Any,
+    calls: ForwardContext,
+    leaf: Callable[[Any], None],
+    patches: PatchSet,
+    keeping: Keeping | None = None,
+) -> tuple[int, Counter[str]]:
+    """Give each checkpointed decoder layer that can a forward in chunks.
+
+    Call it before MLPs are tiled: a tile of the layer runs their own forwards.
+
+    Args:
+        spec: the model, whose attention is registered for the group.
+        config: sizes.
+        group: sequence-parallel group.
+        calls: state of the model's forwards.
+        leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
+        patches: undoes it.
+        keeping: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
+
+    Returns:
+        The number of layers in chunks, and the reasons why others are ordinary.
+    """
+    modules = {name: TiledModule(name, module) for name, module in token_wise_modules(spec).items()}
+    reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
+    embedded = _Embedded(spec, calls, patches)
+    for path, layer in spec.layers.items():
+        if layer not in checkpointed:
+            continue
+        if reason := _reason(spec, layer):
+            reasons[reason] += 1
+            continue
+        inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
+        lean = LeanLayer(layer, config, group, calls, inside, keeping, embedded)
+        patches.set(layer, "forward", lean.forward)
+        leaf(layer)
+        count += 1
+    norms = spec.norms if count else []
+    for module in norms:
+        norm = ChunkedNorm(module, _sizes(config), functools.partial(_new_group, keeping, None))
+        patches.set(module, "forward", norm.forward)
+    if keeping is not None and count:
+        keeping.chunks = Chunks(count, len(norms), config.chunk_tokens)
+    return count, reasons
+
+
+def _sizes(config: MemoryLeanConfig) -> Sizes:
+    return Sizes(config.chunk_tokens, config.tile_tokens, config.key_block)
+
+
+def _new_group(keeping: Keeping | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
+    """Return a function that saves a tensor of one chunk, where the layer's are kept."""
+    if keeping is None or keeping.store is None:
+        return OnDevice
+    group = keeping.store.group(layer is not None and keeping.stays(layer), prefetches=False)
+    return lambda x: group.put(x.clone())  # not a view, which would hold the whole input while it leaves
+
+
+class _Embedded:
+    """Memory of the embeddings in a forward, which the decoder's own frame would hold until its end."""
+
+    def __init__(self, spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
+        self._calls, self._storage = calls, lambda: None
+        if spec.embeddings is not None:
+            patches.hook(spec.embeddings, "forward", self._note)
+
+    def _note(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        is_decoders = self._calls.inside and isinstance(output, torch.Tensor) and not _watched(module)
+        self._storage = weakref.ref(output.untyped_storage()) if is_decoders else lambda: None
+
+    def release(self, layer: torch.nn.Module, x_BsM: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Free the embeddings if they are a layer's saved input and nothing else can read them.
+
+        A read of them would raise: torch checks that a tensor's memory is there.
+        """
+        storage, self._storage = self._storage(), lambda: None
+        others = [each for each in tree_leaves(kwargs) if isinstance(each, torch.Tensor)]
+        if storage is None or storage._cdata != x_BsM.untyped_storage()._cdata or _watched(layer):
+            return
+        if not any(each.untyped_storage()._cdata == storage._cdata for each in others):
+            storage.resize_(0)
+
+
+def _watched(module: torch.nn.Module) -> bool:
+    """Return True if a hook of the program sees a module's inputs or outputs, or one of transformers keeps them."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # transformers.modeling_utils marks embeddings as requiring a gradient.
+    return any(is_foreign(hook) and hook.__module__ != "transformers.modeling_utils" for hook in hooks)
+
+
+def _reason(spec: ModelSpec, layer: torch.nn.Module) -> str:
+    """Return why a layer stays on the ordinary path, as far as its modules tell; empty if nothing does."""
+    name = type(layer).__name__
+    if "forward" in vars(layer) or layer._compiled_call_impl is not None:
+        return f"the program has replaced or compiled {name}'s forward"
+    for module in layer.modules():
+        if isinstance(module, spec.router_classes):
+            return f"{name} is a mixture of experts"
+    return ""
+
+
+def _with_mask(call: AttentionCall, calls: ForwardContext) -> AttentionCall:
+    """Return an attention call whose window and documents are all in its mask.
+
+    Raises:
+        UnsupportedLayerError: there is no kernel for it.
+    """
+    backend, arguments = call.backend, dict(call.arguments)
+    mask = call.mask
+    if not backend.uses_mask:
+        documents = calls.documents if "cu_seq_lens_q" in arguments else ()
+        mask = MaskSpec(arguments.get("sliding_window"), None, documents)
+        arguments = {name: value for name, value in arguments.items() if name not in _IN_THE_MASK}
+    if calls.scale_queries is not None:
+        raise UnsupportedLayerError("queries are scaled by position")
+    if arguments or not backend.runs_operators:
+        with_what = f" with {' and '.join(arguments)}" if arguments else ""
+        raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")
+    if not can_attend(call.q.device, call.q.dtype):
+        raise UnsupportedLayerError(f"no kernel for {call.q.dtype} on {call.q.device.type}")
+    return call._replace(mask=mask)
+
+
+class LeanLayer:
+    """One layer's forward in chunks; ``forward`` replaces the layer's."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        config: MemoryLeanConfig,
+        group: Any,
+        calls: ForwardContext,
+        modules: list[TiledModule],
+        keeping: Keeping | None,
+        embedded: _Embedded,
+    ) -> None:
+        self._layer, self._calls, self._config, self._keeping = layer, calls, config, keeping
+        self._embedded = embedded
+        self._group, self._sp_size = group, dist.get_world_size(group)
+        self._ordinary: Callable[..., Any] = layer.forward
+        self._names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after self
+        self._parts = LayerParts(layer, self._own_forward, calls, modules)
+        self._learned: tuple[Any, ...] = ()
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer in chunks where it is checkpointed or has no graph; else as it is."""
+        if self._calls.answer_attention is not None:
+            return self._ordinary(*args, **kwargs)
+        is_checkpointed = self._layer.gradient_checkpointing and self._layer.training
+        if self._calls.whole or (torch.is_grad_enabled() and not is_checkpointed):
+            return self._run_ordinary(*args, **kwargs)
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        x_BsM = named.pop(self._names[0])
+        try:
+            call = self._prepare(x_BsM, named)
+        except UnsupportedLayerError as error:
+            # Python shows a warning of identical text once.
+            name = type(self._layer).__name__
+            warnings.warn(f"alst.memory_lean_layer: {name} runs on the ordinary path: {error}", stacklevel=2)
+            return self._run_ordinary(*args, **kwargs)
+        if torch.is_grad_enabled():
+            y_BsM = LeanPass.apply(call, x_BsM, *call.weights)
+            if self._keeping is not None and self._keeping.store is not None:
+                self._embedded.release(self._layer, x_BsM, kwargs)
+            return y_BsM
+        return call.forward(x_BsM, False)
+
+    def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer as it is, with as many branches of draws as in chunks."""
+        is_checkpointed = self._layer.gradient_checkpointing and self._layer.training and torch.is_grad_enabled()
+        with contextlib.nullcontext() if is_checkpointed else branch()():  # a checkpoint starts one itself
+            return self._ordinary(*args, **kwargs)
+
+    def _own_forward(self, x_BtM: torch.Tensor, **kwargs: Any) -> Any:
+        """Run the layer's forward without the checkpoint around it."""
+        with PatchSet() as patches:
+            # The wrapper of transformers checkpoints only with gradients and this flag.
+            patches.set(self._layer, "gradient_checkpointing", False)
+            return self._ordinary(x_BtM, **kwargs)
+
+    def _prepare(self, x_BsM: torch.Tensor, kwargs: dict[str, Any]) -> LeanCall:
+        """Describe a call of the layer.
+
+        Raises:
+            UnsupportedLayerError: it has to run on the ordinary path.
+        """
+        B, s, _ = x_BsM.shape
+        if any(kwargs.get(name) is not None for name in ("past_key_values", "cache", "layer_past")):
+            raise UnsupportedLayerError("a cache")
+        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(kwargs)):
+            raise UnsupportedLayerError("an argument that needs a gradient")
+        inner = itertools.islice(self._layer.modules(), 1, None)
+        if any(map(_watched, inner)):
+            raise UnsupportedLayerError("a hook of the program inside the layer")
+        few = slice(0, min(s, _LEARNED_FROM))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        state = (self._layer.training, torch.is_autocast_enabled(x_BsM.device.type))
+        of_few = {name: cut(value, few, s) for name, value in kwargs.items()}
+        with not_counted():
+            if self._learned != state:
+                self._parts.learn(x_BsM[:, few], of_few)
+                self._learned = state
+            attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls)
+        plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
+        sizes = _sizes(self._config)
+        if self._calls.checking:  # a few tokens, yet several chunks and tiles
+            sizes = Sizes(-(-s // 2), -(-s // 3), s)
+        return LeanCall(
+            parts=self._parts,
+            exchange=HeadExchange(plan, self._group),
+            sizes=sizes,
+            kwargs=kwargs,
+            attention=attention,
+            shape=(B, s),
+            drawing=branch(),
+            autocast=autocast_as_here(x_BsM.device.type),
+            new_group=functools.partial(_new_group, self._keeping, self._layer),
+            keeps_output=self._keeping is not None and self._keeping.keeps_attention,
+            weights=[param for param in self._layer.parameters() if param.requires_grad],
+        )

@@ -1,0 +1,297 @@
+"""One decoder layer as one recomputed unit, in chunks of tokens, with the sequence's keys and values resident.
+
+Forward: K and V of all chunks; then for each chunk q, attention to them, and the rest of the layer. Backward, chunk by
+chunk: the rest of the layer again, attention's backward, and q's; at the end that of K and V, whose gradients have been
+summed in fp32. What is whole at any time is the layer's input or output, its gradient, K, V and their gradients.
+
+Legend: B batch, P ranks, s tokens of a rank's shard, S = P*s, c tokens of a chunk, t of a tile, M hidden size, H query
+heads, K KV heads, h and k those of a rank, D head dim of q and k, E of v.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from deepspeed_alst.errors import SetupError
+from deepspeed_alst.memory_lean.attention import attend, attend_backward
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, of_size, own_gradient
+from deepspeed_alst.memory_lean.exchange import HeadExchange
+from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
+from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
+from deepspeed_alst.random_draws.draw_mode import Branch
+from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks
+
+
+@dataclasses.dataclass
+class LeanCall:
+    """One call of a layer: its arguments, how it is cut, and what its backward needs.
+
+    Attributes:
+        new_group: called for each chunk; returns a function that saves one of its tensors.
+    """
+
+    parts: LayerParts
+    exchange: HeadExchange
+    sizes: Sizes
+    kwargs: dict[str, Any]
+    attention: AttentionCall  # of a few tokens, for its mask, scale and sizes
+    shape: tuple[int, int]  # B and s
+    drawing: Branch
+    autocast: Callable[[], Any]
+    new_group: Callable[[], Callable[[torch.Tensor], Saved]]
+    keeps_output: bool  # saves attention's output and log-sum-exp
+    weights: Sequence[torch.Tensor]
+    fp32_sums: bool = True
+    inputs: list[Saved] = dataclasses.field(default_factory=list)  # of each chunk
+    outputs: list[tuple[Saved, Saved]] = dataclasses.field(default_factory=list)
+
+    def chunks(self) -> list[slice]:
+        """Return the chunks of a shard."""
+        return of_size(0, self.shape[1], self.sizes.chunk)
+
+    def tiles(self, chunk: slice) -> Iterator[tuple[slice, dict[str, Any], Any]]:
+        """Yield a chunk's tiles, in its own tokens, the layer's arguments for them and a context to run them in."""
+        for tile in of_size(chunk.start, chunk.stop, self.sizes.tile):
+            kwargs = {name: cut(value, tile, self.shape[1]) for name, value in self.kwargs.items()}
+            yield slice(tile.start - chunk.start, tile.stop - chunk.start), kwargs, self._as_in_forward(tile)
+
+    @contextlib.contextmanager
+    def _as_in_forward(self, tile: slice) -> Iterator[None]:
+        """Run a tile with the random numbers and the autocast of the layer's forward."""
+        with self.autocast(), self.drawing(self._rows(tile)):
+            yield
+
+    def _rows(self, tile: slice) -> Any:
+        """Return a tile's indices among the shard's tokens, flattened with the batch."""
+        B, s = self.shape
+        if B == 1:
+            return tile
+        return (torch.arange(B)[:, None] * s + torch.arange(tile.start, tile.stop)).flatten()
+
+    def pieces(self, chunk: slice) -> Iterator[tuple[int, int, list[Rectangle]]]:
+        """Yield each rank whose chunk is here, the first row of it in the whole sequence, and its rectangles."""
+        P, s = self.exchange.plan.sp_size, self.shape[1]
+        for rank in range(P):
+            first, last = rank * s + chunk.start, rank * s + chunk.stop
+            yield rank, first, list(rectangles(first, last, P * s, self.attention.mask, self.sizes.key_block))
+
+    def forward(self, x_BsM: torch.Tensor, saves: bool) -> torch.Tensor:
+        """Return the layer's output, ``[B, s, M]``; save each chunk's input for the backward, if there is one."""
+        k_BkSD, v_BkSE = self._keys_and_values(lambda index, chunk: x_BsM[:, chunk])
+        y_BsM = torch.empty_like(x_BsM, memory_format=torch.contiguous_format)
+        for chunk in self.chunks():
+            x_BcM = x_BsM[:, chunk]
+            o_BcHE, lse_BhPc = self._attend(self._queries(x_BcM, chunk), k_BkSD, v_BkSE, chunk)
+            if saves:
+                save = self.new_group()
+                self.inputs.append(save(x_BcM))
+                if self.keeps_output:
+                    self.outputs.append((save(o_BcHE), save(lse_BhPc)))
+            for tile, kwargs, as_in_forward in self.tiles(chunk):
+                with as_in_forward:
+                    y_BsM[:, chunk][:, tile] = self.parts.tail(x_BcM[:, tile], o_BcHE[:, tile], kwargs)
+        return y_BsM
+
+    def _input(self, index: int) -> torch.Tensor:
+        """Return a chunk's input, and start to bring the one before back."""
+        x_BcM = self.inputs[index]()
+        if index:
+            self.inputs[index - 1].come_back()
+        return x_BcM
+
+    def _keys_and_values(self, input_of: Callable[[int, slice], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's heads of the whole sequence: ``[B, k, S, D]`` and ``[B, k, S, E]``."""
+        whole: list[torch.Tensor] = []
+        for index, chunk in reversed(list(enumerate(self.chunks()))):
+            x_BcM, found = input_of(index, chunk), list[list[torch.Tensor]]()
+            for tile, kwargs, as_in_forward in self.tiles(chunk):
+                with as_in_forward:
+                    call = self.parts.front(x_BcM[:, tile], kwargs, "kv")
+                found.append([call.k, call.v])
+                del call
+            k_BKcD, v_BKcE = (_joined(each) for each in zip(*found, strict=True))
+            del x_BcM, found
+            parts = self.exchange.to_heads(k_BKcD, v_BKcE)
+            del k_BKcD, v_BKcE
+            if not whole:
+                P, s = self.exchange.plan.sp_size, self.shape[1]
+                whole = [x.new_empty(*x.shape[:2], P, s, x.shape[4]) for x in parts]
+            for x_BkPsD, x_BkPcD in zip(whole, parts, strict=True):
+                x_BkPsD[:, :, :, chunk] = x_BkPcD
+        k_BkPsD, v_BkPsE = whole
+        return k_BkPsD.flatten(2, 3), v_BkPsE.flatten(2, 3)
+
+    def _queries(self, x_BcM: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """Return a chunk's queries, ``[B, H, c, D]``."""
+        found = []
+        for tile, kwargs, as_in_forward in self.tiles(chunk):
+            with as_in_forward:
+                found.append(self.parts.front(x_BcM[:, tile], kwargs, "q").q)
+        return _joined(found)
+
+    def _attend(
+        self, q_BHcD: torch.Tensor, k_BkSD: torch.Tensor, v_BkSE: torch.Tensor, chunk: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a chunk's attention output ``[B, c, H, E]``, and this rank's log-sum-exp ``[B, h, P, c]``."""
+        heads = q_BHcD.shape[1]
+        (q_BhPcD,) = self.exchange.to_heads(q_BHcD)
+        del q_BHcD
+        found = [
+            attend(q_BhPcD[:, :, rank], k_BkSD, v_BkSE, parts, first, self.attention.scaling)
+            for rank, first, parts in self.pieces(chunk)
+        ]
+        o_BhPcE, lse_BhPc = (torch.stack(each, 2) for each in zip(*found, strict=True))
+        (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
+        return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
+
+    def backward(self, dx_BsM: torch.Tensor) -> list[torch.Tensor | None]:
+        """Turn the output's gradient into the input's, in place; return those of the weights."""
+        k_BkSD, v_BkSE = self._keys_and_values(lambda index, chunk: self._input(index))
+        wide = torch.promote_types(k_BkSD.dtype, torch.float32)
+        dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=wide) for x in (k_BkSD, v_BkSE))
+        chunks = self.chunks()
+        passes = 3 * sum(len(of_size(chunk.start, chunk.stop, self.sizes.tile)) for chunk in chunks)
+        sums = WeightGradients(self.weights, passes, self.fp32_sums)
+        with without_hooks(self.weights):
+            for index, chunk in reversed(list(enumerate(chunks))):
+                self._chunk_backward(index, chunk, dx_BsM[:, chunk], (k_BkSD, v_BkSE), (dk_BkSD, dv_BkSE), sums)
+            heads, narrow = self.attention.k.shape[1], k_BkSD.dtype
+            del k_BkSD, v_BkSE
+            P, s = self.exchange.plan.sp_size, self.shape[1]
+            grads = [x.unflatten(2, (P, s)) for x in (dk_BkSD, dv_BkSE)]
+            del dk_BkSD, dv_BkSE
+            for index, chunk in reversed(list(enumerate(chunks))):
+                dk_dv = self.exchange.to_tokens(*(x[:, :, :, chunk].to(narrow) for x in grads), heads=heads)
+                x_BcM = self._input(index)
+                for tile, kwargs, as_in_forward in self.tiles(chunk):
+                    with as_in_forward:
+                        x_BtM, call = self._front_with_graph(x_BcM[:, tile], kwargs, "kv")
+                    of_tile = [x[:, :, tile] for x in dk_dv]
+                    self._front_backward(x_BtM, [call.k, call.v], of_tile, dx_BsM[:, chunk][:, tile], sums)
+                    del x_BtM, call
+        return sums.result()
+
+    def _chunk_backward(
+        self,
+        index: int,
+        chunk: slice,
+        dx_BcM: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor],
+        grads: tuple[torch.Tensor, torch.Tensor],
+        sums: WeightGradients,
+    ) -> None:
+        """Backward of a chunk but for its keys and values, whose gradients it adds for the whole sequence."""
+        x_BcM = self._input(index)
+        fronts = []
+        for tile, kwargs, as_in_forward in self.tiles(chunk):
+            with as_in_forward:
+                x_BtM, call = self._front_with_graph(x_BcM[:, tile], kwargs, "q")
+            fronts.append((x_BtM, call.q))
+        q_BHcD = _joined([q.detach() for _, q in fronts])
+        heads = q_BHcD.shape[1]
+        if self.keeps_output:
+            o_BcHE, lse_BhPc = (saved() for saved in self.outputs[index])
+            for saved in self.outputs[index - 1] if index else ():
+                saved.come_back()
+        else:
+            o_BcHE, lse_BhPc = self._attend(q_BHcD, *keys_values, chunk)
+        do_BcHE = self._tail_backward(x_BcM, o_BcHE, chunk, dx_BcM, sums)
+        del x_BcM
+        # One exchange for the three: attention's output comes back with its gradient.
+        sent = (q_BHcD, o_BcHE.transpose(1, 2), do_BcHE.transpose(1, 2))
+        del q_BHcD, o_BcHE, do_BcHE
+        q_BhPcD, o_BhPcE, do_BhPcE = self.exchange.to_heads(*sent)
+        del sent
+        dq_BhPcD = torch.empty(q_BhPcD.shape, dtype=q_BhPcD.dtype, device=q_BhPcD.device)
+        for rank, first, parts in self.pieces(chunk):
+            rows = (x[:, :, rank] for x in (do_BhPcE, q_BhPcD))
+            of_output = (x[:, :, rank] for x in (o_BhPcE, lse_BhPc))
+            dq_BhPcD[:, :, rank] = attend_backward(
+                *rows, *keys_values, *of_output, *grads, parts, first, self.attention.scaling
+            )
+        del q_BhPcD, o_BhPcE, do_BhPcE, lse_BhPc
+        (dq_BHcD,) = self.exchange.to_tokens(dq_BhPcD, heads=heads)
+        del dq_BhPcD
+        for (tile, _, _), (x_BtM, q_BHtD) in zip(self.tiles(chunk), fronts, strict=True):
+            self._front_backward(x_BtM, [q_BHtD], [dq_BHcD[:, :, tile]], dx_BcM[:, tile], sums)
+
+    def _front_with_graph(
+        self, x_BtM: torch.Tensor, kwargs: dict[str, Any], need: str
+    ) -> tuple[torch.Tensor, AttentionCall]:
+        x_BtM = x_BtM.detach().requires_grad_()
+        with torch.enable_grad():
+            return x_BtM, self.parts.front(x_BtM, kwargs, need)
+
+    def _front_backward(
+        self,
+        x_BtM: torch.Tensor,
+        ends: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        dx_BtM: torch.Tensor,
+        sums: WeightGradients,
+    ) -> None:
+        """Add the gradients of a tile's front to the input's and to the weights'."""
+        grads = [grad.to(end.dtype) for end, grad in zip(ends, grads, strict=True)]
+        found = torch.autograd.grad(ends, [x_BtM, *self.weights], grads, allow_unused=True)
+        dx_BtM += found[0]
+        for weight, grad in zip(self.weights, found[1:], strict=True):
+            sums.add(weight, grad)
+
+    def _tail_backward(
+        self, x_BcM: torch.Tensor, o_BcHE: torch.Tensor, chunk: slice, dx_BcM: torch.Tensor, sums: WeightGradients
+    ) -> torch.Tensor:
+        """Run a chunk's tail again and backward: turn dy into its part of dx, in place; return attention's gradient."""
+        do_BcHE = torch.empty_like(o_BcHE)
+        for tile, kwargs, as_in_forward in self.tiles(chunk):
+            x_BtM, o_BtHE = (x[:, tile].detach().requires_grad_() for x in (x_BcM, o_BcHE))
+            with torch.enable_grad(), as_in_forward:
+                y_BtM = self.parts.tail(x_BtM, o_BtHE, kwargs, sums)
+            inputs = [x_BtM, o_BtHE, *self.weights]
+            found = torch.autograd.grad(y_BtM, inputs, dx_BcM[:, tile], allow_unused=True)
+            del y_BtM, inputs
+            dx_BcM[:, tile], do_BcHE[:, tile] = found[:2]
+            for weight, grad in zip(self.weights, found[2:], strict=True):
+                sums.add(weight, grad)
+            del found
+        return do_BcHE
+
+
+class LeanPass(torch.autograd.Function):
+    """``apply(call, x, *weights)``: a layer's output. The weights are inputs, so each gets one gradient a pass."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LeanCall, x_BsM: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        """Run the layer, and save what its backward needs in the call."""
+        ctx.call = call
+        return call.forward(x_BsM.detach(), True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BsM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Run the layer's backward once.
+
+        Raises:
+            SetupError: a second backward of the same graph.
+        """
+        call, ctx.call = ctx.call, None
+        if call is None:
+            raise SetupError(
+                "alst.memory_lean_layer: a second backward of one graph. The layers' chunks are released in the first; "
+                "run the forward again, or set memory_lean_layer to false"
+            )
+        dx_BsM = own_gradient(dy_BsM)
+        del dy_BsM
+        grads = call.backward(dx_BsM)
+        return None, dx_BsM if ctx.needs_input_grad[1] else None, *grads
+
+
+def _joined(tiles_BHtD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join tiles along the tokens, in the memory order of ``[B, c, H, D]``."""
+    first = tiles_BHtD[0]
+    if len(tiles_BHtD) == 1:
+        return first
+    return torch.cat([x.transpose(1, 2) for x in tiles_BHtD], 1).transpose(1, 2)

@@ -1,0 +1,66 @@
+"""Norms between the layers and the head in chunks of tokens: their inputs are saved as the layers' chunks are.
+
+Legend: B batch, s tokens of a rank's shard, M hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, of_size, own_gradient
+from deepspeed_alst.tiling.tiled_module import autocast_as_here, gradients_of
+from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks
+
+NewGroup = Callable[[], Callable[[torch.Tensor], Saved]]
+
+
+class ChunkedNorm:
+    """Forward of one norm, ``[B, s, M] -> [B, s, M]``, that replaces the module's."""
+
+    def __init__(self, module: torch.nn.Module, sizes: Sizes, new_group: NewGroup) -> None:
+        self.module, self.sizes, self.new_group = module, sizes, new_group
+        self.original = module.forward
+
+    @torch.compiler.disable
+    def forward(self, x_BsM: torch.Tensor) -> torch.Tensor:
+        """Run the norm chunk by chunk; with a graph, again in the backward."""
+        if x_BsM.dim() != 3 or not self.module.training:
+            return self.original(x_BsM)
+        return _NormPass.apply(self, torch.is_grad_enabled(), x_BsM, *self.module.parameters())
+
+
+class _NormPass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, norm: ChunkedNorm, saves: bool, x_BsM: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.norm, ctx.weights, ctx.chunks = norm, weights, of_size(0, x_BsM.shape[1], norm.sizes.chunk)
+        ctx.autocast, ctx.inputs, y_BsM = autocast_as_here(x_BsM.device.type), list[Saved](), None
+        for chunk in ctx.chunks:
+            if saves:
+                ctx.inputs.append(norm.new_group()(x_BsM[:, chunk]))
+            y_BcM = norm.original(x_BsM[:, chunk])
+            y_BsM = torch.empty(x_BsM.shape, dtype=y_BcM.dtype, device=y_BcM.device) if y_BsM is None else y_BsM
+            y_BsM[:, chunk] = y_BcM
+        return y_BsM
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BsM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        trained = [weight for weight, needs in zip(ctx.weights, ctx.needs_input_grad[3:], strict=True) if needs]
+        sums = WeightGradients(trained, len(ctx.chunks), True)
+        dx_BsM = own_gradient(dy_BsM)
+        del dy_BsM
+        with without_hooks(trained):
+            for index in reversed(range(len(ctx.chunks))):
+                x_BcM, of_chunk = ctx.inputs.pop()().detach().requires_grad_(), dx_BsM[:, ctx.chunks[index]]
+                if index:
+                    ctx.inputs[-1].come_back()
+                with torch.enable_grad(), ctx.autocast():
+                    y_BcM = ctx.norm.original(x_BcM)
+                dx_BcM, *grads = gradients_of(y_BcM, (x_BcM, *trained), of_chunk)
+                of_chunk.copy_(dx_BcM)
+                for weight, grad in zip(trained, grads, strict=True):
+                    sums.add(weight, grad)
+        found = iter(sums.result())
+        return None, None, dx_BsM, *(next(found) if needs else None for needs in ctx.needs_input_grad[3:])

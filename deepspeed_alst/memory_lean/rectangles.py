@@ -1,0 +1,64 @@
+"""Cut the scores of causal attention into rectangles that need no mask but a kernel's causal one on a square.
+
+Integers only. A causal mask on a square means the same to every kernel; on other shapes some align it top-left and
+others bottom-right.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+
+
+class Rectangle(NamedTuple):
+    """Query rows and keys of a sequence, whose scores one kernel call computes."""
+
+    first_row: int
+    last_row: int
+    first_key: int
+    last_key: int
+    triangle: str = ""
+    """``"lower"``: row i sees keys 0 to i of a square; ``"upper"``: keys i and later; empty: all keys."""
+
+
+def rectangles(first: int, last: int, length: int, mask: MaskSpec | None, key_block: int) -> Iterator[Rectangle]:
+    """Yield the rectangles that together hold every pair of a row in ``[first, last)`` and a key that it sees.
+
+    Args:
+        first: first row.
+        last: row after the last.
+        length: tokens of the sequence.
+        mask: window, chunks and documents; None if there are none.
+        key_block: maximum keys of a rectangle without a triangle. It bounds what a kernel allocates per key.
+    """
+    mask, start = mask or MaskSpec(), 0
+    for count, size in mask.runs(length):
+        skipped = min(count, max(0, (first - start) // size))
+        for begin in range(start + skipped * size, min(last, start + count * size), size):
+            rows = max(first, begin), min(last, begin + size)
+            if mask.window is None or mask.window >= size:
+                yield from _all_before(*rows, begin, rows[0], key_block)
+                yield Rectangle(*rows, *rows, "lower")
+            else:
+                yield from _in_window(*rows, begin, mask.window, key_block)
+        start += count * size
+
+
+def _all_before(first: int, last: int, first_key: int, last_key: int, key_block: int) -> Iterator[Rectangle]:
+    for key in range(first_key, last_key, key_block):
+        yield Rectangle(first, last, key, min(last_key, key + key_block))
+
+
+def _in_window(first: int, last: int, start: int, window: int, key_block: int) -> Iterator[Rectangle]:
+    """Yield those of rows that see the ``window`` last tokens, themselves included, from ``start`` on."""
+    for row in range(first, last, window):
+        end = min(last, row + window)
+        # Keys in [row - window + 1, end - window) leave the window of one row after another.
+        leaving = max(start, row - window + 1), max(start, end - window)
+        yield from _all_before(row, end, leaving[1], row, key_block)
+        if size := leaving[1] - leaving[0]:
+            whole = end - 1 - size  # rows before it see all of these keys: the first ones of the stretch
+            if whole > row:
+                yield Rectangle(row, whole, *leaving)
+            yield Rectangle(whole, end - 1, *leaving, "upper")
+        yield Rectangle(row, end, row, end, "lower")
