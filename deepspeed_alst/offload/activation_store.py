@@ -155,7 +155,7 @@ class ActivationStore:
         self._leaving: list[Group] = []
 
     def group(self, stays: bool = False, prefetches: bool = True) -> "Group":
-        """Start a group of a layer's tensors, not offloaded if it stays; without prefetch the backward has its order."""
+        """Start a group of a layer's tensors; it stays on the device, or is prefetched in the order of the backward."""
         # The second-last group leaves first. Between forward and backward only groups that stay are on the device.
         self.release_kept(keep=0 if stays else 1)
         group = Group(self, self._last if prefetches else lambda: None, stays)
