@@ -1,7 +1,8 @@
 """Uncaught errors of this package, printed once by the ranks that a launcher has started, and without our own frames.
 
 The ranks share the name of an abstract Unix socket: who raises an error first binds its name and prints it, and a rank
-that finds the name taken ends quietly. So nothing is kept back but what a living process of the same launcher prints.
+that finds the name taken ends quietly. So nothing is kept back but what a living process of the same launcher prints to
+the same terminal or file.
 Standard library only, loaded when an error is printed.
 """
 
@@ -55,7 +56,8 @@ def _claim(sentence: str) -> Any:
     import socket
 
     own = re.sub(r"(?<=: )rank \d+: ", "", sentence, count=1)  # added where the error is another rank's
-    words = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {own}"
+    log = os.fstat(2)  # ranks with log files of their own print to each
+    words = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {log.st_dev} {log.st_ino} {own}"
     name = socket.socket(socket.AF_UNIX)
     try:
         name.bind(f"\0deepspeed_alst {hashlib.sha256(words.encode()).hexdigest()}")

@@ -21,14 +21,7 @@ DEFAULTS = {
     "activation_checkpoint_cpu_offload": None,
     "check_model": True,
     "save_attention_output": "auto",
-    "memory_lean_layer": False,
-}
-# What asks for nothing, and so is accepted although the feature is not there yet.
-IDLE = {
-    "memory_lean_layer": [False],
-}
-NOT_IDLE = {
-    "memory_lean_layer": [True, {}, 0, "auto"],
+    "memory_lean_layer": None,
 }
 
 
@@ -244,11 +237,6 @@ def test_ligers_loss_switches_tiles_on_without_sequence_parallelism(keys, backen
     assert (loss and loss.backend) == backend
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IDLE.items() for value in values])
-def test_a_key_that_is_not_yet_available_may_say_that_it_is_off(key, value):
-    assert getattr(parse(alst(**{key: value})).alst, key) == value
-
-
 def test_a_config_is_frozen_at_both_levels():
     config = parse(alst())
     with pytest.raises(ValidationError, match="frozen"):
@@ -320,17 +308,31 @@ def test_expandable_segments_that_are_neither_on_nor_off_are_refused(value):
     assert line.startswith("alst.expandable_segments: ") and line.endswith(f"(got {json.dumps(value)}).")
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NOT_IDLE.items() for value in values])
-def test_a_key_that_is_not_yet_available_is_refused_with_the_values_that_ask_for_nothing(key, value):
-    (line,) = problems_of(alst(**{key: value}))
-    idle = " or ".join(json.dumps(each) for each in IDLE[key])
-    assert line == (
-        f"alst.{key}: not available in this version of deepspeed_alst; remove the key, or set it to {idle} "
-        f"(got {json.dumps(value)})."
-    )
+LEAN = {"chunk_tokens": 8192, "tile_tokens": 2048, "key_block": 65536}
 
 
-OFFLOAD = {"nvme_path": None, "host_budget": "auto", "keep_last": 1}
+@pytest.mark.parametrize(
+    ("value", "read"), [(True, LEAN), ({}, LEAN), (False, None), ({"tile_tokens": 7}, LEAN | {"tile_tokens": 7})]
+)
+def test_memory_lean_layers_are_on_off_or_an_object(value, read):
+    block = parse(alst(memory_lean_layer=value)).alst.memory_lean_layer
+    assert (block and block.model_dump()) == read
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (0, ": use true, false, or an object of chunk_tokens, tile_tokens, key_block (got 0)."),
+        ("auto", ': use true, false, or an object of chunk_tokens, tile_tokens, key_block (got "auto").'),
+        ({"chunk_tokens": 0}, ".chunk_tokens: Input should be greater than or equal to 1 (got 0)."),
+        ({"tile_tokens": "7"}, '.tile_tokens: Input should be a valid integer (got "7").'),
+    ],
+)
+def test_other_values_of_memory_lean_layers_are_refused(value, problem):
+    assert problems_of(alst(memory_lean_layer=value)) == [f"alst.memory_lean_layer{problem}"]
+
+
+OFFLOAD = {"nvme_path": None, "host_budget": "auto", "keep_last": None}
 
 
 @pytest.mark.parametrize(
@@ -456,7 +458,7 @@ def test_all_bad_keys_are_reported_at_once_a_line_each():
         "sequence_paralel_size": 2,
         "seq_parallel_communication_data_type": "fp8",
         "liger_kernel": True,
-        "alst": {"pad_to_multiple_of": -3, "memory_lean_layer": True, "liger": "auto", "reduction": 7},
+        "alst": {"pad_to_multiple_of": -3, "memory_lean_layer": 1, "liger": "auto", "reduction": 7},
     }
     lines = problems_of(ds_config)
     named = [line.split(": ")[0] for line in lines]

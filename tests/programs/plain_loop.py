@@ -27,7 +27,7 @@ if case == "world":
 elif case == "heads":
     config = LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)
 elif case == "key":
-    ds_config["alst"] = {"pad_to_multiple": 2, "memory_lean_layer": True}
+    ds_config["alst"] = {"pad_to_multiple": 2, "memory_lean_layer": 1}
 elif case == "everything":  # that may write files; DISK is where the offload may
     offload = {"nvme_path": os.environ["DISK"], "host_budget": 4096, "keep_last": 0}
     ds_config["alst"] |= {"tiled_mlp_compute": {"tile_tokens": 4}, "activation_checkpoint_cpu_offload": offload}
