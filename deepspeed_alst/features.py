@@ -96,7 +96,7 @@ def features_of(run: RunContext, bucket: str) -> list[Feature]:
     if makes_loss:
         add("integrations.OwnLoss")
     add("grad_reduction.SeparateExperts")
-    if block.memory_lean_layer is not None and session is not None:
+    if block.memory_lean_layer is not None:
         # Before tiles: a layer in chunks runs its MLPs' own forwards.
         add("memory_lean.MemoryLeanLayers", block.memory_lean_layer, offload)
     if block.tiled_mlp_compute is not None:

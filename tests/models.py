@@ -1,5 +1,6 @@
 """One step of a small model in fp64, whole and split."""
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -67,13 +68,16 @@ def step_in_fp64(
             batch = shard_batch(batch, sp_size, multiple or sp_size, marks_padding=True).shards[dist.get_rank(group)]
             calls.real_tokens = batch.pop(REAL_TOKENS)
             patch_model(ModelSpec(model), group, patches, calls)
-        if group is not None and lean is not None:
+        if lean is not None:
+            calls = ForwardContext() if group is None else calls
             # Autograd runs backwards without modes: layers enter them again as they do with autocast.
             for module in (feature, norm):
                 patches.enter_context(mock.patch.object(module, "autocast_as_here", lambda kind: KeepFp64))
             layers, reasons = feature.run_in_chunks(ModelSpec(model), lean, group, calls, lambda layer: None, patches)
             assert layers and not reasons, reasons
-        loss = model(**batch, use_cache=False).loss
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="alst.memory_lean_layer")  # a layer on the ordinary path
+            loss = model(**batch, use_cache=False).loss
         loss.backward()
     assert patches.journal == [] and state_of(model) == before
     grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}

@@ -5,7 +5,6 @@ import functools
 import inspect
 import itertools
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,18 +19,21 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
+from deepspeed_alst.memory_lean.embeddings import Embeddings, is_watched
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.layer import LeanCall, LeanPass
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
-from deepspeed_alst.offload.checkpoint_inputs import Chunks, Keeping
+from deepspeed_alst.offload.checkpoint_inputs import Chunks, Keeping, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
+from deepspeed_alst.offload.hf_attention_cache import keep_attention
 from deepspeed_alst.random_draws.draw_mode import branch, not_counted
+from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
-from deepspeed_alst.tiling.gated_mlp import is_foreign
-from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here
+from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here, dropout_rates
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 
 _LEARNED_FROM = 8  # tokens
@@ -47,8 +49,8 @@ class MemoryLeanLayers(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Give each decoder layer that can a forward in chunks."""
-        assert run.session is not None
-        group = run.session.groups.sp_group
+        group = None if run.session is None else run.session.groups.sp_group
+        turn_on_checkpointing(run.spec, patches)
         keeping = None if self._offload is None else self._offload.keeping
         self._layers, self._reasons = run_in_chunks(
             run.spec, self._config, group, run.calls, run.leaf, patches, keeping
@@ -77,7 +79,7 @@ def run_in_chunks(
     Args:
         spec: the model, whose attention is registered for the group.
         config: sizes.
-        group: sequence-parallel group.
+        group: sequence-parallel group; None at SP 1, where attention is registered here.
         calls: state of the model's forwards.
         leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
         patches: undoes it.
@@ -88,7 +90,9 @@ def run_in_chunks(
     """
     modules = {name: TiledModule(name, module) for name, module in token_wise_modules(spec).items()}
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
-    embedded = _Embedded(spec, calls, patches)
+    embedded = Embeddings(spec, calls, patches)
+    if group is None:
+        _register_on_one_rank(spec, calls, patches)
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
             continue
@@ -109,6 +113,14 @@ def run_in_chunks(
     return count, reasons
 
 
+def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
+    """Make a model's attention answer to layers' parts, and note when a forward is under way, as SP does."""
+    if not isinstance(spec.config._attn_implementation, PrivateName):  # else its outputs are kept, and it is done
+        keep_attention(spec.outer, patches, calls)
+    patches.hook(spec.outer, "forward_pre", lambda *_: calls.enter_model())
+    patches.hook(spec.outer, "forward", lambda *_: calls.leave_model(), always_call=True)
+
+
 def _sizes(config: MemoryLeanConfig) -> Sizes:
     return Sizes(config.chunk_tokens, config.tile_tokens, config.key_block)
 
@@ -119,38 +131,6 @@ def _new_group(keeping: Keeping | None, layer: torch.nn.Module | None) -> Callab
         return OnDevice
     group = keeping.store.group(layer is not None and keeping.stays(layer), prefetches=False)
     return lambda x: group.put(x.clone())  # not a view, which would hold the whole input while it leaves
-
-
-class _Embedded:
-    """Memory of the embeddings in a forward, which the decoder's own frame would hold until its end."""
-
-    def __init__(self, spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
-        self._calls, self._storage = calls, lambda: None
-        if spec.embeddings is not None:
-            patches.hook(spec.embeddings, "forward", self._note)
-
-    def _note(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        is_decoders = self._calls.inside and isinstance(output, torch.Tensor) and not _watched(module)
-        self._storage = weakref.ref(output.untyped_storage()) if is_decoders else lambda: None
-
-    def release(self, layer: torch.nn.Module, x_BsM: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Free the embeddings if they are a layer's saved input and nothing else can read them.
-
-        A read of them would raise: torch checks that a tensor's memory is there.
-        """
-        storage, self._storage = self._storage(), lambda: None
-        others = [each for each in tree_leaves(kwargs) if isinstance(each, torch.Tensor)]
-        if storage is None or storage._cdata != x_BsM.untyped_storage()._cdata or _watched(layer):
-            return
-        if not any(each.untyped_storage()._cdata == storage._cdata for each in others):
-            storage.resize_(0)
-
-
-def _watched(module: torch.nn.Module) -> bool:
-    """Return True if a hook of the program sees a module's inputs or outputs, or one of transformers keeps them."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers.modeling_utils marks embeddings as requiring a gradient.
-    return any(is_foreign(hook) and hook.__module__ != "transformers.modeling_utils" for hook in hooks)
 
 
 def _reason(spec: ModelSpec, layer: torch.nn.Module) -> str:
@@ -164,14 +144,17 @@ def _reason(spec: ModelSpec, layer: torch.nn.Module) -> str:
     return ""
 
 
-def _with_mask(call: AttentionCall, calls: ForwardContext) -> AttentionCall:
+def _with_mask(call: AttentionCall, calls: ForwardContext, sp_size: int) -> AttentionCall:
     """Return an attention call whose window and documents are all in its mask.
 
     Raises:
         UnsupportedLayerError: there is no kernel for it.
     """
-    backend, arguments = call.backend, dict(call.arguments)
-    mask = call.mask
+    backend, arguments, mask = call.backend, dict(call.arguments), call.mask
+    if isinstance(mask, torch.Tensor):
+        raise UnsupportedLayerError("a mask (padding, a window or packed documents) at sequence_parallel_size 1")
+    if sp_size == 1 and backend.name != "sdpa":
+        raise UnsupportedLayerError(f"attn_implementation='{backend.name}' at sequence_parallel_size 1; use 'sdpa'")
     if not backend.uses_mask:
         documents = calls.documents if "cu_seq_lens_q" in arguments else ()
         mask = MaskSpec(arguments.get("sliding_window"), None, documents)
@@ -197,11 +180,11 @@ class LeanLayer:
         calls: ForwardContext,
         modules: list[TiledModule],
         keeping: Keeping | None,
-        embedded: _Embedded,
+        embedded: Embeddings,
     ) -> None:
         self._layer, self._calls, self._config, self._keeping = layer, calls, config, keeping
         self._embedded = embedded
-        self._group, self._sp_size = group, dist.get_world_size(group)
+        self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
         self._ordinary: Callable[..., Any] = layer.forward
         self._names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after self
         self._parts = LayerParts(layer, self._own_forward, calls, modules)
@@ -244,6 +227,15 @@ class LeanLayer:
             patches.set(self._layer, "gradient_checkpointing", False)
             return self._ordinary(x_BtM, **kwargs)
 
+    def _learn(self, x_BtM: torch.Tensor, kwargs: dict[str, Any], draws_anew: bool) -> None:
+        device = x_BtM.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            before = random_states(self._layer)
+            self._parts.learn(x_BtM, kwargs)
+            if draws_anew and not all(map(torch.equal, before, random_states(self._layer))):
+                raise UnsupportedLayerError("random numbers at sequence_parallel_size 1, which chunks cannot repeat")
+
     def _prepare(self, x_BsM: torch.Tensor, kwargs: dict[str, Any]) -> LeanCall:
         """Describe a call of the layer.
 
@@ -256,17 +248,20 @@ class LeanLayer:
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(kwargs)):
             raise UnsupportedLayerError("an argument that needs a gradient")
         inner = itertools.islice(self._layer.modules(), 1, None)
-        if any(map(_watched, inner)):
+        if any(map(is_watched, inner)):
             raise UnsupportedLayerError("a hook of the program inside the layer")
+        draws_anew = self._layer.training and not self._calls.draws.are_counted
+        if draws_anew and any(dropout_rates(self._layer).values()):
+            raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
         few = slice(0, min(s, _LEARNED_FROM))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         state = (self._layer.training, torch.is_autocast_enabled(x_BsM.device.type))
         of_few = {name: cut(value, few, s) for name, value in kwargs.items()}
         with not_counted():
             if self._learned != state:
-                self._parts.learn(x_BsM[:, few], of_few)
+                self._learn(x_BsM[:, few], of_few, draws_anew)
                 self._learned = state
-            attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls)
+            attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
         sizes = _sizes(self._config)
         if self._calls.checking:  # a few tokens, yet several chunks and tiles

@@ -25,6 +25,7 @@ from deepspeed_alst.offload.checkpoint_inputs import (
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
 from deepspeed_alst.offload.host_buffers import Copies, HostBufferPool
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 _KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
 
@@ -55,7 +56,7 @@ class ActivationOffload(Feature):
             keep_last=self._keep_last(alst.memory_lean_layer is not None),
             must_keep_attention=self._wanted is True,
         )
-        self._why_not = "" if self._wanted is False else self._keep_attention(patches)
+        self._why_not = "" if self._wanted is False else self._keep_attention(run.calls, patches)
         keep_activations(run.spec, self.keeping, patches)
         if run.session is None:
             patches.hook(run.spec.outer, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
@@ -66,11 +67,11 @@ class ActivationOffload(Feature):
         # Chunks come back one ahead, so that the last layer's need not stay.
         return self._block.keep_last if self._block.keep_last is not None else int(not in_chunks)
 
-    def _keep_attention(self, patches: PatchSet) -> str:
+    def _keep_attention(self, calls: ForwardContext, patches: PatchSet) -> str:
         """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""
         try:
             if self._sp_size == 1:
-                keep_attention(self._spec.outer, patches)
+                keep_attention(self._spec.outer, patches, calls)
             else:
                 check_keeps_attention(self._spec.outer)
         except UnsupportedModelError as error:

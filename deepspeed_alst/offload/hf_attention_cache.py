@@ -16,12 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.attention_cache import attend_once, keeping_frame
-from deepspeed_alst.sequence_parallel.hf_attention import under_own_name
-from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend, read_call
+from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config, under_own_name
 
 
-def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
+def keep_attention(model: torch.nn.Module, patches: PatchSet, calls: ForwardContext | None = None) -> None:
     """Make a model's attention keep its output in frames that ask for it; ``patches.close()`` undoes it.
+
+    Parts of a memory-lean layer take its calls by ``calls.answer_attention``.
 
     Its configs are replaced by copies of its own.
 
@@ -36,7 +39,7 @@ def keep_attention(model: torch.nn.Module, patches: PatchSet) -> None:
             continue
         assert not isinstance(name, PrivateName), "under sequence parallelism attention keeps its output by itself"
         own, private = own_config(model, config, patches), PrivateName(name)
-        patches.entry(functions, private, _kept(name, functions[name]))
+        patches.entry(functions, private, _kept(name, functions[name], calls))
         # transformers builds no mask for a name missing from the mask interface, the original or the private one.
         if name in masks:
             patches.entry(masks, private, masks[name])
@@ -68,13 +71,16 @@ def _can_be_kept(name: str) -> bool:
     return function is sdpa_attention_forward or function is flash_attention_forward
 
 
-def _kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _kept(name: str, function: Callable[..., Any], calls: ForwardContext | None) -> Callable[..., Any]:
     """Wrap transformers' attention function to keep its output if a frame asks for it."""
-    is_flash = function is flash_attention_forward
+    is_flash, backend = function is flash_attention_forward, find_backend(name)
 
     # Graph break: a frame's kept tensors stay out of compiled graphs.
     @torch.compiler.disable
     def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if calls is not None and calls.answer_attention is not None:
+            query, key, value, mask, scaling, arguments = read_call(module, *args, **kwargs)
+            return calls.answer_attention(query, key, value, mask, scaling, arguments, backend), None
         seen = under_own_name(module, name) if is_flash else module
         frame = keeping_frame(name)
         if frame is None:

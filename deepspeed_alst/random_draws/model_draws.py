@@ -67,12 +67,12 @@ def count_draws(spec: ModelSpec, calls: "ForwardContext", patches: PatchSet) -> 
                 _refuse_neftune(spec)
             rank = 0 if calls.whole else draws.sp_rank
             entered.enter_context(draws.begin(*tokens.shape[:2], rank, calls.checking))
-            states[:] = _generators(base) if any(map(_is_compiled, model.modules())) else []
+            states[:] = random_states(base) if any(map(_is_compiled, model.modules())) else []
 
     @torch.compiler.disable
     def leave(*_: Any) -> None:
         entered.close()
-        if states and not all(map(torch.equal, states, _generators(base))):
+        if states and not all(map(torch.equal, states, random_states(base))):
             raise UnsupportedModelError(
                 f"{type(base).__name__}: compiled code has drawn random numbers from torch's generator (rand_like, "
                 "randn_like), which differ from those of one sequence. Leave its layers out of torch.compile"
@@ -115,7 +115,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
-def _generators(model: torch.nn.Module) -> list[torch.Tensor]:
+def random_states(model: torch.nn.Module) -> list[torch.Tensor]:
     """Return the RNG states that compiled code would advance: compilers lower some random ops themselves."""
     device = next(model.parameters()).device
     on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]

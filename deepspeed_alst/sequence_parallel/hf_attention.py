@@ -25,7 +25,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.random_draws.draw_mode import counted_attention
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.private_config import PrivateName
+from deepspeed_alst.sequence_parallel.private_config import PrivateName, under_own_name
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, ulysses_attention
 
 if TYPE_CHECKING:
@@ -152,22 +152,23 @@ def _block_mask(mask: "MaskSpec | None", length: int, device: torch.device) -> A
     return flex_attention_mask(1, length, length, mask_function=rule, device=device)
 
 
-def under_own_name(module: torch.nn.Module, name: str) -> Any:
-    """Return a view of an attention module whose config has the backend's transformers name.
-
-    With the private name transformers would load the kernel again and register it over the model's own entry.
-    """
-    return _View(module, config=_View(module.config, _attn_implementation=name))
-
-
-class _View:
-    """View of an object with some attributes replaced."""
-
-    def __init__(self, seen: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced, _seen=seen)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_seen"], name)
+def read_call(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """Return q, k, v, mask, scaling and the arguments that change the result of a call of transformers' attention."""
+    arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None}
+    arguments |= {"dropout": dropout} if dropout else {}
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        arguments["is_causal"] = False
+    return query, key, value, attention_mask, scaling, arguments
 
 
 def register_attention(
@@ -189,22 +190,12 @@ def _attention_over(
 
     # Graph break: collectives, counters and checks stay out of compiled graphs.
     @torch.compiler.disable
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: "MaskSpec | None",
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        query, key, value, attention_mask, scaling, arguments = read_call(module, *args, **kwargs)
         # position_ids are left out: they cover one shard, and documents come in cu_seq_lens_q or in the mask.
         ignored = _IN_THE_MASK if backend.uses_mask else ()
-        arguments = {name: kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None and name not in ignored}
-        arguments |= {"dropout": dropout} if dropout else {}
-        _check_call(module, query, key, attention_mask, is_causal, layers)
+        arguments = {name: value for name, value in arguments.items() if name not in ignored}
+        _check_call(module, query, key, attention_mask, arguments.get("is_causal", True), layers)
         calls.check_inside(type(module).__name__)
         for name in arguments.keys() - set(backend.forwarded_kwargs):
             raise UnsupportedModelError(
@@ -253,7 +244,7 @@ def _check_call(module, query, key, attention_mask, is_causal, layers) -> None:
             f"{layer} has {query.shape[2]} queries for {key.shape[2]} keys: generation with a cache, and attention to "
             "other sequences, are not available under sequence parallelism"
         )
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if not is_causal:
         raise UnsupportedModelError(f"{layer}: attention that is not causal is not verified")
 
 

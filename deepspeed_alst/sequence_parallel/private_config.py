@@ -45,3 +45,21 @@ def own_config(model: torch.nn.Module, shared: Any, patches: PatchSet) -> Any:
         patches.set(module, "config", own)
     patches.callback(write_back)
     return own
+
+
+def under_own_name(module: torch.nn.Module, name: str) -> Any:
+    """Return a view of an attention module whose config has the backend's transformers name.
+
+    With the private name transformers would load the kernel again and register it over the model's own entry.
+    """
+    return _View(module, config=_View(module.config, _attn_implementation=name))
+
+
+class _View:
+    """View of an object with some attributes replaced."""
+
+    def __init__(self, seen: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_seen"], name)

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import MemoryLeanConfig
-from tests.models import split_and_whole
+from tests.models import family_batch, split_and_whole, step_in_fp64
 
 EXACT = 1e-12
 # 19 tokens of a shard: chunks of 8, 8 and 3, tiles of 3, 3 and 2.
@@ -17,3 +17,12 @@ def test_a_family_is_exact_in_chunks(model_type, ranks2):
     loss, grads = ranks2.run(split_and_whole, family_config(model_type), 37, 2, 2, 0, 0, LEAN)[0]
     assert loss < EXACT
     assert max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "glm4"])
+def test_a_family_is_exact_in_chunks_on_one_rank(model_type):
+    whole_loss, whole = step_in_fp64(family_config(model_type), batch := family_batch(19, 2))
+    loss, grads = step_in_fp64(family_config(model_type), batch, lean=LEAN)
+    assert abs(loss - whole_loss) < EXACT * whole_loss and grads.keys() == whole.keys()
+    for name, grad in grads.items():
+        assert (grad - whole[name]).norm() <= EXACT * whole[name].norm(), name
