@@ -4,6 +4,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from deepspeed_alst.errors import SetupError
+
 
 class UnsupportedLayerError(Exception):
     """Reason why a layer, or one call of it, runs on the ordinary path."""
@@ -71,3 +73,12 @@ def own_gradient(dy: torch.Tensor) -> torch.Tensor:
     """Return a gradient that may be written to: itself, if autograd has no other use for it, or a copy."""
     is_own = dy._use_count() == 1 and dy.is_contiguous()
     return dy if is_own else dy.clone(memory_format=torch.contiguous_format)
+
+
+def check_first_backward(is_first: bool) -> None:
+    """Raise SetupError in a second backward of one graph, of which the first has released the chunks."""
+    if not is_first:
+        raise SetupError(
+            "alst.memory_lean_layer: a second backward of one graph, whose chunks the first one has released. Run the "
+            "forward again, or set memory_lean_layer to false"
+        )

@@ -1,6 +1,7 @@
 """Embeddings of a forward, which are freed once the first layer has saved them."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,25 +17,34 @@ class Embeddings:
     """Memory of the embeddings in a forward, which the decoder's own frame would hold until its end."""
 
     def __init__(self, spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
-        self._calls, self._storage = calls, lambda: None
+        self._calls, self._seen = calls, list[Callable[[], torch.Tensor | None]]()
         if spec.embeddings is not None:
-            patches.hook(spec.embeddings, "forward", self._note)
+            patches.hook(spec.embeddings, "forward", self._note_output)
+        for layer in list(spec.layers.values())[:1]:
+            # Before DeepSpeed's hooks, which give the layer another tensor over the same memory.
+            patches.hook(layer, "forward_pre", self._note_input)
 
-    def _note(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _note_output(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         is_decoders = self._calls.inside and isinstance(output, torch.Tensor) and not is_watched(module)
-        self._storage = weakref.ref(output.untyped_storage()) if is_decoders else lambda: None
+        self._seen = [weakref.ref(output)] if is_decoders else []
+
+    def _note_input(self, module: torch.nn.Module, args: Any) -> None:
+        if self._seen and args and isinstance(args[0], torch.Tensor):
+            self._seen.append(weakref.ref(args[0]))
 
     def release(self, layer: torch.nn.Module, x_BsM: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Free the embeddings if they are a layer's saved input and nothing else can read them.
+        """Free the embeddings if they are a layer's saved input and none of its other arguments.
 
-        A read of them would raise: torch checks that a tensor's memory is there.
+        What still refers to them reads NaN; other tensors over the same memory keep it.
         """
-        storage, self._storage = self._storage(), lambda: None
-        others = [each for each in tree_leaves(kwargs) if isinstance(each, torch.Tensor)]
-        if storage is None or storage._cdata != x_BsM.untyped_storage()._cdata or is_watched(layer):
+        seen, self._seen = [each for ref in self._seen if (each := ref()) is not None], []
+        memory = x_BsM.untyped_storage()._cdata
+        others = [each for each in tree_leaves(kwargs) if isinstance(each, torch.Tensor) and each is not x_BsM]
+        if not seen or seen[0].untyped_storage()._cdata != memory or is_watched(layer):
             return
-        if not any(each.untyped_storage()._cdata == storage._cdata for each in others):
-            storage.resize_(0)
+        if not any(each.untyped_storage()._cdata == memory for each in others):
+            for each in (*seen, x_BsM):
+                each.data = each.new_full((), torch.nan).expand(each.shape)
 
 
 def is_watched(module: torch.nn.Module) -> bool:

@@ -207,12 +207,10 @@ class LeanLayer:
             name = type(self._layer).__name__
             warnings.warn(f"alst.memory_lean_layer: {name} runs on the ordinary path: {error}", stacklevel=2)
             return self._run_ordinary(*args, **kwargs)
-        if torch.is_grad_enabled():
-            y_BsM = LeanPass.apply(call, x_BsM, *call.weights)
-            if self._keeping is not None and self._keeping.store is not None:
-                self._embedded.release(self._layer, x_BsM, kwargs)
-            return y_BsM
-        return call.forward(x_BsM, False)
+        y_BsM = LeanPass.apply(call, x_BsM, *call.weights) if torch.is_grad_enabled() else call.forward(x_BsM, False)
+        if self._calls.checking or (torch.is_grad_enabled() and self._keeping is not None and self._keeping.store):
+            self._embedded.release(self._layer, x_BsM, named)
+        return y_BsM
 
     def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it is, with as many branches of draws as in chunks."""

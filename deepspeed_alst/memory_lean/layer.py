@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.errors import SetupError
 from deepspeed_alst.memory_lean.attention import attend, attend_backward
-from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, of_size, own_gradient
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, cut, of_size, own_gradient
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
@@ -278,11 +277,7 @@ class LeanPass(torch.autograd.Function):
             SetupError: a second backward of the same graph.
         """
         call, ctx.call = ctx.call, None
-        if call is None:
-            raise SetupError(
-                "alst.memory_lean_layer: a second backward of one graph. The layers' chunks are released in the first; "
-                "run the forward again, or set memory_lean_layer to false"
-            )
+        check_first_backward(call is not None)
         dx_BsM = own_gradient(dy_BsM)
         del dy_BsM
         grads = call.backward(dx_BsM)

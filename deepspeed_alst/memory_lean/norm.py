@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.memory_lean.chunks import Saved, Sizes, of_size, own_gradient
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, of_size, own_gradient
 from deepspeed_alst.tiling.tiled_module import autocast_as_here, gradients_of
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks
 
@@ -49,6 +49,7 @@ class _NormPass(torch.autograd.Function):
     def backward(ctx: Any, dy_BsM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         trained = [weight for weight, needs in zip(ctx.weights, ctx.needs_input_grad[3:], strict=True) if needs]
         sums = WeightGradients(trained, len(ctx.chunks), True)
+        check_first_backward(bool(ctx.inputs))
         dx_BsM = own_gradient(dy_BsM)
         del dy_BsM
         with without_hooks(trained):

@@ -1,0 +1,191 @@
+"""Layers in chunks on one rank: what is released, what stays on the ordinary path, what a test would see."""
+
+import contextlib
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.cells import build_model
+from benchmarks.families import family_config
+from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import SetupError
+from deepspeed_alst.memory_lean import layer
+from deepspeed_alst.memory_lean.feature import run_in_chunks
+from deepspeed_alst.memory_lean.rectangles import rectangles
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.checkpoint_inputs import Keeping
+from deepspeed_alst.offload.host_buffers import HostBufferPool
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from tests.models import family_batch, step_in_fp64
+
+LEAN = MemoryLeanConfig(chunk_tokens=8, tile_tokens=3, key_block=5)
+TOKENS = 19
+
+
+@contextlib.contextmanager
+def lean_model(keeping=None, dtype=torch.float32, model_type="llama", **keys):
+    """A small checkpointed model in training mode whose layers run in chunks."""
+    model = build_model(family_config(model_type, **keys)).to(dtype).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with PatchSet() as patches:
+        count, reasons = run_in_chunks(
+            ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches, keeping
+        )
+        assert count == 2 and not reasons
+        yield model
+
+
+def gradients(model, rows=2):
+    torch.manual_seed(3)  # for dropout
+    loss = model(**family_batch(TOKENS, rows), use_cache=False).loss
+    loss.backward()
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+def ordinary_gradients(change=lambda model: None, **keys):
+    model = build_model(family_config("llama", **keys)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    change(model)
+    return gradients(model)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_a_second_backward_of_one_graph_is_refused():
+    with lean_model() as model:
+        loss = model(**family_batch(TOKENS, 1), use_cache=False).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(SetupError, match="second backward of one graph"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("keeps_attention", [False, True])
+def test_every_chunk_is_offloaded_once_and_released(keeps_attention):
+    store = ActivationStore(HostBufferPool())
+    with lean_model(Keeping(store, keeps_attention=keeps_attention)) as model:
+        found = gradients(model)
+        config = model.config
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        per_token = 3 * hidden + 2 * (hidden + heads) * keeps_attention  # two layers and the last norm
+        assert store.counts.bytes_out == 2 * TOKENS * per_token * 4
+        assert store.pool.in_use == 0
+    assert_close(found, ordinary_gradients())
+
+
+def test_chunks_of_a_backward_that_never_comes_are_released():
+    store = ActivationStore(HostBufferPool())
+    with lean_model(Keeping(store)) as model:
+        loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
+        assert store.pool.in_use > 0
+        del loss
+        store.release_kept()
+        assert store.pool.in_use == 0
+
+
+def test_embeddings_are_freed_once_they_are_saved_and_a_read_of_them_is_nan():
+    with lean_model(Keeping(ActivationStore(HostBufferPool()))) as model:
+        read, original = [], model.model.embed_tokens.forward
+        model.model.embed_tokens.forward = lambda ids: read.append(original(ids)) or read[-1]
+        loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
+        assert read[0].untyped_storage().nbytes() == read[0].element_size() and read[0].isnan().all()
+        loss.backward()
+    assert_close({name: param.grad for name, param in model.named_parameters()}, ordinary_gradients())
+
+
+def test_embeddings_that_a_hook_of_the_program_sees_are_kept():
+    with lean_model(Keeping(ActivationStore(HostBufferPool()))) as model:
+        read = []
+        model.model.embed_tokens.register_forward_hook(lambda module, args, output: read.append(output))
+        gradients(model)
+        assert read[0].sum().isfinite()
+
+
+def add_hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "reason"),
+    [
+        (add_hook, {}, "a hook of the program inside the layer"),
+        (lambda model: None, {"attention_dropout": 0.5}, "dropout"),
+    ],
+)
+def test_a_layer_that_chunks_cannot_run_is_ordinary_and_says_so(change, keys, reason):
+    with lean_model(**keys) as model:
+        change(model)
+        with pytest.warns(UserWarning, match=f"ordinary path: .*{reason}"):
+            found = gradients(model)
+    assert_close(found, ordinary_gradients(change, **keys))
+
+
+def test_without_gradients_and_in_evaluation_the_output_is_the_same():
+    batch = family_batch(TOKENS, 2)
+    expected = build_model(family_config("llama"))(**batch, use_cache=False).logits
+    with lean_model() as model, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode in (True, False):
+            logits = model.train(mode)(**batch, use_cache=False).logits
+            assert (logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_the_same():
+    def freeze(model):
+        for name, param in model.named_parameters():
+            param.requires_grad_("q_proj" in name or "down_proj" in name)
+
+    with lean_model() as model:
+        freeze(model)
+        model.enable_input_require_grads()
+        found = {name: grad for name, grad in gradients(model).items() if grad is not None}
+    expected = {name: grad for name, grad in ordinary_gradients(freeze).items() if grad is not None}
+    assert_close(found, expected)
+
+
+def error_in_fp64():
+    batch = family_batch(TOKENS, 2)
+    (loss, grads), (true_loss, true) = (step_in_fp64(family_config("llama"), batch, lean=lean) for lean in (LEAN, None))
+    errors = [float((grads[name] - each).norm() / each.norm()) for name, each in true.items()]
+    return max(abs(loss - true_loss) / true_loss, *errors)
+
+
+_RIGHT = layer.attend_backward
+
+
+def swapped(do, q, k, v, o, lse, dk, dv, *rest):
+    return _RIGHT(do, q, k, v, o, lse, dv, dk, *rest)
+
+
+def off_by_one(*args):
+    for part in rectangles(*args):
+        is_wide = not part.triangle and part.last_key - part.first_key > 1
+        yield part._replace(last_key=part.last_key - is_wide)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("attend_backward", swapped), ("rectangles", off_by_one)])
+def test_a_wrong_step_would_be_seen(name, wrong):
+    assert error_in_fp64() < 1e-12
+    with mock.patch.object(layer, name, wrong):
+        assert error_in_fp64() > 1e-3
+
+
+def test_weight_gradients_in_bf16_are_summed_in_fp32():
+    """Tiles of 3 tokens: sums in bf16 lose more than one rounding of each weight's gradient does."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    true, sums = ordinary_gradients()[name], layer.WeightGradients
+
+    def error():
+        with lean_model(dtype=torch.bfloat16) as model:
+            return float((gradients(model)[name].double() - true).norm())
+
+    in_fp32 = error()
+    with mock.patch.object(layer, "WeightGradients", lambda weights, tiles, fp32: sums(weights, tiles, not fp32)):
+        assert error() > in_fp32
