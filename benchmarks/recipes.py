@@ -148,7 +148,7 @@ def activation_bytes(recipe: Recipe) -> float:
     offload = recipe.config.alst.activation_checkpoint_cpu_offload
     if offload is None or recipe.shape is None:
         return 0.0
-    layers = recipe.shape.num_layers - offload.keep_last
+    layers = recipe.shape.num_layers - (1 if offload.keep_last is None else offload.keep_last)
     # A rank holds 1/P of its sequence; a host has several ranks.
     P = recipe.config.sequence_parallel_size
     return layers * recipe.shape.keys["hidden_size"] * 2 * recipe.ranks_per_host / P

@@ -160,6 +160,7 @@ def hook_trainer(module: ModuleType) -> None:
     """Make the HF Trainer's steps run on shards, and give its evaluation logits, also at SP 1."""
     wrap_once(module.Trainer, "training_step", _step_over_shards)
     wrap_once(module.Trainer, "evaluation_loop", _evaluate_with_logits)
+    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _agree_on_accumulation)
 
 
 def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,6 +185,18 @@ def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             return evaluate(self, *args, **kwargs)
 
     return evaluation_loop
+
+
+def _agree_on_accumulation(create: Callable[..., Any]) -> Callable[..., Any]:
+    def create_accelerator_and_postprocess(self):
+        create(self)
+        if _trainer_splits_sequences(self):
+            # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
+            steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
+            if type(steps) is int:
+                self.accelerator.gradient_accumulation_steps = steps
+
+    return create_accelerator_and_postprocess
 
 
 def _trainer_splits_sequences(trainer: Any) -> bool:

@@ -121,9 +121,13 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
     return rows
 
 
+def _load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
 def differences(run: Path, truth: Path, sp_size: int) -> Differences:
     """Return the differences of a run of ``sp_size`` ranks per sequence from one without, on the same samples."""
-    ranks, reference = [torch.load(run / f"record-{rank}.pt") for rank in range(sp_size)], torch.load(truth / _RECORD)
+    ranks, reference = [_load(run / f"record-{rank}.pt") for rank in range(sp_size)], _load(truth / _RECORD)
     found: Differences = {}
     for kind in ("loss", "norm"):
         steps = enumerate(zip(ranks[0][kind], reference[kind], strict=True), start=1)
@@ -181,7 +185,7 @@ def first_difference(rows: list[Row]) -> str:
 
 def show(rows: list[Row], output: Path, names: list[str], summary: str) -> int:
     """Print the table, write ``verify.json`` and ``loss.png``; return 1 if any difference exceeds rounding."""
-    records = {name: torch.load(output / name / _RECORD) for name in names}
+    records = {name: _load(output / name / _RECORD) for name in names}
     curves, title = (
         {name: record["loss"] for name, record in records.items()},
         f"{names[1]} against {names[0]}: {summary}",

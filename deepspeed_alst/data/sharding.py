@@ -142,6 +142,8 @@ def _whole_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor],
     for key, x in batch.items():
         if x is None and key in (*_SPLIT_KEYS, "attention_mask"):
             continue
+        if key in _SPLIT_KEYS and not isinstance(x, torch.Tensor):
+            raise DataError(f"{key} must be a tensor, not {type(x).__name__}; convert it in the collate_fn")
         if key == "position_ids" and x.dim() == 1:
             whole[key] = x.expand(anchor.shape[0], -1)
         elif key in _SPLIT_KEYS or (

@@ -315,7 +315,7 @@ def misuse(case):
         ("direct backward", "SetupError", "call engine.backward(loss), not loss.backward()"),
         ("two engines", "SetupError", "call its engine.destroy() first"),
         ("another size", "ConfigError", "the mpu was registered with sequence_parallel_size=2. Set the key to 2"),
-        ("not registered", "ConfigError", "groups are not made yet"),
+        ("not registered", "ConfigError", "groups do not exist yet"),
         ("another mpu", "ConfigError", "mpu: sequence_parallel_size makes its own process groups"),
     ],
 )
