@@ -242,7 +242,7 @@ class OffloadedTensor:
                 store.counts.bytes_to_disk += num_bytes
             else:
                 raise OffloadError(
-                    f"alst.activation_checkpoint_cpu_offload: {store.pool.in_use:,} bytes of activations wait on the "
+                    f"alst.activation_checkpoint_cpu_offload: {store.pool.in_use:,} bytes of activations are on the "
                     f"host, and this rank's budget of {store.pool.budget:,} has no room for {num_bytes:,} more. Let "
                     "the rest go to disk (nvme_path), use a shorter sequence, or raise host_budget."
                 )

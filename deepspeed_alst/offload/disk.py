@@ -36,8 +36,8 @@ _CLOSE_SECONDS = 10.0
 # Every 509th word: at least one per page, and not always the same channels, as 509 is prime. Reads 2 bytes of 1,000.
 _CHECKSUM_STRIDE = 509
 _CLOSED = (
-    "alst.activation_checkpoint_cpu_offload: what waits on disk was asked for after engine.destroy(), which gave the "
-    "disk's space back. Run the backward before it."
+    "alst.activation_checkpoint_cpu_offload: activations on disk were read after engine.destroy(), which has "
+    "freed them. Run the backward before it."
 )
 _WAY_OUT = (
     "Name a folder on a disk with enough room that this user may write to, or raise host_budget, so that less goes to "

@@ -27,7 +27,7 @@ from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, kee
 from deepspeed_alst.offload.host_buffers import Copies, HostBufferPool
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
-_KEPT = {True: "kept", False: "made again", "auto": "auto: decided at the first step"}
+_KEPT = {True: "saved", False: "recomputed", "auto": "auto: decided at the first step"}
 
 
 class Facts(NamedTuple):
@@ -93,7 +93,7 @@ class ActivationOffload(Feature):
         """Return where activations are kept."""
         store = self.keeping.store
         if store is None:
-            return [("attention output", "kept on the device")]
+            return [("attention output", "saved on the device")]
         checkpointed = "checkpointing turned on; " if self._turned_on else ""
         where = "host"
         if store.spill is not None:

@@ -134,7 +134,7 @@ def test_no_room_is_an_error_that_says_how_much():
     store = ActivationStore(HostBufferPool(budget=pages(4000) * 2))
     group = store.group()
     kept = [group.put(each) for each in tensors(2, 1000)]
-    with pytest.raises(OffloadError, match=r"8,192 bytes of activations wait.*budget of 8,192.*nvme_path"):
+    with pytest.raises(OffloadError, match=r"8,192 bytes of activations are.*budget of 8,192.*nvme_path"):
         group.put(torch.ones(1000))
     assert torch.equal(kept[0](), tensors(1, 1000)[0])
 
