@@ -483,5 +483,5 @@ def test_close_twice_and_nothing_after_it(tmp_path):
     file.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file._descriptor)
-    with pytest.raises(OffloadError, match=r"after engine\.destroy\(\), which gave the disk's space back"):
+    with pytest.raises(OffloadError, match=r"after engine\.destroy\(\), which has freed them"):
         write(file, filled(PAGE), 0)
