@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from deepspeed_alst.memory_lean.rectangles import Rectangle
 
 _aten = torch.ops.aten
+_LARGEST_HEAD = 256  # of torch's flash attention on CUDA
 
 
-def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if there is a kernel for tensors of this dtype on this device."""
-    return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+def can_attend(q_BHsD: torch.Tensor) -> bool:
+    """Return True if there is a kernel for such queries: torch's flash attention, on CPU or CUDA."""
+    if q_BHsD.device.type == "cpu":
+        return True
+    is_half = q_BHsD.dtype in (torch.bfloat16, torch.float16)
+    return q_BHsD.device.type == "cuda" and is_half and q_BHsD.shape[3] <= _LARGEST_HEAD
 
 
 def attend(
@@ -137,8 +141,9 @@ def _backward(
 
 
 def _equal_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Pad the head dims to the largest, as kernels need it; zeros change no score and no output."""
+    """Pad the head dims to the largest, and on CUDA to a multiple of 8; zeros change no score and no output."""
     most = max(x.shape[-1] for x in tensors)
+    most = most if tensors[0].device.type == "cpu" else -(-most // 8) * 8
     return [x if x.shape[-1] == most else F.pad(x, (0, most - x.shape[-1])) for x in tensors]
 
 

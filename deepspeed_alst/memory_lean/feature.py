@@ -164,8 +164,10 @@ def _with_mask(call: AttentionCall, calls: ForwardContext, sp_size: int) -> Atte
     if arguments or not backend.runs_operators:
         with_what = f" with {' and '.join(arguments)}" if arguments else ""
         raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")
-    if not can_attend(call.q.device, call.q.dtype):
-        raise UnsupportedLayerError(f"no kernel for {call.q.dtype} on {call.q.device.type}")
+    if not can_attend(call.q):
+        raise UnsupportedLayerError(
+            f"no kernel for {call.q.dtype} and heads of {call.q.shape[3]} on {call.q.device.type}"
+        )
     return call._replace(mask=mask)
 
 

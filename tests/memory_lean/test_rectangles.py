@@ -73,3 +73,18 @@ def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes):
     found = torch.cat(outputs, 2), torch.cat(dq, 2), dk, dv
     for name, mine, true in zip("oqkv", found, (expected, q64.grad, k64.grad, v64.grad), strict=True):
         assert (mine.double() - true).norm() <= LIMITS[dtype] * true.norm(), name
+
+
+def test_the_cuda_ops_take_these_arguments_by_their_meta_kernels():
+    """Signatures and shapes alone: torch's meta kernels in the place of CUDA's."""
+    aten = torch.ops.aten
+    q, k = (
+        torch.empty(1, heads, tokens, 64, dtype=torch.bfloat16, device="meta") for heads, tokens in ((4, 9), (2, 7))
+    )
+    o, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, k, 0.0, False, scale=0.1)
+    assert o.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    none = q.new_empty(0, dtype=torch.int64)
+    found = aten._scaled_dot_product_flash_attention_backward(
+        o, q, k, k, o, lse, None, None, 9, 7, 0.0, False, none, none, scale=0.1
+    )
+    assert [x.shape for x in found] == [q.shape, k.shape, k.shape]
