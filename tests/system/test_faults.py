@@ -211,5 +211,5 @@ def test_latest_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkey
 
 def test_a_checkpoint_that_is_written_over_has_no_name_until_it_is_whole(ranks2, tmp_path):
     for refusal, after, _, last in ranks2.run(_save_on_a_full_disk, str(tmp_path), 1, "first"):
-        assert "there is no checkpoint before it" in refusal
+        assert "there is no earlier checkpoint" in refusal
         assert after is None and last == "second of latest"
