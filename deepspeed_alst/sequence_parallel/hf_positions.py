@@ -93,4 +93,5 @@ def scale_queries_by_position(model: torch.nn.Module, sp_rank: int, calls: Forwa
         scales_s1 = (torch.log1p(steps) * module.attn_scale + 1.0)[:, None]
         return (query_BHsD * scales_s1).to(query_BHsD.dtype)
 
-    calls.scale_queries = scale
+    if tempered:
+        calls.scale_queries = scale
