@@ -261,7 +261,8 @@ class LeanLayer:
             if self._learned != state:
                 self._learn(x_BsM[:, few], of_few, draws_anew)
                 self._learned = state
-            attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
+            with torch.no_grad():  # a graph may save the few tokens, a view that holds the whole input
+                attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
         sizes = _sizes(self._config)
         if self._calls.checking:  # a few tokens, yet several chunks and tiles
