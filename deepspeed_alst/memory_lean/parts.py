@@ -69,7 +69,7 @@ class LayerParts:
         self._only_kv: list[torch.nn.Linear] = []
         self._unused_in_tail: list[torch.nn.Linear] = []
         self._unused_values: set[TiledModule] = set()
-        self._nodes: dict[TiledModule, Any] = {}
+        self._nodes: dict[TiledModule, Any] | None = None  # of the closed forms, while they are learnt
 
     def front(self, x_BtM: torch.Tensor, kwargs: dict[str, Any], need: str = "qkv") -> AttentionCall:
         """Return the layer's attention call; with ``need`` "q" or "kv", the other tensors are NaN.
@@ -135,10 +135,11 @@ class LayerParts:
         except UnsupportedModelError as error:
             raise UnsupportedLayerError(str(error)) from error
         self._only_q, self._only_kv, self._unused_in_tail = list(q - k - v), list((k | v) - q), list(fronts - in_tail)
+        self._nodes = nodes = {}
         with torch.enable_grad():
             y = self.tail(x, o, kwargs, WeightGradients([], 1, True))
-        self._unused_values = {work for work, node in self._nodes.items() if is_value_unused([y.grad_fn], node)}
-        self._nodes.clear()
+        self._nodes = None
+        self._unused_values = {work for work, node in nodes.items() if is_value_unused([y.grad_fn], node)}
         return call
 
     @contextlib.contextmanager
@@ -170,7 +171,8 @@ class LayerParts:
         if sums is None:
             return work.forward(*args, **kwargs)
         y = _ClosedForm.apply(rows[0], form, sums, work in self._unused_values)
-        self._nodes[work] = y.grad_fn
+        if self._nodes is not None:
+            self._nodes[work] = y.grad_fn
         return y
 
 
