@@ -19,7 +19,8 @@ from typing import Any
 
 from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
-from deepspeed_alst.cli.plan import Machine, Model, static_bytes
+from deepspeed_alst.cli.measure import Model
+from deepspeed_alst.cli.plan import Machine, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
@@ -139,7 +140,7 @@ def states(N: int, ranks: int, optimizer_on_host: bool, weights_on_host: bool) -
     on_host = {"offload_optimizer": optimizer_on_host, "offload_param": weights_on_host}
     zero = {"stage": 3, **{key: {"device": "cpu"} for key, is_there in on_host.items() if is_there}}
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
-    gpu, host = static_bytes(Model(N, 0, 0), ds_config, Machine(ranks, 0, 0, ranks))
+    gpu, host = static_bytes(Model(N, 0), ds_config, Machine(ranks, 0, 0, ranks))
     return sum(gpu.get(key, 0) for key in ("weights", "gradients", "optimizer")), sum(host.values())
 
 

@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
     add("--num_gpus", type=int, default=8, help="number of GPUs on all hosts (8)")
     add("--gpu_memory", type=float, default=80, help="GiB per GPU (80)")
-    add("--host_memory", type=float, default=1800, help="GiB per host (1800)")
+    add("--host_memory", type=float, default=1769, help="GiB per host (1769, which are 1.9 TB)")
     add("--gpus_per_host", type=int, default=8, help="GPUs per host (8)")
     add("--seq_len", type=int, help="tokens per sequence; default: the longest that fits")
     add("--json", action="store_true", help="print JSON")

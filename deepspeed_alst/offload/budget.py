@@ -116,17 +116,23 @@ def decide(
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
     """
-    keeps, reason = wanted is True, "save_attention_output"
-    if wanted == "auto":
-        fits = layers.waiting(tokens, True) <= room.host
-        keeps = fits and layers.copy_is_hidden(tokens // shard[1] * shard[0])
-        reason = "auto: its copy hides behind the computation, and the host has room"
-        if not keeps:
-            reason = "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
+    keeps, reason = keeps_output(layers, tokens, room.host, wanted, tokens // shard[1] * shard[0])
     places = _places(layers, tokens, room, keeps)
     if places is None:
         raise OffloadError(_too_much(layers, tokens, room, keeps, shard))
     return Plan(keeps, *places, reason)
+
+
+def keeps_output(
+    layers: Layers, tokens: int, host: int, wanted: bool | Literal["auto"], sequence: int
+) -> tuple[bool, str]:
+    """Return True if attention's output is kept, for B*s tokens of a shard and a whole sequence's, and the reason."""
+    if wanted != "auto":
+        return wanted, "save_attention_output"
+    fits = layers.waiting(tokens, True) <= host
+    if fits and layers.copy_is_hidden(sequence):
+        return True, "auto: its copy hides behind the computation, and the host has room"
+    return False, "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
 
 
 def longest(layers: Layers, room: MemoryBudget, keeps: bool) -> int:

@@ -53,19 +53,13 @@ class ActivationOffload(Feature):
         run.calls.keeping_frame = keeping_frame
         self.keeping = Keeping(
             store=None,
-            keep_last=self._keep_last(alst.memory_lean_layer is not None),
+            keep_last=run.config.keep_last(),
             must_keep_attention=self._wanted is True,
         )
         self._why_not = "" if self._wanted is False else self._keep_attention(run.calls, patches)
         keep_activations(run.spec, self.keeping, patches)
         if run.session is None:
             patches.hook(run.spec.outer, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
-
-    def _keep_last(self, in_chunks: bool) -> int:
-        if self._block is None:
-            return 0
-        # Chunks come back one ahead, so that the last layer's need not stay.
-        return self._block.keep_last if self._block.keep_last is not None else int(not in_chunks)
 
     def _keep_attention(self, calls: ForwardContext, patches: PatchSet) -> str:
         """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""

@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import CONFIG_MAPPING
 
 from deepspeed_alst.cli.main import main
-from deepspeed_alst.cli.plan import Layer, Machine, Model, bytes_of, longest, measure, plan_of, static_bytes
+from deepspeed_alst.cli.measure import Layer, Line, Model, bytes_of, measure, workspace_of
+from deepspeed_alst.cli.plan import Machine, longest, plan_of, static_bytes
 from deepspeed_alst.config.schema import parse
+from deepspeed_alst.offload.budget import Layers
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -29,7 +32,15 @@ DS_CONFIG = {
     "sequence_parallel_size": 8,
     "alst": {"tiled_mlp_compute": True, "activation_checkpoint_cpu_offload": True},
 }
-H100 = Machine(8, 80 * GIB, 1800 * GIB, 8)
+H100 = Machine(8, 80 * GIB, 1769 * GIB, 8)
+OFFLOAD = {"activation_checkpoint_cpu_offload": True}
+
+
+def made_up(a_token, layers=10, keep_last=1, **more):
+    """Return a model whose layers save 8,192 bytes a token, and as much of attention's output; and its peaks."""
+    saved = Layers(layers, keep_last, 8192, 8192, 128, 10**9, 4096, **more)
+    layer = Layer(Line(GIB, 10.0), Line(GIB, a_token), Line(GIB, 10.0), Line(0, 20.0))
+    return Model(10**9, 10**8, saved), dict.fromkeys((False, True), layer)
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +51,110 @@ def measured(tmp_path_factory):
 
 
 def test_the_sizes_are_those_of_the_model(measured):
-    _, model, layer = measured
-    assert model.num_params == 8_030_261_248 and model.num_layers == 32
-    assert model.largest == 128256 * 4096
-    assert layer.kept == 2 * 4096  # a checkpoint is one hidden vector
+    _, model, _ = measured
+    assert model.num_params == 8_030_261_248 and model.largest == 128256 * 4096
+    layers = model.layers
+    assert (layers.num_layers, layers.keep_last, layers.lean_layers) == (32, 1, 0)
+    # Of a checkpoint one hidden vector, and of attention 32 heads of 128 and an fp32 sum each.
+    assert (layers.input_bytes, layers.output_bytes, layers.lse_bytes) == (2 * 4096, 2 * 4096, 4 * 32)
 
 
-def test_the_line_through_two_measurements_holds_further_on(measured):
-    _, _, layer = measured
-    config = CONFIG_MAPPING["llama"](**{**LLAMA_8B, "num_hidden_layers": 1})
-    far = 4 * 65536
-    in_layers, *_ = bytes_of(config, parse(DS_CONFIG), far)
-    assert layer.fixed + layer.a_token * far == pytest.approx(in_layers, rel=0.02)
+def test_the_lines_through_two_measurements_hold_further_on(measured):
+    *_, found = measured
+    config, far = CONFIG_MAPPING["llama"](**{**LLAMA_8B, "num_hidden_layers": 1}), 4 * 65536
+    for keeps, layer in found.items():
+        there, _ = bytes_of(config, parse(DS_CONFIG), far, keeps)
+        assert layer.elsewhere.at(far) == pytest.approx(there.elsewhere, rel=0.02)
+        assert layer.attention.at(far) == pytest.approx(there.attention, rel=0.02)
+
+
+def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
+    # Llama 3.1's rotary embedding, which runs in chunks as any other.
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    longer = {"max_position_embeddings": 131072}
+    config = CONFIG_MAPPING["llama"](**sizes, vocab_size=1024, num_hidden_layers=3, rope_parameters=rope, **longer)
+    config.to_json_file(tmp_path / "config.json")
+    keys = DS_CONFIG | {"sequence_parallel_size": 2}
+    alst = {**OFFLOAD, "tiled_mlp_compute": True, "save_attention_output": False}
+    ordinary, lean = (parse(keys | {"alst": {**alst, "memory_lean_layer": on}}) for on in (False, True))
+    (of_ordinary, a), (of_lean, b) = (measure(str(tmp_path / "config.json"), each) for each in (ordinary, lean))
+    assert b[False].elsewhere.a_token < 0.5 * a[False].elsewhere.a_token
+    assert b[False].attention.a_token < 0.5 * a[False].attention.a_token
+    assert of_ordinary.layers.input_bytes == of_lean.layers.input_bytes == 1024
+    assert (of_lean.layers.lean_layers, of_lean.layers.keep_last, of_lean.layers.norms) == (3, 0, 1)
+    # Nothing of a layer stays on the device, and the host has what the run's own plan says.
+    one, more = (CONFIG_MAPPING["llama"](**{**config.to_dict(), "num_hidden_layers": count}) for count in (1, 3))
+    tokens = 65536
+    (of_one, _), (of_more, layers) = (bytes_of(each, lean, tokens) for each in (one, more))
+    assert b[False].elsewhere.at(tokens) == pytest.approx(of_one.elsewhere, rel=0.02)
+    assert of_more.saved - of_one.saved < tokens and of_more.elsewhere - of_one.elsewhere < tokens
+    assert of_more.host == layers.waiting(tokens, False) == 4 * 1024 * tokens
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sp_size", "lean", "line"),
+    [
+        (32, 8, 8, None, (0, 8 * (4 * 4 * 128 + 4 * 4 * 128))),
+        (32, 32, 8, None, (0, 8 * 4 * 4 * 128)),  # no heads to expand
+        (32, 8, 32, None, (0, 32 * 4 * 128)),  # nor where each rank has one of each
+        (32, 8, 8, {"chunk_tokens": 100, "key_block": 1000}, (512 * (100 * 4 + 1000 * 4), 0)),
+    ],
+)
+def test_the_kernel_allocates_by_its_rows_and_keys(heads, kv_heads, sp_size, lean, line):
+    config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=128 * heads)
+    keys = parse({"sequence_parallel_size": sp_size, "alst": {"memory_lean_layer": lean or False}})
+    assert workspace_of(config, keys) == line
+
+
+def test_the_workspace_counts_where_attentions_backward_is_the_peak():
+    model, found = made_up(15.0)
+    plan = plan_of(model, found, DS_CONFIG, H100, 1000)
+    assert plan.device["attention kernel's workspace"] == 20_000
+    assert plan.device["backward of a layer"] == GIB + 10_000
+    model, found = made_up(31.0)
+    plan = plan_of(model, found, DS_CONFIG, H100, 1000)
+    assert plan.device["backward of a layer"] == GIB + 31_000 and "attention kernel's workspace" not in plan.device
+
+
+@pytest.mark.parametrize(
+    ("keys", "host_gib", "kept", "why"),
+    [
+        ({**OFFLOAD, "save_attention_output": True}, 1769, True, "save_attention_output"),
+        ({**OFFLOAD, "save_attention_output": False}, 1769, False, "save_attention_output"),
+        (OFFLOAD, 1769, True, "auto: its copy hides behind the computation, and the host has room"),
+        (OFFLOAD, 100, False, "auto: no room on the host"),
+        ({}, 1769, False, "auto: no offload"),
+        ({"save_attention_output": True}, 1769, True, "save_attention_output"),
+    ],
+)
+def test_attentions_output_is_counted_where_it_is_kept(keys, host_gib, kept, why):
+    tokens, machine = 2**18, replace(H100, host_bytes=host_gib * GIB)
+    model, found = made_up(10.0, keep_last=int("activation_checkpoint_cpu_offload" in keys))
+    plan = plan_of(model, found, {**DS_CONFIG, "alst": keys}, machine, tokens)
+    assert plan.attention == f"{'kept' if kept else 'made again'} ({why})"
+    a_layer = {"layer inputs": 8192 * tokens} | ({"attention outputs": (8192 + 128) * tokens} if kept else {})
+    for name, size in a_layer.items():
+        # Nine of ten layers wait, on each of eight ranks' host; one more than the measured comes back.
+        assert plan.host.get(name, 0) == (8 * 9 * size if keys.keys() & OFFLOAD.keys() else 0)
+        assert plan.device[name] == (1 if keys.keys() & OFFLOAD.keys() else 9) * size
+    assert ("attention outputs" in plan.device) == kept
+
+
+@pytest.mark.parametrize(("lean", "keep_last", "count"), [(0, 0, 1), (0, 1, 1), (0, 3, 2), (10, 0, 0), (10, 3, 2)])
+def test_the_device_has_the_inputs_of_the_layers_that_stay_or_come_back(lean, keep_last, count):
+    model, found = made_up(10.0, keep_last=keep_last, lean_layers=lean, chunk_tokens=8192)
+    plan = plan_of(model, found, {**DS_CONFIG, "alst": {**OFFLOAD, "save_attention_output": False}}, H100, 8192)
+    assert plan.device.get("layer inputs", 0) == count * 8192 * 8192
+    assert plan.host["layer inputs"] == 8 * (10 - keep_last) * 8192 * 8192
 
 
 @pytest.mark.parametrize(
     "stage, a_parameter", [(0, 2 + 2 + 12), (1, 2 + 2 + 12 / 8), (2, 2 + 2 / 8 + 12 / 8), (3, 16 / 8)]
 )
 def test_states_are_sharded_by_stage(stage, a_parameter):
-    model = Model(10**9, 10, 10**8)
+    model = Model(10**9, 10**8)
     device, host = static_bytes(model, {**DS_CONFIG, "zero_optimization": {"stage": stage}}, H100)
     assert sum(device[key] for key in ("weights", "gradients", "optimizer")) == pytest.approx(a_parameter * 10**9)
     assert not host
@@ -73,7 +169,7 @@ def test_states_are_sharded_by_stage(stage, a_parameter):
     ],
 )
 def test_a_bucket_is_as_large_as_its_key_says(zero, reduction, num_bytes):
-    model = Model(8 * 10**9, 10, 10**8)
+    model = Model(8 * 10**9, 10**8)
     ds_config = {**DS_CONFIG, "zero_optimization": zero, "alst": {"reduction": {**reduction, "slice_bytes": 2**20}}}
     device, _ = static_bytes(model, ds_config, H100)
     assert device["gradient buckets, slices"] == num_bytes + 2 * 2**20
@@ -82,12 +178,12 @@ def test_a_bucket_is_as_large_as_its_key_says(zero, reduction, num_bytes):
 def test_an_automatic_bucket_is_a_share_of_what_is_left():
     ds_config = {**DS_CONFIG, "zero_optimization": {"stage": 0}, "alst": {"reduction": {"bucket_size": "auto"}}}
     for billions, numel in ((4, (77 * GIB - 4 * 16 * 10**9) // 32 // 2), (1, 500_000_000), (8, 2**20)):
-        device, _ = static_bytes(Model(billions * 10**9, 10, 10**8), ds_config, H100)
+        device, _ = static_bytes(Model(billions * 10**9, 10**8), ds_config, H100)
         assert device["gradient buckets, slices"] == 2 * numel + 2 * 64 * 2**20
 
 
 def test_what_is_offloaded_is_on_the_host():
-    model, layer = Model(10**9, 10, 10**8), Layer(GIB, 1000.0, GIB, 10.0, 800.0)
+    model, layer = made_up(1000.0)
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     machine = Machine(16, 80 * GIB, 1000 * GIB, 8)
     plan = plan_of(model, layer, {**DS_CONFIG, "zero_optimization": zero}, machine, 1000)
@@ -95,17 +191,17 @@ def test_what_is_offloaded_is_on_the_host():
     # Of 16 ranks eight are on this host.
     assert plan.host["optimizer"] == pytest.approx(8 * 16 * 10**9 / 16)
     assert plan.host["gradients"] == pytest.approx(8 * 2 * 10**9 / 16) and "gradients" not in plan.device
-    assert plan.host["layer inputs"] == 8 * 9 * 800 * 1000
+    assert plan.host["layer inputs"] == 8 * 9 * 8192 * 1000
     disk = {**DS_CONFIG, "alst": {"activation_checkpoint_cpu_offload": {"nvme_path": "/nvme"}}}
     assert plan_of(model, layer, disk, machine, 1000).disk == 0
     far = plan_of(model, layer, disk, machine, 10**10)
     assert sum(far.host.values()) == pytest.approx(1000 * GIB) and not far.over(replace(machine, gpu_bytes=10**15))
-    assert far.disk == pytest.approx(8 * 9 * 800 * 10**10 - 1000 * GIB)
+    assert far.disk == pytest.approx(8 * 9 * 8192 * 10**10 - 1000 * GIB)
 
 
 @pytest.mark.parametrize("gpu, host, binding", [(80, 10**6, "GPU"), (80, 200, "host")])
 def test_the_longest_fits_and_one_token_more_does_not(gpu, host, binding):
-    model, layer = Model(8 * 10**9, 32, 5 * 10**8), Layer(GIB, 90_000.0, GIB, 10.0, 8192.0)
+    model, layer = made_up(90_000.0, 32)
     machine = Machine(8, gpu * GIB, host * GIB, 8)
     plan, bound = longest(model, layer, DS_CONFIG, machine)
     assert bound == binding and plan.tokens > 1000 and not plan.over(machine)
