@@ -26,7 +26,7 @@ from benchmarks.figures import markdown
 ROOT = Path(__file__).parents[1]
 _QUICK = "ALST_SAMPLES_QUICK"
 _LLAMA = "benchmarks/models/llama-3.1-8b.json"
-_PLANNED = r"[\d,]+ tokens|\s+GiB|layer|backward|optimizer|total|The longest"
+_PLANNED = r"[\d,]+ tokens|\s+GiB|layer|backward|attention kernel|total|The longest"
 
 
 def block(content: str, language: str = "text", width: int = 125) -> str:
@@ -137,7 +137,7 @@ def bucket_plan() -> str:
     rows = []
     for text, size in (("5e8", 5e8), ("1.25e8 (the file's)", 1.25e8)):
         plan, sp_size = longest_of("llama-8b-h100x8", 8, {"reduce_bucket_size": size})
-        bucket = f"{plan.device['gradient bucket and slices'] / 2**30:.1f} GiB"
+        bucket = f"{plan.device['gradient buckets, slices'] / 2**30:.1f} GiB"
         rows.append((text, bucket, f"{plan.tokens * sp_size:,} tokens"))
     return markdown(("`reduce_bucket_size`", "gradient bucket and slices", "longest sequence"), rows)
 

@@ -78,7 +78,8 @@ def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tm
     config.to_json_file(tmp_path / "config.json")
     keys = DS_CONFIG | {"sequence_parallel_size": 2}
     alst = {**OFFLOAD, "tiled_mlp_compute": True, "save_attention_output": False}
-    ordinary, lean = (parse(keys | {"alst": {**alst, "memory_lean_layer": on}}) for on in (False, True))
+    chunks = {"chunk_tokens": 16384, "tile_tokens": 8192}
+    ordinary, lean = (parse(keys | {"alst": {**alst, "memory_lean_layer": each}}) for each in (False, chunks))
     (of_ordinary, a), (of_lean, b) = (measure(str(tmp_path / "config.json"), each) for each in (ordinary, lean))
     assert b[False].elsewhere.a_token < 0.5 * a[False].elsewhere.a_token
     assert b[False].attention.a_token < 0.5 * a[False].attention.a_token
