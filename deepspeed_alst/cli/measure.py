@@ -22,7 +22,7 @@ from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import keeping_frame
 from deepspeed_alst.offload.budget import Layers
 from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
-from deepspeed_alst.offload.feature import layers_of
+from deepspeed_alst.offload.feature import keep_last, layers_of
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
@@ -115,7 +115,7 @@ def measure(path: str, keys: AlstConfig) -> tuple[Model, dict[bool, Layer]]:
     layers = replace(
         layers,
         num_layers=num_layers,
-        keep_last=keys.keep_last(),
+        keep_last=keep_last(keys.alst),
         lean_layers=num_layers if layers.lean_layers else 0,
         input_bytes=saved[False],
         output_bytes=max(0, outputs - layers.lse_bytes),
@@ -188,7 +188,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, keeps_attention: bool =
                 model(**_batch(config, first), use_cache=False).loss.backward()
                 model.zero_grad()
             with _known(spec, tokens):
-                return _peaks(spec, _batch(config, tokens)), layers_of(spec, keys.keep_last(), keeping.chunks)
+                return _peaks(spec, _batch(config, tokens)), layers_of(spec, keep_last(keys.alst), keeping.chunks)
     except Exception as error:
         if isinstance(error, AlstError):
             raise
@@ -213,7 +213,7 @@ def _patch(spec: ModelSpec, keys: AlstConfig, keeps_attention: bool, patches: Pa
     calls, alst = ForwardContext(keeping_frame=keeping_frame), keys.alst
     offloads = alst.activation_checkpoint_cpu_offload is not None
     store = ActivationStore(HostBufferPool()) if offloads else None
-    keeping = Keeping(store, keys.keep_last(), keeps_attention=keeps_attention)
+    keeping = Keeping(store, keep_last(keys.alst), keeps_attention=keeps_attention)
     patch_model(spec, dist.group.WORLD, patches, calls)
     if offloads or keeps_attention:
         keep_activations(spec, keeping, patches)

@@ -225,14 +225,6 @@ class AlstConfig(_Block):
         asked = getattr(liger, "fused_linear_cross_entropy", liger) is True
         return TiledLossConfig() if self.sequence_parallel_size > 1 or asked else None
 
-    def keep_last(self) -> int:
-        """Return the number of last layers whose tensors the offload leaves on the device; 0 without offload."""
-        block = self.alst.activation_checkpoint_cpu_offload
-        if block is None:
-            return 0
-        # Chunks come back one ahead, so that the last layer's need not stay.
-        return block.keep_last if block.keep_last is not None else int(self.alst.memory_lean_layer is None)
-
     def padding_multiple(self) -> int:
         """Return the padding multiple of whole sequences, in tokens; always a multiple of the SP degree."""
         if self.alst.pad_to_multiple_of == "auto":

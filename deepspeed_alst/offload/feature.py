@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepspeed_alst.config.schema import OffloadConfig
+from deepspeed_alst.config.schema import AlstBlockConfig, OffloadConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, ranks_on_host
@@ -53,7 +53,7 @@ class ActivationOffload(Feature):
         run.calls.keeping_frame = keeping_frame
         self.keeping = Keeping(
             store=None,
-            keep_last=run.config.keep_last(),
+            keep_last=keep_last(alst),
             must_keep_attention=self._wanted is True,
         )
         self._why_not = "" if self._wanted is False else self._keep_attention(run.calls, patches)
@@ -177,7 +177,16 @@ def _build_store(nvme_path: str | None, device: torch.device) -> ActivationStore
     return ActivationStore(HostBufferPool(page_locked=page_locked), spill, copies)
 
 
-def layers_of(spec: ModelSpec, keep_last: int, chunks: Chunks | None = None, batch: int = 1) -> Layers:
+def keep_last(alst: AlstBlockConfig) -> int:
+    """Return the number of last layers whose tensors the offload leaves on the device; 0 without offload."""
+    block = alst.activation_checkpoint_cpu_offload
+    if block is None:
+        return 0
+    # Chunks come back one ahead, so that the last layer's need not stay.
+    return block.keep_last if block.keep_last is not None else int(alst.memory_lean_layer is None)
+
+
+def layers_of(spec: ModelSpec, num_last: int, chunks: Chunks | None = None, batch: int = 1) -> Layers:
     """Return the sizes of the activations that checkpointed layers keep, from the config and the weights."""
     in_chunks = {}
     if chunks is not None:
@@ -191,7 +200,7 @@ def layers_of(spec: ModelSpec, keep_last: int, chunks: Chunks | None = None, bat
     shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
     return Layers(
         num_layers=len(layers),
-        keep_last=keep_last,
+        keep_last=num_last,
         input_bytes=hidden * itemsize,
         output_bytes=head_elements * itemsize,
         lse_bytes=4 * heads,
