@@ -55,13 +55,13 @@ class Layer:
     """Peaks of a rank without weights and their gradients, measured on a one-layer model."""
 
     attention: Line
-    """In attention's backward, without ``workspace``."""
+    """Peak in attention's backward, without ``workspace``."""
     elsewhere: Line
-    """In the rest of the layer."""
+    """Peak in the rest of the layer."""
     outside: Line
-    """Outside of layers: in the logits and the loss."""
+    """Peak outside of layers: in the logits and the loss."""
     workspace: Line
-    """What attention's kernel allocates in its backward, and frees."""
+    """Bytes that attention's kernel allocates in its backward, and frees."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Model:
     largest: int
     """Elements of the largest module that ZeRO 3 gathers at once: a layer, an embedding or the head."""
     layers: Layers = field(default_factory=lambda: Layers(0, 0, 0, 0, 0, 0, 0))
-    """What its layers save for the backward."""
+    """Sizes of what its layers save for the backward."""
 
 
 class Bytes(NamedTuple):

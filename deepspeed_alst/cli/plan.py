@@ -47,7 +47,7 @@ class Plan:
     host: Sizes
     disk: float
     attention: str
-    """Whether attention's output is kept for the backward, and why."""
+    """State of attention's output, kept for the backward or not, and the reason."""
 
     def over(self, machine: Machine) -> str:
         """Return the memory that is exceeded, "GPU" or "host"; empty if the plan fits."""

@@ -288,7 +288,9 @@ def test_layers_whose_code_is_not_known_are_refused_by_name():
     layer.__class__ = modeling_qwen3_next.Qwen3NextGatedDeltaNet
     check_model(ModelSpec(model))
     layer.forward = lambda hidden_states, **kwargs: hidden_states
-    with pytest.raises(UnsupportedModelError, match=r"\(Qwen3NextGatedDeltaNet\) has a forward that was set on the instance"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"\(Qwen3NextGatedDeltaNet\) has a forward that was set on the instance"
+    ):
         check_model(ModelSpec(model))
 
 
