@@ -1,0 +1,224 @@
+"""Device memory that a token adds to a step: memory-lean layers, the ordinary path, and DeepSpeed's own ALST.
+
+    python -m benchmarks.memory [--quick]
+
+One rank of a group that shares a sequence, simulated on fake tensors: forward, loss and backward of two layers in bf16,
+with the model's norms and head. Weights and their gradients, which ZeRO shards, are not counted. A slope is the
+difference of two lengths' peaks over that of their tokens.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.figures import Figure, Part, report
+from benchmarks.tiles.shapes import REAL_SIZE, Shape
+from benchmarks.tiles.systems import Step, build, put_tiles
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
+from deepspeed_alst.config.schema import AlstConfig, MemoryLeanConfig, TiledMLPConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.memory_lean.feature import run_in_chunks
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.attention_cache import keeping_frame
+from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.host_buffers import HostBufferPool
+from deepspeed_alst.profiler.fake import Known, fake_world
+from deepspeed_alst.profiler.ledger import Ledger
+from deepspeed_alst.profiler.owners import FORWARD
+from deepspeed_alst.sequence_parallel.feature import patch_model
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+
+LAYERS = 2
+LEAN, ORDINARY, DEEPSPEED = "memory-lean layers", "ordinary path", "DeepSpeed's ALST"
+MOST_FLOPS = 1.26
+KIB, GIB = 2**10, 2**30
+# RMSNorm and rotary embedding: on a GPU this package's default beside tiled MLPs.
+_LIGER = AlstConfig.model_validate({"alst": {"liger_kernel": {"swiglu": False}}})
+_FORWARD, _BACKWARD, _REST = PHASES = "forward", "backward", "rest"
+_COLUMNS = ("forward", "backward", "step", "fixed GiB", "host, a layer", "matrix FLOPs")
+_CAPTION = (
+    "KiB of device memory that each token of a rank's shard adds to the peak in the layers' forward and backward, and "
+    "to the step's: the largest slope of these and of embeddings, norm, head and loss; GiB that do not grow; KiB of "
+    "host memory a token and layer; matrix FLOPs of the layers over a plain step's, attention not counted. DeepSpeed's "
+    "attention, TiledMLP and TiledFusedLogitsLoss run with this package's offload of layer inputs.\n"
+    "A ledger does not see what a kernel allocates inside. Flash attention 2's backward on CUDA takes fp32 sums for dq, "
+    "and dk and dv expanded to the query heads: a constant in memory-lean layers, whose calls have at most a chunk's "
+    "rows and key_block keys; on both other paths a slope, 32 KiB a token for Llama-3.1-8B (computed)."
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and SP degree; two lengths in tokens of a rank's shard."""
+
+    shape: Shape
+    sp_size: int
+    most: float
+    """KiB per token that a step may add with memory-lean layers."""
+    tokens: tuple[int, int] = (65536, 131072)
+
+    @property
+    def name(self) -> str:
+        """Model and SP degree."""
+        return f"{self.shape.name}, SP {self.sp_size}"
+
+
+_8B, _70B, _32B = REAL_SIZE[:3]
+# At SP 32 half the tokens: the calls of attention's kernel grow with the square of the sequence.
+CASES = (Case(_8B, 8, 24), Case(_32B, 8, 26), Case(_70B, 8, 32), Case(_8B, 32, 60, (32768, 65536)))
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """One step's bytes and FLOPs."""
+
+    device: dict[str, int]
+    """Peak by phase, without weights and their gradients."""
+    host: int
+    """Bytes that the first layer keeps on the host."""
+    flops: float
+    """Matrix FLOPs of the layers, relative to a plain step."""
+    owners: Counter[str]
+    """Bytes at the step's peak, by owner and by what allocated them."""
+
+
+def measure(shape: Shape, sp_size: int, tokens: int, system: str, has_liger: bool) -> Peaks:
+    """Run a step of one system on one rank of ``sp_size``."""
+    with fake_world(sp_size), PatchSet() as undo:
+        model = build(shape.config(), LAYERS, torch.bfloat16)
+        if has_liger:
+            use_liger_without_data(ModelSpec(model), _LIGER, undo)
+        step = _deepspeeds(model, sp_size, undo) if system == DEEPSPEED else _ours(model, sp_size, undo, system == LEAN)
+        ids = torch.arange(tokens).remainder(shape.config().vocab_size)[None]
+        batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
+        with Known(tokens), Ledger(model) as ledger:
+            step(batch).backward()
+        matrices = sum(param.numel() for param in model.model.layers.parameters() if param.dim() == 2)
+        return _peaks(ledger, 6 * matrices * tokens)
+
+
+def _ours(model: Any, sp_size: int, undo: PatchSet, is_lean: bool) -> Step:
+    """Put this package on a model: tiles, layer inputs and attention outputs on the host."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    spec, calls = ModelSpec(model), ForwardContext(keeping_frame=keeping_frame)
+    patch_model(spec, dist.group.WORLD, undo, calls)
+    keeping = Keeping(_store(undo), keep_last=int(not is_lean), keeps_attention=True)
+    keep_activations(spec, keeping, undo)
+    if is_lean:
+        run_in_chunks(spec, MemoryLeanConfig(), dist.group.WORLD, calls, lambda module: None, undo, keeping)
+    return put_tiles(model, "ours", undo, TiledMLPConfig(), calls=calls, sp_size=sp_size)
+
+
+def _deepspeeds(model: Any, sp_size: int, undo: PatchSet) -> Step:
+    """Put DeepSpeed's attention and tiles on a model, and this package's offload of layer inputs."""
+    import deepspeed
+
+    from benchmarks import upstream
+
+    deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
+    undo.enter_context(upstream.registered(model.config, sp_size))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    keep_activations(ModelSpec(model), Keeping(_store(undo), keep_last=1), undo)
+    return put_tiles(model, "upstream", undo, None)
+
+
+def _store(undo: PatchSet) -> ActivationStore:
+    store = ActivationStore(HostBufferPool())
+    undo.callback(store.close)
+    return store
+
+
+def _peaks(ledger: Ledger, plain_flops: int) -> Peaks:
+    device, host = Counter[str](), 0
+    for sample in ledger.timeline:
+        phase = _REST
+        if sample.moment.module.startswith("model.layers."):
+            phase = _FORWARD if sample.moment.part == FORWARD else _BACKWARD
+        if phase == _FORWARD and sample.moment.module.startswith("model.layers.0"):
+            host = max(host, sample.bytes["host"])
+        device[phase] = max(device[phase], sample.total - sample.bytes["weights"] - sample.bytes["gradients"])
+    owners = Counter[str]()
+    for (category, moment), size in ledger.peak.parts.items():
+        if category not in ("weights", "gradients"):
+            owners[f"{category}: {moment}"] += size
+    matrices = (size for spent, size in ledger.spent.items() if spent.category != "logits")
+    flops = sum(matrices) - ledger.attention_flops
+    return Peaks(dict(device), host, flops / plain_flops, owners)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """KiB per token by phase, and the bytes of the longer length."""
+
+    phases: dict[str, float]
+    fixed: float
+    """GiB of the phase with the largest slope that do not grow."""
+    host: float
+    longer: Peaks
+
+    @property
+    def step(self) -> float:
+        """KiB per token of the step: those of the phase that decides at long sequences."""
+        return max(self.phases.values())
+
+
+def slopes(tokens: tuple[int, int], shorter: Peaks, longer: Peaks) -> Slopes:
+    """Return what a token adds between two lengths."""
+    step = tokens[1] - tokens[0]
+    found = {phase: (longer.device[phase] - shorter.device[phase]) / step / KIB for phase in PHASES}
+    steepest = max(found, key=lambda phase: found[phase])
+    fixed = (longer.device[steepest] - found[steepest] * KIB * tokens[1]) / GIB
+    return Slopes(found, fixed, longer.host / tokens[1] / KIB, longer)
+
+
+def rows(quick: bool) -> Iterator[Figure]:
+    """Yield a row for each case and system."""
+    context = multiprocessing.get_context("spawn")
+    # A process for each step: DeepSpeed's registrations are for a whole process.
+    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+        found: list[tuple[Case, str, list[Future[Peaks]]]] = []
+        for case in CASES:
+            case = replace(case, tokens=(case.tokens[0] // 2, case.tokens[0])) if quick else case
+            for system in (LEAN, ORDINARY, DEEPSPEED):
+                runs = [pool.submit(measure, case.shape, case.sp_size, count, system) for count in case.tokens]
+                found.append((case, system, runs))
+        for case, system, runs in found:
+            shorter, longer = (run.result() for run in runs)
+            yield from _rows(case, system, slopes(case.tokens, shorter, longer))
+
+
+def _rows(case: Case, system: str, found: Slopes) -> Iterator[Figure]:
+    kib = [found.phases[_FORWARD], found.phases[_BACKWARD], found.step, found.fixed, found.host]
+    values = (*(f"{each:.1f}" for each in kib), f"{found.longer.flops:.4f}")
+    if system != LEAN:
+        yield Figure(f"{case.name}: {system}", values)
+        return
+    met = found.step <= case.most and found.longer.flops <= MOST_FLOPS
+    yield Figure(f"{case.name}: {system}", values, f"<= {case.most:g}; FLOPs <= {MOST_FLOPS}", met)
+    if not met:
+        for owner, size in found.longer.owners.most_common(12):
+            yield Figure(f"at the peak: {owner}", ("", "", f"{size / case.tokens[1] / KIB:.2f}", "", "", ""))
+
+
+def parts(quick: bool = False) -> dict[str, Part]:
+    """Return the table."""
+    measured: Callable[[], Iterator[Figure]] = lambda: rows(quick)  # noqa: E731
+    return {"KiB of device memory per token of a rank's shard": Part(measured, _COLUMNS, _CAPTION)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="half the lengths")
+    tables = parts(parser.parse_args().quick)
+    sys.exit(report(__doc__, tables, tables))
