@@ -11,9 +11,10 @@ import argparse
 import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ import torch.distributed as dist
 from benchmarks.figures import Figure, Part, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from benchmarks.tiles.systems import Step, build, put_tiles
-from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.config.schema import AlstConfig, MemoryLeanConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import keeping_frame
@@ -37,22 +38,25 @@ from deepspeed_alst.profiler.owners import FORWARD
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
-LAYERS = 2
 LEAN, ORDINARY, DEEPSPEED = "memory-lean layers", "ordinary path", "DeepSpeed's ALST"
+WITH_LIGER = ", Liger"
+SYSTEMS = (LEAN, ORDINARY, ORDINARY + WITH_LIGER, DEEPSPEED, DEEPSPEED + WITH_LIGER)
 MOST_FLOPS = 1.26
 KIB, GIB = 2**10, 2**30
-# RMSNorm and rotary embedding: on a GPU this package's default beside tiled MLPs.
+# RMSNorm and rotary embedding: this package's default on a GPU, beside tiled MLPs.
 _LIGER = AlstConfig.model_validate({"alst": {"liger_kernel": {"swiglu": False}}})
 _FORWARD, _BACKWARD, _REST = PHASES = "forward", "backward", "rest"
 _COLUMNS = ("forward", "backward", "step", "fixed GiB", "host, a layer", "matrix FLOPs")
 _CAPTION = (
-    "KiB of device memory that each token of a rank's shard adds to the peak in the layers' forward and backward, and "
-    "to the step's: the largest slope of these and of embeddings, norm, head and loss; GiB that do not grow; KiB of "
-    "host memory a token and layer; matrix FLOPs of the layers over a plain step's, attention not counted. DeepSpeed's "
-    "attention, TiledMLP and TiledFusedLogitsLoss run with this package's offload of layer inputs.\n"
-    "A ledger does not see what a kernel allocates inside. Flash attention 2's backward on CUDA takes fp32 sums for dq, "
-    "and dk and dv expanded to the query heads: a constant in memory-lean layers, whose calls have at most a chunk's "
-    "rows and key_block keys; on both other paths a slope, 32 KiB a token for Llama-3.1-8B (computed)."
+    "KiB of device memory that a token of a rank's shard adds to the peak in the layers' forward and backward, and to "
+    "the step's, which is the largest slope of these and of embeddings, norm, head and loss; GiB that do not grow; KiB "
+    "on the host per token and layer; matrix FLOPs of the layers over a plain step's, attention not counted. Both paths "
+    "of this package have tiles and keep layer inputs and attention's outputs on the host; DeepSpeed's attention, "
+    "TiledMLP and TiledFusedLogitsLoss run with this package's offload of layer inputs. Liger: its RMSNorm and RoPE, "
+    "this package's default on a GPU.\n"
+    "A ledger does not see what a kernel allocates inside. Flash attention 2's backward on CUDA takes fp32 sums for dq "
+    "and expands dk and dv to the query heads: a constant in memory-lean layers, whose calls have at most a chunk's rows "
+    "and key_block keys; a slope on the other paths, 32 KiB a token for Llama-3.1-8B (computed)."
 )
 
 
@@ -72,7 +76,7 @@ class Case:
         return f"{self.shape.name}, SP {self.sp_size}"
 
 
-_8B, _70B, _32B = REAL_SIZE[:3]
+_8B, _70B, _32B = (replace(shape, num_layers=2) for shape in REAL_SIZE[:3])
 # At SP 32 half the tokens: the calls of attention's kernel grow with the square of the sequence.
 CASES = (Case(_8B, 8, 24), Case(_32B, 8, 26), Case(_70B, 8, 32), Case(_8B, 32, 60, (32768, 65536)))
 
@@ -91,13 +95,14 @@ class Peaks:
     """Bytes at the step's peak, by owner and by what allocated them."""
 
 
-def measure(shape: Shape, sp_size: int, tokens: int, system: str, has_liger: bool) -> Peaks:
+def measure(shape: Shape, sp_size: int, tokens: int, system: str) -> Peaks:
     """Run a step of one system on one rank of ``sp_size``."""
     with fake_world(sp_size), PatchSet() as undo:
-        model = build(shape.config(), LAYERS, torch.bfloat16)
-        if has_liger:
+        model = build(shape.config(), shape.num_layers, torch.bfloat16)
+        if system.endswith(WITH_LIGER):
             use_liger_without_data(ModelSpec(model), _LIGER, undo)
-        step = _deepspeeds(model, sp_size, undo) if system == DEEPSPEED else _ours(model, sp_size, undo, system == LEAN)
+        put = _deepspeeds if system.startswith(DEEPSPEED) else partial(_ours, is_lean=system == LEAN)
+        step = put(model, sp_size, undo)
         ids = torch.arange(tokens).remainder(shape.config().vocab_size)[None]
         batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
         with Known(tokens), Ledger(model) as ledger:
@@ -106,7 +111,7 @@ def measure(shape: Shape, sp_size: int, tokens: int, system: str, has_liger: boo
         return _peaks(ledger, 6 * matrices * tokens)
 
 
-def _ours(model: Any, sp_size: int, undo: PatchSet, is_lean: bool) -> Step:
+def _ours(model: Any, sp_size: int, undo: PatchSet, *, is_lean: bool) -> Step:
     """Put this package on a model: tiles, layer inputs and attention outputs on the host."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -190,7 +195,7 @@ def rows(quick: bool) -> Iterator[Figure]:
         found: list[tuple[Case, str, list[Future[Peaks]]]] = []
         for case in CASES:
             case = replace(case, tokens=(case.tokens[0] // 2, case.tokens[0])) if quick else case
-            for system in (LEAN, ORDINARY, DEEPSPEED):
+            for system in SYSTEMS:
                 runs = [pool.submit(measure, case.shape, case.sp_size, count, system) for count in case.tokens]
                 found.append((case, system, runs))
         for case, system, runs in found:
@@ -211,14 +216,14 @@ def _rows(case: Case, system: str, found: Slopes) -> Iterator[Figure]:
             yield Figure(f"at the peak: {owner}", ("", "", f"{size / case.tokens[1] / KIB:.2f}", "", "", ""))
 
 
-def parts(quick: bool = False) -> dict[str, Part]:
-    """Return the table."""
-    measured: Callable[[], Iterator[Figure]] = lambda: rows(quick)  # noqa: E731
-    return {"KiB of device memory per token of a rank's shard": Part(measured, _COLUMNS, _CAPTION)}
+def main() -> int:
+    """Print the table; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="half the lengths")
+    quick = parser.parse_args().quick
+    tables = {"KiB of device memory per token": Part(lambda: rows(quick), _COLUMNS, _CAPTION)}
+    return report(__doc__, tables, tables)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="half the lengths")
-    tables = parts(parser.parse_args().quick)
-    sys.exit(report(__doc__, tables, tables))
+    sys.exit(main())
