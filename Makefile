@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-kernels bench-reduction bench-offload clean
+.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-memory bench-kernels bench-reduction bench-offload clean
 
 setup: $(VENV)/ready
 
@@ -163,6 +163,10 @@ pictures: setup
 
 bench-tiles: setup
 	$(BIN)/python -m benchmarks.tiles --picture runs/loss_memory.png shapes loss gathers gradients time
+
+# QUICK=1: half the lengths.
+bench-memory: setup
+	$(BIN)/python -m benchmarks.memory $(if $(QUICK),--quick)
 
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.kernels

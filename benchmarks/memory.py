@@ -50,13 +50,13 @@ _COLUMNS = ("forward", "backward", "step", "fixed GiB", "host, a layer", "matrix
 _CAPTION = (
     "KiB of device memory that a token of a rank's shard adds to the peak in the layers' forward and backward, and to "
     "the step's, which is the largest slope of these and of embeddings, norm, head and loss; GiB that do not grow; KiB "
-    "on the host per token and layer; matrix FLOPs of the layers over a plain step's, attention not counted. Both paths "
-    "of this package have tiles and keep layer inputs and attention's outputs on the host; DeepSpeed's attention, "
+    "on the host per token and layer; matrix FLOPs of the layers over a plain step's, attention not counted. Both of "
+    "this package's paths have tiles and keep layer inputs and attention's outputs on the host; DeepSpeed's attention, "
     "TiledMLP and TiledFusedLogitsLoss run with this package's offload of layer inputs. Liger: its RMSNorm and RoPE, "
     "this package's default on a GPU.\n"
     "A ledger does not see what a kernel allocates inside. Flash attention 2's backward on CUDA takes fp32 sums for dq "
-    "and expands dk and dv to the query heads: a constant in memory-lean layers, whose calls have at most a chunk's rows "
-    "and key_block keys; a slope on the other paths, 32 KiB a token for Llama-3.1-8B (computed)."
+    "and expands dk and dv to the query heads: a constant in memory-lean layers, whose calls have at most a chunk's "
+    "rows and key_block keys; a slope on the other paths, 32 KiB a token for Llama-3.1-8B (computed)."
 )
 
 

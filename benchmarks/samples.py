@@ -329,6 +329,20 @@ def tiled_loss() -> str:
     return markdown(_HEAD, rows)
 
 
+def memory_lean() -> str:
+    """Return the measured figures of docs/memory_lean.md."""
+    start, lean = "memory, KiB of device memory per token, ", ": memory-lean layers"
+    cases = [name.removesuffix(lean) for name in saved() if name.startswith(start) and name.endswith(lean)]
+    rows = []
+    for case in cases:
+        (_, _, step, fixed, host, flops, *_), ordinary, upstream = (
+            saved()[case + system] for system in (lean, ": ordinary path, Liger", ": DeepSpeed's ALST, Liger")
+        )
+        rows.append((case.removeprefix(start), step, ordinary[2], upstream[2], fixed, host, flops))
+    others = "ordinary path", "DeepSpeed 0.19.8's ALST"
+    return markdown(("model", "memory-lean", *others, "constant, GiB", "host, a layer", "matrix FLOPs"), rows)
+
+
 SAMPLES: dict[str, Callable[[], str]] = {
     "bad keys": lambda: config_errors(
         {"sequence_parallel_size": 3, "alst": {"pad_to_multiple": 64, "liger_kernel": "on"}}
@@ -347,6 +361,7 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "results": results,
     "tiled MLP": tiled_mlp,
     "tiled loss": tiled_loss,
+    "memory-lean": memory_lean,
 }
 SLOW = ("bucket plan", "checks", "demo", "report", "tiled MLP report", "reduction report", "metrics line")
 
