@@ -171,7 +171,7 @@ def plan_of(
         host["layer inputs"] = min(inputs, both - disk)
         if keeps:
             host["attention outputs"] = both - disk - host["layer inputs"]
-    return Plan(tokens, device, host, disk, f"{'kept' if keeps else 'made again'} ({why})")
+    return Plan(tokens, device, host, disk, f"{'saved' if keeps else 'recomputed'} ({why})")
 
 
 def longest(

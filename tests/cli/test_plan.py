@@ -134,7 +134,7 @@ def test_attentions_output_is_counted_where_it_is_kept(keys, host_gib, kept, why
     tokens, machine = 2**18, replace(H100, host_bytes=host_gib * GIB)
     model, found = made_up(10.0, keep_last=int("activation_checkpoint_cpu_offload" in keys))
     plan = plan_of(model, found, {**DS_CONFIG, "alst": keys}, machine, tokens)
-    assert plan.attention == f"{'kept' if kept else 'made again'} ({why})"
+    assert plan.attention == f"{'saved' if kept else 'recomputed'} ({why})"
     a_layer = {"layer inputs": 8192 * tokens} | ({"attention outputs": (8192 + 128) * tokens} if kept else {})
     for name, size in a_layer.items():
         # Nine of ten layers wait, on each of eight ranks' host; one more than the measured comes back.
