@@ -18,6 +18,10 @@ from deepspeed_alst.core.patching import OWNED, wrap_once
 def hook_initialize(deepspeed: ModuleType) -> None:
     """Wrap ``deepspeed.initialize``; a second call does nothing."""
     wrap_once(deepspeed, "initialize", _before_initialize)
+    if is_wanted(_command_line_config()):
+        # DeepSpeed builds its CPU op in init_distributed, which zero.Init or the program may call before initialize.
+        for holder in (deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters):
+            wrap_once(holder, "init_distributed", _check_lock_before)
 
 
 def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +61,16 @@ def _refuse_a_second_engine() -> None:
         "model: another engine has patched it for sequence parallelism or tiling. Call destroy() of that engine "
         "before deepspeed.initialize."
     )
+
+
+def _check_lock_before(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_distributed(*args, **kwargs):
+        from deepspeed_alst.environment import check_build_lock
+
+        check_build_lock()
+        return original(*args, **kwargs)
+
+    return init_distributed
 
 
 def _command_line_config() -> dict[str, Any]:

@@ -153,3 +153,26 @@ def test_a_lock_that_is_about_to_be_given_back_is_not_stale(tmp_path, monkeypatc
     lock.touch()
     threading.Timer(0.5, lock.unlink).start()
     check_build_lock()
+
+
+@pytest.mark.slow
+def test_a_stale_build_lock_is_an_error_where_zero_init_meets_it_first(tmp_path, port):
+    """The config is on the command line, and ``from_pretrained`` starts DeepSpeed before ``initialize`` does."""
+    from benchmarks.cells import Cell, build_model, model_config
+
+    build_model(model_config(Cell())).save_pretrained(tmp_path / "model")
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    root = PROGRAM.parents[2]
+    program = [PROGRAM.parent / "zero3_loop.py", "--deepspeed", root / "ds_configs" / "sp2_zero3.json"]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, *program, "--model", tmp_path / "model"],
+        env=_environment(**rank, MASTER_PORT=str(port), TORCH_EXTENSIONS_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode != 0
+    assert f"{lock} is left over from a build that was killed" in done.stderr
