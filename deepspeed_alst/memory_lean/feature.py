@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.errors import SetupError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
@@ -52,8 +54,9 @@ class MemoryLeanLayers(Feature):
         group = None if run.session is None else run.session.groups.sp_group
         turn_on_checkpointing(run.spec, patches)
         keeping = None if self._offload is None else self._offload.keeping
+        on_any_rank = bool if group is None else lambda mine: any(gather_objects(mine, run.control_group))
         self._layers, self._reasons = run_in_chunks(
-            run.spec, self._config, group, run.calls, run.leaf, patches, keeping
+            run.spec, self._config, group, run.calls, run.leaf, patches, keeping, on_any_rank
         )
 
     def report(self) -> list[tuple[str, str]]:
@@ -71,10 +74,9 @@ def run_in_chunks(
     leaf: Callable[[Any], None],
     patches: PatchSet,
     keeping: Keeping | None = None,
+    on_any_rank: Callable[[bool], bool] = bool,
 ) -> tuple[int, Counter[str]]:
-    """Give each checkpointed decoder layer that can a forward in chunks.
-
-    Call it before MLPs are tiled: a tile of the layer runs their own forwards.
+    """Give each checkpointed decoder layer that can a forward in chunks; call it before MLPs are tiled.
 
     Args:
         spec: the model, whose attention is registered for the group.
@@ -84,6 +86,7 @@ def run_in_chunks(
         leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
         patches: undoes it.
         keeping: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
+        on_any_rank: tells in each layer's first forward if something is true on any rank.
 
     Returns:
         The number of layers in chunks, and the reasons why others are ordinary.
@@ -100,7 +103,7 @@ def run_in_chunks(
             reasons[reason] += 1
             continue
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, keeping, embedded)
+        lean = LeanLayer(layer, config, group, calls, inside, keeping, embedded, on_any_rank)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1
@@ -183,14 +186,16 @@ class LeanLayer:
         modules: list[TiledModule],
         keeping: Keeping | None,
         embedded: Embeddings,
+        on_any_rank: Callable[[bool], bool],
     ) -> None:
         self._layer, self._calls, self._config, self._keeping = layer, calls, config, keeping
-        self._embedded = embedded
+        self._embedded, self._on_any_rank = embedded, on_any_rank
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
         self._ordinary: Callable[..., Any] = layer.forward
         self._names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after self
         self._parts = LayerParts(layer, self._own_forward, calls, modules)
         self._learned: tuple[Any, ...] = ()
+        self._has_hooks: bool | None = None
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +232,23 @@ class LeanLayer:
             patches.set(self._layer, "gradient_checkpointing", False)
             return self._ordinary(x_BtM, **kwargs)
 
+    def _check_hooks(self) -> None:
+        """Raise UnsupportedLayerError if the program has a hook inside the layer, on any rank: ranks exchange alike.
+
+        Raises:
+            SetupError: it has registered one after the layer's first forward.
+        """
+        has_hooks = any(map(is_watched, itertools.islice(self._layer.modules(), 1, None)))
+        if self._has_hooks is None:
+            self._has_hooks = self._on_any_rank(has_hooks)
+        if has_hooks and not self._has_hooks:
+            raise SetupError(
+                f"alst.memory_lean_layer: a hook was registered inside {type(self._layer).__name__} after its first "
+                "forward. Register it before, or set the key to false"
+            )
+        if self._has_hooks:
+            raise UnsupportedLayerError("a hook of the program inside the layer")
+
     def _learn(self, x_BtM: torch.Tensor, kwargs: dict[str, Any], draws_anew: bool) -> None:
         device = x_BtM.device
         devices = [] if device.type == "cpu" else [device]
@@ -247,9 +269,7 @@ class LeanLayer:
             raise UnsupportedLayerError("a cache")
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(kwargs)):
             raise UnsupportedLayerError("an argument that needs a gradient")
-        inner = itertools.islice(self._layer.modules(), 1, None)
-        if any(map(is_watched, inner)):
-            raise UnsupportedLayerError("a hook of the program inside the layer")
+        self._check_hooks()
         draws_anew = self._layer.training and not self._calls.draws.are_counted
         if draws_anew and any(dropout_rates(self._layer).values()):
             raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")

@@ -5,6 +5,7 @@ model as it is, unsharded and sharded (model_check.py), and leaves it bit for bi
 """
 
 import contextlib
+import itertools
 import random
 import sys
 import time
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.distributed.collectives import uncounted
+from deepspeed_alst.distributed.collectives import gather_objects, uncounted
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.random_draws.model_draws import zero_attention_dropout
 from deepspeed_alst.verification.model_check import check_live_model
@@ -55,7 +56,9 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     Raises:
         UnsupportedModelError: the model is not right; on all ranks.
     """
-    code, is_listed = program_code(spec.outer), spec.config.model_type in RIGHT
+    # Of all ranks: a hook may be one rank's alone, and what follows is collective.
+    everyone = gather_objects(program_code(spec.outer), groups.control_group)
+    code, is_listed = tuple(dict.fromkeys(itertools.chain(*everyone))), spec.config.model_type in RIGHT
     if is_listed and not code:
         return ""
     check_gradient_hooks(spec.outer)
@@ -98,7 +101,8 @@ class ModelCheck:
         model, session = self._engine.module, self._engine.alst
         if model.training in self._checked:
             return
-        if not self._checked and program_code(model) != self._code:
+        changed = not self._checked and program_code(model) != self._code
+        if any(gather_objects(changed, session.groups.control_group)):
             # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
             run_isolated(verify_model, self._spec, session.groups)
         began = time.perf_counter()

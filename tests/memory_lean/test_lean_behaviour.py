@@ -6,7 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import deepspeed_alst
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from deepspeed_alst.config.schema import MemoryLeanConfig
@@ -125,6 +127,40 @@ def test_a_layer_that_chunks_cannot_run_is_ordinary_and_says_so(change, keys, re
         with pytest.warns(UserWarning, match=f"ordinary path: .*{reason}"):
             found = gradients(model)
     assert_close(found, ordinary_gradients(change, **keys))
+
+
+def test_a_hook_that_comes_later_is_refused():
+    with lean_model() as model:
+        gradients(model)
+        add_hook(model)
+        with pytest.raises(SetupError, match="a hook was registered inside LlamaDecoderLayer after its first"):
+            gradients(model)
+
+
+def hook_on_one_rank():
+    """Loss with a hook on rank 0 alone that changes nothing, and without memory-lean layers."""
+    import deepspeed
+
+    losses = []
+    for lean in ({"chunk_tokens": 8, "tile_tokens": 3}, False):
+        model = build_model(family_config("llama")).train()
+        alst = {"memory_lean_layer": lean, "pad_to_multiple_of": 2}
+        config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "sequence_parallel_size": 2}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | {"alst": alst})
+        if dist.get_rank() == 0:
+            model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
+        for batch in deepspeed_alst.shard_dataloader([family_batch(TOKENS, 1)], engine):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            losses.append(float(loss))
+        engine.destroy()
+    return losses
+
+
+def test_a_hook_on_one_rank_makes_the_layer_ordinary_on_all(ranks2):
+    for losses in ranks2.run(hook_on_one_rank):
+        assert losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], rel=1e-6)
 
 
 def test_without_gradients_and_in_evaluation_the_output_is_the_same():
