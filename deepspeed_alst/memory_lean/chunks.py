@@ -14,9 +14,9 @@ class UnsupportedLayerError(Exception):
 class Sizes(NamedTuple):
     """Sizes of a pass, in tokens."""
 
-    chunk: int
+    chunk_tokens: int
     """Tokens of a rank's shard that run at a time."""
-    tile: int
+    tile_tokens: int
     """Tokens of a chunk whose graph exists at a time."""
     key_block: int
     """Keys of a kernel call, which bound the gradients that it allocates."""

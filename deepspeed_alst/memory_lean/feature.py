@@ -109,7 +109,7 @@ def run_in_chunks(
         count += 1
     norms = spec.norms if count else []
     for module in norms:
-        norm = ChunkedNorm(module, _sizes(config), functools.partial(_new_group, keeping, None))
+        norm = ChunkedNorm(module, Sizes(**config.model_dump()), functools.partial(_new_group, keeping, None))
         patches.set(module, "forward", norm.forward)
     if keeping is not None and count:
         keeping.chunks = Chunks(count, len(norms), config.chunk_tokens)
@@ -122,10 +122,6 @@ def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: Patch
         keep_attention(spec.outer, patches, calls)
     patches.hook(spec.outer, "forward_pre", lambda *_: calls.enter_model())
     patches.hook(spec.outer, "forward", lambda *_: calls.leave_model(), always_call=True)
-
-
-def _sizes(config: MemoryLeanConfig) -> Sizes:
-    return Sizes(config.chunk_tokens, config.tile_tokens, config.key_block)
 
 
 def _new_group(keeping: Keeping | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
@@ -284,7 +280,7 @@ class LeanLayer:
             with torch.no_grad():  # a graph may save the few tokens, a view that holds the whole input
                 attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
-        sizes = _sizes(self._config)
+        sizes = Sizes(**self._config.model_dump())
         if self._calls.checking:  # a few tokens, yet several chunks and tiles
             sizes = Sizes(-(-s // 2), -(-s // 3), s)
         return LeanCall(

@@ -50,11 +50,11 @@ class LeanCall:
 
     def chunks(self) -> list[slice]:
         """Return the chunks of a shard."""
-        return of_size(0, self.shape[1], self.sizes.chunk)
+        return of_size(0, self.shape[1], self.sizes.chunk_tokens)
 
     def tiles(self, chunk: slice) -> Iterator[tuple[slice, dict[str, Any], Any]]:
         """Yield a chunk's tiles, in its own tokens, the layer's arguments for them and a context to run them in."""
-        for tile in of_size(chunk.start, chunk.stop, self.sizes.tile):
+        for tile in of_size(chunk.start, chunk.stop, self.sizes.tile_tokens):
             kwargs = {name: cut(value, tile, self.shape[1]) for name, value in self.kwargs.items()}
             yield slice(tile.start - chunk.start, tile.stop - chunk.start), kwargs, self._as_in_forward(tile)
 
@@ -153,7 +153,7 @@ class LeanCall:
         wide = torch.promote_types(k_BkSD.dtype, torch.float32)
         dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=wide) for x in (k_BkSD, v_BkSE))
         chunks = self.chunks()
-        passes = 3 * sum(len(of_size(chunk.start, chunk.stop, self.sizes.tile)) for chunk in chunks)
+        passes = 3 * sum(len(of_size(chunk.start, chunk.stop, self.sizes.tile_tokens)) for chunk in chunks)
         sums = WeightGradients(self.weights, passes, self.fp32_sums)
         with without_hooks(self.weights):
             for index, chunk in reversed(list(enumerate(chunks))):

@@ -34,7 +34,7 @@ class ChunkedNorm:
 class _NormPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, norm: ChunkedNorm, saves: bool, x_BsM: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.norm, ctx.weights, ctx.chunks = norm, weights, of_size(0, x_BsM.shape[1], norm.sizes.chunk)
+        ctx.norm, ctx.weights, ctx.chunks = norm, weights, of_size(0, x_BsM.shape[1], norm.sizes.chunk_tokens)
         ctx.autocast, ctx.inputs, y_BsM = autocast_as_here(x_BsM.device.type), list[Saved](), None
         for chunk in ctx.chunks:
             if saves:
