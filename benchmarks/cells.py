@@ -7,6 +7,7 @@ SP P the ranks of a sequence alternate samples, so they accumulate ``gas * P``.
 import itertools
 import math
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -383,6 +384,8 @@ def _run(
     mpu_argument = {} if mpu is None else {"mpu": mpu}
     engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model, cell), config=config, **mpu_argument)
     on_engine(engine)
+    if cell.lean:  # a layer on the ordinary path would prove nothing
+        warnings.filterwarnings("error", message="alst.memory_lean_layer")
     # ZeRO's gradients still contain the loss scale before the step; DeepSpeed 0.19.8 omits it at stage 0.
     recorder = Recorder(engine, _FP16_LOSS_SCALE if cell.dtype == "fp16" and cell.stage else 1)
     for ranks in samples(cell, hf_config.vocab_size):

@@ -60,7 +60,7 @@ def step_in_fp64(
     config._experts_implementation = "eager"
     model = build_model(config).double()
     if lean is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     before = state_of(model)
     with PatchSet() as patches, KeepFp64():
         if group is not None:

@@ -236,7 +236,6 @@ def test_every_block_has_a_language_and_a_console_is_a_sample_or_has_a_title(pag
 
 
 def test_a_block_is_run_and_one_that_fails_or_has_a_title_is_not_passed_over(tmp_path):
-    pytest.importorskip("sybil")
     page = ROOT / "runs" / f"{tmp_path.name}.md"
     page.parent.mkdir(exist_ok=True)
     blocks = (
@@ -257,7 +256,6 @@ def test_a_block_is_run_and_one_that_fails_or_has_a_title_is_not_passed_over(tmp
 
 def test_samples_and_tables_that_are_quick_to_make_are_up_to_date():
     """``make docs-data`` writes them."""
-    pytest.importorskip("cogapp")
     words = [sys.executable, "-m", "benchmarks.samples", "--check"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

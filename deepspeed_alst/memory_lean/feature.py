@@ -17,7 +17,7 @@ from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
-from deepspeed_alst.errors import SetupError
+from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
@@ -52,7 +52,7 @@ class MemoryLeanLayers(Feature):
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Give each decoder layer that can a forward in chunks."""
         group = None if run.session is None else run.session.groups.sp_group
-        turn_on_checkpointing(run.spec, patches)
+        turn_on_checkpointing(run.spec, "alst.memory_lean_layer", patches)
         keeping = None if self._offload is None else self._offload.keeping
         on_any_rank = bool if group is None else lambda mine: any(gather_objects(mine, run.control_group))
         self._layers, self._reasons = run_in_chunks(
@@ -94,12 +94,11 @@ def run_in_chunks(
     modules = {name: TiledModule(name, module) for name, module in token_wise_modules(spec).items()}
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
     embedded = Embeddings(spec, calls, patches)
-    if group is None:
-        _register_on_one_rank(spec, calls, patches)
+    unregistered = _register_on_one_rank(spec, calls, patches) if group is None else ""
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
             continue
-        if reason := _reason(spec, layer):
+        if reason := unregistered or _reason(spec, layer):
             reasons[reason] += 1
             continue
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
@@ -116,12 +115,17 @@ def run_in_chunks(
     return count, reasons
 
 
-def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
-    """Make a model's attention answer to layers' parts, and note when a forward is under way, as SP does."""
-    if not isinstance(spec.config._attn_implementation, PrivateName):  # else its outputs are kept, and it is done
-        keep_attention(spec.outer, patches, calls)
+def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> str:
+    """Make attention answer to layers' parts and note forwards, as SP does; return the reason if it cannot."""
+    name = spec.config._attn_implementation
+    if not isinstance(name, PrivateName):  # else its outputs are kept, and it is done
+        try:
+            keep_attention(spec.outer, patches, calls)
+        except UnsupportedModelError:
+            return f"attn_implementation='{name}' at sequence_parallel_size 1; use 'sdpa'"
     patches.hook(spec.outer, "forward_pre", lambda *_: calls.enter_model())
     patches.hook(spec.outer, "forward", lambda *_: calls.leave_model(), always_call=True)
+    return ""
 
 
 def _new_group(keeping: Keeping | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
@@ -198,17 +202,15 @@ class LeanLayer:
         """Run the layer in chunks where it is checkpointed or has no graph; else as it is."""
         if self._calls.answer_attention is not None:
             return self._ordinary(*args, **kwargs)
-        is_checkpointed = self._layer.gradient_checkpointing and self._layer.training
-        if self._calls.whole or (torch.is_grad_enabled() and not is_checkpointed):
+        if self._calls.whole or (torch.is_grad_enabled() and not self._layer.training):
             return self._run_ordinary(*args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
         x_BsM = named.pop(self._names[0])
         try:
             call = self._prepare(x_BsM, named)
         except UnsupportedLayerError as error:
-            # Python shows a warning of identical text once.
-            name = type(self._layer).__name__
-            warnings.warn(f"alst.memory_lean_layer: {name} runs on the ordinary path: {error}", stacklevel=2)
+            layer = type(self._layer).__name__
+            warnings.warn(f"alst.memory_lean_layer: {layer} runs on the ordinary path: {error}", stacklevel=2)
             return self._run_ordinary(*args, **kwargs)
         y_BsM = LeanPass.apply(call, x_BsM, *call.weights) if torch.is_grad_enabled() else call.forward(x_BsM, False)
         if self._calls.checking or (torch.is_grad_enabled() and self._keeping is not None and self._keeping.store):
@@ -261,6 +263,8 @@ class LeanLayer:
             UnsupportedLayerError: it has to run on the ordinary path.
         """
         B, s, _ = x_BsM.shape
+        if torch.is_grad_enabled() and not self._layer.gradient_checkpointing:
+            raise UnsupportedLayerError("gradient checkpointing was turned off")
         if any(kwargs.get(name) is not None for name in ("past_key_values", "cache", "layer_past")):
             raise UnsupportedLayerError("a cache")
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(kwargs)):
@@ -270,7 +274,6 @@ class LeanLayer:
         if draws_anew and any(dropout_rates(self._layer).values()):
             raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
         few = slice(0, min(s, _LEARNED_FROM))
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         state = (self._layer.training, torch.is_autocast_enabled(x_BsM.device.type))
         of_few = {name: cut(value, few, s) for name, value in kwargs.items()}
         with not_counted():
@@ -280,9 +283,8 @@ class LeanLayer:
             with torch.no_grad():  # a graph may save the few tokens, a view that holds the whole input
                 attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
-        sizes = Sizes(**self._config.model_dump())
-        if self._calls.checking:  # a few tokens, yet several chunks and tiles
-            sizes = Sizes(-(-s // 2), -(-s // 3), s)
+        # The model check has a few tokens, which are to make several chunks and tiles.
+        sizes = Sizes(-(-s // 2), -(-s // 3), s) if self._calls.checking else Sizes(**self._config.model_dump())
         return LeanCall(
             parts=self._parts,
             exchange=HeadExchange(plan, self._group),

@@ -44,7 +44,6 @@ class LeanCall:
     new_group: Callable[[], Callable[[torch.Tensor], Saved]]
     keeps_output: bool  # saves attention's output and log-sum-exp
     weights: Sequence[torch.Tensor]
-    fp32_sums: bool = True
     inputs: list[Saved] = dataclasses.field(default_factory=list)  # of each chunk
     outputs: list[tuple[Saved, Saved]] = dataclasses.field(default_factory=list)
 
@@ -69,7 +68,10 @@ class LeanCall:
         B, s = self.shape
         if B == 1:
             return tile
-        return (torch.arange(B)[:, None] * s + torch.arange(tile.start, tile.stop)).flatten()
+        device = self.attention.q.device
+        return (
+            torch.arange(B, device=device)[:, None] * s + torch.arange(tile.start, tile.stop, device=device)
+        ).flatten()
 
     def pieces(self, chunk: slice) -> Iterator[tuple[int, int, list[Rectangle]]]:
         """Yield each rank whose chunk is here, the first row of it in the whole sequence, and its rectangles."""
@@ -154,7 +156,7 @@ class LeanCall:
         dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=wide) for x in (k_BkSD, v_BkSE))
         chunks = self.chunks()
         passes = 3 * sum(len(of_size(chunk.start, chunk.stop, self.sizes.tile_tokens)) for chunk in chunks)
-        sums = WeightGradients(self.weights, passes, self.fp32_sums)
+        sums = WeightGradients(self.weights, passes, fp32=True)
         with without_hooks(self.weights):
             for index, chunk in reversed(list(enumerate(chunks))):
                 self._chunk_backward(index, chunk, dx_BsM[:, chunk], (k_BkSD, v_BkSE), (dk_BkSD, dv_BkSE), sums)

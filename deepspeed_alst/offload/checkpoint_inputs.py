@@ -79,15 +79,14 @@ def keep_activations(spec: ModelSpec, keeping: Keeping, patches: PatchSet) -> No
         checkpoint_hook_of(layer, patches).around.append(functools.partial(_around, layer, keeping, given_before))
 
 
-def turn_on_checkpointing(spec: ModelSpec, patches: PatchSet) -> bool:
-    """Turn transformers' gradient checkpointing on until ``patches.close()``; return True if it was off."""
+def turn_on_checkpointing(spec: ModelSpec, key: str, patches: PatchSet) -> bool:
+    """Turn transformers' gradient checkpointing on for a key until ``patches.close()``; return True if it was off."""
     base = spec.model
     if base.is_activation_checkpointing:
         return False
     if not base.supports_gradient_checkpointing:
         raise UnsupportedModelError(
-            f"alst.activation_checkpoint_cpu_offload: {spec.name} does not support gradient checkpointing. "
-            "Set the key to false."
+            f"{key}: {spec.name} does not support gradient checkpointing. Set the key to false."
         )
     has_hook = bool(getattr(base, "_require_grads_hooks", None))
     base.activation_checkpointing_enable()

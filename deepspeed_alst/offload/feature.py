@@ -49,7 +49,9 @@ class ActivationOffload(Feature):
         alst = run.config.alst
         self._spec, self._sp_size = run.spec, run.config.sequence_parallel_size
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
-        self._turned_on = self._block is not None and turn_on_checkpointing(run.spec, patches)
+        self._turned_on = self._block is not None and turn_on_checkpointing(
+            run.spec, "alst.activation_checkpoint_cpu_offload", patches
+        )
         run.calls.keeping_frame = keeping_frame
         self.keeping = Keeping(
             store=None,

@@ -53,6 +53,7 @@ def judged(runs):
 
 def test_equal_runs_are_equal(verified):
     said = json.loads((verified / "verify.json").read_text())
+    assert (verified / "loss.png").stat().st_size > 1000
     assert said["loss"].keys() == {"SP 1", "SP 2"} and len(said["loss"]["SP 1"]) == 3
     assert said["loss"]["SP 1"][0] > said["loss"]["SP 1"][-1]  # it does train
     assert all(not row["missed"] and row["difference"] < 1e-4 for row in said["rows"])

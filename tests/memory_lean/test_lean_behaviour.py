@@ -32,7 +32,7 @@ TOKENS = 19
 def lean_model(keeping=None, dtype=torch.float32, model_type="llama", **keys):
     """A small checkpointed model in training mode whose layers run in chunks."""
     model = build_model(family_config(model_type, **keys)).to(dtype).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     with PatchSet() as patches:
         count, reasons = run_in_chunks(
             ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches, keeping
@@ -50,7 +50,7 @@ def gradients(model, rows=2):
 
 def ordinary_gradients(change=lambda model: None, **keys):
     model = build_model(family_config("llama", **keys)).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     change(model)
     return gradients(model)
 
@@ -110,6 +110,10 @@ def test_embeddings_that_a_hook_of_the_program_sees_are_kept():
         assert read[0].sum().isfinite()
 
 
+def turn_checkpointing_off(model):
+    model.activation_checkpointing_disable()
+
+
 def add_hook(model):
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
 
@@ -118,6 +122,7 @@ def add_hook(model):
     ("change", "keys", "reason"),
     [
         (add_hook, {}, "a hook of the program inside the layer"),
+        (turn_checkpointing_off, {}, "gradient checkpointing was turned off"),
         (lambda model: None, {"attention_dropout": 0.5}, "dropout"),
     ],
 )
@@ -138,10 +143,10 @@ def test_a_hook_that_comes_later_is_refused():
 
 
 def hook_on_one_rank():
-    """Loss with a hook on rank 0 alone that changes nothing, and without memory-lean layers."""
+    """Losses with a hook on rank 0 alone that changes nothing, with and without memory-lean layers; the warnings."""
     import deepspeed
 
-    losses = []
+    losses, caught = [], []
     for lean in ({"chunk_tokens": 8, "tile_tokens": 3}, False):
         model = build_model(family_config("llama")).train()
         alst = {"memory_lean_layer": lean, "pad_to_multiple_of": 2}
@@ -150,16 +155,20 @@ def hook_on_one_rank():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | {"alst": alst})
         if dist.get_rank() == 0:
             model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
-        for batch in deepspeed_alst.shard_dataloader([family_batch(TOKENS, 1)], engine):
-            loss = engine(**batch).loss
-            engine.backward(loss)
-            losses.append(float(loss))
+        with warnings.catch_warnings(record=True) as caught_now:
+            warnings.simplefilter("always")
+            for batch in deepspeed_alst.shard_dataloader([family_batch(TOKENS, 1)], engine):
+                loss = engine(**batch).loss
+                engine.backward(loss)
+                losses.append(float(loss))
+        caught += [str(each.message) for each in caught_now if "alst.memory_lean_layer" in str(each.message)]
         engine.destroy()
-    return losses
+    return losses, caught
 
 
 def test_a_hook_on_one_rank_makes_the_layer_ordinary_on_all(ranks2):
-    for losses in ranks2.run(hook_on_one_rank):
+    for losses, caught in ranks2.run(hook_on_one_rank):
+        assert caught and all("a hook of the program inside the layer" in each for each in caught)
         assert losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], rel=1e-6)
 
 

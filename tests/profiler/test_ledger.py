@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.families import family_config
+from benchmarks.tiles.systems import ForwardRows
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, SetupError
@@ -302,8 +303,12 @@ def test_inference_mode_has_the_same_flops():
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_a_recomputed_mlp_is_counted_twice_and_the_head_once(checkpointing):
     model = build(checkpointing)
-    ledger = keep(model, lambda: step(model, tokens()))
+    with ForwardRows(model) as forward:
+        ledger = keep(model, lambda: step(model, tokens()))
     times = 1 if checkpointing == "whole" else 2
+    rows = forward.rows
+    assert [rows[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(LAYERS)] == [times * T] * LAYERS
+    assert rows["lm_head.weight"] == T
     q_k_v_o = ((WIDTH, WIDTH), (WIDTH, 128), (WIDTH, 128), (WIDTH, WIDTH))
     layer = linear_flops(T, *q_k_v_o, *[(WIDTH, INNER)] * 3)
     head, attention = linear_flops(T, (WIDTH, VOCABULARY)), 2 * (2 * T * T * HEADS * HEAD_SIZE)
