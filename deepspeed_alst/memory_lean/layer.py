@@ -68,10 +68,8 @@ class LeanCall:
         B, s = self.shape
         if B == 1:
             return tile
-        device = self.attention.q.device
-        return (
-            torch.arange(B, device=device)[:, None] * s + torch.arange(tile.start, tile.stop, device=device)
-        ).flatten()
+        of_batch = torch.arange(B * s, device=self.attention.q.device).view(B, s)
+        return of_batch[:, tile].flatten()
 
     def pieces(self, chunk: slice) -> Iterator[tuple[int, int, list[Rectangle]]]:
         """Yield each rank whose chunk is here, the first row of it in the whole sequence, and its rectangles."""
