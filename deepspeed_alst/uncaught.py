@@ -3,7 +3,7 @@
 The ranks share the name of an abstract Unix socket: who raises an error first binds its name and prints it, and a rank
 that finds the name taken ends quietly. So nothing is kept back but what a living process of the same launcher prints to
 the same terminal or file.
-Standard library only, loaded when an error is printed.
+Standard library only, most of it imported when an error is printed.
 """
 
 import os
