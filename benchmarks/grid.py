@@ -180,6 +180,8 @@ def lean_cells() -> list[Cell]:
         replace(lean, stage=3, model="chunks", **sp4),
         replace(lean, stage=2, model="window 7", documents=True, **sp4),
         replace(full, stage=2, frozen="layer 0"),
+        replace(lean, stage=2, gas=2, model="mixture", documents=True),
+        replace(full, stage=3, model="many experts", offload="outputs"),
     ]
 
 

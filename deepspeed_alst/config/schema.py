@@ -128,7 +128,7 @@ class MemoryLeanConfig(_Block):
     chunk_tokens: StrictInt = Field(default=8192, ge=1)
     """Tokens of a rank's shard that a layer processes at a time."""
     tile_tokens: StrictInt = Field(default=2048, ge=1)
-    """Tokens of a chunk whose graph exists at a time."""
+    """Tokens of a chunk whose graph exists at a time; a mixture's are whole chunks."""
     key_block: StrictInt = Field(default=65536, ge=1)
     """Keys of one kernel call, which bound what attention's kernel allocates for their gradients."""
 

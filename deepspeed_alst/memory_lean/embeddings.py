@@ -47,8 +47,13 @@ class Embeddings:
                 each.data = each.new_full((), torch.nan).expand(each.shape)
 
 
-def is_watched(module: torch.nn.Module) -> bool:
-    """Return True if a hook of the program sees a module's inputs or outputs, or one of transformers keeps them."""
+def is_watched(module: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Return True if a hook of the program sees a module's inputs or outputs, or one of transformers keeps them.
+
+    Args:
+        module: the module.
+        but: modules of the code whose hooks do not count.
+    """
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers.modeling_utils marks embeddings as requiring a gradient.
-    return any(is_foreign(hook) and hook.__module__ != "transformers.modeling_utils" for hook in hooks)
+    return any(is_foreign(hook) and hook.__module__ not in ("transformers.modeling_utils", *but) for hook in hooks)

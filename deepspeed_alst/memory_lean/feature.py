@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.config.schema import MemoryLeanConfig
@@ -19,28 +20,28 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
-from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.embeddings import Embeddings, is_watched
 from deepspeed_alst.memory_lean.exchange import HeadExchange
-from deepspeed_alst.memory_lean.layer import LeanCall, LeanPass
+from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
+from deepspeed_alst.memory_lean.layer import LeanCall
+from deepspeed_alst.memory_lean.lean_pass import LeanPass
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
-from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
+from deepspeed_alst.memory_lean.parts import LayerParts, with_mask
 from deepspeed_alst.offload.checkpoint_inputs import Chunks, Keeping, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
 from deepspeed_alst.offload.hf_attention_cache import keep_attention
 from deepspeed_alst.random_draws.draw_mode import branch, not_counted
 from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here, dropout_rates
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 
 _LEARNED_FROM = 8  # tokens
-# Arguments of flash attention that a mask expresses.
-_IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_GIB = 2**30
+_MOST_SUMS = 16 * _GIB  # a fifth of an 80 GB GPU; DeepSeek-V3's experts need 46
 
 
 class MemoryLeanLayers(Feature):
@@ -98,11 +99,11 @@ def run_in_chunks(
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
             continue
-        if reason := unregistered or _reason(spec, layer):
+        if reason := unregistered or _reason(layer):
             reasons[reason] += 1
             continue
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, keeping, embedded, on_any_rank)
+        lean = LeanLayer(layer, config, group, calls, inside, keeping, embedded, on_any_rank, spec.router_classes)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1
@@ -136,42 +137,18 @@ def _new_group(keeping: Keeping | None, layer: torch.nn.Module | None) -> Callab
     return lambda x: group.put(x.clone())  # not a view, which would hold the whole input while it leaves
 
 
-def _reason(spec: ModelSpec, layer: torch.nn.Module) -> str:
+def _reason(layer: torch.nn.Module) -> str:
     """Return why a layer stays on the ordinary path, as far as its modules tell; empty if nothing does."""
     name = type(layer).__name__
     if "forward" in vars(layer) or layer._compiled_call_impl is not None:
         return f"the program has replaced or compiled {name}'s forward"
-    for module in layer.modules():
-        if isinstance(module, spec.router_classes):
-            return f"{name} is a mixture of experts"
-    return ""
-
-
-def _with_mask(call: AttentionCall, calls: ForwardContext, sp_size: int) -> AttentionCall:
-    """Return an attention call whose window and documents are all in its mask.
-
-    Raises:
-        UnsupportedLayerError: there is no kernel for it.
-    """
-    backend, arguments, mask = call.backend, dict(call.arguments), call.mask
-    if isinstance(mask, torch.Tensor):
-        raise UnsupportedLayerError("a mask (padding, a window or packed documents) at sequence_parallel_size 1")
-    if sp_size == 1 and backend.name != "sdpa":
-        raise UnsupportedLayerError(f"attn_implementation='{backend.name}' at sequence_parallel_size 1; use 'sdpa'")
-    if not backend.uses_mask:
-        documents = calls.documents if "cu_seq_lens_q" in arguments else ()
-        mask = MaskSpec(arguments.get("sliding_window"), None, documents)
-        arguments = {name: value for name, value in arguments.items() if name not in _IN_THE_MASK}
-    if calls.scale_queries is not None:
-        raise UnsupportedLayerError("queries are scaled by position")
-    if arguments or not backend.runs_operators:
-        with_what = f" with {' and '.join(arguments)}" if arguments else ""
-        raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")
-    if not can_attend(call.q):
-        raise UnsupportedLayerError(
-            f"no kernel for {call.q.dtype} and heads of {call.q.shape[3]} on {call.q.device.type}"
+    trained = (param for param in layer.parameters() if param.requires_grad)
+    sums = 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trained)
+    if sums > _MOST_SUMS:
+        return (
+            f"the fp32 sums of {name}'s weight gradients take {sums / _GIB:.1f} GiB, more than {_MOST_SUMS / _GIB:.0f}"
         )
-    return call._replace(mask=mask)
+    return ""
 
 
 class LeanLayer:
@@ -187,10 +164,12 @@ class LeanLayer:
         keeping: Keeping | None,
         embedded: Embeddings,
         on_any_rank: Callable[[bool], bool],
+        router_classes: tuple[type, ...],
     ) -> None:
         self._layer, self._calls, self._config, self._keeping = layer, calls, config, keeping
         self._embedded, self._on_any_rank = embedded, on_any_rank
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
+        self._is_mixture = any(isinstance(each, router_classes) for each in layer.modules())
         self._ordinary: Callable[..., Any] = layer.forward
         self._names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after self
         self._parts = LayerParts(layer, self._own_forward, calls, modules)
@@ -207,13 +186,16 @@ class LeanLayer:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         x_BsM = named.pop(self._names[0])
         try:
-            call = self._prepare(x_BsM, named)
+            with _disable_current_modes() if self._calls.checking else contextlib.nullcontext():
+                call = self._prepare(x_BsM, named)
         except UnsupportedLayerError as error:
             layer = type(self._layer).__name__
             warnings.warn(f"alst.memory_lean_layer: {layer} runs on the ordinary path: {error}", stacklevel=2)
             return self._run_ordinary(*args, **kwargs)
-        y_BsM = LeanPass.apply(call, x_BsM, *call.weights) if torch.is_grad_enabled() else call.forward(x_BsM, False)
-        if self._calls.checking or (torch.is_grad_enabled() and self._keeping is not None and self._keeping.store):
+        has_graph = torch.is_grad_enabled()
+        y_BsM, *records = LeanPass.apply(call, x_BsM, *call.weights) if has_graph else call.forward(x_BsM, False)
+        append_records(zip((key for key, _ in call.records), records, strict=True))
+        if self._calls.checking or (has_graph and self._keeping is not None and self._keeping.store):
             self._embedded.release(self._layer, x_BsM, named)
         return y_BsM
 
@@ -236,7 +218,8 @@ class LeanLayer:
         Raises:
             SetupError: it has registered one after the layer's first forward.
         """
-        has_hooks = any(map(is_watched, itertools.islice(self._layer.modules(), 1, None)))
+        inside = itertools.islice(self._layer.modules(), 1, None)
+        has_hooks = any(is_watched(module, but=(HOOKS,)) for module in inside)
         if self._has_hooks is None:
             self._has_hooks = self._on_any_rank(has_hooks)
         if has_hooks and not self._has_hooks:
@@ -281,10 +264,15 @@ class LeanLayer:
                 self._learn(x_BsM[:, few], of_few, draws_anew)
                 self._learned = state
             with torch.no_grad():  # a graph may save the few tokens, a view that holds the whole input
-                attention = _with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
+                attention = with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
-        # The model check has a few tokens, which are to make several chunks and tiles.
-        sizes = Sizes(-(-s // 2), -(-s // 3), s) if self._calls.checking else Sizes(**self._config.model_dump())
+        sizes = Sizes(**self._config.model_dump())
+        if self._calls.checking:  # a few tokens, which are to make several chunks and tiles
+            sizes = Sizes(-(-s // 2), -(-s // 3), s)
+        if self._is_mixture:
+            # A tile's gradient of stacked experts is as large as the experts. The model check replays their choices,
+            # which it knows for whole shards.
+            sizes = Sizes(s, s, s) if self._calls.checking else sizes._replace(tile_tokens=sizes.chunk_tokens)
         return LeanCall(
             parts=self._parts,
             exchange=HeadExchange(plan, self._group),
@@ -296,5 +284,6 @@ class LeanLayer:
             autocast=autocast_as_here(x_BsM.device.type),
             new_group=functools.partial(_new_group, self._keeping, self._layer),
             keeps_output=self._keeping is not None and self._keeping.keeps_attention,
+            keys=wanted_records(),
             weights=[param for param in self._layer.parameters() if param.requires_grad],
         )

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.memory_lean.attention import attend, attend_backward
-from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, cut, of_size, own_gradient
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, of_size
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
@@ -43,9 +42,11 @@ class LeanCall:
     autocast: Callable[[], Any]
     new_group: Callable[[], Callable[[torch.Tensor], Saved]]
     keeps_output: bool  # saves attention's output and log-sum-exp
+    keys: Sequence[str]  # of what the model's forward records inside of layers
     weights: Sequence[torch.Tensor]
     inputs: list[Saved] = dataclasses.field(default_factory=list)  # of each chunk
     outputs: list[tuple[Saved, Saved]] = dataclasses.field(default_factory=list)
+    records: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # their keys, and which are flat
 
     def chunks(self) -> list[slice]:
         """Return the chunks of a shard."""
@@ -78,10 +79,10 @@ class LeanCall:
             first, last = rank * s + chunk.start, rank * s + chunk.stop
             yield rank, first, list(rectangles(first, last, P * s, self.attention.mask, self.sizes.key_block))
 
-    def forward(self, x_BsM: torch.Tensor, saves: bool) -> torch.Tensor:
-        """Return the layer's output, ``[B, s, M]``; save each chunk's input for the backward, if there is one."""
+    def forward(self, x_BsM: torch.Tensor, saves: bool) -> tuple[torch.Tensor, ...]:
+        """Return the layer's output, ``[B, s, M]``, and its records; save each chunk's input if there is a backward."""
         k_BkSD, v_BkSE = self._keys_and_values(lambda index, chunk: x_BsM[:, chunk])
-        y_BsM = torch.empty_like(x_BsM, memory_format=torch.contiguous_format)
+        whole: list[torch.Tensor] = []
         for chunk in self.chunks():
             x_BcM = x_BsM[:, chunk]
             o_BcHE, lse_BhPc = self._attend(self._queries(x_BcM, chunk), k_BkSD, v_BkSE, chunk)
@@ -92,8 +93,16 @@ class LeanCall:
                     self.outputs.append((save(o_BcHE), save(lse_BhPc)))
             for tile, kwargs, as_in_forward in self.tiles(chunk):
                 with as_in_forward:
-                    y_BsM[:, chunk][:, tile] = self.parts.tail(x_BcM[:, tile], o_BcHE[:, tile], kwargs)
-        return y_BsM
+                    y_BtM, records = self.parts.tail(x_BcM[:, tile], o_BcHE[:, tile], kwargs, keys=self.keys)
+                parts = [y_BtM, *(each.x for each in records)]
+                whole = whole or [x.new_empty(*self.shape, *x.shape[2:]) for x in parts]
+                for x, part in zip(whole, parts, strict=True):
+                    x[:, chunk][:, tile] = part
+                self.records = [(each.key, each.is_flat) for each in records]
+                del y_BtM, records, parts, part
+        y_BsM, *recorded = whole
+        flat = (is_flat for _, is_flat in self.records)
+        return y_BsM, *(x.flatten(0, 1) if is_flat else x for x, is_flat in zip(recorded, flat, strict=True))
 
     def _input(self, index: int) -> torch.Tensor:
         """Return a chunk's input, and start to bring the one before back."""
@@ -147,8 +156,12 @@ class LeanCall:
         (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
 
-    def backward(self, dx_BsM: torch.Tensor) -> list[torch.Tensor | None]:
+    def backward(self, dx_BsM: torch.Tensor, *of_records: torch.Tensor) -> list[torch.Tensor | None]:
         """Turn the output's gradient into the input's, in place; return those of the weights."""
+        grads = [
+            x.unflatten(0, self.shape) if flat else x for (_, flat), x in zip(self.records, of_records, strict=True)
+        ]
+        of_outputs = [dx_BsM, *grads]
         k_BkSD, v_BkSE = self._keys_and_values(lambda index, chunk: self._input(index))
         wide = torch.promote_types(k_BkSD.dtype, torch.float32)
         dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=wide) for x in (k_BkSD, v_BkSE))
@@ -157,7 +170,8 @@ class LeanCall:
         sums = WeightGradients(self.weights, passes, fp32=True)
         with without_hooks(self.weights):
             for index, chunk in reversed(list(enumerate(chunks))):
-                self._chunk_backward(index, chunk, dx_BsM[:, chunk], (k_BkSD, v_BkSE), (dk_BkSD, dv_BkSE), sums)
+                of_chunk = [x[:, chunk] for x in of_outputs]
+                self._chunk_backward(index, chunk, of_chunk, (k_BkSD, v_BkSE), (dk_BkSD, dv_BkSE), sums)
             heads, narrow = self.attention.k.shape[1], k_BkSD.dtype
             del k_BkSD, v_BkSE
             P, s = self.exchange.plan.sp_size, self.shape[1]
@@ -178,13 +192,13 @@ class LeanCall:
         self,
         index: int,
         chunk: slice,
-        dx_BcM: torch.Tensor,
+        of_outputs: Sequence[torch.Tensor],
         keys_values: tuple[torch.Tensor, torch.Tensor],
         grads: tuple[torch.Tensor, torch.Tensor],
         sums: WeightGradients,
     ) -> None:
         """Backward of a chunk but for its keys and values, whose gradients it adds for the whole sequence."""
-        x_BcM = self._input(index)
+        x_BcM, dx_BcM = self._input(index), of_outputs[0]
         fronts = []
         for tile, kwargs, as_in_forward in self.tiles(chunk):
             with as_in_forward:
@@ -198,7 +212,7 @@ class LeanCall:
                 saved.come_back()
         else:
             o_BcHE, lse_BhPc = self._attend(q_BHcD, *keys_values, chunk)
-        do_BcHE = self._tail_backward(x_BcM, o_BcHE, chunk, dx_BcM, sums)
+        do_BcHE = self._tail_backward(x_BcM, o_BcHE, chunk, of_outputs, sums)
         del x_BcM
         # One exchange for the three: attention's output comes back with its gradient.
         sent = (q_BHcD, o_BcHE.transpose(1, 2), do_BcHE.transpose(1, 2))
@@ -241,47 +255,29 @@ class LeanCall:
             sums.add(weight, grad)
 
     def _tail_backward(
-        self, x_BcM: torch.Tensor, o_BcHE: torch.Tensor, chunk: slice, dx_BcM: torch.Tensor, sums: WeightGradients
+        self,
+        x_BcM: torch.Tensor,
+        o_BcHE: torch.Tensor,
+        chunk: slice,
+        of_outputs: Sequence[torch.Tensor],
+        sums: WeightGradients,
     ) -> torch.Tensor:
         """Run a chunk's tail again and backward: turn dy into its part of dx, in place; return attention's gradient."""
-        do_BcHE = torch.empty_like(o_BcHE)
+        do_BcHE, dx_BcM = torch.empty_like(o_BcHE), of_outputs[0]
         for tile, kwargs, as_in_forward in self.tiles(chunk):
             x_BtM, o_BtHE = (x[:, tile].detach().requires_grad_() for x in (x_BcM, o_BcHE))
             with torch.enable_grad(), as_in_forward:
-                y_BtM = self.parts.tail(x_BtM, o_BtHE, kwargs, sums)
+                y_BtM, records = self.parts.tail(x_BtM, o_BtHE, kwargs, sums, self.keys)
+            pairs = zip([y_BtM, *(each.x for each in records)], of_outputs, strict=True)
+            ends, grads = zip(*((end, grad[:, tile]) for end, grad in pairs if end.requires_grad), strict=True)
             inputs = [x_BtM, o_BtHE, *self.weights]
-            found = torch.autograd.grad(y_BtM, inputs, dx_BcM[:, tile], allow_unused=True)
-            del y_BtM, inputs
+            found = torch.autograd.grad(ends, inputs, grads, allow_unused=True)
+            del y_BtM, records, pairs, ends, grads, inputs
             dx_BcM[:, tile], do_BcHE[:, tile] = found[:2]
             for weight, grad in zip(self.weights, found[2:], strict=True):
                 sums.add(weight, grad)
             del found
         return do_BcHE
-
-
-class LeanPass(torch.autograd.Function):
-    """``apply(call, x, *weights)``: a layer's output. The weights are inputs, so each gets one gradient a pass."""
-
-    @staticmethod
-    def forward(ctx: Any, call: LeanCall, x_BsM: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        """Run the layer, and save what its backward needs in the call."""
-        ctx.call = call
-        return call.forward(x_BsM.detach(), True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BsM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Run the layer's backward once.
-
-        Raises:
-            SetupError: a second backward of the same graph.
-        """
-        call, ctx.call = ctx.call, None
-        check_first_backward(call is not None)
-        dx_BsM = own_gradient(dy_BsM)
-        del dy_BsM
-        grads = call.backward(dx_BsM)
-        return None, dx_BsM if ctx.needs_input_grad[1] else None, *grads
 
 
 def _joined(tiles_BHtD: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
+from deepspeed_alst.memory_lean.hf_records import Record, of_tile, recording
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_attention import AttentionBackend
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
@@ -24,6 +26,9 @@ from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.tiled_mlp import is_value_unused
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
+
+# Arguments of flash attention that a mask expresses.
+_IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class AttentionCall(NamedTuple):
@@ -78,7 +83,7 @@ class LayerParts:
             UnsupportedLayerError: the layer does not call attention.
         """
         skipped = {"q": self._only_kv, "kv": self._only_q}.get(need, [])
-        with self._answering(_stop), _skipping(skipped):
+        with self._answering(_stop), _skipping(skipped), recording(()):
             try:
                 self._forward(x_BtM, **kwargs)
             except _Reached as reached:
@@ -86,9 +91,14 @@ class LayerParts:
         raise UnsupportedLayerError(f"{type(self._layer).__name__} does not call transformers' attention interface")
 
     def tail(
-        self, x_BtM: torch.Tensor, o_BtHE: torch.Tensor, kwargs: dict[str, Any], sums: WeightGradients | None = None
-    ) -> torch.Tensor:
-        """Return the layer's output ``[B, t, M]`` from its input and attention's output.
+        self,
+        x_BtM: torch.Tensor,
+        o_BtHE: torch.Tensor,
+        kwargs: dict[str, Any],
+        sums: WeightGradients | None = None,
+        keys: Iterable[str] = (),
+    ) -> tuple[torch.Tensor, list[Record]]:
+        """Return the layer's output ``[B, t, M]`` from its input and attention's output, and its records of ``keys``.
 
         With ``sums``, gradients of gated MLPs' weights are added to them in the backward.
         """
@@ -101,13 +111,18 @@ class LayerParts:
             answered = True
             return o_BtHE
 
-        with self._answering(answer), _skipping(self._unused_in_tail), self._closed_forms(sums):
+        with (
+            self._answering(answer),
+            _skipping(self._unused_in_tail),
+            self._closed_forms(sums),
+            recording(keys) as found,
+        ):
             y = self._forward(x_BtM, **kwargs)
         if isinstance(y, tuple) and len(y) == 1:
             y = y[0]
         if not isinstance(y, torch.Tensor) or y.shape != x_BtM.shape:
             raise UnsupportedLayerError(f"{type(self._layer).__name__} returns more than its hidden states")
-        return y
+        return y, of_tile(found, *x_BtM.shape[:2])
 
     def learn(self, x_BtM: torch.Tensor, kwargs: dict[str, Any]) -> AttentionCall:
         """Find what each part needs, from a few tokens' graphs; return their attention call.
@@ -128,7 +143,7 @@ class LayerParts:
             fronts = q | k | v
             made.clear()
             o = call.q.new_ones(*call.q.shape[:1], call.q.shape[2], call.q.shape[1], call.v.shape[3]).requires_grad_()
-            y = self.tail(x, o, kwargs)
+            y, _ = self.tail(x, o, kwargs)
             in_tail = _reached_by(y, [each for each in made if each[0] in fronts])
         try:
             refuse_foreign_weights([call.q, call.k, call.v, y], (x, o, *own), type(self._layer).__name__)
@@ -137,7 +152,7 @@ class LayerParts:
         self._only_q, self._only_kv, self._unused_in_tail = list(q - k - v), list((k | v) - q), list(fronts - in_tail)
         self._nodes = nodes = {}
         with torch.enable_grad():
-            y = self.tail(x, o, kwargs, WeightGradients([], 1, True))
+            y, _ = self.tail(x, o, kwargs, WeightGradients([], 1, True))
         self._nodes = None
         self._unused_values = {work for work, node in nodes.items() if is_value_unused([y.grad_fn], node)}
         return call
@@ -187,7 +202,7 @@ class _ClosedForm(torch.autograd.Function):
         ctx.save_for_backward(x_BtM)
         shape = (*x_BtM.shape[:-1], form.down.out_features)
         if value_unused:
-            return x_BtM.new_full((), torch.nan).expand(shape)
+            return _nan(x_BtM, shape)
         y_BtM = x_BtM.new_empty(shape)
         form.forward(x_BtM.flatten(0, -2), y_BtM.flatten(0, -2))
         return y_BtM
@@ -215,7 +230,12 @@ def _skipping(linears: Iterable[torch.nn.Linear]) -> Iterator[None]:
 
 
 def _nothing(features: int, x: torch.Tensor) -> torch.Tensor:
-    return x.new_full((), torch.nan).expand(*x.shape[:-1], features)
+    return _nan(x, (*x.shape[:-1], features))
+
+
+def _nan(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return NaNs with the memory of one token, whose elements are adjacent as ``view_as_complex`` needs them."""
+    return x.new_full(shape[-1:], torch.nan).expand(shape)
 
 
 def _reached_by(end: torch.Tensor, made: Iterable[tuple[torch.nn.Linear, torch.Tensor]]) -> set[torch.nn.Linear]:
@@ -231,3 +251,30 @@ def _reached_by(end: torch.Tensor, made: Iterable[tuple[torch.nn.Linear, torch.T
 
 def _is_nonzero(x: torch.Tensor) -> bool:
     return type(x).__name__ == "FakeTensor" or bool(x.any())
+
+
+def with_mask(call: AttentionCall, calls: ForwardContext, sp_size: int) -> AttentionCall:
+    """Return an attention call whose window and documents are all in its mask.
+
+    Raises:
+        UnsupportedLayerError: there is no kernel for it.
+    """
+    backend, arguments, mask = call.backend, dict(call.arguments), call.mask
+    if isinstance(mask, torch.Tensor):
+        raise UnsupportedLayerError("a mask (padding, a window or packed documents) at sequence_parallel_size 1")
+    if sp_size == 1 and backend.name != "sdpa":
+        raise UnsupportedLayerError(f"attn_implementation='{backend.name}' at sequence_parallel_size 1; use 'sdpa'")
+    if not backend.uses_mask:
+        documents = calls.documents if "cu_seq_lens_q" in arguments else ()
+        mask = MaskSpec(arguments.get("sliding_window"), None, documents)
+        arguments = {name: value for name, value in arguments.items() if name not in _IN_THE_MASK}
+    if calls.scale_queries is not None:
+        raise UnsupportedLayerError("queries are scaled by position")
+    if arguments or not backend.runs_operators:
+        with_what = f" with {' and '.join(arguments)}" if arguments else ""
+        raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")
+    if not can_attend(call.q):
+        raise UnsupportedLayerError(
+            f"no kernel for {call.q.dtype} and heads of {call.q.shape[3]} on {call.q.device.type}"
+        )
+    return call._replace(mask=mask)

@@ -9,17 +9,24 @@ from tests.models import family_batch, split_and_whole, step_in_fp64
 EXACT = 1e-12
 # 19 tokens of a shard: chunks of 8, 8 and 3, tiles of 3, 3 and 2.
 LEAN = MemoryLeanConfig(chunk_tokens=8, tile_tokens=3, key_block=5)
-DENSE = [each for each in FAMILIES if each not in ("mixtral", "qwen3_moe", "olmoe")]
 
 
-@pytest.mark.parametrize("model_type", DENSE)
+@pytest.mark.parametrize("model_type", [*FAMILIES, "deepseek_v2", "glm4_moe"])
 def test_a_family_is_exact_in_chunks(model_type, ranks2):
     loss, grads = ranks2.run(split_and_whole, family_config(model_type), 37, 2, 2, 0, 0, LEAN)[0]
     assert loss < EXACT
     assert max(grads.values()) < EXACT, max(grads, key=grads.get)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "glm4"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_a_routers_loss_is_exact_in_chunks(model_type, ranks2):
+    routed = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    loss, grads = ranks2.run(split_and_whole, family_config(model_type, **routed), 37, 2, 2, 0, 3, LEAN)[0]
+    assert loss < EXACT
+    assert max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "glm4", "mixtral"])
 def test_a_family_is_exact_in_chunks_on_one_rank(model_type):
     whole_loss, whole = step_in_fp64(family_config(model_type), batch := family_batch(19, 2))
     loss, grads = step_in_fp64(family_config(model_type), batch, lean=LEAN)
