@@ -147,6 +147,15 @@ def config_rows(path: str, num_ranks: int | None) -> Iterator[Row]:
         ConfigError: the file cannot be read or is not a JSON object.
     """
     ds_config = read_json(path)
+    try:
+        json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        pass  # base64
+    except ValueError as error:
+        value = f"{path} is Hjson, which DeepSpeed reads; strict JSON fails with: {error}"
+        yield Row(
+            "ds_config", value, "note", "remove comments and trailing commas for the HF Trainer, which reads JSON only"
+        )
     if lines := problems(ds_config, num_ranks):
         yield from (Row("ds_config", line, "problem", f"change the key in {path}") for line in lines)
         return

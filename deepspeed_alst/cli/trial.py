@@ -55,12 +55,11 @@ class Recorder:
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Record the loss, then run ``engine.backward``."""
-        # With scale_wrt_gas=False the caller has already divided by the accumulation steps.
-        divided = kwargs.get("scale_wrt_gas") is False
-        factor = self._engine.gradient_accumulation_steps() if divided else 1
-        self._losses.append(loss.detach().double().cpu() * factor)
         self._hooks.close()
-        return self._backward(loss, *args, **kwargs)
+        scaled = self._backward(loss, *args, **kwargs)
+        # The loss that is differentiated, whoever divides it by the accumulation steps: the engine or the HF Trainer.
+        self._losses.append(scaled.detach().double().cpu() * self._engine.gradient_accumulation_steps())
+        return scaled
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``engine.step``, and record at gradient accumulation boundaries."""

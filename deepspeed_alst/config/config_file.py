@@ -4,6 +4,7 @@ Standard library only: every process that imports deepspeed loads it.
 """
 
 import base64
+import binascii
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,6 +71,8 @@ def read_config(text: str) -> dict[str, Any]:
                 ds_config = hjson.load(file, object_pairs_hook=_without_duplicates)
         else:
             ds_config = hjson.loads(base64.urlsafe_b64decode(text).decode("utf-8"))
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise ValueError("there is no such file") from error
     except (RecursionError, OverflowError) as error:  # nested too deep, a number too large
         raise ValueError(str(error)) from error
     if not isinstance(ds_config, dict):

@@ -26,7 +26,8 @@ from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 
-TOKENS_PER_RANK = 16
+# A prime, so that no other dim of a tensor is as large as that of the tokens.
+TOKENS_PER_RANK = 17
 LONGEST = 8192
 # Differences inside the model that cancel in its last hidden state may be larger.
 _SLACK_INSIDE = 10.0

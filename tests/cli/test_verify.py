@@ -144,9 +144,18 @@ def test_a_folder_of_results_keeps_what_else_is_in_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_program_of_ones_own_is_verified(tmp_path, capsys):
-    recipe = str(ROOT / "ds_configs" / "sp2.json")
-    program = [str(ROOT / "examples" / "train.py"), "--deepspeed", recipe, "--seq-len", "301"]
+@pytest.mark.parametrize(
+    ("example", "recipe", "arguments"),
+    [
+        ("train.py", "sp2.json", ["--seq-len", "301"]),
+        ("hf_trainer.py", "trainer_sp2.json", ["--seq_len", "301"]),
+    ],
+)
+def test_a_program_of_ones_own_is_verified(example, recipe, arguments, tmp_path, capsys):
+    recipe = str(ROOT / "ds_configs" / recipe)
+    program = [str(ROOT / "examples" / example), "--deepspeed", recipe, *arguments]
+    if example == "hf_trainer.py":
+        program += ["--output_dir", str(tmp_path / "trainer")]
     words = ["verify", "--ds_config", recipe, "--output", str(tmp_path / "out")]
     assert main([*words, "--num_gpus", "2", "--steps", "2", "--", *program]) == 0
     assert "SP 2 against SP 1: 2 ranks; 2 steps" in capsys.readouterr().out
