@@ -167,7 +167,7 @@ class LayerParts:
 
     @contextlib.contextmanager
     def _closed_forms(self, sums: WeightGradients | None) -> Iterator[None]:
-        """Run gated MLPs in closed form, any other module as it is (in tiles of its own, if it has any)."""
+        """Run gated MLPs in closed form, any other module as it is."""
         with PatchSet() as patches:
             for work in self._modules:
                 run = functools.partial(self._run_module, work, work.module.forward, sums)
@@ -178,13 +178,11 @@ class LayerParts:
         self, work: TiledModule, forward: Callable[..., Any], sums: WeightGradients | None, *args: Any, **kwargs: Any
     ) -> Any:
         rows = [*args, *kwargs.values()]
-        if not rows or not isinstance(rows[0], torch.Tensor):
-            return forward(*args, **kwargs)
-        form = work.closed_form(rows, rows[0].dim())
-        if form is None:
-            return forward(*args, **kwargs)
-        if sums is None:
-            return work.forward(*args, **kwargs)
+        form = work.closed_form(rows, rows[0].dim()) if rows and isinstance(rows[0], torch.Tensor) else None
+        if form is None or sums is None:
+            # A chunk's tile needs no tiles in it, whose backward would run the module once more.
+            is_tiled = getattr(forward, "__wrapped__", None) == work.forward
+            return (work.forward if is_tiled else forward)(*args, **kwargs)
         y = _ClosedForm.apply(rows[0], form, sums, work in self._unused_values)
         if self._nodes is not None:
             self._nodes[work] = y.grad_fn
