@@ -24,7 +24,7 @@ $(VENV)/ready: setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@# DeepSpeed compiles its CPU communication op at the first start (1 to 2 minutes); here, where one waits anyway.
+	@echo "compiling DeepSpeed's CPU communication op, which its first start would do (1 to 4 minutes)"
 	$(BIN)/python -m benchmarks.build_ops
 	touch $@
 
