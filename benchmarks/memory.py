@@ -29,8 +29,8 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import keeping_frame
-from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.attention_cache import saving_frame
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
@@ -123,12 +123,12 @@ def _ours(model: Any, sp_size: int, undo: PatchSet, *, is_lean: bool) -> Step:
     """Put this package on a model: tiles, layer inputs and attention outputs on the host."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    spec, calls = ModelSpec(model), ForwardContext(keeping_frame=keeping_frame)
+    spec, calls = ModelSpec(model), ForwardContext(saving_frame=saving_frame)
     patch_model(spec, dist.group.WORLD, undo, calls)
-    keeping = Keeping(_store(undo), keep_last=int(not is_lean), keeps_attention=True)
-    keep_activations(spec, keeping, undo)
+    policy = CheckpointPolicy(_store(undo), keep_last=int(not is_lean), saves_attention=True)
+    apply_checkpoint_policy(spec, policy, undo)
     if is_lean:
-        run_in_chunks(spec, MemoryLeanConfig(), dist.group.WORLD, calls, lambda module: None, undo, keeping)
+        run_in_chunks(spec, MemoryLeanConfig(), dist.group.WORLD, calls, lambda module: None, undo, policy)
     return put_tiles(model, "ours", undo, TiledMLPConfig(), calls=calls, sp_size=sp_size)
 
 
@@ -142,7 +142,7 @@ def _deepspeeds(model: Any, sp_size: int, undo: PatchSet) -> Step:
     undo.enter_context(upstream.registered(model.config, sp_size))
     model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
-    keep_activations(ModelSpec(model), Keeping(_store(undo), keep_last=1), undo)
+    apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(_store(undo), keep_last=1), undo)
     return put_tiles(model, "upstream", undo, None)
 
 

@@ -30,7 +30,7 @@ from deepspeed_alst.config.schema import TiledMLPConfig, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.picture import draw, draw_curves, new_figure
 
@@ -50,7 +50,7 @@ class Offloading(WithLiger):
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
             store = ActivationStore(HostBufferPool())
             undo.callback(store.close)
-            keep_activations(ModelSpec(model), Keeping(store, keep_last=1), undo)
+            apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(store, keep_last=1), undo)
             yield step
 
 

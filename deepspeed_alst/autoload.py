@@ -5,7 +5,6 @@ printed and not raised.
 """
 
 import sys
-from collections.abc import Callable
 from types import ModuleType
 
 from deepspeed_alst.uncaught import install as install_excepthook
@@ -26,19 +25,14 @@ def install() -> None:
     for name in _HOOKS:
         module = sys.modules.get(name)
         if module is None:
-            after_import(name, _hook)
+            if not any(isinstance(finder, _ImportHook) and finder.name == name for finder in sys.meta_path):
+                sys.meta_path.insert(0, _ImportHook(name))
         elif not getattr(module.__spec__, "_initializing", False):
             _hook(module)
         elif type(module) is ModuleType:
             # `import deepspeed` before `import torch`: deepspeed's import of torch runs this, and `initialize` does
             # not exist yet. The first attribute access on the finished module installs the hook.
-            module.__class__ = _HalfImportedModule
-
-
-def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
-    """Call back with a module once it is imported; a second request for the same module is ignored."""
-    if not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(name, call))
+            module.__class__ = _PartlyImportedModule
 
 
 def _hook(module: ModuleType) -> None:
@@ -51,7 +45,7 @@ def _hook(module: ModuleType) -> None:
             print(f"deepspeed_alst: {module.__name__} could not be hooked: {error!r}", file=sys.stderr)
 
 
-class _HalfImportedModule(ModuleType):
+class _PartlyImportedModule(ModuleType):
     def __getattribute__(self, name: str):
         read = super().__getattribute__
         if not getattr(read("__spec__"), "_initializing", False):
@@ -61,24 +55,23 @@ class _HalfImportedModule(ModuleType):
         return read(name)
 
 
-class _AfterImport:
-    """Meta path finder for one module that calls back after its execution, and stays installed until then."""
+class _ImportHook:
+    """Meta path finder for one module that hooks it after its execution, and stays installed until then."""
 
-    def __init__(self, name: str, call: Callable[[ModuleType], None]) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._call = call
-        self._asking_others = False
+        self._is_searching = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.name or self._asking_others:
+        if name != self.name or self._is_searching:
             return None
         import importlib.util
 
-        self._asking_others = True
+        self._is_searching = True
         try:
-            spec = importlib.util.find_spec(name)
+            spec = importlib.util.find_spec(name)  # by the other finders
         finally:
-            self._asking_others = False
+            self._is_searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -86,7 +79,7 @@ class _AfterImport:
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                self._call(module)
+                _hook(module)
 
             spec.loader.exec_module = exec_module
         return spec

@@ -17,14 +17,14 @@ from deepspeed_alst.core.patching import OWNED, wrap_once
 
 def hook_initialize(deepspeed: ModuleType) -> None:
     """Wrap ``deepspeed.initialize``; a second call does nothing."""
-    wrap_once(deepspeed, "initialize", _before_initialize)
+    wrap_once(deepspeed, "initialize", _wrap_initialize)
     if is_wanted(_command_line_config()):
         # DeepSpeed builds its CPU op in init_distributed, which zero.Init or the program may call before initialize.
         for holder in (deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters):
-            wrap_once(holder, "init_distributed", _check_lock_before)
+            wrap_once(holder, "init_distributed", _wrap_init_distributed)
 
 
-def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def initialize(*args, **kwargs):
@@ -35,11 +35,17 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         _stop_loading_sharded()
         if OWNED in getattr(arguments.get("model"), "__dict__", {}):
-            _refuse_a_second_engine()
+            from deepspeed_alst.errors import SetupError
+
+            raise SetupError(
+                "deepspeed.initialize: another engine has patched this model for sequence parallelism or tiling. Call "
+                "destroy() of that engine first."
+            )
         ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
         if not is_wanted(ds_config, mpu, mesh):
-            if ds_config is not None and mpu is None and not mesh:
-                _warn_of(ignored(ds_config))
+            if ds_config is not None and mpu is None and not mesh and (lines := ignored(ds_config)):
+                # On every rank, since each has its own ds_config.
+                print(f"deepspeed_alst: not enabled by the ds_config. {' '.join(lines)}", file=sys.stderr)
             return original(*args, **kwargs)
         from deepspeed_alst.initialize import initialize as alst_initialize
 
@@ -48,22 +54,7 @@ def _before_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
     return initialize
 
 
-def _warn_of(lines: list[str]) -> None:
-    """Print one line for all ignored keys, on every rank, since each has its own ds_config."""
-    if lines:
-        print(f"deepspeed_alst: the ds_config enables nothing of this package. {' '.join(lines)}", file=sys.stderr)
-
-
-def _refuse_a_second_engine() -> None:
-    from deepspeed_alst.errors import SetupError
-
-    raise SetupError(
-        "model: another engine has patched it for sequence parallelism or tiling. Call destroy() of that engine "
-        "before deepspeed.initialize."
-    )
-
-
-def _check_lock_before(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_init_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_distributed(*args, **kwargs):
         from deepspeed_alst.environment import check_build_lock
 
@@ -93,18 +84,25 @@ def load_sharded_under_zero3(integration: ModuleType) -> None:
     integration.kept_by_deepspeed_alst = integration.HfDeepSpeedConfig(ds_config)
     if os.environ.get("RANK", "0") == "0":
         print(
-            "deepspeed_alst: from_pretrained loads models sharded (ZeRO 3) until deepspeed.initialize is called; load "
-            "other models, such as a teacher, after it",
+            "deepspeed_alst: from_pretrained shards models (ZeRO 3) until deepspeed.initialize is called; load other "
+            "models, such as a teacher, after it",
             file=sys.stderr,
         )
 
 
+def _stop_loading_sharded() -> None:
+    """Stop sharded loading: models that the process loads after deepspeed.initialize stay unsharded."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    if hasattr(integration, "kept_by_deepspeed_alst"):
+        del integration.kept_by_deepspeed_alst
+
+
 def hook_trainer_config(integration: ModuleType) -> None:
     """Make the HF Trainer's ``"auto"`` batch keys count micro-steps if sequences are sharded over ranks."""
-    wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _count_micro_steps)
+    wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _wrap_trainer_config_process)
 
 
-def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_trainer_config_process(original: Callable[..., Any]) -> Callable[..., Any]:
     def trainer_config_process(self, args, *rest, **kwargs):
         if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
             return original(self, args, *rest, **kwargs)
@@ -117,10 +115,10 @@ def _count_micro_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def hook_accelerate_config(module: ModuleType) -> None:
     """Hide the alst block from accelerate, which raises on any "auto" that it has no value for."""
-    wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _without_own_keys)
+    wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _wrap_deepspeed_config_process)
 
 
-def _without_own_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_deepspeed_config_process(original: Callable[..., Any]) -> Callable[..., Any]:
     def deepspeed_config_process(self, prefix="", mismatches=None, config=None, **kwargs):
         if config is None and any(key in self.deepspeed_config for key in OWN_KEYS):
             config = {key: value for key, value in self.deepspeed_config.items() if key not in OWN_KEYS}
@@ -131,11 +129,11 @@ def _without_own_keys(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def hook_accelerator(module: ModuleType) -> None:
     """Make the engine split batches of loaders that accelerate prepares, except the HF Trainer's."""
-    wrap_once(module.Accelerator, "prepare_data_loader", _prepare_whole_batches)
-    wrap_once(module.Accelerator, "_prepare_deepspeed", _take_whole_batches)
+    wrap_once(module.Accelerator, "prepare_data_loader", _wrap_prepare_data_loader)
+    wrap_once(module.Accelerator, "_prepare_deepspeed", _wrap_prepare_deepspeed)
 
 
-def _prepare_whole_batches(prepare: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_prepare_data_loader(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_data_loader(self, data_loader, *args, **kwargs):
         loader, sp_size = prepare(self, data_loader, *args, **kwargs), _sp_size_of(self)
         if sp_size == 1 or hasattr(loader, "alst_whole"):
@@ -147,7 +145,7 @@ def _prepare_whole_batches(prepare: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_data_loader
 
 
-def _take_whole_batches(build: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_prepare_deepspeed(build: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_deepspeed(self, *args):
         if _sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
             # accelerate would multiply by all ranks, although the ranks of a sequence share their samples.
@@ -164,22 +162,22 @@ def _take_whole_batches(build: Callable[..., Any]) -> Callable[..., Any]:
 def _sp_size_of(accelerator: Any) -> int:
     """Return the SP degree of an Accelerator's loaders; the HF Trainer shards its batches elsewhere."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is None or type(plugin.hf_ds_config).__name__ == "HfTrainerDeepSpeedConfig":
+    is_trainers = plugin is not None and type(plugin.hf_ds_config).__name__ == "HfTrainerDeepSpeedConfig"
+    if is_trainers or not _accelerator_splits(accelerator):
         return 1
-    config = plugin.deepspeed_config
-    return int(config["sequence_parallel_size"]) if _splits_sequences(config, accelerator.parallelism_config) else 1
+    return int(plugin.deepspeed_config["sequence_parallel_size"])
 
 
 def hook_trainer(module: ModuleType) -> None:
     """Make the HF Trainer's steps run on shards, and give its evaluation logits, also at SP 1."""
-    wrap_once(module.Trainer, "training_step", _step_over_shards)
-    wrap_once(module.Trainer, "evaluation_loop", _evaluate_with_logits)
-    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _agree_on_accumulation)
+    wrap_once(module.Trainer, "training_step", _wrap_training_step)
+    wrap_once(module.Trainer, "evaluation_loop", _wrap_evaluation_loop)
+    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _wrap_create_accelerator)
 
 
-def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_training_step(train: Callable[..., Any]) -> Callable[..., Any]:
     def training_step(self, model, inputs, *args, **kwargs):
-        if not (hasattr(model, "alst") and _trainer_splits_sequences(self)):
+        if not (hasattr(model, "alst") and _accelerator_splits(self.accelerator)):
             return train(self, model, inputs, *args, **kwargs)
         from deepspeed_alst.integrations import hf_trainer
 
@@ -188,10 +186,9 @@ def _step_over_shards(train: Callable[..., Any]) -> Callable[..., Any]:
     return training_step
 
 
-def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_evaluation_loop(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     def evaluation_loop(self, *args, **kwargs):
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is None or not is_wanted(plugin.deepspeed_config):
+        if not is_wanted(_ds_config_of(self.accelerator)):
             return evaluate(self, *args, **kwargs)
         from deepspeed_alst.integrations.hf_predictions import evaluation
 
@@ -201,37 +198,31 @@ def _evaluate_with_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     return evaluation_loop
 
 
-def _agree_on_accumulation(create: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_create_accelerator(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_accelerator_and_postprocess(self):
         create(self)
-        if _trainer_splits_sequences(self):
+        if _accelerator_splits(self.accelerator):
             # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
-            steps = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps")
+            steps = _ds_config_of(self.accelerator).get("gradient_accumulation_steps")
             if type(steps) is int:
                 self.accelerator.gradient_accumulation_steps = steps
 
     return create_accelerator_and_postprocess
 
 
-def _trainer_splits_sequences(trainer: Any) -> bool:
-    accelerator = trainer.accelerator
+def _ds_config_of(accelerator: Any) -> dict[str, Any]:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and _splits_sequences(
-        plugin.deepspeed_config, getattr(accelerator, "parallelism_config", None)
-    )
+    return {} if plugin is None else plugin.deepspeed_config
+
+
+def _accelerator_splits(accelerator: Any) -> bool:
+    return _splits_sequences(_ds_config_of(accelerator), getattr(accelerator, "parallelism_config", None))
 
 
 def _splits_sequences(ds_config: dict[str, Any], parallelism: Any) -> bool:
-    """Return True if a Trainer's ds_config shards sequences, and accelerate's parallelism does not."""
+    """Return True if a ds_config shards sequences, and accelerate's parallelism does not."""
     return (
         is_wanted(ds_config)
         and ds_config.get("sequence_parallel_size", 1) != 1
         and not (parallelism is not None and parallelism.sp_enabled)
     )
-
-
-def _stop_loading_sharded() -> None:
-    """Stop sharded loading: models that the process loads after deepspeed.initialize stay unsharded."""
-    integration = sys.modules.get("transformers.integrations.deepspeed")
-    if hasattr(integration, "kept_by_deepspeed_alst"):
-        del integration.kept_by_deepspeed_alst

@@ -18,7 +18,7 @@ from benchmarks.cells import build_model
 from benchmarks.figures import Figure, one_thread
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.attention_cache import CheckpointFrame
-from deepspeed_alst.offload.hf_attention_cache import keep_attention
+from deepspeed_alst.offload.hf_attention_cache import cache_attention
 
 LENGTHS = (8192, 16384)
 LAYERS = 2
@@ -50,10 +50,10 @@ def checkpointed(keeps: bool, length: int) -> torch.nn.Module:
     sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
     model = build_model(LlamaConfig(**sizes, num_hidden_layers=LAYERS, max_position_embeddings=length))
     if keeps:
-        keep_attention(model, PatchSet())
+        cache_attention(model, PatchSet())
 
     def in_frame(function: Any, *args: Any) -> Any:
-        frame = CheckpointFrame(keeps_attention=keeps)
+        frame = CheckpointFrame(saves_attention=keeps)
 
         def run(*args: Any) -> Any:
             with frame.running():

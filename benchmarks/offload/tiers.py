@@ -16,7 +16,7 @@ from benchmarks.figures import Figure
 from benchmarks.ranks import finished
 from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.host_buffers import RING, HostBufferPool, pages
+from deepspeed_alst.offload.host_buffers import STAGING_BUFFERS, HostBufferPool, pages
 
 LAYERS, HIDDEN = 32, 1024
 # Tensors of more than 32 MiB: glibc may keep the memory of smaller ones after they are freed.
@@ -34,7 +34,7 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
         gets = []
         for layer in range(LAYERS):
             gets.append(store.group().put(torch.full((1, length, HIDDEN), float(layer), dtype=torch.bfloat16)))
-        store.release_kept()
+        store.release_copied()
         grown = _resident() - before
         for layer in reversed(range(LAYERS)):
             tensor = gets.pop()()
@@ -45,7 +45,7 @@ def one_pass(tier: str, length: int) -> tuple[int, int, int]:
 
 def rows() -> Iterator[Figure]:
     """Yield all figures with their targets."""
-    for tier, expected in (("host", LAYERS * HIDDEN * 2), ("disk", RING * HIDDEN * 2)):
+    for tier, expected in (("host", LAYERS * HIDDEN * 2), ("disk", STAGING_BUFFERS * HIDDEN * 2)):
         grown = {length: _in_a_process(tier, length) for length in LENGTHS}
         first, last = LENGTHS[0], LENGTHS[-1]
         slope = (grown[last][0] - grown[first][0]) / (last - first)

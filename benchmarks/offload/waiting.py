@@ -17,7 +17,7 @@ from benchmarks.figures import Figure
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.ledger import Ledger
 
@@ -62,7 +62,7 @@ def _kept(name: str, length: int) -> dict[str, int]:
         if name == OURS:
             store = ActivationStore(HostBufferPool())
             undo.callback(store.close)
-            keep_activations(ModelSpec(model), Keeping(store, keep_last=1), undo)
+            apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(store, keep_last=1), undo)
         with Ledger(model) as ledger, _context(name):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             live = ledger.timeline[-1].bytes

@@ -19,10 +19,10 @@ from deepspeed_alst.memory_lean import layer as lean_layer
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import keeping_frame
-from deepspeed_alst.offload.budget import Layers
-from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
-from deepspeed_alst.offload.feature import keep_last, layers_of
+from deepspeed_alst.offload.attention_cache import saving_frame
+from deepspeed_alst.offload.budget import LayerSizes
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
+from deepspeed_alst.offload.feature import keep_last, layer_sizes
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
@@ -71,7 +71,7 @@ class Model:
     num_params: int
     largest: int
     """Elements of the largest module that ZeRO 3 gathers at once: a layer, an embedding or the head."""
-    layers: Layers = field(default_factory=lambda: Layers(0, 0, 0, 0, 0, 0, 0))
+    layers: LayerSizes = field(default_factory=lambda: LayerSizes(0, 0, 0, 0, 0, 0, 0))
     """Sizes of what its layers save for the backward."""
 
 
@@ -116,7 +116,7 @@ def measure(path: str, keys: AlstConfig) -> tuple[Model, dict[bool, Layer]]:
         layers,
         num_layers=num_layers,
         keep_last=keep_last(keys.alst),
-        lean_layers=num_layers if layers.lean_layers else 0,
+        num_lean_layers=num_layers if layers.num_lean_layers else 0,
         input_bytes=saved[False],
         output_bytes=max(0, outputs - layers.lse_bytes),
         lse_bytes=min(outputs, layers.lse_bytes),
@@ -169,7 +169,7 @@ def workspace_of(config: Any, keys: AlstConfig) -> Line:
     return Line(lean.chunk_tokens * a_row + max(lean.chunk_tokens, lean.key_block) * a_key, 0)
 
 
-def bytes_of(config: Any, keys: AlstConfig, tokens: int, keeps_attention: bool = False) -> tuple[Bytes, Layers]:
+def bytes_of(config: Any, keys: AlstConfig, tokens: int, saves_attention: bool = False) -> tuple[Bytes, LayerSizes]:
     """Measure a rank with s ``tokens``, in bf16, with checkpointed layers; return the offload's own sizes too.
 
     Raises:
@@ -181,14 +181,14 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, keeps_attention: bool =
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             spec = ModelSpec(model)
-            keeping = _patch(spec, keys, keeps_attention, patches)
+            policy = _patch(spec, keys, saves_attention, patches)
             # Not measured: patches may still set themselves up in the first step, which is slow in chunks.
             first = tokens if keys.alst.memory_lean_layer is None else min(tokens, _FEW_TOKENS)
             with _known(spec, first):
                 model(**_batch(config, first), use_cache=False).loss.backward()
                 model.zero_grad()
             with _known(spec, tokens):
-                return _peaks(spec, _batch(config, tokens)), layers_of(spec, keep_last(keys.alst), keeping.chunks)
+                return _peaks(spec, _batch(config, tokens)), layer_sizes(spec, keep_last(keys.alst), policy.chunks)
     except Exception as error:
         if isinstance(error, AlstError):
             raise
@@ -208,25 +208,25 @@ def _batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
 
 
-def _patch(spec: ModelSpec, keys: AlstConfig, keeps_attention: bool, patches: PatchSet) -> Keeping:
+def _patch(spec: ModelSpec, keys: AlstConfig, saves_attention: bool, patches: PatchSet) -> CheckpointPolicy:
     """Patch a model as its features do on a GPU, in their order."""
-    calls, alst = ForwardContext(keeping_frame=keeping_frame), keys.alst
+    calls, alst = ForwardContext(saving_frame=saving_frame), keys.alst
     offloads = alst.activation_checkpoint_cpu_offload is not None
     store = ActivationStore(HostBufferPool()) if offloads else None
-    keeping = Keeping(store, keep_last(keys.alst), keeps_attention=keeps_attention)
+    policy = CheckpointPolicy(store, keep_last(keys.alst), saves_attention=saves_attention)
     patch_model(spec, dist.group.WORLD, patches, calls)
-    if offloads or keeps_attention:
-        keep_activations(spec, keeping, patches)
+    if offloads or saves_attention:
+        apply_checkpoint_policy(spec, policy, patches)
     use_liger_without_data(spec, keys, patches)
     if (lean := alst.memory_lean_layer) is not None:
         group = None if keys.sequence_parallel_size == 1 else dist.group.WORLD
-        run_in_chunks(spec, lean, group, calls, lambda module: None, patches, keeping)
+        run_in_chunks(spec, lean, group, calls, lambda module: None, patches, policy)
         patches.set(lean_layer, "rectangles", _few_rectangles)
     if alst.tiled_mlp_compute is not None:
         tile_mlps(spec, alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:
         tile_loss(spec, loss, calls, lambda module: None, patches)
-    return keeping
+    return policy
 
 
 def _few_rectangles(*arguments: Any) -> list[Rectangle]:

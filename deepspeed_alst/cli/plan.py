@@ -17,7 +17,7 @@ from deepspeed_alst.config.compatibility import value_at, zero_stage
 from deepspeed_alst.config.schema import block_of, parse
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets
-from deepspeed_alst.offload.budget import keeps_output
+from deepspeed_alst.offload.budget import saves_output
 
 _GIB = 2**30
 # Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU.
@@ -147,14 +147,14 @@ def plan_of(
     wanted, sequence = config.alst.save_attention_output, tokens * config.sequence_parallel_size
     keeps, why = wanted is True, "save_attention_output"
     if offload is not None:
-        keeps, why = keeps_output(layers, tokens, room // ranks, wanted, sequence)
+        keeps, why = saves_output(layers, tokens, room // ranks, wanted, sequence)
     elif wanted == "auto":
         why = "auto: no offload"
     layer, others = measured[keeps], layers.num_layers - 1
     if offload is not None:
         # Beside the layer in work, which is measured: the one that comes back, and the last ones at their end. Chunks
         # come back one by one.
-        others = min(others, max(0 if layers.lean_layers else 1, layers.keep_last - 1))
+        others = min(others, max(0 if layers.num_lean_layers else 1, layers.keep_last - 1))
     saved = {"layer inputs": layers.input_bytes, "attention outputs": layers.output_bytes + layers.lse_bytes}
     saved = saved if keeps else {"layer inputs": layers.input_bytes}
     device |= {name: others * size * tokens for name, size in saved.items() if others}
@@ -166,7 +166,7 @@ def plan_of(
     device |= max(peaks, key=lambda peak: sum(peak.values()))
     disk = 0.0
     if offload is not None:
-        inputs, both = (ranks * layers.waiting(tokens, with_outputs) for with_outputs in (False, keeps))
+        inputs, both = (ranks * layers.offloaded_bytes(tokens, with_outputs) for with_outputs in (False, keeps))
         disk = max(0.0, both - room) if offload.nvme_path else 0.0
         host["layer inputs"] = min(inputs, both - disk)
         if keeps:

@@ -19,7 +19,7 @@ from deepspeed_alst.cli.report import ROW_MARK, Row, guarded, judged, version_of
 from deepspeed_alst.environment import check_deepspeed, is_left_over
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import builder
-from deepspeed_alst.offload.budget import spare_bytes
+from deepspeed_alst.offload.budget import available_bytes
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 
@@ -129,7 +129,7 @@ def lock_rows() -> Iterator[Row]:
 
 def memory_rows() -> Iterator[Row]:
     """Yield the row on host memory and the part of it available to offloaded activations."""
-    memory, spare = psutil.virtual_memory(), spare_bytes()
+    memory, spare = psutil.virtual_memory(), available_bytes()
     value = f"{format_bytes(memory.total, 1)}, {format_bytes(memory.available, 1)} available, "
     value += f"{format_bytes(spare, 1)} of it for offloaded activations (cgroup limit included)"
     yield judged("host memory", value, "" if spare else "none", "free host memory, or raise the container's limit")
@@ -145,7 +145,7 @@ def disk_rows(folder: str) -> Iterator[Row]:
     try:
         disk.reserve(_DISK_BYTES)
         pool, size = HostBufferPool(), _DISK_BYTES // _PIECES
-        slots = [(pool.take(size).random_(), disk.allocate(size)) for _ in range(_PIECES)]
+        slots = [(pool.acquire(size).random_(), disk.allocate(size)) for _ in range(_PIECES)]
         begin = time.perf_counter()
         writes = [disk.threads.submit(functools.partial(disk.write, *slot)) for slot in slots]
         written = [disk.threads.wait(each) for each in writes]

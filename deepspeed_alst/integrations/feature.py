@@ -27,24 +27,23 @@ class LigerKernels(Feature):
         """Patch the modules that Liger has kernels for."""
         loss, wanted = run.config.tiled_loss(), run.config.alst.liger_kernel
         if run.device != "cuda" and wanted == "auto" and (loss is None or loss.backend != "liger"):
-            self._words = f"not used: Liger's kernels need a GPU, and the engine is on {run.device}"
+            self._summary = f"not used: Liger's kernels need a GPU, and the engine is on {run.device}"
             return
         from deepspeed_alst.integrations.hf_liger import use_liger
 
         liger = use_liger(run.spec, run.config, run.device, run.control_group, patches)
         self.makes_loss = liger.possible and getattr(wanted, "fused_linear_cross_entropy", None) is not False
-        self._words = liger.words
+        self._summary = liger.summary
 
     def report(self) -> list[tuple[str, str]]:
-        """Return which parts run by kernels."""
-        return [("liger", self._words)]
+        """Return the parts in use, or the reason why none is."""
+        return [("liger", self._summary)]
 
 
 class OwnLoss(Feature):
-    """Loss of a model that the program has patched with Liger, made by its head and ``loss_function``.
+    """Loss of a model that the program has patched with Liger, computed by its head and ``loss_function``.
 
-    Liger's ``lce_forward`` does so with ``skip_logits=False``; here they are the tiled head and the whole sequence's
-    loss.
+    Liger's ``lce_forward`` calls them with ``skip_logits=False``: here the tiled head and the whole sequence's loss.
     """
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:

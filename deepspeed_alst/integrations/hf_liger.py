@@ -1,8 +1,8 @@
-"""Liger's kernels in one model, with undo: requested parts, available parts, and the report on the others.
+"""Liger's kernels in one model, with undo.
 
-Liger's functions change a model's modules, and global names in transformers' modeling files that every model of the
-family looks up. All of it is taken back at once, and what a part has put into a module is applied again if it computes
-what the module does. RoPE, which is called by a global name, reaches the attention through a copy of its forward.
+Liger's functions patch a model's modules, and global names in transformers' modeling files that all models of a family
+share. All of it is undone at once, and the patch of a module is applied again if it computes what the module does.
+RoPE, which is called by a global name, reaches the attention through a copy of its forward.
 """
 
 import inspect
@@ -37,7 +37,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu_squared": lambda x: F.relu(x).square(),
 }
 _GATED = {"swiglu", "geglu"}
-_IN_TILES = "in tiles, this package's closed form needs fewer bytes a token"
+_IN_TILES = "in tiles, this package's closed form needs fewer bytes per token"
 _PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
 _Change = tuple[dict[str, Any], str, Any]
 """A namespace, a name in it and its new value."""
@@ -46,13 +46,13 @@ _Change = tuple[dict[str, Any], str, Any]
 class LigerUse(NamedTuple):
     """Use of Liger's kernels in a model."""
 
-    words: str
+    summary: str
     """Parts in use, or the reason why Liger cannot be."""
     possible: bool = True
 
 
 def use_liger(spec: ModelSpec, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
-    """Apply Liger's kernels as ``apply_liger`` does, on all ranks or none. Collective over ``group``, over gloo."""
+    """Call ``apply_liger`` with effect on all ranks or none. Collective over ``group``, over gloo."""
     use, error = LigerUse("off"), None
     with PatchSet().rollback_on_error() as done:
         try:
@@ -65,16 +65,16 @@ def use_liger(spec: ModelSpec, config: AlstConfig, device: str, group: Any, patc
         if not use.possible:
             done.close()
         patches.callback(done.close)
-    return use._replace(words=f"{use.words} (rank {rank})") if rank else use
+    return use._replace(summary=f"{use.summary} (rank {rank})") if rank else use
 
 
 def use_liger_without_data(spec: ModelSpec, config: AlstConfig, patches: PatchSet) -> None:
     """Apply Liger's kernels to a model on fake tensors as on a GPU, without launching them, if Liger is installed.
 
     Raises:
-        UnsupportedModelError: requested by name, and Liger does not support the model, or a part of it.
+        UnsupportedModelError: a part is requested by name, and Liger does not support it for the model.
     """
-    if config.alst.liger_kernel is False or _reason_against_setup("cuda", interpreted=False):
+    if config.alst.liger_kernel is False or _unavailable_reason("cuda", interpreted=False):
         return
     from deepspeed_alst.kernels.registry import skip_fake_launches
 
@@ -84,15 +84,15 @@ def use_liger_without_data(spec: ModelSpec, config: AlstConfig, patches: PatchSe
 
 def check_liger_runs(key: str, device: str) -> None:
     """Raise SetupError with the key that requests them if Liger's kernels cannot run on a device."""
-    if reason := _reason_against_setup(device, interpreted=True):
+    if reason := _unavailable_reason(device, interpreted=True):
         raise SetupError(f"{key}: {reason}")
 
 
-def _reason_against_setup(device: str, interpreted: bool) -> str | None:
+def _unavailable_reason(device: str, interpreted: bool) -> str | None:
     """Return why Liger's kernels cannot run on a device type; ``interpreted`` permits Triton's interpreter."""
     in_interpreter = os.environ.get("TRITON_INTERPRET", "0") != "0"
     if in_interpreter and not interpreted:
-        return "TRITON_INTERPRET is set, which makes its kernels a thousand times slower; ask for it by name"
+        return "TRITON_INTERPRET is set, with which its kernels are a thousand times slower; set the key to true"
     if not in_interpreter and device != "cuda":
         return (
             f"Liger's kernels need a GPU, and the engine is on {device}; to try them on CPU, a thousand times slower, "
@@ -111,12 +111,7 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
 
     The reason against them is reported for ``"auto"`` and raised for parts requested by name. MLPs that
     ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: in tiles of one size the closed form needs fewer bytes.
-
-    Args:
-        spec: the model.
-        config: this package's config.
-        device: device type of the engine.
-        patches: undoes everything.
+    ``device`` is the engine's device type.
 
     Raises:
         SetupError: Liger cannot run here.
@@ -128,40 +123,41 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
     if value is False:
         return LigerUse("off")
     block = value if isinstance(value, LigerConfig) else LigerConfig()
-    # By part, the key that makes it an error if the part is not available.
-    asked = {part: f"{_KEY}.{part}" for part, wanted in block if wanted}
+    # By part, the key that is named in the error if the part is not available.
+    requested = {part: f"{_KEY}.{part}" for part, wanted in block if wanted}
     if value is True:
-        asked = dict.fromkeys(LigerConfig.model_fields, _KEY)
-    in_tiles = _GATED - asked.keys() if config.alst.tiled_mlp_compute is not None and "swiglu" not in asked else set()
-    return _use(spec, block, asked, in_tiles, device, patches)
+        requested = dict.fromkeys(LigerConfig.model_fields, _KEY)
+    has_tiles = config.alst.tiled_mlp_compute is not None and "swiglu" not in requested
+    in_tiles = _GATED - requested.keys() if has_tiles else set()
+    return _apply_parts(spec, block, requested, in_tiles, device, patches)
 
 
-def _use(
-    spec: ModelSpec, block: LigerConfig, asked: dict[str, str], in_tiles: Set[str], device: str, patches: PatchSet
+def _apply_parts(
+    spec: ModelSpec, block: LigerConfig, requested: dict[str, str], in_tiles: Set[str], device: str, patches: PatchSet
 ) -> LigerUse:
-    base, required = spec.model, next(iter(asked.values()), None)
+    base, required = spec.model, next(iter(requested.values()), None)
 
     def unused(reason: str, kind: type[AlstError] = UnsupportedModelError, hint: str = "") -> LigerUse:
         if required:
             raise kind(f"{required}: {reason}.{hint}")
         return LigerUse(f"not used: {reason}", possible=False)
 
-    if reason := _reason_against_setup(device, interpreted=required is not None):
+    if reason := _unavailable_reason(device, interpreted=required is not None):
         return unused(reason, SetupError)
     if any(param.dtype == torch.float64 for param in base.parameters()):
         return unused("the model is fp64, and Liger's kernels compute in fp32")
     # Its own forward may be Liger's too, for the loss.
     inner = [module for module in base.modules() if module is not base]
     if any(is_ligers(module) or is_ligers(vars(module).get("forward")) for module in inner):
-        return LigerUse("the model was patched by Liger before, and is left as it is")
+        return LigerUse("the program has patched the model with Liger; nothing is changed")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type not in FAMILIES:
-        if asked.keys() == {_LOSS}:
-            return LigerUse("the loss alone")
-        return unused(f"model_type={model_type!r} is none of Liger's families", hint=nearest(str(model_type), FAMILIES))
-    # This package computes the loss in tiles. Where the families have geglu, swiglu speaks for it.
+        if requested.keys() == {_LOSS}:
+            return LigerUse("the loss only")
+        return unused(f"Liger does not support model_type={model_type!r}", hint=nearest(str(model_type), FAMILIES))
+    # This package computes the loss in tiles. The key swiglu also covers the families with geglu.
     wanted = {**dict(block), "cross_entropy": False, _LOSS: False}
     if block.geglu is None:
         wanted["geglu"] = block.swiglu
@@ -173,25 +169,23 @@ def _use(
         counts, refused = _patch(base, FAMILIES[model_type], wanted, in_tiles, patches)
     # Liger's functions raise many types of errors.
     except Exception as error:
-        return unused(f"Liger's function for {model_type} stopped with {type(error).__name__}: {error}")
-    return LigerUse(_describe(spec.name, counts, refused, asked))
+        return unused(f"Liger's function for {model_type} raised {type(error).__name__}: {error}")
+    return LigerUse(_describe(spec.name, counts, refused, requested))
 
 
-def _describe(model: str, counts: Counter[str], refused: dict[str, str], asked: dict[str, str]) -> str:
+def _describe(model: str, counts: Counter[str], refused: dict[str, str], requested: dict[str, str]) -> str:
     """Describe the parts that are used and those that are not; raise for one requested by name that is not."""
     for part, reason in refused.items():
-        key = asked.get(part) or (asked.get("swiglu") if part == "geglu" else None)
+        key = requested.get(part) or (requested.get("swiglu") if part == "geglu" else None)
         if key:
             raise UnsupportedModelError(f"{key}: {reason}. Set {_KEY}.{part} to false.")
-    words = f"{', '.join(f'{part} ({number})' for part, number in sorted(counts.items())) or 'nothing'} in {model}"
+    summary = f"{', '.join(f'{part} ({number})' for part, number in sorted(counts.items())) or 'nothing'} in {model}"
     used = {*counts, _LOSS, *(["swiglu"] if counts["geglu"] else [])}
-    for part, key in asked.items():
-        # Of the parts that `true` asks for, a family has some.
+    for part, key in requested.items():
+        # `true` requests all parts, of which a family has some.
         if part not in used and not (key == _KEY and counts):
-            raise UnsupportedModelError(
-                f"{key}: Liger has no such part; of what is asked for it has {words}. Leave it out."
-            )
-    return words + "".join(f"; not {part}: {reason}" for part, reason in refused.items())
+            raise UnsupportedModelError(f"{key}: Liger has no such kernel here; it has {summary}. Leave the key out.")
+    return summary + "".join(f"; not {part}: {reason}" for part, reason in refused.items())
 
 
 # --- Liger's patch of a family, on one model
@@ -204,11 +198,11 @@ def _patch(
     in_tiles: Set[str],
     patches: PatchSet,
 ) -> tuple[Counter[str], dict[str, str]]:
-    """Patch a model by Liger's function for its family, but for the parts that one of its modules does not fit.
+    """Patch a model by Liger's function for its family, except parts that do not match one of its modules.
 
     Returns:
-        The number of patched modules by part, and the reasons against the parts left out, of which those ``in_tiles``
-        are left out of modules with Linears: stacked experts have no closed form.
+        The number of patched modules by part, and the reason for each part that is left out. Those ``in_tiles`` are
+        left out of modules with Linears only, as stacked experts have no closed form.
     """
     parameters = inspect.signature(apply).parameters
     changes = _changes(model, apply, {name: value for name, value in wanted.items() if name in parameters})
@@ -229,7 +223,7 @@ def _patch(
         # Functions of composite models use those of other families, by their defaults.
         if part is None or wanted[part] is False:
             continue
-        if reason := _reason_against(name, module, part):
+        if reason := _mismatch(name, module, part):
             refused.setdefault(part, reason)
         elif part in in_tiles and any(isinstance(each, torch.nn.Linear) for each in module.children()):
             tiled[part] = _IN_TILES
@@ -271,13 +265,13 @@ def _changes(
 
 
 def _part_of(thing: Any) -> str | None:
-    """Return the part of ``alst.liger_kernel`` that an object of Liger's belongs to, by its source module."""
+    """Return the part of ``alst.liger_kernel`` that one of Liger's objects belongs to, by its source module."""
     # Some families have a RoPE of their own: llama4_rope, qwen2vl_mrope.
     return next((part for part in _PARTS if is_ligers(thing) and thing.__module__.endswith(part)), None)
 
 
-def _reason_against(name: str, module: torch.nn.Module, part: str) -> str | None:
-    """Return why a module is not what Liger assumes, or None: Liger binds its forward to any module."""
+def _mismatch(name: str, module: torch.nn.Module, part: str) -> str | None:
+    """Return the reason if a module is not what Liger, which binds its forward to any module, assumes."""
     cls = type(module)
     is_layer_norm = cls is torch.nn.LayerNorm and module.weight is not None and module.bias is not None
     if part != "rope" and cls.__module__.split(".")[0] != "transformers" and not is_layer_norm:
@@ -288,12 +282,12 @@ def _reason_against(name: str, module: torch.nn.Module, part: str) -> str | None
         return None
     activations = (getattr(module, key, None) for key in ("act_fn", "activation_fn", "act"))
     found = next(filter(callable, activations), None)
-    if found is not None and run_isolated(_agree, found, _ACTIVATIONS[part]):
+    if found is not None and run_isolated(_is_same_function, found, _ACTIVATIONS[part]):
         return None
-    kind = "no activation that is known" if found is None else f"the activation {type(found).__name__}"
+    kind = "an unknown activation" if found is None else f"the activation {type(found).__name__}"
     return f"{name} has {kind}, and Liger would compute {part}"
 
 
-def _agree(found: Callable[..., torch.Tensor], expected: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+def _is_same_function(found: Callable[..., torch.Tensor], expected: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     values = torch.linspace(-6, 6, 97, device="cpu")
     return torch.allclose(found(values), expected(values), rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Evaluation of the HF Trainer on shards of P ranks' batches; each rank gets the predictions of its own batch.
+"""Evaluation of the HF Trainer on shards; each rank gets the predictions of its own batch.
 
 Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 """
@@ -19,13 +19,13 @@ from deepspeed_alst.integrations.hf_trainer import (
     NUM_ITEMS,
     NUM_LABELS,
     check_trainer,
-    exchange,
-    has_own,
-    loss_of_whole_sequence,
+    exchange_batches,
+    overrides,
+    whole_sequence_smoothing,
 )
 from deepspeed_alst.tiling.tiled_loss import logits_wanted
 
-_LARGEST = 2 << 30
+_MAX_BYTES = 2 << 30
 """Bytes of one rank's predictions of one batch: fp32 logits of 4k tokens, vocabulary 128k, are 2 GiB."""
 
 
@@ -34,11 +34,11 @@ def evaluation(trainer: Any) -> Iterator[None]:
     """Make ``Trainer.evaluation_loop`` predict on shards.
 
     ``preprocess_logits_for_metrics`` gets a shard's logits, before any rank holds those of a whole sequence. A
-    prediction_step or compute_loss of the program's own, and evaluation by generation, gets whole batches, which the
-    engine shards where it computes the loss.
+    prediction_step or compute_loss that the program overrides, as for generation, gets whole batches, which the engine
+    shards for the loss.
     """
     predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
-    whole = has_own(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
+    whole = overrides(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
 
     @functools.wraps(predict)
     def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -75,11 +75,11 @@ def _predict_on_shards(
     # Counted over all ranks' own batches, as at SP 1.
     extras = {NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
     losses, pieces = [], []
-    for shard, counts in exchange(session, inputs, extras):
+    for shard, counts in exchange_batches(session, inputs, extras):
         with (
             session.calls.having(makes_whole_loss=True),
             _counted_items(trainer, counts),
-            loss_of_whole_sequence(trainer, session, shard),
+            whole_sequence_smoothing(trainer, session, shard),
         ):
             loss, logits, _ = predicted(shard)
         losses.append(loss)
@@ -129,9 +129,8 @@ def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
 def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -> Any:
     """Gather the predictions of this rank's batch: ``P x [B_k, s_k, ...] -> [B, length, ...]``.
 
-    Piece k is this rank's part of rank k's batch, a tensor or a tuple of tensors. Collective over the sequence's ranks.
-
-    ``length`` is this rank's own batch's before padding.
+    Piece k is this rank's part of rank k's batch, a tensor or a tuple of tensors; ``length`` is that of this rank's
+    batch before padding. Collective over the sequence's ranks.
     """
     if isinstance(pieces[0], tuple | list):
         columns = [gather_predictions(list(column), length, groups) for column in zip(*pieces, strict=True)]
@@ -147,7 +146,7 @@ def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -
 
 def is_too_large(piece: torch.Tensor, sp_size: int) -> bool:
     """Return True if the predictions of one batch would exceed 2 GiB on a rank."""
-    return piece.numel() * piece.element_size() * sp_size > _LARGEST
+    return piece.numel() * piece.element_size() * sp_size > _MAX_BYTES
 
 
 def _problem(piece: Any, shard_length: int, sp_size: int) -> DataError | ShapeError | None:
@@ -156,14 +155,14 @@ def _problem(piece: Any, shard_length: int, sp_size: int) -> DataError | ShapeEr
     if not isinstance(piece, torch.Tensor) or piece.dim() < 2 or piece.shape[1] != shard_length:
         shown = list(piece.shape) if isinstance(piece, torch.Tensor) else type(piece).__name__
         return ShapeError(
-            f"evaluation: what is predicted on a shard must be [batch, {shard_length} tokens, ...] tensors, not "
-            f"{shown}. preprocess_logits_for_metrics is called with a shard's logits and must keep its tokens."
+            f"evaluation: predictions on a shard must be [batch, {shard_length} tokens, ...] tensors, not {shown}. "
+            "preprocess_logits_for_metrics is called with a shard's logits and must keep the dim of tokens."
         )
     if is_too_large(piece, sp_size):
         num_bytes = piece.numel() * piece.element_size() * sp_size
         return DataError(
             f"evaluation: the predictions of one batch would be {num_bytes / 2**30:.1f} GiB on a rank (shape "
-            f"{list(piece.shape)} on a shard, {sp_size} shards), more than {_LARGEST / 2**30:.0f} GiB. Give the "
-            "Trainer preprocess_logits_for_metrics (such as an argmax), or prediction_loss_only=True."
+            f"{list(piece.shape)} on a shard, {sp_size} shards), more than {_MAX_BYTES / 2**30:.0f} GiB. Give the "
+            "Trainer preprocess_logits_for_metrics (for example an argmax), or prediction_loss_only=True."
         )
     return None

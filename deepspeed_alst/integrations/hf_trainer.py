@@ -47,21 +47,21 @@ def training_step(
         f"in training of {trainer.state.max_steps} steps, {batches} batches for a step"
         f"{', the last of its data' * gradient_state.end_of_dataloader}"
     )
-    whole = has_own(trainer, "compute_loss", "_prepare_inputs")
-    micro_steps = exchange(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)
+    whole = overrides(trainer, "compute_loss", "_prepare_inputs")
+    micro_steps = exchange_batches(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)
     losses = []
     for place, (batch, extras) in enumerate(micro_steps):
         # Only the last micro-step reduces gradients and steps the weights.
         gradient_state._set_sync_gradients(last_of_step and place == len(micro_steps) - 1)
         # A program's own compute_loss gets the whole batch, as at SP 1, and the engine shards it.
         splitting = session.whole_batches() if whole else contextlib.nullcontext()
-        with session.averaged_over_micro_steps(), loss_of_whole_sequence(trainer, session, batch, whole), splitting:
+        with session.averaged_over_micro_steps(), whole_sequence_smoothing(trainer, session, batch, whole), splitting:
             losses.append(original(trainer, model, batch, extras[NUM_ITEMS]))
     return losses[session.groups.sp_rank]
 
 
-def has_own(trainer: Any, *names: str) -> bool:
-    """Return True if one of a Trainer's methods is the program's; transformers' and TRL's work on shards."""
+def overrides(trainer: Any, *names: str) -> bool:
+    """Return True if the program overrides a Trainer's method; transformers' and TRL's work on shards."""
     homes = (getattr(getattr(trainer, name), "__module__", None) or "" for name in names)
     return any(home != "transformers.trainer" and not home.startswith("trl.") for home in homes)
 
@@ -76,38 +76,40 @@ def check_trainer(trainer: Any) -> None:
     problems = []
     if trainer.compute_loss_func is not None:
         problems.append(
-            "compute_loss_func: it would make the loss of a shard out of a shard's logits; use the model's own loss, "
-            "or override Trainer.compute_loss and change outputs.loss, which is the whole sequence's"
+            "compute_loss_func: it would compute a shard's loss from a shard's logits. Use the model's own loss, or "
+            "override Trainer.compute_loss and modify outputs.loss, which is the whole sequence's"
         )
     kind = next((each.__name__ for each in type(trainer).__mro__ if each.__module__.startswith("trl.")), "_BaseTrainer")
     if kind not in ("SFTTrainer", "_BaseTrainer"):
         problems.append(
-            f"{kind}: losses of preference and reinforcement learning, rewards and distillation are made of each "
-            "sequence's log-probabilities, of which a rank has a shard's: not available with sequence_parallel_size > "
-            "1. Leave the key out, or use SFTTrainer"
+            f"{kind}: losses of preference and reinforcement learning, rewards and distillation need the "
+            "log-probabilities of whole sequences, and a rank has those of a shard. Leave sequence_parallel_size out, "
+            "or use SFTTrainer"
         )
     elif getattr(args, "loss_type", "nll") not in (None, "nll"):
-        problems.append(f"loss_type={args.loss_type!r}: it is made of a shard's log-probabilities; use 'nll'")
+        problems.append(
+            f"loss_type={args.loss_type!r}: it would be computed from a shard's log-probabilities. Use 'nll'"
+        )
     if args.neftune_noise_alpha:
         problems.append(
-            f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, of which a "
-            "rank sees its shard only; leave it out"
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, and a rank "
+            "has only a shard. Leave it out"
         )
     if args.auto_find_batch_size:
-        problems.append("auto_find_batch_size=True: ranks could choose different sizes; set the batch size")
+        problems.append("auto_find_batch_size=True: ranks could choose different sizes. Set the batch size")
     if not args.accelerator_config.even_batches:
         problems.append(
-            "accelerator_config.even_batches=False: a rank that runs out of batches early would leave the others "
-            "waiting; leave it True"
+            "accelerator_config.even_batches=False: ranks would wait for one that runs out of batches early. Leave it "
+            "True"
         )
     if problems:
         raise ConfigError("\n".join(f"HF Trainer: {problem}." for problem in problems))
 
 
-def exchange(
+def exchange_batches(
     session: Any, inputs: Any, extras: dict[str, Any], progress: str = "", whole: bool = False
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return P pairs: this rank's shard of each rank's batch, or the batch, and its owner's counts."""
+    """Return P pairs: this rank's shard of each rank's batch (or the batch, if ``whole``) and that rank's counts."""
     labels = inputs.get("labels")
     if labels is not None:
         # A row's first token has no prediction.
@@ -120,8 +122,8 @@ def exchange(
 
 
 @contextlib.contextmanager
-def loss_of_whole_sequence(trainer: Any, session: Any, batch: dict[str, Any], whole: bool = False) -> Iterator[None]:
-    """Compute the Trainer's label-smoothing loss, made of logits after the forward, over the whole sequence."""
+def whole_sequence_smoothing(trainer: Any, session: Any, batch: dict[str, Any], whole: bool = False) -> Iterator[None]:
+    """Compute the Trainer's label-smoothing loss from logits after the forward, over the whole sequence."""
     smoother = trainer.label_smoother
     if smoother is None or "labels" not in batch:
         yield
@@ -156,8 +158,8 @@ def fill_batch_keys(original: Callable[..., None], hf_config: Any, args: Any, *r
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if args.world_size != ranks:
         raise ConfigError(
-            f"HF Trainer: {ranks} ranks were started, but the Trainer sees {args.world_size}: on machines without an "
-            "accelerator, accelerate takes every rank for itself. Add --use_cpu (TrainingArguments(use_cpu=True))."
+            f"HF Trainer: WORLD_SIZE={ranks}, but the Trainer's world size is {args.world_size}: without a GPU, "
+            "accelerate needs use_cpu to use several ranks. Add --use_cpu (TrainingArguments(use_cpu=True))."
         )
     given, micro = config.get(GAS, "auto"), config.get(MICRO, "auto")
     if type(given) is int and type(config.get(TOTAL)) is int:
@@ -168,9 +170,9 @@ def fill_batch_keys(original: Callable[..., None], hf_config: Any, args: Any, *r
     elif type(given) is int and given == args.gradient_accumulation_steps:
         if given % P:
             raise ConfigError(
-                f"{GAS}={given}: the HF Trainer draws a batch for every rank at a time, which are "
-                f'sequence_parallel_size={P} micro-steps. Use a multiple of {P}, or "auto", which keeps the '
-                "total batch size of the run without sequence parallelism."
+                f"{GAS}={given}: the HF Trainer draws a batch for every rank at a time, which makes "
+                f'sequence_parallel_size={P} micro-steps. Use a multiple of {P}, or "auto", which keeps the total '
+                "batch size as at SP 1."
             )
         args.gradient_accumulation_steps = config[GAS] = given // P
     original(hf_config, args, *rest, **kwargs)

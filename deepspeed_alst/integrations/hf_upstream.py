@@ -29,7 +29,7 @@ from deepspeed_alst.sequence_parallel.session import Session
 _SKIP = "skip_first_batches"
 
 
-def prepare_adoption(patches: PatchSet) -> None:
+def remove_upstream_attention(patches: PatchSet) -> None:
     """Remove DeepSpeed's attention wrapper from transformers, before the model is patched.
 
     The wrapper is in the interface's local mapping, which hides the models' own cores.
@@ -39,7 +39,8 @@ def prepare_adoption(patches: PatchSet) -> None:
     """
     if "__getattr__" in vars(UlyssesSPDataLoaderAdapter):
         raise SetupError(
-            "DeepSpeed's ALST classes serve another engine of this process already: call its engine.destroy() first"
+            "deepspeed.initialize: DeepSpeed's ALST classes are already redirected to another engine of this process. "
+            "Call its engine.destroy() first."
         )
     in_front = ALL_ATTENTION_FUNCTIONS._local_mapping
     for name, function in list(in_front.items()):
@@ -48,11 +49,11 @@ def prepare_adoption(patches: PatchSet) -> None:
 
 
 class UpstreamProgram:
-    """Lead what a program uses of DeepSpeed's ALST to an engine's session."""
+    """Redirect a program's use of DeepSpeed's ALST to an engine's session."""
 
     def __init__(self, engine: Any, session: Session, mpu: Any, patches: PatchSet) -> None:
         self._engine = engine
-        # Outside of the engine's calls the program asks DeepSpeed for its groups, and means the real degree.
+        # Outside of the engine's calls the program reads the real degree from DeepSpeed's groups.
         patches.set(deepspeed_groups, "mpu", mpu)
         _shard_adapters(session, patches)
         for upstream, ours in ((TiledMLP, tiled_mlp), (TiledFusedLogitsLoss, tiled_logits_loss)):
@@ -60,10 +61,10 @@ class UpstreamProgram:
         self.aggregation = AggregationCheck(engine.module, session.groups, patches)
 
     def add_loss(self, output: Any, kwargs: dict[str, Any]) -> None:
-        """Add ``outputs.loss`` without labels in the batch: made of ``shift_labels`` when it is read, and not before.
+        """Add ``outputs.loss``, computed from ``shift_labels`` when it is read, if the batch has no labels.
 
-        accelerate's documented loop reads it; DeepSpeed's makes its own, beside which a second one would hold a second
-        copy of the logits.
+        accelerate's documented loop reads it; DeepSpeed's computes its own, and a second loss would hold a second copy
+        of the logits.
         """
         labels = kwargs.get("shift_labels")
         if labels is not None and getattr(output, "loss", ...) is None and getattr(output, "logits", None) is not None:
@@ -96,7 +97,7 @@ def _shard_adapters(session: Session, patches: PatchSet) -> None:
 
     def micro_batches(inner: Any) -> Iterator[Any]:
         for batch in session.shard_dataloader(inner):
-            batch.pop("labels", None)  # recipes expect none: some compute a loss from them
+            batch.pop("labels", None)  # some recipes would compute a loss from them
             yield batch
 
     def start(adapter: Any) -> Any:
@@ -142,7 +143,7 @@ def _skip_within_shards(skipped: weakref.WeakKeyDictionary[Any, int], patches: P
         skipped[again] = rest
         return again
 
-    for module in list(sys.modules.values()):  # all that have imported it by name
+    for module in list(sys.modules.values()):  # those that have imported it by name
         if getattr(module, "__dict__", {}).get(_SKIP) is original:
             patches.set(module, _SKIP, skip_first_batches)
 
@@ -155,8 +156,8 @@ _SAME_LOSS = 1e-5
 # Gradients that bypass the collective are off by a factor of P.
 _SAME_FACTOR = 0.01
 _WAY_OUT = (
-    "Aggregate as DeepSpeed's tutorial does, with torch.distributed.nn.functional.all_gather and the number of "
-    "labelled tokens of each shard; or leave mpu and the adapter out, and this package makes the loss of the sequence."
+    "Aggregate as in DeepSpeed's tutorial, with torch.distributed.nn.functional.all_gather and the number of labelled "
+    "tokens of each shard, or leave mpu and the adapter out, so that this package computes the whole sequence's loss."
 )
 
 
@@ -187,14 +188,14 @@ class AggregationCheck:
     @contextlib.contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[None]:
         """Run the engine's backward inside; raise SetupError on all ranks if the loss is not the sequence's."""
-        if not self._left or not loss.requires_grad:  # the latter is DeepSpeed's to refuse
+        if not self._left or not loss.requires_grad:  # on the latter DeepSpeed raises
             yield
             return
         seeds = [0.0]
         handle = loss.register_hook(lambda grad: seeds.append(float(grad)))
         yield
         handle.remove()
-        # Several forwards in one backward: whose gradient is whose cannot be told.
+        # The gradients of several forwards in one backward cannot be told apart.
         shard = self._shards[0] if len(self._shards) == 1 else None
         self._shards.clear()
         self._left -= 1
@@ -212,7 +213,7 @@ def _different_losses(losses: list[float]) -> str | None:
     finite = [each for each in losses if math.isfinite(each)]
     if len(finite) in (0, len(losses)) and all(math.isclose(each, finite[0], rel_tol=_SAME_LOSS) for each in finite):
         return None
-    return f"the losses differ, {losses}, so they are those of shards"
+    return f"the losses differ, {losses}: each is a shard's"
 
 
 def _lost_gradient(ranks: list[tuple[float, float, list[float] | None]]) -> str | None:
@@ -227,7 +228,7 @@ def _lost_gradient(ranks: list[tuple[float, float, list[float] | None]]) -> str 
     if abs(P * of_gradient - of_value) > _SAME_FACTOR * abs(of_value):
         return None
     return (
-        f"the loss is the sequence's, but its gradient is {P} times too small: the collective that added it up is not "
+        f"the loss is the sequence's, but its gradient is {P} times too small: the collective that sums it is not "
         "differentiable"
     )
 

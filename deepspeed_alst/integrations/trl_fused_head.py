@@ -1,7 +1,7 @@
 """TRL's fused LM head under sequence parallelism.
 
-It returns the log-probability of every labelled token of this rank's shard, whose sum TRL's trainers divide by their
-own count. The sum is therefore made the full sequence's, with the gradient of the package's own loss.
+It returns the log-probability of each labelled token of this rank's shard, whose sum TRL's trainers divide by their own
+count. The sum is therefore made the full sequence's, with the gradient of the package's own loss.
 """
 
 from typing import Any
@@ -33,9 +33,9 @@ def has_fused_head(output: Any) -> bool:
 
 
 def sum_fused_head(spec: ModelSpec, group: Any, calls: ForwardContext, patches: PatchSet) -> None:
-    """Make a fused head's output sums the full sequence's; ``patches.close()`` undoes it."""
+    """Make the sums of a fused head's output the full sequence's; ``patches.close()`` undoes it."""
 
-    def whole(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    def sum_output(module: torch.nn.Module, args: Any, output: Any) -> Any:
         if calls.whole or not has_fused_head(output):
             return None
         log_probs_Bs, mask_Bs = output.log_probs, output.label_mask
@@ -50,4 +50,4 @@ def sum_fused_head(spec: ModelSpec, group: Any, calls: ForwardContext, patches: 
             output["loss"] = output["loss"] + getattr(spec.text_config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
-    patches.hook(spec.outer, "forward", whole)
+    patches.hook(spec.outer, "forward", sum_output)

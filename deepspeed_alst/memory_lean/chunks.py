@@ -28,8 +28,8 @@ class Saved(Protocol):
     def __call__(self) -> torch.Tensor:
         """Return it on its device; it may be asked for again."""
 
-    def come_back(self) -> None:
-        """Start to bring it back."""
+    def prefetch(self) -> None:
+        """Start the copy back to its device."""
 
 
 class OnDevice:
@@ -42,7 +42,7 @@ class OnDevice:
         """Return the tensor."""
         return self._x
 
-    def come_back(self) -> None:
+    def prefetch(self) -> None:
         """Do nothing."""
 
 

@@ -28,9 +28,9 @@ from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.memory_lean.lean_pass import LeanPass
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.parts import LayerParts, with_mask
-from deepspeed_alst.offload.checkpoint_inputs import Chunks, Keeping, turn_on_checkpointing
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
-from deepspeed_alst.offload.hf_attention_cache import keep_attention
+from deepspeed_alst.offload.hf_attention_cache import cache_attention
 from deepspeed_alst.random_draws.draw_mode import branch, not_counted
 from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -54,10 +54,10 @@ class MemoryLeanLayers(Feature):
         """Give each decoder layer that can a forward in chunks."""
         group = None if run.session is None else run.session.groups.sp_group
         turn_on_checkpointing(run.spec, "alst.memory_lean_layer", patches)
-        keeping = None if self._offload is None else self._offload.keeping
+        policy = None if self._offload is None else self._offload.policy
         on_any_rank = bool if group is None else lambda mine: any(gather_objects(mine, run.control_group))
         self._layers, self._reasons = run_in_chunks(
-            run.spec, self._config, group, run.calls, run.leaf, patches, keeping, on_any_rank
+            run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_rank
         )
 
     def report(self) -> list[tuple[str, str]]:
@@ -74,7 +74,7 @@ def run_in_chunks(
     calls: ForwardContext,
     leaf: Callable[[Any], None],
     patches: PatchSet,
-    keeping: Keeping | None = None,
+    policy: CheckpointPolicy | None = None,
     on_any_rank: Callable[[bool], bool] = bool,
 ) -> tuple[int, Counter[str]]:
     """Give each checkpointed decoder layer that can a forward in chunks; call it before MLPs are tiled.
@@ -86,7 +86,7 @@ def run_in_chunks(
         calls: state of the model's forwards.
         leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
         patches: undoes it.
-        keeping: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
+        policy: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
         on_any_rank: tells in each layer's first forward if something is true on any rank.
 
     Returns:
@@ -103,16 +103,16 @@ def run_in_chunks(
             reasons[reason] += 1
             continue
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, keeping, embedded, on_any_rank, spec.router_classes)
+        lean = LeanLayer(layer, config, group, calls, inside, policy, embedded, on_any_rank, spec.router_classes)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1
     norms = spec.norms if count else []
     for module in norms:
-        norm = ChunkedNorm(module, Sizes(**config.model_dump()), functools.partial(_new_group, keeping, None))
+        norm = ChunkedNorm(module, Sizes(**config.model_dump()), functools.partial(_new_group, policy, None))
         patches.set(module, "forward", norm.forward)
-    if keeping is not None and count:
-        keeping.chunks = Chunks(count, len(norms), config.chunk_tokens)
+    if policy is not None and count:
+        policy.chunks = Chunks(count, len(norms), config.chunk_tokens)
     return count, reasons
 
 
@@ -121,7 +121,7 @@ def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: Patch
     name = spec.config._attn_implementation
     if not isinstance(name, PrivateName):  # else its outputs are kept, and it is done
         try:
-            keep_attention(spec.outer, patches, calls)
+            cache_attention(spec.outer, patches, calls)
         except UnsupportedModelError:
             return f"attn_implementation='{name}' at sequence_parallel_size 1; use 'sdpa'"
     patches.hook(spec.outer, "forward_pre", lambda *_: calls.enter_model())
@@ -129,11 +129,11 @@ def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: Patch
     return ""
 
 
-def _new_group(keeping: Keeping | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
+def _new_group(policy: CheckpointPolicy | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
     """Return a function that saves a tensor of one chunk, where the layer's are kept."""
-    if keeping is None or keeping.store is None:
+    if policy is None or policy.store is None:
         return OnDevice
-    group = keeping.store.group(layer is not None and keeping.stays(layer), prefetches=False)
+    group = policy.store.group(layer is not None and policy.stays(layer), prefetches=False)
     return lambda x: group.put(x.clone())  # not a view, which would hold the whole input while it leaves
 
 
@@ -161,12 +161,12 @@ class LeanLayer:
         group: Any,
         calls: ForwardContext,
         modules: list[TiledModule],
-        keeping: Keeping | None,
+        policy: CheckpointPolicy | None,
         embedded: Embeddings,
         on_any_rank: Callable[[bool], bool],
         router_classes: tuple[type, ...],
     ) -> None:
-        self._layer, self._calls, self._config, self._keeping = layer, calls, config, keeping
+        self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
         self._embedded, self._on_any_rank = embedded, on_any_rank
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
         self._is_mixture = any(isinstance(each, router_classes) for each in layer.modules())
@@ -195,7 +195,7 @@ class LeanLayer:
         has_graph = torch.is_grad_enabled()
         y_BsM, *records = LeanPass.apply(call, x_BsM, *call.weights) if has_graph else call.forward(x_BsM, False)
         append_records(zip((key for key, _ in call.records), records, strict=True))
-        if self._calls.checking or (has_graph and self._keeping is not None and self._keeping.store):
+        if self._calls.checking or (has_graph and self._policy is not None and self._policy.store):
             self._embedded.release(self._layer, x_BsM, named)
         return y_BsM
 
@@ -282,8 +282,8 @@ class LeanLayer:
             shape=(B, s),
             drawing=branch(),
             autocast=autocast_as_here(x_BsM.device.type),
-            new_group=functools.partial(_new_group, self._keeping, self._layer),
-            keeps_output=self._keeping is not None and self._keeping.keeps_attention,
+            new_group=functools.partial(_new_group, self._policy, self._layer),
+            saves_output=self._policy is not None and self._policy.saves_attention,
             keys=wanted_records(),
             weights=[param for param in self._layer.parameters() if param.requires_grad],
         )

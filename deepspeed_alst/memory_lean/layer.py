@@ -41,7 +41,7 @@ class LeanCall:
     drawing: Branch
     autocast: Callable[[], Any]
     new_group: Callable[[], Callable[[torch.Tensor], Saved]]
-    keeps_output: bool  # saves attention's output and log-sum-exp
+    saves_output: bool  # saves attention's output and log-sum-exp
     keys: Sequence[str]  # of what the model's forward records inside of layers
     weights: Sequence[torch.Tensor]
     inputs: list[Saved] = dataclasses.field(default_factory=list)  # of each chunk
@@ -89,7 +89,7 @@ class LeanCall:
             if saves:
                 save = self.new_group()
                 self.inputs.append(save(x_BcM))
-                if self.keeps_output:
+                if self.saves_output:
                     self.outputs.append((save(o_BcHE), save(lse_BhPc)))
             for tile, kwargs, as_in_forward in self.tiles(chunk):
                 with as_in_forward:
@@ -108,7 +108,7 @@ class LeanCall:
         """Return a chunk's input, and start to bring the one before back."""
         x_BcM = self.inputs[index]()
         if index:
-            self.inputs[index - 1].come_back()
+            self.inputs[index - 1].prefetch()
         return x_BcM
 
     def _keys_and_values(self, input_of: Callable[[int, slice], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,10 +206,10 @@ class LeanCall:
             fronts.append((x_BtM, call.q))
         q_BHcD = _joined([q.detach() for _, q in fronts])
         heads = q_BHcD.shape[1]
-        if self.keeps_output:
+        if self.saves_output:
             o_BcHE, lse_BhPc = (saved() for saved in self.outputs[index])
             for saved in self.outputs[index - 1] if index else ():
-                saved.come_back()
+                saved.prefetch()
         else:
             o_BcHE, lse_BhPc = self._attend(q_BHcD, *keys_values, chunk)
         do_BcHE = self._tail_backward(x_BcM, o_BcHE, chunk, of_outputs, sums)

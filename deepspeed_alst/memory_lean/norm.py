@@ -56,7 +56,7 @@ class _NormPass(torch.autograd.Function):
             for index in reversed(range(len(ctx.chunks))):
                 x_BcM, of_chunk = ctx.inputs.pop()().detach().requires_grad_(), dx_BsM[:, ctx.chunks[index]]
                 if index:
-                    ctx.inputs[-1].come_back()
+                    ctx.inputs[-1].prefetch()
                 with torch.enable_grad(), ctx.autocast():
                     y_BcM = ctx.norm.original(x_BcM)
                 dx_BcM, *grads = gradients_of(y_BcM, (x_BcM, *trained), of_chunk)

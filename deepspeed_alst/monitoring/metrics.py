@@ -204,7 +204,7 @@ class Metrics:
         if (store := getattr(self._engine, "alst_offload", None)) is not None:
             to_disk = store.counts.bytes_to_disk
             to_host = store.counts.bytes_out - to_disk
-            waited = store.spill.seconds_waited if store.spill is not None else 0.0
+            waited = store.swapper.seconds_waited if store.swapper is not None else 0.0
         return torch.tensor([sent, to_host, to_disk, waited], dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Placement of checkpointed layers' activations on the host and on disk, and the memory that a host has for them.
+"""Placement of checkpointed layers' activations on the host and on disk, and the host memory available for them.
 
 The plan is integers only, so that all ranks decide alike. Legend: s tokens of a rank's shard, S of the whole sequence.
 """
@@ -12,7 +12,7 @@ import psutil
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.host_buffers import RING, pages
+from deepspeed_alst.offload.host_buffers import STAGING_BUFFERS, pages
 
 _KEY = "alst.activation_checkpoint_cpu_offload"
 # Computation in the time that a byte takes to the host: 600 TFLOPS over PCIe's 25 GB/s. Slower devices hide more.
@@ -29,8 +29,8 @@ _CGROUP_FILES = (
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Offloaded tensors of a model's checkpointed layers, per rank and micro-step.
+class LayerSizes:
+    """Sizes of the offloaded tensors of a model's checkpointed layers, per rank and micro-step.
 
     Bytes are per token and layer: of the layer's input, attention's output and its log-sum-exp.
     """
@@ -42,33 +42,33 @@ class Layers:
     lse_bytes: int
     matrix_elements: int  # of a layer's weight matrices that each token is multiplied with
     head_elements: int  # of a layer's query heads together
-    lean_layers: int = 0  # those of them that run in chunks
+    num_lean_layers: int = 0  # those of them that run in chunks
     chunk_tokens: int = 1  # of a chunk, of all samples of a batch
-    norms: int = 0  # that run in chunks and save their inputs too
+    num_norms: int = 0  # that run in chunks and save their inputs too
 
-    def sizes(self, tokens: int, with_outputs: bool) -> list[int]:
-        """Return the bytes of each tensor of one layer, rounded up to pages; in chunks, of each size."""
-        sizes = self._of_layer(tokens, with_outputs) if self.lean_layers < self.num_layers else []
-        if self.lean_layers:
-            sizes += [size for _, each in self._chunks(tokens) for size in self._of_layer(each, with_outputs)]
+    def tensor_bytes(self, tokens: int, with_outputs: bool) -> list[int]:
+        """Return the bytes of each tensor of a layer, and of a layer in chunks, rounded up to pages."""
+        sizes = self._layer_bytes(tokens, with_outputs) if self.num_lean_layers < self.num_layers else []
+        if self.num_lean_layers:
+            sizes += [size for _, each in self._chunks(tokens) for size in self._layer_bytes(each, with_outputs)]
         return sizes
 
-    def waiting(self, tokens: int, with_outputs: bool) -> int:
+    def offloaded_bytes(self, tokens: int, with_outputs: bool) -> int:
         """Return the offloaded bytes of all layers, rounded up to pages."""
         layers = max(0, self.num_layers - self.keep_last)
-        in_chunks = min(self.lean_layers, layers)
-        found = (layers - in_chunks) * sum(self._of_layer(tokens, with_outputs))
-        for count, each in self._chunks(tokens) if self.lean_layers else ():
-            found += count * in_chunks * sum(self._of_layer(each, with_outputs))
-            found += count * self.norms * sum(self._of_layer(each, False))
-        return found
+        in_chunks = min(self.num_lean_layers, layers)
+        total = (layers - in_chunks) * sum(self._layer_bytes(tokens, with_outputs))
+        for count, each in self._chunks(tokens) if self.num_lean_layers else ():
+            total += count * in_chunks * sum(self._layer_bytes(each, with_outputs))
+            total += count * self.num_norms * sum(self._layer_bytes(each, False))
+        return total
 
-    def _of_layer(self, tokens: int, with_outputs: bool) -> list[int]:
+    def _layer_bytes(self, tokens: int, with_outputs: bool) -> list[int]:
         sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
         return [pages(tokens * size) for size in sizes if size]
 
     def _chunks(self, tokens: int) -> list[tuple[int, int]]:
-        """Return how many chunks there are of each number of tokens."""
+        """Return pairs of a number of chunks and their tokens."""
         count, rest = divmod(tokens, self.chunk_tokens)
         return [each for each in ((count, self.chunk_tokens), (1, rest)) if each[0] and each[1]]
 
@@ -85,118 +85,122 @@ class Layers:
 class MemoryBudget:
     """Memory available to one rank."""
 
-    host: int  # bytes of host memory, the same for each rank of the host
-    disk: int | None = None  # bytes on disk; None without a disk tier
-    budget: int | None = None  # host_budget of all ranks of a host; None if the host's memory is the limit
+    host_bytes: int  # the same for each rank of a host
+    disk_bytes: int | None = None  # None without a disk tier
+    host_budget: int | None = None  # of all ranks of a host; None if the host's memory is the limit
 
 
 @dataclass(frozen=True)
 class Plan:
     """Placement of a micro-step's activations."""
 
-    keeps_attention: bool
+    saves_attention: bool
     host_bytes: int
     disk_bytes: int
-    ring_bytes: int  # of the host, for transfers to and from disk
-    reason: str  # to save attention's output or not
+    staging_bytes: int  # on the host, for transfers to and from disk
+    reason: str  # to save attention's output or recompute it
 
 
-def decide(
-    layers: Layers,
+def make_plan(
+    layers: LayerSizes,
     tokens: int,
-    room: MemoryBudget,
+    memory: MemoryBudget,
     wanted: bool | Literal["auto"],
     shard: tuple[int, int] = (1, 1),
 ) -> Plan:
-    """Decide the placement of a micro-step's activations, of B*s tokens of a shard.
+    """Plan the placement of a micro-step's activations, of B*s tokens of a shard.
 
-    ``room`` is that of the rank with the least, ``wanted`` is ``save_attention_output``, ``shard`` the ranks per
+    ``memory`` is that of the rank with the least, ``wanted`` is ``save_attention_output``, ``shard`` the ranks per
     sequence and the sequences per batch.
 
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
     """
-    keeps, reason = keeps_output(layers, tokens, room.host, wanted, tokens // shard[1] * shard[0])
-    places = _places(layers, tokens, room, keeps)
-    if places is None:
-        raise OffloadError(_too_much(layers, tokens, room, keeps, shard))
-    return Plan(keeps, *places, reason)
+    saves, reason = saves_output(layers, tokens, memory.host_bytes, wanted, tokens // shard[1] * shard[0])
+    placement = _placement(layers, tokens, memory, saves)
+    if placement is None:
+        raise OffloadError(_out_of_memory(layers, tokens, memory, saves, shard))
+    return Plan(saves, *placement, reason)
 
 
-def keeps_output(
-    layers: Layers, tokens: int, host: int, wanted: bool | Literal["auto"], sequence: int
+def saves_output(
+    layers: LayerSizes, tokens: int, host_bytes: int, wanted: bool | Literal["auto"], sequence: int
 ) -> tuple[bool, str]:
-    """Return True if attention's output is kept, for B*s tokens of a shard and a whole sequence's, and the reason."""
+    """Return True if attention's output is saved, for B*s tokens of a shard and a whole sequence's, and the reason."""
     if wanted != "auto":
         return wanted, "save_attention_output"
-    fits = layers.waiting(tokens, True) <= host
-    if fits and layers.copy_is_hidden(sequence):
-        return True, "auto: its copy hides behind the computation, and the host has room"
-    return False, "auto: " + ("its copy would take longer than a layer's forward" if fits else "no room on the host")
+    if layers.offloaded_bytes(tokens, True) > host_bytes:
+        return False, "auto: it exceeds the host's memory"
+    if not layers.copy_is_hidden(sequence):
+        return False, "auto: its copy would take longer than a layer's forward"
+    return True, "auto: its copy overlaps with computation, and fits on the host"
 
 
-def longest(layers: Layers, room: MemoryBudget, keeps: bool) -> int:
+def max_tokens(layers: LayerSizes, memory: MemoryBudget, saves: bool) -> int:
     """Return the most tokens per rank that fit."""
-    return bisect.bisect_left(range(1, 2**48), True, key=lambda tokens: _places(layers, tokens, room, keeps) is None)
+    return bisect.bisect_left(range(1, 2**48), True, key=lambda each: _placement(layers, each, memory, saves) is None)
 
 
-def _places(layers: Layers, tokens: int, room: MemoryBudget, keeps: bool) -> tuple[int, int, int] | None:
-    """Return the bytes on the host, on disk and in the ring between them; None if they do not fit."""
-    needed = layers.waiting(tokens, keeps)
-    if needed <= room.host:
+def _placement(layers: LayerSizes, tokens: int, memory: MemoryBudget, saves: bool) -> tuple[int, int, int] | None:
+    """Return the bytes on the host, on disk and in staging buffers; None if they do not fit."""
+    needed = layers.offloaded_bytes(tokens, saves)
+    if needed <= memory.host_bytes:
         return needed, 0, 0
     # Tensors are not split, so up to one of the largest may not fit in the remaining bytes.
-    largest = max(layers.sizes(tokens, keeps))
-    ring = min(RING * largest, room.host)
-    on_host = min(needed, room.host - ring)
-    to_disk = min(needed, needed - on_host + largest)
-    return None if room.disk is None or to_disk > room.disk else (on_host, to_disk, ring)
+    largest = max(layers.tensor_bytes(tokens, saves))
+    staging = min(STAGING_BUFFERS * largest, memory.host_bytes)
+    on_host = min(needed, memory.host_bytes - staging)
+    on_disk = min(needed, needed - on_host + largest)
+    return None if memory.disk_bytes is None or on_disk > memory.disk_bytes else (on_host, on_disk, staging)
 
 
-def _too_much(layers: Layers, tokens: int, room: MemoryBudget, keeps: bool, shard: tuple[int, int]) -> str:
+def _out_of_memory(layers: LayerSizes, tokens: int, memory: MemoryBudget, saves: bool, shard: tuple[int, int]) -> str:
     sp_size, batch = shard
-    whole, fitting = tokens // batch * sp_size, longest(layers, room, keeps) // batch * sp_size
-    need, host, on_disk = map(format_bytes, (layers.waiting(tokens, keeps), room.host, room.disk or 0))
-    budget = "" if room.budget is None else f" (host_budget={room.budget}, of all ranks of a host)"
-    ways_out = [
-        "a larger host_budget" if budget else "",
-        f"the disk tier ({_KEY}.nvme_path)" if room.disk is None else "a larger disk",
-        "save_attention_output: false" if keeps else "",
+    sequence, fitting = tokens // batch * sp_size, max_tokens(layers, memory, saves) // batch * sp_size
+    needed = format_bytes(layers.offloaded_bytes(tokens, saves))
+    available = format_bytes(memory.host_bytes)
+    if memory.host_budget is not None:
+        available += f" (host_budget={memory.host_budget} for all ranks of a host)"
+    if memory.disk_bytes is not None:
+        available += f" and {format_bytes(memory.disk_bytes)} on disk"
+    remedies = [
+        "a larger host_budget" if memory.host_budget is not None else "",
+        f"the disk tier ({_KEY}.nvme_path)" if memory.disk_bytes is None else "a larger disk",
+        "save_attention_output: false" if saves else "",
         f"sequences of at most {fitting:,} tokens" if fitting else "",
     ]
-    *others, last = filter(None, ways_out)
+    *others, last = filter(None, remedies)
     return (
-        f"{_KEY}: layer inputs{' and attention outputs' if keeps else ''} of a sequence of {whole:,} tokens need "
-        f"{need} of host memory for each rank, and there is room for {host}{budget}"
-        f"{'' if room.disk is None else f' and {on_disk} on disk'}. "
+        f"{_KEY}: layer inputs{' and attention outputs' if saves else ''} of a sequence of {sequence:,} tokens need "
+        f"{needed} of host memory per rank; available: {available}. "
         f"Use {', '.join(others) + ', or ' if others else ''}{last}."
     )
 
 
-def spare_bytes() -> int:
+def available_bytes() -> int:
     """Return the bytes available to this host's processes, minus a reserve of 1/20 and at least 1 GiB."""
-    available = min(psutil.virtual_memory().available, cgroup_bytes())
+    available = min(psutil.virtual_memory().available, cgroup_available_bytes())
     return max(0, available - max(_LEAST_RESERVED, available // _RESERVED_SHARE))
 
 
-def cgroup_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes left in this process's cgroups, outer ones included; 2**63 - 1 without limits."""
+def cgroup_available_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes available in this process's cgroups and their parents; 2**63 - 1 without limits."""
     try:
         lines = proc.read_text().splitlines()
     except OSError:
         return _NO_LIMIT
-    left = [_NO_LIMIT]
+    available = [_NO_LIMIT]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
             base = root / "memory" if controllers else root
             inner = base / path.lstrip("/")
             # Inside a container the path may be the host's, and the limit is at the visible root.
-            left += [_left_in(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
-    return min(left)
+            available += [_available_in(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
+    return min(available)
 
 
-def _left_in(folder: Path) -> int:
+def _available_in(folder: Path) -> int:
     for limit_name, usage_name, cache_name in _CGROUP_FILES:
         try:
             limit = (folder / limit_name).read_text().strip()

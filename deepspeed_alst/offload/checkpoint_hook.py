@@ -5,6 +5,7 @@ reentrant or not. The function is replaced on the layer instance at each call, b
 checkpointing at any time; the wrapper calls the original, which is restored on undo.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ Checkpoint = Callable[..., Any]
 """``(function, *args) -> outputs``: runs a layer in the forward and again in the backward."""
 
 _FUNCTION = "_gradient_checkpointing_func"
-_SEAM = "alst_checkpoint_seam"
+_HOOK = "alst_checkpoint_hook"
 
 
 class CheckpointHook:
@@ -24,45 +25,42 @@ class CheckpointHook:
 
     def __init__(self) -> None:
         # Wrappers of the checkpoint, the last one outermost; callbacks with the outputs of each run with gradients.
-        self.around: list[Callable[[Checkpoint], Checkpoint]] = []
+        self.wrappers: list[Callable[[Checkpoint], Checkpoint]] = []
         self.at_end: list[Callable[[Any], None]] = []
 
     def __deepcopy__(self, memo: Any) -> "CheckpointHook":
-        """Return the hook itself: a copy of the model shares it, as it shares the checkpoint function."""
+        """Return the hook itself, which a copy of the model shares as it does the checkpoint function."""
         return self
 
     def wrap(self, checkpoint: Checkpoint) -> Any:
         """Wrap a checkpoint in all wrappers and callbacks."""
 
-        def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> Any:
                 output = function(*args, **kwargs)
-                for each in self.at_end if torch.is_grad_enabled() else []:
-                    each(output)
+                for callback in self.at_end if torch.is_grad_enabled() else []:
+                    callback(output)
                 return output
 
             return checkpoint(run if self.at_end else function, *args, **kwargs)
 
-        wrapped = watched
-        for each in self.around:
-            wrapped = each(wrapped)
-        return wrapped
+        return functools.reduce(lambda inner, wrap: wrap(inner), self.wrappers, wrapped)
 
 
 def checkpoint_hook_of(layer: torch.nn.Module, patches: PatchSet) -> CheckpointHook:
     """Return a layer's hook, created at first use and removed when the ``patches`` of that call closes."""
-    existing = vars(layer).get(_SEAM)
+    existing = vars(layer).get(_HOOK)
     if existing is not None:
         return existing
-    seam = CheckpointHook()
-    patches.set(layer, _SEAM, seam)
+    hook = CheckpointHook()
+    patches.set(layer, _HOOK, hook)
 
-    def put_on(*_: Any) -> None:
+    def wrap_checkpoint(*_: Any) -> None:
         checkpoint = vars(layer).get(_FUNCTION)
-        if checkpoint is not None and not hasattr(checkpoint, "alst_before"):
-            wrapped = seam.wrap(checkpoint)
-            wrapped.alst_before = checkpoint
+        if checkpoint is not None and not hasattr(checkpoint, "alst_original"):
+            wrapped = hook.wrap(checkpoint)
+            wrapped.alst_original = checkpoint
             patches.set(layer, _FUNCTION, wrapped)
 
-    patches.hook(layer, "forward_pre", put_on)
-    return seam
+    patches.hook(layer, "forward_pre", wrap_checkpoint)
+    return hook

@@ -1,7 +1,7 @@
-"""Offload of the tensors that a transformers model's checkpointed layers keep for the backward.
+"""Offload of the tensors that a transformers model's checkpointed layers save for the backward.
 
 Each checkpointed layer's input is offloaded when the layer starts and copied back for its recomputation; so is the
-attention output, if it is kept.
+attention output, if it is saved.
 """
 
 import functools
@@ -22,61 +22,62 @@ from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_o
 
 
 class Chunks(NamedTuple):
-    """Layers and norms that run in chunks of tokens (memory_lean/feature.py), and save their inputs chunk by chunk."""
+    """Number of layers and norms that run, and save their inputs, in chunks of tokens (memory_lean/feature.py)."""
 
-    layers: int
-    norms: int
-    tokens: int
+    layers: int = 0
+    norms: int = 0
+    tokens: int = 1
 
 
 @dataclass(eq=False)
-class Keeping:
-    """Tensors kept of a model's checkpointed layers, and where."""
+class CheckpointPolicy:
+    """Tensors that a model's checkpointed layers save, and where."""
 
-    store: ActivationStore | None  # None keeps them on the device
+    store: ActivationStore | None  # None leaves them on the device
     keep_last: int = 0  # last layers whose tensors stay on the device
-    must_keep_attention: bool = False  # an attention output that cannot be kept is an error instead of a warning
-    keeps_attention: bool = False  # in the next forward
-    chunks: Chunks | None = None
+    must_save_attention: bool = False  # an attention output that cannot be saved is an error instead of a warning
+    saves_attention: bool = False  # in the next forward
+    chunks: Chunks = field(default_factory=Chunks)
     layers: list[torch.nn.Module] = field(default_factory=list)  # that can be checkpointed, in the model's order
-    _has_kept: bool = False
+    _has_saved: bool = False
 
     def stays(self, layer: torch.nn.Module) -> bool:
-        """Return True if the tensors that a checkpointed layer keeps stay on the device."""
+        """Return True if a checkpointed layer's saved tensors stay on the device."""
         return self.keep_last > 0 and layer in self._checkpointed()[-self.keep_last :]
 
     def check(self, layer: torch.nn.Module, frame: CheckpointFrame) -> None:
-        """Check that the attention outputs of a layer's forward were kept; if not, warn, or raise if they must be."""
-        self._has_kept |= bool(frame.kept_attention)
-        if not frame.keeps_attention:
+        """Warn if a layer's forward has not saved its attention outputs, or raise if it must."""
+        self._has_saved |= bool(frame.saved_attention)
+        if not frame.saves_attention:
             return
-        sentences = [f"attention of {type(layer).__name__} ran as {words}" for words in frame.unkept_attention]
-        if not self._has_kept and not sentences and layer is self._checkpointed()[-1]:
-            sentences = [f"no layer calls attention where transformers has it called ({type(layer).__name__})"]
-        for sentence in sentences:
-            if self.must_keep_attention:
+        problems = [f"attention of {type(layer).__name__} ran as {name}" for name in frame.recomputed_attention]
+        if not self._has_saved and not problems and layer is self._checkpointed()[-1]:
+            problems = [f"no layer calls attention through transformers' interface ({type(layer).__name__})"]
+        for problem in problems:
+            if self.must_save_attention:
                 raise UnsupportedModelError(
-                    f"alst.save_attention_output: {sentence}: its output cannot be kept. It can be kept of the kernels "
-                    "of sdpa and flash attention, without dropout. Set the key to false."
+                    f"alst.save_attention_output: {problem}, whose output cannot be saved. Supported are kernels of "
+                    "sdpa and flash attention, without dropout. Set the key to false."
                 )
             # Python shows a warning of identical text once.
-            warnings.warn(f"alst.save_attention_output: {sentence}; it runs again in the backward", stacklevel=2)
+            warnings.warn(f"alst.save_attention_output: {problem}; it is recomputed in the backward", stacklevel=2)
 
     def _checkpointed(self) -> list[torch.nn.Module]:
         return [layer for layer in self.layers if layer.gradient_checkpointing]
 
 
-def keep_activations(spec: ModelSpec, keeping: Keeping, patches: PatchSet) -> None:
-    """Make each checkpointed layer of a model keep its tensors; ``patches.close()`` undoes it."""
-    keeping.layers = spec.checkpointed_layers
-    if not keeping.layers:
+def apply_checkpoint_policy(spec: ModelSpec, policy: CheckpointPolicy, patches: PatchSet) -> None:
+    """Make each checkpointed layer of a model save its tensors by a policy; ``patches.close()`` undoes it."""
+    policy.layers = spec.checkpointed_layers
+    if not policy.layers:
         raise UnsupportedModelError(
             f"alst.activation_checkpoint_cpu_offload: {spec.name} has no layers that "
             "transformers checkpoints one by one (GradientCheckpointingLayer). Set the key to false."
         )
-    given_before: list[Any] = []
-    for layer in keeping.layers:
-        checkpoint_hook_of(layer, patches).around.append(functools.partial(_around, layer, keeping, given_before))
+    previous_inputs: list[Any] = []
+    for layer in policy.layers:
+        wrap = functools.partial(_wrap_checkpoint, layer, policy, previous_inputs)
+        checkpoint_hook_of(layer, patches).wrappers.append(wrap)
 
 
 def turn_on_checkpointing(spec: ModelSpec, key: str, patches: PatchSet) -> bool:
@@ -105,41 +106,46 @@ def check_checkpointing(spec: ModelSpec, key: str) -> None:
             "(model.activation_checkpointing_enable()), or set the key to false."
         )
     function = vars(layers[0]).get("_gradient_checkpointing_func")
-    function = getattr(function, "alst_before", function)
+    function = getattr(function, "alst_original", function)
     if "_activation_checkpointing_enable" in getattr(getattr(function, "func", None), "__qualname__", ""):
         raise UnsupportedModelError(
-            f"{key}: gradient checkpointing was turned on with transformers' own offload, which would copy what this "
-            "package copies. Leave offload out of gradient_checkpointing_kwargs, or set the key to false."
+            f"{key}: gradient checkpointing was turned on with transformers' own offload, which offloads the same "
+            "tensors. Leave offload out of gradient_checkpointing_kwargs, or set the key to false."
         )
 
 
-def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], checkpoint: Checkpoint) -> Checkpoint:
-    """Wrap a checkpoint in a frame, and offload its inputs to the layer's group of the store."""
+def _wrap_checkpoint(
+    layer: torch.nn.Module, policy: CheckpointPolicy, previous_inputs: list[Any], checkpoint: Checkpoint
+) -> Checkpoint:
+    """Run a checkpoint in a frame, and offload its inputs to the layer's group of the store.
+
+    ``previous_inputs`` are the keys of the inputs of the layer that ran before.
+    """
     first = list(inspect.signature(type(layer).forward).parameters)[1]  # after self
 
     @torch.compiler.disable(recursive=False)
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function, args = _as_positional(function, args, first)
-        group = keeping.store.group(keeping.stays(layer)) if keeping.store is not None else None
-        frame = CheckpointFrame(on_device if group is None else group.put, keeping.keeps_attention)
+        group = policy.store.group(policy.stays(layer)) if policy.store is not None else None
+        frame = CheckpointFrame(on_device if group is None else group.put, policy.saves_attention)
         # Detached here: the tensor that a saved-tensor hook gets has no version counter.
-        streams = {
-            _place(each): each.detach()
+        inputs = {
+            _memory_key(each): each.detach()
             for index, each in enumerate(args)
-            if _is_stream(each) and (index == 0 or each.requires_grad)
+            if _is_hidden_states(each) and (index == 0 or each.requires_grad)
         }
-        # Inputs shared by several layers, such as the embeddings beside the stream, stay on the device.
-        first_place = _place(args[0]) if args and isinstance(args[0], torch.Tensor) else None
-        leaving = {key: each for key, each in streams.items() if key == first_place or key not in given_before}
-        given_before[:] = streams
+        # Inputs shared by several layers, such as the embeddings beside the hidden states, stay on the device.
+        first_key = _memory_key(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+        offloaded = {key: each for key, each in inputs.items() if key == first_key or key not in previous_inputs}
+        previous_inputs[:] = inputs
         is_saved = False
 
         def pack(tensor: torch.Tensor) -> Any:
             """Return the function that restores a saved tensor, with the frame's tensors, which live as long."""
             nonlocal is_saved
             is_saved = True
-            stream = leaving.get(_place(tensor)) if group is not None else None
-            return (on_device(tensor) if stream is None else group.put(stream)), frame.kept
+            hidden = offloaded.get(_memory_key(tensor)) if group is not None else None
+            return (on_device(tensor) if hidden is None else group.put(hidden)), frame.saved
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with frame.running():
@@ -149,11 +155,11 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved[0]()):
                 output = checkpoint(run, *args, **kwargs)
         finally:
-            streams.clear()
-            leaving.clear()
+            inputs.clear()
+            offloaded.clear()
         if is_saved:
-            frame.release_kept()
-        keeping.check(layer, frame)
+            frame.release()
+        policy.check(layer, frame)
         return output
 
     return call
@@ -162,30 +168,30 @@ def _around(layer: torch.nn.Module, keeping: Keeping, given_before: list[Any], c
 def _as_positional(
     function: Callable[..., Any], args: tuple[Any, ...], first: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Move the layer's streams to positional arguments, which a checkpoint saves; ``first`` leads.
+    """Move hidden states that are bound as keywords to positional arguments, which a checkpoint saves.
 
-    transformers has bound keyword arguments to the function already.
+    The one named ``first`` leads.
     """
     bound = function.keywords if isinstance(function, functools.partial) else {}
-    names = [name for name, each in bound.items() if _is_stream(each) and (name == first or each.requires_grad)]
+    names = [name for name, each in bound.items() if _is_hidden_states(each) and (name == first or each.requires_grad)]
     if not names:
         return function, args
     names.sort(key=lambda name: name != first)
-    inner, own = function.func, function.args  # not the partial itself, which holds the streams
+    inner, own = function.func, function.args  # not the partial itself, which holds the tensors
     rest = {name: each for name, each in bound.items() if name not in names}
 
     def call(*given: Any, **kwargs: Any) -> Any:
-        streams = dict(zip(names, given, strict=False))
-        return inner(*own, *given[len(names) :], **rest, **streams, **kwargs)
+        named = dict(zip(names, given, strict=False))
+        return inner(*own, *given[len(names) :], **rest, **named, **kwargs)
 
     return call, (*(bound[name] for name in names), *args)
 
 
-def _is_stream(value: Any) -> bool:
-    """Return True if an argument can be a hidden-state stream: ``[B, s, H]``, or with more leading dims."""
+def _is_hidden_states(value: Any) -> bool:
+    """Return True if an argument can be hidden states: ``[B, s, H]``, or with more leading dims."""
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key of a tensor's memory; saved tensors are other objects over the same memory."""
+def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return a key of a tensor's memory, as a saved tensor is another object over the same memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -36,20 +36,20 @@ _CLOSE_SECONDS = 10.0
 # Every 509th word: at least one per page, and not always the same channels, as 509 is prime. Reads 2 bytes of 1,000.
 _CHECKSUM_STRIDE = 509
 _CLOSED = (
-    "alst.activation_checkpoint_cpu_offload: activations on disk were read after engine.destroy(), which has "
-    "freed them. Run the backward before it."
+    "alst.activation_checkpoint_cpu_offload: activations on disk were read after engine.destroy() freed them. Run the "
+    "backward before it."
 )
 _WAY_OUT = (
-    "Name a folder on a disk with enough room that this user may write to, or raise host_budget, so that less goes to "
-    "disk; a disk's own errors are in the kernel's log (dmesg)."
+    "Use a folder that this user may write to, on a disk with enough space, or raise host_budget to offload less to "
+    "disk; a disk's own errors are in the kernel log (dmesg)."
 )
 
 
 class DiskThreads:
     """Threads that run jobs in FIFO order.
 
-    A thread blocked in a disk call cannot be stopped. So they are daemons: at exit, the interpreter would wait for an
-    executor's threads. Whoever waits for a job gets an error once no disk call makes progress for ``silence_seconds``.
+    They are daemons, unlike an executor's: a thread blocked in a disk call cannot be stopped, and the interpreter would
+    wait for it at exit. Waiting for a job raises once no disk call makes progress for ``silence_seconds``.
     """
 
     def __init__(self, label: str, silence_seconds: float) -> None:
@@ -65,7 +65,7 @@ class DiskThreads:
             thread.start()
 
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
-        """Queue a job, which calls ``progress`` before each disk call; raise OffloadError if closed."""
+        """Queue a job that calls ``progress`` before each disk call; raise OffloadError if closed."""
         if self._closed:
             raise OffloadError(_CLOSED)
         future: Future[Any] = Future()
@@ -73,7 +73,7 @@ class DiskThreads:
         return future
 
     def progress(self) -> None:
-        """Report that a job is about to do a disk call; stop it by an OffloadError if closed in the meantime."""
+        """Report that a job is about to do a disk call; raise OffloadError if closed in the meantime."""
         self._last_progress = time.monotonic()
         self._in_call.add(threading.get_ident())
         if self._closed:
@@ -82,7 +82,7 @@ class DiskThreads:
     def wait(self, future: Future[Any]) -> Any:
         """Return or raise a job's result; raise OffloadError if the disk is silent for too long.
 
-        Time in which no job is in a disk call, or this process was suspended, does not count.
+        Only time in which a job is in a disk call and this process runs counts.
         """
         silent, seen, poll = 0.0, 0.0, min(1.0, self._silence_seconds / 4)
         while not concurrent.futures.wait([future], timeout=poll).done:
@@ -98,7 +98,7 @@ class DiskThreads:
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + seconds
-        # One of these may call this, when it drops the last job and with it the last reference to the file.
+        # One of them may call this, as it drops the last job and with it the last reference to the file.
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -118,7 +118,7 @@ class DiskThreads:
 
 
 class DiskFile:
-    """Disk space for one rank's activations in an existing folder, freed whenever and however the process ends.
+    """Disk space for one rank's activations in an existing folder, freed however the process ends.
 
     Space is allocated in slots, reused by size; once none is in use, the file is empty again. ``allocate`` and
     ``reserve`` belong to one thread. ``description`` has the folder, its file system and the mode of I/O.
@@ -152,7 +152,7 @@ class DiskFile:
         return state.f_bavail * state.f_frsize if state.f_blocks else 2**63 - 1
 
     def reserve(self, num_bytes: int) -> None:
-        """Grow the file to at least this size, with its space reserved on disk; OffloadError if it has no room."""
+        """Grow the file to at least this size, reserved on disk; raise OffloadError if the disk is full."""
         self.threads.wait(self.threads.submit(functools.partial(self._grow, pages(num_bytes))))
 
     def allocate(self, size: int) -> int:
@@ -184,8 +184,8 @@ class DiskFile:
         self._transfer("reading", os.preadv, buffer_n, offset)
         if checksum(buffer_n) != written:
             raise OffloadError(
-                f"{self._label}: {buffer_n.numel():,} bytes at {offset:,} came back different from what was written. "
-                "A write has failed without a word, as on a broken disk: see the kernel's log (dmesg)."
+                f"{self._label}: {buffer_n.numel():,} bytes at {offset:,} differ from what was written. A write failed "
+                "silently, as on a broken disk: check the kernel log (dmesg)."
             )
 
     def close(self) -> None:
@@ -202,8 +202,7 @@ class DiskFile:
             reason = f"{error.strerror}. {_WAY_OUT}"
             if isinstance(error, FileNotFoundError) and not self._folder.exists():
                 # Not created: a misspelt path or unmounted disk would put the file on the system disk.
-                make = f"mkdir -p {shlex.quote(str(self._folder))}"
-                reason = f"there is no such folder. Mount its disk, or make it: {make}."
+                reason = f"no such folder. Mount its disk, or run mkdir -p {shlex.quote(str(self._folder))}."
             raise ConfigError(f"{self._label}: {reason}") from error
         try:
             self._direct = _use_direct(self._descriptor)
@@ -214,10 +213,10 @@ class DiskFile:
             raise ConfigError(f"{self._label}: a test write failed: {error.strerror}. {_WAY_OUT}") from error
         mounts = [each for each in psutil.disk_partitions(all=True) if self._folder.resolve().is_relative_to(each[1])]
         kind = max(mounts, key=lambda each: len(each.mountpoint)).fstype if mounts else "unknown file system"
-        how = "O_DIRECT" if self._direct else "buffered: no O_DIRECT there"
-        room = "" if reserves else "; space cannot be set aside there, and may run out in training"
-        memory = "in memory, which frees none: " if kind in ("tmpfs", "ramfs") else ""
-        self.description = f"{self._folder} ({memory}{kind}, {how}{room})"
+        how = "O_DIRECT" if self._direct else "buffered: O_DIRECT is not supported"
+        space = "" if reserves else "; space cannot be reserved, and may run out in training"
+        memory = "in memory, so that none is freed: " if kind in ("tmpfs", "ramfs") else ""
+        self.description = f"{self._folder} ({memory}{kind}, {how}{space})"
 
     def _grow(self, size_bytes: int) -> None:
         """Grow the file to at least this size; its size is unchanged if that fails."""
@@ -233,11 +232,11 @@ class DiskFile:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self.reserved_bytes)
-            more = f"activations need {needed:,} bytes more there, and {self.free_bytes:,} bytes are free"
-            raise OffloadError(f"{self._label}: {more}: {error.strerror}. {_WAY_OUT}") from error
+            needs = f"activations need {needed:,} more bytes, and {self.free_bytes:,} bytes are free"
+            raise OffloadError(f"{self._label}: {needs}: {error.strerror}. {_WAY_OUT}") from error
         self.reserved_bytes = size_bytes
 
-    def _transfer(self, doing: str, call: Callable[..., int], buffer_n: torch.Tensor, offset: int) -> None:
+    def _transfer(self, verb: str, call: Callable[..., int], buffer_n: torch.Tensor, offset: int) -> None:
         """Run ``os.preadv`` or ``os.pwritev``, which release the GIL, until the whole buffer is transferred."""
         view, done = buffer_n.numpy().data, 0
         try:
@@ -245,21 +244,21 @@ class DiskFile:
                 piece = view[done : done + _PIECE_BYTES]
                 self.threads.progress()
                 moved = call(self._descriptor, [piece], offset + done)
-                whole = moved if moved == len(piece) else moved - moved % PAGE  # O_DIRECT goes on at whole pages
+                whole = moved if moved == len(piece) else moved - moved % PAGE  # O_DIRECT continues at a page
                 if whole == 0:
-                    raise OSError(errno.EIO, f"the disk took or gave {moved} of {len(piece)} bytes")
+                    raise OSError(errno.EIO, f"the disk transferred {moved} of {len(piece)} bytes")
                 if not self._direct:  # now: errors surface at the right call, and the page cache takes no memory
                     if call is os.pwritev:
                         os.fdatasync(self._descriptor)
                     os.posix_fadvise(self._descriptor, offset + done, whole, os.POSIX_FADV_DONTNEED)
                 done += whole
         except OSError as error:
-            what = f"{doing} {len(view):,} bytes at {offset:,}"
-            raise OffloadError(f"{self._label}: {what}: {error.strerror}. {_WAY_OUT}") from error
+            transfer = f"{verb} {len(view):,} bytes at {offset:,}"
+            raise OffloadError(f"{self._label}: {transfer}: {error.strerror}. {_WAY_OUT}") from error
 
 
 def checksum(buffer_n: torch.Tensor) -> int:
-    """Compute a checksum over a sample of words from each page: 32 bits."""
+    """Return a 32-bit checksum over a sample of words from each page."""
     return zlib.crc32(buffer_n.view(torch.int64)[::_CHECKSUM_STRIDE].numpy().tobytes())
 
 
@@ -270,7 +269,7 @@ def _end(threads: DiskThreads, descriptor: int) -> None:
 
 
 def _use_direct(descriptor: int) -> bool:
-    """Turn O_DIRECT on if a test write succeeds with it; raise OSError if the file cannot be written either way."""
+    """Turn O_DIRECT on if a test write succeeds with it; raise OSError if none succeeds without it either."""
     flags, page = fcntl.fcntl(descriptor, fcntl.F_GETFL), mmap.mmap(-1, PAGE)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
@@ -285,7 +284,7 @@ def _use_direct(descriptor: int) -> bool:
 def _lengthen(descriptor: int, begin: int, end: int) -> bool:
     """Reserve a file's blocks from ``begin`` to ``end``, else only extend it; return True if they were reserved.
 
-    posix_fallocate is unsuitable: without file system support it writes to every block.
+    Not by posix_fallocate, which writes to every block of a file system without support for it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     while libc.fallocate(descriptor, 0, ctypes.c_int64(begin), ctypes.c_int64(end - begin)) != 0:

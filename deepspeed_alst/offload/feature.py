@@ -13,63 +13,59 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
-from deepspeed_alst.offload.attention_cache import keeping_frame
-from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, spare_bytes
+from deepspeed_alst.offload.attention_cache import saving_frame
+from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, make_plan
 from deepspeed_alst.offload.checkpoint_inputs import (
+    CheckpointPolicy,
     Chunks,
-    Keeping,
+    apply_checkpoint_policy,
     check_checkpointing,
-    keep_activations,
     turn_on_checkpointing,
 )
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
-from deepspeed_alst.offload.host_buffers import Copies, HostBufferPool
+from deepspeed_alst.offload.hf_attention_cache import cache_attention, check_attention_can_be_saved
+from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
-_KEPT = {True: "saved", False: "recomputed", "auto": "auto: decided at the first step"}
+_OUTPUT = {True: "saved", False: "recomputed", "auto": "auto: decided at the first step"}
 
 
-class Facts(NamedTuple):
+class LocalBatch(NamedTuple):
     """Tokens of a rank's shard, B*s, its batch size B and its available memory before a forward."""
 
     tokens: int
-    batch: int
-    room: MemoryBudget
+    batch_size: int
+    memory: MemoryBudget
 
 
 class ActivationOffload(Feature):
-    """Activations of checkpointed layers that are kept or offloaded, by a plan made before each training forward."""
+    """Offload of checkpointed layers' activations, by a plan made before each training forward."""
 
     _planned_tokens = 0
     _printed: tuple[bool, bool] | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
-        """Register with the layers' checkpoints; at SP 1, plan before each forward (under SP the batch check does)."""
+        """Wrap the layers' checkpoints; at SP 1, also plan before each forward (under SP the batch check does)."""
         alst = run.config.alst
         self._spec, self._sp_size = run.spec, run.config.sequence_parallel_size
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
         self._turned_on = self._block is not None and turn_on_checkpointing(
             run.spec, "alst.activation_checkpoint_cpu_offload", patches
         )
-        run.calls.keeping_frame = keeping_frame
-        self.keeping = Keeping(
-            store=None,
-            keep_last=keep_last(alst),
-            must_keep_attention=self._wanted is True,
-        )
-        self._why_not = "" if self._wanted is False else self._keep_attention(run.calls, patches)
-        keep_activations(run.spec, self.keeping, patches)
+        run.calls.saving_frame = saving_frame
+        self.policy = CheckpointPolicy(None, keep_last(alst), must_save_attention=self._wanted is True)
+        self._unsaved_reason = "" if self._wanted is False else self._cache_attention(run.calls, patches)
+        apply_checkpoint_policy(run.spec, self.policy, patches)
         if run.session is None:
             patches.hook(run.spec.outer, "forward_pre", self._plan_forward, prepend=True, with_kwargs=True)
 
-    def _keep_attention(self, calls: ForwardContext, patches: PatchSet) -> str:
-        """Prepare attention to keep its output; return the reason if it cannot, unless that is an error."""
+    def _cache_attention(self, calls: ForwardContext, patches: PatchSet) -> str:
+        """Prepare attention to save its output; return the reason if it cannot, unless that is an error."""
         try:
             if self._sp_size == 1:
-                keep_attention(self._spec.outer, patches, calls)
+                cache_attention(self._spec.outer, patches, calls)
             else:
-                check_keeps_attention(self._spec.outer)
+                check_attention_can_be_saved(self._spec.outer)
         except UnsupportedModelError as error:
             if self._wanted is True:
                 raise
@@ -81,24 +77,22 @@ class ActivationOffload(Feature):
         self._ranks = ranks_on_host(run.control_group)
         with agree(run.control_group):
             if self._block is not None:
-                store = self.keeping.store = _build_store(self._block.nvme_path, torch.device(engine.device))
+                store = self.policy.store = _build_store(self._block.nvme_path, torch.device(engine.device))
                 patches.set(engine, "alst_offload", store)
                 patches.callback(store.close)
 
     def report(self) -> list[tuple[str, str]]:
-        """Return where activations are kept."""
-        store = self.keeping.store
+        """Return the rows on layer inputs and on attention's output."""
+        store = self.policy.store
         if store is None:
             return [("attention output", "saved on the device")]
         checkpointed = "checkpointing turned on; " if self._turned_on else ""
-        where = "host"
-        if store.spill is not None:
-            where = f"host, then {store.spill.file.description}"
-        last = f", but for the last {self.keeping.keep_last}" if self.keeping.keep_last else ""
+        where = "host" if store.swapper is None else f"host, then {store.swapper.file.description}"
+        last = f", except the last {self.policy.keep_last}" if self.policy.keep_last else ""
         registered = "page-locked" if store.pool.page_locked else "not page-locked: no CUDA"
         return [
             ("offload", f"{checkpointed}layer inputs to the {where}{last}; buffers of exact size, {registered}"),
-            ("attention output", self._why_not or _KEPT[self._wanted]),
+            ("attention output", self._unsaved_reason or _OUTPUT[self._wanted]),
         ]
 
     @torch.compiler.disable
@@ -109,74 +103,71 @@ class ActivationOffload(Feature):
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
             raise UnsupportedModelError(
                 f"alst.activation_checkpoint_cpu_offload, alst.save_attention_output: {type(module).__name__} was "
-                "called without input_ids or inputs_embeds, so what will wait cannot be known. Set the keys to false."
+                "called without input_ids or inputs_embeds, which give the activations' sizes. Set the keys to false."
             )
-        self.decide([self.facts(tokens.shape[:2])])
+        self.plan([self.local_batch(tokens.shape[:2])])
 
-    def facts(self, shape: Sequence[int]) -> Facts | None:
-        """Return the facts on a batch of ``[B, s]`` tokens on this rank; None if no backward follows."""
+    def local_batch(self, shape: Sequence[int]) -> LocalBatch | None:
+        """Describe a batch of ``[B, s]`` tokens on this rank; None if no backward follows."""
         if not (self._spec.outer.training and torch.is_grad_enabled()):
             return None
-        key, room = "alst.save_attention_output", MemoryBudget(0)
+        key, memory = "alst.save_attention_output", MemoryBudget(0)
         if self._block is not None:
-            key, room = "alst.activation_checkpoint_cpu_offload", self._room(self._block)
+            key, memory = "alst.activation_checkpoint_cpu_offload", self._available_memory(self._block)
         check_checkpointing(self._spec, key)
-        return Facts(shape[0] * shape[1], shape[0], room)
+        return LocalBatch(shape[0] * shape[1], shape[0], memory)
 
-    def decide(self, everyone: Sequence[Facts | None]) -> bool:
-        """Decide the plan from all ranks' facts, alike on all ranks; return True if there was anything to decide.
+    def plan(self, batches: Sequence[LocalBatch | None]) -> bool:
+        """Apply a plan for all ranks' batches, the same on all ranks; return True if it is a new one.
 
         Raises:
             OffloadError: there is not enough memory, or this rank's disk has less space than it reported.
         """
-        known = [each for each in everyone if each is not None]
+        known = [each for each in batches if each is not None]
         if not known or max(each.tokens for each in known) <= self._planned_tokens:
             return False
         if self._block is None:
-            self.keeping.keeps_attention = True
+            self.policy.saves_attention = True
             return False
-        widest, rooms = max(known, key=lambda each: each.tokens), [each.room for each in known]
-        disks = [each.disk for each in rooms if each.disk is not None]
-        room = MemoryBudget(min(each.host for each in rooms), min(disks) if disks else None, rooms[0].budget)
-        layers = layers_of(self._spec, self.keeping.keep_last, self.keeping.chunks, widest.batch)
-        wanted = False if self._why_not else self._wanted
-        plan = decide(layers, widest.tokens, room, wanted, (self._sp_size, widest.batch))
-        store, sizes = self._store(), layers.sizes(widest.tokens, plan.keeps_attention)
-        store.pool.round_to(sizes)
-        store.pool.budget = room.host - plan.ring_bytes
-        if store.spill is not None:
-            store.spill.ring.round_to(sizes)
-            store.spill.file.reserve(plan.disk_bytes)
-        self.keeping.keeps_attention = plan.keeps_attention
+        largest, memories = max(known, key=lambda each: each.tokens), [each.memory for each in known]
+        disks = [each.disk_bytes for each in memories if each.disk_bytes is not None]
+        host_bytes = min(each.host_bytes for each in memories)
+        memory = MemoryBudget(host_bytes, min(disks) if disks else None, memories[0].host_budget)
+        layers = layer_sizes(self._spec, self.policy.keep_last, self.policy.chunks, largest.batch_size)
+        wanted = False if self._unsaved_reason else self._wanted
+        plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))
+        store, sizes = self.policy.store, layers.tensor_bytes(largest.tokens, plan.saves_attention)
+        store.pool.set_sizes(sizes)
+        store.pool.budget = host_bytes - plan.staging_bytes
+        if store.swapper is not None:
+            store.swapper.staging.set_sizes(sizes)
+            store.swapper.file.reserve(plan.disk_bytes)
+        self.policy.saves_attention = plan.saves_attention
         # Set last: a batch without enough memory is rejected each time.
-        self._planned_tokens = widest.tokens
-        if self._printed != (decided := (plan.keeps_attention, plan.disk_bytes > 0)):
-            self._printed = decided
+        self._planned_tokens = largest.tokens
+        if self._printed != (decision := (plan.saves_attention, plan.disk_bytes > 0)):
+            self._printed = decision
             on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
-            on_host = f"{format_bytes(plan.host_bytes)} on the host{on_disk} of a rank with {widest.tokens:,} tokens"
-            kept = f"{_KEPT[plan.keeps_attention]} ({self._why_not or plan.reason})"
-            print_report([("offload", on_host), ("attention output", kept)])
+            on_host = f"{format_bytes(plan.host_bytes)} on the host{on_disk} of a rank with {largest.tokens:,} tokens"
+            output = f"{_OUTPUT[plan.saves_attention]} ({self._unsaved_reason or plan.reason})"
+            print_report([("offload", on_host), ("attention output", output)])
         return True
 
-    def _store(self) -> ActivationStore:
-        assert self.keeping.store is not None
-        return self.keeping.store
-
-    def _room(self, block: OffloadConfig) -> MemoryBudget:
-        store, ranks = self._store(), self._ranks
-        spill = store.spill
-        disk = None if spill is None else spill.file.free_bytes // ranks + spill.file.reserved_bytes
+    def _available_memory(self, block: OffloadConfig) -> MemoryBudget:
+        store, ranks = self.policy.store, self._ranks
+        swapper = store.swapper
+        disk = None if swapper is None else swapper.file.free_bytes // ranks + swapper.file.reserved_bytes
         if block.host_budget != "auto":
             return MemoryBudget(block.host_budget // ranks, disk, block.host_budget)
-        ring_bytes = 0 if spill is None else spill.ring.num_bytes
-        return MemoryBudget(spare_bytes() // ranks + store.pool.num_bytes + ring_bytes, disk)
+        staging_bytes = 0 if swapper is None else swapper.staging.num_bytes
+        return MemoryBudget(available_bytes() // ranks + store.pool.num_bytes + staging_bytes, disk)
 
 
 def _build_store(nvme_path: str | None, device: torch.device) -> ActivationStore:
-    copies = Copies() if device.type == "cpu" else Copies(torch.get_device_module(device), device)
+    copies = CopyStream() if device.type == "cpu" else CopyStream(torch.get_device_module(device), device)
     page_locked = device.type == "cuda"
-    spill = None if nvme_path is None else Swapper(DiskFile(nvme_path), copies, page_locked)
-    return ActivationStore(HostBufferPool(page_locked=page_locked), spill, copies)
+    swapper = None if nvme_path is None else Swapper(DiskFile(nvme_path), copies, page_locked)
+    return ActivationStore(HostBufferPool(page_locked=page_locked), swapper, copies)
 
 
 def keep_last(alst: AlstBlockConfig) -> int:
@@ -184,23 +175,19 @@ def keep_last(alst: AlstBlockConfig) -> int:
     block = alst.activation_checkpoint_cpu_offload
     if block is None:
         return 0
-    # Chunks come back one ahead, so that the last layer's need not stay.
+    # Chunks are prefetched one by one, so that the last layer's need not stay.
     return block.keep_last if block.keep_last is not None else int(alst.memory_lean_layer is None)
 
 
-def layers_of(spec: ModelSpec, num_last: int, chunks: Chunks | None = None, batch: int = 1) -> Layers:
-    """Return the sizes of the activations that checkpointed layers keep, from the config and the weights."""
-    in_chunks = {}
-    if chunks is not None:
-        sizes = ("lean_layers", "chunk_tokens", "norms")
-        in_chunks = dict(zip(sizes, (chunks.layers, chunks.tokens * batch, chunks.norms), strict=True))
+def layer_sizes(spec: ModelSpec, num_last: int, chunks: Chunks, batch_size: int = 1) -> LayerSizes:
+    """Return the sizes of the activations that checkpointed layers save, from the config and the weights."""
     layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
     config = spec.text_config
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
     head_elements = heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
     itemsize = next(each.dtype for each in spec.outer.parameters() if each.is_floating_point()).itemsize
     shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
-    return Layers(
+    return LayerSizes(
         num_layers=len(layers),
         keep_last=num_last,
         input_bytes=hidden * itemsize,
@@ -209,5 +196,7 @@ def layers_of(spec: ModelSpec, num_last: int, chunks: Chunks | None = None, batc
         # Excludes stacked experts: each token uses few of them.
         matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
         head_elements=head_elements,
-        **in_chunks,
+        num_lean_layers=chunks.layers,
+        chunk_tokens=chunks.tokens * batch_size,
+        num_norms=chunks.norms,
     )

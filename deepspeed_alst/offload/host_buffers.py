@@ -1,4 +1,4 @@
-"""Host buffers in page-rounded sizes, page-locked for CUDA and reused by size, and the copies to and from them.
+"""Host buffers of whole pages, page-locked for CUDA and reused by size, and the copies to and from them.
 
 PyTorch's pinned allocator rounds each block up to a power of two, which costs up to twice the host memory (PyTorch
 issue 95823). Here each buffer is its own memory mapping, registered with CUDA at its exact size.
@@ -17,8 +17,8 @@ from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.profiler.owners import owner
 
 PAGE = mmap.PAGESIZE
-RING = 4
-"""Number of tensors of the largest size under way to or from disk at once, in host buffers."""
+STAGING_BUFFERS = 4
+"""Number of host buffers, of the largest tensor's size each, for transfers to and from disk."""
 
 
 def pages(num_bytes: int) -> int:
@@ -27,7 +27,7 @@ def pages(num_bytes: int) -> int:
 
 
 class HostBufferPool:
-    """Pool of host buffers by size; idle ones are reused, or freed when the budget needs their room.
+    """Pool of host buffers by size; idle ones are reused, or freed to stay within the budget.
 
     Args:
         budget: maximum bytes of all buffers together.
@@ -43,14 +43,14 @@ class HostBufferPool:
         self.num_bytes = self.in_use = 0
         self._sizes: list[int] = []
         self._idle: dict[int, list[torch.Tensor]] = defaultdict(list)
-        self._lock = threading.RLock()  # reentrant, as finalizers return buffers at any point, in any thread
+        self._lock = threading.RLock()  # reentrant, as finalizers release buffers at any point, in any thread
         self._closed = False
 
-    def take(self, num_bytes: int) -> torch.Tensor | None:
-        """Take a page-aligned buffer of at least ``num_bytes``, uint8; None if it does not fit in the budget.
+    def acquire(self, num_bytes: int) -> torch.Tensor | None:
+        """Return a page-aligned uint8 buffer of at least ``num_bytes``; None if the budget does not allow it.
 
         Raises:
-            OffloadError: the host or CUDA has no room, although the budget has.
+            OffloadError: the host or CUDA is out of memory within the budget.
         """
         size = next((each for each in self._sizes if each >= num_bytes), pages(num_bytes))
         with self._lock:
@@ -59,7 +59,7 @@ class HostBufferPool:
             else:
                 for other in sorted(self._idle, reverse=True):
                     while self._idle[other] and self.num_bytes + size > self.budget:
-                        self._release(self._idle[other].pop())
+                        self._free(self._idle[other].pop())
                 if self.num_bytes + size > self.budget:
                     return None
                 buffer_n = self._map(size)
@@ -67,39 +67,39 @@ class HostBufferPool:
             self.in_use += size
             return buffer_n
 
-    def give(self, buffer_n: torch.Tensor) -> None:
+    def release(self, buffer_n: torch.Tensor) -> None:
         """Return a buffer to the pool; its contents may be overwritten from now on."""
         with self._lock:
             self.in_use -= buffer_n.numel()
             if self._closed:
-                self._release(buffer_n)
+                self._free(buffer_n)
             else:
                 self._idle[buffer_n.numel()].append(buffer_n)
 
-    def round_to(self, sizes: Iterable[int]) -> None:
-        """Round requests up to these sizes from now on; free idle buffers of other sizes.
+    def set_sizes(self, sizes: Iterable[int]) -> None:
+        """Round requests up to these sizes from now on, so that shorter sequences reuse the longest one's buffers.
 
-        They are the tensor sizes of the longest sequence so far: shorter ones reuse its buffers.
+        Frees idle buffers of other sizes.
         """
         with self._lock:
             self._sizes = sorted({pages(each) for each in sizes})
             for size in set(self._idle) - set(self._sizes):
                 while self._idle[size]:
-                    self._release(self._idle[size].pop())
+                    self._free(self._idle[size].pop())
 
     def close(self) -> None:
-        """Free all idle buffers now, and the others on return."""
+        """Free all idle buffers now, and the others on release."""
         with self._lock:
             self._closed = True
-            self.round_to(())
+            self.set_sizes(())
 
     def _map(self, size: int) -> torch.Tensor:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise OffloadError(
-                f"alst.activation_checkpoint_cpu_offload: the host has no {size} bytes more ({error}). Use a shorter "
-                "sequence, or let the rest go to disk (nvme_path)."
+                f"alst.activation_checkpoint_cpu_offload: the host cannot allocate {size:,} more bytes ({error}). Use "
+                "shorter sequences, or set nvme_path to offload the rest to disk."
             ) from error
         # Forked processes, such as DataLoader workers, must not copy these pages.
         memory.madvise(mmap.MADV_DONTFORK)
@@ -113,7 +113,7 @@ class HostBufferPool:
             _check(torch.cuda.cudart().cudaHostRegister(buffer_n.data_ptr(), size, portable), size)
         return buffer_n
 
-    def _release(self, buffer_n: torch.Tensor) -> None:
+    def _free(self, buffer_n: torch.Tensor) -> None:
         """Unregister a buffer; its mapping is freed with its last reference."""
         if self.page_locked:
             torch.cuda.synchronize()  # a copy may still use it
@@ -121,16 +121,16 @@ class HostBufferPool:
         self.num_bytes -= buffer_n.numel()
 
 
-def _check(answer: Any, num_bytes: int) -> None:
-    if int(answer):
+def _check(status: Any, num_bytes: int) -> None:
+    if int(status):
         raise OffloadError(
-            f"alst.activation_checkpoint_cpu_offload: CUDA cannot page-lock or release {num_bytes} bytes of host "
-            f"memory (error {int(answer)}). See `ulimit -l`, and what else locks memory on this host."
+            f"alst.activation_checkpoint_cpu_offload: CUDA cannot page-lock or unlock {num_bytes:,} bytes of host "
+            f"memory (error {int(status)}). Check `ulimit -l` and other processes that lock memory on this host."
         )
 
 
-class Copies:
-    """Copies between device and host, on a stream of their own where the device has streams.
+class CopyStream:
+    """Copies between device and host, on a separate stream if the device has streams.
 
     A copy starts after all work queued so far and returns an event, None if it is done. Memory that a copy reads
     belongs to the computation's stream: before it is freed, the computation must wait for the copy.
@@ -144,7 +144,7 @@ class Copies:
         self._module = module
         self._stream = None if module is None else module.Stream(device=device)
 
-    def out(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
+    def to_host(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
         """Start a copy to a host tensor; return the event to wait for."""
         if self._stream is None:
             target_n.copy_(source_n)
@@ -154,15 +154,15 @@ class Copies:
             target_n.copy_(source_n, non_blocking=True)
             return self._stream.record_event()
 
-    def back(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
+    def to_device(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
         """Start a copy to a device tensor; return the event to wait for."""
-        done = self.out(source_n, target_n)
+        done = self.to_host(source_n, target_n)  # queues either direction
         if self._stream is not None:
-            # The tensor may be freed before any wait: the backward may end without asking for it.
+            # The tensor may be freed before any wait: the backward may end without requesting it.
             target_n.record_stream(self._stream)
         return done
 
     def wait(self, done: Any) -> None:
-        """Make all work that is queued on the device from now on wait for a copy; does not block this process."""
+        """Make work that is queued on the device from now on wait for a copy, without blocking this process."""
         if done is not None:
             self._module.current_stream().wait_event(done)

@@ -82,7 +82,7 @@ def count_draws(spec: ModelSpec, calls: "ForwardContext", patches: PatchSet) -> 
     patches.hook(model, "forward", leave, always_call=True)
     patches.callback(entered.close)
     for layer in spec.checkpointed_layers:
-        checkpoint_hook_of(layer, patches).around.append(
+        checkpoint_hook_of(layer, patches).wrappers.append(
             lambda checkpoint: functools.partial(run_checkpoint, checkpoint)
         )
 

@@ -64,7 +64,7 @@ def check_batches(
         planned, refusal = None, None
         if planner is not None and not facts.problem:
             try:
-                planned = planner.facts(facts.shape)
+                planned = planner.local_batch(facts.shape)
             except AlstError as error:
                 refusal = error
         everyone = gather_objects((facts, planned), groups.control_group)
@@ -77,7 +77,7 @@ def check_batches(
             raise_on_all_ranks(refusal, groups.control_group)
             is_new = True
             try:  # the same decision on all ranks
-                is_new = planner.decide([each for _, each in everyone])
+                is_new = planner.plan([each for _, each in everyone])
             except AlstError as error:
                 refusal = error
             if is_new:

@@ -11,38 +11,38 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, unpack_
-from deepspeed_alst.offload.attention_cache import CheckpointFrame, Replaying, record
+from deepspeed_alst.offload.attention_cache import CheckpointFrame, ReplayMode, record_attention
 from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq, exchange
 
 
-def attend_once(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
+def attend_cached(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
     """Run the core and return its output as ``[B, s, H, D]``, saved for or reused in the recomputation."""
     if frame.recomputing:
-        return _attend_again(frame, run, group)
-    o_BhSD, ran = record(frame, run)
-    as_shard = len(ran) == 1 and _is_all_of(o_BhSD, ran[0].outputs[0])
-    flat = [x for each in ran for x in each.lay_flat()]
+        return _replay(frame, run, group)
+    o_BhSD, ops = record_attention(frame, run)
+    as_shard = len(ops) == 1 and _is_all_of(o_BhSD, ops[0].outputs[0])
+    flat = [x for op in ops for x in op.pop_outputs()]
     if not as_shard:
-        frame.keep(*flat, note=(ran, as_shard))
+        frame.save(*flat, note=(ops, as_shard))
         return HeadToSeq.apply(o_BhSD, group)
-    o_BsHD = _HeadToSeqKept.apply(o_BhSD, None, group)
-    frame.keep(o_BsHD, flat[1], note=(ran, as_shard))
+    o_BsHD = _HeadToSeqSaved.apply(o_BhSD, None, group)
+    frame.save(o_BsHD, flat[1], note=(ops, as_shard))
     return o_BsHD
 
 
-def _attend_again(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
-    (ran, as_shard), kept = frame.take()
+def _replay(frame: CheckpointFrame, run: Callable[[], torch.Tensor], group: Any) -> torch.Tensor:
+    (ops, as_shard), saved = frame.load()
     if not as_shard:
-        with Replaying(ran, kept):
+        with ReplayMode(ops, saved):
             o_BhSD = run()
         return HeadToSeq.apply(o_BhSD, group)
-    o_BsHD, log_sum_exp = kept
-    empty = torch.empty_strided(*ran[0].layouts[0], dtype=o_BsHD.dtype, device=o_BsHD.device)
-    with Replaying(ran, [empty, log_sum_exp]):
+    o_BsHD, log_sum_exp = saved
+    empty = torch.empty_strided(*ops[0].layouts[0], dtype=o_BsHD.dtype, device=o_BsHD.device)
+    with ReplayMode(ops, [empty, log_sum_exp]):
         o_BhSD = run()
     # Autograd holds the storage, which stays empty until the backward fills it.
     empty.untyped_storage().resize_(0)
-    return _HeadToSeqKept.apply(o_BhSD, o_BsHD, group)
+    return _HeadToSeqSaved.apply(o_BhSD, o_BsHD, group)
 
 
 def _is_all_of(x: torch.Tensor, of: torch.Tensor) -> bool:
@@ -52,7 +52,7 @@ def _is_all_of(x: torch.Tensor, of: torch.Tensor) -> bool:
     return is_alone and x.untyped_storage()._cdata == memory._cdata and x.numel() == of.numel() and x.dtype == of.dtype
 
 
-class _HeadToSeqKept(torch.autograd.Function):
+class _HeadToSeqSaved(torch.autograd.Function):
     """``HeadToSeq`` whose output, ``[B, s, H, D]``, is already available in the recomputation.
 
     Its input, ``[B, h, S, D]``, then has no memory. The backward exchanges the input's values together with the

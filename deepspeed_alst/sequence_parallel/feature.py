@@ -50,9 +50,9 @@ class SequenceParallel(Feature):
         is_upstream, groups = run.upstream is not None, self._session.groups
         summary = verify_model(run.spec, groups, is_upstream)
         if is_upstream:
-            from deepspeed_alst.integrations.hf_upstream import prepare_adoption
+            from deepspeed_alst.integrations.hf_upstream import remove_upstream_attention
 
-            prepare_adoption(patches)
+            remove_upstream_attention(patches)
         attention = patch_model(run.spec, groups.sp_group, patches, self._session.calls, not is_upstream)
         self._rows = [("attention", attention), ("loss", _SHARD_LOSS if is_upstream else _WHOLE_LOSS)]
         self._rows += [("model", summary)] if summary else []

@@ -47,7 +47,7 @@ class ForwardContext:
     """True while forwards bypass the patched parts on purpose: every rank has the full sequence."""
     checking: bool = False
     """True while forwards are the model check's, whose batches are not checked here."""
-    keeping_frame: Callable[[str, bool], Any] | None = None
+    saving_frame: Callable[[str, bool], Any] | None = None
     """Returns the frame that saves the next attention call's output (offload/attention_cache.py); None if none is."""
     answer_attention: Callable[..., torch.Tensor] | None = None
     """Takes attention calls in place of a backend while a part of a memory-lean layer runs (memory_lean/parts.py)."""

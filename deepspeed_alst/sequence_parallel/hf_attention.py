@@ -217,7 +217,7 @@ def _attention_over(
         def run(*qkv: torch.Tensor) -> torch.Tensor:
             return backend.attend(module, qkv, attention_mask, scaling, arguments)
 
-        frame = calls.keeping_frame and calls.keeping_frame(backend.name, backend.runs_operators)
+        frame = calls.saving_frame and calls.saving_frame(backend.name, backend.runs_operators)
         return ulysses_attention(query, key, value, group, run, frame), None
 
     return attention

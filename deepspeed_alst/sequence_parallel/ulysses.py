@@ -88,9 +88,9 @@ def ulysses_attention(
     run = partial(core, q_BhSD, k_BkSD, v_BkSD)
     if frame is None:
         return HeadToSeq.apply(run(), group)  # type: ignore[no-untyped-call]
-    from deepspeed_alst.sequence_parallel.cached_ulysses import attend_once
+    from deepspeed_alst.sequence_parallel.cached_ulysses import attend_cached
 
-    return attend_once(frame, run, group)
+    return attend_cached(frame, run, group)
 
 
 class _SeqToHead(torch.autograd.Function):

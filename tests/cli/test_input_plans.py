@@ -15,7 +15,7 @@ from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
 from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
-from deepspeed_alst.offload.budget import Layers, MemoryBudget, Plan, decide
+from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, Plan, make_plan
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
@@ -140,7 +140,7 @@ def test_every_element_of_a_slice_goes_to_the_one_rank_that_owns_it(data, sizes,
 # --- what waits for the backward
 
 LAYERS = st.builds(
-    Layers,
+    LayerSizes,
     num_layers=st.integers(0, 100),
     keep_last=st.integers(0, 8),
     input_bytes=st.integers(1, 2**16),
@@ -165,7 +165,7 @@ def test_what_waits_has_room_and_else_the_longest_sequence_that_is_named_has(
     layers, tokens, room, wanted, sp_size, batch
 ):
     def plan(tokens: int) -> Plan:
-        return decide(layers, tokens, room, wanted, (sp_size, batch))
+        return make_plan(layers, tokens, room, wanted, (sp_size, batch))
 
     tokens *= batch
     try:
@@ -177,14 +177,14 @@ def test_what_waits_has_room_and_else_the_longest_sequence_that_is_named_has(
         if longest:
             plan(longest // sp_size * batch)
         with pytest.raises(OffloadError):
-            decide(layers, (longest // sp_size + 1) * batch, room, "attention outputs" in str(error))
+            make_plan(layers, (longest // sp_size + 1) * batch, room, "attention outputs" in str(error))
         return
-    needed = layers.waiting(tokens, found.keeps_attention)
-    assert found.host_bytes + found.ring_bytes <= room.host
-    assert found.disk_bytes <= (room.disk or 0)
+    needed = layers.offloaded_bytes(tokens, found.saves_attention)
+    assert found.host_bytes + found.staging_bytes <= room.host_bytes
+    assert found.disk_bytes <= (room.disk_bytes or 0)
     assert found.host_bytes + found.disk_bytes >= needed
-    assert not (wanted is not False and wanted != "auto") or found.keeps_attention
-    assert wanted is not False or not found.keeps_attention
+    assert not (wanted is not False and wanted != "auto") or found.saves_attention
+    assert wanted is not False or not found.saves_attention
 
 
 @settings(max_examples=60)
@@ -212,19 +212,19 @@ STEPS = st.lists(st.tuples(st.sampled_from(["take", "give", "round"]), st.intege
 @given(st.integers(0, 12), st.lists(st.integers(1, 4 * PAGE), max_size=3), STEPS)
 def test_the_hosts_buffers_are_large_enough_and_stay_within_the_budget(pages, sizes, steps):
     pool, taken = HostBufferPool(budget=pages * PAGE), []
-    pool.round_to(sizes)
+    pool.set_sizes(sizes)
     for what, size, which in steps:
-        if what == "take" and (buffer := pool.take(size)) is not None:
+        if what == "take" and (buffer := pool.acquire(size)) is not None:
             assert buffer.numel() >= size and buffer.numel() % PAGE == 0
             taken.append(buffer)
         elif what == "give" and taken:
-            pool.give(taken.pop(which % len(taken)))
+            pool.release(taken.pop(which % len(taken)))
         elif what == "round":
-            pool.round_to([size])
+            pool.set_sizes([size])
         assert pool.in_use == sum(buffer.numel() for buffer in taken)
         assert pool.in_use <= pool.num_bytes <= pool.budget
     for buffer in taken:
-        pool.give(buffer)
+        pool.release(buffer)
     pool.close()
     assert (pool.in_use, pool.num_bytes) == (0, 0)
 

@@ -12,7 +12,7 @@ from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.measure import Layer, Line, Model, bytes_of, measure, workspace_of
 from deepspeed_alst.cli.plan import Machine, longest, plan_of, static_bytes
 from deepspeed_alst.config.schema import parse
-from deepspeed_alst.offload.budget import Layers
+from deepspeed_alst.offload.budget import LayerSizes
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -38,7 +38,7 @@ OFFLOAD = {"activation_checkpoint_cpu_offload": True}
 
 def made_up(a_token, layers=10, keep_last=1, **more):
     """Return a model whose layers save 8,192 bytes a token, and as much of attention's output; and its peaks."""
-    saved = Layers(layers, keep_last, 8192, 8192, 128, 10**9, 4096, **more)
+    saved = LayerSizes(layers, keep_last, 8192, 8192, 128, 10**9, 4096, **more)
     layer = Layer(Line(GIB, 10.0), Line(GIB, a_token), Line(GIB, 10.0), Line(0, 20.0))
     return Model(10**9, 10**8, saved), dict.fromkeys((False, True), layer)
 
@@ -54,7 +54,7 @@ def test_the_sizes_are_those_of_the_model(measured):
     _, model, _ = measured
     assert model.num_params == 8_030_261_248 and model.largest == 128256 * 4096
     layers = model.layers
-    assert (layers.num_layers, layers.keep_last, layers.lean_layers) == (32, 1, 0)
+    assert (layers.num_layers, layers.keep_last, layers.num_lean_layers) == (32, 1, 0)
     # Of a checkpoint one hidden vector, and of attention 32 heads of 128 and an fp32 sum each.
     assert (layers.input_bytes, layers.output_bytes, layers.lse_bytes) == (2 * 4096, 2 * 4096, 4 * 32)
 
@@ -84,14 +84,14 @@ def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tm
     assert b[False].elsewhere.a_token < 0.5 * a[False].elsewhere.a_token
     assert b[False].attention.a_token < 0.5 * a[False].attention.a_token
     assert of_ordinary.layers.input_bytes == of_lean.layers.input_bytes == 1024
-    assert (of_lean.layers.lean_layers, of_lean.layers.keep_last, of_lean.layers.norms) == (3, 0, 1)
+    assert (of_lean.layers.num_lean_layers, of_lean.layers.keep_last, of_lean.layers.num_norms) == (3, 0, 1)
     # Nothing of a layer stays on the device, and the host has what the run's own plan says.
     one, more = (CONFIG_MAPPING["llama"](**{**config.to_dict(), "num_hidden_layers": count}) for count in (1, 3))
     tokens = 65536
     (of_one, _), (of_more, layers) = (bytes_of(each, lean, tokens) for each in (one, more))
     assert b[False].elsewhere.at(tokens) == pytest.approx(of_one.elsewhere, rel=0.02)
     assert of_more.saved - of_one.saved < tokens and of_more.elsewhere - of_one.elsewhere < tokens
-    assert of_more.host == layers.waiting(tokens, False) == 4 * 1024 * tokens
+    assert of_more.host == layers.offloaded_bytes(tokens, False) == 4 * 1024 * tokens
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_the_workspace_counts_where_attentions_backward_is_the_peak():
     [
         ({**OFFLOAD, "save_attention_output": True}, 1769, True, "save_attention_output"),
         ({**OFFLOAD, "save_attention_output": False}, 1769, False, "save_attention_output"),
-        (OFFLOAD, 1769, True, "auto: its copy hides behind the computation, and the host has room"),
-        (OFFLOAD, 100, False, "auto: no room on the host"),
+        (OFFLOAD, 1769, True, "auto: its copy overlaps with computation, and fits on the host"),
+        (OFFLOAD, 100, False, "auto: it exceeds the host's memory"),
         ({}, 1769, False, "auto: no offload"),
         ({"save_attention_output": True}, 1769, True, "save_attention_output"),
     ],
@@ -145,7 +145,7 @@ def test_attentions_output_is_counted_where_it_is_kept(keys, host_gib, kept, why
 
 @pytest.mark.parametrize(("lean", "keep_last", "count"), [(0, 0, 1), (0, 1, 1), (0, 3, 2), (10, 0, 0), (10, 3, 2)])
 def test_the_device_has_the_inputs_of_the_layers_that_stay_or_come_back(lean, keep_last, count):
-    model, found = made_up(10.0, keep_last=keep_last, lean_layers=lean, chunk_tokens=8192)
+    model, found = made_up(10.0, keep_last=keep_last, num_lean_layers=lean, chunk_tokens=8192)
     plan = plan_of(model, found, {**DS_CONFIG, "alst": {**OFFLOAD, "save_attention_output": False}}, H100, 8192)
     assert plan.device.get("layer inputs", 0) == count * 8192 * 8192
     assert plan.host["layer inputs"] == 8 * (10 - keep_last) * 8192 * 8192

@@ -284,7 +284,7 @@ def _patched_errors(model_type: str, parts: Any, checkpointing: bool, tiled: boo
     with PatchSet() as undo, faithful_liger() as traffic:
         for module, name in ((swiglu, "swiglu_forward"), (geglu, "geglu_forward")):
             undo.enter_context(mock.patch.object(module, name, counting(getattr(module, name))))
-        words = apply_liger(ModelSpec(model), liger_keys(parts), "cpu", undo).words
+        words = apply_liger(ModelSpec(model), liger_keys(parts), "cpu", undo).summary
         if tiled:
             tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=4), lambda module: None, undo)
         found = error(grads_of(model))
@@ -389,7 +389,7 @@ def _all_families() -> tuple[dict[str, str], dict[str, list[str]]]:
             apply_liger(ModelSpec(model), liger_keys({}), "cuda", undo)
         before = _state_of(model)
         with PatchSet() as undo:
-            said[model_type] = apply_liger(ModelSpec(model), liger_keys({}), "cuda", undo).words
+            said[model_type] = apply_liger(ModelSpec(model), liger_keys({}), "cuda", undo).summary
         left[model_type] = _left_behind(before)
     return said, left
 
@@ -407,7 +407,7 @@ def test_every_family_that_liger_knows(interpreted):
     said, left = interpreted.run(_as_on_a_gpu, _all_families)
     assert len(said) > 40 and not any(left.values()), left
     # For four of them Liger 0.8.5 imports names that transformers 5.24 does not have any more.
-    works = {name: words for name, words in said.items() if "stopped with ImportError" not in words}
+    works = {name: words for name, words in said.items() if "raised ImportError" not in words}
     assert len(works) >= len(said) - 4 and not any(words.startswith("not used") for words in works.values()), said
     assert works["llama"] == "rms_norm (5), rope (2), swiglu (2) in LlamaForCausalLM"
     assert works["nemotron"] == "relu_squared (2) in NemotronForCausalLM"
@@ -418,7 +418,7 @@ def test_every_family_that_liger_knows(interpreted):
 def _words_of(model: Any, parts: Any, **others: Any) -> str:
     with PatchSet() as undo:
         spec = ModelSpec(_model(model) if isinstance(model, str) else model)
-        return apply_liger(spec, liger_keys(parts, **others), "cuda", undo).words
+        return apply_liger(spec, liger_keys(parts, **others), "cuda", undo).summary
 
 
 @pytest.mark.parametrize(
@@ -432,8 +432,8 @@ def _words_of(model: Any, parts: Any, **others: Any) -> str:
         ("glm4", {}, "rms_norm (9), swiglu (2) in Glm4ForCausalLM"),
         ("llama", False, "off"),
         ("llama", {"rope": False, "rms_norm": False, "swiglu": False}, "nothing in LlamaForCausalLM"),
-        ("cohere", "auto", "not used: model_type='cohere' is none of Liger's families"),
-        ("cohere", {"fused_linear_cross_entropy": True}, "the loss alone"),
+        ("cohere", "auto", "not used: Liger does not support model_type='cohere'"),
+        ("cohere", {"fused_linear_cross_entropy": True}, "the loss only"),
     ],
 )
 def test_only_what_is_asked_for_and_what_a_family_has(interpreted, model_type, parts, words):
@@ -566,13 +566,17 @@ def test_what_liger_would_compute_otherwise_is_left_out_or_refused(interpreted, 
 @pytest.mark.parametrize(
     ("model_type", "parts", "words"),
     [
-        ("cohere", True, r"liger_kernel: model_type='cohere' is none of Liger's families. Known are deepseek_v2, "),
-        ("cohere", {"rope": True}, r"liger_kernel\.rope: model_type='cohere' is none"),
-        ("olmoe", True, r"none of Liger's families. Did you mean 'olmo3'"),
-        ("nemotron", {"rms_norm": True}, r"rms_norm: Liger has no such part; .* has relu_squ.* in NemotronForCausalLM"),
-        ("llama", {"geglu": True}, r"geglu: Liger has no such part"),
-        ("glm4", {"rope": True}, r"rope: Liger's function for glm4 stopped with NotImplementedError"),
-        ("llama", {"layer_norm": True}, r"layer_norm: Liger has no such part"),
+        ("cohere", True, r"liger_kernel: Liger does not support model_type='cohere'. Known are deepseek_v2, "),
+        ("cohere", {"rope": True}, r"liger_kernel\.rope: Liger does not support model_type='cohere'"),
+        ("olmoe", True, r"does not support model_type='olmoe'. Did you mean 'olmo3'"),
+        (
+            "nemotron",
+            {"rms_norm": True},
+            r"rms_norm: Liger has no such kernel here; it has relu_squ.* in Nemotron",
+        ),
+        ("llama", {"geglu": True}, r"geglu: Liger has no such kernel"),
+        ("glm4", {"rope": True}, r"rope: Liger's function for glm4 raised NotImplementedError"),
+        ("llama", {"layer_norm": True}, r"layer_norm: Liger has no such kernel"),
     ],
 )
 def test_what_is_asked_for_by_name_and_cannot_be_had_is_an_error(interpreted, model_type, parts, words):
@@ -585,7 +589,7 @@ def test_without_a_gpu_auto_says_so_and_loads_nothing_and_true_is_an_error():
     model = _model("llama")
     for parts in ("auto", {}, {"rope": False}):
         with PatchSet() as undo:
-            words = apply_liger(ModelSpec(model), liger_keys(parts), "cpu", undo).words
+            words = apply_liger(ModelSpec(model), liger_keys(parts), "cpu", undo).summary
         assert words.startswith("not used: Liger's kernels need a GPU, and the engine is on cpu")
     for keys, name in (
         ({"liger_kernel": True}, r"alst\.liger_kernel"),
@@ -621,7 +625,7 @@ def _on_unequal_ranks(parts: Any) -> str:
 
     device = "cpu" if dist.get_rank() else "cuda"
     with PatchSet() as undo:
-        return use_liger(ModelSpec(_model("llama")), liger_keys(parts), device, dist.group.WORLD, undo).words
+        return use_liger(ModelSpec(_model("llama")), liger_keys(parts), device, dist.group.WORLD, undo).summary
 
 
 def test_what_one_rank_cannot_do_none_does(interpreted_ranks):
@@ -644,14 +648,14 @@ def _stopping_on_rank_1() -> str:
     before = _state_of(model)
     families = {"llama": stop} if dist.get_rank() else {}
     with PatchSet() as undo, mock.patch.dict(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, families):
-        words = use_liger(ModelSpec(model), liger_keys("auto"), "cuda", dist.group.WORLD, undo).words
+        words = use_liger(ModelSpec(model), liger_keys("auto"), "cuda", dist.group.WORLD, undo).summary
         assert not _left_behind(before)
     return words
 
 
 def test_where_ligers_function_stops_on_one_rank_the_others_models_are_given_back(interpreted_ranks):
     for words in interpreted_ranks.run(_as_on_a_gpu, _stopping_on_rank_1):
-        assert words == "not used: Liger's function for llama stopped with RuntimeError: no (rank 1)"
+        assert words == "not used: Liger's function for llama raised RuntimeError: no (rank 1)"
 
 
 # --- in DeepSpeed's engine, by its key
@@ -843,4 +847,4 @@ def _patched_by_the_program() -> str:
 
 def test_a_model_is_not_patched_twice(interpreted):
     words = interpreted.run(_as_on_a_gpu, _patched_by_the_program)
-    assert words == "the model was patched by Liger before, and is left as it is"
+    assert words == "the program has patched the model with Liger; nothing is changed"

@@ -313,7 +313,7 @@ def misuse(case):
         ("not aggregated", "SetupError", "the losses differ"),
         ("lost gradient", "SetupError", "its gradient is 2 times too small"),
         ("direct backward", "SetupError", "call engine.backward(loss), not loss.backward()"),
-        ("two engines", "SetupError", "call its engine.destroy() first"),
+        ("two engines", "SetupError", "Call its engine.destroy() first"),
         ("another size", "ConfigError", "the mpu was registered with sequence_parallel_size=2. Set the key to 2"),
         ("not registered", "ConfigError", "groups do not exist yet"),
         ("another mpu", "ConfigError", "mpu: sequence_parallel_size makes its own process groups"),

@@ -19,7 +19,7 @@ from deepspeed_alst.memory_lean import layer
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.checkpoint_inputs import Keeping
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from tests.models import family_batch, step_in_fp64
@@ -29,13 +29,13 @@ TOKENS = 19
 
 
 @contextlib.contextmanager
-def lean_model(keeping=None, dtype=torch.float32, model_type="llama", **keys):
+def lean_model(policy=None, dtype=torch.float32, model_type="llama", **keys):
     """A small checkpointed model in training mode whose layers run in chunks."""
     model = build_model(family_config(model_type, **keys)).to(dtype).train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     with PatchSet() as patches:
         count, reasons = run_in_chunks(
-            ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches, keeping
+            ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches, policy
         )
         assert count == 2 and not reasons
         yield model
@@ -69,14 +69,14 @@ def test_a_second_backward_of_one_graph_is_refused():
             loss.backward()
 
 
-@pytest.mark.parametrize("keeps_attention", [False, True])
-def test_every_chunk_is_offloaded_once_and_released(keeps_attention):
+@pytest.mark.parametrize("saves_attention", [False, True])
+def test_every_chunk_is_offloaded_once_and_released(saves_attention):
     store = ActivationStore(HostBufferPool())
-    with lean_model(Keeping(store, keeps_attention=keeps_attention)) as model:
+    with lean_model(CheckpointPolicy(store, saves_attention=saves_attention)) as model:
         found = gradients(model)
         config = model.config
         hidden, heads = config.hidden_size, config.num_attention_heads
-        per_token = 3 * hidden + 2 * (hidden + heads) * keeps_attention  # two layers and the last norm
+        per_token = 3 * hidden + 2 * (hidden + heads) * saves_attention  # two layers and the last norm
         assert store.counts.bytes_out == 2 * TOKENS * per_token * 4
         assert store.pool.in_use == 0
     assert_close(found, ordinary_gradients())
@@ -84,16 +84,16 @@ def test_every_chunk_is_offloaded_once_and_released(keeps_attention):
 
 def test_chunks_of_a_backward_that_never_comes_are_released():
     store = ActivationStore(HostBufferPool())
-    with lean_model(Keeping(store)) as model:
+    with lean_model(CheckpointPolicy(store)) as model:
         loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
         assert store.pool.in_use > 0
         del loss
-        store.release_kept()
+        store.release_copied()
         assert store.pool.in_use == 0
 
 
 def test_embeddings_are_freed_once_they_are_saved_and_a_read_of_them_is_nan():
-    with lean_model(Keeping(ActivationStore(HostBufferPool()))) as model:
+    with lean_model(CheckpointPolicy(ActivationStore(HostBufferPool()))) as model:
         read, original = [], model.model.embed_tokens.forward
         model.model.embed_tokens.forward = lambda ids: read.append(original(ids)) or read[-1]
         loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
@@ -103,7 +103,7 @@ def test_embeddings_are_freed_once_they_are_saved_and_a_read_of_them_is_nan():
 
 
 def test_embeddings_that_a_hook_of_the_program_sees_are_kept():
-    with lean_model(Keeping(ActivationStore(HostBufferPool()))) as model:
+    with lean_model(CheckpointPolicy(ActivationStore(HostBufferPool()))) as model:
         read = []
         model.model.embed_tokens.register_forward_hook(lambda module, args, output: read.append(output))
         gradients(model)

@@ -9,7 +9,7 @@ import torch
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.host_buffers import Copies, HostBufferPool, pages
+from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool, pages
 from tests.stand_ins import streams
 
 
@@ -17,10 +17,10 @@ from tests.stand_ins import streams
 def lazy(request, monkeypatch):
     """Copies as the CPU makes them, and on a stream that is as late as it may be."""
     if request.param == "direct":
-        return Copies()
+        return CopyStream()
     streams.default.queue.clear()
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: stream.memory.append(self))
-    return Copies(streams)
+    return CopyStream(streams)
 
 
 def tensors(count: int, *shape: int, dtype=torch.float32) -> list[torch.Tensor]:
@@ -28,7 +28,7 @@ def tensors(count: int, *shape: int, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=make).to(dtype) for _ in range(count)]
 
 
-def on_disk(tmp_path, budget: int, copies: Copies | None = None) -> ActivationStore:
+def on_disk(tmp_path, budget: int, copies: CopyStream | None = None) -> ActivationStore:
     return ActivationStore(HostBufferPool(budget=budget), Swapper(DiskFile(tmp_path), copies), copies)
 
 
@@ -65,7 +65,7 @@ def test_strides_survive_and_gaps_do_not():
     heads = torch.randn(2, 7, 4, 5).transpose(1, 2)
     sliced = torch.randn(3, 10)[:, ::2]
     get_heads, get_sliced, get_empty = (group.put(each) for each in (heads, sliced, torch.empty(0, 4)))
-    store.release_kept()
+    store.release_copied()
     assert torch.equal(get_heads(), heads) and get_heads().stride() == heads.stride()
     assert torch.equal(get_sliced(), sliced) and get_sliced().is_contiguous()
     assert get_empty().shape == (0, 4)
@@ -151,7 +151,7 @@ def test_what_the_host_has_no_room_for_goes_to_disk_and_comes_back(budget, lazy,
         gc.collect()
     to_host = budget // pages(size)
     assert store.counts.bytes_to_disk == 3 * (10 - to_host) * size
-    assert store.pool.num_bytes <= budget and store.spill.ring.num_bytes <= 4 * pages(size)
+    assert store.pool.num_bytes <= budget and store.swapper.staging.num_bytes <= 4 * pages(size)
     store.close()
 
 
@@ -168,7 +168,7 @@ def test_a_disk_that_fails_is_an_error_of_the_next_call(tmp_path, monkeypatch):
     def broken(*_):
         raise OffloadError("the disk is on fire")
 
-    monkeypatch.setattr(store.spill.file, "write", broken)
+    monkeypatch.setattr(store.swapper.file, "write", broken)
     with pytest.raises(OffloadError, match="on fire"):
         groups = forward(store, [tensors(1, 1000) for _ in range(20)])
         check_backward(groups, [tensors(1, 1000)] * 20)
@@ -186,14 +186,14 @@ def test_two_stores_do_not_see_one_another(lazy, tmp_path):
 
 def test_a_disk_without_room_keeps_no_buffer(tmp_path, monkeypatch):
     store = on_disk(tmp_path, 0)
-    spill = store.spill
+    swapper = store.swapper
 
     def full(num_bytes: int) -> int:
         raise OffloadError("no room")
 
-    monkeypatch.setattr(spill.file, "allocate", full)
+    monkeypatch.setattr(swapper.file, "allocate", full)
     for _ in range(6):  # more than the ring has
         with pytest.raises(OffloadError, match="no room"):
             store.group(stays=False).put(torch.ones(1000))
-    assert spill.ring.in_use == 0
+    assert swapper.staging.in_use == 0
     store.close()

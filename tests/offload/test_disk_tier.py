@@ -187,7 +187,7 @@ def test_a_disk_that_others_fill_at_the_same_time_is_not_kept_full(small_disk, m
         file.reserve(MIB)
         free = os.statvfs(small_disk).f_bfree
         monkeypatch.setattr(DiskFile, "free_bytes", 2**63 - 1)  # what it says is not true any more
-        with pytest.raises(OffloadError, match=r"need 66,060,288 bytes more there, .*: No space left on device\."):
+        with pytest.raises(OffloadError, match=r"need 66,060,288 more bytes, .*: No space left on device\."):
             file.reserve(64 * MIB)
         assert os.fstat(file._descriptor).st_size == file.reserved_bytes == MIB
         assert os.statvfs(small_disk).f_bfree > free - 16, "but for a block or two of the file system's own"
@@ -207,7 +207,7 @@ def test_space_is_set_aside_on_the_disk_and_given_back_at_close(mount):
 def test_more_than_the_disk_has_is_an_error_before_training(mount):
     with opened(mount("tmpfs", "size=8m")) as file:
         with pytest.raises(
-            OffloadError, match=f"{KEY}=.* need 9,437,184 bytes more .* 8,388,608 bytes are free: No space left"
+            OffloadError, match=f"{KEY}=.* need 9,437,184 more bytes.* 8,388,608 bytes are free: No space left"
         ):
             file.reserve(9 * MIB)
         file.reserve(8 * MIB)
@@ -224,9 +224,7 @@ def test_a_disk_that_fills_up_in_training_is_an_error_and_what_is_there_stays(mo
         sent, got = filled(2 * MIB), page_buffer(2 * MIB)
         writing = write(file, sent, file.allocate(2 * MIB))
         (folder / "of somebody else").write_bytes(bytes(5 * MIB))
-        words = (
-            r"need 3,145,728 bytes more there, and 1,048,576 bytes are free: No space left on device\. Name a folder"
-        )
+        words = r"need 3,145,728 more bytes, and 1,048,576 bytes are free: No space left on device\. Use a folder"
         with pytest.raises(OffloadError, match=words):
             file.allocate(3 * MIB)
         assert file.reserved_bytes == 2 * MIB
@@ -239,7 +237,7 @@ def test_a_file_that_may_not_become_longer_is_left_as_it_was(tmp_path):
     # Free bytes there are: it is fallocate that fails.
     with opened(tmp_path) as file, longest_file(2 * MIB):
         file.allocate(MIB)
-        with pytest.raises(OffloadError, match=r"need 2,097,152 bytes more .*: File too large\."):
+        with pytest.raises(OffloadError, match=r"need 2,097,152 more bytes.*: File too large\."):
             file.allocate(2 * MIB)
         assert os.fstat(file._descriptor).st_size == file.reserved_bytes == MIB
         file.allocate(MIB)
@@ -253,9 +251,7 @@ def test_a_folder_that_is_missing_is_not_made_elsewhere(tmp_path, path):
     with pytest.raises(ConfigError) as error:
         DiskFile(tmp_path / path)
     missing = tmp_path / path
-    assert str(error.value) == (
-        f"{KEY}='{missing}': there is no such folder. Mount its disk, or make it: mkdir -p '{missing}'."
-    )
+    assert str(error.value) == f"{KEY}='{missing}': no such folder. Mount its disk, or run mkdir -p '{missing}'."
     assert not list(tmp_path.iterdir())
 
 
@@ -264,32 +260,32 @@ def test_a_path_that_cannot_be_a_folder_to_write_to_is_named(tmp_path, path):
     (tmp_path / "a file").write_text("")
     with pytest.raises(ConfigError) as error:
         DiskFile(tmp_path / path)
-    assert str(error.value).startswith(f"{KEY}='{tmp_path / path}': ") and ". Name a folder" in str(error.value)
+    assert str(error.value).startswith(f"{KEY}='{tmp_path / path}': ") and ". Use a folder" in str(error.value)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(mount):
-    with pytest.raises(ConfigError, match=r"Read-only file system\. Name a folder .*that this user may write to"):
+    with pytest.raises(ConfigError, match=r"Read-only file system\. Use a folder that this user may write to"):
         DiskFile(mount("tmpfs", "ro"))
 
 
 def test_a_full_disk_is_found_by_the_test_write(mount):
     folder = mount("tmpfs", "size=1m")
     (folder / "of somebody else").write_bytes(bytes(MIB))
-    with pytest.raises(ConfigError, match=r"a test write failed: No space left on device\. Name a folder"):
+    with pytest.raises(ConfigError, match=r"a test write failed: No space left on device\. Use a folder"):
         DiskFile(folder)
 
 
 def test_a_file_system_without_direct_io_is_written_through_the_cache_and_says_so(mount):
     folder = mount("ramfs")
     with opened(folder) as file:
-        words = "in memory, which frees none: ramfs, buffered: no O_DIRECT there; space cannot be set aside"
+        words = "in memory, so that none is freed: ramfs, buffered: O_DIRECT is not supported; space cannot be reserved"
         assert file.description.startswith(f"{folder} ({words}")
         check_round_trip(file)
 
 
 def test_memory_is_no_disk():
     with opened("/dev/shm") as file:
-        assert "/dev/shm (in memory, which frees none: tmpfs" in file.description
+        assert "/dev/shm (in memory, so that none is freed: tmpfs" in file.description
 
 
 def test_a_disk_is_used_directly_and_is_no_reason_for_a_warning(tmp_path):
@@ -318,7 +314,7 @@ def test_a_write_that_fails_is_an_error_at_its_wait(tmp_path):
             writing = write(file, filled(MIB), offset)
             reading = read(file, page_buffer(MIB), offset, writing)
             for transfer in (writing, reading):
-                with pytest.raises(OffloadError, match=r"writing 1,048,576 bytes at 1,048,576: File too large\. Name"):
+                with pytest.raises(OffloadError, match=r"writing 1,048,576 bytes at 1,048,576: File too large\. Use"):
                     file.threads.wait(transfer)
         check_round_trip(file)  # the threads have survived
 
@@ -328,7 +324,7 @@ def test_a_file_that_ends_too_early_is_an_error(tmp_path):
         writing = write(file, filled(MIB), file.allocate(MIB))
         file.threads.wait(writing)
         os.ftruncate(file._descriptor, MIB - PAGE)
-        with pytest.raises(OffloadError, match=r"reading 1,048,576 bytes at 0: the disk took or gave 0 of 4096 bytes"):
+        with pytest.raises(OffloadError, match=r"reading 1,048,576 bytes at 0: the disk transferred 0 of 4096 bytes"):
             file.threads.wait(read(file, page_buffer(MIB), 0, writing))
 
 
@@ -337,7 +333,7 @@ def test_bytes_that_change_on_the_disk_are_found_when_they_are_read(tmp_path):
         writing = write(file, filled(MIB), file.allocate(MIB))
         file.threads.wait(writing)
         os.pwritev(file._descriptor, [filled(PAGE, seed=5).numpy()], 17 * PAGE)
-        with pytest.raises(OffloadError, match="1,048,576 bytes at 0 came back different from what was written"):
+        with pytest.raises(OffloadError, match="1,048,576 bytes at 0 differ from what was written"):
             file.threads.wait(read(file, page_buffer(MIB), 0, writing))
 
 
@@ -364,7 +360,7 @@ def test_a_disk_that_does_not_answer_is_an_error_that_says_how_long():
     behind = threads.submit(lambda: None)
     begin = time.monotonic()
     for transfer in (transfers[0], behind):
-        with pytest.raises(OffloadError, match=r"^nvme_path='/nvme': the disk has not answered for 0\.3 s\. Name"):
+        with pytest.raises(OffloadError, match=r"^nvme_path='/nvme': the disk has not answered for 0\.3 s\. Use"):
             threads.wait(transfer)
     assert not any(each.done() for each in (*transfers, behind))
     assert not threads.close(seconds=0.1)
@@ -433,7 +429,7 @@ import sys, threading
 from deepspeed_alst.offload.disk import DiskFile, DiskThreads
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 file = DiskFile(sys.argv[1])
-buffer, small = HostBufferPool().take(4 << 20), HostBufferPool().take(1 << 20)
+buffer, small = HostBufferPool().acquire(4 << 20), HostBufferPool().acquire(1 << 20)
 offset = file.allocate(4 << 20)
 file.threads.wait(file.threads.submit(lambda: file.write(buffer, offset)))
 threads = DiskThreads("", 120.0)
@@ -483,5 +479,5 @@ def test_close_twice_and_nothing_after_it(tmp_path):
     file.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file._descriptor)
-    with pytest.raises(OffloadError, match=r"after engine\.destroy\(\), which has freed them"):
+    with pytest.raises(OffloadError, match=r"after engine\.destroy\(\) freed them"):
         write(file, filled(PAGE), 0)

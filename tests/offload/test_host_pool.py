@@ -13,7 +13,7 @@ from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool, pages
 
 @pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 3 * 2**20 + 5])
 def test_a_buffer_has_the_pages_that_it_needs_and_no_more(num_bytes):
-    buffer = HostBufferPool().take(num_bytes)
+    buffer = HostBufferPool().acquire(num_bytes)
     assert buffer.dtype == torch.uint8 and buffer.data_ptr() % PAGE == 0
     assert 0 <= buffer.numel() - num_bytes < PAGE
     buffer.fill_(7)  # all of it can be written
@@ -21,42 +21,42 @@ def test_a_buffer_has_the_pages_that_it_needs_and_no_more(num_bytes):
 
 def test_what_is_given_back_is_taken_again():
     pool = HostBufferPool()
-    first = pool.take(10_000)
+    first = pool.acquire(10_000)
     address = first.data_ptr()
-    pool.give(first)
-    assert pool.take(10_001).data_ptr() == address
+    pool.release(first)
+    assert pool.acquire(10_001).data_ptr() == address
     assert pool.num_bytes == pool.in_use == pages(10_000)
 
 
 def test_the_budget_is_the_most_and_idle_buffers_of_other_sizes_make_room():
     pool = HostBufferPool(budget=4 * PAGE)
-    small = [pool.take(PAGE) for _ in range(4)]
-    assert pool.take(1) is None
+    small = [pool.acquire(PAGE) for _ in range(4)]
+    assert pool.acquire(1) is None
     for each in small:
-        pool.give(each)
-    assert pool.take(3 * PAGE) is not None
+        pool.release(each)
+    assert pool.acquire(3 * PAGE) is not None
     assert pool.num_bytes <= 4 * PAGE
-    assert pool.take(2 * PAGE) is None
+    assert pool.acquire(2 * PAGE) is None
 
 
 def test_shorter_sequences_use_the_buffers_of_the_longest():
     pool = HostBufferPool()
-    pool.round_to([1000, 100_000])
+    pool.set_sizes([1000, 100_000])
     for num_bytes in (100_000, 60_000, 7000, 99_999):
-        buffers = [pool.take(num_bytes) for _ in range(3)]
+        buffers = [pool.acquire(num_bytes) for _ in range(3)]
         assert pool.num_bytes == 3 * pages(100_000)
         for each in buffers:
-            pool.give(each)
-    assert pool.take(10).numel() == PAGE
+            pool.release(each)
+    assert pool.acquire(10).numel() == PAGE
     # A longer one has buffers of its own, and the idle ones go.
-    pool.round_to([1000, 150_000])
+    pool.set_sizes([1000, 150_000])
     assert pool.num_bytes == PAGE
-    assert pool.take(150_000).numel() == pages(150_000)
-    assert pool.take(200_000).numel() == pages(200_000)
+    assert pool.acquire(150_000).numel() == pages(150_000)
+    assert pool.acquire(200_000).numel() == pages(200_000)
 
 
 def test_a_forked_process_does_not_have_the_buffers():
-    buffer = HostBufferPool().take(2**20)
+    buffer = HostBufferPool().acquire(2**20)
     address = f"{buffer.data_ptr():x}-"
     with open("/proc/self/smaps") as file:
         own = file.read().split(address)[1].split("VmFlags:")[1].splitlines()[0]
@@ -70,13 +70,13 @@ def resident() -> int:
 
 def test_a_closed_pool_gives_its_memory_back_and_takes_late_buffers():
     pool, size = HostBufferPool(), 64 * 2**20
-    late, idle = pool.take(size), pool.take(size)
+    late, idle = pool.acquire(size), pool.acquire(size)
     late.fill_(1)
     idle.fill_(1)
-    pool.give(idle)
+    pool.release(idle)
     before = resident()
     pool.close()
-    pool.give(late)
+    pool.release(late)
     del late, idle
     gc.collect()
     assert pool.num_bytes == 0
@@ -112,25 +112,25 @@ def cudart(monkeypatch):
 
 def test_buffers_are_registered_as_long_as_they_are_mapped(cudart):
     pool = HostBufferPool(budget=8 * PAGE, page_locked=True)
-    taken = [pool.take(3 * PAGE), pool.take(5 * PAGE)]
+    taken = [pool.acquire(3 * PAGE), pool.acquire(5 * PAGE)]
     assert sorted(cudart.known.values()) == [3 * PAGE, 5 * PAGE]
     for each in taken:
-        pool.give(each)
-    assert pool.take(8 * PAGE) is not None and list(cudart.known.values()) == [8 * PAGE]
+        pool.release(each)
+    assert pool.acquire(8 * PAGE) is not None and list(cudart.known.values()) == [8 * PAGE]
     pool.close()
 
 
 def test_cuda_is_given_the_whole_range_and_its_refusal_is_an_error(cudart):
     pool = HostBufferPool(page_locked=True)
-    buffer = pool.take(5000)
+    buffer = pool.acquire(5000)
     address = buffer.data_ptr()
-    pool.give(buffer)
+    pool.release(buffer)
     pool.close()
     # Nothing is unmapped under a copy.
     assert cudart.calls == [("register", address, 8192, 1), ("wait",), ("unregister", address)]
     cudart.answer = 2
-    with pytest.raises(OffloadError, match=r"page-lock.* 8192 bytes.*error 2"):
-        HostBufferPool(page_locked=True).take(5000)
+    with pytest.raises(OffloadError, match=r"page-lock.* 8,192 bytes.*error 2"):
+        HostBufferPool(page_locked=True).acquire(5000)
 
 
 def cgroup(folder, version: int, limit: str, usage: int, cache: int):
@@ -145,31 +145,31 @@ def cgroup(folder, version: int, limit: str, usage: int, cache: int):
 def test_the_tightest_cgroup_counts_less_its_use_but_for_cache(tmp_path):
     proc = tmp_path / "cgroup"
     proc.write_text("0::/outer/inner\n")
-    assert budget.cgroup_bytes(proc, tmp_path) == 2**63 - 1
+    assert budget.cgroup_available_bytes(proc, tmp_path) == 2**63 - 1
     cgroup(tmp_path / "outer/inner", 2, "max", 10, 0)
     cgroup(tmp_path / "outer", 2, "1000", 600, 100)
-    assert budget.cgroup_bytes(proc, tmp_path) == 500
+    assert budget.cgroup_available_bytes(proc, tmp_path) == 500
     cgroup(tmp_path / "outer/inner", 2, "300", 290, 0)
-    assert budget.cgroup_bytes(proc, tmp_path) == 10
+    assert budget.cgroup_available_bytes(proc, tmp_path) == 10
 
 
 def test_cgroups_of_version_1_too(tmp_path):
     proc = tmp_path / "cgroup"
     proc.write_text("4:cpu,cpuacct:/job\n3:memory:/job\n")
     cgroup(tmp_path / "memory/job", 1, "2000", 1500, 200)
-    assert budget.cgroup_bytes(proc, tmp_path) == 700
+    assert budget.cgroup_available_bytes(proc, tmp_path) == 700
     # In a container the path is the host's, and the limit is at the root.
     proc.write_text("3:memory:/docker/abc\n")
     cgroup(tmp_path / "memory", 1, "900", 100, 0)
-    assert budget.cgroup_bytes(proc, tmp_path) == 800
+    assert budget.cgroup_available_bytes(proc, tmp_path) == 800
 
 
 def test_some_memory_is_left_alone(monkeypatch):
-    monkeypatch.setattr(budget, "cgroup_bytes", lambda: 40 * 2**30)
+    monkeypatch.setattr(budget, "cgroup_available_bytes", lambda: 40 * 2**30)
     monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: type("M", (), {"available": 100 * 2**30}))
-    assert budget.spare_bytes() == 38 * 2**30
-    monkeypatch.setattr(budget, "cgroup_bytes", lambda: 2**29)
-    assert budget.spare_bytes() == 0
+    assert budget.available_bytes() == 38 * 2**30
+    monkeypatch.setattr(budget, "cgroup_available_bytes", lambda: 2**29)
+    assert budget.available_bytes() == 0
 
 
 def test_the_stand_in_of_cudas_streams_has_its_signatures():

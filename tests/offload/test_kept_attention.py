@@ -23,8 +23,8 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_once, keeping_frame
-from deepspeed_alst.offload.hf_attention_cache import check_keeps_attention, keep_attention
+from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_cached, saving_frame
+from deepspeed_alst.offload.hf_attention_cache import cache_attention, check_attention_can_be_saved
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.sequence_parallel.feature import patch_model
@@ -60,7 +60,7 @@ def checkpoint_layers(
     frames: list[CheckpointFrame] = []
 
     def in_frame(function: Any, *args: Any) -> Any:
-        mine = CheckpointFrame(keeps_attention=keeps, **frame)
+        mine = CheckpointFrame(saves_attention=keeps, **frame)
         frames.append(mine)
 
         def run(*args: Any) -> Any:
@@ -109,7 +109,7 @@ def pair(
         own = copy.deepcopy(model)
         with PatchSet() as undo:
             if keeps:
-                keep_attention(own, undo)
+                cache_attention(own, undo)
             frames = checkpoint_layers(own, keeps, reentrant, **(frame if keeps else {}))
             with Runs() as runs:
                 step(own)
@@ -132,8 +132,8 @@ def test_gradients_are_the_same_bits_and_attention_runs_once(dtype, reentrant):
     (plain, twice), (kept, once), frames = pair(small_model(dtype=dtype), two_micro_steps, reentrant)
     assert same(plain, kept)
     assert (twice, once) == (2 * 2 * LAYERS, 2 * LAYERS)
-    assert [frame.kept_attention for frame in frames] == [[CPU_FLASH]] * 2 * LAYERS
-    assert not any(frame.unkept_attention for frame in frames)
+    assert [frame.saved_attention for frame in frames] == [[CPU_FLASH]] * 2 * LAYERS
+    assert not any(frame.recomputed_attention for frame in frames)
 
 
 def test_a_padding_mask_is_transformers_own():
@@ -169,7 +169,7 @@ def test_the_math_backend_is_not_kept_and_says_so():
     (plain, _), (kept, _), frames = pair(small_model(), step)
     assert same(plain, kept)
     for frame in frames:
-        assert frame.kept_attention == [] and "math backend" in frame.unkept_attention[0]
+        assert frame.saved_attention == [] and "math backend" in frame.recomputed_attention[0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -181,20 +181,20 @@ def test_dropout_in_attention_is_not_kept(reentrant):
         two_micro_steps(model)
 
     (plain, _), (kept, _), frames = pair(small_model(attention_dropout=0.1), step, reentrant)
-    assert same(plain, kept) and all(frame.unkept_attention for frame in frames)
+    assert same(plain, kept) and all(frame.recomputed_attention for frame in frames)
 
 
 def test_an_operator_with_dropout_is_not_kept():
     """Stand-in, whose operator is only called with dropout here."""
     q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
     arguments = (0.1, 1.0, True, -1, -1, 0.0, None, False)
-    frame = CheckpointFrame(keeps_attention=True)
+    frame = CheckpointFrame(saves_attention=True)
     with Runs() as runs:
         for _ in range(2):
             with frame.running():
-                attend_once(frame, lambda: torch.ops.stand_in_of_flash_attn._flash_attn_forward(q, k, v, *arguments))
+                attend_cached(frame, lambda: torch.ops.stand_in_of_flash_attn._flash_attn_forward(q, k, v, *arguments))
     assert runs.forwards == 2
-    assert frame.unkept_attention == ["stand_in_of_flash_attn::_flash_attn_forward with dropout"]
+    assert frame.recomputed_attention == ["stand_in_of_flash_attn::_flash_attn_forward with dropout"]
 
 
 GPU_OPERATORS = {
@@ -209,17 +209,17 @@ def test_the_operators_of_a_gpu_are_kept_with_their_log_sum_exp_and_seeds(operat
     """Shapes only, on tensors without data: the forward without gradients, as a reentrant checkpoint runs it."""
     q, k, v = (torch.empty(2, 6, 37, 8, device="meta", requires_grad=True) for _ in range(3))
     run = getattr(torch.ops.aten, operator)
-    frame, results = CheckpointFrame(keeps_attention=True), []
+    frame, results = CheckpointFrame(saves_attention=True), []
     for runs_forward in (True, False, False):
         with Runs(operator) as runs, frame.running(), torch.set_grad_enabled(not runs_forward):
-            results.append(attend_once(frame, lambda: run(q, k, v, *GPU_OPERATORS[operator], is_causal=True)))
+            results.append(attend_cached(frame, lambda: run(q, k, v, *GPU_OPERATORS[operator], is_causal=True)))
         assert runs.forwards == runs_forward
     described = [
         [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in result] for result in results
     ]
     assert described[0] == described[1] == described[2] and results[0][1].numel() >= 2 * 6 * 37
     torch.autograd.grad(results[2][0].sum(), (q, k, v))
-    assert frame.kept_attention == [f"aten::{operator}"]
+    assert frame.saved_attention == [f"aten::{operator}"]
 
 
 FROZEN = {
@@ -277,7 +277,7 @@ def test_evaluation_in_between_and_a_step_after_an_exception():
 @pytest.mark.parametrize("core", ["eager", "flex_attention"])
 def test_an_attention_without_operators_is_refused_with_the_way_out(core):
     model = small_model(core)
-    for refuse in (check_keeps_attention, lambda model: keep_attention(model, PatchSet())):
+    for refuse in (check_attention_can_be_saved, lambda model: cache_attention(model, PatchSet())):
         with pytest.raises(UnsupportedModelError, match=f"'{core}'.*own attn_implementation='sdpa'"):
             refuse(model)
 
@@ -287,7 +287,7 @@ def test_a_function_that_somebody_registered_is_refused():
     try:
         AttentionInterface.register("sdpa", lambda *args, **kwargs: None)
         with pytest.raises(UnsupportedModelError, match="transformers' own attn_implementation='sdpa'"):
-            check_keeps_attention(small_model())
+            check_attention_can_be_saved(small_model())
     finally:
         AttentionInterface.register("sdpa", own)
 
@@ -299,7 +299,7 @@ def test_all_of_it_is_undone_and_no_other_model_sees_it():
     other.config = model.config
     before = [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)]
     with PatchSet() as undo:
-        keep_attention(model, undo)
+        cache_attention(model, undo)
         assert model.config is not config and type(other.config._attn_implementation) is str
         assert model.config._attn_implementation == "sdpa"
     assert [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)] == before
@@ -313,7 +313,7 @@ def test_the_ledger_counts_no_forward_that_does_not_run():
         with fake_world(1), PatchSet() as undo:
             model = build_model(family_config("llama", **GQA))
             if keeps:
-                keep_attention(model, undo)
+                cache_attention(model, undo)
             checkpoint_layers(model, keeps, reentrant=False)
             ids = torch.zeros(1, 64, dtype=torch.long)
             with Ledger(model) as ledger:
@@ -345,7 +345,7 @@ def test_flash_attention_is_kept_with_windows_and_documents(packed, window, head
     with stand_ins.installed(), operators.registered():
         (plain, twice), (kept, once), frames = pair(model, lambda m: m(**batch, use_cache=False).loss.backward())
     assert same(plain, kept) and (twice, once) == (2 * LAYERS, LAYERS)
-    assert "varlen" in frames[0].kept_attention[0] or not packed
+    assert "varlen" in frames[0].saved_attention[0] or not packed
 
 
 def test_a_kernel_that_is_no_operator_is_not_kept_and_says_so():
@@ -353,7 +353,7 @@ def test_a_kernel_that_is_no_operator_is_not_kept_and_says_so():
     with stand_ins.installed():
         step = lambda m: m(**family_batch(29, 1), use_cache=False).loss.backward()  # noqa: E731
         (plain, _), (kept, _), frames = pair(flash_model(), step)
-    assert same(plain, kept) and all(frame.unkept_attention and not frame.kept_attention for frame in frames)
+    assert same(plain, kept) and all(frame.recomputed_attention and not frame.saved_attention for frame in frames)
 
 
 def test_the_stand_ins_backward_is_that_of_autograd():
@@ -387,7 +387,7 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
         for keeps in (False, True):
             own, tally = copy.deepcopy(model), Tally()
             with PatchSet() as undo, tally.installed(), Runs() as runs:
-                patch_model(ModelSpec(own), None, undo, ForwardContext(keeping_frame=keeping_frame))
+                patch_model(ModelSpec(own), None, undo, ForwardContext(saving_frame=saving_frame))
                 frames = checkpoint_layers(own, keeps, reentrant, tally)
                 for batch in batches:
                     loss = own(**batch, use_cache=False).loss
@@ -405,7 +405,7 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
             }
             # Evaluation runs attention once more.
             found[keeps] = (runs.forwards / LAYERS / len(batches) - 1, *calls.values())
-            found["kept"] = [frame.kept_attention for frame in frames]
+            found["kept"] = [frame.saved_attention for frame in frames]
     found["same"] = same(*found.pop("gradients"))
     return found
 
@@ -470,7 +470,7 @@ def bytes_of_the_output(reentrant: bool) -> tuple[list[int], bool]:
         outputs.append(out)
         return out
 
-    frame = CheckpointFrame(keeps_attention=True)
+    frame = CheckpointFrame(saves_attention=True)
     with frame.running(), torch.no_grad() if reentrant else nullcontext():
         ulysses_attention(q, k, v, None, core, frame)
     with frame.running():
@@ -495,11 +495,11 @@ def test_the_output_in_head_layout_has_no_memory_until_the_backward_fills_it(ree
 def flex_is_not_kept() -> list[str]:
     with PatchSet() as undo:
         model = small_model("flex_attention")
-        patch_model(ModelSpec(model), None, undo, ForwardContext(keeping_frame=keeping_frame))
+        patch_model(ModelSpec(model), None, undo, ForwardContext(saving_frame=saving_frame))
         frames = checkpoint_layers(model, keeps=True, reentrant=False)
         with pytest.raises(UnsupportedModelError, match="cannot train on CPU"):
             model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
-        return frames[0].unkept_attention
+        return frames[0].recomputed_attention
 
 
 def test_a_compiled_attention_meets_no_mode(ranks2):

@@ -25,7 +25,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import ranks_on_host
 from deepspeed_alst.errors import ConfigError, OffloadError, UnsupportedModelError
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.checkpoint_inputs import Keeping, keep_activations
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from tests.system.test_initialize import initialize
 
@@ -371,7 +371,7 @@ def test_a_disk_that_is_missing_on_one_host_stops_the_ranks_of_all(ranks2, tmp_p
         ranks2.run(bad_folder, [str(tmp_path), str(tmp_path / "not mounted")], 1)
     there, missing = caught.value.errors
     assert isinstance(there, ConfigError) and isinstance(missing, ConfigError)
-    assert str(there) == f"rank 1: {missing}" and "there is no such folder" in str(missing)
+    assert str(there) == f"rank 1: {missing}" and "no such folder" in str(missing)
 
 
 def refused_each_time() -> None:
@@ -446,7 +446,7 @@ def gradients_of_streams(keeps: bool) -> list[torch.Tensor]:
     store = ActivationStore(HostBufferPool())
     with PatchSet() as undo:
         if keeps:
-            keep_activations(ModelSpec(layers), Keeping(store), undo)
+            apply_checkpoint_policy(ModelSpec(layers), CheckpointPolicy(store), undo)
         h = torch.randn(2, 1, 5, 8, requires_grad=True)
         for layer in layers:
             h = layer(h[0], h[1])
@@ -499,7 +499,7 @@ def calls_attention_itself() -> None:
     keys = {**ds_config(Cell(), 1), "alst": offload_keys("outputs")}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=keys)[0]
-    with pytest.raises(UnsupportedModelError, match=r"save_attention_output: no layer calls attention where"):
+    with pytest.raises(UnsupportedModelError, match=r"save_attention_output: no layer calls attention through"):
         engine(**batches(1)[0])
     engine.destroy()
 

@@ -7,12 +7,12 @@ import pytest
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.budget import Layers, MemoryBudget, decide, longest
+from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, make_plan, max_tokens
 from deepspeed_alst.offload.host_buffers import pages
 
 GIB = 2**30
 # Llama-3.1-8B: hidden 4096, 32 layers, 32 heads of 128, 218.1M parameters a layer.
-LLAMA_8B = Layers(
+LLAMA_8B = LayerSizes(
     num_layers=32,
     keep_last=0,
     input_bytes=8192,
@@ -27,30 +27,30 @@ SLOW = replace(LLAMA_8B, matrix_elements=0, head_elements=0)
 
 def test_bytes_a_token_are_those_of_the_arithmetic():
     tokens = 2**20
-    assert LLAMA_8B.waiting(tokens, False) == 262_144 * tokens
-    assert LLAMA_8B.waiting(tokens, True) == 32 * (2 * 8192 + 128) * tokens
-    assert LLAMA_8B.waiting(1, False) == 32 * pages(8192)
+    assert LLAMA_8B.offloaded_bytes(tokens, False) == 262_144 * tokens
+    assert LLAMA_8B.offloaded_bytes(tokens, True) == 32 * (2 * 8192 + 128) * tokens
+    assert LLAMA_8B.offloaded_bytes(1, False) == 32 * pages(8192)
 
 
 def test_a_node_of_1900_gb_has_room_for_seven_million_tokens_and_half_with_outputs():
     # PEERS' figures: 7.2M tokens of inputs, 3.6M with outputs.
     room = MemoryBudget(1_900 * 10**9)
-    assert longest(LLAMA_8B, room, False) / 1e6 == pytest.approx(7.2, abs=0.1)
-    assert longest(LLAMA_8B, room, True) / 1e6 == pytest.approx(3.6, abs=0.1)
+    assert max_tokens(LLAMA_8B, room, False) / 1e6 == pytest.approx(7.2, abs=0.1)
+    assert max_tokens(LLAMA_8B, room, True) / 1e6 == pytest.approx(3.6, abs=0.1)
 
 
 @pytest.mark.parametrize("room", [0, 1, 5000, 8192 * 32, 10**9 + 7])
 def test_the_longest_fits_and_one_token_more_does_not(room):
     for with_outputs in (False, True):
-        most = longest(LLAMA_8B, MemoryBudget(room), with_outputs)
-        assert most == 0 or LLAMA_8B.waiting(most, with_outputs) <= room
-        assert LLAMA_8B.waiting(most + 1, with_outputs) > room
+        most = max_tokens(LLAMA_8B, MemoryBudget(room), with_outputs)
+        assert most == 0 or LLAMA_8B.offloaded_bytes(most, with_outputs) <= room
+        assert LLAMA_8B.offloaded_bytes(most + 1, with_outputs) > room
 
 
 def test_all_layers_kept_on_the_device_need_nothing():
-    layers = Layers(2, 5, 8192, 8192, 128, 1, 1)
-    assert layers.waiting(1000, True) == 0
-    assert decide(layers, 1000, MemoryBudget(0), "auto").host_bytes == 0
+    layers = LayerSizes(2, 5, 8192, 8192, 128, 1, 1)
+    assert layers.offloaded_bytes(1000, True) == 0
+    assert make_plan(layers, 1000, MemoryBudget(0), "auto").host_bytes == 0
 
 
 def test_copies_hide_from_the_lengths_on_that_the_rates_give():
@@ -63,67 +63,69 @@ def test_copies_hide_from_the_lengths_on_that_the_rates_give():
 
 def test_auto_keeps_the_output_where_it_hides_and_fits():
     tokens = 100_000
-    both, inputs = LLAMA_8B.waiting(tokens, True), LLAMA_8B.waiting(tokens, False)
-    assert decide(LLAMA_8B, tokens, MemoryBudget(both), "auto").keeps_attention
+    both, inputs = LLAMA_8B.offloaded_bytes(tokens, True), LLAMA_8B.offloaded_bytes(tokens, False)
+    assert make_plan(LLAMA_8B, tokens, MemoryBudget(both), "auto").saves_attention
     # It never shortens what fits, and it is not kept on disk.
-    shorter = decide(LLAMA_8B, tokens, MemoryBudget(both - 1), "auto")
-    assert not shorter.keeps_attention and shorter.host_bytes == inputs and "no room" in shorter.reason
-    assert not decide(LLAMA_8B, tokens, MemoryBudget(both - 1, both), "auto").keeps_attention
-    slow = decide(SLOW, tokens, MemoryBudget(both), "auto")
-    assert not slow.keeps_attention and "longer than a layer's forward" in slow.reason
+    shorter = make_plan(LLAMA_8B, tokens, MemoryBudget(both - 1), "auto")
+    assert not shorter.saves_attention and shorter.host_bytes == inputs and "host's memory" in shorter.reason
+    assert not make_plan(LLAMA_8B, tokens, MemoryBudget(both - 1, both), "auto").saves_attention
+    slow = make_plan(SLOW, tokens, MemoryBudget(both), "auto")
+    assert not slow.saves_attention and "longer than a layer's forward" in slow.reason
 
 
 def test_what_is_asked_for_is_kept_hidden_or_not_and_goes_to_disk():
     tokens = 100_000
-    both = LLAMA_8B.waiting(tokens, True)
-    largest = max(LLAMA_8B.sizes(tokens, True))
-    plan = decide(SLOW, tokens, MemoryBudget(8 * GIB, both), True)
-    # The ring is part of the host's room; one tensor more than bytes would say may have to go to disk.
-    assert (plan.keeps_attention, plan.ring_bytes, plan.host_bytes) == (True, 4 * largest, 8 * GIB - 4 * largest)
+    both = LLAMA_8B.offloaded_bytes(tokens, True)
+    largest = max(LLAMA_8B.tensor_bytes(tokens, True))
+    plan = make_plan(SLOW, tokens, MemoryBudget(8 * GIB, both), True)
+    # Staging buffers are part of the host's room; one tensor more than bytes would say may have to go to disk.
+    assert (plan.saves_attention, plan.staging_bytes, plan.host_bytes) == (True, 4 * largest, 8 * GIB - 4 * largest)
     assert plan.disk_bytes == both - plan.host_bytes + largest
-    small = decide(SLOW, tokens, MemoryBudget(1, both), True)
-    assert (small.ring_bytes, small.host_bytes, small.disk_bytes) == (1, 0, both)
-    assert not decide(LLAMA_8B, tokens, MemoryBudget(both), False).keeps_attention
+    small = make_plan(SLOW, tokens, MemoryBudget(1, both), True)
+    assert (small.staging_bytes, small.host_bytes, small.disk_bytes) == (1, 0, both)
+    assert not make_plan(LLAMA_8B, tokens, MemoryBudget(both), False).saves_attention
 
 
 def test_too_much_is_an_error_with_the_longest_sequence_and_the_ways_out():
     # 8 ranks share a sequence and a host of 1.9 TB.
     room = MemoryBudget(1_900 * 10**9 // 8)
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, room, "auto", shard=(8, 1))
+        make_plan(LLAMA_8B, 1_000_000, room, "auto", shard=(8, 1))
     words = str(caught.value)
-    assert "a sequence of 8,000,000 tokens need 244.14 GiB" in words and "room for 221.19 GiB" in words
+    assert "a sequence of 8,000,000 tokens need 244.14 GiB" in words and "available: 221.19 GiB" in words
     assert "nvme_path" in words
-    most = longest(LLAMA_8B, room, False)
+    most = max_tokens(LLAMA_8B, room, False)
     assert f"sequences of at most {8 * most:,} tokens" in words
-    assert decide(LLAMA_8B, most, room, "auto", shard=(8, 1)).host_bytes <= room.host
+    assert make_plan(LLAMA_8B, most, room, "auto", shard=(8, 1)).host_bytes <= room.host_bytes
 
     with pytest.raises(OffloadError, match=r"GiB on disk.*a larger disk, save_attention_output: false, or"):
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, GIB), True)
+        make_plan(LLAMA_8B, 1_000_000, MemoryBudget(GIB, GIB), True)
 
 
 def test_the_users_budget_is_named_where_it_is_what_binds():
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 100, MemoryBudget(5, budget=10), "auto")
+        make_plan(LLAMA_8B, 100, MemoryBudget(5, host_budget=10), "auto")
     assert str(caught.value).endswith(
-        "there is room for 5.00 bytes (host_budget=10, of all ranks of a host). Use a larger host_budget, or the disk "
+        "available: 5.00 bytes (host_budget=10 for all ranks of a host). Use a larger host_budget, or the disk "
         "tier (alst.activation_checkpoint_cpu_offload.nvme_path)."
     )
     with pytest.raises(OffloadError, match=r"host_budget=4294967296.*Use a larger host_budget, the.*, or sequences of"):
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB, budget=4 * GIB), "auto")
+        make_plan(LLAMA_8B, 1_000_000, MemoryBudget(GIB, host_budget=4 * GIB), "auto")
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(GIB), "auto")
+        make_plan(LLAMA_8B, 1_000_000, MemoryBudget(GIB), "auto")
     assert "host_budget" not in str(caught.value)
 
 
 def test_the_page_has_the_figures_that_are_printed():
     page = (Path(__file__).parents[2] / "docs" / "offload.md").read_text()
-    assert f"{format_bytes(replace(LLAMA_8B, keep_last=1).waiting(131_072, True))} on the host of a rank" in page
+    assert (
+        f"{format_bytes(replace(LLAMA_8B, keep_last=1).offloaded_bytes(131_072, True))} on the host of a rank" in page
+    )
     with pytest.raises(OffloadError) as caught:
-        decide(LLAMA_8B, 1_000_000, MemoryBudget(1_900 * 10**9 // 8), "auto", shard=(8, 1))
+        make_plan(LLAMA_8B, 1_000_000, MemoryBudget(1_900 * 10**9 // 8), "auto", shard=(8, 1))
     assert str(caught.value) in " ".join(page.split())
 
 
 def test_two_sequences_of_a_batch_share_the_room():
     with pytest.raises(OffloadError, match=r"sequence of 4,000 tokens.*at most 2,048 tokens"):
-        decide(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", shard=(2, 2))
+        make_plan(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", shard=(2, 2))

@@ -22,7 +22,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.mesh import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import keeping_frame
+from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.sequence_parallel import hf_masks as masks
 from deepspeed_alst.sequence_parallel import hf_positions
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
@@ -50,7 +50,7 @@ CHUNKS = {
 def split(model: torch.nn.Module) -> Iterator[tuple[SequenceGroups, ForwardContext]]:
     """Inside, a model is split over two ranks, with the guard of its batches."""
     with PatchSet() as undo:
-        groups, calls = build_groups(2, build_control_group()), ForwardContext(keeping_frame=keeping_frame)
+        groups, calls = build_groups(2, build_control_group()), ForwardContext(saving_frame=saving_frame)
         undo.callback(groups.destroy)
         patch_model(ModelSpec(model), groups.sp_group, undo, calls)
         check_batches(ModelSpec(model), groups, calls, undo)
@@ -148,7 +148,7 @@ def errors_of_recomputed_masks(reentrant: bool, keeps: bool) -> tuple[float, int
 
     batches = [packed_batch(), packed_batch((20, 9)), family_batch(29, 1)]
     error = in_turns(functools.partial(family_config, "mistral", sliding_window=5), batches, prepare)
-    return error, sum(bool(frame.kept_attention) for frame in frames[0])
+    return error, sum(bool(frame.saved_attention) for frame in frames[0])
 
 
 @pytest.mark.parametrize("keeps", [False, True])

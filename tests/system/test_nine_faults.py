@@ -59,7 +59,7 @@ class Fault:
 
 # The launcher polls once a second and ends the others; the launcher or the peer reports it first.
 _KILLED, _TERMINATED = r"rank 1 has ended|return code = -9", r"received SIGTERM|return code = -15"
-_ROOM = r"OffloadError: .*(there is room for .* on disk)\."
+_ROOM = r"OffloadError: .*(available: .* on disk)\."
 _UNWRITTEN = r"CheckpointError: .*(global_step4 could not be written)"
 _RAISED = "RuntimeError: rank 1 breaks in its own program"
 _STALLED = "RankLostError: rank 1 does not answer within 10 s"
