@@ -1,4 +1,4 @@
-// How elements are stored, and how they become fp32 and are made of fp32; and what a function needs to become vector code.
+// Element types with their conversions to and from fp32, and macros for vectorized functions.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 #define ALST_UNROLL
 #endif
 
-// Plain loops are compiled once for each instruction set, and the loader picks. Elsewhere the baseline has what they need
-// (aarch64), or the compiler has no such attribute for inlined templates. On functions only: GCC clones no template.
+// Compiles a function for each x86 instruction set; the loader picks one. aarch64's baseline suffices, and other
+// compilers lack the attribute for inlined templates. GCC clones functions, not templates.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define ALST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -36,15 +36,15 @@ ALST_INLINE uint32_t bits_of_float(float value) {
   return bits;
 }
 
-// `yes` where the condition holds, else `no`: by masks, since no compiler makes vector code of a branch, and GCC makes a
-// branch of a conditional expression around a floating-point operation (fp16 with AVX2: 6 times slower).
+// Select by masks: compilers do not vectorize a branch, and GCC turns a conditional expression around a floating-point
+// operation into one (fp16 with AVX2: 6 times slower).
 ALST_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
   const uint32_t mask = 0u - static_cast<uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
 }
 
-// An element type is how it is stored, and how it becomes fp32 and is made of fp32 (to nearest, ties to even). Written
-// without branches and without the compiler's half types: so these loops become vector code for every instruction set.
+// Storage type of an element, `widen` to fp32 and `narrow` from fp32 (to nearest, ties to even). No branches and no
+// compiler half types, so that loops are vectorized for every instruction set.
 
 struct Fp32 {
   using Stored = uint32_t;
@@ -61,7 +61,7 @@ struct Bf16 {
 #else
     const uint32_t bits = bits_of_float(value);
     const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const uint32_t quiet_nan = bits | 0x400000u;  // rounding could carry a NaN over into infinity or zero
+    const uint32_t quiet_nan = bits | 0x400000u;  // rounding could turn a NaN into infinity or zero
     return static_cast<uint16_t>(select((bits & 0x7fffffffu) > 0x7f800000u, quiet_nan, rounded) >> 16);
 #endif
   }
@@ -75,10 +75,10 @@ struct Fp16 {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(stored)));
 #else
     const uint32_t magnitude = (stored & 0x7fffu) << 13;
-    // Exponents are 112 apart. To add 224 and multiply by 2^-112 leaves infinity and NaN what they are.
+    // The exponent biases differ by 112. Adding 224 and multiplying by 2^-112 preserves infinity and NaN.
     const uint32_t normal = bits_of_float(float_of_bits(magnitude + (224u << 23)) * 0x1p-112f);
-    // A subnormal m * 2^-24 is (2^-14 + m * 2^-24) - 2^-14, exactly, and without an fp32 subnormal on the way, which
-    // some processors take a hundred cycles for.
+    // A subnormal m * 2^-24 is exactly (2^-14 + m * 2^-24) - 2^-14, without an fp32 subnormal as an intermediate, which
+    // costs some processors a hundred cycles.
     const uint32_t subnormal = bits_of_float(float_of_bits(magnitude + (113u << 23)) - float_of_bits(113u << 23));
     return float_of_bits(select(magnitude < (0x400u << 13), subnormal, normal) | ((stored & 0x8000u) << 16));
 #endif
@@ -91,7 +91,7 @@ struct Fp16 {
     const uint32_t bits = bits_of_float(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t rounded = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    const uint32_t normal = select(magnitude >= 0x47800000u, 0x7c00u, rounded);  // 2^16; 65520 rounds up by itself
+    const uint32_t normal = select(magnitude >= 0x47800000u, 0x7c00u, rounded);  // 2^16; 65520 rounds up to it
     // Below 2^-14: next to 0.5, fp32 has the spacing of fp16's subnormals, so the addition rounds.
     const uint32_t subnormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
     const uint32_t finite = select(magnitude < (113u << 23), subnormal, normal);

@@ -1,4 +1,4 @@
-// sum_pieces on CPU, on torch's stable ABI: one binary for every torch from 2.10 on. Memory beyond its output: one tile.
+// sum_pieces on CPU, on torch's stable ABI: one binary for torch 2.10 and later. Memory beyond the output: one tile.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,8 +17,8 @@ namespace {
 
 using namespace alst;
 
-constexpr int64_t kTile = 1024;    // 4 KiB of fp32: it stays in L1 while all pieces are added
-constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it saves
+constexpr int64_t kTile = 1024;    // 4 KiB of fp32, which stays in L1 while all pieces are added
+constexpr int64_t kGrain = 32768;  // fewer elements do not amortize a second thread
 constexpr int kGroup = 4;          // pieces read at once
 
 template <typename In, int kPieces, bool kBegin>
@@ -48,7 +48,7 @@ ALST_INLINE void add_pieces(const Sum& sum, int64_t begin, float* total, int64_t
   }
 }
 
-// What is larger than a cache is written past it: a line need not be read before it is overwritten.
+// Outputs larger than the cache are stored non-temporally, which avoids reading each line before overwriting it.
 constexpr int64_t kStream = 1 << 20;
 
 template <typename Out>
@@ -96,7 +96,7 @@ void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
       store_tile(sum, begin, total, n);
     }
 #if defined(__SSE2__)
-    _mm_sfence();  // what went past the cache is there before another thread is told so
+    _mm_sfence();  // make the non-temporal stores visible to other threads
 #endif
   });
 }

@@ -1,4 +1,4 @@
-// sum_pieces on CUDA, on torch's stable ABI, in a library of its own: one without CUDA must load without it.
+// sum_pieces on CUDA, on torch's stable ABI. A separate library, so that the CPU library loads without CUDA.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,7 +17,7 @@ namespace {
 using namespace alst;
 
 constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 1 << 20;  // beyond these, threads take several spans
+constexpr int64_t kMostBlocks = 1 << 20;  // with more spans, a thread takes several
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const Sum sum) {
@@ -42,7 +42,7 @@ void launch_to(ScalarType out, const Sum& sum, cudaStream_t stream) {
 
 void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
   const Sum sum = sum_of(pieces_Pn, out_n, scale, accumulate);
-  if (sum.n == 0) return;  // CUDA launches no empty grid
+  if (sum.n == 0) return;  // an empty grid is a CUDA launch error
   const auto device = pieces_Pn.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

@@ -1,14 +1,14 @@
 // Arithmetic and indexing of sum_pieces: out[i] = scale * (((p0[i] + p1[i]) + p2[i]) + ...), in fp32, rounded once.
 //
-// Legend: P pieces of n elements each; `stride` is the distance between the beginnings of two pieces, in elements.
-// Host and device compile the same body, so its indexing can be run by a C++ compiler alone, thread by thread.
+// Legend: P pieces of n elements each; `stride` is the distance between the starts of two pieces, in elements.
+// Host and device compile the same body, so its indexing can be tested without a GPU.
 #pragma once
 
 #include "dtypes.h"
 
 namespace alst {
 
-// Multiplication and addition that no compiler may fuse: a fused one rounds once where the definition rounds twice.
+// Addition and multiplication that nvcc may not fuse, which would round once where the definition rounds twice.
 ALST_INLINE float add(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fadd_rn(a, b);
@@ -25,7 +25,7 @@ ALST_INLINE float multiply(float a, float b) {
 #endif
 }
 
-// What one addition of the whole needs to know.
+// Arguments of one sum.
 struct Sum {
   const void* pieces;
   int64_t stride;
@@ -34,11 +34,11 @@ struct Sum {
   int64_t n;
   float scale;
   bool accumulate;
-  bool wide_loads;   // every piece begins at a multiple of 16 bytes
-  bool wide_stores;  // and out at a multiple of what a thread stores at once
+  bool wide_loads;   // every piece starts at a multiple of 16 bytes
+  bool wide_stores;  // out starts at a multiple of kStoreBytes
 };
 
-// 16 bytes that are loaded or stored by one instruction.
+// 16 bytes, loaded or stored by one instruction.
 struct alignas(16) Words {
   uint32_t word[4];
 };
@@ -73,7 +73,7 @@ ALST_INLINE Words load_span(const typename In::Stored* from, int count, bool wid
   return words;
 }
 
-// Bytes that a thread stores at once: 16, or all of its span if that is less.
+// Bytes that a thread stores at once: 16, or its whole span if that is less.
 template <typename In, typename Out>
 constexpr int kStoreBytes =
     kSpan<In> * sizeof(typename Out::Stored) < 16 ? int(kSpan<In> * sizeof(typename Out::Stored)) : 16;
@@ -100,7 +100,7 @@ ALST_INLINE void store_span(const float* value, typename Out::Stored* to, int co
   }
 }
 
-// Where 16 bytes at a time are allowed: unaligned ones are an error on CUDA, and n and addresses may be any.
+// Decide where 16-byte accesses are allowed: CUDA requires alignment, and n and the addresses are arbitrary.
 template <typename In, typename Out>
 inline void decide_widths(Sum& sum) {
   const uint64_t distance = uint64_t(sum.stride) * sizeof(typename In::Stored);
@@ -109,10 +109,10 @@ inline void decide_widths(Sum& sum) {
   sum.wide_stores = reinterpret_cast<uintptr_t>(sum.out) % kStoreBytes<In, Out> == 0;
 }
 
-// What thread `thread` of `num_threads` does: every num_threads-th span, all pieces of it.
+// Sum every num_threads-th span over all pieces, in thread `thread`.
 template <typename In, typename Out>
 ALST_INLINE void sum_spans(const Sum& sum, int64_t thread, int64_t num_threads) {
-  constexpr int kBatch = 4;  // loads under way at once: memory answers late
+  constexpr int kBatch = 4;  // loads in flight, to hide memory latency
   const auto* const pieces = static_cast<const typename In::Stored*>(sum.pieces);
   auto* const out = static_cast<typename Out::Stored*>(sum.out);
   for (int64_t begin = thread * kSpan<In>; begin < sum.n; begin += num_threads * kSpan<In>) {

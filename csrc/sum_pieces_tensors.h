@@ -1,4 +1,4 @@
-// What both devices read of the tensors of sum_pieces; Python's wrapper has checked them (grad_reduction/sum_pieces.py).
+// Arguments of sum_pieces from its tensors, which grad_reduction/sum_pieces.py has checked.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -72,7 +72,7 @@ def step_in_fp64(
             calls = ForwardContext() if group is None else calls
             # Autograd runs backwards without modes: layers enter them again as they do with autocast.
             for module in (feature, norm):
-                patches.enter_context(mock.patch.object(module, "autocast_as_here", lambda kind: KeepFp64))
+                patches.enter_context(mock.patch.object(module, "current_autocast", lambda kind: KeepFp64))
             layers, reasons = feature.run_in_chunks(ModelSpec(model), lean, group, calls, lambda layer: None, patches)
             assert layers and not reasons, reasons
         with warnings.catch_warnings():

@@ -120,12 +120,12 @@ def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: 
     """Return loss and gradients of a model whose tiled loss uses this backend."""
     from deepspeed_alst.config.schema import TiledLossConfig
     from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-    from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+    from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 
     tile_loss(
         ModelSpec(model), TiledLossConfig(backend=backend, tile_tokens=13), ForwardContext(), lambda module: None, undo
     )
-    replace_whole_loss(ModelSpec(model), undo)
+    patch_unsharded_loss(ModelSpec(model), undo)
     model.zero_grad()
     loss = model(**batch, use_cache=False).loss
     (loss * 0.37).backward()

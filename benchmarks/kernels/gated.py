@@ -154,7 +154,7 @@ def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
         form = work.closed_form([x_1TM], 3)
         per_row = row_bytes(2 * F + M, 2) if form is None else form.row_bytes(2)
         rows = tile_tokens or tile_rows(TiledMLPConfig(), T, per_row, 0)
-        value_1TM = work.tiled(rows, x_1TM)
+        value_1TM = work.run_tiled(rows, x_1TM)
         with Ledger(module) as ledger:
             value_1TM.backward(torch.empty_like(value_1TM))
         return rows, ledger.peak.bytes - ledger.timeline[0].total

@@ -80,8 +80,8 @@ def launch(case: Case) -> None:
 
     packs, unpacks = OPS["pack_heads"], OPS["unpack_heads_"]
     assert (packs.reference, unpacks.reference) == (heads.pack_reference, heads.unpack_reference)
-    wire_PsBW = packs.launch(case.shards("meta"), case.P)
-    unpacks.launch(wire_PsBW, case.shards("meta"))
+    buffer_PsBW = packs.launch(case.shards("meta"), case.P)
+    unpacks.launch(buffer_PsBW, case.shards("meta"))
 
 
 def judge(case: Case) -> Verdict:
@@ -104,14 +104,14 @@ def compare(case: Case) -> dict[str, tuple[float, float]]:
     errors = {}
     for name, pieces in (("shards", case.shards()), ("sequences", case.sequences())):
         assert torch.equal(pack(pieces, case.P), pack_reference(pieces, case.P)), name
-        wire_PsBW = torch.randn_like(pack_reference(pieces, case.P))
+        buffer_PsBW = torch.randn_like(pack_reference(pieces, case.P))
         got, same, truth = (
             [torch.full_like(x, torch.nan, dtype=dtype) for x in pieces]
             for dtype in (case.dtype, case.dtype, torch.float64)
         )
-        unpack_(wire_PsBW, got)
-        unpack_reference(wire_PsBW, same)
-        unpack_reference(wire_PsBW.double(), truth)
+        unpack_(buffer_PsBW, got)
+        unpack_reference(buffer_PsBW, same)
+        unpack_reference(buffer_PsBW.double(), truth)
         assert all(torch.equal(x, y) for x, y, z in zip(got, same, pieces, strict=True) if z.shape[0] == case.P), name
         errors |= errors_of([f"{x} of {name}" for x in "qkv"], got, same, truth)
     return errors

@@ -101,7 +101,7 @@ def gradient_errors(tiles: tuple[int, ...] = GRADIENT_TILES) -> dict[str, list[f
     found: dict[str, list[float]] = {"ours": [], "upstream": []}
     for count in tiles:
         leaf = x.clone().requires_grad_()
-        found["ours"].append(error(TiledModule("mlp", module).tiled(_ROWS // count, leaf)))
+        found["ours"].append(error(TiledModule("mlp", module).run_tiled(_ROWS // count, leaf)))
         found["upstream"].append(error(TiledMLP.apply(LlamaMLP.forward, module, leaf, count, weights)))
     return found
 

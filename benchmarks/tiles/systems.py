@@ -28,7 +28,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def put_tiles(
             tile_mlps(ModelSpec(model), mlp, leaf, undo)
         tile_loss(ModelSpec(model), loss or TiledLossConfig(), calls, leaf, undo)
         if sp_size == 1:
-            replace_whole_loss(ModelSpec(model), undo)
+            patch_unsharded_loss(ModelSpec(model), undo)
     return lambda batch: model(**batch, use_cache=False).loss
 
 

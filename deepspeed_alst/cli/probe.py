@@ -107,9 +107,10 @@ def op_rows() -> Iterator[Row]:
     device = get_accelerator().device_name()
     if device not in builder.LIBRARIES:
         return
-    name, found, problem = f"op {builder.LIBRARIES[device]}", builder.find(device), builder.why_not(device)
+    name, found = f"op {builder.LIBRARIES[device]}", builder.load_existing(device)
+    problem = builder.missing_requirement(device)
     if problem and not found:
-        yield Row(name, f"{problem}: torch computes instead, slower", "note", problem.way_out)
+        yield Row(name, f"{problem}: torch computes instead, slower", "note", problem.fix)
     else:
         yield Row(name, str(found or "not built yet; the first use builds it, in 10 s on CPU and a minute for CUDA"))
 

@@ -1,12 +1,12 @@
 """Cross-entropy that overwrites a tile of logits with their gradient, by this package's kernel and by Liger's.
 
-``z = cap * tanh(logit_scale * x / cap)`` (``logit_scale * x`` without a cap), the loss of a row is ``logsumexp(z) - (1
-- smoothing) * z[label] - smoothing * mean(z)``, and ``x`` becomes ``scale`` times its derivative. The normalizer is an
+With ``z = cap * tanh(logit_scale * x / cap)`` (``logit_scale * x`` without a cap), the loss of a row is ``logsumexp(z)
+- (1 - smoothing) * z[label] - smoothing * mean(z)``; ``x`` becomes ``scale`` times its derivative. The normalizer is an
 online softmax (arXiv:1805.02867). All math is in fp32.
 
-Bytes moved per logit: 3 * itemsize, the row read twice and written once (6 in bf16, 12 in fp32), and a third of it
-without a gradient. This is the minimum: a single read would need the whole row on chip, but 128256 logits in bf16 are
-251 KiB and a block of an H100 has 227 KiB of shared memory.
+Bytes moved per logit: 3 * itemsize, the row read twice and written once (6 in bf16, 12 in fp32), a third of it without
+a gradient. A single read would need the full row on chip: 128256 logits in bf16 are 251 KiB, and a block of an H100 has
+227 KiB of shared memory.
 
 Legend: t rows of a tile, V vocabulary.
 """
@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 
 from deepspeed_alst.errors import DataError
-from deepspeed_alst.kernels.registry import OPS, Op, pick
+from deepspeed_alst.kernels.registry import OPS, Op, launch_config, pick
 
 IGNORED_LABEL = -100
-# (logits per block, warps). The first block that holds a row is taken, else the last. There is no autotuning, because a
-# trial run would overwrite the logits and ranks could choose different configs.
+# (logits per block, warps). No autotuning: a trial run would overwrite the logits, and ranks could choose differently.
 CONFIGS = ((1024, 4), (4096, 8), (8192, 16))
 
 
@@ -42,9 +41,8 @@ def cross_entropy_reference(
         z_tV = leaf_tV * logit_scale
         if softcap:
             z_tV = softcap * torch.tanh(z_tV / softcap)
-        loss = F.cross_entropy(
-            z_tV, labels_t, reduction="sum", ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing
-        )
+        # ignore_index is IGNORED_LABEL by default
+        loss = F.cross_entropy(z_tV, labels_t, reduction="sum", label_smoothing=label_smoothing)
     if gradient:
         (grad_tV,) = torch.autograd.grad(loss, leaf_tV)
         logits_tV.copy_(grad_tV * scale.to(grad_tV))
@@ -92,7 +90,7 @@ def _cross_entropy_kernel(
     label = tl.load(labels_ptr + row)
     scale = tl.load(scale_ptr).to(tl.float32)
     is_known = (label >= 0) & (label < V)
-    # Load before the first reduction, a barrier for all threads, so that no thread reads an overwritten logit.
+    # Loaded before the first reduction, which is a barrier, so that no thread reads an overwritten logit.
     x_label = tl.load(x_ptr + label, mask=is_known, other=0.0).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
 
@@ -107,17 +105,17 @@ def _cross_entropy_kernel(
             sum_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
         z = tl.where(inside, z, float("-inf"))
         higher = tl.maximum(highest, tl.max(z, axis=0))
-        # For a block of only -inf (a masked vocabulary), -inf - -inf would be NaN.
+        # In a block of only -inf (a masked vocabulary), -inf - -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base), axis=0)
         highest = higher
 
-    # Keep the max logit and the sum apart: the rounding of their sum would be in every probability.
+    # The max logit and the sum stay separate: the rounding of their sum would be in every probability.
     z_label = _capped(x_label, softcap, logit_scale, HAS_CAP)
     loss = (highest - z_label) + tl.log(total)
     if SMOOTH:
         loss += smoothing * (z_label - sum_z / V)
-    share = 1.0 / total
+    inverse_total = 1.0 / total
     factor = scale * logit_scale
     # An ignored row has loss 0; a label outside the vocabulary makes its row NaN.
     unlabelled = tl.where(label == -100, 0.0, float("nan"))
@@ -131,7 +129,7 @@ def _cross_entropy_kernel(
         inside = columns < V
         x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         z = _capped(x, softcap, logit_scale, HAS_CAP)
-        grad = tl.exp(z - highest) * share - tl.where(columns == label, 1.0 - smoothing, 0.0)
+        grad = tl.exp(z - highest) * inverse_total - tl.where(columns == label, 1.0 - smoothing, 0.0)
         if SMOOTH:
             grad -= smoothing / V
         if HAS_CAP:
@@ -152,7 +150,7 @@ def _launch(
 ) -> torch.Tensor:
     t, V = logits_tV.shape
     losses_t = torch.empty(t, dtype=torch.float32, device=logits_tV.device)
-    block, warps = next((each for each in CONFIGS if each[0] >= V), CONFIGS[-1])
+    block, warps = launch_config(CONFIGS, V)
     if t:
         _cross_entropy_kernel[(t,)](
             logits_tV,
@@ -173,7 +171,7 @@ def _launch(
     return losses_t.sum()
 
 
-# Without an autograd formula: the output is already a gradient, which tiling/loss.py passes on.
+# No autograd formula: tiling/loss.py uses the gradient that replaces the logits.
 _op = torch.library.custom_op("deepspeed_alst::cross_entropy_", _launch, mutates_args=("logits_tV",))
 
 
@@ -192,18 +190,18 @@ def _example(device: torch.device) -> tuple[Any, ...]:
 OPS["cross_entropy"] = Op(cross_entropy_reference, _op, _launch, _example)
 
 
-def has_own_rows(logits_tV: torch.Tensor) -> bool:
-    """Return True if the rows of a tile can be written in place."""
+def has_writable_rows(logits_tV: torch.Tensor) -> bool:
+    """Return True if the kernels can write the rows of a tile in place."""
     t, V = logits_tV.shape
     return (V == 1 or logits_tV.stride(1) == 1) and (t <= 1 or logits_tV.stride(0) >= V)
 
 
 def check_labels(lowest: int, highest: int, vocab: int) -> None:
-    """Raise DataError for labels outside the vocabulary; their range is read from the device once per loss."""
+    """Raise DataError for labels outside the vocabulary; the caller reads their range from the device once per loss."""
     if lowest < 0 or highest >= vocab:
         raise DataError(
-            f"label {lowest if lowest < 0 else highest} is no token of a vocabulary of {vocab}. Labels are in "
-            f"[0, {vocab}), or {IGNORED_LABEL} for a token that is not trained."
+            f"label {lowest if lowest < 0 else highest} is outside the vocabulary of {vocab} tokens. Labels must be in "
+            f"[0, {vocab}), or {IGNORED_LABEL} for tokens without a loss."
         )
 
 
@@ -224,11 +222,11 @@ def cross_entropy_(
     Args:
         logits_tV: bf16, fp16 or fp32 (fp64 uses the reference); contiguous rows, row stride >= V.
         labels_t: int64 on the same device.
-        scale: one fp32 number on the same device, applied to the gradient and not to the loss.
+        scale: fp32 scalar on the same device, applied to the gradient but not to the loss.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        softcap: logits are squashed into (-softcap, softcap); 0 for none.
-        logit_scale: multiplies the logits before the softcap.
-        gradient: if False, the logits are left unchanged and read once.
+        softcap: bound of the soft-capped logits; 0 for none.
+        logit_scale: factor of the logits before the softcap.
+        gradient: False to leave the logits unchanged and read them once.
     """
     function = pick("cross_entropy", logits_tV)
     return function(logits_tV, labels_t.contiguous(), scale.float(), label_smoothing, softcap, logit_scale, gradient)
@@ -243,12 +241,12 @@ def liger_cross_entropy_(
     softcap: float = 0.0,
     gradient: bool = True,
 ) -> torch.Tensor:
-    """Compute ``cross_entropy_`` by Liger's kernel, its gradient divided by ``divisor``; no fp64.
+    """Compute ``cross_entropy_`` by Liger's kernel, with the gradient divided by ``divisor``; no fp64.
 
-    It reads out of bounds for a label outside the vocabulary: all labels must have passed ``check_labels``.
+    All labels must have passed ``check_labels``: Liger reads out of bounds for a label outside the vocabulary.
     """
-    # Liger's cross_entropy_forward would round the losses to the logits' dtype, and sync with the device three times a
-    # tile. The kernel multiplies the gradient by 1 / n_non_ignore in fp32, before rounding.
+    # Liger's cross_entropy_forward would round the losses to the logits' dtype and sync with the device three times per
+    # tile. Its kernel multiplies the gradient by 1 / n_non_ignore in fp32, before rounding.
     from liger_kernel.ops.backends._triton.cross_entropy import cross_entropy_loss_and_grad_triton  # takes seconds
 
     losses_t, *_ = cross_entropy_loss_and_grad_triton(

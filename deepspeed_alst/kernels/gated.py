@@ -2,44 +2,37 @@
 
 ``act`` is silu (SwiGLU), gelu or tanh gelu (GeGLU, arXiv:2002.05202). The forward overwrites ``gate`` with ``a``. The
 backward overwrites ``gate`` and ``up`` with their gradients, and the gradient of ``a`` with ``a``, for the weight
-gradient of the down projection. All math is in fp32, and rounded once.
+gradient of the down projection. All math is in fp32 and rounded once.
 
-The normal CDF in gelu is ``exp(-x^2 / 2)``, which the derivative needs as well, times a polynomial fitted to
+The normal CDF in gelu is ``exp(-x^2 / 2)``, which the derivative also needs, times a polynomial fitted to
 ``erfcx(|x| / sqrt(2)) / 2``. This keeps the precision of the lower tail, which ``1 + erf`` loses.
 
-Bytes moved per element of the three: forward 3 * itemsize, two reads and one write (6 in bf16, 12 in fp32), backward
-6 * itemsize, all three read and written (12 and 24). This is the minimum.
+Bytes moved per element, the minimum: forward 3 * itemsize, two reads and one write (6 in bf16, 12 in fp32); backward
+6 * itemsize, three reads and three writes (12 and 24).
 
 Legend: t rows of a tile, F inner features.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from deepspeed_alst.kernels.registry import OPS, Op, pick
+from deepspeed_alst.kernels.registry import OPS, Op, launch_config, pick
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-# (features per block, warps), for 16-byte accesses per thread in bf16. The first block that holds a row is taken, else
-# the last.
+# (features per block, warps), for 16-byte accesses per thread in bf16.
 CONFIGS = ((128, 1), (1024, 4))
 # Elements that the reference processes at a time, to bound its fp32 copies.
 _BLOCK = 2**16
 
-_ACT: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    torch.ops.aten.silu,
-    torch.ops.aten.gelu,
-    functools.partial(torch.ops.aten.gelu, approximate="tanh"),
-)
-_ACT_BACKWARD: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
-    torch.ops.aten.silu_backward,
-    torch.ops.aten.gelu_backward,
-    functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-)
+_ATEN = torch.ops.aten
+_ACT = (_ATEN.silu, _ATEN.gelu, functools.partial(_ATEN.gelu, approximate="tanh"))
+_TANH_BACKWARD = functools.partial(_ATEN.gelu_backward, approximate="tanh")
+_ACT_BACKWARD = (_ATEN.silu_backward, _ATEN.gelu_backward, _TANH_BACKWARD)
 
 
 def gated_activation_reference(gate_tF: torch.Tensor, up_tF: torch.Tensor, kind: int) -> None:
@@ -69,11 +62,11 @@ def _blocks(*each_tF: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 @triton.jit
 def _act_and_slope(gate, KIND: tl.constexpr):
-    # Beyond REACH the activation equals 0 or its argument to the last digit, and the slope of larger values would be
-    # inf - inf. NaN stays NaN, which tl.minimum would drop.
-    REACH: tl.constexpr = 80.0 if KIND == 0 else (12.5 if KIND == 1 else 9.5)
-    low = tl.where(gate < -REACH, -REACH, gate)
-    x = tl.where(low > REACH, REACH, low)
+    # Beyond LIMIT the activation is exactly 0 or its argument, and the slope would be inf - inf. tl.where keeps NaN,
+    # tl.minimum would not.
+    LIMIT: tl.constexpr = 80.0 if KIND == 0 else (12.5 if KIND == 1 else 9.5)
+    low = tl.where(gate < -LIMIT, -LIMIT, gate)
+    x = tl.where(low > LIMIT, LIMIT, low)
     if KIND == 1:  # gelu
         bell = tl.exp(-0.5 * x * x)
         w = 1.0 / (1.0 + 0.26 * tl.abs(x))
@@ -82,17 +75,17 @@ def _act_and_slope(gate, KIND: tl.constexpr):
         p = (p * w + 0.15875784) * w + 0.051965185
         p = (p * w + 0.1027886) * w + 0.1030510
         tail = (p * w + 0.103757024) * w * bell  # tail of the normal distribution beyond |x|
-        share = tl.where(x < 0, tail, 1.0 - tail)
-        slope = share + 0.3989422804 * x * bell
+        cdf = tl.where(x < 0, tail, 1.0 - tail)
+        slope = cdf + 0.3989422804 * x * bell
     else:
         y, dy = x, 1.0
         if KIND == 2:  # tanh gelu: (1 + tanh(y)) / 2 is the sigmoid of 2y
             y = 1.5957691216 * x * (1.0 + 0.044715 * x * x)
             dy = 1.5957691216 * (1.0 + 0.134145 * x * x)
         odds = tl.exp(-y)
-        share = 1.0 / (1.0 + odds)
-        slope = share * (1.0 + x * (odds * share) * dy)  # 1 - share loses precision for a share near 1
-    return low * share, slope
+        cdf = 1.0 / (1.0 + odds)
+        slope = cdf * (1.0 + x * (odds * cdf) * dy)  # 1 - cdf loses precision near 1
+    return low * cdf, slope
 
 
 @triton.jit
@@ -126,28 +119,23 @@ def _gated_gradients_kernel(
     tl.store(grad_ptr, (act * up).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch_activation(gate_tF: torch.Tensor, up_tF: torch.Tensor, kind: int) -> None:
-    (t, F), (block, warps) = gate_tF.shape, _config(gate_tF)
+def _launch(kernel: Any, kind: int, *tensors_tF: torch.Tensor) -> None:
+    t, F = tensors_tF[0].shape
+    block, warps = launch_config(CONFIGS, F)
+    strides = [x_tF.stride(0) for x_tF in tensors_tF]
     if t and F:
-        _gated_activation_kernel[(t, triton.cdiv(F, block))](
-            gate_tF, up_tF, gate_tF.stride(0), up_tF.stride(0), F, KIND=kind, BLOCK=block, num_warps=warps
-        )
+        kernel[(t, triton.cdiv(F, block))](*tensors_tF, *strides, F, KIND=kind, BLOCK=block, num_warps=warps)
+
+
+def _launch_activation(gate_tF: torch.Tensor, up_tF: torch.Tensor, kind: int) -> None:
+    _launch(_gated_activation_kernel, kind, gate_tF, up_tF)
 
 
 def _launch_gradients(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, kind: int) -> None:
-    (t, F), (block, warps) = gate_tF.shape, _config(gate_tF)
-    strides = (gate_tF.stride(0), up_tF.stride(0), grad_tF.stride(0))
-    if t and F:
-        _gated_gradients_kernel[(t, triton.cdiv(F, block))](
-            gate_tF, up_tF, grad_tF, *strides, F, KIND=kind, BLOCK=block, num_warps=warps
-        )
+    _launch(_gated_gradients_kernel, kind, gate_tF, up_tF, grad_tF)
 
 
-def _config(gate_tF: torch.Tensor) -> tuple[int, int]:
-    return next((each for each in CONFIGS if each[0] >= gate_tF.shape[1]), CONFIGS[-1])
-
-
-# Without an autograd formula: tiling/gated_mlp.py implements the backward of a tile with these ops.
+# No autograd formula: tiling/gated_mlp.py implements the backward of a tile with these ops.
 _activation = torch.library.custom_op(
     "deepspeed_alst::gated_activation_", _launch_activation, mutates_args=("gate_tF",)
 )
@@ -172,7 +160,7 @@ def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: st
     Args:
         gate_tF: bf16, fp16 or fp32 (fp64 uses the reference); contiguous rows, row stride >= F, as in one half of a
             fused projection's output.
-        up_tF: same dtype and device, other memory; unchanged.
+        up_tF: same dtype and device, in other memory; unchanged.
         activation: one of ``ACTIVATIONS``.
     """
     pick("gated_activation", gate_tF)(gate_tF, up_tF, ACTIVATIONS.index(activation))
@@ -181,7 +169,7 @@ def gated_activation_(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: st
 def gated_gradients_(gate_tF: torch.Tensor, up_tF: torch.Tensor, grad_tF: torch.Tensor, activation: str) -> None:
     """Compute the gradients of ``a = act(gate) * up`` from that of ``a``, in place: ``[t, F]`` three times.
 
-    Afterwards ``gate_tF`` and ``up_tF`` hold their gradients, and ``grad_tF`` holds ``a``.
-    Arguments are those of ``gated_activation_``.
+    Afterwards ``gate_tF`` and ``up_tF`` hold their gradients, and ``grad_tF`` holds ``a``. The arguments are those of
+    ``gated_activation_``.
     """
     pick("gated_gradients", gate_tF)(gate_tF, up_tF, grad_tF, ACTIVATIONS.index(activation))

@@ -1,11 +1,11 @@
 """Buffer format of the head all-to-all, and packing of tensors into it and out of it.
 
 The buffer is ``[P, s, B, W]``: for each rank, token and sample ``h * D`` elements of the first tensor, then of the
-next. All implementations use this format, so ranks may use different ones. A tensor is given as a view of its pieces,
-``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of whole sequences. Piece i belongs to the m ranks
+next. Kernel and reference use the same format, so they may be mixed across ranks. A tensor is passed as a view of its
+pieces, ``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of full sequences. Piece i belongs to the m ranks
 ``[i*m, (i+1)*m)``: packing writes it m times (shared KV heads), unpacking sums the m in fp32 and rounds once.
 
-Triton is not imported here; where it is unavailable, torch packs.
+Triton is imported only when a kernel is first used; without it PyTorch packs.
 
 Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a rank, D head dim, g pieces, m = P/g.
 """
@@ -25,21 +25,21 @@ def by_heads(x_BHsD: torch.Tensor, num_pieces: int) -> torch.Tensor:
 
 
 def by_tokens(x_BhSD: torch.Tensor, num_pieces: int) -> torch.Tensor:
-    """View whole sequences as pieces of adjacent tokens: ``[B, h, S, D] -> [g, S/g, B, h, D]``."""
+    """View full sequences as pieces of adjacent tokens: ``[B, h, S, D] -> [g, S/g, B, h, D]``."""
     return x_BhSD.unflatten(2, (num_pieces, -1)).permute(2, 3, 0, 1, 4)
 
 
-def wire_shape(pieces: Sequence[torch.Tensor], num_ranks: int) -> tuple[int, int, int, int]:
+def buffer_shape(pieces: Sequence[torch.Tensor], num_ranks: int) -> tuple[int, int, int, int]:
     """Return ``P, s, B, W`` of the buffer for these pieces."""
     return num_ranks, *pieces[0].shape[1:3], sum(x.shape[3] * x.shape[4] for x in pieces)
 
 
-def _parts(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _parts(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return views of each tensor's pieces in the buffer: ``[g, m, s, B, h, D]``."""
     parts, first = [], 0
     for x_gsBhD in pieces:
         g, h, D = x_gsBhD.shape[0], *x_gsBhD.shape[3:]
-        part_PsBhD = wire_PsBW[..., first : first + h * D].unflatten(-1, (h, D))
+        part_PsBhD = buffer_PsBW[..., first : first + h * D].unflatten(-1, (h, D))
         parts.append(part_PsBhD.unflatten(0, (g, -1)))
         first += h * D
     return parts
@@ -47,23 +47,22 @@ def _parts(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[torc
 
 def pack_reference(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
     """Compute ``pack`` in PyTorch, as reference and fallback."""
-    wire_PsBW = pieces[0].new_empty(wire_shape(pieces, num_ranks))
-    for x_gsBhD, part in zip(pieces, _parts(wire_PsBW, pieces), strict=True):
+    buffer_PsBW = pieces[0].new_empty(buffer_shape(pieces, num_ranks))
+    for x_gsBhD, part in zip(pieces, _parts(buffer_PsBW, pieces), strict=True):
         part.copy_(x_gsBhD.unsqueeze(1))
-    return wire_PsBW
+    return buffer_PsBW
 
 
-def unpack_reference(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+def unpack_reference(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
     """Compute ``unpack_`` in PyTorch, as reference and fallback; fp64 is summed in fp64."""
-    for x_gsBhD, part in zip(pieces, _parts(wire_PsBW, pieces), strict=True):
-        x_gsBhD.copy_(
-            part[:, 0] if part.shape[1] == 1 else part.sum(1, dtype=torch.promote_types(part.dtype, torch.float32))
-        )
+    sum_dtype = torch.promote_types(buffer_PsBW.dtype, torch.float32)
+    for x_gsBhD, part in zip(pieces, _parts(buffer_PsBW, pieces), strict=True):
+        x_gsBhD.copy_(part[:, 0] if part.shape[1] == 1 else part.sum(1, dtype=sum_dtype))
 
 
 @functools.cache
-def _kernels() -> Callable[..., Any] | None:
-    """Return ``registry.pick``; None without Triton."""
+def _kernel_picker() -> Callable[..., Any] | None:
+    """Return ``registry.pick``, or None if Triton is not installed."""
     try:
         import deepspeed_alst.kernels.pack_heads  # noqa: F401
         from deepspeed_alst.kernels.registry import pick
@@ -73,20 +72,20 @@ def _kernels() -> Callable[..., Any] | None:
 
 
 def _run(name: str, reference: Callable[..., Any], x: torch.Tensor, pieces: Sequence[torch.Tensor], *args: Any) -> Any:
-    """Call the kernel if the pieces suit it and it runs on their device, else the reference."""
-    suits = x.dtype in _DTYPES and all(y.dtype == x.dtype and (y.shape[4] < 2 or y.stride(4) == 1) for y in pieces)
-    pick = _kernels() if suits else None
+    """Call the kernel if it supports the pieces and their device, else the reference."""
+    usable = x.dtype in _DTYPES and all(y.dtype == x.dtype and (y.shape[4] < 2 or y.stride(4) == 1) for y in pieces)
+    pick = _kernel_picker() if usable else None
     return (pick(name, x) if pick else reference)(*args)
 
 
 def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
     """Pack up to three tensors into the send buffer of an all-to-all: ``[g, s, B, h, D] -> [P, s, B, W]``.
 
-    Packing takes one pass. A single tensor whose pieces already have the buffer's layout is returned as a view.
+    One pass over memory; a single tensor whose pieces already have the buffer's layout is returned as a view.
 
     Args:
-        pieces: any strides; bf16, fp16 and fp32 use a kernel if the D elements of a head are contiguous. With different
-            dtypes, the buffer has the first one's: under autocast RoPE leaves q and k in fp32, and v in bf16.
+        pieces: any strides; bf16, fp16 and fp32 use a kernel if the D elements of a head are contiguous. The buffer has
+            the dtype of the first tensor: under autocast RoPE leaves q and k in fp32, and v in bf16.
         num_ranks: P, a multiple of each g.
     """
     first = pieces[0]
@@ -95,12 +94,12 @@ def pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
     return _run("pack_heads", pack_reference, first, pieces, list(pieces), num_ranks)
 
 
-def unpack_(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+def unpack_(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
     """Unpack the receive buffer of an all-to-all into up to three tensors, in one pass: ``[P, s, B, W]``.
 
     Args:
-        wire_PsBW: contiguous.
+        buffer_PsBW: contiguous.
         pieces: output views ``[g, s, B, h, D]``. If g < P, each piece is the sum of P/g ranks' pieces in fp32, rounded
             once.
     """
-    _run("unpack_heads_", unpack_reference, wire_PsBW, pieces, wire_PsBW, list(pieces))
+    _run("unpack_heads_", unpack_reference, buffer_PsBW, pieces, buffer_PsBW, list(pieces))

@@ -1,8 +1,7 @@
-"""Kernels that pack and unpack around an all-to-all, one launch each; ``head_layout.py`` has the format.
+"""Triton kernels that pack and unpack around an all-to-all, one launch each; the format is in ``head_layout.py``.
 
-Bytes moved per element: packing reads each piece once and writes the buffer once, 2 * itemsize per element of the
-buffer (4 in bf16, 8 in fp32), and ``(1 + 1/m) * itemsize`` if a piece goes to m ranks. Unpacking is the same with reads
-and writes exchanged. This is the minimum.
+Bytes moved per element of the buffer, the minimum: 2 * itemsize to pack (4 in bf16, 8 in fp32), each piece read once
+and the buffer written once, or ``(1 + 1/m) * itemsize`` if a piece goes to m ranks; the same to unpack.
 
 Legend: P ranks, s tokens of a shard, B batch, h heads of a rank, D head dim, g pieces, m = P/g, W = all h*D.
 """
@@ -13,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from deepspeed_alst.kernels.head_layout import by_heads, pack_reference, unpack_reference, wire_shape
+from deepspeed_alst.kernels.head_layout import buffer_shape, by_heads, pack_reference, unpack_reference
 from deepspeed_alst.kernels.registry import OPS, Op
 
-# Elements per program and its warps: in bf16, 2 loads of 16 bytes per thread. The block width is the one that pads a
-# part's h * D the least; the narrowest, 128 bytes in bf16, still fills whole cache lines.
+# Elements and warps per program: in bf16, 2 loads of 16 bytes per thread. The block width is the one that pads a
+# part's h * D the least; the narrowest, 128 bytes in bf16, still fills a cache line.
 _BLOCK, _WARPS = 4096, 8
 _COLUMNS = (1024, 512, 256, 128, 64)
 
@@ -28,7 +27,7 @@ def _num_blocks(s, B, SIZES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _move(block, wire_ptr, x_ptr, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
+def _move(block, buffer_ptr, x_ptr, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
     COPIES: tl.constexpr = SIZES[1]
     h: tl.constexpr = SIZES[2]
     D: tl.constexpr = SIZES[3]
@@ -41,36 +40,36 @@ def _move(block, wire_ptr, x_ptr, strides, s, B, W, SIZES: tl.constexpr, BLOCK: 
     tokens = (block // num_columns % num_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = block % num_columns * COLUMNS + tl.arange(0, COLUMNS)
     inside = (tokens < s)[:, None] & (columns < h * D)[None, :]
-    of_columns = (columns // D).to(tl.int64) * strides[3] + columns % D
-    x = x_ptr + g * strides[0] + b * strides[2] + (tokens * strides[1])[:, None] + of_columns[None, :]
-    wire = wire_ptr + (g * COPIES * s * B + b) * W + SIZES[5] + (tokens * B * W)[:, None] + columns[None, :]
+    column_offsets = (columns // D).to(tl.int64) * strides[3] + columns % D
+    x = x_ptr + g * strides[0] + b * strides[2] + (tokens * strides[1])[:, None] + column_offsets[None, :]
+    buffer = buffer_ptr + (g * COPIES * s * B + b) * W + SIZES[5] + (tokens * B * W)[:, None] + columns[None, :]
     to_next_rank = s.to(tl.int64) * B * W
     if PACK:
         value = tl.load(x, mask=inside)
         for copy in range(COPIES):
-            tl.store(wire + copy * to_next_rank, value, mask=inside)
+            tl.store(buffer + copy * to_next_rank, value, mask=inside)
     elif COPIES == 1:
-        tl.store(x, tl.load(wire, mask=inside), mask=inside)
+        tl.store(x, tl.load(buffer, mask=inside), mask=inside)
     else:
-        total = tl.load(wire, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(buffer, mask=inside, other=0.0).to(tl.float32)
         for copy in range(1, COPIES):
-            total += tl.load(wire + copy * to_next_rank, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(buffer + copy * to_next_rank, mask=inside, other=0.0).to(tl.float32)
         tl.store(x, total.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 # The sequence length changes from batch to batch; specializing on its divisors would only recompile.
 @triton.jit(do_not_specialize=["s"])
-def _heads_kernel(wire_ptr, x_ptrs, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
+def _heads_kernel(buffer_ptr, x_ptrs, strides, s, B, W, SIZES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
     block = tl.program_id(0)
     for part in tl.static_range(len(SIZES)):
         num_blocks = _num_blocks(s, B, SIZES[part], BLOCK)
         if (block >= 0) & (block < num_blocks):
-            _move(block, wire_ptr, x_ptrs[part], strides[part], s, B, W, SIZES[part], BLOCK, PACK)
+            _move(block, buffer_ptr, x_ptrs[part], strides[part], s, B, W, SIZES[part], BLOCK, PACK)
         block -= num_blocks
 
 
-def _launch(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor], is_pack: bool) -> None:
-    P, s, B, W = wire_PsBW.shape
+def _launch(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor], is_pack: bool) -> None:
+    P, s, B, W = buffer_PsBW.shape
     sizes, blocks, first = [], 0, 0
     for x_gsBhD in pieces:
         g, _, _, h, D = x_gsBhD.shape
@@ -81,32 +80,32 @@ def _launch(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor], is_pack: bo
     if blocks:
         strides = tuple(x.stride()[:4] for x in pieces)
         _heads_kernel[(blocks,)](
-            wire_PsBW, tuple(pieces), strides, s, B, W, tuple(sizes), _BLOCK, is_pack, num_warps=_WARPS
+            buffer_PsBW, tuple(pieces), strides, s, B, W, tuple(sizes), _BLOCK, is_pack, num_warps=_WARPS
         )
 
 
 def _launch_pack(pieces: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
-    wire_PsBW = pieces[0].new_empty(wire_shape(pieces, num_ranks))
-    _launch(wire_PsBW, pieces, is_pack=True)
-    return wire_PsBW
+    buffer_PsBW = pieces[0].new_empty(buffer_shape(pieces, num_ranks))
+    _launch(buffer_PsBW, pieces, is_pack=True)
+    return buffer_PsBW
 
 
-def _launch_unpack(wire_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
-    _launch(wire_PsBW, pieces, is_pack=False)
+def _launch_unpack(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    _launch(buffer_PsBW, pieces, is_pack=False)
 
 
-# Without an autograd formula: the backward in sequence_parallel/ulysses.py packs the tensors that its forward unpacked.
+# No autograd formula: the backward in sequence_parallel/ulysses.py packs the tensors that its forward unpacked.
 _pack_op = torch.library.custom_op("deepspeed_alst::pack_heads", _launch_pack, mutates_args=())
 _unpack_op = torch.library.custom_op("deepspeed_alst::unpack_heads_", _launch_unpack, mutates_args=("pieces",))
 
 
 @_pack_op.register_fake
 def _fake(pieces, num_ranks):
-    return pieces[0].new_empty(wire_shape(pieces, num_ranks))
+    return pieces[0].new_empty(buffer_shape(pieces, num_ranks))
 
 
 def _example_pieces(device: torch.device) -> list[torch.Tensor]:
-    """Create pieces for 4 ranks, 2 per KV head: 3 tokens, 2 samples, head dims 40 and 24."""
+    """Return pieces for 4 ranks, 2 per KV head: 3 tokens, 2 samples, head dims 40 and 24."""
     return [
         by_heads(torch.randn(2, 3, heads, D, device=device).transpose(1, 2), pieces)
         for heads, D, pieces in ((8, 40, 4), (2, 40, 2), (2, 24, 2))

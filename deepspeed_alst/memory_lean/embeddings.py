@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.gated_mlp import is_foreign
+from deepspeed_alst.tiling.gated_mlp import is_user_hook
 
 
 class Embeddings:
@@ -56,4 +56,4 @@ def is_watched(module: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
     """
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers.modeling_utils marks embeddings as requiring a gradient.
-    return any(is_foreign(hook) and hook.__module__ not in ("transformers.modeling_utils", *but) for hook in hooks)
+    return any(is_user_hook(hook) and hook.__module__ not in ("transformers.modeling_utils", *but) for hook in hooks)

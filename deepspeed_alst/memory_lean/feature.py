@@ -36,7 +36,7 @@ from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
-from deepspeed_alst.tiling.tiled_module import TiledModule, autocast_as_here, dropout_rates
+from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 
 _LEARNED_FROM = 8  # tokens
@@ -281,7 +281,7 @@ class LeanLayer:
             attention=attention,
             shape=(B, s),
             drawing=branch(),
-            autocast=autocast_as_here(x_BsM.device.type),
+            autocast=current_autocast(x_BsM.device.type),
             new_group=functools.partial(_new_group, self._policy, self._layer),
             saves_output=self._policy is not None and self._policy.saves_attention,
             keys=wanted_records(),

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, of_size, own_gradient
-from deepspeed_alst.tiling.tiled_module import autocast_as_here, gradients_of
+from deepspeed_alst.tiling.tiled_module import current_autocast, gradients_of
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks
 
 NewGroup = Callable[[], Callable[[torch.Tensor], Saved]]
@@ -35,7 +35,7 @@ class _NormPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, norm: ChunkedNorm, saves: bool, x_BsM: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         ctx.norm, ctx.weights, ctx.chunks = norm, weights, of_size(0, x_BsM.shape[1], norm.sizes.chunk_tokens)
-        ctx.autocast, ctx.inputs, y_BsM = autocast_as_here(x_BsM.device.type), list[Saved](), None
+        ctx.autocast, ctx.inputs, y_BsM = current_autocast(x_BsM.device.type), list[Saved](), None
         for chunk in ctx.chunks:
             if saves:
                 ctx.inputs.append(norm.new_group()(x_BsM[:, chunk]))

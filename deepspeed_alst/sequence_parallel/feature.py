@@ -112,9 +112,9 @@ def patch_model(
         hf_positions.give_whole_length(base, calls, patches)
         hf_positions.scale_queries_by_position(base, rank, calls, patches)
     if linear := len(linear_layers(base)):
-        from deepspeed_alst.linear_attention.split_layers import split_linear_layers
+        from deepspeed_alst.linear_attention.sharded_layers import shard_linear_layers
 
-        split_linear_layers(base, group, calls, patches)
+        shard_linear_layers(base, group, calls, patches)
         parts.append(f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls")
     _replace_loss(base, group, calls, patches)
     if whole_loss:

@@ -19,7 +19,7 @@ class TiledMlp(Feature):
         self._summary = tile_mlps(run.spec, self._budget, run.leaf, patches, run.calls)
 
     def report(self) -> list[tuple[str, str]]:
-        """Return what is tiled."""
+        """Return the tiled modules and the size of a tile."""
         return [("tiled MLP", self._summary)]
 
 
@@ -30,16 +30,16 @@ class TiledLoss(Feature):
         self._budget, self._liger = budget, liger
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
-        """Patch the head, and at SP 1 the loss; under SP the loss is patched already."""
-        from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+        """Patch the head, and without sequence parallelism, which has its own loss, the loss."""
+        from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 
         budget = self._budget
         if budget.backend == "auto" and self._liger is not None and self._liger.makes_loss:
             budget = budget.model_copy(update={"backend": "liger"})
         self._summary = tile_loss(run.spec, budget, run.calls, run.leaf, patches)
         if run.session is None:
-            replace_whole_loss(run.spec, patches)
+            patch_unsharded_loss(run.spec, patches)
 
     def report(self) -> list[tuple[str, str]]:
-        """Return what is tiled."""
+        """Return the head's class, the size of a tile and the kernel."""
         return [("tiled loss", self._summary)]

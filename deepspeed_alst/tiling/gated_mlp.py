@@ -18,12 +18,11 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated, tolerance
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
 
-_COPIES = 3
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# Packages whose hooks do not change values: DeepSpeed's gather weights, this package's are known.
-_HARMLESS = ("deepspeed", "deepspeed_alst")
-# Values of gate and up go up to sinh(10) = 11013, half of them below 75.
-_PROBED_VALUES, _PROBED_ROWS, _REACH = 512, 4, 10.0
+# Packages whose hooks do not change values.
+_KNOWN_PACKAGES = ("deepspeed", "deepspeed_alst")
+# Probe values of gate and up go up to sinh(10) = 11013; half of them are below 75.
+_PROBE_VALUES, _PROBE_ROWS, _MAX_ASINH = 512, 4, 10.0
 
 
 @dataclass(frozen=True)
@@ -32,22 +31,22 @@ class GatedMlp:
 
     activation: str
     """One of ``kernels.gated.ACTIVATIONS``."""
-    first: tuple[torch.nn.Linear, ...]
-    """Linears of gate and up; or one Linear whose output holds both as halves."""
-    up_comes_first: bool
+    gate_up: tuple[torch.nn.Linear, ...]
+    """Linears of gate and up, or one Linear whose output has both as halves."""
+    up_first: bool
     """True if up is the first of the two."""
     down: torch.nn.Linear
 
     def row_bytes(self, element_size: int) -> int:
         """Return the bytes per row in the backward: gate, up and ``d_a``. The forward needs the first two."""
-        return _COPIES * self.down.in_features * element_size
+        return 3 * self.down.in_features * element_size
 
     def forward(self, x_tM: torch.Tensor, out_tM: torch.Tensor) -> None:
         """Compute the module's output of one tile into ``out_tM``."""
         # Imported here to load Triton only if tiles are used.
         from deepspeed_alst.kernels.gated import gated_activation_
 
-        gate_tF, up_tF = self.halves([_linear(x_tM, linear) for linear in self.first])
+        gate_tF, up_tF = self.halves([_linear(x_tM, linear) for linear in self.gate_up])
         gated_activation_(gate_tF, up_tF, self.activation)
         _linear(gate_tF, self.down, out_tM)
 
@@ -57,23 +56,23 @@ class GatedMlp:
         """Compute gradients of one tile: of trainable weights into ``sums``, of ``x_tM`` into ``out_tM``, if any."""
         from deepspeed_alst.kernels.gated import gated_gradients_
 
-        made = [_linear(x_tM, linear) for linear in self.first]
+        grads = [_linear(x_tM, linear) for linear in self.gate_up]  # outputs, overwritten by their gradients
         act_tF = grad_tM @ self.down.weight
-        gated_gradients_(*self.halves(made), act_tF, self.activation)
+        gated_gradients_(*self.halves(grads), act_tF, self.activation)
         add_linear_gradients(sums, self.down, grad_tM, act_tF)
         del act_tF
-        for linear, grad in zip(self.first, made, strict=True):
+        for linear, grad in zip(self.gate_up, grads, strict=True):
             add_linear_gradients(sums, linear, grad, x_tM)
         if out_tM is not None:
-            torch.mm(made[0], self.first[0].weight, out=out_tM)
-            for linear, grad in zip(self.first[1:], made[1:], strict=True):
+            torch.mm(grads[0], self.gate_up[0].weight, out=out_tM)
+            for linear, grad in zip(self.gate_up[1:], grads[1:], strict=True):
                 torch.addmm(out_tM, grad, linear.weight, out=out_tM)
 
-    def halves(self, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return gate and up, ``[t, F]``, as views of the first Linears' outputs."""
-        if len(made) == 1:
-            made = made[0].split(self.down.in_features, 1)
-        return made[::-1] if self.up_comes_first else made
+    def halves(self, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return gate and up, ``[t, F]``, as views of the outputs of ``gate_up``."""
+        if len(outputs) == 1:
+            outputs = outputs[0].split(self.down.in_features, 1)
+        return outputs[::-1] if self.up_first else outputs
 
 
 def _linear(x: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -90,11 +89,11 @@ def add_linear_gradients(sums: WeightGradients, linear: torch.nn.Linear, grad: t
         sums.add(linear.bias, grad.sum(0))
 
 
-def runs_plainly(module: torch.nn.Module, forward: Callable[..., Any], x: torch.Tensor) -> bool:
-    """Return True if ``forward`` is a module's own and runs on plain tensors of one dtype, without foreign hooks."""
+def allows_closed_form(module: torch.nn.Module, forward: Callable[..., Any], x: torch.Tensor) -> bool:
+    """Return True if ``forward`` is the module's own, on plain tensors of one dtype, without user hooks or autocast."""
     if getattr(forward, "__func__", None) is not type(module).forward or torch.is_autocast_enabled(x.device.type):
         return False
-    if any(is_foreign(hook) for kind in _HOOKS for hook in getattr(torch_modules, f"_global{kind}").values()):
+    if any(is_user_hook(hook) for kind in _HOOKS for hook in getattr(torch_modules, f"_global{kind}").values()):
         return False
     inner = [each for each in module.modules() if each is not module]
     if any("forward" in vars(each) or any(getattr(each, kind) for kind in _HOOKS) for each in inner):
@@ -105,87 +104,87 @@ def runs_plainly(module: torch.nn.Module, forward: Callable[..., Any], x: torch.
     )
 
 
-def is_foreign(hook: Any) -> bool:
+def is_user_hook(hook: Any) -> bool:
     """Return True if a hook is neither this package's nor DeepSpeed's."""
     owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
-    return owner.split(".")[0] not in _HARMLESS
+    return owner.split(".")[0] not in _KNOWN_PACKAGES
 
 
 def find_gated_mlp(
     module: torch.nn.Module, forward: Callable[..., Any], dims: int, device: torch.device
 ) -> GatedMlp | None:
-    """Return a module as a gated MLP, known by what it computes; None if it is not one, or anything more.
+    """Return the closed form of a module that computes exactly a gated MLP, or None.
 
     The code between the Linears runs in fp64 on values of all magnitudes, forward and backward, and must match a known
-    activation to the last digits. So a module with a factor, a clamp, an adapter or a norm is none. ``dims`` is the
-    number of dims of its input.
+    activation. So a module with a factor, a clamp, an adapter or a norm has none. ``dims`` is the number of dims of its
+    input.
     """
     linears = [each for each in module.modules() if type(each) is torch.nn.Linear]
-    of_linears = {id(param) for linear in linears for param in linear.parameters()}
-    if len(linears) not in (2, 3) or {id(param) for param in module.parameters()} != of_linears:
+    linear_params = {id(param) for linear in linears for param in linear.parameters()}
+    if len(linears) not in (2, 3) or {id(param) for param in module.parameters()} != linear_params:
         return None
     if any(True for _ in module.buffers()):
         return None
     try:
-        return run_isolated(_prove, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
-    except Exception:  # an arbitrary forward gets inputs that it does not expect
+        return run_isolated(_detect, forward, linears, dims, torch.device("cpu") if device.type == "meta" else device)
+    except Exception:  # an arbitrary forward gets unexpected inputs
         return None
 
 
-def _prove(
+def _detect(
     forward: Callable[..., Any], linears: list[torch.nn.Linear], dims: int, device: torch.device
 ) -> GatedMlp | None:
-    """Run a forward with Linears that return chosen values, and find the closed form between them."""
+    """Run a forward with Linears that return probe values, and find the closed form between them."""
     from deepspeed_alst.kernels.gated import ACTIVATIONS
 
-    outputs = {linear: _probe(linear.out_features, dims, device, seed) for seed, linear in enumerate(linears)}
-    x = _probe(linears[0].in_features, dims, device, len(linears))
+    outputs = {linear: _probe_values(linear.out_features, dims, device, seed) for seed, linear in enumerate(linears)}
+    x = _probe_values(linears[0].in_features, dims, device, len(linears))
     calls: list[tuple[torch.nn.Linear, torch.Tensor]] = []
 
-    def output(linear: torch.nn.Linear, given: torch.Tensor) -> torch.Tensor:
-        calls.append((linear, given))
+    def record(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        calls.append((linear, x))
         return outputs[linear]
 
     with PatchSet() as patches:
         for linear in linears:
-            patches.set(linear, "forward", functools.partial(output, linear))
-        value = forward(x)
+            patches.set(linear, "forward", functools.partial(record, linear))
+        result = forward(x)
     *first, (down, act) = calls
     each_once = len(calls) == len(linears) == len({linear for linear, _ in calls})
     F, sizes = down.in_features, {linear.out_features for linear, _ in first}
-    if not each_once or value is not outputs[down] or any(given is not x for _, given in first):
+    if not each_once or result is not outputs[down] or any(given is not x for _, given in first):
         return None
     if sizes != {F * 2 // len(first)} or act.shape[-1] != F:
         return None
-    made = [outputs[linear] for linear, _ in first]
-    refuse_foreign_weights([act], made, "what lies between them")
-    seed = torch.cos(torch.arange(act.numel(), dtype=act.dtype, device=act.device)).view_as(act)
-    grads = torch.autograd.grad(act, made, seed)
+    gate_up = [outputs[linear] for linear, _ in first]
+    refuse_foreign_weights([act], gate_up, "the activation")
+    grad = torch.cos(torch.arange(act.numel(), dtype=act.dtype, device=act.device)).view_as(act)
+    grads = torch.autograd.grad(act, gate_up, grad)
     forms = (
-        GatedMlp(activation, tuple(linear for linear, _ in first), up_comes_first, down)
+        GatedMlp(activation, tuple(linear for linear, _ in first), up_first, down)
         for activation in ACTIVATIONS
-        for up_comes_first in (False, True)
+        for up_first in (False, True)
     )
-    return next((form for form in forms if _matches(form, made, act, grads, seed)), None)
+    return next((form for form in forms if _matches(form, gate_up, act, grad, grads)), None)
 
 
 def _matches(
-    form: GatedMlp, made: list[torch.Tensor], act: torch.Tensor, grads: tuple[torch.Tensor, ...], seed: torch.Tensor
+    form: GatedMlp, gate_up: list[torch.Tensor], act: torch.Tensor, grad: torch.Tensor, grads: tuple[torch.Tensor, ...]
 ) -> bool:
-    """Return True if a closed form maps ``made`` to ``act``, and its gradient ``seed`` to ``grads``."""
+    """Return True if a closed form maps ``gate_up`` to ``act``, and the gradient ``grad`` of it to ``grads``."""
     from deepspeed_alst.kernels.gated import gated_gradients_
 
-    *rows, found = (each.detach().flatten(0, -2).clone() for each in (*made, seed))
-    gated_gradients_(*form.halves(rows), found, form.activation)
-    pairs = zip((found, *rows), (act.detach(), *grads), strict=True)
+    *found, found_act = (each.detach().flatten(0, -2).clone() for each in (*gate_up, grad))
+    gated_gradients_(*form.halves(found), found_act, form.activation)
+    pairs = zip((found_act, *found), (act.detach(), *grads), strict=True)
     # FastGELU has ten-digit constants; another activation or a clamp differs by more than 1e-5.
-    most = tolerance(torch.float64)
-    return all(torch.allclose(one, true.flatten(0, -2), rtol=most, atol=most) for one, true in pairs)
+    limit = tolerance(torch.float64)
+    return all(torch.allclose(one, true.flatten(0, -2), rtol=limit, atol=limit) for one, true in pairs)
 
 
-def _probe(features: int, dims: int, device: torch.device, seed: int) -> torch.Tensor:
+def _probe_values(features: int, dims: int, device: torch.device, seed: int) -> torch.Tensor:
     """Return shuffled values of all magnitudes, with the number of dims that the module expects."""
-    rows = max(_PROBED_ROWS, -(-_PROBED_VALUES // features))
+    rows = max(_PROBE_ROWS, -(-_PROBE_VALUES // features))
     order = torch.randperm(rows * features, generator=torch.Generator().manual_seed(seed), device="cpu")
-    values = torch.linspace(-_REACH, _REACH, rows * features, dtype=torch.float64, device="cpu").sinh()[order]
+    values = torch.linspace(-_MAX_ASINH, _MAX_ASINH, rows * features, dtype=torch.float64, device="cpu").sinh()[order]
     return values.view(*[1] * (dims - 2), rows, features).to(device).requires_grad_()

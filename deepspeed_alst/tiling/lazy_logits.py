@@ -1,7 +1,7 @@
-"""Deferred logits, materialized at first use; the loss computes them one tile at a time.
+"""Lazy logits, materialized at first use; the loss computes them one tile at a time.
 
-A causal language model calls its head, applies a few ops to the logits (a scale, a soft cap), and passes them to its
-loss. While a forward has labels, the head returns ``LazyLogits``, which record these ops.
+A causal language model calls its head, applies a few ops to the logits (a scale, a softcap), and passes them to its
+loss. In a forward with labels the head returns ``LazyLogits``, which record these ops.
 
 Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hidden size, V vocabulary.
 """
@@ -16,49 +16,49 @@ from torch.utils._pytree import tree_map_only
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.distributed.sequence_loss import shard_loss
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
-from deepspeed_alst.tiling.loss import OnTheWay, Step, loss_tile_rows, on_the_way, tiled_loss
+from deepspeed_alst.tiling.loss import LogitOps, LogitTransform, fuse_ops, loss_tile_rows, tiled_loss
 
 # Elementwise ops on logits, recorded if their other arguments are scalars.
 _RECORDED = {
     *("mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv", "rtruediv"),
     *("add", "radd", "sub", "rsub", "neg", "tanh", "float", "double", "to", "detach"),
 }
-# Answered without materializing the logits.
-_OF_THE_SHAPE = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"}
-_OF_THE_VALUES = {torch.Tensor.data.__get__, torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
-_VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+# Attributes and methods that do not materialize the logits, and attributes that do.
+_SHAPE_QUERIES = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"}
+_VALUE_GETTERS = {torch.Tensor.data.__get__, torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
+_DETACHES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 @dataclass
 class LazyHead:
-    """LM head of one model, with the state of its deferred logits."""
+    """LM head of one model, with the state of its lazy logits."""
 
     module: torch.nn.Module
     forward: Callable[[torch.Tensor], torch.Tensor]
     """Original forward of the module."""
     budget: TiledLossConfig
-    """Config of the tiled loss: size of a tile's logits, and backend."""
     deferring: bool = False
+    """True in a forward whose logits are lazy."""
     logits_wanted: bool = False
-    """True if the model's caller asked for logits: they are materialized at the end of its forward."""
-    work: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """True to materialize the logits at the end of the model's forward."""
+    override: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Function that the head's next call runs instead of its forward, with its weights gathered."""
     is_tiled: bool = False
     """True if the loss of this forward was computed in tiles."""
     for_loss: "LazyLogits | None" = None
-    """Logits of the last forward, if its loss is computed after it: ZeRO-3's hooks detach a model's outputs."""
-    kept: list[torch.Tensor] | None = None
+    """Logits of the last forward, if its loss is computed after it, where ZeRO-3's hooks have detached the output."""
+    weights_copy: list[torch.Tensor] | None = None
     """Copy of the weights for the logits of evaluations, until the next forward in training."""
 
     def copy_weights(self) -> list[torch.Tensor]:
-        """Return a copy of the weights, the last one if they have not changed.
+        """Return a copy of the weights, the previous one if they are unchanged.
 
-        A rank may use an evaluation's logits alone, or after an optimizer step: it could not all-gather the weights.
+        Logits of an evaluation may be used on one rank only or after an optimizer step: no all-gather is possible then.
         """
         params = [param.detach() for param in self.module.parameters()]
-        if self.kept is None or not all(map(torch.equal, self.kept, params)):
-            self.kept = [param.clone() for param in params]
-        return self.kept
+        if self.weights_copy is None or not all(map(torch.equal, self.weights_copy, params)):
+            self.weights_copy = [param.clone() for param in params]
+        return self.weights_copy
 
     def forward_with(self, weights: list[torch.Tensor], hidden_BsH: torch.Tensor) -> torch.Tensor:
         """Run the head's own forward with other weights."""
@@ -77,11 +77,11 @@ class LazyLogits(torch.Tensor):
     """Lazy ``[B, s, V]`` logits; any op not known to be elementwise materializes them."""
 
     @staticmethod
-    def __new__(cls, head: LazyHead, hidden_BsH: torch.Tensor, steps: tuple[Step, ...] = (), *_: Any) -> "LazyLogits":
-        """Create a tensor with a shape and no storage."""
+    def __new__(cls, head: LazyHead, hidden_BsH: torch.Tensor, ops: LogitOps = (), *_: Any) -> "LazyLogits":
+        """Create a tensor without storage."""
         weight = next(param for param in head.module.parameters() if param.dim() > 1 or hasattr(param, "ds_shape"))
         vocab = getattr(head.module, "out_features", None) or getattr(weight, "ds_shape", weight.shape)[0]
-        dtype = _after(hidden_BsH.new_empty(0), steps).dtype
+        dtype = _apply_ops(hidden_BsH.new_empty(0), ops).dtype
         shape = (*hidden_BsH.shape[:-1], vocab)
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden_BsH.device)
 
@@ -89,112 +89,112 @@ class LazyLogits(torch.Tensor):
         self,
         head: LazyHead,
         hidden_BsH: torch.Tensor,
-        steps: tuple[Step, ...] = (),
+        ops: LogitOps = (),
         weights: list[torch.Tensor] | None = None,
-        drawing: Branch | None = None,
+        draws: Branch | None = None,
     ) -> None:
-        self._head, self._hidden, self._steps, self._weights = head, hidden_BsH, steps, weights
-        self._drawing = branch() if drawing is None else drawing
-        self._made: torch.Tensor | None = None
+        self._head, self._hidden, self._ops, self._weights = head, hidden_BsH, ops, weights
+        self._draws = branch() if draws is None else draws
+        self._value: torch.Tensor | None = None
 
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        """Sum the cross-entropy of the labelled tokens and divide it, ``[B, s], [] -> []``."""
+        """Return the summed cross-entropy of the labelled tokens over ``divisor``: ``[B, s], [] -> []``."""
         head, vocab = self._head, self.shape[-1]
         head.is_tiled = True
-        kernel, steps = _kernel_of(head.budget.backend, self._hidden, self._steps)
+        kernel, ops = _split_ops(head.budget.backend, self._hidden, self._ops)
 
-        def work(hidden_TH: torch.Tensor) -> torch.Tensor:
+        def loss(hidden_TH: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():
                 self._weights = head.copy_weights()
             return tiled_loss(
-                lambda tile: _after(head.forward(tile), steps),
+                lambda tile: _apply_ops(head.forward(tile), ops),
                 list(head.module.parameters()),
                 hidden_TH,
                 labels_Bs.flatten().to(hidden_TH.device),
                 1 / divisor.to(hidden_TH.device),
-                loss_tile_rows(head.budget, vocab, in_place=kernel is not None and not steps),
+                loss_tile_rows(head.budget, vocab, in_place=kernel is not None and not ops),
                 label_smoothing,
                 kernel,
-                self._drawing,
+                self._draws,
             )
 
-        return self._call(work, self._hidden.flatten(0, -2))
+        return self._call(loss, self._hidden.flatten(0, -2))
 
-    def make(self) -> torch.Tensor:
-        """Materialize the logits, ``[B, s, V]``, of an evaluation with the weights that it had."""
-        if self._made is None:
-            with self._drawing():
+    def materialize(self) -> torch.Tensor:
+        """Compute the logits, ``[B, s, V]``; in an evaluation with the weights at the time of its loss."""
+        if self._value is None:
+            with self._draws():
                 if self._weights is not None:
                     logits = self._head.forward_with(self._weights, self._hidden)
                 else:
                     logits = self._call(self._head.forward, self._hidden)
-            self._made = _after(logits, self._steps)
-        return self._made
+            self._value = _apply_ops(logits, self._ops)
+        return self._value
 
-    def _call(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """Run ``work`` in a call of the head's module, whose hooks gather its weights."""
-        self._head.work = work
+    def _call(self, function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """Run a function in a call of the head's module, whose hooks gather its weights."""
+        self._head.override = function
         try:
             return self._head.module(hidden)
         finally:
-            self._head.work = None
+            self._head.override = None
 
-    def _then(self, *step: Any) -> "LazyLogits":
-        return LazyLogits(self._head, self._hidden, (*self._steps, step), self._weights, self._drawing)
+    def _append(self, *op: Any) -> "LazyLogits":
+        return LazyLogits(self._head, self._hidden, (*self._ops, op), self._weights, self._draws)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.__name__
-        if name in _OF_THE_SHAPE or name == "__set__" or (name == "__get__" and func not in _OF_THE_VALUES):
+        if name in _SHAPE_QUERIES or name == "__set__" or (name == "__get__" and func not in _VALUE_GETTERS):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        places = [place for place, each in enumerate(args) if isinstance(each, cls)]
-        if name == "contiguous" and places:
+        indices = [index for index, each in enumerate(args) if isinstance(each, cls)]
+        if name == "contiguous" and indices:
             return args[0]
         others = [each for each in (*args, *kwargs.values()) if not isinstance(each, cls)]
-        is_plain = not any(isinstance(each, torch.Tensor) and (each.dim() or each.requires_grad) for each in others)
+        are_scalars = not any(isinstance(each, torch.Tensor) and (each.dim() or each.requires_grad) for each in others)
         is_recorded = name.removeprefix("__").removesuffix("__") in _RECORDED
-        if is_recorded and is_plain and len(places) == 1 and args[places[0]]._made is None:
-            place = places[0]
-            return args[place]._then(func, args[:place], args[place + 1 :], kwargs)
-        return func(*_made(args), **_made(kwargs))
+        if is_recorded and are_scalars and len(indices) == 1 and args[indices[0]]._value is None:
+            index = indices[0]
+            return args[index]._append(func, args[:index], args[index + 1 :], kwargs)
+        return func(*_materialize_all(args), **_materialize_all(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _VIEWS and isinstance(args[0], cls) and args[0]._made is None:
-            return args[0]._then(torch.Tensor.detach, (), (), {})
-        return func(*_made(args), **_made(kwargs or {}))
+        if func in _DETACHES and isinstance(args[0], cls) and args[0]._value is None:
+            return args[0]._append(torch.Tensor.detach, (), (), {})
+        return func(*_materialize_all(args), **_materialize_all(kwargs or {}))
 
 
-def _made(arguments: Any) -> Any:
-    return tree_map_only(LazyLogits, LazyLogits.make, arguments)
+def _materialize_all(arguments: Any) -> Any:
+    return tree_map_only(LazyLogits, LazyLogits.materialize, arguments)
 
 
-def _after(logits: torch.Tensor, steps: tuple[Step, ...]) -> torch.Tensor:
-    for function, before, after, keywords in steps:
+def _apply_ops(logits: torch.Tensor, ops: LogitOps) -> torch.Tensor:
+    for function, before, after, keywords in ops:
         logits = function(*before, logits, *after, **keywords)
     return logits
 
 
-def _kernel_of(backend: str, hidden: torch.Tensor, steps: tuple[Step, ...]) -> tuple[OnTheWay | None, tuple[Step, ...]]:
-    """Return the logit ops fused into the loss kernel, None without a kernel, and the steps left to torch."""
+def _split_ops(backend: str, hidden: torch.Tensor, ops: LogitOps) -> tuple[LogitTransform | None, LogitOps]:
+    """Return the ops fused into the loss kernel (None without a kernel) and those left to torch."""
     if backend == "torch" or hidden.dtype == torch.float64:
-        return None, steps
-    try:  # Triton is imported on demand: not every system has it
+        return None, ops
+    try:  # Triton is optional
         from deepspeed_alst.kernels.registry import has_kernel, runs_on
 
         if not runs_on(hidden.device):
-            return None, steps
+            return None, ops
         import deepspeed_alst.kernels.cross_entropy  # noqa: F401
     except ImportError:
-        return None, steps
-    by_liger = backend == "liger" and runs_on(hidden.device)
-    if not by_liger and not has_kernel("cross_entropy", hidden.device):
-        return None, steps
-    fused = on_the_way(steps)
-    if fused is None or (by_liger and fused.logit_scale != 1):
-        return OnTheWay(by_liger=by_liger), steps
-    return replace(fused, by_liger=by_liger), ()
+        return None, ops
+    use_liger = backend == "liger"
+    if not use_liger and not has_kernel("cross_entropy", hidden.device):
+        return None, ops
+    fused = fuse_ops(ops)
+    if fused is None or (use_liger and fused.logit_scale != 1):
+        return LogitTransform(use_liger=use_liger), ops
+    return replace(fused, use_liger=use_liger), ()
 
 
 def share_of_loss(
@@ -203,7 +203,7 @@ def share_of_loss(
     divisor: torch.Tensor,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Compute this rank's share of a loss, ``[B, s, V], [B, s], [] -> []``; deferred logits in tiles."""
+    """Compute this rank's share of a loss, ``[B, s, V], [B, s], [] -> []``; from lazy logits in tiles."""
     if isinstance(logits, LazyLogits):
         return logits.loss(labels_Bs, divisor, label_smoothing)
     return shard_loss(logits.flatten(0, -2), labels_Bs.flatten(), divisor, label_smoothing)

@@ -1,4 +1,4 @@
-"""Tiled logits and loss of a transformers model; every patch goes onto an undo stack."""
+"""Tiled logits and loss of a transformers model."""
 
 import contextlib
 import warnings
@@ -29,13 +29,13 @@ def tile_loss(
     leaf: Callable[[Any], None],
     patches: PatchSet,
 ) -> str:
-    """Make a causal LM compute its logits tile by tile, within its loss; return a description.
+    """Make a causal LM compute its logits tile by tile within its loss; return a description.
 
-    ``leaf`` is called with the head, to make it a leaf whose weights ZeRO-3 gathers as one (tiling/zero3_leaf.py).
+    ``leaf`` makes the head a ZeRO-3 leaf, whose weights are gathered once per pass (tiling/zero3_leaf.py).
 
     Raises:
         UnsupportedModelError: the model has no output embeddings.
-        SetupError: the chosen kernels cannot run here.
+        SetupError: the chosen kernel cannot run on this machine.
     """
     if budget.backend == "liger":
         check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
@@ -44,19 +44,18 @@ def tile_loss(
 
         if not torch.cuda.is_available() and not runs_on(torch.device("cpu")):
             raise SetupError(
-                "alst.tiled_logits_loss: 'triton' needs a GPU, and there is none here. Use 'auto' or 'torch'; to try "
-                "the kernel on CPU, a thousand times slower, set TRITON_INTERPRET=1 in the environment."
+                "alst.tiled_logits_loss: 'triton' needs a GPU. Use 'auto' or 'torch', or set TRITON_INTERPRET=1 in the "
+                "environment to run the kernel on CPU, a thousand times slower."
             )
     module = spec.head
     if module is None:
         raise UnsupportedModelError(
-            f"alst.tiled_logits_loss: {spec.name} has no output embeddings (lm_head) to run in tiles. "
-            "Set the key to false."
+            f"alst.tiled_logits_loss: {spec.name} has no output embeddings (lm_head). Set the key to false."
         )
     head = LazyHead(module, module.forward, budget)
     leaf(module)
-    _defer(head, patches)
-    _watch_calls(spec, head, calls, patches)
+    _patch_head(head, patches)
+    _hook_forward(spec, head, calls, patches)
     patches.set(spec.model, "alst_head", head)
     size = f"{budget.tile_tokens} tokens" if budget.tile_tokens else f"{budget.tile_bytes / 2**20:.0f} MiB"
     on_gpu = "Liger's" if budget.backend == "liger" else "Triton's"
@@ -64,23 +63,23 @@ def tile_loss(
     return f"{type(module).__name__}, tiles of {size}; {by_kernel}outputs.logits is None in training"
 
 
-def _watch_calls(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patches: PatchSet) -> None:
-    """Defer the head's logits in forwards with labels, and raise if their loss is not tiled."""
+def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patches: PatchSet) -> None:
+    """Make the head's logits lazy in forwards with labels, and raise if their loss is not tiled."""
 
     def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
         head.deferring = (has_labels or calls.loss_follows) and not calls.whole
         head.is_tiled, head.for_loss = False, None
         if torch.is_grad_enabled():
-            head.kept = None
+            head.weights_copy = None
 
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
         makes_loss, head.deferring = head.deferring and not calls.loss_follows, False
         is_tiled = head.is_tiled or has_fused_head(output)
         if makes_loss and module.training and torch.is_grad_enabled() and not is_tiled:
             raise UnsupportedModelError(
-                f"alst.tiled_logits_loss: {spec.name} made its loss of whole logits, by a way "
-                "of its own from its head to its loss. Set the key to false."
+                f"alst.tiled_logits_loss: {spec.name} computes its loss from full logits, because it does not pass its "
+                "head's output to model.loss_function. Set the key to false."
             )
         if isinstance(getattr(output, "logits", None), LazyLogits):
             if calls.loss_follows:
@@ -89,7 +88,7 @@ def _watch_calls(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patches
                 output.logits = None
                 add_properties(output, logits=_LOGITS_OF_TRAINING)
             elif head.logits_wanted:
-                output.logits = output.logits.make()
+                output.logits = output.logits.materialize()
 
     # Every call passes the outermost module.
     patches.hook(spec.outer, "forward_pre", start, with_kwargs=True)
@@ -98,15 +97,15 @@ def _watch_calls(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patches
 
 def _logits(output: Any) -> Any:
     """Return an output's ``logits``; warn if they are None."""
-    made = vars(output).get("logits")
-    if made is None:
+    logits = vars(output).get("logits")
+    if logits is None:
         warnings.warn(
-            "outputs.logits is None in training: alst.tiled_logits_loss makes logits in tiles, within the loss. Set "
-            "the key to false to have them. Where sequence_parallel_size is above 1 they are a shard's, and a loss "
-            "made of them is refused: use outputs.loss",
+            "outputs.logits is None in training: alst.tiled_logits_loss computes logits in tiles within the loss. Set "
+            "the key to false to get them. With sequence_parallel_size above 1 they cover a shard only, and a loss "
+            "computed from them is an error: use outputs.loss",
             stacklevel=2,
         )
-    return made
+    return logits
 
 
 _LOGITS_OF_TRAINING = property(_logits, lambda output, value: set_entry(vars(output), "logits", value))
@@ -114,29 +113,25 @@ _LOGITS_OF_TRAINING = property(_logits, lambda output, value: set_entry(vars(out
 
 @contextlib.contextmanager
 def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """Set whether evaluations inside need logits as tensors; without tiling they always get them."""
+    """Set whether evaluations inside return logits as plain tensors; without tiling they always do."""
     head = getattr(ModelSpec(model).model, "alst_head", None)
-    if head is not None:
-        head.logits_wanted = wanted
-    try:
-        yield
-    finally:
+    with PatchSet() as patches:
         if head is not None:
-            head.logits_wanted = False
+            patches.set(head, "logits_wanted", wanted)
+        yield
 
 
 def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
-    """Return a forward's logits to compute a loss from, deferred if the head deferred them."""
+    """Return a forward's logits to compute a loss from, lazy if the head's are."""
     head = getattr(ModelSpec(model).model, "alst_head", None)
     if head is not None and head.for_loss is not None:
         return head.for_loss
     return output["logits"] if isinstance(output, dict) else output[0]
 
 
-def replace_whole_loss(spec: ModelSpec, patches: PatchSet) -> None:
-    """Patch the model's own loss to take deferred logits, without sequence parallelism."""
-    base = spec.model
-    before = base.loss_function
+def patch_unsharded_loss(spec: ModelSpec, patches: PatchSet) -> None:
+    """Patch the model's own loss to take lazy logits, without sequence parallelism."""
+    original = spec.model.loss_function
 
     @torch.compiler.disable
     def loss_function(
@@ -148,31 +143,33 @@ def replace_whole_loss(spec: ModelSpec, patches: PatchSet) -> None:
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not isinstance(logits, LazyLogits) or not is_causal_lm_loss(before) or ignore_index != IGNORED_LABEL:
-            logits = logits.make() if isinstance(logits, LazyLogits) else logits
-            return before(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if not isinstance(logits, LazyLogits) or not is_causal_lm_loss(original) or ignore_index != IGNORED_LABEL:
+            logits = logits.materialize() if isinstance(logits, LazyLogits) else logits
+            return original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is not None:
             shift_labels = as_int64("shift_labels", shift_labels)
         else:
             shift_labels = F.pad(as_int64("labels", labels), (0, 1), value=IGNORED_LABEL)[..., 1:]
         return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
 
-    patches.set(base, "_loss_function", loss_function)
+    patches.set(spec.model, "_loss_function", loss_function)
 
 
-def _defer(head: LazyHead, patches: PatchSet) -> None:
-    """Patch calls of the head's module to defer its logits, or to run ``head.work`` with its weights gathered."""
-    module, before = head.module, type(head.module)
+def _patch_head(head: LazyHead, patches: PatchSet) -> None:
+    """Patch calls of the head's module to return lazy logits, or to run ``head.override`` with its weights gathered."""
+    module, cls = head.module, type(head.module)
 
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if head.deferring and head.work is None and len(args) == 1 and not kwargs:
+        if head.override is not None:
+            return cls.__call__(self, *args, **kwargs)
+        if head.deferring and len(args) == 1 and not kwargs:
             return LazyLogits(head, args[0])
-        with branch()() if head.work is None else contextlib.nullcontext():  # as many draw branches as when deferred
-            return before.__call__(self, *args, **kwargs)
+        with branch()():  # as many draw branches as with lazy logits
+            return cls.__call__(self, *args, **kwargs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return head.forward(*args, **kwargs) if head.work is None else head.work(*args, **kwargs)
+        return head.forward(*args, **kwargs) if head.override is None else head.override(*args, **kwargs)
 
-    # Only the class's __call__ can bypass the module's hooks, which would make ZeRO-3 gather the weights too early.
+    # In the class's __call__, before the module's hooks, which would make ZeRO-3 gather the weights too early.
     patches.subclass(module, {"__call__": torch.compiler.disable(call)})
     patches.set(module, "forward", forward)

@@ -1,4 +1,4 @@
-"""Sum of weight gradients over the tiles of one pass."""
+"""Sums of weight gradients over the tiles of one pass."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +13,8 @@ class WeightGradients:
 
     Args:
         weights: the weights that need a gradient.
-        num_tiles: number of tiles to sum; a single tile's gradients are kept as they are.
-        fp32: True to sum half-precision gradients in fp32, for 4 bytes per weight during the pass.
+        num_tiles: number of tiles; the gradients of a single tile are kept as they are.
+        fp32: True to sum half-precision gradients in fp32, at 4 bytes per weight during the pass.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], num_tiles: int, fp32: bool) -> None:
@@ -36,7 +36,7 @@ class WeightGradients:
             self._sums[id(weight)] += gradient
         elif self._is_single:
             self._sums[id(weight)] = gradient
-        else:  # a copy: autograd may give two weights the same tensor
+        else:  # a copy, because autograd may return the same tensor for two weights
             dtype = self._dtype or gradient.dtype
             self._sums[id(weight)] = gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -62,11 +62,7 @@ class WeightGradients:
 
 
 def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor], name: str) -> None:
-    """Raise if a tile's graph uses a weight outside its module, which would get no gradient.
-
-    Raises:
-        UnsupportedModelError: the forward uses a weight of another module, as a replaced ``forward`` may.
-    """
+    """Raise UnsupportedModelError if a tile's graph uses a weight outside its module, which would get no gradient."""
     known_ids = {id(each) for each in known}
     nodes = [each.grad_fn for each in outputs if each.grad_fn is not None]
     seen = set(nodes)
@@ -75,9 +71,9 @@ def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torc
         weight = getattr(node, "variable", None)
         if isinstance(weight, torch.Tensor) and id(weight) not in known_ids:
             raise UnsupportedModelError(
-                f"{name} uses a weight of shape {list(weight.shape)} that is none of its own parameters: in tiles it "
-                "would get no gradient. Make it a parameter of the module, or leave the tiles' key out "
-                "(alst.tiled_mlp_compute, alst.tiled_logits_loss)."
+                f"{name} uses a weight of shape {list(weight.shape)} that is not one of its own parameters, so tiles "
+                "would give it no gradient. Make it a parameter of the module, or set the key that tiles the module "
+                "to false (alst.tiled_mlp_compute, alst.tiled_logits_loss)."
             )
         new = {each for each, _ in node.next_functions if each is not None} - seen
         seen |= new
@@ -86,15 +82,15 @@ def refuse_foreign_weights(outputs: Iterable[torch.Tensor], known: Iterable[torc
 
 @contextlib.contextmanager
 def without_hooks(weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Disable the weights' hooks (``Tensor.register_hook``) inside the context: they apply to the sum.
+    """Disable the weights' hooks (``Tensor.register_hook``) inside the context, since they apply to the sum.
 
     ``torch.autograd.grad`` would call them for every tile, and autograd once more for the sum.
     """
-    kept = [(weight._backward_hooks, dict(weight._backward_hooks)) for weight in weights if weight._backward_hooks]
-    for hooks, _ in kept:
+    saved = [(weight._backward_hooks, dict(weight._backward_hooks)) for weight in weights if weight._backward_hooks]
+    for hooks, _ in saved:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, before in kept:
+        for hooks, before in saved:
             hooks.update(before)

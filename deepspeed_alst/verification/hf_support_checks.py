@@ -14,7 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.linear_attention.layers import available_layer_types, has_attention, linear_heads, linear_problems
+from deepspeed_alst.linear_attention.layers import (
+    available_layer_types,
+    has_attention,
+    linear_heads,
+    unsupported_linear_layers,
+)
 from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.program_code import is_programs
@@ -59,7 +64,7 @@ def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
         )
     text_config = spec.text_config
     problems = [*_config_problems(base, text_config), *_class_problems(base), *_other_configs(base)]
-    problems += [*_loss_problems(spec), *linear_problems(base), *_adapter_problems(spec)]
+    problems += [*_loss_problems(spec), *unsupported_linear_layers(base), *_adapter_problems(spec)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{spec.name}: {problem}." for problem in problems))
     heads = [(*each, "scan") for each in sorted(linear_heads(base))]

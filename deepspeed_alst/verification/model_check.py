@@ -207,7 +207,7 @@ def _outputs(spec: ModelSpec, batch: dict[str, Any]) -> _Outputs:
         found["hidden"] = states[-1].flatten(0, -2)
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if logits is not None and labels is not None:
-        logits = logits.make() if isinstance(logits, LazyLogits) else logits
+        logits = logits.materialize() if isinstance(logits, LazyLogits) else logits
         shifted = batch.get("shift_labels", F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
         if logits.shape[:2] == shifted.shape:
             rows = logits.flatten(0, 1).float(), shifted.flatten()

@@ -20,7 +20,7 @@ from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
-from deepspeed_alst.tiling.tiled_mlp import fewest_bytes, row_bytes, sums_fit, tile_rows
+from deepspeed_alst.tiling.tiled_mlp import min_tile_bytes, row_bytes, sums_fit, tile_rows
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_tiles_cover_each_row_once_evenly_and_within_the_budget_where_that_is_po
     assert tile * bytes_per_row <= max(room, min(rows, 256) * bytes_per_row)
     if budget.tile_bytes != "auto" and sums_fit(budget, sum_bytes, bytes_per_row):
         assert tile * bytes_per_row + sum_bytes <= budget.tile_bytes
-        assert budget.tile_bytes >= fewest_bytes(sum_bytes, bytes_per_row)
+        assert budget.tile_bytes >= min_tile_bytes(sum_bytes, bytes_per_row)
 
 
 @given(

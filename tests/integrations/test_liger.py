@@ -27,8 +27,8 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, UnsupportedModelError
 from deepspeed_alst.integrations.hf_liger import apply_liger, use_liger
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.loss import OnTheWay, tiled_loss
-from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.loss import LogitTransform, tiled_loss
+from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from tests.models import family_batch
 
@@ -124,7 +124,8 @@ def _tiled_errors(dtype: torch.dtype, softcap: float) -> dict:
         return softcap * torch.tanh(x / softcap) if softcap else x
 
     results = []
-    for of_dtype, kernel in ((torch.float64, None), (dtype, None), (dtype, OnTheWay(1.0, softcap, by_liger=True))):
+    liger = LogitTransform(1.0, softcap, use_liger=True)
+    for of_dtype, kernel in ((torch.float64, None), (dtype, None), (dtype, liger)):
         leaves = [each.to(of_dtype).clone().requires_grad_() for each in (weight, bias, hidden)]
 
         def logits(x, leaves=leaves, kernel=kernel):
@@ -157,15 +158,15 @@ def _refused_in_a_loss(label: int) -> None:
     weight, hidden = torch.nn.Parameter(torch.randn(50, 8)), torch.randn(20, 8)
     labels = torch.arange(20)
     labels[7], labels[9] = label, -100
-    on_the_way = OnTheWay(by_liger=True)
+    transform = LogitTransform(use_liger=True)
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
-            tiled_loss(lambda x: x @ weight.t(), [weight], hidden, labels, torch.tensor(1.0), 4, 0.0, on_the_way)
+            tiled_loss(lambda x: x @ weight.t(), [weight], hidden, labels, torch.tensor(1.0), 4, 0.0, transform)
 
 
 @pytest.mark.parametrize("label", [50, -1, 2**40])
 def test_a_label_that_is_no_token_is_an_error_before_the_kernel_reads_it(interpreted, label):
-    with pytest.raises(DataError, match=rf"label {label} is no token of a vocabulary of 50"):
+    with pytest.raises(DataError, match=rf"label {label} is outside the vocabulary of 50 tokens"):
         interpreted.run(_refused_in_a_loss, label)
 
 
@@ -194,7 +195,7 @@ def _step_with(model: torch.nn.Module, backend: str | None) -> tuple[torch.Tenso
                 lambda module: None,
                 undo,
             )
-            replace_whole_loss(ModelSpec(model), undo)
+            patch_unsharded_loss(ModelSpec(model), undo)
         for _ in range(2):
             loss = model(**batch, use_cache=False).loss
             (loss * 0.37).backward()

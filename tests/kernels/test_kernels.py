@@ -26,7 +26,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.loss import OnTheWay, loss_tile_rows, on_the_way, tiled_loss
+from deepspeed_alst.tiling.loss import LogitTransform, fuse_ops, loss_tile_rows, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from tests.models import family_batch
 
@@ -115,12 +115,12 @@ def _refused_in_a_loss(label: int) -> None:
     labels[7], labels[9] = label, -100
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
-            tiled_loss(lambda x: x @ weight.t(), [weight], hidden, labels, torch.tensor(1.0), 4, 0.0, OnTheWay())
+            tiled_loss(lambda x: x @ weight.t(), [weight], hidden, labels, torch.tensor(1.0), 4, 0.0, LogitTransform())
 
 
 @pytest.mark.parametrize("label", [50, -1, -101, 2**40])
 def test_a_label_that_is_no_token_is_an_error_in_a_loss(interpreted, label):
-    with pytest.raises(DataError, match=rf"label {label} is no token of a vocabulary of 50"):
+    with pytest.raises(DataError, match=rf"label {label} is outside the vocabulary of 50 tokens"):
         interpreted.run(_refused_in_a_loss, label)
 
 
@@ -172,7 +172,7 @@ def _kept_by_the_graph() -> None:
     torch.manual_seed(0)
     weight, hidden = torch.nn.Parameter(torch.randn(50, 8)), torch.randn(30, 8)
     grads = []
-    for kernel in (None, OnTheWay()):
+    for kernel in (None, LogitTransform()):
         weight.grad = None
         loss = tiled_loss(
             lambda x: torch.tanh(x @ weight.t()), [weight], hidden, torch.arange(30), torch.tensor(0.1), 7, 0.1, kernel
@@ -189,7 +189,7 @@ def _kept_by_the_graph() -> None:
             torch.tensor(0.1),
             7,
             0.0,
-            OnTheWay(),
+            LogitTransform(),
         )
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
@@ -245,12 +245,12 @@ def test_a_model_trains_as_with_torchs_tiles(interpreted, model_type, changed, d
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        (lambda x: x, OnTheWay()),
-        (lambda x: x.float() / 4, OnTheWay(0.25)),
-        (lambda x: 3 * x * 0.5, OnTheWay(1.5)),
-        (lambda x: torch.tanh(x / 30.0) * 30.0, OnTheWay(1.0, 30.0)),
-        (lambda x: 20 * torch.tanh(x.to(torch.float32) * 0.1), OnTheWay(2.0, 20.0)),
-        (lambda x: torch.tanh(x), OnTheWay(1.0, 1.0)),
+        (lambda x: x, LogitTransform()),
+        (lambda x: x.float() / 4, LogitTransform(0.25)),
+        (lambda x: 3 * x * 0.5, LogitTransform(1.5)),
+        (lambda x: torch.tanh(x / 30.0) * 30.0, LogitTransform(1.0, 30.0)),
+        (lambda x: 20 * torch.tanh(x.to(torch.float32) * 0.1), LogitTransform(2.0, 20.0)),
+        (lambda x: torch.tanh(x), LogitTransform(1.0, 1.0)),
         (lambda x: x + 1, None),
         (lambda x: 2 / x, None),
         (lambda x: x * torch.tensor(2.0), None),
@@ -264,7 +264,7 @@ def test_a_scale_and_a_soft_cap_are_read_from_what_a_model_does(steps, expected)
 
     linear = torch.nn.Linear(8, 5)
     logits = steps(LazyLogits(LazyHead(linear, linear.forward, TiledLossConfig()), torch.randn(2, 3, 8)))
-    found = on_the_way(logits._steps)
+    found = fuse_ops(logits._ops)
     assert (found is None) == (expected is None)
     if expected is not None:
         assert (found.logit_scale, found.softcap) == pytest.approx((expected.logit_scale, expected.softcap))
@@ -412,22 +412,20 @@ def test_a_kernel_that_is_wrong_on_a_device_is_left_alone_with_a_warning(monkeyp
     def broken(*arguments):
         raise RuntimeError("no such instruction")
 
-    # No GPU is here: the proof runs with a CPU in its place.
-    prove, device = registry._worst, torch.device("cuda", 0)
-    monkeypatch.setattr(registry, "_worst", lambda op, _: prove(op, torch.device("cpu")))
-    for op, words in ((off, "result 1 is off by"), (broken, "RuntimeError: no such instruction")):
+    # No GPU is here: the check runs on the CPU instead.
+    check, device = registry._find_mismatch, torch.device("cuda", 0)
+    monkeypatch.setattr(registry, "_find_mismatch", lambda op, _: check(op, torch.device("cpu")))
+    for op, words in ((off, "result 1 has error"), (broken, "RuntimeError: no such instruction")):
         monkeypatch.setitem(registry.OPS, "cross_entropy", types.SimpleNamespace(**{**vars(right), "op": op}))
-        registry._is_proven.cache_clear()
-        with pytest.warns(
-            RuntimeWarning, match=f"cross_entropy is not used on cuda:0, torch computes instead: {words}"
-        ):
+        registry._passes_check.cache_clear()
+        with pytest.warns(RuntimeWarning, match=f"cross_entropy is disabled on cuda:0, PyTorch computes it: {words}"):
             assert not registry.has_kernel("cross_entropy", device)
     monkeypatch.setitem(
         registry.OPS, "cross_entropy", types.SimpleNamespace(**{**vars(right), "op": cross_entropy_reference})
     )
-    registry._is_proven.cache_clear()
+    registry._passes_check.cache_clear()
     assert registry.has_kernel("cross_entropy", device)
-    registry._is_proven.cache_clear()
+    registry._passes_check.cache_clear()
 
 
 def test_on_cpu_torch_computes_and_tensors_without_data_take_the_kernel(recwarn):

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from torch.utils import cpp_extension
 
-from deepspeed_alst.kernels.builder import LIBRARIES, OpBuildError, extension, find_or_build, source_folder
+from deepspeed_alst.kernels.builder import LIBRARIES, OpBuildError, extension, load_or_build, source_folder
 from tests.system.test_wheel import copy_checkout
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +125,8 @@ def test_without_ninja_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)  # PEFT's BOFT leaves one behind where its extension does not load
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     with pytest.raises(OpBuildError, match="ninja") as error:
-        find_or_build("cpu")
-    assert "pip install ninja" in error.value.way_out
+        load_or_build("cpu")
+    assert "pip install ninja" in error.value.fix
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, monkeypatch):
@@ -134,8 +134,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, mon
     for folder in (tmp_path / "file" / "extensions", Path("/proc/extensions")):
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
         with pytest.raises(OpBuildError, match="cannot build in") as error:
-            find_or_build("cpu")
-        assert str(folder) in str(error.value) and "TORCH_EXTENSIONS_DIR" in error.value.way_out
+            load_or_build("cpu")
+        assert str(folder) in str(error.value) and "TORCH_EXTENSIONS_DIR" in error.value.fix
 
 
 def test_a_file_system_without_locks_is_an_error_that_names_a_way_out(tmp_path, monkeypatch):
@@ -145,8 +145,8 @@ def test_a_file_system_without_locks_is_an_error_that_names_a_way_out(tmp_path, 
         mock.patch.object(fcntl, "flock", side_effect=refused),
         pytest.raises(OpBuildError, match="cannot build in") as error,
     ):
-        find_or_build("cpu")
-    assert str(tmp_path) in str(error.value) and "TORCH_EXTENSIONS_DIR" in error.value.way_out
+        load_or_build("cpu")
+    assert str(tmp_path) in str(error.value) and "TORCH_EXTENSIONS_DIR" in error.value.fix
 
 
 @pytest.mark.slow

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.kernels.heads import Case, compare, judge
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
-from deepspeed_alst.kernels import head_layout as wire
-from deepspeed_alst.kernels import registry
+from deepspeed_alst.kernels import head_layout, registry
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, pack_reference, unpack_
 from deepspeed_alst.profiler.fake import fake_ranks, fake_world
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, ulysses_attention
@@ -123,14 +122,14 @@ def _edges(within=nullcontext) -> None:
         for tensors in ((q, k, v), (torch.ones(()).expand(2, 6, 5, 6), k, k), (q.transpose(2, 3), v, v)):
             pieces = [by_heads(x if x.shape[2] == 5 else x.transpose(2, 3), 3) for x in tensors]
             assert torch.equal(pack(pieces, 6), pack_reference(pieces, 6))
-        # Under autocast q and k may be wider than v: the wire has q's dtype.
+        # Under autocast q and k may be wider than v: the buffer has q's dtype.
         mixed = [by_heads(q, 3), by_heads(k, 3), by_heads(v.bfloat16(), 3)]
         assert torch.equal(pack(mixed, 3), pack_reference(mixed, 3)) and pack(mixed, 3).dtype == torch.float32
         # fp64 is exact.
         exact = [by_heads(x.double(), 3) for x in (q, k, v)]
         unpack_(pack(exact, 6), out := [torch.empty_like(x) for x in exact])
         assert all(torch.equal(x, 2 * y) for x, y in zip(out, exact, strict=True))
-        # What lies as the wire has it is sent as it is.
+        # A tensor in the layout of the buffer is sent as it is.
         there = torch.randn(3, 5, 2, 4, 6)
         assert pack([there], 3).data_ptr() == there.data_ptr() and pack([there], 3).shape == (3, 5, 2, 24)
 
@@ -228,7 +227,7 @@ def _one_falls_back(K: int, dtype: torch.dtype) -> None:
     ]
     weight = torch.randn(B, s, H, D, generator=make).to(dtype)
     for by_torch in ((), (1,), range(P)):
-        with mock.patch.object(wire, "_kernels", lambda: None) if rank in by_torch else nullcontext():
+        with mock.patch.object(head_layout, "_kernel_picker", lambda: None) if rank in by_torch else nullcontext():
             out = ulysses_attention(*tensors, None, _attend)
             results.append([out, *torch.autograd.grad(out, tensors, weight)])
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
@@ -253,9 +252,9 @@ def test_tensors_without_data_take_the_op(recwarn):
 def test_without_triton_torch_packs(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed_alst.kernels.pack_heads", None)
     monkeypatch.delattr("deepspeed_alst.kernels.pack_heads", raising=False)
-    wire._kernels.cache_clear()
+    head_layout._kernel_picker.cache_clear()
     try:
         pieces = [by_heads(torch.randn(1, 4, 3, 8), 2)] * 2
-        assert wire._kernels() is None and torch.equal(pack(pieces, 2), pack_reference(pieces, 2))
+        assert head_layout._kernel_picker() is None and torch.equal(pack(pieces, 2), pack_reference(pieces, 2))
     finally:
-        wire._kernels.cache_clear()
+        head_layout._kernel_picker.cache_clear()

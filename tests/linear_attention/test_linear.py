@@ -27,10 +27,10 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
-from deepspeed_alst.linear_attention import split_layers
-from deepspeed_alst.linear_attention.exchange import seq_to_head, with_tokens_before
+from deepspeed_alst.linear_attention import sharded_layers
+from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
 from deepspeed_alst.linear_attention.layers import linear_layers
-from deepspeed_alst.linear_attention.split_layers import Split, convolution, delta_rule, mamba2_scan
+from deepspeed_alst.linear_attention.sharded_layers import ShardContext, convolution, delta_rule, mamba2_scan
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
 from deepspeed_alst.verification.hf_support_checks import check_model
@@ -77,7 +77,7 @@ def halo_and_its_gradient(length: int, width: int) -> None:
     sum((w * x).sum() for w, x in zip(weights, windows, strict=True)).backward()
     own = slice(rank * length, (rank + 1) * length)
     mine = whole_BCS.detach()[..., own].clone().requires_grad_()
-    got = with_tokens_before(mine, width, None)
+    got = prepend_halo(mine, width, None)
     assert torch.equal(got, windows[rank]) and got.stride(1) == 1
     (weights[rank] * got).sum().backward()
     torch.testing.assert_close(mine.grad, whole_BCS.grad[..., own], rtol=0, atol=1e-14)
@@ -91,7 +91,7 @@ def test_a_shard_gets_the_tokens_before_it_from_as_many_ranks_as_it_takes(length
 def traffic(function: str) -> list[list[tuple[str, int]]]:
     """In forward and backward, the collectives of one call and the bytes that this rank sends to others."""
     B, s, P = 2, 8, dist.get_world_size()
-    tally, split = Tally(), Split(None)
+    tally, split = Tally(), ShardContext(None)
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.rand(shape).to(dtype).requires_grad_()
@@ -156,7 +156,7 @@ def test_four_ranks_are_exact_with_shared_heads_and_with_shards_shorter_than_a_c
 
 
 def errors_of_shards_taken_for_the_sequence(model_type: str) -> float:
-    with mock.patch.object(split_layers, "split_linear_layers", lambda *_: 0):
+    with mock.patch.object(sharded_layers, "shard_linear_layers", lambda *_: 0):
         return max(split_and_whole(family_config(model_type), 37, 1)[1].values())
 
 

@@ -14,15 +14,15 @@ import torch
 
 import deepspeed_alst
 from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
-from deepspeed_alst.kernels.builder import OpBuildError, find_or_build, load
+from deepspeed_alst.kernels.builder import OpBuildError, load, load_or_build
 
 
 def fail_once() -> str:
     with mock.patch.dict(os.environ, CXX="false"):
         try:
-            find_or_build("cpu")
+            load_or_build("cpu")
         except OpBuildError as error:
-            return f"{error}. {error.way_out}"
+            return f"{error}. {error.fix}"
     return ""
 
 

@@ -24,7 +24,7 @@ from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
-from deepspeed_alst.tiling.tiled_loss import replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_support_checks import check_model
 
@@ -232,7 +232,7 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
             count_draws(ModelSpec(model), calls, undo)
         if tile:
             tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)
-            replace_whole_loss(ModelSpec(model), undo) if not split else None
+            patch_unsharded_loss(ModelSpec(model), undo) if not split else None
             tile_loss(
                 ModelSpec(model), TiledLossConfig(tile_tokens=5, backend="torch"), calls, lambda module: None, undo
             )

@@ -70,7 +70,7 @@ def test_the_mlps_of_a_family_are_known_by_what_they_do(model_type):
     for name, module in token_wise_modules(ModelSpec(build_model(family_config(model_type)))).items():
         form = TiledModule(name, module).closed_form([torch.zeros(1, 3, 32)], 3)
         assert (form and form.activation) == GATED.get(model_type), name
-        assert form is None or len(form.first) == (1 if model_type in ("phi3", "glm", "glm4") else 2)
+        assert form is None or len(form.gate_up) == (1 if model_type in ("phi3", "glm", "glm4") else 2)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_an_activation_is_known_by_its_values(name, activation):
 def test_the_order_of_gate_and_up_is_found(layout):
     module = Mlp(F.gelu, layout, bias=True)
     form = form_of(module)
-    assert form.activation == "gelu" and form.down is module.three and form.up_comes_first == (layout == "turned")
-    assert form.first == ((module.one, module.two) if layout == "apart" else (module.both,))
+    assert form.activation == "gelu" and form.down is module.three and form.up_first == (layout == "turned")
+    assert form.gate_up == ((module.one, module.two) if layout == "apart" else (module.both,))
 
 
 class Detaching(Mlp):
@@ -228,8 +228,8 @@ SHIFT = torch.nn.Parameter(torch.zeros(INNER))
 
 def test_a_weight_that_is_not_the_modules_own_is_refused_and_not_left_out():
     work = TiledModule("mlp", Elsewhere())
-    with pytest.raises(UnsupportedModelError, match=r"mlp uses a weight of shape \[24\] that is none of its own"):
-        work.tiled(3, torch.randn(1, 9, M)).sum().backward()
+    with pytest.raises(UnsupportedModelError, match=r"mlp uses a weight of shape \[24\] that is not one of its own"):
+        work.run_tiled(3, torch.randn(1, 9, M)).sum().backward()
 
 
 # --- values and gradients
@@ -237,7 +237,7 @@ def test_a_weight_that_is_not_the_modules_own_is_refused_and_not_left_out():
 
 def gradients(module: torch.nn.Module, tile: int, x: torch.Tensor, seed: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
-    value = TiledModule("mlp", module).tiled(tile, x)
+    value = TiledModule("mlp", module).run_tiled(tile, x)
     wanted = [x, *(param for param in module.parameters() if param.requires_grad)]
     return [value.detach(), *torch.autograd.grad(value, wanted, seed)]
 
@@ -301,7 +301,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(frozen, needs_x):
     for name, param in module.named_parameters():
         param.requires_grad_(not name.startswith(frozen))
     results = []
-    for run in (module, functools.partial(TiledModule("mlp", module).tiled, 6)):
+    for run in (module, functools.partial(TiledModule("mlp", module).run_tiled, 6)):
         module.zero_grad()
         leaf = x.clone().requires_grad_(needs_x)
         run(leaf).backward(seed)
@@ -322,7 +322,7 @@ def test_a_shared_weight_gets_one_gradient_its_hooks_see_the_sum_and_accumulatio
     module.one.weight.register_hook(lambda grad: seen.append(grad.clone()))
     work = TiledModule("mlp", module)
     for each in (x, 2 * x):
-        work.tiled(7, each).sum().backward()
+        work.run_tiled(7, each).sum().backward()
     assert len(seen) == 2 and error(sum(seen), expected) < EXACT and error(module.one.weight.grad, expected) < EXACT
 
 

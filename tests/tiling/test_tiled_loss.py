@@ -15,7 +15,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
-from deepspeed_alst.tiling.tiled_loss import logits_wanted, replace_whole_loss, tile_loss
+from deepspeed_alst.tiling.tiled_loss import logits_wanted, patch_unsharded_loss, tile_loss
 from tests.models import family_batch
 from tests.tiling.test_tiled_mlp import EXACT, Products, error, no_leaf
 
@@ -33,7 +33,7 @@ def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: Any) ->
 
 def tile(model: torch.nn.Module, undo: PatchSet) -> str:
     words = tile_loss(ModelSpec(model), TILES, ForwardContext(), no_leaf, undo)
-    replace_whole_loss(ModelSpec(model), undo)
+    patch_unsharded_loss(ModelSpec(model), undo)
     return words
 
 
@@ -43,7 +43,7 @@ def assert_exact(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more:
         tile(model, undo)
         with_tiles, tiled_grads = step(model, batch, **more)
         output = model(**batch)
-        with pytest.warns(UserWarning, match="outputs.logits is None in training: alst.tiled_logits_loss makes"):
+        with pytest.warns(UserWarning, match="outputs.logits is None in training: alst.tiled_logits_loss computes"):
             assert output.logits is None
         output.logits = 7  # a program's own
         assert output.logits == 7
@@ -185,7 +185,7 @@ def test_an_evaluation_gets_logits_at_the_first_touch():
         tile(model, undo)
         logits = model(input_ids=tokens, labels=tokens).logits
         assert isinstance(logits, LazyLogits) and logits.shape == expected.shape == logits.size()
-        assert (logits.dim(), logits.size(-1), logits.device) == (3, 97, expected.device) and logits._made is None
+        assert (logits.dim(), logits.size(-1), logits.device) == (3, 97, expected.device) and logits._value is None
         torch.testing.assert_close(logits.argmax(-1), expected.argmax(-1))
         torch.testing.assert_close(torch.softmax(logits, -1), expected.softmax(-1))
         torch.testing.assert_close(logits[:, -1] + 1, expected[:, -1] + 1)

@@ -16,7 +16,7 @@ from deepspeed_alst.config.schema import TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
-from deepspeed_alst.tiling.experts import by_expert, num_stacked_experts
+from deepspeed_alst.tiling.experts import num_stacked_experts, run_by_expert
 from deepspeed_alst.tiling.tiled_mlp import row_bytes, tile_mlps, tile_rows
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
@@ -112,7 +112,7 @@ def test_more_tiles_than_tokens_and_no_token_at_all():
 def assert_same(module: torch.nn.Module, tile: int, x: torch.Tensor, *rows: torch.Tensor) -> None:
     x.requires_grad_()
     work = TiledModule("mlp", module)
-    outputs = [function(x, *rows) for function in (module, lambda *all_rows: work.tiled(tile, *all_rows))]
+    outputs = [function(x, *rows) for function in (module, lambda *all_rows: work.run_tiled(tile, *all_rows))]
     seed = torch.randn_like(outputs[0])
     wanted = [x, *(param for param in module.parameters() if param.requires_grad)]
     whole, tiled = (torch.autograd.grad(output, wanted, seed) for output in outputs)
@@ -142,7 +142,7 @@ def test_a_module_of_any_shape(tile):
     work = TiledModule("odd", module)
     params = [param for param in module.parameters() if param.requires_grad]
     found = []
-    for function in (module, lambda rows: work.tiled(tile, rows)):
+    for function in (module, lambda rows: work.run_tiled(tile, rows)):
         output = function(x)
         assert output.shape == (2, 9, 16)
         found.append(torch.autograd.grad(output.square().sum(), [x, *params], allow_unused=True))
@@ -202,7 +202,7 @@ def test_a_weight_gets_its_gradient_once_and_its_hooks_see_the_sum():
         param.register_post_accumulate_grad_hook(lambda _, name=name: accumulated.append(name))
     work = TiledModule("mlp", module)
     for _ in range(2):
-        work.tiled(7, x.clone().requires_grad_()).sum().backward()
+        work.run_tiled(7, x.clone().requires_grad_()).sum().backward()
     names = [name for name, _ in module.named_parameters()]
     assert sorted(accumulated) == sorted(2 * names)
     for name, param in module.named_parameters():
@@ -216,7 +216,7 @@ def test_a_hook_that_changes_a_gradient_changes_it_once():
     module(x).sum().backward()
     expected = module[0].weight.grad.clone()
     module.zero_grad()
-    TiledModule("mlp", module).tiled(6, x).sum().backward()
+    TiledModule("mlp", module).run_tiled(6, x).sum().backward()
     assert error(module[0].weight.grad, expected) < EXACT
 
 
@@ -227,7 +227,7 @@ def bf16_error(num_tiles: int, fp32: bool) -> float:
     x, seed = torch.randn(1, 2048, 64).bfloat16(), torch.randn(1, 2048, 64).bfloat16()
     params = list(module.parameters())
     work = TiledModule("mlp", module, fp32)
-    found = torch.autograd.grad(work.tiled(2048 // num_tiles, x.requires_grad_()), params, seed)
+    found = torch.autograd.grad(work.run_tiled(2048 // num_tiles, x.requires_grad_()), params, seed)
     truth = LlamaMLP(CONFIG_MAPPING["llama"](hidden_size=64, intermediate_size=96, num_attention_heads=4)).double()
     truth.load_state_dict({name: param.double() for name, param in module.state_dict().items()})
     exact = torch.autograd.grad(truth(x.double()), list(truth.parameters()), seed.double())
@@ -247,7 +247,7 @@ def test_a_second_backward_and_an_exception_in_a_tile_leave_nothing_behind():
     )
     work, weight = TiledModule("mlp", module), module.down_proj.weight
     weight.register_hook(lambda grad: grad)
-    output = work.tiled(7, x.requires_grad_())
+    output = work.run_tiled(7, x.requires_grad_())
     module.act_fn.forward = lambda rows: (_ for _ in ()).throw(RuntimeError("in a tile"))
     with pytest.raises(RuntimeError, match="in a tile"):
         output.sum().backward(retain_graph=True)
@@ -263,7 +263,7 @@ def test_autocast_is_that_of_the_forward():
     module = LlamaMLP(CONFIG_MAPPING["llama"](hidden_size=16, intermediate_size=24, num_attention_heads=4))
     x = torch.randn(1, 50, 16, requires_grad=True)
     work, found = TiledModule("mlp", module), []
-    for function in (module, lambda rows: work.tiled(50, rows)):
+    for function in (module, lambda rows: work.run_tiled(50, rows)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = function(x * 1)
         assert output.dtype == torch.bfloat16
@@ -289,7 +289,7 @@ def test_expert_by_expert(kind, tile):
     assert num_stacked_experts(module) == 5
     x, weight = (torch.randn(50, n, dtype=torch.float64, requires_grad=True) for n in (16, 2))
     index = torch.stack([torch.randperm(4)[:2] for _ in range(50)])  # the fifth has no token
-    outputs = [module(x, index, weight), by_expert(TiledModule("experts", module), tile, x, index, weight)]
+    outputs = [module(x, index, weight), run_by_expert(TiledModule("experts", module), tile, x, index, weight)]
     seed = torch.randn_like(x)
     whole, split = (torch.autograd.grad(output, [x, weight, *module.parameters()], seed) for output in outputs)
     assert error(outputs[1], outputs[0]) < EXACT
@@ -322,7 +322,7 @@ def test_a_dense_module_whose_sums_do_not_fit_says_what_would():
     with PatchSet() as undo:
         tile_mlps(ModelSpec(model), TiledMLPConfig(tile_bytes=1000, min_tokens=0), no_leaf, undo)
         with pytest.raises(
-            ConfigError, match=r"tile_bytes=1000: .* takes 18432 of them for the fp32 sums .* Use at least \d+"
+            ConfigError, match=r"tile_bytes=1000: .* needs 18432 bytes for the fp32 sums .* Use at least \d+"
         ):
             model(**family_batch(300, 2))
 
@@ -371,8 +371,8 @@ def test_a_module_that_mixes_tokens_is_refused():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x + x.roll(1, dims=-2))
 
-    with pytest.raises(UnsupportedModelError, match="mixing gives a token another value among other tokens"):
-        TiledModule("mixing", Mixing(8, 8)).tiled(5, torch.randn(1, 40, 8))
+    with pytest.raises(UnsupportedModelError, match="the output of mixing for a token depends on other tokens"):
+        TiledModule("mixing", Mixing(8, 8)).run_tiled(5, torch.randn(1, 40, 8))
 
 
 def test_a_4bit_layer_in_evaluation_mode_is_refused_where_gradients_are_asked_for():
