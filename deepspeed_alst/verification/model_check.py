@@ -95,8 +95,9 @@ def check_live_model(spec: ModelSpec, groups: SequenceGroups, calls: ForwardCont
     for length, at in dict.fromkeys([(short, 0), (long, late)]):
         batches = _batches(spec, groups, length, device, at, with_loss=not sizes)
         worst = max(worst, _compare(spec, groups, calls, batches, at + length - 1))
-        sizes.append(f"{length} tokens" + f" from position {at} on" * (at > 0))
-    return f"unsharded and sharded agree to {worst:.0e} on {' and '.join(sizes)}"
+        sizes.append(f"{length} tokens from position {at} on")
+    found = f"equal to within {worst:.0e}" if worst else "equal"
+    return f"unsharded and sharded are {found} on {' and on '.join(sizes)}"
 
 
 def lengths(spec: ModelSpec, sp_size: int) -> tuple[int, int, int]:
