@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import step_time
 from benchmarks.figures import Figure, Part, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from benchmarks.tiles.systems import Step, build, put_tiles
@@ -105,7 +106,8 @@ def measure(shape: Shape, sp_size: int, tokens: int, system: str) -> Peaks:
         model = build(shape.config(), shape.num_layers, torch.bfloat16)
         if system.endswith(WITH_LIGER):
             use_liger_without_data(ModelSpec(model), _LIGER, undo)
-        put = _deepspeeds if system.startswith(DEEPSPEED) else partial(_ours, is_lean=system == LEAN)
+        lean = MemoryLeanConfig() if system == LEAN else None
+        put = put_deepspeeds if system.startswith(DEEPSPEED) else partial(put_ours, lean=lean)
         step = put(model, sp_size, undo)
         ids = torch.arange(tokens).remainder(shape.config().vocab_size)[None]
         batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
@@ -119,26 +121,26 @@ def measure(shape: Shape, sp_size: int, tokens: int, system: str) -> Peaks:
         return _peaks(ledger, int(6 * matrices * tokens))
 
 
-def _ours(model: Any, sp_size: int, undo: PatchSet, *, is_lean: bool) -> Step:
+def put_ours(model: Any, sp_size: int, undo: PatchSet, *, lean: MemoryLeanConfig | None) -> Step:
     """Put this package on a model: tiles, layer inputs and attention outputs on the host."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     spec, calls = ModelSpec(model), ForwardContext(saving_frame=saving_frame)
     patch_model(spec, dist.group.WORLD, undo, calls)
-    policy = CheckpointPolicy(_store(undo), keep_last=int(not is_lean), saves_attention=True)
+    policy = CheckpointPolicy(_store(undo), keep_last=int(lean is None), saves_attention=True)
     apply_checkpoint_policy(spec, policy, undo)
-    if is_lean:
-        run_in_chunks(spec, MemoryLeanConfig(), dist.group.WORLD, calls, lambda module: None, undo, policy)
+    if lean is not None:
+        run_in_chunks(spec, lean, dist.group.WORLD, calls, lambda module: None, undo, policy)
     return put_tiles(model, "ours", undo, TiledMLPConfig(), calls=calls, sp_size=sp_size)
 
 
-def _deepspeeds(model: Any, sp_size: int, undo: PatchSet) -> Step:
+def put_deepspeeds(model: Any, sp_size: int, undo: PatchSet) -> Step:
     """Put DeepSpeed's attention and tiles on a model, and this package's offload of layer inputs."""
     import deepspeed
 
     from benchmarks import upstream
 
-    deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     undo.enter_context(upstream.registered(model.config, sp_size))
     model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
@@ -229,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="half the lengths")
     quick = parser.parse_args().quick
-    tables = {"KiB of device memory per token": Part(lambda: rows(quick), _COLUMNS, _CAPTION)}
+    tables = {"KiB of device memory per token": Part(lambda: rows(quick), _COLUMNS, _CAPTION), "time": step_time.PART}
     return report(__doc__, tables, tables)
 
 
