@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,6 +87,9 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
                 head.for_loss = output.logits
             elif module.training and not calls.checking:
                 output.logits = None
+                # ZeRO-3's hooks would set the attribute again from a ModelOutput's entry, which stays with a None.
+                if isinstance(output, OrderedDict) and "logits" in output:
+                    OrderedDict.__delitem__(output, "logits")
                 add_properties(output, logits=_LOGITS_OF_TRAINING)
             elif head.logits_wanted:
                 output.logits = output.logits.materialize()

@@ -88,3 +88,28 @@ def test_muon_steps_as_at_sp1(cell, ranks2):
     whole, split = (ranks2.run(changes_by_muon, cell, sp_size)[0] for sp_size in (1, 2))
     # Its iterations make small singular values larger, and rounding with them.
     assert all((split[name] - change).norm() < 1e-3 * change.norm() for name, change in whole.items())
+
+
+def logits_of_training():
+    """A ZeRO-3 engine's output in training: its keys, and its logits."""
+    import deepspeed
+
+    import deepspeed_alst
+
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "sequence_parallel_size": 2}
+    config |= {"zero_optimization": {"stage": 3}, "alst": {"pad_to_multiple_of": 2}}
+    config |= {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    model = build_model(model_config(Cell())).train()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    ids = torch.arange(12)[None] + dist.get_rank()
+    (batch, *_) = deepspeed_alst.shard_dataloader([{"input_ids": ids, "labels": ids}], engine)
+    output = engine(**batch)
+    found = list(output), output.logits
+    engine.destroy()
+    return found
+
+
+def test_logits_of_a_shard_are_none_in_training_on_zero_3_too(ranks2):
+    # DeepSpeed's hooks write each entry of the output to its attribute, detached: a loss of them would train nothing.
+    for keys, logits in ranks2.run(logits_of_training):
+        assert logits is None and "logits" not in keys and "loss" in keys
