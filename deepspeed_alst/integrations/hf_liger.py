@@ -37,6 +37,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu_squared": lambda x: F.relu(x).square(),
 }
 _GATED = {"swiglu", "geglu"}
+_NO_DATA = "meta"  # device type of a measurement, which launches no kernel
 _IN_TILES = "in tiles, this package's closed form needs fewer bytes per token"
 _PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
 _Change = tuple[dict[str, Any], str, Any]
@@ -74,12 +75,12 @@ def use_liger_without_data(spec: ModelSpec, config: AlstConfig, patches: PatchSe
     Raises:
         UnsupportedModelError: a part is requested by name, and Liger does not support it for the model.
     """
-    if config.alst.liger_kernel is False or _unavailable_reason("cuda", interpreted=False):
+    if config.alst.liger_kernel is False or _unavailable_reason(_NO_DATA, interpreted=True):
         return
     from deepspeed_alst.kernels.registry import skip_fake_launches
 
     skip_fake_launches(patches)
-    apply_liger(spec, config, "cuda", patches)
+    apply_liger(spec, config, _NO_DATA, patches)
 
 
 def check_liger_runs(key: str, device: str) -> None:
@@ -91,9 +92,9 @@ def check_liger_runs(key: str, device: str) -> None:
 def _unavailable_reason(device: str, interpreted: bool) -> str | None:
     """Return why Liger's kernels cannot run on a device type; ``interpreted`` permits Triton's interpreter."""
     in_interpreter = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    if in_interpreter and not interpreted:
+    if in_interpreter and not interpreted and device != _NO_DATA:
         return "TRITON_INTERPRET is set, with which its kernels are a thousand times slower; set the key to true"
-    if not in_interpreter and device != "cuda":
+    if not in_interpreter and device not in ("cuda", _NO_DATA):
         return (
             f"Liger's kernels need a GPU, and the engine is on {device}; to try them on CPU, a thousand times slower, "
             "set TRITON_INTERPRET=1 in the environment"

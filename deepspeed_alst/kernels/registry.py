@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import Autotuner, JITFunction
+from triton.runtime.interpreter import InterpretedFunction
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import SLACK, run_isolated
@@ -129,5 +130,5 @@ def skip_fake_launches(patches: PatchSet) -> None:
 
         return launch
 
-    for kind in (JITFunction, Autotuner):
+    for kind in (JITFunction, Autotuner, InterpretedFunction):
         patches.wrap(kind, "run", unless_fake)
