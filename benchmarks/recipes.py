@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from deepspeed_alst.cli.measure import Model
-from deepspeed_alst.cli.plan import Machine, static_bytes
+from deepspeed_alst.cli.memory import Machine, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan

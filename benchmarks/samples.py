@@ -26,7 +26,7 @@ from benchmarks.figures import markdown
 ROOT = Path(__file__).parents[1]
 _QUICK = "ALST_SAMPLES_QUICK"
 _LLAMA = "benchmarks/models/llama-3.1-8b.json"
-_PLANNED = r"[\d,]+ tokens|\s+GiB|layer|backward|attention kernel|total|The longest"
+_PLANNED = r"[\d,]+ tokens,|\s+GiB|layer|backward|attention kernel|total|The longest"
 
 
 def block(content: str, language: str = "text", width: int = 125) -> str:
@@ -140,6 +140,13 @@ def bucket_plan() -> str:
         bucket = f"{plan.device['gradient buckets, slices'] / 2**30:.1f} GiB"
         rows.append((text, bucket, f"{plan.tokens * sp_size:,} tokens"))
     return markdown(("`reduce_bucket_size`", "gradient bucket and slices", "longest sequence"), rows)
+
+
+def longest() -> str:
+    """Return the longest sequences of three models on 1 to 64 GPUs."""
+    from benchmarks.longest import table
+
+    return table()
 
 
 def checks() -> str:
@@ -356,6 +363,7 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "tile bytes": tile_error,
     "newer": version_warning,
     "bucket plan": bucket_plan,
+    "longest": longest,
     "checks": checks,
     "demo": demo,
     "report": lambda: activation_report("groups", "attention", "tiled MLP", "reduction"),
@@ -367,7 +375,7 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "tiled loss": tiled_loss,
     "memory-lean": memory_lean,
 }
-SLOW = ("bucket plan", "checks", "demo", "report", "tiled MLP report", "reduction report", "metrics line")
+SLOW = ("bucket plan", "longest", "checks", "demo", "report", "tiled MLP report", "reduction report", "metrics line")
 
 
 def put(name: str) -> None:

@@ -6,8 +6,9 @@ Only the module of the command is imported: --help loads neither torch nor trans
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepspeed_alst.errors import AlstError
 
@@ -26,9 +27,10 @@ _COMMANDS = {
   ds_alst verify --ds_config ds.json -- train.py --deepspeed ds.json --max_steps 5""",
     ),
     "plan": (
-        "compute the longest sequence that fits into GPU and host memory, and the bytes by category",
-        """  ds_alst plan --model meta-llama/Llama-3.1-8B --ds_config ds.json --num_gpus 8 --gpu_memory 80
-  ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json""",
+        "compute the longest sequence that fits into GPU and host memory, the bytes by category and the step time",
+        """  ds_alst plan --model meta-llama/Llama-3.1-8B --num_gpus 8 --what_if
+  ds_alst plan --model ./config.json --ds_config ds.json --seq_len 1048576 --json
+  ds_alst plan --model ./config.json --seq_len 4000000 --cheapest --write ds.json""",
     ),
     "recipes": (
         "list, show or copy the ready ds_configs",
@@ -86,16 +88,27 @@ def build_parser() -> argparse.ArgumentParser:
     add("--attn_implementation", default="sdpa", help="attention implementation (sdpa)")
     add("--output", type=Path, default=Path("runs/verify"), help="folder for results (runs/verify)")
     add("program", nargs="*", help="-- train.py --deepspeed ds.json ...: your program, instead of --model")
-    add = plan.add_argument
-    add("--model", required=True, help="a config.json, a folder or a hub name")
-    add("--ds_config", required=True, metavar="JSON", help="the ds_config to plan for")
-    add("--num_gpus", type=int, default=8, help="number of GPUs on all hosts (8)")
-    add("--gpu_memory", type=float, default=80, help="GiB per GPU (80)")
-    add("--host_memory", type=float, default=1769, help="GiB per host (1769, which are 1.9 TB)")
-    add("--gpus_per_host", type=int, default=8, help="GPUs per host (8)")
-    add("--seq_len", type=int, help="tokens per sequence; default: the longest that fits")
-    add("--json", action="store_true", help="print JSON")
+    _add_plan_options(plan.add_argument)
     add = recipes.add_argument
     add("name", nargs="?", default="", help="recipe to show, or a part of the names to list")
     add("--copy", type=Path, metavar="PATH", help="write the recipe to this file, or into this folder")
     return parser
+
+
+def _add_plan_options(add: Callable[..., Any]) -> None:
+    add("--model", required=True, help="a config.json, a folder or a hub name")
+    add("--ds_config", metavar="JSON", help="the ds_config to plan for; default: ZeRO 3, bf16, the largest SP")
+    add("--num_gpus", type=int, default=8, help="number of GPUs on all hosts (8)")
+    add("--gpu_memory", type=float, default=80, help="GiB per GPU (80)")
+    add("--host_memory", type=float, default=1769, help="GiB per host (1769, which are 1.9 TB)")
+    add("--gpus_per_host", type=int, default=8, help="GPUs per host (8)")
+    add("--margin", type=float, default=0.05, help="fraction of GPU memory to leave free (0.05)")
+    add("--seq_len", type=int, help="tokens per sequence; default: the longest that fits")
+    add("--what_if", action="store_true", help="also a table with each memory key switched, one at a time")
+    add("--cheapest", action="store_true", help="also the keys with which --seq_len tokens fit at the least step time")
+    add("--write", type=Path, metavar="JSON", help="write the ds_config of --cheapest")
+    add("--flops", type=float, default=989e12 / 2, help="FLOP/s that a GPU reaches (half of an H100's bf16 peak)")
+    add("--link", type=float, help="bytes/s between GPUs (450e9 within a host, 50e9 between hosts)")
+    add("--host_link", type=float, default=25e9, help="bytes/s between a GPU and its host (25e9)")
+    add("--disk", type=float, default=5e9, help="bytes/s of a host's nvme_path (5e9)")
+    add("--json", action="store_true", help="print JSON")

@@ -1,4 +1,4 @@
-"""Bytes of one decoder layer and of the loss, counted on fake tensors for ``ds_alst plan``.
+"""Bytes and FLOPs of one decoder layer and of the loss, counted on fake tensors for ``ds_alst plan``.
 
 Legend: P = sp_size, s tokens of a rank's shard, S = P*s.
 """
@@ -8,34 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
+from deepspeed_alst.cli.fake_layer import FEW_TOKENS, Bytes, Flops, bytes_of
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
-from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.errors import AlstError, ConfigError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_liger import use_liger_without_data
-from deepspeed_alst.memory_lean import layer as lean_layer
-from deepspeed_alst.memory_lean.feature import run_in_chunks
-from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
-from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import saving_frame
+from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops
 from deepspeed_alst.offload.budget import LayerSizes
-from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
-from deepspeed_alst.offload.feature import keep_last, layer_sizes
-from deepspeed_alst.offload.host_buffers import HostBufferPool
-from deepspeed_alst.profiler.fake import Known, fake_world
-from deepspeed_alst.profiler.ledger import Ledger
-from deepspeed_alst.profiler.owners import Sample
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.offload.feature import keep_last
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
-from deepspeed_alst.tiling.tiled_loss import tile_loss
-from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config, numel
 
 _TOKENS = 32768, 65536  # of the two measurements: more than any tile has
-_FEW_TOKENS = 8192  # of the first step, and of the measurement of what is saved, which is proportional to them
 _CHUNKS = 3  # at least, of a measurement: one in work, one that comes back, one that waits
 
 
@@ -62,6 +46,7 @@ class Layer:
     """Peak outside of layers: in the logits and the loss."""
     workspace: Line
     """Bytes that attention's kernel allocates in its backward, and frees."""
+    flops: Flops
 
 
 @dataclass(frozen=True)
@@ -73,65 +58,96 @@ class Model:
     """Elements of the largest module that ZeRO 3 gathers at once: a layer, an embedding or the head."""
     layers: LayerSizes = field(default_factory=lambda: LayerSizes(0, 0, 0, 0, 0, 0, 0))
     """Sizes of what its layers save for the backward."""
+    exchanged: int = 0
+    """Bytes per token of the shard that the all-to-alls of a layer's q, k, v and output send to other ranks."""
+    step: StepFlops | None = None
+    """FLOPs in closed form; None if the config lacks a size for them."""
 
 
-class Bytes(NamedTuple):
-    """Bytes of one measurement: peaks as in ``Layer``, and those saved for the backward on the device and the host."""
+class Measuring:
+    """Measurements of one model, each made once: ds_configs share those of the same layer.
 
-    attention: int
-    elsewhere: int
-    outside: int
-    saved: int
-    host: int
-
-
-def measure(path: str, keys: AlstConfig) -> tuple[Model, dict[bool, Layer]]:
-    """Return a model's sizes, and one of its layers by whether attention's output is kept, where the keys allow it.
+    Args:
+        path: a config.json, a folder or a hub name.
 
     Raises:
         ConfigError: the model is no decoder.
-        UnsupportedModelError: the model does not run on fake tensors.
     """
-    whole = load_config(path, small=False).get_text_config()
-    num_layers = getattr(whole, "num_hidden_layers", 0)
-    if not num_layers:
-        raise ConfigError(f"--model {path}: its config has no num_hidden_layers; give a decoder's")
-    one, two = (_with_layers(whole, count) for count in (1, 2))
-    largest = max(numel(causal_lm, two) - numel(causal_lm, one), whole.vocab_size * whole.hidden_size)
-    wanted = keys.alst.save_attention_output
-    if wanted == "auto" and keys.alst.activation_checkpoint_cpu_offload is None:
-        wanted = False
-    choices, found, saved = (False, True) if wanted == "auto" else (wanted,), dict[bool, Layer](), dict[bool, int]()
-    for keeps in choices:
-        few, many = ((tokens, bytes_of(one, keys, tokens, keeps)[0]) for tokens in _lengths(keys))
-        workspace = workspace_of(one, keys)
-        found[keeps] = Layer(*(_line(few, many, name) for name in Bytes._fields[:3]), workspace)
-    leaving = _all_leaving(keys)
-    for keeps in {False, *choices}:
-        (of_one, layers), (of_two, _) = (bytes_of(each, leaving, _FEW_TOKENS, keeps) for each in (one, two))
-        on_device, on_host = of_two.saved - of_one.saved, of_two.host - of_one.host
-        saved[keeps] = (on_host or on_device) // _FEW_TOKENS
-    outputs = saved.get(True, saved[False]) - saved[False]
-    layers = replace(
-        layers,
-        num_layers=num_layers,
-        keep_last=keep_last(keys.alst),
-        num_lean_layers=num_layers if layers.num_lean_layers else 0,
-        input_bytes=saved[False],
-        output_bytes=max(0, outputs - layers.lse_bytes),
-        lse_bytes=min(outputs, layers.lse_bytes),
-    )
-    return Model(numel(causal_lm, whole), largest, layers), found
+
+    def __init__(self, path: str) -> None:
+        self.config = config = load_config(path, small=False).get_text_config()
+        self._num_layers = getattr(config, "num_hidden_layers", 0)
+        if not self._num_layers:
+            raise ConfigError(f"--model {path}: its config has no num_hidden_layers; give a decoder's")
+        self._one, self._two = (_with_layers(config, count) for count in (1, 2))
+        a_layer = numel(causal_lm, self._two) - numel(causal_lm, self._one)
+        self._num_params, self._step = numel(causal_lm, config), _step_flops(config)
+        self._largest = max(a_layer, config.vocab_size * config.hidden_size)
+        self._found: dict[Any, tuple[Bytes, LayerSizes]] = {}
+
+    def of(self, keys: AlstConfig) -> tuple[Model, dict[bool, Layer]]:
+        """Return the model's sizes, and a layer by whether attention's output is kept, where the keys allow it.
+
+        Raises:
+            UnsupportedModelError: the model does not run on fake tensors.
+        """
+        wanted, one = keys.alst.save_attention_output, self._one
+        if wanted == "auto" and keys.alst.activation_checkpoint_cpu_offload is None:
+            wanted = False
+        choices, found, saved = (False, True) if wanted == "auto" else (wanted,), dict[bool, Layer](), dict[bool, int]()
+        for keeps in choices:
+            few, many = ((tokens, self._bytes_of(one, keys, tokens, keeps)) for tokens in _lengths(keys))
+            lines = (_line(few[0], few[1][0], many[0], many[1][0], name) for name in Bytes._fields[:3])
+            found[keeps], layers = Layer(*lines, workspace_of(one, keys), few[1][0].flops), few[1][1]
+        whole = _whole_and_leaving(keys)
+        for keeps in {False, *choices}:
+            of_one, of_two = (self._bytes_of(each, whole, FEW_TOKENS, keeps)[0] for each in (one, self._two))
+            on_device, on_host = of_two.saved - of_one.saved, of_two.host - of_one.host
+            saved[keeps] = (on_host or on_device) // FEW_TOKENS
+        outputs = saved.get(True, saved[False]) - saved[False]
+        layers = replace(
+            layers,
+            num_layers=self._num_layers,
+            keep_last=keep_last(keys.alst),
+            num_lean_layers=self._num_layers if layers.num_lean_layers else 0,
+            input_bytes=saved[False],
+            output_bytes=max(0, outputs - layers.lse_bytes),
+            lse_bytes=min(outputs, layers.lse_bytes),
+        )
+        return Model(self._num_params, self._largest, layers, exchanged_of(one, keys), self._step), found
+
+    def _bytes_of(self, config: Any, keys: AlstConfig, tokens: int, keeps: bool) -> tuple[Bytes, LayerSizes]:
+        alst = keys.alst
+        of_layer = keys.sequence_parallel_size, alst.tiled_mlp_compute, alst.memory_lean_layer, alst.liger_kernel
+        offloads = alst.activation_checkpoint_cpu_offload is not None, keep_last(alst)
+        case = config.num_hidden_layers, *of_layer, keys.tiled_loss(), *offloads, tokens, keeps
+        if case not in self._found:
+            self._found[case] = bytes_of(config, keys, tokens, keeps)
+        return self._found[case]
 
 
-def _all_leaving(keys: AlstConfig) -> AlstConfig:
-    """Return the keys with no layer whose tensors the offload leaves on the device."""
-    block = keys.alst.activation_checkpoint_cpu_offload
-    if block is None:
-        return keys
-    block = block.model_copy(update={"keep_last": 0})
-    alst = keys.alst.model_copy(update={"activation_checkpoint_cpu_offload": block})
-    return keys.model_copy(update={"alst": alst})
+def measure(path: str, keys: AlstConfig) -> tuple[Model, dict[bool, Layer]]:
+    """Return ``Measuring(path).of(keys)``, with its errors."""
+    return Measuring(path).of(keys)
+
+
+def _step_flops(config: Any) -> StepFlops | None:
+    try:
+        with torch.device("meta"):
+            return step_flops(ModelSpec(causal_lm(config)))
+    except Exception:  # it reads values when it is built
+        return None
+
+
+def _whole_and_leaving(keys: AlstConfig) -> AlstConfig:
+    """Return keys under which layers save as much as under these, without tiles and with all of it offloaded, if any.
+
+    Variants with other tiles or chunks share their measurements, which are slow in chunks.
+    """
+    changed: dict[str, Any] = {"tiled_mlp_compute": None, "tiled_logits_loss": None, "memory_lean_layer": None}
+    if (block := keys.alst.activation_checkpoint_cpu_offload) is not None:
+        changed["activation_checkpoint_cpu_offload"] = block.model_copy(update={"keep_last": 0})
+    return keys.model_copy(update={"alst": keys.alst.model_copy(update=changed)})
 
 
 def _lengths(keys: AlstConfig) -> tuple[int, int]:
@@ -144,10 +160,24 @@ def _lengths(keys: AlstConfig) -> tuple[int, int]:
     return few, few + 2 * chunk
 
 
-def _line(few: tuple[int, Bytes], many: tuple[int, Bytes], name: str) -> Line:
-    (a, low), (b, high) = ((tokens, getattr(found, name)) for tokens, found in (few, many))
-    a_token = max(0.0, (high - low) / (b - a))
-    return Line(max(0.0, low - a_token * a), a_token)
+def _line(a: int, low: Bytes, b: int, high: Bytes, name: str) -> Line:
+    """Return the line through the values of a field for two numbers of tokens."""
+    a_token = max(0.0, (getattr(high, name) - getattr(low, name)) / (b - a))
+    return Line(max(0.0, getattr(low, name) - a_token * a), a_token)
+
+
+def _head_plan(config: Any, keys: AlstConfig) -> tuple[HeadPlan, int] | None:
+    """Return how heads are split over the ranks, and their size; None if the config has no heads."""
+    if not (heads := getattr(config, "num_attention_heads", 0)):
+        return None
+    plan = HeadPlan(keys.sequence_parallel_size, heads, getattr(config, "num_key_value_heads", None) or heads)
+    return plan, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def exchanged_of(config: Any, keys: AlstConfig) -> int:
+    """Return ``Model.exchanged``, in bf16."""
+    P, split = keys.sequence_parallel_size, _head_plan(config, keys)
+    return 0 if split is None else (P - 1) * 2 * (split[0].heads_per_rank + split[0].kv_heads_per_rank) * split[1] * 2
 
 
 def workspace_of(config: Any, keys: AlstConfig) -> Line:
@@ -157,99 +187,15 @@ def workspace_of(config: Any, keys: AlstConfig) -> Line:
     its keys for each query head: ``mha_bwd`` in flash-attention's csrc/flash_attn/flash_api.cpp, of which torch has a
     copy. A call has the rows and keys of the whole sequence, in chunks those of a rectangle.
     """
-    heads, P, lean = getattr(config, "num_attention_heads", 0), keys.sequence_parallel_size, keys.alst.memory_lean_layer
-    if not heads:
+    P, lean, split = keys.sequence_parallel_size, keys.alst.memory_lean_layer, _head_plan(config, keys)
+    if split is None:
         return Line(0, 0)
-    plan = HeadPlan(P, heads, getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    plan, head_dim = split
     a_row = 4 * plan.heads_per_rank * head_dim
     a_key = 2 * 2 * plan.heads_per_rank * head_dim if plan.heads_per_rank != plan.kv_heads_per_rank else 0
     if lean is None:
         return Line(0, P * (a_row + a_key))
     return Line(lean.chunk_tokens * a_row + max(lean.chunk_tokens, lean.key_block) * a_key, 0)
-
-
-def bytes_of(config: Any, keys: AlstConfig, tokens: int, saves_attention: bool = False) -> tuple[Bytes, LayerSizes]:
-    """Measure a rank with s ``tokens``, in bf16, with checkpointed layers; return the offload's own sizes too.
-
-    Raises:
-        UnsupportedModelError: the model does not run on fake tensors.
-    """
-    try:
-        with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
-            model = causal_lm(config).train()
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-            spec = ModelSpec(model)
-            policy = _patch(spec, keys, saves_attention, patches)
-            # Not measured: patches may still set themselves up in the first step, which is slow in chunks.
-            first = tokens if keys.alst.memory_lean_layer is None else min(tokens, _FEW_TOKENS)
-            with _known(spec, first):
-                model(**_batch(config, first), use_cache=False).loss.backward()
-                model.zero_grad()
-            with _known(spec, tokens):
-                return _peaks(spec, _batch(config, tokens)), layer_sizes(spec, keep_last(keys.alst), policy.chunks)
-    except Exception as error:
-        if isinstance(error, AlstError):
-            raise
-        raise UnsupportedModelError(
-            f"--model: cannot be planned for, as it fails on fake tensors with {type(error).__name__}: "
-            f"{str(error).splitlines()[0][:100]}"
-        ) from error
-
-
-def _known(spec: ModelSpec, tokens: int) -> Known:
-    experts, config = max(spec.expert_counts, default=0), spec.text_config
-    return Known(tokens, tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts else 0)
-
-
-def _batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
-    ids = torch.arange(tokens).remainder(config.vocab_size)[None]
-    return {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
-
-
-def _patch(spec: ModelSpec, keys: AlstConfig, saves_attention: bool, patches: PatchSet) -> CheckpointPolicy:
-    """Patch a model as its features do on a GPU, in their order."""
-    calls, alst = ForwardContext(saving_frame=saving_frame), keys.alst
-    offloads = alst.activation_checkpoint_cpu_offload is not None
-    store = ActivationStore(HostBufferPool()) if offloads else None
-    policy = CheckpointPolicy(store, keep_last(keys.alst), saves_attention=saves_attention)
-    patch_model(spec, dist.group.WORLD, patches, calls)
-    if offloads or saves_attention:
-        apply_checkpoint_policy(spec, policy, patches)
-    use_liger_without_data(spec, keys, patches)
-    if (lean := alst.memory_lean_layer) is not None:
-        group = None if keys.sequence_parallel_size == 1 else dist.group.WORLD
-        run_in_chunks(spec, lean, group, calls, lambda module: None, patches, policy)
-        patches.set(lean_layer, "rectangles", _few_rectangles)
-    if alst.tiled_mlp_compute is not None:
-        tile_mlps(spec, alst.tiled_mlp_compute, lambda module: None, patches)
-    if (loss := keys.tiled_loss()) is not None:
-        tile_loss(spec, loss, calls, lambda module: None, patches)
-    return policy
-
-
-def _few_rectangles(*arguments: Any) -> list[Rectangle]:
-    """Return the first and the last: those between need as much memory as the first, one after the other."""
-    found = list(rectangles(*arguments))
-    return [*found[:1], *found[1:][-1:]]
-
-
-def _peaks(spec: ModelSpec, batch: dict[str, torch.Tensor]) -> Bytes:
-    def beside_weights(sample: Sample) -> int:
-        return sample.total - sample.bytes["weights"] - sample.bytes["gradients"]
-
-    with Ledger(spec.model) as ledger:
-        loss = spec.model(**batch, use_cache=False).loss
-        end = ledger.timeline[-1]
-        loss.backward()
-    layers, peaks = tuple(f"{name}." for name in spec.layers), dict.fromkeys(Bytes._fields[:3], 0)
-    for sample in ledger.timeline:
-        _, module, operator = sample.moment
-        inside = "elsewhere" if f"{module}.".startswith(layers) else "outside"
-        place = "attention" if "attention" in operator and "backward" in operator else inside
-        peaks[place] = max(peaks[place], beside_weights(sample))
-    return Bytes(**peaks, saved=beside_weights(end), host=end.bytes["host"])
 
 
 def _with_layers(config: Any, count: int) -> Any:

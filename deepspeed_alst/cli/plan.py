@@ -1,199 +1,152 @@
-"""``ds_alst plan``: longest sequence that fits, bytes by category and the limiting memory, for any machine.
+"""``ds_alst plan``: longest sequence that fits, bytes by category, limiting memory and step time, for any machine.
 
-One layer runs on fake tensors to count bytes per token (measure.py); the rest is arithmetic, for decoders in half
-precision with checkpointed layers. Legend: N parameters, P = sp_size, s tokens of a rank's shard.
+measure.py counts on fake tensors, memory.py and step_time.py compute, what_if.py changes keys.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from deepspeed_alst.cli.measure import Layer, Model, measure
+from deepspeed_alst.cli.measure import Measuring
+from deepspeed_alst.cli.memory import GIB, Machine, Plan
 from deepspeed_alst.cli.report import problems, read_json
-from deepspeed_alst.config.compatibility import value_at, zero_stage
-from deepspeed_alst.config.schema import block_of, parse
+from deepspeed_alst.cli.step_time import Rates, StepTime
+from deepspeed_alst.cli.what_if import Variant, WhatIf, print_table, relative, row
+from deepspeed_alst.config.compatibility import fitting, zero_stage
+from deepspeed_alst.config.schema import parse
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets
-from deepspeed_alst.offload.budget import saves_output
-
-_GIB = 2**30
-# Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU.
-_RESERVED = 3 * _GIB
-_STATES = {"adam": 8, "adamw": 8, "fusedadam": 8, "adagrad": 4, "lion": 4, "sgd": 0}
-"""Bytes of optimizer state per element, in fp32."""
-Sizes = dict[str, float]
-"""Bytes by category."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs and memory of the machine to plan for."""
-
-    num_gpus: int
-    gpu_bytes: float
-    host_bytes: float
-    gpus_of_host: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Memory for ``tokens`` per rank: bytes of one GPU, of one host, and on its ``nvme_path``."""
-
-    tokens: int
-    device: Sizes
-    host: Sizes
-    disk: float
-    attention: str
-    """State of attention's output, kept for the backward or not, and the reason."""
-
-    def over(self, machine: Machine) -> str:
-        """Return the memory that is exceeded, "GPU" or "host"; empty if the plan fits."""
-        if sum(self.device.values()) > machine.gpu_bytes:
-            return "GPU"
-        return "host" if sum(self.host.values()) > machine.host_bytes else ""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; return 0 if the sequence fits, else 1.
+    """Print the plan; return 0 if the sequence fits, with ``--cheapest`` by some set of keys, else 1.
 
     Raises:
-        AlstError: the ds_config or the model cannot be planned for.
+        AlstError: the ds_config or the model cannot be planned for, or options contradict one another.
     """
-    ds_config = read_json(arguments.ds_config)
+    check_options(arguments)
+    measuring, machine = Measuring(arguments.model), machine_of(arguments)
+    if arguments.ds_config is None:
+        ds_config = default_config(measuring.config, arguments.num_gpus)
+        print(f"ds_alst plan: no --ds_config, so planned for {json.dumps(ds_config)}", file=sys.stderr)
+    else:
+        ds_config = read_json(arguments.ds_config)
     if lines := problems(ds_config, arguments.num_gpus):
         raise ConfigError("\n".join(lines))
-    config = parse(ds_config)
-    P = config.sequence_parallel_size
-    print(f"ds_alst plan: measuring layers of {arguments.model} on tensors without data", file=sys.stderr)
-    model, layers = measure(arguments.model, config)
-    gpu_bytes, host_bytes = arguments.gpu_memory * _GIB, arguments.host_memory * _GIB
-    machine = Machine(arguments.num_gpus, gpu_bytes, host_bytes, arguments.gpus_per_host)
-    most, limit = longest(model, layers, ds_config, machine)
-    tokens = most.tokens if arguments.seq_len is None else -(-arguments.seq_len // P)
-    plan = plan_of(model, layers, ds_config, machine, tokens)
-    fits = bool(most.tokens) and not plan.over(machine)
+    rates = Rates(arguments.flops, arguments.link, arguments.host_link, arguments.disk)
+    what_if = WhatIf(measuring, ds_config, machine, rates)
+    given = what_if.variant({}, arguments.seq_len)
+    variants = list(what_if.one_at_a_time(arguments.seq_len)) if arguments.what_if else []
+    found = what_if.cheapest(arguments.seq_len) if arguments.cheapest else None
+    if found is not None and arguments.write is not None:
+        arguments.write.write_text(json.dumps(found.ds_config, indent=2) + "\n", encoding="utf-8")
+    fits = bool(given.longest) and not given.plan.over(machine)
     if arguments.json:
-        result = {
-            "sequence": tokens * P,
-            "longest": most.tokens * P,
-            "bound by": limit,
-            "fits": fits,
-            "bytes of a GPU": plan.device,
-            "bytes of a host": plan.host,
-            "bytes of a host's disk": plan.disk,
-            "attention's output": plan.attention,
-            "kept a token and layer": model.layers.input_bytes,
-        }
-        print(json.dumps(result, indent=1))
+        print(json.dumps(_result(given, found, variants, fits, measuring), indent=1))
     else:
-        _print(plan, machine, P)
-        if not fits:
-            print(f"A sequence of {tokens * P:,} tokens does not fit.")
-        print(f"The longest sequence that fits has {most.tokens * P:,} tokens, limited by {limit} memory.")
-    return int(not fits)
+        _print(given, machine, arguments)
+        if variants:
+            print_table(variants, parse(ds_config).sequence_parallel_size)
+        if arguments.cheapest:
+            _print_cheapest(found, given, arguments)
+    return int(found is None if arguments.cheapest else not fits)
 
 
-def static_bytes(model: Model, ds_config: Mapping[str, Any], machine: Machine) -> tuple[Sizes, Sizes]:
-    """Return the bytes that do not depend on the sequence, of one GPU and of one rank on its host.
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError if options lack another, or a number is out of range."""
+    if arguments.cheapest and arguments.seq_len is None:
+        raise ConfigError("--cheapest: for which length? Give --seq_len N.")
+    if arguments.write is not None and not arguments.cheapest:
+        raise ConfigError(f"--write {arguments.write}: writes the ds_config that --cheapest finds; add --cheapest.")
+    if not 0 <= arguments.margin < 1:
+        raise ConfigError(f"--margin {arguments.margin}: must be a fraction of a GPU's memory, from 0 to below 1.")
+    for name in ("flops", "link", "host_link", "disk"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise ConfigError(f"--{name} {value}: must be a rate above 0, such as 25e9.")
 
-    ZeRO's arithmetic (arXiv 1910.02054, section 3): gradients are sharded from stage 2, weights from stage 3, optimizer
-    states from stage 1.
-    """
-    stage, N, num_gpus = zero_stage(ds_config), model.num_params, machine.num_gpus
-    half = any(value_at(ds_config, f"{dtype}.enabled") for dtype in ("bf16", "fp16"))
-    width = 2 if half else 4
-    of_optimizer = _STATES.get(str(value_at(ds_config, "optimizer.type", "AdamW")).lower(), 8) + (4 if half else 0)
-    device: Sizes = {
-        "weights": N * width / (num_gpus if stage == 3 else 1),
-        "gradients": N * width / (num_gpus if stage >= 2 else 1),
-        "optimizer": N * of_optimizer / (num_gpus if stage >= 1 else 1),
-        # Weights, and their gradients before reduction.
-        "gathered weights": 2 * model.largest * width if stage == 3 else 0,
+
+def machine_of(arguments: argparse.Namespace) -> Machine:
+    """Return the machine of the command's options."""
+    gpu_bytes = arguments.gpu_memory * (1 - arguments.margin) * GIB
+    return Machine(arguments.num_gpus, gpu_bytes, arguments.host_memory * GIB, arguments.gpus_per_host)
+
+
+def default_config(config: Any, num_gpus: int) -> dict[str, Any]:
+    """Return a ds_config for a model: ZeRO 3, bf16, AdamW and the largest SP degree that the GPUs and heads allow."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    sp_size = max(fitting(num_gpus, [(heads, getattr(config, "num_key_value_heads", None) or heads, "attention")]))
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": sp_size,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "zero_optimization": {"stage": 3},
+        "sequence_parallel_size": sp_size,
     }
-    host: Sizes = {}
-    if value_at(ds_config, "zero_optimization.offload_optimizer.device") == "cpu":
-        # DeepSpeed also keeps its partition's fp32 gradients there, and under ZeRO 3 those in their own dtype.
-        host["optimizer"] = device.pop("optimizer") + N * 4 / (num_gpus if stage >= 1 else 1)
-        if stage >= 2:
-            gradients = device.pop("gradients")
-            host |= {"gradients": gradients} if stage == 3 else {}
-    if value_at(ds_config, "zero_optimization.offload_param.device") == "cpu":
-        host["weights"] = device.pop("weights")
-    spare = machine.gpu_bytes - _RESERVED - sum(device.get(key, 0) for key in ("weights", "gradients", "optimizer"))
-    reduction = block_of(ds_config).get("reduction") or {}
-    bucket = reduction.get("bucket_size") or value_at(ds_config, "zero_optimization.reduce_bucket_size", "default")
-    if reduction.get("bucket_size") == "auto":
-        bucket = fitting_numel(ds_config, int(spare), N)
-    elif isinstance(bucket, str):
-        bucket = 5e8
-    in_buckets = num_buckets(ds_config) * min(bucket, N) * width
-    slices = 2 * reduction.get("slice_bytes", 64 * 2**20)
-    return device | {"gradient buckets, slices": in_buckets + slices, "reserved": _RESERVED}, host
 
 
-def plan_of(
-    model: Model, measured: Mapping[bool, Layer], ds_config: Mapping[str, Any], machine: Machine, tokens: int
-) -> Plan:
-    """Return the memory plan for a number of tokens per rank, with checkpointed layers."""
-    config = parse(ds_config)
-    offload, layers = config.alst.activation_checkpoint_cpu_offload, model.layers
-    device, on_host = static_bytes(model, ds_config, machine)
-    ranks = min(machine.gpus_of_host, machine.num_gpus)
-    host = {key: size * ranks for key, size in on_host.items()}
-    room = max(0, int(machine.host_bytes - sum(host.values())))
-    wanted, sequence = config.alst.save_attention_output, tokens * config.sequence_parallel_size
-    keeps, why = wanted is True, "save_attention_output"
-    if offload is not None:
-        keeps, why = saves_output(layers, tokens, room // ranks, wanted, sequence)
-    elif wanted == "auto":
-        why = "auto: no offload"
-    layer, others = measured[keeps], layers.num_layers - 1
-    if offload is not None:
-        # Beside the layer in work, which is measured: the one that comes back, and the last ones at their end. Chunks
-        # come back one by one.
-        others = min(others, max(0 if layers.num_lean_layers else 1, layers.keep_last - 1))
-    saved = {"layer inputs": layers.input_bytes, "attention outputs": layers.output_bytes + layers.lse_bytes}
-    saved = saved if keeps else {"layer inputs": layers.input_bytes}
-    device |= {name: others * size * tokens for name, size in saved.items() if others}
-    peaks: list[Sizes] = [
-        {"backward of a layer": layer.elsewhere.at(tokens)},
-        {"backward of a layer": layer.attention.at(tokens), "attention kernel's workspace": layer.workspace.at(tokens)},
-        {"logits and loss": layer.outside.at(tokens) + (0 if offload else layers.input_bytes * tokens)},
-    ]
-    device |= max(peaks, key=lambda peak: sum(peak.values()))
-    disk = 0.0
-    if offload is not None:
-        inputs, both = (ranks * layers.offloaded_bytes(tokens, with_outputs) for with_outputs in (False, keeps))
-        disk = max(0.0, both - room) if offload.nvme_path else 0.0
-        host["layer inputs"] = min(inputs, both - disk)
-        if keeps:
-            host["attention outputs"] = both - disk - host["layer inputs"]
-    return Plan(tokens, device, host, disk, f"{'saved' if keeps else 'recomputed'} ({why})")
+def _result(
+    given: Variant, found: Variant | None, variants: list[Variant], fits: bool, measuring: Measuring
+) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    plan, config = given.plan, parse(given.ds_config)
+    result = {
+        "sequence": plan.tokens * config.sequence_parallel_size,
+        "longest": given.longest,
+        "bound by": given.limit,
+        "fits": fits,
+        "bytes of a GPU": plan.device,
+        "bytes of a host": plan.host,
+        "bytes of a host's disk": plan.disk,
+        "attention's output": plan.attention,
+        "kept a token and layer": measuring.of(config)[0].layers.input_bytes,
+        "seconds of a step": None if given.time is None else {n: p._asdict() for n, p in given.time.parts.items()},
+        "ds_config": given.ds_config,
+    }
+    if variants:
+        result["what if"] = [row(each, given) for each in variants]
+    if found is not None:
+        result["cheapest"] = row(found, given) | {"ds_config": found.ds_config}
+    return result
 
 
-def longest(
-    model: Model, measured: Mapping[bool, Layer], ds_config: Mapping[str, Any], machine: Machine
-) -> tuple[Plan, str]:
-    """Return the plan of the longest shard that fits, 0 tokens if none does, and the memory that limits it."""
-    low, high, limit = 0, 2**40, plan_of(model, measured, ds_config, machine, 2**40).over(machine)
-    while high - low > 1:
-        middle = (low + high) // 2
-        over = plan_of(model, measured, ds_config, machine, middle).over(machine)
-        low, high, limit = (low, middle, over) if over else (middle, high, limit)
-    return plan_of(model, measured, ds_config, machine, low), limit
-
-
-def _print(plan: Plan, machine: Machine, sp_size: int) -> None:
-    print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} per rank at SP {sp_size}")
+def _print(given: Variant, machine: Machine, arguments: argparse.Namespace) -> None:
+    plan, sp_size = given.plan, parse(given.ds_config).sequence_parallel_size
+    stage = zero_stage(given.ds_config)
+    print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} per rank at SP {sp_size}, ZeRO {stage}")
     rows = {name: (plan.device.get(name), plan.host.get(name)) for name in {**plan.device, **plan.host}}
     rows["total"] = sum(plan.device.values()), sum(plan.host.values())
     rows["available"] = machine.gpu_bytes, machine.host_bytes
     print(f"{'':28}{'GiB per GPU':>14}{'GiB per host':>14}")
     for name, sizes in rows.items():
-        print(f"{name:28}" + "".join(f"{'' if size is None else f'{size / _GIB:,.1f}':>14}" for size in sizes))
+        print(f"{name:28}" + "".join(f"{'' if size is None else f'{size / GIB:,.1f}':>14}" for size in sizes))
     if plan.disk:
-        print(f"{plan.disk / _GIB:,.1f} GiB per host are on nvme_path.")
+        print(f"{plan.disk / GIB:,.1f} GiB per host are on nvme_path.")
+    print(f"{arguments.margin:.0%} of {arguments.gpu_memory:g} GiB per GPU are left free for fragmentation (--margin).")
     print(f"Attention's output is {plan.attention}.")
+    if given.time is not None and plan.tokens:
+        _print_time(given.time, plan, arguments.flops, sp_size)
+    if plan.over(machine) or not given.longest:
+        print(f"A sequence of {plan.tokens * sp_size:,} tokens does not fit.")
+    print(f"The longest sequence that fits has {given.longest:,} tokens, limited by {given.limit} memory.")
+
+
+def _print_time(time: StepTime, plan: Plan, flops: float, sp_size: int) -> None:
+    print(f"Optimizer step of {time.micro_steps} micro-steps, computed from counts and rates, not measured")
+    print(f"{'':28}{'seconds':>14}{'not hidden':>14}")
+    for name, part in time.parts.items():
+        print(f"{name:28}{part.seconds:14,.1f}{part.exposed:14,.1f}")
+    per_gpu = time.micro_steps * plan.tokens / time.seconds
+    print(f"{'step':28}{'':14}{time.seconds:14,.1f}")
+    share = time.model_flops / time.seconds / flops
+    print(f"{per_gpu * sp_size:,.0f} tokens/s per sequence; model FLOPs {share:.0%} of --flops {flops:.3g}")
+
+
+def _print_cheapest(found: Variant | None, given: Variant, arguments: argparse.Namespace) -> None:
+    if found is None:
+        print(f"No set of keys makes {arguments.seq_len:,} tokens fit. Use more GPUs or hosts, or nvme_path.")
+        return
+    print(f"Cheapest keys for {arguments.seq_len:,} tokens: {found.name}")
+    print(f"Step time {relative(found.time, given.time):.2f} of the given keys'; longest {found.longest:,} tokens.")
+    if arguments.write is not None:
+        print(f"Written to {arguments.write}.")

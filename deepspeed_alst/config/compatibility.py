@@ -185,7 +185,7 @@ def _fits(degree: int, num_heads: int, num_kv_heads: int) -> bool:
     return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
 
 
-def _fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]:
+def fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]:
     """Return the SP degrees that fit the ranks and the heads. A world size of 0 (unknown) allows every degree."""
     largest = max([world_size, *(each[0] for each in heads)])
     return [
@@ -204,7 +204,7 @@ def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, 
     if world_size % sp_size:
         raise ConfigError(
             f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
-            f"Use one of {_fitting(world_size, [*heads])}."
+            f"Use one of {fitting(world_size, [*heads])}."
         )
 
 
@@ -224,7 +224,7 @@ def check_heads(
         why = f"and the model's {num_kv_heads} {groups} do not divide one another"
     raise ConfigError(
         f"sequence_parallel_size={shown(sp_size)} {why}. "
-        f"Use one of {_fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
+        f"Use one of {fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
         "the remaining ranks become data-parallel replicas."
     )
 

@@ -29,6 +29,14 @@ class Span:
             return places % self.chunk + 1
         return (places + 1).clamp(max=self.window) if self.window is not None else places + 1
 
+    def seen_by_all(self, tokens: int) -> int:
+        """Return the sum of ``seen`` over the first ``tokens`` places, in closed form."""
+        if self.chunk is not None:
+            count, rest = divmod(tokens, self.chunk)
+            return count * self.chunk * (self.chunk + 1) // 2 + rest * (rest + 1) // 2
+        width = min(tokens, tokens if self.window is None else self.window)
+        return width * (width + 1) // 2 + (tokens - width) * width
+
 
 @dataclass(frozen=True)
 class StepFlops:

@@ -1,6 +1,9 @@
 """``ds_alst plan``: its arithmetic against ZeRO's table, its line against a longer measurement, what it prints."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import CONFIG_MAPPING
 
+from deepspeed_alst.cli.fake_layer import Flops, bytes_of
 from deepspeed_alst.cli.main import main
-from deepspeed_alst.cli.measure import Layer, Line, Model, bytes_of, measure, workspace_of
-from deepspeed_alst.cli.plan import Machine, longest, plan_of, static_bytes
+from deepspeed_alst.cli.measure import Layer, Line, Model, measure, workspace_of
+from deepspeed_alst.cli.memory import Machine, longest, plan_of, static_bytes
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.offload.budget import LayerSizes
 
@@ -39,7 +43,7 @@ OFFLOAD = {"activation_checkpoint_cpu_offload": True}
 def made_up(a_token, layers=10, keep_last=1, **more):
     """Return a model whose layers save 8,192 bytes a token, and as much of attention's output; and its peaks."""
     saved = LayerSizes(layers, keep_last, 8192, 8192, 128, 10**9, 4096, **more)
-    layer = Layer(Line(GIB, 10.0), Line(GIB, a_token), Line(GIB, 10.0), Line(0, 20.0))
+    layer = Layer(Line(GIB, 10.0), Line(GIB, a_token), Line(GIB, 10.0), Line(0, 20.0), Flops(1.0, 4.0, 2.0))
     return Model(10**9, 10**8, saved), dict.fromkeys((False, True), layer)
 
 
@@ -223,3 +227,25 @@ def test_a_ds_config_that_is_refused_is_refused_here(measured, tmp_path, capsys)
     (tmp_path / "ds.json").write_text(json.dumps({**DS_CONFIG, "sequence_parallel_size": 3}))
     assert main(["plan", "--model", str(measured[0]), "--ds_config", str(tmp_path / "ds.json")]) == 2
     assert "sequence_parallel_size=3 does not divide" in capsys.readouterr().err
+
+
+def test_the_plan_depends_neither_on_a_compiler_nor_on_tritons_interpreter(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    CONFIG_MAPPING["llama"](**sizes, vocab_size=128, num_hidden_layers=2).to_json_file(tmp_path / "config.json")
+    alst = {**OFFLOAD, "tiled_mlp_compute": True, "save_attention_output": False}
+    (tmp_path / "ds.json").write_text(json.dumps({**DS_CONFIG, "sequence_parallel_size": 2, "alst": alst}))
+    files = ["--model", str(tmp_path / "config.json"), "--ds_config", str(tmp_path / "ds.json")]
+    # No compiler and no op or kernel compiled before; and the tests' environment, with the interpreter.
+    folders = {key: str(tmp_path / key) for key in ("HOME", "PATH", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")}
+    without = {**folders, "CC": "/none", "CXX": "/none"}
+    said = [
+        subprocess.run(
+            [sys.executable, "-m", "deepspeed_alst", "plan", *files, "--json"],
+            env={**os.environ, **changed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for changed in ({"TRITON_INTERPRET": "0"}, {"TRITON_INTERPRET": "0", **without}, {"TRITON_INTERPRET": "1"})
+    ]
+    assert said[0] == said[1] == said[2] and json.loads(said[0])["longest"] > 0
