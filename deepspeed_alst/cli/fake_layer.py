@@ -71,10 +71,10 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, saves_attention: bool =
             policy = _patch(spec, keys, saves_attention, patches)
             # Not measured: patches may still set themselves up in the first step, which is slow in chunks.
             first = tokens if keys.alst.memory_lean_layer is None else min(tokens, FEW_TOKENS)
-            with _known(spec, first):
+            with _known(spec, keys, first):
                 model(**_batch(config, first), use_cache=False).loss.backward()
                 model.zero_grad()
-            with _known(spec, tokens):
+            with _known(spec, keys, tokens):
                 return _peaks(spec, _batch(config, tokens)), layer_sizes(spec, keep_last(keys.alst), policy.chunks)
     except Exception as error:
         if isinstance(error, AlstError):
@@ -85,9 +85,10 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, saves_attention: bool =
         ) from error
 
 
-def _known(spec: ModelSpec, tokens: int) -> Known:
-    experts, config = max(spec.expert_counts, default=0), spec.text_config
-    return Known(tokens, tokens * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts else 0)
+def _known(spec: ModelSpec, keys: AlstConfig, tokens: int) -> Known:
+    experts, config, lean = max(spec.expert_counts, default=0), spec.text_config, keys.alst.memory_lean_layer
+    routed = tokens if lean is None else min(tokens, lean.chunk_tokens)
+    return Known(tokens, routed * (getattr(config, "num_experts_per_tok", 1) or 1) // experts if experts else 0)
 
 
 def _batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
