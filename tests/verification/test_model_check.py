@@ -276,11 +276,11 @@ def test_experts_are_those_of_the_recorded_run():
 
 
 def test_lengths_reach_beyond_windows_and_to_the_last_position():
-    assert lengths(ModelSpec(build(max_position_embeddings=512)), 2) == (32, 32, 480)
+    assert lengths(ModelSpec(build(max_position_embeddings=512)), 2) == (34, 34, 478)
     narrow = build(MistralForCausalLM, MistralConfig, sliding_window=50, max_position_embeddings=512)
-    assert lengths(ModelSpec(narrow), 4) == (64, 100, 412)
+    assert lengths(ModelSpec(narrow), 4) == (68, 100, 412)
     wide = build(MistralForCausalLM, MistralConfig, sliding_window=9000, max_position_embeddings=10**6)
-    assert lengths(ModelSpec(wide), 2) == (32, 8192, 10**6 - 8192)
+    assert lengths(ModelSpec(wide), 2) == (34, 8192, 10**6 - 8192)
 
 
 def refusal() -> str:
