@@ -1,4 +1,4 @@
-"""Build ahead of the first run: DeepSpeed's CPU communication op, otherwise built silently, and the csrc/ op."""
+"""Build ahead of the first run: DeepSpeed's CPU communication op, otherwise built silently, and the csrc/ ops."""
 
 from deepspeed.accelerator import get_accelerator
 
@@ -10,4 +10,4 @@ if __name__ == "__main__":
     device = get_accelerator().device_name()
     if device == "cpu":
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
-    print(f"sum of gradient pieces on {device}: {load(device)}")
+    print(f"csrc ops on {device}: {load(device)}")

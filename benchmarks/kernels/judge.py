@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-SUBJECTS = ("cross_entropy", "gated", "heads")
+SUBJECTS = ("bf16", "cross_entropy", "gated", "heads")
 SLACK = 3.0
 MOST_TRAFFIC = 1.1
 """Limit relative to the minimum traffic."""

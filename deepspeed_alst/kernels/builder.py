@@ -1,4 +1,4 @@
-"""Build and load csrc/'s op: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
+"""Build and load csrc/'s ops: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
 
 A build runs in its own folder under a file lock that the operating system releases when the process ends, and the
 finished library is moved into place. So a killed build cannot break or block a later one, as torch's lock file would.
@@ -21,8 +21,9 @@ import torch
 from deepspeed.ops.op_builder.builder import assert_no_cuda_mismatch
 from torch.utils import cpp_extension
 
-LIBRARIES = {"cpu": "alst_sum_pieces", "cuda": "alst_sum_pieces_cuda"}
-"""Library of ``deepspeed_alst::sum_pieces`` by device; CUDA's has no CPU kernel."""
+LIBRARIES = {"cpu": "alst_ops", "cuda": "alst_ops_cuda"}
+"""Name of the library of a device's kernels; CUDA's has no CPU kernels."""
+_SOURCES = {"cpu": ("sum_pieces.cpp", "pack_bf16.cpp"), "cuda": ("sum_pieces.cu",)}
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Oldest torch with the stable ABI that the sources need; the binaries run on it and on every later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -45,15 +46,15 @@ def source_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
 
 
-def _source(device: str) -> str:
-    return str(source_folder() / ("sum_pieces.cu" if device == "cuda" else "sum_pieces.cpp"))
+def _sources(device: str) -> list[str]:
+    return [str(source_folder() / name) for name in _SOURCES[device]]
 
 
 def extension(device: str) -> Any:
     """Return the setuptools extension that builds a device's library at installation."""
     kind = cpp_extension.CppExtension if device == "cpu" else cpp_extension.CUDAExtension
     flags = {"cxx": _CXX_FLAGS, "nvcc": _nvcc_flags(device)}
-    return kind(f"deepspeed_alst.kernels.{LIBRARIES[device]}_op", [_source(device)], extra_compile_args=flags)
+    return kind(f"deepspeed_alst.kernels.{LIBRARIES[device]}", _sources(device), extra_compile_args=flags)
 
 
 def cuda_flags(nvcc: str) -> list[str]:
@@ -102,8 +103,8 @@ def load_existing(device: str) -> Path | None:
     """Load a library that was built earlier or at installation and return its path; None if none loads."""
     if device == "cuda" and _unsupported_gpu():
         return None
-    for library in (*_PACKAGE.glob(f"kernels/{LIBRARIES[device]}_op.*so"), *_build_folder(device).glob("*.so")):
-        with contextlib.suppress(OSError):  # another libc, or an interrupted copy
+    for library in (*_PACKAGE.glob(f"kernels/{LIBRARIES[device]}.*so"), *_build_folder(device).glob("*.so")):
+        with contextlib.suppress(OSError):  # for another libc, or of an interrupted copy
             torch.ops.load_library(library)
             return library
     return None
@@ -147,7 +148,7 @@ def _build(device: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as build_directory:
         flags = _CXX_FLAGS, _nvcc_flags(device)
         try:
-            cpp_extension.load(name, _source(device), *flags, build_directory=build_directory, is_python_module=False)
+            cpp_extension.load(name, _sources(device), *flags, build_directory=build_directory, is_python_module=False)
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             log = folder / "failed.log"
             log.write_text(str(error), encoding="utf-8")
@@ -159,7 +160,7 @@ def _build(device: str, folder: Path) -> Path:
 
 @functools.cache
 def load(device: str) -> str:
-    """Load the compiled op for ``"cpu"`` or ``"cuda"`` once per process: ``"csrc op"``, or ``"torch (<reason>)"``.
+    """Load the compiled ops for ``"cpu"`` or ``"cuda"`` once per process: ``"csrc op"``, or ``"torch (<reason>)"``.
 
     Without the op PyTorch computes the same result, and a warning gives the reason and a remedy.
     """
@@ -170,8 +171,8 @@ def load(device: str) -> str:
     except Exception as error:  # compilers raise many types; training can go on
         reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"deepspeed_alst: sum_pieces on {device} falls back to PyTorch, slower with the same result: {reason}. "
-            f"To use the op: {getattr(error, 'fix', 'see the messages above')}.",
+            f"deepspeed_alst: the ops of csrc/ on {device} fall back to PyTorch, slower with the same result: {reason}. "
+            f"To use them: {getattr(error, 'fix', 'see the messages above')}.",
             RuntimeWarning,
             stacklevel=2,
         )

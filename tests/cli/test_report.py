@@ -61,7 +61,7 @@ def test_a_report_of_this_environment_with_a_stale_lock_and_no_compiler(tmp_path
     assert status == 1
     (stale,) = named(rows, "build lock")  # and not the one that a build holds
     assert stale.verdict == "problem" and str(left) in stale.value and f"rm {left}" in stale.remedy
-    (op,) = named(rows, "op alst_sum_pieces")
+    (op,) = named(rows, "op alst_ops")
     assert op.verdict == "note" and "no C++ compiler" in op.value and "DS_BUILD_ALST=1" in op.remedy
     (disk,) = named(rows, "disk")
     assert " MB/s" in disk.value and [path.name for path in tmp_path.iterdir()] == ["extensions", "ds.json"]

@@ -60,7 +60,7 @@ def compiler(tmp_path, seconds):
 
 def left_over(folder):
     """What is there beside the library and the lock, which nobody waits for once its holder is dead."""
-    return [path.name for path in folder.glob("alst_sum_pieces/*/*") if path.suffix != ".so" and path.name != "builder"]
+    return [path.name for path in folder.glob("alst_ops/*/*") if path.suffix != ".so" and path.name != "builder"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_build_that_was_killed_halts_no_later_one(tmp_path):
     killed.communicate()
     locks = list(folder.rglob("lock"))
     assert locks, "torch's lock is there, and so is the orphaned compiler: this is what is to be survived"
-    locks[0].with_name("alst_sum_pieces.so").write_bytes(b"\x7fELF half a library")
+    locks[0].with_name("alst_ops.so").write_bytes(b"\x7fELF half a library")
     report = finish(start(folder))
     assert report["words"] == ["csrc op"] and report["seconds"] < 60
     assert left_over(folder) == []
@@ -161,8 +161,8 @@ def test_an_installed_package_brings_its_op_or_the_sources_of_it(tmp_path):
         timeout=180,
     )
     binaries = {path.name.split(".")[0]: path for path in (installed / "deepspeed_alst" / "kernels").glob("*.so")}
-    assert binaries.keys() == {"alst_sum_pieces_op"}
-    prebuilt = binaries["alst_sum_pieces_op"]
+    assert binaries.keys() == {"alst_ops"}
+    prebuilt = binaries["alst_ops"]
     report = finish(start(folder, package=installed, CXX="/nonexistent/c++"))
     assert report["package"] == str(installed / "deepspeed_alst") and report["words"] == ["csrc op"]
     assert not folder.exists(), "nothing was built"
@@ -195,6 +195,6 @@ def test_setup_loads_no_torch_unless_it_is_asked_to():
 
 
 def test_libraries_have_names_of_their_own_and_sources_that_are_there():
-    assert list(LIBRARIES.values()) == ["alst_sum_pieces", "alst_sum_pieces_cuda"]
-    assert all(Path(source).is_file() for source in extension("cpu").sources)
+    assert list(LIBRARIES.values()) == ["alst_ops", "alst_ops_cuda"]
+    assert all(Path(source).is_file() for source in extension("cpu").sources) and len(extension("cpu").sources) == 2
     assert source_folder() == ROOT / "csrc"
