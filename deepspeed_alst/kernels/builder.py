@@ -171,7 +171,7 @@ def load(device: str) -> str:
     except Exception as error:  # compilers raise many types; training can go on
         reason = str(error) if isinstance(error, OpBuildError) else f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"deepspeed_alst: the ops of csrc/ on {device} fall back to PyTorch, slower with the same result: {reason}. "
+            f"deepspeed_alst: csrc's ops on {device} fall back to PyTorch, slower with the same result: {reason}. "
             f"To use them: {getattr(error, 'fix', 'see the messages above')}.",
             RuntimeWarning,
             stacklevel=2,
