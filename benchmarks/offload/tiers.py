@@ -14,9 +14,10 @@ import torch
 
 from benchmarks.figures import Figure
 from benchmarks.ranks import finished
-from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
+from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import STAGING_BUFFERS, HostBufferPool, pages
+from deepspeed_alst.offload.swapper import Swapper
 
 LAYERS, HIDDEN = 32, 1024
 # Tensors of more than 32 MiB: glibc may keep the memory of smaller ones after they are freed.

@@ -12,7 +12,7 @@ from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
-from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
+from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, make_plan
 from deepspeed_alst.offload.checkpoint_inputs import (
@@ -25,6 +25,7 @@ from deepspeed_alst.offload.checkpoint_inputs import (
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.hf_attention_cache import cache_attention, check_attention_can_be_saved
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
+from deepspeed_alst.offload.swapper import Swapper
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 _OUTPUT = {True: "saved", False: "recomputed", "auto": "auto: decided at the first step"}

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from deepspeed_alst.errors import OffloadError
-from deepspeed_alst.offload.activation_store import ActivationStore, Swapper
+from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool, pages
+from deepspeed_alst.offload.swapper import Swapper
 from tests.stand_ins import streams
 
 
