@@ -53,7 +53,7 @@ def size(name: str, x_n: torch.Tensor) -> Figure:
     exact = torch.equal(back_n.view(torch.int16), x_n.view(torch.int16))
     escapes, unused = codec.num_escapes(packed_m), -(-n // codec.SEGMENT) * codec.ESCAPES
     bits, in_use = 8 * packed_m.numel() / n, 8 * (packed_m.numel() - unused + escapes) / n
-    overflow = "overflow" if codec.has_overflowed(packed_m) else "no overflow"
+    overflow = "overflow" if codec.has_overflowed(packed_m, packed_m.numel()) else "no overflow"
     text = (
         f"{bits:.2f} bits, {in_use:.2f} in use, {escapes / n:.2%} escapes, {overflow}, {'' if exact else 'not '}exact"
     )

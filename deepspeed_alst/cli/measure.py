@@ -105,6 +105,7 @@ class Measuring:
             on_device, on_host = of_two.saved - of_one.saved, of_two.host - of_one.host
             saved[keeps] = (on_host or on_device) // FEW_TOKENS
         outputs = saved.get(True, saved[False]) - saved[False]
+        offload = keys.alst.activation_checkpoint_cpu_offload
         layers = replace(
             layers,
             num_layers=self._num_layers,
@@ -113,6 +114,7 @@ class Measuring:
             input_bytes=saved[False],
             output_bytes=max(0, outputs - layers.lse_bytes),
             lse_bytes=min(outputs, layers.lse_bytes),
+            packing=False if offload is None else offload.packing,
         )
         return Model(self._num_params, self._largest, layers, exchanged_of(one, keys), self._step), found
 

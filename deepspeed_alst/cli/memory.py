@@ -5,7 +5,7 @@ P = sp_size, s tokens of a rank's shard.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepspeed_alst.cli.measure import Layer, Model
@@ -107,6 +107,8 @@ def plan_of(
     ranks = min(machine.gpus_of_host, machine.num_gpus)
     host = {key: size * ranks for key, size in on_host.items()}
     room = max(0, int(machine.host_bytes - sum(host.values())))
+    if not value_at(ds_config, "bf16.enabled"):
+        layers = replace(layers, packing=False)
     wanted, sequence = config.alst.save_attention_output, tokens * config.sequence_parallel_size
     keeps, why = wanted is True, "save_attention_output"
     if offload is not None:
@@ -129,6 +131,7 @@ def plan_of(
     device |= max(peaks, key=lambda peak: sum(peak.values()))
     disk = 0.0
     if offload is not None:
+        layers = layers.resolve_packing(tokens, keeps, room // ranks)
         inputs, both = (ranks * layers.offloaded_bytes(tokens, with_outputs) for with_outputs in (False, keeps))
         disk = max(0.0, both - room) if offload.nvme_path else 0.0
         host["layer inputs"] = min(inputs, both - disk)

@@ -21,6 +21,7 @@ from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import as_word, shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
+Packing = Literal["lossless", "auto", False]
 
 _LOSS_BYTES = 2**30
 
@@ -120,6 +121,9 @@ class OffloadConfig(_Block):
     """Bytes of a host's memory for the activations of all its ranks; "auto" is the spare memory of the host."""
     keep_last: StrictInt | None = Field(default=None, ge=0)
     """Last layers whose tensors stay on the device; unset means 1, or 0 if layers run in chunks."""
+    packing: Packing = False
+    """Lossless packing of bf16 tensors to 0.73 of their size: "lossless", false, or "auto": if they exceed the host's
+    memory otherwise."""
 
 
 class MemoryLeanConfig(_Block):

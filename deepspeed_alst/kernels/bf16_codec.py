@@ -214,6 +214,6 @@ def num_escapes(packed_m: torch.Tensor) -> int:
     return int(packed_m[:8].view(torch.int64))
 
 
-def has_overflowed(packed_m: torch.Tensor) -> bool:
-    """Return True if packed values cannot be unpacked; reads memory, so pass the copy on the host."""
-    return num_escapes(packed_m) > packed_m.numel() // _SEGMENT_BYTES * ESCAPES
+def has_overflowed(header_m: torch.Tensor, num_bytes: int) -> bool:
+    """Return True if ``num_bytes`` of packed values, of which the first are given, cannot be unpacked; reads memory."""
+    return num_escapes(header_m) > num_bytes // _SEGMENT_BYTES * ESCAPES

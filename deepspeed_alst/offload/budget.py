@@ -4,14 +4,16 @@ The plan is integers only, so that all ranks decide alike. Legend: s tokens of a
 """
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from deepspeed_alst.config.schema import Packing
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.kernels.bf16_codec import packed_bytes
 from deepspeed_alst.offload.host_buffers import STAGING_BUFFERS, pages
 
 _KEY = "alst.activation_checkpoint_cpu_offload"
@@ -45,6 +47,15 @@ class LayerSizes:
     num_lean_layers: int = 0  # those of them that run in chunks
     chunk_tokens: int = 1  # of a chunk, of all samples of a batch
     num_norms: int = 0  # that run in chunks and save their inputs too
+    packing: Packing = False  # of inputs and outputs, which are bf16; sizes of "auto" are the packed ones
+
+    def resolve_packing(self, tokens: int, with_outputs: bool, host_bytes: int) -> "LayerSizes":
+        """Return the sizes with "auto" decided: packed if the tensors exceed the host's memory otherwise."""
+        if self.packing != "auto":
+            return self
+        unpacked = replace(self, packing=False)
+        fits = unpacked.offloaded_bytes(tokens, with_outputs) <= host_bytes
+        return unpacked if fits else replace(self, packing="lossless")
 
     def tensor_bytes(self, tokens: int, with_outputs: bool) -> list[int]:
         """Return the bytes of each tensor of a layer, and of a layer in chunks, rounded up to pages."""
@@ -64,8 +75,12 @@ class LayerSizes:
         return total
 
     def _layer_bytes(self, tokens: int, with_outputs: bool) -> list[int]:
-        sizes = [self.input_bytes, *([self.output_bytes, self.lse_bytes] if with_outputs else [])]
-        return [pages(tokens * size) for size in sizes if size]
+        sizes = [tokens * size for size in (self.input_bytes, self.output_bytes * with_outputs) if size]
+        if self.packing:
+            sizes = [min(size, packed_bytes(size // 2)) for size in sizes]
+        if with_outputs and self.lse_bytes:
+            sizes.append(tokens * self.lse_bytes)
+        return [pages(size) for size in sizes]
 
     def _chunks(self, tokens: int) -> list[tuple[int, int]]:
         """Return pairs of a number of chunks and their tokens."""
@@ -99,6 +114,7 @@ class Plan:
     disk_bytes: int
     staging_bytes: int  # on the host, for transfers to and from disk
     reason: str  # to save attention's output or recompute it
+    layers: LayerSizes  # with packing decided
 
 
 def make_plan(
@@ -117,10 +133,11 @@ def make_plan(
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
     """
     saves, reason = saves_output(layers, tokens, memory.host_bytes, wanted, tokens // shard[1] * shard[0])
+    layers = layers.resolve_packing(tokens, saves, memory.host_bytes)
     placement = _placement(layers, tokens, memory, saves)
     if placement is None:
         raise OffloadError(_out_of_memory(layers, tokens, memory, saves, shard))
-    return Plan(saves, *placement, reason)
+    return Plan(saves, *placement, reason, layers)
 
 
 def saves_output(

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepspeed_alst.config.schema import AlstBlockConfig, OffloadConfig
+from deepspeed_alst.config.schema import AlstBlockConfig, OffloadConfig, Packing
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, make_plan
@@ -28,6 +29,11 @@ from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.offload.swapper import Swapper
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
+_PACKING = {
+    False: "none: the model is not bf16",
+    "lossless": "lossless, bf16 tensors to 0.73 of their size",
+    "auto": "auto: decided at the first step",
+}
 _OUTPUT = {True: "saved", False: "recomputed", "auto": "auto: decided at the first step"}
 
 
@@ -43,7 +49,7 @@ class ActivationOffload(Feature):
     """Offload of checkpointed layers' activations, by a plan made before each training forward."""
 
     _planned_tokens = 0
-    _printed: tuple[bool, bool] | None = None
+    _printed: tuple[bool, bool, bool] | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Wrap the layers' checkpoints; at SP 1, also plan before each forward (under SP the batch check does)."""
@@ -78,7 +84,7 @@ class ActivationOffload(Feature):
         self._ranks = ranks_on_host(run.control_group)
         with agree(run.control_group):
             if self._block is not None:
-                store = self.policy.store = _build_store(self._block.nvme_path, torch.device(engine.device))
+                store = self.policy.store = _build_store(self._block, torch.device(engine.device))
                 patches.set(engine, "alst_offload", store)
                 patches.callback(store.close)
 
@@ -91,8 +97,11 @@ class ActivationOffload(Feature):
         where = "host" if store.swapper is None else f"host, then {store.swapper.file.description}"
         last = f", except the last {self.policy.keep_last}" if self.policy.keep_last else ""
         registered = "page-locked" if store.pool.page_locked else "not page-locked: no CUDA"
+        packs = self._block.packing if _dtype(self._spec) == torch.bfloat16 else False
+        packing = f"{_PACKING[packs]}; fp16 and fp32 tensors stay as they are"
         return [
             ("offload", f"{checkpointed}layer inputs to the {where}{last}; buffers of exact size, {registered}"),
+            *([("packing", packing)] if self._block.packing else []),
             ("attention output", self._unsaved_reason or _OUTPUT[self._wanted]),
         ]
 
@@ -134,22 +143,24 @@ class ActivationOffload(Feature):
         disks = [each.disk_bytes for each in memories if each.disk_bytes is not None]
         host_bytes = min(each.host_bytes for each in memories)
         memory = MemoryBudget(host_bytes, min(disks) if disks else None, memories[0].host_budget)
-        layers = layer_sizes(self._spec, self.policy.keep_last, self.policy.chunks, largest.batch_size)
+        last, chunks = self.policy.keep_last, self.policy.chunks
+        layers = layer_sizes(self._spec, last, chunks, largest.batch_size, self._block.packing)
         wanted = False if self._unsaved_reason else self._wanted
         plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))
-        store, sizes = self.policy.store, layers.tensor_bytes(largest.tokens, plan.saves_attention)
+        store, sizes = self.policy.store, plan.layers.tensor_bytes(largest.tokens, plan.saves_attention)
         store.pool.set_sizes(sizes)
         store.pool.budget = host_bytes - plan.staging_bytes
         if store.swapper is not None:
             store.swapper.staging.set_sizes(sizes)
             store.swapper.file.reserve(plan.disk_bytes)
-        self.policy.saves_attention = plan.saves_attention
+        self.policy.saves_attention, store.packs = plan.saves_attention, bool(plan.layers.packing)
         # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = largest.tokens
-        if self._printed != (decision := (plan.saves_attention, plan.disk_bytes > 0)):
+        if self._printed != (decision := (plan.saves_attention, plan.disk_bytes > 0, store.packs)):
             self._printed = decision
             on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
-            on_host = f"{format_bytes(plan.host_bytes)} on the host{on_disk} of a rank with {largest.tokens:,} tokens"
+            where = f"on the host{on_disk} of a rank with {largest.tokens:,} tokens{', packed' if store.packs else ''}"
+            on_host = f"{format_bytes(plan.host_bytes)} {where}"
             output = f"{_OUTPUT[plan.saves_attention]} ({self._unsaved_reason or plan.reason})"
             print_report([("offload", on_host), ("attention output", output)])
         return True
@@ -164,10 +175,12 @@ class ActivationOffload(Feature):
         return MemoryBudget(available_bytes() // ranks + store.pool.num_bytes + staging_bytes, disk)
 
 
-def _build_store(nvme_path: str | None, device: torch.device) -> ActivationStore:
+def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:
+    if block.packing and device.type == "cpu":
+        load("cpu")
     copies = CopyStream() if device.type == "cpu" else CopyStream(torch.get_device_module(device), device)
     page_locked = device.type == "cuda"
-    swapper = None if nvme_path is None else Swapper(DiskFile(nvme_path), copies, page_locked)
+    swapper = None if block.nvme_path is None else Swapper(DiskFile(block.nvme_path), copies, page_locked)
     return ActivationStore(HostBufferPool(page_locked=page_locked), swapper, copies)
 
 
@@ -180,19 +193,25 @@ def keep_last(alst: AlstBlockConfig) -> int:
     return block.keep_last if block.keep_last is not None else int(alst.memory_lean_layer is None)
 
 
-def layer_sizes(spec: ModelSpec, num_last: int, chunks: Chunks, batch_size: int = 1) -> LayerSizes:
+def _dtype(spec: ModelSpec) -> torch.dtype:
+    return next(each.dtype for each in spec.outer.parameters() if each.is_floating_point())
+
+
+def layer_sizes(
+    spec: ModelSpec, num_last: int, chunks: Chunks, batch_size: int = 1, packing: Packing = False
+) -> LayerSizes:
     """Return the sizes of the activations that checkpointed layers save, from the config and the weights."""
     layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
     config = spec.text_config
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
     head_elements = heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
-    itemsize = next(each.dtype for each in spec.outer.parameters() if each.is_floating_point()).itemsize
+    dtype = _dtype(spec)
     shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
     return LayerSizes(
         num_layers=len(layers),
         keep_last=num_last,
-        input_bytes=hidden * itemsize,
-        output_bytes=head_elements * itemsize,
+        input_bytes=hidden * dtype.itemsize,
+        output_bytes=head_elements * dtype.itemsize,
         lse_bytes=4 * heads,
         # Excludes stacked experts: each token uses few of them.
         matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
@@ -200,4 +219,5 @@ def layer_sizes(spec: ModelSpec, num_last: int, chunks: Chunks, batch_size: int 
         num_lean_layers=chunks.layers,
         chunk_tokens=chunks.tokens * batch_size,
         num_norms=chunks.norms,
+        packing=packing if dtype == torch.bfloat16 else False,
     )
