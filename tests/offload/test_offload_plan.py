@@ -7,6 +7,7 @@ import pytest
 
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.kernels.bf16_codec import packed_bytes
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, make_plan, max_tokens
 from deepspeed_alst.offload.host_buffers import pages
 
@@ -129,3 +130,37 @@ def test_the_page_has_the_figures_that_are_printed():
 def test_two_sequences_of_a_batch_share_the_room():
     with pytest.raises(OffloadError, match=r"sequence of 4,000 tokens.*at most 2,048 tokens"):
         make_plan(LLAMA_8B, 4000, MemoryBudget(32 * 8192 * 2048), "auto", shard=(2, 2))
+
+
+def test_packed_sizes_are_at_most_117_of_160_and_the_log_sum_exp_stays():
+    tokens = 100_001
+    packed = replace(LLAMA_8B, packing="lossless")
+    of_input = pages(packed_bytes(4096 * tokens))
+    assert packed.tensor_bytes(tokens, True) == [of_input, of_input, pages(128 * tokens)]
+    assert packed.offloaded_bytes(tokens, False) == 32 * of_input <= 11.7 / 16 * LLAMA_8B.offloaded_bytes(tokens, False)
+    # Of a token or a chunk that packing makes no smaller.
+    assert packed.offloaded_bytes(1, False) == 32 * pages(packed_bytes(4096))
+    assert replace(packed, input_bytes=64).tensor_bytes(64, False) == [pages(64 * 64)]
+    lean = replace(packed, num_lean_layers=32, chunk_tokens=3000, num_norms=1)
+    assert lean.offloaded_bytes(7000, False) == 33 * (
+        2 * pages(packed_bytes(4096 * 3000)) + pages(packed_bytes(4096 * 1000))
+    )
+
+
+def test_auto_packs_where_the_host_has_too_little_room_otherwise():
+    tokens, auto = 100_000, replace(LLAMA_8B, packing="auto")
+    packed = replace(LLAMA_8B, packing="lossless")
+    for saves in (False, True):
+        needed = LLAMA_8B.offloaded_bytes(tokens, saves)
+        ample, short = (make_plan(auto, tokens, MemoryBudget(room), saves) for room in (needed, needed - 1))
+        assert (ample.layers.packing, ample.host_bytes) == (False, needed)
+        assert (short.layers.packing, short.host_bytes) == ("lossless", packed.offloaded_bytes(tokens, saves))
+    # Attention's output is worth more than what packing costs.
+    room = packed.offloaded_bytes(tokens, True)
+    assert make_plan(auto, tokens, MemoryBudget(room), "auto").saves_attention
+    assert not make_plan(LLAMA_8B, tokens, MemoryBudget(room), "auto").saves_attention
+    assert make_plan(auto, tokens, MemoryBudget(0, 2 * room), False).layers.packing == "lossless"
+    assert make_plan(packed, tokens, MemoryBudget(2**60), False).layers.packing == "lossless"
+    with pytest.raises(OffloadError) as caught:
+        make_plan(auto, tokens, MemoryBudget(room // 8), False)
+    assert f"at most {max_tokens(packed, MemoryBudget(room // 8), False):,} tokens" in str(caught.value)

@@ -1,0 +1,229 @@
+"""Packed activations: every bit comes back, from the host and from disk, and their slots have the packed size."""
+
+import gc
+import weakref
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import cells
+from benchmarks.cells import Cell
+from benchmarks.families import family_config
+from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.kernels import bf16_codec as codec
+from deepspeed_alst.kernels.builder import load
+from deepspeed_alst.offload.activation_store import ActivationStore
+from deepspeed_alst.offload.disk import DiskFile
+from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool, pages
+from deepspeed_alst.offload.swapper import Swapper
+from tests.offload.test_activation_store import lazy  # noqa: F401
+
+NUM_VALUES = 3 * codec.SEGMENT - 71
+
+
+@pytest.fixture(autouse=True, scope="module")
+def op():
+    assert load("cpu") == "csrc op"
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def random_bits(num_values: int = NUM_VALUES) -> torch.Tensor:
+    """Any bit pattern, NaN and infinity too: far more escapes than there is room for."""
+    make = torch.Generator().manual_seed(2)
+    return torch.randint(-(2**15), 2**15, (num_values,), generator=make, dtype=torch.int16).view(torch.bfloat16)
+
+
+def not_finite() -> torch.Tensor:
+    x_n = normal(NUM_VALUES)
+    x_n[:4] = torch.tensor([0x7F80, 0xFF80 - 2**16, 0x7FC1, 0x7F81], dtype=torch.int16).view(torch.bfloat16)
+    x_n[1000:1010] = 0.0
+    return x_n
+
+
+PACKED = {
+    "normal": normal(1, 63, 257),
+    "one in 97 larger": normal(NUM_VALUES) * torch.where(torch.arange(NUM_VALUES) % 97 == 0, 1000, 1).bfloat16(),
+    "NaN, infinity and zeros": not_finite(),
+    "transposed": normal(2, 70, 4, 60).transpose(1, 2),
+    "with gaps": normal(100, 300)[:, ::2],
+}
+UNPACKED = {
+    "fp32": torch.randn(NUM_VALUES),
+    "fp16": torch.randn(NUM_VALUES).half(),
+    "smaller unpacked": normal(2988),
+    "empty": normal(0),
+}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(*(x.contiguous().view(torch.uint8) for x in (a, b)))
+
+
+def new_store(copies: CopyStream | None = None, disk=None, budget: int = 2**40) -> ActivationStore:
+    swapper = None if disk is None else Swapper(DiskFile(disk), copies)
+    store = ActivationStore(HostBufferPool(0 if disk is not None else budget), swapper, copies)
+    store.packs = True
+    return store
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["host", "disk"])
+def test_every_bit_comes_back_and_the_packed_bytes_move(on_disk, lazy, tmp_path):  # noqa: F811
+    store = new_store(lazy, tmp_path if on_disk else None)
+    values = [*PACKED.values(), *UNPACKED.values()]
+    sizes = [codec.packed_bytes(x.numel()) for x in PACKED.values()] + [x.nbytes for x in UNPACKED.values()]
+    for _ in range(2):
+        groups = [store.group().put(x.clone(memory_format=torch.preserve_format)) for x in values]
+        store.release_copied()
+        for _ in range(2):  # a graph that is kept is gone through twice
+            for get, x in zip(reversed(groups), reversed(values), strict=True):
+                found = get()
+                assert same_bits(found, x)
+                assert found.stride() == (x if x is not PACKED["with gaps"] else x.contiguous()).stride()
+        del get, groups
+        gc.collect()
+        assert store.pool.in_use == 0
+    counts = store.counts
+    assert counts.overflows == 0 and counts.bytes_out == 2 * sum(sizes)
+    assert counts.bytes_to_disk == (counts.bytes_out if on_disk else 0)
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore:alst.activation_checkpoint_cpu_offload.packing")
+@pytest.mark.parametrize("on_disk", [False, True], ids=["host", "disk"])
+def test_an_overflow_is_stored_unpacked_before_the_values_are_freed(on_disk, lazy, tmp_path):  # noqa: F811
+    store, alive, gets = new_store(lazy, tmp_path if on_disk else None), [], []
+    values = [normal(NUM_VALUES), random_bits(), normal(NUM_VALUES), random_bits(), normal(NUM_VALUES)]
+    for x in values:
+        group = store.group()
+        mine = x.clone()
+        alive.append(weakref.ref(mine))
+        gets.append(group.put(mine))
+        del mine
+        gc.collect()
+        assert all(ref() is None for ref in alive[:-2])
+    store.release_copied()
+    assert all(ref() is None for ref in alive)
+    packed = pages(codec.packed_bytes(NUM_VALUES))
+    assert store.counts.overflows == 2
+    assert store.counts.bytes_out == 5 * codec.packed_bytes(NUM_VALUES) + 2 * 2 * NUM_VALUES
+    assert on_disk or store.pool.in_use == 3 * packed + 2 * pages(2 * NUM_VALUES)
+    for get, x in zip(reversed(gets), reversed(values), strict=True):
+        assert same_bits(get(), x)
+    del get, gets
+    gc.collect()
+    assert store.pool.in_use == 0 and (not on_disk or not store.swapper.file._used)
+    store.close()
+
+
+def test_an_overflow_warns_and_without_room_is_an_error_that_frees_its_slot():
+    budget = pages(codec.packed_bytes(NUM_VALUES))
+    assert budget < 2 * NUM_VALUES
+    store = new_store(budget=budget)
+    get = store.group().put(random_bits())
+    with pytest.warns(match=r"packing: .* unpacked"), pytest.raises(OffloadError, match="exceed this rank's budget"):
+        store.release_copied()
+    del get
+    assert store.pool.in_use == 0
+    again = store.group().put(normal(NUM_VALUES))
+    store.release_copied()
+    assert same_bits(again(), normal(NUM_VALUES))
+
+
+def test_what_an_exception_leaves_behind_is_released(lazy):  # noqa: F811
+    store = new_store(lazy)
+    for _ in range(3):
+        left = [store.group().put(each) for each in (normal(NUM_VALUES), random_bits(), normal(NUM_VALUES))]
+        del left
+        gc.collect()
+        assert store.pool.in_use == 0
+    get = store.group().put(normal(NUM_VALUES))
+    store.release_copied()
+    assert same_bits(get(), normal(NUM_VALUES))
+
+
+def test_a_change_in_place_before_the_copy_has_ended_is_an_error():
+    store, x = new_store(), random_bits()
+    get = store.group().put(x)
+    x.zero_()
+    with pytest.raises(OffloadError, match="changed in place"):
+        store.release_copied()
+    assert get is not None
+
+
+# --- engines at SP 2
+
+HIDDEN, TOKENS, CHUNK = 512, 24, 8
+INPUT_BYTES = 2 * HIDDEN * TOKENS
+
+
+def train(cell: Cell, **block: object) -> tuple[cells.Result, list[ActivationStore]]:
+    """Run a cell with layer inputs of whole segments, and keys in the block of the offload."""
+    original, stores = cells.ds_config, []
+
+    def ds_config(*args):
+        config = original(*args)
+        if cell.lean:
+            config["alst"]["memory_lean_layer"]["chunk_tokens"] = CHUNK
+        if cell.offload:
+            config["alst"]["activation_checkpoint_cpu_offload"] |= block
+        return config
+
+    wide = family_config("llama", hidden_size=HIDDEN, intermediate_size=64, head_dim=HIDDEN // 4)
+    with mock.patch.multiple(cells, ds_config=ds_config, model_config=lambda cell: wide):
+        result = cells.run_alst(cell, on_engine=lambda engine: stores.append(getattr(engine, "alst_offload", None)))
+    return result, stores[0]
+
+
+def same_run(cell: Cell, num_tensors: int, num_values: int, others: int, block: dict, packed: bool = True) -> None:
+    plain, _ = train(replace(cell, offload=""))
+    offloaded, store = train(cell, **block)
+    assert (offloaded.loss, offloaded.norm) == (plain.loss, plain.norm)
+    for what in ("grads", "changes"):
+        for name, tensor in getattr(plain, what).items():
+            assert torch.equal(getattr(offloaded, what)[name], tensor), f"{what} of {name}"
+    size = codec.packed_bytes(num_values) if packed else 2 * num_values
+    micro_steps = 3 * 2
+    assert store.counts.bytes_out == micro_steps * (num_tensors * size + others)
+    assert store.counts.overflows == 0
+    assert (store.counts.bytes_to_disk > 0) == (cell.offload == "disk")
+    assert not packed or size <= 11.7 / 16 * 2 * num_values
+
+
+_ALL, _LSE = HIDDEN * TOKENS, 2 * 4 * TOKENS * 4  # of two layers in fp32
+_SHORT = 2 * (2 * INPUT_BYTES - 1)  # a byte less than two layers' inputs unpacked, for both ranks
+AUTO = {"packing": "auto"}
+LOSSLESS = {"packing": "lossless"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (Cell(offload="host", dtype="bf16", checkpointing="plain"), (2, _ALL, 0, LOSSLESS)),
+        (Cell(offload="outputs", dtype="bf16", checkpointing="reentrant", stage=3), (4, _ALL, _LSE, LOSSLESS)),
+        (Cell(offload="disk", dtype="bf16", checkpointing="plain", stage=1), (2, _ALL, 0, LOSSLESS)),
+        # Two layers and the last norm in three chunks each.
+        (Cell(offload="host", dtype="bf16", checkpointing="plain", lean=True), (9, HIDDEN * CHUNK, 0, LOSSLESS)),
+        (Cell(offload="host", dtype="bf16", checkpointing="plain"), (2, _ALL, 0, AUTO | {"host_budget": _SHORT})),
+        (
+            Cell(offload="host", dtype="bf16", checkpointing="plain"),
+            (2, _ALL, 0, AUTO | {"host_budget": _SHORT + 2}, False),
+        ),
+    ],
+    ids=["host", "outputs", "disk", "lean", "auto, short", "auto, ample"],
+)
+def test_packing_changes_no_bit_of_a_training(cell, expected, ranks2):
+    ranks2.run(same_run, cell, *expected)
+
+
+def fp32_is_not_packed() -> None:
+    _, store = train(Cell(offload="host", checkpointing="plain"), packing="lossless")
+    assert store.counts.bytes_out == 3 * 2 * 2 * 2 * INPUT_BYTES and not store.packs
+
+
+def test_fp32_stays_as_it_is(ranks2):
+    ranks2.run(fp32_is_not_packed)
