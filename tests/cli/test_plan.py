@@ -81,13 +81,15 @@ def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tm
     config = CONFIG_MAPPING["llama"](**sizes, vocab_size=1024, num_hidden_layers=3, rope_parameters=rope, **longer)
     config.to_json_file(tmp_path / "config.json")
     keys = DS_CONFIG | {"sequence_parallel_size": 2}
-    alst = {**OFFLOAD, "tiled_mlp_compute": True, "save_attention_output": False}
+    alst = {"activation_checkpoint_cpu_offload": {"packing": "auto"}}
+    alst |= {"tiled_mlp_compute": True, "save_attention_output": False}
     chunks = {"chunk_tokens": 16384, "tile_tokens": 8192}
     ordinary, lean = (parse(keys | {"alst": {**alst, "memory_lean_layer": each}}) for each in (False, chunks))
     (of_ordinary, a), (of_lean, b) = (measure(str(tmp_path / "config.json"), each) for each in (ordinary, lean))
     assert b[False].elsewhere.a_token < 0.5 * a[False].elsewhere.a_token
     assert b[False].attention.a_token < 0.5 * a[False].attention.a_token
     assert of_ordinary.layers.input_bytes == of_lean.layers.input_bytes == 1024
+    assert of_ordinary.layers.packing == of_lean.layers.packing == "auto"
     assert (of_lean.layers.num_lean_layers, of_lean.layers.keep_last, of_lean.layers.num_norms) == (3, 0, 1)
     # Nothing of a layer stays on the device, and the host has what the run's own plan says.
     one, more = (CONFIG_MAPPING["llama"](**{**config.to_dict(), "num_hidden_layers": count}) for count in (1, 3))
@@ -153,6 +155,21 @@ def test_the_device_has_the_inputs_of_the_layers_that_stay_or_come_back(lean, ke
     plan = plan_of(model, found, {**DS_CONFIG, "alst": {**OFFLOAD, "save_attention_output": False}}, H100, 8192)
     assert plan.device.get("layer inputs", 0) == count * 8192 * 8192
     assert plan.host["layer inputs"] == 8 * (10 - keep_last) * 8192 * 8192
+
+
+def test_packing_lengthens_what_the_host_has_room_for_if_the_model_is_bf16():
+    keys = {**DS_CONFIG, "alst": {**OFFLOAD, "save_attention_output": False}}
+    machine = Machine(8, 2**20 * GIB, 100 * GIB, 8)
+    plain, lossless, auto = (
+        longest(*made_up(10.0, packing=each), keys, machine)[0] for each in (False, "lossless", "auto")
+    )
+    assert lossless.tokens == auto.tokens > 1.36 * plain.tokens
+    half = plan_of(*made_up(10.0, packing="auto"), keys, machine, plain.tokens // 2)
+    assert half.host["layer inputs"] == pytest.approx(plain.host["layer inputs"] / 2, rel=1e-3)
+    packed = plan_of(*made_up(10.0, packing="lossless"), keys, machine, plain.tokens)
+    assert packed.host["layer inputs"] <= 11.7 / 16 * plain.host["layer inputs"]
+    fp16 = {**keys, "bf16": {"enabled": False}, "fp16": {"enabled": True}}
+    assert longest(*made_up(10.0, packing="lossless"), fp16, machine)[0].tokens == plain.tokens
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,7 @@ def test_other_values_of_memory_lean_layers_are_refused(value, problem):
     assert problems_of(alst(memory_lean_layer=value)) == [f"alst.memory_lean_layer{problem}"]
 
 
-OFFLOAD = {"nvme_path": None, "host_budget": "auto", "keep_last": None}
+OFFLOAD = {"nvme_path": None, "host_budget": "auto", "keep_last": None, "packing": False}
 
 
 @pytest.mark.parametrize(
@@ -343,6 +343,7 @@ OFFLOAD = {"nvme_path": None, "host_budget": "auto", "keep_last": None}
         (False, None),
         ({"nvme_path": "/mnt/nvme", "host_budget": 1e11}, OFFLOAD | {"nvme_path": "/mnt/nvme", "host_budget": 10**11}),
         ({"keep_last": 0, "host_budget": "auto"}, OFFLOAD | {"keep_last": 0}),
+        *(({"packing": each}, OFFLOAD | {"packing": each}) for each in ("lossless", "auto", False)),
     ],
 )
 def test_offload_is_on_off_or_an_object(value, read):
@@ -355,14 +356,15 @@ def test_offload_is_on_off_or_an_object(value, read):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (0, ": use true, false, or an object of nvme_path, host_budget, keep_last (got 0)."),
-        ("auto", ': use true, false, or an object of nvme_path, host_budget, keep_last (got "auto").'),
+        (0, ": use true, false, or an object of nvme_path, host_budget, keep_last, packing (got 0)."),
+        ("auto", ': use true, false, or an object of nvme_path, host_budget, keep_last, packing (got "auto").'),
         ({"nvme_path": ""}, '.nvme_path: String should have at least 1 character (got "").'),
         ({"nvme_path": 5}, ".nvme_path: Input should be a valid string (got 5)."),
         ({"host_budget": 0}, '.host_budget: must be a positive number of bytes, or "auto" (got 0).'),
         ({"host_budget": "1TB"}, '.host_budget: must be a positive number of bytes, or "auto" (got "1TB").'),
         ({"keep_last": -1}, ".keep_last: Input should be greater than or equal to 0 (got -1)."),
         ({"keep_last": True}, ".keep_last: Input should be a valid integer (got true)."),
+        ({"packing": True}, ".packing: Input should be 'lossless', 'auto' or False (got true)."),
         ({"nvme": "/x"}, ".nvme: unknown key. Did you mean 'nvme_path'?"),
     ],
 )
