@@ -120,7 +120,7 @@ class OffloadedTensor:
         self._done: Any = None
         self._source_n: torch.Tensor | None = None
         self._header_n: torch.Tensor | None = None  # on the host, of a packed tensor
-        self._num_bytes = self._version = 0
+        self._num_bytes, self._version = 0, tensor._version
 
     def offload(self, tensor: torch.Tensor, packs: bool = True) -> None:
         """Start the tensor's copy to the host or disk, packed if the store packs and it makes the tensor smaller."""
@@ -132,7 +132,7 @@ class OffloadedTensor:
         if packs and store.packs and self._dtype == torch.bfloat16 and packed_bytes < source_n.numel():
             source_n = self._source_n = self._pack(source_n, packed_bytes)
         num_bytes = self._num_bytes = source_n.numel()
-        self._stays, self._version = False, tensor._version
+        self._stays = False
         with owner("host"):
             if isinstance(tensor, FakeTensor):  # without data, in a ledger of real sizes
                 self._buffer_n = torch.empty_like(source_n, device="cpu")
@@ -180,19 +180,18 @@ class OffloadedTensor:
         self._free()
         self._buffer_n = self._handle = None
         self.offload(tensor, packs=False)
-        self._store.copies.wait(self._done)
 
     def release(self) -> None:
         """Free the device tensor, after the computation waits for its copy."""
         if self._stays or self._tensor is None:
             return
+        self._check_overflow(self._tensor)
         self._store.copies.wait(self._done)
         if self._tensor._version != self._version:
             raise OffloadError(
                 "alst.activation_checkpoint_cpu_offload: a layer's input was changed in place while it was copied to "
                 "the host. Change a clone of it, or set the key to false."
             )
-        self._check_overflow(self._tensor)
         self._tensor = self._source_n = None
 
     def read_ahead(self) -> None:

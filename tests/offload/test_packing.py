@@ -12,8 +12,10 @@ from benchmarks import cells
 from benchmarks.cells import Cell
 from benchmarks.families import family_config
 from deepspeed_alst.errors import OffloadError
+from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import bf16_codec as codec
 from deepspeed_alst.kernels.builder import load
+from deepspeed_alst.offload import feature
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool, pages
@@ -55,7 +57,7 @@ PACKED = {
 UNPACKED = {
     "fp32": torch.randn(NUM_VALUES),
     "fp16": torch.randn(NUM_VALUES).half(),
-    "smaller unpacked": normal(2988),
+    "smaller unpacked": normal(2900),
     "empty": normal(0),
 }
 
@@ -96,18 +98,23 @@ def test_every_bit_comes_back_and_the_packed_bytes_move(on_disk, lazy, tmp_path)
 @pytest.mark.filterwarnings("ignore:alst.activation_checkpoint_cpu_offload.packing")
 @pytest.mark.parametrize("on_disk", [False, True], ids=["host", "disk"])
 def test_an_overflow_is_stored_unpacked_before_the_values_are_freed(on_disk, lazy, tmp_path):  # noqa: F811
-    store, alive, gets = new_store(lazy, tmp_path if on_disk else None), [], []
+    store, alive, memory, gets = new_store(lazy, tmp_path if on_disk else None), [], [], []
     values = [normal(NUM_VALUES), random_bits(), normal(NUM_VALUES), random_bits(), normal(NUM_VALUES)]
     for x in values:
         group = store.group()
         mine = x.clone()
         alive.append(weakref.ref(mine))
+        memory.append(mine.detach())
         gets.append(group.put(mine))
         del mine
         gc.collect()
         assert all(ref() is None for ref in alive[:-2])
+        for freed in memory[:-2]:
+            freed.zero_()  # by whoever gets the memory next
     store.release_copied()
     assert all(ref() is None for ref in alive)
+    for freed in memory:
+        freed.zero_()
     packed = pages(codec.packed_bytes(NUM_VALUES))
     assert store.counts.overflows == 2
     assert store.counts.bytes_out == 5 * codec.packed_bytes(NUM_VALUES) + 2 * 2 * NUM_VALUES
@@ -132,6 +139,19 @@ def test_an_overflow_warns_and_without_room_is_an_error_that_frees_its_slot():
     again = store.group().put(normal(NUM_VALUES))
     store.release_copied()
     assert same_bits(again(), normal(NUM_VALUES))
+
+
+@pytest.mark.filterwarnings("ignore:alst.activation_checkpoint_cpu_offload.packing")
+def test_an_overflow_whose_slot_on_the_host_is_too_small_goes_to_disk(lazy, tmp_path):  # noqa: F811
+    store = new_store(lazy, tmp_path)
+    store.pool.budget = pages(codec.packed_bytes(NUM_VALUES))
+    get = store.group().put(random_bits())
+    assert store.pool.in_use and not store.counts.bytes_to_disk
+    store.release_copied()
+    assert not store.pool.in_use and store.counts.bytes_to_disk == 2 * NUM_VALUES
+    other = store.group().put(normal(NUM_VALUES))
+    assert same_bits(get(), random_bits()) and same_bits(other(), normal(NUM_VALUES))
+    store.close()
 
 
 def test_what_an_exception_leaves_behind_is_released(lazy):  # noqa: F811
@@ -220,10 +240,31 @@ def test_packing_changes_no_bit_of_a_training(cell, expected, ranks2):
     ranks2.run(same_run, cell, *expected)
 
 
-def fp32_is_not_packed() -> None:
-    _, store = train(Cell(offload="host", checkpointing="plain"), packing="lossless")
-    assert store.counts.bytes_out == 3 * 2 * 2 * 2 * INPUT_BYTES and not store.packs
+def reported(dtype: str, packing: str) -> tuple[str, str, int]:
+    """Return the rows on packing at the start and on the offload at the first step, and the bytes that moved."""
+    from deepspeed_alst import initialize as story
+
+    start, first = [], []
+    with (
+        mock.patch.object(story, "print_report", start.extend),
+        mock.patch.object(feature, "print_report", first.extend),
+    ):
+        _, store = train(Cell(offload="host", dtype=dtype, checkpointing="plain"), packing=packing)
+    return dict(start)["packing"], dict(first)["offload"], store.counts.bytes_out
 
 
-def test_fp32_stays_as_it_is(ranks2):
-    ranks2.run(fp32_is_not_packed)
+def test_the_report_says_what_is_packed_and_fp32_is_not(ranks2):
+    unpacked = 3 * 2 * 2 * INPUT_BYTES
+    (found, _) = ranks2.run(reported, "fp32", "lossless")
+    assert found == (
+        "none: the model is not bf16; fp16 and fp32 tensors stay as they are",
+        f"{format_bytes(2 * 2 * INPUT_BYTES)} on the host of a rank with 24 tokens",
+        2 * unpacked,
+    )
+    (found, _) = ranks2.run(reported, "bf16", "lossless")
+    size = codec.packed_bytes(_ALL)
+    assert found == (
+        "lossless, bf16 tensors to 0.73 of their size; fp16 and fp32 tensors stay as they are",
+        f"{format_bytes(2 * pages(size))} on the host of a rank with 24 tokens, packed",
+        3 * 2 * 2 * size,
+    )
