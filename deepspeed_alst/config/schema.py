@@ -22,7 +22,6 @@ from deepspeed_alst.formatting import as_word, shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
 Packing = Literal["lossless", "auto", False]
-
 _LOSS_BYTES = 2**30
 
 
@@ -122,8 +121,7 @@ class OffloadConfig(_Block):
     keep_last: StrictInt | None = Field(default=None, ge=0)
     """Last layers whose tensors stay on the device; unset means 1, or 0 if layers run in chunks."""
     packing: Packing = False
-    """Lossless packing of bf16 tensors to 0.73 of their size: "lossless", false, or "auto": if they exceed the host's
-    memory otherwise."""
+    """Packing of bf16 tensors to 0.73 of their size: "lossless", false, or "auto": if the host lacks room otherwise."""
 
 
 class MemoryLeanConfig(_Block):
@@ -231,13 +229,11 @@ class AlstConfig(_Block):
 
     def padding_multiple(self) -> int:
         """Return the padding multiple of whole sequences, in tokens; always a multiple of the SP degree."""
-        if self.alst.pad_to_multiple_of == "auto":
-            return 256 * self.sequence_parallel_size
-        return self.alst.pad_to_multiple_of
+        multiple = self.alst.pad_to_multiple_of
+        return 256 * self.sequence_parallel_size if multiple == "auto" else multiple
 
 
-# Union types: pydantic inserts the chosen member into the error path.
-_UNIONS = ("tiled_logits_loss", "liger_kernel")
+_UNIONS = ("tiled_logits_loss", "liger_kernel")  # pydantic inserts the chosen member into the error path
 # Full paths of the inner blocks' keys.
 _NESTED = {
     key: " or ".join(f"alst.{name}.{key}" for name, block in BLOCKS.items() if key in block.model_fields)

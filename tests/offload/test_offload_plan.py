@@ -38,6 +38,7 @@ def test_a_node_of_1900_gb_has_room_for_seven_million_tokens_and_half_with_outpu
     room = MemoryBudget(1_900 * 10**9)
     assert max_tokens(LLAMA_8B, room, False) / 1e6 == pytest.approx(7.2, abs=0.1)
     assert max_tokens(LLAMA_8B, room, True) / 1e6 == pytest.approx(3.6, abs=0.1)
+    assert max_tokens(replace(LLAMA_8B, packing="lossless"), room, False) / 1e6 == pytest.approx(10.0, abs=0.05)
 
 
 @pytest.mark.parametrize("room", [0, 1, 5000, 8192 * 32, 10**9 + 7])
