@@ -231,20 +231,21 @@ def _proof(name: str, broken: bool) -> str:
     kernel = registry.OPS[name]
     with faithful():
         if not broken:
-            return registry._worst(kernel, torch.device("cpu"))
+            return registry._find_mismatch(kernel, torch.device("cpu"))
 
         def wrong(*args):
             kernel.op(*args)
             args[-1][-1] += 1
 
-        return registry._worst(mock.Mock(wraps=kernel, reference=kernel.reference, op=wrong), torch.device("cpu"))
+        broken_kernel = mock.Mock(wraps=kernel, reference=kernel.reference, op=wrong)
+        return registry._find_mismatch(broken_kernel, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["pack_bf16_", "unpack_bf16_"])
 def test_the_test_before_first_use_passes_the_kernel_and_sees_one_wrong_element(interpreted, name):
     """Interpreted."""
     assert interpreted.run(_proof, name, False) == ""
-    assert "is off by 1.0" in interpreted.run(_proof, name, True)
+    assert "has error 1.0e+00" in interpreted.run(_proof, name, True)
 
 
 def test_the_definition_never_waits_for_the_device():
