@@ -17,26 +17,13 @@ from pydantic import (
 )
 
 from deepspeed_alst.config.config_file import OURS, TOP_KEYS, correction, near_misses, nearest, place_of
+from deepspeed_alst.config.validators import number_of, one_of
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import as_word, shown
 
 ReductionDtype = Literal["fp32", "bf16", "fp16"]
 Packing = Literal["lossless", "auto", False]
 _LOSS_BYTES = 2**30
-
-
-def _number_of(unit: str, *words: str | None) -> BeforeValidator:
-    """Return a validator of a positive integer, which JSON may write as 5e8, or one of some words."""
-
-    def check(value: Any) -> Any:
-        if value in words:
-            return value
-        if type(value) not in (int, float) or not 1 <= value < 2**63 or value != int(value):
-            raise ValueError(f"must be a positive number of {unit}" + (', or "auto"' if words else ""))
-        return int(value)
-
-    accepted = Annotated[int, Field(ge=1)] | Literal[words]  # type: ignore[valid-type]
-    return BeforeValidator(check, json_schema_input_type=accepted) if words else BeforeValidator(check)
 
 
 def _lowercase(value: Any) -> Any:
@@ -62,7 +49,7 @@ class _TilesConfig(_Block):
 class TiledMLPConfig(_TilesConfig):
     """``alst.tiled_mlp_compute`` as an object; ``true`` is an empty object."""
 
-    tile_bytes: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
+    tile_bytes: Annotated[Literal["auto"] | int, number_of("bytes", "auto")] = "auto"
     """Memory for one module's tiles in the backward, including the fp32 sums of its weight gradients; "auto" is 512 MiB
     plus the sums, or plus one expert's if a mixture's exceed 1 GiB."""
     min_tokens: StrictInt = Field(default=2048, ge=0)
@@ -75,7 +62,7 @@ class TiledLossConfig(_TilesConfig):
     """``alst.tiled_logits_loss`` as an object; ``true`` is an empty object, a string such as ``"triton"`` a backend."""
 
     tile_bytes: Annotated[
-        int, _number_of("bytes", "auto"), BeforeValidator(lambda value: _LOSS_BYTES if value == "auto" else value)
+        int, number_of("bytes", "auto"), BeforeValidator(lambda value: _LOSS_BYTES if value == "auto" else value)
     ] = _LOSS_BYTES
     """Memory for one tile of logits and its temporaries; a tile has at least 64 tokens. "auto" is 1 GiB."""
     backend: Literal["auto", "torch", "triton", "liger"] = "auto"
@@ -105,9 +92,9 @@ class LigerConfig(_Block):
 class ReductionConfig(_Block):
     """``alst.reduction``: gradient averaging over ranks, used if sequence_parallel_size is above 1."""
 
-    slice_bytes: Annotated[int, _number_of("bytes")] = Field(default=2**26, ge=4096)
+    slice_bytes: Annotated[int, number_of("bytes")] = Field(default=2**26, ge=4096)
     """Bytes reduced at a time. The reduction needs at most twice that in addition to the gradients."""
-    bucket_size: Annotated[Literal["auto"] | int | None, _number_of("elements", "auto", None)] = None
+    bucket_size: Annotated[Literal["auto"] | int | None, number_of("elements", "auto", None)] = None
     """Elements of DeepSpeed's gradient buckets, instead of its reduce_bucket_size; "auto" takes the spare memory."""
 
 
@@ -116,11 +103,11 @@ class OffloadConfig(_Block):
 
     nvme_path: StrictStr | None = Field(default=None, min_length=1)
     """Existing folder on a fast disk, for activations that exceed the host memory."""
-    host_budget: Annotated[Literal["auto"] | int, _number_of("bytes", "auto")] = "auto"
+    host_budget: Annotated[Literal["auto"] | int, number_of("bytes", "auto")] = "auto"
     """Bytes of a host's memory for the activations of all its ranks; "auto" is the spare memory of the host."""
     keep_last: StrictInt | None = Field(default=None, ge=0)
     """Last layers whose tensors stay on the device; unset means 1, or 0 if layers run in chunks."""
-    packing: Packing = False
+    packing: Annotated[Packing, one_of("lossless", "auto", False)] = False
     """Packing of bf16 tensors to 0.73 of their size: "lossless", false, or "auto": if the host lacks room otherwise."""
 
 
@@ -157,7 +144,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 class AlstBlockConfig(_Block):
     """The ``alst`` block of a ds_config."""
 
-    pad_to_multiple_of: Annotated[Literal["auto"] | int, _number_of("tokens", "auto")] = "auto"
+    pad_to_multiple_of: Annotated[Literal["auto"] | int, number_of("tokens", "auto")] = "auto"
     """Multiple of tokens to which whole sequences are padded on the right; "auto" is 256 x SP."""
     expandable_segments: StrictBool | None = None
     """Expandable segments of the CUDA allocator; unset means on if there is CUDA."""

@@ -364,7 +364,7 @@ def test_offload_is_on_off_or_an_object(value, read):
         ({"host_budget": "1TB"}, '.host_budget: must be a positive number of bytes, or "auto" (got "1TB").'),
         ({"keep_last": -1}, ".keep_last: Input should be greater than or equal to 0 (got -1)."),
         ({"keep_last": True}, ".keep_last: Input should be a valid integer (got true)."),
-        ({"packing": True}, ".packing: Input should be 'lossless', 'auto' or False (got true)."),
+        ({"packing": True}, '.packing: use "lossless", "auto", or false (got true).'),
         ({"nvme": "/x"}, ".nvme: unknown key. Did you mean 'nvme_path'?"),
     ],
 )

@@ -129,6 +129,7 @@ MEANINGS = {
     **{f"alst.liger_kernel.{part}": _only(True, False, None) for part in BLOCKS["liger_kernel"].model_fields},
     "alst.activation_checkpoint_cpu_offload.host_budget": _count("auto"),
     "alst.activation_checkpoint_cpu_offload.keep_last": _integer(0, None),
+    "alst.activation_checkpoint_cpu_offload.packing": _only("lossless", "auto", False),
     "alst.check_model": _only(True, False),
     "alst.save_attention_output": _only(True, False, "auto"),
     **{f"alst.memory_lean_layer.{key}": _integer(1) for key in BLOCKS["memory_lean_layer"].model_fields},
