@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _GATED = {"swiglu", "geglu"}
 _NO_DATA = "meta"  # device type of a measurement, which launches no kernel
 _IN_TILES = "in tiles, this package's closed form needs fewer bytes per token"
+_IN_CHUNKS = "in chunks, a kernel that rotates q and k at once needs both projections for either"
 _PARTS = ("rms_norm", "layer_norm", "rope", *_ACTIVATIONS)
 _Change = tuple[dict[str, Any], str, Any]
 """A namespace, a name in it and its new value."""
@@ -112,6 +113,7 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
 
     The reason against them is reported for ``"auto"`` and raised for parts requested by name. MLPs that
     ``tiled_mlp_compute`` runs get Liger's SwiGLU only by name: in tiles of one size the closed form needs fewer bytes.
+    So do layers in chunks its RoPE: without it they skip the projection that they do not need.
     ``device`` is the engine's device type.
 
     Raises:
@@ -129,12 +131,14 @@ def apply_liger(spec: ModelSpec, config: AlstConfig, device: str, patches: Patch
     if value is True:
         requested = dict.fromkeys(LigerConfig.model_fields, _KEY)
     has_tiles = config.alst.tiled_mlp_compute is not None and "swiglu" not in requested
-    in_tiles = _GATED - requested.keys() if has_tiles else set()
-    return _apply_parts(spec, block, requested, in_tiles, device, patches)
+    skip = dict.fromkeys(_GATED - requested.keys(), _IN_TILES) if has_tiles else {}
+    if config.alst.memory_lean_layer is not None and "rope" not in requested:
+        skip["rope"] = _IN_CHUNKS
+    return _apply_parts(spec, block, requested, skip, device, patches)
 
 
 def _apply_parts(
-    spec: ModelSpec, block: LigerConfig, requested: dict[str, str], in_tiles: Set[str], device: str, patches: PatchSet
+    spec: ModelSpec, block: LigerConfig, requested: dict[str, str], skip: dict[str, str], device: str, patches: PatchSet
 ) -> LigerUse:
     base, required = spec.model, next(iter(requested.values()), None)
 
@@ -167,7 +171,7 @@ def _apply_parts(
     patches.callback(registry.removeFilter, keep := lambda record: not others.match(record.getMessage()))
     registry.addFilter(keep)
     try:
-        counts, refused = _patch(base, FAMILIES[model_type], wanted, in_tiles, patches)
+        counts, refused = _patch(base, FAMILIES[model_type], wanted, skip, patches)
     # Liger's functions raise many types of errors.
     except Exception as error:
         return unused(f"Liger's function for {model_type} raised {type(error).__name__}: {error}")
@@ -196,14 +200,14 @@ def _patch(
     model: torch.nn.Module,
     apply: Callable[..., None],
     wanted: Mapping[str, bool | None],
-    in_tiles: Set[str],
+    skip: dict[str, str],
     patches: PatchSet,
 ) -> tuple[Counter[str], dict[str, str]]:
     """Patch a model by Liger's function for its family, except parts that do not match one of its modules.
 
     Returns:
-        The number of patched modules by part, and the reason for each part that is left out. Those ``in_tiles`` are
-        left out of modules with Linears only, as stacked experts have no closed form.
+        The number of patched modules by part, and the reason for each part that is not. ``skip`` are
+        those of modules with Linears only, as stacked experts have no closed form.
     """
     parameters = inspect.signature(apply).parameters
     changes = _changes(model, apply, {name: value for name, value in wanted.items() if name in parameters})
@@ -226,8 +230,8 @@ def _patch(
             continue
         if reason := _mismatch(name, module, part):
             refused.setdefault(part, reason)
-        elif part in in_tiles and any(isinstance(each, torch.nn.Linear) for each in module.children()):
-            tiled[part] = _IN_TILES
+        elif part in skip and any(isinstance(each, torch.nn.Linear) for each in module.children()):
+            tiled[part] = skip[part]
         else:
             found.append((part, module, forward if calls_rope else None, own))
     counts: Counter[str] = Counter()

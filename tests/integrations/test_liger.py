@@ -467,6 +467,18 @@ def _words_in_tiles(model_type: str, parts: Any) -> str:
     return _words_of(model_type, parts, tiled_mlp_compute=True)
 
 
+@pytest.mark.parametrize(
+    ("parts", "words"), [("auto", "rms_norm (5), swiglu (2)"), ({"rope": True}, "rms_norm (5), rope (2)")]
+)
+def test_layers_in_chunks_keep_their_own_rope(interpreted, parts, words):
+    found = interpreted.run(_as_on_a_gpu, _words_in_chunks, parts)
+    assert found.startswith(words) and ("not rope: in chunks" in found) == (parts == "auto"), found
+
+
+def _words_in_chunks(parts: Any) -> str:
+    return _words_of("llama", parts, memory_lean_layer=True)
+
+
 def _other_models() -> None:
     from transformers.models.llama import modeling_llama
 
