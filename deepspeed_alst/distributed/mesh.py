@@ -5,8 +5,10 @@ gradients by world / SP on some paths, by world on others (deepspeed 0.19.8: sta
 coalesced_collectives.py:124). The loss compensates (distributed/sequence_loss.py).
 """
 
+import atexit
 import contextlib
 import functools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from deepspeed_alst.distributed.collectives import world_timeout
+
+_EXIT_SECONDS = 0.2  # a worker needs microseconds, but the machine may be busy: 40 processes on 2 cores, 0.1 s
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,20 @@ def destroy_groups(*groups: Any) -> None:
             dist.destroy_process_group(group)
 
 
+@functools.cache
+def _wait_for_gloo_at_exit() -> None:
+    """Let gloo's worker threads free the tensors of the last collective before the interpreter ends.
+
+    They need the GIL for it, and Python 3.11 ends a thread that asks for the GIL later, in the middle of a C++
+    destructor: "terminate called without an active exception" (torch 2.13, ProcessGroupGloo::runLoop). Destroying
+    the groups would join the threads only where nobody refers to them any more.
+    """
+    atexit.register(time.sleep, _EXIT_SECONDS)
+
+
 def build_control_group() -> Any:
     """Build a gloo group of all ranks for control decisions. Collective over the world."""
+    _wait_for_gloo_at_exit()
     return dist.new_group(backend="gloo", timeout=world_timeout())
 
 
