@@ -4,6 +4,7 @@ Only the module of the command is imported: --help loads neither torch nor trans
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -50,7 +51,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     module = "reference" if arguments.command in _REFERENCE else arguments.command
     try:
-        return importlib.import_module(f"deepspeed_alst.cli.{module}").run(arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's logger keeps the stdout of its import
+            command = importlib.import_module(f"deepspeed_alst.cli.{module}")
+        return int(command.run(arguments))
     except AlstError as error:
         print(f"ds_alst {arguments.command}: {error}", file=sys.stderr)
         return _ERROR_STATUS

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.config.config_file import find_config, near_misses
 from deepspeed_alst.data.sharding import fingerprint, shard_batch, tokens_of, uncut
 from deepspeed_alst.data.validation import Vocabulary, checked
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.errors import AlstError, DataError
+from deepspeed_alst.errors import AlstError, ConfigError, DataError
 
 _BATCHES_COMPARED = 4
 _NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -50,12 +51,15 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
 
     Raises:
         DataError: the ds_config asks for sequence parallelism, but the engine was built before this package was loaded.
+        ConfigError: the ds_config has none of this package's keys, but one that is close to them.
     """
     session = getattr(engine, "alst", None)
     if session is not None:
         return session.shard_dataloader(loader)
-    sp_size = engine.config.get("sequence_parallel_size", 1) if isinstance(engine.config, dict) else 1
-    if sp_size != 1:
+    ds_config = find_config({"config": engine.config}) or {}
+    if problems := [*near_misses(ds_config)]:
+        raise ConfigError("\n".join(problems))
+    if (sp_size := ds_config.get("sequence_parallel_size", 1)) != 1:
         raise DataError(
             f"shard_dataloader: the ds_config has sequence_parallel_size={sp_size}, but the engine was built without "
             "this package: `import deepspeed_alst` before deepspeed.initialize"

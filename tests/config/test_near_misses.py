@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_alst import hooks
+from deepspeed_alst import hooks, shard_dataloader
 from deepspeed_alst.config.config_file import (
     TOP_KEYS,
     config_on_command_line,
@@ -333,3 +333,14 @@ def test_a_file_with_comments_on_the_command_line_loads_sharded(tmp_path, monkey
 
 def test_what_asks_for_nothing_is_not_told_of():
     assert ignored({SP: 1, "sequence_parallel": False, "cp_size": 1, "liger": None, "alts": {"enabled": False}}) == []
+
+
+def test_shard_dataloader_refuses_a_ds_config_whose_key_for_it_is_misspelt(tmp_path):
+    path = tmp_path / "ds.json"
+    for ds_config in ({"sequence_paralel_size": 2}, {"alts": {"tiled_mlp_compute": True}}):
+        path.write_text(json.dumps(ds_config))
+        for given in (ds_config, str(path)):
+            with pytest.raises(ConfigError, match=f"{next(iter(ds_config))}: .*Did you mean"):
+                shard_dataloader([], types.SimpleNamespace(config=given))
+    loader = []
+    assert shard_dataloader(loader, types.SimpleNamespace(config={"train_batch_size": 2})) is loader
