@@ -17,6 +17,7 @@ from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops
 from deepspeed_alst.offload.budget import LayerSizes
 from deepspeed_alst.offload.feature import keep_last
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config, numel
 
 _TOKENS = 32768, 65536  # of the two measurements: more than any tile has
@@ -97,8 +98,9 @@ class Measuring:
         choices, found, saved = (False, True) if wanted == "auto" else (wanted,), dict[bool, Layer](), dict[bool, int]()
         for keeps in choices:
             few, many = ((tokens, self._bytes_of(one, keys, tokens, keeps)) for tokens in _lengths(keys))
-            lines = (_line(few[0], few[1][0], many[0], many[1][0], name) for name in Bytes._fields[:3])
-            found[keeps], layers = Layer(*lines, workspace_of(one, keys), few[1][0].flops), few[1][1]
+            *inside, outside = (_line(few[0], few[1][0], many[0], many[1][0], name) for name in Bytes._fields[:3])
+            outside = self._outside_of_long(keys, few[0]) or outside
+            found[keeps], layers = Layer(*inside, outside, workspace_of(one, keys), few[1][0].flops), few[1][1]
         whole = _whole_and_leaving(keys)
         for keeps in {False, *choices}:
             of_one, of_two = (self._bytes_of(each, whole, FEW_TOKENS, keeps)[0] for each in (one, self._two))
@@ -117,6 +119,16 @@ class Measuring:
             packing=False if offload is None else offload.packing,
         )
         return Model(self._num_params, self._largest, layers, exchanged_of(one, keys), self._step), found
+
+    def _outside_of_long(self, keys: AlstConfig, few: int) -> Line | None:
+        """Return ``Layer.outside`` where a tile of the loss has more than ``few`` tokens: the vocabulary is small."""
+        loss = keys.tiled_loss()
+        if loss is None or (tile := loss_tile_rows(loss, self.config.vocab_size)) <= few:
+            return None
+        untiled = keys.alst.model_copy(update={"tiled_mlp_compute": None, "memory_lean_layer": None})
+        keys = keys.model_copy(update={"alst": untiled})  # tiles and chunks of so long a shard would be slow
+        low, high = (self._bytes_of(self._one, keys, count * tile, False)[0] for count in (2, 4))
+        return _line(2 * tile, low, 4 * tile, high, "outside")
 
     def _bytes_of(self, config: Any, keys: AlstConfig, tokens: int, keeps: bool) -> tuple[Bytes, LayerSizes]:
         alst = keys.alst

@@ -72,6 +72,15 @@ def test_the_lines_through_two_measurements_hold_further_on(measured):
         assert layer.attention.at(far) == pytest.approx(there.attention, rel=0.02)
 
 
+def test_the_line_of_the_loss_holds_where_a_tile_of_it_has_more_tokens_than_the_measurements(tmp_path):
+    config = CONFIG_MAPPING["llama"](**{**LLAMA_8B, "vocab_size": 256, "num_hidden_layers": 1})
+    config.to_json_file(tmp_path / "config.json")
+    _, found = measure(str(tmp_path / "config.json"), parse(DS_CONFIG))
+    tokens = 2**23
+    there, _ = bytes_of(config, parse({**DS_CONFIG, "alst": {**OFFLOAD, "save_attention_output": False}}), tokens)
+    assert found[False].outside.at(tokens) == pytest.approx(there.outside, rel=0.01)
+
+
 def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
     # Llama 3.1's rotary embedding, which runs in chunks as any other.
