@@ -375,7 +375,7 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "few keys": few_keys,
     "checks": checks,
     "demo": demo,
-    "report": lambda: activation_report("groups", "attention", "tiled MLP", "reduction"),
+    "report": lambda: activation_report("sequence parallelism", "attention", "tiled MLP", "reduction"),
     "tiled MLP report": lambda: activation_report("tiled MLP"),
     "reduction report": reduction_report,
     "metrics line": metrics_line,
