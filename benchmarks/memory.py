@@ -127,7 +127,7 @@ def put_ours(model: Any, sp_size: int, undo: PatchSet, *, lean: MemoryLeanConfig
     model.enable_input_require_grads()
     spec, calls = ModelSpec(model), ForwardContext(saving_frame=saving_frame)
     patch_model(spec, dist.group.WORLD, undo, calls)
-    policy = CheckpointPolicy(_store(undo), keep_last=int(lean is None), saves_attention=True)
+    policy = CheckpointPolicy(_store(undo), keep_last=int(lean is None), num_saved=len(spec.layers))
     apply_checkpoint_policy(spec, policy, undo)
     if lean is not None:
         run_in_chunks(spec, lean, dist.group.WORLD, calls, lambda module: None, undo, policy)

@@ -56,8 +56,10 @@ class Bytes(NamedTuple):
     flops: Flops
 
 
-def bytes_of(config: Any, keys: AlstConfig, tokens: int, saves_attention: bool = False) -> tuple[Bytes, LayerSizes]:
+def bytes_of(config: Any, keys: AlstConfig, tokens: int, num_saved: int = 0) -> tuple[Bytes, LayerSizes]:
     """Measure a rank with s ``tokens``, in bf16, with checkpointed layers; return the offload's own sizes too.
+
+    The first ``num_saved`` layers save attention's output.
 
     Raises:
         UnsupportedModelError: the model does not run on fake tensors.
@@ -68,7 +70,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, saves_attention: bool =
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             spec = ModelSpec(model)
-            policy = _patch(spec, keys, saves_attention, patches)
+            policy = _patch(spec, keys, num_saved, patches)
             # Not measured: patches may still set themselves up in the first step, which is slow in chunks.
             first = tokens if keys.alst.memory_lean_layer is None else min(tokens, FEW_TOKENS)
             with _known(spec, keys, first):
@@ -96,14 +98,14 @@ def _batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
 
 
-def _patch(spec: ModelSpec, keys: AlstConfig, saves_attention: bool, patches: PatchSet) -> CheckpointPolicy:
+def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet) -> CheckpointPolicy:
     """Patch a model as its features do on a GPU, in their order."""
     calls, alst = ForwardContext(saving_frame=saving_frame), keys.alst
     offloads = alst.activation_checkpoint_cpu_offload is not None
     store = ActivationStore(HostBufferPool()) if offloads else None
-    policy = CheckpointPolicy(store, keep_last(keys.alst), saves_attention=saves_attention)
+    policy = CheckpointPolicy(store, keep_last(keys.alst), num_saved=num_saved)
     patch_model(spec, dist.group.WORLD, patches, calls)
-    if offloads or saves_attention:
+    if offloads or num_saved:
         apply_checkpoint_policy(spec, policy, patches)
     use_liger_without_data(spec, keys, patches)
     if (lean := alst.memory_lean_layer) is not None:

@@ -136,7 +136,7 @@ class Measuring:
         offloads = alst.activation_checkpoint_cpu_offload is not None, keep_last(alst)
         case = config.num_hidden_layers, *of_layer, keys.tiled_loss(), *offloads, tokens, keeps
         if case not in self._found:
-            self._found[case] = bytes_of(config, keys, tokens, keeps)
+            self._found[case] = bytes_of(config, keys, tokens, config.num_hidden_layers * keeps)
         return self._found[case]
 
 

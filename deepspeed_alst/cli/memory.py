@@ -12,7 +12,7 @@ from deepspeed_alst.cli.measure import Layer, Model
 from deepspeed_alst.config.compatibility import value_at, zero_stage
 from deepspeed_alst.config.schema import block_of, parse
 from deepspeed_alst.grad_reduction.bucket_size import fitting_numel, num_buckets
-from deepspeed_alst.offload.budget import saves_output
+from deepspeed_alst.offload.budget import count_saved, describe_output
 
 GIB = 2**30
 # Assumed bytes of torch, the CUDA context and NCCL's buffers on a GPU.
@@ -42,15 +42,10 @@ class Plan:
     device: Sizes
     host: Sizes
     disk: float
-    saves_attention: bool
-    """True if attention's output is kept for the backward."""
-    why: str
-    """Reason to keep it, or not."""
-
-    @property
-    def attention(self) -> str:
-        """State of attention's output, and the reason."""
-        return f"{'saved' if self.saves_attention else 'recomputed'} ({self.why})"
+    num_saved: int
+    """First layers whose attention output is kept for the backward."""
+    attention: str
+    """State of attention's output, and the reason."""
 
     def over(self, machine: Machine) -> str:
         """Return the memory that is exceeded, "GPU" or "host"; empty if the plan fits."""
@@ -110,11 +105,13 @@ def plan_of(
     if not value_at(ds_config, "bf16.enabled"):
         layers = replace(layers, packing=False)
     wanted, sequence = config.alst.save_attention_output, tokens * config.sequence_parallel_size
-    keeps, why = wanted is True, "save_attention_output"
+    num_saved, why = layers.num_layers * (wanted is True), "save_attention_output"
     if offload is not None:
-        keeps, why = saves_output(layers, tokens, room // ranks, wanted, sequence)
+        num_saved, why = count_saved(layers, tokens, room // ranks, wanted, sequence)
     elif wanted == "auto":
         why = "auto: no offload"
+    # Outputs of some layers only are on the device no longer than recomputed ones.
+    keeps = num_saved == layers.num_layers
     layer, others = measured[keeps], layers.num_layers - 1
     if offload is not None:
         # Beside the layer in work, which is measured: the one that comes back, and the last ones at their end. Chunks
@@ -131,13 +128,14 @@ def plan_of(
     device |= max(peaks, key=lambda peak: sum(peak.values()))
     disk = 0.0
     if offload is not None:
-        layers = layers.resolve_packing(tokens, keeps, room // ranks)
-        inputs, both = (ranks * layers.offloaded_bytes(tokens, with_outputs) for with_outputs in (False, keeps))
-        disk = max(0.0, both - room) if offload.nvme_path else 0.0
-        host["layer inputs"] = min(inputs, both - disk)
-        if keeps:
-            host["attention outputs"] = both - disk - host["layer inputs"]
-    return Plan(tokens, device, host, disk, keeps, why)
+        layers = layers.resolve_packing(tokens, num_saved, room // ranks)
+        inputs, total = (ranks * layers.offloaded_bytes(tokens, count) for count in (0, num_saved))
+        disk = max(0.0, total - room) if offload.nvme_path else 0.0
+        host["layer inputs"] = min(inputs, total - disk)
+        if num_saved:
+            host["attention outputs"] = total - disk - host["layer inputs"]
+    attention = f"{describe_output(num_saved, layers.num_layers)} ({why})"
+    return Plan(tokens, device, host, disk, num_saved, attention)
 
 
 def longest(

@@ -69,7 +69,7 @@ def step_time(
     s, count, steps = plan.tokens, model.layers.num_layers, micro_steps(ds_config, G // P)
     pairs = sum(layers * span.seen_by_all(s * P) for span, layers in model.step.spans)
     attention, matrices = model.step.pair / 3 * pairs / P, s * count * layer.flops.layer
-    again = 0 if plan.saves_attention else 1
+    again = 1 - plan.num_saved / count
     forward = (s * count * layer.flops.forward + attention) / rates.flops
     backward = (matrices + attention * (1 + again + _ATTENTION_BACKWARD)) / rates.flops - forward
     parts = {
@@ -119,7 +119,7 @@ def _overlapping(
     }
     to_host = from_host = 0.0
     if parse(ds_config).alst.activation_checkpoint_cpu_offload is not None:
-        to_host = from_host = float(model.layers.offloaded_bytes(plan.tokens, plan.saves_attention))
+        to_host = from_host = float(model.layers.offloaded_bytes(plan.tokens, plan.num_saved))
     weights = 2 * N / G if on_host["param"] else 0.0
     gradients = 2 * N / (G if stage >= 2 else 1) if on_host["optimizer"] else 0.0
     copies = {

@@ -76,8 +76,7 @@ class WhatIf:
     def _at(self, ds_config: dict[str, Any], tokens: int) -> tuple[Plan, StepTime | None]:
         model, layers = self._layers_of(ds_config)
         plan = plan_of(model, layers, ds_config, self._machine, tokens)
-        layer = layers[plan.saves_attention]
-        return plan, step_time(model, layer, ds_config, self._machine, plan, self._rates)
+        return plan, step_time(model, layers[plan.num_saved > 0], ds_config, self._machine, plan, self._rates)
 
     def one_at_a_time(self, sequence: int | None) -> Iterator[Variant]:
         """Yield the ds_config as given, then with one key changed, at this length or at the longest of the first."""

@@ -163,7 +163,7 @@ class AlstBlockConfig(_Block):
     """Comparison of the live model, unsharded against sharded, before the first step: true or false."""
     save_attention_output: bool | Literal["auto"] = "auto"
     """Attention output and log-sum-exp kept for the backward of checkpointed layers: true, false, or "auto": with the
-    offload, if the copy overlaps with computation and the host has memory."""
+    offload, if the copy overlaps with computation, in as many layers as the host has memory for."""
     memory_lean_layer: MemoryLeanConfig | None = None
     """Checkpointed decoder layers in chunks of tokens, keys and values resident: true, false or an object."""
 

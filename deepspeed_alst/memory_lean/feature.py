@@ -283,7 +283,7 @@ class LeanLayer:
             drawing=branch(),
             autocast=current_autocast(x_BsM.device.type),
             new_group=functools.partial(_new_group, self._policy, self._layer),
-            saves_output=self._policy is not None and self._policy.saves_attention,
+            saves_output=self._policy is not None and self._policy.saves_attention(self._layer),
             keys=wanted_records(),
             weights=[param for param in self._layer.parameters() if param.requires_grad],
         )

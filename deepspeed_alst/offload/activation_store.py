@@ -82,9 +82,12 @@ class ActivationGroup:
         self._store, self._previous, self._stays = store, previous, stays
         self._tensors: list[weakref.ref[OffloadedTensor]] = []
 
-    def put(self, tensor: torch.Tensor) -> "OffloadedTensor":
-        """Offload a tensor and return a function to restore it (``attention_cache.Put``)."""
-        offloaded = OffloadedTensor(self, tensor, self._store)
+    def put(self, tensor: torch.Tensor, ahead: bool = True) -> "OffloadedTensor":
+        """Offload a tensor and return a function to restore it (``attention_cache.Put``).
+
+        Without ``ahead`` it is prefetched when the group's other tensors are requested, instead of a group earlier.
+        """
+        offloaded = OffloadedTensor(self, tensor, self._store, ahead)
         self._tensors.append(weakref.ref(offloaded))
         if not self._stays and tensor.numel():
             offloaded.offload(tensor)
@@ -97,7 +100,10 @@ class ActivationGroup:
             if group is None:
                 return
             for tensor in group.tensors():
-                tensor.read_ahead() if distance else tensor.prefetch()
+                if distance:
+                    tensor.read_ahead()
+                elif tensor.ahead:
+                    tensor.prefetch()
             group = group._previous()
 
     def tensors(self) -> "Iterator[OffloadedTensor]":
@@ -108,8 +114,8 @@ class ActivationGroup:
 class OffloadedTensor:
     """One tensor of a group: on the device, in a host buffer or on disk."""
 
-    def __init__(self, group: ActivationGroup, tensor: torch.Tensor, store: ActivationStore) -> None:
-        self._group, self._store, self._stays = group, store, True
+    def __init__(self, group: ActivationGroup, tensor: torch.Tensor, store: ActivationStore, ahead: bool) -> None:
+        self._group, self._store, self._stays, self.ahead = group, store, True, ahead
         # On the device: not offloaded yet, or copied back, packed if it was, and not requested yet.
         self._tensor: torch.Tensor | None = tensor
         self._shape, self._device, self._dtype = tensor.shape, tensor.device, tensor.dtype
@@ -230,6 +236,9 @@ class OffloadedTensor:
             if self._header_n is not None:
                 packed_n, tensor = tensor, self._empty()
                 codec.unpack_(packed_n, flat_view(tensor))
+        for late in self._group.tensors() if self.ahead else ():
+            if not late.ahead:
+                late.prefetch()
         self._group.prefetch_previous()
         return tensor
 

@@ -49,41 +49,44 @@ class LayerSizes:
     num_norms: int = 0  # that run in chunks and save their inputs too
     packing: Packing = False  # of inputs and outputs, which are bf16; sizes of "auto" are the packed ones
 
-    def resolve_packing(self, tokens: int, with_outputs: bool, host_bytes: int) -> "LayerSizes":
+    def resolve_packing(self, tokens: int, num_saved: int, host_bytes: int) -> "LayerSizes":
         """Return the sizes with "auto" decided: packed if the tensors exceed the host's memory otherwise."""
         if self.packing != "auto":
             return self
         unpacked = replace(self, packing=False)
-        fits = unpacked.offloaded_bytes(tokens, with_outputs) <= host_bytes
+        fits = unpacked.offloaded_bytes(tokens, num_saved) <= host_bytes
         return unpacked if fits else replace(self, packing="lossless")
 
-    def tensor_bytes(self, tokens: int, with_outputs: bool) -> list[int]:
+    def tensor_bytes(self, tokens: int, num_saved: int) -> list[int]:
         """Return the bytes of each tensor of a layer, and of a layer in chunks, rounded up to pages."""
-        sizes = self._layer_bytes(tokens, with_outputs) if self.num_lean_layers < self.num_layers else []
-        if self.num_lean_layers:
-            sizes += [size for _, each in self._chunks(tokens) for size in self._layer_bytes(each, with_outputs)]
-        return sizes
+        each = [tokens] if self.num_lean_layers < self.num_layers else []
+        each += [size for _, size in self._chunks(tokens)]
+        sizes = [size for few in each for size in (self._input(few), *(self._outputs(few) if num_saved else ()))]
+        return list(filter(None, sizes))
 
-    def offloaded_bytes(self, tokens: int, with_outputs: bool) -> int:
-        """Return the offloaded bytes of all layers, rounded up to pages."""
+    def offloaded_bytes(self, tokens: int, num_saved: int) -> int:
+        """Return the offloaded bytes of all layers, of which the first ``num_saved`` save attention's output."""
         layers = max(0, self.num_layers - self.keep_last)
-        in_chunks = min(self.num_lean_layers, layers)
-        total = (layers - in_chunks) * sum(self._layer_bytes(tokens, with_outputs))
-        for count, each in self._chunks(tokens) if self.num_lean_layers else ():
-            total += count * in_chunks * sum(self._layer_bytes(each, with_outputs))
-            total += count * self.num_norms * sum(self._layer_bytes(each, False))
+        saved, lean = min(num_saved, layers), min(self.num_lean_layers, layers)
+        saved_lean = min(saved, lean)  # as many as there can be: chunks take more, being rounded up to pages
+        total = (layers - lean) * self._input(tokens) + (saved - saved_lean) * sum(self._outputs(tokens))
+        for count, each in self._chunks(tokens):
+            total += count * ((lean + self.num_norms) * self._input(each) + saved_lean * sum(self._outputs(each)))
         return total
 
-    def _layer_bytes(self, tokens: int, with_outputs: bool) -> list[int]:
-        sizes = [tokens * size for size in (self.input_bytes, self.output_bytes * with_outputs) if size]
-        if self.packing:
-            sizes = [min(size, packed_bytes(size // 2)) for size in sizes]
-        if with_outputs and self.lse_bytes:
-            sizes.append(tokens * self.lse_bytes)
-        return [pages(size) for size in sizes]
+    def _input(self, tokens: int) -> int:
+        return self._packed(tokens * self.input_bytes)
+
+    def _outputs(self, tokens: int) -> tuple[int, int]:
+        return self._packed(tokens * self.output_bytes), pages(tokens * self.lse_bytes) if self.lse_bytes else 0
+
+    def _packed(self, size: int) -> int:
+        return pages(min(size, packed_bytes(size // 2)) if self.packing else size) if size else 0
 
     def _chunks(self, tokens: int) -> list[tuple[int, int]]:
-        """Return pairs of a number of chunks and their tokens."""
+        """Return pairs of a number of chunks and their tokens; none without layers in chunks."""
+        if not self.num_lean_layers:
+            return []
         count, rest = divmod(tokens, self.chunk_tokens)
         return [each for each in ((count, self.chunk_tokens), (1, rest)) if each[0] and each[1]]
 
@@ -109,7 +112,7 @@ class MemoryBudget:
 class Plan:
     """Placement of a micro-step's activations."""
 
-    saves_attention: bool
+    num_saved: int  # first layers that save attention's output
     host_bytes: int
     disk_bytes: int
     staging_bytes: int  # on the host, for transfers to and from disk
@@ -132,49 +135,71 @@ def make_plan(
     Raises:
         OffloadError: inputs, or requested outputs, do not fit; names the longest sequence that fits.
     """
-    saves, reason = saves_output(layers, tokens, memory.host_bytes, wanted, tokens // shard[1] * shard[0])
-    layers = layers.resolve_packing(tokens, saves, memory.host_bytes)
-    placement = _placement(layers, tokens, memory, saves)
+    num_saved, reason = count_saved(layers, tokens, memory.host_bytes, wanted, tokens // shard[1] * shard[0])
+    layers = layers.resolve_packing(tokens, num_saved, memory.host_bytes)
+    placement = _placement(layers, tokens, memory, num_saved)
     if placement is None:
-        raise OffloadError(_out_of_memory(layers, tokens, memory, saves, shard))
-    return Plan(saves, *placement, reason, layers)
+        raise OffloadError(_out_of_memory(layers, tokens, memory, num_saved, shard))
+    return Plan(num_saved, *placement, reason, layers)
 
 
-def saves_output(
+def count_saved(
     layers: LayerSizes, tokens: int, host_bytes: int, wanted: bool | Literal["auto"], sequence: int
-) -> tuple[bool, str]:
-    """Return True if attention's output is saved, for B*s tokens of a shard and a whole sequence's, and the reason."""
+) -> tuple[int, str]:
+    """Return how many layers save attention's output, and the reason.
+
+    They are the first ones, so that those that stay on the device save theirs only if all layers do.
+
+    Args:
+        layers: sizes.
+        tokens: B*s of a shard.
+        host_bytes: of a rank.
+        wanted: ``save_attention_output``.
+        sequence: tokens of a whole sequence.
+    """
     if wanted != "auto":
-        return wanted, "save_attention_output"
-    if layers.offloaded_bytes(tokens, True) > host_bytes:
-        return False, "auto: it exceeds the host's memory"
+        return layers.num_layers * wanted, "save_attention_output"
     if not layers.copy_is_hidden(sequence):
-        return False, "auto: its copy would take longer than a layer's forward"
-    return True, "auto: its copy overlaps with computation, and fits on the host"
+        return 0, "auto: its copy would take longer than a layer's forward"
+    fitting = (count for count in range(layers.num_layers + 1) if layers.offloaded_bytes(tokens, count) <= host_bytes)
+    num_saved = max(fitting, default=0)
+    if num_saved < layers.num_layers:
+        return num_saved, f"auto: {'more' if num_saved else 'it'} exceeds the host's memory"
+    return num_saved, "auto: its copy overlaps with computation, and fits on the host"
 
 
-def max_tokens(layers: LayerSizes, memory: MemoryBudget, saves: bool) -> int:
+def describe_output(num_saved: int, num_layers: int) -> str:
+    """Return in words where attention's output is saved."""
+    if 0 < num_saved < num_layers:
+        return f"saved in the first {num_saved} of {num_layers} layers"
+    return "saved" if num_saved else "recomputed"
+
+
+def max_tokens(layers: LayerSizes, memory: MemoryBudget, num_saved: int) -> int:
     """Return the most tokens per rank that fit."""
-    return bisect.bisect_left(range(1, 2**48), True, key=lambda each: _placement(layers, each, memory, saves) is None)
+    tokens = range(1, 2**48)
+    return bisect.bisect_left(tokens, True, key=lambda each: _placement(layers, each, memory, num_saved) is None)
 
 
-def _placement(layers: LayerSizes, tokens: int, memory: MemoryBudget, saves: bool) -> tuple[int, int, int] | None:
+def _placement(layers: LayerSizes, tokens: int, memory: MemoryBudget, num_saved: int) -> tuple[int, int, int] | None:
     """Return the bytes on the host, on disk and in staging buffers; None if they do not fit."""
-    needed = layers.offloaded_bytes(tokens, saves)
+    needed = layers.offloaded_bytes(tokens, num_saved)
     if needed <= memory.host_bytes:
         return needed, 0, 0
     # Tensors are not split, so up to one of the largest may not fit in the remaining bytes.
-    largest = max(layers.tensor_bytes(tokens, saves))
+    largest = max(layers.tensor_bytes(tokens, num_saved))
     staging = min(STAGING_BUFFERS * largest, memory.host_bytes)
     on_host = min(needed, memory.host_bytes - staging)
     on_disk = min(needed, needed - on_host + largest)
     return None if memory.disk_bytes is None or on_disk > memory.disk_bytes else (on_host, on_disk, staging)
 
 
-def _out_of_memory(layers: LayerSizes, tokens: int, memory: MemoryBudget, saves: bool, shard: tuple[int, int]) -> str:
+def _out_of_memory(
+    layers: LayerSizes, tokens: int, memory: MemoryBudget, num_saved: int, shard: tuple[int, int]
+) -> str:
     sp_size, batch = shard
-    sequence, fitting = tokens // batch * sp_size, max_tokens(layers, memory, saves) // batch * sp_size
-    needed = format_bytes(layers.offloaded_bytes(tokens, saves))
+    sequence, fitting = tokens // batch * sp_size, max_tokens(layers, memory, num_saved) // batch * sp_size
+    needed = format_bytes(layers.offloaded_bytes(tokens, num_saved))
     available = format_bytes(memory.host_bytes)
     if memory.host_budget is not None:
         available += f" (host_budget={memory.host_budget} for all ranks of a host)"
@@ -183,13 +208,13 @@ def _out_of_memory(layers: LayerSizes, tokens: int, memory: MemoryBudget, saves:
     remedies = [
         "a larger host_budget" if memory.host_budget is not None else "",
         f"the disk tier ({_KEY}.nvme_path)" if memory.disk_bytes is None else "a larger disk",
-        "save_attention_output: false" if saves else "",
+        "save_attention_output: false" if num_saved else "",
         f"sequences of at most {fitting:,} tokens" if fitting else "",
     ]
     *others, last = filter(None, remedies)
     return (
-        f"{_KEY}: layer inputs{' and attention outputs' if saves else ''} of a sequence of {sequence:,} tokens need "
-        f"{needed} of host memory per rank; available: {available}. "
+        f"{_KEY}: layer inputs{' and attention outputs' if num_saved else ''} of a sequence of {sequence:,} tokens "
+        f"need {needed} of host memory per rank; available: {available}. "
         f"Use {', '.join(others) + ', or ' if others else ''}{last}."
     )
 

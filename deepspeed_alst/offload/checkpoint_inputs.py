@@ -36,7 +36,7 @@ class CheckpointPolicy:
     store: ActivationStore | None  # None leaves them on the device
     keep_last: int = 0  # last layers whose tensors stay on the device
     must_save_attention: bool = False  # an attention output that cannot be saved is an error instead of a warning
-    saves_attention: bool = False  # in the next forward
+    num_saved: int = 0  # first layers that save attention's output, in the next forward
     chunks: Chunks = field(default_factory=Chunks)
     layers: list[torch.nn.Module] = field(default_factory=list)  # that can be checkpointed, in the model's order
     _has_saved: bool = False
@@ -45,14 +45,27 @@ class CheckpointPolicy:
         """Return True if a checkpointed layer's saved tensors stay on the device."""
         return self.keep_last > 0 and layer in self._checkpointed()[-self.keep_last :]
 
+    def saves_attention(self, layer: torch.nn.Module) -> bool:
+        """Return True if a checkpointed layer saves attention's output."""
+        return layer in self._checkpointed()[: self.num_saved]
+
+    def prefetches_attention(self) -> bool:
+        """Return True if a saved output comes back one layer ahead, for which the device then has to have room.
+
+        Where the host has room for some layers' outputs only, the sequence is long: the copy takes little of the layer.
+        """
+        return self.num_saved >= len(self._checkpointed())
+
     def check(self, layer: torch.nn.Module, frame: CheckpointFrame) -> None:
         """Warn if a layer's forward has not saved its attention outputs, or raise if it must."""
         self._has_saved |= bool(frame.saved_attention)
         if not frame.saves_attention:
             return
         problems = [f"attention of {type(layer).__name__} ran as {name}" for name in frame.recomputed_attention]
-        if not self._has_saved and not problems and layer is self._checkpointed()[-1]:
-            problems = [f"no layer calls attention through transformers' interface ({type(layer).__name__})"]
+        savers = self._checkpointed()[: self.num_saved]
+        if not self._has_saved and not problems and layer is savers[-1]:
+            which = f"none of the first {len(savers)} layers ({type(layer).__name__})"
+            problems = [f"{which} calls attention through transformers' interface"]
         for problem in problems:
             if self.must_save_attention:
                 raise UnsupportedModelError(
@@ -127,7 +140,8 @@ def _wrap_checkpoint(
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function, args = _as_positional(function, args, first)
         group = policy.store.group(policy.stays(layer)) if policy.store is not None else None
-        frame = CheckpointFrame(on_device if group is None else group.put, policy.saves_attention)
+        put = on_device if group is None else functools.partial(group.put, ahead=policy.prefetches_attention())
+        frame = CheckpointFrame(put, policy.saves_attention(layer))
         # Detached here: the tensor that a saved-tensor hook gets has no version counter.
         inputs = {
             _memory_key(each): each.detach()

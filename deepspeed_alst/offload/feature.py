@@ -15,7 +15,7 @@ from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
-from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, make_plan
+from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, describe_output, make_plan
 from deepspeed_alst.offload.checkpoint_inputs import (
     CheckpointPolicy,
     Chunks,
@@ -49,7 +49,7 @@ class ActivationOffload(Feature):
     """Offload of checkpointed layers' activations, by a plan made before each training forward."""
 
     _planned_tokens = 0
-    _printed: tuple[bool, bool, bool] | None = None
+    _printed: tuple[int, bool, bool] | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Wrap the layers' checkpoints; at SP 1, also plan before each forward (under SP the batch check does)."""
@@ -137,7 +137,7 @@ class ActivationOffload(Feature):
         if not known or max(each.tokens for each in known) <= self._planned_tokens:
             return False
         if self._block is None:
-            self.policy.saves_attention = True
+            self.policy.num_saved = len(self.policy.layers)
             return False
         largest, memories = max(known, key=lambda each: each.tokens), [each.memory for each in known]
         disks = [each.disk_bytes for each in memories if each.disk_bytes is not None]
@@ -147,22 +147,23 @@ class ActivationOffload(Feature):
         layers = layer_sizes(self._spec, last, chunks, largest.batch_size, self._block.packing)
         wanted = False if self._unsaved_reason else self._wanted
         plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))
-        store, sizes = self.policy.store, plan.layers.tensor_bytes(largest.tokens, plan.saves_attention)
+        store, sizes = self.policy.store, plan.layers.tensor_bytes(largest.tokens, plan.num_saved)
         store.pool.set_sizes(sizes)
         store.pool.budget = host_bytes - plan.staging_bytes
         if store.swapper is not None:
             store.swapper.staging.set_sizes(sizes)
             store.swapper.file.reserve(plan.disk_bytes)
-        self.policy.saves_attention, store.packs = plan.saves_attention, bool(plan.layers.packing)
+        self.policy.num_saved, store.packs = plan.num_saved, bool(plan.layers.packing)
         # Set last: a batch without enough memory is rejected each time.
         self._planned_tokens = largest.tokens
-        if self._printed != (decision := (plan.saves_attention, plan.disk_bytes > 0, store.packs)):
+        if self._printed != (decision := (plan.num_saved, plan.disk_bytes > 0, store.packs)):
             self._printed = decision
             on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
             where = f"on the host{on_disk} of a rank with {largest.tokens:,} tokens{', packed' if store.packs else ''}"
             on_host = f"{format_bytes(plan.host_bytes)} {where}"
-            output = f"{_OUTPUT[plan.saves_attention]} ({self._unsaved_reason or plan.reason})"
-            print_report([("offload", on_host), ("attention output", output)])
+            output = describe_output(plan.num_saved, layers.num_layers)
+            reason = self._unsaved_reason or plan.reason
+            print_report([("offload", on_host), ("attention output", f"{output} ({reason})")])
         return True
 
     def _available_memory(self, block: OffloadConfig) -> MemoryBudget:

@@ -179,12 +179,15 @@ def test_what_waits_has_room_and_else_the_longest_sequence_that_is_named_has(
         with pytest.raises(OffloadError):
             make_plan(layers, (longest // sp_size + 1) * batch, room, "attention outputs" in str(error))
         return
-    needed = layers.offloaded_bytes(tokens, found.saves_attention)
+    needed = layers.offloaded_bytes(tokens, found.num_saved)
     assert found.host_bytes + found.staging_bytes <= room.host_bytes
     assert found.disk_bytes <= (room.disk_bytes or 0)
     assert found.host_bytes + found.disk_bytes >= needed
-    assert not (wanted is not False and wanted != "auto") or found.saves_attention
-    assert wanted is not False or not found.saves_attention
+    assert wanted == "auto" or found.num_saved == layers.num_layers * wanted
+    fits_one_more = found.num_saved < layers.num_layers and (
+        layers.offloaded_bytes(tokens, found.num_saved + 1) <= room.host_bytes
+    )
+    assert wanted != "auto" or not fits_one_more or not layers.copy_is_hidden(tokens // batch * sp_size)
 
 
 @settings(max_examples=60)

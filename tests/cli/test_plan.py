@@ -16,7 +16,7 @@ from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.measure import Layer, Line, Model, measure, workspace_of
 from deepspeed_alst.cli.memory import Machine, longest, plan_of, static_bytes
 from deepspeed_alst.config.schema import parse
-from deepspeed_alst.offload.budget import LayerSizes
+from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, describe_output, make_plan
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -106,7 +106,18 @@ def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tm
     (of_one, _), (of_more, layers) = (bytes_of(each, lean, tokens) for each in (one, more))
     assert b[False].elsewhere.at(tokens) == pytest.approx(of_one.elsewhere, rel=0.02)
     assert of_more.saved - of_one.saved < tokens and of_more.elsewhere - of_one.elsewhere < tokens
-    assert of_more.host == layers.offloaded_bytes(tokens, False) == 4 * 1024 * tokens
+    assert of_more.host == layers.offloaded_bytes(tokens, 0) == 4 * 1024 * tokens
+    of_some, _ = bytes_of(more, lean, tokens, 2)
+    assert of_some.host == layers.offloaded_bytes(tokens, 2) > of_more.host
+
+
+def test_outputs_of_some_layers_are_on_the_host_and_no_longer_on_the_device_than_recomputed_ones():
+    config = CONFIG_MAPPING["llama"](**{**LLAMA_8B, "num_hidden_layers": 4})
+    keys, tokens = parse(DS_CONFIG), 32768
+    (none, layers), (some, _), (every, _) = (bytes_of(config, keys, tokens, count) for count in (0, 2, 4))
+    for found, count in ((none, 0), (some, 2), (every, 4)):
+        assert found.host == layers.offloaded_bytes(tokens, count)
+    assert some[:3] == none[:3] and every.elsewhere > none.elsewhere and every.attention > none.attention
 
 
 @pytest.mark.parametrize(
@@ -156,6 +167,24 @@ def test_attentions_output_is_counted_where_it_is_kept(keys, host_gib, kept, why
         assert plan.host.get(name, 0) == (8 * 9 * size if keys.keys() & OFFLOAD.keys() else 0)
         assert plan.device[name] == (1 if keys.keys() & OFFLOAD.keys() else 9) * size
     assert ("attention outputs" in plan.device) == kept
+
+
+def test_outputs_of_as_many_layers_as_the_host_has_room_for_are_planned_as_a_run_does():
+    model, found = made_up(10.0)
+    found = found | {True: replace(found[True], elsewhere=Line(2 * GIB, 20.0))}  # as if saving took more of the device
+    tokens, keys = 2**18, {**DS_CONFIG, "alst": OFFLOAD}
+    for count, saved in ((0, 0), (4, 4), (8, 8), (9, 10)):
+        machine = replace(H100, host_bytes=8 * model.layers.offloaded_bytes(tokens, count))
+        plan = plan_of(model, found, keys, machine, tokens)
+        run = make_plan(model.layers, tokens, MemoryBudget(int(machine.host_bytes) // 8), "auto", (8, 1))
+        assert plan.num_saved == run.num_saved == saved
+        assert sum(plan.host.values()) == 8 * run.host_bytes == machine.host_bytes
+        assert plan.host.get("attention outputs", 0) == 8 * count * (8192 + 128) * tokens
+        assert plan.attention == f"{describe_output(saved, 10)} ({run.reason})"
+        alike = plan_of(
+            model, found, {**DS_CONFIG, "alst": OFFLOAD | {"save_attention_output": saved == 10}}, H100, tokens
+        )
+        assert plan.device == alike.device
 
 
 @pytest.mark.parametrize(("lean", "keep_last", "count"), [(0, 0, 1), (0, 1, 1), (0, 3, 2), (10, 0, 0), (10, 3, 2)])

@@ -30,7 +30,7 @@ ATTENTION = 200 * PAIRS / 8 / 1000  # seconds of a forward
 
 
 def parts_of(ds_config=DS_CONFIG, plan=None, model=MODEL, rates=RATES, machine=MACHINE):
-    found = step_time(model, LAYER, ds_config, machine, plan or Plan(TOKENS, {}, {}, 0.0, False, ""), rates)
+    found = step_time(model, LAYER, ds_config, machine, plan or Plan(TOKENS, {}, {}, 0.0, 0, ""), rates)
     assert found.seconds == pytest.approx(sum(part.exposed for part in found.parts.values()))
     return found.parts
 
@@ -47,7 +47,8 @@ def test_computation_and_all_to_alls_count_in_full():
     assert parts["matrix products"] == pytest.approx(Part(matrices, matrices))
     # Forward twice, and a backward of two and a half; with the output saved, forward once.
     assert parts["attention"].exposed == pytest.approx(3 * 4.5 * ATTENTION)
-    saved = parts_of(plan=Plan(TOKENS, {}, {}, 0.0, True, ""))
+    some, saved = (parts_of(plan=Plan(TOKENS, {}, {}, 0.0, num_saved, "")) for num_saved in (2, 6))
+    assert some["attention"].exposed == pytest.approx(3 * (4.5 - 2 / 6) * ATTENTION)
     assert saved["attention"].exposed == pytest.approx(3 * 3.5 * ATTENTION)
     assert parts["all-to-all"].exposed == saved["all-to-all"].exposed == pytest.approx(3 * 3 * TOKENS * 6 * 700 / 100)
 
@@ -66,13 +67,13 @@ def test_copies_hide_behind_the_computation_of_their_pass_only():
     fast = replace(RATES, link=1e9)
     assert parts_of(rates=fast)["weight gathers"].exposed == 0
     offload = {**DS_CONFIG, "alst": {"activation_checkpoint_cpu_offload": True}}
-    size = MODEL.layers.offloaded_bytes(TOKENS, False)
+    size = MODEL.layers.offloaded_bytes(TOKENS, 0)
     parts = parts_of(offload)
     assert parts["copies to the host"] == pytest.approx(Part(3 * size / 10, 3 * (size / 10 - forward)))
     assert parts["copies from the host"] == pytest.approx(Part(3 * size / 10, 3 * (size / 10 - backward)))
-    kept = parts_of(offload, Plan(TOKENS, {}, {}, 0.0, True, ""))
-    assert kept["copies to the host"].seconds == pytest.approx(3 * MODEL.layers.offloaded_bytes(TOKENS, True) / 10)
-    spilled = parts_of(offload, Plan(TOKENS, {}, {}, 1e6, False, ""))
+    kept = parts_of(offload, Plan(TOKENS, {}, {}, 0.0, 2, ""))
+    assert kept["copies to the host"].seconds == pytest.approx(3 * MODEL.layers.offloaded_bytes(TOKENS, 2) / 10)
+    spilled = parts_of(offload, Plan(TOKENS, {}, {}, 1e6, 0, ""))
     assert spilled["disk"].seconds == pytest.approx(3 * 2 * 1e6 / 5) and "disk" not in parts
 
 
@@ -106,6 +107,4 @@ def test_micro_steps_are_those_of_the_batch_keys(keys, steps):
 
 
 def test_a_model_without_known_sizes_has_no_time():
-    assert (
-        step_time(replace(MODEL, step=None), LAYER, DS_CONFIG, MACHINE, Plan(1, {}, {}, 0.0, False, ""), RATES) is None
-    )
+    assert step_time(replace(MODEL, step=None), LAYER, DS_CONFIG, MACHINE, Plan(1, {}, {}, 0.0, 0, ""), RATES) is None
