@@ -47,7 +47,10 @@ class ModelSpec:
     @property
     def decoder(self) -> torch.nn.Module:
         """The model without its head."""
-        return getattr(self.model, "base_model", self.model)
+        base = getattr(self.model, "base_model", self.model)
+        # The prefix of Llama4ForCausalLM names no module of it.
+        inner = [each for each in base.children() if isinstance(each, PreTrainedModel)] if base is self.model else []
+        return inner[0] if len(inner) == 1 else base
 
     @property
     def head(self) -> torch.nn.Module | None:

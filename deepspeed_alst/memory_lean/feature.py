@@ -18,11 +18,12 @@ from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
-from deepspeed_alst.errors import SetupError, UnsupportedModelError
+from deepspeed_alst.errors import SetupError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.embeddings import Embeddings, is_watched
 from deepspeed_alst.memory_lean.exchange import HeadExchange
+from deepspeed_alst.memory_lean.hf_one_rank import register_on_one_rank
 from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
 from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.memory_lean.lean_pass import LeanPass
@@ -30,11 +31,9 @@ from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.parts import LayerParts, with_mask
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
-from deepspeed_alst.offload.hf_attention_cache import cache_attention
 from deepspeed_alst.random_draws.draw_mode import branch, not_counted
-from deepspeed_alst.random_draws.model_draws import random_states
+from deepspeed_alst.random_draws.model_draws import is_dropout, random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
 from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
 from deepspeed_alst.tiling.token_wise import token_wise_modules
@@ -95,11 +94,11 @@ def run_in_chunks(
     modules = {name: TiledModule(name, module) for name, module in token_wise_modules(spec).items()}
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
     embedded = Embeddings(spec, calls, patches)
-    unregistered = _register_on_one_rank(spec, calls, patches) if group is None else ""
+    ordinary = _attention_dropout(spec) or (register_on_one_rank(spec, calls, patches) if group is None else "")
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
             continue
-        if reason := unregistered or _reason(layer):
+        if reason := ordinary or _reason(layer):
             reasons[reason] += 1
             continue
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
@@ -116,19 +115,6 @@ def run_in_chunks(
     return count, reasons
 
 
-def _register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> str:
-    """Make attention answer to layers' parts and note forwards, as SP does; return the reason if it cannot."""
-    name = spec.config._attn_implementation
-    if not isinstance(name, PrivateName):  # else its outputs are kept, and it is done
-        try:
-            cache_attention(spec.outer, patches, calls)
-        except UnsupportedModelError:
-            return f"attn_implementation='{name}' at sequence_parallel_size 1; use 'sdpa'"
-    patches.hook(spec.outer, "forward_pre", lambda *_: calls.enter_model())
-    patches.hook(spec.outer, "forward", lambda *_: calls.leave_model(), always_call=True)
-    return ""
-
-
 def _new_group(policy: CheckpointPolicy | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
     """Return a function that saves a tensor of one chunk, where the layer's are kept."""
     if policy is None or policy.store is None:
@@ -137,11 +123,20 @@ def _new_group(policy: CheckpointPolicy | None, layer: torch.nn.Module | None) -
     return lambda x: group.put(x.clone())  # not a view, which would hold the whole input while it leaves
 
 
+def _attention_dropout(spec: ModelSpec) -> str:
+    """Return why a config's dropout of attention keeps its layers on the ordinary path; empty if it has none."""
+    rates = {name: rate for name, rate in vars(spec.text_config).items() if is_dropout(name, rate, of_attention=True)}
+    found = ", ".join(f"{name}={rate}" for name, rate in rates.items() if rate)
+    return found and f"attention with dropout ({found}), for which chunks have no kernel"
+
+
 def _reason(layer: torch.nn.Module) -> str:
     """Return why a layer stays on the ordinary path, as far as its modules tell; empty if nothing does."""
     name = type(layer).__name__
     if "forward" in vars(layer) or layer._compiled_call_impl is not None:
         return f"the program has replaced or compiled {name}'s forward"
+    if any(getattr(each, "attn_temperature_tuning", False) and not each.use_rope for each in layer.modules()):
+        return "queries scaled by their index in the input (attn_temperature_tuning), which a chunk does not know"
     trained = (param for param in layer.parameters() if param.requires_grad)
     sums = 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trained)
     if sums > _MOST_SUMS:
@@ -264,7 +259,7 @@ class LeanLayer:
                 self._learn(x_BsM[:, few], of_few, draws_anew)
                 self._learned = state
             with torch.no_grad():  # a graph may save the few tokens, a view that holds the whole input
-                attention = with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls, self._sp_size)
+                attention = with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
         sizes = Sizes(**self._config.model_dump())
         if self._calls.checking:  # a few tokens, which are to make several chunks and tiles

@@ -72,12 +72,14 @@ class LeanCall:
         of_batch = torch.arange(B * s, device=self.attention.q.device).view(B, s)
         return of_batch[:, tile].flatten()
 
-    def pieces(self, chunk: slice) -> Iterator[tuple[int, int, list[Rectangle]]]:
-        """Yield each rank whose chunk is here, the first row of it in the whole sequence, and its rectangles."""
-        P, s = self.exchange.plan.sp_size, self.shape[1]
+    def pieces(self, chunk: slice) -> Iterator[tuple[slice, int, int, list[Rectangle]]]:
+        """Yield samples, a rank whose chunk is here, the first row of it in the whole sequence, and its rectangles."""
+        P, s, mask = self.exchange.plan.sp_size, self.shape[1], self.attention.mask
+        masks = [] if mask is None else [(slice(row, row + 1), each) for row, each in enumerate(mask.rows)]
         for rank in range(P):
             first, last = rank * s + chunk.start, rank * s + chunk.stop
-            yield rank, first, list(rectangles(first, last, P * s, self.attention.mask, self.sizes.key_block))
+            for samples, each in masks or [(slice(None), mask)]:
+                yield samples, rank, first, list(rectangles(first, last, P * s, each, self.sizes.key_block))
 
     def forward(self, x_BsM: torch.Tensor, saves: bool) -> tuple[torch.Tensor, ...]:
         """Return the layer's output, ``[B, s, M]``, and its records; save each chunk's input if there is a backward."""
@@ -148,11 +150,12 @@ class LeanCall:
         heads = q_BHcD.shape[1]
         (q_BhPcD,) = self.exchange.to_heads(q_BHcD)
         del q_BHcD
-        found = [
-            attend(q_BhPcD[:, :, rank], k_BkSD, v_BkSE, parts, first, self.attention.scaling)
-            for rank, first, parts in self.pieces(chunk)
-        ]
-        o_BhPcE, lse_BhPc = (torch.stack(each, 2) for each in zip(*found, strict=True))
+        o_BhPcE = q_BhPcD.new_empty(*q_BhPcD.shape[:4], v_BkSE.shape[3])
+        lse_BhPc = q_BhPcD.new_empty(q_BhPcD.shape[:4], dtype=torch.promote_types(q_BhPcD.dtype, torch.float32))
+        for samples, rank, first, parts in self.pieces(chunk):
+            keys_values = k_BkSD[samples], v_BkSE[samples]
+            found = attend(q_BhPcD[samples, :, rank], *keys_values, parts, first, self.attention.scaling)
+            o_BhPcE[samples, :, rank], lse_BhPc[samples, :, rank] = found
         (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
 
@@ -220,11 +223,12 @@ class LeanCall:
         q_BhPcD, o_BhPcE, do_BhPcE = self.exchange.to_heads(*sent)
         del sent
         dq_BhPcD = torch.empty(q_BhPcD.shape, dtype=q_BhPcD.dtype, device=q_BhPcD.device)
-        for rank, first, parts in self.pieces(chunk):
-            rows = (x[:, :, rank] for x in (do_BhPcE, q_BhPcD))
-            of_output = (x[:, :, rank] for x in (o_BhPcE, lse_BhPc))
-            dq_BhPcD[:, :, rank] = attend_backward(
-                *rows, *keys_values, *of_output, *grads, parts, first, self.attention.scaling
+        for samples, rank, first, parts in self.pieces(chunk):
+            rows = (x[samples, :, rank] for x in (do_BhPcE, q_BhPcD))
+            of_output = (x[samples, :, rank] for x in (o_BhPcE, lse_BhPc))
+            of_keys, of_grads = ([x[samples] for x in each] for each in (keys_values, grads))
+            dq_BhPcD[samples, :, rank] = attend_backward(
+                *rows, *of_keys, *of_output, *of_grads, parts, first, self.attention.scaling
             )
         del q_BhPcD, o_BhPcE, do_BhPcE, lse_BhPc
         (dq_BHcD,) = self.exchange.to_tokens(dq_BhPcD, heads=heads)

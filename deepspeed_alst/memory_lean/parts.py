@@ -20,15 +20,12 @@ from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
 from deepspeed_alst.memory_lean.hf_records import Record, of_tile, recording
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import AttentionBackend
+from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.tiled_mlp import is_value_unused
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
-
-# Arguments of flash attention that a mask expresses.
-_IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class AttentionCall(NamedTuple):
@@ -200,7 +197,7 @@ class _ClosedForm(torch.autograd.Function):
         ctx.save_for_backward(x_BtM)
         shape = (*x_BtM.shape[:-1], form.down.out_features)
         if value_unused:
-            return _nan(x_BtM, shape)
+            return x_BtM.new_full(shape, torch.nan)  # no view: Llama 4 adds to it in place
         y_BtM = x_BtM.new_empty(shape)
         form.forward(x_BtM.flatten(0, -2), y_BtM.flatten(0, -2))
         return y_BtM
@@ -251,7 +248,7 @@ def _is_nonzero(x: torch.Tensor) -> bool:
     return type(x).__name__ == "FakeTensor" or bool(x.any())
 
 
-def with_mask(call: AttentionCall, calls: ForwardContext, sp_size: int) -> AttentionCall:
+def with_mask(call: AttentionCall, calls: ForwardContext) -> AttentionCall:
     """Return an attention call whose window and documents are all in its mask.
 
     Raises:
@@ -259,15 +256,11 @@ def with_mask(call: AttentionCall, calls: ForwardContext, sp_size: int) -> Atten
     """
     backend, arguments, mask = call.backend, dict(call.arguments), call.mask
     if isinstance(mask, torch.Tensor):
-        raise UnsupportedLayerError("a mask (padding, a window or packed documents) at sequence_parallel_size 1")
-    if sp_size == 1 and backend.name != "sdpa":
-        raise UnsupportedLayerError(f"attn_implementation='{backend.name}' at sequence_parallel_size 1; use 'sdpa'")
+        raise UnsupportedLayerError("a mask other than of a window, chunks, documents or right padding without labels")
     if not backend.uses_mask:
         documents = calls.documents if "cu_seq_lens_q" in arguments else ()
         mask = MaskSpec(arguments.get("sliding_window"), None, documents)
-        arguments = {name: value for name, value in arguments.items() if name not in _IN_THE_MASK}
-    if calls.scale_queries is not None:
-        raise UnsupportedLayerError("queries are scaled by position")
+    arguments = {name: value for name, value in arguments.items() if name not in IN_THE_MASK}
     if arguments or not backend.runs_operators:
         with_what = f" with {' and '.join(arguments)}" if arguments else ""
         raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")

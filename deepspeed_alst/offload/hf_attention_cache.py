@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,6 +18,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.attention_cache import attend_cached, saving_frame
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.hf_attention import find_backend, read_call
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config, under_own_name
 
 
@@ -78,6 +80,8 @@ def _caching_function(name: str, function: Callable[..., Any], calls: ForwardCon
         if calls is not None and calls.answer_attention is not None:
             query, key, value, mask, scaling, arguments = read_call(module, *args, **kwargs)
             return calls.answer_attention(query, key, value, mask, scaling, arguments, backend), None
+        # Masks of memory-lean layers, of which this is not one.
+        args, kwargs = tree_map_only(MaskSpec, lambda mask: mask.dense(), (args, kwargs))
         seen = under_own_name(module, name) if is_flash else module
         frame = saving_frame(name)
         if frame is None:

@@ -92,10 +92,14 @@ def without_dropout(config: Any, attention_only: bool = False, patches: PatchSet
     patches = patches or PatchSet()
     text_config = config.get_text_config()
     for name, rate in list(vars(text_config).items()):
-        is_asked_for = "att" in name or not attention_only
-        if is_asked_for and isinstance(rate, float) and re.search("drop|jitter", name):
+        if is_dropout(name, rate, attention_only):
             patches.set(text_config, name, 0.0)
     return config
+
+
+def is_dropout(name: str, rate: Any, of_attention: bool = False) -> bool:
+    """Return True if a field of a config is a dropout or noise rate, all or only attention's."""
+    return ("att" in name or not of_attention) and isinstance(rate, float) and bool(re.search("drop|jitter", name))
 
 
 def zero_attention_dropout(model: torch.nn.Module, patches: PatchSet) -> None:

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 TRIAL = "alst_trial"
 """Attention with a full score matrix, to probe a model on CPU for which transformers has no sdpa."""
 _LARGEST_MASK = 2**30
-# Arguments that a mask expresses too; a mask overrides them, as in transformers.
-_IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+IN_THE_MASK = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments that a mask expresses too; a mask overrides them, as in transformers."""
 # Arguments of an attention call that change its result. A backend gets its forwarded_kwargs; any other raises.
 _ARGUMENTS = (
-    *_IN_THE_MASK,
+    *IN_THE_MASK,
     *("softcap", "s_aux", "deterministic", "kernel_options", "position_bias", "head_mask", "block_table", "cache"),
 )
 Tensors = tuple[torch.Tensor, ...]
@@ -73,7 +73,7 @@ def find_backend(name: str) -> AttentionBackend | None:
     if name == TRIAL:
         return AttentionBackend(name, ("softcap", "s_aux"), _trial)
     if function is flash_attention_forward:
-        arguments = ("dropout", "softcap", "s_aux", "deterministic", *_IN_THE_MASK)
+        arguments = ("dropout", "softcap", "s_aux", "deterministic", *IN_THE_MASK)
         return AttentionBackend(name, arguments, functools.partial(_flash, name), uses_mask=False)
     if function is flex_attention_forward:
         return AttentionBackend(name, ("softcap", "kernel_options"), _flex, runs_operators=False)
@@ -193,7 +193,7 @@ def _attention_over(
     def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         query, key, value, attention_mask, scaling, arguments = read_call(module, *args, **kwargs)
         # position_ids are left out: they cover one shard, and documents come in cu_seq_lens_q or in the mask.
-        ignored = _IN_THE_MASK if backend.uses_mask else ()
+        ignored = IN_THE_MASK if backend.uses_mask else ()
         arguments = {name: value for name, value in arguments.items() if name not in ignored}
         _check_call(module, query, key, attention_mask, arguments.get("is_causal", True), layers)
         calls.check_inside(type(module).__name__)

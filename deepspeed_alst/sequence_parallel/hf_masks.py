@@ -7,7 +7,7 @@ closures, not evaluated: without a device read, at any length. Legend: S whole s
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -41,6 +41,13 @@ class MaskReadError(UnsupportedModelError, AttributeError):
     """Error of a model that reads its mask, of which a rank has no tensor."""
 
 
+def _no_tensor() -> NoReturn:
+    raise MaskReadError(
+        "the model reads its attention mask, which is not a tensor under sequence parallelism with a window, chunks or "
+        "packed documents: use another model, or one document per row if it has neither of them"
+    )
+
+
 @dataclass(frozen=True)
 class MaskSpec:
     """Tokens hidden from a causal mask, in place of the mask in the arguments of a layer.
@@ -54,11 +61,15 @@ class MaskSpec:
     """Length of a chunk; tokens attend within theirs, and chunks count from the start of a document."""
     documents: tuple[int, ...] = ()
     """Bounds of packed documents, ``[N + 1]`` from 0 to S; empty if the sequence is one document."""
+    rows: tuple["MaskSpec", ...] = ()
+    """Mask of each sample of a batch, in place of the above, if their documents differ: at SP 1 only."""
+    dense: Callable[[], Any] = field(default=_no_tensor, compare=False)
+    """Makes transformers' own mask, at SP 1 for what needs a tensor (memory_lean/hf_one_rank.py)."""
 
     def hides_nothing(self, length: int) -> bool:
         """Return True if it is plain causal attention over a sequence of this length."""
         short = [size for size in (self.window, self.chunk) if size is not None and size < length]
-        return not short and len(self.documents) <= 2
+        return not short and len(self.documents) <= 2 and not self.rows
 
     def runs(self, length: int) -> list[tuple[int, int]]:
         """Return the independent stretches of a sequence, as ``(count, length)`` of adjacent equal ones."""
@@ -95,16 +106,13 @@ class MaskSpec:
         places = torch.arange(length, device=device)
         return self.rule(length, device)(0, 0, places[:, None], places[None])
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy, pickle and dispatch protocols look these up
             raise AttributeError(name)
-        raise MaskReadError(
-            f"the model reads {name} of its attention mask, which is not a tensor under sequence parallelism with a "
-            "window, chunks or packed documents: use another model, or one document per row if it has neither of them"
-        )
+        return getattr(self.dense(), name)
 
-    def __getitem__(self, index: Any) -> NoReturn:
-        self.__getattr__("a part")
+    def __getitem__(self, index: Any) -> Any:
+        return self.dense()[index]
 
 
 def whole_mask(mask_function: Callable[..., Any], length: int, documents: tuple[int, ...]) -> MaskSpec | None:
@@ -149,6 +157,28 @@ def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()
             f"the model asks for a mask that is not causal, or has chunks of several lengths {sorted(chunks)}"
         )
     return MaskSpec(min(windows, default=None), min(chunks, default=None), documents)
+
+
+def batch_mask(mask_function: Callable[..., Any]) -> MaskSpec:
+    """Return the mask of a batch of whole sequences, packed documents of each sample included.
+
+    Raises:
+        UnsupportedModelError: as ``whole_mask``, or chunks of a document do not count from its start.
+    """
+    check_parts()
+    mask, code = read_mask(mask_function), getattr(mask_function, "__code__", None)
+    parts = _enclosed(mask_function)["mask_functions"] if code is _AND else ()
+    found = {getattr(part, "__code__", None): part for part in parts}
+    if _PACKED not in found:
+        return mask
+    document_BS = _enclosed(found[_PACKED])["packed_sequence_mask"]
+    starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    if mask.chunk is not None and (_enclosed(found[_REMAP])["position_ids"][starts_BS] % mask.chunk).any():
+        raise UnsupportedModelError("chunks of packed documents whose position_ids do not start at 0")
+    bounds = [(*starts_S.nonzero().flatten().tolist(), len(starts_S)) for starts_S in starts_BS]
+    rows = tuple(replace(mask, documents=documents) for documents in bounds)
+    return rows[0] if len(set(rows)) == 1 else MaskSpec(rows=rows)
 
 
 def check_for_flash(name: str, mask_function: Callable[..., Any], length: int) -> None:

@@ -58,6 +58,8 @@ def _is_token_wise(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Linear):
         return False
     parameters = inspect.signature(module.forward).parameters.values()
+    if len(parameters) == 1 and any(param.dim() == 3 for param in module.parameters(recurse=False)):
+        return False  # Llama 4's experts, whose rows are sorted by expert
     are_named = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
     forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(module).__mro__ if "forward" in vars(cls)]
     used = {name for forward in forwards for name in forward.__code__.co_names}

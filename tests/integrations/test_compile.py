@@ -87,6 +87,15 @@ def test_a_compiled_model_trains_as_one_that_is_not(form, ranks2):
     check(ranks2, Cell(stage=FORMS[form][0]), form, QUICK)
 
 
+def test_a_compiled_model_with_layers_in_chunks_is_right(ranks2):
+    cell = Cell(stage=2, checkpointing="non-reentrant", lean=True)  # the cell refuses a layer on the ordinary path
+    truth, (result, _) = (
+        run_truth(cell),
+        ranks2.run(compiled, cell, {"on_model": functools.partial(_wrapped, QUICK)})[0],
+    )
+    assert not missed(errors(result, truth), errors(ranks2.run(run_sp1, cell)[0], truth))
+
+
 @pytest.mark.slow
 def test_a_compiled_adapter_is_right(ranks2):
     check(ranks2, Cell(stage=2, lora=True), "torch.compile(model)", "aot_eager")

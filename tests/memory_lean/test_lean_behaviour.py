@@ -16,12 +16,15 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.memory_lean import layer
+from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
+from deepspeed_alst.memory_lean.parts import AttentionCall, with_mask
 from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from tests.models import family_batch, step_in_fp64
 
 LEAN = MemoryLeanConfig(chunk_tokens=8, tile_tokens=3, key_block=5)
@@ -48,8 +51,8 @@ def gradients(model, rows=2):
     return {name: param.grad for name, param in model.named_parameters()}
 
 
-def ordinary_gradients(change=lambda model: None, **keys):
-    model = build_model(family_config("llama", **keys)).train()
+def ordinary_gradients(change=lambda model: None, model_type="llama", **keys):
+    model = build_model(family_config(model_type, **keys)).train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     change(model)
     return gradients(model)
@@ -120,12 +123,19 @@ def add_hook(model):
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
 
 
+def drop_attention(model):
+    for each in model.model.layers:
+        each.self_attn.attention_dropout = 0.5
+
+
 @pytest.mark.parametrize(
     ("change", "keys", "reason"),
     [
         (add_hook, {}, "a hook of the program inside the layer"),
         (turn_checkpointing_off, {}, "gradient checkpointing was turned off"),
-        (lambda model: None, {"attention_dropout": 0.5}, "dropout"),
+        (drop_attention, {}, "no kernel for attn_implementation='sdpa' with dropout"),
+        (drop_attention, {"model_type": "mistral", "sliding_window": 5}, "no kernel for .* with dropout"),
+        (lambda model: None, {"model_type": "phi3", "resid_pdrop": 0.5}, "dropout at sequence_parallel_size 1"),
     ],
 )
 def test_a_layer_that_chunks_cannot_run_is_ordinary_and_says_so(change, keys, reason):
@@ -134,6 +144,62 @@ def test_a_layer_that_chunks_cannot_run_is_ordinary_and_says_so(change, keys, re
         with pytest.warns(UserWarning, match=f"ordinary path: .*{reason}"):
             found = gradients(model)
     assert_close(found, ordinary_gradients(change, **keys))
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "reason"),
+    [
+        (lambda model: None, {"attention_dropout": 0.5}, "attention with dropout (attention_dropout=0.5), for which"),
+        (
+            lambda model: model.model.layers[0].compile(backend="eager"),
+            {"model_type": "mistral", "sliding_window": 5},
+            "the program has replaced or compiled MistralDecoderLayer's forward",
+        ),
+        (
+            lambda model: None,
+            {"model_type": "llama4_text", "attention_chunk_size": 5, "no_rope_layers": [1, 0], "floor_scale": 4}
+            | {"interleave_moe_layer_step": 9},
+            "queries scaled by their index in the input",
+        ),
+        (
+            lambda model: model.set_attn_implementation("eager"),
+            {},
+            "attn_implementation='eager' at sequence_parallel_size 1; use 'sdpa'",
+        ),
+    ],
+)
+def test_a_layer_that_is_ordinary_from_the_start_is_reported_and_right(change, keys, reason):
+    model_type = keys.get("model_type", "llama")
+    model = build_model(family_config(**{"model_type": model_type} | keys)).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    change(model)
+    with PatchSet() as patches, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="alst.memory_lean_layer")
+        _, reasons = run_in_chunks(ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches)
+        assert [each for each in reasons if reason in each]
+        assert_close(gradients(model), ordinary_gradients(change, **keys))
+
+
+def test_flex_attention_is_ordinary():
+    model = build_model(family_config("llama"))
+    model.config._attn_implementation = "flex_attention"
+    with PatchSet() as patches:
+        count, reasons = run_in_chunks(ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches)
+    assert count == 0 and reasons == {"attn_implementation='flex_attention' at sequence_parallel_size 1; use 'sdpa'": 2}
+    q = torch.zeros(1, 2, 3, 8)
+    call = AttentionCall(q, q, q, None, None, {}, find_backend("flex_attention"))
+    with pytest.raises(UnsupportedLayerError, match="no kernel for attn_implementation='flex_attention'"):
+        with_mask(call, ForwardContext())
+
+
+def test_a_compiled_model_runs_its_layers_in_chunks():
+    keys = {"model_type": "mistral", "sliding_window": 5}
+    with lean_model(**keys) as model, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="alst.memory_lean_layer")
+        compiled = torch.compile(model, backend="eager")
+        compiled(**family_batch(TOKENS, 2), use_cache=False).loss.backward()
+        found = {name: param.grad for name, param in model.named_parameters()}
+    assert_close(found, ordinary_gradients(**keys))
 
 
 def test_a_hook_that_comes_later_is_refused():

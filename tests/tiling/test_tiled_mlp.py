@@ -358,6 +358,18 @@ def test_a_block_with_its_router_inside_is_not_tiled():
     assert not token_wise_modules(ModelSpec(build_model(family_config("jetmoe"))))
 
 
+def test_experts_of_rows_sorted_by_expert_are_not_tiled_and_the_shared_one_is():
+    model, batch = model_of("llama4_text", num_local_experts=4, no_rope_layers=[1, 0]), family_batch(37, 2)
+    _, grads, _ = step(model, batch)
+    with PatchSet() as undo:
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=10), no_leaf, undo)
+        _, tiled, _ = step(model, batch)
+    assert list(token_wise_modules(ModelSpec(model))) == [
+        f"model.layers.{i}.feed_forward.shared_expert" for i in (0, 1)
+    ]
+    assert max(error(tiled[name], grad) for name, grad in grads.items()) < EXACT
+
+
 def test_a_model_with_nothing_to_tile_is_refused():
     config = CONFIG_MAPPING["opt"](
         hidden_size=32, num_hidden_layers=1, ffn_dim=48, num_attention_heads=4, vocab_size=97, word_embed_proj_dim=32
