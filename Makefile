@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-memory bench-kernels bench-reduction bench-offload clean
+.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-memory bench-kernels bench-reduction bench-offload gpu clean
 
 setup: $(VENV)/ready
 
@@ -176,6 +176,10 @@ bench-reduction: setup
 
 bench-offload: setup
 	$(BIN)/python -m benchmarks.offload
+
+# What only a GPU can show, on one GPU or more, in 8 minutes. CPU=1: the same code in small. JSON=PATH: the rows too.
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(if $(CPU),--cpu --minutes 15) $(if $(JSON),--json $(JSON))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

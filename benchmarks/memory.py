@@ -24,7 +24,7 @@ from benchmarks import step_time
 from benchmarks.figures import Figure, Part, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from benchmarks.tiles.systems import Step, build, put_tiles
-from deepspeed_alst.config.schema import AlstConfig, MemoryLeanConfig, TiledMLPConfig
+from deepspeed_alst.config.schema import AlstConfig, MemoryLeanConfig, TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
@@ -32,7 +32,8 @@ from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
-from deepspeed_alst.offload.host_buffers import HostBufferPool
+from deepspeed_alst.offload.hf_attention_cache import cache_attention
+from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD
@@ -107,8 +108,8 @@ def measure(shape: Shape, sp_size: int, tokens: int, system: str) -> Peaks:
         if system.endswith(WITH_LIGER):
             use_liger_without_data(ModelSpec(model), _LIGER, undo)
         lean = MemoryLeanConfig() if system == LEAN else None
-        put = put_deepspeeds if system.startswith(DEEPSPEED) else partial(put_ours, lean=lean)
-        step = put(model, sp_size, undo)
+        ours = partial(put_ours, lean=lean, store=host_store(undo))
+        step = (put_deepspeeds if system.startswith(DEEPSPEED) else ours)(model, sp_size, undo)
         ids = torch.arange(tokens).remainder(shape.config().vocab_size)[None]
         batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids, "shift_labels": ids}
         # The part of all experts that a token passes.
@@ -121,17 +122,29 @@ def measure(shape: Shape, sp_size: int, tokens: int, system: str) -> Peaks:
         return _peaks(ledger, int(6 * matrices * tokens))
 
 
-def put_ours(model: Any, sp_size: int, undo: PatchSet, *, lean: MemoryLeanConfig | None) -> Step:
-    """Put this package on a model: tiles, layer inputs and attention outputs on the host."""
+def put_ours(
+    model: Any,
+    sp_size: int,
+    undo: PatchSet,
+    *,
+    lean: MemoryLeanConfig | None,
+    store: ActivationStore | None,
+    loss: TiledLossConfig | None = None,
+) -> Step:
+    """Put this package on a model: tiles, layer inputs and attention outputs in a store, or on the device."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     spec, calls = ModelSpec(model), ForwardContext(saving_frame=saving_frame)
-    patch_model(spec, dist.group.WORLD, undo, calls)
-    policy = CheckpointPolicy(_store(undo), keep_last=int(lean is None), num_saved=len(spec.layers))
+    group = dist.group.WORLD if sp_size > 1 else None
+    if group is None:
+        cache_attention(model, undo, calls)
+    else:
+        patch_model(spec, group, undo, calls)
+    policy = CheckpointPolicy(store, keep_last=int(lean is None), num_saved=len(spec.layers))
     apply_checkpoint_policy(spec, policy, undo)
     if lean is not None:
-        run_in_chunks(spec, lean, dist.group.WORLD, calls, lambda module: None, undo, policy)
-    return put_tiles(model, "ours", undo, TiledMLPConfig(), calls=calls, sp_size=sp_size)
+        run_in_chunks(spec, lean, group, calls, lambda module: None, undo, policy)
+    return put_tiles(model, "ours", undo, TiledMLPConfig(), loss, calls=calls, sp_size=sp_size)
 
 
 def put_deepspeeds(model: Any, sp_size: int, undo: PatchSet) -> Step:
@@ -144,12 +157,13 @@ def put_deepspeeds(model: Any, sp_size: int, undo: PatchSet) -> Step:
     undo.enter_context(upstream.registered(model.config, sp_size))
     model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
-    apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(_store(undo), keep_last=1), undo)
+    apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(host_store(undo), keep_last=1), undo)
     return put_tiles(model, "upstream", undo, None)
 
 
-def _store(undo: PatchSet) -> ActivationStore:
-    store = ActivationStore(HostBufferPool())
+def host_store(undo: PatchSet, copies: CopyStream | None = None) -> ActivationStore:
+    """Create a store on the host, closed with the patches; ``copies`` are those of a GPU."""
+    store = ActivationStore(HostBufferPool(page_locked=copies is not None), copies=copies)
     undo.callback(store.close)
     return store
 

@@ -33,7 +33,7 @@ def put(chunk_tokens: int | None) -> None:
     global _model
     from transformers import LlamaConfig
 
-    from benchmarks.memory import put_deepspeeds, put_ours
+    from benchmarks.memory import host_store, put_deepspeeds, put_ours
     from benchmarks.tiles.systems import build
 
     sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -42,7 +42,8 @@ def put(chunk_tokens: int | None) -> None:
     if chunk_tokens is None:
         step = put_deepspeeds(model, _RANKS, undo)
     else:
-        step = put_ours(model, _RANKS, undo, lean=MemoryLeanConfig(chunk_tokens=chunk_tokens))
+        lean = MemoryLeanConfig(chunk_tokens=chunk_tokens)
+        step = put_ours(model, _RANKS, undo, lean=lean, store=host_store(undo))
     _model = model, step
 
 

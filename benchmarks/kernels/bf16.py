@@ -3,12 +3,15 @@
 Legend: n values, m bytes.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Verdict
+from benchmarks.kernels.judge import Verdict, bytes_of
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,15 @@ def launch(n: int) -> None:
     OPS["unpack_bf16_"].launch(packed_m, bits_n)
 
 
-def judge(case: Case) -> Verdict:
-    """Run both launches in the interpreter; count the values that differ afterwards, of which none may."""
+def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithful, device: str = "cpu") -> Verdict:
+    """Run both launches in the interpreter, or ``within``; count values that differ afterwards, of which none may."""
     from deepspeed_alst.kernels import bf16_codec as codec
 
-    x_n = case.values()
-    packed_m = torch.full((codec.packed_bytes(case.n),), 0xFF, dtype=torch.uint8)
+    x_n = case.values(device)
+    packed_m = torch.full((codec.packed_bytes(case.n),), 0xFF, dtype=torch.uint8, device=device)
     expected_m, got_n = packed_m.clone(), torch.full_like(x_n, torch.nan)
     codec.pack_reference(x_n.view(torch.int16), expected_m)
-    with faithful() as traffic:
+    with within() as traffic:
         codec.pack_(x_n, packed_m)
         codec.unpack_(packed_m, got_n)
     differ = {
@@ -63,6 +66,4 @@ def judge(case: Case) -> Verdict:
     segments = -(-case.n // codec.SEGMENT)
     in_use = codec.packed_bytes(case.n) - codec.HEADER - codec.ESCAPES * segments + codec.num_escapes(packed_m)
     least = 2 * (x_n.nbytes + in_use) / case.n
-    return Verdict(
-        {name: (count, 0.0) for name, count in differ.items()}, (traffic.read + traffic.written) / case.n, least
-    )
+    return Verdict({name: (count, 0.0) for name, count in differ.items()}, bytes_of(traffic) / case.n, least)

@@ -3,13 +3,15 @@
 Legend: t rows of a tile, V vocabulary.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Verdict, errors_of
+from benchmarks.kernels.judge import Verdict, bytes_of, errors_of
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 
@@ -64,32 +66,32 @@ def launch(V: int, dtype: torch.dtype, smoothing: float, softcap: float, gradien
     op.launch(logits_tV, labels_t, torch.empty((), device="meta"), smoothing, softcap, 1.0, gradient)
 
 
-def judge(case: Case) -> Verdict:
-    """Run one launch in the interpreter and compare with fp64.
+def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithful, device: str = "cpu") -> Verdict:
+    """Run one launch in the interpreter, or in another context ``within``, and compare with fp64.
 
     An incomplete gradient, or a write outside it, is an error too.
     """
     from deepspeed_alst.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 
     torch.manual_seed(0)
-    storage = torch.full((case.t, case.V + case.gap), torch.nan, dtype=case.dtype)
+    storage = torch.full((case.t, case.V + case.gap), torch.nan, dtype=case.dtype, device=device)
     logits_tV = storage[:, : case.V]
     logits_tV.copy_(3 * torch.randn(case.t, case.V))
-    labels_t = torch.randint(0, case.V, (case.t,))
+    labels_t = torch.randint(0, case.V, (case.t,), device=device)
     labels_t[2::5] = -100
-    scale = torch.tensor(0.37)
+    scale = torch.tensor(0.37, device=device)
     options = (case.label_smoothing, case.softcap, case.logit_scale)
     results = {}
     for name, dtype in (("truth", torch.float64), ("torch", case.dtype)):
         grad_tV = logits_tV.to(dtype, copy=True)
         results[name] = (cross_entropy_reference(grad_tV, labels_t, scale, *options), grad_tV)
-    with faithful() as traffic:
+    with within() as traffic:
         loss = cross_entropy_(logits_tV, labels_t, scale, *options)
     assert storage[:, case.V :].isnan().all(), "it wrote between the rows"
     errors = errors_of(("loss", "gradient"), (loss, logits_tV), results["torch"], results["truth"])
     # Each row is read twice and written once; its label is read, and its loss written.
     least = 3 * logits_tV.numel() * case.dtype.itemsize + labels_t.nbytes + 4 * case.t
-    return Verdict(errors, (traffic.read + traffic.written) / logits_tV.numel(), least / logits_tV.numel())
+    return Verdict(errors, bytes_of(traffic) / logits_tV.numel(), least / logits_tV.numel())
 
 
 def upstreams_bytes_a_logit(t: int, V: int) -> float:

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Verdict, errors_of
+from benchmarks.kernels.judge import Verdict, bytes_of, errors_of
 
 # F of Llama-3.1-8B, Gemma 7B, phi-3-mini and Llama 2 7B; 4097 and 63 have no useful divisors.
 COMPILED = (
@@ -100,8 +100,7 @@ def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithf
     assert case.backward or torch.equal(three[1], up_before), "the forward wrote over up"
     names, found = (("gate", "up", "act"), three) if case.backward else (("act",), three[:1])
     errors = errors_of(names, found, results["torch"], results["truth"])
-    moved = 0.0 if traffic is None else (traffic.read + traffic.written) / up_before.numel()
-    return Verdict(errors, moved, (6 if case.backward else 3) * case.dtype.itemsize)
+    return Verdict(errors, bytes_of(traffic) / up_before.numel(), (6 if case.backward else 3) * case.dtype.itemsize)
 
 
 def run_reference(case: Case, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:

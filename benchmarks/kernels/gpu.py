@@ -44,6 +44,7 @@ def launches(device: str, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> 
     yield _cross_entropy(device, sizes, dtype)
     yield from _activations(device, sizes, dtype)
     yield _pack(device, sizes, dtype)
+    yield from _codec(device, sizes)
 
 
 def _cross_entropy(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
@@ -90,9 +91,23 @@ def _pack(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
     return Launch(f"pack for 4 ranks, {s.T} tokens", lambda: pack(pieces, 4), 2 * (q.nbytes + 2 * k.nbytes))
 
 
-def copy_bytes_a_second(seconds_of: Callable[[Callable[[], Any]], float]) -> float:
-    """Return the bandwidth of a 1 GiB copy on the device, reads and writes, in bytes/s."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+def _codec(device: str, s: Sizes) -> Iterator[Launch]:
+    from deepspeed_alst.kernels.bf16_codec import pack_, packed_bytes, unpack_
+
+    x_n = torch.randn(s.T * s.h * s.D, device=device).bfloat16()
+    packed_m = torch.empty(packed_bytes(x_n.numel()), dtype=torch.uint8, device=device)
+    pack_(x_n, packed_m)  # to be unpacked
+    # Least bytes: 11 bits of a value without escapes.
+    moved = x_n.nbytes + x_n.numel() * 11 // 8
+    yield Launch(f"pack bf16, {x_n.numel():,} values", lambda: pack_(x_n, packed_m), moved)
+    yield Launch(f"unpack bf16, {x_n.numel():,} values", lambda: unpack_(packed_m, x_n), moved)
+
+
+def copy_bytes_a_second(
+    seconds_of: Callable[[Callable[[], Any]], float], device: str = "cuda", num_bytes: int = 2**30
+) -> float:
+    """Return the bandwidth of a copy on the device, reads and writes, in bytes/s."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
 

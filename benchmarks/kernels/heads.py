@@ -4,12 +4,15 @@ Legend: P ranks, H query heads, K KV heads, D and V head dims of q and k and of 
 share a KV head.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from benchmarks.kernels.interpreter import faithful
-from benchmarks.kernels.judge import Verdict, errors_of
+from benchmarks.kernels.judge import Verdict, bytes_of, errors_of
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,25 @@ def launch(case: Case) -> None:
     unpacks.launch(buffer_PsBW, case.shards("meta"))
 
 
-def judge(case: Case) -> Verdict:
-    """Run a layer's launches in the interpreter and compare with the reference."""
-    with faithful() as traffic:
-        errors = compare(case)
+def judge(case: Case, within: Callable[[], AbstractContextManager[Any]] = faithful, device: str = "cpu") -> Verdict:
+    """Run a layer's launches in the interpreter, or in another context ``within``, and compare with the reference."""
+    with within() as traffic:
+        errors = compare(case, device)
     least = elements = 0
     for x_gsBhD in (*case.shards(), *case.sequences()):
         copies = case.P // x_gsBhD.shape[0]
         least += 2 * (1 + copies) * x_gsBhD.nbytes
         elements += 2 * copies * x_gsBhD.numel()
-    return Verdict(errors, (traffic.read + traffic.written) / elements, least / elements)
+    return Verdict(errors, bytes_of(traffic) / elements, least / elements)
 
 
-def compare(case: Case) -> dict[str, tuple[float, float]]:
+def compare(case: Case, device: str = "cpu") -> dict[str, tuple[float, float]]:
     """Compare pack and unpack with their references: copies bit by bit, sums of copies by error."""
     from deepspeed_alst.kernels.head_layout import pack, pack_reference, unpack_, unpack_reference
 
     torch.manual_seed(0)
     errors = {}
-    for name, pieces in (("shards", case.shards()), ("sequences", case.sequences())):
+    for name, pieces in (("shards", case.shards(device)), ("sequences", case.sequences(device))):
         assert torch.equal(pack(pieces, case.P), pack_reference(pieces, case.P)), name
         buffer_PsBW = torch.randn_like(pack_reference(pieces, case.P))
         got, same, truth = (

@@ -77,6 +77,11 @@ class Interpreted:
         self._pool.shutdown()
 
 
+def bytes_of(traffic: Any) -> int:
+    """Return the bytes moved by launches in the interpreter; 0 on a GPU, where they are not counted."""
+    return 0 if traffic is None else traffic.read + traffic.written
+
+
 def measure(got: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> dict[str, tuple[float, float]]:
     """Return the kernel's error and its limit: three times torch's in the same dtype, plus rounding."""
     assert torch.isfinite(got).all(), "not finite"

@@ -364,7 +364,7 @@ def _launched_as_on_a_gpu() -> list[str]:
 
 
 def test_what_a_gpu_is_timed_with_runs_the_kernels(interpreted):
-    assert len(interpreted.run(_launched_as_on_a_gpu)) == 4
+    assert len(interpreted.run(_launched_as_on_a_gpu)) == 6
 
 
 # --- where it does not run
