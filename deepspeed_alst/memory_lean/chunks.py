@@ -64,7 +64,8 @@ def cut(value: Any, part: slice, num_tokens: int) -> Any:
     dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens and (dim or value.dim() == 1)]
     if len(dims) > 1:
         raise UnsupportedLayerError(
-            f"an argument of shape {list(value.shape)}, of which {dims} may be its {num_tokens} tokens"
+            f"an argument of shape {list(value.shape)}, of which {dims} may be its {num_tokens} tokens, such as a mask "
+            "other than of a window, chunks, packed documents or right padding without labels"
         )
     return value.narrow(dims[0], part.start, part.stop - part.start) if dims else value
 

@@ -256,7 +256,7 @@ def with_mask(call: AttentionCall, calls: ForwardContext) -> AttentionCall:
     """
     backend, arguments, mask = call.backend, dict(call.arguments), call.mask
     if isinstance(mask, torch.Tensor):
-        raise UnsupportedLayerError("a mask other than of a window, chunks, documents or right padding without labels")
+        raise UnsupportedLayerError(f"a mask of shape {list(mask.shape)}")
     if not backend.uses_mask:
         documents = calls.documents if "cu_seq_lens_q" in arguments else ()
         mask = MaskSpec(arguments.get("sliding_window"), None, documents)

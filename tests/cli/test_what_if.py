@@ -141,14 +141,14 @@ def test_variants_of_one_layer_share_its_measurement(tmp_path, monkeypatch):
     measuring, given = Measuring(str(tmp_path / "config.json")), {**DS_CONFIG, "sequence_parallel_size": 2}
     offload = {**given, "alst": {"activation_checkpoint_cpu_offload": True}}
     first = measuring.of(parse(offload))
-    assert len(cases) == 8  # two lengths and two numbers of layers, each with attention's output and without
+    assert len(cases) == 10  # two lengths and two numbers of layers, with attention's output and without; a long loss
     for saves in (False, True):
         saved = {**offload, "alst": {**offload["alst"], "save_attention_output": saves}}
         assert measuring.of(parse(saved))[1] == {saves: first[1][saves]}
-    assert len(cases) == 8
+    assert len(cases) == 10
     tiled = {**offload, "alst": {**offload["alst"], "tiled_mlp_compute": True}}
     model, _ = measuring.of(parse(tiled))
-    assert len(cases) == 12 and model.layers == first[0].layers  # what layers save does not depend on tiles
+    assert len(cases) == 14 and model.layers == first[0].layers  # what layers save does not depend on tiles
     alone = Measuring(str(tmp_path / "config.json")).of(parse(tiled))
     assert measuring.of(parse(tiled)) == alone
 

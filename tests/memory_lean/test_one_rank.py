@@ -13,7 +13,7 @@ from benchmarks.families import family_config
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.memory_lean import layer
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
-from tests.memory_lean.test_lean_behaviour import assert_close
+from tests.memory_lean.test_lean_behaviour import assert_close, lean_model
 from tests.models import family_batch, step_in_fp64
 
 EXACT = 1e-12
@@ -89,6 +89,29 @@ def test_a_mask_off_by_one_would_be_seen(kind, data, change):
 
     with mock.patch.object(layer.LeanCall, "pieces", wrong):
         assert error(kind, data) > 1e-4
+
+
+@pytest.mark.parametrize("data", ["left padding", "padding with labels", "padding without labels", "late chunks"])
+def test_a_mask_that_chunks_cannot_have_is_ordinary_and_right(data):
+    batch, (model_type, changed) = batch_of("plain"), KINDS["short chunks"]
+    if data == "late chunks":  # of documents that start at position 3
+        batch["position_ids"] = torch.cat([torch.arange(3, 13), torch.arange(3, 22)]).expand(2, -1)
+    else:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, slice(5) if data == "left padding" else slice(-5, None)] = 0
+
+    def gradients(model: Any) -> dict[str, torch.Tensor]:
+        labels = {} if data == "padding without labels" else {"labels": batch["labels"]}
+        output = model(**{name: x for name, x in batch.items() if name != "labels"}, **labels, use_cache=False)
+        (output.loss if labels else output.logits.square().mean()).backward()
+        return {name: param.grad for name, param in model.named_parameters()}
+
+    with (
+        lean_model(model_type=model_type, **changed) as model,
+        pytest.warns(UserWarning, match="a mask other than of a window"),
+    ):
+        found = gradients(model)
+    assert_close(found, gradients(build_model(family_config(model_type, **changed)).train()))
 
 
 def trained_weights() -> list[dict[str, torch.Tensor]]:
