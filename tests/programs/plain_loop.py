@@ -51,7 +51,7 @@ class Samples(torch.utils.data.Dataset):
 def main() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=core)
     data = Samples()
-    print("start", flush=True)
+    print("start\n", end="", flush=True)  # one write, as ranks share the output
     own_loader = case in ("unsharded", "identical", "dataset")
     engine, _, loader, _ = deepspeed.initialize(
         model=model,
