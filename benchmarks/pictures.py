@@ -22,18 +22,17 @@ from matplotlib.patches import Rectangle
 
 from benchmarks.curve import run
 from benchmarks.kernels.liger import NORMS_AND_ROPE, WithLiger
+from benchmarks.memory import host_store, put_ours
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
 from benchmarks.tiles.systems import System
 from deepspeed_alst.cli.main import build_parser
 from deepspeed_alst.cli.measure import measure
 from deepspeed_alst.cli.memory import Plan, longest
 from deepspeed_alst.cli.plan import machine_of
-from deepspeed_alst.config.schema import TiledMLPConfig, parse
+from deepspeed_alst.config.schema import MemoryLeanConfig, TiledMLPConfig, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
-from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.picture import draw, draw_curves, new_figure
 
 ROOT = Path(__file__).parents[1]
@@ -50,10 +49,18 @@ class Offloading(WithLiger):
     def on(self, model: Any, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
         """Patch the model as in WithLiger, with offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
-            store = ActivationStore(HostBufferPool())
-            undo.callback(store.close)
-            apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(store, keep_last=1), undo)
+            apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(host_store(undo), keep_last=1), undo)
             yield step
+
+
+class InChunks(System):
+    """Our tiles and memory-lean layers, with layer inputs and attention outputs offloaded to the host."""
+
+    @contextmanager
+    def on(self, model: Any, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
+        """Patch the model as the keys do."""
+        with PatchSet() as undo:
+            yield put_ours(model, sp_size, undo, lean=MemoryLeanConfig(), store=host_store(undo))
 
 
 STEPS = {
@@ -61,6 +68,7 @@ STEPS = {
     "DeepSpeed's TiledMLP and TiledFusedLogitsLoss": System("upstream", "non-reentrant"),
     "this package's tiles and kernels": WithLiger(NORMS_AND_ROPE),
     "the same, layer inputs on the host": Offloading(NORMS_AND_ROPE),
+    "memory-lean layers, layer inputs and attention outputs on the host": InChunks("ours"),
 }
 
 
@@ -77,7 +85,7 @@ BLUE, ORANGE, GREY = "#1f77b4", "#ff7f0e", "#7f7f7f"
 
 
 def memory(path: Path) -> None:
-    """Plot four variants of a step, one below another."""
+    """Plot the variants of a step, one below another."""
     timelines = {name: step_of(REAL_SIZE[0], SP_SIZE, system).ledger.timeline for name, system in STEPS.items()}
     draw(timelines, str(path), left_out=("weights", "gradients"), top=TOP)
 
