@@ -76,7 +76,8 @@ class WhatIf:
     def _at(self, ds_config: dict[str, Any], tokens: int) -> tuple[Plan, StepTime | None]:
         model, layers = self._layers_of(ds_config)
         plan = plan_of(model, layers, ds_config, self._machine, tokens)
-        return plan, step_time(model, layers[plan.num_saved > 0], ds_config, self._machine, plan, self._rates)
+        layer = layers[plan.num_saved == model.layers.num_layers]  # as plan_of
+        return plan, step_time(model, layer, ds_config, self._machine, plan, self._rates)
 
     def one_at_a_time(self, sequence: int | None) -> Iterator[Variant]:
         """Yield the ds_config as given, then with one key changed, at this length or at the longest of the first."""
