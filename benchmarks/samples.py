@@ -26,7 +26,7 @@ from benchmarks.figures import markdown
 ROOT = Path(__file__).parents[1]
 _QUICK = "ALST_SAMPLES_QUICK"
 _LLAMA = "benchmarks/models/llama-3.1-8b.json"
-_PLANNED = r"[\d,]+ tokens,|\s+GiB|layer|backward|attention kernel|total|The longest"
+_PLANNED = r"[\d,]+ tokens,|\s+GiB|layer|backward|attention (kernel|outputs)|total|The longest"
 
 
 def block(content: str, language: str = "text", width: int = 125) -> str:
