@@ -156,6 +156,7 @@ def step_words(micro: int, accumulation: int, sp_size: int, replicas: int) -> st
     """Describe an optimizer step in samples and micro-steps."""
     samples = micro * accumulation * replicas
     words = f"{samples} samples: {accumulation} micro-steps of {micro} sample(s) on {replicas} replica(s)"
+    words += f"; at SP 1 they would be {samples * sp_size} samples"
     if accumulation % sp_size:
         words += (
             f"; gradient_accumulation_steps is not a multiple of sequence_parallel_size={sp_size}, so that some steps "

@@ -65,5 +65,5 @@ def test_what_is_no_number_is_named(name, value):
 
 def test_a_step_is_told_in_samples_and_micro_steps():
     words = step_words(micro=2, accumulation=4, sp_size=2, replicas=3)
-    assert words == "24 samples: 4 micro-steps of 2 sample(s) on 3 replica(s)"
+    assert words == "24 samples: 4 micro-steps of 2 sample(s) on 3 replica(s); at SP 1 they would be 48 samples"
     assert "is not a multiple of sequence_parallel_size=2" in step_words(2, 3, 2, 1)
