@@ -5,7 +5,7 @@ next. Kernel and reference use the same format, so they may be mixed across rank
 pieces, ``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of full sequences. Piece i belongs to the m ranks
 ``[i*m, (i+1)*m)``: packing writes it m times (shared KV heads), unpacking sums the m in fp32 and rounds once.
 
-Triton is imported only when a kernel is first used; without it PyTorch packs.
+Triton is imported only where heads are exchanged; without it PyTorch packs.
 
 Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a rank, D head dim, g pieces, m = P/g.
 """

@@ -20,6 +20,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.features import Feature, RunContext
+from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.embeddings import Embeddings, is_watched
 from deepspeed_alst.memory_lean.exchange import HeadExchange
@@ -51,6 +52,7 @@ class MemoryLeanLayers(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Give each decoder layer that can a forward in chunks."""
+        define_ops("gated")
         group = None if run.session is None else run.session.groups.sp_group
         turn_on_checkpointing(run.spec, "alst.memory_lean_layer", patches)
         policy = None if self._offload is None else self._offload.policy

@@ -12,6 +12,7 @@ from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
+from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
@@ -56,6 +57,8 @@ class ActivationOffload(Feature):
         alst = run.config.alst
         self._spec, self._sp_size = run.spec, run.config.sequence_parallel_size
         self._block, self._wanted = alst.activation_checkpoint_cpu_offload, alst.save_attention_output
+        if self._block is not None and self._block.packing:
+            define_ops("pack_bf16")
         self._turned_on = self._block is not None and turn_on_checkpointing(
             run.spec, "alst.activation_checkpoint_cpu_offload", patches
         )

@@ -22,6 +22,7 @@ from deepspeed_alst.distributed.sequence_loss import (
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.integrations.trl_fused_head import sum_fused_head
+from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.linear_attention.layers import has_attention, linear_layers
 from deepspeed_alst.random_draws.model_draws import count_draws
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
@@ -47,6 +48,7 @@ class SequenceParallel(Feature):
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Verify the model, and patch its attention, positions and loss."""
+        define_ops("pack_heads")
         is_upstream, groups = run.upstream is not None, self._session.groups
         summary = verify_model(run.spec, groups, is_upstream)
         if is_upstream:

@@ -4,6 +4,7 @@ from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.integrations.feature import LigerKernels
+from deepspeed_alst.kernels import define_ops
 
 
 class TiledMlp(Feature):
@@ -16,6 +17,7 @@ class TiledMlp(Feature):
         """Patch every token-wise module of the decoder layers."""
         from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 
+        define_ops("gated")
         self._summary = tile_mlps(run.spec, self._budget, run.leaf, patches, run.calls)
 
     def report(self) -> list[tuple[str, str]]:
@@ -36,6 +38,8 @@ class TiledLoss(Feature):
         budget = self._budget
         if budget.backend == "auto" and self._liger is not None and self._liger.makes_loss:
             budget = budget.model_copy(update={"backend": "liger"})
+        if budget.backend != "torch" and run.device == "cuda":
+            define_ops("cross_entropy")
         self._summary = tile_loss(run.spec, budget, run.calls, run.leaf, patches)
         if run.session is None:
             patch_unsharded_loss(run.spec, patches)

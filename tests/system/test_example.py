@@ -75,6 +75,7 @@ def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
 
     build_model(model_config(Cell())).save_pretrained(tmp_path / "model")
     recipe = json.loads((ROOT / "ds_configs" / "sp2_zero3.json").read_text())
+    recipe["alst"] = {"tiled_mlp_compute": True}
     (tmp_path / "ds.json").write_text(json.dumps(recipe))
     port = free_port()
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
@@ -85,10 +86,13 @@ def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
         "--model",
         tmp_path / "model",
     ]
-    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONWARNINGS": "default::FutureWarning"}
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=300, env=environment)
     remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("sharded at load: True") == 2 and done.stdout.count("trained") == 2
+    # DeepSpeed's, on each rank as it loads the model and as it builds the engine; ops defined later would repeat it.
+    assert done.stderr.count("FutureWarning: `torch.distributed.all_gather_into_tensor` is deprecated") <= 4
 
 
 # --- the other scripts
