@@ -45,6 +45,7 @@ class Report:
     wire_bytes: float | None  # sent by a rank per step: gradient reduction and the layers' all-to-alls
     offload_host_bytes: float | None  # sent by a rank per step, as those to disk
     offload_disk_bytes: float | None
+    offload_overflows: float | None  # per step, tensors of a rank that were stored unpacked
     offload_wait_seconds: float | None  # per step, for the disk
 
     def events(self) -> dict[str, float]:
@@ -67,8 +68,9 @@ class Report:
             parts.append(f"wire {format_bytes(self.wire_bytes, 1)}")
         if self.offload_host_bytes is not None:
             disk = f", {format_bytes(self.offload_disk_bytes or 0)} disk, waited {self.offload_wait_seconds:.2f} s"
+            overflows = f", {self.offload_overflows:.4g} overflows" if self.offload_overflows else ""
             host = f"offload {format_bytes(self.offload_host_bytes)} host"
-            parts.append(host + disk if self.offload_disk_bytes else host)
+            parts.append(host + (disk if self.offload_disk_bytes else "") + overflows)
         return " | ".join((f"alst: step {step}", *parts))
 
 
@@ -88,7 +90,7 @@ class Metrics:
         self._clear()
 
     def _clear(self) -> None:
-        self._num_steps, self._moved = 0, torch.zeros(4, dtype=torch.float64)
+        self._num_steps, self._moved = 0, torch.zeros(5, dtype=torch.float64)
         # Real tokens and their pairs, all tokens and theirs; on the device if computed there.
         self._counts: list[Any] = [0, 0, 0, 0]
 
@@ -177,7 +179,7 @@ class Metrics:
 
     def _report(self, everyone: torch.Tensor, seconds: float, rate: float | None) -> Report:
         engine, session, steps = self._engine, self._session, self._num_steps
-        loss, real, tokens, of_model, of_alst, sent, to_host, to_disk, *_ = everyone.mean(0).tolist()
+        loss, real, tokens, of_model, of_alst, sent, to_host, to_disk, overflows, *_ = everyone.mean(0).tolist()
         *_, waited, device_peak, host_peak = everyone.amax(0).tolist()
         norm, offloads = engine.get_global_grad_norm(), hasattr(engine, "alst_offload")
         return Report(
@@ -194,18 +196,19 @@ class Metrics:
             wire_bytes=session.reduction_bytes + sent / steps if session is not None else None,
             offload_host_bytes=to_host / steps if offloads else None,
             offload_disk_bytes=to_disk / steps if offloads else None,
+            offload_overflows=overflows / steps if offloads and engine.alst_offload.packs else None,
             offload_wait_seconds=waited / steps if offloads else None,
         )
 
     def _moved_so_far(self) -> torch.Tensor:
-        """Return this rank's bytes sent, offloaded to host and to disk, and its seconds waited for the disk."""
+        """Return this rank's bytes sent, offloaded to host and to disk, overflows, and seconds waited for the disk."""
         sent = 0 if self._session is None else sent_bytes(self._session.groups.sp_group)
-        to_host, to_disk, waited = 0, 0, 0.0
+        to_host, to_disk, overflows, waited = 0, 0, 0, 0.0
         if (store := getattr(self._engine, "alst_offload", None)) is not None:
-            to_disk = store.counts.bytes_to_disk
+            to_disk, overflows = store.counts.bytes_to_disk, store.counts.overflows
             to_host = store.counts.bytes_out - to_disk
             waited = store.swapper.seconds_waited if store.swapper is not None else 0.0
-        return torch.tensor([sent, to_host, to_disk, waited], dtype=torch.float64)
+        return torch.tensor([sent, to_host, to_disk, overflows, waited], dtype=torch.float64)
 
 
 def _rate(flops: float) -> str:
