@@ -53,9 +53,12 @@ class LayerSizes:
         """Return the sizes with "auto" decided: packed if the tensors exceed the host's memory otherwise."""
         if self.packing != "auto":
             return self
-        unpacked = replace(self, packing=False)
-        fits = unpacked.offloaded_bytes(tokens, num_saved) <= host_bytes
-        return unpacked if fits else replace(self, packing="lossless")
+        fits = self.unpacked().offloaded_bytes(tokens, num_saved) <= host_bytes
+        return self.unpacked() if fits else replace(self, packing="lossless")
+
+    def unpacked(self) -> "LayerSizes":
+        """Return the sizes without packing."""
+        return replace(self, packing=False)
 
     def tensor_bytes(self, tokens: int, num_saved: int) -> list[int]:
         """Return the bytes of each tensor of a layer, and of a layer in chunks, rounded up to pages."""
@@ -161,7 +164,10 @@ def count_saved(
         return layers.num_layers * wanted, "save_attention_output"
     if not layers.copy_is_hidden(sequence):
         return 0, "auto: its copy would take longer than a layer's forward"
-    fitting = (count for count in range(layers.num_layers + 1) if layers.offloaded_bytes(tokens, count) <= host_bytes)
+    # Outputs leave room for all inputs unpacked, as inputs that overflow are stored: they fit as they would without
+    # outputs. With room for unpacked outputs too, packing would save no more of them.
+    room = host_bytes - (layers.unpacked().offloaded_bytes(tokens, 0) - layers.offloaded_bytes(tokens, 0))
+    fitting = (count for count in range(1, layers.num_layers + 1) if layers.offloaded_bytes(tokens, count) <= room)
     num_saved = max(fitting, default=0)
     if num_saved < layers.num_layers:
         return num_saved, f"auto: {'more' if num_saved else 'it'} exceeds the host's memory"

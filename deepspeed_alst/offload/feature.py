@@ -150,7 +150,8 @@ class ActivationOffload(Feature):
         layers = layer_sizes(self._spec, last, chunks, largest.batch_size, self._block.packing)
         wanted = False if self._unsaved_reason else self._wanted
         plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))
-        store, sizes = self.policy.store, plan.layers.tensor_bytes(largest.tokens, plan.num_saved)
+        store, stored = self.policy.store, (plan.layers, plan.layers.unpacked())  # overflows are stored unpacked
+        sizes = [size for each in stored for size in each.tensor_bytes(largest.tokens, plan.num_saved)]
         store.pool.set_sizes(sizes)
         store.pool.budget = host_bytes - plan.staging_bytes
         if store.swapper is not None:

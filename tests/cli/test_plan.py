@@ -169,17 +169,20 @@ def test_attentions_output_is_counted_where_it_is_kept(keys, host_gib, kept, why
     assert ("attention outputs" in plan.device) == kept
 
 
-def test_outputs_of_as_many_layers_as_the_host_has_room_for_are_planned_as_a_run_does():
-    model, found = made_up(10.0)
+@pytest.mark.parametrize("packing", [False, "lossless"])
+def test_outputs_of_as_many_layers_as_the_host_has_room_for_are_planned_as_a_run_does(packing):
+    model, found = made_up(10.0, packing=packing)
     found = found | {True: replace(found[True], elsewhere=Line(2 * GIB, 20.0))}  # as if saving took more of the device
     tokens, keys = 2**18, {**DS_CONFIG, "alst": OFFLOAD}
     for count, saved in ((0, 0), (4, 4), (8, 8), (9, 10)):
-        machine = replace(H100, host_bytes=8 * model.layers.offloaded_bytes(tokens, count))
+        unpacked = replace(model.layers, packing=False).offloaded_bytes(tokens, 0)  # all inputs, as overflows are
+        inputs, needed = (model.layers.offloaded_bytes(tokens, each) for each in (0, count))
+        machine = replace(H100, host_bytes=8 * (unpacked + needed - inputs))
         plan = plan_of(model, found, keys, machine, tokens)
         run = make_plan(model.layers, tokens, MemoryBudget(int(machine.host_bytes) // 8), "auto", (8, 1))
         assert plan.num_saved == run.num_saved == saved
-        assert sum(plan.host.values()) == 8 * run.host_bytes == machine.host_bytes
-        assert plan.host.get("attention outputs", 0) == 8 * count * (8192 + 128) * tokens
+        assert sum(plan.host.values()) == 8 * run.host_bytes == 8 * needed
+        assert plan.host.get("attention outputs", 0) == 8 * (needed - inputs)
         assert plan.attention == f"{describe_output(saved, 10)} ({run.reason})"
         alike = plan_of(
             model, found, {**DS_CONFIG, "alst": OFFLOAD | {"save_attention_output": saved == 10}}, H100, tokens

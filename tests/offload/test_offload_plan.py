@@ -69,9 +69,13 @@ def test_auto_saves_the_output_of_as_many_layers_as_the_host_has_room_for(keep_l
     layers, tokens = replace(LLAMA_8B, keep_last=keep_last, packing=packing), 100_001
     inputs, outputs = layers.tensor_bytes(tokens, 0), sum(layers.tensor_bytes(tokens, 1)[1:])
     offloaded = 32 - keep_last
+    overflow = offloaded * (sum(replace(layers, packing=False).tensor_bytes(tokens, 0)) - sum(inputs))
+    assert (overflow > 0) == bool(packing and offloaded)
     for count in {0, 1, offloaded - 1, offloaded} & set(range(offloaded + 1)):
         needed = offloaded * sum(inputs) + count * outputs
-        plans = [make_plan(layers, tokens, MemoryBudget(needed + more, 2**60), "auto") for more in (0, outputs - 1)]
+        # All inputs fit unpacked beside the outputs.
+        rooms = [MemoryBudget(needed + overflow + more, 2**60) for more in (0, outputs - 1)]
+        plans = [make_plan(layers, tokens, room, "auto") for room in rooms]
         # Layers that stay on the device save theirs if all others do.
         saved = 32 if count == offloaded else count
         assert [plan.num_saved for plan in plans] == [saved, saved]
@@ -182,8 +186,8 @@ def test_auto_packs_where_the_host_has_too_little_room_otherwise():
         ample, short = (make_plan(auto, tokens, MemoryBudget(room), saves) for room in (needed, needed - 1))
         assert (ample.layers.packing, ample.host_bytes) == (False, needed)
         assert (short.layers.packing, short.host_bytes) == ("lossless", packed.offloaded_bytes(tokens, 32 * saves))
-    # Attention's output is worth more than what packing costs.
-    room = packed.offloaded_bytes(tokens, 32)
+    # Attention's output is worth more than what packing costs, but takes no room that inputs may overflow into.
+    room = packed.offloaded_bytes(tokens, 32) + LLAMA_8B.offloaded_bytes(tokens, 0) - packed.offloaded_bytes(tokens, 0)
     assert make_plan(auto, tokens, MemoryBudget(room), "auto").num_saved == 32
     assert make_plan(LLAMA_8B, tokens, MemoryBudget(room), "auto").num_saved < 32
     some = make_plan(auto, tokens, MemoryBudget(room - 1), "auto")

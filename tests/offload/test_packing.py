@@ -1,6 +1,8 @@
 """Packed activations: every bit comes back, from the host and from disk, and their slots have the packed size."""
 
+import contextlib
 import gc
+import io
 import weakref
 from dataclasses import replace
 from unittest import mock
@@ -15,11 +17,12 @@ from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import bf16_codec as codec
 from deepspeed_alst.kernels.builder import load
-from deepspeed_alst.offload import feature
+from deepspeed_alst.offload import budget, feature
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool, pages
 from deepspeed_alst.offload.swapper import Swapper
+from tests.monitoring.test_metrics import events_in
 from tests.offload.test_activation_store import lazy  # noqa: F401
 
 NUM_VALUES = 3 * codec.SEGMENT - 71
@@ -181,8 +184,10 @@ HIDDEN, TOKENS, CHUNK = 512, 24, 8
 INPUT_BYTES = 2 * HIDDEN * TOKENS
 
 
-def train(cell: Cell, **block: object) -> tuple[cells.Result, list[ActivationStore]]:
-    """Run a cell with layer inputs of whole segments, and keys in the block of the offload."""
+def train(
+    cell: Cell, head_dim: int = HIDDEN // 4, on_model=lambda model: model, alst=(), keys=(), **block: object
+) -> tuple[cells.Result, ActivationStore]:
+    """Run a cell with layer inputs of whole segments, and other keys, also in the blocks of alst and the offload."""
     original, stores = cells.ds_config, []
 
     def ds_config(*args):
@@ -191,11 +196,15 @@ def train(cell: Cell, **block: object) -> tuple[cells.Result, list[ActivationSto
             config["alst"]["memory_lean_layer"]["chunk_tokens"] = CHUNK
         if cell.offload:
             config["alst"]["activation_checkpoint_cpu_offload"] |= block
-        return config
+        config["alst"] |= dict(alst)
+        return config | dict(keys)
 
-    wide = family_config("llama", hidden_size=HIDDEN, intermediate_size=64, head_dim=HIDDEN // 4)
+    def on_engine(engine):
+        stores.append(getattr(engine, "alst_offload", None))
+
+    wide = family_config("llama", hidden_size=HIDDEN, intermediate_size=64, head_dim=head_dim)
     with mock.patch.multiple(cells, ds_config=ds_config, model_config=lambda cell: wide):
-        result = cells.run_alst(cell, on_engine=lambda engine: stores.append(getattr(engine, "alst_offload", None)))
+        result = cells.run_alst(cell, on_model=on_model, on_engine=on_engine)
     return result, stores[0]
 
 
@@ -268,3 +277,48 @@ def test_the_report_says_what_is_packed_and_fp32_is_not(ranks2):
         f"{format_bytes(2 * pages(size))} on the host of a rank with 24 tokens, packed",
         3 * 2 * 2 * size,
     )
+
+
+def with_outliers(model: torch.nn.Module) -> torch.nn.Module:
+    """Give embeddings, and so all layer inputs, many more magnitudes than packing has room for."""
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight *= 2.0 ** torch.randint(-20, 21, weight.shape, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def overflowing(folder: str, host_budget: int) -> tuple[list[str], int, list[str]]:
+    """Return attention's rows of the report, the overflows, and the metrics' lines; compare with the plain run."""
+    cell, wide, lines = Cell(offload="host", dtype="bf16", checkpointing="plain"), HIDDEN // 2, io.StringIO()
+    plain, _ = train(replace(cell, offload=""), wide, with_outliers)
+    keys = {"steps_per_print": 1, "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "run"}}
+    block = {"packing": "lossless", "host_budget": host_budget}
+    with (
+        mock.patch.object(budget, "_FLOPS_PER_BYTE", 0),  # so small a layer would not hide the copy
+        mock.patch.object(feature, "print_report") as said,
+        contextlib.redirect_stderr(lines),
+    ):
+        found, store = train(cell, wide, with_outliers, {"save_attention_output": "auto"}, keys, **block)
+    assert (found.loss, found.norm) == (plain.loss, plain.norm)
+    for name, tensor in plain.changes.items():
+        assert torch.equal(found.changes[name], tensor), name
+    rows = [dict(call.args[0])["attention output"] for call in said.call_args_list]
+    return rows, store.counts.overflows, [each for each in lines.getvalue().splitlines() if "alst: step" in each]
+
+
+@pytest.mark.filterwarnings("ignore:alst.activation_checkpoint_cpu_offload.packing")
+@pytest.mark.parametrize("room", ["of all outputs packed", "of one output"])
+def test_outputs_leave_room_for_the_inputs_that_overflow(room, ranks2, tmp_path):
+    # An output is twice as wide as an input: packed it is larger than an input that overflows.
+    sizes = codec.packed_bytes(_ALL), 2 * _ALL, codec.packed_bytes(2 * _ALL), _LSE // 2
+    packed, raw, output, lse = map(pages, sizes)
+    assert packed < raw < output
+    host = 2 * packed + 2 * (output + lse) if room == "of all outputs packed" else 2 * raw + output + lse
+    assert host < 2 * raw + 2 * (output + lse)
+    first, second = ranks2.run(overflowing, str(tmp_path), 2 * host)
+    rows, overflows, lines = first
+    assert rows == ["saved in the first 1 of 2 layers (auto: more exceeds the host's memory)"]
+    # Both layers' inputs in each of 3 steps of 2 micro-steps.
+    assert overflows == second[1] == 3 * 2 * 2
+    assert len(lines) == 3 and all(" host, 4 overflows" in each for each in lines)
+    assert [value for _, value in events_in(tmp_path)["offload_overflows"]] == [4.0] * 3
