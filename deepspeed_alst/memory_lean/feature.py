@@ -22,7 +22,6 @@ from deepspeed_alst.errors import SetupError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
-from deepspeed_alst.memory_lean.embeddings import Embeddings, is_watched
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.hf_one_rank import register_on_one_rank
 from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
@@ -30,6 +29,7 @@ from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.memory_lean.lean_pass import LeanPass
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.parts import LayerParts, with_mask
+from deepspeed_alst.memory_lean.stream import ResidualStream, is_watched
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
 from deepspeed_alst.random_draws.draw_mode import branch, not_counted
@@ -95,7 +95,7 @@ def run_in_chunks(
     """
     modules = {name: TiledModule(name, module) for name, module in token_wise_modules(spec).items()}
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
-    embedded = Embeddings(spec, calls, patches)
+    stream = ResidualStream(spec, calls, patches)
     ordinary = _attention_dropout(spec) or (register_on_one_rank(spec, calls, patches) if group is None else "")
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
@@ -104,13 +104,13 @@ def run_in_chunks(
             reasons[reason] += 1
             continue
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, policy, embedded, on_any_rank, spec.router_classes)
+        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, on_any_rank, spec.router_classes)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1
     norms = spec.norms if count else []
     for module in norms:
-        norm = ChunkedNorm(module, Sizes(**config.model_dump()), functools.partial(_new_group, policy, None))
+        norm = ChunkedNorm(module, Sizes(**config.model_dump()), functools.partial(_new_group, policy, None), stream)
         patches.set(module, "forward", norm.forward)
     if policy is not None and count:
         policy.chunks = Chunks(count, len(norms), config.chunk_tokens)
@@ -119,10 +119,10 @@ def run_in_chunks(
 
 def _new_group(policy: CheckpointPolicy | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
     """Return a function that saves a tensor of one chunk, where the layer's are kept."""
-    if policy is None or policy.store is None:
-        return OnDevice
-    group = policy.store.group(layer is not None and policy.stays(layer), prefetches=False)
-    return lambda x: group.put(x.clone())  # not a view, which would hold the whole input while it leaves
+    put: Callable[[torch.Tensor], Saved] = OnDevice
+    if policy is not None and policy.store is not None:
+        put = policy.store.group(layer is not None and policy.stays(layer), prefetches=False).put
+    return lambda x: put(x.clone())  # not a view of the input, whose memory the output may take
 
 
 def _attention_dropout(spec: ModelSpec) -> str:
@@ -159,12 +159,13 @@ class LeanLayer:
         calls: ForwardContext,
         modules: list[TiledModule],
         policy: CheckpointPolicy | None,
-        embedded: Embeddings,
+        stream: ResidualStream,
         on_any_rank: Callable[[bool], bool],
         router_classes: tuple[type, ...],
     ) -> None:
         self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
-        self._embedded, self._on_any_rank = embedded, on_any_rank
+        self._stream, self._on_any_rank = stream, on_any_rank
+        stream.watch(layer)
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
         self._is_mixture = any(isinstance(each, router_classes) for each in layer.modules())
         self._ordinary: Callable[..., Any] = layer.forward
@@ -182,18 +183,18 @@ class LeanLayer:
             return self._run_ordinary(*args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
         x_BsM = named.pop(self._names[0])
+        has_graph = torch.is_grad_enabled()
+        taken = self._stream.take(self._layer, x_BsM, named) if has_graph else []
         try:
             with _disable_current_modes() if self._calls.checking else contextlib.nullcontext():
-                call = self._prepare(x_BsM, named)
+                call = self._prepare(x_BsM, named, bool(taken))
         except UnsupportedLayerError as error:
             layer = type(self._layer).__name__
             warnings.warn(f"alst.memory_lean_layer: {layer} runs on the ordinary path: {error}", stacklevel=2)
             return self._run_ordinary(*args, **kwargs)
-        has_graph = torch.is_grad_enabled()
         y_BsM, *records = LeanPass.apply(call, x_BsM, *call.weights) if has_graph else call.forward(x_BsM, False)
         append_records(zip((key for key, _ in call.records), records, strict=True))
-        if self._calls.checking or (has_graph and self._policy is not None and self._policy.store):
-            self._embedded.release(self._layer, x_BsM, named)
+        self._stream.replace(taken, y_BsM)
         return y_BsM
 
     def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +237,7 @@ class LeanLayer:
             if draws_anew and not all(map(torch.equal, before, random_states(self._layer))):
                 raise UnsupportedLayerError("random numbers at sequence_parallel_size 1, which chunks cannot repeat")
 
-    def _prepare(self, x_BsM: torch.Tensor, kwargs: dict[str, Any]) -> LeanCall:
+    def _prepare(self, x_BsM: torch.Tensor, kwargs: dict[str, Any], in_place: bool) -> LeanCall:
         """Describe a call of the layer.
 
         Raises:
@@ -255,13 +256,14 @@ class LeanLayer:
             raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
         few = slice(0, min(s, _LEARNED_FROM))
         state = (self._layer.training, torch.is_autocast_enabled(x_BsM.device.type))
-        of_few = {name: cut(value, few, s) for name, value in kwargs.items()}
+        # A copy: what saves the few tokens, such as a graph, holds the whole input with a view.
+        x_BfM, of_few = x_BsM[:, few].clone(), {name: cut(value, few, s) for name, value in kwargs.items()}
         with not_counted():
             if self._learned != state:
-                self._learn(x_BsM[:, few], of_few, draws_anew)
+                self._learn(x_BfM, of_few, draws_anew)
                 self._learned = state
-            with torch.no_grad():  # a graph may save the few tokens, a view that holds the whole input
-                attention = with_mask(self._parts.front(x_BsM[:, few], of_few), self._calls)
+            with torch.no_grad():
+                attention = with_mask(self._parts.front(x_BfM, of_few), self._calls)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
         sizes = Sizes(**self._config.model_dump())
         if self._calls.checking:  # a few tokens, which are to make several chunks and tiles
@@ -277,6 +279,7 @@ class LeanLayer:
             kwargs=kwargs,
             attention=attention,
             shape=(B, s),
+            in_place=in_place,
             drawing=branch(),
             autocast=current_autocast(x_BsM.device.type),
             new_group=functools.partial(_new_group, self._policy, self._layer),

@@ -36,6 +36,11 @@ def wanted_records() -> list[str]:
     return [key for key in _active_collector.get() or {} if key not in _OUTSIDE]
 
 
+def records_layers() -> bool:
+    """Return True if the model's forward records inputs or outputs of whole layers."""
+    return any(key in _OUTSIDE[:2] for key in _active_collector.get() or {})
+
+
 def append_records(records: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Append outputs of all tokens, by key, to the records of the model's forward."""
     for key, x in records:

@@ -38,6 +38,7 @@ class LeanCall:
     kwargs: dict[str, Any]
     attention: AttentionCall  # of a few tokens, for its mask, scale and sizes
     shape: tuple[int, int]  # B and s
+    in_place: bool  # the output takes the input's memory, if it has its dtype
     drawing: Branch
     autocast: Callable[[], Any]
     new_group: Callable[[], Callable[[torch.Tensor], Saved]]
@@ -97,14 +98,21 @@ class LeanCall:
                 with as_in_forward:
                     y_BtM, records = self.parts.tail(x_BcM[:, tile], o_BcHE[:, tile], kwargs, keys=self.keys)
                 parts = [y_BtM, *(each.x for each in records)]
-                whole = whole or [x.new_empty(*self.shape, *x.shape[2:]) for x in parts]
+                whole = whole or self._room_for(parts, x_BsM)
                 for x, part in zip(whole, parts, strict=True):
                     x[:, chunk][:, tile] = part
                 self.records = [(each.key, each.is_flat) for each in records]
                 del y_BtM, records, parts, part
         y_BsM, *recorded = whole
+        y_BsM = y_BsM.data  # autograd takes a tensor of its own for no view of the input
         flat = (is_flat for _, is_flat in self.records)
         return y_BsM, *(x.flatten(0, 1) if is_flat else x for x, is_flat in zip(recorded, flat, strict=True))
+
+    def _room_for(self, parts: Sequence[torch.Tensor], x_BsM: torch.Tensor) -> list[torch.Tensor]:
+        """Return whole tensors for a tile's output, in the input's memory if it may be, and for its records."""
+        first, *rest = parts
+        y_BsM = x_BsM if self.in_place and first.dtype == x_BsM.dtype else first.new_empty(x_BsM.shape)
+        return [y_BsM, *(x.new_empty(*self.shape, *x.shape[2:]) for x in rest)]
 
     def _input(self, index: int) -> torch.Tensor:
         """Return a chunk's input, and start to bring the one before back."""

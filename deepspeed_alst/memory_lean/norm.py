@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, of_size, own_gradient
+from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.tiling.tiled_module import current_autocast, gradients_of
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks
 
@@ -19,35 +20,43 @@ NewGroup = Callable[[], Callable[[torch.Tensor], Saved]]
 class ChunkedNorm:
     """Forward of one norm, ``[B, s, M] -> [B, s, M]``, that replaces the module's."""
 
-    def __init__(self, module: torch.nn.Module, sizes: Sizes, new_group: NewGroup) -> None:
-        self.module, self.sizes, self.new_group = module, sizes, new_group
+    def __init__(self, module: torch.nn.Module, sizes: Sizes, new_group: NewGroup, stream: ResidualStream) -> None:
+        self.module, self.sizes, self.new_group, self.stream = module, sizes, new_group, stream
         self.original = module.forward
+        stream.watch(module)
 
     @torch.compiler.disable
     def forward(self, x_BsM: torch.Tensor) -> torch.Tensor:
         """Run the norm chunk by chunk; with a graph, again in the backward."""
         if x_BsM.dim() != 3 or not self.module.training:
             return self.original(x_BsM)
-        return _NormPass.apply(self, torch.is_grad_enabled(), x_BsM, *self.module.parameters())
+        has_graph = torch.is_grad_enabled()
+        taken = self.stream.take(self.module, x_BsM) if has_graph else []
+        y_BsM = _NormPass.apply(self, has_graph, bool(taken), x_BsM, *self.module.parameters())
+        self.stream.replace(taken, y_BsM)
+        return y_BsM
 
 
 class _NormPass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, norm: ChunkedNorm, saves: bool, x_BsM: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, norm: ChunkedNorm, saves: bool, in_place: bool, x_BsM: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
         ctx.norm, ctx.weights, ctx.chunks = norm, weights, of_size(0, x_BsM.shape[1], norm.sizes.chunk_tokens)
         ctx.autocast, ctx.inputs, y_BsM = current_autocast(x_BsM.device.type), list[Saved](), None
         for chunk in ctx.chunks:
             if saves:
                 ctx.inputs.append(norm.new_group()(x_BsM[:, chunk]))
             y_BcM = norm.original(x_BsM[:, chunk])
-            y_BsM = torch.empty(x_BsM.shape, dtype=y_BcM.dtype, device=y_BcM.device) if y_BsM is None else y_BsM
+            if y_BsM is None:
+                y_BsM = x_BsM if in_place and y_BcM.dtype == x_BsM.dtype else y_BcM.new_empty(x_BsM.shape)
             y_BsM[:, chunk] = y_BcM
-        return y_BsM
+        return y_BsM.data  # no view of the input for autograd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BsM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        trained = [weight for weight, needs in zip(ctx.weights, ctx.needs_input_grad[3:], strict=True) if needs]
+        trained = [weight for weight, needs in zip(ctx.weights, ctx.needs_input_grad[4:], strict=True) if needs]
         sums = WeightGradients(trained, len(ctx.chunks), True)
         check_first_backward(bool(ctx.inputs))
         dx_BsM = own_gradient(dy_BsM)
@@ -64,4 +73,4 @@ class _NormPass(torch.autograd.Function):
                 for weight, grad in zip(trained, grads, strict=True):
                     sums.add(weight, grad)
         found = iter(sums.result())
-        return None, None, dx_BsM, *(next(found) if needs else None for needs in ctx.needs_input_grad[3:])
+        return None, None, None, dx_BsM, *(next(found) if needs else None for needs in ctx.needs_input_grad[4:])

@@ -115,6 +115,59 @@ def test_embeddings_that_a_hook_of_the_program_sees_are_kept():
         assert read[0].sum().isfinite()
 
 
+@contextlib.contextmanager
+def between_layers(model, note):
+    """Call ``note`` with the stream between the two layers, as the decoder's own code would."""
+    original = model.model.layers[1].forward
+
+    def forward(x, **kwargs):
+        note(x)
+        return original(x, **kwargs)
+
+    with mock.patch.object(model.model.layers[1], "forward", forward):
+        yield
+
+
+def test_a_layers_output_takes_the_memory_of_its_input():
+    with lean_model() as model:
+        memories, run = [], layer.LeanCall.forward
+
+        def noting(call, x, saves):
+            y, *records = run(call, x, saves)
+            memories.append((x.untyped_storage()._cdata, y.untyped_storage()._cdata))
+            return y, *records
+
+        with mock.patch.object(layer.LeanCall, "forward", noting):
+            found = gradients(model)
+    ((first, second), (third, last)) = memories
+    assert first == second == third == last
+    assert_close(found, ordinary_gradients())
+
+
+@pytest.mark.parametrize("keep", [lambda x: x[:, -1], lambda x: x.detach()])
+def test_a_stream_that_something_else_refers_to_keeps_its_memory(keep):
+    with lean_model() as model:
+        kept = []
+        with between_layers(model, lambda x: kept.extend((keep(x), keep(x.clone())))):
+            found = gradients(model)
+        assert torch.equal(*kept)
+    assert_close(found, ordinary_gradients())
+
+
+def test_a_term_made_of_the_stream_between_layers_has_its_gradient():
+    def with_term(model):
+        terms = []
+        with between_layers(model, lambda x: terms.append(x.square().mean())):
+            loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
+        (loss + terms[0]).backward()
+        return {name: param.grad for name, param in model.named_parameters()}
+
+    with lean_model() as model:
+        found = with_term(model)
+    ordinary = build_model(family_config("llama")).train()
+    assert_close(found, with_term(ordinary))
+
+
 def turn_checkpointing_off(model):
     model.activation_checkpointing_disable()
 

@@ -1,0 +1,91 @@
+"""Memory of the residual stream, in which a layer's or a norm's output takes its input's place.
+
+Its first tensor is the embeddings' output, which the decoder's own frame would hold until its end.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.memory_lean.hf_records import HOOKS, records_layers
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.tiling.gated_mlp import is_user_hook
+
+
+class ResidualStream:
+    """Tensors of one forward that share the memory of the stream between the last layer and the next."""
+
+    def __init__(self, spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
+        self._calls, self._patches, self._seen = calls, patches, list[Callable[[], torch.Tensor | None]]()
+        if spec.embeddings is not None:
+            patches.hook(spec.embeddings, "forward", self._note_output)
+
+    def watch(self, module: torch.nn.Module) -> None:
+        """Note the inputs of a layer or norm before DeepSpeed's hooks, which give it another tensor of their memory."""
+        self._patches.hook(module, "forward_pre", self._note_input)
+
+    def _note_output(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        is_decoders = self._calls.inside and isinstance(output, torch.Tensor) and not is_watched(module)
+        self._seen = [weakref.ref(output)] if is_decoders else []
+
+    def _note_input(self, module: torch.nn.Module, args: Any) -> None:
+        if self._seen and args and isinstance(args[0], torch.Tensor):
+            self._seen.append(weakref.ref(args[0]))
+
+    def take(self, module: torch.nn.Module, x_BsM: torch.Tensor, others: Any = ()) -> list[torch.Tensor]:
+        """Return the tensors of a module's input, whose memory its output may take; none if something else has it.
+
+        Args:
+            module: the layer or norm.
+            x_BsM: its input.
+            others: its other arguments.
+        """
+        seen, self._seen = [each for ref in self._seen if (each := ref()) is not None], []
+        memory = _memory(x_BsM)
+        others = [each for each in tree_leaves(others) if isinstance(each, torch.Tensor) and each is not x_BsM]
+        if not seen or _memory(seen[0]) != memory or is_watched(module, but=(HOOKS,)) or records_layers():
+            return []
+        taken = [*seen, x_BsM]
+        return taken if all(_memory(each) != memory for each in others) and _are_alone(taken) else []
+
+    def replace(self, taken: list[torch.Tensor], y_BsM: torch.Tensor) -> None:
+        """Continue with a module's output. What still refers to tensors that were taken reads NaN."""
+        for each in taken:
+            each.data = each.new_full((), torch.nan).expand(each.shape)
+        self._seen = [weakref.ref(y_BsM)]
+
+
+def _are_alone(taken: list[torch.Tensor]) -> bool:
+    """Return True if nothing but these tensors refers to their memory, all of which is theirs.
+
+    Views, detached tensors and what autograd has saved are told by the numbers of references.
+    """
+    known = {id(each): each for each in (*taken, *(each._base for each in taken)) if each is not None}.values()
+    bases = [id(each._base) for each in known]
+    if any(each._use_count() > 1 + bases.count(id(each)) for each in known):
+        return False
+    x = taken[-1]
+    storage, is_whole = x.untyped_storage(), x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
+    # The storage that is asked here is one more.
+    return is_whole and torch._C._storage_Use_Count(storage._cdata) == len(known) + 1
+
+
+def _memory(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def is_watched(module: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Return True if a hook of the program sees a module's inputs or outputs, or one of transformers keeps them.
+
+    Args:
+        module: the module.
+        but: modules of the code whose hooks do not count.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # transformers.modeling_utils marks embeddings as requiring a gradient.
+    return any(is_user_hook(hook) and hook.__module__ not in ("transformers.modeling_utils", *but) for hook in hooks)
