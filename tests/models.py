@@ -49,16 +49,18 @@ def step_in_fp64(
     group: Any = None,
     multiple: int = 0,
     lean: MemoryLeanConfig | None = None,
+    core: str = "",
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step, all in fp64: whole if there is no group, else split over it.
 
     Split, the sequence is padded to a ``multiple``, by default of the number of ranks, and layers run in the chunks of
-    a ``lean`` config, if there is one.
+    a ``lean`` config, if there is one. ``core`` replaces the attention that the model is built with.
     Gradients of the split run are averaged over the ranks, as DeepSpeed does it.
     """
     # Eager experts: the grouped matrix product of the default has no fp64.
     config._experts_implementation = "eager"
     model = build_model(config).double()
+    model.config._attn_implementation = core or model.config._attn_implementation
     if lean is not None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     before = state_of(model)
@@ -96,6 +98,7 @@ def split_and_whole(
     multiple: int = 0,
     padding: int = 0,
     lean: MemoryLeanConfig | None = None,
+    core: str = "",
 ) -> tuple[float, dict[str, float]]:
     """Relative error of the split run's loss, and of each gradient, against the whole run's.
 
@@ -108,7 +111,7 @@ def split_and_whole(
         batch["labels"][0, -padding:] = -100
     whole_loss, whole = step_in_fp64(config, batch)
     groups = [dist.new_group(list(range(first, first + sp_size))) for first in range(0, dist.get_world_size(), sp_size)]
-    loss, grads = step_in_fp64(config, batch, groups[dist.get_rank() // sp_size], multiple, lean)
+    loss, grads = step_in_fp64(config, batch, groups[dist.get_rank() // sp_size], multiple, lean, core)
     # A rank's batch may leave an expert without a token, and its gradient None.
     assert grads.keys() == whole.keys()
     worst = {name: float((grads[name] - true).norm() / true.norm()) for name, true in whole.items() if true.norm()}

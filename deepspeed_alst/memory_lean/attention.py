@@ -1,7 +1,8 @@
 """Exact attention of some query rows to the keys and values of a whole sequence, rectangle by rectangle.
 
 Outputs are summed in fp32 and rounded once, weighted by the log-sum-exp of each rectangle's scores; the backward of a
-rectangle uses the log-sum-exp of all (FlashAttention, arXiv:2205.14135, section 3.1).
+rectangle uses the log-sum-exp of all (FlashAttention, arXiv:2205.14135, section 3.1). A sink is a score without a
+value, one per query head.
 
 Legend: B batch, h query heads, k KV heads, R rows, N keys of a rectangle, S whole sequence, D head dim of q and k, E of
 v.
@@ -33,12 +34,15 @@ def attend(
     parts: Iterable[Rectangle],
     first_row: int,
     scale: float | None,
+    sinks_h: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return output ``[B, h, R, E]`` and log-sum-exp ``[B, h, R]``, at least fp32, of rows from ``first_row`` on."""
     B, h, R, _ = q_BhRD.shape
     wide = torch.promote_types(q_BhRD.dtype, torch.float32)
     o_BhRE = q_BhRD.new_zeros(B, h, R, v_BkSE.shape[3], dtype=wide)
     lse_BhR = q_BhRD.new_full((B, h, R), -torch.inf, dtype=wide)
+    if sinks_h is not None:
+        lse_BhR.copy_(sinks_h[:, None])
     for part in parts:
         rows, keys = _slices(part, first_row)
         q, k, v = q_BhRD[:, :, rows], k_BkSD[:, :, keys], v_BkSE[:, :, keys]
@@ -84,6 +88,15 @@ def attend_backward(
         dk_BkSD[:, :, keys] += dk
         dv_BkSE[:, :, keys] += dv
     return dq_BhRD.to(q_BhRD.dtype)
+
+
+def sinks_gradient(
+    do_Bhe: torch.Tensor, o_Bhe: torch.Tensor, lse_Bh: torch.Tensor, sinks_h: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of sinks ``[h]`` from that of the output, ``[B, h, ..., E]``, of any rows."""
+    delta_Bh = torch.linalg.vecdot(do_Bhe.to(lse_Bh.dtype), o_Bhe.to(lse_Bh.dtype))
+    weights_Bh = (sinks_h.view(-1, *[1] * (lse_Bh.dim() - 2)) - lse_Bh).exp_()
+    return -(weights_Bh * delta_Bh).transpose(0, 1).flatten(1).sum(1)
 
 
 def _slices(part: Rectangle, first_row: int) -> tuple[slice, slice]:

@@ -1,5 +1,6 @@
 """Chunks of tokens: their sizes, what is saved of them, and arguments cut for them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,6 +69,14 @@ def cut(value: Any, part: slice, num_tokens: int) -> Any:
             "other than of a window, chunks, packed documents or right padding without labels"
         )
     return value.narrow(dims[0], part.start, part.stop - part.start) if dims else value
+
+
+def joined(tiles_BHtD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join tiles along the tokens, in the memory order of ``[B, c, H, D]``."""
+    first = tiles_BHtD[0]
+    if len(tiles_BHtD) == 1:
+        return first
+    return torch.cat([x.transpose(1, 2) for x in tiles_BHtD], 1).transpose(1, 2)
 
 
 def own_gradient(dy: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Legend: B batch, P ranks, c tokens of a rank's chunk, H heads (query or KV), h h
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.kernels.head_layout import by_heads, pack, unpack_
 from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, exchange
@@ -16,6 +17,11 @@ class HeadExchange(NamedTuple):
 
     plan: HeadPlan
     group: Any
+
+    def own_heads(self) -> slice:
+        """Return this rank's query heads."""
+        heads = self.plan.heads_of(0 if self.group is None else dist.get_rank(self.group))
+        return slice(heads.start, heads.stop)
 
     def to_heads(self, *tensors_BHcD: torch.Tensor) -> list[torch.Tensor]:
         """Exchange up to three tensors at once: ``[B, H, c, D] -> [B, h, P, c, D]``, views of one buffer."""

@@ -264,6 +264,9 @@ class LeanLayer:
                 self._learned = state
             with torch.no_grad():
                 attention = with_mask(self._parts.front(x_BfM, of_few), self._calls)
+        sinks = attention.arguments.get("s_aux")
+        if sinks is not None and all(sinks is not param for param in self._layer.parameters()):
+            raise UnsupportedLayerError("sinks that are no weight of the layer")
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
         sizes = Sizes(**self._config.model_dump())
         if self._calls.checking:  # a few tokens, which are to make several chunks and tiles

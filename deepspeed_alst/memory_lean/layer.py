@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.memory_lean.attention import attend, attend_backward
-from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, of_size
+from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, joined, of_size
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
@@ -131,7 +131,7 @@ class LeanCall:
                     call = self.parts.front(x_BcM[:, tile], kwargs, "kv")
                 found.append([call.k, call.v])
                 del call
-            k_BKcD, v_BKcE = (_joined(each) for each in zip(*found, strict=True))
+            k_BKcD, v_BKcE = (joined(each) for each in zip(*found, strict=True))
             del x_BcM, found
             parts = self.exchange.to_heads(k_BKcD, v_BKcE)
             del k_BKcD, v_BKcE
@@ -149,7 +149,7 @@ class LeanCall:
         for tile, kwargs, as_in_forward in self.tiles(chunk):
             with as_in_forward:
                 found.append(self.parts.front(x_BcM[:, tile], kwargs, "q").q)
-        return _joined(found)
+        return joined(found)
 
     def _attend(
         self, q_BHcD: torch.Tensor, k_BkSD: torch.Tensor, v_BkSE: torch.Tensor, chunk: slice
@@ -158,11 +158,13 @@ class LeanCall:
         heads = q_BHcD.shape[1]
         (q_BhPcD,) = self.exchange.to_heads(q_BHcD)
         del q_BHcD
+        sinks_H = self.attention.arguments.get("s_aux")
+        sinks_h = None if sinks_H is None else sinks_H[self.exchange.own_heads()]
         o_BhPcE = q_BhPcD.new_empty(*q_BhPcD.shape[:4], v_BkSE.shape[3])
         lse_BhPc = q_BhPcD.new_empty(q_BhPcD.shape[:4], dtype=torch.promote_types(q_BhPcD.dtype, torch.float32))
         for samples, rank, first, parts in self.pieces(chunk):
             keys_values = k_BkSD[samples], v_BkSE[samples]
-            found = attend(q_BhPcD[samples, :, rank], *keys_values, parts, first, self.attention.scaling)
+            found = attend(q_BhPcD[samples, :, rank], *keys_values, parts, first, self.attention.scaling, sinks_h)
             o_BhPcE[samples, :, rank], lse_BhPc[samples, :, rank] = found
         (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
@@ -215,7 +217,7 @@ class LeanCall:
             with as_in_forward:
                 x_BtM, call = self._front_with_graph(x_BcM[:, tile], kwargs, "q")
             fronts.append((x_BtM, call.q))
-        q_BHcD = _joined([q.detach() for _, q in fronts])
+        q_BHcD = joined([q.detach() for _, q in fronts])
         heads = q_BHcD.shape[1]
         if self.saves_output:
             o_BcHE, lse_BhPc = (saved() for saved in self.outputs[index])
@@ -238,6 +240,10 @@ class LeanCall:
             dq_BhPcD[samples, :, rank] = attend_backward(
                 *rows, *of_keys, *of_output, *of_grads, parts, first, self.attention.scaling
             )
+        if (sinks_H := self.attention.arguments.get("s_aux")) in sums:
+            heads_here, grad_H = self.exchange.own_heads(), torch.zeros_like(sinks_H, dtype=lse_BhPc.dtype)
+            grad_H[heads_here] = sinks_gradient(do_BhPcE, o_BhPcE, lse_BhPc, sinks_H[heads_here])
+            sums.add(sinks_H, grad_H)
         del q_BhPcD, o_BhPcE, do_BhPcE, lse_BhPc
         (dq_BHcD,) = self.exchange.to_tokens(dq_BhPcD, heads=heads)
         del dq_BhPcD
@@ -290,11 +296,3 @@ class LeanCall:
                 sums.add(weight, grad)
             del found
         return do_BcHE
-
-
-def _joined(tiles_BHtD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join tiles along the tokens, in the memory order of ``[B, c, H, D]``."""
-    first = tiles_BHtD[0]
-    if len(tiles_BHtD) == 1:
-        return first
-    return torch.cat([x.transpose(1, 2) for x in tiles_BHtD], 1).transpose(1, 2)

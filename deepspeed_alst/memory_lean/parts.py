@@ -27,6 +27,9 @@ from deepspeed_alst.tiling.tiled_mlp import is_value_unused
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
 
+# Arguments of an attention call that chunks act on, or that only tune another kernel.
+_KNOWN_ARGUMENTS = (*IN_THE_MASK, "s_aux", "kernel_options")
+
 
 class AttentionCall(NamedTuple):
     """Arguments of a layer's attention call: q ``[B, H, t, D]``, k ``[B, K, t, D]``, v ``[B, K, t, E]``."""
@@ -260,8 +263,8 @@ def with_mask(call: AttentionCall, calls: ForwardContext) -> AttentionCall:
     if not backend.uses_mask:
         documents = calls.documents if "cu_seq_lens_q" in arguments else ()
         mask = MaskSpec(arguments.get("sliding_window"), None, documents)
-    arguments = {name: value for name, value in arguments.items() if name not in IN_THE_MASK}
-    if arguments or not backend.runs_operators:
+    arguments = {name: value for name, value in arguments.items() if name not in _KNOWN_ARGUMENTS}
+    if arguments or backend.is_programs_own:
         with_what = f" with {' and '.join(arguments)}" if arguments else ""
         raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")
     if not can_attend(call.q):

@@ -57,6 +57,8 @@ class AttentionBackend:
     """True if windows, chunks and packed documents reach the backend as a mask, not as arguments."""
     runs_operators: bool = True
     """True if it runs as torch operators, not as a compiled graph."""
+    is_programs_own: bool = False
+    """True if it is a function of the program, whose result is not known to be softmax attention."""
 
 
 def find_backend(name: str) -> AttentionBackend | None:
@@ -69,7 +71,8 @@ def find_backend(name: str) -> AttentionBackend | None:
     if name == "sdpa" and function is sdpa_attention_forward:
         return AttentionBackend(name, ("dropout",), _sdpa)
     if name == "sdpa":
-        return AttentionBackend(name, (), functools.partial(_user_function, function), runs_operators=False)
+        function = functools.partial(_user_function, function)
+        return AttentionBackend(name, (), function, runs_operators=False, is_programs_own=True)
     if name == TRIAL:
         return AttentionBackend(name, ("softcap", "s_aux"), _trial)
     if function is flash_attention_forward:

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 from tests.models import family_batch, split_and_whole, step_in_fp64
 
 EXACT = 1e-12
@@ -22,6 +23,23 @@ def test_a_family_is_exact_in_chunks(model_type, ranks2):
 def test_a_routers_loss_is_exact_in_chunks(model_type, ranks2):
     routed = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
     loss, grads = ranks2.run(split_and_whole, family_config(model_type, **routed), 37, 2, 2, 0, 3, LEAN)[0]
+    assert loss < EXACT
+    assert max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
+@pytest.mark.parametrize("sp_size", [2, 4])
+def test_sinks_and_their_gradients_are_exact_in_chunks(sp_size, ranks4):
+    """The reference is eager attention; on a GPU such a model has flash attention's kernels, which chunks replace."""
+    config = family_config("gpt_oss", num_local_experts=4, sliding_window=6)
+    loss, grads = ranks4.run(split_and_whole, config, 37, 2, sp_size, 0, 0, LEAN, TRIAL)[0]
+    assert loss < EXACT and any("sinks" in name for name in grads)
+    assert max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
+def test_a_model_with_flex_attention_is_exact_in_chunks(ranks2):
+    """Its ordinary path has no backward on CPU; the reference is sdpa."""
+    config = family_config("mistral", sliding_window=6)
+    loss, grads = ranks2.run(split_and_whole, config, 37, 2, 2, 0, 0, LEAN, "flex_attention")[0]
     assert loss < EXACT
     assert max(grads.values()) < EXACT, max(grads, key=grads.get)
 
