@@ -14,7 +14,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
-from deepspeed_alst.memory_lean import feature, norm
+from deepspeed_alst.memory_lean import decoder_layer, feature, norm
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.verification.verify_model import verify_model
@@ -73,7 +73,7 @@ def step_in_fp64(
         if lean is not None:
             calls = ForwardContext() if group is None else calls
             # Autograd runs backwards without modes: layers enter them again as they do with autocast.
-            for module in (feature, norm):
+            for module in (decoder_layer, norm):
                 patches.enter_context(mock.patch.object(module, "current_autocast", lambda kind: KeepFp64))
             layers, reasons = feature.run_in_chunks(ModelSpec(model), lean, group, calls, lambda layer: None, patches)
             assert layers and not reasons, reasons

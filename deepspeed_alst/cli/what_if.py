@@ -17,7 +17,7 @@ from deepspeed_alst.cli.report import problems
 from deepspeed_alst.cli.step_time import Rates, StepTime, step_time
 from deepspeed_alst.config.compatibility import value_at, zero_stage
 from deepspeed_alst.config.config_file import TOP_KEYS
-from deepspeed_alst.config.schema import parse
+from deepspeed_alst.config.schema import AlstConfig, AutoMemoryLeanConfig, LigerConfig, parse
 
 _LOSS, _MLP, _LEAN = "alst.tiled_logits_loss", "alst.tiled_mlp_compute", "alst.memory_lean_layer"
 _OFFLOAD, _SAVE = "alst.activation_checkpoint_cpu_offload", "alst.save_attention_output"
@@ -59,22 +59,24 @@ class WhatIf:
     def variant(self, keys: Keys, sequence: int | None = None) -> Variant:
         """Plan the ds_config with these keys for a sequence, or for the longest that fits."""
         ds_config = changed(self._ds_config, keys)
-        model, layers = self._layers_of(ds_config)
-        most, limit = longest(model, layers, ds_config, self._machine)
+        config = parse(ds_config)
+        most, limit = longest(*self._layers_of(config), ds_config, self._machine)
+        if (shorter := of_shard(config, most.tokens)) is not config:
+            most, limit = longest(*self._layers_of(shorter), ds_config, self._machine)
         tokens = most.tokens if sequence is None else -(-sequence // self._sp_size)
         return Variant(keys, ds_config, most.tokens * self._sp_size, limit, *self._at(ds_config, tokens))
 
-    def _layers_of(self, ds_config: dict[str, Any]) -> tuple[Model, dict[bool, Layer]]:
-        """Return the measurement of a ds_config, and announce it if it is a new one, as it takes seconds."""
-        on = tuple(path for path in _SWITCHES if path not in _ZEROS and is_on(ds_config, path))
+    def _layers_of(self, config: AlstConfig) -> tuple[Model, dict[bool, Layer]]:
+        """Return the measurement of a config, and announce it if it is a new one, as it takes seconds."""
+        on = tuple(path for path in _SWITCHES if path not in _ZEROS and _has(config, path))
         if on not in self._measured:
             self._measured.add(on)
             words = ", ".join(on) or "no key of the alst block"
             print(f"ds_alst plan: measuring layers on tensors without data, with {words}", file=sys.stderr)
-        return self._measuring.of(parse(ds_config))
+        return self._measuring.of(config)
 
     def _at(self, ds_config: dict[str, Any], tokens: int) -> tuple[Plan, StepTime | None]:
-        model, layers = self._layers_of(ds_config)
+        model, layers = self._layers_of(of_shard(parse(ds_config), tokens))
         plan = plan_of(model, layers, ds_config, self._machine, tokens)
         layer = layers[plan.num_saved == model.layers.num_layers]  # as plan_of
         return plan, step_time(model, layer, ds_config, self._machine, plan, self._rates)
@@ -135,12 +137,26 @@ def changed(ds_config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
 
 def is_on(ds_config: Mapping[str, Any], path: str) -> bool:
     """Return True if the ds_config has a key of ``_SWITCHES`` on."""
-    config = parse(ds_config)
-    if path == _LOSS:
-        return config.tiled_loss() is not None
     if path in _ZEROS:
         return value_at(ds_config, f"{path}.device", "none") not in (None, "none")
-    return getattr(config.alst, path.removeprefix("alst.")) is not None
+    return _has(parse(ds_config), path)
+
+
+def _has(config: AlstConfig, path: str) -> bool:
+    return (config.tiled_loss() if path == _LOSS else getattr(config.alst, path.removeprefix("alst."))) is not None
+
+
+def of_shard(config: AlstConfig, tokens: int) -> AlstConfig:
+    """Return the config as it acts on shards of so many tokens: without memory-lean layers where they do not run."""
+    alst, lean = config.alst, config.alst.memory_lean_layer
+    pays = config.sequence_parallel_size > 1 or alst.activation_checkpoint_cpu_offload is not None
+    is_off = isinstance(lean, AutoMemoryLeanConfig) and not pays
+    if lean is None or (tokens >= lean.min_tokens and not is_off):
+        return config
+    # Liger's RoPE is left out there too.
+    liger = LigerConfig(rope=False) if alst.liger_kernel == "auto" else alst.liger_kernel
+    block = alst.model_copy(update={"memory_lean_layer": None, "liger_kernel": liger})
+    return config.model_copy(update={"alst": block})
 
 
 def single_changes(ds_config: Mapping[str, Any]) -> Iterator[Keys]:

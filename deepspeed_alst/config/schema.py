@@ -120,6 +120,14 @@ class MemoryLeanConfig(_Block):
     """Tokens of a chunk whose graph exists at a time; a mixture's are whole chunks."""
     key_block: StrictInt = Field(default=65536, ge=1)
     """Keys of one kernel call, which bound what attention's kernel allocates for their gradients."""
+    min_tokens: StrictInt = Field(default=0, ge=0)
+    """Layers with fewer tokens of a shard than this run as without the key."""
+
+
+class AutoMemoryLeanConfig(MemoryLeanConfig):
+    """``alst.memory_lean_layer`` as ``"auto"``: where there are more than two chunks, and checkpoints to replace."""
+
+    min_tokens: StrictInt = 2 * 8192 + 1
 
 
 BLOCKS: dict[str, type[BaseModel]] = {
@@ -136,7 +144,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "liger_kernel": ("auto",),
     "activation_checkpoint_cpu_offload": (),
     "save_attention_output": ("auto",),
-    "memory_lean_layer": (),
+    "memory_lean_layer": ("auto",),
 }
 """Words that a switch takes besides true, false and, if it is in BLOCKS, an object."""
 
@@ -165,7 +173,8 @@ class AlstBlockConfig(_Block):
     """Attention output and log-sum-exp kept for the backward of checkpointed layers: true, false, or "auto": with the
     offload, if the copy overlaps with computation, in as many layers as the host has memory for."""
     memory_lean_layer: MemoryLeanConfig | None = None
-    """Checkpointed decoder layers in chunks of tokens, keys and values resident: true, false or an object."""
+    """Checkpointed decoder layers in chunks of tokens, keys and values resident: true, false, an object, or "auto":
+    where activations are checkpointed, with SP or the offload, in shards of more than two chunks."""
 
     @field_validator(*SWITCHES, mode="before")
     @classmethod
@@ -180,6 +189,8 @@ class AlstBlockConfig(_Block):
             choices = ["true", "false", *map(shown, words)]
             choices += [f"an object of {', '.join(block.model_fields)}"] if block else []
             raise ValueError(f"use {', '.join(choices[:-1])}, or {choices[-1]}")
+        if info.field_name == "memory_lean_layer":
+            return AutoMemoryLeanConfig()
         return value if value == "auto" else {"backend": value}
 
     @field_validator("liger_kernel")

@@ -28,7 +28,7 @@ class ChunkedNorm:
     @torch.compiler.disable
     def forward(self, x_BsM: torch.Tensor) -> torch.Tensor:
         """Run the norm chunk by chunk; with a graph, again in the backward."""
-        if x_BsM.dim() != 3 or not self.module.training:
+        if x_BsM.dim() != 3 or not self.module.training or x_BsM.shape[1] < self.stream.calls.chunks_from:
             return self.original(x_BsM)
         has_graph = torch.is_grad_enabled()
         taken = self.stream.take(self.module, x_BsM) if has_graph else []

@@ -21,7 +21,7 @@ class ResidualStream:
     """Tensors of one forward that share the memory of the stream between the last layer and the next."""
 
     def __init__(self, spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
-        self._calls, self._patches, self._seen = calls, patches, list[Callable[[], torch.Tensor | None]]()
+        self.calls, self._patches, self._seen = calls, patches, list[Callable[[], torch.Tensor | None]]()
         if spec.embeddings is not None:
             patches.hook(spec.embeddings, "forward", self._note_output)
 
@@ -30,7 +30,7 @@ class ResidualStream:
         self._patches.hook(module, "forward_pre", self._note_input)
 
     def _note_output(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        is_decoders = self._calls.inside and isinstance(output, torch.Tensor) and not is_watched(module)
+        is_decoders = self.calls.inside and isinstance(output, torch.Tensor) and not is_watched(module)
         self._seen = [weakref.ref(output)] if is_decoders else []
 
     def _note_input(self, module: torch.nn.Module, args: Any) -> None:

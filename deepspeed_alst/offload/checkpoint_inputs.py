@@ -27,6 +27,8 @@ class Chunks(NamedTuple):
     layers: int = 0
     norms: int = 0
     tokens: int = 1
+    min_tokens: int = 0
+    """Tokens of a shard below which they do not."""
 
 
 @dataclass(eq=False)

@@ -147,6 +147,8 @@ class ActivationOffload(Feature):
         host_bytes = min(each.host_bytes for each in memories)
         memory = MemoryBudget(host_bytes, min(disks) if disks else None, memories[0].host_budget)
         last, chunks = self.policy.keep_last, self.policy.chunks
+        if largest.tokens < chunks.min_tokens * largest.batch_size:
+            chunks = Chunks()
         layers = layer_sizes(self._spec, last, chunks, largest.batch_size, self._block.packing)
         wanted = False if self._unsaved_reason else self._wanted
         plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))

@@ -51,6 +51,8 @@ class ForwardContext:
     """Returns the frame that saves the next attention call's output (offload/attention_cache.py); None if none is."""
     answer_attention: Callable[..., torch.Tensor] | None = None
     """Takes attention calls in place of a backend while a part of a memory-lean layer runs (memory_lean/parts.py)."""
+    chunks_from: int = 0
+    """Tokens of a shard from which memory-lean layers run in chunks, below as without the key; 0 if all do."""
     core: str = ""
     """Attention implementation that the model was loaded with."""
     documents: tuple[int, ...] = ()

@@ -116,7 +116,11 @@ class ModelCheck:
         ):
             zero_attention_dropout(model, patches)
             patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
-            summary = check_live_model(self._spec, session.groups, session.calls, torch.device(self._engine.device))
+            device = torch.device(self._engine.device)
+            # Layers that only a long shard runs in chunks are checked both ways.
+            for least in sorted({session.calls.chunks_from, 0}, reverse=True):
+                with session.calls.having(chunks_from=least):
+                    summary = check_live_model(self._spec, session.groups, session.calls, device)
         _forget_trace(self._engine)
         self._checked.add(model.training)
         if dist.get_rank() == 0:

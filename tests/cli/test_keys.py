@@ -52,7 +52,7 @@ def test_the_schema_accepts_every_ready_ds_config(path, capsys):
         *({"alst": {LOSS: value}} for value in (True, "auto", "triton", "cuda", {"backend": "liger"}, None)),
         *({"alst": {REDUCTION: value}} for value in ({}, {"slice_bytes": 4095}, {"bucket_size": None}, True)),
         *({"alst": {OFFLOAD: value}} for value in ({"nvme_path": ""}, {"keep_last": -1}, {"host_budget": 0}, None)),
-        *({"alst": {"memory_lean_layer": value}} for value in (False, True)),
+        *({"alst": {"memory_lean_layer": value}} for value in (False, True, "auto", "on")),
         *({"alst": {"liger_kernel": value}} for value in ("auto", {"rope": True}, {"rope": 1}, None, "on")),
         *({"alst": {"save_attention_output": value}} for value in (True, "auto", "on", 1)),
         {"alst": {"pad_to_multiple_of": 512}},

@@ -192,3 +192,23 @@ def test_the_cheapest_ds_config_is_accepted_as_fitting(tmp_path, capsys):
 def test_options_without_what_they_need_are_refused(words, said, capsys):
     assert main(["plan", "--model", "config.json", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_layers_that_run_in_chunks_in_long_shards_are_planned_as_ordinary_in_short_ones():
+    lean, auto = (DS_CONFIG | {"alst": {"memory_lean_layer": each}} for each in (True, "auto"))
+    least = parse(auto).alst.memory_lean_layer.min_tokens
+    for tokens, like in ((least - 1, DS_CONFIG), (least, lean)):
+        expected, found = (what_if(each)[0].variant({}, 8 * tokens).plan for each in (like, auto))
+        assert found.device == expected.device
+    few = Machine(8, 21 * GIB, 1000 * GIB, 8)
+    short, expected, long = (what_if(each, few)[0].variant({}).longest for each in (auto, DS_CONFIG, lean))
+    assert 0 < short == expected < long < 8 * least
+
+
+def test_auto_is_planned_as_off_on_one_rank_without_the_offload():
+    one = DS_CONFIG | {"sequence_parallel_size": 1}
+    machine = Machine(1, 800 * GIB, 1000 * GIB, 1)
+    off, auto = (
+        what_if(one | {"alst": {"memory_lean_layer": each}}, machine)[0].variant({}) for each in (False, "auto")
+    )
+    assert auto.longest == off.longest > 0

@@ -308,11 +308,18 @@ def test_expandable_segments_that_are_neither_on_nor_off_are_refused(value):
     assert line.startswith("alst.expandable_segments: ") and line.endswith(f"(got {json.dumps(value)}).")
 
 
-LEAN = {"chunk_tokens": 8192, "tile_tokens": 2048, "key_block": 65536}
+LEAN = {"chunk_tokens": 8192, "tile_tokens": 2048, "key_block": 65536, "min_tokens": 0}
 
 
 @pytest.mark.parametrize(
-    ("value", "read"), [(True, LEAN), ({}, LEAN), (False, None), ({"tile_tokens": 7}, LEAN | {"tile_tokens": 7})]
+    ("value", "read"),
+    [
+        (True, LEAN),
+        ({}, LEAN),
+        (False, None),
+        ({"tile_tokens": 7}, LEAN | {"tile_tokens": 7}),
+        ("auto", LEAN | {"min_tokens": 16385}),
+    ],
 )
 def test_memory_lean_layers_are_on_off_or_an_object(value, read):
     block = parse(alst(memory_lean_layer=value)).alst.memory_lean_layer
@@ -322,8 +329,7 @@ def test_memory_lean_layers_are_on_off_or_an_object(value, read):
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (0, ": use true, false, or an object of chunk_tokens, tile_tokens, key_block (got 0)."),
-        ("auto", ': use true, false, or an object of chunk_tokens, tile_tokens, key_block (got "auto").'),
+        (0, ': use true, false, "auto", or an object of chunk_tokens, tile_tokens, key_block, min_tokens (got 0).'),
         ({"chunk_tokens": 0}, ".chunk_tokens: Input should be greater than or equal to 1 (got 0)."),
         ({"tile_tokens": "7"}, '.tile_tokens: Input should be a valid integer (got "7").'),
     ],

@@ -132,7 +132,8 @@ MEANINGS = {
     "alst.activation_checkpoint_cpu_offload.packing": _only("lossless", "auto", False),
     "alst.check_model": _only(True, False),
     "alst.save_attention_output": _only(True, False, "auto"),
-    **{f"alst.memory_lean_layer.{key}": _integer(1) for key in BLOCKS["memory_lean_layer"].model_fields},
+    **{f"alst.memory_lean_layer.{key}": _integer(1) for key in ("chunk_tokens", "tile_tokens", "key_block")},
+    "alst.memory_lean_layer.min_tokens": _integer(0),
 }
 
 

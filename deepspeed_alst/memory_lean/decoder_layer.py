@@ -1,0 +1,192 @@
+"""A decoder layer whose forward runs in chunks where it can, and as it is where it cannot."""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import SetupError
+from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
+from deepspeed_alst.memory_lean.exchange import HeadExchange
+from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
+from deepspeed_alst.memory_lean.layer import LeanCall
+from deepspeed_alst.memory_lean.lean_pass import LeanPass
+from deepspeed_alst.memory_lean.parts import LayerParts, with_mask
+from deepspeed_alst.memory_lean.stream import ResidualStream, is_watched
+from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
+from deepspeed_alst.random_draws.draw_mode import branch, not_counted
+from deepspeed_alst.random_draws.model_draws import random_states
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
+
+_LEARNED_FROM = 8  # tokens
+
+
+def sizes_of(config: MemoryLeanConfig) -> Sizes:
+    """Return the sizes of a pass."""
+    return Sizes(config.chunk_tokens, config.tile_tokens, config.key_block)
+
+
+def new_group(policy: CheckpointPolicy | None, layer: torch.nn.Module | None) -> Callable[[torch.Tensor], Saved]:
+    """Return a function that saves a tensor of one chunk, where the layer's are kept."""
+    put: Callable[[torch.Tensor], Saved] = OnDevice
+    if policy is not None and policy.store is not None:
+        put = policy.store.group(layer is not None and policy.stays(layer), prefetches=False).put
+    return lambda x: put(x.clone())  # not a view of the input, whose memory the output may take
+
+
+class LeanLayer:
+    """One layer's forward in chunks; ``forward`` replaces the layer's."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        config: MemoryLeanConfig,
+        group: Any,
+        calls: ForwardContext,
+        modules: list[TiledModule],
+        policy: CheckpointPolicy | None,
+        stream: ResidualStream,
+        on_any_rank: Callable[[bool], bool],
+        router_classes: tuple[type, ...],
+    ) -> None:
+        self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
+        self._stream, self._on_any_rank = stream, on_any_rank
+        stream.watch(layer)
+        self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
+        self._is_mixture = any(isinstance(each, router_classes) for each in layer.modules())
+        self._ordinary: Callable[..., Any] = layer.forward
+        self._names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after self
+        self._parts = LayerParts(layer, self._own_forward, calls, modules)
+        self._learned: tuple[Any, ...] = ()
+        self._has_hooks: bool | None = None
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer in chunks where it is checkpointed or has no graph; else as it is."""
+        if self._calls.answer_attention is not None:
+            return self._ordinary(*args, **kwargs)
+        if self._calls.whole or (torch.is_grad_enabled() and not self._layer.training):
+            return self._run_ordinary(*args, **kwargs)
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        x_BsM = named.pop(self._names[0])
+        if x_BsM.shape[1] < self._calls.chunks_from:
+            return self._run_ordinary(*args, **kwargs)
+        has_graph = torch.is_grad_enabled()
+        taken = self._stream.take(self._layer, x_BsM, named) if has_graph else []
+        try:
+            with _disable_current_modes() if self._calls.checking else contextlib.nullcontext():
+                call = self._prepare(x_BsM, named, bool(taken))
+        except UnsupportedLayerError as error:
+            layer = type(self._layer).__name__
+            warnings.warn(f"alst.memory_lean_layer: {layer} runs on the ordinary path: {error}", stacklevel=2)
+            return self._run_ordinary(*args, **kwargs)
+        y_BsM, *records = LeanPass.apply(call, x_BsM, *call.weights) if has_graph else call.forward(x_BsM, False)
+        append_records(zip((key for key, _ in call.records), records, strict=True))
+        self._stream.replace(taken, y_BsM)
+        return y_BsM
+
+    def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer as it is, with as many branches of draws as in chunks."""
+        is_checkpointed = self._layer.gradient_checkpointing and self._layer.training and torch.is_grad_enabled()
+        with contextlib.nullcontext() if is_checkpointed else branch()():  # a checkpoint starts one itself
+            return self._ordinary(*args, **kwargs)
+
+    def _own_forward(self, x_BtM: torch.Tensor, **kwargs: Any) -> Any:
+        """Run the layer's forward without the checkpoint around it."""
+        with PatchSet() as patches:
+            # The wrapper of transformers checkpoints only with gradients and this flag.
+            patches.set(self._layer, "gradient_checkpointing", False)
+            return self._ordinary(x_BtM, **kwargs)
+
+    def _check_hooks(self) -> None:
+        """Raise UnsupportedLayerError if the program has a hook inside the layer, on any rank: ranks exchange alike.
+
+        Raises:
+            SetupError: it has registered one after the layer's first forward.
+        """
+        inside = itertools.islice(self._layer.modules(), 1, None)
+        has_hooks = any(is_watched(module, but=(HOOKS,)) for module in inside)
+        if self._has_hooks is None:
+            self._has_hooks = self._on_any_rank(has_hooks)
+        if has_hooks and not self._has_hooks:
+            raise SetupError(
+                f"alst.memory_lean_layer: a hook was registered inside {type(self._layer).__name__} after its first "
+                "forward. Register it before, or set the key to false"
+            )
+        if self._has_hooks:
+            raise UnsupportedLayerError("a hook of the program inside the layer")
+
+    def _learn(self, x_BtM: torch.Tensor, kwargs: dict[str, Any], draws_anew: bool) -> None:
+        device = x_BtM.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            before = random_states(self._layer)
+            self._parts.learn(x_BtM, kwargs)
+            if draws_anew and not all(map(torch.equal, before, random_states(self._layer))):
+                raise UnsupportedLayerError("random numbers at sequence_parallel_size 1, which chunks cannot repeat")
+
+    def _prepare(self, x_BsM: torch.Tensor, kwargs: dict[str, Any], in_place: bool) -> LeanCall:
+        """Describe a call of the layer.
+
+        Raises:
+            UnsupportedLayerError: it has to run on the ordinary path.
+        """
+        B, s, _ = x_BsM.shape
+        if torch.is_grad_enabled() and not self._layer.gradient_checkpointing:
+            raise UnsupportedLayerError("gradient checkpointing was turned off")
+        if any(kwargs.get(name) is not None for name in ("past_key_values", "cache", "layer_past")):
+            raise UnsupportedLayerError("a cache")
+        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(kwargs)):
+            raise UnsupportedLayerError("an argument that needs a gradient")
+        self._check_hooks()
+        draws_anew = self._layer.training and not self._calls.draws.are_counted
+        if draws_anew and any(dropout_rates(self._layer).values()):
+            raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
+        few = slice(0, min(s, _LEARNED_FROM))
+        state = (self._layer.training, torch.is_autocast_enabled(x_BsM.device.type))
+        # A copy: what saves the few tokens, such as a graph, holds the whole input with a view.
+        x_BfM, of_few = x_BsM[:, few].clone(), {name: cut(value, few, s) for name, value in kwargs.items()}
+        with not_counted():
+            if self._learned != state:
+                self._learn(x_BfM, of_few, draws_anew)
+                self._learned = state
+            with torch.no_grad():
+                attention = with_mask(self._parts.front(x_BfM, of_few), self._calls)
+        sinks = attention.arguments.get("s_aux")
+        if sinks is not None and all(sinks is not param for param in self._layer.parameters()):
+            raise UnsupportedLayerError("sinks that are no weight of the layer")
+        plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
+        sizes = sizes_of(self._config)
+        if self._calls.checking:  # a few tokens, which are to make several chunks and tiles
+            sizes = Sizes(-(-s // 2), -(-s // 3), s)
+        if self._is_mixture:
+            # A tile's gradient of stacked experts is as large as the experts. The model check replays their choices,
+            # which it knows for whole shards.
+            sizes = Sizes(s, s, s) if self._calls.checking else sizes._replace(tile_tokens=sizes.chunk_tokens)
+        return LeanCall(
+            parts=self._parts,
+            exchange=HeadExchange(plan, self._group),
+            sizes=sizes,
+            kwargs=kwargs,
+            attention=attention,
+            shape=(B, s),
+            in_place=in_place,
+            drawing=branch(),
+            autocast=current_autocast(x_BsM.device.type),
+            new_group=functools.partial(new_group, self._policy, self._layer),
+            saves_output=self._policy is not None and self._policy.saves_attention(self._layer),
+            keys=wanted_records(),
+            weights=[param for param in self._layer.parameters() if param.requires_grad],
+        )
