@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import agrees
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.exchange import HeadExchange
@@ -70,6 +71,7 @@ class LeanLayer:
         self._names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after self
         self._parts = LayerParts(layer, self._own_forward, calls, modules)
         self._learned: tuple[Any, ...] = ()
+        self._mixes: bool | None = None
         self._has_hooks: bool | None = None
 
     @torch.compiler.disable
@@ -81,7 +83,7 @@ class LeanLayer:
             return self._run_ordinary(*args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
         x_BsM = named.pop(self._names[0])
-        if x_BsM.shape[1] < self._calls.chunks_from:
+        if x_BsM.shape[-2] < self._calls.chunks_from:
             return self._run_ordinary(*args, **kwargs)
         has_graph = torch.is_grad_enabled()
         taken = self._stream.take(self._layer, x_BsM, named) if has_graph else []
@@ -95,7 +97,7 @@ class LeanLayer:
         y_BsM, *records = LeanPass.apply(call, x_BsM, *call.weights) if has_graph else call.forward(x_BsM, False)
         append_records(zip((key for key, _ in call.records), records, strict=True))
         self._stream.replace(taken, y_BsM)
-        return y_BsM
+        return (y_BsM,) if self._parts.returns_tuple else y_BsM
 
     def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it is, with as many branches of draws as in chunks."""
@@ -128,6 +130,26 @@ class LeanLayer:
         if self._has_hooks:
             raise UnsupportedLayerError("a hook of the program inside the layer")
 
+    def _mixes_tokens(self, x_BfM: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return True if, on any rank, a token changes another's q, k, v or output for one attention output."""
+
+        def run(x_BfM: torch.Tensor) -> list[torch.Tensor]:
+            q, k, v, *_ = self._parts.front(x_BfM, kwargs)
+            y_BfM, _ = self._parts.tail(x_BfM, q.new_ones(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), kwargs)
+            return [*(x.transpose(1, 2) for x in (q, k, v)), y_BfM]
+
+        # Rows of a product of the same shape are equal to the bit; those of experts may be grouped otherwise.
+        are_equal, half, found = agrees if self._is_mixture else torch.equal, x_BfM.shape[1] // 2, list[bool]()
+        with PatchSet() as patches, torch.no_grad():
+            for module in self._layer.modules():
+                patches.set(module, "training", False)  # no dropout
+            expected = run(x_BfM)
+            for changed, kept in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+                other_BfM = x_BfM.clone()
+                other_BfM[:, changed] *= -1
+                found += [are_equal(x[:, kept], y[:, kept]) for x, y in zip(run(other_BfM), expected, strict=True)]
+        return self._on_any_rank(not all(found))
+
     def _learn(self, x_BtM: torch.Tensor, kwargs: dict[str, Any], draws_anew: bool) -> None:
         device = x_BtM.device
         devices = [] if device.type == "cpu" else [device]
@@ -143,6 +165,8 @@ class LeanLayer:
         Raises:
             UnsupportedLayerError: it has to run on the ordinary path.
         """
+        if x_BsM.dim() != 3:
+            raise UnsupportedLayerError(f"an input of shape {list(x_BsM.shape)}")
         B, s, _ = x_BsM.shape
         if torch.is_grad_enabled() and not self._layer.gradient_checkpointing:
             raise UnsupportedLayerError("gradient checkpointing was turned off")
@@ -159,6 +183,10 @@ class LeanLayer:
         # A copy: what saves the few tokens, such as a graph, holds the whole input with a view.
         x_BfM, of_few = x_BsM[:, few].clone(), {name: cut(value, few, s) for name, value in kwargs.items()}
         with not_counted():
+            if self._mixes is None and s > 1:
+                self._mixes = self._mixes_tokens(x_BfM, of_few)
+            if self._mixes:
+                raise UnsupportedLayerError(f"{type(self._layer).__name__} mixes tokens outside of its attention")
             if self._learned != state:
                 self._learn(x_BfM, of_few, draws_anew)
                 self._learned = state

@@ -74,6 +74,7 @@ class LayerParts:
         self._only_kv: list[torch.nn.Linear] = []
         self._unused_in_tail: list[torch.nn.Linear] = []
         self._unused_values: set[TiledModule] = set()
+        self.returns_tuple = False  # of the output alone
         self._nodes: dict[TiledModule, Any] | None = None  # of the closed forms, while they are learnt
 
     def front(self, x_BtM: torch.Tensor, kwargs: dict[str, Any], need: str = "qkv") -> AttentionCall:
@@ -118,8 +119,8 @@ class LayerParts:
             recording(keys) as found,
         ):
             y = self._forward(x_BtM, **kwargs)
-        if isinstance(y, tuple) and len(y) == 1:
-            y = y[0]
+        self.returns_tuple = isinstance(y, tuple) and len(y) == 1
+        y = y[0] if self.returns_tuple else y
         if not isinstance(y, torch.Tensor) or y.shape != x_BtM.shape:
             raise UnsupportedLayerError(f"{type(self._layer).__name__} returns more than its hidden states")
         return y, of_tile(found, *x_BtM.shape[:2])

@@ -37,7 +37,8 @@ def own_config(model: torch.nn.Module, shared: Any, patches: PatchSet) -> Any:
     def write_back() -> None:
         for name in vars(own).keys() | vars(original).keys():
             value = vars(own).get(name, ABSENT)
-            if value != vars(original).get(name, ABSENT):
+            # Modules inside have their own configs; not all of these can be compared.
+            if not hasattr(type(value), "to_diff_dict") and value != vars(original).get(name, ABSENT):
                 set_entry(vars(shared), name, value)
 
     # Only in a module's own __dict__: wrappers forward attribute reads to the model inside.

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AttentionInterface
 
 import deepspeed_alst
 from benchmarks.cells import build_model
@@ -233,16 +234,18 @@ def test_a_layer_that_is_ordinary_from_the_start_is_reported_and_right(change, k
         assert_close(gradients(model), ordinary_gradients(change, **keys))
 
 
-def test_flex_attention_is_ordinary():
+def test_attention_without_a_kernel_is_ordinary(monkeypatch):
     model = build_model(family_config("llama"))
     model.config._attn_implementation = "flex_attention"
     with PatchSet() as patches:
         count, reasons = run_in_chunks(ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches)
     assert count == 0 and reasons == {"attn_implementation='flex_attention' at sequence_parallel_size 1; use 'sdpa'": 2}
     q = torch.zeros(1, 2, 3, 8)
-    call = AttentionCall(q, q, q, None, None, {}, find_backend("flex_attention"))
-    with pytest.raises(UnsupportedLayerError, match="no kernel for attn_implementation='flex_attention'"):
-        with_mask(call, ForwardContext())
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: None)
+    for name, arguments, what in (("sdpa", {}, ""), ("flex_attention", {"softcap": 30.0}, " with softcap")):
+        call = AttentionCall(q, q, q, None, None, arguments, find_backend(name))
+        with pytest.raises(UnsupportedLayerError, match=f"no kernel for attn_implementation='{name}'{what}"):
+            with_mask(call, ForwardContext())
 
 
 def test_a_compiled_model_runs_its_layers_in_chunks():
@@ -355,3 +358,46 @@ def test_weight_gradients_in_bf16_are_summed_in_fp32():
     in_fp32 = error()
     with mock.patch.object(layer, "WeightGradients", lambda weights, tiles, fp32: sums(weights, tiles, not fp32)):
         assert error() > in_fp32
+
+
+class Mixing(torch.nn.Linear):
+    """A projection to which each token adds a bit of the one before it, and of none after it."""
+
+    def forward(self, x):
+        return super().forward(x + 1e-3 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.up_proj"])
+def test_a_layer_that_mixes_tokens_outside_of_its_attention_is_ordinary(name):
+    def mix(model):
+        for each in model.model.layers:
+            each.get_submodule(name).__class__ = Mixing
+
+    with lean_model() as model:
+        mix(model)
+        with pytest.warns(UserWarning, match="LlamaDecoderLayer mixes tokens outside of its attention"):
+            found = gradients(model)
+    assert_close(found, ordinary_gradients(mix))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "reason"),
+    [
+        ("falcon_h1", {}, "mixes tokens outside of its attention"),
+        (
+            "gemma3n_text",
+            {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+            r"an input of shape \[4, 2, 19",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_cut_is_ordinary(model_type, keys, reason):
+    """Mamba beside attention, in a layer that returns a tuple; four streams."""
+    config = family_config(model_type, **keys)
+    expected = gradients(build_model(config).train())
+    model = build_model(config).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with PatchSet() as patches, pytest.warns(UserWarning, match=reason):
+        run_in_chunks(ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches)
+        found = gradients(model)
+    assert_close(found, expected)
