@@ -3,7 +3,8 @@
     python -m benchmarks.census [--write] [family ...]
 
 Compares loss and all gradients of a tiny model per family, in fp32 on CPU: whole, over 2 and 4 ranks, and packed over
-4. A correct family must also pass the check at training start, in fp32 and bf16. ``--write`` writes the table to
+4. A correct family must also pass the check at training start, in fp32 and bf16, and be correct with memory-lean layers
+over 2 ranks, or have none. ``--write`` writes the table to
 docs/census.md and adds to the list of verified families. The exit status is non-zero if a family is wrong or crashes, a
 listed one is not right, or one times out, possibly because the machine is busy.
 """
@@ -13,10 +14,12 @@ import functools
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -24,10 +27,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.ranks import LateError, RankError, Ranks
+from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.memory_lean.feature import run_in_chunks
+from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -83,7 +89,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe, router loss": ("olmoe", _ROUTED),
 }
 CELLS = (("SP 2", 2, False), ("SP 4", 4, False), ("packed, SP 4", 4, True))
-COLUMNS = (*(name for name, _, _ in CELLS), "model check, SP 2")
+COLUMNS = (*(name for name, _, _ in CELLS), "model check, SP 2", "memory-lean, SP 2")
+_ORDINARY = "ordinary path: "
+# Shards of 51 tokens: chunks of 20, 20 and 11.
+_CHUNKS = MemoryLeanConfig(chunk_tokens=20, tile_tokens=8, key_block=31)
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,8 @@ class Row:
 
     @property
     def why(self) -> str:
-        """Reason of the first cell that is not right."""
-        return next((each.why for each in self.verdicts if each.outcome != "right"), "")
+        """Reason of the first cell that is not right, or of layers on the ordinary path."""
+        return next((each.why for each in self.verdicts if each.why), "")
 
 
 def small_of(name: str) -> tuple[Any, Any]:
@@ -160,6 +169,31 @@ def ask_check(name: str, dtype: torch.dtype) -> Verdict:
     return Verdict("right")
 
 
+def ask_in_chunks(name: str) -> Verdict:
+    """Return a family's verdict with memory-lean layers, and the reason of those that run as without; on every rank."""
+    (model_class, small), groups = small_of(name), _groups(2)
+    reasons, layers = list[str](), 0
+
+    def patch(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
+        nonlocal layers
+        if layers := len(spec.checkpointed_layers):
+            spec.model.activation_checkpointing_enable({"use_reentrant": False})
+        found = run_in_chunks(spec, _CHUNKS, groups.sp_control_group, calls, lambda layer: None, patches)
+        reasons.extend(found[1] or ([] if layers else ["transformers checkpoints no layers of it"]))
+
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        mock.patch.object(LeanCall, "backward", autospec=True, side_effect=LeanCall.backward) as in_chunks,
+    ):
+        warnings.simplefilter("always")
+        verdict = compare(model_class, small, groups, patch=patch)
+    said = (str(each.message).partition("runs on the ordinary path: ")[2] for each in caught)
+    reasons += dict.fromkeys(reason for reason in said if reason)
+    if verdict.outcome != "right" or in_chunks.call_count == layers > 0:
+        return verdict
+    return replace(verdict, why=f"{_ORDINARY}{layers - in_chunks.call_count} of {layers} layers: {'; '.join(reasons)}")
+
+
 def census(names: list[str]) -> Iterator[Row]:
     """Yield the verdicts of these families in sequence."""
     ranks = Ranks(4)
@@ -179,16 +213,19 @@ def census(names: list[str]) -> Iterator[Row]:
         if len(verdicts) == len(CELLS) and verdicts[-1].outcome in ("right", "refused"):
             checks = [ranks.run(ask_check, name, each)[0] for each in (torch.float32, torch.bfloat16)]
             verdicts.append(next((each for each in checks if each.outcome != "right"), checks[0]))
+            verdicts.append(ranks.run(ask_in_chunks, name, seconds=_SECONDS)[0])
         yield Row(name, tuple(verdicts))
     ranks.close()
 
 
 def cells_of(row: Row) -> list[str]:
     """Return a family's table cells: its error, or the outcome without a number, and why it is not right."""
-    *compared, checked = [*row.verdicts, *[None] * (len(COLUMNS) - len(row.verdicts))]
-    cells = [each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in compared]
+    *compared, checked, lean = [*row.verdicts, *[None] * (len(COLUMNS) - len(row.verdicts))]
+    *cells, in_chunks = [
+        each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in (*compared, lean)
+    ]
     passed = checked and ("passes" if checked.outcome == "right" else "fails")
-    return [*(each or "" for each in (*cells, passed)), textwrap.shorten(row.why, 200, placeholder=" ...")]
+    return [*(each or "" for each in (*cells, passed, in_chunks)), textwrap.shorten(row.why, 200, placeholder=" ...")]
 
 
 def write(rows: list[Row]) -> None:

@@ -7,6 +7,7 @@ the start of a training run a model that the census has not found right, with th
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ DOCUMENTS = (37, 1, 30, 33)
 
 _Weighted = tuple[dict[str, Any], float]
 """Batch, and the factor of its loss."""
+Patch = Callable[[ModelSpec, ForwardContext, PatchSet], None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def check_tiny_model(spec: ModelSpec, groups: SequenceGroups, unlisted: str, cod
     return f"a tiny model is right to {whole.error:.0e}; packed: {packed.outcome}"
 
 
-def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False) -> Verdict:
+def compare(
+    build: Build, config: PreTrainedConfig, groups: SequenceGroups, packed: bool = False, patch: Patch | None = None
+) -> Verdict:
     """Compare one training step unsharded and sharded over ``groups``. Collective over their gloo groups.
 
     Args:
@@ -104,6 +108,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
         config: tiny config, with the attention implementation under test.
         groups: process groups of the sequence.
         packed: if True the sequence consists of several documents.
+        patch: patches the sharded model further.
     """
     batch = _sample(config, packed)
     try:
@@ -117,7 +122,7 @@ def compare(build: Build, config: PreTrainedConfig, groups: SequenceGroups, pack
     try:
         small = small_model(build, config)
         small.config._attn_implementation = config._attn_implementation
-        mine = _split_step(small, batch, groups)
+        mine = _split_step(small, batch, groups, patch)
     except Exception as error:
         refused = isinstance(error, AlstError)
         failure = Verdict("refused", str(error)) if refused else Verdict("crash", _words(error))
@@ -176,7 +181,9 @@ def _step(model: torch.nn.Module, batches: list[_Weighted], seed: int = 0) -> di
     return {"loss": total} | {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups) -> dict[str, torch.Tensor]:
+def _split_step(
+    model: torch.nn.Module, batch: dict[str, Any], groups: SequenceGroups, patch: Patch | None
+) -> dict[str, torch.Tensor]:
     spec = ModelSpec(model)
     check_model(spec)
     P, calls = groups.sp_size, ForwardContext()
@@ -185,6 +192,8 @@ def _split_step(model: torch.nn.Module, batch: dict[str, Any], groups: SequenceG
     with PatchSet() as patches:
         patch_model(spec, groups.sp_control_group, patches, calls)
         check_batches(spec, groups, calls, patches)
+        if patch is not None:
+            patch(spec, calls, patches)
         return _step(model, [({**cut.shards[groups.sp_rank], **cut.common}, 1.0)])
 
 
