@@ -17,6 +17,7 @@ from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import agrees
 from deepspeed_alst.errors import SetupError
+from deepspeed_alst.memory_lean.attention_kernels import kernel_for
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
@@ -209,6 +210,7 @@ class LeanLayer:
             sizes=sizes,
             kwargs=kwargs,
             attention=attention,
+            kernel=kernel_for(attention.q, attention.scaling, attention.arguments.get("softcap")),
             shape=(B, s),
             in_place=in_place,
             drawing=branch(),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
+from deepspeed_alst.memory_lean.attention_kernels import Kernel
 from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, joined, of_size
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
@@ -36,7 +37,8 @@ class LeanCall:
     exchange: HeadExchange
     sizes: Sizes
     kwargs: dict[str, Any]
-    attention: AttentionCall  # of a few tokens, for its mask, scale and sizes
+    attention: AttentionCall  # of a few tokens, for its mask, sinks and sizes
+    kernel: Kernel
     shape: tuple[int, int]  # B and s
     in_place: bool  # the output takes the input's memory, if it has its dtype
     drawing: Branch
@@ -164,7 +166,7 @@ class LeanCall:
         lse_BhPc = q_BhPcD.new_empty(q_BhPcD.shape[:4], dtype=torch.promote_types(q_BhPcD.dtype, torch.float32))
         for samples, rank, first, parts in self.pieces(chunk):
             keys_values = k_BkSD[samples], v_BkSE[samples]
-            found = attend(q_BhPcD[samples, :, rank], *keys_values, parts, first, self.attention.scaling, sinks_h)
+            found = attend(q_BhPcD[samples, :, rank], *keys_values, parts, first, self.kernel, sinks_h)
             o_BhPcE[samples, :, rank], lse_BhPc[samples, :, rank] = found
         (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
@@ -238,7 +240,7 @@ class LeanCall:
             of_output = (x[samples, :, rank] for x in (o_BhPcE, lse_BhPc))
             of_keys, of_grads = ([x[samples] for x in each] for each in (keys_values, grads))
             dq_BhPcD[samples, :, rank] = attend_backward(
-                *rows, *of_keys, *of_output, *of_grads, parts, first, self.attention.scaling
+                *rows, *of_keys, *of_output, *of_grads, parts, first, self.kernel
             )
         if (sinks_H := self.attention.arguments.get("s_aux")) in sums:
             heads_here, grad_H = self.exchange.own_heads(), torch.zeros_like(sinks_H, dtype=lse_BhPc.dtype)

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.memory_lean.attention import can_attend
 from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
 from deepspeed_alst.memory_lean.hf_records import Record, of_tile, recording
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -28,7 +27,7 @@ from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
 
 # Arguments of an attention call that chunks act on, or that only tune another kernel.
-_KNOWN_ARGUMENTS = (*IN_THE_MASK, "s_aux", "kernel_options")
+_KNOWN_ARGUMENTS = (*IN_THE_MASK, "s_aux", "softcap", "kernel_options")
 
 
 class AttentionCall(NamedTuple):
@@ -268,8 +267,4 @@ def with_mask(call: AttentionCall, calls: ForwardContext) -> AttentionCall:
     if arguments or backend.is_programs_own:
         with_what = f" with {' and '.join(arguments)}" if arguments else ""
         raise UnsupportedLayerError(f"no kernel for attn_implementation='{backend.name}'{with_what}")
-    if not can_attend(call.q):
-        raise UnsupportedLayerError(
-            f"no kernel for {call.q.dtype} and heads of {call.q.shape[3]} on {call.q.device.type}"
-        )
     return call._replace(mask=mask)

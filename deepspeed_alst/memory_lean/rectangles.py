@@ -62,3 +62,15 @@ def _in_window(first: int, last: int, start: int, window: int, key_block: int) -
                 yield Rectangle(row, whole, *leaving)
             yield Rectangle(whole, end - 1, *leaving, "upper")
         yield Rectangle(row, end, row, end, "lower")
+
+
+def blocks(part: Rectangle, rows: int, keys: int) -> Iterator[Rectangle]:
+    """Yield the rectangles of at most so many rows and keys, a triangle's on squares of so many rows, of one."""
+    for row in range(part.first_row, part.last_row, rows):
+        end = min(part.last_row, row + rows)
+        begin, stop = part.first_key, part.last_key
+        if part.triangle:
+            square = part.first_key + row - part.first_row, part.first_key + end - part.first_row
+            yield Rectangle(row, end, *square, part.triangle)
+            begin, stop = (begin, square[0]) if part.triangle == "lower" else (square[1], stop)
+        yield from _all_before(row, end, begin, stop, keys)

@@ -242,7 +242,7 @@ def test_attention_without_a_kernel_is_ordinary(monkeypatch):
     assert count == 0 and reasons == {"attn_implementation='flex_attention' at sequence_parallel_size 1; use 'sdpa'": 2}
     q = torch.zeros(1, 2, 3, 8)
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: None)
-    for name, arguments, what in (("sdpa", {}, ""), ("flex_attention", {"softcap": 30.0}, " with softcap")):
+    for name, arguments, what in (("sdpa", {}, ""), ("flex_attention", {"head_mask": q}, " with head_mask")):
         call = AttentionCall(q, q, q, None, None, arguments, find_backend(name))
         with pytest.raises(UnsupportedLayerError, match=f"no kernel for attn_implementation='{name}'{what}"):
             with_mask(call, ForwardContext())

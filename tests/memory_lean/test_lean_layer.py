@@ -36,6 +36,13 @@ def test_sinks_and_their_gradients_are_exact_in_chunks(sp_size, ranks4):
     assert max(grads.values()) < EXACT, max(grads, key=grads.get)
 
 
+def test_a_soft_cap_is_exact_in_chunks(ranks2):
+    config = family_config("gemma2", sliding_window=6, attn_logit_softcapping=0.5)
+    loss, grads = ranks2.run(split_and_whole, config, 37, 2, 2, 0, 0, LEAN, TRIAL)[0]
+    assert loss < EXACT
+    assert max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
 def test_a_model_with_flex_attention_is_exact_in_chunks(ranks2):
     """Its ordinary path has no backward on CPU; the reference is sdpa."""
     config = family_config("mistral", sliding_window=6)

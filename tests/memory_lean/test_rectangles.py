@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from deepspeed_alst.memory_lean import attention_kernels
 from deepspeed_alst.memory_lean.attention import attend, attend_backward
-from deepspeed_alst.memory_lean.rectangles import rectangles
+from deepspeed_alst.memory_lean.attention_kernels import FlashKernel, TorchKernel, kernel_for
+from deepspeed_alst.memory_lean.rectangles import blocks, rectangles
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 
@@ -39,15 +42,35 @@ def test_rectangles_hold_each_visible_pair_once(cut):
     assert torch.equal(seen, expected)
 
 
+@settings(max_examples=200)
+@given(cuts(), st.integers(1, 9), st.integers(1, 9))
+def test_blocks_hold_each_pair_of_their_rectangle_once(cut, rows, keys):
+    length, mask, first, last, key_block = cut
+    for whole in rectangles(first, last, length, mask, key_block):
+        pairs = [torch.zeros(length, length, dtype=torch.int) for _ in range(2)]
+        for seen, parts in zip(pairs, ([whole], blocks(whole, rows, keys)), strict=True):
+            for part in parts:
+                ones = seen[part.first_row : part.last_row, part.first_key : part.last_key]
+                assert ones.numel()
+                assert part is whole or (ones.shape[0] <= rows and ones.shape[1] <= max(rows, keys))
+                ones += {"lower": torch.tril, "upper": torch.triu, "": torch.clone}[part.triangle](
+                    torch.ones_like(ones)
+                )
+        assert torch.equal(*pairs)
+
+
 # Errors of torch's own attention in these dtypes are of the same size.
 LIMITS = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 MASKS = [None, MaskSpec(7), MaskSpec(5, None, (0, 20, 48)), MaskSpec(None, 9), MaskSpec(None, None, (0, 1, 47, 48))]
 
 
+@pytest.mark.parametrize("kernel", [FlashKernel(None), TorchKernel(None, None), TorchKernel(0.3, 2.0)], ids=str)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("sizes", [(2, 6, 2, 16, 8), (1, 3, 3, 8, 24)], ids=str)
-def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes):
+def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes, kernel, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "_ROWS", 6)  # blocks of 6 rows and 11 or 22 keys
+    monkeypatch.setattr(attention_kernels, "_SCORES", 400)
     B, h, k, D, E = sizes
     S = 48
     make = torch.Generator().manual_seed(0)
@@ -55,7 +78,9 @@ def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes):
         torch.randn(B, heads, S, size, generator=make).to(dtype) for heads, size in ((h, D), (k, D), (k, E), (h, E))
     )
     q64, k64, v64 = (x.double().requires_grad_() for x in (q, keys, values))
-    scores = q64 @ k64.repeat_interleave(h // k, 1).transpose(2, 3) * D**-0.5
+    scores = q64 @ k64.repeat_interleave(h // k, 1).transpose(2, 3) * (kernel.scale or D**-0.5)
+    if (softcap := getattr(kernel, "softcap", None)) is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~(mask or MaskSpec()).seen(S), -torch.inf)
     expected = scores.softmax(-1) @ v64.repeat_interleave(h // k, 1)
     expected.backward(do.double())
@@ -67,12 +92,28 @@ def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes):
         for first, last in ((0, 20), (20, 33), (33, 48)):
             rows = [x[:, :, first:last] for x in (do, q)]
             parts = list(rectangles(first, last, S, mask, 13))
-            o, lse = attend(rows[1], keys, values, parts, first, None)
+            o, lse = attend(rows[1], keys, values, parts, first, kernel)
             outputs.append(o)
-            dq.append(attend_backward(*rows, keys, values, o, lse, dk, dv, parts, first, None))
+            dq.append(attend_backward(*rows, keys, values, o, lse, dk, dv, parts, first, kernel))
     found = torch.cat(outputs, 2), torch.cat(dq, 2), dk, dv
     for name, mine, true in zip("oqkv", found, (expected, q64.grad, k64.grad, v64.grad), strict=True):
         assert (mine.double() - true).norm() <= LIMITS[dtype] * true.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "softcap", "kernel"),
+    [
+        ("cpu", torch.float32, 512, None, FlashKernel),
+        ("cuda", torch.bfloat16, 256, None, FlashKernel),
+        ("cuda", torch.bfloat16, 512, None, TorchKernel),
+        ("cuda", torch.float32, 64, None, TorchKernel),
+        ("cpu", torch.float32, 64, 50.0, TorchKernel),
+    ],
+)
+def test_plain_torch_attends_where_flash_attention_cannot(device, dtype, head_dim, softcap, kernel):
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 3, head_dim, dtype=dtype, device=device)
+    assert type(kernel_for(q, None, softcap)) is kernel
 
 
 def test_the_cuda_ops_take_these_arguments_by_their_meta_kernels():
