@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import without_dropout
 from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 
@@ -257,8 +257,15 @@ def draw_weights(model: torch.nn.Module) -> None:
 
 
 def causal_lm(config: Any) -> PreTrainedModel:
-    """Build a bf16 model with sdpa on the default device, with transformers' initial weights."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    """Build a bf16 model with sdpa on the default device, with transformers' initial weights.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    except ValueError as error:
+        raise UnsupportedModelError(f"model_type='{config.model_type}': {str(error).partition('. ')[0]}") from error
 
 
 def has_weights(model: str) -> bool:

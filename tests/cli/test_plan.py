@@ -309,3 +309,10 @@ def test_the_plan_depends_neither_on_a_compiler_nor_on_tritons_interpreter(tmp_p
         for changed in ({"TRITON_INTERPRET": "0"}, {"TRITON_INTERPRET": "0", **without}, {"TRITON_INTERPRET": "1"})
     ]
     assert said[0] == said[1] == said[2] and json.loads(said[0])["longest"] > 0
+
+
+def test_a_model_without_sdpa_is_an_error_in_one_line(tmp_path, capsys):
+    CONFIG_MAPPING["gemma2"](num_hidden_layers=1).to_json_file(tmp_path / "config.json")
+    assert main(["plan", "--model", str(tmp_path / "config.json"), "--num_gpus", "1"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ds_alst plan: model_type='gemma2': Gemma2ForCausalLM does not support")
