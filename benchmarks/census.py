@@ -174,10 +174,15 @@ def ask_in_chunks(name: str) -> Verdict:
     (model_class, small), groups = small_of(name), _groups(2)
     reasons, layers = list[str](), 0
 
+    def build(config: Any) -> Any:
+        model = model_class(config)
+        if model.supports_gradient_checkpointing:  # in the unsplit model too: its random numbers are a checkpoint's
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        return model
+
     def patch(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
         nonlocal layers
-        if layers := len(spec.checkpointed_layers):
-            spec.model.activation_checkpointing_enable({"use_reentrant": False})
+        layers = sum(layer.gradient_checkpointing for layer in spec.checkpointed_layers)
         found = run_in_chunks(spec, _CHUNKS, groups.sp_control_group, calls, lambda layer: None, patches)
         reasons.extend(found[1] or ([] if layers else ["transformers checkpoints no layers of it"]))
 
@@ -186,7 +191,7 @@ def ask_in_chunks(name: str) -> Verdict:
         mock.patch.object(LeanCall, "backward", autospec=True, side_effect=LeanCall.backward) as in_chunks,
     ):
         warnings.simplefilter("always")
-        verdict = compare(model_class, small, groups, patch=patch)
+        verdict = compare(build, small, groups, patch=patch)
     said = (str(each.message).partition("runs on the ordinary path: ")[2] for each in caught)
     reasons += dict.fromkeys(reason for reason in said if reason)
     if verdict.outcome != "right" or in_chunks.call_count == layers > 0:

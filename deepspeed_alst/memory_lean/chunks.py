@@ -1,9 +1,12 @@
 """Chunks of tokens: their sizes, what is saved of them, and arguments cut for them."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.errors import SetupError
 
@@ -80,9 +83,35 @@ def joined(tiles_BHtD: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def own_gradient(dy: torch.Tensor) -> torch.Tensor:
-    """Return a gradient that may be written to: itself, if autograd has no other use for it, or a copy."""
-    is_own = dy._use_count() == 1 and dy.is_contiguous()
+    """Return a gradient that may be written to: itself, if nothing else has it, or a copy; call it from a backward."""
+    is_alone = dy._use_count() == 1 and dy._base is None and sys.getrefcount(dy) <= references_of_a_gradient()
+    # The storage that is asked here is one more.
+    is_own = is_alone and dy.is_contiguous() and torch._C._storage_Use_Count(dy.untyped_storage()._cdata) == 2
     return dy if is_own else dy.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def references_of_a_gradient() -> int:
+    """Count Python's references to a gradient in ``own_gradient`` that no hook of the program has kept."""
+    found: list[int] = []
+
+    def count(dy: torch.Tensor) -> None:
+        found.append(sys.getrefcount(dy))
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            count(dy)
+            return dy
+
+    with torch.enable_grad():
+        Probe.apply(torch.ones(1, requires_grad=True)).mul(2).sum().backward()
+    return found[0]
 
 
 def check_first_backward(is_first: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.config.schema import AutoMemoryLeanConfig, MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -13,6 +14,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.kernels import define_ops
+from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
 from deepspeed_alst.memory_lean.decoder_layer import LeanLayer, new_group, sizes_of
 from deepspeed_alst.memory_lean.hf_one_rank import register_on_one_rank
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
@@ -49,7 +51,8 @@ class MemoryLeanLayers(Feature):
             return
         define_ops("gated")
         policy = None if self._offload is None else self._offload.policy
-        on_any_rank = bool if group is None else lambda mine: any(gather_objects(mine, run.control_group))
+        alone = dist.get_world_size(run.control_group) == 1
+        on_any_rank = bool if alone else functools.partial(_on_any_rank, run.control_group)
         self._layers, self._reasons = run_in_chunks(
             run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_rank
         )
@@ -63,6 +66,10 @@ class MemoryLeanLayers(Feature):
             sizes += f", in shards of {least:,} tokens or more"
         ordinary = [f"{number} ordinary: {reason}" for reason, number in self._reasons.items()]
         return [("memory-lean layer", "; ".join([f"{self._layers} layers in {sizes}", *ordinary]))]
+
+
+def _on_any_rank(group: Any, mine: bool) -> bool:
+    return any(gather_objects(mine, group))
 
 
 def run_in_chunks(
@@ -85,13 +92,14 @@ def run_in_chunks(
         leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
         patches: undoes it.
         policy: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
-        on_any_rank: tells in each layer's first forward if something is true on any rank.
+        on_any_rank: tells if something is true on any rank; called by all of them.
 
     Returns:
         The number of layers in chunks, and the reasons why others are ordinary.
     """
     modules = {name: TiledModule(name, module) for name, module in token_wise_modules(spec).items()}
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
+    references_of_a_gradient()  # outside of a backward
     stream, calls.chunks_from = ResidualStream(spec, calls, patches), config.min_tokens
     ordinary = _attention_dropout(spec) or (register_on_one_rank(spec, calls, patches) if group is None else "")
     for path, layer in spec.layers.items():

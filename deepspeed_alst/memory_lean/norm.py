@@ -28,12 +28,12 @@ class ChunkedNorm:
     @torch.compiler.disable
     def forward(self, x_BsM: torch.Tensor) -> torch.Tensor:
         """Run the norm chunk by chunk; with a graph, again in the backward."""
-        if x_BsM.dim() != 3 or not self.module.training or x_BsM.shape[1] < self.stream.calls.chunks_from:
+        if x_BsM.dim() != 3 or not self.module.training or not self.stream.calls.in_chunks:
             return self.original(x_BsM)
         has_graph = torch.is_grad_enabled()
         taken = self.stream.take(self.module, x_BsM) if has_graph else []
         y_BsM = _NormPass.apply(self, has_graph, bool(taken), x_BsM, *self.module.parameters())
-        self.stream.replace(taken, y_BsM)
+        self.stream.replace(self.module, taken, y_BsM)
         return y_BsM
 
 
@@ -47,7 +47,7 @@ class _NormPass(torch.autograd.Function):
         for chunk in ctx.chunks:
             if saves:
                 ctx.inputs.append(norm.new_group()(x_BsM[:, chunk]))
-            y_BcM = norm.original(x_BsM[:, chunk])
+            y_BcM = norm.original(x_BsM[:, chunk].contiguous())
             if y_BsM is None:
                 y_BsM = x_BsM if in_place and y_BcM.dtype == x_BsM.dtype else y_BcM.new_empty(x_BsM.shape)
             y_BsM[:, chunk] = y_BcM

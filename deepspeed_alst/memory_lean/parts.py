@@ -87,7 +87,7 @@ class LayerParts:
             try:
                 self._forward(x_BtM, **kwargs)
             except _Reached as reached:
-                return reached.call
+                return _as_autocast(reached.call)
         raise UnsupportedLayerError(f"{type(self._layer).__name__} does not call transformers' attention interface")
 
     def tail(
@@ -145,6 +145,14 @@ class LayerParts:
             o = call.q.new_ones(*call.q.shape[:1], call.q.shape[2], call.q.shape[1], call.v.shape[3]).requires_grad_()
             y, _ = self.tail(x, o, kwargs)
             in_tail = _reached_by(y, [each for each in made if each[0] in fronts])
+        kept = [
+            f"{type(module).__name__}.{name}"
+            for module in self._layer.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None
+        ]
+        if kept:
+            raise UnsupportedLayerError(f"{kept[0]} keeps a tensor with a graph, which would be a tile's")
         try:
             refuse_foreign_weights([call.q, call.k, call.v, y], (x, o, *own), type(self._layer).__name__)
         except UnsupportedModelError as error:
@@ -212,6 +220,15 @@ class _ClosedForm(torch.autograd.Function):
         dx_BtM = torch.empty_like(x_BtM, memory_format=torch.contiguous_format)
         ctx.form.backward(x_BtM.flatten(0, -2), dy_BtM.flatten(0, -2).contiguous(), ctx.sums, dx_BtM.flatten(0, -2))
         return dx_BtM, None, None, None
+
+
+def _as_autocast(call: AttentionCall) -> AttentionCall:
+    """Cast q, k and v as autocast does for torch's attention."""
+    kind = call.q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return call
+    dtype = torch.get_autocast_dtype(kind)
+    return call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
 
 
 def _stop(*call: Any) -> torch.Tensor:

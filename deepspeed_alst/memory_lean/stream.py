@@ -3,6 +3,7 @@
 Its first tensor is the embeddings' output, which the decoder's own frame would hold until its end.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,15 @@ from deepspeed_alst.memory_lean.hf_records import HOOKS, records_layers
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.gated_mlp import is_user_hook
 
+_CALLERS_OF_LAYERS = ("torch", "deepspeed", "deepspeed_alst")  # which pass arguments on in tuples
+
 
 class ResidualStream:
     """Tensors of one forward that share the memory of the stream between the last layer and the next."""
 
     def __init__(self, spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
         self.calls, self._patches, self._seen = calls, patches, list[Callable[[], torch.Tensor | None]]()
+        self._kept = dict[torch.nn.Module, bool]()  # by a caller's name, which the first forward tells
         if spec.embeddings is not None:
             patches.hook(spec.embeddings, "forward", self._note_output)
 
@@ -51,13 +55,33 @@ class ResidualStream:
         if not seen or _memory(seen[0]) != memory or is_watched(module, but=(HOOKS,)) or records_layers():
             return []
         taken = [*seen, x_BsM]
-        return taken if all(_memory(each) != memory for each in others) and _are_alone(taken) else []
+        if module not in self._kept:
+            self._kept[module] = _is_kept_by_a_caller(taken)
+        is_free = not self._kept[module] and all(_memory(each) != memory for each in others)
+        return taken if is_free and _are_alone(taken) else []
 
-    def replace(self, taken: list[torch.Tensor], y_BsM: torch.Tensor) -> None:
+    def replace(self, module: torch.nn.Module, taken: list[torch.Tensor], y_BsM: torch.Tensor) -> None:
         """Continue with a module's output. What still refers to tensors that were taken reads NaN."""
         for each in taken:
             each.data = each.new_full((), torch.nan).expand(each.shape)
-        self._seen = [weakref.ref(y_BsM)]
+        self._seen = [] if is_watched(module, but=(HOOKS,)) else [weakref.ref(y_BsM)]
+
+
+def _is_kept_by_a_caller(taken: list[torch.Tensor]) -> bool:
+    """Return True if a function that calls the layer has the stream under two names, or in a container.
+
+    A decoder has it under one, and the embeddings' output as ``inputs_embeds`` too.
+    """
+    ids, frame = set(map(id, taken)), inspect.currentframe()
+    while frame is not None:
+        home = frame.f_globals.get("__name__", "")
+        if home != "transformers.modeling_layers" and home.partition(".")[0] not in _CALLERS_OF_LAYERS:
+            values = {name: value for name, value in frame.f_locals.items() if name != "inputs_embeds"}
+            held = [value for value in values.values() if isinstance(value, list | tuple) and ids & set(map(id, value))]
+            if held or sum(id(value) in ids for value in values.values()) > 1:
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _are_alone(taken: list[torch.Tensor]) -> bool:
@@ -87,5 +111,7 @@ def is_watched(module: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
         but: modules of the code whose hooks do not count.
     """
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*torch.nn.modules.module._global_forward_hooks.values()]
+    hooks += [*torch.nn.modules.module._global_forward_pre_hooks.values()]
     # transformers.modeling_utils marks embeddings as requiring a gradient.
     return any(is_user_hook(hook) and hook.__module__ not in ("transformers.modeling_utils", *but) for hook in hooks)

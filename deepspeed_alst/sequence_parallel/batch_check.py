@@ -73,6 +73,7 @@ def check_batches(
             raise DataError(problem)
         calls.documents = tuple(bounds)
         calls.highest = max(everyone[rank][0].highest for rank in groups.ranks)
+        calls.in_chunks = max(each.shape[1] for each, _ in everyone) >= calls.chunks_from
         if planner is not None:
             raise_on_all_ranks(refusal, groups.control_group)
             is_new = True

@@ -53,6 +53,8 @@ class ForwardContext:
     """Takes attention calls in place of a backend while a part of a memory-lean layer runs (memory_lean/parts.py)."""
     chunks_from: int = 0
     """Tokens of a shard from which memory-lean layers run in chunks, below as without the key; 0 if all do."""
+    in_chunks: bool = True
+    """False if they run as without the key in this forward, on all ranks: ZeRO reduces gradients in their order."""
     core: str = ""
     """Attention implementation that the model was loaded with."""
     documents: tuple[int, ...] = ()

@@ -118,8 +118,8 @@ class ModelCheck:
             patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
             device = torch.device(self._engine.device)
             # Layers that only a long shard runs in chunks are checked both ways.
-            for least in sorted({session.calls.chunks_from, 0}, reverse=True):
-                with session.calls.having(chunks_from=least):
+            for in_chunks in {not session.calls.chunks_from, True}:
+                with session.calls.having(in_chunks=in_chunks):
                     summary = check_live_model(self._spec, session.groups, session.calls, device)
         _forget_trace(self._engine)
         self._checked.add(model.training)

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -99,11 +100,11 @@ def test_chunks_of_a_backward_that_never_comes_are_released():
 
 
 def test_embeddings_are_freed_once_they_are_saved_and_a_read_of_them_is_nan():
-    with lean_model(CheckpointPolicy(ActivationStore(HostBufferPool()))) as model:
-        read, original = [], model.model.embed_tokens.forward
-        model.model.embed_tokens.forward = lambda ids: read.append(original(ids)) or read[-1]
+    with lean_model() as model:
+        kept, original = SimpleNamespace(), model.model.embed_tokens.forward
+        model.model.embed_tokens.forward = lambda ids: vars(kept).update(x=original(ids)) or kept.x
         loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
-        assert read[0].untyped_storage().nbytes() == read[0].element_size() and read[0].isnan().all()
+        assert kept.x.untyped_storage().nbytes() == kept.x.element_size() and kept.x.isnan().all()
         loss.backward()
     assert_close({name: param.grad for name, param in model.named_parameters()}, ordinary_gradients())
 
@@ -401,3 +402,119 @@ def test_a_family_that_cannot_be_cut_is_ordinary(model_type, keys, reason):
         run_in_chunks(ModelSpec(model), LEAN, None, ForwardContext(), lambda layer: None, patches)
         found = gradients(model)
     assert_close(found, expected)
+
+
+def keeps_first(decoder, states):
+    """Add the first layer's input to the last one's output, as decoders with a skip over all layers do."""
+    first = x = states
+    for each in decoder.layers:
+        x = each(x, position_embeddings=decoder.rotary_emb(x, torch.arange(TOKENS)[None]))
+    return x + first
+
+
+def keeps_all(decoder, x):
+    """Add all states, kept in a tuple."""
+    states = (x,)
+    for each in decoder.layers:
+        x = each(x, position_embeddings=decoder.rotary_emb(x, torch.arange(TOKENS)[None]))
+        states += (x,)
+    return sum(states)
+
+
+@pytest.mark.parametrize("run", [keeps_first, keeps_all])
+def test_a_stream_that_the_decoder_keeps_stays(run):
+    def with_skip(model):
+        make = torch.Generator().manual_seed(1)
+        x = model.model.embed_tokens(torch.randint(0, 97, (2, TOKENS), generator=make))
+        run(model.model, x.sin()).square().mean().backward()
+        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+    with lean_model() as model:
+        found = with_skip(model)
+    assert_close(found, with_skip(build_model(family_config("llama")).train()))
+
+
+def test_a_layers_output_that_a_hook_of_the_program_keeps_stays():
+    def with_term(model):
+        kept = []
+        model.model.layers[0].register_forward_hook(lambda module, args, output: kept.append(output))
+        loss = model(**family_batch(TOKENS, 2), use_cache=False).loss
+        (loss + kept[0].square().mean()).backward()
+        return {name: param.grad for name, param in model.named_parameters()}
+
+    with lean_model() as model:
+        found = with_term(model)
+    assert_close(found, with_term(build_model(family_config("llama")).train()))
+
+
+def test_gradients_that_hooks_keep_stay():
+    def kept_gradients(model):
+        kept = []
+        for each in (*model.model.layers, model.model.norm):
+            each.register_full_backward_hook(lambda module, of_inputs, of_outputs: kept.append(of_outputs[0]))
+        gradients(model)
+        return {str(number): grad for number, grad in enumerate(kept)}
+
+    with lean_model() as model:
+        found = kept_gradients(model)
+    assert_close(found, kept_gradients(build_model(family_config("llama")).train()))
+
+
+def test_a_gradient_that_another_branch_needs_stays():
+    """An add of views, whose backward hands one gradient's memory to both branches."""
+
+    def flat_add(model):
+        x = model.model.embed_tokens(family_batch(TOKENS, 2)["input_ids"])
+        side = model.model.norm(x)
+        y = model.model.layers[0](x, position_embeddings=model.model.rotary_emb(x, torch.arange(TOKENS)[None]))
+        total = (y.view(-1, 32) + side.view(-1, 32)).view(x.shape)
+        total.sin().square().sum().backward()
+        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+    with lean_model() as model:
+        found = flat_add(model)
+    assert_close(found, flat_add(build_model(family_config("llama")).train()))
+
+
+class KeepsLoss(torch.nn.Linear):
+    """A projection that keeps a term of the loss for the program to add."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.aux = y.square().mean()
+        return y
+
+
+class ByPlace(torch.nn.Linear):
+    """A projection that scales its output by the index in its input."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(KeepsLoss, "keeps a tensor with a graph"), (ByPlace, "depends on a token's place or the length")],
+)
+def test_a_layer_that_needs_all_tokens_is_ordinary(kind, reason):
+    def change(model):
+        for each in model.model.layers:
+            each.mlp.up_proj.__class__ = kind
+
+    with lean_model() as model:
+        change(model)
+        with pytest.warns(UserWarning, match=reason):
+            found = gradients(model)
+    assert_close(found, ordinary_gradients(change))
+
+
+def test_chunks_attend_in_the_dtype_of_autocast():
+    def in_bf16(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients(model)
+
+    with lean_model() as model:
+        found = in_bf16(model)
+    expected = in_bf16(build_model(family_config("llama")).train())
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 0.03 * grad.norm(), name
