@@ -84,19 +84,24 @@ def joined(tiles_BHtD: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def own_gradient(dy: torch.Tensor) -> torch.Tensor:
     """Return a gradient that may be written to: itself, if nothing else has it, or a copy; call it from a backward."""
-    is_alone = dy._use_count() == 1 and dy._base is None and sys.getrefcount(dy) <= references_of_a_gradient()
+    of_dy, of_base = references_of_a_gradient()
+    base = dy._base  # such as a gradient of flat rows
+    has_base_alone = base is None or (base._use_count() == 2 and sys.getrefcount(base) <= of_base)
+    is_alone = has_base_alone and dy._use_count() == 1 and sys.getrefcount(dy) <= of_dy
     # The storage that is asked here is one more.
-    is_own = is_alone and dy.is_contiguous() and torch._C._storage_Use_Count(dy.untyped_storage()._cdata) == 2
+    tensors = torch._C._storage_Use_Count(dy.untyped_storage()._cdata) - 1
+    is_own = is_alone and dy.is_contiguous() and tensors == (1 if base is None else 2)
     return dy if is_own else dy.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
-def references_of_a_gradient() -> int:
-    """Count Python's references to a gradient in ``own_gradient`` that no hook of the program has kept."""
-    found: list[int] = []
+def references_of_a_gradient() -> tuple[int, int]:
+    """Count Python's references to a gradient and to its base in ``own_gradient``, if no hook has kept either."""
+    found: list[tuple[int, int]] = []
 
     def count(dy: torch.Tensor) -> None:
-        found.append(sys.getrefcount(dy))
+        base = dy._base
+        found.append((sys.getrefcount(dy), sys.getrefcount(base)))
 
     class Probe(torch.autograd.Function):
         @staticmethod
@@ -110,7 +115,7 @@ def references_of_a_gradient() -> int:
             return dy
 
     with torch.enable_grad():
-        Probe.apply(torch.ones(1, requires_grad=True)).mul(2).sum().backward()
+        Probe.apply(torch.ones(1, 1, requires_grad=True)).flatten().sin().sum().backward()
     return found[0]
 
 
