@@ -404,11 +404,12 @@ def test_a_family_that_cannot_be_cut_is_ordinary(model_type, keys, reason):
     assert_close(found, expected)
 
 
-def keeps_first(decoder, states):
-    """Add the first layer's input to the last one's output, as decoders with a skip over all layers do."""
-    first = x = states
+def keeps_first(decoder, x):
+    """Add the first layer's output to the last one's, as decoders with a skip over layers do."""
+    first = None
     for each in decoder.layers:
         x = each(x, position_embeddings=decoder.rotary_emb(x, torch.arange(TOKENS)[None]))
+        first = x if first is None else first
     return x + first
 
 
