@@ -18,7 +18,7 @@ from benchmarks.gpu import DEEPSPEED, LEAN, PLAIN, SYSTEMS, TILES, layers
 from benchmarks.gpu.jobs import LATE, Job, guarded, rows_of
 from benchmarks.gpu.longest import bisect
 from benchmarks.gpu.scale import batch_of, model_of, scale_of, system_on
-from deepspeed_alst.memory_lean import attention
+from deepspeed_alst.memory_lean.attention_kernels import FlashKernel
 from deepspeed_alst.offload import activation_store
 
 SCALE = scale_of("cpu", 1)
@@ -34,10 +34,10 @@ def test_memory_lean_layers_are_as_exact_as_the_ordinary_path():
 
 def test_a_wrong_gradient_is_missed():
     def one_percent_off(*args):
-        return tuple(1.01 * each for each in _backward(*args))
+        return tuple(1.01 * each for each in backward(*args))
 
-    _backward = attention._backward
-    with mock.patch.object(attention, "_backward", one_percent_off):
+    backward = FlashKernel.backward
+    with mock.patch.object(FlashKernel, "backward", one_percent_off):
         assert verdicts(layers.errors(SCALE))[0] == "MISSED"
 
 
