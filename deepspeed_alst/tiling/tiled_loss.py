@@ -15,7 +15,6 @@ from deepspeed_alst.core.patching import PatchSet, add_properties, set_entry
 from deepspeed_alst.data.validation import as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_liger import check_liger_runs
 from deepspeed_alst.integrations.trl_fused_head import has_fused_head
 from deepspeed_alst.random_draws.draw_mode import branch
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -39,6 +38,8 @@ def tile_loss(
         SetupError: the chosen kernel cannot run on this machine.
     """
     if budget.backend == "liger":
+        from deepspeed_alst.integrations.hf_liger import check_liger_runs
+
         check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
     if budget.backend == "triton":
         from deepspeed_alst.kernels.registry import runs_on
