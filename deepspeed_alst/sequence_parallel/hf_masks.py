@@ -63,7 +63,7 @@ class MaskSpec:
     """Bounds of packed documents, ``[N + 1]`` from 0 to S; empty if the sequence is one document."""
     rows: tuple["MaskSpec", ...] = ()
     """Mask of each sample of a batch, in place of the above, if their documents differ: at SP 1 only."""
-    dense: Callable[[], Any] = field(default=_no_tensor, compare=False)
+    dense: Callable[[], Any] = field(default=_no_tensor, compare=False, repr=False)
     """Makes transformers' own mask, at SP 1 for what needs a tensor (memory_lean/hf_one_rank.py)."""
 
     def hides_nothing(self, length: int) -> bool:
