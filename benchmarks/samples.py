@@ -17,7 +17,9 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -362,6 +364,21 @@ def memory_lean() -> str:
     return markdown(("model", "memory-lean", *others, "constant, GiB", "host, a layer", "matrix FLOPs"), rows)
 
 
+def trainers() -> str:
+    """Return which of TRL's trainers run on shards, as the package decides it."""
+    import trl
+
+    from deepspeed_alst.integrations.trl_losses import REFUSED, refusals
+
+    rows = []
+    for name in sorted(name for name in trl._import_structure["trainer"] if name.endswith("Trainer")):
+        trainer = object.__new__(getattr(trl, name))
+        trainer.args = SimpleNamespace()
+        needs = ", ".join(f"`{key}={value!r}`" for key, (value, _) in REFUSED.get(name, {}).items())
+        rows.append((f"`{name}`", "refused" if refusals(trainer) else f"right{f', with {needs}' if needs else ''}"))
+    return markdown((f"TRL {metadata.version('trl')}", "under sequence parallelism"), rows)
+
+
 SAMPLES: dict[str, Callable[[], str]] = {
     "bad keys": lambda: config_errors(
         {"sequence_parallel_size": 3, "alst": {"pad_to_multiple": 64, "liger_kernel": "on"}}
@@ -383,6 +400,7 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "tiled MLP": tiled_mlp,
     "tiled loss": tiled_loss,
     "memory-lean": memory_lean,
+    "trainers": trainers,
 }
 SLOW = (
     "bucket plan",

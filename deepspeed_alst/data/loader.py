@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.config.config_file import find_config, near_misses
-from deepspeed_alst.data.sharding import fingerprint, shard_batch, tokens_of, uncut
+from deepspeed_alst.data.sharding import fingerprint, shard_batch, uncut
 from deepspeed_alst.data.validation import Vocabulary, checked
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
@@ -176,7 +176,10 @@ class ShardedDataLoader(_Wrapper):
             shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
             # Errors of unpickling must occur here: after the exchange they would stop some ranks alone.
             _unpacked(shards[0])
-            header = Header(sizes=tuple(map(len, shards)), digest=fingerprint(tokens_of(whole)))
+            header = Header(
+                sizes=tuple(map(len, shards)),
+                digest=fingerprint(*(x for x in whole.values() if isinstance(x, torch.Tensor) and x.dim())),
+            )
         except AlstError as error:
             return Header(error=str(error)), [], error
         except Exception as error:

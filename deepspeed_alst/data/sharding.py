@@ -99,8 +99,8 @@ def _stamp(shards: list[dict[str, Any]], tokens: torch.Tensor, positions: torch.
 
 
 def uncut(batch: Mapping[str, Any], sp_size: int) -> ShardedBatch:
-    """Return the whole batch in place of each shard; raise DataError if it has no tokens."""
-    _whole_sequences(batch)
+    """Return the whole batch in place of each shard; raise DataError if it is not a mapping."""
+    _check_mapping(batch)
     tensors = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor)}
     return ShardedBatch([tensors] * sp_size, {key: x for key, x in batch.items() if key not in tensors})
 
@@ -115,6 +115,39 @@ def shift_labels(labels_BS: torch.Tensor) -> torch.Tensor:
     return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
+def pad_on_the_right(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Move each row's padding from the left to the right, where causal attention does not see it.
+
+    Returns:
+        The batch, whose tokens keep their positions, and each row's first token ``[B]``; None if none is padded.
+
+    Raises:
+        DataError: the first token of a row has a label, which its padding would have to predict.
+    """
+    mask_BS = batch.get("attention_mask")
+    if not isinstance(mask_BS, torch.Tensor) or mask_BS.dim() != 2:
+        return batch, None
+    first_B = (mask_BS != 0).to(torch.int8).argmax(dim=1)
+    if not first_B.any():
+        return batch, None
+    S = mask_BS.shape[1]
+    moved_BS = torch.arange(S, device=mask_BS.device) + first_B[:, None]
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(S, device=mask_BS.device).expand(mask_BS.shape)
+    rows = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor) and x.shape[:2] == mask_BS.shape}
+    for key in LABEL_KEYS:
+        if key in rows and ((rows[key].gather(1, first_B[:, None])[:, 0] != IGNORED_LABEL) & (first_B > 0)).any():
+            raise DataError(
+                f"{key} has a label on the first token of a row that is padded on the left: padding would predict it. "
+                f"Set it to {IGNORED_LABEL}, or pad on the right"
+            )
+    padded = {
+        key: x.take_along_dim((moved_BS % S).view(*moved_BS.shape, *[1] * (x.dim() - 2)), 1) for key, x in rows.items()
+    }
+    return {**batch, **padded, "position_ids": positions.take_along_dim(moved_BS.clamp(max=S - 1), -1)}, first_B
+
+
 def fingerprint(*tensors: torch.Tensor) -> int:
     """Return 56 bits of a hash of tensors' bytes."""
     digest = hashlib.blake2b(digest_size=7)
@@ -125,11 +158,7 @@ def fingerprint(*tensors: torch.Tensor) -> int:
 
 def _whole_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors of a batch that have a sequence dim, checked, and the rest."""
-    if not isinstance(batch, Mapping):
-        raise DataError(
-            f"a batch must be a mapping of names to tensors (input_ids, labels, ...), not {type(batch).__name__}; "
-            "give the loader a collate_fn that returns a dict"
-        )
+    _check_mapping(batch)
     anchor = next((batch[key] for key in _LENGTH_KEYS if isinstance(batch.get(key), torch.Tensor)), None)
     if anchor is None or anchor.dim() < 2:
         raise DataError(
@@ -157,6 +186,14 @@ def _whole_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor],
         if x.dim() != 2 and key in ("input_ids", *LABEL_KEYS):
             raise DataError(f"{key} has shape {list(x.shape)}, and must be [batch, sequence]")
     return whole, common
+
+
+def _check_mapping(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"a batch must be a mapping of names to tensors (input_ids, labels, ...), not {type(batch).__name__}; "
+            "give the loader a collate_fn that returns a dict"
+        )
 
 
 def _take_mask(common: dict[str, Any], whole: dict[str, torch.Tensor]) -> torch.Tensor | None:

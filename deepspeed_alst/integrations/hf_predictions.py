@@ -20,7 +20,7 @@ from deepspeed_alst.integrations.hf_trainer import (
     NUM_LABELS,
     check_trainer,
     exchange_batches,
-    overrides,
+    takes_whole_batches,
     whole_sequence_smoothing,
 )
 from deepspeed_alst.tiling.tiled_loss import logits_wanted
@@ -38,7 +38,7 @@ def evaluation(trainer: Any) -> Iterator[None]:
     shards for the loss.
     """
     predict, preprocess = trainer.prediction_step, trainer.preprocess_logits_for_metrics
-    whole = overrides(trainer, "prediction_step", "compute_loss", "_prepare_inputs")
+    whole = takes_whole_batches(trainer, "prediction_step")
 
     @functools.wraps(predict)
     def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:

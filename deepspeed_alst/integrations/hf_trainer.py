@@ -17,6 +17,7 @@ from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, sum_over_shards, whole_sequence_divisor
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.integrations.trl_losses import MicroSteps, makes_own_loss, refusals
 from deepspeed_alst.tiling.lazy_logits import share_of_loss
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
 
@@ -47,16 +48,23 @@ def training_step(
         f"in training of {trainer.state.max_steps} steps, {batches} batches for a step"
         f"{', the last of its data' * gradient_state.end_of_dataloader}"
     )
-    whole = overrides(trainer, "compute_loss", "_prepare_inputs")
-    micro_steps = exchange_batches(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)
-    losses = []
-    for place, (batch, extras) in enumerate(micro_steps):
-        # Only the last micro-step reduces gradients and steps the weights.
-        gradient_state._set_sync_gradients(last_of_step and place == len(micro_steps) - 1)
-        # A program's own compute_loss gets the whole batch, as at SP 1, and the engine shards it.
-        splitting = session.whole_batches() if whole else contextlib.nullcontext()
-        with session.averaged_over_micro_steps(), whole_sequence_smoothing(trainer, session, batch, whole), splitting:
-            losses.append(original(trainer, model, batch, extras[NUM_ITEMS]))
+    whole, losses, P = takes_whole_batches(trainer), [], session.groups.sp_size
+    steps = MicroSteps(trainer, session.groups.sp_rank, P) if makes_own_loss(trainer) else None
+    with session.whole_batches() if whole else contextlib.nullcontext(), PatchSet() as patches:
+        inputs = steps.prepare(inputs, patches) if steps else inputs
+        for place, (batch, extras) in enumerate(
+            exchange_batches(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)
+        ):
+            # Only the last micro-step reduces gradients and steps the weights.
+            gradient_state._set_sync_gradients(last_of_step and place == P - 1)
+            # A program's own compute_loss gets the whole batch, as at SP 1, and the engine shards it.
+            smoothing = whole_sequence_smoothing(trainer, session, batch, whole)
+            with (
+                session.averaged_over_micro_steps(),
+                smoothing,
+                steps.step(place) if steps else contextlib.nullcontext(),
+            ):
+                losses.append(original(trainer, model, batch, extras[NUM_ITEMS]))
     return losses[session.groups.sp_rank]
 
 
@@ -64,6 +72,11 @@ def overrides(trainer: Any, *names: str) -> bool:
     """Return True if the program overrides a Trainer's method; transformers' and TRL's work on shards."""
     homes = (getattr(getattr(trainer, name), "__module__", None) or "" for name in names)
     return any(home != "transformers.trainer" and not home.startswith("trl.") for home in homes)
+
+
+def takes_whole_batches(trainer: Any, *methods: str) -> bool:
+    """Return True for a loss that is not the model's own: the engine splits its batches, and gathers what it reads."""
+    return makes_own_loss(trainer) or overrides(trainer, "compute_loss", "_prepare_inputs", *methods)
 
 
 def check_trainer(trainer: Any) -> None:
@@ -79,17 +92,7 @@ def check_trainer(trainer: Any) -> None:
             "compute_loss_func: it would compute a shard's loss from a shard's logits. Use the model's own loss, or "
             "override Trainer.compute_loss and modify outputs.loss, which is the whole sequence's"
         )
-    kind = next((each.__name__ for each in type(trainer).__mro__ if each.__module__.startswith("trl.")), "_BaseTrainer")
-    if kind not in ("SFTTrainer", "_BaseTrainer"):
-        problems.append(
-            f"{kind}: losses of preference and reinforcement learning, rewards and distillation need the "
-            "log-probabilities of whole sequences, and a rank has those of a shard. Leave sequence_parallel_size out, "
-            "or use SFTTrainer"
-        )
-    elif getattr(args, "loss_type", "nll") not in (None, "nll"):
-        problems.append(
-            f"loss_type={args.loss_type!r}: it would be computed from a shard's log-probabilities. Use 'nll'"
-        )
+    problems += refusals(trainer)
     if args.neftune_noise_alpha:
         problems.append(
             f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, and a rank "

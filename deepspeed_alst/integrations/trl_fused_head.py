@@ -1,7 +1,8 @@
 """TRL's fused LM head under sequence parallelism.
 
-It returns the log-probability of each labelled token of this rank's shard, whose sum TRL's trainers divide by their own
-count. The sum is therefore made the full sequence's, with the gradient of the package's own loss.
+It returns the log-probability of each labelled token of this rank's shard. TRL's loss of a shard divides their sum by
+its own count, so the sum is made the full sequence's, with the gradient of the package's own loss. In a batch that the
+engine splits, the numbers of all shards are gathered instead, 4 bytes a token, for a loss of the program's own.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
 class _SummedOverShards(torch.autograd.Function):
@@ -27,6 +30,27 @@ class _SummedOverShards(torch.autograd.Function):
         return grad_Bs * ctx.factor, None, None
 
 
+class _Gathered(torch.autograd.Function):
+    """``[B, s] -> [B, S]``; the loss made of it is the same on all ranks, so its gradient is not exchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Bs: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.rank, ctx.ranks = dist.get_rank(group), dist.get_world_size(group)
+        send = x_Bs.to(torch.uint8) if x_Bs.dtype == torch.bool else x_Bs.contiguous()
+        shards = [torch.empty_like(send) for _ in range(ctx.ranks)]
+        dist.all_gather(shards, send, group=group)
+        return torch.cat(shards, dim=1).to(x_Bs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BS: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_BS.chunk(ctx.ranks, dim=1)[ctx.rank] * ctx.ranks, None  # distributed/sequence_loss.py
+
+
+def gather_tokens(x_Bs: torch.Tensor, group: Any) -> torch.Tensor:
+    """Gather numbers of each token, ``[B, s] -> [B, S]``, with their gradient. Collective over the sequence's ranks."""
+    return _Gathered.apply(x_Bs, group)
+
+
 def has_fused_head(output: Any) -> bool:
     """Return True if an output is a fused head's: log-probabilities computed in tiles, no logits."""
     return getattr(output, "log_probs", None) is not None and getattr(output, "label_mask", None) is not None
@@ -38,14 +62,21 @@ def sum_fused_head(spec: ModelSpec, group: Any, calls: ForwardContext, patches: 
     def sum_output(module: torch.nn.Module, args: Any, output: Any) -> Any:
         if calls.whole or not has_fused_head(output):
             return None
-        log_probs_Bs, mask_Bs = output.log_probs, output.label_mask
-        local = log_probs_Bs.detach().double().sum()
-        totals = torch.stack([local, mask_Bs.sum().double()])
-        dist.all_reduce(totals, group=group)
-        whole_sum, count = totals.unbind()
-        output["log_probs"] = _SummedOverShards.apply(log_probs_Bs, whole_sum - local, dist.get_world_size(group))
-        calls.note_loss(output["log_probs"])
-        output["loss"] = -output["log_probs"].sum() / count.clamp(min=1.0).to(log_probs_Bs.dtype)
+        if calls.gathers_tokens:
+            for key in PER_TOKEN:
+                if (x_Bs := output.get(key)) is not None:
+                    output[key] = gather_tokens(x_Bs, group)
+                    calls.note_loss(output[key])
+            count = output.label_mask.sum()
+        else:
+            log_probs_Bs, mask_Bs = output.log_probs, output.label_mask
+            local = log_probs_Bs.detach().double().sum()
+            totals = torch.stack([local, mask_Bs.sum().double()])
+            dist.all_reduce(totals, group=group)
+            whole_sum, count = totals.unbind()
+            output["log_probs"] = _SummedOverShards.apply(log_probs_Bs, whole_sum - local, dist.get_world_size(group))
+            calls.note_loss(output["log_probs"])
+        output["loss"] = -output["log_probs"].sum() / count.clamp(min=1).to(output["log_probs"].dtype)
         if getattr(output, "aux_loss", None) is not None:  # the full sequence's already (moe/mixtures.py)
             output["loss"] = output["loss"] + getattr(spec.text_config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output

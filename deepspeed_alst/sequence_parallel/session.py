@@ -44,13 +44,15 @@ class Session:
         seed = gather_objects(torch.initial_seed(), control_group)[0]
         self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank))
         self.losses = NonFiniteCheck(self.groups, self.calls)
-        self._patches = patches
+        self._patches, self._outer = patches, spec.outer
         self._in_backward = False
         self._loss_divisor = 1
 
     def attach(self, engine: Any) -> None:
         """Use an engine's clock for random numbers, and give it the size of its batches."""
         self._patches.set(engine, "alst", self)
+        # A program's reference or teacher. ZeRO 3 has an "optimizer" without one.
+        self.takes_whole |= engine.client_optimizer is None and not engine.optimizer_name()
         # DeepSpeed restarts micro_steps at 0 after a resume.
         self.calls.draws.clock = lambda: (
             engine.global_steps,
@@ -92,12 +94,23 @@ class Session:
 
     @contextlib.contextmanager
     def whole_batches(self) -> Iterator[None]:
-        """Accept whole batches too in the context (sequence_parallel/whole_batches.py)."""
-        before, self.takes_whole = self.takes_whole, True
-        try:
-            yield
-        finally:
-            self.takes_whole = before
+        """Accept whole batches too in the context (sequence_parallel/whole_batches.py), also by the bare model."""
+        from deepspeed_alst.sequence_parallel.whole_batches import forward_whole_batch, is_whole_batch
+
+        outer, before, self.takes_whole = self._outer, self.takes_whole, True
+        call = outer._compiled_call_impl or outer._call_impl
+
+        def split(*args: Any, **kwargs: Any) -> Any:
+            if args or self.calls.whole or not is_whole_batch(kwargs):
+                return call(*args, **kwargs)
+            return forward_whole_batch(self, call, kwargs)
+
+        with PatchSet() as patches:
+            patches.set(outer, "_compiled_call_impl", split)  # what a module's __call__ runs, hooks included
+            try:
+                yield
+            finally:
+                self.takes_whole = before
 
     @contextlib.contextmanager
     def averaged_over_micro_steps(self) -> Iterator[None]:

@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from deepspeed_alst.data.sharding import PLACE, fingerprint, shift_labels, tokens_of
+from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_on_the_right, shift_labels, tokens_of
 from deepspeed_alst.data.validation import LABEL_KEYS
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
+from deepspeed_alst.integrations.trl_fused_head import PER_TOKEN, has_fused_head
 from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
 
 _OF_THE_WHOLE = ("loss", "aux_loss")
@@ -51,7 +52,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
         facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
-        batch = _labels_of_all(batch)
+        batch, first_B = pad_on_the_right(_labels_of_all(batch))
     except AlstError as error:
         facts = Facts(str(error))
     except Exception as error:
@@ -68,15 +69,29 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
         )
     length = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
     shards = [session.cut(batch)] if same else session.exchange(batch)
-    with session.calls.having(makes_whole_loss=True):
+    with session.calls.having(makes_whole_loss=True, gathers_tokens=True):
         outputs = [forward(**shard) for shard in shards]
     output = outputs[0 if same else groups.sp_rank]
+    if has_fused_head(output):
+        return _of_own_places(output, length, first_B)
     if session.calls.loss_follows and trains:  # the loss code knows that the logits are a shard's
         return output
     logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
     made = _whole_logits(logits, length, trains, session)
     return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, _kept_places(keep)])
+
+
+def _of_own_places(output: Any, length: int, first_B: torch.Tensor | None) -> Any:
+    """Return TRL's fused output with the tokens of the batch as it was given: ``[B, padded S] -> [B, S - 1]``."""
+    for key in PER_TOKEN:
+        if (x_BS := output.get(key)) is None:
+            continue
+        if first_B is not None:
+            places_BS = torch.arange(x_BS.shape[1], device=x_BS.device) - first_B.to(x_BS.device)[:, None]
+            x_BS = x_BS.gather(1, places_BS.clamp(min=0)).masked_fill(places_BS < 0, 0)
+        output[key] = x_BS[:, : length - 1]
+    return output
 
 
 def _labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
