@@ -92,7 +92,7 @@ style: setup
 	ruff format .
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow' --durations=10
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-full: setup
 	$(BIN)/python -m pytest --durations=20

@@ -88,6 +88,7 @@ setup(
             "hypothesis>=6.170",  # bad input of every kind
             "jsonschema>=4.26",  # ds_configs/alst.schema.json against the parser
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",  # make test, two files at a time
             "ruff>=0.17",
             "mypy>=2.4",
         ],

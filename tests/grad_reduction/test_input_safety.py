@@ -116,7 +116,7 @@ def test_a_run_leaves_nothing_in_the_home_the_working_folder_or_the_offloads_dis
             )
             for rank in ("0", "1")
         ]
-        outputs = [each.communicate(timeout=200)[0] for each in ranks]
+        outputs = [each.communicate(timeout=280)[0] for each in ranks]
     finally:
         for each in ranks:
             each.kill()
