@@ -76,6 +76,7 @@ examples: setup
 	$(LAUNCH) 2 examples/lora.py --deepspeed ds_configs/sp2.json --output runs/examples/lora
 	$(LAUNCH) 2 examples/custom_loss.py --deepspeed ds_configs/sp2.json
 	$(LAUNCH) 2 examples/custom_loss.py --deepspeed ds_configs/sp1.json
+	$(LAUNCH) 2 examples/dpo.py --deepspeed ds_configs/sp2.json
 	$(LAUNCH) 2 examples/evaluate_and_generate.py --deepspeed ds_configs/sp2.json
 	$(LAUNCH) 2 examples/resume.py --deepspeed ds_configs/sp2.json --checkpoint runs/examples/resume --steps 5
 	$(LAUNCH) 1 examples/resume.py --deepspeed ds_configs/sp1.json --checkpoint runs/examples/resume --steps 10

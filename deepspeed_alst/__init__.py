@@ -18,6 +18,7 @@ _PUBLIC = {
     "SetupError": "deepspeed_alst.errors",
     "ShapeError": "deepspeed_alst.errors",
     "UnsupportedModelError": "deepspeed_alst.errors",
+    "log_probs": "deepspeed_alst.sequence_parallel.log_probs",
     "shard_dataloader": "deepspeed_alst.data.loader",
 }
 

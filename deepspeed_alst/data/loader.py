@@ -39,7 +39,7 @@ class Header:
     place: str = ""  # in this rank's data, equal on all ranks; empty if not counted
 
 
-def shard_dataloader(loader: Any, engine: Any) -> Any:
+def shard_dataloader(loader: Any, engine: Any, whole: bool = False) -> Any:
     """Shard the batches of a loader across the ranks of a sequence.
 
     Every rank's loader must yield its own samples, as under plain data parallelism (a DistributedSampler over all
@@ -48,6 +48,8 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
     Args:
         loader: a DataLoader, or any iterable of dicts with ``input_ids`` of shape [batch, sequence].
         engine: the engine that ``deepspeed.initialize`` returned.
+        whole: yield whole batches, each to all ranks of a sequence in turn, for a loss of the program's own
+            (``log_probs``); the model itself does not take them.
 
     Raises:
         DataError: the ds_config asks for sequence parallelism, but the engine was built before this package was loaded.
@@ -55,7 +57,7 @@ def shard_dataloader(loader: Any, engine: Any) -> Any:
     """
     session = getattr(engine, "alst", None)
     if session is not None:
-        return session.shard_dataloader(loader)
+        return session.shard_dataloader(loader, whole)
     ds_config = find_config({"config": engine.config}) or {}
     if problems := [*near_misses(ds_config)]:
         raise ConfigError("\n".join(problems))

@@ -8,7 +8,7 @@ Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hid
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -17,6 +17,9 @@ from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.distributed.sequence_loss import shard_loss
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
 from deepspeed_alst.tiling.loss import LogitOps, LogitTransform, fuse_ops, loss_tile_rows, tiled_loss
+
+if TYPE_CHECKING:
+    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 # Elementwise ops on logits, recorded if their other arguments are scalars.
 _RECORDED = {
@@ -37,6 +40,8 @@ class LazyHead:
     forward: Callable[[torch.Tensor], torch.Tensor]
     """Original forward of the module."""
     budget: TiledLossConfig
+    calls: "ForwardContext | None" = None
+    """State of the model's forwards."""
     deferring: bool = False
     """True in a forward whose logits are lazy."""
     logits_wanted: bool = False
@@ -119,6 +124,29 @@ class LazyLogits(torch.Tensor):
             )
 
         return self._call(loss, self._hidden.flatten(0, -2))
+
+    def of_tokens(
+        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels_Bs: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a number of each token, made in tiles, in the backward again: ``[B, s, V], [B, s] -> [B, s]``.
+
+        ``function`` gets a tile: ``[t, V], [t, 1] -> [t, 1]``.
+        """
+        from deepspeed_alst.tiling.tiled_module import TiledModule, TiledPass
+
+        head, ops = self._head, self._ops
+
+        def number(hidden_tH: torch.Tensor, labels_t1: torch.Tensor) -> torch.Tensor:
+            return function(_apply_ops(head.forward(hidden_tH), ops), labels_t1)
+
+        tiled = TiledModule("The head", head.module, forward=number)
+        tile_rows, labels_T1 = loss_tile_rows(head.budget, self.shape[-1]), labels_Bs.reshape(-1, 1)
+
+        def numbers(hidden_TH: torch.Tensor) -> torch.Tensor:
+            weights = head.module.parameters()
+            return TiledPass.apply(tiled, self._draws, tile_rows, 2, 2, hidden_TH, labels_T1, *weights)
+
+        return self._call(numbers, self._hidden.flatten(0, -2)).view_as(labels_Bs)
 
     def materialize(self) -> torch.Tensor:
         """Compute the logits, ``[B, s, V]``; in an evaluation with the weights at the time of its loss."""

@@ -54,7 +54,7 @@ def tile_loss(
         raise UnsupportedModelError(
             f"alst.tiled_logits_loss: {spec.name} has no output embeddings (lm_head). Set the key to false."
         )
-    head = LazyHead(module, module.forward, budget)
+    head = LazyHead(module, module.forward, budget, calls)
     leaf(module)
     _patch_head(head, patches)
     _hook_forward(spec, head, calls, patches)

@@ -28,9 +28,15 @@ _CHECKED_ROWS, _MIN_CHECKED_ROWS = 64, 4
 class TiledModule:
     """A module's own forward, run tile by tile; half-precision weight gradients may be summed in fp32."""
 
-    def __init__(self, name: str, module: torch.nn.Module, fp32_accumulation: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        fp32_accumulation: bool = True,
+        forward: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
         self.name, self.module, self.fp32_accumulation = name, module, fp32_accumulation
-        self.forward = module.forward
+        self.forward = module.forward if forward is None else forward
         self.value_unused = False
         """True if a checkpointed layer's recomputation does not use the result; set by tiling/tiled_mlp.py."""
         self.last_node: Any = None

@@ -139,6 +139,16 @@ def test_terms_of_ones_own_are_right_beside_the_models_loss(ranks2):
     assert numbers[0][15] < numbers[0][0] - 1 and numbers[0][18] > 0.1
 
 
+def test_a_preference_loss_of_ones_own_is_that_of_sp1(ranks2):
+    split, whole = (
+        ranks2.run(play, "dpo.py", "--deepspeed", f"ds_configs/{name}.json", "--steps", "4")[0]
+        for name in ("sp2", "sp1")
+    )
+    numbers = [losses_of(each) + losses_of(each, "norm") for each in (split, whole)]
+    assert len(numbers[0]) == 8 and numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=2e-4)
+    assert numbers[0][3] < numbers[0][0]
+
+
 def test_a_model_is_evaluated_and_generates(ranks2):
     printed = ranks2.run(play, "evaluate_and_generate.py", "--deepspeed", "ds_configs/sp2_zero3.json")[0]
     assert printed.splitlines()[-1].endswith("abc -> defghijklm")
