@@ -148,6 +148,15 @@ def pad_on_the_right(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tenso
     return {**batch, **padded, "position_ids": positions.take_along_dim(moved_BS.clamp(max=S - 1), -1)}, first_B
 
 
+def pad_as_before(x_BS: torch.Tensor, first_B: torch.Tensor | None) -> torch.Tensor:
+    """Undo ``pad_on_the_right`` in an output, ``[B, S, ...]``, with zeros at padding on the left."""
+    if first_B is None:
+        return x_BS
+    places_BS = torch.arange(x_BS.shape[1], device=x_BS.device) - first_B.to(x_BS.device)[:, None]
+    places_BS1 = places_BS.view(*places_BS.shape, *[1] * (x_BS.dim() - 2))
+    return x_BS.take_along_dim(places_BS1.clamp(min=0), 1).masked_fill(places_BS1 < 0, 0)
+
+
 def fingerprint(*tensors: torch.Tensor) -> int:
     """Return 56 bits of a hash of tensors' bytes."""
     digest = hashlib.blake2b(digest_size=7)

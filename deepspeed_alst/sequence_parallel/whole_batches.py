@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_on_the_right, shift_labels, tokens_of
+from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_as_before, pad_on_the_right, shift_labels, tokens_of
 from deepspeed_alst.data.validation import LABEL_KEYS
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
@@ -79,18 +79,16 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
     made = _whole_logits(logits, length, trains, session)
-    return type(output)(**found, logits=made if isinstance(made, NotHere) else made[:, _kept_places(keep)])
+    if isinstance(made, torch.Tensor):
+        made = pad_as_before(made, first_B)[:, _kept_places(keep)]
+    return type(output)(**found, logits=made)
 
 
 def _of_own_places(output: Any, length: int, first_B: torch.Tensor | None) -> Any:
     """Return TRL's fused output with the tokens of the batch as it was given: ``[B, padded S] -> [B, S - 1]``."""
     for key in PER_TOKEN:
-        if (x_BS := output.get(key)) is None:
-            continue
-        if first_B is not None:
-            places_BS = torch.arange(x_BS.shape[1], device=x_BS.device) - first_B.to(x_BS.device)[:, None]
-            x_BS = x_BS.gather(1, places_BS.clamp(min=0)).masked_fill(places_BS < 0, 0)
-        output[key] = x_BS[:, : length - 1]
+        if output.get(key) is not None:
+            output[key] = pad_as_before(output[key], first_B)[:, : length - 1]
     return output
 
 

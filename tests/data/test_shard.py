@@ -8,7 +8,15 @@ from collections import UserDict
 import pytest
 import torch
 
-from deepspeed_alst.data.sharding import PLACE, REAL_TOKENS, shard_batch, shift_labels
+from deepspeed_alst.data.sharding import (
+    PLACE,
+    REAL_TOKENS,
+    pad_as_before,
+    pad_on_the_right,
+    shard_batch,
+    shift_labels,
+)
+from deepspeed_alst.data.validation import check_mask
 from deepspeed_alst.errors import DataError
 
 # B, S, P, multiple: ragged, exact, shorter than one shard, a single token, more padding than tokens.
@@ -410,3 +418,31 @@ def test_a_batch_that_is_no_mapping_is_refused_with_its_type_and_the_way_out(bat
 
 def test_sequences_of_no_token_are_refused():
     assert "length 0" in refusal({"input_ids": torch.ones(2, 0, dtype=torch.long)})
+
+
+# --- padding on the left, in batches that the engine splits
+
+
+def test_padding_moves_to_the_right_and_back():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
+    ids = torch.arange(1, 19).view(3, 6) * mask
+    batch = {"input_ids": ids, "attention_mask": mask, "wide": ids[..., None].expand(3, 6, 2), "flag": True}
+    moved, first = pad_on_the_right(batch)
+    assert moved["input_ids"][:, :3].tolist() == [[3, 4, 5], [7, 8, 9], [14, 15, 16]]
+    assert moved["position_ids"].tolist() == [[2, 3, 4, 5, 5, 5], [0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 5]]
+    check_mask(moved["attention_mask"], {})
+    assert moved["flag"] is True and torch.equal(moved["wide"][..., 1], moved["input_ids"])
+    for key in ("input_ids", "wide", "attention_mask"):
+        assert torch.equal(pad_as_before(moved[key], first), batch[key])
+
+
+def test_a_batch_without_padding_on_the_left_is_not_touched():
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    moved, first = pad_on_the_right(batch)
+    assert moved is batch and first is None and pad_as_before(batch["input_ids"], first) is batch["input_ids"]
+
+
+def test_a_label_that_padding_would_predict_is_refused():
+    mask = torch.tensor([[0, 1, 1]])
+    with pytest.raises(DataError, match="labels has a label on the first token of a row that is padded on the left"):
+        pad_on_the_right({"input_ids": mask, "attention_mask": mask, "labels": torch.tensor([[-100, 5, 6]])})

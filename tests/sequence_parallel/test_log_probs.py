@@ -100,6 +100,29 @@ def different() -> None:
         engine.destroy()
 
 
+def evaluate() -> None:
+    model = build_model(model_config(Cell()))
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(Cell(stage=2), 2))
+    engine.eval()
+    batch = batch_of(0, 0, dist.get_rank(), True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[batch["attention_mask"].cumsum(1) == 1] = -100
+    with torch.no_grad(), engine.alst.whole_batches():
+        outputs = [model(**batch, labels=labels) for model in (engine, engine.module)]
+        with engine.alst.calls.unsplit(engine.module.config):
+            whole = engine.module(**batch, labels=labels)
+    real = batch["attention_mask"] > 0
+    for each in outputs:
+        torch.testing.assert_close(each.loss, whole.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(each.logits[real], whole.logits[real], rtol=1e-4, atol=1e-5)
+    engine.destroy()
+
+
+def test_logits_of_whole_batches_with_padding_on_the_left_are_those_of_the_same_tokens(ranks2):
+    ranks2.run(evaluate)
+
+
 def test_ranks_with_different_batches_are_refused_in_training_alone(ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(different)
