@@ -136,8 +136,12 @@ def pad_on_the_right(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tenso
     if positions is None:
         positions = torch.arange(S, device=mask_BS.device).expand(mask_BS.shape)
     rows = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor) and x.shape[:2] == mask_BS.shape}
-    for key in LABEL_KEYS:
-        if key in rows and ((rows[key].gather(1, first_B[:, None])[:, 0] != IGNORED_LABEL) & (first_B > 0)).any():
+    # Shifted labels have the first token's one place before it.
+    for key, at_B in (("shift_labels", first_B - 1),) if "shift_labels" in rows else (("labels", first_B),):
+        if (
+            key in rows
+            and ((rows[key].gather(1, at_B.clamp(min=0)[:, None])[:, 0] != IGNORED_LABEL) & (first_B > 0)).any()
+        ):
             raise DataError(
                 f"{key} has a label on the first token of a row that is padded on the left: padding would predict it. "
                 f"Set it to {IGNORED_LABEL}, or pad on the right"

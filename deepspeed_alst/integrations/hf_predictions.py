@@ -54,6 +54,7 @@ def evaluation(trainer: Any) -> Iterator[None]:
             if not whole:
                 return _predict_on_shards(trainer, session, predicted, inputs, prediction_loss_only)
             model = trainer.model_wrapped if model is trainer.model else model  # the engine, which shards
+            session.meet("within an evaluation")
             with session.whole_batches():
                 return predicted(inputs)
 

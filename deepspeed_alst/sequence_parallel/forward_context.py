@@ -37,9 +37,9 @@ class ForwardContext:
     gradients: int = 0
     """Number of full-sequence losses that have received a gradient."""
     makes_whole_loss: bool = True
+    """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
     gathers_tokens: bool = False
     """True in a batch that the engine splits: TRL's fused head returns the numbers of all shards."""
-    """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
     real_tokens: torch.Tensor | None = None
     """Mask of the non-padding tokens of this rank's shard, ``[B, s]``; None if unknown."""
     expects_attention: bool = True

@@ -446,3 +446,13 @@ def test_a_label_that_padding_would_predict_is_refused():
     mask = torch.tensor([[0, 1, 1]])
     with pytest.raises(DataError, match="labels has a label on the first token of a row that is padded on the left"):
         pad_on_the_right({"input_ids": mask, "attention_mask": mask, "labels": torch.tensor([[-100, 5, 6]])})
+
+
+def test_labels_of_a_few_tokens_may_begin_with_the_first_after_the_padding():
+    mask = torch.tensor([[0, 0, 1, 1]])
+    shifted = torch.tensor([[-100, -100, 7, -100]])
+    moved, _ = pad_on_the_right({"input_ids": mask, "attention_mask": mask, "labels": shifted, "shift_labels": shifted})
+    assert moved["shift_labels"].tolist() == [[7, -100, -100, -100]]
+    shifted = torch.tensor([[-100, 6, 7, -100]])
+    with pytest.raises(DataError, match="shift_labels has a label on the first token"):
+        pad_on_the_right({"input_ids": mask, "attention_mask": mask, "labels": shifted, "shift_labels": shifted})

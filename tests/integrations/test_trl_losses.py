@@ -14,7 +14,7 @@ from deepspeed_alst.errors import ConfigError
 from tests.integrations.test_trl import tokenizer
 
 
-def rows(name: str, count: int):
+def rows(name: str, count: int, blocks: int = 1):
     from datasets import Dataset
 
     make = torch.Generator().manual_seed(5)
@@ -26,7 +26,7 @@ def rows(name: str, count: int):
     if name == "DPO":
         found = [{"prompt": text(3, 9), "chosen": text(5, 30), "rejected": text(5, 30)} for _ in range(count)]
     elif name == "KTO":
-        found = [{"prompt": text(3, 9), "completion": text(5, 30), "label": n % 3 > 0} for n in range(count)]
+        found = [{"prompt": text(3, 9), "completion": text(5, 30), "label": n // blocks % 3 > 0} for n in range(count)]
     elif name == "SFT":
         found = [{"text": text(11, 50)} for _ in range(count)]
     else:
@@ -38,7 +38,16 @@ def train_case(sp_size: int, case: str) -> dict:
     return train(sp_size, case.split(",")[0], **CASES[case])
 
 
-def train(sp_size: int, name: str, stage: int = 2, lora: bool = False, evaluates: bool = False, **options) -> dict:
+def train(
+    sp_size: int,
+    name: str,
+    stage: int = 2,
+    lora: bool = False,
+    evaluates: bool = False,
+    blocks: int = 1,
+    kind=None,
+    **options,
+) -> dict:
     import trl
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -81,10 +90,10 @@ def train(sp_size: int, name: str, stage: int = 2, lora: bool = False, evaluates
             from peft import LoraConfig
 
             more["peft_config"] = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
-        trainer = getattr(trl, f"{name}Trainer")(
+        trainer = (kind or getattr(trl, f"{name}Trainer"))(
             model,
             args=args,
-            train_dataset=rows(name, 32),
+            train_dataset=rows(name, 32, blocks),
             eval_dataset=rows(name, 4),
             processing_class=tokenizer(),
             **more,
@@ -107,6 +116,10 @@ CASES = {
     "GRPO, ZeRO 3, LoRA": {"stage": 3, "lora": True},
     "RLOO": {},
     "KTO": {"loss_type": "apo_zero_unpaired", "evaluates": True},
+    "KTO, batches of one label": {
+        **{"loss_type": "apo_zero_unpaired", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
+        **{"max_steps": 3, "blocks": 8},
+    },
     "SFT": {"loss_type": "dft", "evaluates": True},
 }
 TIMES = ("runtime", "per_second", "step_time")
@@ -144,6 +157,23 @@ def test_a_loss_made_of_the_batches_of_all_ranks_is_refused(name, options, ranks
     with pytest.raises(RankError) as caught:
         ranks2.run(train_refused, name, options)
     assert all(isinstance(each, ConfigError) and next(iter(options)) in str(each) for each in caught.value.errors)
+
+
+def train_own_loss() -> None:
+    import trl
+
+    class Own(trl.DPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs)
+            return loss * (1 + self.accelerator.gather(loss.detach()).mean())
+
+    train(2, "DPO", kind=Own)
+
+
+def test_a_trainer_whose_loss_the_program_overrides_is_refused(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(train_own_loss)
+    assert all(isinstance(each, ConfigError) and "overridden in Own" in str(each) for each in caught.value.errors)
 
 
 def train_refused(name: str, options: dict) -> None:
