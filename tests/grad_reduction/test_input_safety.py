@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,9 +91,16 @@ def files_under(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def test_a_run_leaves_nothing_in_the_home_the_working_folder_or_the_offloads_disk(tmp_path):
+@pytest.fixture
+def short_folder():
+    """Yield a folder with a short path: a DataLoader's workers bind a socket below TMPDIR, of at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="run_", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_run_leaves_nothing_in_the_home_the_working_folder_or_the_offloads_disk(short_folder):
     """Tiles, offload to disk and the compiled ops; the last are kept in the cache of torch's extensions."""
-    places = {name: tmp_path / name for name in ("home", "work", "disk", "temporary")}
+    places = {name: short_folder / name for name in ("home", "work", "disk", "temporary")}
     for place in places.values():
         place.mkdir()
     port = free_port()
