@@ -18,7 +18,8 @@ _PUBLIC = {
     "SetupError": "deepspeed_alst.errors",
     "ShapeError": "deepspeed_alst.errors",
     "UnsupportedModelError": "deepspeed_alst.errors",
-    "log_probs": "deepspeed_alst.sequence_parallel.log_probs",
+    "gather_sequence": "deepspeed_alst.whole_sequence.sequence_tensor",
+    "log_probs": "deepspeed_alst.whole_sequence.log_probs",
     "shard_dataloader": "deepspeed_alst.data.loader",
 }
 

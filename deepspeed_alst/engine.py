@@ -58,7 +58,7 @@ class AlstEngine:
                 features.model_check.run_once()
         session = features.session
         if session is not None and session.takes_whole and not session.calls.whole and not args:
-            from deepspeed_alst.sequence_parallel.whole_batches import forward_whole_batch, is_whole_batch
+            from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
 
             if is_whole_batch(kwargs):
                 return forward_whole_batch(session, self._forward_shard, kwargs)

@@ -22,7 +22,16 @@ LAYERS = (
     {"distributed", "environment"},
     {"data"},
     {
-        *("sequence_parallel", "linear_attention", "moe", "random_draws", "tiling", "offload", "grad_reduction"),
+        *(
+            "sequence_parallel",
+            "whole_sequence",
+            "linear_attention",
+            "moe",
+            "random_draws",
+            "tiling",
+            "offload",
+            "grad_reduction",
+        ),
         *("checkpoint", "monitoring", "verification", "integrations", "memory_lean", "features", "engine"),
     },
     {"start"},

@@ -48,8 +48,7 @@ def shard_dataloader(loader: Any, engine: Any, whole: bool = False) -> Any:
     Args:
         loader: a DataLoader, or any iterable of dicts with ``input_ids`` of shape [batch, sequence].
         engine: the engine that ``deepspeed.initialize`` returned.
-        whole: yield whole batches, each to all ranks of a sequence in turn, for a loss of the program's own
-            (``log_probs``); the model itself does not take them.
+        whole: yield each rank's batches whole, in turn; the engine splits them (docs/own_losses.md).
 
     Raises:
         DataError: the ds_config asks for sequence parallelism, but the engine was built before this package was loaded.
@@ -57,6 +56,7 @@ def shard_dataloader(loader: Any, engine: Any, whole: bool = False) -> Any:
     """
     session = getattr(engine, "alst", None)
     if session is not None:
+        session.takes_whole |= whole
         return session.shard_dataloader(loader, whole)
     ds_config = find_config({"config": engine.config}) or {}
     if problems := [*near_misses(ds_config)]:

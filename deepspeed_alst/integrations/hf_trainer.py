@@ -76,7 +76,8 @@ def overrides(trainer: Any, *names: str) -> bool:
 
 def takes_whole_batches(trainer: Any, *methods: str) -> bool:
     """Return True for a loss that is not the model's own: the engine splits its batches, and gathers what it reads."""
-    return makes_own_loss(trainer) or overrides(trainer, "compute_loss", "_prepare_inputs", *methods)
+    own = makes_own_loss(trainer) or trainer.compute_loss_func is not None
+    return own or overrides(trainer, "compute_loss", "_prepare_inputs", *methods)
 
 
 def check_trainer(trainer: Any) -> None:
@@ -86,13 +87,7 @@ def check_trainer(trainer: Any) -> None:
         ConfigError: one line per argument, with its value, the reason and the fix.
     """
     args = trainer.args
-    problems = []
-    if trainer.compute_loss_func is not None:
-        problems.append(
-            "compute_loss_func: it would compute a shard's loss from a shard's logits. Use the model's own loss, or "
-            "override Trainer.compute_loss and modify outputs.loss, which is the whole sequence's"
-        )
-    problems += refusals(trainer)
+    problems = refusals(trainer)
     if args.neftune_noise_alpha:
         problems.append(
             f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, and a rank "

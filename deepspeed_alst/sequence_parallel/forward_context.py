@@ -39,7 +39,7 @@ class ForwardContext:
     makes_whole_loss: bool = True
     """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
     gathers_tokens: bool = False
-    """True in a batch that the engine splits: TRL's fused head returns the numbers of all shards."""
+    """True in a batch that the engine splits: what a program reads of its output is the whole sequence's."""
     real_tokens: torch.Tensor | None = None
     """Mask of the non-padding tokens of this rank's shard, ``[B, s]``; None if unknown."""
     expects_attention: bool = True
@@ -157,11 +157,12 @@ def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole
         if not whole_loss:
             return
         if module.training and torch.is_grad_enabled() and getattr(output, "loss", None) is None and not calls.loss:
-            if calls.loss_follows:
+            if calls.loss_follows or calls.gathers_tokens:
                 return
             raise UnsupportedModelError(
                 f"{name} was trained on without labels: a loss made of its logits is the loss of a "
-                "shard. Give the batch labels and use the loss that the model returns."
+                "shard. Give the batch labels and use the loss that the model returns, or yield whole batches with "
+                "shard_dataloader(loader, engine, whole=True)."
             )
         if getattr(output, "loss", None) is not None and not calls.loss:
             raise UnsupportedModelError(

@@ -44,7 +44,7 @@ class Session:
         seed = gather_objects(torch.initial_seed(), control_group)[0]
         self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank))
         self.losses = NonFiniteCheck(self.groups, self.calls)
-        self._patches, self._outer = patches, spec.outer
+        self._patches, self.outer = patches, spec.outer
         self._in_backward = False
         self._loss_divisor = 1
 
@@ -94,10 +94,10 @@ class Session:
 
     @contextlib.contextmanager
     def whole_batches(self) -> Iterator[None]:
-        """Accept whole batches too in the context (sequence_parallel/whole_batches.py), also by the bare model."""
-        from deepspeed_alst.sequence_parallel.whole_batches import forward_whole_batch, is_whole_batch
+        """Accept whole batches too in the context (whole_sequence/batches.py), also by the bare model."""
+        from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
 
-        outer, before, self.takes_whole = self._outer, self.takes_whole, True
+        outer, before, self.takes_whole = self.outer, self.takes_whole, True
         call = outer._compiled_call_impl or outer._call_impl
 
         def split(*args: Any, **kwargs: Any) -> Any:
@@ -142,16 +142,21 @@ class Session:
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
         if loss is None:  # the program makes its own, of the logits
             loss = getattr(output, "logits", None)
-
-        def check(grad: torch.Tensor) -> None:
-            if not self._in_backward:
-                raise SetupError(
-                    "call engine.backward(loss), not loss.backward(): with gradient accumulation, which sequence "
-                    "parallelism needs, DeepSpeed 0.19.8 scales a direct backward by another factor on ZeRO 1 and 2"
-                )
-
         if isinstance(loss, torch.Tensor) and loss.requires_grad:
-            loss.register_hook(check)
+            loss.register_hook(self._check_backward)
+
+    def note_own_loss(self, x: torch.Tensor) -> None:
+        """Count a tensor of the whole sequence, of which a program makes its loss."""
+        self.calls.note_loss(x)
+        if x.requires_grad:
+            x.register_hook(self._check_backward)
+
+    def _check_backward(self, grad: torch.Tensor) -> None:
+        if not self._in_backward:
+            raise SetupError(
+                "call engine.backward(loss), not loss.backward(): with gradient accumulation, which sequence "
+                "parallelism needs, DeepSpeed 0.19.8 scales a direct backward by another factor on ZeRO 1 and 2"
+            )
 
     @contextlib.contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[torch.Tensor]:

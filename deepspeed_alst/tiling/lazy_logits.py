@@ -44,6 +44,8 @@ class LazyHead:
     """State of the model's forwards."""
     deferring: bool = False
     """True in a forward whose logits are lazy."""
+    expects_loss: bool = False
+    """True in a forward whose model makes its loss of them."""
     logits_wanted: bool = False
     """True to materialize the logits at the end of the model's forward."""
     override: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -125,28 +127,58 @@ class LazyLogits(torch.Tensor):
 
         return self._call(loss, self._hidden.flatten(0, -2))
 
-    def of_tokens(
-        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels_Bs: torch.Tensor
-    ) -> torch.Tensor:
-        """Return a number of each token, made in tiles, in the backward again: ``[B, s, V], [B, s] -> [B, s]``.
+    def hidden_rows(self) -> torch.Tensor:
+        """Return the head's input as rows, ``[T, H]``."""
+        return self._hidden.flatten(0, -2)
 
-        ``function`` gets a tile: ``[t, V], [t, 1] -> [t, 1]``.
+    def of_hidden(self, hidden_tH: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a tile with the weights kept by ``keep_weights``, ``[t, V]``."""
+        assert self._weights is not None
+        return _apply_ops(self._head.forward_with(self._weights, hidden_tH), self._ops)
+
+    def keep_weights(self) -> None:
+        """Keep a copy of the head's weights for ``of_hidden``. Collective under ZeRO 3."""
+
+        def keep(hidden: torch.Tensor) -> torch.Tensor:
+            self._weights = self._head.copy_weights()
+            return hidden
+
+        self._call(keep, self._hidden)
+
+    def of_tokens(
+        self,
+        function: Callable[..., torch.Tensor],
+        *rows: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return numbers of each token, made in tiles, in the backward again: ``[T, V], [T, r]... -> [T, k]``.
+
+        Args:
+            function: of a tile, ``[t, V], [t, r]... -> [t, k]``.
+            rows: other arguments of it.
+            chosen: rows to compute, the others being zeros; None for all.
         """
         from deepspeed_alst.tiling.tiled_module import TiledModule, TiledPass
 
         head, ops = self._head, self._ops
 
-        def number(hidden_tH: torch.Tensor, labels_t1: torch.Tensor) -> torch.Tensor:
-            return function(_apply_ops(head.forward(hidden_tH), ops), labels_t1)
+        def number(hidden_tH: torch.Tensor, *tiles: torch.Tensor) -> torch.Tensor:
+            return function(_apply_ops(head.forward(hidden_tH), ops), *tiles)
 
-        tiled = TiledModule("The head", head.module, forward=number)
-        tile_rows, labels_T1 = loss_tile_rows(head.budget, self.shape[-1]), labels_Bs.reshape(-1, 1)
+        tiled, tile_rows = (
+            TiledModule("The head", head.module, forward=number),
+            loss_tile_rows(head.budget, self.shape[-1]),
+        )
 
         def numbers(hidden_TH: torch.Tensor) -> torch.Tensor:
+            inputs = [hidden_TH, *rows] if chosen is None else [each[chosen] for each in (hidden_TH, *rows)]
             weights = head.module.parameters()
-            return TiledPass.apply(tiled, self._draws, tile_rows, 2, 2, hidden_TH, labels_T1, *weights)
+            found = TiledPass.apply(tiled, self._draws, tile_rows, 2, len(inputs), *inputs, *weights)
+            if chosen is None:
+                return found
+            return found.new_zeros((len(hidden_TH), found.shape[1])).index_copy(0, chosen, found)
 
-        return self._call(numbers, self._hidden.flatten(0, -2)).view_as(labels_Bs)
+        return self._call(numbers, self.hidden_rows())
 
     def materialize(self) -> torch.Tensor:
         """Compute the logits, ``[B, s, V]``; in an evaluation with the weights at the time of its loss."""

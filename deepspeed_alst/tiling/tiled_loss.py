@@ -70,21 +70,22 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
 
     def start(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        head.deferring = (has_labels or calls.loss_follows) and not calls.whole
+        head.deferring = (has_labels or calls.loss_follows or calls.gathers_tokens) and not calls.whole
+        head.expects_loss = head.deferring and has_labels and not calls.loss_follows
         head.is_tiled, head.for_loss = False, None
         if torch.is_grad_enabled():
             head.weights_copy = None
 
     def end(module: torch.nn.Module, args: Any, output: Any) -> None:
-        makes_loss, head.deferring = head.deferring and not calls.loss_follows, False
+        head.deferring = False
         is_tiled = head.is_tiled or has_fused_head(output)
-        if makes_loss and module.training and torch.is_grad_enabled() and not is_tiled:
+        if head.expects_loss and module.training and torch.is_grad_enabled() and not is_tiled:
             raise UnsupportedModelError(
                 f"alst.tiled_logits_loss: {spec.name} computes its loss from full logits, because it does not pass its "
                 "head's output to model.loss_function. Set the key to false."
             )
         if isinstance(getattr(output, "logits", None), LazyLogits):
-            if calls.loss_follows:
+            if calls.loss_follows or (calls.gathers_tokens and torch.is_grad_enabled()):
                 head.for_loss = output.logits
             elif module.training and not calls.checking:
                 output.logits = None

@@ -11,7 +11,7 @@ from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_co
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells, trainer_config
-from deepspeed_alst.errors import AlstError, ConfigError, DataError, ShapeError
+from deepspeed_alst.errors import ConfigError, DataError, ShapeError
 
 VOCAB = 97
 
@@ -283,10 +283,6 @@ def test_auto_keeps_the_total_batch_and_a_number_counts_micro_steps(given, gas, 
     assert ranks2.run(micro_steps, given, gas)[0] == expected
 
 
-def custom_loss(outputs, labels, num_items_in_batch=None):
-    return outputs.logits.float().mean()
-
-
 def complaints_of_accelerate() -> list[str]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
@@ -307,7 +303,6 @@ THREE_NUMBERS = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "gr
 REFUSED = {
     "train_batch_size=8": ({"gradient_accumulation_steps": 4}, {}, THREE_NUMBERS),
     "gradient_accumulation_steps=3": ({"gradient_accumulation_steps": 3}, {}, {"gradient_accumulation_steps": 3}),
-    "compute_loss_func": ({}, {"compute_loss_func": custom_loss}, {}),
     "neftune_noise_alpha=5": ({"neftune_noise_alpha": 5.0}, {}, {}),
     "auto_find_batch_size": ({"auto_find_batch_size": True}, {}, {}),
     "even_batches=False": ({"accelerator_config": {"even_batches": False}}, {}, {}),
@@ -331,26 +326,42 @@ def test_what_cannot_be_right_is_refused_on_all_ranks(name, ranks2):
     assert all(isinstance(error, ConfigError) and name in str(error) for error in caught.value.errors)
 
 
-def train_on_logits() -> None:
-    """A compute_loss that leaves the labels in and makes its own loss all the same."""
+def custom_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", label_smoothing=0.2)
+    return total / num_items_in_batch
+
+
+def train_on_logits(sp_size: int, kind: str, tiles: bool) -> dict:
+    """A loss made of the logits, by both of the Trainer's ways; the second adds it to the model's."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(2, folder, config={"alst": {"tiled_logits_loss": False}})
+        arguments = {"compute_loss_func": custom_loss} if kind == "compute_loss_func" else {}
+        options = {"eval_strategy": "steps", "eval_steps": 2} if kind == "compute_loss" else {}
+        arguments |= {"eval_dataset": documents(4)} if options else {}
+        config = {"alst": {"tiled_logits_loss": tiles}} if sp_size > 1 else {}
+        trainer = make_trainer(sp_size, folder, trainer_arguments=arguments, config=config, **options)
 
         def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-            logits = model(**inputs).logits
-            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+            outputs = model(**inputs)
+            log_p = outputs.logits.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1)[inputs["attention_mask"] > 0].mean()
+            loss = outputs.loss - 0.1 * entropy
+            return (loss, outputs) if return_outputs else loss
 
-        trainer.compute_loss = compute_loss
-        try:
-            trainer.train()
-        finally:
-            trainer.model_wrapped.destroy()
+        if kind == "compute_loss":
+            trainer.compute_loss = compute_loss
+        trainer.train()
+        result = facts(trainer)
+        trainer.model_wrapped.destroy()
+    return result
 
 
-def test_a_loss_made_of_a_shards_logits_is_refused(ranks2):
-    with pytest.raises(RankError) as caught:
-        ranks2.run(train_on_logits)
-    assert all(isinstance(error, AlstError) and "the loss of a shard" in str(error) for error in caught.value.errors)
+@pytest.mark.parametrize(
+    ("kind", "tiles"), [("compute_loss_func", True), ("compute_loss", True), ("compute_loss", False)]
+)
+def test_a_loss_made_of_logits_is_that_of_sp1(kind, tiles, ranks2):
+    ours, theirs = ranks2.run(train_on_logits, 2, kind, tiles), ranks2.run(train_on_logits, 1, kind, tiles)
+    assert_same(ours[0], theirs[0])
 
 
 def collate_packed(samples: list[dict]) -> dict:

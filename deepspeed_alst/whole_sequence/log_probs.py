@@ -15,9 +15,9 @@ from deepspeed_alst.data.validation import LABEL_KEYS
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.integrations.trl_fused_head import gather_tokens
-from deepspeed_alst.sequence_parallel.whole_batches import forward_whole_batch
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
+from deepspeed_alst.whole_sequence.batches import forward_whole_batch
 
 
 def log_probs(engine: Any, batch: dict[str, Any], temperature: float = 1.0) -> torch.Tensor:
@@ -79,5 +79,5 @@ def _of_labels(engine: Any, batch: dict[str, Any], labels_Bs: torch.Tensor, temp
         return log_probs_tV.gather(-1, labels_t1.clamp(min=0)).masked_fill(labels_t1 < 0, 0)
 
     if isinstance(logits, LazyLogits):
-        return logits.of_tokens(of_tile, labels_Bs)
+        return logits.of_tokens(of_tile, labels_Bs.reshape(-1, 1)).view_as(labels_Bs)
     return of_tile(logits, labels_Bs.unsqueeze(-1)).squeeze(-1)

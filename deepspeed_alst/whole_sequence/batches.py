@@ -17,6 +17,8 @@ from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
 from deepspeed_alst.integrations.trl_fused_head import PER_TOKEN, has_fused_head
 from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
+from deepspeed_alst.tiling.lazy_logits import LazyLogits
+from deepspeed_alst.tiling.tiled_loss import logits_for_loss
 
 _OF_THE_WHOLE = ("loss", "aux_loss")
 
@@ -74,11 +76,12 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     output = outputs[0 if same else groups.sp_rank]
     if has_fused_head(output):
         return _of_own_places(output, length, first_B)
-    if session.calls.loss_follows and trains:  # the loss code knows that the logits are a shard's
-        return output
+    if trains:
+        # Code that computes the loss after the forward knows that the logits are a shard's.
+        return output if session.calls.loss_follows else _whole_sequence(session, output, shards[0], length, first_B)
     logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
-    made = _whole_logits(logits, length, trains, session)
+    made = _whole_logits(logits, length, session)
     if isinstance(made, torch.Tensor):
         made = pad_as_before(made, first_B)[:, _kept_places(keep)]
     return type(output)(**found, logits=made)
@@ -116,12 +119,34 @@ def _kept_places(keep: Any) -> Any:
     return slice(-keep, None) if isinstance(keep, int) else keep
 
 
-def _whole_logits(pieces: list[Any], length: int, trains: bool, session: Any) -> Any:
-    if trains:
-        return NotHere(
-            "outputs.logits was read in training, where each rank has those of a shard: a loss made of them is the "
-            "loss of a shard. Give the batch labels and use the loss that the model returns."
-        )
+def _whole_sequence(session: Any, output: Any, shard: dict[str, Any], length: int, first_B: torch.Tensor | None) -> Any:
+    """Return an output whose tensors of tokens stand for those of the whole sequence, of which the rank has a shard."""
+    from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
+    from deepspeed_alst.whole_sequence.token_rows import Recorded, Tokens
+
+    B, s = tokens_of(shard).shape[:2]
+    tokens, device = Tokens(session.groups, B, s, session.note_own_loss), tokens_of(shard).device
+    place_BS = torch.arange(length, device=device).expand(B, length)
+    if first_B is not None:
+        place_BS = (place_BS - first_B.to(device)[:, None]) % length
+    index_BS = torch.arange(B, device=device)[:, None] * s * session.groups.sp_size + place_BS
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return type(x)(map(whole, x))
+        if not isinstance(x, torch.Tensor) or x.shape[:2] != (B, s):
+            return x
+        rows = Recorded.of_logits(x) if isinstance(x, LazyLogits) else x.flatten(0, 1)
+        return SequenceTensor.of_batch(rows, tokens, index_BS)
+
+    for key in ("logits", "hidden_states", "last_hidden_state"):
+        x = logits_for_loss(session.outer, output) if key == "logits" and "logits" in output else output.get(key)
+        if x is not None:
+            output[key] = whole(x)
+    return output
+
+
+def _whole_logits(pieces: list[Any], length: int, session: Any) -> Any:
     if any(piece is None for piece in pieces) or is_too_large(pieces[0], session.groups.sp_size):
         return NotHere(
             "outputs.logits was read, and those of this batch's whole sequence are not gathered, as they exceed 2 GiB. "

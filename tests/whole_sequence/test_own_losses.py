@@ -1,0 +1,115 @@
+"""A loss that a program makes of its logits or hidden states is that of SP 1, in a loop and in the HF Trainer."""
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import deepspeed_alst
+from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
+from benchmarks.ranks import RankError
+from deepspeed_alst.errors import SetupError
+from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of
+
+
+def of_labels(model, batch, teacher):
+    """TRL's way without a fused head, with an entropy."""
+    logits = model(**batch).logits[:, :-1] / 0.7
+    ids, mask = batch["input_ids"][:, 1:], batch["attention_mask"]
+    both = mask[:, 1:] * mask[:, :-1]
+    chosen = torch.gather(logits, -1, ids[..., None]).squeeze(-1)
+    log_p = chosen - torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
+    spread = F.log_softmax(logits, dim=-1)
+    entropy = -(spread.exp() * spread).sum(-1)
+    return (-(log_p - 0.1 * entropy) * both).sum() / both.sum()
+
+
+def cross_entropy(model, batch, teacher):
+    """A shifted loss as scripts write it, beside the model's own."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[batch["attention_mask"].cumsum(1) == 1] = -100
+    outputs = model(**batch, labels=labels)
+    logits = outputs.logits[..., :-1, :].float().reshape(-1, outputs.logits.size(-1))
+    return outputs.loss + F.cross_entropy(logits, labels[:, 1:].reshape(-1), label_smoothing=0.1)
+
+
+def distillation(model, batch, teacher):
+    """The divergence from a second model in the process, which knows nothing of ranks."""
+    with torch.no_grad():
+        wanted = teacher(**batch).logits
+    logits = model(**batch).logits
+    apart = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), reduction="none", log_target=True).sum(-1)
+    return (apart * batch["attention_mask"]).sum() / batch["attention_mask"].sum()
+
+
+def hidden_states(model, batch, teacher):
+    """Mean pooling of a middle and the last hidden state, and a contrast between rows."""
+    outputs = model(**batch, output_hidden_states=True)
+    mask = batch["attention_mask"][..., None]
+    pooled = sum((h * mask).sum(1) / mask.sum(1) for h in outputs.hidden_states[-2:])
+    one, two = F.normalize(pooled, dim=-1)
+    size = outputs.hidden_states[-1].float().pow(2).mean(-1, keepdim=True)
+    return 1 - (one * two).sum() + (size * mask).sum() / mask.sum()
+
+
+PROGRAMS = {each.__name__: each for each in (of_labels, cross_entropy, distillation, hidden_states)}
+
+
+def teacher_of() -> torch.nn.Module:
+    torch.manual_seed(77)
+    return type(build_model(model_config(Cell())))(model_config(Cell())).eval()
+
+
+def train(program: str, sp_size: int, stage: int, left: bool, tiles: bool) -> dict:
+    model, teacher = build_model(model_config(Cell())), teacher_of()
+    config = ds_config(Cell(stage=stage, gas=GAS, tiles=tiles), sp_size)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), RATE), config=config)
+    own = [batch_of(step, micro, dist.get_rank(), left) for step in range(STEPS) for micro in range(GAS)]
+    losses = []
+    for batch in deepspeed_alst.shard_dataloader(own, engine, whole=True):
+        loss = PROGRAMS[program](engine, batch, teacher)
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    weights = {name: full_weight(param) for name, param in engine.module.named_parameters()}
+    engine.destroy()
+    return {"losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize(
+    ("stage", "left", "tiles"), [(0, False, True), (2, True, False), (3, True, True)], ids=["Z0", "Z2", "Z3"]
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_loop_trains_as_at_sp1(program, stage, left, tiles, ranks2):
+    found = ranks2.run(train, program, 2, stage, left, tiles)
+    model, teacher = build_model(model_config(Cell())), teacher_of()
+    optimizer, losses = torch.optim.SGD(model.parameters(), RATE), []
+    for step in range(STEPS):
+        for micro in range(GAS):
+            for rank in range(WORLD):
+                loss = PROGRAMS[program](model, batch_of(step, micro, rank, left), teacher)
+                losses.append(float(loss))
+                (loss / (GAS * WORLD)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found[0]["losses"] == found[1]["losses"] == pytest.approx(losses, rel=1e-5)
+    for name, param in model.named_parameters():
+        assert (found[0]["weights"][name] - param).norm() < 1e-5 * param.norm(), name
+
+
+def call_loss_backward() -> None:
+    model = build_model(model_config(Cell()))
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(Cell(stage=2, tiles=True), 2))
+    loader = deepspeed_alst.shard_dataloader([batch_of(0, 0, 0, False)], engine, whole=True)
+    try:
+        engine(**next(iter(loader))).logits.logsumexp(-1).sum().backward()
+    finally:
+        engine.destroy()
+
+
+def test_a_direct_backward_is_refused(ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(call_loss_backward)
+    assert all(isinstance(each, SetupError) for each in caught.value.errors)
