@@ -57,7 +57,8 @@ class AlstEngine:
             with features.collectives():
                 features.model_check.run_once()
         session = features.session
-        if session is not None and session.takes_whole and not session.calls.whole and not args:
+        takes_whole = session is not None and session.takes_whole and not session.splits_decoder
+        if takes_whole and not session.calls.whole and not args:
             from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
 
             if is_whole_batch(kwargs):

@@ -92,7 +92,9 @@ def features_of(run: RunContext, bucket: str) -> list[Feature]:
     loss = run.config.tiled_loss()
     if run.upstream is not None and block.tiled_logits_loss == "auto":
         loss = None  # such a program may compute its own loss from the logits
-    makes_loss = session is not None or loss is not None
+    if run.spec.head is None and block.tiled_logits_loss == "auto":
+        loss = None
+    makes_loss = (session is not None or loss is not None) and run.spec.head is not None
     if makes_loss:
         add("integrations.OwnLoss")
     add("grad_reduction.SeparateExperts")

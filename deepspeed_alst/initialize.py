@@ -41,6 +41,7 @@ def initialize(
     config, stage, allocator = read_config(ds_config)
     if splits_sequences := config.sequence_parallel_size > 1:
         check_arguments(arguments, ds_config)
+        spec = spec.split_part()
     elif not isinstance(spec.outer, torch.nn.Module):
         return original(**arguments)  # which refuses it
     with PatchSet().rollback_on_error() as patches:
@@ -48,12 +49,12 @@ def initialize(
         control_group = start_ranks(arguments, ds_config, patches)
         session = build_session(spec, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        calls, leaves = session.calls if session else ForwardContext(), ZeRO3Leaves(spec.outer, stage, patches)
+        calls, leaves = session.calls if session else ForwardContext(), ZeRO3Leaves(spec.whole, stage, patches)
         run = RunContext(spec, config, stage, control_group, session, upstream, calls, leaves)
         features = features_of(run, bucket)
 
-        build = with_plain_copies(original, spec.outer, patches)
-        patches.set(spec.outer, OWNED, True)
+        build = with_plain_copies(original, spec.whole, patches)
+        patches.set(spec.whole, OWNED, True)
         for feature in features:
             feature.prepare_model(run, patches)
         with installed(session.mpu) if session else contextlib.nullcontext():

@@ -4,13 +4,19 @@ Nothing else in the package looks for them.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils.output_capturing import OutputRecorder
 
 
@@ -22,8 +28,10 @@ class ModelSpec:
             inside, which runs no hooks.
     """
 
-    def __init__(self, outer: torch.nn.Module) -> None:
+    def __init__(self, outer: torch.nn.Module, whole: torch.nn.Module | None = None) -> None:
         self.outer = outer
+        self.whole = outer if whole is None else whole
+        """The caller's model, of which ``outer`` may be the decoder (``split_part``)."""
         self.model = outer
         """The model inside nested wrappers: reads and patches of a transformers model use this one."""
         while self.model is not (inner := _inside(self.model)):
@@ -38,6 +46,23 @@ class ModelSpec:
     def config(self) -> Any:
         """The model's config as it is now: a patch may have given it a copy of its own."""
         return self.model.config
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """True for a model of AutoModelForCausalLM, or of a subclass."""
+        return _is_any_of(self.model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+    @property
+    def is_decoder(self) -> bool:
+        """True for a model of AutoModel, without a head."""
+        return not self.is_causal_lm and _is_any_of(self.model, MODEL_MAPPING_NAMES)
+
+    def split_part(self) -> "ModelSpec":
+        """Return the spec of the part whose calls ranks split: the decoder of a classifier, else the model itself."""
+        names = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+        if self.is_causal_lm or not any(_is_any_of(self.model, each) for each in names):
+            return self
+        return ModelSpec(self.decoder, self.outer)
 
     @property
     def text_config(self) -> Any:
@@ -126,6 +151,11 @@ class ModelSpec:
             for child in block.children():
                 if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) and len(child) in counts:
                     yield block, child
+
+
+def _is_any_of(model: torch.nn.Module, names: Mapping[str, Any]) -> bool:
+    known = {each for value in names.values() for each in ([value] if isinstance(value, str) else value)}
+    return any(cls.__name__ in known for cls in type(model).__mro__)
 
 
 def stacked_expert_count(module: torch.nn.Module) -> str | None:

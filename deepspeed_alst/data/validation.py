@@ -16,8 +16,7 @@ from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import DataError
 
 LABEL_KEYS = ("labels", "shift_labels")
-_TOKENS = ("input_ids", *LABEL_KEYS)
-_TENSORS = (*_TOKENS, "inputs_embeds", "position_ids")
+_TENSORS = ("input_ids", *LABEL_KEYS, "inputs_embeds", "position_ids")
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -27,6 +26,8 @@ class Vocabulary:
 
     embeddings: int | None = None
     logits: int | None = None
+    of_labels: bool = True
+    """False if a batch's labels are not tokens: those of a classifier."""
 
 
 def vocabulary_of(spec: ModelSpec) -> Vocabulary:
@@ -34,7 +35,7 @@ def vocabulary_of(spec: ModelSpec) -> Vocabulary:
     embeddings = getattr(spec.embeddings, "num_embeddings", None)
     sizes = (getattr(spec.text_config, "vocab_size", None), getattr(spec.head, "out_features", None))
     logits = max((size for size in sizes if isinstance(size, int)), default=None)
-    return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits)
+    return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits, spec.is_causal_lm)
 
 
 def checked(batch: Any, vocabulary: Vocabulary) -> Any:
@@ -63,7 +64,7 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
                 f"{key} requires a gradient, which the exchange between ranks does not pass on. Detach it "
                 f"(batch['{key}'].detach()), or compute it inside the model that deepspeed.initialize is given"
             )
-        if key in _TOKENS:
+        if key == "input_ids" or (key in LABEL_KEYS and vocabulary.of_labels):
             numbers[key] = as_int64(key, x)
             _check_range(key, numbers[key], vocabulary)
     return {**batch, **numbers}

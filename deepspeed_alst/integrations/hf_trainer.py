@@ -77,6 +77,7 @@ def overrides(trainer: Any, *names: str) -> bool:
 def takes_whole_batches(trainer: Any, *methods: str) -> bool:
     """Return True for a loss that is not the model's own: the engine splits its batches, and gathers what it reads."""
     own = makes_own_loss(trainer) or trainer.compute_loss_func is not None
+    own |= getattr(getattr(trainer.model_wrapped, "alst", None), "splits_decoder", False)
     return own or overrides(trainer, "compute_loss", "_prepare_inputs", *methods)
 
 
@@ -109,7 +110,7 @@ def exchange_batches(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return P pairs: this rank's shard of each rank's batch (or the batch, if ``whole``) and that rank's counts."""
     labels = inputs.get("labels")
-    if labels is not None:
+    if labels is not None and labels.dim() == 2:
         # A row's first token has no prediction.
         extras = {**extras, NUM_LABELS: labels[:, 1:].ne(IGNORED_LABEL).sum()}
     pairs = []

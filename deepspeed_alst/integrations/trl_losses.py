@@ -19,7 +19,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 _LOSSES = ("compute_loss", "_compute_loss", "_compute_kl_logps")
 _LIBRARIES = ("trl.", "transformers.", "deepspeed_alst.")
-TRAINERS = ("DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer")
+TRAINERS = ("DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer", "RewardTrainer")
 _PLAIN = ("", "_BaseTrainer", "SFTTrainer")
 _ALL_BATCHES = "it is made of the batches of all ranks at once, which are micro-steps one after another here"
 REFUSED = {

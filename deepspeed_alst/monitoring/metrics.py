@@ -141,6 +141,8 @@ class Metrics:
         tokens = next((each for each in given if isinstance(each, torch.Tensor) and each.dim() > 1), None)
         if tokens is None:
             return
+        if self._session is not None and self._session.splits_decoder:
+            tokens = tokens[:, : self._session.shard_length(tokens.shape[1])]
         real_Bs = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         if self._session is None:
             real_Bs, places_Bs, padded_Bs = whole_places(real_Bs, kwargs)

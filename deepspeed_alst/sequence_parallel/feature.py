@@ -58,6 +58,11 @@ class SequenceParallel(Feature):
         attention = patch_model(run.spec, groups.sp_group, patches, self._session.calls, not is_upstream)
         self._rows = [("attention", attention), ("loss", _SHARD_LOSS if is_upstream else _WHOLE_LOSS)]
         self._rows += [("model", summary)] if summary else []
+        if self._session.splits_decoder:
+            from deepspeed_alst.whole_sequence.heads import split_calls
+
+            split_calls(run.spec, self._session, patches)
+            self._rows[1] = ("loss", f"the program's or {type(run.spec.whole).__name__}'s own, of whole sequences")
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
         """Attach the session, and what checks the model before the first forward."""

@@ -35,6 +35,8 @@ class Session:
         """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
         """True if the engine accepts whole batches, which it splits itself."""
+        self.splits_decoder = not spec.is_causal_lm
+        """True if calls of the decoder are split, and the rest of the model gets whole batches."""
         backend = find_backend(spec.config._attn_implementation)
         self._packing = backend is not None
         # In flash attention packed documents start at the lowest position id.
@@ -64,10 +66,13 @@ class Session:
     def shard_dataloader(self, loader: Any, whole: bool = False) -> ShardedDataLoader:
         """Wrap a loader to yield this rank's shards; a sharded loader is returned unchanged.
 
-        With ``whole`` ranks get each batch whole, for an engine that accepts whole batches.
+        With ``whole``, and for a model whose decoder is split, ranks get each batch whole.
         """
         if isinstance(loader, ShardedDataLoader) or hasattr(loader, "alst_whole"):
             return loader
+        return self._loader(loader, whole or self.splits_decoder)
+
+    def _loader(self, loader: Any = (), whole: bool = False) -> ShardedDataLoader:
         return ShardedDataLoader(
             loader,
             self.groups,
@@ -82,21 +87,29 @@ class Session:
 
     def exchange(self, batch: Any, place: str = "", whole: bool = False) -> list[Any]:
         """Return this rank's shards of its sequence-parallel group's batches, in rank order; or whole batches."""
-        return self.shard_dataloader((), whole).exchange(batch, place)
+        return self._loader(whole=whole).exchange(batch, place)
 
     def meet(self, place: str) -> None:
         """Synchronize all ranks at a place in their data without a batch."""
-        self.shard_dataloader(()).meet(place)
+        self._loader().meet(place)
 
     def cut(self, batch: Any) -> Any:
         """Return this rank's shard of a batch that all ranks of its sequence have."""
-        return self.shard_dataloader(()).cut(batch)
+        return self._loader().cut(batch)
+
+    def shard_length(self, length: int) -> int:
+        """Return the tokens of a shard of a sequence, padding included."""
+        multiple = self.config.padding_multiple()
+        return -(-length // multiple) * multiple // self.groups.sp_size
 
     @contextlib.contextmanager
     def whole_batches(self) -> Iterator[None]:
         """Accept whole batches too in the context (whole_sequence/batches.py), also by the bare model."""
         from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
 
+        if self.splits_decoder:  # which the decoder accepts always
+            yield
+            return
         outer, before, self.takes_whole = self.outer, self.takes_whole, True
         call = outer._compiled_call_impl or outer._call_impl
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
@@ -23,6 +23,7 @@ from deepspeed_alst.linear_attention.layers import (
 from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.program_code import is_programs
+from deepspeed_alst.verification.verify_model import RIGHT
 
 # Support flags of a transformers class, and the attn_implementation to suggest.
 _CORES = (
@@ -123,8 +124,12 @@ def _core_problems(model: PreTrainedModel, name: Any) -> Iterator[str]:
 
 def _class_problems(model: torch.nn.Module) -> Iterator[str]:
     """Yield the problems of another head, or of a model that counts positions itself, from 0 in each shard."""
-    if not {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        yield "only causal language models (AutoModelForCausalLM) are verified: other heads would get a shard"
+    spec = ModelSpec(model)
+    if not spec.is_causal_lm and not (spec.is_decoder and model.config.model_type in RIGHT):
+        yield (
+            "only causal language models (AutoModelForCausalLM), and the decoders, sequence and token classifiers of "
+            "the same families are verified: other heads would get a shard"
+        )
         return
     if not has_attention(model):
         return
@@ -149,7 +154,7 @@ def is_causal_lm_loss(function: Any) -> bool:
 def _loss_problems(spec: ModelSpec) -> Iterator[str]:
     """Yield the problems of a user-defined loss, which would get a shard's logits, and of an unknown router loss."""
     loss_function = spec.model.loss_function
-    if not is_causal_lm_loss(loss_function):
+    if spec.is_causal_lm and not is_causal_lm_loss(loss_function):
         name = getattr(loss_function, "__qualname__", type(loss_function).__name__)
         yield (
             f"loss_function is {name}, not transformers' ForCausalLMLoss: it would compute the loss of a shard; "
@@ -185,7 +190,7 @@ def _other_configs(model: torch.nn.Module) -> Iterator[str]:
 
 def _adapter_problems(spec: ModelSpec) -> Iterator[str]:
     """Yield the problems of adapters, in PEFT's wrapper or injected; inactive ones may be activated later."""
-    configs = getattr(spec.outer, "peft_config", None) or getattr(spec.model, "peft_config", None)
+    configs = getattr(spec.whole, "peft_config", None) or getattr(spec.model, "peft_config", None)
     for name, config in (configs if isinstance(configs, dict) else {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning:

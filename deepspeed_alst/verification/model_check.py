@@ -93,7 +93,7 @@ def check_live_model(spec: ModelSpec, groups: SequenceGroups, calls: ForwardCont
     short, long, late = lengths(spec, groups.sp_size)
     worst, sizes = 0.0, list[str]()
     for length, at in dict.fromkeys([(short, 0), (long, late)]):
-        batches = _batches(spec, groups, length, device, at, with_loss=not sizes)
+        batches = _batches(spec, groups, length, device, at, with_loss=not sizes and spec.is_causal_lm)
         worst = max(worst, _compare(spec, groups, calls, batches, at + length - 1))
         sizes.append(f"{length} tokens from position {at} on")
     found = f"equal to within {worst:.0e}" if worst else "equal"
@@ -193,6 +193,7 @@ def _run(spec: ModelSpec, batch: dict[str, Any], how: str) -> _Outputs:
 
 def _outputs(spec: ModelSpec, batch: dict[str, Any]) -> _Outputs:
     states: list[Any] = []
+    is_whole = spec.decoder is spec.model
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         states.append(output if isinstance(output, torch.Tensor) else output[0])
@@ -200,10 +201,12 @@ def _outputs(spec: ModelSpec, batch: dict[str, Any]) -> _Outputs:
     torch.manual_seed(0)
     random.seed(0)
     with PatchSet() as patches:
-        if spec.decoder is not spec.model:
+        if not is_whole:
             patches.hook(spec.decoder, "forward", keep)
         output = spec.outer(**batch, use_cache=False)
     found: dict[str, Any] = {}
+    if is_whole and not spec.is_causal_lm:
+        states.append(output[0])
     if states and isinstance(states[-1], torch.Tensor):
         found["hidden"] = states[-1].flatten(0, -2)
     logits, labels = getattr(output, "logits", None), batch.get("labels")

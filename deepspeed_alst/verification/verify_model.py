@@ -115,7 +115,7 @@ class ModelCheck:
             PatchSet() as patches,
         ):
             zero_attention_dropout(model, patches)
-            patches.hook(model, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
+            patches.hook(self._spec.outer, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
             device = torch.device(self._engine.device)
             # Layers that only a long shard runs in chunks are checked both ways.
             for in_chunks in {not session.calls.chunks_from, True}:

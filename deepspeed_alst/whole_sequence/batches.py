@@ -79,12 +79,13 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     if trains:
         # Code that computes the loss after the forward knows that the logits are a shard's.
         return output if session.calls.loss_follows else _whole_sequence(session, output, shards[0], length, first_B)
-    logits = [getattr(each, "logits", None) for each in outputs] * (groups.sp_size if same else 1)
+    kind = "last_hidden_state" if session.splits_decoder else "logits"
+    pieces = [getattr(each, kind, None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
-    made = _whole_logits(logits, length, session)
+    made = _gathered(kind, pieces, length, session)
     if isinstance(made, torch.Tensor):
         made = pad_as_before(made, first_B)[:, _kept_places(keep)]
-    return type(output)(**found, logits=made)
+    return type(output)(**found, **{kind: made})
 
 
 def _of_own_places(output: Any, length: int, first_B: torch.Tensor | None) -> Any:
@@ -146,10 +147,10 @@ def _whole_sequence(session: Any, output: Any, shard: dict[str, Any], length: in
     return output
 
 
-def _whole_logits(pieces: list[Any], length: int, session: Any) -> Any:
+def _gathered(kind: str, pieces: list[Any], length: int, session: Any) -> Any:
     if any(piece is None for piece in pieces) or is_too_large(pieces[0], session.groups.sp_size):
         return NotHere(
-            "outputs.logits was read, and those of this batch's whole sequence are not gathered, as they exceed 2 GiB. "
+            f"outputs.{kind} was read, and that of this batch's whole sequence is not gathered, as it exceeds 2 GiB. "
             "Use outputs.loss, shorter sequences or fewer rows."
         )
     return gather_predictions(pieces, length, session.groups)

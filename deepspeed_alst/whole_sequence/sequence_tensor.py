@@ -1,12 +1,14 @@
 """Tensors of a whole sequence of which each rank holds the rows of its own tokens.
 
 A program that makes its own loss gets its logits and hidden states as such, with the shapes of SP 1. Ops that treat
-tokens one by one run on the shard; one number of a token (a log-probability, an entropy) is gathered, with its
-gradient, into a plain tensor, the same on all ranks. Any other op gets the whole tensor, within a limit of bytes.
+tokens one by one run on the shard; what has no more numbers than tokens (log-probabilities, entropies, the last token's
+values) is gathered, with its gradient, into a plain tensor, the same on all ranks. Any other op gets the whole tensor,
+within a limit of bytes.
 
 Legend: B batch, S whole sequence, n rows of this rank, lead the dims of tokens, trail those behind them.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -67,13 +69,14 @@ class SequenceTensor(torch.Tensor):
         kwargs, name = kwargs or {}, func.__name__
         if name in ("__get__", "__set__"):
             attribute = func.__self__.__name__
-            if name == "__get__" and attribute == "requires_grad":
-                return args[0].rows.requires_grad
             if name == "__get__" and attribute == "data":
                 return args[0].detach()
             if name == "__set__" or attribute not in ("T", "mT", "H", "mH", "real", "imag"):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
+        if name == "detach" and "/deepspeed/" in sys._getframe(1).f_code.co_filename:
+            # ZeRO 3 detaches inputs and outputs of modules in an autograd function, whose graph the rows do not have.
+            return cls(args[0].rows, args[0].places)
         if name in functions.SHAPE_QUERIES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -109,24 +112,17 @@ class SequenceTensor(torch.Tensor):
         return self.places.index.dim()
 
     def like(self, rows: Any) -> Any:
-        """Return what a function of this tensor's tokens found: plain where it is one number of a token."""
-
-        def wrap(each: torch.Tensor | Recorded) -> torch.Tensor:
-            if isinstance(each, Recorded) and each.is_few:
-                each = each.evaluate(self.places.of_rows)
-            if isinstance(each, torch.Tensor) and each.dim() == 1:
-                return self.places.gather(each)
-            return SequenceTensor(each, self.places)
-
-        return tree_map(wrap, rows)
+        """Return what a function of this tensor's tokens found: plain if it has no more numbers than tokens."""
+        return tree_map(lambda each: _settled(each, self.places), rows)
 
     def at(self, change: Callable[[torch.Tensor], Any]) -> Any:
         """Return this tensor with its dims of tokens changed as ``change`` changes a tensor ``[*lead]``."""
         self._shared = True
 
-        def wrap(index: torch.Tensor) -> "SequenceTensor":
-            found = SequenceTensor(self.rows, Places(self.places.tokens, index))
-            found._shared = True
+        def wrap(index: torch.Tensor) -> torch.Tensor:
+            found = _settled(self.rows, Places(self.places.tokens, index))
+            if isinstance(found, SequenceTensor):
+                found._shared = True
             return found
 
         return tree_map(wrap, change(self.places.index))
@@ -175,6 +171,17 @@ class SequenceTensor(torch.Tensor):
     def is_shared(self) -> bool:
         """True if another tensor shows the same rows, which an in-place op would have to change too."""
         return self._shared
+
+
+def _settled(rows: torch.Tensor | Recorded, places: Places) -> torch.Tensor:
+    """Return rows as a plain tensor if it has no more elements than the batch has tokens."""
+    tokens = places.tokens
+    is_plain = places.index.numel() * rows.shape[1:].numel() <= tokens.batch * tokens.shard * tokens.groups.sp_size
+    if isinstance(rows, Recorded) and (is_plain or rows.is_few):
+        rows = rows.evaluate(places.of_rows)
+    if isinstance(rows, torch.Tensor) and (is_plain or rows.dim() == 1):
+        return places.gather(rows)
+    return SequenceTensor(rows, places)
 
 
 def gather_sequence(tensor: torch.Tensor) -> torch.Tensor:

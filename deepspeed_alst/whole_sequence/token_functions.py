@@ -182,7 +182,7 @@ def _reduce(x: "SequenceTensor", name: str, dim: Any, kwargs: dict[str, Any], po
     count = torch.Size([x.shape[each] for each in dims]).numel()
     trailing, over = [each - total for each in dims if each >= lead], [each for each in dims if each < lead]
     if trailing:
-        x = torch.sum(x, trailing, keepdim=True)
+        x = type(x)(run_on_rows(lambda rows: rows.sum(trailing, keepdim=True), Row(x.rows)), x.places)
     kept = [1 if each in over else x.shape[each] for each in range(lead)]
     ids = torch.arange(torch.Size(kept).numel(), device=x.device).view(kept).expand(x.shape[:lead])
     found = x.sum_to(ids, torch.Size(kept).numel()).reshape(*kept, *x.shape[lead:])

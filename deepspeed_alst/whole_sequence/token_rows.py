@@ -43,7 +43,7 @@ class Tokens:
     def sum_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks of the sequence, with the gradient: ``[...] -> [...]``."""
         with name_missing_ranks(self.groups.roll_group):
-            total = gather_tokens(x[None, None], self.groups.sp_group).sum((0, 1))
+            total = gather_tokens(x[None, None], self.groups.sp_group).sum((0, 1)).to(x.dtype)
         self.note_loss(total)
         return total
 
@@ -75,7 +75,13 @@ class Places:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Gather rows into a whole tensor, ``[n, ...] -> [*lead, ...]``. Collective over the sequence's ranks."""
-        return self.tokens.gather(rows)[self.index]
+        if self.of_rows is None or len(self.of_rows) < self.index.numel():
+            return self.tokens.gather(rows)[self.index]
+        # Of few tokens, as each row's last, only theirs.
+        found = rows.new_zeros((self.index.numel(), *rows.shape[1:]))
+        present = (self.of_rows >= 0).nonzero().flatten()
+        found = found.index_copy(0, self.of_rows[present], rows[present])
+        return self.tokens.sum_over_ranks(found).view(*self.index.shape, *rows.shape[1:])
 
     def same(self, other: "Places") -> bool:
         """Return True if both have the same tokens at the same elements."""

@@ -6,6 +6,7 @@ import tempfile
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaForSequenceClassification
 
 from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.ranks import RankError
@@ -27,6 +28,8 @@ def rows(name: str, count: int, blocks: int = 1):
         found = [{"prompt": text(3, 9), "chosen": text(5, 30), "rejected": text(5, 30)} for _ in range(count)]
     elif name == "KTO":
         found = [{"prompt": text(3, 9), "completion": text(5, 30), "label": n // blocks % 3 > 0} for n in range(count)]
+    elif name == "Reward":
+        found = [{"chosen": text(5, 30), "rejected": text(5, 30)} for _ in range(count)]
     elif name == "SFT":
         found = [{"text": text(11, 50)} for _ in range(count)]
     else:
@@ -73,6 +76,10 @@ def train(
         config = model_config(Cell())
         config.pad_token_id, config.eos_token_id = 0, 1
         model = build_model(config)
+        if name == "Reward":
+            config.num_labels = 1
+            torch.manual_seed(7)
+            model = LlamaForSequenceClassification(config)
         saved = f"{folder}/saved"  # whence TRL makes its reference; save_pretrained would write on rank 0 alone
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(saved)
@@ -120,6 +127,8 @@ CASES = {
         **{"loss_type": "apo_zero_unpaired", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
         **{"max_steps": 3, "blocks": 8},
     },
+    "Reward, evaluated": {"evaluates": True, "center_rewards_coefficient": 0.1},
+    "Reward, ZeRO 3, LoRA": {"stage": 3, "lora": True},
     "SFT": {"loss_type": "dft", "evaluates": True},
 }
 TIMES = ("runtime", "per_second", "step_time")
