@@ -10,9 +10,8 @@ import trl
 
 from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.families import family_config
-from benchmarks.ranks import RankError
 from benchmarks.trainer import trainer_config
-from deepspeed_alst.errors import AlstError, ConfigError
+from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.integrations.hf_trainer import check_trainer
 
 
@@ -120,44 +119,13 @@ def test_the_routers_loss_of_a_mixture(ranks2):
         assert (split["weights"][name] - weight).norm() < 1e-5 * weight.norm(), name
 
 
-def train_reward() -> None:
-    from datasets import Dataset
-    from transformers import LlamaForSequenceClassification
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-    with tempfile.TemporaryDirectory() as folder:
-        args = trl.RewardConfig(
-            output_dir=folder,
-            use_cpu=True,
-            deepspeed=trainer_config(Cell(stage=2), 2),
-            per_device_train_batch_size=2,
-            max_steps=1,
-            report_to="none",
-            bf16=False,
-        )
-        config = model_config(Cell())
-        config.pad_token_id, config.num_labels = 0, 1
-        rows = Dataset.from_list(8 * [{"chosen": "abcde", "rejected": "abfg"}])
-        model = LlamaForSequenceClassification(config)
-        trl.RewardTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer()).train()
-
-
-@pytest.mark.parametrize("name", ["Reward", "Distillation"])
-def test_a_loss_of_other_outputs_is_refused_by_the_trainers_name(name):
-    kind = getattr(trl, f"{name}Trainer")
+def test_a_loss_of_other_outputs_is_refused_by_the_trainers_name():
+    kind = trl.DistillationTrainer
     for each in (kind, type("Own", (kind,), {})):
         trainer = each.__new__(each)
         trainer.compute_loss_func, trainer.args = (
             None,
-            getattr(trl, f"{name}Config")(output_dir="unused", use_cpu=True, bf16=False),
+            trl.DistillationConfig(output_dir="unused", use_cpu=True, bf16=False),
         )
-        with pytest.raises(ConfigError, match=f"{name}Trainer: it needs outputs"):
+        with pytest.raises(ConfigError, match="DistillationTrainer: it needs outputs"):
             check_trainer(trainer)
-
-
-def test_a_reward_model_is_refused_at_the_start(ranks2):
-    with pytest.raises(RankError) as caught:
-        ranks2.run(train_reward)
-    assert all(isinstance(error, AlstError) for error in caught.value.errors)
-    assert all("LlamaForSequenceClassification" in str(error) for error in caught.value.errors)
