@@ -103,6 +103,9 @@ class LazyLogits(torch.Tensor):
         self._head, self._hidden, self._ops, self._weights = head, hidden_BsH, ops, weights
         self._draws = branch() if draws is None else draws
         self._value: torch.Tensor | None = None
+        weights_train = any(param.requires_grad for param in head.module.parameters())
+        self.has_grad = torch.is_grad_enabled() and (hidden_BsH.requires_grad or weights_train)
+        """True if what is made of them has a gradient."""
 
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """Return the summed cross-entropy of the labelled tokens over ``divisor``: ``[B, s], [] -> []``."""
@@ -131,6 +134,7 @@ class LazyLogits(torch.Tensor):
         """Return the head's input as rows, ``[T, H]``."""
         return self._hidden.flatten(0, -2)
 
+    @torch.no_grad()
     def of_hidden(self, hidden_tH: torch.Tensor) -> torch.Tensor:
         """Return the logits of a tile with the weights kept by ``keep_weights``, ``[t, V]``."""
         assert self._weights is not None
@@ -172,7 +176,7 @@ class LazyLogits(torch.Tensor):
 
         def numbers(hidden_TH: torch.Tensor) -> torch.Tensor:
             inputs = [hidden_TH, *rows] if chosen is None else [each[chosen] for each in (hidden_TH, *rows)]
-            weights = head.module.parameters()
+            weights = head.module.parameters() if self.has_grad else ()
             found = TiledPass.apply(tiled, self._draws, tile_rows, 2, len(inputs), *inputs, *weights)
             if chosen is None:
                 return found

@@ -82,6 +82,8 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     kind = "last_hidden_state" if session.splits_decoder else "logits"
     pieces = [getattr(each, kind, None) for each in outputs] * (groups.sp_size if same else 1)
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
+    if same and isinstance(pieces[0], torch.Tensor) and is_too_large(pieces[0], groups.sp_size) and not _kept(keep):
+        return _whole_sequence(session, output, shards[0], length, first_B)  # a teacher's
     made = _gathered(kind, pieces, length, session)
     if isinstance(made, torch.Tensor):
         made = pad_as_before(made, first_B)[:, _kept_places(keep)]
@@ -101,7 +103,7 @@ def _labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
     keep = batch.get("logits_to_keep")
     batch = {name: x for name, x in batch.items() if name != "logits_to_keep"}
     key = next((key for key in reversed(LABEL_KEYS) if batch.get(key) is not None), None)
-    if keep is None or (isinstance(keep, int) and keep == 0) or key is None:
+    if not _kept(keep) or key is None:
         return batch
     tokens, kept = tokens_of(batch), batch[key]
     places = torch.arange(tokens.shape[1], device=tokens.device)[_kept_places(keep)]
@@ -113,6 +115,11 @@ def _labels_of_all(batch: dict[str, Any]) -> dict[str, Any]:
     shifted = torch.full(tokens.shape[:2], IGNORED_LABEL, dtype=kept.dtype, device=kept.device)
     shifted[:, places.to(kept.device)] = kept if key == "shift_labels" else shift_labels(kept)
     return batch | dict.fromkeys(LABEL_KEYS, shifted)
+
+
+def _kept(keep: Any) -> bool:
+    """Return True if ``logits_to_keep`` selects tokens."""
+    return isinstance(keep, torch.Tensor) or bool(keep)
 
 
 def _kept_places(keep: Any) -> Any:
@@ -137,6 +144,8 @@ def _whole_sequence(session: Any, output: Any, shard: dict[str, Any], length: in
             return type(x)(map(whole, x))
         if not isinstance(x, torch.Tensor) or x.shape[:2] != (B, s):
             return x
+        if isinstance(x, LazyLogits) and not torch.is_grad_enabled():
+            x.keep_weights()
         rows = Recorded.of_logits(x) if isinstance(x, LazyLogits) else x.flatten(0, 1)
         return SequenceTensor.of_batch(rows, tokens, index_BS)
 

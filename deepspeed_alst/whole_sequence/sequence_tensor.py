@@ -85,7 +85,8 @@ class SequenceTensor(torch.Tensor):
                 f"{name} on a tensor of the whole sequence would draw other random numbers on each rank; leave it out, "
                 "or put it into the model"
             )
-        first = next(each for each in tree_iter((args, kwargs)) if isinstance(each, cls))
+        given = [each for each in tree_iter((args, kwargs)) if isinstance(each, cls)]
+        first = next((each for each in given if each.rows.requires_grad), given[0])  # not a teacher's
         found = functions.apply(first, func, args, kwargs)
         if found is NotImplemented:
             if functions.is_in_place(name):

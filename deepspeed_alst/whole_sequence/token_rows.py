@@ -87,7 +87,9 @@ class Places:
         """Return True if both have the same tokens at the same elements."""
         if other is self:
             return True
-        return other.tokens is self.tokens and torch.equal(other.index, self.index)
+        one, two = self.tokens, other.tokens  # those of a teacher and its student are equal
+        same = (one.groups.ranks, one.batch, one.shard) == (two.groups.ranks, two.batch, two.shard)
+        return same and torch.equal(other.index, self.index)
 
 
 class _OwnRows(torch.autograd.Function):
@@ -198,7 +200,7 @@ def run_on_rows(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _requires_grad(x: Any) -> bool:
-    return x.hidden_rows().requires_grad if isinstance(x, LazyLogits) else x.requires_grad
+    return x.has_grad if isinstance(x, LazyLogits) else x.requires_grad
 
 
 def _probe(row: Row) -> torch.Tensor:

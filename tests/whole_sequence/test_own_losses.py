@@ -1,5 +1,7 @@
 """A loss that a program makes of its logits or hidden states is that of SP 1, in a loop and in the HF Trainer."""
 
+from unittest import mock
+
 import deepspeed
 import pytest
 import torch
@@ -10,6 +12,7 @@ import deepspeed_alst
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.errors import SetupError
+from deepspeed_alst.integrations import hf_predictions
 from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of
 
 
@@ -77,24 +80,64 @@ def train(program: str, sp_size: int, stage: int, left: bool, tiles: bool) -> di
     return {"losses": losses, "weights": weights}
 
 
+def reference(program, model: torch.nn.Module, teacher: torch.nn.Module, left: bool) -> tuple[list[float], dict]:
+    """Plain torch's losses, and its weights after the same steps."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), RATE), []
+    for step in range(STEPS):
+        for micro in range(GAS):
+            for rank in range(WORLD):
+                loss = program(model, batch_of(step, micro, rank, left), teacher)
+                losses.append(float(loss))
+                (loss / (GAS * WORLD)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, dict(model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("stage", "left", "tiles"), [(0, False, True), (2, True, False), (3, True, True)], ids=["Z0", "Z2", "Z3"]
 )
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_loop_trains_as_at_sp1(program, stage, left, tiles, ranks2):
     found = ranks2.run(train, program, 2, stage, left, tiles)
-    model, teacher = build_model(model_config(Cell())), teacher_of()
-    optimizer, losses = torch.optim.SGD(model.parameters(), RATE), []
-    for step in range(STEPS):
-        for micro in range(GAS):
-            for rank in range(WORLD):
-                loss = PROGRAMS[program](model, batch_of(step, micro, rank, left), teacher)
-                losses.append(float(loss))
-                (loss / (GAS * WORLD)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses, weights = reference(PROGRAMS[program], build_model(model_config(Cell())), teacher_of(), left)
     assert found[0]["losses"] == found[1]["losses"] == pytest.approx(losses, rel=1e-5)
-    for name, param in model.named_parameters():
+    for name, param in weights.items():
+        assert (found[0]["weights"][name] - param).norm() < 1e-5 * param.norm(), name
+
+
+def distill(sp_size: int, stage: int, large: bool) -> dict:
+    """The teacher in an engine of its own; with ``large`` its logits exceed what a rank may hold whole."""
+    student, teacher = build_model(model_config(Cell())), teacher_of()
+    config = ds_config(Cell(stage=stage, gas=GAS, tiles=True), sp_size)
+    engine, *_ = deepspeed.initialize(
+        model=student, optimizer=torch.optim.SGD(student.parameters(), RATE), config=config
+    )
+    # DeepSpeed has ZeRO 1 and 2 with an optimizer alone.
+    without = ds_config(Cell(stage=stage if stage == 3 else 0, gas=GAS, tiles=True), sp_size)
+    frozen, *_ = deepspeed.initialize(model=teacher, config=without)
+    frozen.eval()
+    own = [batch_of(step, micro, dist.get_rank(), True) for step in range(STEPS) for micro in range(GAS)]
+    losses = []
+    with mock.patch.object(hf_predictions, "_MAX_BYTES", 0 if large else 2**31):
+        for batch in deepspeed_alst.shard_dataloader(own, engine, whole=True):
+            loss = distillation(engine, batch, frozen)
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss))
+    weights = {name: full_weight(param) for name, param in engine.module.named_parameters()}
+    engine.destroy()
+    frozen.destroy()
+    return {"losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize(("stage", "large"), [(2, False), (0, True), (3, True)])
+def test_a_teacher_in_an_engine_of_its_own_is_split_too(stage, large, ranks2):
+    found = ranks2.run(distill, 2, stage, large)
+    model, teacher = build_model(model_config(Cell())), teacher_of()
+    losses, weights = reference(distillation, model, teacher, True)
+    assert found[0]["losses"] == found[1]["losses"] == pytest.approx(losses, rel=1e-5)
+    for name, param in weights.items():
         assert (found[0]["weights"][name] - param).norm() < 1e-5 * param.norm(), name
 
 
