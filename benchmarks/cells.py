@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks.families import family_config, kind_config
+from benchmarks.own_losses import OWN_LOSSES
 
 STEPS = 3
 # Of matrices and of norm weights: three steps change each by at least 5 % of its norm, a visible change.
@@ -83,6 +84,8 @@ class Cell:
     """Model other than the Llama: a key of ``benchmarks.families.KINDS``."""
     documents: bool = False
     """Pack several documents per sample; position_ids restart."""
+    own: str = ""
+    """Loss that the program makes: a key of ``benchmarks.own_losses.OWN_LOSSES``; empty for the model's."""
     seed: int = 7
     """Seed of the samples."""
     extra: tuple[tuple[str, Any], ...] = ()
@@ -109,7 +112,7 @@ def learning_rates(cell: Cell) -> tuple[float, float]:
 
 def _rates(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
     """Return the learning rate of each trained parameter."""
-    if not cell.model:
+    if not cell.model and not cell.own:
         rates = learning_rates(cell)
         return {name: rates[param.dim() == 1] for name, param in trained(model).items()}
     _, norm, grads = next(_fp64_steps(cell, plain := _fp64_model(cell)))
@@ -326,7 +329,10 @@ def run_alst(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
     """
     import deepspeed_alst
 
-    return _run(cell, ds_config(cell, cell.sp_size), deepspeed_alst.shard_dataloader, _own_loss, **changed)
+    def shards(own: Any, engine: Any) -> Any:
+        return deepspeed_alst.shard_dataloader(own, engine, whole=bool(cell.own))
+
+    return _run(cell, ds_config(cell, cell.sp_size), shards, sample_loss(cell), **changed)
 
 
 def run_interpreted(cell: Cell) -> Result:
@@ -343,7 +349,7 @@ def run_interpreted(cell: Cell) -> Result:
 
 def run_sp1(cell: Cell, **changed: Callable[[Any], Any]) -> Result:
     """Run the same program with ``sequence_parallel_size`` 1; ``changed`` as for ``run_alst``."""
-    return _run(cell, ds_config(cell, 1), lambda own, engine: own, _own_loss, **changed)
+    return _run(cell, ds_config(cell, 1), lambda own, engine: own, sample_loss(cell), **changed)
 
 
 def run_upstream(cell: Cell) -> Result:
@@ -356,15 +362,16 @@ def run_upstream(cell: Cell) -> Result:
         return _run(cell, config, upstream.loader, upstream.documented_loss, mpu=mpu)
 
 
-def _own_loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return engine(**batch).loss
+def sample_loss(cell: Cell) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
+    """Return the loss of a model, or an engine, on one sample."""
+    return OWN_LOSSES[cell.own] if cell.own else lambda model, batch: model(**batch).loss
 
 
 def _run(
     cell: Cell,
     config: dict[str, Any],
     micro_batches: Callable[[list[dict[str, torch.Tensor]], Any], Iterable[dict[str, torch.Tensor]]],
-    loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
+    loss: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
     mpu: Any = None,
     on_model: Callable[[Any], Any] = lambda model: model,
     on_engine: Callable[[Any], Any] = lambda engine: None,
@@ -390,7 +397,7 @@ def _run(
     recorder = Recorder(engine, _FP16_LOSS_SCALE if cell.dtype == "fp16" and cell.stage else 1)
     for ranks in samples(cell, hf_config.vocab_size):
         for batch in micro_batches(ranks[dist.get_rank()], engine):
-            engine.backward(loss_of(engine, batch))
+            engine.backward(loss(engine, batch))
             engine.step()
     result = recorder.result()
     engine.destroy()
@@ -429,13 +436,11 @@ class KeepFp64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def mean_of_samples(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Return the mean of the samples' losses, as a plain loop accumulates it."""
-    return sum(model(**batch).loss for batch in batches) / len(batches)
+def run_truth(cell: Cell, loss_of: Callable[..., torch.Tensor] | None = None) -> Result:
+    """Run the cell in plain torch, fp64, one process; ``loss_of`` is the loss of a step's unsharded samples.
 
-
-def run_truth(cell: Cell, loss_of: Callable[..., torch.Tensor] = mean_of_samples) -> Result:
-    """Run the cell in plain torch, fp64, one process; ``loss_of`` is the loss of a step's unsharded samples."""
+    By default it is the mean of the samples' losses, as a plain loop accumulates it.
+    """
     model = _fp64_model(cell)
     before = {name: param.detach().clone() for name, param in trained(model).items()}
     rates, result = _rates(cell, model), None
@@ -461,12 +466,16 @@ def _fp64_model(cell: Cell) -> torch.nn.Module:
 
 
 def _fp64_steps(
-    cell: Cell, model: torch.nn.Module, loss_of: Callable[..., torch.Tensor] = mean_of_samples
+    cell: Cell, model: torch.nn.Module, loss_of: Callable[..., torch.Tensor] | None = None
 ) -> Iterator[tuple[float, float, dict[str, torch.Tensor]]]:
     """Yield loss, gradient norm and gradients of each step."""
     for ranks in samples(cell, model.config.vocab_size):
+        batches = [batch for micros in ranks for batch in micros]
         with KeepFp64():
-            loss = loss_of(model, [batch for micros in ranks for batch in micros])
+            if loss_of is None:
+                loss = sum(sample_loss(cell)(model, batch) for batch in batches) / len(batches)
+            else:
+                loss = loss_of(model, batches)
             model.zero_grad()
             loss.backward()
         grads = {name: param.grad.clone() for name, param in trained(model).items()}

@@ -185,6 +185,27 @@ def lean_cells() -> list[Cell]:
     ]
 
 
+def own_loss_cells() -> list[Cell]:
+    """Return cells of losses that the program makes of logits and hidden states."""
+    full = Cell(gas=4, odd_lengths=True, unequal_labels=True, clip=0.5, tiles=True)
+    sp4 = {"sp_size": 4, "world_size": 4}
+    return [
+        replace(full, stage=0, own="entropy"),
+        replace(full, stage=1, own="entropy", dtype="bf16"),
+        replace(full, stage=3, own="entropy", **sp4),
+        replace(full, stage=2, own="preference", lora=True),
+        Cell(stage=3, own="preference", dtype="bf16"),
+        Cell(stage=2, own="preference", **sp4),
+        replace(full, stage=3, own="distillation"),
+        Cell(stage=0, own="distillation", dtype="bf16", tiles=True, **sp4),
+        replace(full, stage=2, own="by_hand"),
+        Cell(stage=3, gas=4, own="by_hand", dtype="bf16", unequal_labels=True),
+        replace(full, stage=1, own="hidden_states"),
+        Cell(stage=3, gas=4, own="hidden_states", dtype="bf16", checkpointing="non-reentrant"),
+        Cell(stage=0, own="hidden_states", **sp4),
+    ]
+
+
 def model_cells() -> list[Cell]:
     """Return cells of other models than a Llama: windows, packed documents, router losses, attention-free layers."""
     other, sp4 = Cell(gas=2), {"sp_size": 4, "world_size": 4}

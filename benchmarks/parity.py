@@ -21,7 +21,15 @@ from benchmarks import resume
 from benchmarks.cells import STEPS, Cell, Result, run_alst, run_interpreted, run_sp1, run_truth, run_upstream
 from benchmarks.families import KINDS, LINEAR_FAMILIES
 from benchmarks.figures import Figure, Part, report
-from benchmarks.grid import kernel_cells, lean_cells, model_cells, pairwise_cells, product_cells, short_cells
+from benchmarks.grid import (
+    kernel_cells,
+    lean_cells,
+    model_cells,
+    own_loss_cells,
+    pairwise_cells,
+    product_cells,
+    short_cells,
+)
 from benchmarks.ranks import RankError, Ranks, interpreted_ranks
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
 
@@ -139,8 +147,8 @@ def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
 
 
 def _has_upstream(cell: Cell) -> bool:
-    # Upstream has no Triton loss kernels, and shards attention layers only.
-    return not cell.loss and KINDS.get(cell.model, ("",))[0] not in LINEAR_FAMILIES
+    # Upstream has no Triton loss kernels, shards attention layers only, and knows its own loss only.
+    return not cell.loss and not cell.own and KINDS.get(cell.model, ("",))[0] not in LINEAR_FAMILIES
 
 
 def measure_trainer(cell: Cell, ranks: Ranks) -> Row:
@@ -238,6 +246,8 @@ def figures(rows: Iterable[Row]) -> Iterator[Figure]:
 def _kind_of(row: Row) -> str:
     if row.cell.model or row.cell.documents:
         return "other models, packed documents"
+    if row.cell.own:
+        return f"own losses, {row.cell.dtype}"
     loop = "loss by Triton's and Liger's kernels" if row.cell.loss else row.program or "loop"
     return f"{loop}, {row.cell.dtype}" if row.cell.loss else f"{loop}, ZeRO {row.cell.stage}, {row.cell.dtype}"
 
@@ -249,9 +259,13 @@ def main() -> int:
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
     cells += kernel_cells()[:1] if short else kernel_cells() + model_cells() + lean_cells()
+    own = own_loss_cells()[:1] if short else own_loss_cells()
     trainers = trainer_cells()[:2] if short else trainer_cells()
     columns = (*_KINDS.values(), "DeepSpeed's ALST")
-    parts = {"parity": Part(lambda: figures(run_cells(cells, trainers)), columns, _CAPTION)}
+    parts = {
+        "parity": Part(lambda: figures(run_cells(cells, trainers)), columns, _CAPTION),
+        "own losses": Part(lambda: figures(run_cells(own, [])), columns, _CAPTION),
+    }
     return report(__doc__, parts if short else parts | {"resumed": resume.PART}, ())
 
 
