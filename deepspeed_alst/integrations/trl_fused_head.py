@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
@@ -42,6 +43,7 @@ class _Gathered(torch.autograd.Function):
         return torch.cat(shards, dim=1).to(x_Bs.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BS: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad_BS.chunk(ctx.ranks, dim=1)[ctx.rank] * ctx.ranks, None  # distributed/sequence_loss.py
 

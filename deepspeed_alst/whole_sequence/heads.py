@@ -39,7 +39,7 @@ def split_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
     for name, module in spec.whole.named_modules():
         if module in inside or any(True for _ in module.children()):
             continue
-        if isinstance(module, _TOKENWISE) or "Norm" in type(module).__name__:
+        if isinstance(module, _TOKENWISE) or type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
             _run_on_rows(module, session, patches)
         elif any(True for _ in module.parameters()):
             raise UnsupportedModelError(

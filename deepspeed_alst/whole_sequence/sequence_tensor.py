@@ -20,6 +20,10 @@ from deepspeed_alst.whole_sequence import token_functions as functions
 from deepspeed_alst.whole_sequence.token_rows import Places, Recorded, Row, Tokens, run_on_rows
 
 _MAX_BYTES = 2 * 2**30
+_UNKNOWN_GRAPH = (
+    "an autograd.Function, reentrant checkpoint or vmap was called with a tensor of the whole sequence, whose gradient "
+    "would be lost. Call it with deepspeed_alst.gather_sequence(tensor), or use torch's own functions"
+)
 _DETACHES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
@@ -30,10 +34,18 @@ class SequenceTensor(torch.Tensor):
     def __new__(cls, rows: torch.Tensor | Recorded, places: Places) -> "SequenceTensor":
         """Create a tensor without storage."""
         shape = (*places.index.shape, *rows.shape[1:])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device)
+        needs_grad = rows.requires_grad and torch.is_grad_enabled()
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=rows.dtype, device=rows.device, requires_grad=needs_grad
+        )
 
     def __init__(self, rows: torch.Tensor | Recorded, places: Places) -> None:
-        self.rows, self.places, self._shared = rows, places, False
+        self.rows, self.places = rows, places
+        self.is_shared = False
+        """True if another tensor shows the same rows, which an in-place op would have to change too."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad:
+                self.register_hook(_refuse_gradient)
 
     @classmethod
     def of_batch(cls, rows: torch.Tensor | Recorded, tokens: Tokens, index_BS: torch.Tensor) -> "SequenceTensor":
@@ -60,6 +72,10 @@ class SequenceTensor(torch.Tensor):
         """Return class, shape and dtype: the values are on other ranks."""
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
 
+    def __format__(self, spec: str) -> str:
+        """Return ``repr``, for the same reason."""
+        return repr(self)
+
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         """Return the whole tensor's copy."""
         return self.whole("copy.deepcopy").detach().clone()
@@ -74,18 +90,24 @@ class SequenceTensor(torch.Tensor):
             if name == "__set__" or attribute not in ("T", "mT", "H", "mH", "real", "imag"):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-        if name == "detach" and "/deepspeed/" in sys._getframe(1).f_code.co_filename:
+        if name in ("detach", "register_hook") and _called_by_deepspeed():
             # ZeRO 3 detaches inputs and outputs of modules in an autograd function, whose graph the rows do not have.
-            return cls(args[0].rows, args[0].places)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs) if name != "detach" else cls(args[0].rows, args[0].places)
         if name in functions.SHAPE_QUERIES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if name in functions.RANDOM and functions.is_active(name, args, kwargs):
+        if name in functions.REFUSED:
+            raise DataError(f"{name} is not available on a tensor of the whole sequence; use it on a plain tensor")
+        if functions.draws(name, args, kwargs):
             raise DataError(
                 f"{name} on a tensor of the whole sequence would draw other random numbers on each rank; leave it out, "
                 "or put it into the model"
             )
         given = [each for each in tree_iter((args, kwargs)) if isinstance(each, cls)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if any(each.grad_fn is not None and not each.rows.requires_grad for each in given):
+                raise DataError(_UNKNOWN_GRAPH)  # what an autograd.Function returned
         first = next((each for each in given if each.rows.requires_grad), given[0])  # not a teacher's
         found = functions.apply(first, func, args, kwargs)
         if found is NotImplemented:
@@ -101,7 +123,7 @@ class SequenceTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DETACHES and isinstance(args[0], cls):
-            return args[0].like(run_on_rows(torch.detach, Row(args[0].rows)))
+            return args[0].like(run_on_rows(torch.detach, Row(args[0].rows), grad=False))
         args, kwargs = tree_map_only(cls, lambda x: x.whole(str(func)), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -118,15 +140,8 @@ class SequenceTensor(torch.Tensor):
 
     def at(self, change: Callable[[torch.Tensor], Any]) -> Any:
         """Return this tensor with its dims of tokens changed as ``change`` changes a tensor ``[*lead]``."""
-        self._shared = True
-
-        def wrap(index: torch.Tensor) -> torch.Tensor:
-            found = _settled(self.rows, Places(self.places.tokens, index))
-            if isinstance(found, SequenceTensor):
-                found._shared = True
-            return found
-
-        return tree_map(wrap, change(self.places.index))
+        tokens = self.places.tokens
+        return tree_map(lambda index: _settled(self.rows, Places(tokens, index)), change(self.places.index))
 
     def operand(self, x: Any) -> Any:
         """Return an operand of an elementwise op as rows; None if it has other tokens."""
@@ -136,14 +151,14 @@ class SequenceTensor(torch.Tensor):
         if isinstance(x, SequenceTensor):
             return Row(x.rows) if x.dim() == self.dim() and x.places.same(self.places) else None
         if x.dim() <= self.dim() - lead:
-            return x
+            return self.places.tokens.replicated(x)
         if x.dim() > self.dim():
             return None
         x = x.reshape(*[1] * (self.dim() - x.dim()), *x.shape)
         if any(size not in (1, own) for size, own in zip(x.shape[:lead], self.shape[:lead], strict=True)):
             return None
         if x.shape[:lead].numel() == 1 and self.places.index.numel() > 1:
-            return x.reshape(x.shape[lead:])
+            return self.places.tokens.replicated(x.reshape(x.shape[lead:]))
         rows = self.places.rows_of(x.to(self.device))
         return None if rows is None else Row(rows)
 
@@ -168,10 +183,16 @@ class SequenceTensor(torch.Tensor):
         self.rows = other.rows
         return self
 
-    @property
-    def is_shared(self) -> bool:
-        """True if another tensor shows the same rows, which an in-place op would have to change too."""
-        return self._shared
+
+def _called_by_deepspeed() -> bool:
+    frame = sys._getframe(2)
+    while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "/deepspeed/" in frame.f_code.co_filename
+
+
+def _refuse_gradient(grad: torch.Tensor) -> None:
+    raise DataError(_UNKNOWN_GRAPH)
 
 
 def _settled(rows: torch.Tensor | Recorded, places: Places) -> torch.Tensor:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from deepspeed_alst.whole_sequence.token_indexing import reshape, select, transpose
-from deepspeed_alst.whole_sequence.token_rows import Row, run_on_rows
+from deepspeed_alst.whole_sequence.token_rows import Row, no_in_place, run_on_rows
 
 if TYPE_CHECKING:
     from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
@@ -21,8 +21,25 @@ SHAPE_QUERIES = {
     *("size", "dim", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex", "__len__"),
     *("get_device", "is_contiguous", "stride"),
 }
-RANDOM = {"dropout", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "multinomial", "rand_like", "randn_like"}
-RANDOM |= {"randint_like", "rrelu", "gumbel_softmax", "normal"}
+REFUSED = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+_RANDOM = {"bernoulli", "multinomial", "poisson", "binomial", "normal", "rand_like", "randn_like", "randint_like"}
+_RANDOM |= {"rrelu", "gumbel_softmax", "scaled_dot_product_attention"}
+# Functions that give a view, or may give the tensor itself.
+_VIEWS = {
+    "getitem",
+    "iter",
+    "view",
+    "reshape",
+    "flatten",
+    "view_as",
+    "reshape_as",
+    "unflatten",
+    "transpose",
+    "swapaxes",
+}
+_VIEWS |= {"permute", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "unbind", "narrow", "select"}
+_VIEWS |= {"detach"}
+_CASTS = {"contiguous", "to", "float", "double", "half", "bfloat16", "long", "int", "bool"}
 _ELEMENTWISE = {
     *("add", "radd", "sub", "subtract", "rsub", "mul", "rmul", "multiply", "div", "rdiv", "divide", "true_divide"),
     *("truediv", "rtruediv", "floordiv", "rpow"),
@@ -55,13 +72,13 @@ _LOSSES = {
     *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
 }
 _AUGMENTED = {f"__i{name}__": f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow")}
-_OVER_ROWS = {"linear", "matmul", "rmatmul", "layer_norm", "rms_norm", "mv"}
+_OVER_ROWS = {"linear", "matmul", "layer_norm", "rms_norm", "mv"}
 
 
-def is_active(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Return True if a random function draws numbers: a dropout may be off."""
+def draws(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return True if a function draws random numbers: a dropout may be off."""
     if "dropout" not in name:
-        return True
+        return name in _RANDOM
     rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     return bool(rate) and bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
 
@@ -82,41 +99,61 @@ def apply(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict
         plain = getattr(torch.Tensor, _AUGMENTED.get(name) or name.rstrip("_"), None)
         if name == "__setitem__" or plain is None or args[0] is not x or x.is_shared:
             return NotImplemented
-        found = apply(x, plain, args, kwargs)
-        same = isinstance(found, type(x)) and found.shape == x.shape and found.dtype == x.dtype
-        return x.replace(found) if same else NotImplemented
-    bare = name.strip("_")
+        found = _run(x, plain, args, kwargs)
+        same = isinstance(found, type(x)) and found.places is x.places and found.dtype == x.dtype
+        return x.replace(found) if same and found.shape == x.shape else NotImplemented
+    found = _run(x, func, args, kwargs)
+    is_view = name.strip("_") in _VIEWS or (name in _CASTS and getattr(found, "dtype", None) == x.dtype)
+    if is_view and found is not NotImplemented:
+        x.is_shared = True
+        found = tree_map(_as_view, list(found) if name == "__iter__" else found)
+        return iter(found) if name == "__iter__" else found
+    return found
+
+
+def _as_view(x: torch.Tensor) -> torch.Tensor:
+    """Mark what stands for a view of another tensor, so that no in-place op changes it alone."""
+    if hasattr(x, "is_shared"):
+        x.is_shared = True
+        return x
+    return no_in_place(x)
+
+
+def _run(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    bare = func.__name__.strip("_")
+    if "out" in kwargs or kwargs.get("inplace") or (bare == "where" and len(args) + len(kwargs) < 3):
+        return NotImplemented
+    if bare in _ELEMENTWISE:
+        return _elementwise(x, func, args, kwargs)
+    if bare in _LOSSES:
+        return _loss(x, func, args, kwargs)
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+    if not args:
+        return NotImplemented
     if bare == "getitem":
         return select(x, args[1])
     if bare == "iter":
-        found = _of_dim(x, torch.Tensor.unbind, "unbind", args, {})
-        return found if found is NotImplemented else iter(found)
+        return _of_dim(x, torch.Tensor.unbind, "unbind", args, {})
     if bare in ("view", "reshape", "flatten", "view_as", "reshape_as", "unflatten"):
         return reshape(x, func, args, kwargs)
     if bare in ("transpose", "swapaxes", "permute"):
         return transpose(x, func, args, kwargs)
-    if bare in _LOSSES:
-        return _loss(x, func, args, kwargs)
     if bare in ("gather", "take_along_dim"):
         return _gather(x, func, *args, **kwargs)
     if bare in _OF_DIM:
         return _of_dim(x, func, bare, args, kwargs)
-    if bare in _OVER_ROWS:
-        return _over_rows(x, func, args, kwargs)
-    if bare in _ELEMENTWISE:
-        return _elementwise(x, func, args, kwargs)
-    return NotImplemented
+    return _over_rows(x, func, args, kwargs) if bare in _OVER_ROWS else NotImplemented
 
 
 def _elementwise(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if "out" in kwargs:
-        return NotImplemented
+    if any(each is True for each in args[1:]) and func.__module__ == "torch.nn.functional":
+        return NotImplemented  # of relu(x, True): in place
     arguments = x.rows_and((args, kwargs))
     if arguments is NotImplemented:
         return NotImplemented
-    return x.like(run_on_rows(lambda args, kwargs: func(*args, **kwargs), *arguments))
+    grad = func.__name__ != "detach"
+    return x.like(run_on_rows(lambda args, kwargs: func(*args, **kwargs), *arguments, grad=grad))
 
 
 def _of_dim(x: "SequenceTensor", func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -128,7 +165,7 @@ def _of_dim(x: "SequenceTensor", func: Callable[..., Any], name: str, args: Any,
         dim, args, rest = args[place], (*args[:place], *args[place + 1 :]), kwargs
     else:
         dim, rest = None if name in _DEFAULT_MISSING else default, kwargs
-    if args[0] is not x or "out" in rest:
+    if args[0] is not x or isinstance(dim, bool):
         return NotImplemented
     if name in ("sum", "mean") and (dim is None or _touches_lead(x, dim)):
         return _reduce(x, name, dim, rest, args[1:])
@@ -154,7 +191,7 @@ def _with_dim(func: Callable[..., Any], place: int, dim: Any, key: str) -> Calla
     """Return a call of a function with its dim where it was left out."""
 
     def call(args: Any, kwargs: dict[str, Any]) -> Any:
-        if len(args) >= place:
+        if len(args) > place:
             return func(*args[:place], dim, *args[place:], **kwargs)
         return func(*args, **{**kwargs, key: dim})
 
@@ -196,6 +233,10 @@ def _gather(x: "SequenceTensor", func: Callable[..., Any], *args: Any, **kwargs:
     input_, dim, index = given.get("input"), given.get("dim"), given.get("index", given.get("indices"))
     if input_ is not x or dim is None or not isinstance(index, torch.Tensor) or set(given) - {*names, "sparse_grad"}:
         return NotImplemented
+    if func.__name__ == "take_along_dim" and any(
+        index.shape[each] != x.shape[each] for each in range(x.num_lead, x.dim()) if each != dim % x.dim()
+    ):
+        return NotImplemented
     if index.dim() != x.dim() or index.shape[: x.num_lead] != x.shape[: x.num_lead] or dim % x.dim() < x.num_lead:
         return NotImplemented
     index = x.operand(index)
@@ -210,7 +251,11 @@ def _over_rows(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs:
     others = [each for each in tree_iter((args[1:], kwargs)) if isinstance(each, torch.Tensor)]
     if args[0] is not x or any(each.dim() > 2 or isinstance(each, type(x)) for each in others) or x.dim() == x.num_lead:
         return NotImplemented
-    return x.like(run_on_rows(lambda rows: func(rows, *args[1:], **kwargs), Row(x.rows)))
+    shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+    if "norm" in func.__name__ and len(shape if isinstance(shape, tuple | list) else [shape]) > x.dim() - x.num_lead:
+        return NotImplemented
+    rest, options = tree_map_only(torch.Tensor, x.places.tokens.replicated, (args[1:], kwargs))
+    return x.like(run_on_rows(lambda rows: func(rows, *rest, **options), Row(x.rows)))
 
 
 def _loss(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -220,12 +265,15 @@ def _loss(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict
     given, name = bound.arguments, func.__name__
     if given.get("size_average") is not None or given.get("reduce") is not None or given.get("weight") is not None:
         return NotImplemented
+    weights = given.get("pos_weight")
+    if not isinstance(given["reduction"], str) or (weights is not None and weights.dim() > x.dim() - x.num_lead):
+        return NotImplemented
     reduction, by_row = given["reduction"], name in ("cross_entropy", "nll_loss")
     input_, target = given["input"], given["target"]
     if by_row and (input_ is not x or x.num_lead != 1 or x.dim() != 2):
         return NotImplemented
     is_classes = by_row and isinstance(target, torch.Tensor) and target.dim() == 1
-    if by_row and is_classes and type(target) is type(x):
+    if is_classes and (type(target) is type(x) or target.shape != x.shape[:1]):
         return NotImplemented
     targets = x.places.rows_of(target.to(x.device)) if is_classes else x.operand(target)
     if targets is None:

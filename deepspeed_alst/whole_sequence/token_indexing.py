@@ -36,10 +36,21 @@ def select(x: "SequenceTensor", key: Any) -> Any:
     found = x.at(lambda index: index[tuple(lead)]) if lead else x
     if not keys:
         return found
-    trail = tuple(keys)
-    if any(isinstance(each, torch.Tensor) and each.dim() == x.dim() for each in trail):
+    keys = [_numbers(each) if isinstance(each, torch.Tensor | list) else each for each in keys]
+    if sum(isinstance(each, torch.Tensor) for each in keys) > 1 or any(
+        isinstance(each, torch.Tensor) and each.dim() == x.dim() for each in keys
+    ):
         return NotImplemented
+    trail = tuple(keys)
+    if not hasattr(found, "like"):  # of few tokens
+        return found[(*[slice(None)] * (found.dim() - x.dim() + x.num_lead), *trail)]
     return found.like(run_on_rows(lambda rows: rows[(slice(None), *trail)], Row(found.rows)))
+
+
+def _numbers(key: Any) -> torch.Tensor:
+    """Return an index of a tensor or a list as numbers: a mask has another size on each run."""
+    key = torch.as_tensor(key)
+    return key.nonzero().flatten() if key.dtype in (torch.bool, torch.uint8) and key.dim() == 1 else key
 
 
 def _dims_of(key: Any) -> Any:

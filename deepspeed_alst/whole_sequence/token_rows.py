@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
 
 from deepspeed_alst.distributed.collectives import name_missing_ranks
@@ -47,6 +48,10 @@ class Tokens:
         self.note_loss(total)
         return total
 
+    def replicated(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an operand that all tokens use, ``[...] -> [...]``, whose gradient is that of all ranks' tokens."""
+        return _Replicated.apply(x, self) if x.requires_grad else x
+
 
 class Places:
     """Token of each element of a tensor's leading dims: ``index`` is ``[*lead]``, of ``b * S + place``."""
@@ -70,7 +75,8 @@ class Places:
         """Return this rank's rows of a whole tensor, ``[*lead, ...] -> [n, ...]``; None if a token is twice."""
         if self.of_rows is None:
             return None
-        flat = x.expand(*self.index.shape, *x.shape[self.index.dim() :]).flatten(0, self.index.dim() - 1)
+        trail = x.shape[self.index.dim() :]
+        flat = x.expand(*self.index.shape, *trail).reshape(self.index.numel(), *trail)
         return _OwnRows.apply(flat, self.of_rows.clamp(min=0), self.of_rows >= 0, self.tokens)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
@@ -81,7 +87,7 @@ class Places:
         found = rows.new_zeros((self.index.numel(), *rows.shape[1:]))
         present = (self.of_rows >= 0).nonzero().flatten()
         found = found.index_copy(0, self.of_rows[present], rows[present])
-        return self.tokens.sum_over_ranks(found).view(*self.index.shape, *rows.shape[1:])
+        return self.tokens.sum_over_ranks(found).reshape(*self.index.shape, *rows.shape[1:])
 
     def same(self, other: "Places") -> bool:
         """Return True if both have the same tokens at the same elements."""
@@ -104,20 +110,56 @@ class _OwnRows(torch.autograd.Function):
         return flat[places]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         places, present = ctx.saved_tensors
         total = grad.new_zeros(ctx.shape).index_add_(0, places[present], grad[present])
-        groups = ctx.tokens.groups
-        with name_missing_ranks(groups.roll_group):
-            torch.distributed.all_reduce(total, group=groups.sp_group)
-        return total / groups.sp_size, None, None, None  # each rank's gradient was times P (sequence_loss.py)
+        return _mean_over_ranks(total, ctx.tokens.groups), None, None, None
+
+
+class _Replicated(torch.autograd.Function):
+    """Identity; the gradient is the same on all ranks, that of all ranks' rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        ctx.tokens = tokens
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _mean_over_ranks(grad.clone(), ctx.tokens.groups), None
+
+
+def _mean_over_ranks(grad: torch.Tensor, groups: SequenceGroups) -> torch.Tensor:
+    """Average the ranks' gradients, in place: each is P times that of its own rows (sequence_loss.py)."""
+    with name_missing_ranks(groups.roll_group):
+        torch.distributed.all_reduce(grad, group=groups.sp_group)
+    return grad.div_(groups.sp_size)
+
+
+def no_in_place(x: torch.Tensor) -> torch.Tensor:
+    """Return a view that autograd does not let be changed in place, for what stands for a view at SP 1."""
+    return _View.apply(x) if x.requires_grad else x
+
+
+class _View(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
 
 
 class Recorded:
     """A function of each token's logits, ``[n, *trail]``, that runs in the tiles of the loss."""
 
-    def __init__(self, function: Callable[..., Any], arguments: Any, probe: torch.Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], arguments: Any, probe: torch.Tensor, grad: bool = True) -> None:
         self._function, self._arguments = function, arguments
+        # It runs later, where the mode may be another.
+        self._grad = grad and torch.is_grad_enabled()
         self.shape, self.dtype, self.device = probe.shape, probe.dtype, probe.device
 
     @classmethod
@@ -130,7 +172,8 @@ class Recorded:
     @property
     def requires_grad(self) -> bool:
         """True if its values have a gradient."""
-        return any(_requires_grad(each.value) for each in tree_iter(self._arguments) if isinstance(each, Row))
+        rows = [each.value for each in tree_iter(self._arguments) if isinstance(each, Row)]
+        return self._grad and any(map(_requires_grad, rows))
 
     @property
     def is_few(self) -> bool:
@@ -160,7 +203,8 @@ class Recorded:
             return self._value(values).reshape(len(logits_tV), self.shape[1:].numel())
 
         chosen = None if of_rows is None or bool((of_rows >= 0).all()) else (of_rows >= 0).nonzero().flatten()
-        found = main.of_tokens(of_tile, *given, chosen=chosen)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.requires_grad):
+            found = main.of_tokens(of_tile, *given, chosen=chosen)
         return found.view(len(found), *self.shape[1:])
 
     def _sources(self) -> list[torch.Tensor]:
@@ -173,7 +217,11 @@ class Recorded:
                 values[id(row.value)] = row.value._value(values)
             return values[id(row.value)]
 
-        return self._function(*tree_map_only(Row, of, self._arguments))
+        arguments = tree_map_only(Row, of, self._arguments)
+        if self._grad:
+            return self._function(*arguments)
+        with torch.no_grad():
+            return self._function(*tree_map_only(torch.Tensor, torch.Tensor.detach, arguments))
 
 
 @dataclass(frozen=True)
@@ -183,8 +231,11 @@ class Row:
     value: torch.Tensor | Recorded
 
 
-def run_on_rows(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function of tokens on rows, or record it: results are ``[n, ...]`` tensors, or ``Recorded``, in a tree."""
+def run_on_rows(function: Callable[..., Any], *arguments: Any, grad: bool = True) -> Any:
+    """Run a function of tokens on rows, or record it: results are ``[n, ...]`` tensors, or ``Recorded``, in a tree.
+
+    ``grad`` is False for one that has no gradient, as ``detach``.
+    """
     rows = [each.value for each in tree_iter(arguments) if isinstance(each, Row)]
     if not any(isinstance(each, Recorded) for each in rows):
         return function(*tree_map_only(Row, lambda row: row.value, arguments))
@@ -193,7 +244,7 @@ def run_on_rows(function: Callable[..., Any], *arguments: Any) -> Any:
         probes = function(*tree_map_only(Row, _probe, arguments))
     flat, spec = tree_flatten(probes)
     picked = [
-        Recorded(lambda *given, place=place: tree_flatten(function(*given))[0][place], arguments, each)
+        Recorded(lambda *given, place=place: tree_flatten(function(*given))[0][place], arguments, each, grad)
         for place, each in enumerate(flat)
     ]
     return tree_unflatten(picked, spec)

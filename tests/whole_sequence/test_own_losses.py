@@ -56,7 +56,26 @@ def hidden_states(model, batch, teacher):
     return 1 - (one * two).sum() + (size * mask).sum() / mask.sum()
 
 
+def self_weighted(model, batch, teacher):
+    """The tokens' own probabilities as weights, without a gradient."""
+    logits = model(**batch).logits
+    with torch.no_grad():
+        weights = logits.softmax(-1)
+    each = -(weights * logits.log_softmax(-1)).sum(-1) * logits.detach().logsumexp(-1).sigmoid()
+    return (each * batch["attention_mask"]).sum() / batch["attention_mask"].sum()
+
+
+def standardized(model, batch, teacher):
+    """Hidden states centred over the batch, by a statistic with a gradient."""
+    outputs = model(**batch, output_hidden_states=True)
+    mask = batch["attention_mask"][..., None].float()
+    state = outputs.hidden_states[-1]
+    mean = (state * mask).sum((0, 1)) / mask.sum()
+    return ((state - mean).pow(3).tanh() * mask).sum() / mask.sum()
+
+
 PROGRAMS = {each.__name__: each for each in (of_labels, cross_entropy, distillation, hidden_states)}
+PROGRAMS |= {each.__name__: each for each in (self_weighted, standardized)}
 
 
 def teacher_of() -> torch.nn.Module:
