@@ -63,6 +63,7 @@ def test_the_sizes_are_those_of_the_model(measured):
     assert (layers.input_bytes, layers.output_bytes, layers.lse_bytes) == (2 * 4096, 2 * 4096, 4 * 32)
 
 
+@pytest.mark.slow
 def test_the_lines_through_two_measurements_hold_further_on(measured):
     *_, found = measured
     config, far = CONFIG_MAPPING["llama"](**{**LLAMA_8B, "num_hidden_layers": 1}), 4 * 65536
@@ -72,6 +73,7 @@ def test_the_lines_through_two_measurements_hold_further_on(measured):
         assert layer.attention.at(far) == pytest.approx(there.attention, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_line_of_the_loss_holds_where_a_tile_of_it_has_more_tokens_than_the_measurements(tmp_path):
     config = CONFIG_MAPPING["llama"](**{**LLAMA_8B, "vocab_size": 256, "num_hidden_layers": 1})
     config.to_json_file(tmp_path / "config.json")
@@ -81,6 +83,7 @@ def test_the_line_of_the_loss_holds_where_a_tile_of_it_has_more_tokens_than_the_
     assert found[False].outside.at(tokens) == pytest.approx(there.outside, rel=0.01)
 
 
+@pytest.mark.slow
 def test_chunks_need_less_of_the_device_and_as_much_of_the_host_as_is_planned(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
     # Llama 3.1's rotary embedding, which runs in chunks as any other.
@@ -287,6 +290,7 @@ def test_a_ds_config_that_is_refused_is_refused_here(measured, tmp_path, capsys)
     assert "sequence_parallel_size=3 does not divide" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_plan_depends_neither_on_a_compiler_nor_on_tritons_interpreter(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     CONFIG_MAPPING["llama"](**sizes, vocab_size=128, num_hidden_layers=2).to_json_file(tmp_path / "config.json")

@@ -96,6 +96,7 @@ def whole(ranks2, tmp_path_factory):
     return ranks2.run(trained, "run-sp1-llama-8b-baseline", tmp_path_factory.mktemp("whole"), 3, IN_FP32)[0][0]
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_comparison_sees_the_same_data(whole, ranks2, tmp_path):
     ours, moved = ranks2.run(trained, "run-sp8-llama-8b", tmp_path, len(whole), IN_FP32)[0]
     assert moved > 0
