@@ -58,7 +58,7 @@ def _dims_of(key: Any) -> Any:
     if key is Ellipsis or key is None:
         return 0
     if isinstance(key, torch.Tensor):
-        if "SequenceTensor" in type(key).__name__:
+        if hasattr(key, "places"):  # a SequenceTensor
             return None
         return key.dim() if key.dtype in (torch.bool, torch.uint8) and key.dim() else 1
     return 1 if isinstance(key, int | slice | list) and not isinstance(key, bool) else None

@@ -161,6 +161,6 @@ def dropped(stage: int) -> float:
     return losses
 
 
-def test_a_heads_dropout_draws_for_each_token(ranks2):
+def test_a_heads_dropout_is_on_and_the_loss_the_same_on_both_ranks(ranks2):
     one, two = ranks2.run(dropped, 2)
     assert one == two and one[0] != one[1]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.ranks import RankError
 from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.errors import DataError
-from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
+from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor, gather_sequence
 from deepspeed_alst.whole_sequence.token_rows import Tokens
 
 B, S, PADDED, V = 3, 7, 8, 17
@@ -147,6 +147,10 @@ def without_gradient(x, g):
     return -(p * x.log_softmax(-1)).sum(-1), (x.detach() * x).logsumexp(-1)
 
 
+def gathered(x, g):
+    return gather_sequence(x).square() * g["weights"][..., None], gather_sequence(x[:, 2:])
+
+
 def any_function(x, g):
     return torch.einsum("bsv,bsw->vw", x, x), x.cumsum(1), torch.cat([x, x], 1).logsumexp(-1)
 
@@ -154,7 +158,7 @@ def any_function(x, g):
 PROGRAMS = [
     *(log_probs, selective, row_by_row, entropy, divergence, batch_divergence, shifted_loss, row_losses, top, greatest),
     *(masked, mean_pooled, last_token, of_one_row, completions, weighted, normalized, in_place, scaled_by_its_own),
-    *(by_time, standardized, of_each_row, small_selections, with_options, without_gradient, any_function),
+    *(by_time, standardized, of_each_row, small_selections, with_options, without_gradient, gathered, any_function),
 ]
 
 
