@@ -23,7 +23,7 @@ from deepspeed_alst.cli.measure import Model
 from deepspeed_alst.cli.memory import Machine, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.schema import AlstConfig, parse
-from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "ds_configs"
@@ -195,7 +195,7 @@ def table() -> str:
 def crossing_bytes(shape: Shape, sp_size: int) -> int:
     """Return bytes per shard token leaving a host in a layer pass: q, k, v, output."""
     heads = HeadPlan(sp_size, shape.keys["num_attention_heads"], shape.keys["num_key_value_heads"])
-    per_rank = 2 * (heads.heads_per_rank + heads.kv_heads_per_rank) * head_dim(shape) * 2
+    per_rank = 2 * (heads.heads_per_rank + len(heads.kv_heads_of(0))) * head_dim(shape) * 2
     return max(0, sp_size - RANKS_PER_HOST) * per_rank
 
 

@@ -141,8 +141,12 @@ def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator
     check = _MODEL_CHECK[run.config.alst.check_model]
     if run.upstream is not None:
         sharded, check = "UlyssesSPDataLoaderAdapter is replaced; ", "off: the program is written for shards"
+    shares = [plan.summary for plan in run.session.heads if plan.summary]
     return [
-        ("sequence parallelism", f"{groups.sp_size} ranks per sequence, {groups.dp_size} replica(s)"),
+        (
+            "sequence parallelism",
+            "; ".join([f"{groups.sp_size} ranks per sequence, {groups.dp_size} replica(s)", *shares]),
+        ),
         (
             "data",
             f"{sharded}sequences are padded to a multiple of {multiple} tokens, {multiple // groups.sp_size} per rank",

@@ -115,4 +115,4 @@ def build_session(
         check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
         for each in heads:
             check_heads(config, *each, world_size)
-    return Session(spec, config, control_group, patches)
+    return Session(spec, config, control_group, patches, heads)

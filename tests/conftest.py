@@ -28,6 +28,13 @@ def ranks2():
 
 
 @pytest.fixture(scope="module")
+def ranks3():
+    with Ranks(3) as ranks:
+        ranks.run(os.getpid)
+        yield ranks
+
+
+@pytest.fixture(scope="module")
 def ranks4():
     with Ranks(4) as ranks:
         ranks.run(os.getpid)

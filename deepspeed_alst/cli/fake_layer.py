@@ -27,6 +27,7 @@ from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD, Sample
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_tiny_models import causal_lm
@@ -57,15 +58,16 @@ class Bytes(NamedTuple):
 
 
 def bytes_of(config: Any, keys: AlstConfig, tokens: int, num_saved: int = 0) -> tuple[Bytes, LayerSizes]:
-    """Measure a rank with s ``tokens``, in bf16, with checkpointed layers; return the offload's own sizes too.
+    """Measure the largest rank with s ``tokens``, in bf16, with checkpointed layers; return the offload's sizes too.
 
     The first ``num_saved`` layers save attention's output.
 
     Raises:
         UnsupportedModelError: the model does not run on fake tensors.
     """
+    sp_size, heads = keys.sequence_parallel_size, attention_heads(config)
     try:
-        with fake_world(keys.sequence_parallel_size), PatchSet() as patches:
+        with fake_world(sp_size, HeadPlan(sp_size, *heads).largest_rank if heads else 0), PatchSet() as patches:
             model = causal_lm(config).train()
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -77,7 +79,8 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, num_saved: int = 0) -> 
                 model(**_batch(config, first), use_cache=False).loss.backward()
                 model.zero_grad()
             with _known(spec, keys, tokens):
-                return _peaks(spec, _batch(config, tokens)), layer_sizes(spec, keep_last(keys.alst), policy.chunks)
+                sizes = layer_sizes(spec, keep_last(keys.alst), policy.chunks, sp_size)
+                return _peaks(spec, _batch(config, tokens)), sizes
     except Exception as error:
         if isinstance(error, AlstError):
             raise

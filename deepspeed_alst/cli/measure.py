@@ -16,7 +16,7 @@ from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops
 from deepspeed_alst.offload.budget import LayerSizes
 from deepspeed_alst.offload.feature import keep_last
-from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config, numel
 
@@ -60,9 +60,11 @@ class Model:
     layers: LayerSizes = field(default_factory=lambda: LayerSizes(0, 0, 0, 0, 0, 0, 0))
     """Sizes of what its layers save for the backward."""
     exchanged: int = 0
-    """Bytes per token of the shard that the all-to-alls of a layer's q, k, v and output send to other ranks."""
+    """Bytes per token of the shard that a rank sends or receives in the all-to-alls of a layer's q, k, v and output."""
     step: StepFlops | None = None
     """FLOPs in closed form; None if the config lacks a size for them."""
+    imbalance: float = 1.0
+    """Largest share of the query heads that a rank has, relative to the mean."""
 
 
 class Measuring:
@@ -118,7 +120,9 @@ class Measuring:
             lse_bytes=min(outputs, layers.lse_bytes),
             packing=False if offload is None else offload.packing,
         )
-        return Model(self._num_params, self._largest, layers, exchanged_of(one, keys), self._step), found
+        split, exchanged = head_plan(one, keys), exchanged_of(one, keys)
+        imbalance = 1.0 if split is None else split[0].imbalance
+        return Model(self._num_params, self._largest, layers, exchanged, self._step, imbalance), found
 
     def _outside_of_long(self, keys: AlstConfig, few: int) -> Line | None:
         """Return ``Layer.outside`` where a tile of the loss has more than ``few`` tokens: the vocabulary is small."""
@@ -180,18 +184,18 @@ def _line(a: int, low: Bytes, b: int, high: Bytes, name: str) -> Line:
     return Line(max(0.0, getattr(low, name) - a_token * a), a_token)
 
 
-def _head_plan(config: Any, keys: AlstConfig) -> tuple[HeadPlan, int] | None:
+def head_plan(config: Any, keys: AlstConfig) -> tuple[HeadPlan, int] | None:
     """Return how heads are split over the ranks, and their size; None if the config has no heads."""
-    if not (heads := getattr(config, "num_attention_heads", 0)):
+    if (heads := attention_heads(config)) is None:
         return None
-    plan = HeadPlan(keys.sequence_parallel_size, heads, getattr(config, "num_key_value_heads", None) or heads)
-    return plan, getattr(config, "head_dim", None) or config.hidden_size // heads
+    plan = HeadPlan(keys.sequence_parallel_size, *heads)
+    return plan, getattr(config, "head_dim", None) or config.hidden_size // plan.num_heads
 
 
 def exchanged_of(config: Any, keys: AlstConfig) -> int:
     """Return ``Model.exchanged``, in bf16."""
-    P, split = keys.sequence_parallel_size, _head_plan(config, keys)
-    return 0 if split is None else (P - 1) * 2 * (split[0].heads_per_rank + split[0].kv_heads_per_rank) * split[1] * 2
+    split = head_plan(config, keys)
+    return 0 if split is None else split[0].exchanged_heads * split[1] * 2
 
 
 def workspace_of(config: Any, keys: AlstConfig) -> Line:
@@ -201,12 +205,13 @@ def workspace_of(config: Any, keys: AlstConfig) -> Line:
     its keys for each query head: ``mha_bwd`` in flash-attention's csrc/flash_attn/flash_api.cpp, of which torch has a
     copy. A call has the rows and keys of the whole sequence, in chunks those of a rectangle.
     """
-    P, lean, split = keys.sequence_parallel_size, keys.alst.memory_lean_layer, _head_plan(config, keys)
+    P, lean, split = keys.sequence_parallel_size, keys.alst.memory_lean_layer, head_plan(config, keys)
     if split is None:
         return Line(0, 0)
     plan, head_dim = split
-    a_row = 4 * plan.heads_per_rank * head_dim
-    a_key = 2 * 2 * plan.heads_per_rank * head_dim if plan.heads_per_rank != plan.kv_heads_per_rank else 0
+    num_heads = len(plan.heads_of(plan.largest_rank))
+    a_row = 4 * num_heads * head_dim
+    a_key = 2 * 2 * num_heads * head_dim if num_heads != sum(plan.kv_copies_of(plan.largest_rank)) else 0
     if lean is None:
         return Line(0, P * (a_row + a_key))
     return Line(lean.chunk_tokens * a_row + max(lean.chunk_tokens, lean.key_block) * a_key, 0)

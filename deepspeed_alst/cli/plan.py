@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from deepspeed_alst.cli.measure import Measuring
+from deepspeed_alst.cli.measure import Measuring, head_plan
 from deepspeed_alst.cli.memory import GIB, Machine, Plan
 from deepspeed_alst.cli.report import problems, read_json
 from deepspeed_alst.cli.step_time import Rates, StepTime
@@ -16,6 +16,7 @@ from deepspeed_alst.cli.what_if import Variant, WhatIf, print_table, relative, r
 from deepspeed_alst.config.compatibility import fitting, zero_stage
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.sequence_parallel.head_plan import attention_heads
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_result(given, found, variants, fits, measuring), indent=1))
     else:
-        _print(given, machine, arguments)
+        _print(given, machine, arguments, measuring.config)
         if variants:
             print_table(variants, parse(ds_config).sequence_parallel_size)
         if arguments.cheapest:
@@ -73,8 +74,8 @@ def machine_of(arguments: argparse.Namespace) -> Machine:
 
 def default_config(config: Any, num_gpus: int) -> dict[str, Any]:
     """Return a ds_config for a model: ZeRO 3, bf16, AdamW and the largest SP degree that the GPUs and heads allow."""
-    heads = getattr(config, "num_attention_heads", None) or 0
-    sp_size = max(fitting(num_gpus, [(heads, getattr(config, "num_key_value_heads", None) or heads, "attention")]))
+    heads = attention_heads(config)
+    sp_size = max(fitting(num_gpus, [(*heads, "attention")] if heads else []))
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": sp_size,
@@ -99,6 +100,7 @@ def _result(
         "bytes of a host": plan.host,
         "bytes of a host's disk": plan.disk,
         "attention's output": plan.attention,
+        "largest share of heads": measuring.of(config)[0].imbalance,
         "kept a token and layer": measuring.of(config)[0].layers.input_bytes,
         "seconds of a step": None if given.time is None else {n: p._asdict() for n, p in given.time.parts.items()},
         "ds_config": given.ds_config,
@@ -110,10 +112,13 @@ def _result(
     return result
 
 
-def _print(given: Variant, machine: Machine, arguments: argparse.Namespace) -> None:
+def _print(given: Variant, machine: Machine, arguments: argparse.Namespace, config: Any) -> None:
+    split = head_plan(config, parse(given.ds_config))
     plan, sp_size = given.plan, parse(given.ds_config).sequence_parallel_size
     stage = zero_stage(given.ds_config)
     print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} per rank at SP {sp_size}, ZeRO {stage}")
+    if split is not None and split[0].summary:
+        print(f"{split[0].summary}; memory and time are those of a rank with the most")
     rows = {name: (plan.device.get(name), plan.host.get(name)) for name in {**plan.device, **plan.host}}
     rows["total"] = sum(plan.device.values()), sum(plan.host.values())
     rows["available"] = machine.gpu_bytes, machine.host_bytes

@@ -68,7 +68,8 @@ def step_time(
     P, G = parse(ds_config).sequence_parallel_size, machine.num_gpus
     s, count, steps = plan.tokens, model.layers.num_layers, micro_steps(ds_config, G // P)
     pairs = sum(layers * span.seen_by_all(s * P) for span, layers in model.step.spans)
-    attention, matrices = model.step.pair / 3 * pairs / P, s * count * layer.flops.layer
+    attention = model.step.pair / 3 * pairs / P * model.imbalance  # the rank with the most heads
+    matrices = s * count * layer.flops.layer
     again = 1 - plan.num_saved / count
     forward = (s * count * layer.flops.forward + attention) / rates.flops
     backward = (matrices + attention * (1 + again + _ATTENTION_BACKWARD)) / rates.flops - forward

@@ -180,8 +180,10 @@ def check_features(ds_config: Config) -> None:
 # --- sizes
 
 
-def _fits(degree: int, num_heads: int, num_kv_heads: int) -> bool:
-    """Return True if an SP degree can split these heads."""
+def _fits(degree: int, num_heads: int, num_kv_heads: int, of: str) -> bool:
+    """Return True if an SP degree can split these heads: attention's if each rank has one, a scan's evenly."""
+    if of == "attention":
+        return degree <= num_heads
     return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
 
 
@@ -191,7 +193,7 @@ def fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]
     return [
         degree
         for degree in range(1, largest + 1)
-        if world_size % degree == 0 and all(_fits(degree, *each[:2]) for each in heads)
+        if world_size % degree == 0 and all(_fits(degree, *each) for each in heads)
     ]
 
 
@@ -213,15 +215,17 @@ def check_heads(
 ) -> None:
     """Raise ConfigError, with the valid SP degrees, if this one cannot split these heads, of attention or a scan.
 
-    It must divide the query heads, and divide the KV heads or be divided by them.
+    Each rank needs a query head. A scan's heads it must divide, and divide their groups or be divided by them.
     """
     sp_size = config.sequence_parallel_size
-    if _fits(sp_size, num_heads, num_kv_heads):
+    if _fits(sp_size, num_heads, num_kv_heads, of):
         return
-    heads, groups = ("query heads", "key/value heads") if of == "attention" else (f"heads of a {of}", "groups")
-    why = f"does not divide the model's {num_heads} {heads}"
-    if num_heads % sp_size == 0:
-        why = f"and the model's {num_kv_heads} {groups} do not divide one another"
+    if of == "attention":
+        why = f"exceeds the model's {num_heads} query heads, of which each rank of a sequence needs one"
+    elif num_heads % sp_size:
+        why = f"does not divide the model's {num_heads} heads of a {of}"
+    else:
+        why = f"and the model's {num_kv_heads} groups do not divide one another"
     raise ConfigError(
         f"sequence_parallel_size={shown(sp_size)} {why}. "
         f"Use one of {fitting(world_size, [(num_heads, num_kv_heads, of)])}; "

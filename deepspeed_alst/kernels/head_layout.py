@@ -5,12 +5,16 @@ next. Kernel and reference use the same format, so they may be mixed across rank
 pieces, ``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of full sequences. Piece i belongs to the m ranks
 ``[i*m, (i+1)*m)``: packing writes it m times (shared KV heads), unpacking sums the m in fp32 and rounds once.
 
+Ranks with unequal heads have pieces of different W, one after the other in a flat buffer: see ``pack_uneven``.
+
 Triton is imported only where heads are exchanged; without it PyTorch packs.
 
-Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a rank, D head dim, g pieces, m = P/g.
+Legend: P ranks, s tokens of a shard, S = P*s, B batch, H heads, h heads of a rank, D head dim, g pieces, m = P/g; n
+elements of a flat buffer.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,3 +107,57 @@ def unpack_(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
             once.
     """
     _run("unpack_heads_", unpack_reference, buffer_PsBW, pieces, buffer_PsBW, list(pieces))
+
+
+# --- ranks with unequal heads
+
+Split = Sequence[range]
+"""Each rank's heads of a tensor, adjacent and in order; a head may be on several ranks."""
+
+
+def uneven_sizes(num_tokens: int, head_dims: Sequence[int], splits: Sequence[Split]) -> list[int]:
+    """Return the elements of each rank's piece of a flat buffer, of ``num_tokens`` s*B and one split per tensor."""
+    of_tensors = ([len(heads) * D for heads in split] for D, split in zip(head_dims, splits, strict=True))
+    return [num_tokens * sum(widths) for widths in zip(*of_tensors, strict=True)]
+
+
+def _uneven_parts(
+    buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]
+) -> list[list[torch.Tensor]]:
+    """Return views of a flat buffer, for each tensor and rank: ``[s, B, h, D]``."""
+    B, _, s, _ = tensors_BHsD[0].shape
+    head_dims, of_ranks = [x.shape[3] for x in tensors_BHsD], list[list[torch.Tensor]]()
+    for rank, piece_n in enumerate(buffer_n.split(uneven_sizes(s * B, head_dims, splits))):
+        shapes = [(len(split[rank]), D) for split, D in zip(splits, head_dims, strict=True)]
+        parts = piece_n.view(s, B, -1).split([h * D for h, D in shapes], dim=-1)
+        of_ranks.append([part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)])
+    return [list(parts) for parts in zip(*of_ranks, strict=True)]
+
+
+def pack_uneven(tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]) -> tuple[torch.Tensor, list[int]]:
+    """Pack tensors for ranks with unequal heads: ``[B, H, s, D]`` to a flat buffer, and its elements per rank.
+
+    A rank's piece is ``[s, B, W]`` as in ``pack``, with a W of its own. It is a copy per rank and tensor.
+    """
+    B, _, s, _ = tensors_BHsD[0].shape
+    sizes = uneven_sizes(s * B, [x.shape[3] for x in tensors_BHsD], splits)
+    buffer_n = tensors_BHsD[0].new_empty(sum(sizes))
+    for x_BHsD, split, parts in zip(tensors_BHsD, splits, _uneven_parts(buffer_n, tensors_BHsD, splits), strict=True):
+        for heads, part_sBhD in zip(split, parts, strict=True):
+            part_sBhD.copy_(x_BHsD[:, heads.start : heads.stop].permute(2, 0, 1, 3))
+    return buffer_n, sizes
+
+
+def unpack_uneven_(buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]) -> None:
+    """Unpack what ranks with unequal heads have sent into ``[B, H, s, D]``; heads of several are summed as above."""
+    sum_dtype = torch.promote_types(buffer_n.dtype, torch.float32)
+    for x_BHsD, split, parts in zip(tensors_BHsD, splits, _uneven_parts(buffer_n, tensors_BHsD, splits), strict=True):
+        bounds = sorted({bound for heads in split for bound in (heads.start, heads.stop)})
+        for first, last in itertools.pairwise(bounds):
+            found = [
+                part_sBhD[:, :, first - heads.start : last - heads.start]
+                for heads, part_sBhD in zip(split, parts, strict=True)
+                if first in heads
+            ]
+            total = found[0] if len(found) == 1 else functools.reduce(torch.add, (x.to(sum_dtype) for x in found))
+            x_BHsD[:, first:last].permute(2, 0, 1, 3).copy_(total)

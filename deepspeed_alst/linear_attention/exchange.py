@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.distributed.collectives import count_sent
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens
 from deepspeed_alst.sequence_parallel.ulysses import exchange
 
@@ -103,7 +102,7 @@ class _PrependHalo(torch.autograd.Function):
         ctx.from_ranks = [counts[max(rank - other, 0)] for other in range(P)]
         x_sBC = x_BCs.permute(2, 0, 1)
         send_nBC = torch.cat([x_sBC[s - tokens :] for tokens in ctx.to_ranks])
-        before_nBC = _exchange(send_nBC, ctx.to_ranks, ctx.from_ranks, group)
+        before_nBC = exchange(send_nBC, group, ctx.to_ranks, ctx.from_ranks)
         x_tBC = x_BCs.new_empty(B, width + s, C).transpose(0, 1)
         missing = width - before_nBC.shape[0]
         x_tBC[:missing] = 0
@@ -115,16 +114,8 @@ class _PrependHalo(torch.autograd.Function):
     def backward(ctx: Any, g_BCt: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         g_tBC = g_BCt.permute(2, 0, 1)
         send_nBC = g_tBC[ctx.width - sum(ctx.from_ranks) : ctx.width].contiguous()
-        recv_nBC = _exchange(send_nBC, ctx.from_ranks, ctx.to_ranks, ctx.group)
+        recv_nBC = exchange(send_nBC, ctx.group, ctx.from_ranks, ctx.to_ranks)
         g_sBC = g_tBC[ctx.width :].clone()
         for piece in recv_nBC.split(ctx.to_ranks):
             g_sBC[g_sBC.shape[0] - piece.shape[0] :] += piece
         return g_sBC.permute(1, 2, 0), None, None
-
-
-def _exchange(send_nBC: torch.Tensor, to_ranks: list[int], from_ranks: list[int], group: Any) -> torch.Tensor:
-    """Run an all-to-all of tokens along dim 0, with a count per rank."""
-    recv_nBC = send_nBC.new_empty(sum(from_ranks), *send_nBC.shape[1:])
-    dist.all_to_all_single(recv_nBC, send_nBC, from_ranks, to_ranks, group=group)
-    count_sent(group, send_nBC.nbytes)  # a rank sends none to itself
-    return recv_nBC

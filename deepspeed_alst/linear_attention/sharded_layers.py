@@ -26,7 +26,8 @@ from deepspeed_alst.linear_attention.layers import (
     mixing_functions,
 )
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
-from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, HeadToSeq
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
 
 Tensors = Sequence[torch.Tensor]
 

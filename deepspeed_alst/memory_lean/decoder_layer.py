@@ -29,7 +29,7 @@ from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
 from deepspeed_alst.random_draws.draw_mode import branch, not_counted
 from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
 
 _LEARNED_FROM = 8  # tokens

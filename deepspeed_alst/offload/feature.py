@@ -149,7 +149,7 @@ class ActivationOffload(Feature):
         last, chunks = self.policy.keep_last, self.policy.chunks
         if largest.tokens < chunks.min_tokens * largest.batch_size:
             chunks = Chunks()
-        layers = layer_sizes(self._spec, last, chunks, largest.batch_size, self._block.packing)
+        layers = layer_sizes(self._spec, last, chunks, self._sp_size, largest.batch_size, self._block.packing)
         wanted = False if self._unsaved_reason else self._wanted
         plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))
         store, stored = self.policy.store, (plan.layers, plan.layers.unpacked())  # overflows are stored unpacked
@@ -205,24 +205,28 @@ def _dtype(spec: ModelSpec) -> torch.dtype:
 
 
 def layer_sizes(
-    spec: ModelSpec, num_last: int, chunks: Chunks, batch_size: int = 1, packing: Packing = False
+    spec: ModelSpec, num_last: int, chunks: Chunks, sp_size: int = 1, batch_size: int = 1, packing: Packing = False
 ) -> LayerSizes:
-    """Return the sizes of the activations that checkpointed layers save, from the config and the weights."""
+    """Return the sizes of the activations that checkpointed layers save, from the config and the weights.
+
+    They are those of the rank with the most heads: some masks save attention's output before its all-to-all.
+    """
     layers = [layer for layer in spec.checkpointed_layers if layer.gradient_checkpointing]
     config = spec.text_config
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
-    head_elements = heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
+    head_dim = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    most_heads = sp_size * -(-heads // sp_size)  # per token of a shard
     dtype = _dtype(spec)
     shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
     return LayerSizes(
         num_layers=len(layers),
         keep_last=num_last,
         input_bytes=hidden * dtype.itemsize,
-        output_bytes=head_elements * dtype.itemsize,
-        lse_bytes=4 * heads,
+        output_bytes=most_heads * head_dim * dtype.itemsize,
+        lse_bytes=4 * most_heads,
         # Excludes stacked experts: each token uses few of them.
         matrix_elements=sum(shape.numel() for shape in map(torch.Size, shapes) if len(shape) == 2),
-        head_elements=head_elements,
+        head_elements=heads * head_dim,
         num_lean_layers=chunks.layers,
         chunk_tokens=chunks.tokens * batch_size,
         num_norms=chunks.norms,

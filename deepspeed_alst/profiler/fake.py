@@ -19,11 +19,11 @@ aten = torch.ops.aten
 
 
 @contextmanager
-def fake_ranks(num_ranks: int) -> Iterator[None]:
-    """Run as rank 0 of simulated ranks, whose collectives do nothing; SetupError if torch.distributed is in use."""
+def fake_ranks(num_ranks: int, rank: int = 0) -> Iterator[None]:
+    """Run as one of simulated ranks, whose collectives do nothing; SetupError if torch.distributed is in use."""
     if dist.is_initialized():
         raise SetupError("fake_ranks: torch.distributed is initialized already, and a process has one world only")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
         yield
     finally:
@@ -31,14 +31,14 @@ def fake_ranks(num_ranks: int) -> Iterator[None]:
 
 
 @contextmanager
-def fake_world(num_ranks: int) -> Iterator[FakeTensorMode]:
-    """Run as rank 0 of ``num_ranks`` simulated ranks, with fake tensors; SetupError as in ``fake_ranks``.
+def fake_world(num_ranks: int, rank: int = 0) -> Iterator[FakeTensorMode]:
+    """Run as one of ``num_ranks`` simulated ranks, with fake tensors; SetupError as in ``fake_ranks``.
 
     Open a ledger inside, so that it sees operators before the fake mode does. Build models in their final dtype: a fake
     parameter cannot be cast. Without patched attention transformers creates the full S x S mask here, because fake
     position_ids may be of packed documents.
     """
-    with fake_ranks(num_ranks), FakeTensorMode() as mode:
+    with fake_ranks(num_ranks, rank), FakeTensorMode() as mode:
         yield mode
 
 

@@ -92,6 +92,8 @@ class CountedDraws(TorchFunctionMode):
     def __init__(self, forward: Forward) -> None:
         super().__init__()
         self.place = _Place(forward)
+        self.first_head: int | None = None
+        """First of this rank's heads in attention; None elsewhere, where ranks are taken to have equal numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +106,7 @@ class CountedDraws(TorchFunctionMode):
         """Draw the dropout of attention by counters inside: on CPU of a mask, on a GPU by the kernel, from a seed."""
         key, rank = self.place.next_key("attention", self.place.forward.replica), self.place.forward.rank
         if device.type == "cpu":
-            with _CountedMasks(key, rank):
+            with _CountedMasks(key, rank, self.first_head):
                 yield
             return
         with torch.random.fork_rng([device], device_type=device.type):
@@ -188,12 +190,25 @@ def counted_attention(device: torch.device) -> contextlib.AbstractContextManager
     return contextlib.nullcontext() if mode is None else mode.attention(device)
 
 
+@contextlib.contextmanager
+def heads_from(first: int) -> Iterator[None]:
+    """Draw the dropout of attention inside for a rank's heads from this one on."""
+    mode = current_draws()
+    if mode is not None:
+        mode.first_head = first
+    try:
+        yield
+    finally:
+        if mode is not None:
+            mode.first_head = None
+
+
 class _CountedMasks(TorchDispatchMode):
     """Draw the dropout masks of torch's CPU attention, ``[B, h, S, S]``, by this rank's heads and the queries."""
 
-    def __init__(self, key: int, rank: int) -> None:
+    def __init__(self, key: int, rank: int, first_head: int | None) -> None:
         super().__init__()
-        self._key, self._rank = key, rank
+        self._key, self._rank, self._first_head = key, rank, first_head
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -202,6 +217,7 @@ class _CountedMasks(TorchDispatchMode):
         mask_BhSS, p = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         B, h, S, _ = mask_BhSS.shape
         of = [torch.arange(size, device=mask_BhSS.device) for size in (B, h, S)]
-        rows_BhS = (of[0][:, None, None] * 2**16 + of[1][:, None] + self._rank * h) * 2**32 + of[2]
+        first = self._rank * h if self._first_head is None else self._first_head
+        rows_BhS = (of[0][:, None, None] * 2**16 + of[1][:, None] + first) * 2**32 + of[2]
         u_NS = uniform(self._key, rows_BhS.flatten(), mask_BhSS.shape[3], torch.float32)
         return mask_BhSS.copy_((u_NS < p).view_as(mask_BhSS))

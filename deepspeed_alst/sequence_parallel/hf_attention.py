@@ -23,10 +23,11 @@ from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.random_draws.draw_mode import counted_attention
+from deepspeed_alst.random_draws.draw_mode import counted_attention, heads_from
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.private_config import PrivateName, under_own_name
-from deepspeed_alst.sequence_parallel.ulysses import HeadPlan, ulysses_attention
+from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 
 if TYPE_CHECKING:
     from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
@@ -122,7 +123,9 @@ def _user_function(
         )
     if mask is not None:
         dense = mask.seen(length, qkv[0].device)[None, None]
-    out_BShD, _ = function(under_own_name(module, "sdpa"), *qkv, dense, dropout=0.0, scaling=scaling, **kwargs)
+    # This rank's groups, which may be smaller than the model's.
+    seen = under_own_name(module, "sdpa", num_key_value_groups=qkv[0].shape[1] // qkv[1].shape[1])
+    out_BShD, _ = function(seen, *qkv, dense, dropout=0.0, scaling=scaling, **kwargs)
     return out_BShD.transpose(1, 2)
 
 
@@ -210,15 +213,15 @@ def _attention_over(
         calls.with_documents += documents is not None and len(documents) > 2
         if calls.answer_attention is not None:
             return calls.answer_attention(query, key, value, attention_mask, scaling, arguments, backend), None
+        heads = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1]).heads_of(dist.get_rank(group))
         if "s_aux" in arguments:
-            plan = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1])
-            heads = plan.heads_of(dist.get_rank(group))
             arguments["s_aux"] = arguments["s_aux"][heads.start : heads.stop]
         if calls.scale_queries is not None:
             query = calls.scale_queries(module, query)
 
         def run(*qkv: torch.Tensor) -> torch.Tensor:
-            return backend.attend(module, qkv, attention_mask, scaling, arguments)
+            with heads_from(heads.start):
+                return backend.attend(module, qkv, attention_mask, scaling, arguments)
 
         frame = calls.saving_frame and calls.saving_frame(backend.name, backend.runs_operators)
         return ulysses_attention(query, key, value, group, run, frame), None

@@ -48,12 +48,12 @@ def own_config(model: torch.nn.Module, shared: Any, patches: PatchSet) -> Any:
     return own
 
 
-def under_own_name(module: torch.nn.Module, name: str) -> Any:
+def under_own_name(module: torch.nn.Module, name: str, **replaced: Any) -> Any:
     """Return a view of an attention module whose config has the backend's transformers name.
 
     With the private name transformers would load the kernel again and register it over the model's own entry.
     """
-    return _View(module, config=_View(module.config, _attn_implementation=name))
+    return _View(module, config=_View(module.config, _attn_implementation=name), **replaced)
 
 
 class _View:

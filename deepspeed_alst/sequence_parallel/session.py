@@ -1,7 +1,7 @@
 """Sequence parallelism on one engine: its state, its wrappers, and their undo."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,21 @@ from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
 from deepspeed_alst.random_draws.model_draws import Draws
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 
 
 class Session:
     """Sequence parallelism on one engine; ``engine.alst``."""
 
-    def __init__(self, spec: ModelSpec, config: AlstConfig, control_group: Any, patches: PatchSet) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: AlstConfig,
+        control_group: Any,
+        patches: PatchSet,
+        heads: Sequence[tuple[int, int, str]] = (),
+    ) -> None:
         self.config = config
         self.groups = build_groups(config.sequence_parallel_size, control_group)
         patches.callback(self.groups.destroy)
@@ -38,6 +46,8 @@ class Session:
         self.splits_decoder = not spec.is_causal_lm
         """True if calls of the decoder are split, and the rest of the model gets whole batches."""
         backend = find_backend(spec.config._attn_implementation)
+        self.heads = [HeadPlan(config.sequence_parallel_size, *each) for *each, of in heads if of == "attention"]
+        """Split of the heads of attention, unless layers have different numbers."""
         self._packing = backend is not None
         # In flash attention packed documents start at the lowest position id.
         self._by_lowest = backend is not None and not backend.uses_mask

@@ -1,12 +1,13 @@
 """Ulysses attention (arXiv:2309.14509): all-to-all in, the core on whole sequences, all-to-all out.
 
 q, k and v share one buffer: two collectives in each pass, one in the recomputation if the output is saved.
-Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P ranks; lower case = local share (s = S/P,
-h = H/P, k = KV heads per rank); W = h*D + 2*k*D, the elements of one token for one rank.
+Ranks may hold unequal heads (head_plan.py), which are sent in pieces of unequal sizes.
+
+Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P ranks; lower case = local share (s = S/P, h
+and k heads of this rank); W = h*D + 2*k*D, the elements of one token for one rank.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,57 +15,18 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.distributed.collectives import count_sent
-from deepspeed_alst.errors import ShapeError
-from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, unpack_
+from deepspeed_alst.kernels.head_layout import (
+    by_heads,
+    by_tokens,
+    pack,
+    pack_uneven,
+    uneven_sizes,
+    unpack_,
+    unpack_uneven_,
+)
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 Tensors = tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """Split of H query heads and K KV heads over P ranks.
-
-    Rank r holds query heads ``[r*H/P, (r+1)*H/P)``, and K/P of the KV heads if K >= P; otherwise P/K neighbouring ranks
-    hold the same one.
-    """
-
-    sp_size: int
-    num_heads: int
-    num_kv_heads: int
-
-    def __post_init__(self) -> None:
-        P, H, K = self.sp_size, self.num_heads, self.num_kv_heads
-        if K < 1 or H % K:
-            raise ShapeError(f"{H} query heads are not a multiple of {K} key/value heads")
-        if H % P:
-            raise ShapeError(f"{H} query heads cannot be split over sequence_parallel_size={P} ranks")
-        if K % P and P % K:
-            raise ShapeError(f"{K} key/value heads and sequence_parallel_size={P} do not divide one another")
-
-    @property
-    def heads_per_rank(self) -> int:
-        """Number of query heads per rank."""
-        return self.num_heads // self.sp_size
-
-    @property
-    def kv_heads_per_rank(self) -> int:
-        """Number of KV heads per rank, at least one."""
-        return max(1, self.num_kv_heads // self.sp_size)
-
-    @property
-    def kv_replicas(self) -> int:
-        """Number of ranks that hold the same KV head."""
-        return max(1, self.sp_size // self.num_kv_heads)
-
-    def heads_of(self, rank: int) -> range:
-        """Return the query heads of a rank."""
-        h = self.heads_per_rank
-        return range(rank * h, (rank + 1) * h)
-
-    def kv_heads_of(self, rank: int) -> range:
-        """Return the KV heads of a rank."""
-        first = rank // self.kv_replicas * self.kv_heads_per_rank
-        return range(first, first + self.kv_heads_per_rank)
 
 
 def ulysses_attention(
@@ -77,20 +39,21 @@ def ulysses_attention(
 ) -> torch.Tensor:
     """Attend over the whole sequence: ``[B, H, s, D], 2 x [B, K, s, D] -> [B, s, H, D]``.
 
-    ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``. Head size of v may differ.
-    With a ``frame`` (offload/attention_cache.py) its output is saved for the recomputation.
+    ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``; k divides h. Head size of v
+    may differ. With a ``frame`` (offload/attention_cache.py) its output is saved for the recomputation.
 
     Raises:
         ShapeError: these heads cannot be split over the ranks.
     """
     plan = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1])
-    q_BhSD, k_BkSD, v_BkSD = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)  # type: ignore[no-untyped-call]
-    run = partial(core, q_BhSD, k_BkSD, v_BkSD)
+    q_BhSD, *keys_values = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)  # type: ignore[no-untyped-call]
+    copies = plan.kv_copies_of(dist.get_rank(group))
+    run = partial(core, q_BhSD, *(repeat_heads(x, copies) for x in keys_values))
     if frame is None:
-        return HeadToSeq.apply(run(), group)  # type: ignore[no-untyped-call]
+        return HeadToSeq.apply(run(), plan, group)  # type: ignore[no-untyped-call]
     from deepspeed_alst.sequence_parallel.cached_ulysses import attend_cached
 
-    return attend_cached(frame, run, group)
+    return attend_cached(frame, run, plan, group)
 
 
 class _SeqToHead(torch.autograd.Function):
@@ -101,70 +64,118 @@ class _SeqToHead(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any
     ) -> tuple[torch.Tensor, ...]:
         ctx.plan, ctx.group = plan, group
-        recv_PsBW = exchange(pack(_pieces((q, k, v), plan), plan.sp_size), group)
-        h, kv = plan.heads_per_rank, plan.kv_heads_per_rank
-        return _unpack_heads(recv_PsBW, [(h, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3])])
+        return _whole_sequences(to_heads((q, k, v), plan, group), own_shapes((q, k, v), plan, group))
 
     @staticmethod
     def backward(ctx: Any, *grads_BhSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         plan = ctx.plan
-        recv_PsBW = exchange(pack([by_tokens(g, plan.sp_size) for g in grads_BhSD], plan.sp_size), ctx.group)
-        s, B = recv_PsBW.shape[1:3]
+        pieces = [by_tokens(g, plan.sp_size) for g in grads_BhSD]
         # Memory layout of projection outputs: the backward of their transposition copies nothing.
-        grads_BHsD = [
-            recv_PsBW.new_empty(B, s, heads, g.shape[3]).transpose(1, 2)
-            for heads, g in zip((plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), grads_BhSD, strict=True)
-        ]
-        # unpack_ sums the gradients of a KV head's copies.
-        unpack_(recv_PsBW, _pieces(grads_BHsD, plan))
-        return (*grads_BHsD, None, None)
+        grads_BsHD = to_tokens(pieces, (plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), plan, ctx.group)
+        return (*(g.transpose(1, 2) for g in grads_BsHD), None, None)
 
 
 class HeadToSeq(torch.autograd.Function):
     """All-to-all from head shards of the whole sequence, ``[B, h, S, D]``, to sequence shards, ``[B, s, H, D]``."""
 
     @staticmethod
-    def forward(ctx: Any, o_BhSD: torch.Tensor, group: Any) -> torch.Tensor:
+    def forward(ctx: Any, o_BhSD: torch.Tensor, plan: HeadPlan, group: Any) -> torch.Tensor:
         """Exchange the output."""
-        ctx.group = group
-        P = dist.get_world_size(group)
-        recv_PsBW = exchange(pack([by_tokens(o_BhSD, P)], P), group)
-        B, h, S, D = o_BhSD.shape
-        o_BsHD = recv_PsBW.new_empty(B, S // P, P * h, D)
-        unpack_(recv_PsBW, [by_heads(o_BsHD.transpose(1, 2), P)])
+        ctx.plan, ctx.group = plan, group
+        (o_BsHD,) = to_tokens([by_tokens(o_BhSD, plan.sp_size)], [plan.num_heads], plan, group)
         return o_BsHD
 
     @staticmethod
-    def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Exchange its gradient."""
-        P = dist.get_world_size(ctx.group)
-        recv_PsBW = exchange(pack([by_heads(do_BsHD.transpose(1, 2), P)], P), ctx.group)
-        (do_BhSD,) = _unpack_heads(recv_PsBW, [(do_BsHD.shape[2] // P, do_BsHD.shape[3])])
-        return do_BhSD, None
+        do_BHsD = do_BsHD.transpose(1, 2)
+        recv_PsBW = to_heads([do_BHsD], ctx.plan, ctx.group)
+        (do_BhSD,) = _whole_sequences(recv_PsBW, own_shapes([do_BHsD], ctx.plan, ctx.group))
+        return do_BhSD, None, None
 
 
-def exchange(send: torch.Tensor, group: Any) -> torch.Tensor:
-    """Run an all-to-all: piece p of dim 0 goes to rank p, and piece p of the result comes from rank p."""
-    recv = torch.empty_like(send)
-    dist.all_to_all_single(recv, send, group=group)
-    count_sent(group, send.nbytes - send.nbytes // send.shape[0])
+def exchange(
+    send: torch.Tensor, group: Any, to_ranks: list[int] | None = None, from_ranks: list[int] | None = None
+) -> torch.Tensor:
+    """Run an all-to-all: piece p of dim 0 goes to rank p, and piece p of the result comes from rank p.
+
+    Pieces are equal unless ``to_ranks`` and ``from_ranks`` give their sizes.
+    """
+    recv = torch.empty_like(send) if from_ranks is None else send.new_empty(sum(from_ranks), *send.shape[1:])
+    dist.all_to_all_single(recv, send, from_ranks, to_ranks, group=group)
+    own = send.shape[0] // dist.get_world_size(group) if to_ranks is None else to_ranks[dist.get_rank(group)]
+    count_sent(group, send.nbytes - send[:own].nbytes)
     return recv
 
 
-def _pieces(qkv_BHsD: Sequence[torch.Tensor], plan: HeadPlan) -> list[torch.Tensor]:
-    """Return views of each rank's pieces of q, k and v, or of their gradients."""
-    q, k, v = qkv_BHsD
-    kv_pieces = plan.sp_size // plan.kv_replicas
-    return [by_heads(q, plan.sp_size), by_heads(k, kv_pieces), by_heads(v, kv_pieces)]
+def to_heads(tensors_BHsD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> torch.Tensor:
+    """Exchange shards of all query or KV heads for this rank's heads of all shards: ``[B, H, s, D] -> [P, s, B, W]``.
+
+    The buffer has the heads of the first tensor, then of the next: ``own_shapes``. Collective: one all-to-all.
+    """
+    P = plan.sp_size
+    if plan.is_even:
+        return exchange(pack([by_heads(x, min(P, x.shape[1])) for x in tensors_BHsD], P), group)
+    B, _, s, _ = tensors_BHsD[0].shape
+    send_n, to_ranks = pack_uneven(tensors_BHsD, [plan.split(x.shape[1]) for x in tensors_BHsD])
+    from_ranks = [to_ranks[dist.get_rank(group)]] * P
+    return exchange(send_n, group, to_ranks, from_ranks).view(P, s, B, -1)
 
 
-def _unpack_heads(recv_PsBW: torch.Tensor, widths: list[tuple[int, int]]) -> Tensors:
+def to_tokens(
+    pieces_PsBhD: Sequence[torch.Tensor], num_heads: Sequence[int], plan: HeadPlan, group: Any
+) -> list[torch.Tensor]:
+    """Reverse ``to_heads``: ``[P, s, B, h, D] -> [B, s, H, D]``; gradients of a KV head on several ranks are summed.
+
+    ``num_heads`` are all heads of each tensor, query or KV. Collective: one all-to-all.
+    """
+    P, (_, s, B), head_dims = plan.sp_size, pieces_PsBhD[0].shape[:3], [x.shape[4] for x in pieces_PsBhD]
+    if plan.is_even:
+        recv = exchange(pack(pieces_PsBhD, P), group)
+    else:
+        splits = [plan.split(number) for number in num_heads]
+        from_ranks = uneven_sizes(s * B, head_dims, splits)
+        to_ranks = [from_ranks[dist.get_rank(group)]] * P
+        recv = exchange(pack(pieces_PsBhD, P).flatten(), group, to_ranks, from_ranks)
+    results_BsHD = [recv.new_empty(B, s, H, D) for H, D in zip(num_heads, head_dims, strict=True)]
+    results_BHsD = [x.transpose(1, 2) for x in results_BsHD]
+    if plan.is_even:
+        unpack_(recv, [by_heads(x, min(P, x.shape[1])) for x in results_BHsD])
+    else:
+        unpack_uneven_(recv, results_BHsD, splits)
+    return results_BsHD
+
+
+def own_shapes(tensors_BHsD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> list[tuple[int, int]]:
+    """Return h and D of this rank's part of each tensor."""
+    rank = dist.get_rank(group)
+    return [(len(plan.split(x.shape[1])[rank]), x.shape[3]) for x in tensors_BHsD]
+
+
+def _whole_sequences(recv_PsBW: torch.Tensor, shapes: list[tuple[int, int]]) -> Tensors:
     """Return views of the tensors in ``[P, s, B, W]``, which is ``[S, B, W]``: ``[B, h, S, D]`` each, without a copy.
 
     Attention accepts these strides: sdpa, flash attention and flex only need D to be contiguous.
     """
     recv_SBW = recv_PsBW.flatten(0, 1)
     return tuple(
-        part_SBW.unflatten(-1, width).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
-        for part_SBW, width in zip(torch.split(recv_SBW, [h * D for h, D in widths], dim=-1), widths, strict=True)
+        part_SBW.unflatten(-1, shape).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
+        for part_SBW, shape in zip(torch.split(recv_SBW, [h * D for h, D in shapes], dim=-1), shapes, strict=True)
     )
+
+
+def repeat_heads(x_Bk: torch.Tensor, copies: Sequence[int]) -> torch.Tensor:
+    """Repeat each KV head ``[B, k, ...]`` as often as ``HeadPlan.kv_copies_of`` says; no copy if all are once."""
+    if all(number == 1 for number in copies):
+        return x_Bk
+    heads = zip(x_Bk.split(1, dim=1), copies, strict=True)  # type: ignore[no-untyped-call]
+    # The backward of expand sums in fp32 and rounds once.
+    return torch.cat([head.expand(-1, number, *x_Bk.shape[2:]) for head, number in heads], dim=1)
+
+
+def sum_copies(x_Bk: torch.Tensor, copies: Sequence[int]) -> torch.Tensor:
+    """Sum the gradients of what ``repeat_heads`` has repeated."""
+    if all(number == 1 for number in copies):
+        return x_Bk
+    heads = x_Bk.split(list(copies), dim=1)  # type: ignore[no-untyped-call]
+    return torch.cat([head.sum(1, keepdim=True) for head in heads], dim=1)

@@ -20,6 +20,7 @@ from deepspeed_alst.linear_attention.layers import (
     linear_heads,
     unsupported_linear_layers,
 )
+from deepspeed_alst.sequence_parallel.head_plan import attention_heads
 from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.program_code import is_programs
@@ -69,19 +70,8 @@ def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
     if problems:
         raise UnsupportedModelError("\n".join(f"{spec.name}: {problem}." for problem in problems))
     heads = [(*each, "scan") for each in sorted(linear_heads(base))]
-    num_heads = _of_all_layers(text_config, "num_attention_heads")
-    if num_heads and has_attention(base):
-        heads.insert(0, (num_heads, _of_all_layers(text_config, "num_key_value_heads") or num_heads, "attention"))
-    return heads
-
-
-def _of_all_layers(text_config: Any, name: str) -> int | None:
-    """Return an integer that all layers share; None if each has its own, for which transformers raises."""
-    try:
-        value = getattr(text_config, name, None)
-    except RuntimeError:
-        return None
-    return value if isinstance(value, int) else None
+    of_attention = attention_heads(text_config) if has_attention(base) else None
+    return [(*of_attention, "attention"), *heads] if of_attention else heads
 
 
 def _config_problems(model: PreTrainedModel, text_config: Any) -> Iterator[str]:

@@ -18,7 +18,7 @@ from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, Plan, make_plan
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
-from deepspeed_alst.sequence_parallel.ulysses import HeadPlan
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.tiling.tiled_mlp import min_tile_bytes, row_bytes, sums_fit, tile_rows
 
@@ -39,14 +39,14 @@ def test_every_head_is_computed_once_beside_the_keys_that_it_reads_or_the_sizes_
     try:
         plan = HeadPlan(P, H, K)
     except ShapeError as error:
-        assert K < 1 or H % K or H % P or (K % P and P % K)
+        assert K < 1 or H % K or P > H
         assert str(H) in str(error)
         return
     assert list(itertools.chain(*(plan.heads_of(rank) for rank in range(P)))) == list(range(H))
     for rank in range(P):
         assert list(plan.kv_heads_of(rank)) == sorted({head * K // H for head in plan.heads_of(rank)})
     copies = [sum(head in plan.kv_heads_of(rank) for rank in range(P)) for head in range(K)]
-    assert set(copies) == {plan.kv_replicas}
+    assert not plan.is_even or set(copies) == {plan.kv_replicas}
 
 
 # --- tiles

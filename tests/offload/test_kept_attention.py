@@ -371,7 +371,7 @@ def test_the_stand_ins_backward_is_that_of_autograd():
 
 
 def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
-    """The same at SP 2: gradients, attention forwards and all-to-alls, per layer and micro step."""
+    """The same over all ranks: gradients, attention forwards and all-to-alls, per layer and micro step."""
     setting = dict(setting)
     core, reentrant = setting.pop("core", "sdpa"), setting.pop("reentrant", False)
     packed, twice = setting.pop("packed", False), setting.pop("twice", False)
@@ -381,7 +381,8 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
         for name, param in model.named_parameters():
             param.requires_grad_(not any(part in name for part in frozen))
         batches = [packed_batch(DOCUMENTS, seed) if packed else family_batch(37, 2, seed) for seed in (3, 4)]
-        shards = [shard_batch(batch, 2, 2, packed) for batch in batches]
+        P = dist.get_world_size()
+        shards = [shard_batch(batch, P, P, packed) for batch in batches]
         batches = [{**each.shards[dist.get_rank()], **each.common} for each in shards]
         found: dict[str, Any] = {"gradients": []}
         for keeps in (False, True):

@@ -241,7 +241,8 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
             ids = torch.randint(5, SMALL["vocab_size"], (2, 40), generator=make)
             batch = {"input_ids": ids, "labels": ids.clone()}
             if split:
-                batch = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
+                P = dist.get_world_size()
+                batch = shard_batch(batch, P, P, marks_padding=True).shards[dist.get_rank()]
                 calls.real_tokens = batch.pop(REAL_TOKENS)
             if tile:  # where a dropout behind the last matrix of an MLP does nothing, and where it does
                 model.eval()(**batch, use_cache=False)
