@@ -180,21 +180,10 @@ def check_features(ds_config: Config) -> None:
 # --- sizes
 
 
-def _fits(degree: int, num_heads: int, num_kv_heads: int, of: str) -> bool:
-    """Return True if an SP degree can split these heads: attention's if each rank has one, a scan's evenly."""
-    if of == "attention":
-        return degree <= num_heads
-    return num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
-
-
 def fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]:
     """Return the SP degrees that fit the ranks and the heads. A world size of 0 (unknown) allows every degree."""
-    largest = max([world_size, *(each[0] for each in heads)])
-    return [
-        degree
-        for degree in range(1, largest + 1)
-        if world_size % degree == 0 and all(_fits(degree, *each) for each in heads)
-    ]
+    largest = min((each[0] for each in heads), default=world_size)
+    return [degree for degree in range(1, largest + 1) if world_size % degree == 0]
 
 
 def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int, str]] = ()) -> None:
@@ -213,22 +202,14 @@ def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, 
 def check_heads(
     config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
 ) -> None:
-    """Raise ConfigError, with the valid SP degrees, if this one cannot split these heads, of attention or a scan.
-
-    Each rank needs a query head. A scan's heads it must divide, and divide their groups or be divided by them.
-    """
+    """Raise ConfigError, with the valid SP degrees, if this one exceeds the heads of attention or of a scan."""
     sp_size = config.sequence_parallel_size
-    if _fits(sp_size, num_heads, num_kv_heads, of):
+    if sp_size <= num_heads:
         return
-    if of == "attention":
-        why = f"exceeds the model's {num_heads} query heads, of which each rank of a sequence needs one"
-    elif num_heads % sp_size:
-        why = f"does not divide the model's {num_heads} heads of a {of}"
-    else:
-        why = f"and the model's {num_kv_heads} groups do not divide one another"
+    heads = "query heads" if of == "attention" else f"heads of a {of}"
     raise ConfigError(
-        f"sequence_parallel_size={shown(sp_size)} {why}. "
-        f"Use one of {fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
+        f"sequence_parallel_size={shown(sp_size)} exceeds the model's {num_heads} {heads}, of which each rank of a "
+        f"sequence needs one. Use one of {fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
         "the remaining ranks become data-parallel replicas."
     )
 

@@ -149,15 +149,21 @@ def pack_uneven(tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]) -
 
 
 def unpack_uneven_(buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]) -> None:
-    """Unpack what ranks with unequal heads have sent into ``[B, H, s, D]``; heads of several are summed as above."""
-    sum_dtype = torch.promote_types(buffer_n.dtype, torch.float32)
-    for x_BHsD, split, parts in zip(tensors_BHsD, splits, _uneven_parts(buffer_n, tensors_BHsD, splits), strict=True):
-        bounds = sorted({bound for heads in split for bound in (heads.start, heads.stop)})
-        for first, last in itertools.pairwise(bounds):
-            found = [
-                part_sBhD[:, :, first - heads.start : last - heads.start]
-                for heads, part_sBhD in zip(split, parts, strict=True)
-                if first in heads
-            ]
-            total = found[0] if len(found) == 1 else functools.reduce(torch.add, (x.to(sum_dtype) for x in found))
-            x_BHsD[:, first:last].permute(2, 0, 1, 3).copy_(total)
+    """Unpack what ranks with unequal heads have sent into ``[B, H, s, D]``, by ``merge_heads_``."""
+    parts = _uneven_parts(buffer_n, tensors_BHsD, splits)
+    for each in zip(tensors_BHsD, splits, parts, strict=True):
+        merge_heads_(*each)
+
+
+def merge_heads_(x_BHsD: torch.Tensor, split: Split, parts_sBhD: Sequence[torch.Tensor]) -> None:
+    """Fill a tensor from each rank's heads of it; those of several ranks are summed in fp32 and rounded once."""
+    sum_dtype = torch.promote_types(x_BHsD.dtype, torch.float32)
+    bounds = sorted({bound for heads in split for bound in (heads.start, heads.stop)})
+    for first, last in itertools.pairwise(bounds):
+        found = [
+            part_sBhD[:, :, first - heads.start : last - heads.start]
+            for heads, part_sBhD in zip(split, parts_sBhD, strict=True)
+            if first in heads
+        ]
+        total = found[0] if len(found) == 1 else functools.reduce(torch.add, (x.to(sum_dtype) for x in found))
+        x_BHsD[:, first:last].permute(2, 0, 1, 3).copy_(total)

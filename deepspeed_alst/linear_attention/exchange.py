@@ -3,8 +3,8 @@
 Unlike attention's (sequence_parallel/ulysses.py), the all-to-all takes any number of tensors of any dtypes.
 
 Legend: B batch, S full sequence, H heads, D head dim, P ranks; lower case = this rank's share (s = S/P, h = heads of a
-tensor on one rank); m = neighbouring ranks that hold the same head; W = bytes of one token for one rank. For the halo:
-C channels, w = width, t = w + s.
+tensor on one rank); W = bytes of one token for one rank; n bytes of a buffer. For the halo: C channels, w = width, t =
+w + s.
 """
 
 from collections.abc import Sequence
@@ -13,66 +13,95 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.kernels.head_layout import by_heads, by_tokens
+from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, merge_heads_
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.ulysses import exchange
 
 # In bytes: each tensor in a token's bytes is aligned for its dtype and for 16-byte loads.
 _ALIGNMENT = 16
 _Layout = list[tuple[int, int, torch.dtype]]
-"""h, D and dtype of each tensor."""
+"""A rank's h, D and dtype of each tensor."""
 
 
-def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], replicas: Sequence[int], group: Any) -> tuple[torch.Tensor, ...]:
+def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> tuple[torch.Tensor, ...]:
     """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
 
-    H, D and dtype may differ. Rank r gets heads ``[r*h, (r+1)*h)``. If a tensor's ``replicas`` m exceed 1, H*m is P, m
-    ranks get the same head, and their gradients are summed. Collective: one all-to-all, one in the backward.
+    D and dtype may differ, and H is the plan's number of heads or of head groups. The gradients of a group on several
+    ranks are summed. Collective: one all-to-all, one in the backward.
     """
-    return _SeqToHead.apply(tuple(replicas), group, *tensors_BsHD)
+    return _SeqToHead.apply(plan, group, *tensors_BsHD)
 
 
 class _SeqToHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, replicas: tuple[int, ...], group: Any, *tensors_BsHD: torch.Tensor) -> tuple[Any, ...]:
-        P = dist.get_world_size(group)
-        ctx.replicas, ctx.group = replicas, group
-        ctx.layout = [(x.shape[2] * m // P, x.shape[3], x.dtype) for x, m in zip(tensors_BsHD, replicas, strict=True)]
-        B, s = tensors_BsHD[0].shape[:2]
-        send_PsBW = _buffer(tensors_BsHD[0], (P, s, B), ctx.layout)
-        for x_BsHD, m, part_PsBhD in zip(tensors_BsHD, replicas, _parts(send_PsBW, ctx.layout), strict=True):
-            pieces = by_heads(x_BsHD.transpose(1, 2), P // m)
-            # Broadcast to the m ranks that hold the same head.
-            part_PsBhD.unflatten(0, (P // m, m)).copy_(pieces.unsqueeze(1))
-        received = _parts(exchange(send_PsBW, group), ctx.layout)
-        return tuple(part_PsBhD.flatten(0, 1).transpose(0, 1) for part_PsBhD in received)
+    def forward(ctx: Any, plan: HeadPlan, group: Any, *tensors_BsHD: torch.Tensor) -> tuple[Any, ...]:
+        P, rank, (B, s) = plan.sp_size, dist.get_rank(group), tensors_BsHD[0].shape[:2]
+        ctx.plan, ctx.group, ctx.num_heads = plan, group, [x.shape[2] for x in tensors_BsHD]
+        ctx.layouts = _layouts(tensors_BsHD, plan)
+        ctx.sizes = [s * B * _width(layout) for layout in ctx.layouts]
+        send_n = tensors_BsHD[0].new_empty(sum(ctx.sizes), dtype=torch.uint8)
+        if plan.is_even:
+            send_PsBW = send_n.view(P, s, B, -1)
+            for x_BsHD, part_PsBhD in zip(tensors_BsHD, _parts(send_PsBW, ctx.layouts[0]), strict=True):
+                pieces = by_heads(x_BsHD.transpose(1, 2), min(P, x_BsHD.shape[2]))
+                # Broadcast to the ranks that hold the same head.
+                part_PsBhD.unflatten(0, (len(pieces), -1)).copy_(pieces.unsqueeze(1))
+            recv_PsBW = exchange(send_PsBW, group)
+        else:
+            for x_BsHD, *parts_sBhD in zip(tensors_BsHD, *_parts_of_ranks(send_n, s, B, ctx), strict=True):
+                for heads, part_sBhD in zip(plan.split(x_BsHD.shape[2]), parts_sBhD, strict=True):
+                    part_sBhD.copy_(x_BsHD[:, :, heads.start : heads.stop].transpose(0, 1))
+            recv_PsBW = exchange(send_n, group, ctx.sizes, [ctx.sizes[rank]] * P).view(P, s, B, -1)
+        return tuple(x_PsBhD.flatten(0, 1).transpose(0, 1) for x_PsBhD in _parts(recv_PsBW, ctx.layouts[rank]))
 
     @staticmethod
     def backward(ctx: Any, *grads_BShD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        P = dist.get_world_size(ctx.group)
-        B, S = grads_BShD[0].shape[:2]
-        send_PsBW = _buffer(grads_BShD[0], (P, S // P, B), ctx.layout)
-        for g_BShD, part_PsBhD in zip(grads_BShD, _parts(send_PsBW, ctx.layout), strict=True):
+        P, rank, (B, S) = ctx.plan.sp_size, dist.get_rank(ctx.group), grads_BShD[0].shape[:2]
+        send_PsBW = grads_BShD[0].new_empty(P, S // P, B, _width(ctx.layouts[rank]), dtype=torch.uint8)
+        for g_BShD, part_PsBhD in zip(grads_BShD, _parts(send_PsBW, ctx.layouts[rank]), strict=True):
             part_PsBhD.copy_(by_tokens(g_BShD.transpose(1, 2), P))
         grads_BsHD = []
-        for m, part_PsBhD in zip(ctx.replicas, _parts(exchange(send_PsBW, ctx.group), ctx.layout), strict=True):
-            if m > 1:  # the gradients of a head's replicas are summed in fp32 and rounded once
-                dtype = torch.promote_types(part_PsBhD.dtype, torch.float32)
-                part_PsBhD = part_PsBhD.unflatten(0, (-1, m)).sum(1, dtype=dtype).to(part_PsBhD.dtype)
-            grads_BsHD.append(part_PsBhD.permute(2, 1, 0, 3, 4).flatten(2, 3))
+        if ctx.plan.is_even:
+            for H, part_PsBhD in zip(
+                ctx.num_heads, _parts(exchange(send_PsBW, ctx.group), ctx.layouts[0]), strict=True
+            ):
+                if P > H:  # the gradients of a head's replicas are summed in fp32 and rounded once
+                    dtype = torch.promote_types(part_PsBhD.dtype, torch.float32)
+                    part_PsBhD = part_PsBhD.unflatten(0, (H, -1)).sum(1, dtype=dtype).to(part_PsBhD.dtype)
+                grads_BsHD.append(part_PsBhD.permute(2, 1, 0, 3, 4).flatten(2, 3))
+        else:
+            recv_n = exchange(send_PsBW.flatten(), ctx.group, [ctx.sizes[rank]] * P, ctx.sizes)
+            parts = zip(*_parts_of_ranks(recv_n, S // P, B, ctx), strict=True)
+            for H, g_BShD, parts_sBhD in zip(ctx.num_heads, grads_BShD, parts, strict=True):
+                grads_BsHD.append(g_BShD.new_empty(B, S // P, H, g_BShD.shape[3]))
+                merge_heads_(grads_BsHD[-1].transpose(1, 2), ctx.plan.split(H), parts_sBhD)
         return None, None, *grads_BsHD
 
 
-def _buffer(like: torch.Tensor, shape_PsB: tuple[int, int, int], layout: _Layout) -> torch.Tensor:
-    """Allocate the send buffer: ``[P, s, B, W]`` bytes."""
-    return like.new_empty(*shape_PsB, sum(_aligned_bytes(*each) for each in layout), dtype=torch.uint8)
+def _layouts(tensors_BsHD: Sequence[torch.Tensor], plan: HeadPlan) -> list[_Layout]:
+    """Return the layout of each rank's piece."""
+    splits = [plan.split(x.shape[2]) for x in tensors_BsHD]
+    of_tensors = list(zip(tensors_BsHD, splits, strict=True))
+    return [[(len(split[rank]), x.shape[3], x.dtype) for x, split in of_tensors] for rank in range(plan.sp_size)]
 
 
-def _parts(buffer_PsBW: torch.Tensor, layout: _Layout) -> list[torch.Tensor]:
-    """Return views of a buffer's tensors, ``[P, s, B, h, D]`` each."""
+def _parts_of_ranks(buffer_n: torch.Tensor, s: int, B: int, ctx: Any) -> list[list[torch.Tensor]]:
+    """Return views of a flat buffer with a piece per rank, by rank and tensor: ``[s, B, h, D]``."""
+    pieces = zip(buffer_n.split(ctx.sizes), ctx.layouts, strict=True)
+    return [_parts(piece_n.view(s, B, -1), layout) for piece_n, layout in pieces]
+
+
+def _width(layout: _Layout) -> int:
+    """Return W, the bytes of one token."""
+    return sum(_aligned_bytes(*each) for each in layout)
+
+
+def _parts(buffer_W: torch.Tensor, layout: _Layout) -> list[torch.Tensor]:
+    """Return views of the tensors in a buffer ``[..., W]``: ``[..., h, D]`` each."""
     parts, first = [], 0
     for h, D, dtype in layout:
-        own_PsBw = buffer_PsBW[..., first : first + h * D * dtype.itemsize]
-        parts.append(own_PsBw.view(dtype).unflatten(-1, (h, D)))
+        part_w = buffer_W[..., first : first + h * D * dtype.itemsize]
+        parts.append(part_w.view(dtype).unflatten(-1, (h, D)))
         first += _aligned_bytes(h, D, dtype)
     return parts
 

@@ -27,7 +27,7 @@ from deepspeed_alst.linear_attention.layers import (
 )
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
+from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq, repeat_heads
 
 Tensors = Sequence[torch.Tensor]
 
@@ -43,20 +43,28 @@ class ShardContext:
         self.cu_seqlens: Any = None
         """Document bounds of the current layer call, ``[N + 1]`` of the full sequence; None for a document per row."""
 
-    def plan_heads(self, num_heads: int, num_groups: int) -> tuple[int, slice]:
-        """Return the number of ranks that hold the same group, and this rank's heads."""
+    def plan_heads(self, num_heads: int, num_groups: int) -> tuple[HeadPlan, slice]:
+        """Return the split of heads and groups, and this rank's heads."""
         plan = HeadPlan(dist.get_world_size(self.group), num_heads, num_groups)
         heads = plan.heads_of(dist.get_rank(self.group))
-        return plan.kv_replicas, slice(heads.start, heads.stop)
+        return plan, slice(heads.start, heads.stop)
 
-    def to_heads(self, tensors: Tensors, replicas: Sequence[int]) -> Tensors:
-        """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D."""
-        full = seq_to_head([x if x.dim() == 4 else x.unsqueeze(-1) for x in tensors], replicas, self.group)
+    def to_heads(self, tensors: Tensors, plan: HeadPlan) -> Tensors:
+        """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D.
+
+        Those with a head per group are repeated where the groups of this rank's heads are of unequal sizes.
+        """
+        full = seq_to_head([x if x.dim() == 4 else x.unsqueeze(-1) for x in tensors], plan, self.group)
+        copies = plan.kv_copies_of(dist.get_rank(self.group))
+        full = [
+            w if x.shape[2] == plan.num_heads else repeat_heads(w.transpose(1, 2), copies).transpose(1, 2)
+            for x, w in zip(tensors, full, strict=True)
+        ]
         return [w if x.dim() == 4 else w.squeeze(-1) for x, w in zip(tensors, full, strict=True)]
 
-    def to_sequence(self, x_BShD: torch.Tensor) -> torch.Tensor:
+    def to_sequence(self, x_BShD: torch.Tensor, plan: HeadPlan) -> torch.Tensor:
         """Exchange ``[B, S, h, D] -> [B, s, H, D]``."""
-        return HeadToSeq.apply(x_BShD.transpose(1, 2), self.group)
+        return HeadToSeq.apply(x_BShD.transpose(1, 2), plan, self.group)
 
     def document_ids(self, start: int, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the document number of each token along a dim from ``start`` on, ``[1, tokens]`` int32."""
@@ -111,13 +119,13 @@ def delta_rule(original: Function, shard: ShardContext) -> Function:
     ) -> tuple[torch.Tensor, None]:
         _refuse_states(kwargs)
         kwargs = _without_documents(kwargs)
-        m, _ = shard.plan_heads(value.shape[2], key.shape[2])
-        full = shard.to_heads([query, key, value, g, beta], (m, m, 1, 1, 1))
+        plan, _ = shard.plan_heads(value.shape[2], key.shape[2])
+        full = shard.to_heads([query, key, value, g, beta], plan)
 
         def call(q: Any, k: Any, v: Any, g: Any, beta: Any, **documents: Any) -> torch.Tensor:
             return original(q, k, v, g=g, beta=beta, **documents, **kwargs)[0]
 
-        return shard.to_sequence(shard.run_scan(original, call, full, "cu_seqlens")), None
+        return shard.to_sequence(shard.run_scan(original, call, full, "cu_seqlens"), plan), None
 
     return chunk_delta_rule
 
@@ -140,15 +148,15 @@ def mamba2_scan(original: Function, shard: ShardContext) -> Function:
         **kwargs: Any,
     ) -> torch.Tensor:
         _refuse_states(kwargs, z=z)
-        m, mine = shard.plan_heads(hidden_states.shape[2], B.shape[2])
+        plan, mine = shard.plan_heads(hidden_states.shape[2], B.shape[2])
         kwargs = _without_documents(kwargs)
         kwargs |= {name: x[mine] for name, x in {"D": D, "dt_bias": dt_bias}.items() if x is not None}
-        full = shard.to_heads([hidden_states, dt, B, C], (1, 1, m, m))
+        full = shard.to_heads([hidden_states, dt, B, C], plan)
 
         def call(x: Any, dt: Any, B: Any, C: Any, **documents: Any) -> torch.Tensor:
             return original(x, dt, A[mine], B, C, **documents, **kwargs)
 
-        return shard.to_sequence(shard.run_scan(original, call, full, "seq_idx"))
+        return shard.to_sequence(shard.run_scan(original, call, full, "seq_idx"), plan)
 
     return chunk_scan
 
@@ -171,15 +179,15 @@ def mamba_scan(original: Function, shard: ShardContext) -> Function:
         **kwargs: Any,
     ) -> torch.Tensor:
         _refuse_states(kwargs)
-        m, mine = shard.plan_heads(hidden_states.shape[1], 1)
+        plan, mine = shard.plan_heads(hidden_states.shape[1], 1)
         kwargs |= {name: x[mine] for name, x in {"D": D, "delta_bias": delta_bias}.items() if x is not None}
         of_channels = [hidden_states, dt] if z is None else [hidden_states, dt, z]
         tensors = [*(x.transpose(1, 2) for x in of_channels), *(x.transpose(1, 2).unsqueeze(2) for x in (B, C))]
-        full = shard.to_heads(tensors, [1] * len(of_channels) + [m, m])
+        full = shard.to_heads(tensors, plan)
         x, dt, *z_if_any = (w.transpose(1, 2) for w in full[:-2])
         B, C = (w.squeeze(2).transpose(1, 2) for w in full[-2:])
         out_BcS = original(x, dt, A[mine], B, C, z=z_if_any[0] if z_if_any else None, **kwargs)
-        return shard.to_sequence(out_BcS.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return shard.to_sequence(out_BcS.transpose(1, 2).unsqueeze(-1), plan).squeeze(-1).transpose(1, 2)
 
     return selective_scan
 

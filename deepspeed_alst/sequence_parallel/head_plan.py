@@ -46,11 +46,6 @@ class HeadPlan:
         return -(-self.num_heads // self.sp_size)
 
     @property
-    def kv_replicas(self) -> int:
-        """Number of ranks that hold the same KV head, in an even split."""
-        return max(1, self.sp_size // self.num_kv_heads)
-
-    @property
     def imbalance(self) -> float:
         """Largest share of the query heads relative to the mean; 1 if all ranks hold as many."""
         return self.heads_per_rank * self.sp_size / self.num_heads

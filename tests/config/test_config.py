@@ -520,8 +520,8 @@ def test_the_degrees_that_are_named_fit_the_ranks_and_the_heads():
         check_world(AlstConfig(sequence_parallel_size=2), 3, [(8, 8, "attention")])
     with pytest.raises(ConfigError, match=r"12 ranks\)\. Use one of \[1, 2, 3, 4, 6\]\."):
         check_world(AlstConfig(sequence_parallel_size=5), 12, [(7, 1, "attention")])
-    with pytest.raises(ConfigError, match=r"6 ranks\)\. Use one of \[1, 2\]\."):
-        check_world(AlstConfig(sequence_parallel_size=4), 6, [(12, 12, "attention"), (8, 2, "scan")])
+    with pytest.raises(ConfigError, match=r"6 ranks\)\. Use one of \[1, 2, 3\]\."):
+        check_world(AlstConfig(sequence_parallel_size=4), 6, [(12, 12, "attention"), (5, 1, "scan")])
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def _cells(sizes: tuple[int, ...], B: int, s: int, within=nullcontext) -> None:
     # A number of its own for each tensor, sample, head, token and place.
     ends = list(itertools.accumulate((torch.Size(each).numel() for each in shapes), initial=1))
     whole = [torch.arange(ends[i], ends[i + 1], dtype=torch.float32).view(shape) for i, shape in enumerate(shapes)]
-    groups = (P, P // plan.kv_replicas, P // plan.kv_replicas)
+    groups = (P, min(P, K), min(P, K))
     with within():
         shards = [[x[:, :, r * s : (r + 1) * s] for x in whole] for r in range(P)]
         sent = [pack([by_heads(x, g) for x, g in zip(each, groups, strict=True)], P) for each in shards]
@@ -65,7 +65,7 @@ def _cells(sizes: tuple[int, ...], B: int, s: int, within=nullcontext) -> None:
             got = [torch.full((B, s, *x.shape[1::2]), torch.nan).transpose(1, 2) for x in whole]
             unpack_(back_PsBW, [by_heads(x, g) for x, g in zip(got, groups, strict=True)])
             # Each rank that holds a kv head sends its number back.
-            for x, y, copies in zip(got, shards[r], (1, plan.kv_replicas, plan.kv_replicas), strict=True):
+            for x, y, copies in zip(got, shards[r], (P // g for g in groups), strict=True):
                 assert torch.equal(x, copies * y), f"rank {r} got another's back"
 
 

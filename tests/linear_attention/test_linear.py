@@ -32,6 +32,7 @@ from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
 from deepspeed_alst.linear_attention.layers import linear_layers
 from deepspeed_alst.linear_attention.sharded_layers import ShardContext, convolution, delta_rule, mamba2_scan
 from deepspeed_alst.sequence_parallel.feature import patch_model
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
@@ -45,26 +46,27 @@ EXACT = 1e-12
 # --- exchanges
 
 
-def exchanged_heads(sp_size: int) -> None:
+def exchanged_heads(num_heads: int, num_groups: int) -> None:
     """Each cell is ``1000*tensor + 100*position + head``, so that a failure names what went astray."""
-    rank = dist.get_rank()
+    rank, P = dist.get_rank(), dist.get_world_size()
+    plan, S = HeadPlan(P, num_heads, num_groups), 2 * P
     dtypes = (torch.float64, torch.bfloat16, torch.int32, torch.float16)
-    S, heads, copies, dims = 2 * sp_size, (2 * sp_size, 1, sp_size, 2), (1, sp_size, 1, sp_size // 2), (3, 1, 2, 5)
+    heads, dims = (num_heads, num_groups, num_heads, num_groups), (3, 1, 2, 5)
     whole = [
         (1000 * index + 100 * torch.arange(S)[:, None, None] + torch.arange(H)[:, None]).expand(2, S, H, D).to(dtype)
         for index, (H, D, dtype) in enumerate(zip(heads, dims, dtypes, strict=True))
     ]
     mine = [x[:, 2 * rank : 2 * rank + 2] for x in whole]
-    for x, got, m in zip(whole, seq_to_head(mine, copies, None), copies, strict=True):
-        h = x.shape[2] * m // sp_size
-        first = rank // m * h
-        assert torch.equal(got, x[:, :, first : first + h])
-        if m == 1:
-            assert torch.equal(HeadToSeq.apply(got.transpose(1, 2), None), x[:, 2 * rank : 2 * rank + 2])
+    for x, got in zip(whole, seq_to_head(mine, plan, None), strict=True):
+        own = plan.split(x.shape[2])[rank]
+        assert torch.equal(got, x[:, :, own.start : own.stop])
+        if x.shape[2] == num_heads:
+            assert torch.equal(HeadToSeq.apply(got.transpose(1, 2), plan, None), x[:, 2 * rank : 2 * rank + 2])
 
 
-def test_heads_of_every_dtype_travel_in_one_buffer(ranks4):
-    ranks4.run(exchanged_heads, 4)
+@pytest.mark.parametrize(("num_heads", "num_groups"), [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (10, 2), (12, 6)])
+def test_heads_of_every_dtype_travel_in_one_buffer(num_heads, num_groups, ranks4):
+    ranks4.run(exchanged_heads, num_heads, num_groups)
 
 
 def halo_and_its_gradient(length: int, width: int) -> None:
@@ -316,20 +318,33 @@ def test_a_function_that_is_not_known_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "model_type, changed, found, fitting",
+    "model_type, changed, found",
     [
-        ("qwen3_next", {"num_experts": 0, "linear_num_value_heads": 12}, (12, 4), "[1, 2, 4, 12]"),
-        ("bamba", {"num_attention_heads": 16, "num_key_value_heads": 16}, (8, 2), "[1, 2, 4, 8]"),
+        ("qwen3_next", {"num_experts": 0, "linear_num_value_heads": 12}, (12, 4)),
+        ("bamba", {"num_attention_heads": 16, "num_key_value_heads": 16}, (8, 2)),
     ],
 )
-def test_a_degree_that_does_not_split_a_scans_heads_is_refused_with_those_that_do(model_type, changed, found, fitting):
+def test_more_ranks_than_a_scan_has_heads_are_refused_with_the_degrees_that_work(model_type, changed, found):
     heads = check_model(ModelSpec(build_model(family_config(model_type, **changed))))
     assert [each for each in heads if each[2] == "scan"] == [(*found, "scan")]
-    config = parse({"sequence_parallel_size": 16})
     with pytest.raises(ConfigError) as caught:
-        check_heads(config, *found, "scan")
-    assert f"sequence_parallel_size=16 does not divide the model's {found[0]} heads of a scan" in str(caught.value)
-    assert f"Use one of {fitting};" in str(caught.value)
+        check_heads(parse({"sequence_parallel_size": 16}), *found, "scan", 16)
+    assert f"sequence_parallel_size=16 exceeds the model's {found[0]} heads of a scan" in str(caught.value)
+    assert "Use one of [1, 2, 4, 8];" in str(caught.value)
+
+
+# Heads and their groups: 8 and 4 (delta nets) or 8 and 1 or 2 (Mamba 2); Mamba's are its channels.
+@pytest.mark.parametrize("changed", [{}, {"linear_num_value_heads": 5, "linear_num_key_heads": 5}], ids=["8/4", "5/5"])
+def test_a_delta_nets_unequal_heads_are_exact(changed, ranks3):
+    config = family_config("qwen3_next", num_experts=0, **changed)
+    loss, grads = ranks3.run(split_and_whole, config, 37, 2, 3)[0]
+    assert loss < EXACT and max(grads.values()) < EXACT, max(grads, key=grads.get)
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "mamba2", "falcon_h1", "kimi_linear", "jamba", "falcon_mamba", "lfm2"])
+def test_unequal_heads_of_other_layers_are_exact(model_type, ranks3):
+    loss, grads = ranks3.run(split_and_whole, family_config(model_type), 37, 2, 3)[0]
+    assert loss < EXACT and max(grads.values()) < EXACT, max(grads, key=grads.get)
 
 
 def what_happens_around(model_type: str) -> tuple[bool, list[str]]:
