@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, merge_heads_
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import exchange
+from deepspeed_alst.sequence_parallel.ulysses import exchange, repeat_heads
 
 # In bytes: each tensor in a token's bytes is aligned for its dtype and for 16-byte loads.
 _ALIGNMENT = 16
@@ -27,9 +27,14 @@ def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], plan: HeadPlan, group: Any
     """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
 
     D and dtype may differ, and H is the plan's number of heads or of head groups. The gradients of a group on several
-    ranks are summed. Collective: one all-to-all, one in the backward.
+    ranks are summed; groups are repeated where this rank has unequal numbers of their heads. Collective: one
+    all-to-all, one in the backward.
     """
-    return _SeqToHead.apply(plan, group, *tensors_BsHD)
+    full, copies = _SeqToHead.apply(plan, group, *tensors_BsHD), plan.kv_copies_of(dist.get_rank(group))
+    return tuple(
+        w_BShD if x_BsHD.shape[2] == plan.num_heads else repeat_heads(w_BShD.transpose(1, 2), copies).transpose(1, 2)
+        for x_BsHD, w_BShD in zip(tensors_BsHD, full, strict=True)
+    )
 
 
 class _SeqToHead(torch.autograd.Function):

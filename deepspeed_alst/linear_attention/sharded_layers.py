@@ -27,7 +27,7 @@ from deepspeed_alst.linear_attention.layers import (
 )
 from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq, repeat_heads
+from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
 
 Tensors = Sequence[torch.Tensor]
 
@@ -50,16 +50,8 @@ class ShardContext:
         return plan, slice(heads.start, heads.stop)
 
     def to_heads(self, tensors: Tensors, plan: HeadPlan) -> Tensors:
-        """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D.
-
-        Those with a head per group are repeated where the groups of this rank's heads are of unequal sizes.
-        """
+        """Exchange ``n x [B, s, H, D] -> n x [B, S, h, D]``; a tensor may have no D."""
         full = seq_to_head([x if x.dim() == 4 else x.unsqueeze(-1) for x in tensors], plan, self.group)
-        copies = plan.kv_copies_of(dist.get_rank(self.group))
-        full = [
-            w if x.shape[2] == plan.num_heads else repeat_heads(w.transpose(1, 2), copies).transpose(1, 2)
-            for x, w in zip(tensors, full, strict=True)
-        ]
         return [w if x.dim() == 4 else w.squeeze(-1) for x, w in zip(tensors, full, strict=True)]
 
     def to_sequence(self, x_BShD: torch.Tensor, plan: HeadPlan) -> torch.Tensor:

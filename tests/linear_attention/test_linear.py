@@ -58,8 +58,9 @@ def exchanged_heads(num_heads: int, num_groups: int) -> None:
     ]
     mine = [x[:, 2 * rank : 2 * rank + 2] for x in whole]
     for x, got in zip(whole, seq_to_head(mine, plan, None), strict=True):
-        own = plan.split(x.shape[2])[rank]
-        assert torch.equal(got, x[:, :, own.start : own.stop])
+        copies = [1] * plan.heads_per_rank if x.shape[2] == num_heads else plan.kv_copies_of(rank)
+        own = [head for head, number in zip(plan.split(x.shape[2])[rank], copies, strict=False) for _ in range(number)]
+        assert torch.equal(got, x[:, :, own])
         if x.shape[2] == num_heads:
             assert torch.equal(HeadToSeq.apply(got.transpose(1, 2), plan, None), x[:, 2 * rank : 2 * rank + 2])
 
