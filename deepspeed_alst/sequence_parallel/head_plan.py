@@ -16,8 +16,8 @@ class HeadPlan:
     """Split of H query heads and K KV heads over P ranks.
 
     A rank holds adjacent query heads, H/P of them rounded up or down, and the KV heads that they need; a KV head is on
-    each rank that needs it. Ranks with a head more are placed so that the fewest KV heads are on two ranks: of 28 query
-    heads with 4 KV heads, 8 ranks hold 3 or 4 in turn, and one KV head each.
+    each rank that needs it. Ranks with a head more are placed so that attention gets the fewest KV heads, copies
+    included: of 28 query heads with 4 KV heads, 8 ranks hold 3 or 4 in turn, and one KV head each.
     """
 
     sp_size: int
@@ -93,12 +93,7 @@ class HeadPlan:
         Attention implementations take adjacent query heads as groups of one size. Most ranks have such groups, or one
         KV head; one whose heads straddle KV heads expands these, by the largest group size that divides its own.
         """
-        heads, size = self.heads_of(rank), self.num_heads // self.num_kv_heads
-        users = [
-            min(heads.stop, (kv_head + 1) * size) - max(heads.start, kv_head * size)
-            for kv_head in self.kv_heads_of(rank)
-        ]
-        return [number // math.gcd(*users) for number in users]
+        return _copies(self.heads_of(rank), self.num_heads // self.num_kv_heads)
 
 
 def _groups_of(heads: range, size: int) -> range:
@@ -106,17 +101,24 @@ def _groups_of(heads: range, size: int) -> range:
     return range(heads.start // size, (heads.stop - 1) // size + 1)
 
 
+def _copies(heads: range, size: int) -> list[int]:
+    """Return how many copies of each of their groups make some adjacent heads' groups equal."""
+    bounds = ((group * size, (group + 1) * size) for group in _groups_of(heads, size))
+    members = [min(heads.stop, end) - max(heads.start, start) for start, end in bounds]
+    return [number // math.gcd(*members) for number in members]
+
+
 @functools.cache
 def _split(num_ranks: int, num_heads: int, group_size: int) -> tuple[range, ...]:
-    """Return the ranks' heads: of all splits with sizes rounded up or down the one with the fewest KV heads in all."""
+    """Return the ranks' heads: of all splits with sizes rounded up or down the one with the fewest KV heads, copied."""
     few, more = num_heads // num_ranks, -(-num_heads // num_ranks)
-    # By the end of the heads that are dealt: the KV heads so far, and the bounds between ranks.
+    # By the end of the heads that are dealt: the copies of KV heads so far, and the bounds between ranks.
     best = {0: (0, (0,))}
     for _ in range(num_ranks):
         before, best = best, {}
         for start, (total, bounds) in before.items():
             for end in {start + few, start + more}:
-                found = total + len(_groups_of(range(start, end), group_size)), (*bounds, end)
+                found = total + sum(_copies(range(start, end), group_size)), (*bounds, end)
                 best[end] = min(found, best.get(end, found))
     bounds = best[num_heads][1]
     return tuple(map(range, bounds, bounds[1:]))

@@ -67,16 +67,19 @@ def test_an_even_split_is_in_equal_parts_and_equal_copies():
 
 
 @pytest.mark.parametrize(
-    ("P", "H", "K"), [(2, 7, 1), (3, 4, 2), (4, 6, 3), (4, 14, 2), (5, 12, 4), (7, 12, 3), (6, 14, 7), (8, 28, 4)]
+    ("P", "H", "K"),
+    [(2, 7, 1), (3, 4, 2), (4, 6, 3), (4, 14, 2), (5, 12, 4), (7, 12, 3), (6, 14, 7), (8, 28, 4), (6, 32, 8)],
 )
-def test_ranks_with_a_head_more_are_where_the_fewest_kv_heads_are_needed(P, H, K):
+def test_ranks_with_a_head_more_are_where_attention_gets_the_fewest_kv_heads(P, H, K):
     few, extra = divmod(H, P)
     totals = []
     for larger in itertools.combinations(range(P), extra):
         bounds = [0, *itertools.accumulate(few + (rank in larger) for rank in range(P))]
-        totals.append(sum((end - 1) * K // H - start * K // H + 1 for start, end in itertools.pairwise(bounds)))
+        shares = [[head * K // H for head in range(*each)] for each in itertools.pairwise(bounds)]
+        counts = [[share.count(kv_head) for kv_head in sorted(set(share))] for share in shares]
+        totals.append(sum(sum(each) // math.gcd(*each) for each in counts))
     plan = HeadPlan(P, H, K)
-    assert sum(len(plan.kv_heads_of(rank)) for rank in range(P)) == min(totals)
+    assert sum(sum(plan.kv_copies_of(rank)) for rank in range(P)) == min(totals)
 
 
 @pytest.mark.parametrize(
