@@ -185,6 +185,23 @@ def lean_cells() -> list[Cell]:
     ]
 
 
+def uneven_cells() -> list[Cell]:
+    """Return cells of SP 3, which divides neither 4 query heads nor a scan's 8; the first three are the tests'."""
+    uneven = Cell(sp_size=3, world_size=3, gas=2)
+    full = replace(uneven, odd_lengths=True, unequal_labels=True, clip=0.5)
+    return [
+        replace(full, stage=0),
+        replace(uneven, stage=2, model="window 7", documents=True),
+        replace(full, stage=3, tiles=True, checkpointing="non-reentrant", offload="outputs"),
+        replace(full, stage=3, lora=True, kv_heads=4),
+        replace(uneven, stage=2, dtype="bf16", kv_heads=1, checkpointing="reentrant"),
+        replace(full, stage=2, lean=True, checkpointing="non-reentrant"),
+        replace(uneven, stage=3, model="mixture", documents=True),
+        replace(full, stage=1, model="gated delta net"),
+        replace(full, stage=2, model="Mamba 2"),
+    ]
+
+
 def own_loss_cells() -> list[Cell]:
     """Return cells of losses that the program makes of logits and hidden states."""
     full = Cell(gas=4, odd_lengths=True, unequal_labels=True, clip=0.5, tiles=True)

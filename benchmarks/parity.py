@@ -29,6 +29,7 @@ from benchmarks.grid import (
     pairwise_cells,
     product_cells,
     short_cells,
+    uneven_cells,
 )
 from benchmarks.ranks import RankError, Ranks, interpreted_ranks
 from benchmarks.trainer import run_trainer, run_trainer_truth, trainer_cells
@@ -258,7 +259,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
-    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells() + lean_cells()
+    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells() + lean_cells() + uneven_cells()
     own = own_loss_cells()[:1] if short else own_loss_cells()
     trainers = trainer_cells()[:2] if short else trainer_cells()
     columns = (*_KINDS.values(), "DeepSpeed's ALST")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.grid import short_cells
+from benchmarks.grid import short_cells, uneven_cells
 from benchmarks.parity import measure, missed, repeated
 
 
@@ -17,6 +17,11 @@ def test_two_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks2):
 @pytest.mark.parametrize("cell", [cell for cell in short_cells() if cell.world_size == 4], ids=lambda cell: cell.name())
 def test_four_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks4):
     _check(cell, ranks4)
+
+
+@pytest.mark.parametrize("cell", uneven_cells()[:3], ids=lambda cell: cell.name())
+def test_three_ranks_with_unequal_heads_are_as_exact_as_no_sequence_parallelism(cell, ranks3):
+    _check(cell, ranks3)
 
 
 def _check(cell, ranks):
