@@ -20,7 +20,8 @@ def attend_cached(frame: CheckpointFrame, run: Callable[[], torch.Tensor], plan:
     if frame.recomputing:
         return _replay(frame, run, plan, group)
     o_BhSD, ops = record_attention(frame, run)
-    as_shard = len(ops) == 1 and _is_all_of(o_BhSD, ops[0].outputs[0])
+    # Decided alike on all ranks, as only a saved shard spares the recomputation its collective.
+    as_shard = plan.shares_alike and len(ops) == 1 and _is_all_of(o_BhSD, ops[0].outputs[0])
     flat = [x for op in ops for x in op.pop_outputs()]
     if not as_shard:
         frame.save(*flat, note=(ops, as_shard))

@@ -64,6 +64,12 @@ class HeadPlan:
         return max(range(self.sp_size), key=lambda rank: len(self.heads_of(rank)) + sum(self.kv_copies_of(rank)))
 
     @property
+    def shares_alike(self) -> bool:
+        """True if query heads share KV heads in attention on all ranks or on none: both may run different kernels."""
+        ranks = range(self.sp_size)
+        return len({len(self.heads_of(rank)) == sum(self.kv_copies_of(rank)) for rank in ranks}) == 1
+
+    @property
     def exchanged_heads(self) -> int:
         """Heads of q, k, v and the output that a rank sends or receives per token of its shard, the most of any."""
         P, H, K = self.sp_size, self.num_heads, self.num_kv_heads

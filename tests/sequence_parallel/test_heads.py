@@ -123,6 +123,13 @@ def test_heads_that_the_ranks_cannot_split_are_refused_with_their_numbers(P, H, 
     assert isinstance(refused.value, AlstError)
 
 
+@pytest.mark.parametrize(
+    ("P", "H", "K", "alike"), [(8, 28, 4, True), (3, 5, 5, True), (3, 4, 2, False), (8, 40, 10, True)]
+)
+def test_query_heads_share_kv_heads_on_all_ranks_or_it_is_said(P, H, K, alike):
+    assert HeadPlan(P, H, K).shares_alike == alike
+
+
 def test_unequal_shares_are_said_in_words():
     assert HeadPlan(8, 28, 4).summary == "3 or 4 of 28 query heads per rank, at most 1.14 of the mean"
     assert HeadPlan(8, 40, 10).summary == ""
