@@ -7,16 +7,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from transformers import CONFIG_MAPPING
 
 from deepspeed_alst.cli.fake_layer import Flops, bytes_of
 from deepspeed_alst.cli.main import main
-from deepspeed_alst.cli.measure import Layer, Line, Model, measure, workspace_of
+from deepspeed_alst.cli.measure import Layer, Line, Model, exchanged_of, measure, workspace_of
 from deepspeed_alst.cli.memory import Machine, longest, plan_of, static_bytes
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, describe_output, make_plan
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -130,12 +132,45 @@ def test_outputs_of_some_layers_are_on_the_host_and_no_longer_on_the_device_than
         (32, 32, 8, None, (0, 8 * 4 * 4 * 128)),  # no heads to expand
         (32, 8, 32, None, (0, 32 * 4 * 128)),  # nor where each rank has one of each
         (32, 8, 8, {"chunk_tokens": 100, "key_block": 1000}, (512 * (100 * 4 + 1000 * 4), 0)),
+        (28, 4, 8, None, (0, 8 * (4 * 4 * 128 + 4 * 4 * 128))),  # of the ranks that have 4 of the 28
+        (40, 10, 8, None, (0, 8 * 4 * 5 * 128)),  # KV heads that are repeated for each query head before
     ],
 )
 def test_the_kernel_allocates_by_its_rows_and_keys(heads, kv_heads, sp_size, lean, line):
     config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=128 * heads)
     keys = parse({"sequence_parallel_size": sp_size, "alst": {"memory_lean_layer": lean or False}})
     assert workspace_of(config, keys) == line
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "exchanged"),
+    [
+        (32, 8, 7 * 2 * (4 + 1)),
+        # It receives 4 + 2 heads of 7 others' tokens, and 24 heads of outputs of its own.
+        (28, 4, 7 * (4 + 2 * 1) + 24),
+    ],
+)
+def test_the_wire_is_that_of_the_rank_with_the_most_heads(heads, kv_heads, exchanged):
+    config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=128 * heads)
+    assert exchanged_of(config, parse({"sequence_parallel_size": 8})) == exchanged * 128 * 2
+
+
+def test_unequal_heads_are_planned_for_the_rank_with_the_most(tmp_path, capsys):
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    CONFIG_MAPPING["qwen3"](**sizes, num_attention_heads=7, num_key_value_heads=1).to_json_file(tmp_path / "c.json")
+    (tmp_path / "ds.json").write_text(json.dumps({**DS_CONFIG, "sequence_parallel_size": 2}))
+    words = ["plan", "--ds_config", str(tmp_path / "ds.json"), "--model", str(tmp_path / "c.json"), "--num_gpus", "2"]
+    assert main([*words, "--seq_len", "65536"]) == 0
+    said = (
+        "3 or 4 of 7 query heads per rank, at most 1.14 of the mean; memory and time are those of a rank with the most"
+    )
+    assert said in capsys.readouterr().out
+    config = CONFIG_MAPPING["qwen3"](**{**sizes, "num_hidden_layers": 1}, num_attention_heads=7, num_key_value_heads=1)
+    keys, found = parse({**DS_CONFIG, "sequence_parallel_size": 2}), []
+    for largest in (0, 1):
+        with mock.patch.object(HeadPlan, "largest_rank", largest):
+            found.append(bytes_of(config, keys, 8192)[0].attention)
+    assert found[HeadPlan(2, 7, 1).largest_rank] == max(found) > min(found)
 
 
 def test_the_workspace_counts_where_attentions_backward_is_the_peak():

@@ -39,11 +39,11 @@ def assert_exact(ranks: Ranks, sp_size: int, config: Any, lean: MemoryLeanConfig
 # Heads that straddle KV heads in unequal numbers, which are then expanded: 8/4 on 3 ranks.
 ON_THREE = {
     "4/2": ("llama", heads(4, 2), ""),
-    "5/5": ("llama", heads(5, 5), ""),
+    "5/5": ("qwen3", heads(5, 5), ""),
     "8/4": ("qwen3", heads(8, 4), ""),
-    "6/2, as many query heads on each": ("llama", heads(6, 2), ""),
+    "6/2, as many query heads on each": ("qwen3", heads(6, 2), ""),
     "a window": ("mistral", heads(8, 4, sliding_window=7), ""),
-    "MLA": ("deepseek_v2", {}, ""),
+    "MLA": ("deepseek_v2", {"first_k_dense_replace": 2}, ""),
     "sinks": ("gpt_oss", heads(8, 4, num_local_experts=4, sliding_window=6), TRIAL),
     "a soft cap": ("gemma2", heads(8, 4, sliding_window=6, attn_logit_softcapping=0.5), TRIAL),
 }
@@ -58,7 +58,7 @@ def test_three_ranks_are_exact(name, lean, ranks3):
 
 @pytest.mark.parametrize(("query", "kv", "sp_size"), [(14, 2, 4), (6, 3, 4), (12, 3, 4), (7, 1, 2), (5, 1, 2)])
 def test_two_and_four_ranks_are_exact(query, kv, sp_size, ranks4):
-    assert_exact(ranks4, sp_size, family_config("llama", **heads(query, kv)))
+    assert_exact(ranks4, sp_size, family_config("qwen3", **heads(query, kv)))
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_flash_attention_gets_windows_sinks_and_soft_caps(ranks3):
         (heads(5, 5), 1),
         (heads(5, 5, dtype=torch.bfloat16), 1),
         (heads(8, 4), 2),  # query heads share KV heads on rank 0 only, whose kernel may be another
-        (heads(8, 4, packed=True), 2),
+        (heads(8, 4, core="flash_attention_2", packed=True), 2),
     ],
     ids=str,
 )
