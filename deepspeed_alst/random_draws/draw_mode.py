@@ -93,7 +93,7 @@ class CountedDraws(TorchFunctionMode):
         super().__init__()
         self.place = _Place(forward)
         self.first_head: int | None = None
-        """First of this rank's heads in attention; None elsewhere, where ranks are taken to have equal numbers."""
+        """First of this rank's heads in attention; None where all ranks have equal numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -194,13 +194,14 @@ def counted_attention(device: torch.device) -> contextlib.AbstractContextManager
 def heads_from(first: int) -> Iterator[None]:
     """Draw the dropout of attention inside for a rank's heads from this one on."""
     mode = current_draws()
-    if mode is not None:
-        mode.first_head = first
+    if mode is None:
+        yield
+        return
+    mode.first_head = first
     try:
         yield
     finally:
-        if mode is not None:
-            mode.first_head = None
+        mode.first_head = None
 
 
 class _CountedMasks(TorchDispatchMode):

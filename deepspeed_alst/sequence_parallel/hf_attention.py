@@ -213,14 +213,15 @@ def _attention_over(
         calls.with_documents += documents is not None and len(documents) > 2
         if calls.answer_attention is not None:
             return calls.answer_attention(query, key, value, attention_mask, scaling, arguments, backend), None
-        heads = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1]).heads_of(dist.get_rank(group))
+        plan = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1])
+        heads = plan.heads_of(dist.get_rank(group))
         if "s_aux" in arguments:
             arguments["s_aux"] = arguments["s_aux"][heads.start : heads.stop]
         if calls.scale_queries is not None:
             query = calls.scale_queries(module, query)
 
         def run(*qkv: torch.Tensor) -> torch.Tensor:
-            with heads_from(heads.start):
+            with contextlib.nullcontext() if plan.is_even else heads_from(heads.start):
                 return backend.attend(module, qkv, attention_mask, scaling, arguments)
 
         frame = calls.saving_frame and calls.saving_frame(backend.name, backend.runs_operators)
