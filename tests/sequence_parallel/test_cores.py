@@ -8,6 +8,7 @@ sdpa at SP 1 with transformers' own masks, or a document at a time.
 
 import copy
 import itertools
+import math
 import pickle
 import re
 from typing import Any
@@ -171,7 +172,7 @@ def errors_of_windows(model_type: str, changed: dict[str, Any], sp_size: int) ->
     config, batch = family_config(model_type, **changed), family_batch(37, 2)
     with stand_ins.installed() as calls:
         check_model(ModelSpec(model_with("flash_attention_2", copy.deepcopy(config))))
-        split = split_step("flash_attention_2", copy.deepcopy(config), batch, sp_size, 8)
+        split = split_step("flash_attention_2", copy.deepcopy(config), batch, sp_size, math.lcm(8, sp_size))
         lefts = {call["left"] for call in calls}
         same_core = whole_step("flash_attention_2", copy.deepcopy(config), batch)
     return worst(split, same_core), worst(split, whole_step("sdpa", copy.deepcopy(config), batch)), lefts
@@ -277,7 +278,7 @@ def test_a_family_that_does_not_is_refused(model_type, ranks2):
 def errors_of_arguments(model_type: str, core: str, sp_size: int, changed: dict[str, Any]) -> tuple[float, list[Any]]:
     config = family_config(model_type, num_attention_heads=8, num_key_value_heads=2, **changed)
     with stand_ins.installed() as calls:
-        split = split_step(core, config, family_batch(37, 2), sp_size, 8)
+        split = split_step(core, config, family_batch(37, 2), sp_size, math.lcm(8, sp_size))
         seen = [(call["left"], call["softcap"]) for call in calls]
         return worst(split, whole_step(core, config, family_batch(37, 2))), seen
 
