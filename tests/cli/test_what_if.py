@@ -154,7 +154,7 @@ def test_variants_of_one_layer_share_its_measurement(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "heads", "kv_heads", "sp_size"), [(8, 32, 8, 8), (64, 32, 8, 32), (8, 28, 4, 4), (6, 32, 8, 2)]
+    ("num_gpus", "heads", "kv_heads", "sp_size"), [(8, 32, 8, 8), (64, 32, 8, 32), (8, 28, 4, 8), (8, 6, 2, 4)]
 )
 def test_the_default_shares_a_sequence_among_as_many_gpus_as_the_heads_allow(num_gpus, heads, kv_heads, sp_size):
     config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads)
