@@ -4,16 +4,22 @@ Ranks then hold unequal numbers of query heads, and KV heads may be on some rank
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AttentionInterface
 
+from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError, Ranks
 from benchmarks.tally import Tally
 from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.offload.checkpoint_inputs import Chunks
+from deepspeed_alst.offload.feature import layer_sizes
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.hf_attention import TRIAL, causal_sdpa
 from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
@@ -49,14 +55,19 @@ ON_THREE = {
 }
 
 
-@pytest.mark.parametrize("lean", [None, LEAN], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("name", ON_THREE)
-def test_three_ranks_are_exact(name, lean, ranks3):
+def test_three_ranks_are_exact(name, ranks3):
     model_type, changed, core = ON_THREE[name]
-    assert_exact(ranks3, 3, family_config(model_type, **changed), lean, core)
+    assert_exact(ranks3, 3, family_config(model_type, **changed), None, core)
 
 
-@pytest.mark.parametrize(("query", "kv", "sp_size"), [(14, 2, 4), (6, 3, 4), (12, 3, 4), (7, 1, 2), (5, 1, 2)])
+@pytest.mark.parametrize("name", ["4/2", "8/4", "MLA", "sinks"])
+def test_three_ranks_are_exact_in_chunks(name, ranks3):
+    model_type, changed, core = ON_THREE[name]
+    assert_exact(ranks3, 3, family_config(model_type, **changed), LEAN, core)
+
+
+@pytest.mark.parametrize(("query", "kv", "sp_size"), [(14, 2, 4), (6, 3, 4), (7, 1, 2)])
 def test_two_and_four_ranks_are_exact(query, kv, sp_size, ranks4):
     assert_exact(ranks4, sp_size, family_config("qwen3", **heads(query, kv)))
 
@@ -85,19 +96,18 @@ def test_flash_attention_gets_windows_sinks_and_soft_caps(ranks3):
     assert ranks3.run(errors_of_arguments, "gemma2", "flash_attention_2", 3, changed)[0][0] < EXACT
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     ("setting", "recomputed"),
     [
-        (heads(5, 5), 1),
+        (heads(5, 5, reentrant=True), 1),
         (heads(5, 5, dtype=torch.bfloat16), 1),
         (heads(8, 4), 2),  # query heads share KV heads on rank 0 only, whose kernel may be another
-        (heads(8, 4, core="flash_attention_2", packed=True), 2),
+        (heads(8, 4, reentrant=True, core="flash_attention_2", packed=True), 2),
     ],
     ids=str,
 )
-def test_a_kept_output_changes_no_bit(setting, recomputed, reentrant, ranks3):
-    for found in ranks3.run(split_pair, {"family": "mistral", "reentrant": reentrant, **setting}):
+def test_a_kept_output_changes_no_bit(setting, recomputed, ranks3):
+    for found in ranks3.run(split_pair, {"family": "mistral", **setting}):
         assert found["same"] and all(found["kept"])
         assert found[False][1:] == (2, 2, 2) and found[True][1:] == (2, recomputed, 2)
         assert found[True][0] * 2 == found[False][0], "attention's forward runs once"
@@ -107,6 +117,30 @@ def test_dropout_of_attention_is_drawn_by_the_heads_of_the_whole_model(ranks3):
     config = family_config("seed_oss", **heads(8, 4))
     assert config.attention_dropout > 0
     assert ranks3.run(with_dropout, config, {}, {})[0] < EXACT
+
+
+def groups_by_the_module(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs):
+    """A program's own attention, which repeats KV heads as transformers' functions do."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    return causal_sdpa(query, key, value, kwargs["scaling"], 0.0).transpose(1, 2), None
+
+
+def errors_of_an_own_function(config: Any) -> tuple[float, dict[str, float]]:
+    with mock.patch.dict(AttentionInterface._global_mapping, {"sdpa": groups_by_the_module}):
+        return split_and_whole(config, 37, 2, 3)
+
+
+def test_a_function_of_the_program_is_told_the_ranks_own_groups(ranks3):
+    loss, grads = ranks3.run(errors_of_an_own_function, family_config("qwen3", **heads(8, 4)))[0]
+    assert loss < EXACT and max(grads.values()) < EXACT
+
+
+def test_a_kept_output_is_planned_for_the_rank_with_the_most_heads():
+    model = build_model(family_config("qwen3", **heads(8, 4)))
+    model.gradient_checkpointing_enable()
+    one, three = (layer_sizes(ModelSpec(model.train()), 0, Chunks(), sp_size) for sp_size in (1, 3))
+    assert (three.output_bytes, three.lse_bytes) == (one.output_bytes * 9 // 8, one.lse_bytes * 9 // 8)
+    assert (three.input_bytes, three.head_elements) == (one.input_bytes, one.head_elements)
 
 
 # --- the wire
