@@ -138,7 +138,7 @@ def _small(name: str, value: Any, values: dict[str, Any]) -> Any:
 
 
 def _fewer_heads(heads: int) -> int:
-    """Return a power of two, which every SP degree of a trial divides."""
+    """Return a power of two, at most 8."""
     return min(_HEADS, 1 << (heads.bit_length() - 1))
 
 
