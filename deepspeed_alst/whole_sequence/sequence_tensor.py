@@ -8,7 +8,6 @@ within a limit of bytes.
 Legend: B batch, S whole sequence, n rows of this rank, lead the dims of tokens, trail those behind them.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from deepspeed_alst.errors import DataError
+from deepspeed_alst.tiling.lazy_logits import is_called_by_deepspeed
 from deepspeed_alst.whole_sequence import token_functions as functions
 from deepspeed_alst.whole_sequence.token_rows import Places, Recorded, Row, Tokens, run_on_rows
 
@@ -65,8 +65,7 @@ class SequenceTensor(torch.Tensor):
                 "numbers of a token first (log_softmax and gather, logsumexp, topk, sum over the last dim), or use "
                 "outputs.loss or deepspeed_alst.log_probs"
             )
-        rows = self.rows.evaluate(self.places.of_rows) if isinstance(self.rows, Recorded) else self.rows
-        return self.places.gather(rows)
+        return self.places.gather(self.computed_rows())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         """Return class, shape and dtype: the values are on other ranks."""
@@ -90,7 +89,7 @@ class SequenceTensor(torch.Tensor):
             if name == "__set__" or attribute not in ("T", "mT", "H", "mH", "real", "imag"):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-        if name in ("detach", "register_hook") and _called_by_deepspeed():
+        if name in ("detach", "register_hook") and is_called_by_deepspeed():
             # ZeRO 3 detaches inputs and outputs of modules in an autograd function, whose graph the rows do not have.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs) if name != "detach" else cls(args[0].rows, args[0].places)
@@ -134,6 +133,10 @@ class SequenceTensor(torch.Tensor):
         """Number of dims of tokens, the first ones."""
         return self.places.index.dim()
 
+    def computed_rows(self) -> torch.Tensor:
+        """Return this rank's rows, ``[n, *trail]``, computed if they are recorded."""
+        return self.rows.evaluate(self.places.of_rows) if isinstance(self.rows, Recorded) else self.rows
+
     def like(self, rows: Any) -> Any:
         """Return what a function of this tensor's tokens found: plain if it has no more numbers than tokens."""
         return tree_map(lambda each: _settled(each, self.places), rows)
@@ -170,8 +173,7 @@ class SequenceTensor(torch.Tensor):
 
     def sum_to(self, element_ids: torch.Tensor, count: int) -> torch.Tensor:
         """Sum the rows of each id, ``[*lead] -> [count, *trail]``, over all ranks."""
-        rows = self.rows.evaluate(self.places.of_rows) if isinstance(self.rows, Recorded) else self.rows
-        of_rows = self.places.of_rows
+        rows, of_rows = self.computed_rows(), self.places.of_rows
         assert of_rows is not None
         chosen = (of_rows >= 0).nonzero().flatten()
         ids = element_ids.flatten()[of_rows[chosen]]
@@ -182,13 +184,6 @@ class SequenceTensor(torch.Tensor):
         """Take another tensor's rows in an in-place op."""
         self.rows = other.rows
         return self
-
-
-def _called_by_deepspeed() -> bool:
-    frame = sys._getframe(2)
-    while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
-        frame = frame.f_back
-    return "/deepspeed/" in frame.f_code.co_filename
 
 
 def _refuse_gradient(grad: torch.Tensor) -> None:
