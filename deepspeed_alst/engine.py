@@ -70,7 +70,7 @@ class AlstEngine:
         counting = features.metrics.forward(args, kwargs) if features.metrics else contextlib.nullcontext()
         with counting, features.collectives():
             output = super().forward(*args, **kwargs)
-        if features.session is not None:
+        if features.session is not None and not features.session.splits_decoder:
             features.session.watch_loss(output)
         if features.upstream is not None:
             features.upstream.add_loss(output, kwargs)

@@ -31,7 +31,7 @@ class ModelSpec:
     def __init__(self, outer: torch.nn.Module, whole: torch.nn.Module | None = None) -> None:
         self.outer = outer
         self.whole = outer if whole is None else whole
-        """The caller's model, of which ``outer`` may be the decoder (``split_part``)."""
+        """The caller's model, of which ``outer`` may be a part (``split_part``)."""
         self.model = outer
         """The model inside nested wrappers: reads and patches of a transformers model use this one."""
         while self.model is not (inner := _inside(self.model)):
@@ -58,11 +58,22 @@ class ModelSpec:
         return not self.is_causal_lm and _is_any_of(self.model, MODEL_MAPPING_NAMES)
 
     def split_part(self) -> "ModelSpec":
-        """Return the spec of the part whose calls ranks split: the decoder of a classifier, else the model itself."""
-        names = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
-        if self.is_causal_lm or not any(_is_any_of(self.model, each) for each in names):
-            return self
-        return ModelSpec(self.decoder, self.outer)
+        """Return the spec of the part whose calls ranks split; what is around it sees whole sequences.
+
+        That is the decoder of a classifier, the model behind PEFT's virtual tokens or in a module of the program's own,
+        else the model itself.
+        """
+        classifiers = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+        if is_peft(self.outer) and getattr(self.outer.active_peft_config, "is_prompt_learning", False):
+            parts = [ModelSpec(self.model).split_part().outer]
+        elif isinstance(self.model, PreTrainedModel):
+            is_classifier = not self.is_causal_lm and any(_is_any_of(self.model, each) for each in classifiers)
+            parts = [self.decoder] if is_classifier else []
+        else:
+            children = self.model.children() if isinstance(self.model, torch.nn.Module) else ()
+            specs = [spec for each in children if isinstance((spec := ModelSpec(each)).model, PreTrainedModel)]
+            parts = [spec.split_part().outer for spec in specs]
+        return ModelSpec(parts[0], self.outer) if len(parts) == 1 else self
 
     @property
     def text_config(self) -> Any:

@@ -155,12 +155,6 @@ class ShardedDataLoader(_Wrapper):
         """Raise DataError on all ranks if they are not at the same place, where they have no batch."""
         self._meet(Header(place=place))
 
-    def cut(self, batch: Any) -> Any:
-        """Return this rank's shard of a batch that all its sequence's ranks have; an error is raised on all ranks."""
-        header, shards, error = self._prepare(iter([batch]))
-        self._meet(header, error)
-        return _unpacked(shards[self._groups.sp_rank])
-
     def _prepare(self, batches: Iterator[Any]) -> tuple[Header, list[torch.Tensor], BaseException | None]:
         """Cut the next batch and pack its shards, ``[P]``; an error is kept for the exchange, where others wait."""
         P = self._groups.sp_size

@@ -38,14 +38,14 @@ def vocabulary_of(spec: ModelSpec) -> Vocabulary:
     return Vocabulary(embeddings if isinstance(embeddings, int) else None, logits, spec.is_causal_lm)
 
 
-def checked(batch: Any, vocabulary: Vocabulary) -> Any:
+def checked(batch: Any, vocabulary: Vocabulary, takes_gradients: bool = False) -> Any:
     """Return a batch with checked int64 ids and labels; a batch that is not a mapping is returned.
 
     An out-of-range token would otherwise raise on one rank alone, in its forward, and the others would hang.
 
     Raises:
         DataError: ids, labels or positions are not tensors, ids or labels are not integers in the range of the
-            vocabulary, or a tensor requires a gradient.
+            vocabulary, or a tensor requires a gradient, unless ``takes_gradients``.
     """
     if not isinstance(batch, Mapping):
         return batch
@@ -59,10 +59,11 @@ def checked(batch: Any, vocabulary: Vocabulary) -> Any:
                     "DataCollatorForSeq2Seq to pad"
                 )
             continue
-        if x.requires_grad:
+        if x.requires_grad and not takes_gradients:
             raise DataError(
-                f"{key} requires a gradient, which the exchange between ranks does not pass on. Detach it "
-                f"(batch['{key}'].detach()), or compute it inside the model that deepspeed.initialize is given"
+                f"{key} requires a gradient, which the exchange between ranks does not pass on. Make it of "
+                "a whole batch (shard_dataloader(loader, engine, whole=True)) and call the engine with that, or detach "
+                f"it (batch['{key}'].detach())"
             )
         if key == "input_ids" or (key in LABEL_KEYS and vocabulary.of_labels):
             numbers[key] = as_int64(key, x)

@@ -148,8 +148,9 @@ class Metrics:
             real_Bs, places_Bs, padded_Bs = whole_places(real_Bs, kwargs)
         else:
             calls = self._session.calls
-            places_Bs = padded_Bs = shard_places(real_Bs, calls.documents, self._session.groups.sp_rank)
+            # Of the part that is split, which may have more tokens than the model is given: a soft prompt's.
             real_Bs = real_Bs if calls.real_tokens is None else calls.real_tokens
+            places_Bs = padded_Bs = shard_places(real_Bs, calls.documents, self._session.groups.sp_rank)
         pairs = self._flops.pairs if self._flops else torch.zeros_like
         more = [real_Bs.sum(), (pairs(places_Bs) * real_Bs).sum(), real_Bs.numel(), pairs(padded_Bs).sum()]
         self._counts = [before + each for before, each in zip(self._counts, more, strict=True)]

@@ -110,7 +110,7 @@ def _read(
         if kwargs.get("cu_seq_lens_q") is not None:
             bounds = kwargs["cu_seq_lens_q"].tolist()
         calls.real_tokens, stamp = kwargs.pop(REAL_TOKENS, None), kwargs.pop(PLACE, None)
-        kwargs |= checked(kwargs, vocabulary)
+        kwargs |= checked(kwargs, vocabulary, takes_gradients=calls.gathers_tokens)
         problem = _problem(spec, args, kwargs, calls)
         if problem is not None:
             return Facts(problem), bounds

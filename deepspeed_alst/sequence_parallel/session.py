@@ -11,8 +11,9 @@ from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.loader import ShardedDataLoader
-from deepspeed_alst.data.validation import vocabulary_of
-from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.validation import checked, vocabulary_of
+from deepspeed_alst.distributed.collectives import agree, gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
@@ -43,11 +44,13 @@ class Session:
         """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
         """True if the engine accepts whole batches, which it splits itself."""
-        self.splits_decoder = not spec.is_causal_lm
-        """True if calls of the decoder are split, and the rest of the model gets whole batches."""
+        self.splits_decoder = spec.whole is not spec.outer or not spec.is_causal_lm
+        """True if calls of a part of the model are split, and the rest of it gets whole batches."""
         backend = find_backend(spec.config._attn_implementation)
         self.heads = [HeadPlan(config.sequence_parallel_size, *each) for *each, of in heads if of == "attention"]
         """Split of the heads of attention, unless layers have different numbers."""
+        self.is_causal_lm = spec.is_causal_lm
+        """True if the split part is a causal language model."""
         self._packing = backend is not None
         # In flash attention packed documents start at the lowest position id.
         self._by_lowest = backend is not None and not backend.uses_mask
@@ -103,9 +106,18 @@ class Session:
         """Synchronize all ranks at a place in their data without a batch."""
         self._loader().meet(place)
 
-    def cut(self, batch: Any) -> Any:
-        """Return this rank's shard of a batch that all ranks of its sequence have."""
-        return self._loader().cut(batch)
+    def cut(self, batch: Any) -> dict[str, Any]:
+        """Return this rank's shard of a batch that all ranks of its sequence have, where the batch is.
+
+        An error is raised on all ranks. Gradients of its tensors are those of the shard's tokens.
+        """
+        groups = self.groups
+        with name_missing_ranks(groups.roll_group), agree(groups.control_group, DataError, "a batch cannot be split"):
+            whole = checked(batch, self._vocabulary, takes_gradients=True)
+            sizes = groups.sp_size, self.config.padding_multiple()
+            sharded = shard_batch(whole, *sizes, self._packing, self.marks_padding, self._by_lowest)
+        shard = sharded.shards[groups.sp_rank]
+        return {**{key: x.contiguous() for key, x in shard.items()}, **sharded.common}
 
     def shard_length(self, length: int) -> int:
         """Return the tokens of a shard of a sequence, padding included."""

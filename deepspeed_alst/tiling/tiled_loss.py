@@ -87,7 +87,7 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
         if isinstance(getattr(output, "logits", None), LazyLogits):
             if calls.loss_follows or (calls.gathers_tokens and torch.is_grad_enabled()):
                 head.for_loss = output.logits
-            elif module.training and not calls.checking:
+            elif module.training and not (calls.checking or calls.gathers_tokens):
                 output.logits = None
                 # ZeRO-3's hooks would set the attribute again from a ModelOutput's entry, which stays with a None.
                 if isinstance(output, OrderedDict) and "logits" in output:

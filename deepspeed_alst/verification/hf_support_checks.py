@@ -12,7 +12,7 @@ from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedMod
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.hf_model_spec import ModelSpec, is_peft
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.layers import (
     available_layer_types,
@@ -44,6 +44,8 @@ _ADAPTER_OPTIONS = {
     "monteclora_config": "draws random weights, which would differ between ranks",
     "velora_config": "changes the backward, which is not verified",
 }
+# Adapters whose virtual tokens are embeddings that the model is given, whose calls are split.
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
 
 
@@ -61,8 +63,8 @@ def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
             f"{spec.name} is not a transformers model: sequence parallelism needs a PreTrainedModel, whose "
-            "attention and loss it can reach, bare or in the wrapper of PEFT or torch.compile; other wrappers are not "
-            "available."
+            "attention and loss it can reach: bare, in the wrapper of PEFT or torch.compile, or as the only one in a "
+            "module of the program's own."
         )
     text_config = spec.text_config
     problems = [*_config_problems(base, text_config), *_class_problems(base), *_other_configs(base)]
@@ -183,7 +185,7 @@ def _adapter_problems(spec: ModelSpec) -> Iterator[str]:
     configs = getattr(spec.whole, "peft_config", None) or getattr(spec.model, "peft_config", None)
     for name, config in (configs if isinstance(configs, dict) else {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if config.is_prompt_learning:
+        if config.is_prompt_learning and (is_peft(spec.outer) or kind not in _PROMPTS):
             problems = [f"peft_type='{kind}' puts virtual tokens before the sequence, and a rank has a shard; use LoRA"]
         elif kind == "ADALORA":
             problems = [f"peft_type='{kind}' reallocates LoRA ranks by the gradients of a shard; use LoRA"]

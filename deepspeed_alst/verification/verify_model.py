@@ -114,7 +114,7 @@ class ModelCheck:
             uncounted(session.groups.sp_group),
             PatchSet() as patches,
         ):
-            zero_attention_dropout(model, patches)
+            zero_attention_dropout(self._spec.outer, patches)
             patches.hook(self._spec.outer, "forward_pre", lambda *_: _forget_trace(self._engine), prepend=True)
             device = torch.device(self._engine.device)
             # Layers that only a long shard runs in chunks are checked both ways.

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_as_before, pad_on_the_right, shift_labels, tokens_of
 from deepspeed_alst.data.validation import LABEL_KEYS
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
+from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, DataError
 from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
@@ -21,6 +23,7 @@ from deepspeed_alst.tiling.lazy_logits import LazyLogits
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
 
 _OF_THE_WHOLE = ("loss", "aux_loss")
+_OF_TOKENS = ("logits", "hidden_states", "last_hidden_state")
 
 
 class NotHere:
@@ -53,6 +56,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     """Split a batch that the ranks of a sequence hold whole, and run the shards."""
     groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
+        batch = {key: _for_all_ranks(key, x, groups) for key, x in batch.items()}
         facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
         batch, first_B = pad_on_the_right(_labels_of_all(batch))
     except AlstError as error:
@@ -70,7 +74,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
             f"the same on all of them. {WAY_OUT}"
         )
     length = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
-    shards = [session.cut(batch)] if same else session.exchange(batch)
+    shards = [session.cut(batch)] if same else _exchanged(session, batch)
     with session.calls.having(makes_whole_loss=True, gathers_tokens=True):
         outputs = [forward(**shard) for shard in shards]
     output = outputs[0 if same else groups.sp_rank]
@@ -79,15 +83,41 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     if trains:
         # Code that computes the loss after the forward knows that the logits are a shard's.
         return output if session.calls.loss_follows else _whole_sequence(session, output, shards[0], length, first_B)
-    kind = "last_hidden_state" if session.splits_decoder else "logits"
-    pieces = [getattr(each, kind, None) for each in outputs] * (groups.sp_size if same else 1)
-    found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
-    if same and isinstance(pieces[0], torch.Tensor) and is_too_large(pieces[0], groups.sp_size) and not _kept(keep):
+    kind = "logits" if session.is_causal_lm else "last_hidden_state"
+    first = getattr(output, kind, None)
+    if same and isinstance(first, torch.Tensor) and is_too_large(first, groups.sp_size) and not _kept(keep):
         return _whole_sequence(session, output, shards[0], length, first_B)  # a teacher's
-    made = _gathered(kind, pieces, length, session)
-    if isinstance(made, torch.Tensor):
-        made = pad_as_before(made, first_B)[:, _kept_places(keep)]
-    return type(output)(**found, **{kind: made})
+    found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
+    for key in dict.fromkeys((kind, *(each for each in _OF_TOKENS if output.get(each) is not None))):
+        pieces = [getattr(each, key, None) for each in outputs] * (groups.sp_size if same else 1)
+        found[key] = _gathered(key, pieces, length, first_B, session)
+    if isinstance(logits := found.get("logits"), torch.Tensor):
+        found["logits"] = logits[:, _kept_places(keep)]
+    return type(output)(**found)
+
+
+def _for_all_ranks(key: str, x: Any, groups: SequenceGroups) -> Any:
+    """Return a value of a batch; in training a tensor's gradient is that of all tokens, the same on all ranks.
+
+    Raises:
+        DataError: a tensor with a gradient exceeds 2 GiB.
+    """
+    if not isinstance(x, torch.Tensor) or not x.requires_grad:
+        return x
+    from deepspeed_alst.whole_sequence.token_rows import replicated
+
+    if torch.is_grad_enabled() and is_too_large(x, 1):
+        raise DataError(
+            f"{key} of shape {list(x.shape)} has a gradient, which each rank would hold whole, {x.nbytes / 2**30:.1f} "
+            "GiB, more than 2 GiB. Give the engine shorter sequences, or fewer rows at a time"
+        )
+    return replicated(x, groups) if torch.is_grad_enabled() else x.detach()
+
+
+def _exchanged(session: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return this rank's shards of its sequence's batches, where its own batch is."""
+    device, shards = tokens_of(batch).device, session.exchange(batch)
+    return [tree_map_only(torch.Tensor, lambda x: x.to(device), shard) for shard in shards]
 
 
 def _of_own_places(output: Any, length: int, first_B: torch.Tensor | None) -> Any:
@@ -149,22 +179,27 @@ def _whole_sequence(session: Any, output: Any, shard: dict[str, Any], length: in
         rows = Recorded.of_logits(x) if isinstance(x, LazyLogits) else x.flatten(0, 1)
         return SequenceTensor.of_batch(rows, tokens, index_BS)
 
-    for key in ("logits", "hidden_states", "last_hidden_state"):
+    for key in _OF_TOKENS:
         x = logits_for_loss(session.outer, output) if key == "logits" and "logits" in output else output.get(key)
         if x is not None:
             output[key] = whole(x)
     return output
 
 
-def _gathered(kind: str, pieces: list[Any], length: int, session: Any) -> Any:
+def _gathered(kind: str, pieces: list[Any], length: int, first_B: torch.Tensor | None, session: Any) -> Any:
+    if isinstance(pieces[0], tuple | list):
+        layers = zip(*pieces, strict=True)
+        return type(pieces[0])(_gathered(kind, list(each), length, first_B, session) for each in layers)
     if any(piece is None for piece in pieces) or is_too_large(pieces[0], session.groups.sp_size):
         return NotHere(
             f"outputs.{kind} was read, and that of this batch's whole sequence is not gathered, as it exceeds 2 GiB. "
             "Use outputs.loss, shorter sequences or fewer rows."
         )
-    return gather_predictions(pieces, length, session.groups)
+    return pad_as_before(gather_predictions(pieces, length, session.groups), first_B)
 
 
 def _digest(batch: dict[str, Any]) -> str:
     tensors = {key: x for key, x in sorted(batch.items()) if isinstance(x, torch.Tensor)}
-    return " ".join(f"{key} {tuple(x.shape)} {fingerprint(x.reshape(-1))}" for key, x in tensors.items())
+    return " ".join(
+        f"{key} {tuple(x.shape)} {x.requires_grad} {fingerprint(x.reshape(-1))}" for key, x in tensors.items()
+    )

@@ -1,6 +1,6 @@
-"""Classifiers, reward models and decoders without a head: ranks split the calls of their decoder.
+"""Classifiers, decoders without a head, and modules around a model: ranks split the calls of a part.
 
-The rest of the model runs on whole batches on every rank. What it gets of the decoder stands for the whole sequence
+The rest of the model runs on whole batches on every rank. What it gets of that part stands for the whole sequence
 (sequence_tensor.py); its modules run on the rows of the shard, in a call of their own: ZeRO 3 gathers their weights.
 """
 
@@ -16,20 +16,26 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
 from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
 
-_TOKENWISE = (torch.nn.Linear, torch.nn.Dropout, torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Identity)
+_TOKENWISE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Dropout, torch.nn.Identity)
 
 
 def split_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
-    """Split the calls of a decoder, and run the modules around it on the rows of the shard.
+    """Split the calls of a part of a model, and run the modules around it on the rows of the shard.
 
     Raises:
         UnsupportedModelError: a module around it has weights, and is not known to treat tokens one by one.
     """
     decoder, inside = spec.outer, set(spec.outer.modules())
     signature = inspect.signature(decoder.forward)
+    if "input_ids" not in signature.parameters:  # a wrapper's, which passes its arguments on
+        signature = inspect.signature(spec.model.forward)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = decoder._call_impl(*args, **kwargs)
+        session.watch_loss(output)
+        return output
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        run = decoder._call_impl
         given = signature.bind_partial(*args).arguments | kwargs
         if session.calls.whole or not is_whole_batch(given):
             return run(*args, **kwargs)
@@ -62,7 +68,8 @@ def _run_on_rows(module: torch.nn.Module, session: Any, patches: PatchSet) -> No
                 tokens.batch, tokens.shard, session.groups.sp_rank, session.calls.checking
             )
         with draws:
-            found = cls.__call__(self, x.rows.view(tokens.batch, tokens.shard, *x.rows.shape[1:]))
+            rows = x.computed_rows()
+            found = cls.__call__(self, rows.view(tokens.batch, tokens.shard, *rows.shape[1:]))
         return x.like(found.flatten(0, 1))
 
     patches.subclass(module, {"__call__": torch.compiler.disable(call)})

@@ -44,6 +44,11 @@ def log_probs(engine: Any, batch: dict[str, Any], temperature: float = 1.0) -> t
     if isinstance(mask_BS := batch.get("attention_mask"), torch.Tensor):
         is_padding_BS = mask_BS == 0
         labels_BS = labels_BS.masked_fill(is_padding_BS | F.pad(is_padding_BS[:, :-1], (1, 0)), IGNORED_LABEL)
+    if session is not None and session.splits_decoder:
+        raise DataError(
+            "log_probs: the engine's model is a module around a language model, or has no language model's head; make "
+            "them of outputs.logits (docs/own_losses.md)"
+        )
     if session is None:
         return _of_labels(engine, batch, shift_labels(labels_BS), temperature)[:, :-1]
 

@@ -50,7 +50,7 @@ class Tokens:
 
     def replicated(self, x: torch.Tensor) -> torch.Tensor:
         """Return an operand that all tokens use, ``[...] -> [...]``, whose gradient is that of all ranks' tokens."""
-        return _Replicated.apply(x, self) if x.requires_grad else x
+        return replicated(x, self.groups)
 
 
 class Places:
@@ -117,18 +117,23 @@ class _OwnRows(torch.autograd.Function):
         return _mean_over_ranks(total, ctx.tokens.groups), None, None, None
 
 
+def replicated(x: torch.Tensor, groups: SequenceGroups) -> torch.Tensor:
+    """Return a tensor that all ranks of a sequence have, ``[...] -> [...]``, with the gradient of all its ranks."""
+    return _Replicated.apply(x, groups) if x.requires_grad else x
+
+
 class _Replicated(torch.autograd.Function):
     """Identity; the gradient is the same on all ranks, that of all ranks' rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        ctx.tokens = tokens
+    def forward(ctx: Any, x: torch.Tensor, groups: SequenceGroups) -> torch.Tensor:
+        ctx.groups = groups
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _mean_over_ranks(grad.clone(), ctx.tokens.groups), None
+        return _mean_over_ranks(grad.clone(), ctx.groups), None
 
 
 def _mean_over_ranks(grad: torch.Tensor, groups: SequenceGroups) -> torch.Tensor:
