@@ -131,7 +131,7 @@ def whole_sequence_smoothing(trainer: Any, session: Any, batch: dict[str, Any], 
 
     def smoothed(output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         divisor = whole_sequence_divisor(labels_Bs, group, num_items_in_batch)
-        share = share_of_loss(logits_for_loss(trainer.model, output), labels_Bs, divisor, smoother.epsilon)
+        share = share_of_loss(logits_for_loss(output), labels_Bs, divisor, smoother.epsilon)
         loss = sum_over_shards(share, group)
         session.calls.note_loss(loss)
         return loss

@@ -53,8 +53,6 @@ class LazyHead:
     """Function that the head's next call runs instead of its forward, with its weights gathered."""
     is_tiled: bool = False
     """True if the loss of this forward was computed in tiles."""
-    for_loss: "LazyLogits | None" = None
-    """Logits of the last forward, if its loss is computed after it, where ZeRO-3's hooks have detached the output."""
     weights_copy: list[torch.Tensor] | None = None
     """Copy of the weights for the logits of evaluations, until the next forward in training."""
 

@@ -72,7 +72,7 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
         head.deferring = (has_labels or calls.loss_follows or calls.gathers_tokens) and not calls.whole
         head.expects_loss = head.deferring and has_labels and not calls.loss_follows
-        head.is_tiled, head.for_loss = False, None
+        head.is_tiled = False
         if torch.is_grad_enabled():
             head.weights_copy = None
 
@@ -84,10 +84,9 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
                 f"alst.tiled_logits_loss: {spec.name} computes its loss from full logits, because it does not pass its "
                 "head's output to model.loss_function. Set the key to false."
             )
-        if isinstance(getattr(output, "logits", None), LazyLogits):
-            if calls.loss_follows or (calls.gathers_tokens and torch.is_grad_enabled()):
-                head.for_loss = output.logits
-            elif module.training and not (calls.checking or calls.gathers_tokens):
+        follows = calls.loss_follows or (calls.gathers_tokens and torch.is_grad_enabled())
+        if isinstance(getattr(output, "logits", None), LazyLogits) and not follows:
+            if module.training and not (calls.checking or calls.gathers_tokens):
                 output.logits = None
                 # ZeRO-3's hooks would set the attribute again from a ModelOutput's entry, which stays with a None.
                 if isinstance(output, OrderedDict) and "logits" in output:
@@ -127,11 +126,8 @@ def logits_wanted(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
         yield
 
 
-def logits_for_loss(model: torch.nn.Module, output: Any) -> Any:
+def logits_for_loss(output: Any) -> Any:
     """Return a forward's logits to compute a loss from, lazy if the head's are."""
-    head = getattr(ModelSpec(model).model, "alst_head", None)
-    if head is not None and head.for_loss is not None:
-        return head.for_loss
     return output["logits"] if isinstance(output, dict) else output[0]
 
 

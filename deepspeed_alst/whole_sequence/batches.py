@@ -20,7 +20,6 @@ from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_to
 from deepspeed_alst.integrations.trl_fused_head import PER_TOKEN, has_fused_head
 from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
-from deepspeed_alst.tiling.tiled_loss import logits_for_loss
 
 _OF_THE_WHOLE = ("loss", "aux_loss")
 _OF_TOKENS = ("logits", "hidden_states", "last_hidden_state")
@@ -180,9 +179,8 @@ def _whole_sequence(session: Any, output: Any, shard: dict[str, Any], length: in
         return SequenceTensor.of_batch(rows, tokens, index_BS)
 
     for key in _OF_TOKENS:
-        x = logits_for_loss(session.outer, output) if key == "logits" and "logits" in output else output.get(key)
-        if x is not None:
-            output[key] = whole(x)
+        if output.get(key) is not None:
+            output[key] = whole(output[key])
     return output
 
 

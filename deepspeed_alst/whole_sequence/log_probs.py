@@ -76,7 +76,7 @@ def _of_labels(engine: Any, batch: dict[str, Any], labels_Bs: torch.Tensor, temp
     calls = session.calls if session is not None else getattr(head, "calls", None)
     with contextlib.nullcontext() if calls is None else calls.having(loss_follows=True):
         output = engine(**batch | {"use_cache": False})
-    logits = logits_for_loss(engine.module, output)
+    logits = logits_for_loss(output)
 
     def of_tile(logits_tV: torch.Tensor, labels_t1: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(logits_tV.dtype, torch.float32)

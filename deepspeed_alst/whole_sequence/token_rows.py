@@ -200,12 +200,15 @@ class Recorded:
         rows = [each for each in sources if isinstance(each, torch.Tensor) and not isinstance(each, LazyLogits)]
         given = [*(each.hidden_rows() for each in others), *(each.reshape(len(each), -1) for each in rows)]
 
+        # The graph keeps ``of_tile``, which must not keep the logits, whose memory is freed in the backward.
+        key, run, num_values = id(main), self._program(), self.shape[1:].numel()
+        places = [(id(each), each if isinstance(each, LazyLogits) else each.shape[1:]) for each in (*others, *rows)]
+
         def of_tile(logits_tV: torch.Tensor, *tiles: torch.Tensor) -> torch.Tensor:
-            values = {id(main): logits_tV}
-            for each, tile in zip((*others, *rows), tiles, strict=True):
-                is_lazy = isinstance(each, LazyLogits)
-                values[id(each)] = each.of_hidden(tile) if is_lazy else tile.view(len(tile), *each.shape[1:])
-            return self._value(values).reshape(len(logits_tV), self.shape[1:].numel())
+            values = {key: logits_tV}
+            for (place, each), tile in zip(places, tiles, strict=True):
+                values[place] = each.of_hidden(tile) if isinstance(each, LazyLogits) else tile.view(len(tile), *each)
+            return run(values).reshape(len(logits_tV), num_values)
 
         chosen = None if of_rows is None or bool((of_rows >= 0).all()) else (of_rows >= 0).nonzero().flatten()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.requires_grad):
@@ -216,17 +219,27 @@ class Recorded:
         rows = [each.value for each in tree_iter(self._arguments) if isinstance(each, Row)]
         return [source for each in rows for source in (each._sources() if isinstance(each, Recorded) else [each])]
 
-    def _value(self, values: dict[int, torch.Tensor]) -> torch.Tensor:
-        def of(row: Row) -> torch.Tensor:
-            if isinstance(row.value, Recorded) and id(row.value) not in values:
-                values[id(row.value)] = row.value._value(values)
-            return values[id(row.value)]
+    def _program(self) -> Callable[[dict[int, torch.Tensor]], torch.Tensor]:
+        """Return a function of its sources' values, by ``id``, that refers to none of them."""
+        steps = dict[int, tuple[Callable[..., Any], Any, bool]]()
 
-        arguments = tree_map_only(Row, of, self._arguments)
-        if self._grad:
-            return self._function(*arguments)
-        with torch.no_grad():
-            return self._function(*tree_map_only(torch.Tensor, torch.Tensor.detach, arguments))
+        def visit(each: Recorded) -> None:
+            for row in tree_iter(each._arguments):
+                if isinstance(row, Row) and isinstance(row.value, Recorded) and id(row.value) not in steps:
+                    visit(row.value)
+            arguments = tree_map_only(Row, lambda row: _Value(id(row.value)), each._arguments)
+            steps[id(each)] = each._function, arguments, each._grad
+
+        def run(values: dict[int, torch.Tensor]) -> torch.Tensor:
+            for place, (function, arguments, grad) in steps.items():
+                given = tree_map_only(_Value, lambda value: values[value.place], arguments)
+                given = given if grad else tree_map_only(torch.Tensor, torch.Tensor.detach, given)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
+                    values[place] = function(*given)
+            return values[place]
+
+        visit(self)
+        return run
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,13 @@ class Row:
     """An argument with a row for each token of this rank: a tensor ``[n, ...]``, lazy logits, or what is recorded."""
 
     value: torch.Tensor | Recorded
+
+
+@dataclass(frozen=True)
+class _Value:
+    """An argument that is the value of a row's source in a tile."""
+
+    place: int
 
 
 def run_on_rows(function: Callable[..., Any], *arguments: Any, grad: bool = True) -> Any:
