@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.families import family_config, kind_config
-from benchmarks.own_losses import OWN_LOSSES
+from benchmarks.own_losses import NUM_LABELS, NUM_PROMPTS, OWN_LOSSES
 
 STEPS = 3
 # Of matrices and of norm weights: three steps change each by at least 5 % of its norm, a visible change.
@@ -141,17 +141,29 @@ def model_config(cell: Cell) -> Any:
     return family_config("llama", num_key_value_heads=cell.kv_heads, **changed)
 
 
-def build_model(config: Any, seed: int = 0, core: str = "sdpa") -> torch.nn.Module:
+def build_model(config: Any, seed: int = 0, core: str = "sdpa", auto: Any = AutoModelForCausalLM) -> torch.nn.Module:
     """Build a model with the same weights in every run, spread enough for large gradients."""
     torch.manual_seed(seed)
     # A model without attention rejects attn_implementation.
-    attends = AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=core if attends else None)
+    attends = auto._model_mapping[type(config)]._supports_sdpa
+    model = auto.from_config(config, attn_implementation=core if attends else None)
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() > 1:
                 param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
     return model
+
+
+def cell_model(cell: Cell, config: Any) -> torch.nn.Module:
+    """Build a cell's model: with the head or the virtual tokens that its loss is of, adapted, or frozen in part."""
+    if cell.own not in NUM_LABELS:
+        model = build_model(config)
+    else:
+        config.num_labels, config.pad_token_id = NUM_LABELS[cell.own], 0
+        model = build_model(config, auto=AutoModelForSequenceClassification)
+    if cell.own in NUM_PROMPTS:
+        model.prompt = torch.nn.Embedding(NUM_PROMPTS[cell.own], config.hidden_size)
+    return vary(model, cell.lora, cell.frozen)
 
 
 def vary(model: torch.nn.Module, lora: bool = False, frozen: str = "") -> torch.nn.Module:
@@ -379,7 +391,7 @@ def _run(
     import deepspeed
 
     hf_config = model_config(cell)
-    model = vary(build_model(hf_config), cell.lora, cell.frozen)
+    model = cell_model(cell, hf_config)
     if cell.checkpointing:
         reentrant = cell.checkpointing == "reentrant"
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -459,7 +471,7 @@ def _fp64_model(cell: Cell) -> torch.nn.Module:
     hf_config = model_config(cell)
     # The default grouped matmul has no fp64 kernel.
     hf_config._experts_implementation = "eager"
-    model = vary(build_model(hf_config), cell.lora, cell.frozen)
+    model = cell_model(cell, hf_config)
     rounding = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
     # The low-precision run starts from rounded weights.
     return model.to(rounding).double()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import step_time
+from benchmarks import dpo, step_time
 from benchmarks.figures import Figure, Part, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from benchmarks.tiles.systems import Step, build, put_tiles
@@ -246,6 +246,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="half the lengths")
     quick = parser.parse_args().quick
     tables = {"KiB of device memory per token": Part(lambda: rows(quick), _COLUMNS, _CAPTION), "time": step_time.PART}
+    tables |= {"DPO": dpo.MEMORY, "DPO's time": dpo.TIME}
     return report(__doc__, tables, tables)
 
 

@@ -59,7 +59,7 @@ def errors(result: Result, truth: Result) -> Errors:
         return {name: float((ours[name] - true).norm() / true.norm()) for name, true in theirs.items()}
 
     return Errors(
-        loss=abs(result.loss - truth.loss) / truth.loss,
+        loss=abs((result.loss - truth.loss) / truth.loss),
         norm=None if result.norm is None else abs(result.norm - truth.norm) / truth.norm,
         grads=each(result.grads, truth.grads),
         changes=each(result.changes, truth.changes),
