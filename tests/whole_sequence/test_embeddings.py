@@ -130,15 +130,18 @@ def train(name: str, stage: int, left: bool, tiles: bool) -> dict:
     return {"losses": losses, "weights": weights, "evaluated": evaluated}
 
 
+SLOW = (
+    *((name, stage) for name in ("soft prompt", "values") for stage in (0, 3)),
+    *(("projector", 2), ("prompt tuning", 3), ("values", 2)),
+)
 CASES = [
-    *((name, stage) for name in ("soft prompt", "values") for stage in (0, 2, 3)),
+    ("soft prompt", 2),
     ("soft prompt, frozen model", 3),
-    ("projector", 2),
     ("projector", 3),
     ("prompt tuning", 0),
-    ("prompt tuning", 3),
     ("p-tuning", 2),
     ("values, LoRA", 3),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW),
 ]
 
 
