@@ -34,7 +34,11 @@ def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:
             return original(*args, **kwargs)
         _stop_loading_sharded()
-        if OWNED in getattr(arguments.get("model"), "__dict__", {}):
+        owners = getattr(arguments.get("model"), "__dict__", {}).get(OWNED)
+        engine = owners[0]() if owners else None
+        if engine is not None and engine.client_optimizer is None and not engine.optimizer_name():
+            engine.destroy()  # TRL's, which computes a reference ahead with the model that it then trains
+        elif owners is not None:
             from deepspeed_alst.errors import SetupError
 
             raise SetupError(

@@ -1,6 +1,7 @@
 """``deepspeed.initialize`` for a ds_config that turns features on: start the ranks, build, patch, attach, report."""
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,12 +55,14 @@ def initialize(
         features = features_of(run, bucket)
 
         build = with_plain_copies(original, spec.whole, patches)
-        patches.set(spec.whole, OWNED, True)
+        owners: list[weakref.ref[Any]] = []
+        patches.set(spec.whole, OWNED, owners)
         for feature in features:
             feature.prepare_model(run, patches)
         with installed(session.mpu) if session else contextlib.nullcontext():
             engine, optimizer, loader, scheduler = build(**passed)
         extend(engine, patches, control_group, session)
+        owners.append(weakref.ref(engine))
         for feature in features:
             feature.attach_engine(engine, run, patches)
         if splits_sequences and arguments.get("training_data") is not None:

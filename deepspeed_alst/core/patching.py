@@ -15,7 +15,7 @@ from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 OWNED = "_deepspeed_alst_engine"
-"""Attribute of a model that an engine of this package has patched."""
+"""Attribute of a model that an engine of this package has patched: a list of a weak reference to the engine."""
 
 ABSENT: Any = object()
 """Stands for a missing attribute or entry."""
