@@ -365,18 +365,24 @@ def memory_lean() -> str:
 
 
 def trainers() -> str:
-    """Return which of TRL's trainers run on shards, as the package decides it."""
+    """Return TRL's trainers, the losses that their configs name, and whether the package takes them."""
     import trl
+    from trl.experimental import gkd
 
-    from deepspeed_alst.integrations.trl_losses import REFUSED, refusals
+    from deepspeed_alst.integrations.trl_losses import refusals
 
     rows = []
-    for name in sorted(name for name in trl._import_structure["trainer"] if name.endswith("Trainer")):
-        trainer = object.__new__(getattr(trl, name))
-        trainer.args = SimpleNamespace()
-        needs = ", ".join(f"`{key}={value!r}`" for key, (value, _) in REFUSED.get(name, {}).items())
-        rows.append((f"`{name}`", "refused" if refusals(trainer) else f"right{f', with {needs}' if needs else ''}"))
-    return markdown((f"TRL {metadata.version('trl')}", "under sequence parallelism"), rows)
+    names = sorted(name for name in trl._import_structure["trainer"] if name.endswith("Trainer"))
+    for name, home in [*((name, trl) for name in names), ("GKDTrainer", gkd)]:
+        config = getattr(home, name.replace("Trainer", "Config"))
+        about = config.__dataclass_fields__["loss_type"].metadata if "loss_type" in config.__annotations__ else {}
+        named = re.search(r"values are:? (.*?)\. ", about.get("help", ""))
+        losses = about.get("choices") or re.findall(r"'(\w+)'", named[1] if named else "")
+        trainer = object.__new__(getattr(home, name))
+        trainer.args = SimpleNamespace(loss_type=None)
+        verdict = "refused" if refusals(trainer) else "right"
+        rows.append((f"`{name}`", ", ".join(f"`{each}`" for each in losses) or "its own", verdict))
+    return markdown((f"TRL {metadata.version('trl')}", "`loss_type`", "under sequence parallelism"), rows)
 
 
 SAMPLES: dict[str, Callable[[], str]] = {

@@ -23,6 +23,7 @@ from deepspeed_alst.integrations.hf_trainer import (
     takes_whole_batches,
     whole_sequence_smoothing,
 )
+from deepspeed_alst.integrations.trl_distillation import distil_logits
 from deepspeed_alst.tiling.tiled_loss import logits_wanted
 
 _MAX_BYTES = 2 << 30
@@ -55,7 +56,8 @@ def evaluation(trainer: Any) -> Iterator[None]:
                 return _predict_on_shards(trainer, session, predicted, inputs, prediction_loss_only)
             model = trainer.model_wrapped if model is trainer.model else model  # the engine, which shards
             session.meet("within an evaluation")
-            with session.whole_batches():
+            with session.whole_batches(), PatchSet() as patches:
+                distil_logits(trainer, patches)
                 return predicted(inputs)
 
     with PatchSet() as patches:

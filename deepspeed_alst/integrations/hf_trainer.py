@@ -6,6 +6,7 @@ ranks of a sequence exchange their batches and process them in turn. Legend: B b
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, sum_over_shards, whole_sequence_divisor
 from deepspeed_alst.errors import ConfigError
+from deepspeed_alst.integrations.trl_distillation import distil_logits
 from deepspeed_alst.integrations.trl_losses import MicroSteps, makes_own_loss, refusals
 from deepspeed_alst.tiling.lazy_logits import share_of_loss
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
@@ -51,10 +53,13 @@ def training_step(
     whole, losses, P = takes_whole_batches(trainer), [], session.groups.sp_size
     steps = MicroSteps(trainer, session.groups.sp_rank, P) if makes_own_loss(trainer) else None
     with session.whole_batches() if whole else contextlib.nullcontext(), PatchSet() as patches:
+        distil_logits(trainer, patches)
         inputs = steps.prepare(inputs, patches) if steps else inputs
-        for place, (batch, extras) in enumerate(
-            exchange_batches(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)
-        ):
+        batches = exchange_batches(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)
+        if steps:
+            step = functools.partial(original, trainer, model)
+            steps.look_ahead(step, [batch for batch, _ in batches], session.groups.control_group)
+        for place, (batch, extras) in enumerate(batches):
             # Only the last micro-step reduces gradients and steps the weights.
             gradient_state._set_sync_gradients(last_of_step and place == P - 1)
             # A program's own compute_loss gets the whole batch, as at SP 1, and the engine shards it.

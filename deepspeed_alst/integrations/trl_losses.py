@@ -1,6 +1,6 @@
-"""TRL's trainers with a loss of their own: preference and reinforcement learning.
+"""TRL's trainers, which make their loss and what they log of each token's numbers.
 
-They make it of each token's log-probability, which TRL's fused head gives for whole sequences here (trl_fused_head.py).
+These are log-probabilities and entropies, which TRL's fused head gives for whole sequences here (trl_fused_head.py).
 P ranks take one's batch at a time, so what is gathered over all ranks for the log is gathered in the last of P turns.
 """
 
@@ -15,18 +15,18 @@ import torch
 from accelerate.utils import send_to_device
 
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import UnsupportedModelError
 
 _LOSSES = ("compute_loss", "_compute_loss", "_compute_kl_logps")
 _LIBRARIES = ("trl.", "transformers.", "deepspeed_alst.")
-TRAINERS = ("DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer", "RewardTrainer")
+TRAINERS = (
+    *("DPOTrainer", "DistillationTrainer", "GKDTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer"),
+    "RewardTrainer",
+)
 _PLAIN = ("", "_BaseTrainer", "SFTTrainer")
-_ALL_BATCHES = "it is made of the batches of all ranks at once, which are micro-steps one after another here"
-REFUSED = {
-    "KTOTrainer": {"loss_type": ("apo_zero_unpaired", f"the KL that it subtracts: {_ALL_BATCHES}")},
-    "GRPOTrainer": {"top_entropy_quantile": (1.0, _ALL_BATCHES), "use_adaptive_entropy": (False, _ALL_BATCHES)},
-}
-"""Arguments of a trainer, each with the only value that it may have, and the reason."""
+# Of KTO's batch, what its KL is not made of; cut to two tokens while only the KL is wanted.
+_NOT_OF_KL = ("input_ids", "attention_mask", "completion_mask")
 
 
 def _kind(trainer: Any) -> str:
@@ -34,10 +34,17 @@ def _kind(trainer: Any) -> str:
     return next((each.__name__ for each in type(trainer).__mro__ if each.__module__.startswith("trl.")), "")
 
 
+def _overridden(trainer: Any) -> list[str]:
+    """Return the methods of a trainer's loss that the program overrides."""
+    return [name for name in _LOSSES if not getattr(trainer, name, _kind).__module__.startswith(_LIBRARIES)]
+
+
 def makes_own_loss(trainer: Any) -> bool:
-    """Return True for a trainer of TRL whose loss is not the model's own."""
+    """Return True for a trainer of TRL that makes its loss, or what it logs, of each token's numbers."""
     kind = _kind(trainer)
-    return kind in TRAINERS or (kind == "SFTTrainer" and trainer.args.loss_type not in (None, "nll"))
+    if kind == "SFTTrainer":
+        return trainer.args.loss_type not in (None, "nll") or not _overridden(trainer)
+    return kind in TRAINERS
 
 
 def refusals(trainer: Any) -> list[str]:
@@ -48,19 +55,21 @@ def refusals(trainer: Any) -> list[str]:
             f"{kind}: it needs outputs of whole sequences other than log-probabilities, and a rank has those of a "
             f"shard. Leave sequence_parallel_size out, or use one of {', '.join(['SFTTrainer', *TRAINERS])}"
         ]
-    problems = [
-        f"{name}={getattr(trainer.args, name)!r}: {reason}. Set it to {value!r}"
-        for name, (value, reason) in REFUSED.get(kind, {}).items()
-        if getattr(trainer.args, name, value) != value
-    ]
-    own = [name for name in _LOSSES if not getattr(trainer, name, makes_own_loss).__module__.startswith(_LIBRARIES)]
+    own = _overridden(trainer)
     if own and makes_own_loss(trainer):
-        problems.append(
+        return [
             f"{', '.join(own)}, overridden in {type(trainer).__name__}: it runs once for each batch of {kind}'s ranks, "
             "and what it gathers or counts would not be that of SP 1. Leave sequence_parallel_size out, or write the "
             "loss with deepspeed_alst.log_probs in a loop of your own"
-        )
-    return problems
+        ]
+    return []
+
+
+class _Gathers(BaseException):
+    """Ends a trainer's step where it first gathers over the ranks; ``site`` is the line, ``mine`` what it gathers."""
+
+    def __init__(self, mine: torch.Tensor) -> None:
+        self.site, self.mine = _calling_line(), mine.detach()
 
 
 class MicroSteps:
@@ -70,6 +79,8 @@ class MicroSteps:
         """``own`` is the micro-step of this rank's own batch, of ``number``."""
         self._trainer, self._own, self._last = trainer, own, number - 1
         self._values: dict[Any, torch.Tensor] = {}
+        self._ahead: dict[Any, torch.Tensor] = {}
+        self._known: dict[int, list[torch.Tensor]] = {}
 
     def prepare(self, inputs: Any, patches: PatchSet) -> Any:
         """Return this rank's own batch, with completions and rewards if the trainer makes them."""
@@ -80,6 +91,52 @@ class MicroSteps:
         made = trainer._prepare_inputs(inputs)
         patches.set(trainer, "_prepare_inputs", lambda batch: send_to_device(batch, trainer.args.device))
         return made
+
+    def look_ahead(self, run: Callable[[Any], Any], batches: list[Any], group: Any) -> None:
+        """Gather what the loss of every batch needs of the batches of all ranks: KTO's KL, GRPO's entropies.
+
+        ``run`` is the trainer's step, which runs on each batch without a gradient up to where it gathers.
+        """
+        trainer = self._trainer
+        is_kto = getattr(trainer, "calculate_KL", False)
+        if not is_kto and getattr(trainer, "top_entropy_quantile", 1.0) == 1.0:
+            return
+        for place, batch in enumerate(batches):
+            if is_kto:
+                batch = {key: x[:, :2] if key in _NOT_OF_KL else x for key, x in batch.items()}
+            with torch.no_grad(), PatchSet() as patches:
+                patches.set(trainer.accelerator, "pad_across_processes", lambda x, **_: x)
+                patches.set(trainer.accelerator, "gather", _stop)
+                self._keep(place, patches)
+                try:
+                    run(batch)
+                except _Gathers as reached:
+                    if place == self._own:
+                        own = reached
+        everyone = gather_objects(own.mine.reshape(-1).cpu(), group)
+        self._ahead = {own.site: torch.cat(everyone).to(own.mine.device)}
+
+    def _keep(self, place: int, patches: PatchSet) -> None:
+        """Keep, or use if they are kept, the KL's log-probabilities and the entropies of a batch.
+
+        Those of the step itself, which has a gradient, may differ in the last bit, and the quantile is one of them.
+        """
+        trainer, use = self._trainer, place in self._known
+        known = self._known.setdefault(place, [])
+
+        def kl_log_probs(original: Callable[..., Any], *args: Any) -> Any:
+            if not use:
+                known.append(original(*args))
+            return known.pop(0) if use else known[-1]
+
+        def mask(original: Callable[..., Any], entropies: torch.Tensor, *args: Any) -> torch.Tensor:
+            if not use:
+                known.append(entropies.detach())
+            return original(known[0], *args)
+
+        for name, function in (("_compute_kl_logps", kl_log_probs), ("get_high_entropy_mask", mask)):
+            if hasattr(trainer, name):
+                patches.set(trainer, name, functools.partial(function, getattr(trainer, name)))
 
     @contextlib.contextmanager
     def step(self, place: int) -> Iterator[None]:
@@ -94,6 +151,8 @@ class MicroSteps:
             key = (site, calls[site])
             if place == self._own:
                 self._values[key] = x.detach()
+            if x is getattr(trainer, "_entropy_window_stats", None):
+                return x  # sums over all batches of the sequence, the same on its ranks; their quotient is SP 1's
             if place == self._last and key not in self._values:
                 raise UnsupportedModelError(
                     f"{type(trainer).__name__} gathers over ranks at {site[0]}:{site[1]} in one of its batches only, "
@@ -102,6 +161,8 @@ class MicroSteps:
             return self._values.get(key, x)
 
         def gather(original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+            if (ahead := self._ahead.get(_calling_line())) is not None:
+                return ahead
             own = of_own_batch(x)
             if place == self._last:
                 return original(own)
@@ -114,6 +175,9 @@ class MicroSteps:
             return original(own, *args, **kwargs) if place == self._last else torch.ones_like(x)
 
         with PatchSet() as patches:
+            if self._ahead:
+                patches.set(trainer.accelerator, "pad_across_processes", lambda x, **_: x)
+                self._keep(place, patches)
             for function in (gather, reduce):
                 original = getattr(trainer.accelerator, function.__name__)
                 patches.set(trainer.accelerator, function.__name__, functools.partial(function, original))
@@ -122,6 +186,10 @@ class MicroSteps:
             metrics.clear()
             metrics.update(before)
             trainer._total_train_tokens = tokens
+
+
+def _stop(x: torch.Tensor) -> None:
+    raise _Gathers(x)
 
 
 def _calling_line() -> tuple[str, int]:
