@@ -78,6 +78,7 @@ def rank():
 CASES = {"no tiles": {"liger_kernel": False}, "tiles": ALST, "chunks": {**ALST, **LEAN}}
 
 
+@pytest.mark.slow
 def test_a_measured_peak_is_that_of_a_real_step_within_a_tenth(rank):
     found = {}
     for name, alst in CASES.items():

@@ -161,6 +161,7 @@ def test_the_default_shares_a_sequence_among_as_many_gpus_as_the_heads_allow(num
     assert parse(default_config(config, num_gpus)).sequence_parallel_size == sp_size
 
 
+@pytest.mark.slow
 def test_the_cheapest_ds_config_is_accepted_as_fitting(tmp_path, capsys):
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
     CONFIG_MAPPING["llama"](**sizes, vocab_size=512, num_hidden_layers=32).to_json_file(tmp_path / "config.json")

@@ -96,8 +96,14 @@ def test_a_program_that_catches_it_sees_it_unchanged():
     ("script", "recipe", "change", "sentence"),
     [
         ("train.py", "sp2", {"alst": {"tiled_mlp": True}}, "alst.tiled_mlp: unknown key"),
-        ("train.py", "sp2", {"sequence_parallel_size": 3}, "does not divide the world size (2 ranks)"),
-        ("hf_trainer.py", "trainer_sp2", {"alst": {"tiled_mlp": True}}, "alst.tiled_mlp: unknown key"),
+        pytest.param(
+            *("train.py", "sp2", {"sequence_parallel_size": 3}, "does not divide the world size (2 ranks)"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("hf_trainer.py", "trainer_sp2", {"alst": {"tiled_mlp": True}}, "alst.tiled_mlp: unknown key"),
+            marks=pytest.mark.slow,
+        ),
         ("hf_trainer.py", "trainer_sp2", {"sequence_parallel_size": 3}, "does not divide the world size (2 ranks)"),
     ],
 )

@@ -98,6 +98,7 @@ def test_a_grid_of_any_size_covers_everything_once(harness, grid):
         check(harness, torch.bfloat16, torch.float32, 5, n, 7, scale=1.0, accumulate=True, grid=grid)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_kernel_compiles_for_three_architectures_without_spilling_and_registers_itself(tmp_path, capsys):
     flags = [*cuda_flags("nvcc"), "-Xcompiler", "-fPIC", TORCH_HEADERS]

@@ -718,6 +718,7 @@ def _steps_by_key(cell: Cell) -> tuple[float, float, dict]:
     return abs(one.loss - other.loss), worst, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [
@@ -792,6 +793,7 @@ def _patched_before(cell: Cell, keys: dict, on_the_class: bool = False) -> tuple
     return abs(one.loss - other.loss), worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "keys", "on_the_class"),
     [

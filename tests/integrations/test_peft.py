@@ -321,6 +321,7 @@ assert "deepspeed_alst" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_sharded_model_is_saved_and_loads_without_the_package(tmp_path, ranks2):
     build_model(model_config(Cell())).save_pretrained(tmp_path / "base")
     worst, logits = ranks2.run(train_sharded_and_save, str(tmp_path))[0]

@@ -467,6 +467,7 @@ EVALUATIONS = {
 QUICK_EVALUATIONS = ("metrics of batches of two", "label smoothing, tokens averaged on each rank")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name in QUICK_EVALUATIONS else pytest.param(name, marks=pytest.mark.slow) for name in EVALUATIONS],

@@ -40,6 +40,11 @@ CASES = {
 OF_GRPO = {f"GRPO, {loss}": {"loss_type": loss, "max_steps": 1} for loss in GRPO_LOSSES}
 OF_GRPO["GRPO, luspo"]["importance_sampling_level"] = "sequence"
 CASES |= OF_GRPO
+SLOW = {
+    *OF_GRPO,
+    *("DPO", "GRPO, ZeRO 3, LoRA", "GRPO, tokens of high entropy, adaptive bonus", "KTO", "KTO, batches of one label"),
+    *("KTO, its KL, ZeRO 3, LoRA", "Reward, evaluated", "Distillation, ZeRO 3, LoRA"),
+}
 
 
 def train_case(sp_size: int, case: str, **options) -> dict:
@@ -47,13 +52,16 @@ def train_case(sp_size: int, case: str, **options) -> dict:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in OF_GRPO else case for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
 )
 def test_a_trainer_at_sp2_logs_and_trains_as_at_sp1(case, ranks2):
     compare(*(ranks2.run(train_case, sp, case)[0] for sp in (1, 2)))
 
 
-@pytest.mark.parametrize("case", ["DPO", "GRPO, evaluated", "KTO, its KL, evaluated"])
+@pytest.mark.parametrize(
+    "case",
+    ["GRPO, evaluated", *(pytest.param(case, marks=pytest.mark.slow) for case in ("DPO", "KTO, its KL, evaluated"))],
+)
 def test_a_trainer_on_four_ranks_logs_and_trains_as_at_sp1(case, ranks4):
     whole, *split = (ranks4.run(train_case, sp, case)[0] for sp in (1, 2, 4))
     for each in split:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from benchmarks.memory import LEAN, ORDINARY, measure, slopes
 from benchmarks.tiles.shapes import SCALED
 
@@ -13,6 +15,7 @@ def slope(system):
     return slopes(TOKENS, *(measure(SMALL, 2, count, system) for count in TOKENS)).step
 
 
+@pytest.mark.slow
 def test_a_token_takes_less_than_half_with_memory_lean_layers():
     assert 0 < slope(LEAN) < 0.5 * slope(ORDINARY)
 

@@ -115,6 +115,7 @@ def weights_of_unlike_batches(sp_size: int, lean: Any) -> list[torch.Tensor]:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sp_size", [1, 2])
 def test_all_ranks_run_a_layer_alike_whatever_their_batches_are(sp_size, ranks2, ranks4):
     """ZeRO 2 sums the gradients of all ranks in the order of their arrival, which chunks change."""

@@ -361,6 +361,7 @@ def compiled() -> tuple[float, float]:
         return torch.compile(model, backend="eager")(**shard).aux_loss.item(), expected
 
 
+@pytest.mark.slow
 def test_it_is_made_outside_of_compiled_graphs(ranks2):
     for found, expected in ranks2.run(compiled):
         assert found == pytest.approx(expected, rel=1e-6)

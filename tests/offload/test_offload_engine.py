@@ -53,16 +53,24 @@ def compare(cell: Cell, on_model: Callable[[Any], Any] = lambda model: model) ->
     "cell",
     [
         Cell(stage=0, offload="host", checkpointing="plain", gas=2),
-        Cell(stage=1, offload="disk", checkpointing="reentrant", odd_lengths=True),
+        pytest.param(
+            Cell(stage=1, offload="disk", checkpointing="reentrant", odd_lengths=True), marks=pytest.mark.slow
+        ),
         Cell(stage=2, offload="outputs", checkpointing="plain", dtype="bf16", gas=2),
-        Cell(stage=3, offload="outputs", checkpointing="plain", gas=2, odd_lengths=True),
+        pytest.param(
+            Cell(stage=3, offload="outputs", checkpointing="plain", gas=2, odd_lengths=True), marks=pytest.mark.slow
+        ),
         Cell(stage=3, offload="outputs", checkpointing="reentrant", dtype="bf16"),
         Cell(stage=3, offload="disk", checkpointing="plain", tiles=True),
-        Cell(stage=2, offload="outputs", checkpointing="plain", tiles=True, clip=1.0),
+        pytest.param(
+            Cell(stage=2, offload="outputs", checkpointing="plain", tiles=True, clip=1.0), marks=pytest.mark.slow
+        ),
         Cell(stage=2, offload="outputs", checkpointing="plain", lora=True),
-        Cell(stage=3, offload="host", checkpointing="plain", lora=True),
+        pytest.param(Cell(stage=3, offload="host", checkpointing="plain", lora=True), marks=pytest.mark.slow),
         Cell(stage=1, offload="outputs", checkpointing="plain", frozen="layer 0"),
-        Cell(stage=3, offload="disk", checkpointing="plain", frozen="all but lm_head"),
+        pytest.param(
+            Cell(stage=3, offload="disk", checkpointing="plain", frozen="all but lm_head"), marks=pytest.mark.slow
+        ),
         Cell(stage=2, offload="outputs", checkpointing="plain", frozen="layer 1", kv_heads=1),
     ],
     ids=Cell.name,
@@ -76,6 +84,7 @@ def every_second_layer(model: torch.nn.Module) -> torch.nn.Module:
     return model.train()
 
 
+@pytest.mark.slow
 def test_of_layers_of_which_every_second_is_checkpointed_only_those_wait(ranks2):
     cell = Cell(stage=3, offload="outputs", gas=2)
     (some, _), (all_of_them, _) = ranks2.run(compare, cell, every_second_layer), ranks2.run(compare, cell)

@@ -233,14 +233,20 @@ LOSSLESS = {"packing": "lossless"}
     ("cell", "expected"),
     [
         (Cell(offload="host", dtype="bf16", checkpointing="plain"), (2, _ALL, 0, LOSSLESS)),
-        (Cell(offload="outputs", dtype="bf16", checkpointing="reentrant", stage=3), (4, _ALL, _LSE, LOSSLESS)),
+        pytest.param(
+            *(Cell(offload="outputs", dtype="bf16", checkpointing="reentrant", stage=3), (4, _ALL, _LSE, LOSSLESS)),
+            marks=pytest.mark.slow,
+        ),
         (Cell(offload="disk", dtype="bf16", checkpointing="plain", stage=1), (2, _ALL, 0, LOSSLESS)),
         # Two layers and the last norm in three chunks each.
         (Cell(offload="host", dtype="bf16", checkpointing="plain", lean=True), (9, HIDDEN * CHUNK, 0, LOSSLESS)),
         (Cell(offload="host", dtype="bf16", checkpointing="plain"), (2, _ALL, 0, AUTO | {"host_budget": _SHORT})),
-        (
-            Cell(offload="host", dtype="bf16", checkpointing="plain"),
-            (2, _ALL, 0, AUTO | {"host_budget": _SHORT + 2}, False),
+        pytest.param(
+            *(
+                Cell(offload="host", dtype="bf16", checkpointing="plain"),
+                (2, _ALL, 0, AUTO | {"host_budget": _SHORT + 2}, False),
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["host", "outputs", "disk", "lean", "auto, short", "auto, ample"],
@@ -306,6 +312,7 @@ def overflowing(folder: str, host_budget: int) -> tuple[list[str], int, list[str
     return rows, store.counts.overflows, [each for each in lines.getvalue().splitlines() if "alst: step" in each]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:alst.activation_checkpoint_cpu_offload.packing")
 @pytest.mark.parametrize("room", ["of all outputs packed", "of one output"])
 def test_outputs_leave_room_for_the_inputs_that_overflow(room, ranks2, tmp_path):

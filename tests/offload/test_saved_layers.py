@@ -73,7 +73,7 @@ def train(sp_size: int, lean: bool, saves: Any, host_budget: int | str) -> dict[
 
 
 @pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("sp_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_attention_runs_once_in_the_layers_that_the_host_has_room_for(sp_size, lean, ranks2):
     short, long = (ROWS * length // sp_size for length in (SHORT, LONG))
     room = sizes(lean).offloaded_bytes(long, 2)

@@ -2,14 +2,25 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from benchmarks.grid import short_cells, uneven_cells
+from benchmarks.cells import Cell
+from benchmarks.grid import lean_cells, short_cells, uneven_cells
 from benchmarks.parity import measure, missed, repeated
 
 
-@pytest.mark.parametrize("cell", [cell for cell in short_cells() if cell.world_size == 2], ids=lambda cell: cell.name())
+def quick(cells: list[Cell], slow: list[Cell]) -> list[Any]:
+    """Cells as parameters, of which some are for the slow tests."""
+    return [pytest.param(cell, marks=pytest.mark.slow if cell in slow else ()) for cell in cells]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    quick([cell for cell in short_cells() if cell.world_size == 2], lean_cells()[1:]),
+    ids=lambda cell: cell.name(),
+)
 def test_two_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks2):
     _check(cell, ranks2)
 
@@ -19,7 +30,7 @@ def test_four_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks4):
     _check(cell, ranks4)
 
 
-@pytest.mark.parametrize("cell", uneven_cells()[:3], ids=lambda cell: cell.name())
+@pytest.mark.parametrize("cell", quick(uneven_cells()[:3], uneven_cells()[1:]), ids=lambda cell: cell.name())
 def test_three_ranks_with_unequal_heads_are_as_exact_as_no_sequence_parallelism(cell, ranks3):
     _check(cell, ranks3)
 

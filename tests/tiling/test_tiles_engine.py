@@ -103,7 +103,8 @@ def gathers_in_a_step(tile_tokens: int | None, checkpointing: bool) -> int:
     return counts[-1]
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_weights_are_gathered_as_often_for_64_tiles_as_for_one(checkpointing, ranks2):
     # Shards of 24 tokens: one tile, 4 tiles, 24 tiles.
     counts = [ranks2.run(gathers_in_a_step, tiles, checkpointing)[0] for tiles in (24, 6, 1, None)]

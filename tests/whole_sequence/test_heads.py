@@ -96,7 +96,9 @@ def train(name: str, stage: int, left: bool, tiles: bool) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("stage", "left", "tiles"), [(0, False, True), (2, True, False), (3, True, True)], ids=["Z0", "Z2", "Z3"]
+    ("stage", "left", "tiles"),
+    [pytest.param(0, False, True, marks=pytest.mark.slow), (2, True, False), (3, True, True)],
+    ids=["Z0", "Z2", "Z3"],
 )
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_trains_as_at_sp1(name, stage, left, tiles, ranks2):

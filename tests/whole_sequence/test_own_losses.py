@@ -114,7 +114,9 @@ def reference(program, model: torch.nn.Module, teacher: torch.nn.Module, left: b
 
 
 @pytest.mark.parametrize(
-    ("stage", "left", "tiles"), [(0, False, True), (2, True, False), (3, True, True)], ids=["Z0", "Z2", "Z3"]
+    ("stage", "left", "tiles"),
+    [pytest.param(0, False, True, marks=pytest.mark.slow), (2, True, False), (3, True, True)],
+    ids=["Z0", "Z2", "Z3"],
 )
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_loop_trains_as_at_sp1(program, stage, left, tiles, ranks2):
