@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.tiling.lazy_logits import is_in
 
 _LOSSES = ("compute_loss", "_compute_loss", "_compute_kl_logps")
 _LIBRARIES = ("trl.", "transformers.", "deepspeed_alst.")
@@ -195,7 +196,7 @@ def _stop(x: torch.Tensor) -> None:
 def _calling_line() -> tuple[str, int]:
     """Return file and line of the trainer's code that gathers: the first outside of this module and accelerate."""
     frame = sys._getframe(1)
-    while frame.f_code.co_filename == __file__ or "/accelerate/" in frame.f_code.co_filename:
+    while is_in(frame, __name__, "accelerate"):
         assert frame.f_back is not None
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno

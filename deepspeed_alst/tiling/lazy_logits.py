@@ -9,6 +9,7 @@ Legend: B batch, s tokens of this rank's shard, T = B*s, t rows of a tile, H hid
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,10 +238,15 @@ class LazyLogits(torch.Tensor):
 def is_called_by_deepspeed() -> bool:
     """Return True if DeepSpeed's code has called the method of a tensor whose ``__torch_function__`` asks."""
     frame = sys._getframe(2)
-    between = "/torch/", "/deepspeed_alst/random_draws/"  # modes that see the call first
-    while frame.f_back is not None and any(each in frame.f_code.co_filename for each in between):
+    # Modes that see the call first. By module: a program's folders may have these names too.
+    while frame.f_back is not None and is_in(frame, "torch", "deepspeed_alst.random_draws"):
         frame = frame.f_back
-    return "/deepspeed/" in frame.f_code.co_filename
+    return is_in(frame, "deepspeed")
+
+
+def is_in(frame: FrameType, *packages: str) -> bool:
+    """Return True if a frame runs code of one of these packages."""
+    return f"{frame.f_globals.get('__name__')}.".startswith(tuple(f"{each}." for each in packages))
 
 
 def _materialize_all(arguments: Any) -> Any:

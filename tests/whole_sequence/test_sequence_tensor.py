@@ -147,6 +147,15 @@ def without_gradient(x, g):
     return -(p * x.log_softmax(-1)).sum(-1), (x.detach() * x).logsumexp(-1)
 
 
+_FOLDER: dict = {"__name__": "__main__"}
+exec(compile("def detached(x): return x.detach()", "/home/me/deepspeed/train.py", "exec"), _FOLDER)
+
+
+def in_a_folder_called_deepspeed(x, g):
+    """DeepSpeed's own detach keeps the gradient; a program's must not, wherever its file is."""
+    return (_FOLDER["detached"](x) * x).logsumexp(-1)
+
+
 def gathered(x, g):
     return gather_sequence(x).square() * g["weights"][..., None], gather_sequence(x[:, 2:])
 
@@ -159,6 +168,7 @@ PROGRAMS = [
     *(log_probs, selective, row_by_row, entropy, divergence, batch_divergence, shifted_loss, row_losses, top, greatest),
     *(masked, mean_pooled, last_token, of_one_row, completions, weighted, normalized, in_place, scaled_by_its_own),
     *(by_time, standardized, of_each_row, small_selections, with_options, without_gradient, gathered, any_function),
+    in_a_folder_called_deepspeed,
 ]
 
 
