@@ -11,6 +11,7 @@ import trl
 
 from benchmarks.cells import Cell
 from benchmarks.trainer import trainer_config
+from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 from tests.integrations.trl_runs import GENERATES, OPTIONS, compare_logs, log_of, rows, save_model, tokenizer
 
 SCRIPTS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "grpo": "GRPO", "rloo": "RLOO"}
@@ -32,9 +33,15 @@ def run(script: str, sp_size: int, folder: Path) -> list[dict]:
     paths = {"model_name_or_path": folder / "model", "dataset_name": folder / "data", "output_dir": output}
     words = [f"--{key}={value}" for key, value in {**paths, **options, "deepspeed": folder / "ds.json"}.items()]
     program = Path(trl.__file__).parent / "scripts" / f"{script}.py"
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", str(program)]
+    port = free_port()  # of its own: another test may run beside it
+    start = ["--num_gpus", "2", "--master_port", str(port), str(program)]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), *start]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-    done = subprocess.run(launcher + words, env={**os.environ, **offline}, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, **offline}
+    try:
+        done = subprocess.run(launcher + words, env=environment, capture_output=True, text=True, timeout=600)
+    finally:
+        remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert ("2 ranks per sequence" in done.stdout + done.stderr) == (sp_size > 1)
     return log_of(output)
