@@ -37,7 +37,7 @@ def attend(
         q, k, v = q_BhRD[:, :, rows], k_BkSD[:, :, keys], v_BkSE[:, :, keys]
         if part.triangle == "upper":
             q, k, v = q.flip(2), k.flip(2), v.flip(2)
-        o, lse = kernel.forward(q, k, v, bool(part.triangle))
+        o, lse = kernel.forward(q, k, v, part)
         if part.triangle == "upper":
             o, lse = o.flip(2), lse.flip(2)
         before, lse = lse_BhR[:, :, rows], lse.to(wide)
@@ -70,7 +70,7 @@ def attend_backward(
         if part.triangle == "upper":
             of_rows, of_keys = [x.flip(2) for x in of_rows], [x.flip(2) for x in of_keys]
         (do, q, o, lse), (k, v) = of_rows, of_keys
-        dq, dk, dv = kernel.backward(do, q, k, v, o, lse, bool(part.triangle))
+        dq, dk, dv = kernel.backward(do, q, k, v, o, lse, part)
         if part.triangle == "upper":
             dq, dk, dv = dq.flip(2), dk.flip(2), dv.flip(2)
         dq_BhRD[:, :, rows] += dq

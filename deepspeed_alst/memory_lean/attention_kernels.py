@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from deepspeed_alst.memory_lean.rectangles import Rectangle, blocks
+from deepspeed_alst.random_draws.counter_based import attention_keeps
 
 _aten = torch.ops.aten
 _LARGEST_HEAD = 256  # of torch's flash attention on CUDA
@@ -17,14 +18,14 @@ _ROWS, _SCORES = 1024, 2**24  # of a block in plain torch, whose fp32 scores the
 
 
 class Kernel(Protocol):
-    """Attention of the rows to the keys of one rectangle, all of them or, if ``causal``, of a lower triangle."""
+    """Attention of the rows to the keys of one rectangle; both are in reverse order for an upper triangle."""
 
     def cut(self, parts: Iterable[Rectangle], heads: int) -> Iterable[Rectangle]:
         """Return the rectangles of a size that the kernel takes."""
         ...
 
     def forward(
-        self, q_BhRD: torch.Tensor, k_BkND: torch.Tensor, v_BkNE: torch.Tensor, causal: bool
+        self, q_BhRD: torch.Tensor, k_BkND: torch.Tensor, v_BkNE: torch.Tensor, part: Rectangle
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output ``[B, h, R, E]`` and log-sum-exp ``[B, h, R]``."""
         ...
@@ -37,18 +38,50 @@ class Kernel(Protocol):
         v_BkNE: torch.Tensor,
         o_BhRE: torch.Tensor,
         lse_BhR: torch.Tensor,
-        causal: bool,
+        part: Rectangle,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of q, k and v; output and log-sum-exp are those of all keys."""
         ...
 
 
-def kernel_for(q_BHsD: torch.Tensor, scale: float | None, softcap: float | None) -> Kernel:
+class Dropout(NamedTuple):
+    """Dropout of attention's weights, by counters: the masks of ``CountedDraws.attention`` on CPU."""
+
+    p: float
+    key: int
+    heads: range
+    first_sample: int = 0
+
+    def factors(self, part: Rectangle, weights_BkgRN: torch.Tensor) -> torch.Tensor:
+        """Return 0 or 1 / (1 - p) for each weight of a rectangle."""
+        B = weights_BkgRN.shape[0]
+        samples = range(self.first_sample, self.first_sample + B)
+        places = range(part.first_row, part.last_row), range(part.first_key, part.last_key)
+        kept_BhRN = attention_keeps(self.key, samples, self.heads, *places, 1 - self.p, weights_BkgRN.device)
+        if part.triangle == "upper":
+            kept_BhRN = kept_BhRN.flip(2, 3)
+        return kept_BhRN.view_as(weights_BkgRN).to(weights_BkgRN.dtype).div_(1 - self.p)
+
+
+def kernel_for(
+    q_BHsD: torch.Tensor, scale: float | None, softcap: float | None, dropout: Dropout | None = None
+) -> Kernel:
     """Return the kernel for such queries."""
     kind, half = q_BHsD.device.type, q_BHsD.dtype in (torch.bfloat16, torch.float16)
-    if softcap is None and (kind == "cpu" or (kind == "cuda" and half and q_BHsD.shape[3] <= _LARGEST_HEAD)):
+    if (
+        softcap is None
+        and dropout is None
+        and (kind == "cpu" or (kind == "cuda" and half and q_BHsD.shape[3] <= _LARGEST_HEAD))
+    ):
         return FlashKernel(scale)
-    return TorchKernel(scale, softcap)
+    return TorchKernel(scale, softcap, dropout)
+
+
+def from_sample(kernel: Kernel, first: int) -> Kernel:
+    """Return the kernel for the samples of the batch from this one on."""
+    if not isinstance(kernel, TorchKernel) or kernel.dropout is None:
+        return kernel
+    return kernel._replace(dropout=kernel.dropout._replace(first_sample=first))
 
 
 class FlashKernel(NamedTuple):
@@ -61,10 +94,10 @@ class FlashKernel(NamedTuple):
         return parts
 
     def forward(
-        self, q_BhRD: torch.Tensor, k_BkND: torch.Tensor, v_BkNE: torch.Tensor, causal: bool
+        self, q_BhRD: torch.Tensor, k_BkND: torch.Tensor, v_BkNE: torch.Tensor, part: Rectangle
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
-        E, scale = v_BkNE.shape[3], self.scale or q_BhRD.shape[3] ** -0.5
+        E, scale, causal = v_BkNE.shape[3], self.scale or q_BhRD.shape[3] ** -0.5, bool(part.triangle)
         q, k, v = _equal_heads(q_BhRD, k_BkND, v_BkNE)
         if q.device.type == "cuda":
             o, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
@@ -86,10 +119,11 @@ class FlashKernel(NamedTuple):
         v_BkNE: torch.Tensor,
         o_BhRE: torch.Tensor,
         lse_BhR: torch.Tensor,
-        causal: bool,
+        part: Rectangle,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of q, k and v."""
-        D, E, scale = q_BhRD.shape[3], v_BkNE.shape[3], self.scale or q_BhRD.shape[3] ** -0.5
+        D, E, causal = q_BhRD.shape[3], v_BkNE.shape[3], bool(part.triangle)
+        scale = self.scale or D**-0.5
         q, k, v, do, o = _equal_heads(q_BhRD, k_BkND, v_BkNE, do_BhRE, o_BhRE)
         if q.device.type == "cuda":
             # No lengths of packed documents; no dropout, so no random state.
@@ -100,8 +134,10 @@ class FlashKernel(NamedTuple):
             return found[0][..., :D], found[1][..., :D], found[2][..., :E]
         dq, dk, dv = q.new_empty(q.shape), None, None
         wide = torch.promote_types(q.dtype, torch.float32)
-        for *part, dq_part in zip(*(_by_kv_head(x, k.shape[1], causal) for x in (do, q, o, lse_BhR, dq)), strict=True):
-            do, q, o, lse = part
+        for *of_part, dq_part in zip(
+            *(_by_kv_head(x, k.shape[1], causal) for x in (do, q, o, lse_BhR, dq)), strict=True
+        ):
+            do, q, o, lse = of_part
             found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, o, lse, 0.0, causal, scale=scale
             )
@@ -112,10 +148,11 @@ class FlashKernel(NamedTuple):
 
 
 class TorchKernel(NamedTuple):
-    """Matrix products in fp32, of blocks of scores: soft caps, and on CUDA fp32 and wide heads."""
+    """Matrix products in fp32, of blocks of scores: soft caps, dropout, and on CUDA fp32 and wide heads."""
 
     scale: float | None
     softcap: float | None
+    dropout: Dropout | None = None
 
     def cut(self, parts: Iterable[Rectangle], heads: int) -> Iterator[Rectangle]:
         """Cut them into blocks."""
@@ -123,14 +160,16 @@ class TorchKernel(NamedTuple):
             yield from blocks(part, _ROWS, max(1, _SCORES // (_ROWS * heads)))
 
     def forward(
-        self, q_BhRD: torch.Tensor, k_BkND: torch.Tensor, v_BkNE: torch.Tensor, causal: bool
+        self, q_BhRD: torch.Tensor, k_BkND: torch.Tensor, v_BkNE: torch.Tensor, part: Rectangle
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp, at least fp32."""
         scores_BkgRN = self._scores(q_BhRD, k_BkND)
-        if causal:
+        if part.triangle:
             scores_BkgRN += torch.full_like(scores_BkgRN[0, 0, 0], -torch.inf).triu_(1)
         lse_BkgR = scores_BkgRN.logsumexp(-1)
         weights_BkgRN = scores_BkgRN.sub_(lse_BkgR[..., None]).exp_()
+        if self.dropout is not None:
+            weights_BkgRN.mul_(self.dropout.factors(part, weights_BkgRN))
         o_BkgRE = weights_BkgRN @ v_BkNE[:, :, None].to(weights_BkgRN.dtype)
         return o_BkgRE.flatten(1, 2), lse_BkgR.flatten(1, 2)
 
@@ -142,17 +181,21 @@ class TorchKernel(NamedTuple):
         v_BkNE: torch.Tensor,
         o_BhRE: torch.Tensor,
         lse_BhR: torch.Tensor,
-        causal: bool,
+        part: Rectangle,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of q, k and v, at least fp32."""
         scores_BkgRN = self._scores(q_BhRD, k_BkND)
         wide, k = scores_BkgRN.dtype, k_BkND.shape[1]
         q, do, o, lse = (x.to(wide).unflatten(1, (k, -1)) for x in (q_BhRD, do_BhRE, o_BhRE, lse_BhR))
         weights_BkgRN = (scores_BkgRN - lse[..., None]).exp_()
-        if causal:
+        if part.triangle:
             weights_BkgRN.tril_()
-        dv_BkNE = (weights_BkgRN.transpose(3, 4) @ do).sum(2)
-        d_scores = do @ v_BkNE[:, :, None].to(wide).transpose(3, 4)
+        d_scores, dropped = do @ v_BkNE[:, :, None].to(wide).transpose(3, 4), weights_BkgRN
+        if self.dropout is not None:
+            factors = self.dropout.factors(part, weights_BkgRN)
+            d_scores.mul_(factors)
+            dropped = factors.mul_(weights_BkgRN)
+        dv_BkNE = (dropped.transpose(3, 4) @ do).sum(2)
         d_scores.sub_(torch.linalg.vecdot(do, o)[..., None]).mul_(weights_BkgRN)
         if self.softcap is not None:
             d_scores.mul_(1 - (scores_BkgRN / self.softcap).square_())

@@ -17,7 +17,7 @@ from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import agrees
 from deepspeed_alst.errors import SetupError
-from deepspeed_alst.memory_lean.attention_kernels import kernel_for
+from deepspeed_alst.memory_lean.attention_kernels import Dropout, kernel_for
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
@@ -26,7 +26,7 @@ from deepspeed_alst.memory_lean.lean_pass import LeanPass
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts, with_mask
 from deepspeed_alst.memory_lean.stream import ResidualStream, is_watched
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
-from deepspeed_alst.random_draws.draw_mode import branch, not_counted
+from deepspeed_alst.random_draws.draw_mode import branch, current_draws, not_counted
 from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
@@ -240,16 +240,23 @@ class LeanLayer:
             raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
         attention = self._attention_call(x_BsM, kwargs, draws_anew)
         plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
+        rate, draws, dropout = attention.arguments.get("dropout"), current_draws(), None
+        if rate and draws is None:
+            raise UnsupportedLayerError("attention with dropout, whose draws chunks cannot repeat")
+        exchange, drawing = HeadExchange(plan, self._group), branch()
+        if rate and draws is not None:
+            with drawing():
+                dropout = Dropout(rate, draws.attention_key(), plan.heads_of(exchange.rank))
         return LeanCall(
             parts=self._parts,
-            exchange=HeadExchange(plan, self._group),
+            exchange=exchange,
             sizes=self._sizes(s),
             kwargs=kwargs,
             attention=attention,
-            kernel=kernel_for(attention.q, attention.scaling, attention.arguments.get("softcap")),
+            kernel=kernel_for(attention.q, attention.scaling, attention.arguments.get("softcap"), dropout),
             shape=(B, s),
             in_place=in_place,
-            drawing=branch(),
+            drawing=drawing,
             autocast=current_autocast(x_BsM.device.type),
             new_group=functools.partial(new_group, self._policy, self._layer),
             saves_output=self._policy is not None and self._policy.saves_attention(self._layer),

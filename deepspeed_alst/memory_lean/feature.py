@@ -101,7 +101,7 @@ def run_in_chunks(
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
     references_of_a_gradient()  # outside of a backward
     stream, calls.chunks_from = ResidualStream(spec, calls, patches), config.min_tokens
-    ordinary = _attention_dropout(spec) or (register_on_one_rank(spec, calls, patches) if group is None else "")
+    ordinary = "" if group is not None else _attention_dropout(spec) or register_on_one_rank(spec, calls, patches)
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
             continue
@@ -126,7 +126,7 @@ def _attention_dropout(spec: ModelSpec) -> str:
     """Return why a config's dropout of attention keeps its layers on the ordinary path; empty if it has none."""
     rates = {name: rate for name, rate in vars(spec.text_config).items() if is_dropout(name, rate, of_attention=True)}
     found = ", ".join(f"{name}={rate}" for name, rate in rates.items() if rate)
-    return found and f"attention with dropout ({found}), for which chunks have no kernel"
+    return found and f"attention with dropout ({found}) at sequence_parallel_size 1, whose draws chunks cannot repeat"
 
 
 def _reason(layer: torch.nn.Module) -> str:

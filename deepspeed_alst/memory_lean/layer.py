@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
-from deepspeed_alst.memory_lean.attention_kernels import Kernel
+from deepspeed_alst.memory_lean.attention_kernels import Kernel, from_sample
 from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, joined, of_size
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
@@ -75,14 +75,15 @@ class LeanCall:
         of_batch = torch.arange(B * s, device=self.attention.q.device).view(B, s)
         return of_batch[:, tile].flatten()
 
-    def pieces(self, chunk: slice) -> Iterator[tuple[slice, int, int, list[Rectangle]]]:
-        """Yield samples, a rank whose chunk is here, the first row of it in the whole sequence, and its rectangles."""
+    def pieces(self, chunk: slice) -> Iterator[tuple[slice, int, tuple[list[Rectangle], int, Kernel]]]:
+        """Yield samples, a rank whose chunk is here, and its rectangles, first row in the whole sequence and kernel."""
         P, s, mask = self.exchange.plan.sp_size, self.shape[1], self.attention.mask
         masks = [] if mask is None else [(slice(row, row + 1), each) for row, each in enumerate(mask.rows)]
         for rank in range(P):
             first, last = rank * s + chunk.start, rank * s + chunk.stop
             for samples, each in masks or [(slice(None), mask)]:
-                yield samples, rank, first, list(rectangles(first, last, P * s, each, self.sizes.key_block))
+                parts = list(rectangles(first, last, P * s, each, self.sizes.key_block))
+                yield samples, rank, (parts, first, from_sample(self.kernel, samples.start or 0))
 
     def forward(self, x_BsM: torch.Tensor, saves: bool) -> tuple[torch.Tensor, ...]:
         """Return the layer's output, ``[B, s, M]``, and its records; save each chunk's input if there is a backward."""
@@ -164,9 +165,8 @@ class LeanCall:
         sinks_h = None if sinks_H is None else sinks_H[self.exchange.own_heads()]
         o_BhPcE = q_BhPcD.new_empty(*q_BhPcD.shape[:4], v_BkSE.shape[3])
         lse_BhPc = q_BhPcD.new_empty(q_BhPcD.shape[:4], dtype=torch.promote_types(q_BhPcD.dtype, torch.float32))
-        for samples, rank, first, parts in self.pieces(chunk):
-            keys_values = k_BkSD[samples], v_BkSE[samples]
-            found = attend(q_BhPcD[samples, :, rank], *keys_values, parts, first, self.kernel, sinks_h)
+        for samples, rank, how in self.pieces(chunk):
+            found = attend(q_BhPcD[samples, :, rank], k_BkSD[samples], v_BkSE[samples], *how, sinks_h)
             o_BhPcE[samples, :, rank], lse_BhPc[samples, :, rank] = found
         (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
@@ -235,13 +235,11 @@ class LeanCall:
         q_BhPcD, o_BhPcE, do_BhPcE = self.exchange.to_heads(*sent)
         del sent
         dq_BhPcD = torch.empty(q_BhPcD.shape, dtype=q_BhPcD.dtype, device=q_BhPcD.device)
-        for samples, rank, first, parts in self.pieces(chunk):
+        for samples, rank, how in self.pieces(chunk):
             rows = (x[samples, :, rank] for x in (do_BhPcE, q_BhPcD))
             of_output = (x[samples, :, rank] for x in (o_BhPcE, lse_BhPc))
             of_keys, of_grads = ([x[samples] for x in each] for each in (keys_values, grads))
-            dq_BhPcD[samples, :, rank] = attend_backward(
-                *rows, *of_keys, *of_output, *of_grads, parts, first, self.kernel
-            )
+            dq_BhPcD[samples, :, rank] = attend_backward(*rows, *of_keys, *of_output, *of_grads, *how)
         if (sinks_H := self.attention.arguments.get("s_aux")) in sums:
             heads_here, grad_H = self.exchange.own_heads(), torch.zeros_like(sinks_H, dtype=lse_BhPc.dtype)
             grad_H[heads_here] = sinks_gradient(do_BhPcE, o_BhPcE, lse_BhPc, sinks_H[heads_here])

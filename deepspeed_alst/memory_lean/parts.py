@@ -27,7 +27,7 @@ from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights
 
 # Arguments of an attention call that chunks act on, or that only tune another kernel.
-_KNOWN_ARGUMENTS = (*IN_THE_MASK, "s_aux", "softcap", "kernel_options")
+_KNOWN_ARGUMENTS = (*IN_THE_MASK, "s_aux", "softcap", "dropout", "kernel_options")
 
 
 class AttentionCall(NamedTuple):

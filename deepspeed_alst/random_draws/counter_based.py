@@ -27,9 +27,17 @@ def key_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def uniform(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Draw from [0, 1): ``[N] -> [N, C]``, in steps of the dtype's precision."""
-    return _fractions(key, rows_N, columns, dtype, _DIGITS[dtype]).mul_(2.0 ** -_DIGITS[dtype])
+def uniform(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype, first: int = 0) -> torch.Tensor:
+    """Draw from [0, 1): ``[N] -> [N, C]``, of the columns from ``first`` on, in steps of the dtype's precision."""
+    return _fractions(key, rows_N, columns, dtype, _DIGITS[dtype], first).mul_(2.0 ** -_DIGITS[dtype])
+
+
+def attention_keeps(key: int, samples: range, heads: range, rows: range, keys: range, p: float, device: Any) -> Any:
+    """Draw which of attention's weights dropout keeps, each with probability p: ``[B, h, R, N]``."""
+    of = [torch.arange(each.start, each.stop, device=device) for each in (samples, heads, rows)]
+    rows_BhR = (of[0][:, None, None] * 2**16 + of[1][:, None]) * 2**32 + of[2]
+    u_RN = uniform(key, rows_BhR.flatten(), len(keys), torch.float32, keys.start)
+    return (u_RN < p).view(*rows_BhR.shape, len(keys))
 
 
 def exponential(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -78,11 +86,13 @@ def _inside(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype) ->
     return _fractions(key, rows_N, columns, dtype, digits).add_(0.5).mul_(2.0**-digits)
 
 
-def _fractions(key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype, digits: int) -> torch.Tensor:
+def _fractions(
+    key: int, rows_N: torch.Tensor, columns: int, dtype: torch.dtype, digits: int, first: int = 0
+) -> torch.Tensor:
     """Draw integers below ``2**digits``."""
     result_NC = torch.empty(len(rows_N), columns, dtype=dtype, device=rows_N.device)
     for part in _parts(len(rows_N), columns):
-        bits = _bits(key, rows_N[part], columns)
+        bits = _bits(key, rows_N[part], columns, first)
         result_NC[part] = bits.bitwise_right_shift_(32 - digits).bitwise_and_(2**digits - 1)
     return result_NC
 
@@ -92,10 +102,10 @@ def _parts(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _bits(key: int, rows_N: torch.Tensor, columns: int) -> torch.Tensor:
+def _bits(key: int, rows_N: torch.Tensor, columns: int, first: int = 0) -> torch.Tensor:
     """Draw 32 random bits per row and column: ``[N] -> [N, C]`` int32."""
     of_row_N = _mixed(rows_N, key)
-    of_column_C = _mixed(torch.arange(columns, device=rows_N.device), ~key)
+    of_column_C = _mixed(torch.arange(first, first + columns, device=rows_N.device), ~key)
     # Both halves of a row's 64 bits are used: by one half, two in a million rows would collide.
     bits_NC = of_row_N.to(torch.int32)[:, None] + of_column_C.to(torch.int32)
     _xor_shift(bits_NC, 16).mul_(0x7FEB352D)

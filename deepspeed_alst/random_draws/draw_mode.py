@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.random_draws.counter_based import COUNTED, key_of, uniform
+from deepspeed_alst.random_draws.counter_based import COUNTED, attention_keeps, key_of
 
 _ROW_STRIDE = 2**40  # offset between batch rows: longer than any sequence
 # Files of functions that recompute another function in the backward.
@@ -101,10 +101,14 @@ class CountedDraws(TorchFunctionMode):
             return COUNTED[func](self, func, *args, **kwargs)
         return func(*args, **kwargs)
 
+    def attention_key(self) -> int:
+        """Return the key of the next dropout of attention."""
+        return self.place.next_key("attention", self.place.forward.replica)
+
     @contextlib.contextmanager
     def attention(self, device: torch.device) -> Iterator[None]:
         """Draw the dropout of attention by counters inside: on CPU of a mask, on a GPU by the kernel, from a seed."""
-        key, rank = self.place.next_key("attention", self.place.forward.replica), self.place.forward.rank
+        key, rank = self.attention_key(), self.place.forward.rank
         if device.type == "cpu":
             with _CountedMasks(key, rank, self.first_head):
                 yield
@@ -217,8 +221,6 @@ class _CountedMasks(TorchDispatchMode):
             return func(*args, **kwargs)
         mask_BhSS, p = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         B, h, S, _ = mask_BhSS.shape
-        of = [torch.arange(size, device=mask_BhSS.device) for size in (B, h, S)]
         first = self._rank * h if self._first_head is None else self._first_head
-        rows_BhS = (of[0][:, None, None] * 2**16 + of[1][:, None] + first) * 2**32 + of[2]
-        u_NS = uniform(self._key, rows_BhS.flatten(), mask_BhSS.shape[3], torch.float32)
-        return mask_BhSS.copy_((u_NS < p).view_as(mask_BhSS))
+        places = range(B), range(first, first + h), range(S), range(mask_BhSS.shape[3])
+        return mask_BhSS.copy_(attention_keeps(self._key, *places, p, mask_BhSS.device))

@@ -8,8 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepspeed_alst.memory_lean import attention_kernels
 from deepspeed_alst.memory_lean.attention import attend, attend_backward
-from deepspeed_alst.memory_lean.attention_kernels import FlashKernel, TorchKernel, kernel_for
+from deepspeed_alst.memory_lean.attention_kernels import Dropout, FlashKernel, TorchKernel, kernel_for
 from deepspeed_alst.memory_lean.rectangles import blocks, rectangles
+from deepspeed_alst.random_draws.counter_based import attention_keeps
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 
@@ -64,7 +65,14 @@ LIMITS = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 MASKS = [None, MaskSpec(7), MaskSpec(5, None, (0, 20, 48)), MaskSpec(None, 9), MaskSpec(None, None, (0, 1, 47, 48))]
 
 
-@pytest.mark.parametrize("kernel", [FlashKernel(None), TorchKernel(None, None), TorchKernel(0.3, 2.0)], ids=str)
+DROPPED = Dropout(0.3, 11, range(5, 11), first_sample=3)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [FlashKernel(None), TorchKernel(None, None), TorchKernel(0.3, 2.0), TorchKernel(None, 2.0, DROPPED)],
+    ids=["flash", "plain", "softcap", "dropout"],
+)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("sizes", [(2, 6, 2, 16, 8), (1, 3, 3, 8, 24)], ids=str)
@@ -82,7 +90,13 @@ def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes, kernel, monk
     if (softcap := getattr(kernel, "softcap", None)) is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~(mask or MaskSpec()).seen(S), -torch.inf)
-    expected = scores.softmax(-1) @ v64.repeat_interleave(h // k, 1)
+    weights = scores.softmax(-1)
+    if (dropout := getattr(kernel, "dropout", None)) is not None:
+        kernel = kernel._replace(dropout=dropout._replace(heads=range(5, 5 + h)))
+        kept = attention_keeps(11, range(3, 3 + B), range(5, 5 + h), range(S), range(S), 0.7, "cpu")
+        assert 0.65 < kept.double().mean() < 0.75
+        weights = weights * kept / 0.7
+    expected = weights @ v64.repeat_interleave(h // k, 1)
     expected.backward(do.double())
 
     wide = torch.promote_types(dtype, torch.float32)

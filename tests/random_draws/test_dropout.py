@@ -1,6 +1,7 @@
 """Dropout and router noise: drawn by counters, so that a split sequence has the numbers of the whole one."""
 
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config, trained
 from benchmarks.families import SMALL, family_config
-from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.config.schema import MemoryLeanConfig, TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.random_draws import counter_based as draws
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, branch
 from deepspeed_alst.random_draws.model_draws import Draws, count_draws
@@ -31,6 +33,7 @@ from deepspeed_alst.verification.hf_support_checks import check_model
 EXACT = 1e-12
 # Transformers' casts to fp32, which a recomputation does without the mode that lifts them.
 EXACT_BUT_FOR_CASTS = 1e-6
+LEAN = MemoryLeanConfig(chunk_tokens=8, tile_tokens=3, key_block=5)
 
 # --- the numbers
 
@@ -207,7 +210,9 @@ def test_attention_drops_with_its_probability_and_other_ranks_heads_draw_others(
 # --- models: a split sequence, and the whole one with the same draws
 
 
-def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lora: bool = False) -> dict[str, Any]:
+def a_step(
+    config: Any, split: bool, checkpointing: str = "", tile: int = 0, lora: bool = False, lean: bool = False
+) -> dict[str, Any]:
     """Losses of two micro-steps whose backwards follow both forwards, and the gradients' sum, in fp64."""
     config._experts_implementation = "eager"
     model = build_model(config)
@@ -230,6 +235,10 @@ def a_step(config: Any, split: bool, checkpointing: str = "", tile: int = 0, lor
             patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
         else:
             count_draws(ModelSpec(model), calls, undo)
+        if lean:
+            made, reasons = run_in_chunks(ModelSpec(model), LEAN, dist.group.WORLD, calls, lambda module: None, undo)
+            assert made and not reasons
+            warnings.filterwarnings("error", message="alst.memory_lean_layer")
         if tile:
             tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)
             patch_unsharded_loss(ModelSpec(model), undo) if not split else None
@@ -312,6 +321,16 @@ def test_recomputations_and_tiles_draw_the_same(split, whole, lora, ranks2):
     config = family_config("llama" if lora else "seed_oss")
     error = ranks2.run(split_and_whole, config, {**split, "lora": lora}, {**whole, "lora": lora})[0]
     assert error < (EXACT_BUT_FOR_CASTS if "checkpointing" in split else EXACT)
+
+
+@pytest.mark.parametrize("name", ["seed_oss", "gpt_neox"])
+def test_layers_in_chunks_draw_the_same(name, ranks2):
+    model_type, changed = MODELS[name]
+    config = family_config(model_type, **changed)
+    error = ranks2.run(
+        split_and_whole, config, {"checkpointing": "plain", "lean": True}, {"checkpointing": "reentrant"}
+    )[0]
+    assert error < EXACT_BUT_FOR_CASTS
 
 
 @pytest.mark.parametrize(
