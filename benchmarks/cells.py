@@ -443,7 +443,10 @@ class KeepFp64(TorchFunctionMode):
         casts = func is torch.Tensor.to or func is torch.Tensor.type
         if casts and torch.float32 in (*args[1:], kwargs.get("dtype")):
             return args[0].double()
-        if func in (torch.nn.functional.softmax, torch.zeros) and kwargs.get("dtype") is torch.float32:
+        if (
+            func in (torch.nn.functional.softmax, torch.Tensor.softmax, torch.zeros)
+            and kwargs.get("dtype") is torch.float32
+        ):
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 

@@ -49,7 +49,7 @@ ON_THREE = {
     "8/4": ("qwen3", heads(8, 4), ""),
     "6/2, as many query heads on each": ("qwen3", heads(6, 2), ""),
     "a window": ("mistral", heads(8, 4, sliding_window=7), ""),
-    "MLA": ("deepseek_v2", {"first_k_dense_replace": 2}, ""),
+    "MLA": ("deepseek_v2", {}, ""),
     "sinks": ("gpt_oss", heads(8, 4, num_local_experts=4, sliding_window=6), TRIAL),
     "a soft cap": ("gemma2", heads(8, 4, sliding_window=6, attn_logit_softcapping=0.5), TRIAL),
 }
