@@ -181,8 +181,9 @@ def check_features(ds_config: Config) -> None:
 
 
 def fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]:
-    """Return the SP degrees that fit the ranks and the heads. A world size of 0 (unknown) allows every degree."""
-    largest = min((each[0] for each in heads), default=world_size)
+    """Return the SP degrees that fit the ranks and a scan's heads. A world size of 0 (unknown) allows every degree."""
+    scans = [num_heads for num_heads, _, of in heads if of != "attention"]
+    largest = min(scans, default=world_size)
     return [degree for degree in range(1, largest + 1) if world_size % degree == 0]
 
 
@@ -199,17 +200,14 @@ def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, 
         )
 
 
-def check_heads(
-    config: AlstConfig, num_heads: int, num_kv_heads: int, of: str = "attention", world_size: int = 0
-) -> None:
-    """Raise ConfigError, with the valid SP degrees, if this one exceeds the heads of attention or of a scan."""
+def check_heads(config: AlstConfig, num_heads: int, num_groups: int, of: str, world_size: int = 0) -> None:
+    """Raise ConfigError, with the valid SP degrees, if this one exceeds the heads of a scan; attention takes any."""
     sp_size = config.sequence_parallel_size
-    if sp_size <= num_heads:
+    if of == "attention" or sp_size <= num_heads:
         return
-    heads = "query heads" if of == "attention" else f"heads of a {of}"
     raise ConfigError(
-        f"sequence_parallel_size={shown(sp_size)} exceeds the model's {num_heads} {heads}, of which each rank of a "
-        f"sequence needs one. Use one of {fitting(world_size, [(num_heads, num_kv_heads, of)])}; "
+        f"sequence_parallel_size={shown(sp_size)} exceeds the {num_heads} heads of a {of} in the model, of which each "
+        f"rank of a sequence needs one. Use one of {fitting(world_size, [(num_heads, num_groups, of)])}; "
         "the remaining ranks become data-parallel replicas."
     )
 

@@ -5,7 +5,8 @@ next. Kernel and reference use the same format, so they may be mixed across rank
 pieces, ``[g, s, B, h, D]``: ``by_heads`` of shards, ``by_tokens`` of full sequences. Piece i belongs to the m ranks
 ``[i*m, (i+1)*m)``: packing writes it m times (shared KV heads), unpacking sums the m in fp32 and rounds once.
 
-Ranks with unequal heads have pieces of different W, one after the other in a flat buffer: see ``pack_uneven``.
+Ranks with unequal heads have pieces of different W, one after the other in a flat buffer: see ``pack_uneven``. So do
+ranks with a part of the query rows, whose pieces have a block of rows of q and one of k and v.
 
 Triton is imported only where heads are exchanged; without it PyTorch packs.
 
@@ -16,7 +17,7 @@ elements of a flat buffer.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -109,53 +110,87 @@ def unpack_(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
     _run("unpack_heads_", unpack_reference, buffer_PsBW, pieces, buffer_PsBW, list(pieces))
 
 
-# --- ranks with unequal heads
-
-Split = Sequence[range]
-"""Each rank's heads of a tensor, adjacent and in order; a head may be on several ranks."""
+# --- ranks with unequal heads or rows
 
 
-def uneven_sizes(num_tokens: int, head_dims: Sequence[int], splits: Sequence[Split]) -> list[int]:
-    """Return the elements of each rank's piece of a flat buffer, of ``num_tokens`` s*B and one split per tensor."""
-    of_tensors = ([len(heads) * D for heads in split] for D, split in zip(head_dims, splits, strict=True))
-    return [num_tokens * sum(widths) for widths in zip(*of_tensors, strict=True)]
+class Share(NamedTuple):
+    """Adjacent heads that a rank has of a tensor, and its rows of each shard; other ranks may have the same."""
+
+    heads: range
+    rows: tuple[range, ...]
+
+
+Shares = Sequence[Share]
+"""Each rank's share of a tensor."""
+
+
+def blocks(head_dims: Sequence[int], shares: Sequence[Share]) -> list[tuple[int, list[int]]]:
+    """Return the blocks of a rank's piece, given its share of each tensor: rows, and the tensors' elements of a row.
+
+    Adjacent tensors with the same rows are one block, which has all of a row's elements side by side.
+    """
+    found = []
+    pairs = zip(head_dims, shares, strict=True)
+    for rows, of_rows in itertools.groupby(pairs, key=lambda pair: pair[1].rows):
+        found.append((sum(map(len, rows)), [D * len(share.heads) for D, share in of_rows]))
+    return found
+
+
+def uneven_sizes(batch_size: int, head_dims: Sequence[int], shares: Sequence[Shares]) -> list[int]:
+    """Return the elements of each rank's piece of a flat buffer, with the shares of each tensor."""
+    of_ranks = zip(*shares, strict=True)
+    return [sum(batch_size * n * sum(widths) for n, widths in blocks(head_dims, each)) for each in of_ranks]
 
 
 def _uneven_parts(
-    buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]
+    buffer_n: torch.Tensor, batch_size: int, head_dims: Sequence[int], shares: Sequence[Shares]
 ) -> list[list[torch.Tensor]]:
-    """Return views of a flat buffer, for each tensor and rank: ``[s, B, h, D]``."""
-    B, _, s, _ = tensors_BHsD[0].shape
-    head_dims, of_ranks = [x.shape[3] for x in tensors_BHsD], list[list[torch.Tensor]]()
-    for rank, piece_n in enumerate(buffer_n.split(uneven_sizes(s * B, head_dims, splits))):
-        shapes = [(len(split[rank]), D) for split, D in zip(splits, head_dims, strict=True)]
-        parts = piece_n.view(s, B, -1).split([h * D for h, D in shapes], dim=-1)
-        of_ranks.append([part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)])
+    """Return views of a flat buffer, for each tensor and rank: ``[rows, B, h, D]``."""
+    pieces, of_ranks = buffer_n.split(uneven_sizes(batch_size, head_dims, shares)), list[list[torch.Tensor]]()
+    for piece_n, of_rank in zip(pieces, zip(*shares, strict=True), strict=True):
+        layout = blocks(head_dims, of_rank)
+        found = piece_n.split([batch_size * n * sum(widths) for n, widths in layout])
+        parts = [
+            part
+            for block_n, (n, widths) in zip(found, layout, strict=True)
+            for part in block_n.view(n, batch_size, sum(widths)).split(widths, dim=-1)
+        ]
+        of_ranks.append([part.unflatten(-1, (-1, D)) for part, D in zip(parts, head_dims, strict=True)])
     return [list(parts) for parts in zip(*of_ranks, strict=True)]
 
 
-def pack_uneven(tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]) -> tuple[torch.Tensor, list[int]]:
-    """Pack tensors for ranks with unequal heads: ``[B, H, s, D]`` to a flat buffer, and its elements per rank.
+def pack_uneven(tensors_BHsD: Sequence[torch.Tensor], shares: Sequence[Shares]) -> tuple[torch.Tensor, list[int]]:
+    """Pack tensors for ranks with unequal shares: ``[B, H, s, D]`` to a flat buffer, and its elements per rank.
 
-    A rank's piece is ``[s, B, W]`` as in ``pack``, with a W of its own. It is a copy per rank and tensor.
+    A rank's piece is ``[s, B, W]`` as in ``pack``, with a W of its own, and if tensors have different rows one such
+    block for each of these (``blocks``). It is a copy per rank and tensor.
     """
-    B, _, s, _ = tensors_BHsD[0].shape
-    sizes = uneven_sizes(s * B, [x.shape[3] for x in tensors_BHsD], splits)
+    B, head_dims = tensors_BHsD[0].shape[0], [x.shape[3] for x in tensors_BHsD]
+    sizes = uneven_sizes(B, head_dims, shares)
     buffer_n = tensors_BHsD[0].new_empty(sum(sizes))
-    for x_BHsD, split, parts in zip(tensors_BHsD, splits, _uneven_parts(buffer_n, tensors_BHsD, splits), strict=True):
-        for heads, part_sBhD in zip(split, parts, strict=True):
-            part_sBhD.copy_(x_BHsD[:, heads.start : heads.stop].permute(2, 0, 1, 3))
+    for x_BHsD, *of_ranks in zip(tensors_BHsD, shares, _uneven_parts(buffer_n, B, head_dims, shares), strict=True):
+        for share, part_nBhD in zip(*of_ranks, strict=True):
+            x_sBhD = x_BHsD[:, share.heads.start : share.heads.stop].permute(2, 0, 1, 3)
+            for rows, part in zip(share.rows, part_nBhD.split([*map(len, share.rows)]), strict=True):
+                part.copy_(x_sBhD[rows.start : rows.stop])
     return buffer_n, sizes
 
 
-def unpack_uneven_(buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], splits: Sequence[Split]) -> None:
-    """Unpack what ranks with unequal heads have sent into ``[B, H, s, D]``, by ``merge_heads_``."""
-    parts = _uneven_parts(buffer_n, tensors_BHsD, splits)
-    for each in zip(tensors_BHsD, splits, parts, strict=True):
-        merge_heads_(*each)
+def unpack_uneven_(buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], shares: Sequence[Shares]) -> None:
+    """Unpack what ranks with unequal shares have sent into ``[B, H, s, D]``, by ``merge_heads_``."""
+    B, head_dims = tensors_BHsD[0].shape[0], [x.shape[3] for x in tensors_BHsD]
+    for x_BHsD, *of_ranks in zip(tensors_BHsD, shares, _uneven_parts(buffer_n, B, head_dims, shares), strict=True):
+        by_rows: dict[range, tuple[list[range], list[torch.Tensor]]] = {}
+        for share, part_nBhD in zip(*of_ranks, strict=True):
+            for rows, part in zip(share.rows, part_nBhD.split([*map(len, share.rows)]), strict=True):
+                of_rows = by_rows.setdefault(rows, ([], []))
+                of_rows[0].append(share.heads)
+                of_rows[1].append(part)
+        for rows, of_rows in by_rows.items():
+            merge_heads_(x_BHsD[:, :, rows.start : rows.stop], *of_rows)
 
 
-def merge_heads_(x_BHsD: torch.Tensor, split: Split, parts_sBhD: Sequence[torch.Tensor]) -> None:
+def merge_heads_(x_BHsD: torch.Tensor, split: Sequence[range], parts_sBhD: Sequence[torch.Tensor]) -> None:
     """Fill a tensor from each rank's heads of it; those of several ranks are summed in fp32 and rounded once."""
     sum_dtype = torch.promote_types(x_BHsD.dtype, torch.float32)
     bounds = sorted({bound for heads in split for bound in (heads.start, heads.stop)})

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.core.patching import PatchSet, copy_function
-from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.errors import ShapeError, UnsupportedModelError
 from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
 from deepspeed_alst.linear_attention.layers import (
     TOKEN_MIXERS,
@@ -46,6 +46,11 @@ class ShardContext:
     def plan_heads(self, num_heads: int, num_groups: int) -> tuple[HeadPlan, slice]:
         """Return the split of heads and groups, and this rank's heads."""
         plan = HeadPlan(dist.get_world_size(self.group), num_heads, num_groups)
+        if plan.row_groups > 1:
+            raise ShapeError(
+                f"{num_heads} heads of a scan cannot be split over sequence_parallel_size={plan.sp_size} ranks, each "
+                f"of which needs one: use at most {num_heads}"
+            )
         heads = plan.heads_of(dist.get_rank(self.group))
         return plan, slice(heads.start, heads.stop)
 
@@ -56,7 +61,7 @@ class ShardContext:
 
     def to_sequence(self, x_BShD: torch.Tensor, plan: HeadPlan) -> torch.Tensor:
         """Exchange ``[B, S, h, D] -> [B, s, H, D]``."""
-        return HeadToSeq.apply(x_BShD.transpose(1, 2), plan, self.group)
+        return HeadToSeq.apply(x_BShD.transpose(1, 2), x_BShD.shape[1] // plan.sp_size, plan, self.group)
 
     def document_ids(self, start: int, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the document number of each token along a dim from ``start`` on, ``[1, tokens]`` int32."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import own_shapes, repeat_heads, sum_copies, to_heads, to_tokens
+from deepspeed_alst.sequence_parallel.ulysses import repeat_heads, sum_copies, to_heads, to_tokens
 
 
 class HeadExchange(NamedTuple):
@@ -28,30 +28,35 @@ class HeadExchange(NamedTuple):
         heads = self.plan.heads_of(self.rank)
         return slice(heads.start, heads.stop)
 
-    def to_heads(self, *tensors_BHcD: torch.Tensor) -> list[torch.Tensor]:
+    def own_stripes(self, num_tokens: int) -> tuple[range, ...]:
+        """Return this rank's query rows of each rank's chunk of ``num_tokens``."""
+        return self.plan.stripes(self.rank, num_tokens)
+
+    def to_heads(self, kinds: str, *tensors_BHcD: torch.Tensor) -> list[torch.Tensor]:
         """Exchange up to three tensors at once: ``[B, H, c, D] -> [B, h, P, c, D]``, views of one buffer.
 
-        KV heads are repeated where attention on this rank needs it (``HeadPlan.kv_copies_of``).
+        Those of kind "q" come with this rank's rows of a chunk. Others, of kind "k" or "v", have all rows, and are
+        repeated where attention on this rank needs it (``HeadPlan.kv_copies_of``).
         """
         if self.group is None:
             return [x.unsqueeze(2) for x in tensors_BHcD]
-        shapes = own_shapes(tensors_BHcD, self.plan, self.group)
-        recv_PcBW = to_heads(tensors_BHcD, self.plan, self.group)
-        parts = recv_PcBW.split([h * D for h, D in shapes], dim=-1)
-        found = [part.unflatten(-1, shape).permute(2, 3, 0, 1, 4) for part, shape in zip(parts, shapes, strict=True)]
-        return [repeat_heads(x, self._copies(of.shape[1])) for x, of in zip(found, tensors_BHcD, strict=True)]
+        found = [x.permute(2, 3, 0, 1, 4) for x in to_heads(tensors_BHcD, kinds, self.plan, self.group)]
+        return [repeat_heads(x, self._copies(kind)) for x, kind in zip(found, kinds, strict=True)]
 
-    def to_tokens(self, *tensors_BhPcD: torch.Tensor, heads: int) -> list[torch.Tensor]:
-        """Exchange up to three tensors of ``heads`` heads in all: ``[B, h, P, c, D] -> [B, H, c, D]``.
+    def to_tokens(self, kinds: str, num_tokens: int, *tensors_BhPcD: torch.Tensor) -> list[torch.Tensor]:
+        """Exchange up to three tensors of chunks of ``num_tokens``: ``[B, h, P, c, D] -> [B, H, c, D]``.
 
         Memory is that of ``[B, c, H, D]``. The gradients of a KV head's copies are summed.
         """
         if self.group is None:
             return [x.squeeze(2) for x in tensors_BhPcD]
-        pieces = [sum_copies(x, self._copies(heads)).permute(2, 3, 0, 1, 4) for x in tensors_BhPcD]
-        found = to_tokens(pieces, [heads] * len(pieces), self.plan, self.group)
+        pieces = [
+            sum_copies(x, self._copies(kind)).permute(2, 3, 0, 1, 4)
+            for x, kind in zip(tensors_BhPcD, kinds, strict=True)
+        ]
+        found = to_tokens(pieces, kinds, num_tokens, self.plan, self.group)
         return [x_BcHD.transpose(1, 2) for x_BcHD in found]
 
-    def _copies(self, heads: int) -> list[int]:
-        """Return how often this rank has each of its heads of a tensor of ``heads`` in all: query heads once."""
-        return self.plan.kv_copies_of(self.rank) if heads != self.plan.num_heads else [1]
+    def _copies(self, kind: str) -> list[int]:
+        """Return how often this rank has each of its heads of a kind of tensor: query heads once."""
+        return [1] if kind == "q" else self.plan.kv_copies_of(self.rank)

@@ -10,6 +10,7 @@ heads, K KV heads, h and k those of a rank, D head dim of q and k, E of v.
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -75,15 +76,19 @@ class LeanCall:
         of_batch = torch.arange(B * s, device=self.attention.q.device).view(B, s)
         return of_batch[:, tile].flatten()
 
-    def pieces(self, chunk: slice) -> Iterator[tuple[slice, int, tuple[list[Rectangle], int, Kernel]]]:
-        """Yield samples, a rank whose chunk is here, and its rectangles, first row in the whole sequence and kernel."""
+    def pieces(self, chunk: slice) -> Iterator[tuple[tuple[Any, ...], tuple[list[Rectangle], int, Kernel]]]:
+        """Yield where adjacent rows are in ``[B, h, P, c]``, and their rectangles, first in the sequence and kernel."""
         P, s, mask = self.exchange.plan.sp_size, self.shape[1], self.attention.mask
         masks = [] if mask is None else [(slice(row, row + 1), each) for row, each in enumerate(mask.rows)]
-        for rank in range(P):
-            first, last = rank * s + chunk.start, rank * s + chunk.stop
+        stripes = self.exchange.own_stripes(chunk.stop - chunk.start)
+        ends = list(itertools.accumulate(map(len, stripes), initial=0))
+        for rank, (stripe, here) in itertools.product(range(P), zip(stripes, itertools.pairwise(ends), strict=True)):
+            first = rank * s + chunk.start + stripe.start
             for samples, each in masks or [(slice(None), mask)]:
-                parts = list(rectangles(first, last, P * s, each, self.sizes.key_block))
-                yield samples, rank, (parts, first, from_sample(self.kernel, samples.start or 0))
+                last = first + len(stripe)
+                parts = list(rectangles(first, last, P * s, each, self.sizes.key_block)) if stripe else []
+                kernel = from_sample(self.kernel, samples.start or 0)
+                yield (samples, slice(None), rank, slice(*here)), (parts, first, kernel)
 
     def forward(self, x_BsM: torch.Tensor, saves: bool) -> tuple[torch.Tensor, ...]:
         """Return the layer's output, ``[B, s, M]``, and its records; save each chunk's input if there is a backward."""
@@ -136,7 +141,7 @@ class LeanCall:
                 del call
             k_BKcD, v_BKcE = (joined(each) for each in zip(*found, strict=True))
             del x_BcM, found
-            parts = self.exchange.to_heads(k_BKcD, v_BKcE)
+            parts = self.exchange.to_heads("kv", k_BKcD, v_BKcE)
             del k_BKcD, v_BKcE
             if not whole:
                 P, s = self.exchange.plan.sp_size, self.shape[1]
@@ -158,17 +163,16 @@ class LeanCall:
         self, q_BHcD: torch.Tensor, k_BkSD: torch.Tensor, v_BkSE: torch.Tensor, chunk: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a chunk's attention output ``[B, c, H, E]``, and this rank's log-sum-exp ``[B, h, P, c]``."""
-        heads = q_BHcD.shape[1]
-        (q_BhPcD,) = self.exchange.to_heads(q_BHcD)
+        (q_BhPcD,) = self.exchange.to_heads("q", q_BHcD)
         del q_BHcD
         sinks_H = self.attention.arguments.get("s_aux")
         sinks_h = None if sinks_H is None else sinks_H[self.exchange.own_heads()]
         o_BhPcE = q_BhPcD.new_empty(*q_BhPcD.shape[:4], v_BkSE.shape[3])
         lse_BhPc = q_BhPcD.new_empty(q_BhPcD.shape[:4], dtype=torch.promote_types(q_BhPcD.dtype, torch.float32))
-        for samples, rank, how in self.pieces(chunk):
-            found = attend(q_BhPcD[samples, :, rank], k_BkSD[samples], v_BkSE[samples], *how, sinks_h)
-            o_BhPcE[samples, :, rank], lse_BhPc[samples, :, rank] = found
-        (o_BHcE,) = self.exchange.to_tokens(o_BhPcE, heads=heads)
+        for rows, how in self.pieces(chunk):
+            keys_values = k_BkSD[rows[0]], v_BkSE[rows[0]]
+            o_BhPcE[rows], lse_BhPc[rows] = attend(q_BhPcD[rows], *keys_values, *how, sinks_h)
+        (o_BHcE,) = self.exchange.to_tokens("q", chunk.stop - chunk.start, o_BhPcE)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
 
     def backward(self, dx_BsM: torch.Tensor, *of_records: torch.Tensor) -> list[torch.Tensor | None]:
@@ -187,13 +191,15 @@ class LeanCall:
             for index, chunk in reversed(list(enumerate(chunks))):
                 of_chunk = [x[:, chunk] for x in of_outputs]
                 self._chunk_backward(index, chunk, of_chunk, (k_BkSD, v_BkSE), (dk_BkSD, dv_BkSE), sums)
-            heads, narrow = self.attention.k.shape[1], k_BkSD.dtype
+            narrow = k_BkSD.dtype
             del k_BkSD, v_BkSE
             P, s = self.exchange.plan.sp_size, self.shape[1]
             grads = [x.unflatten(2, (P, s)) for x in (dk_BkSD, dv_BkSE)]
             del dk_BkSD, dv_BkSE
             for index, chunk in reversed(list(enumerate(chunks))):
-                dk_dv = self.exchange.to_tokens(*(x[:, :, :, chunk].to(narrow) for x in grads), heads=heads)
+                of_chunk = [x[:, :, :, chunk].to(narrow) for x in grads]
+                dk_dv = self.exchange.to_tokens("kv", chunk.stop - chunk.start, *of_chunk)
+                del of_chunk
                 x_BcM = self._input(index)
                 for tile, kwargs, as_in_forward in self.tiles(chunk):
                     with as_in_forward:
@@ -220,7 +226,6 @@ class LeanCall:
                 x_BtM, call = self._front_with_graph(x_BcM[:, tile], kwargs, "q")
             fronts.append((x_BtM, call.q))
         q_BHcD = joined([q.detach() for _, q in fronts])
-        heads = q_BHcD.shape[1]
         if self.saves_output:
             o_BcHE, lse_BhPc = (saved() for saved in self.outputs[index])
             for saved in self.outputs[index - 1] if index else ():
@@ -232,20 +237,19 @@ class LeanCall:
         # One exchange for the three: attention's output comes back with its gradient.
         sent = (q_BHcD, o_BcHE.transpose(1, 2), do_BcHE.transpose(1, 2))
         del q_BHcD, o_BcHE, do_BcHE
-        q_BhPcD, o_BhPcE, do_BhPcE = self.exchange.to_heads(*sent)
+        q_BhPcD, o_BhPcE, do_BhPcE = self.exchange.to_heads("qqq", *sent)
         del sent
         dq_BhPcD = torch.empty(q_BhPcD.shape, dtype=q_BhPcD.dtype, device=q_BhPcD.device)
-        for samples, rank, how in self.pieces(chunk):
-            rows = (x[samples, :, rank] for x in (do_BhPcE, q_BhPcD))
-            of_output = (x[samples, :, rank] for x in (o_BhPcE, lse_BhPc))
-            of_keys, of_grads = ([x[samples] for x in each] for each in (keys_values, grads))
-            dq_BhPcD[samples, :, rank] = attend_backward(*rows, *of_keys, *of_output, *of_grads, *how)
+        for rows, how in self.pieces(chunk):
+            of_rows, of_output = ([x[rows] for x in each] for each in ((do_BhPcE, q_BhPcD), (o_BhPcE, lse_BhPc)))
+            of_keys, of_grads = ([x[rows[0]] for x in each] for each in (keys_values, grads))
+            dq_BhPcD[rows] = attend_backward(*of_rows, *of_keys, *of_output, *of_grads, *how)
         if (sinks_H := self.attention.arguments.get("s_aux")) in sums:
             heads_here, grad_H = self.exchange.own_heads(), torch.zeros_like(sinks_H, dtype=lse_BhPc.dtype)
             grad_H[heads_here] = sinks_gradient(do_BhPcE, o_BhPcE, lse_BhPc, sinks_H[heads_here])
             sums.add(sinks_H, grad_H)
         del q_BhPcD, o_BhPcE, do_BhPcE, lse_BhPc
-        (dq_BHcD,) = self.exchange.to_tokens(dq_BhPcD, heads=heads)
+        (dq_BHcD,) = self.exchange.to_tokens("q", chunk.stop - chunk.start, dq_BhPcD)
         del dq_BhPcD
         for (tile, _, _), (x_BtM, q_BHtD) in zip(self.tiles(chunk), fronts, strict=True):
             self._front_backward(x_BtM, [q_BHtD], [dq_BHcD[:, :, tile]], dx_BcM[:, tile], sums)

@@ -1,23 +1,31 @@
-"""Split of attention's heads over the ranks of a sequence: plain integers, decided once.
+"""Split of attention's heads, and of their query rows, over the ranks of a sequence: plain integers, decided once.
 
-Legend: P ranks, H query heads, K KV heads; query head i attends with KV head ``i // (H/K)``.
+Legend: P ranks, H query heads, K KV heads, query head i attends with KV head ``i // (H/K)``; u head groups, r = P/u
+row groups.
 """
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.kernels.head_layout import Share
+
+_MOST = 8, 7  # largest share of the query heads relative to the mean that fewer KV heads per rank may cost
 
 
 @dataclass(frozen=True)
 class HeadPlan:
     """Split of H query heads and K KV heads over P ranks.
 
-    A rank holds adjacent query heads, H/P of them rounded up or down, and the KV heads that they need; a KV head is on
+    A rank holds adjacent query heads, H/u of them rounded up or down, and the KV heads that they need; a KV head is on
     each rank that needs it. Ranks with a head more are placed so that attention gets the fewest KV heads, copies
     included: of 28 query heads with 4 KV heads, 8 ranks hold 3 or 4 in turn, and one KV head each.
+
+    Up to H ranks hold heads of their own: u = P. More of them form a grid: r adjacent ranks hold the same heads, each
+    with 1/r of the query rows of every shard, and with the whole sequence's keys and values.
     """
 
     sp_size: int
@@ -25,14 +33,19 @@ class HeadPlan:
     num_kv_heads: int
 
     def __post_init__(self) -> None:
-        P, H, K = self.sp_size, self.num_heads, self.num_kv_heads
+        H, K = self.num_heads, self.num_kv_heads
         if K < 1 or H % K:
             raise ShapeError(f"{H} query heads are not a multiple of {K} key/value heads")
-        if P > H:
-            raise ShapeError(
-                f"{H} query heads cannot be split over sequence_parallel_size={P} ranks, each of which needs one: use "
-                f"at most {H}"
-            )
+
+    @property
+    def head_groups(self) -> int:
+        """Groups of ranks with heads of their own, u."""
+        return _head_groups(self.sp_size, self.num_heads, self.num_kv_heads)
+
+    @property
+    def row_groups(self) -> int:
+        """Ranks that share the query rows of the same heads, r."""
+        return self.sp_size // self.head_groups
 
     @property
     def is_even(self) -> bool:
@@ -43,20 +56,23 @@ class HeadPlan:
     @property
     def heads_per_rank(self) -> int:
         """Most query heads of a rank."""
-        return -(-self.num_heads // self.sp_size)
+        return -(-self.num_heads // self.head_groups)
 
     @property
     def imbalance(self) -> float:
-        """Largest share of the query heads relative to the mean; 1 if all ranks hold as many."""
-        return self.heads_per_rank * self.sp_size / self.num_heads
+        """Largest share of attention's work relative to the mean; 1 if all ranks hold as many query heads."""
+        return self.heads_per_rank * self.head_groups / self.num_heads
 
     @property
     def summary(self) -> str:
-        """Unequal shares in words; empty if all ranks hold as many query heads."""
-        H, few = self.num_heads, self.num_heads // self.sp_size
-        if self.imbalance == 1:
+        """Unequal or shared heads in words; empty if all ranks hold as many query heads, each of all rows."""
+        H, r, few = self.num_heads, self.row_groups, self.num_heads // self.head_groups
+        if self.imbalance == 1 and r == 1:
             return ""
-        return f"{few} or {few + 1} of {H} query heads per rank, at most {self.imbalance:.2f} of the mean"
+        heads = f"{few}" if self.imbalance == 1 else f"{few} or {few + 1}"
+        most = "" if self.imbalance == 1 else f", at most {self.imbalance:.2f} of the mean"
+        rows = "" if r == 1 else f", for 1/{r} of the rows with all keys"
+        return f"{heads} of {H} query heads per rank{rows}{most}"
 
     @property
     def largest_rank(self) -> int:
@@ -72,18 +88,51 @@ class HeadPlan:
     @property
     def exchanged_heads(self) -> int:
         """Heads of q, k, v and the output that a rank sends or receives per token of its shard, the most of any."""
-        P, H, K = self.sp_size, self.num_heads, self.num_kv_heads
+        P, H, r = self.sp_size, self.num_heads, self.row_groups
+        # All times r, for a rank has 1/r of the rows of q and the output.
         outputs = [len(heads) for heads in self.split(H)]
-        inputs = [h + 2 * len(kv_heads) for h, kv_heads in zip(outputs, self.split(K), strict=True)]
+        kv_heads = self.split(self.num_kv_heads)
+        inputs = [h + 2 * len(of_rank) * r for h, of_rank in zip(outputs, kv_heads, strict=True)]
         sent = [sum(inputs) - of_q + (P - 1) * h for of_q, h in zip(inputs, outputs, strict=True)]
-        received = [(P - 1) * of_q + H - h for of_q, h in zip(inputs, outputs, strict=True)]
-        return max(*sent, *received)
+        received = [(P - 1) * of_q + H * r - h for of_q, h in zip(inputs, outputs, strict=True)]
+        return -(-max(*sent, *received) // r)
 
     def split(self, num_heads: int) -> tuple[range, ...]:
         """Return each rank's heads of a tensor with all query or all KV heads."""
-        P, H, K = self.sp_size, self.num_heads, self.num_kv_heads
-        heads = _split(P, H, H // K)
+        H, K = self.num_heads, self.num_kv_heads
+        groups = _split(self.head_groups, H, H // K)
+        heads = tuple(each for each in groups for _ in range(self.row_groups))
         return heads if num_heads == H else tuple(_groups_of(each, H // K) for each in heads)
+
+    def stripes(self, rank: int, num_tokens: int) -> tuple[range, ...]:
+        """Return a rank's query rows of each shard of ``num_tokens``: all, or two of 2r stripes.
+
+        Row group j has stripes j and 2r-1-j, which together see as many keys as any other such pair.
+        """
+        r, j = self.row_groups, rank % self.row_groups
+        bounds = [i * num_tokens // (2 * r) for i in range(2 * r + 1)]
+        if r == 1:
+            return (range(num_tokens),)
+        return tuple(range(bounds[i], bounds[i + 1]) for i in (j, 2 * r - 1 - j))
+
+    def rows(self, rank: int, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield a rank's query rows of the sequence as intervals, adjacent ones as one."""
+        first = last = 0
+        for shard in range(self.sp_size):
+            for stripe in self.stripes(rank, num_tokens):
+                start = shard * num_tokens + stripe.start
+                if start != last and first != last:
+                    yield first, last
+                first = first if start == last else start
+                last = start + len(stripe)
+        if first != last:
+            yield first, last
+
+    def shares(self, kind: str, num_tokens: int) -> list[Share]:
+        """Return each rank's share of a shard of ``num_tokens``: of kind "q", or of "k" and "v" with all rows."""
+        heads, whole = self.split(self.num_heads if kind == "q" else self.num_kv_heads), (range(num_tokens),)
+        ranks = range(self.sp_size)
+        return [Share(heads[rank], self.stripes(rank, num_tokens) if kind == "q" else whole) for rank in ranks]
 
     def heads_of(self, rank: int) -> range:
         """Return the query heads of a rank."""
@@ -100,6 +149,24 @@ class HeadPlan:
         KV head; one whose heads straddle KV heads expands these, by the largest group size that divides its own.
         """
         return _copies(self.heads_of(rank), self.num_heads // self.num_kv_heads)
+
+
+@functools.cache
+def _head_groups(num_ranks: int, num_heads: int, num_kv_heads: int) -> int:
+    """Return u: with more ranks than heads, the divisor of P with the fewest KV heads per rank, then the least work.
+
+    The largest share of the query heads may be 8/7 of the mean, as for 28 heads on 8 ranks: K and V are whole copies.
+    """
+    if num_ranks <= num_heads:
+        return num_ranks
+
+    def cost(groups: int) -> tuple[int, int, int]:
+        size = num_heads // num_kv_heads
+        kv_heads = max(sum(_copies(heads, size)) for heads in _split(groups, num_heads, size))
+        return kv_heads, -(-num_heads // groups) * groups, -groups
+
+    divisors = (u for u in range(1, num_heads + 1) if num_ranks % u == 0)
+    return min((u for u in divisors if cost(u)[1] * _MOST[1] <= num_heads * _MOST[0]), key=cost)
 
 
 def _groups_of(heads: range, size: int) -> range:

@@ -213,8 +213,8 @@ def _attention_over(
         calls.with_documents += documents is not None and len(documents) > 2
         if calls.answer_attention is not None:
             return calls.answer_attention(query, key, value, attention_mask, scaling, arguments, backend), None
-        plan = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1])
-        heads = plan.heads_of(dist.get_rank(group))
+        plan, rank = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1]), dist.get_rank(group)
+        heads = plan.heads_of(rank)
         if "s_aux" in arguments:
             arguments["s_aux"] = arguments["s_aux"][heads.start : heads.stop]
         if calls.scale_queries is not None:
@@ -224,8 +224,14 @@ def _attention_over(
             with contextlib.nullcontext() if plan.is_even else heads_from(heads.start):
                 return backend.attend(module, qkv, attention_mask, scaling, arguments)
 
-        frame = calls.saving_frame and calls.saving_frame(backend.name, backend.runs_operators)
-        return ulysses_attention(query, key, value, group, run, frame), None
+        runs_operators = plan.row_groups > 1 or backend.runs_operators
+        frame = calls.saving_frame and calls.saving_frame(backend.name, runs_operators)
+        if plan.row_groups == 1:
+            return ulysses_attention(query, key, value, group, run, frame), None
+        from deepspeed_alst.sequence_parallel.row_attention import attend_rows
+
+        call = module, list(plan.rows(rank, query.shape[2])), attention_mask, scaling, arguments, backend, frame
+        return ulysses_attention(query, key, value, group, functools.partial(attend_rows, *call)), None
 
     return attention
 

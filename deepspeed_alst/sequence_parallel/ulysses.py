@@ -1,12 +1,13 @@
 """Ulysses attention (arXiv:2309.14509): all-to-all in, the core on whole sequences, all-to-all out.
 
 q, k and v share one buffer: two collectives in each pass, one in the recomputation if the output is saved.
-Ranks may hold unequal heads (head_plan.py), which are sent in pieces of unequal sizes.
+Ranks may hold unequal heads, or a part of the query rows (head_plan.py), which are sent in pieces of unequal sizes.
 
 Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P ranks; lower case = local share (s = S/P, h
 and k heads of this rank); W = h*D + 2*k*D, the elements of one token for one rank.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from deepspeed_alst.distributed.collectives import count_sent
 from deepspeed_alst.kernels.head_layout import (
+    Share,
+    blocks,
     by_heads,
     by_tokens,
     pack,
@@ -25,8 +28,6 @@ from deepspeed_alst.kernels.head_layout import (
     unpack_uneven_,
 )
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 def ulysses_attention(
@@ -40,20 +41,21 @@ def ulysses_attention(
     """Attend over the whole sequence: ``[B, H, s, D], 2 x [B, K, s, D] -> [B, s, H, D]``.
 
     ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``; k divides h. Head size of v
-    may differ. With a ``frame`` (offload/attention_cache.py) its output is saved for the recomputation.
+    may differ. With more ranks than heads its queries and output have ``HeadPlan.rows`` alone. With a ``frame``
+    (offload/attention_cache.py) its output is saved for the recomputation.
 
     Raises:
         ShapeError: these heads cannot be split over the ranks.
     """
-    plan = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1])
+    plan, s = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1]), q_BHsD.shape[2]
     q_BhSD, *keys_values = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)  # type: ignore[no-untyped-call]
     copies = plan.kv_copies_of(dist.get_rank(group))
     run = partial(core, q_BhSD, *(repeat_heads(x, copies) for x in keys_values))
     if frame is None:
-        return HeadToSeq.apply(run(), plan, group)  # type: ignore[no-untyped-call]
+        return HeadToSeq.apply(run(), s, plan, group)  # type: ignore[no-untyped-call]
     from deepspeed_alst.sequence_parallel.cached_ulysses import attend_cached
 
-    return attend_cached(frame, run, plan, group)
+    return attend_cached(frame, run, s, plan, group)
 
 
 class _SeqToHead(torch.autograd.Function):
@@ -63,35 +65,32 @@ class _SeqToHead(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any
     ) -> tuple[torch.Tensor, ...]:
-        ctx.plan, ctx.group = plan, group
-        return _whole_sequences(to_heads((q, k, v), plan, group), own_shapes((q, k, v), plan, group))
+        ctx.plan, ctx.group, ctx.num_tokens = plan, group, q.shape[2]
+        return tuple(whole_sequence(x) for x in to_heads((q, k, v), "qkv", plan, group))
 
     @staticmethod
     def backward(ctx: Any, *grads_BhSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        plan = ctx.plan
-        pieces = [by_tokens(g, plan.sp_size) for g in grads_BhSD]
+        pieces = [by_tokens(g, ctx.plan.sp_size) for g in grads_BhSD]
         # Memory layout of projection outputs: the backward of their transposition copies nothing.
-        grads_BsHD = to_tokens(pieces, (plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), plan, ctx.group)
+        grads_BsHD = to_tokens(pieces, "qkv", ctx.num_tokens, ctx.plan, ctx.group)
         return (*(g.transpose(1, 2) for g in grads_BsHD), None, None)
 
 
 class HeadToSeq(torch.autograd.Function):
-    """All-to-all from head shards of the whole sequence, ``[B, h, S, D]``, to sequence shards, ``[B, s, H, D]``."""
+    """All-to-all from head shards of the whole sequence, ``[B, h, S, D]``, to shards of s tokens, ``[B, s, H, D]``."""
 
     @staticmethod
-    def forward(ctx: Any, o_BhSD: torch.Tensor, plan: HeadPlan, group: Any) -> torch.Tensor:
+    def forward(ctx: Any, o_BhSD: torch.Tensor, num_tokens: int, plan: HeadPlan, group: Any) -> torch.Tensor:
         """Exchange the output."""
         ctx.plan, ctx.group = plan, group
-        (o_BsHD,) = to_tokens([by_tokens(o_BhSD, plan.sp_size)], [plan.num_heads], plan, group)
+        (o_BsHD,) = to_tokens([by_tokens(o_BhSD, plan.sp_size)], "q", num_tokens, plan, group)
         return o_BsHD
 
     @staticmethod
     def backward(ctx: Any, do_BsHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Exchange its gradient."""
-        do_BHsD = do_BsHD.transpose(1, 2)
-        recv_PsBW = to_heads([do_BHsD], ctx.plan, ctx.group)
-        (do_BhSD,) = _whole_sequences(recv_PsBW, own_shapes([do_BHsD], ctx.plan, ctx.group))
-        return do_BhSD, None, None
+        (do_PsBhD,) = to_heads([do_BsHD.transpose(1, 2)], "q", ctx.plan, ctx.group)
+        return whole_sequence(do_PsBhD), None, None, None
 
 
 def exchange(
@@ -108,60 +107,75 @@ def exchange(
     return recv
 
 
-def to_heads(tensors_BHsD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> torch.Tensor:
-    """Exchange shards of all query or KV heads for this rank's heads of all shards: ``[B, H, s, D] -> [P, s, B, W]``.
+def to_heads(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, group: Any) -> list[torch.Tensor]:
+    """Exchange shards of all heads for this rank's heads of all shards: ``[B, H, s, D] -> [P, s, B, h, D]``, views.
 
-    The buffer has the heads of the first tensor, then of the next: ``own_shapes``. Collective: one all-to-all.
+    A tensor of kind "q", with query heads, comes with this rank's rows of each shard; one of kind "k" or "v" with all.
+    Collective: one all-to-all.
     """
-    P = plan.sp_size
+    head_dims, own = [x.shape[3] for x in tensors_BHsD], _own_shares(kinds, tensors_BHsD[0].shape[2], plan, group)
+    found = []
+    for recv_PsBW, (_, widths) in zip(to_blocks(tensors_BHsD, kinds, plan, group), blocks(head_dims, own), strict=True):
+        found += recv_PsBW.split(widths, dim=-1)
+    return [part.unflatten(-1, (-1, D)) for part, D in zip(found, head_dims, strict=True)]
+
+
+def to_blocks(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, group: Any) -> list[torch.Tensor]:
+    """Run ``to_heads``, but return the blocks of its buffer, ``[P, s, B, W]``, of tensors with the same rows.
+
+    A block has the heads of the first tensor, then of the next.
+    """
+    P, (B, _, s, _) = plan.sp_size, tensors_BHsD[0].shape
     if plan.is_even:
-        return exchange(pack([by_heads(x, min(P, x.shape[1])) for x in tensors_BHsD], P), group)
-    B, _, s, _ = tensors_BHsD[0].shape
-    send_n, to_ranks = pack_uneven(tensors_BHsD, [plan.split(x.shape[1]) for x in tensors_BHsD])
-    from_ranks = [to_ranks[dist.get_rank(group)]] * P
-    return exchange(send_n, group, to_ranks, from_ranks).view(P, s, B, -1)
+        return [exchange(pack([by_heads(x, min(P, x.shape[1])) for x in tensors_BHsD], P), group)]
+    send_n, to_ranks = pack_uneven(tensors_BHsD, [plan.shares(kind, s) for kind in kinds])
+    recv = exchange(send_n, group, to_ranks, [to_ranks[dist.get_rank(group)]] * P)
+    layout = blocks([x.shape[3] for x in tensors_BHsD], _own_shares(kinds, s, plan, group))
+    parts = recv.view(P, -1).split([B * n * sum(widths) for n, widths in layout], dim=1)
+    return [part.view(P, n, B, sum(widths)) for part, (n, widths) in zip(parts, layout, strict=True)]
+
+
+def _own_shares(kinds: str, num_tokens: int, plan: HeadPlan, group: Any) -> list[Share]:
+    rank = dist.get_rank(group)
+    return [plan.shares(kind, num_tokens)[rank] for kind in kinds]
 
 
 def to_tokens(
-    pieces_PsBhD: Sequence[torch.Tensor], num_heads: Sequence[int], plan: HeadPlan, group: Any
+    pieces_PsBhD: Sequence[torch.Tensor], kinds: str, num_tokens: int, plan: HeadPlan, group: Any
 ) -> list[torch.Tensor]:
     """Reverse ``to_heads``: ``[P, s, B, h, D] -> [B, s, H, D]``; gradients of a KV head on several ranks are summed.
 
-    ``num_heads`` are all heads of each tensor, query or KV. Collective: one all-to-all.
+    ``num_tokens`` is s, those of a shard. Collective: one all-to-all.
     """
-    P, (_, s, B), head_dims = plan.sp_size, pieces_PsBhD[0].shape[:3], [x.shape[4] for x in pieces_PsBhD]
+    P, B, head_dims = plan.sp_size, pieces_PsBhD[0].shape[2], [x.shape[4] for x in pieces_PsBhD]
+    shares = [plan.shares(kind, num_tokens) for kind in kinds]
     if plan.is_even:
         recv = exchange(pack(pieces_PsBhD, P), group)
     else:
-        splits = [plan.split(number) for number in num_heads]
-        from_ranks = uneven_sizes(s * B, head_dims, splits)
+        from_ranks = uneven_sizes(B, head_dims, shares)
         to_ranks = [from_ranks[dist.get_rank(group)]] * P
-        recv = exchange(pack(pieces_PsBhD, P).flatten(), group, to_ranks, from_ranks)
-    results_BsHD = [recv.new_empty(B, s, H, D) for H, D in zip(num_heads, head_dims, strict=True)]
+        of_blocks = [list(each) for _, each in itertools.groupby(pieces_PsBhD, key=lambda x: x.shape[1])]
+        packed = [pack(each, P).flatten(1) for each in of_blocks]
+        send_n = (packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)).flatten()
+        recv = exchange(send_n, group, to_ranks, from_ranks)
+    results_BsHD = [
+        recv.new_empty(B, num_tokens, plan.num_heads if kind == "q" else plan.num_kv_heads, D)
+        for kind, D in zip(kinds, head_dims, strict=True)
+    ]
     results_BHsD = [x.transpose(1, 2) for x in results_BsHD]
     if plan.is_even:
         unpack_(recv, [by_heads(x, min(P, x.shape[1])) for x in results_BHsD])
     else:
-        unpack_uneven_(recv, results_BHsD, splits)
+        unpack_uneven_(recv, results_BHsD, shares)
     return results_BsHD
 
 
-def own_shapes(tensors_BHsD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> list[tuple[int, int]]:
-    """Return h and D of this rank's part of each tensor."""
-    rank = dist.get_rank(group)
-    return [(len(plan.split(x.shape[1])[rank]), x.shape[3]) for x in tensors_BHsD]
-
-
-def _whole_sequences(recv_PsBW: torch.Tensor, shapes: list[tuple[int, int]]) -> Tensors:
-    """Return views of the tensors in ``[P, s, B, W]``, which is ``[S, B, W]``: ``[B, h, S, D]`` each, without a copy.
+def whole_sequence(x_PsBhD: torch.Tensor) -> torch.Tensor:
+    """View all shards as a sequence: ``[P, s, B, h, D] -> [B, h, S, D]``; a copy where q has a part of the rows.
 
     Attention accepts these strides: sdpa, flash attention and flex only need D to be contiguous.
     """
-    recv_SBW = recv_PsBW.flatten(0, 1)
-    return tuple(
-        part_SBW.unflatten(-1, shape).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
-        for part_SBW, shape in zip(torch.split(recv_SBW, [h * D for h, D in shapes], dim=-1), shapes, strict=True)
-    )
+    return x_PsBhD.flatten(0, 1).permute(1, 2, 0, 3)
 
 
 def repeat_heads(x_Bk: torch.Tensor, copies: Sequence[int]) -> torch.Tensor:

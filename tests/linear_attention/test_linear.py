@@ -62,7 +62,7 @@ def exchanged_heads(num_heads: int, num_groups: int) -> None:
         own = [head for head, number in zip(plan.split(x.shape[2])[rank], copies, strict=False) for _ in range(number)]
         assert torch.equal(got, x[:, :, own])
         if x.shape[2] == num_heads:
-            assert torch.equal(HeadToSeq.apply(got.transpose(1, 2), plan, None), x[:, 2 * rank : 2 * rank + 2])
+            assert torch.equal(HeadToSeq.apply(got.transpose(1, 2), 2, plan, None), x[:, 2 * rank : 2 * rank + 2])
 
 
 @pytest.mark.parametrize(("num_heads", "num_groups"), [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (10, 2), (12, 6)])

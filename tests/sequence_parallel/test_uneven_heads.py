@@ -13,11 +13,10 @@ from transformers import AttentionInterface
 
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
-from benchmarks.ranks import RankError, Ranks
+from benchmarks.ranks import Ranks
 from benchmarks.tally import Tally
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
-from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.offload.checkpoint_inputs import Chunks
 from deepspeed_alst.offload.feature import layer_sizes
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
@@ -166,13 +165,3 @@ def test_ranks_exchange_their_own_heads_and_no_more(query, kv, ranks3):
         output = (tokens * D * 2 * q[rank], tokens * D * (query - q[rank]))
         assert found == [(others, 2 * qkv[rank]), output, output[::-1], (2 * qkv[rank], others)]
         assert max(sum(x) for x in zip(*found[:2], strict=True)) <= plan.exchanged_heads * tokens * D
-
-
-def too_many_ranks() -> None:
-    ulysses_attention(*(torch.randn(1, 2, 4, 8) for _ in range(3)), None, lambda q, k, v: q)
-
-
-def test_more_ranks_than_heads_are_refused_where_layers_have_their_own_numbers(ranks3):
-    with pytest.raises(RankError) as caught:
-        ranks3.run(too_many_ranks)
-    assert all(isinstance(each, ShapeError) and "use at most 2" in str(each) for each in caught.value.errors)

@@ -1,0 +1,123 @@
+"""Attention of a part of the query rows to all keys of a sequence, where more ranks than heads share it.
+
+Any backend's softmax attention is computed here, by torch's kernels, rectangle by rectangle (memory_lean/attention.py):
+no backend's causal mask fits rows that are apart.
+
+Legend: B batch, h query heads, k KV heads, R rows, S whole sequence, D head dim of q and k, E of v.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
+from deepspeed_alst.memory_lean.attention_kernels import Kernel, kernel_for
+from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
+from deepspeed_alst.offload.attention_cache import CheckpointFrame
+from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+
+_KEY_BLOCK = 2**16  # keys of one kernel call, as in memory-lean layers
+_KNOWN_ARGUMENTS = (*IN_THE_MASK, "softcap", "s_aux", "kernel_options")
+
+
+@dataclass(frozen=True)
+class RowCall:
+    """One call: its rows, as intervals of the sequence, and what they see."""
+
+    rows: Sequence[tuple[int, int]]
+    length: int
+    mask: MaskSpec | None
+    kernel: Kernel
+    frame: CheckpointFrame | None
+
+    def pieces(self) -> Iterator[tuple[slice, int, list[Rectangle]]]:
+        """Yield where an interval is in R, its first row in the sequence, and its rectangles."""
+        start = 0
+        for first, last in self.rows:
+            here = slice(start, start := start + last - first)
+            yield here, first, list(rectangles(first, last, self.length, self.mask, _KEY_BLOCK))
+
+
+def attend_rows(
+    module: torch.nn.Module,
+    rows: Sequence[tuple[int, int]],
+    mask: MaskSpec | None,
+    scaling: float | None,
+    arguments: dict[str, Any],
+    backend: AttentionBackend,
+    frame: CheckpointFrame | None,
+    *qkv: torch.Tensor,
+) -> torch.Tensor:
+    """Attend from some rows to the sequence: ``[B, h, R, D], [B, k, S, D], [B, k, S, E] -> [B, h, R, E]``.
+
+    With a ``frame`` the output is saved for the recomputation. ``qkv`` come last, as from ``ulysses_attention``.
+
+    Raises:
+        UnsupportedModelError: dropout, or another argument without a kernel here, or a function of the program.
+    """
+    unknown = [name for name in arguments if name not in _KNOWN_ARGUMENTS]
+    if unknown or backend.is_programs_own:
+        with_what = f" with {' and '.join(unknown)}" if unknown else " of the program's own"
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: attn_implementation='{backend.name}'{with_what} cannot share the rows of a head "
+            f"among ranks. Set sequence_parallel_size to at most the model's query heads"
+        )
+    if not backend.uses_mask:
+        documents = arguments.get("cu_seq_lens_q")
+        bounds = () if documents is None else tuple(documents.tolist())
+        mask = MaskSpec(arguments.get("sliding_window"), None, bounds)
+    kind = qkv[0].device.type
+    if torch.is_autocast_enabled(kind):  # as torch's attention
+        qkv = tuple(x.to(torch.get_autocast_dtype(kind)) for x in qkv)
+    call = RowCall(rows, qkv[1].shape[2], mask, kernel_for(qkv[0], scaling, arguments.get("softcap")), frame)
+    with torch.autocast(kind, enabled=False):
+        return _RowAttention.apply(*qkv, arguments.get("s_aux"), call)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BhRD: torch.Tensor,
+        k_BkSD: torch.Tensor,
+        v_BkSE: torch.Tensor,
+        sinks_h: torch.Tensor | None,
+        call: RowCall,
+    ) -> torch.Tensor:
+        frame = call.frame
+        if frame is not None and frame.recomputing:
+            # New tensors, since autograd takes ownership of them.
+            o_BhRE, lse_BhR = (x.detach() for x in frame.load()[1])
+        else:
+            o_BhRE = q_BhRD.new_empty(*q_BhRD.shape[:3], v_BkSE.shape[3])
+            lse_BhR = q_BhRD.new_empty(q_BhRD.shape[:3], dtype=torch.promote_types(q_BhRD.dtype, torch.float32))
+            for here, first, parts in call.pieces():
+                found = attend(q_BhRD[:, :, here], k_BkSD, v_BkSE, parts, first, call.kernel, sinks_h)
+                o_BhRE[:, :, here], lse_BhR[:, :, here] = found
+            if frame is not None:
+                frame.saved_attention.append(type(call.kernel).__name__)
+                frame.save(o_BhRE, lse_BhR, note=None)
+        ctx.call = call
+        ctx.save_for_backward(q_BhRD, k_BkSD, v_BkSE, sinks_h, o_BhRE, lse_BhR)
+        return o_BhRE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_BhRE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_BhRD, k_BkSD, v_BkSE, sinks_h, o_BhRE, lse_BhR = ctx.saved_tensors
+        dq_BhRD = torch.empty_like(q_BhRD)
+        dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=lse_BhR.dtype) for x in (k_BkSD, v_BkSE))
+        for here, first, parts in ctx.call.pieces():
+            do, q, o, lse = (x[:, :, here] for x in (do_BhRE, q_BhRD, o_BhRE, lse_BhR))
+            dq_BhRD[:, :, here] = attend_backward(
+                do, q, k_BkSD, v_BkSE, o, lse, dk_BkSD, dv_BkSE, parts, first, ctx.call.kernel
+            )
+        d_sinks_h = None
+        if ctx.needs_input_grad[3]:
+            d_sinks_h = sinks_gradient(do_BhRE, o_BhRE, lse_BhR, sinks_h).to(sinks_h.dtype)
+        return dq_BhRD, dk_BkSD.to(k_BkSD.dtype), dv_BkSE.to(v_BkSE.dtype), d_sinks_h, None
