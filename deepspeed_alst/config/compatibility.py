@@ -206,7 +206,7 @@ def check_heads(config: AlstConfig, num_heads: int, num_groups: int, of: str, wo
     if of == "attention" or sp_size <= num_heads:
         return
     raise ConfigError(
-        f"sequence_parallel_size={shown(sp_size)} exceeds the {num_heads} heads of a {of} in the model, of which each "
+        f"sequence_parallel_size={shown(sp_size)} exceeds the model's {num_heads} heads of a {of}, of which each "
         f"rank of a sequence needs one. Use one of {fitting(world_size, [(num_heads, num_groups, of)])}; "
         "the remaining ranks become data-parallel replicas."
     )

@@ -154,7 +154,8 @@ def to_tokens(
     else:
         from_ranks = uneven_sizes(B, head_dims, shares)
         to_ranks = [from_ranks[dist.get_rank(group)]] * P
-        of_blocks = [list(each) for _, each in itertools.groupby(pieces_PsBhD, key=lambda x: x.shape[1])]
+        own = zip(_own_shares(kinds, num_tokens, plan, group), pieces_PsBhD, strict=True)
+        of_blocks = [[x for _, x in each] for _, each in itertools.groupby(own, key=lambda pair: pair[0].rows)]
         packed = [pack(each, P).flatten(1) for each in of_blocks]
         send_n = (packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)).flatten()
         recv = exchange(send_n, group, to_ranks, from_ranks)

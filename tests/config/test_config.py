@@ -531,7 +531,7 @@ def test_an_sp_degree_above_the_heads_of_a_scan_is_refused_with_those_that_fit(s
     with pytest.raises(ConfigError) as refused:
         check_heads(AlstConfig(sequence_parallel_size=sp_size), heads, 1, "scan", world_size)
     assert str(refused.value) == (
-        f"sequence_parallel_size={sp_size} exceeds the {heads} heads of a scan in the model, of which each rank of a "
+        f"sequence_parallel_size={sp_size} exceeds the model's {heads} heads of a scan, of which each rank of a "
         f"sequence needs one. Use one of {fitting}; the remaining ranks become data-parallel replicas."
     )
     check_heads(AlstConfig(sequence_parallel_size=sp_size), heads, 1, "attention", world_size)

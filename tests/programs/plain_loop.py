@@ -24,8 +24,6 @@ core = "sdpa"
 
 if case == "world":
     ds_config |= {"sequence_parallel_size": 3, "alst": {}}
-elif case == "heads":
-    config = LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)
 elif case == "key":
     ds_config["alst"] = {"pad_to_multiple": 2, "memory_lean_layer": 1}
 elif case == "everything":  # that may write files; DISK is where the offload may

@@ -276,7 +276,7 @@ def test_a_family_that_does_not_is_refused(model_type, ranks2):
 
 
 def errors_of_arguments(model_type: str, core: str, sp_size: int, changed: dict[str, Any]) -> tuple[float, list[Any]]:
-    config = family_config(model_type, num_attention_heads=8, num_key_value_heads=2, **changed)
+    config = family_config(model_type, **{"num_attention_heads": 8, "num_key_value_heads": 2, **changed})
     with stand_ins.installed() as calls:
         split = split_step(core, config, family_batch(37, 2), sp_size, math.lcm(8, sp_size))
         seen = [(call["left"], call["softcap"]) for call in calls]

@@ -3,18 +3,35 @@
 Ranks then share the query rows of their heads, each with the whole sequence's keys and values.
 """
 
+from typing import Any
+
 import pytest
+import torch
 
 from benchmarks.families import family_config
-from tests.sequence_parallel.test_uneven_heads import assert_exact, heads
+from benchmarks.ranks import RankError, Ranks
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
+from tests.models import split_and_whole
+from tests.offload.test_kept_attention import split_pair
+from tests.random_draws.test_dropout import split_and_whole as with_dropout
+from tests.sequence_parallel.test_cores import errors_of_arguments, errors_of_packing, errors_of_windows
+from tests.sequence_parallel.test_uneven_heads import EXACT, LEAN, assert_exact, errors_of_an_own_function, heads
+from tests.sequence_parallel.test_uneven_heads import sent_and_received as exchanged
 
+MLA = {"first_k_dense_replace": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 ON_FOUR = {
     "2/2": ("qwen3", heads(2, 2), ""),
     "2/1": ("llama", heads(2, 1), ""),
     "3/1": ("qwen3", heads(3, 1), ""),
     "3/3, unequal heads": ("qwen3", heads(3, 3), ""),
-    "1/1": ("qwen3", heads(1, 1), ""),
     "a window": ("mistral", heads(2, 1, sliding_window=7), ""),
+    "chunks": ("llama4_text", heads(2, 1), ""),
+    "MLA": ("deepseek_v2", MLA, ""),
+    "sinks": ("gpt_oss", heads(2, 1, num_local_experts=4, sliding_window=6), TRIAL),
+    "a soft cap": ("gemma2", heads(2, 1, sliding_window=6, attn_logit_softcapping=0.5), TRIAL),
+    "a delta net beside attention": ("qwen3_next", heads(2, 1, num_experts=0), ""),
 }
 
 
@@ -22,3 +39,89 @@ ON_FOUR = {
 def test_four_ranks_are_exact(name, ranks4):
     model_type, changed, core = ON_FOUR[name]
     assert_exact(ranks4, 4, family_config(model_type, **changed), None, core)
+
+
+@pytest.mark.parametrize("name", ["2/1", "3/3, unequal heads", "a window", "MLA", "sinks"])
+def test_four_ranks_are_exact_in_chunks(name, ranks4):
+    model_type, changed, core = ON_FOUR[name]
+    assert_exact(ranks4, 4, family_config(model_type, **changed), LEAN, core)
+
+
+@pytest.mark.parametrize("lean", [None, LEAN], ids=["whole", "in chunks"])
+@pytest.mark.parametrize(("length", "padding"), [(3, 0), (5, 2), (37, 20)])
+def test_short_shards_and_padding_are_exact(length, padding, lean, ranks4):
+    """Of one token some ranks have no row."""
+    config = family_config("qwen3", **heads(1, 1))
+    loss, grads = ranks4.run(split_and_whole, config, length, 2, 4, 0, padding, lean)[0]
+    assert loss < EXACT and max(grads.values()) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("query", "kv"), [(4, 2), (6, 3), (5, 5)])
+def test_eight_ranks_are_exact(query, kv):
+    with Ranks(8) as ranks:
+        assert_exact(ranks, 8, family_config("qwen2", **heads(query, kv, head_dim=4, num_hidden_layers=1)))
+
+
+@pytest.mark.parametrize("changed", [{}, {"sliding_window": 5}], ids=["full", "window"])
+@pytest.mark.parametrize("core", ["sdpa", "flash_attention_2"])
+def test_packed_documents_are_exact(core, changed, ranks4):
+    """Flash attention at SP 1: stand-in."""
+    same_core, truth, _ = ranks4.run(errors_of_packing, core, "position_ids", 4, 4, {**heads(2, 1), **changed})[0]
+    assert same_core < EXACT and truth < EXACT
+
+
+def test_flash_attentions_windows_sinks_and_soft_caps_are_exact(ranks4):
+    """At SP 1: stand-in."""
+    same_core, sdpa, _ = ranks4.run(errors_of_windows, "mistral", heads(2, 1, sliding_window=11), 4)[0]
+    assert same_core < EXACT and sdpa < EXACT
+    changed = {"sliding_window": 11, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None}
+    assert ranks4.run(errors_of_arguments, "gpt_oss", "flash_attention_4", 4, heads(2, 1, **changed))[0][0] < EXACT
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        heads(2, 1, reentrant=True),
+        heads(2, 2, dtype=torch.bfloat16),
+        heads(3, 1, core="flash_attention_2", packed=True),
+    ],
+    ids=str,
+)
+def test_a_kept_output_changes_no_bit(setting, ranks4):
+    for found in ranks4.run(split_pair, {"family": "mistral", **setting}):
+        assert found["same"] and all(found["kept"])
+        assert found[False][1:] == (2, 2, 2) and found[True][1:] == (2, 2, 2)
+        # Evaluation runs it once more, which is not counted as a forward of one kernel call.
+        assert (found[True][0] + 1) * 3 == (found[False][0] + 1) * 2, "attention's forward runs once"
+
+
+def step_with_dropout(config: Any) -> None:
+    with_dropout(config, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("run", "model_type", "what"),
+    [
+        (step_with_dropout, "seed_oss", "attn_implementation='sdpa' with dropout"),
+        (errors_of_an_own_function, "qwen3", "attn_implementation='sdpa' of the program's own"),
+    ],
+    ids=["dropout", "own function"],
+)
+def test_attention_without_a_kernel_for_rows_is_refused(run, model_type, what, ranks3):
+    with pytest.raises(RankError) as caught:
+        ranks3.run(run, family_config(model_type, **heads(2, 1)))
+    for each in caught.value.errors:
+        assert isinstance(each, UnsupportedModelError) and what in str(each)
+        assert "Set sequence_parallel_size to at most" in str(each)
+
+
+@pytest.mark.parametrize(("query", "kv"), [(2, 2), (2, 1), (3, 3)])
+def test_ranks_exchange_their_own_rows_and_no_more(query, kv, ranks4):
+    D, rows, plan = 6, 5, HeadPlan(4, query, kv)
+    q = [2 * D * len(share.heads) * sum(map(len, share.rows)) for share in plan.shares("q", rows)]
+    qkv = [of_q + 2 * D * rows * 2 * len(plan.kv_heads_of(rank)) for rank, of_q in enumerate(q)]
+    for rank, found in enumerate(ranks4.run(exchanged, query, kv, D)):
+        others = sum(qkv) - qkv[rank]
+        output = 3 * q[rank], sum(q) - q[rank]
+        assert found == [(others, 3 * qkv[rank]), output, output[::-1], (3 * qkv[rank], others)]
