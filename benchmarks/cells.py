@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from benchmarks.families import family_config, kind_config
+from benchmarks.families import SMALL, family_config, kind_config
 from benchmarks.own_losses import NUM_LABELS, NUM_PROMPTS, OWN_LOSSES
 
 STEPS = 3
@@ -63,6 +63,8 @@ class Cell:
     sums: str = ""
     """Dtype of gradient sums; empty for fp32."""
     offload_optimizer: bool = False
+    heads: int = 4
+    """Query heads."""
     kv_heads: int = 2
     odd_lengths: bool = False
     unequal_labels: bool = False
@@ -134,11 +136,12 @@ class Result:
 
 def model_config(cell: Cell) -> Any:
     """Build the config of the cell's model or a Llama, whose embedding exceeds the reduction bucket."""
+    heads = {} if cell.heads == SMALL["num_attention_heads"] else {"num_attention_heads": cell.heads}
     if cell.model:
-        return kind_config(cell.model)
+        return kind_config(cell.model, **heads)
     # With a cache, transformers' sdpa ignores packed documents at SP 1.
     changed = {"intermediate_size": 56, "tie_word_embeddings": cell.tied, "use_cache": not cell.documents}
-    return family_config("llama", num_key_value_heads=cell.kv_heads, **changed)
+    return family_config("llama", num_key_value_heads=cell.kv_heads, **heads, **changed)
 
 
 def build_model(config: Any, seed: int = 0, core: str = "sdpa", auto: Any = AutoModelForCausalLM) -> torch.nn.Module:

@@ -194,7 +194,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """Models that a parity cell may train instead of its Llama: a family and the changed keys."""
 
 
-def kind_config(kind: str) -> Any:
+def kind_config(kind: str, **more: Any) -> Any:
     """Build the config of one of ``KINDS``; without a cache, which would disable packed documents."""
     model_type, changed = KINDS[kind]
-    return family_config(model_type, use_cache=False, **changed)
+    return family_config(model_type, use_cache=False, **changed, **more)

@@ -202,6 +202,23 @@ def uneven_cells() -> list[Cell]:
     ]
 
 
+def grid_cells() -> list[Cell]:
+    """Return cells of SP 4 with 1 or 2 query heads, whose rows ranks share; the first two are the tests'."""
+    grid = Cell(sp_size=4, world_size=4, gas=2, heads=2)
+    full = replace(grid, odd_lengths=True, unequal_labels=True, clip=0.5)
+    return [
+        replace(full, stage=0),
+        replace(full, stage=3, tiles=True, kv_heads=1, checkpointing="non-reentrant", offload="outputs"),
+        replace(grid, stage=2, model="window 7", documents=True),
+        replace(full, stage=3, lora=True, heads=1, kv_heads=1),
+        replace(grid, stage=2, dtype="bf16", kv_heads=1, checkpointing="reentrant", offload="outputs"),
+        replace(full, stage=1, dtype="bf16", sums="bf16"),
+        replace(full, stage=2, lean=True, heads=1, kv_heads=1, checkpointing="non-reentrant", offload="outputs"),
+        replace(grid, stage=3, model="chunks", documents=True),
+        replace(full, stage=1, model="gated delta net"),
+    ]
+
+
 def own_loss_cells() -> list[Cell]:
     """Return cells of losses that the program makes of logits and hidden states."""
     full = Cell(gas=4, odd_lengths=True, unequal_labels=True, clip=0.5, tiles=True)

@@ -22,6 +22,7 @@ from benchmarks.cells import STEPS, Cell, Result, run_alst, run_interpreted, run
 from benchmarks.families import KINDS, LINEAR_FAMILIES
 from benchmarks.figures import Figure, Part, report
 from benchmarks.grid import (
+    grid_cells,
     kernel_cells,
     lean_cells,
     model_cells,
@@ -259,7 +260,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only the cells of the tests")
     short = parser.parse_args().short
     cells = short_cells() if short else product_cells() + pairwise_cells()
-    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells() + lean_cells() + uneven_cells()
+    cells += kernel_cells()[:1] if short else kernel_cells() + model_cells() + lean_cells()
+    cells += [] if short else uneven_cells() + grid_cells()
     own = own_loss_cells()[:1] if short else own_loss_cells()
     trainers = trainer_cells()[:2] if short else trainer_cells()
     columns = (*_KINDS.values(), "DeepSpeed's ALST")

@@ -25,6 +25,7 @@ from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD, Sample
+from deepspeed_alst.sequence_parallel import row_attention
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
@@ -104,6 +105,7 @@ def _batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
 def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet) -> CheckpointPolicy:
     """Patch a model as its features do on a GPU, in their order."""
     calls, alst = ForwardContext(saving_frame=saving_frame), keys.alst
+    patches.set(row_attention, "rectangles", _few_rectangles)
     offloads = alst.activation_checkpoint_cpu_offload is not None
     store = ActivationStore(HostBufferPool()) if offloads else None
     policy = CheckpointPolicy(store, keep_last(keys.alst), num_saved=num_saved)

@@ -17,6 +17,7 @@ from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops
 from deepspeed_alst.offload.budget import LayerSizes
 from deepspeed_alst.offload.feature import keep_last
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.sequence_parallel.row_attention import KEY_BLOCK
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config, numel
 
@@ -203,7 +204,8 @@ def workspace_of(config: Any, keys: AlstConfig) -> Line:
 
     An fp32 ``dq_accum`` of the call's rows, and, if query heads share KV heads, ``dk_expanded`` and ``dv_expanded`` of
     its keys for each query head: ``mha_bwd`` in flash-attention's csrc/flash_attn/flash_api.cpp, of which torch has a
-    copy. A call has the rows and keys of the whole sequence, in chunks those of a rectangle.
+    copy. A call has the rows and keys of the whole sequence, in chunks those of a rectangle, and where ranks share rows
+    those of a stripe of a shard, or of two that are adjacent.
     """
     P, lean, split = keys.sequence_parallel_size, keys.alst.memory_lean_layer, head_plan(config, keys)
     if split is None:
@@ -212,6 +214,8 @@ def workspace_of(config: Any, keys: AlstConfig) -> Line:
     num_heads = len(plan.heads_of(plan.largest_rank))
     a_row = 4 * num_heads * head_dim
     a_key = 2 * 2 * num_heads * head_dim if num_heads != sum(plan.kv_copies_of(plan.largest_rank)) else 0
+    if lean is None and plan.row_groups > 1:
+        return Line(KEY_BLOCK * a_key, (a_row + a_key) / plan.row_groups)
     if lean is None:
         return Line(0, P * (a_row + a_key))
     return Line(lean.chunk_tokens * a_row + max(lean.chunk_tokens, lean.key_block) * a_key, 0)

@@ -73,9 +73,9 @@ def machine_of(arguments: argparse.Namespace) -> Machine:
 
 
 def default_config(config: Any, num_gpus: int) -> dict[str, Any]:
-    """Return a ds_config for a model: ZeRO 3, bf16, AdamW and the largest SP degree that the GPUs and heads allow."""
+    """Return a ds_config for a model: ZeRO 3, bf16, AdamW and the largest SP degree up to the GPUs and query heads."""
     heads = attention_heads(config)
-    sp_size = max(fitting(num_gpus, [(*heads, "attention")] if heads else []))
+    sp_size = max(degree for degree in fitting(num_gpus, []) if heads is None or degree <= heads[0])
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": sp_size,
@@ -118,7 +118,8 @@ def _print(given: Variant, machine: Machine, arguments: argparse.Namespace, conf
     stage = zero_stage(given.ds_config)
     print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} per rank at SP {sp_size}, ZeRO {stage}")
     if split is not None and split[0].summary:
-        print(f"{split[0].summary}; memory and time are those of a rank with the most")
+        most = "" if split[0].imbalance == 1 else "; memory and time are those of a rank with the most"
+        print(f"{split[0].summary}{most}")
     rows = {name: (plan.device.get(name), plan.host.get(name)) for name in {**plan.device, **plan.host}}
     rows["total"] = sum(plan.device.values()), sum(plan.host.values())
     rows["available"] = machine.gpu_bytes, machine.host_bytes

@@ -211,7 +211,7 @@ class AlstConfig(_Block):
     """All keys of a ds_config that this package acts on."""
 
     sequence_parallel_size: StrictInt = Field(default=1, ge=1)
-    """SP degree: number of ranks that share one sequence. It divides the ranks, and is at most the query heads."""
+    """SP degree: number of ranks that share one sequence. It divides the ranks; any number of query heads will do."""
     seq_parallel_communication_data_type: Annotated[ReductionDtype, BeforeValidator(_lowercase)] = "fp32"
     """Dtype of gradient sums under SP."""
     alst: AlstBlockConfig = Field(default_factory=AlstBlockConfig)

@@ -77,11 +77,11 @@ def kernel_for(
     return TorchKernel(scale, softcap, dropout)
 
 
-def from_sample(kernel: Kernel, first: int) -> Kernel:
-    """Return the kernel for the samples of the batch from this one on."""
+def from_sample(kernel: Kernel, samples: slice) -> Kernel:
+    """Return the kernel for some samples of the batch."""
     if not isinstance(kernel, TorchKernel) or kernel.dropout is None:
         return kernel
-    return kernel._replace(dropout=kernel.dropout._replace(first_sample=first))
+    return kernel._replace(dropout=kernel.dropout._replace(first_sample=samples.start or 0))
 
 
 class FlashKernel(NamedTuple):

@@ -85,10 +85,8 @@ class LeanCall:
         for rank, (stripe, here) in itertools.product(range(P), zip(stripes, itertools.pairwise(ends), strict=True)):
             first = rank * s + chunk.start + stripe.start
             for samples, each in masks or [(slice(None), mask)]:
-                last = first + len(stripe)
-                parts = list(rectangles(first, last, P * s, each, self.sizes.key_block)) if stripe else []
-                kernel = from_sample(self.kernel, samples.start or 0)
-                yield (samples, slice(None), rank, slice(*here)), (parts, first, kernel)
+                parts = list(rectangles(first, first + len(stripe), P * s, each, self.sizes.key_block))
+                yield (samples, slice(None), rank, slice(*here)), (parts, first, from_sample(self.kernel, samples))
 
     def forward(self, x_BsM: torch.Tensor, saves: bool) -> tuple[torch.Tensor, ...]:
         """Return the layer's output, ``[B, s, M]``, and its records; save each chunk's input if there is a backward."""

@@ -36,6 +36,8 @@ def rectangles(first: int, last: int, length: int, mask: MaskSpec | None, key_bl
         skipped = min(count, max(0, (first - start) // size))
         for begin in range(start + skipped * size, min(last, start + count * size), size):
             rows = max(first, begin), min(last, begin + size)
+            if rows[0] == rows[1]:  # a shard of few tokens, of which a rank has none
+                continue
             if mask.window is None or mask.window >= size:
                 yield from _all_before(*rows, begin, rows[0], key_block)
                 yield Rectangle(*rows, *rows, "lower")

@@ -29,6 +29,7 @@ from deepspeed_alst.offload.hf_attention_cache import cache_attention, check_att
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.offload.swapper import Swapper
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
 
 _PACKING = {
     False: "none: the model is not bf16",
@@ -215,7 +216,9 @@ def layer_sizes(
     config = spec.text_config
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
-    most_heads = sp_size * -(-heads // sp_size)  # per token of a shard
+    of_all = attention_heads(config)
+    groups = HeadPlan(sp_size, *of_all).head_groups if of_all and sp_size > heads else sp_size
+    most_heads = groups * -(-heads // groups)  # per token of a shard
     dtype = _dtype(spec)
     shapes = [getattr(each, "ds_shape", each.shape) for each in layers[0].parameters()] if layers else []
     return LayerSizes(

@@ -21,7 +21,8 @@ from deepspeed_alst.offload.attention_cache import CheckpointFrame
 from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
-_KEY_BLOCK = 2**16  # keys of one kernel call, as in memory-lean layers
+KEY_BLOCK = 2**16
+"""Keys of one kernel call, as in memory-lean layers."""
 _KNOWN_ARGUMENTS = (*IN_THE_MASK, "softcap", "s_aux", "kernel_options")
 
 
@@ -40,7 +41,7 @@ class RowCall:
         start = 0
         for first, last in self.rows:
             here = slice(start, start := start + last - first)
-            yield here, first, list(rectangles(first, last, self.length, self.mask, _KEY_BLOCK))
+            yield here, first, list(rectangles(first, last, self.length, self.mask, KEY_BLOCK))
 
 
 def attend_rows(

@@ -114,9 +114,9 @@ def to_heads(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, g
     Collective: one all-to-all.
     """
     head_dims, own = [x.shape[3] for x in tensors_BHsD], _own_shares(kinds, tensors_BHsD[0].shape[2], plan, group)
-    found = []
+    found = list[torch.Tensor]()
     for recv_PsBW, (_, widths) in zip(to_blocks(tensors_BHsD, kinds, plan, group), blocks(head_dims, own), strict=True):
-        found += recv_PsBW.split(widths, dim=-1)
+        found += torch.split(recv_PsBW, widths, dim=-1)
     return [part.unflatten(-1, (-1, D)) for part, D in zip(found, head_dims, strict=True)]
 
 
@@ -131,7 +131,7 @@ def to_blocks(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, 
     send_n, to_ranks = pack_uneven(tensors_BHsD, [plan.shares(kind, s) for kind in kinds])
     recv = exchange(send_n, group, to_ranks, [to_ranks[dist.get_rank(group)]] * P)
     layout = blocks([x.shape[3] for x in tensors_BHsD], _own_shares(kinds, s, plan, group))
-    parts = recv.view(P, -1).split([B * n * sum(widths) for n, widths in layout], dim=1)
+    parts = torch.split(recv.view(P, -1), [B * n * sum(widths) for n, widths in layout], dim=1)
     return [part.view(P, n, B, sum(widths)) for part, (n, widths) in zip(parts, layout, strict=True)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cells import Cell
-from benchmarks.grid import lean_cells, short_cells, uneven_cells
+from benchmarks.grid import grid_cells, lean_cells, short_cells, uneven_cells
 from benchmarks.parity import measure, missed, repeated
 
 
@@ -33,6 +33,11 @@ def test_four_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks4):
 @pytest.mark.parametrize("cell", quick(uneven_cells()[:3], uneven_cells()[1:]), ids=lambda cell: cell.name())
 def test_three_ranks_with_unequal_heads_are_as_exact_as_no_sequence_parallelism(cell, ranks3):
     _check(cell, ranks3)
+
+
+@pytest.mark.parametrize("cell", quick(grid_cells()[:2], grid_cells()[1:]), ids=lambda cell: cell.name())
+def test_four_ranks_with_fewer_heads_are_as_exact_as_no_sequence_parallelism(cell, ranks4):
+    _check(cell, ranks4)
 
 
 def _check(cell, ranks):
