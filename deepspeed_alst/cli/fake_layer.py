@@ -3,6 +3,7 @@
 Legend: P = sp_size, s tokens of a rank's shard.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from deepspeed_alst.sequence_parallel import row_attention
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.sequence_parallel.row_attention import RowCall
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_tiny_models import causal_lm
@@ -106,6 +108,7 @@ def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet)
     """Patch a model as its features do on a GPU, in their order."""
     calls, alst = ForwardContext(saving_frame=saving_frame), keys.alst
     patches.set(row_attention, "rectangles", _few_rectangles)
+    patches.wrap(RowCall, "pieces", _few_pieces)
     offloads = alst.activation_checkpoint_cpu_offload is not None
     store = ActivationStore(HostBufferPool()) if offloads else None
     policy = CheckpointPolicy(store, keep_last(keys.alst), num_saved=num_saved)
@@ -130,6 +133,16 @@ def _few_rectangles(*arguments: Any) -> list[Rectangle]:
     """Return the first and the last: those between need as much memory as the first, one after the other."""
     found = list(rectangles(*arguments))
     return [*found[:1], *found[1:][-1:]]
+
+
+def _few_pieces(pieces: Callable[[RowCall], Iterator[Any]]) -> Callable[[RowCall], list[Any]]:
+    """Wrap ``RowCall.pieces`` to give the first and the last: there are two for each rank."""
+
+    def few(call: RowCall) -> list[Any]:
+        found = list(pieces(call))
+        return [*found[:1], *found[1:][-1:]]
+
+    return few
 
 
 def _peaks(spec: ModelSpec, batch: dict[str, torch.Tensor]) -> Bytes:

@@ -121,4 +121,6 @@ class _RowAttention(torch.autograd.Function):
         d_sinks_h = None
         if ctx.needs_input_grad[3]:
             d_sinks_h = sinks_gradient(do_BhRE, o_BhRE, lse_BhR, sinks_h).to(sinks_h.dtype)
-        return dq_BhRD, dk_BkSD.to(k_BkSD.dtype), dv_BkSE.to(v_BkSE.dtype), d_sinks_h, None
+        narrow_dk_BkSD = dk_BkSD.to(k_BkSD.dtype)
+        del dk_BkSD  # before the next copy
+        return dq_BhRD, narrow_dk_BkSD, dv_BkSE.to(v_BkSE.dtype), d_sinks_h, None

@@ -7,7 +7,6 @@ Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P rank
 and k heads of this rank); W = h*D + 2*k*D, the elements of one token for one rank.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -113,11 +112,8 @@ def to_heads(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, g
     A tensor of kind "q", with query heads, comes with this rank's rows of each shard; one of kind "k" or "v" with all.
     Collective: one all-to-all.
     """
-    head_dims, own = [x.shape[3] for x in tensors_BHsD], _own_shares(kinds, tensors_BHsD[0].shape[2], plan, group)
-    found = list[torch.Tensor]()
-    for recv_PsBW, (_, widths) in zip(to_blocks(tensors_BHsD, kinds, plan, group), blocks(head_dims, own), strict=True):
-        found += torch.split(recv_PsBW, widths, dim=-1)
-    return [part.unflatten(-1, (-1, D)) for part, D in zip(found, head_dims, strict=True)]
+    own = _own_shares(kinds, tensors_BHsD[0].shape[2], plan, group)
+    return _parts_of(to_blocks(tensors_BHsD, kinds, plan, group), [x.shape[3] for x in tensors_BHsD], own)
 
 
 def to_blocks(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, group: Any) -> list[torch.Tensor]:
@@ -130,9 +126,27 @@ def to_blocks(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, 
         return [exchange(pack([by_heads(x, min(P, x.shape[1])) for x in tensors_BHsD], P), group)]
     send_n, to_ranks = pack_uneven(tensors_BHsD, [plan.shares(kind, s) for kind in kinds])
     recv = exchange(send_n, group, to_ranks, [to_ranks[dist.get_rank(group)]] * P)
-    layout = blocks([x.shape[3] for x in tensors_BHsD], _own_shares(kinds, s, plan, group))
-    parts = torch.split(recv.view(P, -1), [B * n * sum(widths) for n, widths in layout], dim=1)
-    return [part.view(P, n, B, sum(widths)) for part, (n, widths) in zip(parts, layout, strict=True)]
+    return _blocks_of(recv, plan, B, [x.shape[3] for x in tensors_BHsD], _own_shares(kinds, s, plan, group))
+
+
+def _blocks_of(
+    buffer_n: torch.Tensor, plan: HeadPlan, batch_size: int, head_dims: Sequence[int], own: Sequence[Share]
+) -> list[torch.Tensor]:
+    """Return the blocks of a buffer of P pieces with this rank's shares: ``[P, s, B, W]`` each."""
+    layout, P = blocks(head_dims, own), plan.sp_size
+    parts = torch.split(buffer_n.view(P, -1), [batch_size * n * sum(widths) for n, widths in layout], dim=1)
+    return [part.view(P, n, batch_size, sum(widths)) for part, (n, widths) in zip(parts, layout, strict=True)]
+
+
+def _parts_of(
+    blocks_PsBW: Sequence[torch.Tensor], head_dims: Sequence[int], own: Sequence[Share]
+) -> list[torch.Tensor]:
+    """Return the tensors in the blocks of a buffer: ``[P, s, B, h, D]`` each."""
+    found = list[torch.Tensor]()
+    for block_PsBW, (_, widths) in zip(blocks_PsBW, blocks(head_dims, own), strict=True):
+        found += torch.split(block_PsBW, widths, dim=-1)
+    pairs = zip(found, head_dims, strict=True)
+    return [part.unflatten(-1, (-1, D)) for part, D in pairs]  # type: ignore[no-untyped-call]
 
 
 def _own_shares(kinds: str, num_tokens: int, plan: HeadPlan, group: Any) -> list[Share]:
@@ -153,11 +167,14 @@ def to_tokens(
         recv = exchange(pack(pieces_PsBhD, P), group)
     else:
         from_ranks = uneven_sizes(B, head_dims, shares)
-        to_ranks = [from_ranks[dist.get_rank(group)]] * P
-        own = zip(_own_shares(kinds, num_tokens, plan, group), pieces_PsBhD, strict=True)
-        of_blocks = [[x for _, x in each] for _, each in itertools.groupby(own, key=lambda pair: pair[0].rows)]
-        packed = [pack(each, P).flatten(1) for each in of_blocks]
-        send_n = (packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)).flatten()
+        to_ranks, own = [from_ranks[dist.get_rank(group)]] * P, _own_shares(kinds, num_tokens, plan, group)
+        if len(blocks(head_dims, own)) == 1:
+            send_n = pack(pieces_PsBhD, P).flatten()
+        else:
+            send_n = pieces_PsBhD[0].new_empty(sum(to_ranks))
+            parts = _parts_of(_blocks_of(send_n, plan, B, head_dims, own), head_dims, own)
+            for part_PsBhD, x_PsBhD in zip(parts, pieces_PsBhD, strict=True):
+                part_PsBhD.copy_(x_PsBhD)
         recv = exchange(send_n, group, to_ranks, from_ranks)
     results_BsHD = [
         recv.new_empty(B, num_tokens, plan.num_heads if kind == "q" else plan.num_kv_heads, D)
