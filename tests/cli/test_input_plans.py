@@ -39,10 +39,11 @@ def test_every_head_is_computed_once_beside_the_keys_that_it_reads_or_the_sizes_
     try:
         plan = HeadPlan(P, H, K)
     except ShapeError as error:
-        assert K < 1 or H % K or P > H
+        assert K < 1 or H % K
         assert str(H) in str(error)
         return
-    assert list(itertools.chain(*(plan.heads_of(rank) for rank in range(P)))) == list(range(H))
+    of_groups = (plan.heads_of(rank) for rank in range(0, P, plan.row_groups))
+    assert list(itertools.chain(*of_groups)) == list(range(H))
     for rank in range(P):
         assert list(plan.kv_heads_of(rank)) == sorted({head * K // H for head in plan.heads_of(rank)})
     copies = [sum(head in plan.kv_heads_of(rank) for rank in range(P)) for head in range(K)]

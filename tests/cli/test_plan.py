@@ -134,6 +134,8 @@ def test_outputs_of_some_layers_are_on_the_host_and_no_longer_on_the_device_than
         (32, 8, 8, {"chunk_tokens": 100, "key_block": 1000}, (512 * (100 * 4 + 1000 * 4), 0)),
         (28, 4, 8, None, (0, 8 * (4 * 4 * 128 + 4 * 4 * 128))),  # of the ranks that have 4 of the 28
         (40, 10, 8, None, (0, 8 * 4 * 5 * 128)),  # KV heads that are repeated for each query head before
+        (8, 8, 16, None, (0, 4 * 128 / 2)),  # stripes of half of a shard's rows
+        (14, 2, 16, None, (2**16 * 4 * 7 * 128, (4 * 7 * 128 + 4 * 7 * 128) / 8)),
     ],
 )
 def test_the_kernel_allocates_by_its_rows_and_keys(heads, kv_heads, sp_size, lean, line):
@@ -148,6 +150,7 @@ def test_the_kernel_allocates_by_its_rows_and_keys(heads, kv_heads, sp_size, lea
         (32, 8, 7 * 2 * (4 + 1)),
         # It receives 4 + 2 heads of 7 others' tokens, and 24 heads of outputs of its own.
         (28, 4, 7 * (4 + 2 * 1) + 24),
+        (4, 2, 7 * 2 * (1 / 2 + 1)),  # half of the rows, and the keys of all
     ],
 )
 def test_the_wire_is_that_of_the_rank_with_the_most_heads(heads, kv_heads, exchanged):
@@ -171,6 +174,17 @@ def test_unequal_heads_are_planned_for_the_rank_with_the_most(tmp_path, capsys):
         with mock.patch.object(HeadPlan, "largest_rank", largest):
             found.append(bytes_of(config, keys, 8192)[0].attention)
     assert found[HeadPlan(2, 7, 1).largest_rank] == max(found) > min(found)
+
+
+def test_whole_keys_and_values_on_more_ranks_than_heads_are_planned_for():
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    config, found = CONFIG_MAPPING["qwen3"](**sizes, num_attention_heads=2, num_key_value_heads=2), {}
+    for sp_size in (4, 8):
+        keys = parse({**DS_CONFIG, "sequence_parallel_size": sp_size})
+        low, high = (bytes_of(config, keys, tokens)[0].attention for tokens in (1024, 2048))
+        found[sp_size] = (high - low) / 1024
+    # Of each token of the sequence, of which there are more at SP 8: K, V and their fp32 sums.
+    assert found[8] - found[4] >= 4 * 2 * 8 * (2 + 4), found
 
 
 def test_the_workspace_counts_where_attentions_backward_is_the_peak():

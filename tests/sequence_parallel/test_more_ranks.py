@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError, Ranks
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.offload.checkpoint_inputs import Chunks
+from deepspeed_alst.offload.feature import layer_sizes
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 from tests.models import split_and_whole
@@ -114,6 +118,14 @@ def test_attention_without_a_kernel_for_rows_is_refused(run, model_type, what, r
     for each in caught.value.errors:
         assert isinstance(each, UnsupportedModelError) and what in str(each)
         assert "Set sequence_parallel_size to at most" in str(each)
+
+
+@pytest.mark.parametrize(("query", "kv", "sp_size", "share"), [(2, 1, 4, 1), (3, 3, 4, 1), (14, 14, 16, 16 / 14)])
+def test_a_kept_output_is_planned_for_a_ranks_rows(query, kv, sp_size, share):
+    model = build_model(family_config("qwen3", **heads(query, kv)))
+    model.gradient_checkpointing_enable()
+    one, many = (layer_sizes(ModelSpec(model.train()), 0, Chunks(), each) for each in (1, sp_size))
+    assert (many.output_bytes, many.lse_bytes) == (one.output_bytes * share, one.lse_bytes * share)
 
 
 @pytest.mark.parametrize(("query", "kv"), [(2, 2), (2, 1), (3, 3)])
