@@ -50,6 +50,10 @@ class SequenceParallel(Feature):
         """Verify the model, and patch its attention, positions and loss."""
         define_ops("pack_heads")
         is_upstream, groups = run.upstream is not None, self._session.groups
+        if any(plan.row_groups > 1 for plan in self._session.heads):
+            from deepspeed_alst.sequence_parallel.row_attention import check_rows
+
+            check_rows(run.spec)
         summary = verify_model(run.spec, groups, is_upstream)
         if is_upstream:
             from deepspeed_alst.integrations.hf_upstream import remove_upstream_attention

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
 from deepspeed_alst.memory_lean.attention_kernels import Kernel, kernel_for
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
 from deepspeed_alst.offload.attention_cache import CheckpointFrame
-from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend
+from deepspeed_alst.random_draws.model_draws import attention_dropout
+from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend, find_backend
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 KEY_BLOCK = 2**16
@@ -44,6 +46,28 @@ class RowCall:
             yield here, first, list(rectangles(first, last, self.length, self.mask, KEY_BLOCK))
 
 
+_WAY_OUT = "Set sequence_parallel_size to at most the model's query heads"
+
+
+def check_rows(spec: ModelSpec) -> None:
+    """Raise UnsupportedModelError if a model's attention is known to have no kernel for a part of the rows."""
+    if dropout := attention_dropout(spec):
+        raise UnsupportedModelError(
+            f"{spec.name}: {dropout}: attention with dropout cannot share the rows of a head among ranks. {_WAY_OUT}, "
+            "or the rate to 0"
+        )
+    backend = find_backend(spec.config._attn_implementation)
+    if backend is not None and backend.is_programs_own:
+        raise UnsupportedModelError(f"{spec.name}: {_own_function(backend)}")
+
+
+def _own_function(backend: AttentionBackend) -> str:
+    return (
+        f"the program's own function under attn_implementation='{backend.name}' cannot share the rows of a head among "
+        f"ranks. {_WAY_OUT}, or leave transformers' function there"
+    )
+
+
 def attend_rows(
     module: torch.nn.Module,
     rows: Sequence[tuple[int, int]],
@@ -61,12 +85,12 @@ def attend_rows(
     Raises:
         UnsupportedModelError: dropout, or another argument without a kernel here, or a function of the program.
     """
-    unknown = [name for name in arguments if name not in _KNOWN_ARGUMENTS]
-    if unknown or backend.is_programs_own:
-        with_what = f" with {' and '.join(unknown)}" if unknown else " of the program's own"
+    if backend.is_programs_own:
+        raise UnsupportedModelError(f"{type(module).__name__}: {_own_function(backend)}")
+    if unknown := [name for name in arguments if name not in _KNOWN_ARGUMENTS]:
         raise UnsupportedModelError(
-            f"{type(module).__name__}: attn_implementation='{backend.name}'{with_what} cannot share the rows of a head "
-            f"among ranks. Set sequence_parallel_size to at most the model's query heads"
+            f"{type(module).__name__}: attention with {' and '.join(unknown)} cannot share the rows of a head among "
+            f"ranks. {_WAY_OUT}"
         )
     if not backend.uses_mask:
         documents = arguments.get("cu_seq_lens_q")

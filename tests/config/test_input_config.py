@@ -52,7 +52,7 @@ def read(ds_config: dict[str, Any]) -> AlstConfig:
     if config.sequence_parallel_size > 1:
         check_features(ds_config)
         check_world(config, 2)
-        check_heads(config, 4, 2)
+        check_heads(config, 4, 2, "scan")
     return config
 
 

@@ -3,10 +3,13 @@
 Ranks then share the query rows of their heads, each with the whole sequence's keys and values.
 """
 
+import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from transformers import AttentionInterface, LlamaForCausalLM
 
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
@@ -17,11 +20,19 @@ from deepspeed_alst.offload.checkpoint_inputs import Chunks
 from deepspeed_alst.offload.feature import layer_sizes
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
-from tests.models import split_and_whole
+from deepspeed_alst.sequence_parallel.row_attention import check_rows
+from tests.models import proved, split_and_whole
 from tests.offload.test_kept_attention import split_pair
 from tests.random_draws.test_dropout import split_and_whole as with_dropout
 from tests.sequence_parallel.test_cores import errors_of_arguments, errors_of_packing, errors_of_windows
-from tests.sequence_parallel.test_uneven_heads import EXACT, LEAN, assert_exact, errors_of_an_own_function, heads
+from tests.sequence_parallel.test_uneven_heads import (
+    EXACT,
+    LEAN,
+    assert_exact,
+    errors_of_an_own_function,
+    groups_by_the_module,
+    heads,
+)
 from tests.sequence_parallel.test_uneven_heads import sent_and_received as exchanged
 
 MLA = {"first_k_dense_replace": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -67,6 +78,22 @@ def test_eight_ranks_are_exact(query, kv):
         assert_exact(ranks, 8, family_config("qwen2", **heads(query, kv, head_dim=4, num_hidden_layers=1)))
 
 
+class OwnModel(LlamaForCausalLM):
+    """A class of the program, which a tiny model with 8 heads is to prove."""
+
+
+def try_an_own_model() -> str:
+    config = family_config("llama", **heads(20, 4, hidden_size=160))
+    config._attn_implementation = "sdpa"
+    return proved(OwnModel(config))
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_listed_is_tried_on_more_ranks_than_a_tiny_model_has_heads():
+    with Ranks(10) as ranks:
+        assert re.fullmatch(r"a tiny model is right to \de-0\d; packed: right", ranks.run(try_an_own_model)[0])
+
+
 @pytest.mark.parametrize("changed", [{}, {"sliding_window": 5}], ids=["full", "window"])
 @pytest.mark.parametrize("core", ["sdpa", "flash_attention_2"])
 def test_packed_documents_are_exact(core, changed, ranks4):
@@ -107,8 +134,12 @@ def step_with_dropout(config: Any) -> None:
 @pytest.mark.parametrize(
     ("run", "model_type", "what"),
     [
-        (step_with_dropout, "seed_oss", "attn_implementation='sdpa' with dropout"),
-        (errors_of_an_own_function, "qwen3", "attn_implementation='sdpa' of the program's own"),
+        (step_with_dropout, "seed_oss", "attention with dropout cannot share the rows"),
+        (
+            errors_of_an_own_function,
+            "qwen3",
+            "the program's own function under attn_implementation='sdpa' cannot share the rows",
+        ),
     ],
     ids=["dropout", "own function"],
 )
@@ -118,6 +149,18 @@ def test_attention_without_a_kernel_for_rows_is_refused(run, model_type, what, r
     for each in caught.value.errors:
         assert isinstance(each, UnsupportedModelError) and what in str(each)
         assert "Set sequence_parallel_size to at most" in str(each)
+
+
+def test_they_are_refused_at_the_start():
+    dropout, own = (ModelSpec(build_model(family_config(name, **heads(2, 1)))) for name in ("seed_oss", "qwen3"))
+    with pytest.raises(UnsupportedModelError, match=r"SeedOssForCausalLM: attention_dropout=0\.1: .*or the rate to 0"):
+        check_rows(dropout)
+    check_rows(own)
+    with (
+        mock.patch.dict(AttentionInterface._global_mapping, {"sdpa": groups_by_the_module}),
+        pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM: the program's own function under"),
+    ):
+        check_rows(own)
 
 
 @pytest.mark.parametrize(("query", "kv", "sp_size", "share"), [(2, 1, 4, 1), (3, 3, 4, 1), (14, 14, 16, 16 / 14)])
