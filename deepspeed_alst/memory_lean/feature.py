@@ -21,7 +21,7 @@ from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
-from deepspeed_alst.random_draws.model_draws import attention_dropout
+from deepspeed_alst.random_draws.model_draws import is_dropout
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
@@ -124,7 +124,8 @@ def run_in_chunks(
 
 def _attention_dropout(spec: ModelSpec) -> str:
     """Return why a config's dropout of attention keeps its layers on the ordinary path; empty if it has none."""
-    found = attention_dropout(spec)
+    rates = {name: rate for name, rate in vars(spec.text_config).items() if is_dropout(name, rate, of_attention=True)}
+    found = ", ".join(f"{name}={rate}" for name, rate in rates.items() if rate)
     return found and f"attention with dropout ({found}) at sequence_parallel_size 1, whose draws chunks cannot repeat"
 
 

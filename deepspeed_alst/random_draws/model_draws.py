@@ -102,12 +102,6 @@ def is_dropout(name: str, rate: Any, of_attention: bool = False) -> bool:
     return ("att" in name or not of_attention) and isinstance(rate, float) and bool(re.search("drop|jitter", name))
 
 
-def attention_dropout(spec: ModelSpec) -> str:
-    """Return the rates of attention's dropout in a model's config, in words; empty if it has none."""
-    rates = {name: rate for name, rate in vars(spec.text_config).items() if is_dropout(name, rate, of_attention=True)}
-    return ", ".join(f"{name}={rate}" for name, rate in rates.items() if rate)
-
-
 def zero_attention_dropout(model: torch.nn.Module, patches: PatchSet) -> None:
     """Set the dropout rates of a model's attention modules to 0: kernels draw for one rank's heads."""
     without_dropout(ModelSpec(model).config, True, patches)

@@ -230,7 +230,7 @@ def _attention_over(
             return ulysses_attention(query, key, value, group, run, frame), None
         from deepspeed_alst.sequence_parallel.row_attention import attend_rows
 
-        call = module, list(plan.rows(rank, query.shape[2])), attention_mask, scaling, arguments, backend, frame
+        call = module, heads, list(plan.rows(rank, query.shape[2])), attention_mask, scaling, arguments, backend, frame
         return ulysses_attention(query, key, value, group, functools.partial(attend_rows, *call)), None
 
     return attention

@@ -16,16 +16,16 @@ from torch.autograd.function import once_differentiable
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
-from deepspeed_alst.memory_lean.attention_kernels import Kernel, kernel_for
+from deepspeed_alst.memory_lean.attention_kernels import Dropout, Kernel, kernel_for
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
 from deepspeed_alst.offload.attention_cache import CheckpointFrame
-from deepspeed_alst.random_draws.model_draws import attention_dropout
+from deepspeed_alst.random_draws.draw_mode import current_draws
 from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend, find_backend
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 KEY_BLOCK = 2**16
 """Keys of one kernel call, as in memory-lean layers."""
-_KNOWN_ARGUMENTS = (*IN_THE_MASK, "softcap", "s_aux", "kernel_options")
+_KNOWN_ARGUMENTS = (*IN_THE_MASK, "softcap", "s_aux", "dropout", "kernel_options")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,6 @@ _WAY_OUT = "Set sequence_parallel_size to at most the model's query heads"
 
 def check_rows(spec: ModelSpec) -> None:
     """Raise UnsupportedModelError if a model's attention is known to have no kernel for a part of the rows."""
-    if dropout := attention_dropout(spec):
-        raise UnsupportedModelError(
-            f"{spec.name}: {dropout}: attention with dropout cannot share the rows of a head among ranks. {_WAY_OUT}, "
-            "or the rate to 0"
-        )
     backend = find_backend(spec.config._attn_implementation)
     if backend is not None and backend.is_programs_own:
         raise UnsupportedModelError(f"{spec.name}: {_own_function(backend)}")
@@ -70,6 +65,7 @@ def _own_function(backend: AttentionBackend) -> str:
 
 def attend_rows(
     module: torch.nn.Module,
+    heads: range,
     rows: Sequence[tuple[int, int]],
     mask: MaskSpec | None,
     scaling: float | None,
@@ -78,16 +74,18 @@ def attend_rows(
     frame: CheckpointFrame | None,
     *qkv: torch.Tensor,
 ) -> torch.Tensor:
-    """Attend from some rows to the sequence: ``[B, h, R, D], [B, k, S, D], [B, k, S, E] -> [B, h, R, E]``.
+    """Attend by ``heads`` from some rows to all: ``[B, h, R, D], [B, k, S, D], [B, k, S, E] -> [B, h, R, E]``.
 
     With a ``frame`` the output is saved for the recomputation. ``qkv`` come last, as from ``ulysses_attention``.
 
     Raises:
-        UnsupportedModelError: dropout, or another argument without a kernel here, or a function of the program.
+        UnsupportedModelError: an argument without a kernel here, or a function of the program.
     """
     if backend.is_programs_own:
         raise UnsupportedModelError(f"{type(module).__name__}: {_own_function(backend)}")
-    if unknown := [name for name in arguments if name not in _KNOWN_ARGUMENTS]:
+    rate, draws, dropout = arguments.get("dropout"), current_draws(), None
+    known = _KNOWN_ARGUMENTS if draws is not None else [name for name in _KNOWN_ARGUMENTS if name != "dropout"]
+    if unknown := [name for name in arguments if name not in known]:
         raise UnsupportedModelError(
             f"{type(module).__name__}: attention with {' and '.join(unknown)} cannot share the rows of a head among "
             f"ranks. {_WAY_OUT}"
@@ -99,7 +97,10 @@ def attend_rows(
     kind = qkv[0].device.type
     if torch.is_autocast_enabled(kind):  # as torch's attention
         qkv = tuple(x.to(torch.get_autocast_dtype(kind)) for x in qkv)
-    call = RowCall(rows, qkv[1].shape[2], mask, kernel_for(qkv[0], scaling, arguments.get("softcap")), frame)
+    if rate and draws is not None:
+        dropout = Dropout(rate, draws.attention_key(), heads)
+    kernel = kernel_for(qkv[0], scaling, arguments.get("softcap"), dropout)
+    call = RowCall(rows, qkv[1].shape[2], mask, kernel, frame)
     with torch.autocast(kind, enabled=False):
         return _RowAttention.apply(*qkv, arguments.get("s_aux"), call)  # type: ignore[no-untyped-call, no-any-return]
 
