@@ -6,8 +6,11 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 from unittest import mock
 
@@ -17,8 +20,8 @@ from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 
 _ANSWER_SECONDS = 300.0
 
-# Imported once before the ranks fork. These imports must not start threads, which a fork would lose.
-_IMPORTED = ["torch", "deepspeed", "torch._dynamo", "accelerate", "transformers.models.llama.modeling_llama"]
+# Forks with the interpreter come from it.
+_interpreter = forkserver.ForkServer()
 _ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "DEEPSPEED_LOG_LEVEL": "error",
@@ -59,17 +62,31 @@ def finished(command: list[str], seconds: float, **options: Any) -> subprocess.C
         raise TimeoutError(no_answer(seconds)) from None
 
 
+def fork_context() -> BaseContext:
+    """Return a context whose processes are forks of one that has only imported preloaded.py."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preloaded"])
+    # The first start imports the libraries, which read these variables.
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        forkserver.ensure_running()
+    return context
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Fork from another such process, with Triton's interpreter: its variable is read at Triton's first import."""
+    names = ("set_forkserver_preload", "ensure_running", "connect_to_new_process")
+    server = {name: getattr(_interpreter, name) for name in names}
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}), mock.patch.multiple(forkserver, **server):
+        yield
+
+
 class Ranks:
-    """P processes with DeepSpeed and gloo initialized; close them, or use as a context manager.
+    """P processes with DeepSpeed and gloo initialized; close them, or use as a context manager."""
 
-    They are forked from a process that has only imported the libraries. ``start_method="spawn"`` starts fresh
-    processes, for environment variables that are read at import.
-    """
-
-    def __init__(self, world_size: int, start_method: str = "forkserver") -> None:
+    def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        context = mp.get_context(start_method)
-        context.set_forkserver_preload(_IMPORTED)
+        context = fork_context()
         self._port = port = free_port()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks_")
         self._connections: list[Connection] = []
@@ -79,9 +96,7 @@ class Ranks:
             process = context.Process(
                 target=_serve, args=(rank, world_size, port, there, self._folder.name, dict(os.environ)), daemon=True
             )
-            # The first start imports the libraries, which read these variables.
-            with mock.patch.dict(os.environ, _ENVIRONMENT):
-                process.start()
+            process.start()
             self._connections.append(here)
             self._processes.append(process)
 
@@ -132,9 +147,9 @@ class Ranks:
 
 
 def interpreted_ranks(world_size: int) -> Ranks:
-    """Start ranks that run Triton's interpreter; the variable is read at Triton's first import."""
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        ranks = Ranks(world_size, start_method="spawn")
+    """Start ranks that run Triton's interpreter."""
+    with interpreting():
+        ranks = Ranks(world_size)
         ranks.run(os.getpid)
     return ranks
 

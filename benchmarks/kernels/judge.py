@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
-from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+
+from benchmarks.ranks import fork_context, interpreting
 
 SUBJECTS = ("bf16", "cross_entropy", "gated", "heads")
 SLACK = 3.0
@@ -61,11 +62,11 @@ class Verdict:
 
 
 class Interpreted:
-    """Separate process with TRITON_INTERPRET set before the first import of Triton."""
+    """Separate process that runs Triton's interpreter."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}):
+        with interpreting(), mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+            self._pool = ProcessPoolExecutor(1, mp_context=fork_context())
             self._pool.submit(os.getpid).result()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -4,7 +4,6 @@ All nine faults, each through DeepSpeed's launcher, are in test_nine_faults.py; 
 """
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.ranks import fork_context
 from benchmarks.resume import Job, build_engine
 from deepspeed_alst.checkpoint.save import _name_latest
 from deepspeed_alst.cli.launch import free_port
@@ -55,7 +55,7 @@ def _lose(rank: int, lost: int, how: int, port: int, said) -> None:
     ids=["killed", "stopped"],
 )
 def test_every_rank_that_is_left_names_the_one_that_is_missing(lost, how, words):
-    context = multiprocessing.get_context("spawn")
+    context = fork_context()
     said, port = context.Queue(), free_port()
     ranks = [context.Process(target=_lose, args=(rank, lost, how, port, said)) for rank in range(3)]
     for each in ranks:
@@ -99,7 +99,7 @@ def _fail_in_the_check(rank: int, port: int, said) -> None:
 
 
 def test_a_rank_that_fails_alone_in_the_model_check_does_not_leave_the_others_waiting():
-    context = multiprocessing.get_context("spawn")
+    context = fork_context()
     said, port = context.Queue(), free_port()
     ranks = [context.Process(target=_fail_in_the_check, args=(rank, port, said)) for rank in range(2)]
     for each in ranks:
