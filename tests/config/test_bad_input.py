@@ -11,6 +11,7 @@ import pytest
 from torch.utils import cpp_extension
 
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
+from tests.forked import Forked
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "plain_loop.py"
 # Far short of the 10 minutes that a rank waits for another.
@@ -47,32 +48,21 @@ def port():
     remove_shared_memory(port)
 
 
-def start_ranks(case: str, port: int, world_size: int = 2, **environment: str) -> list[subprocess.Popen]:
-    """The program's ranks, started by hand."""
+def run_ranks(case: str, port: int, world_size: int = 2, **environment: str) -> list[tuple[int, str]]:
+    """Exit status and output of each of the program's ranks."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), case],
-            env=_environment(**common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size), **environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    common |= {"LOCAL_SIZE": str(world_size), **environment}
+    ranks = [
+        Forked(PROGRAM, case, environment=_environment(**common, RANK=str(rank), LOCAL_RANK=str(rank)))
         for rank in range(world_size)
     ]
-
-
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit status and output of each rank."""
-    results = []
     try:
-        outputs = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes]
-        for process, output in zip(processes, outputs, strict=True):
-            assert re.search(r"^start$", output, re.M), f"the program did not come to its start:\n{output[-3000:]}"
-            results.append((process.returncode, output))
+        results = [rank.finish(LIMIT_SECONDS) for rank in ranks]
     finally:
-        for process in processes:
-            process.kill()
+        for rank in ranks:
+            rank.kill()
+    for _, output in results:
+        assert re.search(r"^start$", output, re.M), f"the program did not come to its start:\n{output[-3000:]}"
     return results
 
 
@@ -81,30 +71,25 @@ QUICK = ("world",)
 
 
 def test_the_program_without_a_mistake_trains(port):
-    for status, output in finish(start_ranks("none", port)):
+    for status, output in run_ranks("none", port):
         assert status == 0 and "trained" in output, output[-3000:]
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in MISTAKES])
 def test_every_rank_stops_and_says_why_without_a_launcher(case, port):
-    for status, output in finish(start_ranks(case, port)):
+    for status, output in run_ranks(case, port):
         assert status != 0
         assert re.search(MISTAKES[case], output), output[-3000:]
 
 
-@pytest.mark.parametrize("case", ["world", slow("unsharded"), slow("dataset")])
+@pytest.mark.parametrize("case", [slow("world"), slow("unsharded"), slow("dataset")])
 def test_the_launcher_stops_too(case, port):
     command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
-    process = subprocess.Popen(
-        [*command, str(PROGRAM), case],
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    done = subprocess.run(
+        [*command, str(PROGRAM), case], env=_environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
-    ((status, output),) = finish([process])
-    assert status != 0
-    assert re.search(MISTAKES[case], output), output[-3000:]
+    assert done.returncode != 0
+    assert re.search(MISTAKES[case], done.stdout + done.stderr), (done.stdout + done.stderr)[-3000:]
 
 
 @LOCKED_BY_A_FILE
@@ -112,7 +97,7 @@ def test_a_stale_build_lock_is_an_error_that_says_where_it_is(tmp_path, port):
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    for status, output in finish(start_ranks("none", port, TORCH_EXTENSIONS_DIR=str(tmp_path))):
+    for status, output in run_ranks("none", port, TORCH_EXTENSIONS_DIR=str(tmp_path)):
         assert status != 0
         assert f"{lock} is left over from a build that was killed" in output and f"rm {lock}" in output
     assert lock.exists()

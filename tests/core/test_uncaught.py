@@ -104,7 +104,15 @@ def test_a_program_that_catches_it_sees_it_unchanged():
             *("hf_trainer.py", "trainer_sp2", {"alst": {"tiled_mlp": True}}, "alst.tiled_mlp: unknown key"),
             marks=pytest.mark.slow,
         ),
-        ("hf_trainer.py", "trainer_sp2", {"sequence_parallel_size": 3}, "does not divide the world size (2 ranks)"),
+        pytest.param(
+            *(
+                "hf_trainer.py",
+                "trainer_sp2",
+                {"sequence_parallel_size": 3},
+                "does not divide the world size (2 ranks)",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_launcher_of_a_program_ends_with_one_sentence(script, recipe, change, sentence, tmp_path):

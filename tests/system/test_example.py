@@ -23,31 +23,39 @@ from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 ROOT = Path(__file__).parents[2]
 
 
-def train(recipe: str, log: Path, *arguments: str) -> list[dict]:
-    """Run the example on two ranks; the lines that it logs."""
-    port = free_port()
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
-    program = ["examples/train.py", "--deepspeed", f"ds_configs/{recipe}.json", "--seq-len", "1000", "--log-file", log]
-    try:
-        done = subprocess.run([*launcher, *program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    finally:
-        remove_shared_memory(port)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def train(ranks, recipe: str, log: Path, *arguments: str) -> list[dict]:
+    """Run the example on two ranks, by the launcher if none are given; the lines that it logs."""
+    program = ["train.py", "--deepspeed", f"ds_configs/{recipe}.json", "--seq-len", "1000", "--log-file", str(log)]
+    if ranks is None:
+        launch(*program, *arguments)
+    else:
+        ranks.run(play, *program, *arguments)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
+def launch(script: str, *words: str) -> None:
+    port = free_port()
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    command = [*launcher, f"examples/{script}", *words]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    finally:
+        remove_shared_memory(port)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return train("sp1", tmp_path_factory.mktemp("sp1") / "log", "--steps", "4")
+def whole(tmp_path_factory, ranks2):
+    return train(ranks2, "sp1", tmp_path_factory.mktemp("sp1") / "log", "--steps", "4")
 
 
 @pytest.mark.parametrize(
     ("recipe", "later"), [("sp2", "sp1"), pytest.param("sp2_zero3", "sp2_zero3", marks=pytest.mark.slow)]
 )
-def test_the_curve_is_that_of_sp1_and_goes_on_after_a_resume(recipe, later, whole, tmp_path):
+def test_the_curve_is_that_of_sp1_and_goes_on_after_a_resume(recipe, later, whole, ranks2, tmp_path):
     checkpoint = ["--checkpoint", str(tmp_path / "checkpoint")]
-    train(recipe, tmp_path / "log", "--steps", "2", *checkpoint)
-    resumed = train(later, tmp_path / "log", "--steps", "4", *checkpoint)
+    train(None, recipe, tmp_path / "log", "--steps", "2", *checkpoint)
+    resumed = train(ranks2, later, tmp_path / "log", "--steps", "4", *checkpoint)
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     for ours, theirs in zip(resumed, whole, strict=True):
         assert abs(ours["loss"] - theirs["loss"]) < 1e-4
@@ -70,15 +78,16 @@ def test_a_text_file_and_a_jsonl_file_are_read(tmp_path):
         assert all(500 <= len(sample["input_ids"]) <= 1000 for sample in data)
 
 
-def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_plain_zero3_loop_loads_its_model_sharded(ranks, tmp_path):
     from benchmarks.cells import Cell, build_model, model_config
 
     build_model(model_config(Cell())).save_pretrained(tmp_path / "model")
     recipe = json.loads((ROOT / "ds_configs" / "sp2_zero3.json").read_text())
-    recipe["alst"] = {"tiled_mlp_compute": True}
+    recipe |= {"alst": {"tiled_mlp_compute": True}, "sequence_parallel_size": ranks}
     (tmp_path / "ds.json").write_text(json.dumps(recipe))
     port = free_port()
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)]
     program = [
         ROOT / "tests/programs/zero3_loop.py",
         "--deepspeed",
@@ -87,12 +96,16 @@ def test_a_plain_zero3_loop_loads_its_model_sharded(tmp_path):
         tmp_path / "model",
     ]
     environment = {**os.environ, "PYTHONWARNINGS": "default::FutureWarning"}
+    if ranks == 1:  # the launcher's environment without its processes
+        launcher = [sys.executable]
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=300, env=environment)
     remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count("sharded at load: True") == 2 and done.stdout.count("trained") == 2
+    assert done.stdout.count("sharded at load: True") == done.stdout.count("trained") == ranks
     # DeepSpeed's, on each rank as it loads the model and as it builds the engine; ops defined later would repeat it.
-    assert done.stderr.count("FutureWarning: `torch.distributed.all_gather_into_tensor` is deprecated") <= 4
+    assert done.stderr.count("FutureWarning: `torch.distributed.all_gather_into_tensor` is deprecated") <= 2 * ranks
 
 
 # --- the other scripts

@@ -121,7 +121,8 @@ def hangs(scale):
 
 
 @pytest.mark.parametrize(
-    ("function", "reason", "verdict"), [("ends", "its process ended with 7", ""), ("hangs", "", LATE)]
+    ("function", "reason", "verdict"),
+    [("ends", "its process ended with 7", ""), pytest.param("hangs", "", LATE, marks=pytest.mark.slow)],
 )
 def test_a_part_that_fails_is_a_missed_row(function, reason, verdict):
     end = time.monotonic() + 250
