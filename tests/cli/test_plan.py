@@ -1,5 +1,6 @@
 """``ds_alst plan``: its arithmetic against ZeRO's table, its line against a longer measurement, what it prints."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from unittest import mock
 import pytest
 from transformers import CONFIG_MAPPING
 
+from deepspeed_alst.cli import plan as command
 from deepspeed_alst.cli.fake_layer import Flops, bytes_of
 from deepspeed_alst.cli.main import main
 from deepspeed_alst.cli.measure import Layer, Line, Model, exchanged_of, measure, workspace_of
@@ -323,7 +325,9 @@ def test_the_longest_fits_and_one_token_more_does_not(gpu, host, binding):
     assert plan_of(model, layer, DS_CONFIG, machine, plan.tokens + 1).over(machine) == binding
 
 
-def test_the_command_says_where_the_bytes_go(measured, tmp_path, capsys):
+def test_the_command_says_where_the_bytes_go(measured, tmp_path, capsys, monkeypatch):
+    # The second call needs the layers that the first has measured.
+    monkeypatch.setattr(command, "Measuring", functools.cache(command.Measuring))
     (tmp_path / "ds.json").write_text(json.dumps(DS_CONFIG))
     words = ["plan", "--model", str(measured[0]), "--ds_config", str(tmp_path / "ds.json")]
     assert main([*words, "--seq_len", "500000", "--json"]) == 0

@@ -144,7 +144,7 @@ def test_every_key_has_its_meaning_here_or_is_a_block_or_a_path():
     assert keys - set(MEANINGS) == {"alst.activation_checkpoint_cpu_offload.nvme_path"}
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(st.sampled_from(sorted(MEANINGS)), JSON)
 @example("alst.expandable_segments", "no")
 @example("alst.expandable_segments", 1)
@@ -165,7 +165,7 @@ def test_any_value_at_any_key_has_its_documented_meaning_or_is_refused_with_path
     assert ds_config == put({}, path, value) and parse(ds_config) == config
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(
     st.fixed_dictionaries(
         {},

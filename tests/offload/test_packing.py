@@ -193,7 +193,7 @@ def train(
     def ds_config(*args):
         config = original(*args)
         if cell.lean:
-            config["alst"]["memory_lean_layer"]["chunk_tokens"] = CHUNK
+            config["alst"]["memory_lean_layer"] = {"chunk_tokens": CHUNK, "tile_tokens": 5, "key_block": 11}
         if cell.offload:
             config["alst"]["activation_checkpoint_cpu_offload"] |= block
         config["alst"] |= dict(alst)

@@ -16,12 +16,12 @@ from deepspeed_alst.offload.host_buffers import HostBufferPool
 from tests.offload.test_kept_attention import Runs
 
 LAYERS, ROWS, LONG, SHORT = 4, 2, 48, 32
-CHUNKS = {"chunk_tokens": 10, "tile_tokens": 4, "key_block": 7}
+CHUNKS = {"chunk_tokens": 10, "tile_tokens": 8, "key_block": 23}
 
 
 def sizes(lean: bool) -> LayerSizes:
     """Those of the engine below: hidden size 32 and 4 heads in fp32."""
-    chunks = {"num_lean_layers": LAYERS, "chunk_tokens": 10 * ROWS, "num_norms": 1} if lean else {}
+    chunks = {"num_lean_layers": LAYERS, "chunk_tokens": CHUNKS["chunk_tokens"] * ROWS, "num_norms": 1} if lean else {}
     return LayerSizes(LAYERS, int(not lean), 128, 128, 16, 0, 0, **chunks)
 
 
