@@ -89,7 +89,7 @@ def assert_every_bit_is_the_same(rest: Outcome, whole: Outcome) -> None:
         assert torch.equal(rest.weights[name], weight), name
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 1, 3])
 def test_resumed_at_the_same_layout_every_bit_is_the_same(stage, saved, ranks2):
     job, whole, folder = saved(stage)
     assert_every_bit_is_the_same(ranks2.run(run, job, SAVED_AFTER, STEPS, str(folder))[0], whole)
@@ -176,8 +176,14 @@ def run_with_doubled_frozen(job: Job, folder: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(
+    ("world_size", "stage"),
+    [
+        pytest.param(ranks, stage, marks=[pytest.mark.slow] * (ranks == 4 and stage in (0, 2)))
+        for ranks in (1, 4)
+        for stage in (0, 1, 2, 3)
+    ],
+)
 def test_on_another_number_of_ranks_the_run_goes_on(stage, world_size, saved, request):
     job, whole, folder = saved(stage)
     ranks = request.getfixturevalue(f"ranks{world_size}")
@@ -686,7 +692,7 @@ def save_again(folder: Path, stamped: bool) -> None:
     torch.save({**state, STAMP: {**stamp, "save": "another"}} if stamped else state, path)
 
 
-@pytest.mark.parametrize("stamped", [True, False])
+@pytest.mark.parametrize("stamped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_universal_checkpoint_is_used_only_while_it_is_that_of_the_files(stamped, saved, ranks1, tmp_path):
     _, _, folder = saved(2)
     copy = copy_of(folder, tmp_path / "copy")

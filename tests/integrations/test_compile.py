@@ -87,6 +87,7 @@ def test_a_compiled_model_trains_as_one_that_is_not(form, ranks2):
     check(ranks2, Cell(stage=FORMS[form][0]), form, QUICK)
 
 
+@pytest.mark.slow  # memory_lean/test_lean_behaviour.py has a compiled model without the engine
 def test_a_compiled_model_with_layers_in_chunks_is_right(ranks2):
     cell = Cell(stage=2, checkpointing="non-reentrant", lean=True)  # the cell refuses a layer on the ordinary path
     truth, (result, _) = (

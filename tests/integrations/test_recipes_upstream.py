@@ -34,17 +34,17 @@ def problems(program, cell, ranks, *args):
     return missed(*judged(program, cell, ranks, *args))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_the_loop_of_deepspeeds_tutorial_is_right(stage, ranks2):
     assert problems(programs.tutorial, replace(CELL, stage=stage), ranks2) == []
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_loop_of_accelerates_guide_is_right(stage, ranks2):
     assert problems(programs.accelerate_loop, replace(CELL, stage=stage), ranks2) == []
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_the_hf_trainer_is_right(stage, ranks2):
     assert problems(programs.hf_trainer, replace(CELL, stage=stage), ranks2) == []
 
@@ -75,7 +75,7 @@ def test_four_ranks_are_two_replicas(ranks4):
     assert problems(programs.tutorial, cell, ranks4) == []
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_tiles_that_do_not_divide_a_shard_are_right(stage, ranks2):
     """24 tokens in 7 tiles are 6 of 4 tokens: DeepSpeed's own stops at the step, as it waits for a seventh."""
     cell = replace(CELL, stage=stage, checkpointing="non-reentrant")

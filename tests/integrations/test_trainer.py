@@ -150,7 +150,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# Checkpointing and batches of two are the mixture's too, and the smoothing is under ZeRO 3.
+SLOW = ("checkpointing", "label smoothing", "batches of two")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OPTIONS])
 def test_a_trainer_at_sp2_is_the_trainer_at_sp1(name, ranks2):
     whole, split = (ranks2.run(train, sp_size, OPTIONS[name])[0] for sp_size in (1, 2))
     assert_same(split, whole)
@@ -357,7 +361,12 @@ def train_on_logits(sp_size: int, kind: str, tiles: bool) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tiles"), [("compute_loss_func", True), ("compute_loss", True), ("compute_loss", False)]
+    ("kind", "tiles"),
+    [
+        ("compute_loss_func", True),
+        ("compute_loss", True),
+        pytest.param("compute_loss", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_loss_made_of_logits_is_that_of_sp1(kind, tiles, ranks2):
     ours, theirs = ranks2.run(train_on_logits, 2, kind, tiles), ranks2.run(train_on_logits, 1, kind, tiles)
@@ -394,7 +403,7 @@ def classify(sp_size: int, stage: int) -> dict:
     return result
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_classifier_is_that_of_sp1(stage, ranks2):
     ours, theirs = ranks2.run(classify, 2, stage), ranks2.run(classify, 1, stage)
     assert_same(ours[0], theirs[0])
@@ -561,7 +570,7 @@ def train_and_generate(sp_size: int, stage: int) -> tuple[list, list[float]]:
     return texts, losses
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_generate_between_steps(stage, ranks2):
     whole, split = (ranks2.run(train_and_generate, sp_size, stage) for sp_size in (1, 2))
     for rank in (0, 1):

@@ -160,11 +160,11 @@ TILES = {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_to
 @pytest.mark.parametrize(
     ("model_type", "stage", "checkpointing", "tiles"),
     [
-        ("olmoe", 2, "", {}),
+        pytest.param("olmoe", 2, "", {}, marks=pytest.mark.slow),
         ("olmoe", 3, "non-reentrant", TILES),
         # Its block is a ZeRO-3 leaf of DeepSpeed's own choice.
         ("qwen3_moe", 3, "", {}),
-        ("qwen3_moe", 0, "non-reentrant", TILES),
+        pytest.param("qwen3_moe", 0, "non-reentrant", TILES, marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_steps_as_without_sequence_parallelism(model_type, stage, checkpointing, tiles, ranks2):
@@ -262,7 +262,13 @@ def assert_apart(ranks: Any, expected: Any, *case: Any) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "tiles", "checkpointing"),
-    [(1, {}, False), (2, {}, False), (2, TILES, True), (3, {}, False), (3, TILES, True)],
+    [
+        (1, {}, False),
+        pytest.param(2, {}, False, marks=pytest.mark.slow),
+        pytest.param(2, TILES, True, marks=pytest.mark.slow),
+        pytest.param(3, {}, False, marks=pytest.mark.slow),
+        (3, TILES, True),
+    ],
 )
 def test_a_rank_without_tokens_for_an_expert_brings_its_part_of_the_gradient(stage, tiles, checkpointing, ranks2):
     assert_apart(ranks2, ranks2.run(separate, 1, 0, WHOLE), 2, stage, tiles, checkpointing)

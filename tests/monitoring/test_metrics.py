@@ -84,7 +84,7 @@ def train(folder: str | None, cell: Cell, sp_size: int, every: int | None = None
     return {**seen, "lines": lines, "measured": measured, "moved": moved}
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_events_are_what_the_program_sees(stage, ranks2, tmp_path):
     cell = Cell(stage=stage, gas=2, odd_lengths=True)
     first, second = ranks2.run(train, str(tmp_path), cell, 2)

@@ -145,8 +145,14 @@ def errors_of_heads(core: str, sp_size: int) -> list[float]:
     return errors
 
 
-@pytest.mark.parametrize("sp_size", [2, 4])
-@pytest.mark.parametrize("core", ["sdpa", *FLASH])
+@pytest.mark.parametrize(
+    ("core", "sp_size"),
+    [
+        pytest.param(core, sp_size, marks=[pytest.mark.slow] * (sp_size == 4 and core in FLASH[1:]))
+        for core in ("sdpa", *FLASH)
+        for sp_size in (2, 4)
+    ],
+)
 def test_a_core_is_exact_for_kv_heads_split_and_replicated(core, sp_size, ranks4):
     """sdpa: run here. Flash attention: stand-in."""
     assert max(ranks4.run(errors_of_heads, core, sp_size)[0]) < EXACT
@@ -502,8 +508,13 @@ def trained(core: str, stage: int, sp_size: int) -> list[torch.Tensor]:
         return weights
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("core", ["flash_attention_2", stand_ins.HUB_KERNEL])
+@pytest.mark.parametrize(
+    ("core", "stage"),
+    [
+        *(pytest.param("flash_attention_2", 2, marks=pytest.mark.slow), ("flash_attention_2", 3)),
+        *((stand_ins.HUB_KERNEL, 2), pytest.param(stand_ins.HUB_KERNEL, 3, marks=pytest.mark.slow)),
+    ],
+)
 def test_a_step_on_packed_documents_is_that_of_the_run_without_sequence_parallelism(core, stage, ranks2):
     """Stand-in, through DeepSpeed with checkpointed layers: every weight after two steps, in fp32."""
     split, whole = (ranks2.run(trained, core, stage, sp_size)[0] for sp_size in (2, 1))

@@ -33,7 +33,11 @@ def test_every_right_row_has_a_cell():
     assert set(CELLS) | {"Muon"} == set(re.findall(r"^\| ([^|]+) \| [^|]+ \| right \|$", PAGE.read_text(), re.M))
 
 
-@pytest.mark.parametrize("name", CELLS)
+# The others are of system/test_parity.py's cells too.
+QUICK = ("fp16", "parameter offload to CPU", "overlap_comm")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CELLS])
 def test_a_right_row_is_right(name, ranks2):
     cell = CELLS[name]
     if cell.dtype == "fp16":

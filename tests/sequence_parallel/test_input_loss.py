@@ -72,7 +72,7 @@ def steps_with_poison(
     ("stage", "dtype"),
     [
         pytest.param(0, "fp32", marks=pytest.mark.slow),
-        (1, "bf16"),
+        pytest.param(1, "bf16", marks=pytest.mark.slow),
         pytest.param(2, "fp32", marks=pytest.mark.slow),
         (3, "bf16"),
     ],

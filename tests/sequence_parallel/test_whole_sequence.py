@@ -114,16 +114,16 @@ def errors_of(model_type: str, changed: dict[str, Any], length: int, drop: bool)
     ("model_type", "changed", "length"),
     [
         ("mistral", {"sliding_window": 2}, 37),
-        ("mistral", {"sliding_window": 12}, 37),
+        pytest.param("mistral", {"sliding_window": 12}, 37, marks=pytest.mark.slow),
         ("mistral", {"sliding_window": 30}, 37),  # longer than a shard, and shorter than the whole
         ("mistral", {"sliding_window": 12}, 181),  # several blocks
         ("qwen2", {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}, 37),
-        ("phi3", {"sliding_window": 11}, 37),
-        ("starcoder2", {"sliding_window": 11}, 37),
-        ("mixtral", {"sliding_window": 11}, 37),
+        pytest.param("phi3", {"sliding_window": 11}, 37, marks=pytest.mark.slow),
+        pytest.param("starcoder2", {"sliding_window": 11}, 37, marks=pytest.mark.slow),
+        pytest.param("mixtral", {"sliding_window": 11}, 37, marks=pytest.mark.slow),
         ("gemma3_text", PER_LAYER, 37),
-        ("cohere2", PER_LAYER, 37),
-        ("olmo3", PER_LAYER, 37),
+        pytest.param("cohere2", PER_LAYER, 37, marks=pytest.mark.slow),
+        pytest.param("olmo3", PER_LAYER, 37, marks=pytest.mark.slow),
         ("llama4_text", CHUNKS, 37),
     ],
 )

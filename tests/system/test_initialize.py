@@ -161,7 +161,7 @@ def steps_by(cell: Cell, idioms: tuple[str, ...]) -> list[tuple[str, str]]:
     return raised
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_what_a_program_does_to_gradients_in_its_first_step_is_no_false_alarm(stage, ranks2):
     cell = Cell(stage=stage, gas=2)
     for raised in ranks2.run(steps_by, cell, tuple(IDIOMS)):

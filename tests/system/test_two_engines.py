@@ -59,9 +59,16 @@ def train(order: tuple[int, ...], stage: int, interleaved: bool) -> dict[int, An
     return results
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("order", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
+QUICK = (((2, 1), True, 3), ((2, 1), False, 2))
+
+
+@pytest.mark.parametrize(
+    ("order", "interleaved", "stage"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] * (each not in QUICK))
+        for each in itertools.product(((2, 1), (1, 2)), (True, False), (2, 3))
+    ],
+)
 def test_policy_and_reference_do_not_touch_each_other(order, interleaved, stage, ranks2):
     together = ranks2.run(train, order, stage, interleaved)
     for sp_size in order:

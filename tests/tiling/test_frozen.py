@@ -1,5 +1,7 @@
 """Frozen parts: the rest trains as without sequence parallelism, and what is frozen stays as it is, to the bit."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,15 +9,20 @@ import torch.distributed as dist
 from benchmarks.cells import Cell, build_model, ds_config, model_config, samples, trained, vary
 from benchmarks.parity import measure
 
+
+def slow(cell: Cell) -> Any:
+    return pytest.param(cell, marks=pytest.mark.slow)
+
+
 CELLS = [
     Cell(stage=0, frozen="all but norms"),
-    Cell(stage=1, frozen="embedding", checkpointing="non-reentrant"),
+    slow(Cell(stage=1, frozen="embedding", checkpointing="non-reentrant")),
     Cell(stage=2, frozen="all but lm_head"),
-    Cell(stage=3, frozen="layer 0", gas=2, clip=0.5),
+    slow(Cell(stage=3, frozen="layer 0", gas=2, clip=0.5)),
     Cell(stage=3, frozen="layer 1", gas=2, odd_lengths=True),
     # The first tiled MLP's input needs no gradient.
     Cell(stage=3, frozen="layer 0", gas=2, tiles=True),
-    Cell(stage=3, frozen="embedding", checkpointing="non-reentrant", tiles=True),
+    slow(Cell(stage=3, frozen="embedding", checkpointing="non-reentrant", tiles=True)),
     Cell(stage=3, frozen="all but norms", dtype="bf16"),
 ]
 

@@ -1,5 +1,6 @@
 """Tiles by keys alone in DeepSpeed's engine: with and without sequence parallelism, ZeRO 0 to 3."""
 
+import itertools
 import tempfile
 from typing import Any
 
@@ -27,8 +28,16 @@ def worst_errors(cell: Cell, tiles: dict[str, Any]) -> tuple[float, float, float
     return abs(tiled.loss - whole.loss), *worst
 
 
-@pytest.mark.parametrize("checkpointing", ["", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+QUICK = ((0, "non-reentrant"), (1, "reentrant"), (2, ""), (3, "non-reentrant"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "checkpointing"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] * (each not in QUICK))
+        for each in itertools.product((0, 1, 2, 3), ("", "reentrant", "non-reentrant"))
+    ],
+)
 def test_without_sequence_parallelism_a_step_in_tiles_is_that_of_the_whole(stage, checkpointing, ranks2):
     cell = Cell(stage=stage, gas=2, clip=0.5, odd_lengths=True, unequal_labels=True, checkpointing=checkpointing)
     loss, grads, changes = ranks2.run(worst_errors, cell, TILES)[0]
@@ -148,7 +157,7 @@ def mixture(sp_size: int, stage: int, tiles: dict[str, Any]) -> dict[str, torch.
     return grads
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_mixture_in_tiles(stage, ranks2):
     whole = ranks2.run(mixture, 1, stage, {})[0]
     tiled = ranks2.run(mixture, 2, stage, TILES)[0]
