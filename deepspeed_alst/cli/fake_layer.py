@@ -135,11 +135,11 @@ def _few_rectangles(*arguments: Any) -> list[Rectangle]:
     return [*found[:1], *found[1:][-1:]]
 
 
-def _few_pieces(pieces: Callable[[RowCall], Iterator[Any]]) -> Callable[[RowCall], list[Any]]:
+def _few_pieces(pieces: Callable[[RowCall, int], Iterator[Any]]) -> Callable[[RowCall, int], list[Any]]:
     """Wrap ``RowCall.pieces`` to give the first and the last: there are two for each rank."""
 
-    def few(call: RowCall) -> list[Any]:
-        found = list(pieces(call))
+    def few(call: RowCall, key_block: int) -> list[Any]:
+        found = list(pieces(call, key_block))
         return [*found[:1], *found[1:][-1:]]
 
     return few

@@ -63,10 +63,30 @@ def attend_backward(
 ) -> torch.Tensor:
     """Return the gradient of q; add those of k and v to ``dk_BkSD`` and ``dv_BkSE``, at least fp32."""
     dq_BhRD = torch.zeros_like(q_BhRD, dtype=dk_BkSD.dtype)
+    of_rows = (do_BhRE, q_BhRD, o_BhRE, lse_BhR)
+    add_gradients(dq_BhRD, dk_BkSD, dv_BkSE, of_rows, (k_BkSD, v_BkSE), parts, first_row, kernel)
+    return dq_BhRD.to(q_BhRD.dtype)
+
+
+def add_gradients(
+    dq_BhRD: torch.Tensor,
+    dk_BkSD: torch.Tensor,
+    dv_BkSE: torch.Tensor,
+    of_queries: tuple[torch.Tensor, ...],
+    keys_values: tuple[torch.Tensor, torch.Tensor],
+    parts: Iterable[Rectangle],
+    first_row: int,
+    kernel: Kernel,
+) -> None:
+    """Add the gradients of q, k and v to sums that are at least fp32.
+
+    ``of_queries`` are the output's gradient, q, the output and the log-sum-exp of all keys.
+    """
+    q_BhRD = of_queries[1]
     for part in kernel.cut(parts, q_BhRD.shape[1]):
         rows, keys = _slices(part, first_row)
-        of_rows = [x[:, :, rows] for x in (do_BhRE, q_BhRD, o_BhRE, lse_BhR)]
-        of_keys = [x[:, :, keys] for x in (k_BkSD, v_BkSE)]
+        of_rows = [x[:, :, rows] for x in of_queries]
+        of_keys = [x[:, :, keys] for x in keys_values]
         if part.triangle == "upper":
             of_rows, of_keys = [x.flip(2) for x in of_rows], [x.flip(2) for x in of_keys]
         (do, q, o, lse), (k, v) = of_rows, of_keys
@@ -76,7 +96,6 @@ def attend_backward(
         dq_BhRD[:, :, rows] += dq
         dk_BkSD[:, :, keys] += dk
         dv_BkSE[:, :, keys] += dv
-    return dq_BhRD.to(q_BhRD.dtype)
 
 
 def sinks_gradient(

@@ -4,7 +4,7 @@ Integers only. A causal mask on a square means the same to every kernel; on othe
 others bottom-right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
@@ -64,6 +64,26 @@ def _in_window(first: int, last: int, start: int, window: int, key_block: int) -
                 yield Rectangle(row, whole, *leaving)
             yield Rectangle(whole, end - 1, *leaving, "upper")
         yield Rectangle(row, end, row, end, "lower")
+
+
+def key_blocks(parts: Iterable[Rectangle], length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield blocks of keys that are together those of a sequence, of ``size`` or up to the end of a triangle."""
+    triangles = sorted((part.first_key, part.last_key) for part in parts if part.triangle)
+    first = 0
+    while first < length:
+        last = min(length, first + size)
+        for begin, end in triangles:
+            last = end if begin < last < end else last
+        yield first, last
+        first = last
+
+
+def in_block(parts: Iterable[Rectangle], first: int, last: int) -> Iterator[Rectangle]:
+    """Yield what is in one of these blocks of the rectangles, their keys counted from its first."""
+    for part in parts:
+        begin, end = max(part.first_key, first), min(part.last_key, last)
+        if begin < end:
+            yield part._replace(first_key=begin - first, last_key=end - first)
 
 
 def blocks(part: Rectangle, rows: int, keys: int) -> Iterator[Rectangle]:

@@ -6,6 +6,7 @@ no backend's causal mask fits rows that are apart.
 Legend: B batch, h query heads, k KV heads, R rows, S whole sequence, D head dim of q and k, E of v.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
+from deepspeed_alst.memory_lean.attention import add_gradients, attend, sinks_gradient
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, Kernel, kernel_for
-from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
+from deepspeed_alst.memory_lean.rectangles import Rectangle, in_block, key_blocks, rectangles
 from deepspeed_alst.offload.attention_cache import CheckpointFrame
 from deepspeed_alst.random_draws.draw_mode import current_draws
 from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend, find_backend
@@ -38,12 +39,12 @@ class RowCall:
     kernel: Kernel
     frame: CheckpointFrame | None
 
-    def pieces(self) -> Iterator[tuple[slice, int, list[Rectangle]]]:
+    def pieces(self, key_block: int) -> Iterator[tuple[slice, int, list[Rectangle]]]:
         """Yield where an interval is in R, its first row in the sequence, and its rectangles."""
         start = 0
         for first, last in self.rows:
             here = slice(start, start := start + last - first)
-            yield here, first, list(rectangles(first, last, self.length, self.mask, KEY_BLOCK))
+            yield here, first, list(rectangles(first, last, self.length, self.mask, key_block))
 
 
 _WAY_OUT = "Set sequence_parallel_size to at most the model's query heads"
@@ -122,7 +123,7 @@ class _RowAttention(torch.autograd.Function):
         else:
             o_BhRE = q_BhRD.new_empty(*q_BhRD.shape[:3], v_BkSE.shape[3])
             lse_BhR = q_BhRD.new_empty(q_BhRD.shape[:3], dtype=torch.promote_types(q_BhRD.dtype, torch.float32))
-            for here, first, parts in call.pieces():
+            for here, first, parts in call.pieces(KEY_BLOCK):
                 found = attend(q_BhRD[:, :, here], k_BkSD, v_BkSE, parts, first, call.kernel, sinks_h)
                 o_BhRE[:, :, here], lse_BhR[:, :, here] = found
             if frame is not None:
@@ -136,16 +137,20 @@ class _RowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_BhRE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BhRD, k_BkSD, v_BkSE, sinks_h, o_BhRE, lse_BhR = ctx.saved_tensors
-        dq_BhRD = torch.empty_like(q_BhRD)
-        dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=lse_BhR.dtype) for x in (k_BkSD, v_BkSE))
-        for here, first, parts in ctx.call.pieces():
-            do, q, o, lse = (x[:, :, here] for x in (do_BhRE, q_BhRD, o_BhRE, lse_BhR))
-            dq_BhRD[:, :, here] = attend_backward(
-                do, q, k_BkSD, v_BkSE, o, lse, dk_BkSD, dv_BkSE, parts, first, ctx.call.kernel
-            )
+        dq_BhRD = torch.zeros_like(q_BhRD, dtype=lse_BhR.dtype)
+        dk_BkSD, dv_BkSE = torch.empty_like(k_BkSD), torch.empty_like(v_BkSE)
+        pieces, length = list(ctx.call.pieces(ctx.call.length)), ctx.call.length
+        # The fp32 sums of a block of keys are finished before the next: whole, they would take twice K and V.
+        for first_key, last_key in key_blocks(itertools.chain(*(parts for *_, parts in pieces)), length, KEY_BLOCK):
+            k, v, dk, dv = (x[:, :, first_key:last_key] for x in (k_BkSD, v_BkSE, dk_BkSD, dv_BkSE))
+            sums = [torch.zeros_like(x, dtype=lse_BhR.dtype) for x in (k, v)]
+            for here, first, parts in pieces:
+                of_rows = tuple(x[:, :, here] for x in (do_BhRE, q_BhRD, o_BhRE, lse_BhR))
+                inside = in_block(parts, first_key, last_key)
+                add_gradients(dq_BhRD[:, :, here], *sums, of_rows, (k, v), inside, first, ctx.call.kernel)
+            dk.copy_(sums[0])
+            dv.copy_(sums[1])
         d_sinks_h = None
         if ctx.needs_input_grad[3]:
             d_sinks_h = sinks_gradient(do_BhRE, o_BhRE, lse_BhR, sinks_h).to(sinks_h.dtype)
-        narrow_dk_BkSD = dk_BkSD.to(k_BkSD.dtype)
-        del dk_BkSD  # before the next copy
-        return dq_BhRD, narrow_dk_BkSD, dv_BkSE.to(v_BkSE.dtype), d_sinks_h, None
+        return dq_BhRD.to(q_BhRD.dtype), dk_BkSD, dv_BkSE, d_sinks_h, None

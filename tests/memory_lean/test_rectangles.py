@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deepspeed_alst.memory_lean import attention_kernels
 from deepspeed_alst.memory_lean.attention import attend, attend_backward
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, FlashKernel, TorchKernel, kernel_for
-from deepspeed_alst.memory_lean.rectangles import blocks, rectangles
+from deepspeed_alst.memory_lean.rectangles import blocks, in_block, key_blocks, rectangles
 from deepspeed_alst.random_draws.counter_based import attention_keeps
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
@@ -58,6 +58,29 @@ def test_blocks_hold_each_pair_of_their_rectangle_once(cut, rows, keys):
                     torch.ones_like(ones)
                 )
         assert torch.equal(*pairs)
+
+
+@settings(max_examples=200)
+@given(cuts(), st.integers(1, 20))
+def test_blocks_of_keys_hold_each_pair_once_and_cut_no_triangle(cut, size):
+    length, mask, first, last, _ = cut
+    parts, pairs = list(rectangles(first, last, length, mask, length)), []
+    found = list(key_blocks(parts, length, size))
+    assert [0, *(end for _, end in found)] == [*(begin for begin, _ in found), length]
+    of_blocks = [
+        part._replace(first_key=part.first_key + begin, last_key=part.last_key + begin)
+        for begin, end in found
+        for part in in_block(parts, begin, end)
+    ]
+    for each in (parts, of_blocks):
+        pairs.append(torch.zeros(length, length, dtype=torch.int))
+        for part in each:
+            if not part.triangle:
+                pairs[-1][part.first_row : part.last_row, part.first_key : part.last_key] += 1
+    assert torch.equal(*pairs)
+    assert [part for part in parts if part.triangle] == sorted(
+        (part for part in of_blocks if part.triangle), key=[*parts].index
+    )
 
 
 # Errors of torch's own attention in these dtypes are of the same size.

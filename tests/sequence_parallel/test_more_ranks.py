@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from benchmarks.cells import build_model
@@ -17,8 +18,10 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.checkpoint_inputs import Chunks
 from deepspeed_alst.offload.feature import layer_sizes
+from deepspeed_alst.sequence_parallel import row_attention
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
+from deepspeed_alst.sequence_parallel.hf_attention import TRIAL, find_backend
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.sequence_parallel.row_attention import check_rows
 from tests.models import proved, split_and_whole
 from tests.offload.test_kept_attention import split_pair
@@ -137,6 +140,32 @@ def test_a_function_of_the_program_is_refused(ranks3):
         assert isinstance(each, UnsupportedModelError)
         assert "the program's own function under attn_implementation='sdpa' cannot share the rows" in str(each)
         assert "Set sequence_parallel_size to at most" in str(each)
+
+
+MASKS = [None, MaskSpec(7), MaskSpec(None, 9), MaskSpec(5, None, (0, 20, 48))]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_gradients_of_keys_are_summed_in_blocks(mask, monkeypatch):
+    monkeypatch.setattr(row_attention, "KEY_BLOCK", 5)
+    make, (h, k, S, D) = torch.Generator().manual_seed(0), (6, 2, 48, 8)
+    q, keys, values = (torch.randn(2, n, S, D, generator=make, dtype=torch.float64).requires_grad_() for n in (h, k, k))
+    seen = (mask or MaskSpec()).seen(S)
+    whole = F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
+    do = torch.randn(whole.shape, generator=make, dtype=torch.float64)
+    truth = torch.autograd.grad(whole, (q, keys, values), do)
+    grads = [torch.zeros_like(x) for x in truth]
+    plan = HeadPlan(4, 1, 1)
+    for rank in range(4):
+        intervals = list(plan.rows(rank, 12))
+        mine = torch.cat([torch.arange(*each) for each in intervals])
+        call = torch.nn.Module(), range(h), intervals, mask, None, {}, find_backend("sdpa"), None
+        o = row_attention.attend_rows(*call, q[:, :, mine], keys, values)
+        torch.testing.assert_close(o, whole[:, :, mine], rtol=0, atol=1e-13)
+        for total, grad in zip(grads, torch.autograd.grad(o, (q, keys, values), do[:, :, mine]), strict=True):
+            total += grad
+    for total, true in zip(grads, truth, strict=True):
+        assert (total - true).norm() < EXACT * true.norm()
 
 
 def test_it_is_refused_at_the_start():
