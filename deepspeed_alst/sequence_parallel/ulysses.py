@@ -176,6 +176,7 @@ def to_tokens(
             for part_PsBhD, x_PsBhD in zip(parts, pieces_PsBhD, strict=True):
                 part_PsBhD.copy_(x_PsBhD)
         recv = exchange(send_n, group, to_ranks, from_ranks)
+        del send_n  # as large as whole keys and values where ranks share rows
     results_BsHD = [
         recv.new_empty(B, num_tokens, plan.num_heads if kind == "q" else plan.num_kv_heads, D)
         for kind, D in zip(kinds, head_dims, strict=True)
