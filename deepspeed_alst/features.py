@@ -92,7 +92,7 @@ def features_of(run: RunContext, bucket: str) -> list[Feature]:
     loss = run.config.tiled_loss()
     if run.upstream is not None and block.tiled_logits_loss == "auto":
         loss = None  # such a program may compute its own loss from the logits
-    if run.spec.head is None and block.tiled_logits_loss == "auto":
+    if run.spec.with_head.head is None and block.tiled_logits_loss == "auto":
         loss = None
     makes_loss = (session is not None or loss is not None) and run.spec.head is not None
     if makes_loss:
@@ -105,6 +105,9 @@ def features_of(run: RunContext, bucket: str) -> list[Feature]:
         add("tiling.TiledMlp", block.tiled_mlp_compute)
     if loss is not None:
         add("tiling.TiledLoss", loss, liger)
+    if run.spec.is_multimodal and session is not None:
+        # After the tiled loss, whose head it calls with this rank's rows.
+        add("multimodal.Multimodal", session)
     if session is not None:
         add("grad_reduction.GradReduction", session, bucket)
     add("monitoring.StepMetrics")

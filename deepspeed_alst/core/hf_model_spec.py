@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
@@ -57,15 +58,32 @@ class ModelSpec:
         """True for a model of AutoModel, without a head."""
         return not self.is_causal_lm and _is_any_of(self.model, MODEL_MAPPING_NAMES)
 
+    @property
+    def is_multimodal(self) -> bool:
+        """True for the language model that a model of images, video or audio and text calls; the latter is ``whole``."""
+        outer = ModelSpec(self.whole)
+        return self.whole is not self.outer and outer._calls_language_model()
+
+    def _calls_language_model(self) -> bool:
+        names = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+        return isinstance(self.model, PreTrainedModel) and self.text_config is not self.config and _is_any_of(self.model, names)
+
+    @property
+    def with_head(self) -> "ModelSpec":
+        """The spec whose model has the head of this one's hidden states."""
+        return ModelSpec(self.whole) if self.is_multimodal else self
+
     def split_part(self) -> "ModelSpec":
         """Return the spec of the part whose calls ranks split; what is around it sees whole sequences.
 
-        That is the decoder of a classifier, the model behind PEFT's virtual tokens or in a module of the program's own,
+        That is the decoder of a classifier, the language model of a multimodal model, the model behind PEFT's virtual tokens or in a module of the program's own,
         else the model itself.
         """
         classifiers = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
         if is_peft(self.outer) and getattr(self.outer.active_peft_config, "is_prompt_learning", False):
             parts = [ModelSpec(self.model).split_part().outer]
+        elif self._calls_language_model():
+            parts = [self.model.get_decoder()]
         elif isinstance(self.model, PreTrainedModel):
             is_classifier = not self.is_causal_lm and any(_is_any_of(self.model, each) for each in classifiers)
             parts = [self.decoder] if is_classifier else []

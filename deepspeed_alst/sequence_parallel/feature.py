@@ -62,7 +62,7 @@ class SequenceParallel(Feature):
         attention = patch_model(run.spec, groups.sp_group, patches, self._session.calls, not is_upstream)
         self._rows = [("attention", attention), ("loss", _SHARD_LOSS if is_upstream else _WHOLE_LOSS)]
         self._rows += [("model", summary)] if summary else []
-        if self._session.splits_decoder:
+        if self._session.splits_decoder and not run.spec.is_multimodal:
             from deepspeed_alst.whole_sequence.heads import split_calls
 
             split_calls(run.spec, self._session, patches)
@@ -136,7 +136,7 @@ def patch_model(
 
         whole_router_loss(spec, group, calls, patches)
     if hasattr(base, "generate"):
-        patches.wrap(base, "generate", _without_split(base.config, calls))
+        patches.wrap(base, "generate", without_split(base.config, calls))
     check_calls(spec, calls, patches, whole_loss)
     calls.draws.sp_rank, calls.draws.sp_size = rank, ranks
     count_draws(spec, calls, patches)
@@ -180,7 +180,7 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, pat
     patches.set(model, "_loss_function", loss_function)
 
 
-def _without_split(config: Any, calls: ForwardContext) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def without_split(config: Any, calls: ForwardContext) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a wrapper that runs ``generate`` unsharded: every rank from its own prompts, as at SP 1."""
 
     def wrap(generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ class TiledLoss(Feature):
             budget = budget.model_copy(update={"backend": "liger"})
         if budget.backend != "torch" and run.device == "cuda":
             define_ops("cross_entropy")
-        self._summary = tile_loss(run.spec, budget, run.calls, run.leaf, patches)
+        self._summary = tile_loss(run.spec.with_head, budget, run.calls, run.leaf, patches)
         if run.session is None:
             patch_unsharded_loss(run.spec, patches)
 

@@ -1,0 +1,72 @@
+"""Calls of a multimodal model's language model with the embeddings of whole samples, which ranks cut.
+
+Legend: B batch, S whole sequence, s = S/P one shard, N tokens of images in a batch, n those of a shard, M model dim.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.sequence_parallel.forward_context import CACHES
+from deepspeed_alst.whole_sequence.batches import forward_whole_batch
+
+_PLACES, _ROWS = "visual_pos_masks", "deepstack_visual_embeds"
+_INDEX = "alst_visual_index"
+"""Key of each token's row in the features that join later layers, ``[B, S]``."""
+_KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "seq_idx", _PLACES, _ROWS)
+
+
+def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
+    """Cut what the language model is called with, and return what stands for the whole sequence's output."""
+    decoder, signature = spec.outer, inspect.signature(spec.model.forward)
+
+    def run(**shard: Any) -> Any:
+        return decoder._call_impl(**_own_rows(shard))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = {**signature.bind_partial(*args).arguments, **kwargs}
+        if session.calls.whole or session.calls.checking:
+            return decoder._call_impl(**given)
+        return forward_whole_batch(session, run, _checked(type(spec.whole).__name__, given))
+
+    patches.set(decoder, "_compiled_call_impl", call)  # what a module's __call__ runs, hooks included
+
+
+def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are set; raise UnsupportedModelError for one that is not known how to cut."""
+    given = {key: x for key, x in given.items() if x is not None}
+    tokens = given.get("inputs_embeds", given.get("input_ids"))
+    if tokens is None:
+        raise UnsupportedModelError(f"{name} calls its language model without input_ids or inputs_embeds: use another")
+    for key, x in given.items():
+        by_token = isinstance(x, torch.Tensor) and x.shape[:2] == tokens.shape[:2]
+        if key in CACHES and not torch.is_grad_enabled():
+            continue
+        if key in CACHES or not (key in _KNOWN or by_token or isinstance(x, bool | int | float | str)):
+            raise UnsupportedModelError(
+                f"{name} calls its language model with {key} ({type(x).__name__}{list(getattr(x, 'shape', ()))}), of "
+                "which a rank's part is not known. Set sequence_parallel_size to 1, or train its language model alone"
+            )
+    if isinstance(given.get("attention_mask"), dict):
+        raise UnsupportedModelError(
+            f"{name} makes the masks of its language model itself, for whole sequences. Set sequence_parallel_size to "
+            "1, or train its language model alone"
+        )
+    if _ROWS in given:
+        places_BS = given[_PLACES]
+        given[_INDEX] = (places_BS.flatten().cumsum(0) - 1).view_as(places_BS)
+    return {key: x for key, x in given.items() if key not in CACHES}
+
+
+def _own_rows(shard: dict[str, Any]) -> dict[str, Any]:
+    """Cut the features of image tokens that join later layers, ``[N, M] -> [n, M]`` each."""
+    index_Bs = shard.pop(_INDEX, None)
+    if index_Bs is not None:
+        rows_n = index_Bs[shard[_PLACES]]
+        shard[_ROWS] = [features_NM[rows_n.to(features_NM.device)] for features_NM in shard[_ROWS]]
+    return shard
+
