@@ -27,6 +27,8 @@ REAL_TOKENS = "alst_real_tokens"
 PLACE = "alst_place"
 """Key of a shard's rank and its batch's fingerprint, ``[2]``, for position ids that do not identify them."""
 
+_IMAGE_AXES = 3
+"""Rows of position ids by time, height and width, ``[3, B, S]``, of which transformers reads no packed documents."""
 _LENGTH_KEYS = ("input_ids", "inputs_embeds")
 _SPLIT_KEYS = (*_LENGTH_KEYS, *LABEL_KEYS, "position_ids")
 
@@ -149,7 +151,9 @@ def pad_on_the_right(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tenso
     padded = {
         key: x.take_along_dim((moved_BS % S).view(*moved_BS.shape, *[1] * (x.dim() - 2)), 1) for key, x in rows.items()
     }
-    return {**batch, **padded, "position_ids": positions.take_along_dim(moved_BS.clamp(max=S - 1), -1)}, first_B
+    moved_BS = moved_BS.clamp(max=S - 1)
+    moved = moved_BS if positions.dim() == 2 else moved_BS.expand(positions.shape)
+    return {**batch, **padded, "position_ids": positions.take_along_dim(moved, -1)}, first_B
 
 
 def pad_as_before(x_BS: torch.Tensor, first_B: torch.Tensor | None) -> torch.Tensor:
@@ -228,7 +232,9 @@ def _documents(
 ) -> torch.Tensor | None:
     """Return the bounds of a batch's packed documents, where transformers would keep them apart."""
     positions = whole["position_ids"]
-    # Multi-dimensional ids ([3, B, S]) have the text positions first, and one document.
+    if positions.dim() == 3 and len(positions) == _IMAGE_AXES:
+        return None
+    # Multi-dimensional ids ([4, B, S]) have the text positions first, and one document.
     positions_BS = positions.reshape(-1, *positions.shape[-2:])[0]
     if "seq_idx" in whole:
         check_numbers(whole["seq_idx"], positions_BS)

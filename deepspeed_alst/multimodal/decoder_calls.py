@@ -7,16 +7,20 @@ import inspect
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel.forward_context import CACHES
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch
 
 _PLACES, _ROWS = "visual_pos_masks", "deepstack_visual_embeds"
 _INDEX = "alst_visual_index"
 """Key of each token's row in the features that join later layers, ``[B, S]``."""
+_MASKS = "alst_masks"
+"""Key of masks that the model has made of the whole batch, one or by layer type."""
 _KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "seq_idx", _PLACES, _ROWS)
 
 
@@ -25,7 +29,11 @@ def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> Non
     decoder, signature = spec.outer, inspect.signature(spec.model.forward)
 
     def run(**shard: Any) -> Any:
-        return decoder._call_impl(**_own_rows(shard))
+        masks = shard.pop(_MASKS, None)
+        if masks is not None:
+            shard["attention_mask"] = masks
+        with session.calls.having(has_masks=masks is not None):
+            return decoder._call_impl(**_own_rows(shard))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = {**signature.bind_partial(*args).arguments, **kwargs}
@@ -51,11 +59,14 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"{name} calls its language model with {key} ({type(x).__name__}{list(getattr(x, 'shape', ()))}), of "
                 "which a rank's part is not known. Set sequence_parallel_size to 1, or train its language model alone"
             )
-    if isinstance(given.get("attention_mask"), dict):
-        raise UnsupportedModelError(
-            f"{name} makes the masks of its language model itself, for whole sequences. Set sequence_parallel_size to "
-            "1, or train its language model alone"
-        )
+    masks = given.get("attention_mask")
+    if isinstance(masks, dict | MaskSpec):  # None stands for a plain causal mask
+        if not all(each is None or isinstance(each, MaskSpec) for each in tree_leaves(masks)):
+            raise UnsupportedModelError(
+                f"{name} makes the masks of its language model itself, without transformers' functions. Set "
+                "sequence_parallel_size to 1, or train its language model alone"
+            )
+        given[_MASKS] = given.pop("attention_mask")
     if _ROWS in given:
         places_BS = given[_PLACES]
         given[_INDEX] = (places_BS.flatten().cumsum(0) - 1).view_as(places_BS)

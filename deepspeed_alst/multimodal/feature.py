@@ -13,6 +13,7 @@ from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
 from deepspeed_alst.multimodal.head import split_head
 from deepspeed_alst.sequence_parallel.feature import without_split
+from deepspeed_alst.sequence_parallel.private_config import own_config
 
 
 class Multimodal(Feature):
@@ -25,6 +26,7 @@ class Multimodal(Feature):
         """Patch the calls of the language model, of the head and of the loss."""
         session, whole = self._session, ModelSpec(run.spec.whole)
         self._name = whole.name
+        _share_config(whole, run.spec.config, patches)
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
         if hasattr(whole.model, "generate"):
@@ -33,3 +35,11 @@ class Multimodal(Feature):
     def report(self) -> list[tuple[str, str]]:
         """Return the row of the parts that see whole samples."""
         return [("multimodal", f"{self._name}: encoders and merge on each rank, cut at the language model")]
+
+
+def _share_config(whole: ModelSpec, text_config: Any, patches: PatchSet) -> None:
+    """Give a model the config of its patched language model, by which it makes masks."""
+    config, before = whole.config, whole.text_config
+    own = own_config(whole.outer, config, patches)
+    for name in [name for name, value in vars(config).items() if value is before]:
+        setattr(own, name, text_config)

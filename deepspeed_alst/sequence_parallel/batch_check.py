@@ -140,7 +140,7 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
             return problem
     if args or tokens is None:
         return f"it is not given by keyword. {WAY_OUT}"
-    if kwargs.get("attention_mask") is not None:
+    if kwargs.get("attention_mask") is not None and not calls.has_masks:
         return f"it has an attention_mask, which the sharded loader would have checked and dropped. {WAY_OUT}"
     if kwargs.get("position_ids") is None:
         return f"it has no position_ids, so it is not split over the ranks. {WAY_OUT}"

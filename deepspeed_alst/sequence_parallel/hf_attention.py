@@ -88,6 +88,8 @@ def _sdpa(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | N
     dropout = kwargs.get("dropout", 0.0)
     if mask is None:
         return causal_sdpa(*qkv, scaling, dropout)
+    if hasattr(mask, "images"):
+        return mask.attend(*qkv, scaling, dropout)
     from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
 
     return attend(*qkv, mask, scaling, dropout)
@@ -275,6 +277,10 @@ def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardCon
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> "MaskSpec | None":
+        if not calls.inside:
+            from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
+
+            return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask)
         # Models that count positions by a mask create one of ones if they get none.
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             raise UnsupportedModelError(

@@ -27,9 +27,9 @@ from deepspeed_alst.errors import UnsupportedModelError
 
 _NONE = torch.zeros(1, 1, dtype=torch.long)
 # Parts are identified by their code object, which all functions of one factory share.
-_AND = and_masks(causal_mask_function).__code__
+AND = and_masks(causal_mask_function).__code__
 _REMAP = remap_positions_for_packed_sequence(causal_mask_function, _NONE).__code__
-_PACKED = packed_sequence_mask_function(_NONE).__code__
+PACKED = packed_sequence_mask_function(_NONE).__code__
 _WINDOW = sliding_window_overlay(1).__code__
 _CHUNK = chunked_overlay(1, _NONE).__code__
 
@@ -142,10 +142,10 @@ def read_mask(mask_function: Callable[..., Any], documents: tuple[int, ...] = ()
         if part is causal_mask_function:
             causal = True
         elif code is _WINDOW:
-            windows.add(_enclosed(part)["sliding_window"])
+            windows.add(enclosed(part)["sliding_window"])
         elif code is _CHUNK:
             # Its offset is the left padding, which is always 0.
-            chunks.add(_enclosed(part)["chunk_size"])
+            chunks.add(enclosed(part)["chunk_size"])
         else:
             name = getattr(part, "__qualname__", type(part).__name__)
             raise UnsupportedModelError(
@@ -167,14 +167,14 @@ def batch_mask(mask_function: Callable[..., Any]) -> MaskSpec:
     """
     check_parts()
     mask, code = read_mask(mask_function), getattr(mask_function, "__code__", None)
-    parts = _enclosed(mask_function)["mask_functions"] if code is _AND else ()
+    parts = enclosed(mask_function)["mask_functions"] if code is AND else ()
     found = {getattr(part, "__code__", None): part for part in parts}
-    if _PACKED not in found:
+    if PACKED not in found:
         return mask
-    document_BS = _enclosed(found[_PACKED])["packed_sequence_mask"]
+    document_BS = enclosed(found[PACKED])["packed_sequence_mask"]
     starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
     starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
-    if mask.chunk is not None and (_enclosed(found[_REMAP])["position_ids"][starts_BS] % mask.chunk).any():
+    if mask.chunk is not None and (enclosed(found[_REMAP])["position_ids"][starts_BS] % mask.chunk).any():
         raise UnsupportedModelError("chunks of packed documents whose position_ids do not start at 0")
     bounds = [(*starts_S.nonzero().flatten().tolist(), len(starts_S)) for starts_S in starts_BS]
     rows = tuple(replace(mask, documents=documents) for documents in bounds)
@@ -184,7 +184,7 @@ def batch_mask(mask_function: Callable[..., Any]) -> MaskSpec:
 def check_for_flash(name: str, mask_function: Callable[..., Any], length: int) -> None:
     """Raise if the mask has chunks, which flash attention lacks and transformers checks in a shard only."""
     for part in _parts(mask_function):
-        if getattr(part, "__code__", None) is _CHUNK and (size := _enclosed(part)["chunk_size"]) < length:
+        if getattr(part, "__code__", None) is _CHUNK and (size := enclosed(part)["chunk_size"]) < length:
             raise UnsupportedModelError(
                 f"attn_implementation='{name}' has no chunked attention, and the sequence of {length} tokens is longer "
                 f"than the model's chunks of {size}; load the model with attn_implementation='sdpa'"
@@ -194,16 +194,16 @@ def check_for_flash(name: str, mask_function: Callable[..., Any], length: int) -
 def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Yield the parts that must all allow a pair of tokens, without those for packed documents."""
     code = getattr(mask_function, "__code__", None)
-    if code is _AND:
-        for part in _enclosed(mask_function)["mask_functions"]:
+    if code is AND:
+        for part in enclosed(mask_function)["mask_functions"]:
             yield from _parts(part)
     elif code is _REMAP:
-        yield from _parts(_enclosed(mask_function)["mask_function"])
-    elif code is not _PACKED:
+        yield from _parts(enclosed(mask_function)["mask_function"])
+    elif code is not PACKED:
         yield mask_function
 
 
-def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
+def enclosed(function: Callable[..., Any]) -> dict[str, Any]:
     """Return a function's closure variables by name."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {name: cell.cell_contents for name, cell in cells}

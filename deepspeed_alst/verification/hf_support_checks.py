@@ -67,7 +67,7 @@ def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
             "module of the program's own."
         )
     text_config = spec.text_config
-    problems = [*_config_problems(base, text_config), *_class_problems(base), *_other_configs(base)]
+    problems = [*_config_problems(base, text_config), *_class_problems(spec), *_other_configs(base)]
     problems += [*_loss_problems(spec), *unsupported_linear_layers(base), *_adapter_problems(spec)]
     if problems:
         raise UnsupportedModelError("\n".join(f"{spec.name}: {problem}." for problem in problems))
@@ -114,10 +114,14 @@ def _core_problems(model: PreTrainedModel, name: Any) -> Iterator[str]:
         )
 
 
-def _class_problems(model: torch.nn.Module) -> Iterator[str]:
+def _class_problems(spec: ModelSpec) -> Iterator[str]:
     """Yield the problems of another head, or of a model that counts positions itself, from 0 in each shard."""
-    spec = ModelSpec(model)
-    if not spec.is_causal_lm and not (spec.is_decoder and model.config.model_type in RIGHT):
+    model = spec.model
+    if spec.is_multimodal:
+        from deepspeed_alst.multimodal.hf_families import family_problems
+
+        yield from family_problems(spec)
+    elif not spec.is_causal_lm and not (spec.is_decoder and model.config.model_type in RIGHT):
         yield (
             "only causal language models (AutoModelForCausalLM), and the decoders, sequence and token classifiers of "
             "the same families are verified: other heads would get a shard"

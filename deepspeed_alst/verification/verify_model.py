@@ -58,7 +58,8 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     """
     # Of all ranks: a hook may be one rank's alone, and what follows is collective.
     everyone = gather_objects(program_code(spec.outer), groups.control_group)
-    code, is_listed = tuple(dict.fromkeys(itertools.chain(*everyone))), spec.config.model_type in RIGHT
+    code = tuple(dict.fromkeys(itertools.chain(*everyone)))
+    is_listed = spec.config.model_type in RIGHT or spec.is_multimodal  # of which others are refused before
     if is_listed and not code:
         return ""
     check_gradient_hooks(spec.outer)

@@ -1,0 +1,195 @@
+"""Check multimodal models of transformers under sequence parallelism, on tiny models.
+
+    python -m benchmarks.multimodal [--write] [family ...]
+
+Compares loss and all gradients (encoder, projector, language model, head) of a tiny model per family, in fp64 on CPU,
+unsharded and over 2 ranks: two rows of several images, one row whose only image is in the first rank's part, and text
+alone. ``--write`` writes the table to docs/vision_language.md and the list of verified families.
+"""
+
+import argparse
+import functools
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.cells import KeepFp64
+from benchmarks.figures import Figure, Part, markdown, report
+from benchmarks.multimodal_families import FAMILIES, batch_of, tiny_model
+from benchmarks.ranks import LateError, RankError, Ranks
+from deepspeed_alst.config.schema import parse
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.mesh import build_control_group
+from deepspeed_alst.errors import AlstError
+from deepspeed_alst.features import RunContext, features_of
+from deepspeed_alst.multimodal.hf_families import RIGHT
+from deepspeed_alst.start import build_session
+from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
+from deepspeed_alst.verification.hf_parity_trial import Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = {"images": (2, 1), "first part": (1,), "text": (0, 0)}
+"""Images of each row of a batch."""
+_SECONDS = 120.0
+_TOLERANCE = 1e-12
+# Models that compute in fp32 inside: norms, rotary embeddings, routers.
+_TOLERANCE_FP32 = 2e-5
+# Share of all gradients' norm; less is rounding.
+_NOTHING = 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """Verdicts of one family by case."""
+
+    name: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def outcome(self) -> str:
+        """Worst outcome."""
+        found = [each.outcome for each in self.verdicts]
+        return next((bad for bad in ("crash", "no answer", "wrong", "refused") if bad in found), found[0])
+
+
+@functools.cache
+def _control_group() -> Any:
+    return build_control_group()
+
+
+def split(model: torch.nn.Module, patches: PatchSet, sp_size: int = 2, **keys: Any) -> Any:
+    """Prepare a model for sequence parallelism as ``deepspeed.initialize`` does, without an engine; its session."""
+    ds_config = {"sequence_parallel_size": sp_size, "alst": {"pad_to_multiple_of": sp_size, **keys}}
+    ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": sp_size}
+    spec, config = ModelSpec(model).split_part(), parse(ds_config)
+    session = build_session(spec, config, ds_config, _control_group(), patches)
+    leaves = ZeRO3Leaves(spec.whole, 0, patches)
+    run = RunContext(spec, config, 0, _control_group(), session, None, session.calls, leaves, "cpu")
+    for feature in features_of(run, ""):
+        feature.prepare_model(run, patches)
+    return session
+
+
+def step(model: torch.nn.Module, batch: dict[str, Any], session: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return loss and gradients of a batch, averaged over the ranks of a session."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    if session is None:
+        loss.backward()
+    else:
+        with session.backward(loss) as given:
+            given.backward()
+    grads = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in model.named_parameters()}
+    if session is not None:
+        for grad in grads.values():
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+    return float(loss), {name: grad.clone() for name, grad in grads.items()}
+
+
+def ask(name: str) -> list[Verdict]:
+    """Return a family's verdicts; runs on every rank."""
+    with KeepFp64():
+        return _verdicts(name)
+
+def _verdicts(name: str) -> list[Verdict]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        model = tiny_model(name)
+        batches = {case: batch_of(name, model, images) for case, images in CASES.items()}
+        truth = {case: step(model, batch) for case, batch in batches.items()}
+    except Exception as error:
+        return [Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")]
+    verdicts = []
+    with PatchSet() as patches:
+        try:
+            session = split(model, patches)
+        except AlstError as error:
+            return [Verdict("refused", str(error).splitlines()[0])]
+        for case, batch in batches.items():
+            try:
+                verdicts.append(_judge(truth[case], step(model, batch, session)))
+            except AlstError as error:
+                verdicts.append(Verdict("refused", f"{case}: {str(error).splitlines()[0]}"))
+    return verdicts
+
+
+def _judge(truth: Any, found: Any) -> Verdict:
+    (loss, grads), (own_loss, own_grads) = truth, found
+    norm = sum(float(grad.norm()) ** 2 for grad in grads.values()) ** 0.5
+    errors = {"loss": abs(own_loss - loss) / abs(loss)}
+    for name, grad in grads.items():
+        errors[name] = float((own_grads[name] - grad).norm()) / max(float(grad.norm()), _NOTHING * norm)
+    worst = max(errors, key=lambda name: errors[name])
+    outcome = "right" if errors[worst] <= _TOLERANCE_FP32 else "wrong"
+    return Verdict(outcome, "" if outcome == "right" else f"{worst} is off by {errors[worst]:.1e}", errors[worst])
+
+
+def census(names: list[str]) -> Iterator[Row]:
+    """Yield the verdicts of these families in sequence."""
+    ranks = Ranks(2)
+    for name in names:
+        try:
+            verdicts = ranks.run(ask, name, seconds=_SECONDS)[0]
+        except RankError as error:
+            outcome = "no answer" if isinstance(error, LateError) else "crash"
+            verdicts = [Verdict(outcome, str(error).strip().splitlines()[-1])]
+            ranks.close()
+            ranks = Ranks(2)
+        yield Row(name, tuple(verdicts))
+    ranks.close()
+
+
+def cells_of(row: Row) -> list[str]:
+    """Return a family's table cells: its error, or the outcome, and why it is not right."""
+    cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
+    why = next((each.why for each in row.verdicts if each.why), "")
+    return [*cells, *[""] * (len(CASES) - len(cells)), textwrap.shorten(why, 200, placeholder=" ...")]
+
+
+def write(rows: list[Row]) -> None:
+    """Write the table to the documentation, and the verified families to the list."""
+    page = ROOT / "docs" / "vision_language.md"
+    head, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
+    tail = rest.partition("<!-- end -->")[2]
+    table = markdown(["model_type", *CASES, "why not"], ([row.name, *cells_of(row)] for row in rows))
+    page.write_text(f"{head}<!-- table -->\n\n{table}\n<!-- end -->{tail}", encoding="utf-8")
+    listed = ROOT / "deepspeed_alst" / "multimodal" / "hf_families.py"
+    names = textwrap.fill(" ".join(sorted(RIGHT | {row.name for row in rows if row.outcome == "right"})), 120)
+    text = re.sub(r'(_FAMILIES = """\n).*?(\n""")', rf"\g<1>{names}\g<2>", listed.read_text("utf-8"), flags=re.S)
+    listed.write_text(text, encoding="utf-8")
+
+
+def figures(names: list[str], writes: bool) -> Iterator[Figure]:
+    """Yield the verdicts of the families."""
+    rows = []
+    for row in census(names):
+        rows.append(row)
+        met = row.outcome not in ("wrong", "crash", "no answer") and (row.name not in RIGHT or row.outcome == "right")
+        yield Figure(row.name, tuple(cells_of(row)), met=met, brief=False)
+    if writes:
+        write(rows)
+
+
+def main() -> int:
+    """Print the table; return 1 if a family is wrong, crashes, or is no longer right."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table and the list of what is right")
+    parser.add_argument("families", nargs="*", default=[*FAMILIES])
+    arguments = parser.parse_args()
+    part = Part(lambda: figures(arguments.families, arguments.write), (*CASES, "why not"))
+    return report(__doc__, {"multimodal": part}, ())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Multimodal families that the census found right under sequence parallelism."""
+
+from collections.abc import Iterator
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+
+_FAMILIES = """
+gemma3 internvl llava qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe vipllava
+"""
+RIGHT = frozenset(_FAMILIES.split())
+"""``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""
+
+
+def family_problems(spec: ModelSpec) -> Iterator[str]:
+    """Yield the problem of a multimodal model that the census has not found right."""
+    outer = ModelSpec(spec.whole)
+    if (kind := outer.config.model_type) in RIGHT:
+        return
+    alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(spec.config), None)
+    alone = alone[0] if isinstance(alone, tuple) else alone
+    way_out = f", or train its language model alone, {alone.__name__} of config.get_text_config()" if alone else ""
+    yield (
+        f"{outer.name} (model_type='{kind}') is not one of the {len(RIGHT)} multimodal families verified under sequence "
+        f"parallelism (docs/vision_language.md); set sequence_parallel_size to 1{way_out}"
+    )
