@@ -30,6 +30,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group
 from deepspeed_alst.errors import AlstError
 from deepspeed_alst.features import RunContext, features_of
+from deepspeed_alst.multimodal import hf_families
 from deepspeed_alst.multimodal.hf_families import RIGHT
 from deepspeed_alst.start import build_session
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
@@ -112,6 +113,7 @@ def _verdicts(name: str) -> list[Verdict]:
         return [Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")]
     verdicts = []
     with PatchSet() as patches:
+        patches.set(hf_families, "RIGHT", RIGHT | {model.config.model_type})
         try:
             session = split(model, patches)
         except AlstError as error:

@@ -16,35 +16,92 @@ _TOKENS = 9
 """Text tokens between images."""
 
 
-def squares(config: Any, count: int, make: torch.Generator) -> dict[str, Any]:
+Media = Callable[[Any, tuple[int, ...], torch.Generator], dict[str, Any]]
+"""``(config, images of each row, generator)`` to arguments of the model."""
+
+
+def squares(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
     """Draw square images, ``[count, 3, H, H]``."""
     size = _vision(config).image_size
     height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.randn(count, 3, height, width, generator=make, dtype=torch.float64)}
+    return {"pixel_values": _draw(make, sum(images), 3, height, width)}
 
 
-def grids(config: Any, count: int, make: torch.Generator) -> dict[str, Any]:
+def sized(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw images and their sizes, ``[count, 3, H, W]``."""
+    found = squares(config, images, make)
+    return found | {"image_sizes": torch.tensor([found["pixel_values"].shape[2:]] * sum(images))}
+
+
+def tiled(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw images in tiles of their highest resolution and a thumbnail, ``[count, 3, 3, H, H]``."""
+    size = _vision(config).image_size
+    pixels = _draw(make, sum(images), 3, 3, size, size)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[size, 2 * size]] * sum(images))}
+
+
+def of_rows(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw as many images for each row, those that it lacks of zeros, ``[B, most, 3, H, H]``."""
+    size = _vision(config).image_size
+    pixels = _draw(make, len(images), max(images), 3, size, size)
+    for row, count in enumerate(images):
+        pixels[row, count:] = 0
+    return {"pixel_values": pixels}
+
+
+def grids(config: Any, images: tuple[int, ...], make: torch.Generator, flat: bool = True) -> dict[str, Any]:
     """Draw the patches of images of different sizes, ``[patches, features]``, and their grids."""
     vision = _vision(config)
     merge = getattr(vision, "spatial_merge_size", 2)
-    grid = torch.tensor([[1, merge * (1 + index % 2), merge * 2] for index in range(count)])
-    features = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-    pixels = torch.randn(int(grid.prod(1).sum()), features, generator=make, dtype=torch.float64)
-    return {"pixel_values": pixels, "image_grid_thw": grid}
+    grid = torch.tensor([[1, merge * (1 + index % 2), merge * 2] for index in range(sum(images))])
+    channels = getattr(vision, "in_channels", getattr(vision, "num_channels", 3))
+    shape = channels * getattr(vision, "temporal_patch_size", 1), vision.patch_size, vision.patch_size
+    pixels = _draw(make, int(grid.prod(1).sum()), *shape)
+    return {"pixel_values": pixels.flatten(1) if flat else pixels, "image_grid_thw": grid}
+
+
+def patches(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw the patches of images, not flat, ``[patches, 3, P, P]``, and their grids."""
+    return grids(config, images, make, flat=False)
+
+
+def merged_grids(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw grids of patches, of which each 2 x 2 are merged."""
+    found = grids(config, images, make)
+    return found | {"image_merge_sizes": torch.tensor([2] * sum(images))}
+
+
+def spectra(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw spectra of sounds, ``[count, mels, T]``, and their masks."""
+    audio = config.audio_config
+    length = 2 * audio.max_source_positions
+    frames = _draw(make, sum(images), audio.num_mel_bins, length)
+    return {"input_features": frames, "feature_attention_mask": torch.ones(sum(images), length, dtype=torch.long)}
+
+
+def plain_spectra(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw spectra of sounds, ``[count, mels, T]``."""
+    return {"input_features": spectra(config, images, make)["input_features"]}
+
+
+def _draw(make: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=make, dtype=torch.float64)
 
 
 def _vision(config: Any) -> Any:
-    return next(getattr(config, name) for name in ("vision_config", "vit_config") if hasattr(config, name))
+    names = ("vision_config", "vit_config", "audio_config", "thinker_config")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+_MROPE_3 = _MROPE | {"mrope_interleaved": True}
 
 
 @dataclass(frozen=True)
 class Family:
     """One ``model_type``."""
 
-    media: Callable[[Any, int, torch.Generator], dict[str, Any]] = squares
+    media: Media = squares
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
@@ -53,31 +110,64 @@ class Family:
 
 
 _SMALL = {"image_size": 16, "patch_size": 8}
+_FINE = {"image_size": 16, "patch_size": 4}
 _QWEN = {"patch_size": 4, "depth": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 48, "num_heads": 4}
+_QWEN_3 = _QWEN | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+_GLM = _QWEN | {"out_hidden_size": 128, "image_size": 16}
+_LLAMA_4 = {"intermediate_size": 512, **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 64)}
+_PINPOINTS = {"image_grid_pinpoints": [[16, 32], [32, 16]]}
+_SHUFFLED = _FINE | {"hidden_size": 128}
+_LAYERS = {"num_hidden_layers": 2}
+_AUDIO = {"max_source_positions": 16, "num_mel_bins": 8, "encoder_layers": 2, "num_hidden_layers": 2}
+TYPES = "mm_token_type_ids"
 FAMILIES = {
     "llava": Family(vision=_SMALL),
     "vipllava": Family(vision={**_SMALL, "num_hidden_layers": 4}, changed={"vision_feature_layers": [-2, -1]}),
-    "qwen2_vl": Family(grids, _QWEN | {"hidden_size": 128}, {"rope_parameters": _MROPE}, types="mm_token_type_ids"),
+    "llava_next": Family(tiled, _SMALL, changed=_PINPOINTS),
+    "llava_next_video": Family(tiled, _SMALL, changed=_PINPOINTS),
+    "llava_onevision": Family(tiled, _SMALL, changed=_PINPOINTS),
+    "video_llava": Family(vision=_SMALL),
+    "mistral3": Family(sized, _FINE | {"head_dim": 16}),
+    "lighton_ocr": Family(sized, _FINE | {"head_dim": 16}),
+    "qwen2_vl": Family(grids, _QWEN | {"hidden_size": 128}, {"rope_parameters": _MROPE}, types=TYPES),
     "qwen2_5_vl": Family(
         grids,
         _QWEN | {"out_hidden_size": 128, "fullatt_block_indexes": [1], "window_size": 16},
         {"rope_parameters": _MROPE},
-        types="mm_token_type_ids",
+        types=TYPES,
     ),
-    "qwen3_vl": Family(
-        grids,
-        _QWEN | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
-        {"rope_parameters": {**_MROPE, "mrope_interleaved": True}},
-        types="mm_token_type_ids",
+    "qwen3_vl": Family(grids, _QWEN_3, {"rope_parameters": _MROPE_3}, types=TYPES),
+    "qwen3_vl_moe": Family(grids, _QWEN_3, {"rope_parameters": _MROPE_3}, types=TYPES),
+    "qwen3_5": Family(grids, _QWEN_3, {}, types=TYPES),
+    "qwen3_5_moe": Family(grids, _QWEN_3, {}, types=TYPES),
+    "exaone4_5": Family(
+        grids, _QWEN | {"out_hidden_size": 128, "fullatt_block_indexes": [1], "window_size": 16}, types=TYPES
     ),
-    "qwen3_vl_moe": Family(
-        grids,
-        _QWEN | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
-        {"rope_parameters": {**_MROPE, "mrope_interleaved": True}},
-        types="mm_token_type_ids",
-    ),
+    "glm4v": Family(grids, _GLM, {"rope_parameters": _MROPE}, types=TYPES),
+    "glm46v": Family(grids, _GLM, {"rope_parameters": _MROPE}, types=TYPES),
+    "glm4v_moe": Family(grids, _GLM, {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 2]}}, types=TYPES),
+    "glm_ocr": Family(grids, _GLM, {"rope_parameters": _MROPE}, types=TYPES),
+    "paddleocr_vl": Family(patches, _FINE, {"rope_parameters": _MROPE}, types=TYPES),
+    "kimi_k25": Family(patches, _FINE, types=TYPES),
+    "video_llama_3": Family(merged_grids, _FINE),
     "gemma3": Family(vision=_SMALL, changed={"mm_tokens_per_image": 4}, types="token_type_ids"),
+    "paligemma": Family(vision=_SMALL | {"projection_dim": 128}, changed={"projection_dim": 128}, types="token_type_ids"),
+    "gemma4": Family(types=TYPES),
     "internvl": Family(vision={"image_size": [16, 16], "patch_size": [4, 4]}),
+    "aya_vision": Family(vision=_FINE, changed={"downsample_factor": 2}),
+    "cohere2_vision": Family(vision=_FINE, changed={"downsample_factor": 2}),
+    "got_ocr2": Family(vision={"image_size": 64, "patch_size": 4, "window_size": 2, "global_attn_indexes": [1]}),
+    "ovis2": Family(vision=_FINE),
+    "deepseek_vl": Family(vision=_FINE),
+    "janus": Family(vision=_FINE | {"projection_dim": 128}),
+    "aria": Family(vision=_FINE),
+    "idefics2": Family(of_rows, _FINE),
+    "idefics3": Family(of_rows, _FINE, changed={"scale_factor": 2}),
+    "smolvlm": Family(of_rows, _FINE, changed={"scale_factor": 2}),
+    "llama4": Family(vision=_FINE | _LLAMA_4),
+    "qianfan_ocr": Family(vision=_FINE),
+    "qwen2_audio": Family(spectra, _AUDIO),
+    "voxtral": Family(plain_spectra, _AUDIO | {"intermediate_size": 512}, changed={"audio_token_id": 7}),
 }
 
 
@@ -108,9 +198,10 @@ def tiny_model(name: str) -> torch.nn.Module:
 def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict[str, Any]:
     """Draw a batch of rows with as many images each, padded on the right; tokens of an image stand together."""
     family, config, make = FAMILIES[name], model.config, torch.Generator().manual_seed(len(images) + sum(images))
-    media = family.media(config, sum(images), make) if any(images) else {}
-    counts = iter(_feature_counts(model, media) if media else [])
-    token = next(getattr(config, each) for each in ("image_token_id", "image_token_index") if hasattr(config, each))
+    media = family.media(config, images, make) if any(images) else {}
+    counts = iter(_feature_counts(model, media, sum(images)) if media else [])
+    names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+    token = next(getattr(config, each) for each in names if hasattr(config, each))
     rows, marks = [], []
     for row, number in enumerate(images):
         parts = [_text(_TOKENS + 2 * row, token, make)]
@@ -130,11 +221,18 @@ def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict
 
 def _text(count: int, token: int, make: torch.Generator) -> torch.Tensor:
     ids = torch.randint(10, VOCAB - 20, (count,), generator=make)
-    return ids.masked_fill(ids == token, 5)
+    return torch.where(ids == token, 5, ids)
 
 
 @torch.no_grad()
-def _feature_counts(model: torch.nn.Module, media: dict[str, Any]) -> list[int]:
+def _feature_counts(model: torch.nn.Module, media: dict[str, Any], images: int) -> list[int]:
     """Return the tokens of each image."""
-    found = model.get_image_features(**media, return_dict=True).pooler_output
-    return [len(each) for each in found]
+    name = "get_audio_features" if "input_features" in media else "get_image_features"
+    owner = next((each for each in (model, getattr(model, "model", None)) if hasattr(each, name)), None)
+    if owner is None:  # Qwen2-Audio: a convolution and a pooling by 2 each
+        return [media["input_features"].shape[2] // 4] * len(media["input_features"])
+    output = getattr(owner, name)(**media, return_dict=True)
+    found = output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    if len(found) == images and not (isinstance(found, torch.Tensor) and found.dim() == 2):
+        return [len(each) for each in found]
+    return [sum(each.numel() // each.shape[-1] for each in found) // images] * images

@@ -54,7 +54,7 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
         by_token = isinstance(x, torch.Tensor) and x.shape[:2] == tokens.shape[:2]
         if key in CACHES and not torch.is_grad_enabled():
             continue
-        if key in CACHES or not (key in _KNOWN or by_token or isinstance(x, bool | int | float | str)):
+        if key in CACHES or not (key in _KNOWN or by_token or _is_plain(x)):
             raise UnsupportedModelError(
                 f"{name} calls its language model with {key} ({type(x).__name__}{list(getattr(x, 'shape', ()))}), of "
                 "which a rank's part is not known. Set sequence_parallel_size to 1, or train its language model alone"
@@ -71,6 +71,11 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
         places_BS = given[_PLACES]
         given[_INDEX] = (places_BS.flatten().cumsum(0) - 1).view_as(places_BS)
     return {key: x for key, x in given.items() if key not in CACHES}
+
+
+def _is_plain(x: Any) -> bool:
+    """Return True for a number or a name, the same for all tokens."""
+    return isinstance(x, bool | int | float | str) or (isinstance(x, torch.Tensor) and not x.dim())
 
 
 def _own_rows(shard: dict[str, Any]) -> dict[str, Any]:
