@@ -71,6 +71,14 @@ def merged_grids(config: Any, images: tuple[int, ...], make: torch.Generator) ->
     return found | {"image_merge_sizes": torch.tensor([2] * sum(images))}
 
 
+def positioned(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw 4 x 4 patches of each image, ``[count, 16, features]``, and their places."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+    features = 3 * _vision(config).patch_size ** 2
+    pixels = _draw(make, sum(images), 16, features)
+    return {"pixel_values": pixels, "image_position_ids": places.expand(sum(images), -1, -1).contiguous()}
+
+
 def spectra(config: Any, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
     """Draw spectra of sounds, ``[count, mels, T]``, and their masks."""
     audio = config.audio_config
@@ -105,8 +113,12 @@ class Family:
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Configs that the default config lacks."""
     types: str = ""
     """Name of the argument that marks image tokens; empty if the model takes none."""
+    prefix: bool = False
+    """True if it marks the tokens behind a prefix with the images instead."""
 
 
 _SMALL = {"image_size": 16, "patch_size": 8}
@@ -148,11 +160,16 @@ FAMILIES = {
     "glm4v_moe": Family(grids, _GLM, {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 2]}}, types=TYPES),
     "glm_ocr": Family(grids, _GLM, {"rope_parameters": _MROPE}, types=TYPES),
     "paddleocr_vl": Family(patches, _FINE, {"rope_parameters": _MROPE}, types=TYPES),
-    "kimi_k25": Family(patches, _FINE, types=TYPES),
+    "kimi_k25": Family(patches, _FINE, changed={"projection_hidden_size": 128}, types=TYPES),
     "video_llama_3": Family(merged_grids, _FINE),
     "gemma3": Family(vision=_SMALL, changed={"mm_tokens_per_image": 4}, types="token_type_ids"),
-    "paligemma": Family(vision=_SMALL | {"projection_dim": 128}, changed={"projection_dim": 128}, types="token_type_ids"),
-    "gemma4": Family(types=TYPES),
+    "paligemma": Family(vision=_SMALL | {"projection_dim": 128}, changed={"projection_dim": 128}, types="token_type_ids", prefix=True),
+    "gemma4": Family(
+        positioned,
+        {"patch_size": 4, "position_embedding_size": 16, "pooling_kernel_size": 2},
+        parts={"vision_config": {}},
+        types=TYPES,
+    ),
     "internvl": Family(vision={"image_size": [16, 16], "patch_size": [4, 4]}),
     "aya_vision": Family(vision=_FINE, changed={"downsample_factor": 2}),
     "cohere2_vision": Family(vision=_FINE, changed={"downsample_factor": 2}),
@@ -171,10 +188,10 @@ FAMILIES = {
 }
 
 
-def tiny_model(name: str) -> torch.nn.Module:
-    """Build a family's tiny model in fp64, in training mode without dropout, the same on every rank."""
+def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """Build a family's tiny model, in training mode without dropout, the same on every rank."""
     family = FAMILIES[name]
-    config = CONFIG_MAPPING[name]()
+    config = CONFIG_MAPPING[name](**family.parts)
     small = shrink(config)
     for part, values in ((small, family.changed), (_vision(small), family.vision), (small.get_text_config(), family.text)):
         for key, value in values.items():
@@ -190,7 +207,7 @@ def tiny_model(name: str) -> torch.nn.Module:
     cls = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = cls._from_config(small, attn_implementation="sdpa", experts_implementation="eager").double()
+        model = cls._from_config(small, attn_implementation="sdpa", experts_implementation="eager").to(dtype)
         draw_weights(model)
     return model.train()
 
@@ -198,7 +215,7 @@ def tiny_model(name: str) -> torch.nn.Module:
 def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict[str, Any]:
     """Draw a batch of rows with as many images each, padded on the right; tokens of an image stand together."""
     family, config, make = FAMILIES[name], model.config, torch.Generator().manual_seed(len(images) + sum(images))
-    media = family.media(config, images, make) if any(images) else {}
+    media = _cast(family.media(config, images, make), model) if any(images) else {}
     counts = iter(_feature_counts(model, media, sum(images)) if media else [])
     names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
     token = next(getattr(config, each) for each in names if hasattr(config, each))
@@ -215,8 +232,14 @@ def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict
     mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((ids == token) | (mask == 0), -100)}
     if family.types:
-        batch[family.types] = (ids == token).long()
+        marked = ids == token
+        batch[family.types] = ((marked.flip(1).cumsum(1).flip(1) == 0) & (mask == 1) if family.prefix else marked).long()
     return batch | media
+
+
+def _cast(media: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    dtype = next(model.parameters()).dtype
+    return {key: x.to(dtype) if x.is_floating_point() else x for key, x in media.items()}
 
 
 def _text(count: int, token: int, make: torch.Generator) -> torch.Tensor:

@@ -46,15 +46,14 @@ def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> Non
 
 def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that are set; raise UnsupportedModelError for one that is not known how to cut."""
-    given = {key: x for key, x in given.items() if x is not None}
+    # A cache without tokens is made for use_cache, which is the config's default, and read by nothing.
+    given = {key: x for key, x in given.items() if x is not None and not (key in CACHES and not x.get_seq_length())}
     tokens = given.get("inputs_embeds", given.get("input_ids"))
     if tokens is None:
         raise UnsupportedModelError(f"{name} calls its language model without input_ids or inputs_embeds: use another")
     for key, x in given.items():
         by_token = isinstance(x, torch.Tensor) and x.shape[:2] == tokens.shape[:2]
-        if key in CACHES and not torch.is_grad_enabled():
-            continue
-        if key in CACHES or not (key in _KNOWN or by_token or _is_plain(x)):
+        if not (key in _KNOWN or by_token or _is_plain(x)):
             raise UnsupportedModelError(
                 f"{name} calls its language model with {key} ({type(x).__name__}{list(getattr(x, 'shape', ()))}), of "
                 "which a rank's part is not known. Set sequence_parallel_size to 1, or train its language model alone"
@@ -70,7 +69,7 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
     if _ROWS in given:
         places_BS = given[_PLACES]
         given[_INDEX] = (places_BS.flatten().cumsum(0) - 1).view_as(places_BS)
-    return {key: x for key, x in given.items() if key not in CACHES}
+    return {key: x for key, x in given.items() if key != "use_cache"}
 
 
 def _is_plain(x: Any) -> bool:

@@ -32,6 +32,7 @@ def split_head(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
         logits = cls.__call__(self, args[0].computed_rows())
         if not isinstance(logits, LazyLogits):
             return args[0].like(logits)
+        model.alst_head.is_tiled = True
         found = SequenceTensor(Recorded.of_logits(logits), args[0].places)
         vars(found)[_LAZY] = found.rows, logits
         return found

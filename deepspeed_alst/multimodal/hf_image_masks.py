@@ -39,8 +39,17 @@ class ImageMask(MaskSpec):
     """Mask of the other tokens."""
     images: tuple[tuple[tuple[int, int], ...], ...] = ()
     """First and last + 1 token of each image of each row."""
+    length: int = 0
     in_window: bool = False
     """True if the window hides tokens of an image, False if it only hides others."""
+
+    ndim = 4
+    """Dims of the tensor that it stands for, which transformers asks a mask that a language model is given."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of that tensor."""
+        return len(self.images), 1, self.length, self.length
 
     def runs(self, length: int) -> list[tuple[int, int]]:
         """Raise for other attention than sdpa's, which would leave out the images."""
@@ -111,7 +120,8 @@ def mask_of_batch(mask_function: Callable[..., Any], rows: int, length: int, pad
         return None if base.hides_nothing(length) else base
     if padding is not None:
         blocks_BS = blocks_BS.masked_fill(padding == 0, -1)
-    return ImageMask(base=base, images=tuple(map(_images, blocks_BS.expand(rows, -1))), in_window=in_window)
+    images = tuple(map(_images, blocks_BS.expand(rows, -1)))
+    return ImageMask(base=base, images=images, length=length, in_window=in_window)
 
 
 def _read(mask_function: Callable[..., Any]) -> tuple[MaskSpec, torch.Tensor | None, bool]:

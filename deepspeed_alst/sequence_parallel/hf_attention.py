@@ -202,6 +202,8 @@ def _attention_over(
         query, key, value, attention_mask, scaling, arguments = read_call(module, *args, **kwargs)
         # position_ids are left out: they cover one shard, and documents come in cu_seq_lens_q or in the mask.
         ignored = IN_THE_MASK if backend.uses_mask else ()
+        if hasattr(attention_mask, "images"):  # which says what is causal
+            arguments.pop("is_causal", None)
         arguments = {name: value for name, value in arguments.items() if name not in ignored}
         _check_call(module, query, key, attention_mask, arguments.get("is_causal", True), layers)
         calls.check_inside(type(module).__name__)
@@ -277,6 +279,8 @@ def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardCon
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> "MaskSpec | None":
+        if hasattr(attention_mask, "images"):
+            return attention_mask
         if not calls.inside:
             from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
 
