@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME
 from deepspeed_alst.random_draws.model_draws import is_dropout
 from deepspeed_alst.verification.hf_tiny_models import draw_weights, shrink
 
@@ -53,7 +54,8 @@ def grids(config: Any, images: tuple[int, ...], make: torch.Generator, flat: boo
     """Draw the patches of images of different sizes, ``[patches, features]``, and their grids."""
     vision = _vision(config)
     merge = getattr(vision, "spatial_merge_size", 2)
-    grid = torch.tensor([[1, merge * (1 + index % 2), merge * 2] for index in range(sum(images))])
+    times = [1 + index % 2 if config.model_type in FRAME_BY_FRAME else 1 for index in range(sum(images))]
+    grid = torch.tensor([[time, merge * (1 + index % 2), merge * 2] for index, time in enumerate(times)])
     channels = getattr(vision, "in_channels", getattr(vision, "num_channels", 3))
     shape = channels * getattr(vision, "temporal_patch_size", 1), vision.patch_size, vision.patch_size
     pixels = _draw(make, int(grid.prod(1).sum()), *shape)

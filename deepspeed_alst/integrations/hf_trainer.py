@@ -99,6 +99,11 @@ def check_trainer(trainer: Any) -> None:
             f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, and a rank "
             "has only a shard. Leave it out"
         )
+    if args.label_smoothing_factor and getattr(getattr(trainer.model_wrapped, "alst", None), "splits_decoder", False):
+        problems.append(
+            f"label_smoothing_factor={args.label_smoothing_factor}: of a model around a language model the Trainer "
+            "smooths labels that are not shifted, which is not supported. Leave it out"
+        )
     if args.auto_find_batch_size:
         problems.append("auto_find_batch_size=True: ranks could choose different sizes. Set the batch size")
     if not args.accelerator_config.even_batches:

@@ -5,13 +5,19 @@ its language model, where the ranks cut them (decoder_calls.py). Its output stan
 (whole_sequence/sequence_tensor.py), of which the head and the loss run on this rank's rows (head.py).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
+from deepspeed_alst.multimodal.encoder_split import split_encoder
 from deepspeed_alst.multimodal.head import split_head
+from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, REPEATED
 from deepspeed_alst.sequence_parallel.feature import without_split
 from deepspeed_alst.sequence_parallel.private_config import own_config
 
@@ -29,12 +35,23 @@ class Multimodal(Feature):
         _share_config(whole, run.spec.config, patches)
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
+        kind = whole.config.model_type
+        self._splits = kind not in REPEATED and split_encoder(whole, session, patches, kind in FRAME_BY_FRAME)
         if hasattr(whole.model, "generate"):
             patches.wrap(whole.model, "generate", without_split(run.spec.config, session.calls))
 
+    def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
+        """Forget a step's gradients under ZeRO 3: DeepSpeed 0.19.8 keeps those of an encoder that the next leaves out.
+
+        It would add them to the next step's, or step with them again.
+        """
+        if run.stage == 3 and hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
+            patches.wrap(engine.optimizer, "step", lambda step: functools.partial(_step_and_forget, step, engine.optimizer))
+
     def report(self) -> list[tuple[str, str]]:
         """Return the row of the parts that see whole samples."""
-        return [("multimodal", f"{self._name}: encoders and merge on each rank, cut at the language model")]
+        encoders = "split over the ranks of a sequence" if self._splits else "encoded on each rank"
+        return [("multimodal", f"{self._name}: images {encoders}; cut at the language model")]
 
 
 def _share_config(whole: ModelSpec, text_config: Any, patches: PatchSet) -> None:
@@ -43,3 +60,14 @@ def _share_config(whole: ModelSpec, text_config: Any, patches: PatchSet) -> None
     own = own_config(whole.outer, config, patches)
     for name in [name for name, value in vars(config).items() if value is before]:
         setattr(own, name, text_config)
+
+
+def _step_and_forget(step: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    found = step(*args, **kwargs)
+    partitions = [each.grad for each in optimizer.fp32_partitioned_groups_flat if each.grad is not None]
+    if partitions:  # offloaded
+        torch._foreach_zero_(partitions)
+    optimizer.grad_partitions_flat_buffer.zero_()
+    if hasattr(optimizer, "norm_for_param_grads"):
+        optimizer.norm_for_param_grads.clear()
+    return found

@@ -11,6 +11,10 @@ gemma3 internvl llava qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe vipllava
 """
 RIGHT = frozenset(_FAMILIES.split())
 """``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""
+FRAME_BY_FRAME = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"))
+"""Families whose encoder treats the frames of a video one by one."""
+REPEATED = frozenset(("idefics2", "idefics3", "smolvlm"))
+"""Families that encode all images on each rank, in an order that their padding changes."""
 
 
 def family_problems(spec: ModelSpec) -> Iterator[str]:

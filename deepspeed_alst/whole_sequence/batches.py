@@ -101,6 +101,8 @@ def _for_all_ranks(key: str, x: Any, groups: SequenceGroups) -> Any:
     Raises:
         DataError: a tensor with a gradient exceeds 2 GiB.
     """
+    if isinstance(x, list | tuple):
+        return type(x)(_for_all_ranks(key, each, groups) for each in x)
     if not isinstance(x, torch.Tensor) or not x.requires_grad:
         return x
     from deepspeed_alst.whole_sequence.token_rows import replicated

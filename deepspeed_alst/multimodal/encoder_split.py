@@ -1,0 +1,171 @@
+"""Split of an encoder's images or frames over the ranks of a sequence, balanced by patches.
+
+Each rank encodes its own, and all gather the features once, with their gradient. A rank without any encodes the first
+one too, whose features nobody uses: ZeRO gathers weights and reduces gradients on all ranks.
+
+Legend: k images (or frames of videos), P ranks of a sequence, M model dim; n rows of features of an image.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.data.sharding import fingerprint
+from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
+from deepspeed_alst.errors import DataError, UnsupportedModelError
+from deepspeed_alst.integrations.trl_fused_head import gather_tokens
+
+_METHOD, _GRID = "get_image_features", "image_grid_thw"
+_FEATURES = ("pooler_output", "deepstack_features")
+_SAMPLED = 2**16
+
+
+def split_encoder(spec: ModelSpec, session: Any, patches: PatchSet, frames: bool) -> bool:
+    """Split the calls of a model's image encoder and projector; return False if it has none.
+
+    ``frames`` is True if an encoder treats the frames of a video one by one.
+    """
+    owner = next((each for each in (getattr(spec.model, "model", None), spec.model) if hasattr(each, _METHOD)), None)
+    if owner is None:
+        return False
+    signature = inspect.signature(getattr(owner, _METHOD))
+
+    def wrap(encode: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(encode)
+        def split(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+            # In evaluation each rank may have images of its own.
+            images = Images.of(given, frames) if torch.is_grad_enabled() and not session.calls.whole else None
+            return encode(*args, **kwargs) if images is None else _encode(encode, given, images, session.groups)
+
+        return split
+
+    patches.wrap(owner, _METHOD, wrap)
+    return True
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of a batch; a video's frames count as images of their own if the encoder treats them one by one."""
+
+    patches: tuple[int, ...]
+    """Patches of each."""
+    of_grid: bool
+    """True if an image is as many rows of ``pixel_values`` as it has patches, False if it is one."""
+    counts: tuple[int, ...]
+    """Number of these that make up each image or video of the batch."""
+
+    @classmethod
+    def of(cls, given: dict[str, Any], frames: bool) -> "Images | None":
+        """Return the images in the arguments of an encoder; None if their layout is not known."""
+        pixels, grid = given.get("pixel_values"), given.get(_GRID)
+        if not isinstance(pixels, torch.Tensor) or not len(pixels):
+            return None
+        if grid is None:
+            tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+            if any(len(x) != len(pixels) for x in tensors):
+                return None
+            return cls((1,) * len(pixels), False, (1,) * len(pixels))
+        found, counts = list[int](), list[int]()
+        for time, height, width in grid.tolist():
+            counts.append(time if frames else 1)
+            found += [height * width] * time if frames else [time * height * width]
+        return cls(tuple(found), True, tuple(counts)) if sum(found) == len(pixels) else None
+
+    def shares(self, ranks: int) -> list[list[int]]:
+        """Return each rank's images, in order: the largest first, to the rank with the fewest patches."""
+        shares: list[list[int]] = [[] for _ in range(ranks)]
+        loads = [0] * ranks
+        for image in sorted(range(len(self.patches)), key=lambda image: -self.patches[image]):
+            rank = loads.index(min(loads))
+            shares[rank].append(image)
+            loads[rank] += self.patches[image]
+        return [sorted(share) for share in shares]
+
+    def arguments(self, given: dict[str, Any], share: list[int]) -> dict[str, Any]:
+        """Return the encoder's arguments for some of the images."""
+        first = given["pixel_values"]
+        number, index = len(self.counts), torch.tensor(share, device=first.device)
+        found = dict(given)
+        if not self.of_grid:
+            return {key: x[index] if isinstance(x, torch.Tensor) else x for key, x in found.items()}
+        pieces = first.split(self.patches)
+        found["pixel_values"] = torch.cat([pieces[image] for image in share])
+        of_batch = torch.repeat_interleave(torch.arange(number), torch.tensor(self.counts))[share]
+        for key, x in given.items():
+            if key != "pixel_values" and isinstance(x, torch.Tensor) and len(x) == number:
+                found[key] = x[of_batch.to(x.device)]
+        if list(self.counts) != [1] * number:
+            found[_GRID] = torch.cat([torch.ones_like(found[_GRID][:, :1]), found[_GRID][:, 1:]], dim=1)
+        return found
+
+
+def _encode(encode: Callable[..., Any], given: dict[str, Any], images: Images, groups: Any) -> Any:
+    """Encode this rank's images and return an output with the features of all."""
+    _check_same(given["pixel_values"], groups)
+    shares = images.shares(groups.sp_size)
+    own = shares[groups.sp_rank] or [0]
+    output = encode(**images.arguments(given, own))
+    found = {}
+    for key in _FEATURES:
+        if (features := getattr(output, key, None)) is None:
+            continue
+        if key == "pooler_output":
+            found[key] = _whole(features, own, shares, images, groups)
+        else:  # of several layers
+            found[key] = [_whole(each, own, shares, images, groups) for each in features]
+    return type(output)(**found)
+
+
+def _check_same(pixels: torch.Tensor, groups: Any) -> None:
+    """Raise DataError if the ranks of a sequence have different images; a sample of their values is compared."""
+    flat = pixels.detach().reshape(-1)
+    sampled = flat[:: max(1, len(flat) // _SAMPLED)]
+    with name_missing_ranks(groups.roll_group):
+        everyone = gather_objects((tuple(pixels.shape), fingerprint(sampled)), groups.sp_control_group)
+    if len(set(everyone)) > 1:
+        raise DataError(
+            "the ranks of a sequence have different images (pixel_values) in training, where each gets the whole "
+            "batch: use the sharded loader, loader = deepspeed_alst.shard_dataloader(loader, engine)"
+        )
+
+
+def _whole(features: Any, own: list[int], shares: list[list[int]], images: Images, groups: Any) -> Any:
+    """Gather the features of all images, ``[n, M]`` each, as the encoder returns them of its own."""
+    stacked = isinstance(features, torch.Tensor)
+    if len(features) != len(own):
+        raise UnsupportedModelError(
+            f"an image encoder returned features of {len(features)} images for {len(own)}: set sequence_parallel_size "
+            "to 1, or train the language model alone"
+        )
+    mine = list(features)
+    counts = torch.zeros(len(images.patches), dtype=torch.int64, device=mine[0].device)
+    if shares[groups.sp_rank]:
+        counts[own] = torch.tensor([len(each) for each in mine], device=counts.device)
+    with name_missing_ranks(groups.roll_group):
+        dist.all_reduce(counts, group=groups.sp_group)
+        rows = counts.tolist()
+        longest = max(sum(rows[image] for image in share) for share in shares)
+        flat = torch.cat(mine)[:longest]
+        padded = F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, longest - len(flat)))
+        gathered = gather_tokens(padded[None], groups.sp_group)[0]
+    pieces: list[Any] = [None] * len(rows)
+    for rank, share in enumerate(shares):
+        place = rank * longest
+        for image in share:
+            pieces[image] = gathered[place : place + rows[image]]
+            place += rows[image]
+    joined, first = [], 0
+    for count in images.counts:
+        joined.append(pieces[first] if count == 1 else torch.cat(pieces[first : first + count]))
+        first += count
+    return torch.stack(joined) if stacked else type(features)(joined)
