@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import KeepFp64
 from benchmarks.figures import Figure, Part, markdown, report
-from benchmarks.multimodal_families import FAMILIES, batch_of, tiny_model
+from benchmarks.multimodal_families import FAMILIES, batch_of, cast, tiny_model
 from benchmarks.ranks import LateError, RankError, Ranks
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -88,7 +88,8 @@ def step(model: torch.nn.Module, batch: dict[str, Any], session: Any = None) -> 
     else:
         with session.backward(loss) as given:
             given.backward()
-    grads = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in model.named_parameters()}
+    params = model.named_parameters()
+    grads = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in params}
     if session is not None:
         for grad in grads.values():
             dist.all_reduce(grad)
@@ -114,6 +115,8 @@ def _verdicts(name: str, dtype: torch.dtype) -> list[Verdict]:
         truth = {case: step(model, batch) for case, batch in batches.items()}
     except Exception as error:
         return [Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")]
+    if problem := _uneven_calls(name, model, dtype):
+        return [Verdict("wrong", problem)]
     verdicts = []
     with PatchSet() as patches:
         patches.set(hf_families, "RIGHT", RIGHT | {model.config.model_type})
@@ -123,13 +126,30 @@ def _verdicts(name: str, dtype: torch.dtype) -> list[Verdict]:
             return [Verdict("refused", str(error).splitlines()[0])]
         for case, batch in batches.items():
             try:
-                verdicts.append(_judge(truth[case], step(model, batch, session)))
+                verdicts.append(judge(truth[case], step(model, batch, session)))
             except AlstError as error:
                 verdicts.append(Verdict("refused", f"{case}: {str(error).splitlines()[0]}"))
     return verdicts
 
 
-def _judge(truth: Any, found: Any) -> Verdict:
+def _uneven_calls(name: str, model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """Return why ranks with different numbers of images could not share an encoder under ZeRO 3; empty if they can."""
+    owner = next((each for each in (getattr(model, "model", None), model) if hasattr(each, "get_image_features")), None)
+    if owner is None or name in hf_families.REPEATED:
+        return ""
+    calls = []
+    for count in (1, 3):
+        calls.append([])
+        media = cast(FAMILIES[name].media(model.config, (count,), torch.Generator().manual_seed(0)), dtype)
+        with PatchSet() as patches, torch.no_grad():
+            for each, module in model.named_modules():
+                patches.hook(module, "forward", lambda *_, each=each: calls[-1].append(each))
+            owner.get_image_features(**media, return_dict=True)
+    return "" if calls[0] == calls[1] else "its encoder calls modules once for each image: list it in REPEATED"
+
+
+def judge(truth: Any, found: Any) -> Verdict:
+    """Compare loss and gradients of two steps."""
     (loss, grads), (own_loss, own_grads) = truth, found
     norm = sum(float(grad.norm()) ** 2 for grad in grads.values()) ** 0.5
     errors = {"loss": abs(own_loss - loss) / abs(loss)}

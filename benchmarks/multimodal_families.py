@@ -128,10 +128,8 @@ _FINE = {"image_size": 16, "patch_size": 4}
 _QWEN = {"patch_size": 4, "depth": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 48, "num_heads": 4}
 _QWEN_3 = _QWEN | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
 _GLM = _QWEN | {"out_hidden_size": 128, "image_size": 16}
-_LLAMA_4 = {"intermediate_size": 512, **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 64)}
+_LLAMA_4 = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 64)
 _PINPOINTS = {"image_grid_pinpoints": [[16, 32], [32, 16]]}
-_SHUFFLED = _FINE | {"hidden_size": 128}
-_LAYERS = {"num_hidden_layers": 2}
 _AUDIO = {"max_source_positions": 16, "num_mel_bins": 8, "encoder_layers": 2, "num_hidden_layers": 2}
 TYPES = "mm_token_type_ids"
 FAMILIES = {
@@ -165,7 +163,12 @@ FAMILIES = {
     "kimi_k25": Family(patches, _FINE, changed={"projection_hidden_size": 128}, types=TYPES),
     "video_llama_3": Family(merged_grids, _FINE),
     "gemma3": Family(vision=_SMALL, changed={"mm_tokens_per_image": 4}, types="token_type_ids"),
-    "paligemma": Family(vision=_SMALL | {"projection_dim": 128}, changed={"projection_dim": 128}, types="token_type_ids", prefix=True),
+    "paligemma": Family(
+        vision=_SMALL | {"projection_dim": 128},
+        changed={"projection_dim": 128},
+        types="token_type_ids",
+        prefix=True,
+    ),
     "gemma4": Family(
         positioned,
         {"patch_size": 4, "position_embedding_size": 16, "pooling_kernel_size": 2},
@@ -183,7 +186,7 @@ FAMILIES = {
     "idefics2": Family(of_rows, _FINE),
     "idefics3": Family(of_rows, _FINE, changed={"scale_factor": 2}),
     "smolvlm": Family(of_rows, _FINE, changed={"scale_factor": 2}),
-    "llama4": Family(vision=_FINE | _LLAMA_4),
+    "llama4": Family(vision=_FINE | {"intermediate_size": 512} | _LLAMA_4),
     "qianfan_ocr": Family(vision=_FINE),
     "qwen2_audio": Family(spectra, _AUDIO),
     "voxtral": Family(plain_spectra, _AUDIO | {"intermediate_size": 512}, changed={"audio_token_id": 7}),
@@ -195,15 +198,16 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module
     family = FAMILIES[name]
     config = CONFIG_MAPPING[name](**family.parts)
     small = shrink(config)
-    for part, values in ((small, family.changed), (_vision(small), family.vision), (small.get_text_config(), family.text)):
+    text = small.get_text_config()
+    for part, values in ((small, family.changed), (_vision(small), family.vision), (text, family.text)):
         for key, value in values.items():
             setattr(part, key, value)
     for place, key in enumerate(sorted(key for key in vars(small) if re.search(r"_token_(id|index)$", key)), 1):
         if isinstance(getattr(small, key), int):
             setattr(small, key, VOCAB - place)
     small = type(small).from_dict(small.to_dict())
-    for part in (small, *(getattr(small, each) for each in small.sub_configs if getattr(small, each, None) is not None)):
-        for key, rate in list(vars(part).items()):
+    for part in (small, *(getattr(small, each, None) for each in small.sub_configs)):
+        for key, rate in list(vars(part).items()) if part is not None else ():
             if is_dropout(key, rate):
                 setattr(part, key, 0.0)
     cls = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
@@ -217,11 +221,11 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module
 def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict[str, Any]:
     """Draw a batch of rows with as many images each, padded on the right; tokens of an image stand together."""
     family, config, make = FAMILIES[name], model.config, torch.Generator().manual_seed(len(images) + sum(images))
-    media = _cast(family.media(config, images, make), model) if any(images) else {}
+    media = cast(family.media(config, images, make), next(model.parameters()).dtype) if any(images) else {}
     counts = iter(_feature_counts(model, media, sum(images)) if media else [])
     names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
     token = next(getattr(config, each) for each in names if hasattr(config, each))
-    rows, marks = [], []
+    rows = []
     for row, number in enumerate(images):
         parts = [_text(_TOKENS + 2 * row, token, make)]
         for _ in range(number):
@@ -235,12 +239,14 @@ def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((ids == token) | (mask == 0), -100)}
     if family.types:
         marked = ids == token
-        batch[family.types] = ((marked.flip(1).cumsum(1).flip(1) == 0) & (mask == 1) if family.prefix else marked).long()
+        if family.prefix:
+            marked = (marked.flip(1).cumsum(1).flip(1) == 0) & (mask == 1)
+        batch[family.types] = marked.long()
     return batch | media
 
 
-def _cast(media: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
-    dtype = next(model.parameters()).dtype
+def cast(media: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return arguments with real numbers of a dtype."""
     return {key: x.to(dtype) if x.is_floating_point() else x for key, x in media.items()}
 
 

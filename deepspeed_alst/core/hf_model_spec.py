@@ -60,13 +60,13 @@ class ModelSpec:
 
     @property
     def is_multimodal(self) -> bool:
-        """True for the language model that a model of images, video or audio and text calls; the latter is ``whole``."""
+        """True for the language model of a model of images, video or audio and text, which is ``whole``."""
         outer = ModelSpec(self.whole)
         return self.whole is not self.outer and outer._calls_language_model()
 
     def _calls_language_model(self) -> bool:
-        names = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-        return isinstance(self.model, PreTrainedModel) and self.text_config is not self.config and _is_any_of(self.model, names)
+        is_known = isinstance(self.model, PreTrainedModel) and self.text_config is not self.config
+        return is_known and _is_any_of(self.model, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
     @property
     def with_head(self) -> "ModelSpec":
@@ -76,8 +76,8 @@ class ModelSpec:
     def split_part(self) -> "ModelSpec":
         """Return the spec of the part whose calls ranks split; what is around it sees whole sequences.
 
-        That is the decoder of a classifier, the language model of a multimodal model, the model behind PEFT's virtual tokens or in a module of the program's own,
-        else the model itself.
+        That is the decoder of a classifier, the language model of a multimodal model, the model behind PEFT's virtual
+        tokens or in a module of the program's own, else the model itself.
         """
         classifiers = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
         if is_peft(self.outer) and getattr(self.outer.active_peft_config, "is_prompt_learning", False):

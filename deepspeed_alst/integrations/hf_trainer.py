@@ -93,13 +93,18 @@ def check_trainer(trainer: Any) -> None:
         ConfigError: one line per argument, with its value, the reason and the fix.
     """
     args = trainer.args
-    problems = refusals(trainer)
+    problems, session = refusals(trainer), getattr(trainer.model_wrapped, "alst", None)
+    if getattr(session, "is_multimodal", False) and type(trainer).__module__.startswith("trl."):
+        problems.append(
+            f"{type(trainer).__name__}: TRL's trainers are not verified with models of images or audio. Use "
+            "transformers' Trainer, or leave sequence_parallel_size out"
+        )
     if args.neftune_noise_alpha:
         problems.append(
             f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, and a rank "
             "has only a shard. Leave it out"
         )
-    if args.label_smoothing_factor and getattr(getattr(trainer.model_wrapped, "alst", None), "splits_decoder", False):
+    if args.label_smoothing_factor and getattr(session, "splits_decoder", False):
         problems.append(
             f"label_smoothing_factor={args.label_smoothing_factor}: of a model around a language model the Trainer "
             "smooths labels that are not shifted, which is not supported. Leave it out"

@@ -58,6 +58,10 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"{name} calls its language model with {key} ({type(x).__name__}{list(getattr(x, 'shape', ()))}), of "
                 "which a rank's part is not known. Set sequence_parallel_size to 1, or train its language model alone"
             )
+    if given.get("output_router_logits"):
+        raise UnsupportedModelError(
+            f"{name}: output_router_logits=True, whose loss would be made of a shard's tokens. Set it to False"
+        )
     masks = given.get("attention_mask")
     if isinstance(masks, dict | MaskSpec):  # None stands for a plain causal mask
         if not all(each is None or isinstance(each, MaskSpec) for each in tree_leaves(masks)):
@@ -84,4 +88,3 @@ def _own_rows(shard: dict[str, Any]) -> dict[str, Any]:
         rows_n = index_Bs[shard[_PLACES]]
         shard[_ROWS] = [features_NM[rows_n.to(features_NM.device)] for features_NM in shard[_ROWS]]
     return shard
-

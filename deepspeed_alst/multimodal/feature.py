@@ -1,4 +1,4 @@
-"""Multimodal models under ``sequence_parallel_size``: encoders and merge on whole samples, the language model in shards.
+"""Multimodal models under ``sequence_parallel_size``: a merge of whole samples, the language model in shards.
 
 Every rank of a sequence is given the whole sample. The model's own code makes the embeddings of all tokens and calls
 its language model, where the ranks cut them (decoder_calls.py). Its output stands for that of the whole sequence
@@ -13,6 +13,8 @@ import torch
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.errors import DataError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
 from deepspeed_alst.multimodal.encoder_split import split_encoder
@@ -41,12 +43,29 @@ class Multimodal(Feature):
             patches.wrap(whole.model, "generate", without_split(run.spec.config, session.calls))
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
-        """Forget a step's gradients under ZeRO 3: DeepSpeed 0.19.8 keeps those of an encoder that the next leaves out.
+        """Make batches without images safe under ZeRO 3.
 
-        It would add them to the next step's, or step with them again.
+        DeepSpeed 0.19.8 keeps the gradients of an encoder that the next step leaves out, and steps with them again or
+        adds them to the next ones. And a rank that calls an encoder waits for the others.
         """
-        if run.stage == 3 and hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
-            patches.wrap(engine.optimizer, "step", lambda step: functools.partial(_step_and_forget, step, engine.optimizer))
+        if run.stage != 3:
+            return
+        optimizer = engine.optimizer
+        if hasattr(optimizer, "grad_partitions_flat_buffer"):
+            patches.wrap(optimizer, "step", lambda step: functools.partial(_step_and_forget, step, optimizer))
+        patches.hook(run.spec.whole, "forward_pre", self._check_media, prepend=True, with_kwargs=True)
+
+    def _check_media(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise on all ranks if only some of them have images."""
+        if self._session.calls.whole:
+            return
+        media = sorted(key for key, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
+        everyone = gather_objects(media, self._session.groups.control_group)
+        if any(each != everyone[0] for each in everyone):
+            raise DataError(
+                f"under ZeRO 3 all ranks need images in the same micro-steps, as each gathers the encoder's weights; "
+                f"they have {everyone}. Put an image into each batch, or use ZeRO 2"
+            )
 
     def report(self) -> list[tuple[str, str]]:
         """Return the row of the parts that see whole samples."""

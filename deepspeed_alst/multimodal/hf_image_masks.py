@@ -23,11 +23,21 @@ from transformers.masking_utils import (
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel import blocked_sdpa
-from deepspeed_alst.sequence_parallel.hf_attention import causal_sdpa
-from deepspeed_alst.sequence_parallel.hf_masks import AND, PACKED, MaskSpec, Rule, check_parts, enclosed, read_mask
+from deepspeed_alst.sequence_parallel.hf_attention import AttentionBackend, causal_sdpa
+from deepspeed_alst.sequence_parallel.hf_masks import (
+    AND,
+    PACKED,
+    MaskSpec,
+    Rule,
+    check_for_flash,
+    check_parts,
+    enclosed,
+    read_mask,
+)
 
 _OR = or_masks(causal_mask_function).__code__
 _BLOCK = blockwise_overlay(torch.zeros(1, 1)).__code__
+_CAUSAL = MaskSpec()
 _WAY_OUT = "load the model with attn_implementation='sdpa', without alst.memory_lean_layer"
 
 
@@ -35,7 +45,7 @@ _WAY_OUT = "load the model with attn_implementation='sdpa', without alst.memory_
 class ImageMask(MaskSpec):
     """A mask whose images' tokens attend to all tokens of their image too."""
 
-    base: MaskSpec = MaskSpec()
+    base: MaskSpec = _CAUSAL
     """Mask of the other tokens."""
     images: tuple[tuple[tuple[int, int], ...], ...] = ()
     """First and last + 1 token of each image of each row."""
@@ -96,7 +106,9 @@ class ImageMask(MaskSpec):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
 
 
-def mask_of_batch(mask_function: Callable[..., Any], rows: int, length: int, padding: Any) -> MaskSpec | None:
+def mask_of_batch(
+    mask_function: Callable[..., Any], rows: int, length: int, padding: Any, backend: AttentionBackend
+) -> MaskSpec | None:
     """Return the mask of a whole batch that a multimodal model asks for; None for plain causal attention.
 
     Args:
@@ -104,6 +116,7 @@ def mask_of_batch(mask_function: Callable[..., Any], rows: int, length: int, pad
         rows: batch size.
         length: tokens of the batch.
         padding: the batch's ``attention_mask``, ``[B, S]``, or None.
+        backend: attention that gets the mask.
 
     Raises:
         UnsupportedModelError: padding on the left, packed documents, or parts of the mask that are not known.
@@ -116,8 +129,15 @@ def mask_of_batch(mask_function: Callable[..., Any], rows: int, length: int, pad
             "on the right (processor.tokenizer.padding_side = 'right')"
         )
     base, blocks_BS, in_window = _read(mask_function)
+    if blocks_BS is None and not backend.uses_mask:  # windows are arguments of flash attention
+        check_for_flash(backend.name, mask_function, length)
+        return None
     if blocks_BS is None:
         return None if base.hides_nothing(length) else base
+    if not backend.uses_mask:
+        raise UnsupportedModelError(
+            f"attn_implementation='{backend.name}' would hide an image's later tokens: {_WAY_OUT}"
+        )
     if padding is not None:
         blocks_BS = blocks_BS.masked_fill(padding == 0, -1)
     images = tuple(map(_images, blocks_BS.expand(rows, -1)))

@@ -284,7 +284,7 @@ def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardCon
         if not calls.inside:
             from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
 
-            return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask)
+            return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask, backend)
         # Models that count positions by a mask create one of ones if they get none.
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             raise UnsupportedModelError(

@@ -46,6 +46,8 @@ class Session:
         """True if the engine accepts whole batches, which it splits itself."""
         self.splits_decoder = spec.whole is not spec.outer or not spec.is_causal_lm
         """True if calls of a part of the model are split, and the rest of it gets whole batches."""
+        self.is_multimodal = spec.is_multimodal
+        """True if the split part is the language model of a model of images or audio and text."""
         backend = find_backend(spec.config._attn_implementation)
         self.heads = [HeadPlan(config.sequence_parallel_size, *each) for *each, of in heads if of == "attention"]
         """Split of the heads of attention, unless layers have different numbers."""

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_alst
-from benchmarks.cells import Cell, ds_config, full_weight
-from benchmarks.multimodal import ask
+from benchmarks.cells import Cell, KeepFp64, ds_config, full_weight
+from benchmarks.multimodal import ask, judge, split, step
 from benchmarks.multimodal_families import batch_of, tiny_model
-from benchmarks.ranks import RankError
-from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
+from deepspeed_alst.multimodal.encoder_split import Images
 
 RATE, GAS, WORLD = 0.02, 2, 2
 STEPS = (((2, 1), (1,)), ((1, 2), (0, 1)))
@@ -26,8 +27,8 @@ def test_loss_and_all_gradients_are_those_of_sp1(name, ranks2):
 
 def batches_of(name: str, model: torch.nn.Module, rank: int) -> list[dict]:
     found = []
-    for step in STEPS:
-        for images in step:
+    for rows in STEPS:
+        for images in rows:
             batch = batch_of(name, model, images)
             batch["input_ids"][:, 3] += rank  # a text token: other samples on the other rank
             found.append(batch)
@@ -78,10 +79,10 @@ def test_steps_of_an_engine_are_those_of_sp1(name, stage, tiles, ranks2):
     model = tiny_model(name, torch.float32)
     own = [batches_of(name, model, rank) for rank in range(WORLD)]
     optimizer, losses = torch.optim.SGD(model.parameters(), RATE), []
-    for step in range(len(STEPS)):
+    for place in range(len(STEPS)):
         for micro in range(GAS):
             for rank in range(WORLD):
-                loss = model(**own[rank][step * GAS + micro]).loss
+                loss = model(**own[rank][place * GAS + micro]).loss
                 losses.append(float(loss))
                 (loss / (GAS * WORLD)).backward()
         optimizer.step()
@@ -97,3 +98,115 @@ def test_steps_of_an_engine_are_those_of_sp1(name, stage, tiles, ranks2):
         assert found[rank]["evaluated"] == pytest.approx(float(output.loss), rel=1e-5)
         mask = own[rank][rank]["attention_mask"].bool()
         assert torch.allclose(found[rank]["logits"][mask], output.logits[mask], rtol=1e-3, atol=1e-4)
+
+
+def padded_on_the_left(batch: dict) -> dict:
+    """Move each row's padding to the left."""
+    rows = {}
+    for key, x in batch.items():
+        if x.shape == batch["attention_mask"].shape:
+            lengths = batch["attention_mask"].sum(1).tolist()
+            rows[key] = torch.stack([row.roll(len(row) - n) for row, n in zip(x, lengths, strict=True)])
+    return batch | rows
+
+
+def adapted(model):
+    import peft
+
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param)
+    return model.double()
+
+
+def frozen(model):
+    """All but the projector and the language model's last layer."""
+    for name, param in model.named_parameters():
+        param.requires_grad_("projector" in name or "language_model.layers.3" in name)
+    return model
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable()
+    return model
+
+
+VARIANTS = {
+    "left padding": ("qwen2_5_vl", None, {}),
+    "LoRA": ("llava", adapted, {}),
+    "LoRA, mrope": ("qwen2_vl", adapted, {}),
+    "frozen": ("llava", frozen, {}),
+    "checkpointing": ("qwen3_vl", checkpointed, {}),
+    "tiles": ("gemma3", None, {"tiled_mlp_compute": {"tile_tokens": 7}, "tiled_logits_loss": {"tile_tokens": 5}}),
+    "no tiles": ("llava", None, {"tiled_logits_loss": False}),
+    "memory-lean": ("qwen2_vl", checkpointed, {"memory_lean_layer": {"chunk_tokens": 10, "key_block": 7}}),
+}
+
+
+def vary(name: str) -> float:
+    family, change, keys = VARIANTS[name]
+    with KeepFp64(), PatchSet() as patches:
+        model = tiny_model(family)
+        batch = batch_of(family, model, (2, 1))
+        model = model if change is None else change(model)
+        batch = padded_on_the_left(batch) if name == "left padding" else batch
+        truth = step(model, batch)
+        return judge(truth, step(model, batch, split(model, patches, **keys))).error
+
+
+@pytest.mark.parametrize(
+    "name",
+    [each if each in ("left padding", "LoRA") else pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS],
+)
+def test_variants_are_right(name, ranks2):
+    assert ranks2.run(vary, name)[0] < 1e-11
+
+
+def refused(name: str) -> tuple[str, str]:
+    from transformers import FuyuConfig, FuyuForCausalLM
+
+    from deepspeed_alst.verification.hf_tiny_models import shrink
+
+    with PatchSet() as patches:
+        try:
+            if name == "unlisted":
+                split(FuyuForCausalLM(shrink(FuyuConfig())), patches)
+            model = tiny_model("gemma3" if "images" in name else "qwen3_vl_moe", torch.float32)
+            if name == "router loss":
+                model.config.text_config.output_router_logits = True
+            session = split(model, patches)
+            batch = batch_of("gemma3", model, (2, 1))
+            if name == "other images":
+                batch["pixel_values"] += dist.get_rank()
+            step(model, padded_on_the_left(batch) if "left" in name else batch, session)
+        except AlstError as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("unlisted", UnsupportedModelError, "PersimmonForCausalLM"),
+        ("images, left", UnsupportedModelError, "pad on the right"),
+        ("other images", DataError, "different images"),
+        ("router loss", UnsupportedModelError, "output_router_logits"),
+    ],
+)
+def test_what_is_not_verified_is_refused(name, kind, words, ranks2):
+    for found, message in ranks2.run(refused, name):
+        assert found == kind.__name__ and words in message
+
+
+def test_images_are_balanced_by_patches_and_frames():
+    grid = torch.tensor([[4, 2, 2], [1, 4, 2], [1, 2, 2]])
+    given = {"pixel_values": torch.zeros(28, 3), "image_grid_thw": grid}
+    images = Images.of(given, frames=True)
+    shares = images.shares(2)
+    assert [sum(images.patches[each] for each in share) for share in shares] == [16, 12]
+    assert sorted(shares[0] + shares[1]) == list(range(6))
+    assert images.arguments(given, [0, 5])["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 2]]
+    assert Images.of(given, frames=False).shares(2) == [[0], [1, 2]]
+    assert Images.of(given | {"pixel_values": torch.zeros(27, 3)}, frames=True) is None
