@@ -9,8 +9,9 @@ import torch
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.data.sharding import pad_on_the_right
 from deepspeed_alst.data.sharding import shift_labels as shifted
-from deepspeed_alst.data.validation import as_int64
+from deepspeed_alst.data.validation import LABEL_KEYS, as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor, sum_over_shards
 from deepspeed_alst.tiling.lazy_logits import LazyLogits, share_of_loss
 from deepspeed_alst.verification.hf_support_checks import is_causal_lm_loss
@@ -62,6 +63,13 @@ def split_head(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
         session.note_own_loss(loss)
         return loss
 
+    @torch.compiler.disable
+    def check_labels(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = {key: kwargs[key] for key in ("attention_mask", *LABEL_KEYS) if kwargs.get(key) is not None}
+        if not session.calls.whole:
+            pad_on_the_right(given)  # refuses labels that padding would have to predict
+
+    patches.hook(spec.outer, "forward_pre", check_labels, with_kwargs=True)
     patches.subclass(module, {"__call__": torch.compiler.disable(call)})
     patches.set(model, "_loss_function", loss_function)
 
