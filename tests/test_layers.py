@@ -31,6 +31,7 @@ LAYERS = (
             "tiling",
             "offload",
             "grad_reduction",
+            "multimodal",
         ),
         *("checkpoint", "monitoring", "verification", "integrations", "memory_lean", "features", "engine"),
     },

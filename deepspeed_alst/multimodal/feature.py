@@ -78,7 +78,7 @@ def _share_config(whole: ModelSpec, text_config: Any, patches: PatchSet) -> None
     config, before = whole.config, whole.text_config
     own = own_config(whole.outer, config, patches)
     for name in [name for name, value in vars(config).items() if value is before]:
-        setattr(own, name, text_config)
+        patches.set(own, name, text_config)
 
 
 def _step_and_forget(step: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,9 +18,6 @@ from deepspeed_alst.verification.hf_support_checks import is_causal_lm_loss
 from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
 from deepspeed_alst.whole_sequence.token_rows import Recorded
 
-_LAZY = "alst_lazy_logits"
-"""Attribute of the head's output: its rows, as long as they are unchanged, and their lazy logits."""
-
 
 def split_head(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
     """Run a model's head on the rows of a SequenceTensor, ``[n, M] -> [n, V]``, and its loss on their logits."""
@@ -35,7 +32,7 @@ def split_head(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
             return args[0].like(logits)
         model.alst_head.is_tiled = True
         found = SequenceTensor(Recorded.of_logits(logits), args[0].places)
-        vars(found)[_LAZY] = found.rows, logits
+        found.of_head = found.rows, logits
         return found
 
     @torch.compiler.disable
@@ -78,5 +75,5 @@ def _rows_of(logits: torch.Tensor) -> torch.Tensor | None:
     """Return this rank's logits of the whole sequence's, ``[n, V]``, lazy as the head's; None for others."""
     if not isinstance(logits, SequenceTensor):
         return None
-    rows, lazy = vars(logits).get(_LAZY, (None, None))
+    rows, lazy = logits.of_head or (None, None)
     return lazy if rows is logits.rows else logits.rows if isinstance(logits.rows, torch.Tensor) else None

@@ -28,6 +28,8 @@ def attend(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attend under a mask: ``[B, h, S, D], 2 x [B, k, S, D] -> [B, h, S, D]``. Head size of v may differ."""
+    if hasattr(mask, "images"):  # multimodal/hf_image_masks.py
+        return mask.attend(q_BhSD, k_BkSD, v_BkSD, scaling, dropout)
     runs = mask.runs(q_BhSD.shape[2])
     sizes = [count * length for count, length in runs]
     outputs = []

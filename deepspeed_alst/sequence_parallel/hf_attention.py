@@ -88,8 +88,6 @@ def _sdpa(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | N
     dropout = kwargs.get("dropout", 0.0)
     if mask is None:
         return causal_sdpa(*qkv, scaling, dropout)
-    if hasattr(mask, "images"):
-        return mask.attend(*qkv, scaling, dropout)
     from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
 
     return attend(*qkv, mask, scaling, dropout)
@@ -201,9 +199,8 @@ def _attention_over(
     def attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         query, key, value, attention_mask, scaling, arguments = read_call(module, *args, **kwargs)
         # position_ids are left out: they cover one shard, and documents come in cu_seq_lens_q or in the mask.
-        ignored = IN_THE_MASK if backend.uses_mask else ()
-        if hasattr(attention_mask, "images"):  # which says what is causal
-            arguments.pop("is_causal", None)
+        of_mask = ("is_causal",) if hasattr(attention_mask, "images") else ()  # such a mask says what is causal
+        ignored = (*IN_THE_MASK, *of_mask) if backend.uses_mask else ()
         arguments = {name: value for name, value in arguments.items() if name not in ignored}
         _check_call(module, query, key, attention_mask, arguments.get("is_causal", True), layers)
         calls.check_inside(type(module).__name__)

@@ -43,6 +43,8 @@ class SequenceTensor(torch.Tensor):
         self.rows, self.places = rows, places
         self.is_shared = False
         """True if another tensor shows the same rows, which an in-place op would have to change too."""
+        self.of_head: tuple[Any, torch.Tensor] | None = None
+        """Rows as a multimodal model's head made them, and their lazy logits."""
         with torch._C.DisableTorchFunctionSubclass():
             if self.requires_grad:
                 self.register_hook(_refuse_gradient)
