@@ -35,6 +35,7 @@ class Multimodal(Feature):
         session, whole = self._session, ModelSpec(run.spec.whole)
         self._name = whole.name
         _share_config(whole, run.spec.config, patches)
+        session.calls.makes_masks = True
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
         kind = whole.config.model_type

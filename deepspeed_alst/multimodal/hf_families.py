@@ -8,9 +8,9 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 
 _FAMILIES = """
 aya_vision cohere2_vision deepseek_vl exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe glm_ocr idefics2 idefics3 internvl
-kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 ovis2 paddleocr_vl paligemma qianfan_ocr
-qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava
-voxtral
+janus kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 ovis2 paddleocr_vl paligemma
+qianfan_ocr qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava
+vipllava voxtral
 """
 RIGHT = frozenset(_FAMILIES.split())
 """``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""

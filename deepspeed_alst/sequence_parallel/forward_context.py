@@ -40,6 +40,8 @@ class ForwardContext:
     """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
     gathers_tokens: bool = False
     """True in a batch that the engine splits: what a program reads of its output is the whole sequence's."""
+    makes_masks: bool = False
+    """True if the program's model makes masks of whole batches, outside of the split part's forward (multimodal/)."""
     has_masks: bool = False
     """True if the batch's attention_mask is the whole sequence's, as a multimodal model has made it."""
     real_tokens: torch.Tensor | None = None

@@ -278,7 +278,7 @@ def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardCon
     ) -> "MaskSpec | None":
         if hasattr(attention_mask, "images"):
             return attention_mask
-        if not calls.inside:
+        if calls.makes_masks and not calls.inside:
             from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
 
             return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask, backend)

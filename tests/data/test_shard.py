@@ -284,9 +284,16 @@ def test_packed_positions_in_one_row_for_all_are_refused_too():
 
 
 def test_packed_text_positions_of_three_dims_are_refused():
-    positions_3BS = torch.arange(5).expand(3, 2, 5).clone()
-    positions_3BS[0, 1] = torch.tensor([0, 1, 2, 0, 1])
-    assert "token 3 of row 1" in refusal({"input_ids": tokens(2, 5), "position_ids": positions_3BS})
+    positions_4BS = torch.arange(5).expand(4, 2, 5).clone()
+    positions_4BS[0, 1] = torch.tensor([0, 1, 2, 0, 1])
+    assert "token 3 of row 1" in refusal({"input_ids": tokens(2, 5), "position_ids": positions_4BS})
+
+
+def test_positions_by_time_height_and_width_stand_for_one_document():
+    positions_3BS = torch.tensor([0, 1, 1, 1, 2]).expand(3, 2, 5)
+    sharded = shard_batch({"input_ids": tokens(2, 5), "position_ids": positions_3BS}, 2, 2, packing=True)
+    assert [shard["position_ids"][0, 1].tolist() for shard in sharded.shards] == [[0, 1, 1], [1, 2, 2]]
+    assert "cu_seq_lens_q" not in sharded.common
 
 
 def test_packed_documents_come_with_their_bounds_and_padding_is_a_document_of_its_own():
