@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,9 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.random_draws.draw_mode import counted_attention, heads_from
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, mask_function_for
 from deepspeed_alst.sequence_parallel.private_config import PrivateName, under_own_name
 from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
-
-if TYPE_CHECKING:
-    from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 TRIAL = "alst_trial"
 """Attention with a full score matrix, to probe a model on CPU for which transformers has no sdpa."""
@@ -84,7 +82,7 @@ def find_backend(name: str) -> AttentionBackend | None:
     return None
 
 
-def _sdpa(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any) -> torch.Tensor:
+def _sdpa(module: Any, qkv: Tensors, mask: MaskSpec | None, scaling: float | None, kwargs: Any) -> torch.Tensor:
     dropout = kwargs.get("dropout", 0.0)
     if mask is None:
         return causal_sdpa(*qkv, scaling, dropout)
@@ -99,7 +97,7 @@ def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: floa
     return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scaling, enable_gqa=gqa)
 
 
-def _trial(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any) -> torch.Tensor:
+def _trial(module: Any, qkv: Tensors, mask: MaskSpec | None, scaling: float | None, kwargs: Any) -> torch.Tensor:
     from deepspeed_alst.sequence_parallel.blocked_sdpa import attend_all_pairs
 
     return attend_all_pairs(*qkv, mask, scaling, **kwargs)
@@ -109,7 +107,7 @@ def _user_function(
     function: Callable[..., Any],
     module: Any,
     qkv: Tensors,
-    mask: "MaskSpec | None",
+    mask: MaskSpec | None,
     scaling: float | None,
     kwargs: Any,
 ) -> torch.Tensor:
@@ -130,7 +128,7 @@ def _user_function(
 
 
 def _flash(
-    name: str, module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any
+    name: str, module: Any, qkv: Tensors, mask: MaskSpec | None, scaling: float | None, kwargs: Any
 ) -> torch.Tensor:
     seen = under_own_name(module, name)
     with counted_attention(qkv[0].device) if "dropout" in kwargs else contextlib.nullcontext():
@@ -138,7 +136,7 @@ def _flash(
     return out_BShD.transpose(1, 2)
 
 
-def _flex(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | None, kwargs: Any) -> torch.Tensor:
+def _flex(module: Any, qkv: Tensors, mask: MaskSpec | None, scaling: float | None, kwargs: Any) -> torch.Tensor:
     q = qkv[0]
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         raise UnsupportedModelError(
@@ -152,7 +150,7 @@ def _flex(module: Any, qkv: Tensors, mask: "MaskSpec | None", scaling: float | N
 
 # A million tokens make a mask of 2**26 blocks; two are cached, as layers with and without a window alternate.
 @functools.lru_cache(maxsize=2)
-def _block_mask(mask: "MaskSpec | None", length: int, device: torch.device) -> Any:
+def _block_mask(mask: MaskSpec | None, length: int, device: torch.device) -> Any:
     """Build flex attention's block mask of the full sequence; one row, broadcast over the batch."""
     rule = causal_mask_function if mask is None else mask.rule(length, device)
     return flex_attention_mask(1, length, length, mask_function=rule, device=device)
@@ -245,14 +243,11 @@ def _check_call(module, query, key, attention_mask, is_causal, layers) -> None:
             f"{layer} is part of another model, built from the config of one under sequence parallelism: its attention "
             "would mix the sequences of all ranks. Build it from copy.deepcopy(model.config)"
         )
-    if attention_mask is not None:
-        from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
-
-        if not isinstance(attention_mask, MaskSpec):
-            raise UnsupportedModelError(
-                f"{layer} was given a mask of its own making ({type(attention_mask).__name__}"
-                f" {list(getattr(attention_mask, 'shape', ()))}): it is a shard's"
-            )
+    if attention_mask is not None and not isinstance(attention_mask, MaskSpec):
+        raise UnsupportedModelError(
+            f"{layer} was given a mask of its own making ({type(attention_mask).__name__}"
+            f" {list(getattr(attention_mask, 'shape', ()))}): it is a shard's"
+        )
     if query.shape[2] != key.shape[2]:
         raise UnsupportedModelError(
             f"{layer} has {query.shape[2]} queries for {key.shape[2]} keys: generation with a cache, and attention to "
@@ -260,47 +255,3 @@ def _check_call(module, query, key, attention_mask, is_causal, layers) -> None:
         )
     if not is_causal:
         raise UnsupportedModelError(f"{layer}: attention that is not causal is not verified")
-
-
-def mask_function_for(backend: AttentionBackend, sp_size: int, calls: ForwardContext) -> Callable[..., Any]:
-    """Return one model's mask function for transformers; it returns None for plain causal attention."""
-
-    @torch.compiler.disable
-    def mask_function(
-        *,
-        mask_function: Callable[..., Any],
-        q_length: int,
-        kv_length: int,
-        q_offset: Any = 0,
-        kv_offset: int = 0,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> "MaskSpec | None":
-        if hasattr(attention_mask, "images"):
-            return attention_mask
-        if calls.makes_masks and not calls.inside:
-            from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
-
-            return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask, backend)
-        # Models that count positions by a mask create one of ones if they get none.
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
-            raise UnsupportedModelError(
-                "attention_mask reached the model: the sharded loader checks and drops it; remove it from the batch"
-            )
-        if kv_length != q_length or q_offset or kv_offset:
-            raise UnsupportedModelError(
-                f"the model asks for a mask of {q_length} queries for {kv_length} keys: generation with a cache, and "
-                "attention to other sequences, are not available under sequence parallelism"
-            )
-        if mask_function is causal_mask_function and not calls.documents:
-            return None
-        from deepspeed_alst.sequence_parallel import hf_masks
-
-        length = q_length * sp_size
-        if backend.uses_mask:
-            return hf_masks.whole_mask(mask_function, length, calls.documents)
-        # Flash attention takes windows and documents as arguments of its own.
-        hf_masks.check_for_flash(backend.name, mask_function, length)
-        return None
-
-    return mask_function

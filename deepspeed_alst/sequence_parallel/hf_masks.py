@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.masking_utils import (
@@ -24,6 +24,10 @@ from transformers.masking_utils import (
 
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+    from deepspeed_alst.sequence_parallel.hf_attention import AttentionBackend
 
 _NONE = torch.zeros(1, 1, dtype=torch.long)
 # Parts are identified by their code object, which all functions of one factory share.
@@ -227,3 +231,45 @@ def _compare_parts() -> None:
                     "transformers.masking_utils of the installed transformers builds another mask by "
                     f"{plain.__qualname__} than the versions that were tested; install transformers 5.23 or 5.24"
                 )
+
+
+def mask_function_for(backend: "AttentionBackend", sp_size: int, calls: "ForwardContext") -> Callable[..., Any]:
+    """Return one model's mask function for transformers; it returns None for plain causal attention."""
+
+    @torch.compiler.disable
+    def mask_function(
+        *,
+        mask_function: Callable[..., Any],
+        q_length: int,
+        kv_length: int,
+        q_offset: Any = 0,
+        kv_offset: int = 0,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> MaskSpec | None:
+        if hasattr(attention_mask, "images"):
+            return attention_mask
+        if calls.makes_masks and not calls.inside:
+            from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
+
+            return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask, backend)
+        # Models that count positions by a mask create one of ones if they get none.
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            raise UnsupportedModelError(
+                "attention_mask reached the model: the sharded loader checks and drops it; remove it from the batch"
+            )
+        if kv_length != q_length or q_offset or kv_offset:
+            raise UnsupportedModelError(
+                f"the model asks for a mask of {q_length} queries for {kv_length} keys: generation with a cache, and "
+                "attention to other sequences, are not available under sequence parallelism"
+            )
+        if mask_function is causal_mask_function and not calls.documents:
+            return None
+        length = q_length * sp_size
+        if backend.uses_mask:
+            return whole_mask(mask_function, length, calls.documents)
+        # Flash attention takes windows and documents as arguments of its own.
+        check_for_flash(backend.name, mask_function, length)
+        return None
+
+    return mask_function

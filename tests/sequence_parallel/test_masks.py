@@ -30,8 +30,8 @@ from deepspeed_alst.sequence_parallel import blocked_sdpa as banded
 from deepspeed_alst.sequence_parallel import hf_masks as masks
 from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend, mask_function_for
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, read_mask
+from deepspeed_alst.sequence_parallel.hf_attention import find_backend
+from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, mask_function_for, read_mask
 from tests.sequence_parallel.test_cores import EXACT
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
