@@ -74,10 +74,13 @@ def test_short_shards_and_padding_are_exact(length, padding, lean, ranks4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("query", "kv"), [(4, 2), (6, 3), (5, 5)])
+@pytest.mark.parametrize(("query", "kv"), [(4, 2), (6, 3), (7, 7)])
 def test_eight_ranks_are_exact(query, kv):
+    """Of 6 heads 3 straddle two KV heads; of 7 ranks have 1 or 2."""
+    config = family_config("qwen2", **heads(query, kv, head_dim=4, num_hidden_layers=1))
     with Ranks(8) as ranks:
-        assert_exact(ranks, 8, family_config("qwen2", **heads(query, kv, head_dim=4, num_hidden_layers=1)))
+        assert_exact(ranks, 8, config)
+        assert_exact(ranks, 8, config, LEAN)
 
 
 class OwnModel(LlamaForCausalLM):
