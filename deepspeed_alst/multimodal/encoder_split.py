@@ -23,7 +23,9 @@ from deepspeed_alst.distributed.collectives import gather_objects, name_missing_
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.integrations.trl_fused_head import gather_tokens
 
-_METHOD, _GRID = "get_image_features", "image_grid_thw"
+_IMAGES, _VIDEOS = "get_image_features", "get_video_features"
+_ARGUMENTS = {_IMAGES: ("pixel_values", "image_grid_thw"), _VIDEOS: ("pixel_values_videos", "video_grid_thw")}
+"""Names of an encoder's patches and of their grids, ``[k, 3]``."""
 _FEATURES = ("pooler_output", "deepstack_features")
 _SAMPLED = 2**16
 
@@ -31,25 +33,32 @@ _SAMPLED = 2**16
 def split_encoder(spec: ModelSpec, session: Any, patches: PatchSet, frames: bool) -> bool:
     """Split the calls of a model's image encoder and projector; return False if it has none.
 
-    ``frames`` is True if an encoder treats the frames of a video one by one.
+    ``frames`` is True if an encoder treats the frames of a video one by one, which are split too.
     """
-    owner = next((each for each in (getattr(spec.model, "model", None), spec.model) if hasattr(each, _METHOD)), None)
+    owner = next((each for each in (getattr(spec.model, "model", None), spec.model) if hasattr(each, _IMAGES)), None)
     if owner is None:
         return False
-    signature = inspect.signature(getattr(owner, _METHOD))
+    calls = session.calls
 
-    def wrap(encode: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(name: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(encode)
+
         @functools.wraps(encode)
         def split(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
-            # In evaluation each rank may have images of its own.
-            images = Images.of(given, frames) if torch.is_grad_enabled() and not session.calls.whole else None
-            return encode(*args, **kwargs) if images is None else _encode(encode, given, images, session.groups)
+            # In evaluation each rank may have images of its own; a model may encode videos as images.
+            is_whole = not torch.is_grad_enabled() or calls.whole or calls.encodes
+            images = None if is_whole else Images.of(given, frames, *_ARGUMENTS[name])
+            if images is None:
+                return encode(*args, **kwargs)
+            with calls.having(encodes=True):
+                return _encode(encode, given, images, session.groups)
 
         return split
 
-    patches.wrap(owner, _METHOD, wrap)
+    for name in (_IMAGES, _VIDEOS) if frames else (_IMAGES,):
+        patches.wrap(owner, name, functools.partial(wrap, name))
     return True
 
 
@@ -59,27 +68,27 @@ class Images:
 
     patches: tuple[int, ...]
     """Patches of each."""
-    of_grid: bool
-    """True if an image is as many rows of ``pixel_values`` as it has patches, False if it is one."""
     counts: tuple[int, ...]
     """Number of these that make up each image or video of the batch."""
+    pixels: str = "pixel_values"
+    grid: str = ""
+    """Name of the grids of patches, of which an image has as many rows of ``pixels``; empty if it has one row."""
 
     @classmethod
-    def of(cls, given: dict[str, Any], frames: bool) -> "Images | None":
+    def of(cls, given: dict[str, Any], frames: bool, name: str, grid_name: str) -> "Images | None":
         """Return the images in the arguments of an encoder; None if their layout is not known."""
-        pixels, grid = given.get("pixel_values"), given.get(_GRID)
+        pixels, grid = given.get(name), given.get(grid_name)
         if not isinstance(pixels, torch.Tensor) or not len(pixels):
             return None
         if grid is None:
-            tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
-            if any(len(x) != len(pixels) for x in tensors):
+            if any(len(x) != len(pixels) for x in given.values() if _has_rows(x)):
                 return None
-            return cls((1,) * len(pixels), False, (1,) * len(pixels))
+            return cls((1,) * len(pixels), (1,) * len(pixels), name)
         found, counts = list[int](), list[int]()
         for time, height, width in grid.tolist():
             counts.append(time if frames else 1)
             found += [height * width] * time if frames else [time * height * width]
-        return cls(tuple(found), True, tuple(counts)) if sum(found) == len(pixels) else None
+        return cls(tuple(found), tuple(counts), name, grid_name) if sum(found) == len(pixels) else None
 
     def shares(self, ranks: int) -> list[list[int]]:
         """Return each rank's images, in order: the largest first, to the rank with the fewest patches."""
@@ -93,25 +102,28 @@ class Images:
 
     def arguments(self, given: dict[str, Any], share: list[int]) -> dict[str, Any]:
         """Return the encoder's arguments for some of the images."""
-        first = given["pixel_values"]
-        number, index = len(self.counts), torch.tensor(share, device=first.device)
-        found = dict(given)
-        if not self.of_grid:
-            return {key: x[index] if isinstance(x, torch.Tensor) else x for key, x in found.items()}
-        pieces = first.split(self.patches)
-        found["pixel_values"] = torch.cat([pieces[image] for image in share])
+        number, index, found = len(self.counts), torch.tensor(share), dict(given)
+        if not self.grid:
+            return {key: x[index.to(x.device)] if _has_rows(x) else x for key, x in found.items()}
+        pieces = given[self.pixels].split(self.patches)
+        found[self.pixels] = torch.cat([pieces[image] for image in share])
         of_batch = torch.repeat_interleave(torch.arange(number), torch.tensor(self.counts))[share]
         for key, x in given.items():
-            if key != "pixel_values" and isinstance(x, torch.Tensor) and len(x) == number:
+            if key != self.pixels and _has_rows(x) and len(x) == number:
                 found[key] = x[of_batch.to(x.device)]
         if list(self.counts) != [1] * number:
-            found[_GRID] = torch.cat([torch.ones_like(found[_GRID][:, :1]), found[_GRID][:, 1:]], dim=1)
+            grid = found[self.grid]
+            found[self.grid] = torch.cat([torch.ones_like(grid[:, :1]), grid[:, 1:]], dim=1)
         return found
+
+
+def _has_rows(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() > 0
 
 
 def _encode(encode: Callable[..., Any], given: dict[str, Any], images: Images, groups: Any) -> Any:
     """Encode this rank's images and return an output with the features of all."""
-    _check_same(given["pixel_values"], groups)
+    _check_same(given[images.pixels], groups)
     shares = images.shares(groups.sp_size)
     own = shares[groups.sp_rank] or [0]
     output = encode(**images.arguments(given, own))
@@ -134,7 +146,7 @@ def _check_same(pixels: torch.Tensor, groups: Any) -> None:
         everyone = gather_objects((tuple(pixels.shape), fingerprint(sampled)), groups.sp_control_group)
     if len(set(everyone)) > 1:
         raise DataError(
-            "the ranks of a sequence have different images (pixel_values) in training, where each gets the whole "
+            "the ranks of a sequence have different images (pixel values) in training, where each gets the whole "
             "batch: use the sharded loader, loader = deepspeed_alst.shard_dataloader(loader, engine)"
         )
 

@@ -42,6 +42,8 @@ class ForwardContext:
     """True in a batch that the engine splits: what a program reads of its output is the whole sequence's."""
     makes_masks: bool = False
     """True if the program's model makes masks of whole batches, outside of the split part's forward (multimodal/)."""
+    encodes: bool = False
+    """True while a multimodal model's encoder runs on this rank's images."""
     has_masks: bool = False
     """True if the batch's attention_mask is the whole sequence's, as a multimodal model has made it."""
     real_tokens: torch.Tensor | None = None

@@ -15,6 +15,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.multimodal.encoder_split import Images
 
+NAMES = ("pixel_values", "image_grid_thw")
 RATE, GAS, WORLD = 0.02, 2, 2
 STEPS = (((2, 1), (1,)), ((1, 2), (0, 1)))
 """Images of each row, of the batches of each step."""
@@ -209,10 +210,54 @@ def test_what_is_not_verified_is_refused(name, kind, words, ranks2):
 def test_images_are_balanced_by_patches_and_frames():
     grid = torch.tensor([[4, 2, 2], [1, 4, 2], [1, 2, 2]])
     given = {"pixel_values": torch.zeros(28, 3), "image_grid_thw": grid}
-    images = Images.of(given, frames=True)
+    images = Images.of(given, True, *NAMES)
     shares = images.shares(2)
     assert [sum(images.patches[each] for each in share) for share in shares] == [16, 12]
     assert sorted(shares[0] + shares[1]) == list(range(6))
     assert images.arguments(given, [0, 5])["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 2]]
-    assert Images.of(given, frames=False).shares(2) == [[0], [1, 2]]
-    assert Images.of(given | {"pixel_values": torch.zeros(27, 3)}, frames=True) is None
+    assert Images.of(given, False, *NAMES).shares(2) == [[0], [1, 2]]
+    assert Images.of(given | {"pixel_values": torch.zeros(27, 3)}, True, *NAMES) is None
+
+
+def over_four(name: str) -> float:
+    with KeepFp64(), PatchSet() as patches:
+        model = tiny_model(name)
+        batch = batch_of(name, model, (2, 1))  # a rank without an image
+        truth = step(model, batch)
+        return judge(truth, step(model, batch, split(model, patches, sp_size=4))).error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "idefics3"])
+def test_a_rank_without_an_image_takes_part(name, ranks4):
+    assert ranks4.run(over_four, name)[0] < 1e-11
+
+
+def of_video(name: str) -> tuple[float, list[int]]:
+    """A video of six frames instead of images; returns the frames that each rank encodes too."""
+    with KeepFp64(), PatchSet() as patches:
+        model = tiny_model(name)
+        config, vision = model.config, model.config.vision_config
+        grid, make = torch.tensor([[6, 4, 2]]), torch.Generator().manual_seed(0)
+        features = 3 * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.randn(48, features, generator=make, dtype=torch.float64)
+        ids = torch.randint(10, 100, (1, 31), generator=make)
+        frames = [5 + 3 * frame for frame in range(6)] if "3" in name else [5 + 2 * frame for frame in range(6)]
+        for place in frames:  # two tokens each; with a timestamp before each from Qwen3-VL on
+            ids[0, place : place + 2] = config.video_token_id
+        is_video = ids == config.video_token_id
+        batch = {"input_ids": ids, "labels": ids.masked_fill(is_video, -100), "mm_token_type_ids": is_video.long() * 2}
+        batch |= {"pixel_values_videos": pixels, "video_grid_thw": grid}
+        truth = step(model, batch)
+        session = split(model, patches)
+        encoded = list[int]()
+        patches.hook(model.model.visual, "forward_pre", lambda _, args: encoded.append(len(args[0])))
+        return judge(truth, step(model, batch, session)).error, encoded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_frames_of_a_video_are_split(name, ranks2):
+    for error, encoded in ranks2.run(of_video, name):
+        assert error < 1e-11
+        assert encoded == [24]
