@@ -44,28 +44,32 @@ class Multimodal(Feature):
             patches.wrap(whole.model, "generate", without_split(run.spec.config, session.calls))
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
-        """Make batches without images safe under ZeRO 3.
+        """Make batches without images safe under ZeRO.
 
-        DeepSpeed 0.19.8 keeps the gradients of an encoder that the next step leaves out, and steps with them again or
-        adds them to the next ones. And a rank that calls an encoder waits for the others.
+        Under ZeRO 3 DeepSpeed 0.19.8 keeps the gradients of an encoder that the next step leaves out, and steps with
+        them again or adds them to the next ones. And ranks wait for one that gathers an encoder's weights, and under
+        ZeRO 1 and 2 for one that reduces its gradients.
         """
-        if run.stage != 3:
-            return
-        optimizer = engine.optimizer
-        if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        split = {id(param) for each in (run.spec.outer, run.spec.with_head.head) for param in each.parameters()}
+        self._trains = any(param.requires_grad and id(param) not in split for param in run.spec.whole.parameters())
+        self._stage, optimizer = run.stage, engine.optimizer
+        if run.stage == 3 or (run.stage and self._session.groups.dp_size > 1):
+            patches.hook(run.spec.whole, "forward_pre", self._check_media, prepend=True, with_kwargs=True)
+        if run.stage == 3 and hasattr(optimizer, "grad_partitions_flat_buffer"):
             patches.wrap(optimizer, "step", lambda step: functools.partial(_step_and_forget, step, optimizer))
-        patches.hook(run.spec.whole, "forward_pre", self._check_media, prepend=True, with_kwargs=True)
 
     def _check_media(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise on all ranks if only some of them have images."""
-        if self._session.calls.whole:
+        waits = self._stage == 3 or (self._trains and torch.is_grad_enabled())
+        if self._session.calls.whole or not waits:
             return
         media = sorted(key for key, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
         everyone = gather_objects(media, self._session.groups.control_group)
         if any(each != everyone[0] for each in everyone):
             raise DataError(
-                f"under ZeRO 3 all ranks need images in the same micro-steps, as each gathers the encoder's weights; "
-                f"they have {everyone}. Put an image into each batch, or use ZeRO 2"
+                f"under ZeRO {self._stage} all ranks need images in the same micro-steps, as they gather the encoder's "
+                f"weights or reduce its gradients together; they have {everyone}. Put an image into each batch, or use "
+                f"ZeRO {0 if self._trains else 2}"
             )
 
     def report(self) -> list[tuple[str, str]]:

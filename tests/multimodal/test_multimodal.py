@@ -261,3 +261,25 @@ def test_frames_of_a_video_are_split(name, ranks2):
     for error, encoded in ranks2.run(of_video, name):
         assert error < 1e-11
         assert encoded == [24]
+
+
+def with_images_on_one_replica(stage: int) -> str:
+    model = tiny_model("llava", torch.float32)
+    batch = batch_of("llava", model, (2, 1) if dist.get_rank() < 2 else (0, 0))
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ds_config(Cell(stage=stage, world_size=4), 2)
+    )
+    try:
+        engine(**batch)
+    except DataError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_images_on_one_replica_alone_are_refused(stage, ranks4):
+    assert all("all ranks need images" in each for each in ranks4.run(with_images_on_one_replica, stage))
