@@ -65,8 +65,9 @@ class ModelSpec:
         return self.whole is not self.outer and outer._calls_language_model()
 
     def _calls_language_model(self) -> bool:
-        is_known = isinstance(self.model, PreTrainedModel) and self.text_config is not self.config
-        return is_known and _is_any_of(self.model, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+        is_known = isinstance(self.model, PreTrainedModel)
+        is_known = is_known and _is_any_of(self.model, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+        return is_known and self.text_config is not self.config
 
     @property
     def with_head(self) -> "ModelSpec":

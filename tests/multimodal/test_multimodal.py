@@ -21,7 +21,7 @@ STEPS = (((2, 1), (1,)), ((1, 2), (0, 1)))
 """Images of each row, of the batches of each step."""
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("name", [pytest.param("llava", marks=pytest.mark.slow), "qwen3_vl", "gemma3"])
 def test_loss_and_all_gradients_are_those_of_sp1(name, ranks2):
     verdicts = ranks2.run(ask, name)[0]
     assert [each.outcome for each in verdicts] == ["right"] * 3, verdicts
@@ -69,7 +69,7 @@ def train(name: str, stage: int, tiles: bool) -> dict:
     ("name", "stage", "tiles"),
     [
         ("llava", 3, True),
-        ("qwen2_5_vl", 2, False),
+        pytest.param("qwen2_5_vl", 2, False, marks=pytest.mark.slow),
         *(
             pytest.param(name, stage, tiles, marks=pytest.mark.slow)
             for name in ("llava", "qwen3_vl", "gemma3")
@@ -164,7 +164,7 @@ def vary(name: str) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    [each if each in ("left padding", "LoRA") else pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS],
+    [each if each == "left padding" else pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS],
 )
 def test_variants_are_right(name, ranks2):
     assert ranks2.run(vary, name)[0] < (1e-5 if VARIANTS[name][1] is checkpointed else 1e-11)
