@@ -62,7 +62,13 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{name}: output_router_logits=True, whose loss would be made of a shard's tokens. Set it to False"
         )
-    masks = given.get("attention_mask")
+    masks, positions = given.get("attention_mask"), given.get("position_ids")
+    # Some models keep such documents apart and others do not.
+    if masks is None and positions is not None and positions.dim() == 2 and (positions.diff() != 1).any():
+        raise UnsupportedModelError(
+            f"{name}: position_ids restart. Packed rows of a model of images or audio are not verified: give one "
+            "document per row, and leave position_ids out"
+        )
     if isinstance(masks, dict | MaskSpec):  # None stands for a plain causal mask
         if not all(each is None or isinstance(each, MaskSpec) for each in tree_leaves(masks)):
             raise UnsupportedModelError(

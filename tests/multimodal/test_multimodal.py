@@ -179,11 +179,15 @@ def refused(name: str) -> tuple[str, str]:
         try:
             if name == "unlisted":
                 split(FuyuForCausalLM(shrink(FuyuConfig())), patches)
-            model = tiny_model("gemma3" if "images" in name else "qwen3_vl_moe", torch.float32)
+            family = "gemma3" if "images" in name else "llava" if name == "packed" else "qwen3_vl_moe"
+            model = tiny_model(family, torch.float32)
             if name == "router loss":
                 model.config.text_config.output_router_logits = True
             session = split(model, patches)
-            batch = batch_of("gemma3", model, (2, 1))
+            batch = batch_of(family, model, (2, 1))
+            if name == "packed":
+                del batch["attention_mask"]
+                batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None] % 17
             if name == "other images":
                 batch["pixel_values"] += dist.get_rank()
             step(model, padded_on_the_left(batch, "labels" not in name) if "left" in name else batch, session)
@@ -199,6 +203,7 @@ def refused(name: str) -> tuple[str, str]:
         ("images, left", UnsupportedModelError, "pad on the right"),
         ("images, left, labels", DataError, "label on the first token"),
         ("other images", DataError, "different images"),
+        ("packed", UnsupportedModelError, "position_ids restart"),
         ("router loss", UnsupportedModelError, "output_router_logits"),
     ],
 )
