@@ -200,6 +200,10 @@ def _gathered(kind: str, pieces: list[Any], length: int, first_B: torch.Tensor |
 
 def _digest(batch: dict[str, Any]) -> str:
     tensors = {key: x for key, x in sorted(batch.items()) if isinstance(x, torch.Tensor)}
-    return " ".join(
-        f"{key} {tuple(x.shape)} {x.requires_grad} {fingerprint(x.reshape(-1))}" for key, x in tensors.items()
-    )
+    return " ".join(f"{key} {tuple(x.shape)} {x.requires_grad} {_hash(x)}" for key, x in tensors.items())
+
+
+def _hash(x: torch.Tensor) -> int:
+    """Hash a tensor on the host, of embeddings ``[B, S, M]`` a sum per token, as they are large and on the device."""
+    has_features = x.dim() > 2 and x.is_floating_point()
+    return fingerprint((x.detach().sum(-1, dtype=torch.float32) if has_features else x).reshape(-1))

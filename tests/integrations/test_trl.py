@@ -39,6 +39,7 @@ def test_a_loss_of_other_outputs_is_refused_by_the_trainers_name():
     kind = orpo.ORPOTrainer
     for each in (kind, type("Own", (kind,), {})):
         trainer = each.__new__(each)
-        trainer.compute_loss_func, trainer.args = None, trl.SFTConfig(output_dir="unused", use_cpu=True, bf16=False)
+        trainer.compute_loss_func, trainer.model_wrapped = None, None
+        trainer.args = trl.SFTConfig(output_dir="unused", use_cpu=True, bf16=False)
         with pytest.raises(ConfigError, match="ORPOTrainer: it needs outputs"):
             check_trainer(trainer)
