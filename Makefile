@@ -114,6 +114,7 @@ parity: setup
 
 census: setup
 	$(BIN)/python -m benchmarks.census
+	$(BIN)/python -m benchmarks.multimodal
 
 # How large the package is and how much of it a plain run loads, beside the goals.
 house: setup

@@ -3,8 +3,8 @@
     python -m benchmarks.multimodal [--write] [family ...]
 
 Compares loss and all gradients (encoder, projector, language model, head) of a tiny model per family, in fp64 on CPU,
-unsharded and over 2 ranks: two rows of several images, one row whose only image is in the first rank's part, and text
-alone. ``--write`` writes the table to docs/vision_language.md and the list of verified families.
+unsharded and over 2 and 4 ranks: two rows of several images, one row whose only image is in the first rank's part, and
+text alone. ``--write`` writes the table to docs/vision_language.md and the list of verified families.
 """
 
 import argparse
@@ -39,9 +39,11 @@ from deepspeed_alst.verification.hf_parity_trial import Verdict
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {"images": (2, 1), "first part": (1,), "text": (0, 0)}
 """Images of each row of a batch."""
+_DEGREES = (2, 4)
+_COLUMNS = tuple(f"{case}, SP {degree}" for degree in _DEGREES for case in CASES)
 _SECONDS = 300.0
 _TOLERANCE = 1e-12
-# Models that compute in fp32 inside: norms, rotary embeddings, routers.
+# Models that run in fp32 alone.
 _TOLERANCE_FP32 = 2e-5
 # Share of all gradients' norm; less is rounding.
 _NOTHING = 1e-4
@@ -121,12 +123,12 @@ def _verdicts(name: str, dtype: torch.dtype) -> list[Verdict]:
     with PatchSet() as patches:
         patches.set(hf_families, "RIGHT", RIGHT | {model.config.model_type})
         try:
-            session = split(model, patches)
+            session = split(model, patches, dist.get_world_size())
         except AlstError as error:
             return [Verdict("refused", str(error).splitlines()[0])]
         for case, batch in batches.items():
             try:
-                verdicts.append(judge(truth[case], step(model, batch, session)))
+                verdicts.append(judge(truth[case], step(model, batch, session), dtype))
             except AlstError as error:
                 verdicts.append(Verdict("refused", f"{case}: {str(error).splitlines()[0]}"))
     return verdicts
@@ -148,7 +150,7 @@ def _uneven_calls(name: str, model: torch.nn.Module, dtype: torch.dtype) -> str:
     return "" if calls[0] == calls[1] else "its encoder calls modules once for each image: list it in REPEATED"
 
 
-def judge(truth: Any, found: Any) -> Verdict:
+def judge(truth: Any, found: Any, dtype: torch.dtype = torch.float64) -> Verdict:
     """Compare loss and gradients of two steps."""
     (loss, grads), (own_loss, own_grads) = truth, found
     norm = sum(float(grad.norm()) ** 2 for grad in grads.values()) ** 0.5
@@ -156,30 +158,35 @@ def judge(truth: Any, found: Any) -> Verdict:
     for name, grad in grads.items():
         errors[name] = float((own_grads[name] - grad).norm()) / max(float(grad.norm()), _NOTHING * norm)
     worst = max(errors, key=lambda name: errors[name])
-    outcome = "right" if errors[worst] <= _TOLERANCE_FP32 else "wrong"
+    outcome = "right" if errors[worst] <= (_TOLERANCE if dtype == torch.float64 else _TOLERANCE_FP32) else "wrong"
     return Verdict(outcome, "" if outcome == "right" else f"{worst} is off by {errors[worst]:.1e}", errors[worst])
 
 
 def census(names: list[str]) -> Iterator[Row]:
     """Yield the verdicts of these families in sequence."""
-    ranks = Ranks(2)
+    ranks = {degree: Ranks(degree) for degree in _DEGREES}
     for name in names:
-        try:
-            verdicts = ranks.run(ask, name, seconds=_SECONDS)[0]
-        except RankError as error:
-            outcome = "no answer" if isinstance(error, LateError) else "crash"
-            verdicts = [Verdict(outcome, str(error).strip().splitlines()[-1])]
-            ranks.close()
-            ranks = Ranks(2)
+        verdicts = list[Verdict]()
+        for degree in _DEGREES:
+            try:
+                verdicts += ranks[degree].run(ask, name, seconds=_SECONDS)[0]
+            except RankError as error:
+                outcome = "no answer" if isinstance(error, LateError) else "crash"
+                verdicts.append(Verdict(outcome, str(error).strip().splitlines()[-1]))
+                ranks[degree].close()
+                ranks[degree] = Ranks(degree)
+            if len(verdicts) % len(CASES):
+                break
         yield Row(name, tuple(verdicts))
-    ranks.close()
+    for each in ranks.values():
+        each.close()
 
 
 def cells_of(row: Row) -> list[str]:
     """Return a family's table cells: its error, or the outcome, and why it is not right."""
     cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
     why = next((each.why for each in row.verdicts if each.why), "")
-    return [*cells, *[""] * (len(CASES) - len(cells)), textwrap.shorten(why, 200, placeholder=" ...")]
+    return [*cells, *[""] * (len(_COLUMNS) - len(cells)), textwrap.shorten(why, 200, placeholder=" ...")]
 
 
 def write(rows: list[Row]) -> None:
@@ -187,7 +194,7 @@ def write(rows: list[Row]) -> None:
     page = ROOT / "docs" / "vision_language.md"
     head, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
     tail = rest.partition("<!-- end -->")[2]
-    table = markdown(["model_type", *CASES, "why not"], ([row.name, *cells_of(row)] for row in rows))
+    table = markdown(["model_type", *_COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
     page.write_text(f"{head}<!-- table -->\n\n{table}\n<!-- end -->{tail}", encoding="utf-8")
     listed = ROOT / "deepspeed_alst" / "multimodal" / "hf_families.py"
     names = textwrap.fill(" ".join(sorted(RIGHT | {row.name for row in rows if row.outcome == "right"})), 120)
@@ -212,7 +219,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the table and the list of what is right")
     parser.add_argument("families", nargs="*", default=[*FAMILIES])
     arguments = parser.parse_args()
-    part = Part(lambda: figures(arguments.families, arguments.write), (*CASES, "why not"))
+    part = Part(lambda: figures(arguments.families, arguments.write), (*_COLUMNS, "why not"))
     return report(__doc__, {"multimodal": part}, ())
 
 

@@ -132,6 +132,8 @@ _LLAMA_4 = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector
 _PINPOINTS = {"image_grid_pinpoints": [[16, 32], [32, 16]]}
 _AUDIO = {"max_source_positions": 16, "num_mel_bins": 8, "encoder_layers": 2, "num_hidden_layers": 2}
 TYPES = "mm_token_type_ids"
+_CODEBOOK = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "num_embeddings": 16}
+"""Of Janus' images to generate, whose default has 2 GiB in fp64."""
 FAMILIES = {
     "llava": Family(vision=_SMALL),
     "vipllava": Family(vision={**_SMALL, "num_hidden_layers": 4}, changed={"vision_feature_layers": [-2, -1]}),
@@ -181,7 +183,7 @@ FAMILIES = {
     "got_ocr2": Family(vision={"image_size": 64, "patch_size": 4, "window_size": 2, "global_attn_indexes": [1]}),
     "ovis2": Family(vision=_FINE),
     "deepseek_vl": Family(vision=_FINE),
-    "janus": Family(vision=_FINE | {"projection_dim": 128}),
+    "janus": Family(vision=_FINE | {"projection_dim": 128}, changed={"vq_config": _CODEBOOK}),
     "aria": Family(vision=_FINE),
     "idefics2": Family(of_rows, _FINE),
     "idefics3": Family(of_rows, _FINE, changed={"scale_factor": 2}),
