@@ -30,6 +30,7 @@ from deepspeed_alst.cli.launch import (
     with_file,
 )
 from deepspeed_alst.cli.report import read_json
+from deepspeed_alst.config.config_file import check_model_file
 from deepspeed_alst.core.selfcheck import SLACK
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.profiler.picture import draw_curves
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     start, program = time.monotonic(), arguments.program
     if bool(arguments.model) == bool(program):
         raise ConfigError("verify: give either --model CONFIG, or a program: -- train.py --deepspeed ds.json ...")
+    check_model_file(arguments.model or "")
     world_size = arguments.num_gpus or num_gpus() or 2
     sp_size, runs = configs_of(read_json(arguments.ds_config), world_size)
     output = arguments.output.absolute()

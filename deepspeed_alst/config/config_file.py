@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import as_word, shown
 
 SP = "sequence_parallel_size"
@@ -208,3 +209,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _normal(key: str) -> str:
     return re.sub(r"[^a-z0-9]", "", key.lower())
+
+
+def check_model_file(model: str) -> None:
+    """Raise ConfigError if ``--model`` is a JSON file that does not exist: no hub name, which would be looked up."""
+    if model.endswith(".json") and not os.path.exists(model):
+        raise ConfigError(f"--model {model}: there is no such file")

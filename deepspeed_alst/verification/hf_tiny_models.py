@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from deepspeed_alst.config.config_file import check_model_file
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import without_dropout
 from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
@@ -210,8 +211,7 @@ def load_config(model: str, small: bool) -> Any:
     Raises:
         ConfigError: there is no config, or transformers does not know its ``model_type``.
     """
-    if model.endswith(".json") and not os.path.exists(model):  # not a hub name, which transformers would look up
-        raise ConfigError(f"--model {model}: there is no such file")
+    check_model_file(model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

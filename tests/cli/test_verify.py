@@ -266,9 +266,7 @@ def test_both_runs_see_the_same_samples_in_a_step():
     "words, said",
     [
         ([], "give either --model CONFIG, or a program"),
-        pytest.param(  # which the ranks find
-            *(["--model", "nowhere/config.json"], "nowhere/config.json: there is no such file"), marks=pytest.mark.slow
-        ),
+        (["--model", "nowhere/config.json"], "nowhere/config.json: there is no such file"),
         (["--", "train.py"], "the program's arguments must have --deepspeed JSON"),
     ],
 )
