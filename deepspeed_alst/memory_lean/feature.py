@@ -56,6 +56,8 @@ class MemoryLeanLayers(Feature):
         self._layers, self._reasons = run_in_chunks(
             run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_rank
         )
+        if not self._layers and not self._reasons:
+            self._off = f"no decoder layers to checkpoint were found in {run.spec.name}"
 
     def report(self) -> list[tuple[str, str]]:
         """Return how many layers run in chunks, and why others do not."""

@@ -26,6 +26,8 @@ from deepspeed_alst.integrations.trl_fused_head import gather_tokens
 _IMAGES, _VIDEOS = "get_image_features", "get_video_features"
 _ARGUMENTS = {_IMAGES: ("pixel_values", "image_grid_thw"), _VIDEOS: ("pixel_values_videos", "video_grid_thw")}
 """Names of an encoder's patches and of their grids, ``[k, 3]``."""
+_OF_AN_IMAGE = ("image_sizes", "image_merge_sizes", "image_position_ids")
+"""Arguments with an entry for each image; the last one of encoders without grids, else it has one for each patch."""
 _FEATURES = ("pooler_output", "deepstack_features")
 _SAMPLED = 2**16
 
@@ -46,7 +48,8 @@ def split_encoder(spec: ModelSpec, session: Any, patches: PatchSet, frames: bool
         @functools.wraps(encode)
         def split(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+            more = bound.arguments.pop("kwargs", {})
+            given = {**bound.arguments, **more}
             # In evaluation each rank may have images of its own; a model may encode videos as images.
             is_whole = not torch.is_grad_enabled() or calls.whole or calls.encodes
             images = None if is_whole else Images.of(given, frames, *_ARGUMENTS[name])
@@ -80,6 +83,9 @@ class Images:
         pixels, grid = given.get(name), given.get(grid_name)
         if not isinstance(pixels, torch.Tensor) or not len(pixels):
             return None
+        known = (name, grid_name, *_OF_AN_IMAGE[: 2 if grid is not None else 3])
+        if any(_has_rows(x) or isinstance(x, list) for key, x in given.items() if key not in known):
+            return None  # such as an entry for each row of the batch, or the bounds of all images' patches
         if grid is None:
             if any(len(x) != len(pixels) for x in given.values() if _has_rows(x)):
                 return None

@@ -19,7 +19,7 @@ from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
 from deepspeed_alst.multimodal.encoder_split import split_encoder
 from deepspeed_alst.multimodal.head import split_head
-from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, REPEATED
+from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, REPEATED
 from deepspeed_alst.sequence_parallel.feature import without_split
 from deepspeed_alst.sequence_parallel.private_config import own_config
 
@@ -38,7 +38,7 @@ class Multimodal(Feature):
         session.calls.makes_masks = True
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
-        kind = whole.config.model_type
+        kind = self._kind = whole.config.model_type
         self._splits = kind not in REPEATED and split_encoder(whole, session, patches, kind in FRAME_BY_FRAME)
         if hasattr(whole.model, "generate"):
             patches.wrap(whole.model, "generate", without_split(run.spec.config, session.calls))
@@ -50,26 +50,43 @@ class Multimodal(Feature):
         them again or adds them to the next ones. And ranks wait for one that gathers an encoder's weights, and under
         ZeRO 1 and 2 for one that reduces its gradients.
         """
+        self._media: list[tuple[str, int]] | None = None
         split = {id(param) for each in (run.spec.outer, run.spec.with_head.head) for param in each.parameters()}
         self._trains = any(param.requires_grad and id(param) not in split for param in run.spec.whole.parameters())
         self._stage, optimizer = run.stage, engine.optimizer
-        if run.stage == 3 or (run.stage and self._session.groups.dp_size > 1):
+        offload = engine.zero_offload_optimizer()
+        is_offloaded = offload is not None and offload.device != "none"
+        self._keeps_gradients = run.stage > 1 and self._trains and is_offloaded
+        if run.stage == 3 or self._keeps_gradients or (run.stage and self._session.groups.dp_size > 1):
             patches.hook(run.spec.whole, "forward_pre", self._check_media, prepend=True, with_kwargs=True)
         if run.stage == 3 and hasattr(optimizer, "grad_partitions_flat_buffer"):
             patches.wrap(optimizer, "step", lambda step: functools.partial(_step_and_forget, step, optimizer))
 
     def _check_media(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Raise on all ranks if only some of them have images."""
+        """Raise on all ranks if only some ranks, or some micro-steps with an offloaded optimizer, have images."""
         waits = self._stage == 3 or (self._trains and torch.is_grad_enabled())
         if self._session.calls.whole or not waits:
             return
-        media = sorted(key for key, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
+        tensors = {key: x for key, x in kwargs.items() if isinstance(x, torch.Tensor)}
+        # An encoder that calls its modules once for each image gathers their weights as often.
+        counted = self._stage == 3 and self._kind in ONE_BY_ONE
+        media = [(key, 0) for key, x in sorted(tensors.items()) if x.is_floating_point()]
+        media += [(key, len(x)) for key, x in sorted(tensors.items()) if counted and "grid" in key]
         everyone = gather_objects(media, self._session.groups.control_group)
         if any(each != everyone[0] for each in everyone):
             raise DataError(
-                f"under ZeRO {self._stage} all ranks need images in the same micro-steps, as they gather the encoder's "
-                f"weights or reduce its gradients together; they have {everyone}. Put an image into each batch, or use "
-                f"ZeRO {0 if self._trains else 2}"
+                f"under ZeRO {self._stage} all ranks need {'as many ' if counted else ''}images in the same micro-steps"
+                f", as they gather the encoder's weights or reduce its gradients together; they have {everyone}. Put "
+                f"an image into each batch, or use ZeRO {0 if self._trains else 2}"
+            )
+        if not self._keeps_gradients or not torch.is_grad_enabled():
+            return
+        self._media = media if self._media is None else self._media
+        if [key for key, _ in media] != [key for key, _ in self._media]:
+            raise DataError(
+                f"under ZeRO {self._stage} with zero_optimization.offload_optimizer DeepSpeed steps with old gradients "
+                "of an encoder that a micro-step leaves out, also at sequence_parallel_size 1: put an image into each "
+                "batch or into none, freeze the encoder, or leave offload_optimizer out"
             )
 
     def report(self) -> list[tuple[str, str]]:

@@ -16,8 +16,10 @@ RIGHT = frozenset(_FAMILIES.split())
 """``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""
 FRAME_BY_FRAME = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"))
 """Families whose encoder treats the frames of a video one by one."""
-REPEATED = frozenset(("idefics2", "idefics3", "paddleocr_vl", "smolvlm"))
-"""Families that encode all images on each rank: rows are padded with images, or modules run once for each image."""
+ONE_BY_ONE = frozenset(("paddleocr_vl",))
+"""Families whose encoder calls its modules once for each image."""
+REPEATED = frozenset(("idefics2", "idefics3", "ovis2", "smolvlm")) | ONE_BY_ONE
+"""Families that encode all images on each rank: rows are padded with images, or features come with others."""
 
 
 def family_problems(spec: ModelSpec) -> Iterator[str]:

@@ -11,6 +11,7 @@ import deepspeed_alst
 from benchmarks.cells import Cell, KeepFp64, ds_config, full_weight
 from benchmarks.multimodal import ask, judge, split, step
 from benchmarks.multimodal_families import batch_of, tiny_model
+from benchmarks.ranks import RankError
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, DataError, UnsupportedModelError
 from deepspeed_alst.multimodal.encoder_split import Images
@@ -288,3 +289,40 @@ def with_images_on_one_replica(stage: int) -> str:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_images_on_one_replica_alone_are_refused(stage, ranks4):
     assert all("all ranks need images" in each for each in ranks4.run(with_images_on_one_replica, stage))
+
+
+def test_arguments_that_are_not_of_images_leave_them_together():
+    pixels = {"pixel_values": torch.zeros(3, 5, 4), "image_sizes": torch.ones(3, 2)}
+    assert Images.of(pixels, False, *NAMES) is not None
+    # One entry for each row of the batch, which may have as many rows as images.
+    assert Images.of(pixels | {"batch_num_images": torch.tensor([2, 1, 0])}, False, *NAMES) is None
+    grids = {"pixel_values": torch.zeros(8, 4), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])}
+    assert Images.of(grids, False, *NAMES) is not None
+    assert Images.of(grids | {"image_cu_seqlens": torch.tensor([0, 4, 8])}, False, *NAMES) is None
+
+
+def alternate(stage: int) -> None:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    model = tiny_model("llava", torch.float32)
+    config = ds_config(Cell(stage=stage, gas=GAS), 2) | {"zero_force_ds_cpu_optimizer": False}
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    own = [batch_of("llava", model, images) for images in ((1,), (0,))]
+    try:
+        for batch in deepspeed_alst.shard_dataloader(own, engine):
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_optimizer_refuses_micro_steps_without_images(stage, ranks2):
+    with pytest.raises(RankError) as caught:
+        ranks2.run(alternate, stage)
+    for each in caught.value.errors:
+        assert isinstance(each, DataError) and "offload_optimizer" in str(each)
