@@ -53,14 +53,14 @@ class Dropout(NamedTuple):
     first_sample: int = 0
 
     def factors(self, part: Rectangle, weights_BkgRN: torch.Tensor) -> torch.Tensor:
-        """Return 0 or 1 / (1 - p) for each weight of a rectangle."""
+        """Return 0 or 1 / (1 - p) for each weight of a rectangle; 0 for all if p is 1."""
         B = weights_BkgRN.shape[0]
         samples = range(self.first_sample, self.first_sample + B)
         places = range(part.first_row, part.last_row), range(part.first_key, part.last_key)
         kept_BhRN = attention_keeps(self.key, samples, self.heads, *places, 1 - self.p, weights_BkgRN.device)
         if part.triangle == "upper":
             kept_BhRN = kept_BhRN.flip(2, 3)
-        return kept_BhRN.view_as(weights_BkgRN).to(weights_BkgRN.dtype).div_(1 - self.p)
+        return kept_BhRN.view_as(weights_BkgRN).to(weights_BkgRN.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0)
 
 
 def kernel_for(

@@ -137,6 +137,13 @@ def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes, kernel, monk
         assert (mine.double() - true).norm() <= LIMITS[dtype] * true.norm(), name
 
 
+def test_dropout_of_all_weights_leaves_zeros():
+    kernel = TorchKernel(None, None, DROPPED._replace(p=1.0, heads=range(2)))
+    q, keys, values = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    o, lse = attend(q, keys, values, rectangles(0, 5, 5, None, 3), 0, kernel)
+    assert not o.any() and lse.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "softcap", "kernel"),
     [

@@ -238,6 +238,7 @@ def a_step(
         if lean:
             made, reasons = run_in_chunks(ModelSpec(model), LEAN, dist.group.WORLD, calls, lambda module: None, undo)
             assert made and not reasons
+            undo.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("error", message="alst.memory_lean_layer")
         if tile:
             tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=tile), lambda module: None, undo, calls)

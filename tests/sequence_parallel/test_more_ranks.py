@@ -37,7 +37,7 @@ from tests.sequence_parallel.test_uneven_heads import (
 )
 from tests.sequence_parallel.test_uneven_heads import sent_and_received as exchanged
 
-MLA = {"first_k_dense_replace": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+MLA = {"num_attention_heads": 2, "num_key_value_heads": 2}
 ON_FOUR = {
     "2/2": ("qwen3", heads(2, 2), ""),
     "2/1": ("llama", heads(2, 1), ""),

@@ -1,9 +1,5 @@
 """Classifiers, reward models and bare decoders train under sequence parallelism as without it."""
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import deepspeed
 import pytest
 import torch
@@ -23,7 +19,7 @@ import deepspeed_alst
 from benchmarks.cells import Cell, ds_config, full_weight, model_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.errors import UnsupportedModelError
-from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of
+from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of, by_turns
 
 
 def config_of(labels: int):
@@ -99,17 +95,7 @@ def train(name: str, stage: int, left: bool, tiles: bool) -> dict:
     return {"losses": losses, "weights": weights, "evaluated": evaluated}
 
 
-WAYS = {"Z0": (0, False, True), "Z2": (2, True, False), "Z3": (3, True, True)}
-
-
-def cases() -> Iterator[Any]:
-    """Each on ZeRO 2 or on ZeRO 3, by turns; the others are slow."""
-    for number, (name, way) in enumerate(itertools.product(HEADS, WAYS)):
-        is_slow = way != ("Z2", "Z3")[number // len(WAYS) % 2]
-        yield pytest.param(name, *WAYS[way], marks=[pytest.mark.slow] * is_slow, id=f"{name}-{way}")
-
-
-@pytest.mark.parametrize(("name", "stage", "left", "tiles"), cases())
+@pytest.mark.parametrize(("name", "stage", "left", "tiles"), by_turns(HEADS))
 def test_a_head_trains_as_at_sp1(name, stage, left, tiles, ranks2):
     found = ranks2.run(train, name, stage, left, tiles)
     model, (_, _, loss_of) = build(name), HEADS[name]

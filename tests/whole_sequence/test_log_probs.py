@@ -1,5 +1,9 @@
 """``log_probs`` in a plain loop: a preference loss of the program's own is that of SP 1, and of plain torch."""
 
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import deepspeed
 import pytest
 import torch
@@ -12,6 +16,15 @@ from benchmarks.ranks import RankError
 from deepspeed_alst.errors import DataError
 
 RATE, STEPS, GAS, WORLD = 0.1, 2, 2, 2
+WAYS = {"Z0": (0, False, True), "Z2": (2, True, False), "Z3": (3, True, True)}
+"""ZeRO stage, padding on the left, tiles."""
+
+
+def by_turns(names: Iterable[str]) -> Iterator[Any]:
+    """Each name on ZeRO 2 or on ZeRO 3, by turns; the other ways are slow."""
+    for number, (name, way) in enumerate(itertools.product(names, WAYS)):
+        is_slow = way != ("Z2", "Z3")[number // len(WAYS) % 2]
+        yield pytest.param(name, *WAYS[way], marks=[pytest.mark.slow] * is_slow, id=f"{name}-{way}")
 
 
 def batch_of(step: int, micro: int, rank: int, left: bool) -> dict:

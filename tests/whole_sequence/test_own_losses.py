@@ -1,8 +1,5 @@
 """A loss that a program makes of its logits or hidden states is that of SP 1, in a loop and in the HF Trainer."""
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import deepspeed
@@ -16,7 +13,7 @@ from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_co
 from benchmarks.ranks import RankError
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.integrations import hf_predictions
-from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of
+from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of, by_turns
 
 
 def of_labels(model, batch, teacher):
@@ -116,17 +113,7 @@ def reference(program, model: torch.nn.Module, teacher: torch.nn.Module, left: b
     return losses, dict(model.named_parameters())
 
 
-WAYS = {"Z0": (0, False, True), "Z2": (2, True, False), "Z3": (3, True, True)}
-
-
-def cases() -> Iterator[Any]:
-    """Each on ZeRO 2 or on ZeRO 3, by turns; the others are slow."""
-    for number, (name, way) in enumerate(itertools.product(PROGRAMS, WAYS)):
-        is_slow = way != ("Z2", "Z3")[number // len(WAYS) % 2]
-        yield pytest.param(name, *WAYS[way], marks=[pytest.mark.slow] * is_slow, id=f"{name}-{way}")
-
-
-@pytest.mark.parametrize(("program", "stage", "left", "tiles"), cases())
+@pytest.mark.parametrize(("program", "stage", "left", "tiles"), by_turns(PROGRAMS))
 def test_a_loop_trains_as_at_sp1(program, stage, left, tiles, ranks2):
     found = ranks2.run(train, program, 2, stage, left, tiles)
     losses, weights = reference(PROGRAMS[program], build_model(model_config(Cell())), teacher_of(), left)
