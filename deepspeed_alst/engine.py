@@ -149,9 +149,11 @@ class AlstEngine:
     def destroy(self) -> None:
         """Destroy the engine, and undo every patch."""
         features = self.alst_features
-        with features.collectives():
-            super().destroy()
-        features.patches.close()
+        try:
+            with features.collectives():
+                super().destroy()
+        finally:
+            features.patches.close()
 
 
 def extend(engine: Any, patches: PatchSet, control_group: Any, session: Session | None) -> None:

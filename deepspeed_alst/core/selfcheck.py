@@ -24,8 +24,15 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def run_isolated(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a thread of its own, out of reach of the caller's modes, hooks, autocast and ``no_grad``."""
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> Any:
+        if device is not None:  # a thread starts on the first
+            torch.cuda.set_device(device)
+        return function(*args)
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(run).result()
 
 
 def result_or_none(check: Callable[..., Any], *args: Any) -> Any:

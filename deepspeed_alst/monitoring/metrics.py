@@ -125,7 +125,7 @@ class Metrics:
         try:
             yield
         except NonFiniteLossError:  # the step was dropped; the program may continue
-            self._losses = []
+            self._losses, self._moved_before = [], None
             raise
         if self._engine.global_steps == before:
             return

@@ -27,6 +27,8 @@ class CheckpointHook:
         # Wrappers of the checkpoint, the last one outermost; callbacks with the outputs of each run with gradients.
         self.wrappers: list[Callable[[Checkpoint], Checkpoint]] = []
         self.at_end: list[Callable[[Any], None]] = []
+        self.recomputing = False
+        """True while a checkpoint runs the layer again; an outer checkpoint's recomputation is a new forward to it."""
 
     def __deepcopy__(self, memo: Any) -> "CheckpointHook":
         """Return the hook itself, which a copy of the model shares as it does the checkpoint function."""
@@ -36,13 +38,22 @@ class CheckpointHook:
         """Wrap a checkpoint in all wrappers and callbacks."""
 
         def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            is_first = True
+
             def run(*args: Any, **kwargs: Any) -> Any:
-                output = function(*args, **kwargs)
+                before, self.recomputing = self.recomputing, not is_first
+                try:
+                    output = function(*args, **kwargs)
+                finally:
+                    self.recomputing = before
                 for callback in self.at_end if torch.is_grad_enabled() else []:
                     callback(output)
                 return output
 
-            return checkpoint(run if self.at_end else function, *args, **kwargs)
+            try:
+                return checkpoint(run if self.at_end else function, *args, **kwargs)
+            finally:
+                is_first = False
 
         return functools.reduce(lambda inner, wrap: wrap(inner), self.wrappers, wrapped)
 

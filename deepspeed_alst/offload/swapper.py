@@ -55,8 +55,9 @@ class Swapper:
         return done, SwapHandle(offset, buffer_n.numel(), writing)
 
     def read_ahead(self, handle: SwapHandle) -> None:
-        """Start reading a tensor from disk, if a staging buffer is free and leaves another one free."""
-        fits = self.staging.in_use + 2 * handle.num_bytes <= self.staging.budget
+        """Start reading a tensor from disk, if a staging buffer is free and leaves one of the largest size free."""
+        largest = self.staging.budget // STAGING_BUFFERS
+        fits = self.staging.in_use + handle.num_bytes + largest <= self.staging.budget
         if handle.reading is None and fits and (buffer_n := self.staging.acquire(handle.num_bytes)) is not None:
             self._read(handle, buffer_n)
 

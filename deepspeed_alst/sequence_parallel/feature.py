@@ -172,7 +172,8 @@ def _replace_loss(model: torch.nn.Module, group: Any, calls: ForwardContext, pat
         if not calls.makes_whole_loss:
             calls.loss += 1
             return share_of_loss(logits, shift_labels, shard_divisor(shift_labels, num_items_in_batch))
-        divisor = whole_sequence_divisor(shift_labels, group, num_items_in_batch)
+        # A program may leave labels on the host, where the group has no backend.
+        divisor = whole_sequence_divisor(shift_labels.to(logits.device), group, num_items_in_batch)
         loss = sum_over_shards(share_of_loss(logits, shift_labels, divisor), group)
         calls.note_loss(loss)
         return loss

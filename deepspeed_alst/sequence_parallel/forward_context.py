@@ -145,8 +145,11 @@ def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole
         calls.inside = True
 
     @torch.compiler.disable
-    def check(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def leave(*_: Any) -> None:
         calls.inside = False
+
+    @torch.compiler.disable
+    def check(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if calls.whole:
             return
         if not calls.attention and calls.expects_attention:
@@ -178,4 +181,5 @@ def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole
 
     # Every call passes the outermost module.
     patches.hook(spec.outer, "forward_pre", reset)
+    patches.hook(spec.outer, "forward", leave, always_call=True)  # also where the program catches an error
     patches.hook(spec.outer, "forward", check, with_kwargs=True)

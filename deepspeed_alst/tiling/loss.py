@@ -176,8 +176,9 @@ def _scale_in_blocks(gradient: torch.Tensor | None, factor: torch.Tensor, dtype:
     """Compute ``gradient * factor`` in ``dtype``, by blocks to avoid a full copy in the dtype of the sums."""
     if gradient is None:
         return None
-    result = torch.empty_like(gradient, dtype=dtype)
-    for source, target in zip(gradient.flatten().split(_BLOCK), result.flatten().split(_BLOCK), strict=True):
+    # Contiguous: a view, where flatten of other strides would be a copy.
+    result = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    for source, target in zip(gradient.flatten().split(_BLOCK), result.view(-1).split(_BLOCK), strict=True):
         target.copy_(source.to(torch.promote_types(source.dtype, factor.dtype)) * factor)
     return result
 

@@ -76,8 +76,10 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
         if torch.is_grad_enabled():
             head.weights_copy = None
 
-    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def stop(*_: Any) -> None:
         head.deferring = False
+
+    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
         is_tiled = head.is_tiled or has_fused_head(output)
         if head.expects_loss and module.training and torch.is_grad_enabled() and not is_tiled:
             raise UnsupportedModelError(
@@ -97,6 +99,7 @@ def _hook_forward(spec: ModelSpec, head: LazyHead, calls: ForwardContext, patche
 
     # Every call passes the outermost module.
     patches.hook(spec.outer, "forward_pre", start, with_kwargs=True)
+    patches.hook(spec.outer, "forward", stop, always_call=True)
     patches.hook(spec.outer, "forward", end)
 
 

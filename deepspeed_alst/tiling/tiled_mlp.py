@@ -67,8 +67,10 @@ def tile_mlps(
     for path, layer in spec.layers.items():
         if inside := [tiled for name, tiled in tiled_modules.items() if name.startswith(f"{path}.")]:
             num_layers += 1
-            at_end = checkpoint_hook_of(layer, patches).at_end
-            at_end.append(functools.partial(_record_unused_values, layer, inside))
+            hook = checkpoint_hook_of(layer, patches)
+            hook.at_end.append(functools.partial(_record_unused_values, layer, inside))
+            for tiled in inside:
+                tiled.checkpoint = hook
     classes = sorted({type(module).__name__ for module in modules.values()})
     return f"{len(modules)} {' and '.join(classes)} in {num_layers} layers, {_describe(budget)}"
 
@@ -131,10 +133,10 @@ def _row_arguments(name: str, signature: inspect.Signature, args: Any, kwargs: A
 
 def _sum_bytes(tiled: TiledModule) -> int:
     """Return the bytes of a module's fp32 weight gradient sums, beyond the gradients themselves."""
-    trained = [param for param in tiled.module.parameters() if param.requires_grad]
-    if not tiled.fp32_accumulation or not all(param.element_size() == 2 for param in trained):
+    if not tiled.fp32_accumulation:
         return 0
-    return 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trained)
+    halves = (param for param in tiled.module.parameters() if param.requires_grad and param.element_size() == 2)
+    return 4 * sum(getattr(param, "ds_numel", param.numel()) for param in halves)
 
 
 def _refuse_4bit_packing(tiled: TiledModule) -> None:

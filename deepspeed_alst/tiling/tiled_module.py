@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.offload.checkpoint_hook import CheckpointHook
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
 from deepspeed_alst.tiling.gated_mlp import GatedMlp, add_linear_gradients, allows_closed_form, find_gated_mlp
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights, without_hooks
@@ -37,6 +38,8 @@ class TiledModule:
     ) -> None:
         self.name, self.module, self.fp32_accumulation = name, module, fp32_accumulation
         self.forward = module.forward if forward is None else forward
+        self.checkpoint: CheckpointHook | None = None
+        """That of its layer; set by tiling/tiled_mlp.py."""
         self.value_unused = False
         """True if a checkpointed layer's recomputation does not use the result; set by tiling/tiled_mlp.py."""
         self.last_node: Any = None
@@ -67,7 +70,7 @@ class TiledModule:
 
     def is_skipped(self) -> bool:
         """Return True in a checkpoint's recomputation that does not use the module's result."""
-        return self.value_unused and torch._C._current_graph_task_id() != -1
+        return self.value_unused and self.checkpoint is not None and self.checkpoint.recomputing
 
     def closed_form(self, rows: Sequence[torch.Tensor], dims: int) -> GatedMlp | None:
         """Return the closed form of a module that is a gated MLP in its current state and autocast context, or None.

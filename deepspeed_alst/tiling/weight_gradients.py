@@ -21,8 +21,7 @@ class WeightGradients:
         self._weights = weights
         self._ids = {id(weight) for weight in weights}
         self._is_single = num_tiles == 1
-        half = all(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights)
-        self._dtype = torch.float32 if half and fp32 and num_tiles > 1 else None
+        self._fp32 = fp32 and num_tiles > 1
         self._sums: dict[int, torch.Tensor] = {}
 
     def __contains__(self, weight: torch.Tensor) -> bool:
@@ -37,7 +36,7 @@ class WeightGradients:
         elif self._is_single:
             self._sums[id(weight)] = gradient
         else:  # a copy, because autograd may return the same tensor for two weights
-            dtype = self._dtype or gradient.dtype
+            dtype = self._sum_dtype(gradient)
             self._sums[id(weight)] = gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def add_product(self, weight: torch.Tensor, left_tN: torch.Tensor, right_tK: torch.Tensor) -> None:
@@ -45,11 +44,14 @@ class WeightGradients:
         total = self._sums.get(id(weight))
         if total is None:
             product = left_tN.t() @ right_tK
-            self._sums[id(weight)] = product.to(self._dtype or product.dtype)
+            self._sums[id(weight)] = product.to(self._sum_dtype(product))
         elif total.dtype == left_tN.dtype:
             torch.addmm(total, left_tN.t(), right_tK, out=total)
         else:
             total += left_tN.t() @ right_tK
+
+    def _sum_dtype(self, gradient: torch.Tensor) -> torch.dtype:
+        return torch.promote_types(gradient.dtype, torch.float32) if self._fp32 else gradient.dtype
 
     def sums(self) -> list[torch.Tensor | None]:
         """Return the sums in their accumulation dtype; None for a weight that no tile used."""

@@ -198,3 +198,17 @@ def test_a_disk_without_room_keeps_no_buffer(tmp_path, monkeypatch):
             store.group(stays=False).put(torch.ones(1000))
     assert swapper.staging.in_use == 0
     store.close()
+
+
+def test_small_tensors_that_are_read_ahead_leave_room_for_a_large_one(tmp_path):
+    swapper = Swapper(DiskFile(tmp_path))
+    large, *small = (torch.randint(0, 255, (size,), dtype=torch.uint8) for size in (2**20, *[2**16] * 80))
+    handles = [swapper.swap_out(each)[1] for each in (large, *small)]
+    for handle in handles[1:]:
+        swapper.read_ahead(handle)
+        if handle.reading is not None:
+            handle.reading.result()
+    target = torch.empty_like(large)
+    swapper.swap_in(handles[0], target)
+    assert torch.equal(target, large)
+    swapper.close()

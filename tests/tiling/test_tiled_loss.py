@@ -135,6 +135,17 @@ def test_any_number_of_rows(rows, tile_rows, smoothing):
         assert error(one, other) < EXACT
 
 
+@pytest.mark.parametrize("rows, tile_rows", [(16, 1000), (16, 5)])
+def test_gradients_of_tensors_with_permuted_strides(rows, tile_rows):
+    weight = torch.nn.Parameter(torch.randn(8, 37, dtype=torch.float64).t())
+    hidden = torch.randn(8, rows, dtype=torch.float64).t().requires_grad_()
+    labels = torch.randint(0, 37, (rows,))
+    whole = F.cross_entropy(hidden @ weight.t(), labels)
+    tiled = tiled_loss(lambda x: x @ weight.t(), [weight], hidden, labels, torch.tensor(1 / rows), tile_rows)
+    for one, other in zip(*(torch.autograd.grad(each, [hidden, weight]) for each in (tiled, whole)), strict=True):
+        assert error(one, other) < 1e-6  # of the divisor in fp32
+
+
 def test_rows_without_a_label_are_left_out_before_the_matrix_product():
     weight, hidden = torch.nn.Parameter(torch.randn(50, 8)), torch.randn(1000, 8, requires_grad=True)
     labels = torch.zeros(1000, dtype=torch.long)
@@ -194,6 +205,16 @@ def test_an_evaluation_gets_logits_at_the_first_touch():
         with logits_wanted(model, True):
             torch.testing.assert_close(model(input_ids=tokens, labels=tokens).logits, expected)
         torch.testing.assert_close(model(input_ids=tokens).logits, expected)
+
+
+def test_a_forward_that_fails_leaves_the_head_as_it_was():
+    model = model_of("llama")
+    with PatchSet() as undo:
+        tile(model, undo)
+        undo.hook(model.model, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch())
+        assert type(model.lm_head(torch.randn(1, 3, model.config.hidden_size).double())) is torch.Tensor
 
 
 def test_logits_times_a_weight_are_made_at_once_so_that_it_gets_its_gradient():

@@ -20,6 +20,7 @@ from deepspeed_alst.tiling.experts import num_stacked_experts, run_by_expert
 from deepspeed_alst.tiling.tiled_mlp import row_bytes, tile_mlps, tile_rows
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
+from deepspeed_alst.tiling.weight_gradients import WeightGradients
 from tests.models import family_batch
 
 EXACT = 1e-12
@@ -238,6 +239,18 @@ def test_the_number_of_tiles_does_not_matter_in_bf16():
     whole = bf16_error(1, True)
     assert max(bf16_error(tiles, True) for tiles in (4, 16, 64, 128)) < 1.2 * whole
     assert bf16_error(128, False) > 2 * whole, "this test would not see sums in bf16"
+
+
+def test_sums_are_in_fp32_for_each_half_precision_weight():
+    half, single = torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4)
+    sums = WeightGradients([half, single], 512, fp32=True)
+    for _ in range(512):
+        sums.add(half, torch.full_like(half, 0.01))
+        sums.add(single, torch.full_like(single, 0.01))
+    found = sums.result()
+    assert [each.dtype for each in found] == [torch.bfloat16, torch.float32]
+    expected = torch.full((4,), 512 * float(half.new_tensor(0.01)))
+    torch.testing.assert_close(found[0].float(), expected, rtol=4e-3, atol=0)
 
 
 def test_a_second_backward_and_an_exception_in_a_tile_leave_nothing_behind():

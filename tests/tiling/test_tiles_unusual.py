@@ -112,6 +112,24 @@ def a_weight_from_elsewhere(module: torch.nn.Module, model: Any) -> None:
     module.forward = lambda x: forward(x) * model.elsewhere
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_the_program_around_a_checkpointed_model(reentrant):
+    model, labels = model_of("llama"), batch()["labels"]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    hidden = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=hidden, labels=labels, use_cache=False).loss
+
+    expected = torch.autograd.grad(loss(hidden), hidden)[0]
+    with PatchSet() as undo:
+        tile_mlps(ModelSpec(model), TiledMLPConfig(tile_tokens=7), no_leaf, undo)
+        loss(hidden).backward()  # after which values that no backward uses are known
+        hidden.grad = None
+        torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=reentrant).backward()
+    assert error(hidden.grad, expected) < EXACT
+
+
 def test_a_weight_that_is_not_the_modules_own_is_refused_by_name():
     model = model_of("llama")
     a_weight_from_elsewhere(model.model.layers[0].mlp, model)
