@@ -118,10 +118,12 @@ def use_expandable_segments(config: AlstConfig) -> str:
         if wanted:
             raise ConfigError(f"alst.expandable_segments=true: too late, {late}.")
         return f"expandable segments off: {late}"
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    return "expandable segments on"
+    # torch resets settings that a call does not repeat.
+    given = allocator_variable(os.environ)
+    torch._C._accelerator_setAllocatorSettings(",".join(filter(None, [given, "expandable_segments:True"])))
+    return f"expandable segments on{given and f', beside {given}'}"
 
 
 def allocator_variable(environ: Mapping[str, str]) -> str:
     """Return the allocator settings of the environment, from both of torch's variables."""
-    return environ.get("PYTORCH_ALLOC_CONF", "") + environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return ",".join(filter(None, map(environ.get, ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))))

@@ -132,11 +132,11 @@ class TimedCopies(CopyStream):
         self.copies: list[tuple[Any, Any]] = []
         self.waits: list[tuple[Any, Any]] = []
 
-    def to_host(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
-        """Copy as the base does, in either direction."""
+    def start(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
+        """Copy as the base does."""
         self._stream.wait_stream(torch.cuda.current_stream())  # before the copy's time begins
         begin = _event(self._stream)
-        done = super().to_host(source_n, target_n)
+        done = super().start(source_n, target_n)
         self.copies.append((begin, _event(self._stream)))
         return done
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from deepspeed_alst.core.threads import on_same_device
+
 SLACK = 3.0
 """Multiple of a measured rounding error that still counts as rounding."""
 
@@ -24,15 +26,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def run_isolated(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a thread of its own, out of reach of the caller's modes, hooks, autocast and ``no_grad``."""
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def run() -> Any:
-        if device is not None:  # a thread starts on the first
-            torch.cuda.set_device(device)
-        return function(*args)
-
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
+        return pool.submit(on_same_device(function), *args).result()
 
 
 def result_or_none(check: Callable[..., Any], *args: Any) -> Any:

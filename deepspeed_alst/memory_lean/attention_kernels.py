@@ -128,8 +128,10 @@ class FlashKernel(NamedTuple):
         if q.device.type == "cuda":
             # No lengths of packed documents; no dropout, so no random state.
             rows, keys, none = q.shape[2], k.shape[2], q.new_empty(0, dtype=torch.int64)
+            # The kernel reads the log-sum-exp by its address alone, without strides.
+            lse = lse_BhR.contiguous()
             found = _aten._scaled_dot_product_flash_attention_backward(
-                do, q, k, v, o, lse_BhR, None, None, rows, keys, 0.0, causal, none, none, scale=scale
+                do, q, k, v, o, lse, None, None, rows, keys, 0.0, causal, none, none, scale=scale
             )
             return found[0][..., :D], found[1][..., :D], found[2][..., :E]
         dq, dk, dv = q.new_empty(q.shape), None, None

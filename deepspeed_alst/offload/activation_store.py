@@ -124,6 +124,7 @@ class OffloadedTensor:
         self._handle: SwapHandle | None = None
         self._free: Any = None
         self._done: Any = None
+        self._unclaimed: Any = None
         self._source_n: torch.Tensor | None = None
         self._header_n: torch.Tensor | None = None  # on the host, of a packed tensor
         self._num_bytes, self._version = 0, tensor._version
@@ -145,7 +146,7 @@ class OffloadedTensor:
             elif (buffer_n := store.pool.acquire(num_bytes)) is not None:
                 self._buffer_n = buffer_n
                 self._free = weakref.finalize(self, store.pool.release, buffer_n)
-                self._done = store.copies.to_host(source_n, buffer_n[:num_bytes])
+                self._done = store.copies.start(source_n, buffer_n[:num_bytes])
             elif store.swapper is not None:
                 self._done, self._handle = store.swapper.swap_out(source_n)
                 self._free = weakref.finalize(self, store.swapper.free, self._handle)
@@ -166,7 +167,7 @@ class OffloadedTensor:
         codec.pack_(raw_n.view(torch.bfloat16), packed_n)
         # A copy of its own: a staging buffer is another tensor's when its bytes are on disk.
         self._header_n = torch.zeros(codec.HEADER, dtype=torch.uint8, pin_memory=self._store.pool.page_locked)
-        self._store.copies.to_host(packed_n[: codec.HEADER], self._header_n)
+        self._store.copies.start(packed_n[: codec.HEADER], self._header_n)
         return packed_n
 
     def _check_overflow(self, tensor: torch.Tensor) -> None:
@@ -214,12 +215,15 @@ class OffloadedTensor:
         tensor = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device) if is_packed else self._empty()
         target_n = _bytes(tensor)
         if self._buffer_n is not None:
-            self._done = store.copies.to_device(self._buffer_n[: target_n.numel()], target_n)
+            self._done = store.copies.start(self._buffer_n[: target_n.numel()], target_n)
         else:
             assert store.swapper is not None and self._handle is not None
             self._done = store.swapper.swap_in(self._handle, target_n)
         store.counts.bytes_back += target_n.numel()
         self._tensor = tensor
+        # If a backward ends without asking for it, before its memory is another tensor's.
+        self._unclaimed = weakref.finalize(self, store.copies.wait, self._done)
+        self._unclaimed.atexit = False
 
     def _empty(self) -> torch.Tensor:
         return torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=self._device)
@@ -232,6 +236,8 @@ class OffloadedTensor:
         assert tensor is not None
         if not self._stays:
             self._store.copies.wait(self._done)
+            if self._unclaimed is not None:
+                self._unclaimed.detach()
             self._tensor = None  # owned by the caller from here; the next call copies again
             if self._header_n is not None:
                 packed_n, tensor = tensor, self._empty()

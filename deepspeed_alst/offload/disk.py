@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 
+from deepspeed_alst.core.threads import on_same_device
 from deepspeed_alst.errors import AlstError, ConfigError, OffloadError
 from deepspeed_alst.offload.host_buffers import PAGE, pages
 
@@ -59,7 +60,8 @@ class DiskThreads:
         self._last_progress = 0.0
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name="alst-disk", daemon=True) for _ in range(_NUM_THREADS)
+            threading.Thread(target=on_same_device(self._work), name="alst-disk", daemon=True)
+            for _ in range(_NUM_THREADS)
         ]
         for thread in self._threads:
             thread.start()

@@ -132,8 +132,9 @@ def _check(status: Any, num_bytes: int) -> None:
 class CopyStream:
     """Copies between device and host, on a separate stream if the device has streams.
 
-    A copy starts after all work queued so far and returns an event, None if it is done. Memory that a copy reads
-    belongs to the computation's stream: before it is freed, the computation must wait for the copy.
+    A copy starts after all work queued so far and returns an event, None if it is done. Memory that a copy reads or
+    writes belongs to the computation's stream: before it is freed, the computation must wait for the copy. That frees
+    it at once, where ``Tensor.record_stream`` would keep it until all copies queued by then are done.
 
     Args:
         module: the device's module, such as ``torch.cuda``; None copies at once, for the CPU as the device.
@@ -144,8 +145,8 @@ class CopyStream:
         self._module = module
         self._stream = None if module is None else module.Stream(device=device)
 
-    def to_host(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
-        """Start a copy to a host tensor; return the event to wait for."""
+    def start(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
+        """Start a copy in either direction; return the event to wait for."""
         if self._stream is None:
             target_n.copy_(source_n)
             return None
@@ -153,14 +154,6 @@ class CopyStream:
         with self._module.stream(self._stream):
             target_n.copy_(source_n, non_blocking=True)
             return self._stream.record_event()
-
-    def to_device(self, source_n: torch.Tensor, target_n: torch.Tensor) -> Any:
-        """Start a copy to a device tensor; return the event to wait for."""
-        done = self.to_host(source_n, target_n)  # queues either direction
-        if self._stream is not None:
-            # The tensor may be freed before any wait: the backward may end without requesting it.
-            target_n.record_stream(self._stream)
-        return done
 
     def wait(self, done: Any) -> None:
         """Make work that is queued on the device from now on wait for a copy, without blocking this process."""

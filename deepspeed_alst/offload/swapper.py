@@ -50,7 +50,7 @@ class Swapper:
         except OffloadError:
             self.staging.release(buffer_n)
             raise
-        done = self._copies.to_host(source_n, buffer_n[: source_n.numel()])
+        done = self._copies.start(source_n, buffer_n[: source_n.numel()])
         writing = self._submit(buffer_n, done, lambda: self.file.write(buffer_n, offset))
         return done, SwapHandle(offset, buffer_n.numel(), writing)
 
@@ -68,7 +68,7 @@ class Swapper:
         assert handle.reading is not None and handle.buffer_n is not None
         self._wait(handle.reading)
         buffer_n, handle.buffer_n, handle.reading = handle.buffer_n, None, None
-        done = self._copies.to_device(buffer_n[: target_n.numel()], target_n)
+        done = self._copies.start(buffer_n[: target_n.numel()], target_n)
         self._submit(buffer_n, done, lambda: None)
         return done
 

@@ -5,8 +5,11 @@ band. Legend: B batch, S whole sequence, h query heads, k KV heads, g = h/k, D h
 stretches of the same length; L length of a stretch; W window; R query rows of a block; M = rows of a span; j = W + R.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 from deepspeed_alst.sequence_parallel.hf_attention import causal_sdpa
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
@@ -34,14 +37,24 @@ def attend(
     sizes = [count * length for count, length in runs]
     outputs = []
     # The backward of split is one cat; that of each slice would be a gradient of the whole sequence.
-    for (count, length), *qkv in zip(runs, *(x.split(sizes, dim=2) for x in (q_BhSD, k_BkSD, v_BkSD)), strict=True):
-        q, k, v = (_stretches_to_rows(x, count) for x in qkv)
-        if mask.window is not None and mask.window < length:
-            out = _banded(q, k, v, mask.window, scaling, dropout)
-        else:
-            out = causal_sdpa(q, k, v, scaling, dropout)
-        outputs.append(_rows_to_stretches(out, count))
+    split = (x.split(sizes, dim=2) for x in (q_BhSD, k_BkSD, v_BkSD))
+    with _flash_first(q_BhSD.device.type):
+        for (count, length), *qkv in zip(runs, *split, strict=True):
+            q, k, v = (_stretches_to_rows(x, count) for x in qkv)
+            if mask.window is not None and mask.window < length:
+                out = _banded(q, k, v, mask.window, scaling, dropout)
+            else:
+                out = causal_sdpa(q, k, v, scaling, dropout)
+            outputs.append(_rows_to_stretches(out, count))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _flash_first(kind: str) -> contextlib.AbstractContextManager[None]:
+    """Prefer flash attention to cuDNN's, torch's first choice on an H100, which compiles for each new length: 0.4 s."""
+    if kind != "cuda":
+        return contextlib.nullcontext()
+    order = sorted(_cur_sdpa_kernel_backends(), key=lambda each: (each == SDPBackend.MATH, each.value))
+    return sdpa_kernel(order, set_priority=True)
 
 
 def _stretches_to_rows(x_BhSD: torch.Tensor, count: int) -> torch.Tensor:

@@ -173,7 +173,7 @@ def _step(model: torch.nn.Module, batches: list[_Weighted], seed: int = 0) -> di
     """Return the sum of the batches' losses times their factors, and its gradients by name."""
     total = torch.zeros(())
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: a GPU's is the program's
         for batch, factor in batches:
             loss = model(**batch, use_cache=False).loss * factor
             loss.backward()

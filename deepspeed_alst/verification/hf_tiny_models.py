@@ -195,7 +195,7 @@ def numel(build: Build, config: PreTrainedConfig) -> int:
 def small_model(build: Build, config: PreTrainedConfig) -> torch.nn.Module:
     """Build a tiny model with the same weights on every rank, random enough for sizable gradients."""
     with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's alone: a GPU's is the program's
         model = _build(build, config).float()
         draw_weights(model)
     return model.train()

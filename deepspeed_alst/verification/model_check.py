@@ -38,7 +38,7 @@ _PRODUCTS = {
     getattr(_aten, name).default
     for name in (
         *("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention"),
-        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_grouped_mm"),
         "_scaled_dot_product_flash_attention_for_cpu",
     )
 }
@@ -63,7 +63,7 @@ class Routed(TorchDispatchMode):
         if self._noise is not None and func in _PRODUCTS:
             product = output[0] if isinstance(output, tuple | list) else output
             off = torch.empty_like(product).uniform_(-1.0, 1.0, generator=self._noise)
-            product.addcmul_(product, off, value=torch.finfo(product.dtype).eps)
+            product.addcmul_(product, off, value=_rounding(product))
         return output
 
     def _routed(self, output: Any, x: torch.Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +78,12 @@ class Routed(TorchDispatchMode):
                 return output
             chosen = chosen.tensor_split(P, cut[0])[rank]
         return x.gather(dim, chosen), chosen
+
+
+def _rounding(product: torch.Tensor) -> float:
+    """Return the relative rounding of a matrix product, or of its inputs."""
+    has_tf32 = product.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return 2.0**-10 if has_tf32 and product.dtype == torch.float32 else torch.finfo(product.dtype).eps
 
 
 def check_live_model(spec: ModelSpec, groups: SequenceGroups, calls: ForwardContext, device: torch.device) -> str:

@@ -1,15 +1,18 @@
 """Attention by rectangles: every pair of a query and a key that it sees, once, and the numbers of fp64."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_alst.memory_lean import attention_kernels
 from deepspeed_alst.memory_lean.attention import attend, attend_backward
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, FlashKernel, TorchKernel, kernel_for
-from deepspeed_alst.memory_lean.rectangles import blocks, in_block, key_blocks, rectangles
+from deepspeed_alst.memory_lean.rectangles import Rectangle, blocks, in_block, key_blocks, rectangles
 from deepspeed_alst.random_draws.counter_based import attention_keeps
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
@@ -173,3 +176,24 @@ def test_the_cuda_ops_take_these_arguments_by_their_meta_kernels():
         o, q, k, k, o, lse, None, None, 9, 7, 0.0, False, none, none, scale=0.1
     )
     assert [x.shape for x in found] == [q.shape, k.shape, k.shape]
+
+
+def test_the_cuda_kernel_gets_a_contiguous_log_sum_exp(monkeypatch):
+    """torch's flash attention reads it by its address: against the real operator's signature, on fake tensors."""
+    # The method, unlike the function, needs the device itself.
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: torch.clone(x, memory_format=torch.contiguous_format))
+    found = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
+                found.append(args[5])
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Record():
+        q, o, do = (torch.empty(1, 4, 64, 16, device="cuda", dtype=torch.bfloat16).narrow(2, 0, 32) for _ in range(3))
+        k, v = (torch.empty(1, 2, 64, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        lse = torch.empty(1, 4, 64, device="cuda").narrow(2, 0, 32)
+        with contextlib.suppress(RuntimeError):  # of indexing fake tensors on a machine without CUDA
+            FlashKernel(None).backward(do, q, k, v, o, lse, Rectangle(0, 32, 0, 64))
+    assert [x.shape for x in found] == [lse.shape] and found[0].is_contiguous() and not lse.is_contiguous()

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.masking_utils import (
@@ -261,3 +262,12 @@ def test_flex_attention_has_the_same_masks():
         for mask in (MaskSpec(window=40), MaskSpec(chunk=50, documents=(0, 100, 101, 256)), MaskSpec(window=40)):
             got = core.attend(torch.nn.Module(), (q, k, v), mask, None, {})
             assert (got - attend(q, k, v, mask)).abs().max() < 1e-5
+
+
+def test_stretches_run_by_flash_attention_before_cudnn_and_leave_torchs_choice_as_it_was():
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    with banded._flash_first("cuda"):
+        order = _cur_sdpa_kernel_backends(with_priority=True)
+    assert order[0] == SDPBackend.FLASH_ATTENTION and set(order) == set(before)
+    assert order.index(SDPBackend.CUDNN_ATTENTION) < order.index(SDPBackend.MATH)
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before

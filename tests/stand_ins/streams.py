@@ -20,7 +20,6 @@ class Stream:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.queue: list[Callable[[], object]] = []
-        self.memory: list[torch.Tensor] = []
 
     def record_event(self, event=None):
         """What is done when all that is in the queue now is."""

@@ -94,7 +94,7 @@ def test_a_copys_time_begins_when_the_computation_is_done_and_a_wait_is_timed_on
     stand_ins = {"stream": lambda stream: nullcontext(), "Event": lambda enable_timing: "event"}
     with mock.patch.multiple(torch.cuda, **streams, **stand_ins):
         copies, target = layers.TimedCopies(), torch.zeros(3)
-        copies.wait(copies.to_host(torch.ones(3), target))
+        copies.wait(copies.start(torch.ones(3), target))
     record, wait = ("copies", "record_event"), ("copies", "wait_stream")
     assert log[:5] == [wait, record, wait, record, record] and target.sum() == 3
     assert [method for name, method in log[5:] if name == "computation"] == [
