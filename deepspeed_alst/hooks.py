@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,55 +16,47 @@ from deepspeed_alst.core.patching import OWNED, wrap_once
 
 def hook_initialize(deepspeed: ModuleType) -> None:
     """Wrap ``deepspeed.initialize``; a second call does nothing."""
-    wrap_once(deepspeed, "initialize", _wrap_initialize)
+    wrap_once(deepspeed, "initialize", _initialize)
     if is_wanted(_command_line_config()):
         # DeepSpeed builds its CPU op in init_distributed, which zero.Init or the program may call before initialize.
         for holder in (deepspeed, deepspeed.comm, deepspeed.zero.partition_parameters):
-            wrap_once(holder, "init_distributed", _wrap_init_distributed)
+            wrap_once(holder, "init_distributed", _init_distributed)
 
 
-def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def initialize(*args, **kwargs):
-        # DeepSpeed rejects a call that does not match the signature.
-        try:
-            arguments = signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            return original(*args, **kwargs)
-        _stop_loading_sharded()
-        owners = getattr(arguments.get("model"), "__dict__", {}).get(OWNED)
-        engine = owners[0]() if owners else None
-        if engine is not None and engine.client_optimizer is None and not engine.optimizer_name():
-            engine.destroy()  # TRL's, which computes a reference ahead with the model that it then trains
-        elif owners is not None:
-            from deepspeed_alst.errors import SetupError
-
-            raise SetupError(
-                "deepspeed.initialize: another engine has patched this model for sequence parallelism or tiling. Call "
-                "destroy() of that engine first."
-            )
-        ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
-        if not is_wanted(ds_config, mpu, mesh):
-            if ds_config is not None and mpu is None and not mesh and (lines := ignored(ds_config)):
-                # On every rank, since each has its own ds_config.
-                print(f"deepspeed_alst: not enabled by the ds_config. {' '.join(lines)}", file=sys.stderr)
-            return original(*args, **kwargs)
-        from deepspeed_alst.initialize import initialize as alst_initialize
-
-        return alst_initialize(original, dict(arguments), ds_config)
-
-    return initialize
-
-
-def _wrap_init_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_distributed(*args, **kwargs):
-        from deepspeed_alst.environment import check_build_lock
-
-        check_build_lock()
+def _initialize(original, *args, **kwargs):
+    # DeepSpeed rejects a call that does not match the signature.
+    try:
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+    except TypeError:
         return original(*args, **kwargs)
+    _stop_loading_sharded()
+    owners = getattr(arguments.get("model"), "__dict__", {}).get(OWNED)
+    engine = owners[0]() if owners else None
+    if engine is not None and engine.client_optimizer is None and not engine.optimizer_name():
+        engine.destroy()  # TRL's, which computes a reference ahead with the model that it then trains
+    elif owners is not None:
+        from deepspeed_alst.errors import SetupError
 
-    return init_distributed
+        raise SetupError(
+            "deepspeed.initialize: another engine has patched this model for sequence parallelism or tiling. Call "
+            "destroy() of that engine first."
+        )
+    ds_config, mpu, mesh = find_config(arguments), arguments.get("mpu"), arguments.get("mesh_param")
+    if not is_wanted(ds_config, mpu, mesh):
+        if ds_config is not None and mpu is None and not mesh and (lines := ignored(ds_config)):
+            # On every rank, since each has its own ds_config.
+            print(f"deepspeed_alst: not enabled by the ds_config. {' '.join(lines)}", file=sys.stderr)
+        return original(*args, **kwargs)
+    from deepspeed_alst.initialize import initialize as alst_initialize
+
+    return alst_initialize(original, dict(arguments), ds_config)
+
+
+def _init_distributed(original, *args, **kwargs):
+    from deepspeed_alst.environment import check_build_lock
+
+    check_build_lock()
+    return original(*args, **kwargs)
 
 
 def _command_line_config() -> dict[str, Any]:
@@ -103,64 +94,52 @@ def _stop_loading_sharded() -> None:
 
 def hook_trainer_config(integration: ModuleType) -> None:
     """Make the HF Trainer's ``"auto"`` batch keys count micro-steps if sequences are sharded over ranks."""
-    wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _wrap_trainer_config_process)
+    wrap_once(integration.HfTrainerDeepSpeedConfig, "trainer_config_process", _trainer_config_process)
 
 
-def _wrap_trainer_config_process(original: Callable[..., Any]) -> Callable[..., Any]:
-    def trainer_config_process(self, args, *rest, **kwargs):
-        if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
-            return original(self, args, *rest, **kwargs)
-        from deepspeed_alst.integrations.hf_trainer import fill_batch_keys
+def _trainer_config_process(original, self, args, *rest, **kwargs):
+    if not _splits_sequences(self.config, getattr(args, "parallelism_config", None)):
+        return original(self, args, *rest, **kwargs)
+    from deepspeed_alst.integrations.hf_trainer import fill_batch_keys
 
-        return fill_batch_keys(original, self, args, *rest, **kwargs)
-
-    return trainer_config_process
+    return fill_batch_keys(original, self, args, *rest, **kwargs)
 
 
 def hook_accelerate_config(module: ModuleType) -> None:
     """Hide the alst block from accelerate, which raises on any "auto" that it has no value for."""
-    wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _wrap_deepspeed_config_process)
+    wrap_once(module.DeepSpeedPlugin, "deepspeed_config_process", _deepspeed_config_process)
 
 
-def _wrap_deepspeed_config_process(original: Callable[..., Any]) -> Callable[..., Any]:
-    def deepspeed_config_process(self, prefix="", mismatches=None, config=None, **kwargs):
-        if config is None and any(key in self.deepspeed_config for key in OWN_KEYS):
-            config = {key: value for key, value in self.deepspeed_config.items() if key not in OWN_KEYS}
-        return original(self, prefix=prefix, mismatches=mismatches, config=config, **kwargs)
-
-    return deepspeed_config_process
+def _deepspeed_config_process(original, self, prefix="", mismatches=None, config=None, **kwargs):
+    if config is None and any(key in self.deepspeed_config for key in OWN_KEYS):
+        config = {key: value for key, value in self.deepspeed_config.items() if key not in OWN_KEYS}
+    return original(self, prefix=prefix, mismatches=mismatches, config=config, **kwargs)
 
 
 def hook_accelerator(module: ModuleType) -> None:
     """Make the engine split batches of loaders that accelerate prepares, except the HF Trainer's."""
-    wrap_once(module.Accelerator, "prepare_data_loader", _wrap_prepare_data_loader)
-    wrap_once(module.Accelerator, "_prepare_deepspeed", _wrap_prepare_deepspeed)
+    wrap_once(module.Accelerator, "prepare_data_loader", _prepare_data_loader)
+    wrap_once(module.Accelerator, "_prepare_deepspeed", _prepare_deepspeed)
 
 
-def _wrap_prepare_data_loader(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare_data_loader(self, data_loader, *args, **kwargs):
-        loader, sp_size = prepare(self, data_loader, *args, **kwargs), _sp_size_of(self)
-        if sp_size == 1 or hasattr(loader, "alst_whole"):
-            return loader
-        from deepspeed_alst.data.loader import PreparedLoader
+def _prepare_data_loader(prepare, self, data_loader, *args, **kwargs):
+    loader, sp_size = prepare(self, data_loader, *args, **kwargs), _sp_size_of(self)
+    if sp_size == 1 or hasattr(loader, "alst_whole"):
+        return loader
+    from deepspeed_alst.data.loader import PreparedLoader
 
-        return PreparedLoader(loader, self, sp_size)
-
-    return prepare_data_loader
+    return PreparedLoader(loader, self, sp_size)
 
 
-def _wrap_prepare_deepspeed(build: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare_deepspeed(self, *args):
-        if _sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
-            # accelerate would multiply by all ranks, although the ranks of a sequence share their samples.
-            del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
-        result = build(self, *args)
-        session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
-        if session is not None and _sp_size_of(self) > 1:
-            session.takes_whole = True
-        return result
-
-    return prepare_deepspeed
+def _prepare_deepspeed(build, self, *args):
+    if _sp_size_of(self) > 1 and self.deepspeed_plugin.deepspeed_config.get("train_batch_size") == "auto":
+        # accelerate would multiply by all ranks, although the ranks of a sequence share their samples.
+        del self.deepspeed_plugin.deepspeed_config["train_batch_size"]
+    result = build(self, *args)
+    session = getattr(getattr(self.deepspeed_engine_wrapped, "engine", None), "alst", None)
+    if session is not None and _sp_size_of(self) > 1:
+        session.takes_whole = True
+    return result
 
 
 def _sp_size_of(accelerator: Any) -> int:
@@ -174,44 +153,35 @@ def _sp_size_of(accelerator: Any) -> int:
 
 def hook_trainer(module: ModuleType) -> None:
     """Make the HF Trainer's steps run on shards, and give its evaluation logits, also at SP 1."""
-    wrap_once(module.Trainer, "training_step", _wrap_training_step)
-    wrap_once(module.Trainer, "evaluation_loop", _wrap_evaluation_loop)
-    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _wrap_create_accelerator)
+    wrap_once(module.Trainer, "training_step", _training_step)
+    wrap_once(module.Trainer, "evaluation_loop", _evaluation_loop)
+    wrap_once(module.Trainer, "create_accelerator_and_postprocess", _create_accelerator)
 
 
-def _wrap_training_step(train: Callable[..., Any]) -> Callable[..., Any]:
-    def training_step(self, model, inputs, *args, **kwargs):
-        if not (hasattr(model, "alst") and _accelerator_splits(self.accelerator)):
-            return train(self, model, inputs, *args, **kwargs)
-        from deepspeed_alst.integrations import hf_trainer
+def _training_step(train, self, model, inputs, *args, **kwargs):
+    if not (hasattr(model, "alst") and _accelerator_splits(self.accelerator)):
+        return train(self, model, inputs, *args, **kwargs)
+    from deepspeed_alst.integrations import hf_trainer
 
-        return hf_trainer.training_step(train, self, model, inputs, *args, **kwargs)
-
-    return training_step
+    return hf_trainer.training_step(train, self, model, inputs, *args, **kwargs)
 
 
-def _wrap_evaluation_loop(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    def evaluation_loop(self, *args, **kwargs):
-        if not is_wanted(_ds_config_of(self.accelerator)):
-            return evaluate(self, *args, **kwargs)
-        from deepspeed_alst.integrations.hf_predictions import evaluation
+def _evaluation_loop(evaluate, self, *args, **kwargs):
+    if not is_wanted(_ds_config_of(self.accelerator)):
+        return evaluate(self, *args, **kwargs)
+    from deepspeed_alst.integrations.hf_predictions import evaluation
 
-        with evaluation(self):
-            return evaluate(self, *args, **kwargs)
-
-    return evaluation_loop
+    with evaluation(self):
+        return evaluate(self, *args, **kwargs)
 
 
-def _wrap_create_accelerator(create: Callable[..., Any]) -> Callable[..., Any]:
-    def create_accelerator_and_postprocess(self):
-        create(self)
-        if _accelerator_splits(self.accelerator):
-            # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
-            steps = _ds_config_of(self.accelerator).get("gradient_accumulation_steps")
-            if type(steps) is int:
-                self.accelerator.gradient_accumulation_steps = steps
-
-    return create_accelerator_and_postprocess
+def _create_accelerator(create, self):
+    create(self)
+    if _accelerator_splits(self.accelerator):
+        # accelerate uses DeepSpeed's number anyway, but warns if the two differ.
+        steps = _ds_config_of(self.accelerator).get("gradient_accumulation_steps")
+        if type(steps) is int:
+            self.accelerator.gradient_accumulation_steps = steps
 
 
 def _ds_config_of(accelerator: Any) -> dict[str, Any]:

@@ -130,13 +130,18 @@ def _with_properties(cls: type, properties: tuple[tuple[str, property], ...]) ->
     return subclass(cls, dict(properties))
 
 
-def wrap_once(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Wrap a function of a library for the life of the process; a second call does nothing."""
+def wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Run ``around(original, ...)`` as a function of a library for the life of the process; not a second time."""
     original = vars(owner)[name]
-    if not hasattr(original, _ORIGINAL):
-        wrapped = functools.wraps(original)(wrapper(original))
-        setattr(wrapped, _ORIGINAL, original)
-        setattr(owner, name, wrapped)
+    if hasattr(original, _ORIGINAL):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(wrapped, _ORIGINAL, original)
+    setattr(owner, name, wrapped)
 
 
 def unwrap(owner: Any, name: str) -> None:

@@ -183,7 +183,7 @@ def test_a_copy_of_a_module_binds_a_forward_of_its_own():
 def test_a_library_is_wrapped_once_and_unwrapped():
     original = Thing.method
     for _ in range(2):
-        wrap_once(Thing, "method", lambda method: lambda self: method(self) + 1)
+        wrap_once(Thing, "method", lambda method, self: method(self) + 1)
     assert Thing().method() == 2
     unwrap(Thing, "method")
     unwrap(Thing, "method")
