@@ -1,24 +1,38 @@
 """Kernels on the device: in use, as exact as torch, and as fast as a copy of their bytes and as Liger's.
 
-Legend: P pieces, n elements.
+Legend: P pieces, n elements; T tokens, V vocabulary, F inner features, h heads, D head size.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.figures import Figure
 from benchmarks.gpu.jobs import guarded
-from benchmarks.gpu.scale import Scale, rates, seconds_of
-from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, launches
+from benchmarks.gpu.scale import Scale, Sizes, rates, seconds_of
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import subjects, title
 from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces, sum_pieces_reference
 from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.kernels.registry import OPS, has_kernel
+
+OF_A_COPY = 0.7
+"""Minimum share of a copy's bandwidth."""
+OF_LIGERS = 1.05
+"""Maximum time relative to Liger's."""
+
+
+class Launch(NamedTuple):
+    """One kernel on one input."""
+
+    name: str
+    run: Callable[[], Any]
+    moved: int
+    """Bytes read and written."""
+    ligers: Callable[[], Any] | None = None
 
 
 def rows(scale: Scale) -> Iterator[Figure]:
@@ -82,3 +96,70 @@ def _time(scale: Scale, name: str, seconds: float, moved: int, copied: float, li
         return Figure(name, (text,))
     met = share >= OF_A_COPY and (ligers is None or seconds <= OF_LIGERS * ligers)
     return Figure(name, (text,), f">= {OF_A_COPY} of a copy" + f", <= {OF_LIGERS} x" * bool(ligers), met)
+
+
+# --- what is timed
+
+
+def launches(device: str, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> Iterator[Launch]:
+    """Yield the kernels; repeated in-place runs leave meaningless values."""
+    yield _cross_entropy(device, sizes, dtype)
+    yield from _activations(device, sizes, dtype)
+    yield _pack(device, sizes, dtype)
+    yield from _codec(device, sizes)
+
+
+def _cross_entropy(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    from deepspeed_alst.kernels.cross_entropy import cross_entropy_
+
+    rows = max(4, s.T // 8)
+    logits_tV, scale = torch.randn(rows, s.V, device=device, dtype=dtype), torch.ones((), device=device)
+    labels_t = torch.randint(0, s.V, (rows,), device=device)
+    leaf_tV = torch.randn(rows, s.V, device=device, dtype=dtype).requires_grad_()
+    return Launch(
+        f"cross-entropy, [{rows}, {s.V}]",
+        lambda: cross_entropy_(logits_tV, labels_t, scale),
+        3 * logits_tV.nbytes,
+        lambda: LigerCrossEntropyFunction.apply(leaf_tV, labels_t, None),
+    )
+
+
+def _activations(device: str, s: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    from deepspeed_alst.kernels.gated import gated_activation_, gated_gradients_
+
+    gate_TF, up_TF, grad_TF = (torch.randn(s.T, s.F, device=device, dtype=dtype) for _ in range(3))
+    yield Launch(
+        f"SwiGLU, [{s.T}, {s.F}]",
+        lambda: gated_activation_(gate_TF, up_TF, "silu"),
+        3 * gate_TF.nbytes,
+        lambda: LigerSiLUMulFunction.apply(gate_TF, up_TF),
+    )
+    yield Launch(
+        f"SwiGLU, backward, [{s.T}, {s.F}]",
+        lambda: gated_gradients_(gate_TF, up_TF, grad_TF, "silu"),
+        6 * gate_TF.nbytes,
+    )
+
+
+def _pack(device: str, s: Sizes, dtype: torch.dtype) -> Launch:
+    from deepspeed_alst.kernels.head_layout import by_heads, pack
+
+    q, k, v = (torch.randn(1, s.T, heads, s.D, device=device, dtype=dtype) for heads in (s.h, s.h // 4, s.h // 4))
+    pieces = [by_heads(x.transpose(1, 2), 4) for x in (q, k, v)]
+    return Launch(f"pack for 4 ranks, {s.T} tokens", lambda: pack(pieces, 4), 2 * (q.nbytes + 2 * k.nbytes))
+
+
+def _codec(device: str, s: Sizes) -> Iterator[Launch]:
+    from deepspeed_alst.kernels.bf16_codec import pack_, packed_bytes, unpack_
+
+    x_n = torch.randn(s.T * s.h * s.D, device=device).bfloat16()
+    packed_m = torch.empty(packed_bytes(x_n.numel()), dtype=torch.uint8, device=device)
+    pack_(x_n, packed_m)  # to be unpacked
+    # Least bytes: 11 bits of a value without escapes.
+    moved = x_n.nbytes + x_n.numel() * 11 // 8
+    yield Launch(f"pack bf16, {x_n.numel():,} values", lambda: pack_(x_n, packed_m), moved)
+    yield Launch(f"unpack bf16, {x_n.numel():,} values", lambda: unpack_(packed_m, x_n), moved)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import DEEPSPEED, LEAN, LIGER, TILES
-from benchmarks.kernels.gpu import Sizes, copy_bytes_a_second, seconds_on_gpu
 from benchmarks.memory import host_store, put_ours
 from benchmarks.tiles.shapes import Shape
 from benchmarks.tiles.systems import Step, build, put_tiles
@@ -20,6 +19,17 @@ from deepspeed_alst.integrations.hf_liger import apply_liger
 from deepspeed_alst.offload.host_buffers import CopyStream
 
 MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a layer and of a loss tile; Llama-3.1-8B's."""
+
+    T: int = 16384
+    V: int = 128256
+    F: int = 14336
+    h: int = 32
+    D: int = 128
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,9 @@ def scale_of(device: str, gib: float) -> Scale:
 def seconds_of(scale: Scale, function: Callable[[], Any]) -> float:
     """Return the median seconds of a launch on a GPU, or those of one call on CPU."""
     if scale.on_gpu:
-        return seconds_on_gpu(function)
+        import triton
+
+        return triton.testing.do_bench(function, return_mode="median") / 1e3
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
@@ -91,7 +103,8 @@ def seconds_of(scale: Scale, function: Callable[[], Any]) -> float:
 
 def rates(scale: Scale) -> tuple[float, float]:
     """Measure the device: bytes/s of a copy, read and written, and FLOP/s of a bf16 matmul."""
-    copied = copy_bytes_a_second(lambda function: seconds_of(scale, function), scale.device, scale.copy_bytes)
+    source, target = (torch.empty(scale.copy_bytes, dtype=torch.uint8, device=scale.device) for _ in range(2))
+    copied = 2 * source.nbytes / seconds_of(scale, lambda: target.copy_(source))
     a, b = (torch.randn(scale.matrix, scale.matrix, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
     return copied, 2 * scale.matrix**3 / seconds_of(scale, lambda: a @ b)
 

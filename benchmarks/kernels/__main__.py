@@ -2,21 +2,18 @@
 
     python -m benchmarks.kernels [part ...]
 
-Parts are compile, numbers, memory and gpu (if there is one); default: all. The exit status is non-zero if a
-target is missed.
+Parts are compile, numbers and memory; default: all. The exit status is non-zero if a target is missed. Their times on a
+GPU are a part of ``make gpu`` (benchmarks/gpu).
 """
 
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
-import torch
-
 from benchmarks.figures import Figure, Part, report
 from benchmarks.kernels.compile import SHARED, Compiled, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak, upstreams_bytes_a_logit
 from benchmarks.kernels.gated import mlp_peak
-from benchmarks.kernels.gpu import OF_A_COPY, OF_LIGERS, Sizes, copy_bytes_a_second, launches, seconds_on_gpu
 from benchmarks.kernels.judge import Interpreted, subjects, title
 from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
 
@@ -32,7 +29,6 @@ _NUMBERS = (
     "which is thrice torch's own error in the same dtype, and one rounding. Bytes an element are those of all loads "
     "and stores of a launch; the least is what must be moved."
 )
-_GPU = "Medians on the device. Not yet printed on one: every other part runs without."
 _MEMORY = (
     "Peaks beside the weights, gradients in them, of 32,768 tokens on fake tensors: of Llama-3.1-8B's head, of models "
     "of one checkpointed layer, MLP and loss in tiles, while the layer runs, and of the backward of an MLP."
@@ -100,26 +96,10 @@ def memory() -> Iterator[Figure]:
         yield Figure(f"MLP, tiles of {rows:,} tokens", figures, f"<= {most} GiB, and autograd's", met)
 
 
-def gpu() -> Iterator[Figure]:
-    """Yield times of the kernels on a GPU."""
-    if not torch.cuda.is_available():
-        yield Figure("no GPU here: nothing is timed", ("", "", ""))
-        return
-    bytes_a_second = copy_bytes_a_second(seconds_on_gpu)
-    for each in launches("cuda", Sizes()):
-        seconds = seconds_on_gpu(each.run)
-        of_copy = each.moved / seconds / bytes_a_second
-        of_ligers = seconds / seconds_on_gpu(each.ligers) if each.ligers else None
-        met = of_copy >= OF_A_COPY and (of_ligers is None or of_ligers <= OF_LIGERS)
-        texts = (f"{1e3 * seconds:.3f} ms", f"{of_copy:.2f}", "" if of_ligers is None else f"{of_ligers:.2f}")
-        yield Figure(each.name, texts, f">= {OF_A_COPY} of a copy, <= {OF_LIGERS} x Liger's", met)
-
-
 PARTS = {
     "compile": Part(compiled, ("registers", "shared", "spilled"), _COMPILE),
     "numbers": Part(numbers, ("worst result", "its error", "bytes an element"), _NUMBERS),
     "memory": Part(memory, ("torch", "kernels"), _MEMORY),
-    "gpu": Part(gpu, ("seconds", "of a copy's bytes a second", "times Liger's"), _GPU),
 }
 
 if __name__ == "__main__":

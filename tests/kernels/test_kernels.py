@@ -353,7 +353,8 @@ def test_three_steps_are_as_exact_as_no_sequence_parallelism(interpreted_ranks, 
 
 
 def _launched_as_on_a_gpu() -> list[str]:
-    from benchmarks.kernels.gpu import Sizes, launches
+    from benchmarks.gpu.kernels import launches
+    from benchmarks.gpu.scale import Sizes
 
     names = []
     for each in launches("cpu", Sizes(T=16, V=64, F=32, h=16, D=16), torch.float32):
