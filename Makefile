@@ -164,7 +164,7 @@ pictures: setup
 	$(BIN)/python -m benchmarks.pictures
 
 bench-tiles: setup
-	$(BIN)/python -m benchmarks.tiles --picture runs/loss_memory.png shapes loss gathers gradients time
+	$(BIN)/python -m benchmarks.tiles
 
 # QUICK=1: half the lengths.
 bench-memory: setup

@@ -30,19 +30,22 @@ LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "liger-kernel
 _TOOLS = ("pytest", "pytest-timeout", "hypothesis", "matplotlib", "ninja")
 # The lower bound, and versions required by other frameworks: docs/versions.md.
 OLDER_TRANSFORMERS = ("5.23.0", "5.20.2", "5.19.0", "5.16.1")
-FAMILIES = "llama qwen3 gemma3_text mixtral qwen3_moe deepseek_v3 gpt_oss qwen3_next mamba2 gpt2".split()
+FAMILIES = "llama qwen3 gemma3_text mixtral qwen3_moe deepseek_v3 gpt_oss qwen3_next mamba2 gpt2"
 TESTS = (
     "sequence_parallel/test_masks sequence_parallel/test_cores offload/test_kept_attention "
     "checkpoint/test_checkpoints linear_attention/test_linear profiler/test_ledger tiling/test_tiled_mlp "
     "tiling/test_tiled_loss kernels/test_op_build grad_reduction/test_sum_pieces kernels/test_kernels "
     "integrations/test_compile offload/test_offload_engine system/test_plugin system/test_initialize "
     "integrations/test_peft integrations/test_trainer integrations/test_trl"
-).split()
+)
 # By name: the module to run, and the pattern of its summary line.
 CHECKS = {
     "parity": (("benchmarks.parity", "--short"), r"(?s).* (\d+ of \d+) met"),
-    "census": (("benchmarks.census", *FAMILIES), r"(\d+ right)"),
-    "tests": (("pytest", "-q", "-m", "not slow", *(f"tests/{name}.py" for name in TESTS)), r"(\d+ passed.*?) in "),
+    "census": (("benchmarks.census", *FAMILIES.split()), r"(\d+ right)"),
+    "tests": (
+        ("pytest", "-q", "-m", "not slow", *(f"tests/{name}.py" for name in TESTS.split())),
+        r"(\d+ passed.*?) in ",
+    ),
 }
 
 

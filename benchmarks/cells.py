@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.families import SMALL, family_config, kind_config
 from benchmarks.own_losses import NUM_LABELS, NUM_PROMPTS, OWN_LOSSES
+from deepspeed_alst.verification.hf_tiny_models import draw_weights
 
 STEPS = 3
 # Of matrices and of norm weights: three steps change each by at least 5 % of its norm, a visible change.
@@ -150,10 +151,7 @@ def build_model(config: Any, seed: int = 0, core: str = "sdpa", auto: Any = Auto
     # A model without attention rejects attn_implementation.
     attends = auto._model_mapping[type(config)]._supports_sdpa
     model = auto.from_config(config, attn_implementation=core if attends else None)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() > 1:
-                param.normal_(0.0, 1.0 / math.sqrt(param.shape[-1]))
+    draw_weights(model)
     return model
 
 

@@ -17,15 +17,17 @@ SMALL = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-FAMILIES = (
-    "llama mistral qwen2 qwen3 gemma phi3 olmo olmo2 granite cohere glm glm4 helium starcoder2 smollm3 "
-    "stablelm nemotron mixtral qwen3_moe olmoe"
-).split()
+_FAMILIES = """
+llama mistral qwen2 qwen3 gemma phi3 olmo olmo2 granite cohere glm glm4 helium starcoder2 smollm3 stablelm nemotron
+mixtral qwen3_moe olmoe
+"""
+FAMILIES = _FAMILIES.split()
 """Families with full tests; the census covers all others."""
-LINEAR_FAMILIES = (
-    "qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 lfm2_moe lfm3 granitemoehybrid bamba falcon_h1 nemotron_h "
-    "zamba2 mamba2 olmo_hybrid kimi_linear jamba mamba falcon_mamba zamba"
-).split()
+_LINEAR_FAMILIES = """
+qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 lfm2_moe lfm3 granitemoehybrid bamba falcon_h1 nemotron_h zamba2 mamba2
+olmo_hybrid kimi_linear jamba mamba falcon_mamba zamba
+"""
+LINEAR_FAMILIES = _LINEAR_FAMILIES.split()
 """Families with layers other than attention."""
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 _DELTA_NET = {

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -85,6 +86,19 @@ def report(description: str, parts: Mapping[str, Part], names: Iterable[str] | N
     missed = sum(show(name, parts[name]) for name in names or parts)
     print(f"{missed} targets missed; {time.monotonic() - start:.0f} s", flush=True)
     return int(missed > 0)
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Return the median seconds of each function, which take turns after a round of warm-up: load affects all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        for name, function in functions.items():
+            begin = clock()
+            function()
+            times[name].append(clock() - begin)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
 @contextmanager

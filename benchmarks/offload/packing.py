@@ -5,16 +5,15 @@ in bf16, as they are and with 1 % of the channels 1000 times larger. Speeds are 
 interleaved rounds over 4 Mi values; a copy's are relative to its own.
 """
 
-import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.figures import Figure, one_thread
+from benchmarks.figures import Figure, in_turns, one_thread
 from deepspeed_alst.kernels import bf16_codec as codec
 from deepspeed_alst.kernels.builder import load
 
@@ -71,20 +70,14 @@ def speeds() -> Iterator[Figure]:
     bits_n = torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.int16)
     back_n, packed_m = torch.zeros_like(bits_n), _packed(bits_n.view(torch.bfloat16))
     ops = torch.ops.deepspeed_alst
-    functions: dict[str, Callable[[], object]] = {
+    functions = {
         "copy": lambda: back_n.copy_(bits_n),
         "pack, csrc op": lambda: ops.pack_bits_(bits_n, packed_m),
         "unpack, csrc op": lambda: ops.unpack_bits_(packed_m, back_n),
         "pack, reference": lambda: codec.pack_reference(bits_n, packed_m),
         "unpack, reference": lambda: codec.unpack_reference(packed_m, back_n),
     }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(1 + ROUNDS):
-        for name, function in functions.items():
-            begin = time.thread_time()
-            function()
-            times[name].append(time.thread_time() - begin)
-    took = {name: statistics.median(each[1:]) for name, each in times.items()}
+    took = in_turns(functions, ROUNDS, time.thread_time)
     for name, seconds in took.items():
         share = took["copy"] / seconds
         least = {"pack, csrc op": 0.1, "unpack, csrc op": 0.15}.get(name)

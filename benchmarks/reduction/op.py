@@ -3,16 +3,15 @@
 8 pieces of 4 Mi elements; medians of interleaved rounds, so that load on the machine affects all alike.
 """
 
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks.figures import Figure, one_thread
+from benchmarks.figures import Figure, in_turns, one_thread
 from benchmarks.ranks import finished
 from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
 from deepspeed_alst.kernels.builder import load
@@ -31,18 +30,12 @@ def speed(dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[float, float]:
     """Return the speedup over plain torch, and the share of a copy's bandwidth (bytes read and written)."""
     pieces_Pn, out_n = torch.randn(NUM_PIECES, NUM_ELEMENTS).to(dtype), torch.empty(NUM_ELEMENTS, dtype=out_dtype)
     source, target = torch.ones(128 * MIB // 4), torch.ones(128 * MIB // 4)  # far larger than any cache
-    functions: dict[str, Callable[[], object]] = {
+    functions = {
         "op": lambda: sum_pieces(pieces_Pn, out_n, 1.0),
         "plain": lambda: plain(pieces_Pn),
         "copy": lambda: target.copy_(source),
     }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(1 + ROUNDS):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - begin)
-    took = {name: statistics.median(each[1:]) for name, each in times.items()}
+    took = in_turns(functions, ROUNDS, time.perf_counter)
     moved = pieces_Pn.nbytes + out_n.nbytes
     return took["plain"] / took["op"], moved / took["op"] / (2 * source.nbytes / took["copy"])
 

@@ -1,16 +1,14 @@
 """Our tiles against those of DeepSpeed 0.19.8: memory, FLOPs, gathers, gradients, loss and step time.
 
-    python -m benchmarks.tiles [part ...] [--picture runs/loss_memory.png]
+    python -m benchmarks.tiles [part ...]
 
 Parts are shapes, loss, gathers, gradients and time; default: all. Bytes and FLOPs come from the ledger: FLOPs of
 matmuls without attention scores, relative to a step without tiles and checkpoints. Exits non-zero on a missed target.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.figures import Figure, Part, report
 from benchmarks.ranks import Ranks
@@ -94,28 +92,5 @@ def times() -> Iterator[Figure]:
 _ROWS = {"shapes": shapes, "loss": loss, "gathers": gathers, "gradients": gradients, "time": times}
 PARTS = {name: Part(rows, ("this package", "DeepSpeed's")) for name, rows in _ROWS.items()}
 
-
-def draw(path: Path) -> None:
-    """Plot the memory of logits and loss over a step, whole and tiled, one file each."""
-    from benchmarks.tiles.loss import FAKE, run
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for system in ("whole", "ours"):
-        target = path.with_stem(f"{path.stem}_{system}")
-        run(FAKE, system, 1.0).ledger.draw(str(target))
-        print(f"{target}: {FAKE.tokens} tokens, {system}")
-
-
-def main() -> int:
-    """Print a table for each part; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
-    parser.add_argument("--picture", type=Path)
-    arguments = parser.parse_args()
-    if arguments.picture:
-        draw(arguments.picture)
-    return report(__doc__, PARTS, arguments.parts) if arguments.parts or not arguments.picture else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, PARTS))

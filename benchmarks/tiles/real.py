@@ -1,6 +1,6 @@
 """Measurements on real tensors: gathers and reduce hooks under ZeRO-3, bf16 weight gradients, and step times."""
 
-import statistics
+import functools
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.figures import in_turns
 from deepspeed_alst.core.patching import PatchSet
 
 # deepspeed and transformers are imported in the functions, after benchmarks.ranks has set the environment.
@@ -118,23 +119,22 @@ def step_times(rounds: int = 5) -> tuple[list[float], list[float]]:
     ids = torch.arange(_ROWS).remainder(256)[None]
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
     systems = (System("untiled", "non-reentrant"), System("ours", "non-reentrant"), System("upstream", "reentrant"))
-    seconds: list[list[float]] = [[] for _ in systems]
+    # Two MLP tiles in both systems, as upstream's rule gives.
+    budget = TiledMLPConfig(tile_tokens=_ROWS // 2)
+    steps, flops = {}, []
+
+    def run(model: Any, step: Any) -> None:
+        model.zero_grad()
+        step(batch).backward()
+
     threads = torch.get_num_threads()
     with PatchSet() as undo:
         torch.set_num_threads(2)
         undo.callback(torch.set_num_threads, threads)
-        models = [build(config, 1, torch.float32) for _ in systems]
-        # Two MLP tiles in both systems, as upstream's rule gives.
-        budget = TiledMLPConfig(tile_tokens=_ROWS // 2)
-        steps = [undo.enter_context(each.on(model, 1, budget)) for each, model in zip(systems, models, strict=True)]
-        pairs = list(zip(models, steps, strict=True))
-        flops = [second_step(model, step, batch).ledger.flops.total() for model, step in pairs]
-        for index in range(rounds * len(pairs)):
-            # Rotate the order, so that load on the machine affects all systems equally.
-            place = (index + index // len(pairs)) % len(pairs)
-            model, step = pairs[place]
-            model.zero_grad()
-            started = time.perf_counter()
-            step(batch).backward()
-            seconds[place].append(time.perf_counter() - started)
-    return [statistics.median(each) for each in seconds], flops
+        for each in systems:
+            model = build(config, 1, torch.float32)
+            step = undo.enter_context(each.on(model, 1, budget))
+            steps[each.name] = functools.partial(run, model, step)
+            flops.append(second_step(model, step, batch).ledger.flops.total())
+        seconds = in_turns(steps, rounds, time.perf_counter)
+    return list(seconds.values()), flops
