@@ -39,8 +39,8 @@ def block(content: str, language: str = "text", width: int = 125) -> str:
     return f"```{language}\n" + "\n".join(line.rstrip() for line in lines) + "\n```\n"
 
 
-def output_of(*words: str, status: int = 0, cwd: Path | str = ROOT) -> str:
-    """Return what a command prints.
+def output_of(*words: str, status: int = 0, cwd: Path | str = ROOT, errors: bool = False) -> str:
+    """Return what a command prints, with ``errors`` to stderr too.
 
     Raises:
         RuntimeError: it ended with another exit status.
@@ -48,7 +48,7 @@ def output_of(*words: str, status: int = 0, cwd: Path | str = ROOT) -> str:
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "130"})
     if done.returncode != status:
         raise RuntimeError(f"{' '.join(words)}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout
+    return done.stdout + done.stderr * errors
 
 
 def script(name: str) -> str:
@@ -61,11 +61,7 @@ def train(ds_config: dict[str, Any], *words: str, program: str = "examples/train
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ds.json"
         path.write_text(json.dumps(ds_config), encoding="utf-8")
-        launcher = (script("deepspeed"), "--num_gpus", "2", program, *words)
-        done = subprocess.run([*launcher, "--deepspeed", str(path)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout + done.stderr
+        return output_of(script("deepspeed"), "--num_gpus", "2", program, *words, "--deepspeed", str(path), errors=True)
 
 
 def recipe(name: str) -> dict[str, Any]:

@@ -96,9 +96,10 @@ def _without_auto(value: Any) -> Any:
     return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "tiled_logits_loss"}
 
 
-def is_half(ds_config: dict[str, Any]) -> bool:
-    """Return True if a ds_config trains in bf16 or fp16."""
-    return any(isinstance(block := ds_config.get(key), dict) and block.get("enabled") for key in HALF_KEYS)
+def half_of(ds_config: dict[str, Any]) -> str:
+    """Return the half precision in which a ds_config trains, bf16 or fp16; empty if none."""
+    blocks = {key: ds_config.get(key) for key in HALF_KEYS}
+    return next((key for key, block in blocks.items() if isinstance(block, dict) and block.get("enabled")), "")
 
 
 def with_file(program: list[str], path: str) -> list[str]:

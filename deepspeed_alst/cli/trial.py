@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from deepspeed_alst.cli.launch import PROGRESS
+from deepspeed_alst.cli.launch import PROGRESS, half_of
 from deepspeed_alst.config.compatibility import GAS, MICRO
 from deepspeed_alst.config.schema import block_of
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -162,7 +162,7 @@ def train_all(output: Path) -> None:
     spec = Namespace(**json.loads((output / "spec.json").read_text()))
     configs = {name: json.loads((output / name / "ds_config.json").read_text()) for name in spec.runs}
     whole, split, *_ = configs.values()
-    spec.half = next((key for key in ("bf16", "fp16") if (whole.get(key) or {}).get("enabled")), "")
+    spec.half = half_of(whole)
     block = block_of(split)
     spec.checkpoints = block.get("activation_checkpoint_cpu_offload") or block.get("save_attention_output") is True
     deepspeed.init_distributed()

@@ -24,7 +24,7 @@ from deepspeed_alst.cli.launch import (
     HALF_KEYS,
     builtin_config,
     configs_of,
-    is_half,
+    half_of,
     launch,
     num_gpus,
     with_file,
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         programs = {name: with_file(program, str(output / name / "ds_config.json")) for name in runs}
     else:
         runs = {name: builtin_config(ds_config, output, small=not arguments.full) for name, ds_config in runs.items()}
-        if is_half(runs[BASELINE]) and not arguments.full:
+        if half_of(runs[BASELINE]) and not arguments.full:
             left_out = (*HALF_KEYS, "data_types")
             runs[_ROUNDING] = {key: value for key, value in runs[BASELINE].items() if key not in left_out}
     for name, ds_config in runs.items():
@@ -110,7 +110,7 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
     """Compare the split run in ``output`` with the whole one; a third run, in fp32, measures rounding."""
     found = differences(output / split, output / whole, sp_size)
     rounding = differences(output / whole, output / others[0], 1) if others else None
-    half = is_half(json.loads((output / split / "ds_config.json").read_text()))
+    half = bool(half_of(json.loads((output / split / "ds_config.json").read_text())))
     rows = []
     for kind, (words, *_) in KINDS.items():
         values = {place: math.inf if math.isnan(value) else value for place, value in found[kind].items()}

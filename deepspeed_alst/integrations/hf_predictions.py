@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.data.sharding import tokens_of
 from deepspeed_alst.distributed.collectives import raise_on_all_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import DataError, ShapeError
@@ -23,7 +24,7 @@ from deepspeed_alst.integrations.hf_trainer import (
     takes_whole_batches,
     whole_sequence_smoothing,
 )
-from deepspeed_alst.integrations.trl_distillation import distil_logits
+from deepspeed_alst.integrations.trl_losses import distil_logits
 from deepspeed_alst.tiling.tiled_loss import logits_wanted
 
 _MAX_BYTES = 2 << 30
@@ -74,7 +75,7 @@ def _predict_on_shards(
 ) -> tuple[Any, Any, Any]:
     session.meet("within an evaluation")  # before the count, which is a collective too
     inputs = trainer._prepare_inputs(inputs)
-    length, groups = _length(inputs), session.groups
+    length, groups = tokens_of(inputs).shape[1], session.groups
     # Counted over all ranks' own batches, as at SP 1.
     extras = {NUM_ITEMS: trainer._get_num_items_in_batch([inputs], trainer.args.device)}
     losses, pieces = [], []
@@ -89,7 +90,7 @@ def _predict_on_shards(
         if not loss_only:
             pieces.append(logits)
             # Before other shards are predicted.
-            raise_on_all_ranks(_problem(logits, _length(shard), groups.sp_size), groups.control_group)
+            raise_on_all_ranks(_problem(logits, tokens_of(shard).shape[1], groups.sp_size), groups.control_group)
     if loss_only:
         return losses[groups.sp_rank], None, None
     # As Trainer.prediction_step returns the labels.
@@ -97,10 +98,6 @@ def _predict_on_shards(
     labels = None if not labels or any(each is None for each in labels) else labels
     labels = labels[0] if labels is not None and len(labels) == 1 else labels
     return losses[groups.sp_rank], gather_predictions(pieces, length, groups), labels
-
-
-def _length(batch: Any) -> int:
-    return next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
 
 
 @contextlib.contextmanager

@@ -18,8 +18,7 @@ from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, sum_over_shards, whole_sequence_divisor
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.integrations.trl_distillation import distil_logits
-from deepspeed_alst.integrations.trl_losses import MicroSteps, makes_own_loss, refusals
+from deepspeed_alst.integrations.trl_losses import MicroSteps, distil_logits, makes_own_loss, refusals
 from deepspeed_alst.tiling.lazy_logits import share_of_loss
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
 

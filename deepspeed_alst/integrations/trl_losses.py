@@ -2,10 +2,12 @@
 
 These are log-probabilities and entropies, which TRL's fused head gives for whole sequences here (trl_fused_head.py).
 P ranks take one's batch at a time, so what is gathered over all ranks for the log is gathered in the last of P turns.
+Legend: B batch, K tokens, V vocabulary.
 """
 
 import contextlib
 import functools
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from accelerate.utils import send_to_device
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.tiling.lazy_logits import is_in
 
@@ -200,3 +203,64 @@ def _calling_line() -> tuple[str, int]:
         assert frame.f_back is not None
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
+
+
+# --- distillation: the trainers' own losses read bodies and heads past the engines, or stack the logits of both models
+
+
+def distil_logits(trainer: Any, patches: PatchSet) -> None:
+    """Have a trainer that distils make its loss of the engines' logits; nothing for other trainers."""
+    if hasattr(trainer, "_forward_redirection"):
+        patches.set(trainer, "_forward_redirection", lambda student, *rest: _of_completions(trainer, student, *rest))
+    if hasattr(trainer, "generalized_jsd_loss"):
+        patches.set(trainer, "generalized_jsd_loss", _of_labels)
+
+
+def _of_completions(trainer: Any, student: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return loss, sum of entropies, and number of tokens, as ``DistillationTrainer._compute_loss``."""
+    *_, inputs, num_items = rest
+    K = inputs["completion_ids"].shape[1]
+    mask_BK = inputs["completion_mask"] * inputs.get("tool_mask", 1) != 0
+    batch = {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        "use_cache": False,
+    }
+    own_BKV = _log_probs(student(**batch).logits[:, -K - 1 : -1], trainer.temperature)
+    trainer.teacher_model.eval()
+    with torch.no_grad():
+        teacher_BKV = _log_probs(trainer.teacher_model(**batch).logits[:, -K - 1 : -1], trainer.temperature)
+        entropy_BK = -(own_BKV.exp() * own_BKV).sum(-1)
+    loss = _mean(_divergence(own_BKV, teacher_BKV, trainer.beta), mask_BK, num_items)
+    return loss, entropy_BK.masked_fill(~mask_BK, 0).sum(), mask_BK.sum()
+
+
+def _of_labels(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    beta: float,
+    num_items_in_batch: Any,
+) -> torch.Tensor:
+    """Return the loss of ``GKDTrainer.generalized_jsd_loss``, with its names."""
+    found_BK = _divergence(_log_probs(student_logits), _log_probs(teacher_logits), beta)
+    return _mean(found_BK, labels != IGNORED_LABEL, num_items_in_batch)
+
+
+def _mean(found_BK: torch.Tensor, mask_BK: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    return found_BK.masked_fill(~mask_BK, 0).sum() / (mask_BK.sum().clamp(min=1) if num_items is None else num_items)
+
+
+def _log_probs(logits_BKV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return (logits_BKV.float() / temperature).log_softmax(-1)
+
+
+def _divergence(own_BKV: torch.Tensor, teacher_BKV: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return forward KL (beta 0), reverse KL (1) or the Jensen-Shannon divergence between: ``[B, K, V] -> [B, K]``."""
+    if beta == 0:
+        return (teacher_BKV.exp() * (teacher_BKV - own_BKV)).sum(-1)
+    if beta == 1:
+        return (own_BKV.exp() * (own_BKV - teacher_BKV)).sum(-1)
+    mixed_BKV = torch.logaddexp(own_BKV + math.log1p(-beta), teacher_BKV + math.log(beta))
+    of_teacher_BKV = teacher_BKV.exp() * (teacher_BKV - mixed_BKV)
+    return (beta * of_teacher_BKV + (1 - beta) * own_BKV.exp() * (own_BKV - mixed_BKV)).sum(-1)

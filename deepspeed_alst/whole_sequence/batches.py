@@ -72,7 +72,7 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
             "batches reached the engine in training that are not split over the ranks of their sequence, and are not "
             f"the same on all of them. {WAY_OUT}"
         )
-    length = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None).shape[1]
+    length = tokens_of(batch).shape[1]
     shards = [session.cut(batch)] if same else _exchanged(session, batch)
     with session.calls.having(makes_whole_loss=True, gathers_tokens=True):
         outputs = [forward(**shard) for shard in shards]
