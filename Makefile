@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak bench-metrics verify wheel bench-resume bench-wire bench-curve bench-tiles bench-memory bench-kernels bench-reduction bench-offload gpu clean
+.PHONY: setup docs docs-data demo demo-sp1 demo-hf demo-hf-sp1 examples check style test test-full test-triton parity canary census house two-hosts recipes bench pictures faults soak verify wheel bench-resume bench-wire bench-curve bench-tiles bench-memory bench-kernels bench-reduction bench-offload gpu clean
 
 setup: $(VENV)/ready
 
@@ -138,9 +138,6 @@ faults: setup
 # 300 steps at SP 2 beside SP 1: curves, memory, descriptors, threads.
 soak: setup
 	$(BIN)/python -m pytest -s -m slow tests/system/test_soak.py
-
-bench-metrics: setup
-	$(BIN)/python -m benchmarks.metrics
 
 # ds_alst verify on the configs of public models, in small.
 verify: setup

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.figures import SUMMARY
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-NAMES = ("kernels", "tiles", "memory", "reduction", "offload", "wire", "verify", "recipes", "metrics", "curve")
+NAMES = ("kernels", "tiles", "memory", "reduction", "offload", "wire", "verify", "recipes", "curve")
 NAMES += ("parity", "census")
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "triton", "liger-kernel", "peft", "trl")
 _HEAD = """# All benchmarks
