@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import accelerate
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, UlyssesSPDataLoaderAdapter
 from deepspeed.utils import groups as deepspeed_groups
@@ -128,10 +129,7 @@ def _skip_within_shards(skipped: weakref.WeakKeyDictionary[Any, int], patches: P
 
     ``skipped`` receives the micro-batches that a new adapter leaves out.
     """
-    try:
-        from accelerate.data_loader import skip_first_batches as original
-    except ImportError:
-        return
+    original = accelerate.data_loader.skip_first_batches
 
     def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         if not isinstance(dataloader, UlyssesSPDataLoaderAdapter):

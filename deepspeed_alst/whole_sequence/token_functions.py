@@ -26,19 +26,9 @@ _RANDOM = {"bernoulli", "multinomial", "poisson", "binomial", "normal", "rand_li
 _RANDOM |= {"rrelu", "gumbel_softmax", "scaled_dot_product_attention"}
 # Functions that give a view, or may give the tensor itself.
 _VIEWS = {
-    "getitem",
-    "iter",
-    "view",
-    "reshape",
-    "flatten",
-    "view_as",
-    "reshape_as",
-    "unflatten",
-    "transpose",
-    "swapaxes",
+    *("getitem", "iter", "view", "reshape", "flatten", "view_as", "reshape_as", "unflatten", "transpose", "swapaxes"),
+    *("permute", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "detach"),
 }
-_VIEWS |= {"permute", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "unbind", "narrow", "select"}
-_VIEWS |= {"detach"}
 _CASTS = {"contiguous", "to", "float", "double", "half", "bfloat16", "long", "int", "bool"}
 _ELEMENTWISE = {
     *("add", "radd", "sub", "subtract", "rsub", "mul", "rmul", "multiply", "div", "rdiv", "divide", "true_divide"),
@@ -62,6 +52,8 @@ _OF_DIM: dict[str, tuple[int, Any]] = {
     **dict.fromkeys(("chunk", "split", "tensor_split"), (2, 0)),
     **dict.fromkeys(("normalize", "cosine_similarity"), (2, 1)),
     "unbind": (1, 0),
+    "gather": (1, None),
+    "take_along_dim": (2, None),
 }
 _DEFAULT_MISSING = {"norm", "max", "min"}  # without a dim they reduce all
 # Of these, what they do to dims of tokens is done to the places of the tokens.
@@ -139,8 +131,6 @@ def _run(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict[
         return reshape(x, func, args, kwargs)
     if bare in ("transpose", "swapaxes", "permute"):
         return transpose(x, func, args, kwargs)
-    if bare in ("gather", "take_along_dim"):
-        return _gather(x, func, *args, **kwargs)
     if bare in _OF_DIM:
         return _of_dim(x, func, bare, args, kwargs)
     return _over_rows(x, func, args, kwargs) if bare in _OVER_ROWS else NotImplemented
@@ -174,6 +164,8 @@ def _of_dim(x: "SequenceTensor", func: Callable[..., Any], name: str, args: Any,
     total, lead = x.dim() + (name == "unsqueeze"), x.num_lead
     dims = [each % total for each in (dim if isinstance(dim, tuple | list) else [dim])]
     if all(each >= lead for each in dims):
+        if name in ("gather", "take_along_dim") and not _has_index_of_tokens(x, name, (args[1:], rest), dims[0]):
+            return NotImplemented
         inner: Any = [each - total for each in dims]
         inner = inner if isinstance(dim, tuple | list) else inner[0]
         arguments = x.rows_and((args, rest))
@@ -185,6 +177,13 @@ def _of_dim(x: "SequenceTensor", func: Callable[..., Any], name: str, args: Any,
         call = _with_dim(func, place, dims[0], key if key in kwargs else "dim")
         return x.at(lambda index: call((index, *args[1:]), rest))
     return NotImplemented
+
+
+def _has_index_of_tokens(x: "SequenceTensor", name: str, arguments: Any, dim: int) -> bool:
+    """Return True if an index has all tokens of ``x``, and nothing of it would be broadcast."""
+    index = next((each for each in tree_iter(arguments) if isinstance(each, torch.Tensor)), None)
+    equal = range(x.num_lead) if name == "gather" else [each for each in range(x.dim()) if each != dim]
+    return index is not None and index.dim() == x.dim() and all(index.shape[each] == x.shape[each] for each in equal)
 
 
 def _with_dim(func: Callable[..., Any], place: int, dim: Any, key: str) -> Callable[..., Any]:
@@ -225,25 +224,6 @@ def _reduce(x: "SequenceTensor", name: str, dim: Any, kwargs: dict[str, Any], po
     found = x.sum_to(ids, torch.Size(kept).numel()).reshape(*kept, *x.shape[lead:])
     found = (found / count if name == "mean" else found).to(dtype)
     return found if keepdim else found.reshape([size for each, size in enumerate(found.shape) if each not in dims])
-
-
-def _gather(x: "SequenceTensor", func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    names = ("input", "dim", "index") if func.__name__ == "gather" else ("input", "indices", "dim")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    input_, dim, index = given.get("input"), given.get("dim"), given.get("index", given.get("indices"))
-    if input_ is not x or dim is None or not isinstance(index, torch.Tensor) or set(given) - {*names, "sparse_grad"}:
-        return NotImplemented
-    if func.__name__ == "take_along_dim" and any(
-        index.shape[each] != x.shape[each] for each in range(x.num_lead, x.dim()) if each != dim % x.dim()
-    ):
-        return NotImplemented
-    if index.dim() != x.dim() or index.shape[: x.num_lead] != x.shape[: x.num_lead] or dim % x.dim() < x.num_lead:
-        return NotImplemented
-    index = x.operand(index)
-    if index is None:
-        return NotImplemented
-    inner = dim % x.dim() - x.dim()
-    return x.like(run_on_rows(lambda rows, index: torch.gather(rows, inner, index), Row(x.rows), index))
 
 
 def _over_rows(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
