@@ -21,10 +21,9 @@ from matplotlib import rc_context
 from matplotlib.patches import Rectangle
 
 from benchmarks.curve import run
-from benchmarks.kernels.liger import NORMS_AND_ROPE, WithLiger
 from benchmarks.memory import host_store, put_ours
 from benchmarks.tiles.shapes import REAL_SIZE, step_of
-from benchmarks.tiles.systems import System
+from benchmarks.tiles.systems import NORMS_AND_ROPE, System
 from deepspeed_alst.cli.main import build_parser
 from deepspeed_alst.cli.measure import measure
 from deepspeed_alst.cli.memory import Plan, longest
@@ -42,12 +41,12 @@ SP_SIZE = 8
 TOP = 20 * 2**30
 
 
-class Offloading(WithLiger):
-    """Our tiles with Liger's norms and rotary embedding, and layer inputs offloaded to the host."""
+class Offloading(System):
+    """A system whose layer inputs are offloaded to the host."""
 
     @contextmanager
     def on(self, model: Any, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Any]:
-        """Patch the model as in WithLiger, with offload."""
+        """Patch the model as in System, with offload."""
         with super().on(model, sp_size, mlp) as step, PatchSet() as undo:
             apply_checkpoint_policy(ModelSpec(model), CheckpointPolicy(host_store(undo), keep_last=1), undo)
             yield step
@@ -66,8 +65,8 @@ class InChunks(System):
 STEPS = {
     "checkpointed layers, no tiles": System("untiled", "non-reentrant"),
     "DeepSpeed's TiledMLP and TiledFusedLogitsLoss": System("upstream", "non-reentrant"),
-    "this package's tiles and kernels": WithLiger(NORMS_AND_ROPE),
-    "the same, layer inputs on the host": Offloading(NORMS_AND_ROPE),
+    "this package's tiles and kernels": System("ours", "non-reentrant", NORMS_AND_ROPE),
+    "the same, layer inputs on the host": Offloading("ours", "non-reentrant", NORMS_AND_ROPE),
     "memory-lean layers, layer inputs and attention outputs on the host": InChunks("ours"),
 }
 

@@ -381,7 +381,7 @@ def trainers() -> str:
     return markdown((f"TRL {metadata.version('trl')}", "`loss_type`", "under sequence parallelism"), rows)
 
 
-SAMPLES: dict[str, Callable[[], str]] = {
+QUICK: dict[str, Callable[[], str]] = {
     "bad keys": lambda: config_errors(
         {"sequence_parallel_size": 3, "alst": {"pad_to_multiple": 64, "liger_kernel": "on"}}
     ),
@@ -389,6 +389,13 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "SP and heads": heads_error,
     "tile bytes": tile_error,
     "newer": version_warning,
+    "results": results,
+    "tiled MLP": tiled_mlp,
+    "tiled loss": tiled_loss,
+    "memory-lean": memory_lean,
+    "trainers": trainers,
+}
+SLOW: dict[str, Callable[[], str]] = {
     "bucket plan": bucket_plan,
     "longest": longest,
     "few keys": few_keys,
@@ -398,23 +405,8 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "tiled MLP report": lambda: activation_report("tiled MLP"),
     "reduction report": reduction_report,
     "metrics line": metrics_line,
-    "results": results,
-    "tiled MLP": tiled_mlp,
-    "tiled loss": tiled_loss,
-    "memory-lean": memory_lean,
-    "trainers": trainers,
 }
-SLOW = (
-    "bucket plan",
-    "longest",
-    "few keys",
-    "checks",
-    "demo",
-    "report",
-    "tiled MLP report",
-    "reduction report",
-    "metrics line",
-)
+SAMPLES = QUICK | SLOW
 
 
 def put(name: str) -> None:

@@ -7,7 +7,6 @@ import copy
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks.figures import Figure
 from benchmarks.gpu import LEAN, TILES
 from benchmarks.gpu.jobs import guarded
-from benchmarks.gpu.scale import MIB, Scale, batch_of, copy_stream, model_of, synchronize, system_on
+from benchmarks.gpu.scale import MIB, Scale, batch_of, copy_stream, model_of, step_seconds, synchronize, system_on
 from benchmarks.kernels.judge import SLACK, errors_of
 from benchmarks.memory import host_store
 from benchmarks.tiles.shapes import Shape
@@ -161,15 +160,15 @@ def offload(scale: Scale) -> Iterator[Figure]:
     copies = TimedCopies() if scale.on_gpu else None
     with system_on(scale, TILES, model, store=None) as step:
         loss = step(batch).detach()
-        without = min(_step(scale, model, step, batch) for _ in range(2))
+        without = min(step_seconds(scale, model, step, batch) for _ in range(2))
     with PatchSet() as undo:
         store = host_store(undo, copies)
         with system_on(scale, TILES, model, store=store) as step:
-            _step(scale, model, step, batch)  # creates the buffers
+            step_seconds(scale, model, step, batch)  # creates the buffers
             out, back = store.counts.bytes_out, store.counts.bytes_back
             for each in (copies.copies, copies.waits) if copies else ():
                 each.clear()
-            seconds = _step(scale, model, step, batch)
+            seconds = step_seconds(scale, model, step, batch)
             out, back = store.counts.bytes_out - out, store.counts.bytes_back - back
             copied, stalled = (_seconds(each) for each in (copies.copies, copies.waits)) if copies else (0.0, 0.0)
             same = torch.equal(step(batch), loss)
@@ -190,13 +189,3 @@ def offload(scale: Scale) -> Iterator[Figure]:
     rate = f"{(out + back) / copied / 1e9:,.1f} GB/s"
     text = f"{share:.2f} of {1e3 * copied:,.1f} ms ({rate}), stalls {1e3 * stalled:,.1f} ms"
     yield Figure(f"{name}: copies hidden", (text,), f">= {HIDDEN}", share >= HIDDEN)
-
-
-def _step(scale: Scale, model: Any, step: Any, batch: dict[str, torch.Tensor]) -> float:
-    """Return the seconds of a forward and backward."""
-    model.zero_grad()
-    synchronize(scale)
-    begin = time.perf_counter()
-    step(batch).backward()
-    synchronize(scale)
-    return time.perf_counter() - begin

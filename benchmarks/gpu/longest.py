@@ -9,7 +9,7 @@ import torch
 from benchmarks.figures import Figure
 from benchmarks.gpu import LIGER, SYSTEMS
 from benchmarks.gpu.jobs import guarded
-from benchmarks.gpu.scale import GIB, Scale, batch_of, model_of, rates, synchronize, system_on
+from benchmarks.gpu.scale import GIB, Scale, batch_of, model_of, rates, step_seconds, synchronize, system_on
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.monitoring.step_flops import step_flops
 from deepspeed_alst.profiler.ledger import Ledger
@@ -37,16 +37,10 @@ def _time(scale: Scale, system: str, name: str, model: torch.nn.Module) -> Itera
         yield Figure(name, ("out of memory",), "fits" * (system in _OURS), system not in _OURS)
         return
     with system_on(scale, system, model) as step:
-        batch, seconds = batch_of(scale, tokens), []
-        for _ in range(2):
-            model.zero_grad()
-            synchronize(scale)
-            begin = time.perf_counter()
-            step(batch).backward()
-            synchronize(scale)
-            seconds.append(time.perf_counter() - begin)
-    share = flops.model(tokens, pairs) / min(seconds) / rate
-    yield Figure(name, (f"{tokens / min(seconds):,.0f} tokens/s, MFU {share:.1%} of the matmul's rate",))
+        batch = batch_of(scale, tokens)
+        seconds = min(step_seconds(scale, model, step, batch) for _ in range(2))
+    share = flops.model(tokens, pairs) / seconds / rate
+    yield Figure(name, (f"{tokens / seconds:,.0f} tokens/s, MFU {share:.1%} of the matmul's rate",))
 
 
 def _longest(scale: Scale, system: str, name: str, model: torch.nn.Module) -> Iterator[Figure]:

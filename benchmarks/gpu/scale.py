@@ -115,6 +115,16 @@ def synchronize(scale: Scale) -> None:
         torch.cuda.synchronize()
 
 
+def step_seconds(scale: Scale, model: Any, step: Step, batch: dict[str, torch.Tensor]) -> float:
+    """Return the seconds of a forward and backward."""
+    model.zero_grad()
+    synchronize(scale)
+    begin = time.perf_counter()
+    step(batch).backward()
+    synchronize(scale)
+    return time.perf_counter() - begin
+
+
 def model_of(scale: Scale, shape: Shape, dtype: torch.dtype) -> Any:
     """Build a model on the device."""
     with torch.device(scale.device):

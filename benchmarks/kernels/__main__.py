@@ -6,16 +6,19 @@ Parts are compile, numbers and memory; default: all. The exit status is non-zero
 GPU are a part of ``make gpu`` (benchmarks/gpu).
 """
 
+import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.figures import Figure, Part, report
 from benchmarks.kernels.compile import SHARED, Compiled, compile_all
 from benchmarks.kernels.cross_entropy import tile_peak, upstreams_bytes_a_logit
 from benchmarks.kernels.gated import mlp_peak
 from benchmarks.kernels.judge import Interpreted, subjects, title
-from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
+from benchmarks.tiles.shapes import REAL_SIZE, step_of
+from benchmarks.tiles.systems import NORMS_AND_ROPE, System
 
 _TILE_TOKENS = 523  # the torch backend's tile of 1 GiB
 _TOKENS, _VOCABULARY = 32768, 128256
@@ -94,6 +97,14 @@ def memory() -> Iterator[Figure]:
         figures = f"{by_autograd:.2f} GiB", f"{peak:.2f} GiB"
         met = peak <= min(most, by_autograd)
         yield Figure(f"MLP, tiles of {rows:,} tokens", figures, f"<= {most} GiB, and autograd's", met)
+
+
+def layer_peak(model_type: str, liger: Any) -> float:
+    """Return peak bytes per token of a checkpointed layer, with tiled MLP and loss, of a model of ``REAL_SIZE``."""
+    shape = next(each for each in REAL_SIZE if each.model_type == model_type)
+    ledger = step_of(dataclasses.replace(shape, num_layers=1), 1, System("ours", "non-reentrant", liger)).ledger
+    in_layer = [each for each in ledger.timeline if each.moment.module.startswith("model.layers.")]
+    return max(each.total - each.bytes["weights"] for each in in_layer) / shape.tokens
 
 
 PARTS = {

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.config.schema import AlstConfig, TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
@@ -37,17 +38,26 @@ LOSS_SHARD_BYTES = 2**30
 Step = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
-class System:
-    """Tiles (untiled, upstream or ours) and checkpointing (none, non-reentrant or reentrant)."""
+NORMS_AND_ROPE = {"swiglu": False}
+"""``alst.liger_kernel``: RMSNorm and rotary embedding."""
 
-    def __init__(self, tiles: str, checkpointing: str = "") -> None:
+
+class System:
+    """Tiles (untiled, upstream or ours) and checkpointing (none, non-reentrant or reentrant).
+
+    ``liger`` is a value of ``alst.liger_kernel``; on fake tensors its functions allocate, and nothing is launched.
+    """
+
+    def __init__(self, tiles: str, checkpointing: str = "", liger: Any = False) -> None:
         self.tiles, self.checkpointing = tiles, checkpointing
+        self.keys = AlstConfig.model_validate({"alst": {"liger_kernel": liger}})
         self.name = f"{tiles}, {checkpointing or 'no checkpoints'}"
 
     @contextmanager
     def on(self, model: torch.nn.Module, sp_size: int = 1, mlp: TiledMLPConfig | None = None) -> Iterator[Step]:
         """Patch the model and yield ``step(batch)``, which returns the loss; ``mlp`` is our tile budget."""
         with PatchSet() as undo:
+            use_liger_without_data(ModelSpec(model), self.keys, undo)
             if self.checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": self.checkpointing == "reentrant"})
                 model.enable_input_require_grads()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from deepspeed_alst.whole_sequence.token_indexing import reshape, select, transpose
-from deepspeed_alst.whole_sequence.token_rows import Row, no_in_place, run_on_rows
+from deepspeed_alst.whole_sequence.token_rows import Row, run_on_rows
 
 if TYPE_CHECKING:
     from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
@@ -108,7 +108,7 @@ def _as_view(x: torch.Tensor) -> torch.Tensor:
     if hasattr(x, "is_shared"):
         x.is_shared = True
         return x
-    return no_in_place(x)
+    return x[None].unbind()[0] if x.requires_grad else x  # autograd lets no view of several be changed in place
 
 
 def _run(x: "SequenceTensor", func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -143,21 +143,6 @@ def _mean_over_ranks(grad: torch.Tensor, groups: SequenceGroups) -> torch.Tensor
     return grad.div_(groups.sp_size)
 
 
-def no_in_place(x: torch.Tensor) -> torch.Tensor:
-    """Return a view that autograd does not let be changed in place, for what stands for a view at SP 1."""
-    return _View.apply(x) if x.requires_grad else x
-
-
-class _View(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
-
-
 class Recorded:
     """A function of each token's logits, ``[n, *trail]``, that runs in the tiles of the loss."""
 

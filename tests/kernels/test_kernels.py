@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.grid import kernel_cells
+from benchmarks.kernels.__main__ import layer_peak
 from benchmarks.kernels.cross_entropy import Case, in_a_model, judge, tile_peak
 from benchmarks.kernels.interpreter import OutOfBoundsError, faithful, round_to_bf16
 from benchmarks.kernels.judge import Interpreted, measure
-from benchmarks.kernels.liger import NORMS_AND_ROPE, layer_peak
 from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
+from benchmarks.tiles.systems import NORMS_AND_ROPE
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
