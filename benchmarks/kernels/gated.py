@@ -115,19 +115,6 @@ def run_reference(case: Case, gate: torch.Tensor, up: torch.Tensor, grad: torch.
     return gate, up, grad
 
 
-def _mlp(hidden: int, inner: int, dtype: torch.dtype) -> torch.nn.Module:
-    """Build Llama's MLP."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a fake parameter cannot be cast
-    try:
-        return LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner))
-    finally:
-        torch.set_default_dtype(before)
-
-
 @contextmanager
 def by_autograd() -> Iterator[None]:
     """Run tiles of a gated MLP by autograd, as those of any module."""
@@ -139,6 +126,9 @@ def by_autograd() -> Iterator[None]:
 
 def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
     """Return rows per tile and peak bytes of the backward: Llama-3.1-8B's MLP, 32K tokens, fake tensors."""
+    from transformers import LlamaConfig
+
+    from benchmarks.tiles.systems import build
     from deepspeed_alst.config.schema import TiledMLPConfig
     from deepspeed_alst.profiler.fake import fake_world
     from deepspeed_alst.profiler.ledger import Ledger
@@ -147,7 +137,8 @@ def mlp_peak(closed: bool, tile_tokens: int | None = None) -> tuple[int, int]:
 
     T, M, F = 32768, 4096, 14336
     with fake_world(1), nullcontext() if closed else by_autograd():
-        module = _mlp(M, F, torch.bfloat16)
+        sizes = {"hidden_size": M, "intermediate_size": F, "num_attention_heads": 32, "vocab_size": 8}
+        module = build(LlamaConfig(**sizes), 1, torch.bfloat16).model.layers[0].mlp
         x_1TM = torch.empty(1, T, M, dtype=torch.bfloat16, requires_grad=True)
         work = TiledModule("mlp", module)
         form = work.closed_form([x_1TM], 3)

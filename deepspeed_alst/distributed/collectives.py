@@ -33,13 +33,6 @@ def ranks_on_host(group: Any) -> int:
     return gather_objects(host, group).count(host)
 
 
-def broadcast_object(mine: Any) -> Any:
-    """Broadcast rank 0's picklable object to every rank. Collective over all ranks."""
-    everyones = [mine]
-    dist.broadcast_object_list(everyones, src=0)
-    return everyones[0]
-
-
 def difference_over_ranks(mine: Mapping[str, Any], group: Any) -> str:
     """Describe how the first rank that differs from rank 0 does; empty if none. Collective over a gloo group."""
     first, *others = gather_objects(dict(mine), group)

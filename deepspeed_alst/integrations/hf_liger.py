@@ -24,7 +24,7 @@ from deepspeed_alst.config.schema import AlstConfig, LigerConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import ABSENT, PatchSet, copy_function, set_entry
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
+from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
 from deepspeed_alst.integrations.feature import is_ligers
 
@@ -55,13 +55,9 @@ class LigerUse(NamedTuple):
 
 def use_liger(spec: ModelSpec, config: AlstConfig, device: str, group: Any, patches: PatchSet) -> LigerUse:
     """Call ``apply_liger`` with effect on all ranks or none. Collective over ``group``, over gloo."""
-    use, error = LigerUse("off"), None
     with PatchSet().rollback_on_error() as done:
-        try:
+        with agree(group):
             use = apply_liger(spec, config, device, done)
-        except AlstError as raised:
-            error = raised
-        raise_on_all_ranks(error, group)
         everyone = enumerate(gather_objects(use, group))
         rank, use = next(((rank, each) for rank, each in everyone if not each.possible), (0, use))
         if not use.possible:

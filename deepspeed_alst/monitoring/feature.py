@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import broadcast_object
+from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.features import Feature, RunContext
 
 
@@ -16,7 +16,7 @@ class StepMetrics(Feature):
         steps = engine.steps_per_print()
         # accelerate uses infinity for never.
         prints = steps is not None and math.isfinite(steps)
-        if every := broadcast_object(int(steps) if prints else int(engine.monitor.enabled)):
+        if every := gather_objects(int(steps) if prints else int(engine.monitor.enabled), run.control_group)[0]:
             from deepspeed_alst.monitoring.metrics import Metrics
 
             engine.alst_features.metrics = Metrics(engine, every, prints)
