@@ -43,7 +43,6 @@ $(DOCS)/ready: Makefile
 docs-data: setup
 	$(BIN)/ds_alst keys > docs/configuration.md
 	$(BIN)/ds_alst schema > ds_configs/alst.schema.json
-	$(BIN)/python -m benchmarks.recipes --write
 	$(BIN)/python -m benchmarks.samples
 
 demo: setup
@@ -125,7 +124,7 @@ two-hosts: setup
 	TWO_HOSTS=required $(BIN)/python -m pytest -s -m slow tests/system/test_two_hosts.py
 
 recipes: setup
-	$(BIN)/python -m benchmarks.recipes --write
+	$(BIN)/python -m benchmarks.recipes
 
 # The benchmarks one after the other, into docs/benchmarks.md; an hour on 2 cores.
 bench: setup

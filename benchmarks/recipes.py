@@ -1,14 +1,13 @@
 """Table of the ds_configs recipes: their purposes, and the bytes needed per GPU and host.
 
-    python -m benchmarks.recipes [--write]
+    python -m benchmarks.recipes
 
-``--write`` updates the tables in ds_configs/README.md and docs/multi_node.md. Everything is read from the JSON files
-and computed from model shapes, not measured. The exit status is non-zero if a recipe breaks a rule (``problems``).
+The tables are those of ds_configs/README.md and docs/multi_node.md. Everything is read from the JSON files and computed
+from model shapes, not measured. The exit status is non-zero if a recipe breaks a rule (``problems``).
 
 Legend: N parameters, P = sp_size, S tokens of a sequence, s = S/P, D head dim; GB are 1e9 bytes.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,8 +24,7 @@ from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "ds_configs"
+FOLDER = Path(__file__).parents[1] / "ds_configs"
 GPU_GB = {"h100": 80.0, "h200": 141.0}
 RANKS_PER_HOST = 8
 # Per GPU and second: bytes to other hosts (a 400 Gb/s link each) and FLOPs (half of an H100's bf16 peak).
@@ -241,34 +239,12 @@ def problems(recipe: Recipe) -> list[str]:
     return [f"{recipe.name}: {what}" for what, kept in rules.items() if not kept]
 
 
-TABLES = {FOLDER / "README.md": table, ROOT / "docs" / "multi_node.md": crossing_table}
-_MARK, _END = "<!-- table: python -m benchmarks.recipes --write -->\n", "<!-- end of table -->\n"
-
-
-def page_with(page: str, made: str) -> str:
-    """Insert the table between its two marks in the page."""
-    before, _, rest = page.partition(_MARK)
-    return f"{before}{_MARK}{made}{_END}{rest.partition(_END)[2]}"
-
-
 def rules() -> Iterator[Figure]:
     """Yield the number of recipes that keep the rules, and those that break one."""
     broken = [line for name in PURPOSES for line in problems(load(name))]
     yield Figure("recipes", (str(len(PURPOSES)),), "all keep the rules", not broken, "; ".join(broken))
 
 
-def main() -> int:
-    """Print the tables, optionally write them; return 1 if a recipe breaks a rule."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into the pages that show them")
-    arguments = parser.parse_args()
-    for path, make in TABLES.items():
-        made = make()
-        print(made)
-        if arguments.write:
-            path.write_text(page_with(path.read_text(), made))
-    return report(__doc__, {"recipes": Part(rules)}, ())
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(table(), crossing_table(), sep="\n")
+    sys.exit(report(__doc__, {"recipes": Part(rules)}))

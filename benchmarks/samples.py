@@ -1,4 +1,4 @@
-"""Sample outputs and tables of README.md and docs/, which ``make docs-data`` writes between cog's marks.
+"""Sample outputs and tables of README.md and other pages, which ``make docs-data`` writes between the marks of cog.
 
     python -m benchmarks.samples [--check]
 
@@ -8,6 +8,7 @@ A page says ``[[[cog put("NAME") ]]]`` in a comment before the text and ``[[[end
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from unittest import mock
 from benchmarks.figures import markdown
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "ds_configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _QUICK = "ALST_SAMPLES_QUICK"
 _LLAMA = "benchmarks/models/llama-3.1-8b.json"
 _PLANNED = r"[\d,]+ tokens,|\s+GiB|layer|backward|attention (kernel|outputs)|total|The longest"
@@ -138,13 +140,6 @@ def bucket_plan() -> str:
         bucket = f"{plan.device['gradient buckets, slices'] / 2**30:.1f} GiB"
         rows.append((text, bucket, f"{plan.tokens * sp_size:,} tokens"))
     return markdown(("`reduce_bucket_size`", "gradient bucket and slices", "longest sequence"), rows)
-
-
-def longest() -> str:
-    """Return the longest sequences of three models on 1 to 64 GPUs."""
-    from benchmarks.longest import table
-
-    return table()
 
 
 def checks() -> str:
@@ -389,6 +384,8 @@ QUICK: dict[str, Callable[[], str]] = {
     "SP and heads": heads_error,
     "tile bytes": tile_error,
     "newer": version_warning,
+    "recipes": lambda: importlib.import_module("benchmarks.recipes").table(),
+    "crossing": lambda: importlib.import_module("benchmarks.recipes").crossing_table(),
     "results": results,
     "tiled MLP": tiled_mlp,
     "tiled loss": tiled_loss,
@@ -397,7 +394,7 @@ QUICK: dict[str, Callable[[], str]] = {
 }
 SLOW: dict[str, Callable[[], str]] = {
     "bucket plan": bucket_plan,
-    "longest": longest,
+    "longest": lambda: importlib.import_module("benchmarks.longest").table(),
     "few keys": few_keys,
     "checks": checks,
     "demo": demo,
@@ -426,9 +423,8 @@ def main() -> int:
     if parser.parse_args().check:
         options = ["--check", "--diff"]
         os.environ[_QUICK] = "1"
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     prologue = "from benchmarks.samples import put"
-    return Cog().main(["cog", *options, "--verbosity=1", "-p", prologue, *map(str, pages)])
+    return Cog().main(["cog", *options, "--verbosity=1", "-p", prologue, *map(str, PAGES)])
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from benchmarks.recipes import (
     FOLDER,
     PURPOSES,
-    TABLES,
     crossing_bytes,
     crossing_share,
     load,
     num_params,
-    page_with,
     problems,
 )
 from benchmarks.tiles.shapes import REAL_SIZE
@@ -30,12 +28,6 @@ SHAPES = {shape.name: shape for shape in REAL_SIZE}
 
 def test_each_file_has_a_row():
     assert sorted(PURPOSES) == sorted(path.stem for path in FOLDER.glob("*.json") if path.suffixes == [".json"])
-
-
-@pytest.mark.parametrize("page", TABLES, ids=lambda path: path.name)
-def test_a_page_shows_what_the_command_prints(page):
-    text = page.read_text()
-    assert page_with(text, TABLES[page]()) == text
 
 
 @pytest.mark.parametrize("name", PURPOSES)
