@@ -117,7 +117,7 @@ census: setup
 
 # How large the package is and how much of it a plain run loads, beside the goals.
 house: setup
-	$(BIN)/python -m benchmarks.house --files
+	$(BIN)/python -m benchmarks.house
 
 # The example over two network namespaces; Linux, root.
 two-hosts: setup

@@ -1,12 +1,11 @@
 """Measure the package: its size, and the modules that a plain run loads, beside their goals.
 
-    python -m benchmarks.house [--files]
+    python -m benchmarks.house
 
-Prints each figure beside its goal; exits non-zero where one is missed. ``--files`` adds the list of the modules that a
-plain ZeRO-3 run with ``sequence_parallel_size`` alone has loaded after one optimizer step.
+Prints each figure beside its goal; exits non-zero where one is missed. The modules are those that a plain ZeRO-3 run
+with ``sequence_parallel_size`` alone has loaded after one optimizer step.
 """
 
-import argparse
 import ast
 import io
 import re
@@ -140,13 +139,12 @@ def files(loaded: list[str]) -> Iterator[Figure]:
 
 def main() -> int:
     """Print the tables; 1 where a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", action="store_true", help="list the modules of a plain step with their lines")
-    arguments, loaded = parser.parse_args(), loaded_after_a_step()
-    parts = {"package": Part(lambda: rows(loaded))}
-    if arguments.files:
-        parts["loaded after a plain step"] = Part(lambda: files(loaded), ("lines",))
-    return report(__doc__, parts, ())
+    loaded = loaded_after_a_step()
+    parts = {
+        "package": Part(lambda: rows(loaded)),
+        "loaded after a plain step": Part(lambda: files(loaded), ("lines",)),
+    }
+    return report(__doc__, parts)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,15 @@ import argparse
 import copy
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.figures import markdown
 from benchmarks.recipes import load
 from benchmarks.tiles.shapes import REAL_SIZE
 from deepspeed_alst.cli.main import build_parser
-from deepspeed_alst.cli.measure import measure
 from deepspeed_alst.cli.memory import Machine, longest
 from deepspeed_alst.cli.plan import machine_of
 from deepspeed_alst.config.schema import parse
@@ -62,11 +59,7 @@ def longest_of(model: str, num_gpus: int, lean: bool) -> Longest:
     ds_config = ds_config_of(model, num_gpus)
     ds_config["alst"] |= {"save_attention_output": False, "memory_lean_layer": lean}
     (shape,) = (each for each in REAL_SIZE if each.name == MODELS[model])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        keys = {**shape.keys, "num_hidden_layers": shape.num_layers}
-        replace(shape, keys=keys).config().to_json_file(path)
-        measured = measure(str(path), parse(ds_config))
+    measured = shape.measured(ds_config)
 
     def tokens(machine: Machine, nvme_path: str | None) -> tuple[int, float]:
         ds_config["alst"]["activation_checkpoint_cpu_offload"] = {"nvme_path": nvme_path} if nvme_path else True

@@ -94,10 +94,10 @@ def config_errors(ds_config: dict[str, Any], num_gpus: int = 8) -> str:
 
 def heads_error() -> str:
     """Return the error of SP 64 with a gated delta net's 32 heads on 64 ranks."""
-    from deepspeed_alst.config.compatibility import check_heads
+    from deepspeed_alst.config.compatibility import check_world
     from deepspeed_alst.config.schema import parse
 
-    return block(error_of(lambda: check_heads(parse({"sequence_parallel_size": 64}), 32, 16, "scan", 64)))
+    return block(error_of(lambda: check_world(parse({"sequence_parallel_size": 64}), 64, [(32, 16, "scan")])))
 
 
 def tile_error() -> str:

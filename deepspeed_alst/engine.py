@@ -105,24 +105,25 @@ class AlstEngine:
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Save a checkpoint for any world size; a failure on one rank is an error on all."""
-        from deepspeed_alst.checkpoint.load import takes_any_world_size
         from deepspeed_alst.checkpoint.save import save_on_all_ranks
 
-        features, save = self.alst_features, super().save_checkpoint
-        with features.collectives():
-            if not takes_any_world_size(self):
-                return save(*args, **kwargs)
-            return save_on_all_ranks(self, save, _bind(save, args, kwargs), features.control_group)
+        return self._with_checkpoint(super().save_checkpoint, save_on_all_ranks, args, kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint of any world size."""
-        from deepspeed_alst.checkpoint.load import load_on_any_world_size, takes_any_world_size
+        from deepspeed_alst.checkpoint.load import load_on_any_world_size
 
-        features, load = self.alst_features, super().load_checkpoint
-        with features.collectives():
+        return self._with_checkpoint(super().load_checkpoint, load_on_any_world_size, args, kwargs)
+
+    def _with_checkpoint(self, method: Callable[..., Any], ours: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        from deepspeed_alst.checkpoint.load import takes_any_world_size
+
+        with self.alst_features.collectives():
             if not takes_any_world_size(self):
-                return load(*args, **kwargs)
-            return load_on_any_world_size(self, load, _bind(load, args, kwargs), features.control_group)
+                return method(*args, **kwargs)
+            call = inspect.signature(method).bind(*args, **kwargs)
+            call.apply_defaults()
+            return ours(self, method, call, self.alst_features.control_group)
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """Save the weights alone."""
@@ -160,9 +161,3 @@ def extend(engine: Any, patches: PatchSet, control_group: Any, session: Session 
     """Add the methods of AlstEngine to an engine, until its patches are undone."""
     patches.set(engine, "alst_features", EngineFeatures(patches, control_group, session))
     patches.mixin(engine, AlstEngine)
-
-
-def _bind(method: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
-    arguments = inspect.signature(method).bind(*args, **kwargs)
-    arguments.apply_defaults()
-    return arguments

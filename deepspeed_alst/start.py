@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 
-from deepspeed_alst.config.compatibility import check_batch_keys, check_features, check_heads, check_world, zero_stage
+from deepspeed_alst.config.compatibility import check_batch_keys, check_features, check_world, zero_stage
 from deepspeed_alst.config.config_file import TOP_KEYS
 from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -113,6 +113,4 @@ def build_session(
         world_size, heads = dist.get_world_size(), check_model(spec)
         check_world(config, world_size, heads)
         check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
-        for each in heads:
-            check_heads(config, *each, world_size)
     return Session(spec, config, control_group, patches, heads)

@@ -6,10 +6,8 @@ Legend: n bytes of a tensor.
 import copy
 import math
 import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +20,7 @@ from benchmarks.gpu.scale import MIB, Scale, batch_of, copy_stream, model_of, st
 from benchmarks.kernels.judge import SLACK, errors_of
 from benchmarks.memory import host_store
 from benchmarks.tiles.shapes import Shape
-from deepspeed_alst.cli.measure import measure
 from deepspeed_alst.cli.memory import Machine, plan_of, static_bytes
-from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.offload.host_buffers import CopyStream
 from deepspeed_alst.profiler.ledger import Ledger
@@ -111,11 +107,7 @@ def _planned(scale: Scale, shape: Shape) -> float:
     }
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}, "alst": alst}
     machine = Machine(1, 2.0**60, 2.0**60, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        keys = {**shape.keys, "num_hidden_layers": shape.num_layers}
-        replace(shape, keys=keys).config().to_json_file(path)
-        measured = measure(str(path), parse(ds_config))
+    measured = shape.measured(ds_config)
     states, _ = static_bytes(measured[0], ds_config, machine)
     device = plan_of(*measured, ds_config, machine, scale.tokens).device
     # A ledger on CPU does not see what a kernel allocates.

@@ -30,7 +30,7 @@ def rows(scale: Scale) -> Iterator[Figure]:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        replace(scale.shape, keys={**scale.shape.keys, "num_hidden_layers": 2}).config().to_json_file(folder / "m.json")
+        replace(scale.shape, num_layers=2).config().to_json_file(folder / "m.json")
         (folder / "ds.json").write_text(json.dumps(ds_config))
         words = ["--model", str(folder / "m.json"), "--ds_config", str(folder / "ds.json"), "--num_gpus", "2"]
         with contextlib.redirect_stdout(sys.stderr):

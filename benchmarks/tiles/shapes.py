@@ -3,6 +3,7 @@
 Legend: s tokens of one rank's shard, P = sp_size.
 """
 
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from transformers import CONFIG_MAPPING
 
 from benchmarks.tiles.systems import System, build, second_step
-from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.cli.measure import measure as planned
+from deepspeed_alst.config.schema import TiledMLPConfig, parse
 from deepspeed_alst.profiler.fake import Known, fake_ranks, fake_world
 
 GATED = 1.25, 1.24
@@ -37,8 +39,14 @@ class Shape:
 
     def config(self) -> Any:
         """Build the model's config."""
-        positions = {"max_position_embeddings": 8 * self.tokens}
-        return CONFIG_MAPPING[self.model_type](**{**positions, **self.keys}, pad_token_id=None)
+        keys = {"max_position_embeddings": 8 * self.tokens, "num_hidden_layers": self.num_layers, **self.keys}
+        return CONFIG_MAPPING[self.model_type](**keys, pad_token_id=None)
+
+    def measured(self, ds_config: dict[str, Any]) -> Any:
+        """Return the model's sizes and layers as ``ds_alst plan`` measures them."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.config().to_json_file(f"{folder}/config.json")
+            return planned(f"{folder}/config.json", parse(ds_config))
 
 
 def _keys(*sizes: int, **more: Any) -> dict[str, Any]:

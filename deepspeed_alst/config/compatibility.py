@@ -180,36 +180,27 @@ def check_features(ds_config: Config) -> None:
 # --- sizes
 
 
-def fitting(world_size: int, heads: Sequence[tuple[int, int, str]]) -> list[int]:
-    """Return the SP degrees that fit the ranks and a scan's heads. A world size of 0 (unknown) allows every degree."""
-    scans = [num_heads for num_heads, _, of in heads if of != "attention"]
-    largest = min(scans, default=world_size)
-    return [degree for degree in range(1, largest + 1) if world_size % degree == 0]
+def fitting(world_size: int, scans: Sequence[int] = ()) -> list[int]:
+    """Return the SP degrees that fit the ranks and the heads of scans. A world size of 0 (unknown) allows every one."""
+    return [degree for degree in range(1, min(scans, default=world_size) + 1) if world_size % degree == 0]
 
 
 def check_world(config: AlstConfig, world_size: int, heads: Iterable[tuple[int, int, str]] = ()) -> None:
-    """Raise ConfigError, with the valid SP degrees, if this one does not divide the number of ranks.
+    """Raise ConfigError, with the valid SP degrees, if this one does not divide the ranks or exceeds a scan's heads.
 
-    ``heads`` are the model's, if known: query heads, KV heads and their owner.
+    ``heads`` are the model's, if known: query heads, KV heads and their owner. Attention takes any degree.
     """
-    sp_size = config.sequence_parallel_size
+    sp_size, scans = config.sequence_parallel_size, [num_heads for num_heads, _, of in heads if of != "attention"]
+    way_out = f"Use one of {fitting(world_size, scans)}"
     if world_size % sp_size:
         raise ConfigError(
-            f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). "
-            f"Use one of {fitting(world_size, [*heads])}."
+            f"sequence_parallel_size={shown(sp_size)} does not divide the world size ({world_size} ranks). {way_out}."
         )
-
-
-def check_heads(config: AlstConfig, num_heads: int, num_groups: int, of: str, world_size: int = 0) -> None:
-    """Raise ConfigError, with the valid SP degrees, if this one exceeds the heads of a scan; attention takes any."""
-    sp_size = config.sequence_parallel_size
-    if of == "attention" or sp_size <= num_heads:
-        return
-    raise ConfigError(
-        f"sequence_parallel_size={shown(sp_size)} exceeds the model's {num_heads} heads of a {of}, of which each "
-        f"rank of a sequence needs one. Use one of {fitting(world_size, [(num_heads, num_groups, of)])}; "
-        "the remaining ranks become data-parallel replicas."
-    )
+    if sp_size > min(scans, default=sp_size):
+        raise ConfigError(
+            f"sequence_parallel_size={shown(sp_size)} exceeds the model's {min(scans)} heads of a scan, of which each "
+            f"rank of a sequence needs one. {way_out}; the remaining ranks become data-parallel replicas."
+        )
 
 
 def check_batch_keys(ds_config: Config, sp_size: int, world_size: int) -> None:

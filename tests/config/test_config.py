@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from deepspeed_alst.config.compatibility import check_heads, check_world
+from deepspeed_alst.config.compatibility import check_world
 from deepspeed_alst.config.config_file import BLOCK_KEYS, TOP_KEYS
 from deepspeed_alst.config.schema import AlstBlockConfig, AlstConfig, parse
 from deepspeed_alst.errors import AlstError, ConfigError
@@ -515,7 +515,7 @@ def test_an_sp_degree_that_does_not_divide_the_world_is_refused_with_those_that_
 
 def test_the_degrees_that_are_named_fit_the_ranks_and_a_scans_heads():
     with pytest.raises(ConfigError, match=r"Use one of \[1, 3\];"):
-        check_heads(AlstConfig(sequence_parallel_size=9), 6, 3, "scan", world_size=9)
+        check_world(AlstConfig(sequence_parallel_size=9), 9, [(6, 3, "scan")])
     with pytest.raises(ConfigError, match=r"3 ranks\)\. Use one of \[1, 3\]\."):
         check_world(AlstConfig(sequence_parallel_size=2), 3, [(8, 8, "attention")])
     with pytest.raises(ConfigError, match=r"12 ranks\)\. Use one of \[1, 2, 3, 4, 6, 12\]\."):
@@ -529,9 +529,9 @@ def test_the_degrees_that_are_named_fit_the_ranks_and_a_scans_heads():
 )
 def test_an_sp_degree_above_the_heads_of_a_scan_is_refused_with_those_that_fit(sp_size, heads, world_size, fitting):
     with pytest.raises(ConfigError) as refused:
-        check_heads(AlstConfig(sequence_parallel_size=sp_size), heads, 1, "scan", world_size)
+        check_world(AlstConfig(sequence_parallel_size=sp_size), world_size, [(heads, 1, "scan")])
     assert str(refused.value) == (
         f"sequence_parallel_size={sp_size} exceeds the model's {heads} heads of a scan, of which each rank of a "
         f"sequence needs one. Use one of {fitting}; the remaining ranks become data-parallel replicas."
     )
-    check_heads(AlstConfig(sequence_parallel_size=sp_size), heads, 1, "attention", world_size)
+    check_world(AlstConfig(sequence_parallel_size=sp_size), world_size, [(heads, 1, "attention")])

@@ -20,7 +20,6 @@ from deepspeed_alst import hooks
 from deepspeed_alst.config.compatibility import (
     REFUSED,
     check_features,
-    check_heads,
     check_world,
     zero_stage,
 )
@@ -51,8 +50,7 @@ def read(ds_config: dict[str, Any]) -> AlstConfig:
     zero_stage(ds_config)
     if config.sequence_parallel_size > 1:
         check_features(ds_config)
-        check_world(config, 2)
-        check_heads(config, 4, 2, "scan")
+        check_world(config, 2, [(4, 2, "scan")])
     return config
 
 

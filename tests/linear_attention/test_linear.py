@@ -21,7 +21,7 @@ from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.tally import Tally
-from deepspeed_alst.config.compatibility import check_heads
+from deepspeed_alst.config.compatibility import check_world
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
@@ -329,7 +329,7 @@ def test_more_ranks_than_a_scan_has_heads_are_refused_with_the_degrees_that_work
     heads = check_model(ModelSpec(build_model(family_config(model_type, **changed))))
     assert [each for each in heads if each[2] == "scan"] == [(*found, "scan")]
     with pytest.raises(ConfigError) as caught:
-        check_heads(parse({"sequence_parallel_size": 16}), *found, "scan", 16)
+        check_world(parse({"sequence_parallel_size": 16}), 16, [(*found, "scan")])
     assert f"sequence_parallel_size=16 exceeds the model's {found[0]} heads of a scan" in str(caught.value)
     assert "Use one of [1, 2, 4, 8];" in str(caught.value)
 
