@@ -13,9 +13,9 @@ CALLS: list[dict[str, Any]] = []
 """What each call was given, tensors left out."""
 
 
-def dense(kind: str, q_BSHD, k_BSKD, v_BSKD, scale, causal, left, softcap, sink_H=None, **said) -> torch.Tensor:
+def dense(kind: str, q_BSHD, k_BSKD, v_BSKD, scale, causal, left, softcap, sink_H=None) -> torch.Tensor:
     """The function for sequences of one length: ``[B, S, H, D]`` to the same."""
-    CALLS.append({"kind": kind, "length": q_BSHD.shape[1], "left": left, "softcap": softcap, **said})
+    CALLS.append({"kind": kind, "length": q_BSHD.shape[1], "left": left, "softcap": softcap})
     _check(q_BSHD, k_BSKD, v_BSKD, dims=4)
     return _attend(q_BSHD, k_BSKD, v_BSKD, scale, causal, left, softcap, sink_H)
 

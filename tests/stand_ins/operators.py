@@ -27,8 +27,8 @@ def registered() -> Iterator[None]:
         yield
 
 
-def _dense(kind, q, k, v, scale, causal, left, softcap, sink_H=None, **said):
-    attend.CALLS.append({"kind": kind, "length": q.shape[1], "left": left, "softcap": softcap, **said})
+def _dense(kind, q, k, v, scale, causal, left, softcap, sink_H=None):
+    attend.CALLS.append({"kind": kind, "length": q.shape[1], "left": left, "softcap": softcap})
     return _Dense.apply(q, k, v, 0.0, scale, causal, (left, left), softcap, None, False, False)
 
 
