@@ -1,25 +1,21 @@
-"""Lossless packing of layer inputs: bits per value by layer, and speed beside a copy.
+"""Lossless packing of layer inputs: bits per value by layer.
 
 A byte-level Llama of 2.5 million parameters, trained on the standard library's sources; then the inputs of its layers
-in bf16, as they are and with 1 % of the channels 1000 times larger. Speeds are CPU time on one thread, medians of
-interleaved rounds over 4 Mi values; a copy's are relative to its own.
+in bf16, as they are and with 1 % of the channels 1000 times larger.
 """
 
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.figures import Figure, in_turns, one_thread
+from benchmarks.figures import Figure, one_thread
 from deepspeed_alst.kernels import bf16_codec as codec
-from deepspeed_alst.kernels.builder import load
 
 HIDDEN, LAYERS, TOKENS = 256, 4, 256
 BATCH, STEPS = 8, 60
-NUM_VALUES, ROUNDS = 4 << 20, 9
 MOST_BITS = 11.7
 
 
@@ -65,31 +61,9 @@ def _packed(x_n: torch.Tensor) -> torch.Tensor:
     return packed_m
 
 
-def speeds() -> Iterator[Figure]:
-    """Yield the share of a copy's speed of the csrc op and of the reference."""
-    bits_n = torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.int16)
-    back_n, packed_m = torch.zeros_like(bits_n), _packed(bits_n.view(torch.bfloat16))
-    ops = torch.ops.deepspeed_alst
-    functions = {
-        "copy": lambda: back_n.copy_(bits_n),
-        "pack, csrc op": lambda: ops.pack_bits_(bits_n, packed_m),
-        "unpack, csrc op": lambda: ops.unpack_bits_(packed_m, back_n),
-        "pack, reference": lambda: codec.pack_reference(bits_n, packed_m),
-        "unpack, reference": lambda: codec.unpack_reference(packed_m, back_n),
-    }
-    took = in_turns(functions, ROUNDS, time.thread_time)
-    for name, seconds in took.items():
-        share = took["copy"] / seconds
-        least = {"pack, csrc op": 0.1, "unpack, csrc op": 0.15}.get(name)
-        text = f"{bits_n.nbytes / seconds / 1e9:.2f} GB/s of bf16, {share:.3f} of a copy's"
-        yield Figure(name, (text,), "" if least is None else f">= {least}", least is None or share >= least)
-
-
 def rows() -> Iterator[Figure]:
     """Yield all figures with their targets."""
     with one_thread():
-        words = load("cpu")
-        yield Figure("packed by", (words,), "csrc op", words == "csrc op")
         scale_c = torch.ones(HIDDEN, dtype=torch.bfloat16)
         scale_c[torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(0))[: HIDDEN // 100]] = 1000
         for layer, x_n in enumerate(layer_inputs()):
@@ -97,4 +71,3 @@ def rows() -> Iterator[Figure]:
             yield size(
                 f"input of layer {layer}, 1 % of the channels x 1000", (x_n.view(-1, HIDDEN) * scale_c).flatten()
             )
-        yield from speeds()

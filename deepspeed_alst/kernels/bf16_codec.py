@@ -14,18 +14,17 @@ by then, so it does not run idle. A host slot of raw size would need no wait but
 Format, for S segments of 64 blocks, padded with copies of the last value: 8 bytes count of escapes and 8 unused, then
 escapes ``[256 S]``, sign and mantissa ``[4096 S]``, the low 16 and the high 8 bits of 8 codes ``[512 S]``, first
 exponents ``[64 S]``, and the place of each segment's first escape ``[S]``, int64. Segments take their places in any
-order. Implementations read each other's output. Triton is not imported here.
+order. Implementations read each other's output: Triton's kernel (pack_bf16.py) and the reference here.
 
 Legend: n values, m bytes, S segments, b blocks, v values of a block, g groups of 8 codes.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.kernels import define_ops
 
 BLOCK, GROUP, SEGMENT = 64, 8, 4096
 # Exponents in a window. Comparing more than 6 windows gains nothing, even with 1 % of the channels 1000 times larger.
@@ -138,28 +137,6 @@ def unpack_reference(packed_m: torch.Tensor, bits_n: torch.Tensor) -> None:
     bits_n.copy_(found_n.view(torch.int16)[::2][: bits_n.numel()])
 
 
-# Defined for every device; csrc/ has a kernel for CPU, which kernels.builder.load registers.
-_library = torch.library.Library("deepspeed_alst", "FRAGMENT")
-for _name, _schema, _reference in (
-    ("pack_bits_", "(Tensor bits, Tensor(a!) packed) -> ()", pack_reference),
-    ("unpack_bits_", "(Tensor packed, Tensor(a!) bits) -> ()", unpack_reference),
-):
-    _library.define(_name + _schema)
-    _library.impl(_name, _reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"deepspeed_alst::{_name}", lambda _, out: None, lib=_library)
-
-
-@functools.cache
-def _kernels() -> Callable[..., Any] | None:
-    """Return ``registry.pick``; None without Triton."""
-    try:
-        import deepspeed_alst.kernels.pack_bf16  # noqa: F401
-        from deepspeed_alst.kernels.registry import pick
-    except ImportError:
-        return None
-    return pick
-
-
 def _describe(x: torch.Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} and offset {x.storage_offset()} on {x.device}"
 
@@ -184,19 +161,14 @@ def _bits(x_n: torch.Tensor, packed_m: torch.Tensor) -> torch.Tensor:
     return x_n.detach().view(torch.int16)
 
 
-def _run(name: str, bits_n: torch.Tensor, *args: torch.Tensor) -> None:
-    pick = _kernels()
-    (pick(f"{name}_bf16_", bits_n) if pick else getattr(torch.ops.deepspeed_alst, f"{name}_bits_"))(*args)
-
-
 def pack_(x_n: torch.Tensor, packed_m: torch.Tensor) -> None:
     """Pack bf16 values in one pass: ``[n] -> [packed_bytes(n)]``, uint8.
 
     Raises:
         ShapeError: incompatible sizes, strides, dtypes or devices.
     """
-    bits_n = _bits(x_n, packed_m)
-    _run("pack", bits_n, bits_n, packed_m)
+    bits_n, pick = _bits(x_n, packed_m), define_ops("pack_bf16")
+    (pick("pack_bf16_", bits_n) if pick else pack_reference)(bits_n, packed_m)
 
 
 def unpack_(packed_m: torch.Tensor, x_n: torch.Tensor) -> None:
@@ -205,8 +177,8 @@ def unpack_(packed_m: torch.Tensor, x_n: torch.Tensor) -> None:
     Raises:
         ShapeError: incompatible sizes, strides, dtypes or devices.
     """
-    bits_n = _bits(x_n, packed_m)
-    _run("unpack", bits_n, packed_m, bits_n)
+    bits_n, pick = _bits(x_n, packed_m), define_ops("pack_bf16")
+    (pick("unpack_bf16_", bits_n) if pick else unpack_reference)(packed_m, bits_n)
 
 
 def num_escapes(packed_m: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Build and load csrc/'s ops: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
+"""Build and load csrc/'s op: prebuilt at installation (``DS_BUILD_ALST=1``), else built at first use.
 
 A build runs in its own folder under a file lock that the operating system releases when the process ends, and the
 finished library is moved into place. So a killed build cannot break or block a later one, as torch's lock file would.
@@ -23,7 +23,7 @@ from torch.utils import cpp_extension
 
 LIBRARIES = {"cpu": "alst_ops", "cuda": "alst_ops_cuda"}
 """Name of the library of a device's kernels; CUDA's has no CPU kernels."""
-_SOURCES = {"cpu": ("sum_pieces.cpp", "pack_bf16.cpp"), "cuda": ("sum_pieces.cu",)}
+_SOURCES = {"cpu": "sum_pieces.cpp", "cuda": "sum_pieces.cu"}
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Oldest torch with the stable ABI that the sources need; the binaries run on it and on every later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -47,7 +47,7 @@ def source_folder() -> Path:
 
 
 def _sources(device: str) -> list[str]:
-    return [str(source_folder() / name) for name in _SOURCES[device]]
+    return [str(source_folder() / _SOURCES[device])]
 
 
 def extension(device: str) -> Any:

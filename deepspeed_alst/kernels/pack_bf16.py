@@ -130,5 +130,5 @@ def _packed_example(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return packed_m, torch.zeros_like(bits_n)
 
 
-OPS["pack_bf16_"] = Op(torch.ops.deepspeed_alst.pack_bits_, _pack_op, _launch_pack, _example)
-OPS["unpack_bf16_"] = Op(torch.ops.deepspeed_alst.unpack_bits_, _unpack_op, _launch_unpack, _packed_example)
+OPS["pack_bf16_"] = Op(codec.pack_reference, _pack_op, _launch_pack, _example)
+OPS["unpack_bf16_"] = Op(codec.unpack_reference, _unpack_op, _launch_unpack, _packed_example)

@@ -13,7 +13,6 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import define_ops
-from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, describe_output, make_plan
@@ -184,8 +183,6 @@ class ActivationOffload(Feature):
 
 
 def _build_store(block: OffloadConfig, device: torch.device) -> ActivationStore:
-    if block.packing and device.type == "cpu":
-        load("cpu")
     copies = CopyStream() if device.type == "cpu" else CopyStream(torch.get_device_module(device), device)
     page_locked = device.type == "cuda"
     swapper = None if block.nvme_path is None else Swapper(DiskFile(block.nvme_path), copies, page_locked)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.config.schema import TiledLossConfig
 from deepspeed_alst.distributed.sequence_loss import shard_loss
+from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
 from deepspeed_alst.tiling.loss import LogitOps, LogitTransform, fuse_ops, loss_tile_rows, tiled_loss
 
@@ -265,13 +266,11 @@ def _split_ops(backend: str, hidden: torch.Tensor, ops: LogitOps) -> tuple[Logit
         return None, ops
     try:  # Triton is optional
         from deepspeed_alst.kernels.registry import has_kernel, runs_on
-
-        if not runs_on(hidden.device):
-            return None, ops
-        import deepspeed_alst.kernels.cross_entropy  # noqa: F401
     except ImportError:
         return None, ops
     use_liger = backend == "liger"
+    if not runs_on(hidden.device) or not (use_liger or define_ops("cross_entropy")):
+        return None, ops
     if not use_liger and not has_kernel("cross_entropy", hidden.device):
         return None, ops
     fused = fuse_ops(ops)

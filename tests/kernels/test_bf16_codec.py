@@ -1,6 +1,6 @@
 """The lossless bf16 codec: every bit comes back, whichever implementation packs and whichever unpacks.
 
-*Interpreted*: the Triton kernels, in a process of their own. *Run here*: the definition in torch and the op of csrc/.
+*Interpreted*: the Triton kernels, in a process of their own. *Run here*: the definition in torch.
 Nothing here ran on a GPU.
 """
 
@@ -19,7 +19,6 @@ from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.kernels import bf16_codec as codec
 from deepspeed_alst.kernels import pack_bf16 as _registers  # noqa: F401
 from deepspeed_alst.kernels import registry
-from deepspeed_alst.kernels.builder import load
 
 ROOM = codec.ESCAPES  # escapes of one segment
 
@@ -67,11 +66,7 @@ def patterns():
 
 def implementations():
     """Functions that pack and unpack bits, by name."""
-    assert load("cpu") == "csrc op"
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("deepspeed_alst::pack_bits_", "CPU")
-    ops = torch.ops.deepspeed_alst
     yield "reference", codec.pack_reference, codec.unpack_reference
-    yield "csrc", ops.pack_bits_, ops.unpack_bits_
     if registry.runs_on(torch.device("cpu")):
         yield "kernel", registry.OPS["pack_bf16_"].op, registry.OPS["unpack_bf16_"].op
 
@@ -108,21 +103,6 @@ def test_every_implementation_packs_the_same_bytes_and_unpacks_every_bit(interpr
     """Run here, and interpreted."""
     _round_trips()
     interpreted.run(_round_trips, faithful)
-
-
-def test_threads_take_places_in_any_order_and_every_implementation_reads_them():
-    """Run here."""
-    bits_n = bits_of(Case(3_000_001, outliers=0.01).values())
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        (_, csrc_packs, _) = list(implementations())[1]
-        packed_m = pack(csrc_packs, bits_n)
-        for by, _, unpacks in implementations():
-            assert torch.equal(unpack(unpacks, packed_m, bits_n.numel()), bits_n), by
-    finally:
-        torch.set_num_threads(threads)
-    assert codec.num_escapes(packed_m) == codec.num_escapes(pack(codec.pack_reference, bits_n))
 
 
 def _any_order() -> None:
@@ -213,12 +193,8 @@ def test_values_may_lie_beyond_2_to_the_31(interpreted):
 def _opcheck() -> None:
     bits_n = bits_of(torch.randn(5000))
     packed_m = pack(codec.pack_reference, bits_n)
-    for packs, unpacks in (
-        (registry.OPS["pack_bf16_"].op, registry.OPS["unpack_bf16_"].op),
-        (torch.ops.deepspeed_alst.pack_bits_, torch.ops.deepspeed_alst.unpack_bits_),
-    ):
-        torch.library.opcheck(packs, (bits_n, packed_m))
-        torch.library.opcheck(unpacks, (packed_m, bits_n))
+    torch.library.opcheck(registry.OPS["pack_bf16_"].op, (bits_n, packed_m))
+    torch.library.opcheck(registry.OPS["unpack_bf16_"].op, (packed_m, bits_n))
 
 
 def test_the_ops_tell_torch_the_truth_about_their_schemas_and_fakes(interpreted):

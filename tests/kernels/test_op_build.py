@@ -195,5 +195,5 @@ def test_setup_loads_no_torch_unless_it_is_asked_to():
 
 def test_libraries_have_names_of_their_own_and_sources_that_are_there():
     assert list(LIBRARIES.values()) == ["alst_ops", "alst_ops_cuda"]
-    assert all(Path(source).is_file() for source in extension("cpu").sources) and len(extension("cpu").sources) == 2
+    assert [Path(source).is_file() for source in extension("cpu").sources] == [True]
     assert source_folder() == ROOT / "csrc"

@@ -16,7 +16,6 @@ from benchmarks.families import family_config
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import bf16_codec as codec
-from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.offload import budget, feature
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.disk import DiskFile
@@ -26,11 +25,6 @@ from tests.monitoring.test_metrics import events_in
 from tests.offload.test_activation_store import lazy  # noqa: F401
 
 NUM_VALUES = 3 * codec.SEGMENT - 71
-
-
-@pytest.fixture(autouse=True, scope="module")
-def op():
-    assert load("cpu") == "csrc op"
 
 
 def normal(*shape: int) -> torch.Tensor:
