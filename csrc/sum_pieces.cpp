@@ -9,67 +9,31 @@
 #include "sum_pieces.h"
 #include "sum_pieces_tensors.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace {
 
 using namespace alst;
 
 constexpr int64_t kTile = 1024;    // 4 KiB of fp32, which stays in L1 while all pieces are added
 constexpr int64_t kGrain = 32768;  // fewer elements do not amortize a second thread
-constexpr int kGroup = 4;          // pieces read at once
-
-template <typename In, int kPieces, bool kBegin>
-ALST_INLINE void add_group(const typename In::Stored* from, int64_t stride, float* __restrict total, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    float sum = kBegin ? In::widen(from[i]) : total[i] + In::widen(from[i]);
-    for (int k = 1; k < kPieces; ++k) sum += In::widen(from[k * stride + i]);
-    total[i] = sum;
-  }
-}
 
 template <typename In>
-ALST_INLINE void add_pieces(const Sum& sum, int64_t begin, float* total, int64_t n) {
+ALST_INLINE void add_pieces(const Sum& sum, int64_t begin, float* __restrict total, int64_t n) {
   const auto* from = static_cast<const typename In::Stored*>(sum.pieces) + begin;
-  int64_t added = 1;
-  if (sum.num_pieces >= kGroup) {
-    add_group<In, kGroup, true>(from, sum.stride, total, n);
-    added = kGroup;
-  } else {
-    add_group<In, 1, true>(from, sum.stride, total, n);
-  }
-  for (; added + kGroup <= sum.num_pieces; added += kGroup) {
-    add_group<In, kGroup, false>(from + added * sum.stride, sum.stride, total, n);
-  }
-  for (; added < sum.num_pieces; ++added) {
-    add_group<In, 1, false>(from + added * sum.stride, sum.stride, total, n);
+  for (int64_t i = 0; i < n; ++i) total[i] = In::widen(from[i]);
+  for (int64_t k = 1; k < sum.num_pieces; ++k) {
+    from += sum.stride;
+    for (int64_t i = 0; i < n; ++i) total[i] += In::widen(from[i]);
   }
 }
-
-// Outputs larger than the cache are stored non-temporally, which avoids reading each line before overwriting it.
-constexpr int64_t kStream = 1 << 20;
 
 template <typename Out>
 ALST_INLINE void store(const Sum& sum, int64_t begin, const float* __restrict total, int64_t n) {
   auto* __restrict to = static_cast<typename Out::Stored*>(sum.out) + begin;
   if (sum.accumulate) {
     for (int64_t i = 0; i < n; ++i) to[i] = Out::narrow(Out::widen(to[i]) + total[i] * sum.scale);
-    return;
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = Out::narrow(total[i] * sum.scale);
   }
-  int64_t i = 0;
-#if defined(__SSE2__)
-  if constexpr (sizeof(typename Out::Stored) == 4) {
-    if (sum.n >= kStream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      const __m128 scale = _mm_set1_ps(sum.scale);
-      for (; i + 4 <= n; i += 4) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_castps_si128(_mm_mul_ps(_mm_load_ps(total + i), scale)));
-      }
-    }
-  }
-#endif
-  for (; i < n; ++i) to[i] = Out::narrow(total[i] * sum.scale);
 }
 
 ALST_CLONES void add_pieces_bf16(const Sum& s, int64_t begin, float* t, int64_t n) { add_pieces<Bf16>(s, begin, t, n); }
@@ -95,9 +59,6 @@ void sum_pieces(Tensor pieces_Pn, Tensor out_n, double scale, bool accumulate) {
       add_tile(sum, begin, total, n);
       store_tile(sum, begin, total, n);
     }
-#if defined(__SSE2__)
-    _mm_sfence();  // make the non-temporal stores visible to other threads
-#endif
   });
 }
 
