@@ -1,10 +1,7 @@
-"""Collectives of layers without attention: an all-to-all by heads for scans, a halo of tokens for convolutions.
-
-Unlike attention's (sequence_parallel/ulysses.py), the all-to-all takes any number of tensors of any dtypes.
+"""Collectives of layers without attention: attention's all-to-all by heads for scans, a halo for convolutions.
 
 Legend: B batch, S full sequence, H heads, D head dim, P ranks; lower case = this rank's share (s = S/P, h = heads of a
-tensor on one rank); W = bytes of one token for one rank; n bytes of a buffer. For the halo: C channels, w = width, t =
-w + s.
+tensor on one rank). For the halo: C channels, w = width, t = w + s.
 """
 
 from collections.abc import Sequence
@@ -13,106 +10,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, merge_heads_
+from deepspeed_alst.kernels.head_layout import by_tokens
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import exchange, repeat_heads
-
-# In bytes: each tensor in a token's bytes is aligned for its dtype and for 16-byte loads.
-_ALIGNMENT = 16
-_Layout = list[tuple[int, int, torch.dtype]]
-"""A rank's h, D and dtype of each tensor."""
+from deepspeed_alst.sequence_parallel.ulysses import exchange, repeat_heads, to_heads, to_tokens, whole_sequence
 
 
 def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> tuple[torch.Tensor, ...]:
-    """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``, views of one buffer.
+    """Exchange sequence shards for head shards, per tensor: ``[B, s, H, D] -> [B, S, h, D]``.
 
     D and dtype may differ, and H is the plan's number of heads or of head groups. The gradients of a group on several
-    ranks are summed; groups are repeated where this rank has unequal numbers of their heads. Collective: one
-    all-to-all, one in the backward.
+    ranks are summed; groups are repeated where this rank has unequal numbers of their heads. Collective: an all-to-all
+    for each dtype (fp32 decays beside bf16), and one in the backward.
     """
-    full, copies = _SeqToHead.apply(plan, group, *tensors_BsHD), plan.kv_copies_of(dist.get_rank(group))
-    return tuple(
-        w_BShD if x_BsHD.shape[2] == plan.num_heads else repeat_heads(w_BShD.transpose(1, 2), copies).transpose(1, 2)
-        for x_BsHD, w_BShD in zip(tensors_BsHD, full, strict=True)
-    )
+    copies, found = plan.kv_copies_of(dist.get_rank(group)), {}
+    for dtype in dict.fromkeys(x.dtype for x in tensors_BsHD):
+        of_dtype = [x.transpose(1, 2) for x in tensors_BsHD if x.dtype == dtype]
+        kinds = "".join("q" if x.shape[1] == plan.num_heads else "k" for x in of_dtype)
+        full_BhSD = zip(_SeqToHead.apply(kinds, plan, group, *of_dtype), kinds, strict=True)
+        found[dtype] = iter([w if kind == "q" else repeat_heads(w, copies) for w, kind in full_BhSD])
+    return tuple(next(found[x.dtype]).transpose(1, 2) for x in tensors_BsHD)
 
 
 class _SeqToHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: HeadPlan, group: Any, *tensors_BsHD: torch.Tensor) -> tuple[Any, ...]:
-        P, rank, (B, s) = plan.sp_size, dist.get_rank(group), tensors_BsHD[0].shape[:2]
-        ctx.plan, ctx.group, ctx.num_heads = plan, group, [x.shape[2] for x in tensors_BsHD]
-        ctx.layouts = _layouts(tensors_BsHD, plan)
-        ctx.sizes = [s * B * _width(layout) for layout in ctx.layouts]
-        send_n = tensors_BsHD[0].new_empty(sum(ctx.sizes), dtype=torch.uint8)
-        if plan.is_even:
-            send_PsBW = send_n.view(P, s, B, -1)
-            for x_BsHD, part_PsBhD in zip(tensors_BsHD, _parts(send_PsBW, ctx.layouts[0]), strict=True):
-                pieces = by_heads(x_BsHD.transpose(1, 2), min(P, x_BsHD.shape[2]))
-                # Broadcast to the ranks that hold the same head.
-                part_PsBhD.unflatten(0, (len(pieces), -1)).copy_(pieces.unsqueeze(1))
-            recv_PsBW = exchange(send_PsBW, group)
-        else:
-            for x_BsHD, *parts_sBhD in zip(tensors_BsHD, *_parts_of_ranks(send_n, s, B, ctx), strict=True):
-                for heads, part_sBhD in zip(plan.split(x_BsHD.shape[2]), parts_sBhD, strict=True):
-                    part_sBhD.copy_(x_BsHD[:, :, heads.start : heads.stop].transpose(0, 1))
-            recv_PsBW = exchange(send_n, group, ctx.sizes, [ctx.sizes[rank]] * P).view(P, s, B, -1)
-        return tuple(x_PsBhD.flatten(0, 1).transpose(0, 1) for x_PsBhD in _parts(recv_PsBW, ctx.layouts[rank]))
+    def forward(ctx: Any, kinds: str, plan: HeadPlan, group: Any, *tensors_BHsD: torch.Tensor) -> tuple[Any, ...]:
+        ctx.sent = kinds, tensors_BHsD[0].shape[2], plan, group
+        return tuple(map(whole_sequence, to_heads(tensors_BHsD, kinds, plan, group)))
 
     @staticmethod
-    def backward(ctx: Any, *grads_BShD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        P, rank, (B, S) = ctx.plan.sp_size, dist.get_rank(ctx.group), grads_BShD[0].shape[:2]
-        send_PsBW = grads_BShD[0].new_empty(P, S // P, B, _width(ctx.layouts[rank]), dtype=torch.uint8)
-        for g_BShD, part_PsBhD in zip(grads_BShD, _parts(send_PsBW, ctx.layouts[rank]), strict=True):
-            part_PsBhD.copy_(by_tokens(g_BShD.transpose(1, 2), P))
-        grads_BsHD = []
-        if ctx.plan.is_even:
-            for H, part_PsBhD in zip(
-                ctx.num_heads, _parts(exchange(send_PsBW, ctx.group), ctx.layouts[0]), strict=True
-            ):
-                if P > H:  # the gradients of a head's replicas are summed in fp32 and rounded once
-                    dtype = torch.promote_types(part_PsBhD.dtype, torch.float32)
-                    part_PsBhD = part_PsBhD.unflatten(0, (H, -1)).sum(1, dtype=dtype).to(part_PsBhD.dtype)
-                grads_BsHD.append(part_PsBhD.permute(2, 1, 0, 3, 4).flatten(2, 3))
-        else:
-            recv_n = exchange(send_PsBW.flatten(), ctx.group, [ctx.sizes[rank]] * P, ctx.sizes)
-            parts = zip(*_parts_of_ranks(recv_n, S // P, B, ctx), strict=True)
-            for H, g_BShD, parts_sBhD in zip(ctx.num_heads, grads_BShD, parts, strict=True):
-                grads_BsHD.append(g_BShD.new_empty(B, S // P, H, g_BShD.shape[3]))
-                merge_heads_(grads_BsHD[-1].transpose(1, 2), ctx.plan.split(H), parts_sBhD)
-        return None, None, *grads_BsHD
-
-
-def _layouts(tensors_BsHD: Sequence[torch.Tensor], plan: HeadPlan) -> list[_Layout]:
-    """Return the layout of each rank's piece."""
-    splits = [plan.split(x.shape[2]) for x in tensors_BsHD]
-    of_tensors = list(zip(tensors_BsHD, splits, strict=True))
-    return [[(len(split[rank]), x.shape[3], x.dtype) for x, split in of_tensors] for rank in range(plan.sp_size)]
-
-
-def _parts_of_ranks(buffer_n: torch.Tensor, s: int, B: int, ctx: Any) -> list[list[torch.Tensor]]:
-    """Return views of a flat buffer with a piece per rank, by rank and tensor: ``[s, B, h, D]``."""
-    pieces = zip(buffer_n.split(ctx.sizes), ctx.layouts, strict=True)
-    return [_parts(piece_n.view(s, B, -1), layout) for piece_n, layout in pieces]
-
-
-def _width(layout: _Layout) -> int:
-    """Return W, the bytes of one token."""
-    return sum(_aligned_bytes(*each) for each in layout)
-
-
-def _parts(buffer_W: torch.Tensor, layout: _Layout) -> list[torch.Tensor]:
-    """Return views of the tensors in a buffer ``[..., W]``: ``[..., h, D]`` each."""
-    parts, first = [], 0
-    for h, D, dtype in layout:
-        part_w = buffer_W[..., first : first + h * D * dtype.itemsize]
-        parts.append(part_w.view(dtype).unflatten(-1, (h, D)))
-        first += _aligned_bytes(h, D, dtype)
-    return parts
-
-
-def _aligned_bytes(h: int, D: int, dtype: torch.dtype) -> int:
-    return -(-h * D * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    def backward(ctx: Any, *grads_BhSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pieces = [by_tokens(g, ctx.sent[2].sp_size) for g in grads_BhSD]
+        return None, None, None, *(g_BsHD.transpose(1, 2) for g_BsHD in to_tokens(pieces, *ctx.sent))
 
 
 def prepend_halo(x_BCs: torch.Tensor, width: int, group: Any) -> torch.Tensor:

@@ -126,7 +126,7 @@ def patch_model(
         from deepspeed_alst.linear_attention.sharded_layers import shard_linear_layers
 
         shard_linear_layers(base, group, calls, patches)
-        parts.append(f"{linear} layers without attention over {ranks} ranks, up to 3 all-to-alls")
+        parts.append(f"{linear} layers without attention over {ranks} ranks, up to 4 all-to-alls")
     _replace_loss(base, group, calls, patches)
     if whole_loss:
         sum_fused_head(spec, group, calls, patches)

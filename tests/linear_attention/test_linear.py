@@ -66,7 +66,7 @@ def exchanged_heads(num_heads: int, num_groups: int) -> None:
 
 
 @pytest.mark.parametrize(("num_heads", "num_groups"), [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (10, 2), (12, 6)])
-def test_heads_of_every_dtype_travel_in_one_buffer(num_heads, num_groups, ranks4):
+def test_heads_of_every_dtype_travel(num_heads, num_groups, ranks4):
     ranks4.run(exchanged_heads, num_heads, num_groups)
 
 
@@ -126,10 +126,10 @@ _TOKENS = 2 * 8 * 3  # that a rank sends: to each of 3 others
     [
         # 3 tokens of 32 channels in bf16, to the next rank alone.
         ("conv", [2 * 3 * 32 * 2]),
-        # A head of queries and keys and two of values in bf16; their decays and steps, 16 bytes each at least.
-        ("delta rule", [_TOKENS * (2 * 16 * 2 + 2 * 8 * 2 + 16 + 16), _TOKENS * 2 * 8 * 2]),
+        # A head of queries and keys, two of values and their steps in bf16; their decays in fp32.
+        ("delta rule", [_TOKENS * 2 * (2 * 16 + 2 * 8 + 2), _TOKENS * 2 * 4, _TOKENS * 2 * 8 * 2]),
         # Two heads and their steps; B and C go to every rank. In plain torch the scan's output is fp32.
-        ("scan", [_TOKENS * (2 * 8 * 2 + 16 + 2 * 16 * 2), _TOKENS * 2 * 8 * 4]),
+        ("scan", [_TOKENS * 2 * (2 * 8 + 2 + 2 * 16), _TOKENS * 2 * 8 * 4]),
     ],
 )
 def test_a_call_sends_each_head_once_and_a_convolution_its_last_tokens(function, sent, ranks4):
