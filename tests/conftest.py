@@ -20,25 +20,17 @@ hypothesis.settings.register_profile("tests", derandomize=True, database=None, d
 hypothesis.settings.load_profile("tests")
 
 
-@pytest.fixture(scope="module")
-def ranks2():
-    with Ranks(2) as ranks:
-        ranks.run(os.getpid)  # up and connected, before a test counts its seconds
-        yield ranks
+def _ranks(number: int):
+    @pytest.fixture(scope="module", name=f"ranks{number}")
+    def ranks():
+        with Ranks(number) as processes:
+            processes.run(os.getpid)  # up and connected, before a test counts its seconds
+            yield processes
+
+    return ranks
 
 
-@pytest.fixture(scope="module")
-def ranks3():
-    with Ranks(3) as ranks:
-        ranks.run(os.getpid)
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def ranks4():
-    with Ranks(4) as ranks:
-        ranks.run(os.getpid)
-        yield ranks
+ranks2, ranks3, ranks4 = map(_ranks, (2, 3, 4))
 
 
 def pytest_collection_finish():

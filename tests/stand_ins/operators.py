@@ -29,13 +29,12 @@ def registered() -> Iterator[None]:
 
 def _dense(kind, q, k, v, scale, causal, left, softcap, sink_H=None):
     attend.CALLS.append({"kind": kind, "length": q.shape[1], "left": left, "softcap": softcap})
-    return _Dense.apply(q, k, v, 0.0, scale, causal, (left, left), softcap, None, False, False)
+    return _Attention.apply(q, k, v, (), scale, causal, left, softcap)
 
 
 def _varlen(kind, q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale, causal, left, softcap, sink_H=None):
     attend.CALLS.append({"kind": kind, "bounds": bounds_q.tolist(), "left": left, "softcap": softcap})
-    lengths = (bounds_q, bounds_k, longest_q, longest_k)
-    return _Varlen.apply(q, k, v, *lengths, 0.0, scale, causal, (left, left), softcap, None, False, False)
+    return _Attention.apply(q, k, v, (bounds_q, bounds_k, longest_q, longest_k), scale, causal, left, softcap)
 
 
 @torch.library.custom_op("stand_in_of_flash_attn::_flash_attn_forward", mutates_args=())
@@ -86,52 +85,31 @@ def _flash_attn_varlen_forward(
     return out_THD, torch.cat([lse[0] for _, lse in pairs], dim=1), q.new_empty(0), torch.zeros(2, dtype=torch.int64)
 
 
-class _Dense(torch.autograd.Function):
-    """flash-attn's FlashAttnFunc, ``[B, S, H, D]`` to the same."""
+class _Attention(torch.autograd.Function):
+    """flash-attn's FlashAttnFunc, ``[B, S, H, D]`` to the same; with lengths FlashAttnVarlenFunc, ``[T, H, D]``."""
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout_p, scale, causal, window, softcap, alibi_slopes, deterministic, return_softmax):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+    def forward(ctx, q, k, v, lengths, scale, causal, left, softcap):
+        ops, scale = torch.ops.stand_in_of_flash_attn, q.shape[-1] ** -0.5 if scale is None else scale
         ctx.head_size, padded = q.shape[-1], [_padded(x) for x in (q, k, v)]
-        arguments = (dropout_p, scale, causal, *window, softcap, alibi_slopes, return_softmax)
-        out, lse, _, seed = torch.ops.stand_in_of_flash_attn._flash_attn_forward(*padded, *arguments)
-        ctx.save_for_backward(*padded, out, lse, seed)
-        ctx.arguments = (scale, window[0], softcap)
+        attention = ops._flash_attn_varlen_forward if lengths else ops._flash_attn_forward
+        # Without dropout, slopes and a softmax to return.
+        out, lse, *_ = attention(*padded, *lengths, 0.0, scale, causal, left, left, softcap, None, False)
+        ctx.save_for_backward(*padded, out, lse)
+        ctx.bounds, ctx.arguments = lengths[0].tolist() if lengths else None, (scale, left, softcap)
         return out[..., : ctx.head_size]
 
     @staticmethod
     def backward(ctx, do):
-        *padded, out, lse, _ = ctx.saved_tensors
-        grads = _backward(_padded(do), *padded, out, lse, *ctx.arguments)
-        return *(grad[..., : ctx.head_size] for grad in grads), *(None,) * 8
-
-
-class _Varlen(torch.autograd.Function):
-    """flash-attn's FlashAttnVarlenFunc, ``[T, H, D]`` to the same."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout_p, scale, causal, window, *others):
-        softcap, alibi_slopes, _, return_softmax = others
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        ctx.head_size, padded = q.shape[-1], [_padded(x) for x in (q, k, v)]
-        lengths = (bounds_q, bounds_k, longest_q, longest_k)
-        arguments = (dropout_p, scale, causal, *window, softcap, alibi_slopes, return_softmax)
-        out, lse, _, seed = torch.ops.stand_in_of_flash_attn._flash_attn_varlen_forward(*padded, *lengths, *arguments)
-        ctx.save_for_backward(*padded, out, lse, bounds_q, seed)
-        ctx.arguments = (scale, window[0], softcap)
-        return out[..., : ctx.head_size]
-
-    @staticmethod
-    def backward(ctx, do):
-        *padded, out, lse, bounds, _ = ctx.saved_tensors
-        grads = [
-            _backward(
-                *(x[None, start:end] for x in (_padded(do), *padded, out)), lse[None, :, start:end], *ctx.arguments
-            )
-            for start, end in itertools.pairwise(bounds.tolist())
-        ]
-        cut = (torch.cat([each[0] for each in one])[..., : ctx.head_size] for one in zip(*grads, strict=True))
-        return *cut, *(None,) * 12
+        *padded, out, lse = ctx.saved_tensors
+        tensors = _padded(do), *padded, out
+        if ctx.bounds is None:
+            grads = _backward(*tensors, lse, *ctx.arguments)
+        else:
+            documents = [slice(*each) for each in itertools.pairwise(ctx.bounds)]
+            of_each = [_backward(*(x[None, d] for x in tensors), lse[None, :, d], *ctx.arguments) for d in documents]
+            grads = (torch.cat([x[0] for x in one]) for one in zip(*of_each, strict=True))
+        return *(x[..., : ctx.head_size] for x in grads), *[None] * 5
 
 
 def _padded(x):
