@@ -24,12 +24,13 @@ from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_
 from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.memory_lean.lean_pass import LeanPass
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts, with_mask
-from deepspeed_alst.memory_lean.stream import ResidualStream, is_watched
+from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
 from deepspeed_alst.random_draws.draw_mode import branch, current_draws, not_counted
 from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.tiling.gated_mlp import has_user_hook
 from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
 
 _LEARNED_FROM = 8  # tokens
@@ -132,8 +133,7 @@ class LeanLayer:
         Raises:
             SetupError: it has registered one after the layer's first forward.
         """
-        inside = itertools.islice(self._layer.modules(), 1, None)
-        has_hooks = any(is_watched(module, but=(HOOKS,)) for module in inside)
+        has_hooks = has_user_hook(*itertools.islice(self._layer.modules(), 1, None), but=HOOKS)
         if self._has_hooks is None:
             self._has_hooks = self._on_any_shard(has_hooks)
         if has_hooks and not self._has_hooks:

@@ -34,13 +34,12 @@ def register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchS
 
     @torch.compiler.disable
     def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        calls.enter_model()
-        calls.drops_padding = _drops_padding(kwargs)
+        calls.inside, calls.drops_padding = True, _drops_padding(kwargs)
         tokens = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         calls.in_chunks = next(x.shape[1] for x in tokens if x is not None) >= calls.chunks_from
 
     patches.hook(spec.outer, "forward_pre", enter, with_kwargs=True)
-    patches.hook(spec.outer, "forward", lambda *_: calls.leave_model(), always_call=True)
+    patches.hook(spec.outer, "forward", lambda *_: setattr(calls, "inside", False), always_call=True)
     return ""
 
 

@@ -15,8 +15,10 @@ from transformers.utils.output_capturing import _active_collector
 
 from deepspeed_alst.errors import UnsupportedModelError
 
-HOOKS = "transformers.utils.output_capturing"
-"""Module of the hooks, which do nothing unless a forward asks for records."""
+MARKS = ("transformers.modeling_utils",)
+"""Module of a hook that only marks embeddings as requiring a gradient."""
+HOOKS = ("transformers.utils.output_capturing", *MARKS)
+"""Modules of hooks of which the first do nothing unless a forward asks for records."""
 # Inputs and outputs of whole layers; an attention in chunks has no weights to record.
 _OUTSIDE = ("hidden_states", "_hidden_states_layers", "attentions")
 

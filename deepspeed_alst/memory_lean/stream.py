@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.memory_lean.hf_records import HOOKS, records_layers
+from deepspeed_alst.memory_lean.hf_records import HOOKS, MARKS, records_layers
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.tiling.gated_mlp import is_user_hook
+from deepspeed_alst.tiling.gated_mlp import has_user_hook
 
 _CALLERS_OF_LAYERS = ("torch", "deepspeed", "deepspeed_alst")  # which pass arguments on in tuples
 
@@ -34,7 +34,7 @@ class ResidualStream:
         self._patches.hook(module, "forward_pre", self._note_input)
 
     def _note_output(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        is_decoders = self.calls.inside and isinstance(output, torch.Tensor) and not is_watched(module)
+        is_decoders = self.calls.inside and isinstance(output, torch.Tensor) and not has_user_hook(module, but=MARKS)
         self._seen = [weakref.ref(output)] if is_decoders else []
 
     def _note_input(self, module: torch.nn.Module, args: Any) -> None:
@@ -52,7 +52,7 @@ class ResidualStream:
         seen, self._seen = [each for ref in self._seen if (each := ref()) is not None], []
         memory = _memory(x_BsM)
         others = [each for each in tree_leaves(others) if isinstance(each, torch.Tensor) and each is not x_BsM]
-        if not seen or _memory(seen[0]) != memory or is_watched(module, but=(HOOKS,)) or records_layers():
+        if not seen or _memory(seen[0]) != memory or has_user_hook(module, but=HOOKS) or records_layers():
             return []
         taken = [*seen, x_BsM]
         if module not in self._kept:
@@ -64,7 +64,7 @@ class ResidualStream:
         """Continue with a module's output. What still refers to tensors that were taken reads NaN."""
         for each in taken:
             each.data = each.new_full((), torch.nan).expand(each.shape)
-        self._seen = [] if is_watched(module, but=(HOOKS,)) else [weakref.ref(y_BsM)]
+        self._seen = [] if has_user_hook(module, but=HOOKS) else [weakref.ref(y_BsM)]
 
 
 def _is_kept_by_a_caller(taken: list[torch.Tensor]) -> bool:
@@ -101,17 +101,3 @@ def _are_alone(taken: list[torch.Tensor]) -> bool:
 
 def _memory(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
-
-
-def is_watched(module: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
-    """Return True if a hook of the program sees a module's inputs or outputs, or one of transformers keeps them.
-
-    Args:
-        module: the module.
-        but: modules of the code whose hooks do not count.
-    """
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*torch.nn.modules.module._global_forward_hooks.values()]
-    hooks += [*torch.nn.modules.module._global_forward_pre_hooks.values()]
-    # transformers.modeling_utils marks embeddings as requiring a gradient.
-    return any(is_user_hook(hook) and hook.__module__ not in ("transformers.modeling_utils", *but) for hook in hooks)

@@ -99,14 +99,6 @@ class ForwardContext:
         """Mark forwards in the context as the model check's; restore all counters at its end."""
         return self.having(**vars(self) | {"checking": True, "makes_whole_loss": True, "loss_follows": False})
 
-    def enter_model(self) -> None:
-        """Note that a forward of the outermost module begins."""
-        self.inside = True
-
-    def leave_model(self) -> None:
-        """Note that it ends."""
-        self.inside = False
-
     def check_inside(self, layer: str) -> None:
         """Raise UnsupportedModelError outside of the outermost module's forward, which checks the batch."""
         # Recomputation in the backward runs layers outside of the model's forward.

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
@@ -20,26 +21,16 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 def give_whole_length(model: torch.nn.Module, calls: ForwardContext, patches: PatchSet) -> None:
     """Make rotary embeddings of a length-dependent type use the whole sequence's length.
 
-    They read the highest position. An extra one, the whole sequence's highest, is appended, and its output cut off.
+    They read the highest position. An extra one, the whole sequence's highest, is appended, and its output cut off:
+    ``(x, position_ids [..., s]) -> [..., s, D]``, one tensor or two.
     """
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = kind.values() if isinstance(kind, dict) else [kind]
-        if any(isinstance(each, str) and any(name in each for name in _LENGTH_DEPENDENT) for each in kinds):
-            hooks = _WholeLength(calls)
-            patches.hook(module, "forward_pre", hooks.before, with_kwargs=True)
-            patches.hook(module, "forward", hooks.after)
 
-
-class _WholeLength:
-    """Hooks of one rotary embedding: ``(x, position_ids [..., s]) -> [..., s, D]``, one tensor or two."""
-
-    def __init__(self, calls: ForwardContext) -> None:
-        self._calls = calls
+    def with_highest(positions: torch.Tensor) -> torch.Tensor:
+        return torch.cat([positions, positions.new_full((*positions.shape[:-1], 1), calls.highest)], dim=-1)
 
     @torch.compiler.disable
-    def before(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._calls.whole:
+    def append(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if calls.whole:
             return None
         name = type(module).__name__
         if torch._C._current_graph_task_id() != -1:
@@ -47,24 +38,23 @@ class _WholeLength:
                 f"{name} depends on the sequence length and is recomputed in the backward, when another batch may have "
                 "gone forward: it does not support activation checkpointing under sequence parallelism"
             )
-        if self._calls.highest is None:
+        if calls.highest is None:
             raise UnsupportedModelError(f"{name} was called before the model: the sequence length is not known")
         if "position_ids" in kwargs:
-            return args, kwargs | {"position_ids": self._with_highest(kwargs["position_ids"])}
+            return args, kwargs | {"position_ids": with_highest(kwargs["position_ids"])}
         x, positions, *rest = args
-        return (x, self._with_highest(positions), *rest), kwargs
-
-    def _with_highest(self, positions: torch.Tensor) -> torch.Tensor:
-        highest = positions.new_full((*positions.shape[:-1], 1), self._calls.highest)
-        return torch.cat([positions, highest], dim=-1)
+        return (x, with_highest(positions), *rest), kwargs
 
     @torch.compiler.disable
-    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if self._calls.whole:
-            return None
-        if isinstance(output, torch.Tensor):
-            return output[..., :-1, :]
-        return tuple(each[..., :-1, :] for each in output)
+    def cut(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        return None if calls.whole else tree_map_only(torch.Tensor, lambda each: each[..., :-1, :], output)
+
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = kind.values() if isinstance(kind, dict) else [kind]
+        if any(isinstance(each, str) and any(name in each for name in _LENGTH_DEPENDENT) for each in kinds):
+            patches.hook(module, "forward_pre", append, with_kwargs=True)
+            patches.hook(module, "forward", cut)
 
 
 def scale_queries_by_position(model: torch.nn.Module, sp_rank: int, calls: ForwardContext, patches: PatchSet) -> None:

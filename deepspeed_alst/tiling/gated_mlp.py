@@ -93,7 +93,7 @@ def allows_closed_form(module: torch.nn.Module, forward: Callable[..., Any], x: 
     """Return True if ``forward`` is the module's own, on plain tensors of one dtype, without user hooks or autocast."""
     if getattr(forward, "__func__", None) is not type(module).forward or torch.is_autocast_enabled(x.device.type):
         return False
-    if any(is_user_hook(hook) for kind in _HOOKS for hook in getattr(torch_modules, f"_global{kind}").values()):
+    if any(_is_user_hook(hook) for kind in _HOOKS for hook in getattr(torch_modules, f"_global{kind}").values()):
         return False
     inner = [each for each in module.modules() if each is not module]
     if any("forward" in vars(each) or any(getattr(each, kind) for kind in _HOOKS) for each in inner):
@@ -104,8 +104,20 @@ def allows_closed_form(module: torch.nn.Module, forward: Callable[..., Any], x: 
     )
 
 
-def is_user_hook(hook: Any) -> bool:
-    """Return True if a hook is neither this package's nor DeepSpeed's."""
+def has_user_hook(*modules: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Return True if a hook of the program sees the inputs or outputs of a module or of all.
+
+    Args:
+        modules: the modules.
+        but: modules of the code whose hooks do not count, beside this package's and DeepSpeed's.
+    """
+    hooks = [*torch_modules._global_forward_hooks.values(), *torch_modules._global_forward_pre_hooks.values()]
+    for module in modules:
+        hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(_is_user_hook(hook) and hook.__module__ not in but for hook in hooks)
+
+
+def _is_user_hook(hook: Any) -> bool:
     owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
     return owner.split(".")[0] not in _KNOWN_PACKAGES
 

@@ -15,7 +15,7 @@ from deepspeed_alst.offload.checkpoint_hook import checkpoint_hook_of
 from deepspeed_alst.random_draws.draw_mode import branch
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.experts import num_stacked_experts, run_by_expert
-from deepspeed_alst.tiling.gated_mlp import is_user_hook
+from deepspeed_alst.tiling.gated_mlp import has_user_hook
 from deepspeed_alst.tiling.tiled_module import TiledModule, dropout_rates
 from deepspeed_alst.tiling.token_wise import output_features, token_wise_modules
 
@@ -215,17 +215,13 @@ def _record_unused_values(layer: torch.nn.Module, tiled_modules: list[TiledModul
     values, except inside a tiled module, where it gets those of tiles.
     """
     inside = {id(each) for tiled in tiled_modules for each in tiled.module.modules() if each is not tiled.module}
-    hooks = [*torch.nn.modules.module._global_forward_hooks.values()]
-    for module in layer.modules():
-        if id(module) not in inside:
-            hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    has_user_hook = any(is_user_hook(hook) for hook in hooks)
+    is_seen = has_user_hook(*(each for each in layer.modules() if id(each) not in inside))
     outputs = output if isinstance(output, tuple) else (output,)
     ends = [each.grad_fn for each in outputs if isinstance(each, torch.Tensor) and each.grad_fn is not None]
     for tiled in tiled_modules:
         node, tiled.last_node = tiled.last_node, None
         if node is not None:
-            tiled.value_unused = not has_user_hook and is_value_unused(ends, node)
+            tiled.value_unused = not is_seen and is_value_unused(ends, node)
 
 
 def is_value_unused(ends: list[Any], node: Any) -> bool:
