@@ -32,13 +32,13 @@ from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
-from deepspeed_alst.offload.hf_attention_cache import cache_attention
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention
 
 LEAN, ORDINARY, DEEPSPEED = "memory-lean layers", "ordinary path", "DeepSpeed's ALST"
 WITH_LIGER = ", Liger"

@@ -16,13 +16,13 @@ from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
 from deepspeed_alst.memory_lean.decoder_layer import LeanLayer, new_group, sizes_of
-from deepspeed_alst.memory_lean.hf_one_rank import register_on_one_rank
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
 from deepspeed_alst.random_draws.model_draws import is_dropout
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_one_rank import register_on_one_rank
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 

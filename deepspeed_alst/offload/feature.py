@@ -24,11 +24,11 @@ from deepspeed_alst.offload.checkpoint_inputs import (
     turn_on_checkpointing,
 )
 from deepspeed_alst.offload.disk import DiskFile
-from deepspeed_alst.offload.hf_attention_cache import cache_attention, check_attention_can_be_saved
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.offload.swapper import Swapper
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention, check_attention_can_be_saved
 
 _PACKING = {
     False: "none: the model is not bf16",

@@ -68,7 +68,7 @@ class ForwardContext:
     documents: tuple[int, ...] = ()
     """Bounds of the packed documents in this forward's full sequence; empty for a single document."""
     drops_padding: bool = False
-    """True if a mask in this forward's batch hides right padding without labels alone (memory_lean/hf_one_rank.py)."""
+    """True if a mask in this forward's batch hides right padding without labels alone (hf_one_rank.py)."""
     highest: int | None = None
     """Highest position id in this forward's full sequence."""
     scale_queries: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None = None

@@ -68,7 +68,7 @@ class MaskSpec:
     rows: tuple["MaskSpec", ...] = ()
     """Mask of each sample of a batch, in place of the above, if their documents differ: at SP 1 only."""
     dense: Callable[[], Any] = field(default=_no_tensor, compare=False, repr=False)
-    """Makes transformers' own mask, at SP 1 for what needs a tensor (memory_lean/hf_one_rank.py)."""
+    """Makes transformers' own mask, at SP 1 for what needs a tensor (hf_one_rank.py)."""
 
     def hides_nothing(self, length: int) -> bool:
         """Return True if it is plain causal attention over a sequence of this length."""

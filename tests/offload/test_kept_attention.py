@@ -24,11 +24,11 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_cached, saving_frame
-from deepspeed_alst.offload.hf_attention_cache import cache_attention, check_attention_can_be_saved
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention, check_attention_can_be_saved
 from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 from tests import stand_ins
 from tests.models import family_batch
