@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 
-from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.kernels import define_ops
 
 BLOCK, GROUP, SEGMENT = 64, 8, 4096
@@ -137,46 +136,22 @@ def unpack_reference(packed_m: torch.Tensor, bits_n: torch.Tensor) -> None:
     bits_n.copy_(found_n.view(torch.int16)[::2][: bits_n.numel()])
 
 
-def _describe(x: torch.Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} and offset {x.storage_offset()} on {x.device}"
-
-
 def _bits(x_n: torch.Tensor, packed_m: torch.Tensor) -> torch.Tensor:
-    """Return values as int16 bits, after a check of sizes and layouts."""
-    fits = (
-        (x_n.dtype, packed_m.dtype) == (torch.bfloat16, torch.uint8)
-        and x_n.dim() == packed_m.dim() == 1
-        and x_n.is_contiguous()
-        and packed_m.is_contiguous()
-        and packed_m.numel() == packed_bytes(x_n.numel())
-        and packed_m.storage_offset() % HEADER == 0
-        and x_n.device == packed_m.device
-    )
-    if not fits:
-        raise ShapeError(
-            "bf16_codec: values must be bf16 [n] and packed uint8 [packed_bytes(n)] at a multiple of 16 bytes, both "
-            f"contiguous, on one device; values are {_describe(x_n)}, packed is {_describe(packed_m)}, packed_bytes(n) "
-            f"is {packed_bytes(x_n.numel())}"
-        )
+    """Return values as int16 bits. The kernels trust the sizes and layouts that are asserted here."""
+    assert (x_n.dtype, packed_m.dtype, packed_m.numel()) == (torch.bfloat16, torch.uint8, packed_bytes(x_n.numel()))
+    assert x_n.dim() == packed_m.dim() == 1 and x_n.is_contiguous() and packed_m.is_contiguous()
+    assert packed_m.storage_offset() % HEADER == 0 and x_n.device == packed_m.device
     return x_n.detach().view(torch.int16)
 
 
 def pack_(x_n: torch.Tensor, packed_m: torch.Tensor) -> None:
-    """Pack bf16 values in one pass: ``[n] -> [packed_bytes(n)]``, uint8.
-
-    Raises:
-        ShapeError: incompatible sizes, strides, dtypes or devices.
-    """
+    """Pack bf16 values in one pass: ``[n] -> [packed_bytes(n)]``, uint8 at a multiple of 16 bytes, both contiguous."""
     bits_n, pick = _bits(x_n, packed_m), define_ops("pack_bf16")
     (pick("pack_bf16_", bits_n) if pick else pack_reference)(bits_n, packed_m)
 
 
 def unpack_(packed_m: torch.Tensor, x_n: torch.Tensor) -> None:
-    """Unpack bf16 values in one pass: ``[packed_bytes(n)] -> [n]``; arbitrary if ``has_overflowed``.
-
-    Raises:
-        ShapeError: incompatible sizes, strides, dtypes or devices.
-    """
+    """Unpack bf16 values in one pass: ``[packed_bytes(n)] -> [n]``; arbitrary if ``has_overflowed``."""
     bits_n, pick = _bits(x_n, packed_m), define_ops("pack_bf16")
     (pick("unpack_bf16_", bits_n) if pick else unpack_reference)(packed_m, bits_n)
 
