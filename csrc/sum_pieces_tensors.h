@@ -1,4 +1,4 @@
-// Arguments of sum_pieces from its tensors, which grad_reduction/reduce.py has checked.
+// Arguments of sum_pieces from its tensors, which grad_reduction/sum_pieces.py has checked.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

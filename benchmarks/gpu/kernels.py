@@ -15,7 +15,7 @@ from benchmarks.gpu.jobs import guarded
 from benchmarks.gpu.scale import Scale, Sizes, rates, seconds_of
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import subjects, title
-from deepspeed_alst.grad_reduction.reduce import sum_pieces, sum_pieces_reference
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces, sum_pieces_reference
 from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.kernels.registry import OPS, has_kernel
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.figures import Figure, in_turns, one_thread
 from benchmarks.ranks import finished
-from deepspeed_alst.grad_reduction.reduce import sum_pieces
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
 from deepspeed_alst.kernels.builder import load
 
 NUM_PIECES, NUM_ELEMENTS = 8, 4 << 20

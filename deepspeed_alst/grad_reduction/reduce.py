@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
+
 # Elements: aligns pieces for the 16-byte loads of a GPU.
 _ALIGNED = 16
-_HALF_OR_SINGLE = {torch.bfloat16, torch.float16, torch.float32}
-# Elements per step of the reference: adding bf16 to fp32 makes an fp32 copy of the bf16 on CPU.
-_PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -117,29 +116,43 @@ class Reduction:
     ) -> None:
         """Average flat gradients (their sum over ``divisor``) on every rank, into ``outs`` of ``dtype``.
 
-        They may be the same tensors, and are None where this rank needs no average. ``accumulate`` adds to fp32 outs.
+        They may be the same tensors, and are None for what this rank does not need. ``accumulate`` adds to them.
         """
-        P, sizes = dist.get_world_size(group), [grad.numel() for grad in grads]
+        P = dist.get_world_size(group)
         wire, sums = self.on_wire(widest(grads)), self.on_wire(dtype)
-        # Bytes per element of a share: the sent slice and its pieces, or all sums; behind them this rank's own.
         region = max(2 * P * wire.itemsize, P * sums.itemsize)
-        share = self._share(region + sums.itemsize, math.ceil(sum(sizes) / P))
-        scratch = grads[0].new_empty(share * (region + sums.itemsize), dtype=torch.uint8)
-        for parts in segments(sizes, P * share):
+        for parts, mine_m, scratch in self._sums(grads, 1 / divisor, sums, region, group):
+            all_n = _view(scratch, 0, P * mine_m.numel(), sums)
+            dist.all_gather_single(all_n, mine_m, group=group)
+            for part in parts:
+                if (out := outs[part.index]) is None:
+                    continue
+                found, target = all_n[part.at : part.at + part.width], out[part.start : part.stop]
+                if accumulate:  # not add_, which on CPU first copies its operand if the dtypes differ
+                    sum_pieces(found[None], target, 1.0, accumulate=True)
+                else:
+                    target.copy_(found)
+
+    def _sums(
+        self, grads: Sequence[torch.Tensor], scale: float, dtype: torch.dtype, region: int, group: dist.ProcessGroup
+    ) -> Iterator[tuple[list[Segment], torch.Tensor, torch.Tensor]]:
+        """Yield each slice of flat gradients with this rank's share of its sums, ``[m]``, and the memory around it.
+
+        ``region`` is the size of that memory in bytes per element of the share.
+        """
+        P, wire = dist.get_world_size(group), self.on_wire(widest(grads))
+        share = self._share(region + dtype.itemsize, math.ceil(sum(grad.numel() for grad in grads) / P))
+        scratch = grads[0].new_empty(share * (region + dtype.itemsize), dtype=torch.uint8)
+        for parts in segments([grad.numel() for grad in grads], P * share):
             n = parts[-1].at + parts[-1].width
             m = math.ceil(n / P)
             send_n = _view(scratch, 0, P * m, wire)
             torch.cat([grads[part.index][part.start : part.stop] for part in parts], out=send_n[:n])
             send_n[n:].zero_()
-            mine_m = _view(scratch, share * region, m, sums)
-            pieces_Pm, scale = self._exchange(send_n.view(P, m), scratch, 1 / divisor, group)
-            sum_pieces(pieces_Pm, mine_m, scale)
-            all_n = _view(scratch, 0, P * m, sums)
-            dist.all_gather_single(all_n, mine_m, group=group)
-            for part in parts:
-                if (out := outs[part.index]) is not None:
-                    found_1w = all_n[None, part.at : part.at + part.width]
-                    _put(found_1w, out[part.start : part.stop], 1.0, accumulate)
+            mine_m = _view(scratch, share * region, m, dtype)
+            pieces_Pm, factor = self._exchange(send_n.view(P, m), scratch, scale, group)
+            sum_pieces(pieces_Pm, mine_m, factor)
+            yield parts, mine_m, scratch
 
     def _share(self, bytes_per_element: int, most: int) -> int:
         """Return the elements of a rank's share of a slice, given the extra bytes per element on this rank."""
@@ -196,53 +209,3 @@ def _put(pieces_Pw: torch.Tensor, out_w: torch.Tensor, scale: float, accumulate:
 def widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     """Return the dtype that holds the values of all tensors."""
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
-
-
-# --- the op deepspeed_alst::sum_pieces: defined in PyTorch for every device, where kernels.builder.load has registered
-# no kernel of csrc/
-
-
-def sum_pieces_reference(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
-    """Compute ``sum_pieces`` in PyTorch; fp64 pieces in fp64, as ground truth."""
-    _check(pieces_Pn, out_n)
-    dtype = torch.promote_types(pieces_Pn.dtype, torch.float32)
-    for begin in range(0, out_n.numel(), _PART):
-        part = slice(begin, begin + _PART)
-        total = pieces_Pn[0, part].to(dtype, copy=True)
-        for piece_n in pieces_Pn[1:, part]:
-            total += piece_n
-        total *= scale
-        if accumulate:
-            total += out_n[part]
-        out_n[part] = total
-
-
-def _check(pieces_Pn: torch.Tensor, out_n: torch.Tensor) -> None:
-    """Assert the sizes and layouts that the kernels trust."""
-    dtypes = {pieces_Pn.dtype, out_n.dtype}
-    assert dtypes <= _HALF_OR_SINGLE or dtypes == {torch.float64}
-    assert pieces_Pn.dim() == 2 and pieces_Pn.shape[0] > 0 and (pieces_Pn.shape[1] <= 1 or pieces_Pn.stride(1) == 1)
-    assert out_n.shape == pieces_Pn.shape[1:] and out_n.is_contiguous() and pieces_Pn.device == out_n.device
-
-
-_library = torch.library.Library("deepspeed_alst", "FRAGMENT")
-_library.define("sum_pieces(Tensor pieces, Tensor(a!) out, float scale, bool accumulate) -> ()")
-_library.impl("sum_pieces", sum_pieces_reference, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "deepspeed_alst::sum_pieces", lambda pieces, out, scale, accumulate: _check(pieces, out), lib=_library
-)
-
-
-def sum_pieces(pieces_Pn: torch.Tensor, out_n: torch.Tensor, scale: float, accumulate: bool = False) -> None:
-    """Add P pieces in one pass: ``[P, n] -> [n]``, ``out = scale * (((p0 + p1) + p2) + ...)``.
-
-    bf16, fp16 or fp32 pieces are added in fp32 in this order; the result is rounded once, to nearest even, to bf16,
-    fp16 or fp32. Inf and NaN propagate (which NaN is not specified). The compiled op and the reference agree bit by
-    bit. Each piece is contiguous; ``out_n`` too, and must not overlap them. With ``accumulate``,
-    ``out = out + scale * (...)``, added in fp32 and rounded once.
-    """
-    _check(pieces_Pn, out_n)
-    if pieces_Pn.dtype == torch.float64:  # fp64 is ground truth only; the compiled op does not support it
-        sum_pieces_reference(pieces_Pn, out_n, scale, accumulate)
-    else:
-        torch.ops.deepspeed_alst.sum_pieces(pieces_Pn, out_n, scale, accumulate)

@@ -62,7 +62,7 @@ def reduced(kind: str, reduction: Reduction, grads: list[torch.Tensor], out: tor
     fragments = fragments_of([grad.numel() for grad in grads], P)
     outs = [torch.zeros(numel, dtype=out) if owner == r else None for numel, owner in fragments]
     parts = torch.cat(grads).split([numel for numel, _ in fragments])
-    reduction.everywhere(parts, outs, P, group, out, accumulate=out == torch.float32)
+    reduction.everywhere(parts, outs, P, group, out, accumulate=True)
     return [torch.zeros(0, dtype=out) if each is None else each for each in outs]
 
 
@@ -201,8 +201,7 @@ def extra_bytes(kind: str, dtype: torch.dtype, out: torch.dtype, slice_bytes: in
         elif kind == "everywhere":
             reduction.everywhere(grads, places, P, group, out)
         else:
-            outs = [own if r == 0 else None]
-            reduction.everywhere([bucket], outs, P, group, out, accumulate=out == torch.float32)
+            reduction.everywhere([bucket], [own if r == 0 else None], P, group, out, accumulate=True)
     return max(sample.total for sample in ledger.timeline) - before
 
 

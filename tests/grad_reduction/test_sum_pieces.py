@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.reduction.op import memory
-from deepspeed_alst.grad_reduction.reduce import sum_pieces, sum_pieces_reference
+from deepspeed_alst.errors import ShapeError
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces, sum_pieces_reference
 from deepspeed_alst.kernels.builder import load
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -172,25 +173,26 @@ def test_torch_finds_the_op_well_made(dtype, accumulate):
 def test_fake_tensors_and_meta_tensors_pass_and_are_checked():
     with FakeTensorMode():
         sum_pieces(torch.empty(8, 1 << 40, dtype=torch.bfloat16), torch.empty(1 << 40), 0.5, True)
-        with pytest.raises(AssertionError):
+        with pytest.raises(ShapeError):
             torch.ops.deepspeed_alst.sum_pieces(torch.empty(8, 63), torch.empty(62), 0.5, True)
     sum_pieces(torch.empty(8, 63, device="meta"), torch.empty(63, device="meta"), 0.5)
 
 
 @pytest.mark.parametrize(
-    ("pieces", "out"),
+    ("pieces", "out", "says"),
     [
-        (torch.ones(63), torch.ones(63)),
-        (torch.ones(0, 63), torch.ones(63)),
-        (torch.ones(63, 2).t(), torch.ones(63)),
-        (torch.ones(2, 63), torch.ones(62)),
-        (torch.ones(2, 63), torch.ones(126)[::2]),
-        (torch.ones(2, 63, dtype=torch.int32), torch.ones(63)),
-        (torch.ones(2, 63), torch.ones(63, dtype=torch.float64)),
-        (torch.ones(2, 63), torch.ones(63, device="meta")),
+        (torch.ones(63), torch.ones(63), "[P, n]"),
+        (torch.ones(0, 63), torch.ones(63), "[P, n]"),
+        (torch.ones(63, 2).t(), torch.ones(63), "contiguous"),
+        (torch.ones(2, 63), torch.ones(62), "out must be"),
+        (torch.ones(2, 63), torch.ones(126)[::2], "out must be"),
+        (torch.ones(2, 63, dtype=torch.int32), torch.ones(63), "int32"),
+        (torch.ones(2, 63), torch.ones(63, dtype=torch.float64), "float64"),
+        (torch.ones(2, 63), torch.ones(63, device="meta"), "one device"),
     ],
 )
 @pytest.mark.parametrize("function", [sum_pieces, sum_pieces_reference])
-def test_what_does_not_fit_is_refused(function, pieces, out):
-    with pytest.raises(AssertionError):
+def test_what_does_not_fit_is_an_error_that_says_how(function, pieces, out, says):
+    with pytest.raises(ShapeError, match="sum_pieces: ") as error:
         function(pieces, out, 1.0)
+    assert says in str(error.value) and str(list(out.shape)) in str(error.value)

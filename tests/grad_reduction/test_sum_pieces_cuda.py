@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspeed_alst.grad_reduction.reduce import sum_pieces, sum_pieces_reference
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces, sum_pieces_reference
 from deepspeed_alst.kernels.builder import cuda_flags, load, source_folder
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HARNESS = Path(__file__).parents[1] / "programs" / "sum_by_threads.cpp"
 TORCH_HEADERS = f"-I{Path(torch.__file__).parent / 'include'}"
 REGISTERED = """
-import ctypes, os, sys, torch, deepspeed_alst.grad_reduction.reduce
+import ctypes, os, sys, torch, deepspeed_alst.grad_reduction.sum_pieces
 for library in (None, sys.argv[1]):
     ctypes.CDLL(library, mode=os.RTLD_LAZY)
     print(torch._C._dispatch_has_kernel_for_dispatch_key("deepspeed_alst::sum_pieces", "CUDA"))

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 import deepspeed_alst
-from deepspeed_alst.grad_reduction.reduce import sum_pieces
+from deepspeed_alst.grad_reduction.sum_pieces import sum_pieces
 from deepspeed_alst.kernels.builder import OpBuildError, load, load_or_build
 
 
