@@ -1,8 +1,7 @@
 """Exact averaging of gradients over ranks, sent in the gradients' own dtype, in slices of bounded memory.
 
-A rank receives the P pieces of its share of a slice, adds them in fp32, and divides once. On ZeRO 0 to 2 sums go on to
-all ranks: to their owners alone, an owner would receive as many. Each step sends and receives n * (P-1)/P elements a
-rank.
+A rank receives the P pieces of its share of a slice, adds them in fp32, and divides once. Sums go on to their owners
+(ZeRO 1, 2) or to all ranks (ZeRO 0). Each step sends and receives at most n * (P-1)/P elements a rank.
 Legend: P ranks, n elements of a slice, m of a rank's share of it.
 """
 
@@ -53,6 +52,31 @@ def segments(sizes: Sequence[int], width: int) -> Iterator[list[Segment]]:
         yield filled
 
 
+def pieces_by_owner(
+    parts: Sequence[Segment], owners: Sequence[int], share: int, num_ranks: int
+) -> list[list[list[Segment]]]:
+    """Cut a slice into shares of ``share`` elements: ``[p][q]`` lists the segments of rank p's that rank q owns.
+
+    ``owners`` holds the rank of each gradient.
+    """
+    owned: list[list[list[Segment]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
+    for rank, pieces in enumerate(segments([part.width for part in parts], share)):
+        for piece in pieces:
+            part = parts[piece.index]
+            start, stop = part.start + piece.start, part.start + piece.stop
+            owned[rank][owners[part.index]].append(Segment(part.index, start, stop, piece.at))
+    return owned
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of a bucket that one rank owns."""
+
+    numel: int
+    owner: int
+    out: torch.Tensor | None = None  # fp32 partition of the owner, to add to; None: in place in the bucket
+
+
 @dataclass(frozen=True)
 class Reduction:
     """Averaging of gradients, of the same sizes in the same order on all ranks.
@@ -85,7 +109,7 @@ class Reduction:
         """
         P = dist.get_world_size(group)
         columns = [math.ceil(grad.numel() / P) for grad in grads]
-        wire = self.on_wire(widest(grads))
+        wire = self.on_wire(_widest(grads))
         # Sums that are added in 16 bits are rounded first, into one more buffer.
         width = self._share((2 * P + accumulate) * wire.itemsize, sum(columns))
         scratch = grads[0].new_empty(2 * P * width * wire.itemsize, dtype=torch.uint8)
@@ -105,33 +129,40 @@ class Reduction:
                     yield out
         yield from map(place, range(num_placed, len(grads)))
 
-    def everywhere(
-        self,
-        grads: Sequence[torch.Tensor],
-        outs: Sequence[torch.Tensor | None],
-        divisor: float,
-        group: dist.ProcessGroup,
-        dtype: torch.dtype,
-        accumulate: bool = False,
+    def to_owners(
+        self, bucket_n: torch.Tensor, fragments: Sequence[Fragment], dtype: torch.dtype, group: dist.ProcessGroup
     ) -> None:
-        """Average flat gradients (their sum over ``divisor``) on every rank, into ``outs`` of ``dtype``.
+        """Average a bucket, which is all ``fragments`` in turn, and send each owner its fragments as ``dtype``."""
+        P, r = dist.get_world_size(group), dist.get_rank(group)
+        wire, sums = self.on_wire(bucket_n.dtype), self.on_wire(dtype)
+        # First the sent slice and its pieces, or their sum; then a share sorted by owner, and the fragments received.
+        of_pieces = (2 * P if self.dtype == torch.float32 else P + 1) * wire.itemsize
+        region = max(of_pieces, (1 + P) * sums.itemsize)
+        flat, owners = bucket_n.split([each.numel for each in fragments]), [each.owner for each in fragments]
+        for parts, mine_m, scratch in self._sums(flat, 1 / P, sums, region, group):
+            owned = pieces_by_owner(parts, owners, mine_m.numel(), P)
+            to_get = [piece for of_rank in owned for piece in of_rank[r]]
+            received = _to_owners(mine_m, owned, scratch, group).split([piece.width for piece in to_get])
+            for piece, sums_of_piece in zip(to_get, received, strict=True):
+                out = fragments[piece.index].out
+                if out is None:
+                    flat[piece.index][piece.start : piece.stop].copy_(sums_of_piece)
+                else:
+                    # Not add_, which on CPU first copies its operand if the dtypes differ.
+                    sum_pieces(sums_of_piece[None], out[piece.start : piece.stop], 1.0, accumulate=True)
 
-        They may be the same tensors, and are None for what this rank does not need. ``accumulate`` adds to them.
-        """
+    def everywhere(
+        self, grads: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], divisor: float, group: dist.ProcessGroup
+    ) -> None:
+        """Average flat gradients (their sum over ``divisor``) on every rank, into ``outs``, which may be the same."""
         P = dist.get_world_size(group)
-        wire, sums = self.on_wire(widest(grads)), self.on_wire(dtype)
+        wire, sums = self.on_wire(_widest(grads)), self.on_wire(_widest(outs))
         region = max(2 * P * wire.itemsize, P * sums.itemsize)
         for parts, mine_m, scratch in self._sums(grads, 1 / divisor, sums, region, group):
             all_n = _view(scratch, 0, P * mine_m.numel(), sums)
             dist.all_gather_single(all_n, mine_m, group=group)
             for part in parts:
-                if (out := outs[part.index]) is None:
-                    continue
-                found, target = all_n[part.at : part.at + part.width], out[part.start : part.stop]
-                if accumulate:  # not add_, which on CPU first copies its operand if the dtypes differ
-                    sum_pieces(found[None], target, 1.0, accumulate=True)
-                else:
-                    target.copy_(found)
+                outs[part.index][part.start : part.stop].copy_(all_n[part.at : part.at + part.width])
 
     def _sums(
         self, grads: Sequence[torch.Tensor], scale: float, dtype: torch.dtype, region: int, group: dist.ProcessGroup
@@ -140,7 +171,7 @@ class Reduction:
 
         ``region`` is the size of that memory in bytes per element of the share.
         """
-        P, wire = dist.get_world_size(group), self.on_wire(widest(grads))
+        P, wire = dist.get_world_size(group), self.on_wire(_widest(grads))
         share = self._share(region + dtype.itemsize, math.ceil(sum(grad.numel() for grad in grads) / P))
         scratch = grads[0].new_empty(share * (region + dtype.itemsize), dtype=torch.uint8)
         for parts in segments([grad.numel() for grad in grads], P * share):
@@ -206,6 +237,20 @@ def _put(pieces_Pw: torch.Tensor, out_w: torch.Tensor, scale: float, accumulate:
         sum_pieces(pieces_Pw, out_w, scale, accumulate)
 
 
-def widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:
-    """Return the dtype that holds the values of all tensors."""
+def _to_owners(
+    mine_m: torch.Tensor, owned: list[list[list[Segment]]], scratch: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Send each rank what it owns of this rank's share; return what this rank owns, share by share."""
+    r = dist.get_rank(group)
+    to_send = [sum(piece.width for piece in pieces) for pieces in owned[r]]
+    to_get = [sum(piece.width for piece in of_rank[r]) for of_rank in owned]
+    send = _view(scratch, 0, sum(to_send), mine_m.dtype)
+    if send.numel():
+        torch.cat([mine_m[each.at : each.at + each.width] for pieces in owned[r] for each in pieces], out=send)
+    received = _view(scratch, send.nbytes, sum(to_get), mine_m.dtype)
+    dist.all_to_all_single(received, send, to_get, to_send, group=group)
+    return received
+
+
+def _widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})

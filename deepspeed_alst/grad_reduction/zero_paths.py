@@ -16,7 +16,7 @@ from deepspeed.moe.utils import is_moe_param
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.grad_reduction.reduce import Reduction, widest
+from deepspeed_alst.grad_reduction.reduce import Fragment, Reduction
 
 _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3__"
 
@@ -100,25 +100,23 @@ def _install_stage3(engine: Any, reduction: Reduction, patches: PatchSet) -> Red
 
 
 def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
-    """Write sums to the bucket, or add this rank's to its fp32 partition.
+    """Send sums to the ranks that own them: into the bucket, or added to the fp32 partition.
 
-    Muon steps with whole matrices, so each rank that owns part of one needs its whole gradient, in the bucket.
+    Muon steps with whole matrices, so each rank that owns part of one needs its whole gradient: sums go to all ranks.
     """
     optimizer = engine.optimizer
     has_muon = any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups)
-    is_compact = optimizer._use_compact_grad_partition_buffer(0) and not has_muon
 
     def reduce_bucket(bucket_n: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
-        if not bucket_n.numel():
-            return bucket_n
-        group, grads, dtype = optimizer.dp_process_group, [bucket_n], bucket_n.dtype
-        outs: list[torch.Tensor | None] = [bucket_n]
-        if is_compact:
+        group = optimizer.dp_process_group
+        if has_muon:
+            reduction.everywhere([bucket_n], [bucket_n], dist.get_world_size(group), group)
+        elif bucket_n.numel():
             params = optimizer.ipg_buckets[communication_data_type].params
             fragments = [each for param in params for each in _fragments(optimizer, *param)]
-            grads, dtype = list(bucket_n.split([numel for numel, _ in fragments])), torch.float32
-            outs = [out for _, out in fragments]
-        reduction.everywhere(grads, outs, dist.get_world_size(group), group, dtype, accumulate=is_compact)
+            compact = any(optimizer._use_compact_grad_partition_buffer(group) for group, _, _ in params)
+            dtype = torch.float32 if compact else bucket_n.dtype
+            reduction.to_owners(bucket_n, fragments, dtype, group)
         return bucket_n
 
     def allreduce_bucket(
@@ -128,7 +126,7 @@ def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> Re
         flat_n = optimizer.flatten(bucket)
         group = optimizer.dp_process_group
         average_n = flat_n.to(torch.promote_types(flat_n.dtype, optimizer.gradient_accumulation_dtype))
-        reduction.everywhere([flat_n], [average_n], dist.get_world_size(group), group, average_n.dtype)
+        reduction.everywhere([flat_n], [average_n], dist.get_world_size(group), group)
         return average_n
 
     # The whole-bucket path: it keeps DeepSpeed's waits and streams, and does not split the bucket.
@@ -138,7 +136,7 @@ def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> Re
         patches.set(optimizer, "_add_full_reduction_to_compact_grad_partition", lambda *_: None)
     patches.set(optimizer, "allreduce_bucket", allreduce_bucket)
     dtype = optimizer._gradient_reduction_buffer_dtype()
-    sums = torch.float32 if is_compact else dtype
+    sums = torch.float32 if optimizer._use_compact_grad_partition_buffer(0) else dtype
     return ReductionPath(
         (reduction.on_wire(dtype), reduction.on_wire(sums)),
         reductions=engine.gradient_accumulation_steps() if optimizer.partition_gradients else 1,
@@ -147,17 +145,17 @@ def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> Re
     )
 
 
-def _fragments(
-    optimizer: Any, group: int, index_in_group: int, param_id: int
-) -> Iterator[tuple[int, torch.Tensor | None]]:
-    """Yield the size of each owner's part of a gradient, in order, and its fp32 partition if this rank is the owner."""
+def _fragments(optimizer: Any, group: int, index_in_group: int, param_id: int) -> Iterator[Fragment]:
+    """Yield the fragments of one gradient with their owner ranks, in the gradient's order."""
     numel = optimizer.bit16_groups[group][index_in_group].numel()
     starts = sorted(
         (optimizer.grad_start_offset[group][owner][param_id], owner)
         for owner in optimizer.param_to_partition_ids[group][param_id]
     )
     for (start, owner), (stop, _) in zip(starts, [*starts[1:], (numel, None)], strict=True):
-        yield stop - start, optimizer._get_compact_grad_partition_slice(group, owner, param_id, stop - start)
+        # None unless this rank owns it and keeps a separate fp32 partition.
+        out = optimizer._get_compact_grad_partition_slice(group, owner, param_id, stop - start)
+        yield Fragment(stop - start, owner, out)
 
 
 def _install_bf16_optimizer(engine: Any, reduction: Reduction, patches: PatchSet) -> ReductionPath:
@@ -212,8 +210,7 @@ def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> Red
         bucket: list[torch.Tensor], dp_group: dist.ProcessGroup, dp_world_size: float | None = None
     ) -> None:
         flat = [grad.contiguous().view(-1) for grad in bucket]
-        divisor, dtype = dp_world_size or dist.get_world_size(dp_group), widest(flat)
-        reduction.everywhere(flat, flat, divisor, dp_group, dtype)
+        reduction.everywhere(flat, flat, dp_world_size or dist.get_world_size(dp_group), dp_group)
         for grad, flat_n in zip(bucket, flat, strict=True):
             if not grad.is_contiguous():
                 grad.copy_(flat_n.view_as(grad))

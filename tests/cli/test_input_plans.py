@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
-from deepspeed_alst.grad_reduction.reduce import segments
+from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, Plan, make_plan
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
@@ -118,6 +118,24 @@ def test_every_element_of_a_bucket_travels_in_one_slice(columns, width):
         ends = list(itertools.accumulate(part.width for part in parts))
         assert [part.at for part in parts] == [0, *ends[:-1]] and ends[-1] <= width
     assert len(slices) == -(-sum(columns) // width)
+
+
+@given(st.data(), st.lists(st.integers(0, 40), max_size=8), st.integers(1, 8), st.integers(1, 400))
+def test_every_element_of_a_slice_goes_to_the_one_rank_that_owns_it(data, sizes, num_ranks, width):
+    owners = data.draw(st.lists(st.integers(0, num_ranks - 1), min_size=len(sizes), max_size=len(sizes)))
+    for parts in segments(sizes, width):
+        share = -(-sum(part.width for part in parts) // num_ranks)
+        owned = pieces_by_owner(parts, owners, share, num_ranks)
+        assert [len(of_rank) for of_rank in owned] == [num_ranks] * num_ranks
+        got = [
+            (piece.index, i, owner)
+            for of_rank in owned
+            for owner, pieces in enumerate(of_rank)
+            for piece in pieces
+            for i in range(piece.start, piece.stop)
+        ]
+        slice_ = [(part.index, i, owners[part.index]) for part in parts for i in range(part.start, part.stop)]
+        assert sorted(got) == slice_
 
 
 # --- what waits for the backward

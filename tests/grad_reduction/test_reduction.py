@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import Ranks
-from deepspeed_alst.grad_reduction.reduce import Reduction
+from deepspeed_alst.grad_reduction.reduce import Fragment, Reduction
 from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.profiler.ledger import Ledger
 
 SIZES = (1, 7, 64, 1000, 4097)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("shard", "added by owners", "everywhere")
+KINDS = ("shard", "to_owners", "everywhere")
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def cancelling(dtype: torch.dtype, rank: int, ranks: int) -> list[torch.Tensor]:
     return [(torch.full((1001,), large) + (torch.arange(1001) % 5 == rank)).to(dtype)]
 
 
-def fragments_of(sizes: list[int], ranks: int) -> list[tuple[int, int]]:
-    """Sizes and owners of contiguous partitions, as ZeRO makes them: most gradients have one owner, some have two."""
+def fragments_of(sizes: list[int], ranks: int) -> list[Fragment]:
+    """Contiguous partitions, as ZeRO makes them: most gradients have one owner, some have two."""
     partition = math.ceil(sum(sizes) / ranks)
     found, at = [], 0
     for size in sizes:
         while size:
             taken = min(size, partition - at % partition)
-            found.append((taken, at // partition))
+            found.append(Fragment(taken, at // partition))
             at, size = at + taken, size - taken
     # Backward fills buckets from the last layer on, so their owners do not come in order.
     return found[::-1]
@@ -57,13 +57,20 @@ def reduced(kind: str, reduction: Reduction, grads: list[torch.Tensor], out: tor
         return [share[: max(0, grad.numel() - r * share.numel())] for share, grad in zip(shares, grads, strict=True)]
     if kind == "everywhere":
         outs = [torch.full_like(grad, math.nan, dtype=out) for grad in grads]
-        reduction.everywhere(grads, outs, P, group, out)
+        reduction.everywhere(grads, outs, P, group)
         return outs
-    fragments = fragments_of([grad.numel() for grad in grads], P)
-    outs = [torch.zeros(numel, dtype=out) if owner == r else None for numel, owner in fragments]
-    parts = torch.cat(grads).split([numel for numel, _ in fragments])
-    reduction.everywhere(parts, outs, P, group, out, accumulate=True)
-    return [torch.zeros(0, dtype=out) if each is None else each for each in outs]
+    bucket = torch.cat(grads)
+    apart = out != bucket.dtype
+    fragments = [
+        Fragment(each.numel, each.owner, torch.zeros(each.numel, dtype=out) if apart and each.owner == r else None)
+        for each in fragments_of([grad.numel() for grad in grads], P)
+    ]
+    reduction.to_owners(bucket, fragments, out, group)
+    places = bucket.split([each.numel for each in fragments])
+    return [
+        place[:0].to(out) if each.owner != r else place if each.out is None else each.out
+        for place, each in zip(places, fragments, strict=True)
+    ]
 
 
 def expected(kind: str, grads: list[list[torch.Tensor]], out: torch.dtype, add: torch.dtype) -> list[torch.Tensor]:
@@ -81,8 +88,8 @@ def expected(kind: str, grads: list[list[torch.Tensor]], out: torch.dtype, add: 
         sizes = [math.ceil(average.numel() / P) for average in averages]
         return [average[r * c : (r + 1) * c] for average, c in zip(averages, sizes, strict=True)]
     fragments = fragments_of([average.numel() for average in averages], P)
-    parts = torch.cat(averages).split([numel for numel, _ in fragments])
-    return [part if owner == r else part[:0] for part, (_, owner) in zip(parts, fragments, strict=True)]
+    parts = torch.cat(averages).split([each.numel for each in fragments])
+    return [part if each.owner == r else part[:0] for part, each in zip(parts, fragments, strict=True)]
 
 
 def is_the_sum(kind: str, dtype: torch.dtype, out: torch.dtype, slice_bytes: int, made_by) -> None:
@@ -191,17 +198,17 @@ def extra_bytes(kind: str, dtype: torch.dtype, out: torch.dtype, slice_bytes: in
         torch.zeros(grad.numel() if kind == "everywhere" else math.ceil(grad.numel() / P), dtype=out) for grad in grads
     ]
     bucket = torch.cat(grads)
-    own = torch.zeros(bucket.numel() if r == 0 else 0, dtype=out)
+    own = [Fragment(bucket.numel(), 0, torch.zeros(bucket.numel(), dtype=out) if out != dtype and r == 0 else None)]
     with Ledger(torch.nn.Module()) as ledger:
-        for tensor in (*grads, *places, bucket, own):
+        for tensor in (*grads, *places, bucket, *([own[0].out] if own[0].out is not None else [])):
             tensor.mul_(1)  # the ledger knows what it has seen
         before = ledger.timeline[-1].total
         if kind == "shard":
             list(reduction.shard(grads, places.__getitem__, False, group))
         elif kind == "everywhere":
-            reduction.everywhere(grads, places, P, group, out)
+            reduction.everywhere(grads, places, P, group)
         else:
-            reduction.everywhere([bucket], [own if r == 0 else None], P, group, out, accumulate=True)
+            reduction.to_owners(bucket, own, out, group)
     return max(sample.total for sample in ledger.timeline) - before
 
 
