@@ -14,7 +14,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
-from deepspeed_alst.memory_lean import layer as lean_layer
+from deepspeed_alst.memory_lean import core as lean_core
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
@@ -119,7 +119,7 @@ def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet)
     if (lean := alst.memory_lean_layer) is not None:
         group = None if keys.sequence_parallel_size == 1 else dist.group.WORLD
         run_in_chunks(spec, lean, group, calls, lambda module: None, patches, policy)
-        patches.set(lean_layer, "rectangles", _few_rectangles)
+        patches.set(lean_core, "rectangles", _few_rectangles)
     if alst.tiled_mlp_compute is not None:
         tile_mlps(spec, alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:

@@ -126,6 +126,32 @@ def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:
     )
 
 
+class AdjacentRanks:
+    """Groups of adjacent ranks of a group, each made when it is first asked for and kept."""
+
+    def __init__(self, group: Any) -> None:
+        self._group, self._found = group, dict[int, Any]()
+
+    def of(self, size: int) -> Any:
+        """Return this rank's group of ``size``, which divides the whole; None for 1. Collective over the group's ranks.
+
+        The same sizes in the same order on all of them.
+        """
+        if size > 1 and size not in self._found:
+            ranks = dist.get_process_group_ranks(self._group)
+            first = dist.get_rank(self._group) // size * size
+            # Other sequences' ranks do not take part.
+            self._found[size] = dist.new_group(
+                ranks[first : first + size], timeout=world_timeout(), use_local_synchronization=True
+            )
+        return self._found.get(size)
+
+    def destroy(self) -> None:
+        """Destroy the groups."""
+        destroy_groups(*self._found.values())
+        self._found.clear()
+
+
 @contextlib.contextmanager
 def installed(mpu: Any) -> Iterator[None]:
     """Set ``deepspeed.utils.groups.mpu`` in the context: DeepSpeed never resets it, and a second engine inherits it."""

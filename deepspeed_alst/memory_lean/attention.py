@@ -8,7 +8,7 @@ Legend: B batch, h query heads, k KV heads, R rows, N keys of a rectangle, S who
 v.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -26,15 +26,36 @@ def attend(
     sinks_h: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return output ``[B, h, R, E]`` and log-sum-exp ``[B, h, R]``, at least fp32, of rows from ``first_row`` on."""
-    B, h, R, _ = q_BhRD.shape
-    wide = torch.promote_types(q_BhRD.dtype, torch.float32)
-    o_BhRE = q_BhRD.new_zeros(B, h, R, v_BkSE.shape[3], dtype=wide)
-    lse_BhR = q_BhRD.new_full((B, h, R), -torch.inf, dtype=wide)
+    o_BhRE, lse_BhR = without_keys(q_BhRD, v_BkSE.shape[3], sinks_h)
+    add_attention(o_BhRE, lse_BhR, q_BhRD, (k_BkSD, v_BkSE), parts, (first_row, 0), kernel)
+    return o_BhRE.to(q_BhRD.dtype), lse_BhR
+
+
+def without_keys(
+    q_Bh: torch.Tensor, value_dim: int, sinks_h: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output ``[B, h, ..., E]`` and log-sum-exp ``[B, h, ...]`` of queries that have seen no keys, in fp32."""
+    wide = torch.promote_types(q_Bh.dtype, torch.float32)
+    lse_Bh = q_Bh.new_full(q_Bh.shape[:-1], -torch.inf, dtype=wide)
     if sinks_h is not None:
-        lse_BhR.copy_(sinks_h[:, None])
-    for part in kernel.cut(parts, h):
-        rows, keys = _slices(part, first_row)
-        q, k, v = q_BhRD[:, :, rows], k_BkSD[:, :, keys], v_BkSE[:, :, keys]
+        lse_Bh.copy_(sinks_h.view(-1, *[1] * (lse_Bh.dim() - 2)))
+    return q_Bh.new_zeros(*q_Bh.shape[:-1], value_dim, dtype=wide), lse_Bh
+
+
+def add_attention(
+    o_BhRE: torch.Tensor,
+    lse_BhR: torch.Tensor,
+    q_BhRD: torch.Tensor,
+    keys_values: Sequence[torch.Tensor],
+    parts: Iterable[Rectangle],
+    first: tuple[int, int],
+    kernel: Kernel,
+) -> None:
+    """Add the rectangles' keys to output and log-sum-exp; ``first`` are the first row and the first key given."""
+    wide = o_BhRE.dtype
+    for part in kernel.cut(parts, q_BhRD.shape[1]):
+        rows, keys = _slices(part, *first)
+        q, (k, v) = q_BhRD[:, :, rows], (x[:, :, keys] for x in keys_values)
         if part.triangle == "upper":
             q, k, v = q.flip(2), k.flip(2), v.flip(2)
         o, lse = kernel.forward(q, k, v, part)
@@ -45,46 +66,25 @@ def attend(
         kept, added = (before - after).exp_()[..., None], (lse - after).exp_()[..., None]
         o_BhRE[:, :, rows] = (o_BhRE[:, :, rows] * kept).addcmul_(o.to(wide), added)
         lse_BhR[:, :, rows] = after
-    return o_BhRE.to(q_BhRD.dtype), lse_BhR
-
-
-def attend_backward(
-    do_BhRE: torch.Tensor,
-    q_BhRD: torch.Tensor,
-    k_BkSD: torch.Tensor,
-    v_BkSE: torch.Tensor,
-    o_BhRE: torch.Tensor,
-    lse_BhR: torch.Tensor,
-    dk_BkSD: torch.Tensor,
-    dv_BkSE: torch.Tensor,
-    parts: Iterable[Rectangle],
-    first_row: int,
-    kernel: Kernel,
-) -> torch.Tensor:
-    """Return the gradient of q; add those of k and v to ``dk_BkSD`` and ``dv_BkSE``, at least fp32."""
-    dq_BhRD = torch.zeros_like(q_BhRD, dtype=dk_BkSD.dtype)
-    of_rows = (do_BhRE, q_BhRD, o_BhRE, lse_BhR)
-    add_gradients(dq_BhRD, dk_BkSD, dv_BkSE, of_rows, (k_BkSD, v_BkSE), parts, first_row, kernel)
-    return dq_BhRD.to(q_BhRD.dtype)
 
 
 def add_gradients(
     dq_BhRD: torch.Tensor,
-    dk_BkSD: torch.Tensor,
-    dv_BkSE: torch.Tensor,
-    of_queries: tuple[torch.Tensor, ...],
-    keys_values: tuple[torch.Tensor, torch.Tensor],
+    dk_BkND: torch.Tensor,
+    dv_BkNE: torch.Tensor,
+    of_queries: Sequence[torch.Tensor],
+    keys_values: Sequence[torch.Tensor],
     parts: Iterable[Rectangle],
-    first_row: int,
+    first: tuple[int, int],
     kernel: Kernel,
 ) -> None:
     """Add the gradients of q, k and v to sums that are at least fp32.
 
-    ``of_queries`` are the output's gradient, q, the output and the log-sum-exp of all keys.
+    ``of_queries`` are the output's gradient, q, the output and the log-sum-exp of all keys; ``first`` are the first row
+    and the first key given.
     """
-    q_BhRD = of_queries[1]
-    for part in kernel.cut(parts, q_BhRD.shape[1]):
-        rows, keys = _slices(part, first_row)
+    for part in kernel.cut(parts, dq_BhRD.shape[1]):
+        rows, keys = _slices(part, *first)
         of_rows = [x[:, :, rows] for x in of_queries]
         of_keys = [x[:, :, keys] for x in keys_values]
         if part.triangle == "upper":
@@ -94,8 +94,8 @@ def add_gradients(
         if part.triangle == "upper":
             dq, dk, dv = dq.flip(2), dk.flip(2), dv.flip(2)
         dq_BhRD[:, :, rows] += dq
-        dk_BkSD[:, :, keys] += dk
-        dv_BkSE[:, :, keys] += dv
+        dk_BkND[:, :, keys] += dk
+        dv_BkNE[:, :, keys] += dv
 
 
 def sinks_gradient(
@@ -107,5 +107,6 @@ def sinks_gradient(
     return -(weights_Bh * delta_Bh).transpose(0, 1).flatten(1).sum(1)
 
 
-def _slices(part: Rectangle, first_row: int) -> tuple[slice, slice]:
-    return slice(part.first_row - first_row, part.last_row - first_row), slice(part.first_key, part.last_key)
+def _slices(part: Rectangle, first_row: int, first_key: int) -> tuple[slice, slice]:
+    rows = slice(part.first_row - first_row, part.last_row - first_row)
+    return rows, slice(part.first_key - first_key, part.last_key - first_key)

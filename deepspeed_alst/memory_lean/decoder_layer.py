@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import agrees
+from deepspeed_alst.distributed.mesh import AdjacentRanks
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, kernel_for
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
@@ -64,10 +65,12 @@ class LeanLayer:
         stream: ResidualStream,
         on_any_rank: Callable[[bool], bool],
         router_classes: tuple[type, ...],
+        kv_groups: AdjacentRanks,
     ) -> None:
         self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
         self._stream, self._on_any_rank = stream, on_any_rank
         stream.watch(layer)
+        self._kv_groups = kv_groups
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
         self._is_mixture = any(isinstance(each, router_classes) for each in layer.modules())
         self._ordinary: Callable[..., Any] = layer.forward
@@ -239,11 +242,11 @@ class LeanLayer:
         if draws_anew and any(dropout_rates(self._layer).values()):
             raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
         attention = self._attention_call(x_BsM, kwargs, draws_anew)
-        plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
+        plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1], divides_kv=True)
         rate, draws, dropout = attention.arguments.get("dropout"), current_draws(), None
         if rate and draws is None:
             raise UnsupportedLayerError("attention with dropout, whose draws chunks cannot repeat")
-        exchange, drawing = HeadExchange(plan, self._group), branch()
+        exchange, drawing = HeadExchange(plan, self._group, self._kv_groups.of(plan.kv_parts)), branch()
         if rate and draws is not None:
             with drawing():
                 dropout = Dropout(rate, draws.attention_key(), plan.heads_of(exchange.rank))

@@ -13,10 +13,14 @@ from deepspeed_alst.sequence_parallel.ulysses import repeat_heads, sum_copies, t
 
 
 class HeadExchange(NamedTuple):
-    """Exchange of one layer's heads over a sequence-parallel group; without a group all heads are here."""
+    """Exchange of one layer's heads over a sequence-parallel group; without a group all heads are here.
+
+    ``kv_group`` are the ranks among which the plan divides rows of K and V, None if it does not.
+    """
 
     plan: HeadPlan
     group: Any
+    kv_group: Any = None
 
     @property
     def rank(self) -> int:
@@ -32,11 +36,15 @@ class HeadExchange(NamedTuple):
         """Return this rank's query rows of each rank's chunk of ``num_tokens``."""
         return self.plan.stripes(self.rank, num_tokens)
 
+    def num_kv_rows(self, num_tokens: int) -> int:
+        """Count this rank's rows of K and V of each rank's chunk of ``num_tokens``."""
+        return sum(map(len, self.plan.kv_rows(self.rank, num_tokens)))
+
     def to_heads(self, kinds: str, *tensors_BHcD: torch.Tensor) -> list[torch.Tensor]:
         """Exchange up to three tensors at once: ``[B, H, c, D] -> [B, h, P, c, D]``, views of one buffer.
 
-        Those of kind "q" come with this rank's rows of a chunk. Others, of kind "k" or "v", have all rows, and are
-        repeated where attention on this rank needs it (``HeadPlan.kv_copies_of``).
+        They come with this rank's rows of a chunk (``HeadPlan.shares``). Those of kind "k" or "v" are repeated where
+        attention on this rank needs it (``HeadPlan.kv_copies_of``).
         """
         if self.group is None:
             return [x.unsqueeze(2) for x in tensors_BHcD]

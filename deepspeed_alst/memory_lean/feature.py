@@ -12,6 +12,7 @@ from deepspeed_alst.config.schema import AutoMemoryLeanConfig, MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.mesh import AdjacentRanks
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
@@ -103,6 +104,8 @@ def run_in_chunks(
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
     references_of_a_gradient()  # outside of a backward
     stream, calls.chunks_from = ResidualStream(spec, calls, patches), config.min_tokens
+    kv_groups = AdjacentRanks(group)
+    patches.callback(kv_groups.destroy)
     ordinary = "" if group is not None else _attention_dropout(spec) or register_on_one_rank(spec, calls, patches)
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
@@ -110,8 +113,9 @@ def run_in_chunks(
         if reason := ordinary or _reason(layer):
             reasons[reason] += 1
             continue
+        more = spec.router_classes, kv_groups
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, on_any_rank, spec.router_classes)
+        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, on_any_rank, *more)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1

@@ -5,23 +5,25 @@ chunk: the rest of the layer again, attention's backward, and q's; at the end th
 summed in fp32. What is whole at any time is the layer's input or output, its gradient, K, V and their gradients.
 
 Legend: B batch, P ranks, s tokens of a rank's shard, S = P*s, c tokens of a chunk, t of a tile, M hidden size, H query
-heads, K KV heads, h and k those of a rank, D head dim of q and k, E of v.
+heads, K KV heads, h and k those of a rank, D head dim of q and k, E of v; R rows of K and V here, W = D + E
+(key_blocks.py).
 """
 
 import contextlib
 import dataclasses
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from deepspeed_alst.memory_lean.attention import attend, attend_backward, sinks_gradient
-from deepspeed_alst.memory_lean.attention_kernels import Kernel, from_sample
+from deepspeed_alst.memory_lean.attention import sinks_gradient
+from deepspeed_alst.memory_lean.attention_kernels import Kernel
 from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, joined, of_size
+from deepspeed_alst.memory_lean.core import Core
 from deepspeed_alst.memory_lean.exchange import HeadExchange
+from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
 from deepspeed_alst.memory_lean.parts import AttentionCall, LayerParts
-from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
 from deepspeed_alst.random_draws.draw_mode import Branch
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks
 
@@ -52,9 +54,17 @@ class LeanCall:
     outputs: list[tuple[Saved, Saved]] = dataclasses.field(default_factory=list)
     records: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # their keys, and which are flat
 
+    @functools.cached_property
     def chunks(self) -> list[slice]:
-        """Return the chunks of a shard."""
+        """Chunks of a shard."""
         return of_size(0, self.shape[1], self.sizes.chunk_tokens)
+
+    @functools.cached_property
+    def core(self) -> Core:
+        """Attention, and K and V's blocks."""
+        head_dims, key_block = [x.shape[3] for x in (self.attention.k, self.attention.v)], self.sizes.key_block
+        blocks = KeyBlocks(self.exchange, self.chunks, head_dims, key_block)
+        return Core(self.exchange, blocks, self.shape[1], self.attention.mask, self.kernel, key_block)
 
     def tiles(self, chunk: slice) -> Iterator[tuple[slice, dict[str, Any], Any]]:
         """Yield a chunk's tiles, in its own tokens, the layer's arguments for them and a context to run them in."""
@@ -76,25 +86,13 @@ class LeanCall:
         of_batch = torch.arange(B * s, device=self.attention.q.device).view(B, s)
         return of_batch[:, tile].flatten()
 
-    def pieces(self, chunk: slice) -> Iterator[tuple[tuple[Any, ...], tuple[list[Rectangle], int, Kernel]]]:
-        """Yield where adjacent rows are in ``[B, h, P, c]``, and their rectangles, first in the sequence and kernel."""
-        P, s, mask = self.exchange.plan.sp_size, self.shape[1], self.attention.mask
-        masks = [] if mask is None else [(slice(row, row + 1), each) for row, each in enumerate(mask.rows)]
-        stripes = self.exchange.own_stripes(chunk.stop - chunk.start)
-        ends = list(itertools.accumulate(map(len, stripes), initial=0))
-        for rank, (stripe, here) in itertools.product(range(P), zip(stripes, itertools.pairwise(ends), strict=True)):
-            first = rank * s + chunk.start + stripe.start
-            for samples, each in masks or [(slice(None), mask)]:
-                parts = list(rectangles(first, first + len(stripe), P * s, each, self.sizes.key_block))
-                yield (samples, slice(None), rank, slice(*here)), (parts, first, from_sample(self.kernel, samples))
-
     def forward(self, x_BsM: torch.Tensor, saves: bool) -> tuple[torch.Tensor, ...]:
         """Return the layer's output, ``[B, s, M]``, and its records; save each chunk's input if there is a backward."""
-        k_BkSD, v_BkSE = self._keys_and_values(lambda index, chunk: x_BsM[:, chunk])
+        kv_RBkW = self._keys_and_values(lambda index, chunk: x_BsM[:, chunk])
         whole: list[torch.Tensor] = []
-        for chunk in self.chunks():
+        for chunk in self.chunks:
             x_BcM = x_BsM[:, chunk]
-            o_BcHE, lse_BhPc = self._attend(self._queries(x_BcM, chunk), k_BkSD, v_BkSE, chunk)
+            o_BcHE, lse_BhPc = self._attend(self._queries(x_BcM, chunk), kv_RBkW, chunk)
             if saves:
                 save = self.new_group()
                 self.inputs.append(save(x_BcM))
@@ -127,10 +125,10 @@ class LeanCall:
             self.inputs[index - 1].prefetch()
         return x_BcM
 
-    def _keys_and_values(self, input_of: Callable[[int, slice], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's heads of the whole sequence: ``[B, k, S, D]`` and ``[B, k, S, E]``."""
-        whole: list[torch.Tensor] = []
-        for index, chunk in reversed(list(enumerate(self.chunks()))):
+    def _keys_and_values(self, input_of: Callable[[int, slice], torch.Tensor]) -> torch.Tensor:
+        """Return this rank's part of the sequence's keys and values, ``[R, B, k, W]``."""
+        kv_RBkW = None
+        for index, chunk in reversed(list(enumerate(self.chunks))):
             x_BcM, found = input_of(index, chunk), list[list[torch.Tensor]]()
             for tile, kwargs, as_in_forward in self.tiles(chunk):
                 with as_in_forward:
@@ -141,13 +139,10 @@ class LeanCall:
             del x_BcM, found
             parts = self.exchange.to_heads("kv", k_BKcD, v_BKcE)
             del k_BKcD, v_BKcE
-            if not whole:
-                P, s = self.exchange.plan.sp_size, self.shape[1]
-                whole = [x.new_empty(*x.shape[:2], P, s, x.shape[4]) for x in parts]
-            for x_BkPsD, x_BkPcD in zip(whole, parts, strict=True):
-                x_BkPsD[:, :, :, chunk] = x_BkPcD
-        k_BkPsD, v_BkPsE = whole
-        return k_BkPsD.flatten(2, 3), v_BkPsE.flatten(2, 3)
+            kv_RBkW = self.core.blocks.put(kv_RBkW, index, *parts)
+            del parts
+        assert kv_RBkW is not None
+        return kv_RBkW
 
     def _queries(self, x_BcM: torch.Tensor, chunk: slice) -> torch.Tensor:
         """Return a chunk's queries, ``[B, H, c, D]``."""
@@ -157,19 +152,14 @@ class LeanCall:
                 found.append(self.parts.front(x_BcM[:, tile], kwargs, "q").q)
         return joined(found)
 
-    def _attend(
-        self, q_BHcD: torch.Tensor, k_BkSD: torch.Tensor, v_BkSE: torch.Tensor, chunk: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(self, q_BHcD: torch.Tensor, kv_RBkW: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a chunk's attention output ``[B, c, H, E]``, and this rank's log-sum-exp ``[B, h, P, c]``."""
         (q_BhPcD,) = self.exchange.to_heads("q", q_BHcD)
         del q_BHcD
         sinks_H = self.attention.arguments.get("s_aux")
         sinks_h = None if sinks_H is None else sinks_H[self.exchange.own_heads()]
-        o_BhPcE = q_BhPcD.new_empty(*q_BhPcD.shape[:4], v_BkSE.shape[3])
-        lse_BhPc = q_BhPcD.new_empty(q_BhPcD.shape[:4], dtype=torch.promote_types(q_BhPcD.dtype, torch.float32))
-        for rows, how in self.pieces(chunk):
-            keys_values = k_BkSD[rows[0]], v_BkSE[rows[0]]
-            o_BhPcE[rows], lse_BhPc[rows] = attend(q_BhPcD[rows], *keys_values, *how, sinks_h)
+        o_BhPcE, lse_BhPc = self.core.forward(chunk, q_BhPcD, kv_RBkW, self.attention.v.shape[3], sinks_h)
+        del q_BhPcD
         (o_BHcE,) = self.exchange.to_tokens("q", chunk.stop - chunk.start, o_BhPcE)
         return o_BHcE.transpose(1, 2).contiguous(), lse_BhPc
 
@@ -179,24 +169,20 @@ class LeanCall:
             x.unflatten(0, self.shape) if flat else x for (_, flat), x in zip(self.records, of_records, strict=True)
         ]
         of_outputs = [dx_BsM, *grads]
-        k_BkSD, v_BkSE = self._keys_and_values(lambda index, chunk: self._input(index))
-        wide = torch.promote_types(k_BkSD.dtype, torch.float32)
-        dk_BkSD, dv_BkSE = (torch.zeros_like(x, dtype=wide) for x in (k_BkSD, v_BkSE))
-        chunks = self.chunks()
+        kv_RBkW = self._keys_and_values(lambda index, chunk: self._input(index))
+        sums_RBkW = torch.zeros_like(kv_RBkW, dtype=torch.promote_types(kv_RBkW.dtype, torch.float32))
+        chunks, narrow = self.chunks, kv_RBkW.dtype
         passes = 3 * sum(len(of_size(chunk.start, chunk.stop, self.sizes.tile_tokens)) for chunk in chunks)
         sums = WeightGradients(self.weights, passes, fp32=True)
         with without_hooks(self.weights):
             for index, chunk in reversed(list(enumerate(chunks))):
                 of_chunk = [x[:, chunk] for x in of_outputs]
-                self._chunk_backward(index, chunk, of_chunk, (k_BkSD, v_BkSE), (dk_BkSD, dv_BkSE), sums)
-            narrow = k_BkSD.dtype
-            del k_BkSD, v_BkSE
-            P, s = self.exchange.plan.sp_size, self.shape[1]
-            grads = [x.unflatten(2, (P, s)) for x in (dk_BkSD, dv_BkSE)]
-            del dk_BkSD, dv_BkSE
+                self._chunk_backward(index, chunk, of_chunk, kv_RBkW, sums_RBkW, sums)
+            del kv_RBkW
             for index, chunk in reversed(list(enumerate(chunks))):
-                of_chunk = [x[:, :, :, chunk].to(narrow) for x in grads]
-                dk_dv = self.exchange.to_tokens("kv", chunk.stop - chunk.start, *of_chunk)
+                c = chunk.stop - chunk.start
+                of_chunk = [x.to(narrow) for x in self.core.blocks.of_chunk(sums_RBkW, index, c)]
+                dk_dv = self.exchange.to_tokens("kv", c, *of_chunk)
                 del of_chunk
                 x_BcM = self._input(index)
                 for tile, kwargs, as_in_forward in self.tiles(chunk):
@@ -212,8 +198,8 @@ class LeanCall:
         index: int,
         chunk: slice,
         of_outputs: Sequence[torch.Tensor],
-        keys_values: tuple[torch.Tensor, torch.Tensor],
-        grads: tuple[torch.Tensor, torch.Tensor],
+        kv_RBkW: torch.Tensor,
+        sums_RBkW: torch.Tensor,
         sums: WeightGradients,
     ) -> None:
         """Backward of a chunk but for its keys and values, whose gradients it adds for the whole sequence."""
@@ -229,7 +215,7 @@ class LeanCall:
             for saved in self.outputs[index - 1] if index else ():
                 saved.prefetch()
         else:
-            o_BcHE, lse_BhPc = self._attend(q_BHcD, *keys_values, chunk)
+            o_BcHE, lse_BhPc = self._attend(q_BHcD, kv_RBkW, chunk)
         do_BcHE = self._tail_backward(x_BcM, o_BcHE, chunk, of_outputs, sums)
         del x_BcM
         # One exchange for the three: attention's output comes back with its gradient.
@@ -237,11 +223,7 @@ class LeanCall:
         del q_BHcD, o_BcHE, do_BcHE
         q_BhPcD, o_BhPcE, do_BhPcE = self.exchange.to_heads("qqq", *sent)
         del sent
-        dq_BhPcD = torch.empty(q_BhPcD.shape, dtype=q_BhPcD.dtype, device=q_BhPcD.device)
-        for rows, how in self.pieces(chunk):
-            of_rows, of_output = ([x[rows] for x in each] for each in ((do_BhPcE, q_BhPcD), (o_BhPcE, lse_BhPc)))
-            of_keys, of_grads = ([x[rows[0]] for x in each] for each in (keys_values, grads))
-            dq_BhPcD[rows] = attend_backward(*of_rows, *of_keys, *of_output, *of_grads, *how)
+        dq_BhPcD = self.core.backward(chunk, (do_BhPcE, q_BhPcD, o_BhPcE, lse_BhPc), kv_RBkW, sums_RBkW)
         if (sinks_H := self.attention.arguments.get("s_aux")) in sums:
             heads_here, grad_H = self.exchange.own_heads(), torch.zeros_like(sinks_H, dtype=lse_BhPc.dtype)
             grad_H[heads_here] = sinks_gradient(do_BhPcE, o_BhPcE, lse_BhPc, sinks_H[heads_here])

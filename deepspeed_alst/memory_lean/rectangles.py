@@ -66,24 +66,20 @@ def _in_window(first: int, last: int, start: int, window: int, key_block: int) -
         yield Rectangle(row, end, row, end, "lower")
 
 
-def key_blocks(parts: Iterable[Rectangle], length: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield blocks of keys that are together those of a sequence, of ``size`` or up to the end of a triangle."""
-    triangles = sorted((part.first_key, part.last_key) for part in parts if part.triangle)
-    first = 0
-    while first < length:
-        last = min(length, first + size)
-        for begin, end in triangles:
-            last = end if begin < last < end else last
-        yield first, last
-        first = last
-
-
 def in_block(parts: Iterable[Rectangle], first: int, last: int) -> Iterator[Rectangle]:
-    """Yield what is in one of these blocks of the rectangles, their keys counted from its first."""
+    """Yield what of the rectangles is in a block of keys: of a triangle a smaller one, and what is beside it."""
     for part in parts:
         begin, end = max(part.first_key, first), min(part.last_key, last)
-        if begin < end:
-            yield part._replace(first_key=begin - first, last_key=end - first)
+        if begin >= end:
+            continue
+        if not part.triangle:
+            yield part._replace(first_key=begin, last_key=end)
+            continue
+        square = part.first_row + begin - part.first_key, part.first_row + end - part.first_key
+        yield Rectangle(*square, begin, end, part.triangle)
+        beside = (square[1], part.last_row) if part.triangle == "lower" else (part.first_row, square[0])
+        if beside[0] < beside[1]:
+            yield Rectangle(*beside, begin, end)
 
 
 def blocks(part: Rectangle, rows: int, keys: int) -> Iterator[Rectangle]:

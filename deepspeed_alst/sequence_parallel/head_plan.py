@@ -5,6 +5,7 @@ row groups.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ class HeadPlan:
     included: of 28 query heads with 4 KV heads, 8 ranks hold 3 or 4 in turn, and one KV head each.
 
     Up to H ranks hold heads of their own: u = P. More of them form a grid: r adjacent ranks hold the same heads, each
-    with 1/r of the query rows of every shard, and with the whole sequence's keys and values.
+    with 1/r of the query rows of every shard. Keys and values are those of the whole sequence on every rank, or, with
+    ``divides_kv``, 1/g of the rows of every shard on each of the g ranks with the same KV heads.
     """
 
     sp_size: int
     num_heads: int
     num_kv_heads: int
+    divides_kv: bool = False
 
     def __post_init__(self) -> None:
         H, K = self.num_heads, self.num_kv_heads
@@ -48,10 +51,27 @@ class HeadPlan:
         return self.sp_size // self.head_groups
 
     @property
+    def kv_sharers(self) -> int:
+        """Adjacent ranks with the same KV heads, g, if these make groups of one size; 1 if not."""
+        heads = self.split(self.num_kv_heads)
+        groups = [(len(of_rank), sum(1 for _ in ranks)) for of_rank, ranks in itertools.groupby(heads)]
+        sizes = {size for _, size in groups}
+        return sizes.pop() if len(sizes) == 1 and sum(held for held, _ in groups) == self.num_kv_heads else 1
+
+    @property
+    def kv_parts(self) -> int:
+        """Ranks among which the rows of a KV head are divided; 1 if each that needs it has all."""
+        return self.kv_sharers if self.divides_kv else 1
+
+    @property
     def is_even(self) -> bool:
         """True if all ranks hold as many query heads, in groups of one size, and equal parts or copies of KV heads."""
         P, H, K = self.sp_size, self.num_heads, self.num_kv_heads
         return H % P == 0 and (K % P == 0 or P % K == 0)
+
+    def is_even_for(self, kinds: str) -> bool:
+        """Return True if that holds, and all ranks have all rows of tensors of these kinds."""
+        return self.is_even and (self.kv_parts == 1 or set(kinds) == {"q"})
 
     @property
     def heads_per_rank(self) -> int:
@@ -129,10 +149,16 @@ class HeadPlan:
             yield first, last
 
     def shares(self, kind: str, num_tokens: int) -> list[Share]:
-        """Return each rank's share of a shard of ``num_tokens``: of kind "q", or of "k" and "v" with all rows."""
-        heads, whole = self.split(self.num_heads if kind == "q" else self.num_kv_heads), (range(num_tokens),)
-        ranks = range(self.sp_size)
-        return [Share(heads[rank], self.stripes(rank, num_tokens) if kind == "q" else whole) for rank in ranks]
+        """Return each rank's share of a shard of ``num_tokens``: of kind "q", or of "k" and "v"."""
+        heads, rows = (self.num_heads, self.stripes) if kind == "q" else (self.num_kv_heads, self.kv_rows)
+        return [Share(of_rank, rows(rank, num_tokens)) for rank, of_rank in enumerate(self.split(heads))]
+
+    def kv_rows(self, rank: int, num_tokens: int) -> tuple[range, ...]:
+        """Return a rank's rows of K and V of each shard of ``num_tokens``: all, or one of g parts rounded up."""
+        g = self.kv_parts
+        rows = -(-num_tokens // g)
+        first = min(num_tokens, rank % g * rows)
+        return (range(first, min(num_tokens, first + rows)),)
 
     def heads_of(self, rank: int) -> range:
         """Return the query heads of a rank."""

@@ -6,7 +6,6 @@ no backend's causal mask fits rows that are apart.
 Legend: B batch, h query heads, k KV heads, R rows, S whole sequence, D head dim of q and k, E of v.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.attention import add_gradients, attend, sinks_gradient
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, Kernel, kernel_for
-from deepspeed_alst.memory_lean.rectangles import Rectangle, in_block, key_blocks, rectangles
+from deepspeed_alst.memory_lean.chunks import of_size
+from deepspeed_alst.memory_lean.rectangles import Rectangle, in_block, rectangles
 from deepspeed_alst.offload.attention_cache import CheckpointFrame
 from deepspeed_alst.random_draws.draw_mode import current_draws
 from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend, find_backend
@@ -141,13 +141,14 @@ class _RowAttention(torch.autograd.Function):
         dk_BkSD, dv_BkSE = torch.empty_like(k_BkSD), torch.empty_like(v_BkSE)
         pieces, length = list(ctx.call.pieces(ctx.call.length)), ctx.call.length
         # The fp32 sums of a block of keys are finished before the next: whole, they would take twice K and V.
-        for first_key, last_key in key_blocks(itertools.chain(*(parts for *_, parts in pieces)), length, KEY_BLOCK):
-            k, v, dk, dv = (x[:, :, first_key:last_key] for x in (k_BkSD, v_BkSE, dk_BkSD, dv_BkSE))
+        for keys in of_size(0, length, KEY_BLOCK):
+            k, v, dk, dv = (x[:, :, keys] for x in (k_BkSD, v_BkSE, dk_BkSD, dv_BkSE))
             sums = [torch.zeros_like(x, dtype=lse_BhR.dtype) for x in (k, v)]
             for here, first, parts in pieces:
-                of_rows = tuple(x[:, :, here] for x in (do_BhRE, q_BhRD, o_BhRE, lse_BhR))
-                inside = in_block(parts, first_key, last_key)
-                add_gradients(dq_BhRD[:, :, here], *sums, of_rows, (k, v), inside, first, ctx.call.kernel)
+                of_rows = [x[:, :, here] for x in (do_BhRE, q_BhRD, o_BhRE, lse_BhR)]
+                inside = in_block(parts, keys.start, keys.stop)
+                start = first, keys.start
+                add_gradients(dq_BhRD[:, :, here], *sums, of_rows, (k, v), inside, start, ctx.call.kernel)
             dk.copy_(sums[0])
             dv.copy_(sums[1])
         d_sinks_h = None

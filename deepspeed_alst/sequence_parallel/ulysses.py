@@ -122,7 +122,7 @@ def to_blocks(tensors_BHsD: Sequence[torch.Tensor], kinds: str, plan: HeadPlan, 
     A block has the heads of the first tensor, then of the next.
     """
     P, (B, _, s, _) = plan.sp_size, tensors_BHsD[0].shape
-    if plan.is_even:
+    if plan.is_even_for(kinds):
         return [exchange(pack([by_heads(x, min(P, x.shape[1])) for x in tensors_BHsD], P), group)]
     send_n, to_ranks = pack_uneven(tensors_BHsD, [plan.shares(kind, s) for kind in kinds])
     recv = exchange(send_n, group, to_ranks, [to_ranks[dist.get_rank(group)]] * P)
@@ -163,7 +163,7 @@ def to_tokens(
     """
     P, B, head_dims = plan.sp_size, pieces_PsBhD[0].shape[2], [x.shape[4] for x in pieces_PsBhD]
     shares = [plan.shares(kind, num_tokens) for kind in kinds]
-    if plan.is_even:
+    if plan.is_even_for(kinds):
         recv = exchange(pack(pieces_PsBhD, P), group)
     else:
         from_ranks = uneven_sizes(B, head_dims, shares)
@@ -182,7 +182,7 @@ def to_tokens(
         for kind, D in zip(kinds, head_dims, strict=True)
     ]
     results_BHsD = [x.transpose(1, 2) for x in results_BsHD]
-    if plan.is_even:
+    if plan.is_even_for(kinds):
         unpack_(recv, [by_heads(x, min(P, x.shape[1])) for x in results_BHsD])
     else:
         unpack_uneven_(recv, results_BHsD, shares)

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_alst.memory_lean import attention_kernels
-from deepspeed_alst.memory_lean.attention import attend, attend_backward
+from deepspeed_alst.memory_lean.attention import add_gradients, attend
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, FlashKernel, TorchKernel, kernel_for
-from deepspeed_alst.memory_lean.rectangles import Rectangle, blocks, in_block, key_blocks, rectangles
+from deepspeed_alst.memory_lean.rectangles import Rectangle, blocks, in_block, rectangles
 from deepspeed_alst.random_draws.counter_based import attention_keeps
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
@@ -25,6 +25,20 @@ def cuts(draw):
     mask = MaskSpec(draw(st.none() | st.integers(1, 70)), draw(st.none() | st.integers(1, 20)), bounds)
     first = draw(st.integers(0, length - 1))
     return length, mask, first, draw(st.integers(first + 1, length)), draw(st.integers(1, 70))
+
+
+def pairs_of(parts, length):
+    """Count how often rectangles hold each pair of a row and a key."""
+    seen = torch.zeros(length, length, dtype=torch.int)
+    for part in parts:
+        pairs = torch.ones_like(seen[part.first_row : part.last_row, part.first_key : part.last_key])
+        assert pairs.numel()
+        seen[part.first_row : part.last_row, part.first_key : part.last_key] += {
+            "lower": torch.tril,
+            "upper": torch.triu,
+            "": torch.clone,
+        }[part.triangle](pairs)
+    return seen
 
 
 @settings(max_examples=400)
@@ -51,39 +65,23 @@ def test_rectangles_hold_each_visible_pair_once(cut):
 def test_blocks_hold_each_pair_of_their_rectangle_once(cut, rows, keys):
     length, mask, first, last, key_block = cut
     for whole in rectangles(first, last, length, mask, key_block):
-        pairs = [torch.zeros(length, length, dtype=torch.int) for _ in range(2)]
-        for seen, parts in zip(pairs, ([whole], blocks(whole, rows, keys)), strict=True):
-            for part in parts:
-                ones = seen[part.first_row : part.last_row, part.first_key : part.last_key]
-                assert ones.numel()
-                assert part is whole or (ones.shape[0] <= rows and ones.shape[1] <= max(rows, keys))
-                ones += {"lower": torch.tril, "upper": torch.triu, "": torch.clone}[part.triangle](
-                    torch.ones_like(ones)
-                )
-        assert torch.equal(*pairs)
+        parts = list(blocks(whole, rows, keys))
+        assert torch.equal(pairs_of([whole], length), pairs_of(parts, length))
+        for part in parts:
+            num_rows, num_keys = part.last_row - part.first_row, part.last_key - part.first_key
+            assert num_rows <= rows and num_keys <= max(rows, keys)
 
 
 @settings(max_examples=200)
 @given(cuts(), st.integers(1, 20))
-def test_blocks_of_keys_hold_each_pair_once_and_cut_no_triangle(cut, size):
+def test_blocks_of_keys_hold_each_pair_of_a_rectangle_once(cut, size):
     length, mask, first, last, _ = cut
-    parts, pairs = list(rectangles(first, last, length, mask, length)), []
-    found = list(key_blocks(parts, length, size))
-    assert [0, *(end for _, end in found)] == [*(begin for begin, _ in found), length]
-    of_blocks = [
-        part._replace(first_key=part.first_key + begin, last_key=part.last_key + begin)
-        for begin, end in found
-        for part in in_block(parts, begin, end)
-    ]
-    for each in (parts, of_blocks):
-        pairs.append(torch.zeros(length, length, dtype=torch.int))
-        for part in each:
-            if not part.triangle:
-                pairs[-1][part.first_row : part.last_row, part.first_key : part.last_key] += 1
-    assert torch.equal(*pairs)
-    assert [part for part in parts if part.triangle] == sorted(
-        (part for part in of_blocks if part.triangle), key=[*parts].index
-    )
+    for whole in rectangles(first, last, length, mask, length):
+        parts = [part for begin in range(0, length, size) for part in in_block([whole], begin, begin + size)]
+        assert torch.equal(pairs_of([whole], length), pairs_of(parts, length))
+        for part in parts:
+            assert part.first_key // size == (part.last_key - 1) // size
+            assert not part.triangle or part.last_row - part.first_row == part.last_key - part.first_key
 
 
 # Errors of torch's own attention in these dtypes are of the same size.
@@ -134,7 +132,8 @@ def test_output_and_gradients_are_those_of_fp64(dtype, mask, sizes, kernel, monk
             parts = list(rectangles(first, last, S, mask, 13))
             o, lse = attend(rows[1], keys, values, parts, first, kernel)
             outputs.append(o)
-            dq.append(attend_backward(*rows, keys, values, o, lse, dk, dv, parts, first, kernel))
+            dq.append(torch.zeros_like(rows[1], dtype=wide))
+            add_gradients(dq[-1], dk, dv, (*rows, o, lse), (keys, values), parts, (first, 0), kernel)
     found = torch.cat(outputs, 2), torch.cat(dq, 2), dk, dv
     for name, mine, true in zip("oqkv", found, (expected, q64.grad, k64.grad, v64.grad), strict=True):
         assert (mine.double() - true).norm() <= LIMITS[dtype] * true.norm(), name
