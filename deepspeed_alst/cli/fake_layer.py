@@ -3,7 +3,7 @@
 Legend: P = sp_size, s tokens of a rank's shard.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,11 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
+from deepspeed_alst.kernels.head_layout import Shares, uneven_sizes
 from deepspeed_alst.memory_lean import core as lean_core
 from deepspeed_alst.memory_lean.feature import run_in_chunks
-from deepspeed_alst.memory_lean.rectangles import Rectangle, rectangles
+from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
+from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.budget import LayerSizes
@@ -26,7 +28,7 @@ from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD, Sample
-from deepspeed_alst.sequence_parallel import row_attention
+from deepspeed_alst.sequence_parallel import row_attention, ulysses
 from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
@@ -107,8 +109,7 @@ def _batch(config: Any, tokens: int) -> dict[str, torch.Tensor]:
 def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet) -> CheckpointPolicy:
     """Patch a model as its features do on a GPU, in their order."""
     calls, alst = ForwardContext(saving_frame=saving_frame), keys.alst
-    patches.set(row_attention, "rectangles", _few_rectangles)
-    patches.wrap(RowCall, "pieces", _few_pieces)
+    shorten(patches)
     offloads = alst.activation_checkpoint_cpu_offload is not None
     store = ActivationStore(HostBufferPool()) if offloads else None
     policy = CheckpointPolicy(store, keep_last(keys.alst), num_saved=num_saved)
@@ -119,7 +120,6 @@ def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet)
     if (lean := alst.memory_lean_layer) is not None:
         group = None if keys.sequence_parallel_size == 1 else dist.group.WORLD
         run_in_chunks(spec, lean, group, calls, lambda module: None, patches, policy)
-        patches.set(lean_core, "rectangles", _few_rectangles)
     if alst.tiled_mlp_compute is not None:
         tile_mlps(spec, alst.tiled_mlp_compute, lambda module: None, patches)
     if (loss := keys.tiled_loss()) is not None:
@@ -129,20 +129,39 @@ def _patch(spec: ModelSpec, keys: AlstConfig, num_saved: int, patches: PatchSet)
     return policy
 
 
-def _few_rectangles(*arguments: Any) -> list[Rectangle]:
-    """Return the first and the last: those between need as much memory as the first, one after the other."""
-    found = list(rectangles(*arguments))
-    return [*found[:1], *found[1:][-1:]]
+def shorten(patches: PatchSet) -> None:
+    """Run few of a pass's many equal steps on fake tensors, which need as much memory as all, one after the other.
+
+    Buffers of ranks with unequal shares are allocated, and neither filled nor read: a copy per rank and tensor.
+    """
+    for module in (row_attention, lean_core):
+        patches.set(module, "rectangles", _ends(rectangles))
+    for owner, name in ((RowCall, "pieces"), (lean_core.Core, "pieces"), (KeyBlocks, "blocks_with")):
+        patches.wrap(owner, name, _ends)
+    patches.set(ulysses, "pack_uneven", _buffer)
+    patches.set(ulysses, "unpack_uneven_", _sums)
 
 
-def _few_pieces(pieces: Callable[[RowCall, int], Iterator[Any]]) -> Callable[[RowCall, int], list[Any]]:
-    """Wrap ``RowCall.pieces`` to give the first and the last: there are two for each rank."""
+def _ends(function: Callable[..., Iterable[Any]]) -> Callable[..., list[Any]]:
+    """Wrap a function to return the first two and the last of what it gives: two are in work at a time."""
 
-    def few(call: RowCall, key_block: int) -> list[Any]:
-        found = list(pieces(call, key_block))
-        return [*found[:1], *found[1:][-1:]]
+    def few(*arguments: Any) -> list[Any]:
+        found = list(function(*arguments))
+        return [*found[:2], *found[2:][-1:]]
 
     return few
+
+
+def _buffer(tensors_BHsD: Sequence[torch.Tensor], shares: Sequence[Shares]) -> tuple[torch.Tensor, list[int]]:
+    sizes = uneven_sizes(tensors_BHsD[0].shape[0], [x.shape[3] for x in tensors_BHsD], shares)
+    return tensors_BHsD[0].new_empty(sum(sizes)), sizes
+
+
+def _sums(buffer_n: torch.Tensor, tensors_BHsD: Sequence[torch.Tensor], shares: Sequence[Shares]) -> None:
+    """Allocate what ``merge_heads_`` does for a KV head on several ranks: its sum, the next rank's, and the new sum."""
+    for x_BHsD, of_ranks in zip(tensors_BHsD, shares, strict=True):
+        if len(set(of_ranks)) < len(of_ranks):
+            x_BHsD.new_empty(3, *x_BHsD[:, : len(of_ranks[0].heads)].shape, dtype=torch.float32)
 
 
 def _peaks(spec: ModelSpec, batch: dict[str, torch.Tensor]) -> Bytes:

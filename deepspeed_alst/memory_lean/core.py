@@ -48,7 +48,7 @@ class Core:
             found.append((min(part.first_key for part in of_first), shard + chunk.stop))
         return found
 
-    def _pieces(self, chunk: slice) -> Iterator[tuple[Where, list[Rectangle], int, Kernel]]:
+    def pieces(self, chunk: slice) -> Iterator[tuple[Where, list[Rectangle], int, Kernel]]:
         """Yield where adjacent rows are, with their rectangles, their first in the sequence and their kernel."""
         s, length = self.num_tokens, self.blocks.length
         key_block = length if self.blocks.are_gathered else self.key_block  # blocks cut them
@@ -65,7 +65,7 @@ class Core:
         self, chunk: slice, kv_RBkW: torch.Tensor, sums_RBkW: torch.Tensor | None = None
     ) -> Iterator[tuple[Where, Sequence[torch.Tensor], Sequence[torch.Tensor], tuple[Any, ...]]]:
         """Yield pieces of each block: where their rows are, K and V, gradients to add to, rectangles and kernel."""
-        pieces = list(self._pieces(chunk))
+        pieces = list(self.pieces(chunk))
         for block, keys_values, sums in self.blocks.walk(kv_RBkW, self._seen(chunk), sums_RBkW):
             for where, parts, first_row, kernel in pieces:
                 of_keys, of_sums = ([x[where[0]] for x in each] for each in (keys_values, sums))

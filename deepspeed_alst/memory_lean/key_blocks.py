@@ -75,6 +75,14 @@ class KeyBlocks:
         parts = x_RBkW.unflatten(0, (self._P, -1))[:, own].split(self._dims, -1)
         return [x_PmBkD.permute(2, 3, 0, 1, 4) for x_PmBkD in parts]
 
+    def blocks_with(self, intervals: Sequence[tuple[int, int]]) -> list[Block]:
+        """Return the blocks that have keys of some intervals."""
+        return [
+            block
+            for block in self._blocks
+            if any(first < block.keys.stop and block.keys.start < last for first, last in intervals)
+        ]
+
     def walk(
         self, x_RBkW: torch.Tensor, seen: Sequence[tuple[int, int]], sums_RBkW: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
@@ -87,12 +95,8 @@ class KeyBlocks:
             of_sums = () if sums_RBkW is None else self._by_heads(sums_RBkW)
             yield slice(0, self.length), self._by_heads(x_RBkW), of_sums
             return
-        blocks = [
-            block
-            for block in self._blocks
-            if any(first < block.keys.stop and block.keys.start < last for first, last in seen)
-        ]
-        gathers, add = (self._gather(x_RBkW, block) for block in blocks), _nothing
+        blocks, add = self.blocks_with(seen), _nothing
+        gathers = (self._gather(x_RBkW, block) for block in blocks)
         ahead = next(gathers)
         for block in blocks:
             x_NBkW, ahead = ahead(), next(gathers, _nothing)

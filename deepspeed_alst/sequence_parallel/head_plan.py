@@ -50,7 +50,7 @@ class HeadPlan:
         """Ranks that share the query rows of the same heads, r."""
         return self.sp_size // self.head_groups
 
-    @property
+    @functools.cached_property
     def kv_sharers(self) -> int:
         """Adjacent ranks with the same KV heads, g, if these make groups of one size; 1 if not."""
         heads = self.split(self.num_kv_heads)
