@@ -17,6 +17,7 @@ from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.kernels.head_layout import Shares, uneven_sizes
 from deepspeed_alst.memory_lean import core as lean_core
 from deepspeed_alst.memory_lean.feature import run_in_chunks
+from deepspeed_alst.memory_lean.chunks import of_size
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
 from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
@@ -138,6 +139,7 @@ def shorten(patches: PatchSet) -> None:
         patches.set(module, "rectangles", _ends(rectangles))
     for owner, name in ((RowCall, "pieces"), (lean_core.Core, "pieces"), (KeyBlocks, "blocks_with")):
         patches.wrap(owner, name, _ends)
+    patches.set(row_attention, "of_size", _ends(of_size))
     patches.set(ulysses, "pack_uneven", _buffer)
     patches.set(ulysses, "unpack_uneven_", _sums)
 
