@@ -16,8 +16,8 @@ from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.kernels.head_layout import Shares, uneven_sizes
 from deepspeed_alst.memory_lean import core as lean_core
-from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.chunks import of_size
+from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
 from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore

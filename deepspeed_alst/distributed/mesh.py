@@ -102,54 +102,28 @@ def build_control_group() -> Any:
     return dist.new_group(backend="gloo", timeout=world_timeout())
 
 
+def build_adjacent(size: int, backend: str | None = None) -> Any:
+    """Build groups of ``size`` consecutive ranks, which divides the world; return this rank's. Collective over it."""
+    rows = [list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
+    # The same timeout for all groups: the longest would delay the detection of a lost rank.
+    return dist.new_subgroups_by_enumeration(rows, world_timeout(), backend)[0]  # type: ignore[no-untyped-call]
+
+
 def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:
     """Build the groups of one engine. Collective over the world; the SP degree must divide it (checked before)."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    # The same timeout for all groups: the longest would delay the detection of a lost rank.
-    timeout = world_timeout()
-
-    def mine_of(size: int, backend: str | None = None) -> Any:
-        rows = [list(range(first, first + size)) for first in range(0, world_size, size)]
-        return dist.new_subgroups_by_enumeration(rows, timeout, backend)[0]  # type: ignore[no-untyped-call]
-
     return SequenceGroups(
         sp_size=sp_size,
         sp_rank=rank % sp_size,
         dp_size=world_size // sp_size,
         dp_rank=rank // sp_size,
-        sp_group=mine_of(sp_size),
-        world_group=dist.new_group(list(range(world_size)), timeout=timeout),
-        self_group=mine_of(1),
-        sp_control_group=mine_of(sp_size, "gloo"),
+        sp_group=build_adjacent(sp_size),
+        world_group=dist.new_group(list(range(world_size)), timeout=world_timeout()),
+        self_group=build_adjacent(1),
+        sp_control_group=build_adjacent(sp_size, "gloo"),
         control_group=control_group,
         roll_group=build_control_group(),
     )
-
-
-class AdjacentRanks:
-    """Groups of adjacent ranks of a group, each made when it is first asked for and kept."""
-
-    def __init__(self, group: Any) -> None:
-        self._group, self._found = group, dict[int, Any]()
-
-    def of(self, size: int) -> Any:
-        """Return this rank's group of ``size``, which divides the whole; None for 1. Collective over the group's ranks.
-
-        The same sizes in the same order on all of them.
-        """
-        if size > 1 and size not in self._found:
-            ranks = dist.get_process_group_ranks(self._group)
-            first = dist.get_rank(self._group) // size * size
-            # Other sequences' ranks do not take part.
-            self._found[size] = dist.new_group(
-                ranks[first : first + size], timeout=world_timeout(), use_local_synchronization=True
-            )
-        return self._found.get(size)
-
-    def destroy(self) -> None:
-        """Destroy the groups."""
-        destroy_groups(*self._found.values())
-        self._found.clear()
 
 
 @contextlib.contextmanager

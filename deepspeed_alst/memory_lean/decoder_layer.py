@@ -1,11 +1,12 @@
 """A decoder layer whose forward runs in chunks where it can, and as it is where it cannot."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import agrees
-from deepspeed_alst.distributed.mesh import AdjacentRanks
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, kernel_for
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
@@ -65,7 +65,7 @@ class LeanLayer:
         stream: ResidualStream,
         on_any_rank: Callable[[bool], bool],
         router_classes: tuple[type, ...],
-        kv_groups: AdjacentRanks,
+        kv_groups: Mapping[int, Any],
     ) -> None:
         self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
         self._stream, self._on_any_rank = stream, on_any_rank
@@ -242,11 +242,13 @@ class LeanLayer:
         if draws_anew and any(dropout_rates(self._layer).values()):
             raise UnsupportedLayerError("dropout at sequence_parallel_size 1, whose draws chunks cannot repeat")
         attention = self._attention_call(x_BsM, kwargs, draws_anew)
-        plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1], divides_kv=True)
+        plan = HeadPlan(self._sp_size, attention.q.shape[1], attention.k.shape[1])
+        kv_group = self._kv_groups.get(plan.kv_sharers)
+        plan = dataclasses.replace(plan, divides_kv=kv_group is not None)
         rate, draws, dropout = attention.arguments.get("dropout"), current_draws(), None
         if rate and draws is None:
             raise UnsupportedLayerError("attention with dropout, whose draws chunks cannot repeat")
-        exchange, drawing = HeadExchange(plan, self._group, self._kv_groups.of(plan.kv_parts)), branch()
+        exchange, drawing = HeadExchange(plan, self._group, kv_group), branch()
         if rate and draws is not None:
             with drawing():
                 dropout = Dropout(rate, draws.attention_key(), plan.heads_of(exchange.rank))

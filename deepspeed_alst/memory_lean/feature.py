@@ -12,7 +12,7 @@ from deepspeed_alst.config.schema import AutoMemoryLeanConfig, MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
-from deepspeed_alst.distributed.mesh import AdjacentRanks
+from deepspeed_alst.distributed.mesh import build_adjacent, destroy_groups
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
@@ -23,6 +23,7 @@ from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, t
 from deepspeed_alst.offload.feature import ActivationOffload
 from deepspeed_alst.random_draws.model_draws import is_dropout
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
 from deepspeed_alst.sequence_parallel.hf_one_rank import register_on_one_rank
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
@@ -104,8 +105,7 @@ def run_in_chunks(
     reasons, count, checkpointed = Counter[str](), 0, set(spec.checkpointed_layers)
     references_of_a_gradient()  # outside of a backward
     stream, calls.chunks_from = ResidualStream(spec, calls, patches), config.min_tokens
-    kv_groups = AdjacentRanks(group)
-    patches.callback(kv_groups.destroy)
+    kv_groups = {} if group is None else _groups_of_kv_heads(spec, dist.get_world_size(group), patches)
     ordinary = "" if group is not None else _attention_dropout(spec) or register_on_one_rank(spec, calls, patches)
     for path, layer in spec.layers.items():
         if layer not in checkpointed:
@@ -126,6 +126,17 @@ def run_in_chunks(
     if policy is not None and count:
         policy.chunks = Chunks(count, len(norms), config.chunk_tokens, config.min_tokens)
     return count, reasons
+
+
+def _groups_of_kv_heads(spec: ModelSpec, sp_size: int, patches: PatchSet) -> dict[int, Any]:
+    """Build the groups of ranks that share KV heads, by their size; none if all heads are apart, or layers differ."""
+    heads = attention_heads(spec.text_config)
+    size = 1 if heads is None else HeadPlan(sp_size, *heads).kv_sharers
+    if size == 1:
+        return {}
+    group = build_adjacent(size)
+    patches.callback(destroy_groups, group)
+    return {size: group}
 
 
 def _attention_dropout(spec: ModelSpec) -> str:

@@ -17,7 +17,7 @@ from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError
-from deepspeed_alst.memory_lean import layer
+from deepspeed_alst.memory_lean import core, layer
 from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.parts import AttentionCall, with_mask
@@ -327,11 +327,11 @@ def error_in_fp64():
     return max(abs(loss - true_loss) / true_loss, *errors)
 
 
-_RIGHT = layer.attend_backward
+_RIGHT = core.add_gradients
 
 
-def swapped(do, q, k, v, o, lse, dk, dv, *rest):
-    return _RIGHT(do, q, k, v, o, lse, dv, dk, *rest)
+def swapped(dq, dk, dv, *rest):
+    return _RIGHT(dq, dv, dk, *rest)
 
 
 def off_by_one(*args):
@@ -340,10 +340,10 @@ def off_by_one(*args):
         yield part._replace(last_key=part.last_key - is_wide)
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("attend_backward", swapped), ("rectangles", off_by_one)])
+@pytest.mark.parametrize(("name", "wrong"), [("add_gradients", swapped), ("rectangles", off_by_one)])
 def test_a_wrong_step_would_be_seen(name, wrong):
     assert error_in_fp64() < 1e-12
-    with mock.patch.object(layer, name, wrong):
+    with mock.patch.object(core, name, wrong):
         assert error_in_fp64() > 1e-3
 
 

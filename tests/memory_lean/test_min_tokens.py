@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config
 from deepspeed_alst import initialize
-from deepspeed_alst.memory_lean import layer
+from deepspeed_alst.memory_lean import core
 from deepspeed_alst.verification import verify_model
 
 CHUNKS = {"chunk_tokens": 10, "tile_tokens": 4, "key_block": 7}
@@ -44,7 +44,7 @@ def train(lean: Any) -> dict[str, Any]:
 
     with (
         mock.patch.object(verify_model, "check_live_model", checked),
-        mock.patch.object(layer, "attend", wraps=layer.attend) as in_chunks,
+        mock.patch.object(core, "add_attention", wraps=core.add_attention) as in_chunks,
     ):
         engine, found["report"] = engine_of(lean, activation_checkpoint_cpu_offload=True, save_attention_output=False)
         for length in (SHORT, LONG):

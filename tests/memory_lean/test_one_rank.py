@@ -1,5 +1,6 @@
 """Windows, chunks, packed documents and padding in memory-lean layers on one rank, against the plain model in fp64."""
 
+import dataclasses
 import warnings
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from benchmarks.cells import build_model, full_weight
 from benchmarks.families import family_config
 from deepspeed_alst.config.schema import MemoryLeanConfig
-from deepspeed_alst.memory_lean import layer
+from deepspeed_alst.memory_lean import core
 from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from tests.memory_lean.test_lean_behaviour import assert_close, lean_model
 from tests.models import family_batch, step_in_fp64
@@ -79,15 +80,14 @@ def test_a_mask_is_exact_in_chunks(kind, data):
     ],
 )
 def test_a_mask_off_by_one_would_be_seen(kind, data, change):
-    rectangles = layer.LeanCall.pieces
+    rectangles = core.Core.pieces
 
     def wrong(call: Any, chunk: slice) -> Any:
-        changed = {name: value for name, value in change.items() if getattr(call.attention.mask, name, None)}
-        mask = call.attention.mask and MaskSpec(**vars(call.attention.mask) | changed)
-        with mock.patch.object(call, "attention", call.attention._replace(mask=mask)):
-            yield from rectangles(call, chunk)
+        changed = {name: value for name, value in change.items() if getattr(call.mask, name, None)}
+        mask = call.mask and MaskSpec(**vars(call.mask) | changed)
+        yield from rectangles(dataclasses.replace(call, mask=mask), chunk)
 
-    with mock.patch.object(layer.LeanCall, "pieces", wrong):
+    with mock.patch.object(core.Core, "pieces", wrong):
         assert error(kind, data) > 1e-4
 
 

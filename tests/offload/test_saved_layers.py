@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.cells import Cell, build_model, ds_config, model_config
-from deepspeed_alst.memory_lean import layer as lean_layer
+from deepspeed_alst.memory_lean import core
 from deepspeed_alst.offload import budget
 from deepspeed_alst.offload import feature as offload_feature
 from deepspeed_alst.offload.activation_store import ActivationStore
@@ -48,7 +48,7 @@ def train(sp_size: int, lean: bool, saves: Any, host_budget: int | str) -> dict[
     with (
         mock.patch.object(budget, "_FLOPS_PER_BYTE", 0),  # so small a layer would not hide the copy
         mock.patch.object(offload_feature, "print_report", said),
-        mock.patch.object(lean_layer, "attend", wraps=lean_layer.attend) as in_chunks,
+        mock.patch.object(core, "add_attention", wraps=core.add_attention) as in_chunks,
     ):
         engine = engine_of(sp_size, lean, saves, host_budget)
         for length in (SHORT, SHORT, LONG, LONG)[::sp_size]:
