@@ -66,6 +66,10 @@ class Model:
     """FLOPs in closed form; None if the config lacks a size for them."""
     imbalance: float = 1.0
     """Largest share of the query heads that a rank has, relative to the mean."""
+    kv_parts: int = 1
+    """Ranks that gather the keys of a shared KV head from one another."""
+    kv_bytes: int = 0
+    """Bytes of a rank's K and V per token of the sequence, in bf16."""
 
 
 class Measuring:
@@ -121,9 +125,12 @@ class Measuring:
             lse_bytes=min(outputs, layers.lse_bytes),
             packing=False if offload is None else offload.packing,
         )
-        split, exchanged = head_plan(one, keys), exchanged_of(one, keys)
-        imbalance = 1.0 if split is None else split[0].imbalance
-        return Model(self._num_params, self._largest, layers, exchanged, self._step, imbalance), found
+        sizes = self._num_params, self._largest, layers, exchanged_of(one, keys), self._step
+        if (split := head_plan(one, keys)) is None:
+            return Model(*sizes), found
+        plan, head_dim = split
+        kv_bytes = 2 * 2 * head_dim * len(plan.kv_heads_of(plan.largest_rank))
+        return Model(*sizes, plan.imbalance, plan.kv_parts, kv_bytes), found
 
     def _outside_of_long(self, keys: AlstConfig, few: int) -> Line | None:
         """Return ``Layer.outside`` where a tile of the loss has more than ``few`` tokens: the vocabulary is small."""
@@ -189,7 +196,7 @@ def head_plan(config: Any, keys: AlstConfig) -> tuple[HeadPlan, int] | None:
     """Return how heads are split over the ranks, and their size; None if the config has no heads."""
     if (heads := attention_heads(config)) is None:
         return None
-    plan = HeadPlan(keys.sequence_parallel_size, *heads)
+    plan = HeadPlan(keys.sequence_parallel_size, *heads, divides_kv=keys.alst.memory_lean_layer is not None)
     return plan, getattr(config, "head_dim", None) or config.hidden_size // plan.num_heads
 
 

@@ -120,6 +120,8 @@ def _print(given: Variant, machine: Machine, arguments: argparse.Namespace, conf
     if split is not None and split[0].summary:
         most = "" if split[0].imbalance == 1 else "; memory and time are those of a rank with the most"
         print(f"{split[0].summary}{most}")
+    if split is not None and split[0].kv_summary:
+        print(split[0].kv_summary)
     rows = {name: (plan.device.get(name), plan.host.get(name)) for name in {**plan.device, **plan.host}}
     rows["total"] = sum(plan.device.values()), sum(plan.host.values())
     rows["available"] = machine.gpu_bytes, machine.host_bytes

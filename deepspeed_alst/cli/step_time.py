@@ -129,4 +129,9 @@ def _overlapping(
     }
     found |= {name: (out / rates.host_link, back / rates.host_link) for name, (out, back) in copies.items()}
     found["disk"] = plan.disk / rates.disk, plan.disk / rates.disk
+    if (lean := parse(ds_config).alst.memory_lean_layer) is not None and (g := model.kv_parts) > 1:
+        # A chunk's queries need nearly all keys; their gradients, in fp32, are reduced as they are gathered.
+        keys, chunks = plan.tokens * parse(ds_config).sequence_parallel_size, -(-plan.tokens // lean.chunk_tokens)
+        once = model.layers.num_layers * chunks * keys * model.kv_bytes * (g - 1) / g / rates.to_gpus(g, machine)
+        found["gathers of K and V"] = once, (3 + 1 - plan.num_saved / model.layers.num_layers) * once
     return {name: seconds for name, seconds in found.items() if any(seconds)}

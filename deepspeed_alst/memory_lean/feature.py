@@ -35,7 +35,7 @@ _MOST_SUMS = 16 * _GIB  # a fifth of an 80 GB GPU; DeepSeek-V3's experts need 46
 class MemoryLeanLayers(Feature):
     """Decoder layers that run in chunks of tokens."""
 
-    _off = ""
+    _off, _keys = "", ""
 
     def __init__(self, config: MemoryLeanConfig, offload: ActivationOffload | None) -> None:
         self._config, self._offload = config, offload
@@ -58,6 +58,9 @@ class MemoryLeanLayers(Feature):
         self._layers, self._reasons = run_in_chunks(
             run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_rank
         )
+        heads = attention_heads(run.spec.text_config)
+        if group is not None and heads is not None:
+            self._keys = HeadPlan(dist.get_world_size(group), *heads, divides_kv=True).kv_summary
         if not self._layers and not self._reasons:
             self._off = f"no decoder layers to checkpoint were found in {run.spec.name}"
 
@@ -68,6 +71,8 @@ class MemoryLeanLayers(Feature):
         sizes = f"chunks of {self._config.chunk_tokens:,} tokens, tiles of {self._config.tile_tokens:,}"
         if least := self._config.min_tokens:
             sizes += f", in shards of {least:,} tokens or more"
+        if self._layers and self._keys:
+            sizes += f", {self._keys}"
         ordinary = [f"{number} ordinary: {reason}" for reason, number in self._reasons.items()]
         return [("memory-lean layer", "; ".join([f"{self._layers} layers in {sizes}", *ordinary]))]
 

@@ -95,6 +95,17 @@ class HeadPlan:
         return f"{heads} of {H} query heads per rank{rows}{most}"
 
     @property
+    def kv_summary(self) -> str:
+        """Distribution of KV heads that several ranks need, in words; empty if each is on one rank."""
+        P, K = self.sp_size, self.num_kv_heads
+        if sum(map(len, self.split(K))) == K:
+            return ""
+        if self.kv_parts > 1:
+            return f"1/{self.kv_parts} of a shared KV head's keys per rank, gathered by block"
+        why = f"{P} ranks do not share {K} in groups of one size" if self.kv_sharers == 1 else "not in chunks"
+        return f"shared KV heads whole on each rank: {why}"
+
+    @property
     def largest_rank(self) -> int:
         """First rank with the most heads in attention, of all kinds."""
         return max(range(self.sp_size), key=lambda rank: len(self.heads_of(rank)) + sum(self.kv_copies_of(rank)))
@@ -108,14 +119,14 @@ class HeadPlan:
     @property
     def exchanged_heads(self) -> int:
         """Heads of q, k, v and the output that a rank sends or receives per token of its shard, the most of any."""
-        P, H, r = self.sp_size, self.num_heads, self.row_groups
-        # All times r, for a rank has 1/r of the rows of q and the output.
-        outputs = [len(heads) for heads in self.split(H)]
+        P, H, r, g = self.sp_size, self.num_heads, self.row_groups, self.kv_parts
+        # All times r * g, for a rank has 1/r of the rows of q and the output, and 1/g of those of k and v.
+        outputs = [g * len(heads) for heads in self.split(H)]
         kv_heads = self.split(self.num_kv_heads)
         inputs = [h + 2 * len(of_rank) * r for h, of_rank in zip(outputs, kv_heads, strict=True)]
         sent = [sum(inputs) - of_q + (P - 1) * h for of_q, h in zip(inputs, outputs, strict=True)]
-        received = [(P - 1) * of_q + H * r - h for of_q, h in zip(inputs, outputs, strict=True)]
-        return -(-max(*sent, *received) // r)
+        received = [(P - 1) * of_q + H * r * g - h for of_q, h in zip(inputs, outputs, strict=True)]
+        return -(-max(*sent, *received) // (r * g))
 
     def split(self, num_heads: int) -> tuple[range, ...]:
         """Return each rank's heads of a tensor with all query or all KV heads."""

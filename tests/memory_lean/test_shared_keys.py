@@ -90,7 +90,7 @@ def test_blocks_are_the_sequence_in_order(tokens, chunk, key_block):
         (32, 32, 8, 4),
         (8, 28, 4, 2),
         (4, 2, 2, 2),
-        (4, 3, 3, 2),
+        (4, 3, 3, 4),
         (8, 32, 8, 1),
         (4, 6, 3, 1),
         (12, 40, 8, 1),
