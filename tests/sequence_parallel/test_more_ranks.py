@@ -16,6 +16,7 @@ from benchmarks.families import family_config
 from benchmarks.ranks import RankError, Ranks
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.memory_lean.attention_kernels import Dropout, TorchKernel
 from deepspeed_alst.offload.checkpoint_inputs import Chunks
 from deepspeed_alst.offload.feature import layer_sizes
 from deepspeed_alst.sequence_parallel import row_attention
@@ -198,3 +199,17 @@ def test_ranks_exchange_their_own_rows_and_no_more(query, kv, ranks4):
         others = sum(qkv) - qkv[rank]
         output = 3 * q[rank], sum(q) - q[rank]
         assert found == [(others, 3 * qkv[rank]), output, output[::-1], (3 * qkv[rank], others)]
+
+
+def test_dropout_draws_the_same_in_blocks_of_keys(monkeypatch):
+    """A block's masks are those of its keys' places in the sequence."""
+    make, (h, k, S, D) = torch.Generator().manual_seed(0), (2, 1, 24, 8)
+    x = [torch.randn(1, n, S, D, generator=make, dtype=torch.float64).requires_grad_() for n in (h, k, k)]
+    do, found = torch.randn(1, h, S, D, generator=make, dtype=torch.float64), []
+    kernel = TorchKernel(None, None, Dropout(0.3, 11, range(h)))
+    for size in (S, 5):
+        monkeypatch.setattr(row_attention, "KEY_BLOCK", size)
+        o = row_attention._RowAttention.apply(*x, None, row_attention.RowCall([(0, S)], S, None, kernel, None))
+        found.append([o, *torch.autograd.grad(o, x, do)])
+    for whole, blocks in zip(*found, strict=True):
+        torch.testing.assert_close(whole, blocks, rtol=0, atol=1e-12)
