@@ -92,12 +92,8 @@ def check_trainer(trainer: Any) -> None:
         ConfigError: one line per argument, with its value, the reason and the fix.
     """
     args = trainer.args
-    problems, session = refusals(trainer), getattr(trainer.model_wrapped, "alst", None)
-    if getattr(session, "is_multimodal", False) and type(trainer).__module__.startswith("trl."):
-        problems.append(
-            f"{type(trainer).__name__}: TRL's trainers are not verified with models of images or audio. Use "
-            "transformers' Trainer, or leave sequence_parallel_size out"
-        )
+    session = getattr(trainer.model_wrapped, "alst", None)
+    problems = refusals(trainer, getattr(session, "is_multimodal", False))
     if args.neftune_noise_alpha:
         problems.append(
             f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the sequence's length, and a rank "

@@ -29,6 +29,7 @@ TRAINERS = (
     "RewardTrainer",
 )
 _PLAIN = ("", "_BaseTrainer", "SFTTrainer")
+_OF_IMAGES = ("DPOTrainer", *_PLAIN)
 # Of KTO's batch, what its KL is not made of; cut to two tokens while only the KL is wanted.
 _NOT_OF_KL = ("input_ids", "attention_mask", "completion_mask")
 
@@ -51,9 +52,14 @@ def makes_own_loss(trainer: Any) -> bool:
     return kind in TRAINERS
 
 
-def refusals(trainer: Any) -> list[str]:
+def refusals(trainer: Any, is_multimodal: bool = False) -> list[str]:
     """Return why a trainer of TRL, or its arguments, cannot work on shards."""
     kind = _kind(trainer)
+    if is_multimodal and kind not in _OF_IMAGES:
+        return [
+            f"{kind}: not verified with models of images or audio. Use SFTTrainer, DPOTrainer, transformers' Trainer, "
+            "or leave sequence_parallel_size out"
+        ]
     if kind not in (*_PLAIN, *TRAINERS):
         return [
             f"{kind}: it needs outputs of whole sequences other than log-probabilities, and a rank has those of a "

@@ -18,7 +18,7 @@ from deepspeed_alst.errors import DataError
 from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
 from deepspeed_alst.multimodal.encoder_split import split_encoder
-from deepspeed_alst.multimodal.head import split_head
+from deepspeed_alst.multimodal.head import split_fused_head, split_head
 from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, REPEATED
 from deepspeed_alst.sequence_parallel.feature import without_split
 from deepspeed_alst.sequence_parallel.private_config import own_config
@@ -38,6 +38,7 @@ class Multimodal(Feature):
         session.calls.makes_masks = True
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
+        split_fused_head(patches)
         kind = self._kind = whole.config.model_type
         self._splits = kind not in REPEATED and split_encoder(whole, session, patches, kind in FRAME_BY_FRAME)
         if hasattr(whole.model, "generate"):

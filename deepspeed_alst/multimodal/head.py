@@ -3,6 +3,7 @@
 Legend: B batch, S whole sequence, n rows of this rank, M model dim, V vocabulary.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -69,6 +70,29 @@ def split_head(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
     patches.hook(spec.outer, "forward_pre", check_labels, with_kwargs=True)
     patches.subclass(module, {"__call__": torch.compiler.disable(call)})
     patches.set(model, "_loss_function", loss_function)
+
+
+def split_fused_head(patches: PatchSet) -> None:
+    """Have TRL's fused head score this rank's rows of a SequenceTensor, ``[n, M]``; nothing unless TRL is loaded.
+
+    It is an autograd function, called with ``(hidden_states, weight, bias, labels, ...)`` of the scored tokens.
+    """
+    home = sys.modules.get("trl.trainer.utils")
+    function = getattr(home, "_ChunkedLogProbFunction", None)
+    if function is None:
+        return
+
+    class OwnRows:
+        @staticmethod
+        def apply(hidden: torch.Tensor, weight: Any, bias: Any, labels: torch.Tensor, *options: Any) -> Any:
+            if not isinstance(hidden, SequenceTensor):
+                return function.apply(hidden, weight, bias, labels, *options)
+            labels_n, present_n = hidden.places.rows_of(labels), hidden.places.of_rows >= 0
+            found = function.apply(hidden.computed_rows()[present_n], weight, bias, labels_n[present_n], *options)
+            rows = (x if x is None else x.new_zeros(len(present_n)).masked_scatter(present_n, x) for x in found)
+            return tuple(x if x is None else hidden.like(x) for x in rows)
+
+    patches.set(home, "_ChunkedLogProbFunction", OwnRows)
 
 
 def _rows_of(logits: torch.Tensor) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from benchmarks.cells import Cell, build_model, full_weight, model_config
 from benchmarks.trainer import trainer_config
+from tests.multimodal import processors
 
 OPTIONS = {
     "per_device_train_batch_size": 2,
@@ -105,9 +106,13 @@ def train(
     config=None,
     folder: str | None = None,
     resume: str | None = None,
+    images: str = "",
     **options,
 ) -> dict:
-    """Train, and evaluate if asked for; return the log and the trained weights."""
+    """Train, and evaluate if asked for; return the log and the trained weights.
+
+    ``images`` is a family of models of images.
+    """
     import trl
     from datasets import Dataset
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -119,8 +124,13 @@ def train(
     with contextlib.ExitStack() as stack:
         saved, second = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
         # Before the arguments, whose ZeRO 3 builds models in shards. TRL makes its reference of it too.
-        model_class = save_model(saved, name, config)
-        save_model(second, name, seed=9)
+        if images:
+            model_class = processors.save_model(saved, images)
+            data = [Dataset.from_list(processors.rows(images, count, name)) for count in (32, 4)]
+        else:
+            model_class = save_model(saved, name, config)
+            save_model(second, name, seed=9)
+            data = [Dataset.from_list(rows(name, 32, blocks)), Dataset.from_list(rows(name, 4))]
         args = getattr(trl, f"{name}Config")(
             output_dir=folder or saved,
             use_cpu=True,
@@ -138,9 +148,9 @@ def train(
         trainer = (kind or getattr(trl, f"{name}Trainer"))(
             model_class.from_pretrained(saved),
             args=args,
-            train_dataset=Dataset.from_list(rows(name, 32, blocks)),
-            eval_dataset=Dataset.from_list(rows(name, 4)),
-            processing_class=tokenizer(),
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            processing_class=processors.processor(images) if images else tokenizer(),
             **more,
         )
         trainer.train(resume_from_checkpoint=resume)
