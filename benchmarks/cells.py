@@ -4,6 +4,7 @@ All three see the same data in the same steps: with SP 1 every rank is a replica
 SP P the ranks of a sequence alternate samples, so they accumulate ``gas * P``.
 """
 
+import copy
 import itertools
 import math
 import tempfile
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.families import SMALL, family_config, kind_config
+from benchmarks.multimodal_families import cast, draw_batch, trained_model
 from benchmarks.own_losses import NUM_LABELS, NUM_PROMPTS, OWN_LOSSES
 from deepspeed_alst.verification.hf_tiny_models import draw_weights
 
@@ -89,6 +91,8 @@ class Cell:
     """Pack several documents per sample; position_ids restart."""
     own: str = ""
     """Loss that the program makes: a key of ``benchmarks.own_losses.OWN_LOSSES``; empty for the model's."""
+    media: str = ""
+    """Family of models of images: a key of ``benchmarks.multimodal_families.FAMILIES``; empty for text alone."""
     seed: int = 7
     """Seed of the samples."""
     extra: tuple[tuple[str, Any], ...] = ()
@@ -115,7 +119,7 @@ def learning_rates(cell: Cell) -> tuple[float, float]:
 
 def _rates(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
     """Return the learning rate of each trained parameter."""
-    if not cell.model and not cell.own:
+    if not (cell.model or cell.own or cell.media):
         rates = learning_rates(cell)
         return {name: rates[param.dim() == 1] for name, param in trained(model).items()}
     _, norm, grads = next(_fp64_steps(cell, plain := _fp64_model(cell)))
@@ -140,6 +144,8 @@ def model_config(cell: Cell) -> Any:
     heads = {} if cell.heads == SMALL["num_attention_heads"] else {"num_attention_heads": cell.heads}
     if cell.model:
         return kind_config(cell.model, **heads)
+    if cell.media:
+        return trained_model(cell.media).config.get_text_config()
     # With a cache, transformers' sdpa ignores packed documents at SP 1.
     changed = {"intermediate_size": 56, "tie_word_embeddings": cell.tied, "use_cache": not cell.documents}
     return family_config("llama", num_key_value_heads=cell.kv_heads, **heads, **changed)
@@ -157,7 +163,9 @@ def build_model(config: Any, seed: int = 0, core: str = "sdpa", auto: Any = Auto
 
 def cell_model(cell: Cell, config: Any) -> torch.nn.Module:
     """Build a cell's model: with the head or the virtual tokens that its loss is of, adapted, or frozen in part."""
-    if cell.own not in NUM_LABELS:
+    if cell.media:
+        model = copy.deepcopy(trained_model(cell.media))
+    elif cell.own not in NUM_LABELS:
         model = build_model(config)
     else:
         config.num_labels, config.pad_token_id = NUM_LABELS[cell.own], 0
@@ -204,6 +212,9 @@ def samples(cell: Cell, vocab: int) -> list[list[list[dict[str, torch.Tensor]]]]
         for rank in range(cell.world_size):
             micros = []
             for micro in range(cell.gas):
+                if cell.media:
+                    micros.append(draw_batch(cell.media, (1 + (rank + micro) % 2,), make))
+                    continue
                 # Without odd lengths all samples are equally long; with them all differ and none is divisible.
                 length = 43 + 2 * ((3 * rank + micro) % 5) if cell.odd_lengths else 48
                 ids = torch.randint(0, vocab, (1, length), generator=make)
@@ -485,8 +496,8 @@ def _fp64_steps(
     cell: Cell, model: torch.nn.Module, loss_of: Callable[..., torch.Tensor] | None = None
 ) -> Iterator[tuple[float, float, dict[str, torch.Tensor]]]:
     """Yield loss, gradient norm and gradients of each step."""
-    for ranks in samples(cell, model.config.vocab_size):
-        batches = [batch for micros in ranks for batch in micros]
+    for ranks in samples(cell, model.config.get_text_config().vocab_size):
+        batches = [cast(batch, torch.float64) for micros in ranks for batch in micros]
         with KeepFp64():
             if loss_of is None:
                 loss = sum(sample_loss(cell)(model, batch) for batch in batches) / len(batches)

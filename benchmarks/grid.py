@@ -259,6 +259,13 @@ def own_loss_cells() -> list[Cell]:
     ]
 
 
+def image_cells() -> list[Cell]:
+    """Return cells of models of images, on ZeRO 0 to 3 with and without accumulation."""
+    families = "qwen2_5_vl", "gemma3", "llava_next"
+    cells = [Cell(stage=stage, gas=gas, media=name) for name in families for stage in range(4) for gas in (1, 4)]
+    return cells + [Cell(stage=stage, media=name, dtype="bf16") for stage, name in enumerate(families, 1)]
+
+
 def model_cells() -> list[Cell]:
     """Return cells of other models than a Llama: windows, packed documents, router losses, attention-free layers."""
     other, sp4 = Cell(gas=2), {"sp_size": 4, "world_size": 4}

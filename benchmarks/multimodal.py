@@ -1,10 +1,11 @@
 """Check multimodal models of transformers under sequence parallelism, on tiny models.
 
-    python -m benchmarks.multimodal [--write] [family ...]
+    python -m benchmarks.multimodal [--write] [family ... | frames]
 
 Compares loss and all gradients (encoder, projector, language model, head) of a tiny model per family, in fp64 on CPU,
 unsharded and over 2 and 4 ranks: two rows of several images, one row whose only image is in the first rank's part, and
-text alone. ``--write`` writes the table to docs/vision_language.md and the list of verified families.
+text alone. ``frames`` counts a long video instead (video.py).
+``--write`` writes the table to docs/vision_language.md and the list of verified families.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import video
 from benchmarks.cells import KeepFp64
 from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.multimodal_families import FAMILIES, batch_of, cast, tiny_model
@@ -220,7 +222,8 @@ def main() -> int:
     parser.add_argument("families", nargs="*", default=[*FAMILIES])
     arguments = parser.parse_args()
     part = Part(lambda: figures(arguments.families, arguments.write), (*_COLUMNS, "why not"))
-    return report(__doc__, {"multimodal": part}, ())
+    parts = {"frames": video.PART} if arguments.families == ["frames"] else {"multimodal": part}
+    return report(__doc__, parts, ())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Tiny multimodal models of transformers, and batches of images or audio and text for them."""
 
+import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from deepspeed_alst.random_draws.model_draws import is_dropout
 from deepspeed_alst.verification.hf_tiny_models import draw_weights, shrink
 
 VOCAB = 160
+_NOTHING = 1e-4
+"""Share of all gradients' norm; less is rounding."""
 _TOKENS = 9
 """Text tokens between images."""
 
@@ -245,6 +249,32 @@ def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict
             marked = (marked.flip(1).cumsum(1).flip(1) == 0) & (mask == 1)
         batch[family.types] = marked.long()
     return batch | media
+
+
+@functools.cache
+def trained_model(name: str) -> torch.nn.Module:
+    """Return a tiny model in fp32 whose parameters without a gradient in a batch of images are frozen; do not train it.
+
+    Those are layers of an encoder that a family leaves out, and biases of keys, which softmax cancels.
+    """
+    model = tiny_model(name, torch.float32)
+    model(**batch_of(name, model, (2, 1))).loss.backward()
+    norms = {param: 0.0 if param.grad is None else float(param.grad.norm()) for param in model.parameters()}
+    for param, norm in norms.items():
+        param.requires_grad_(norm > _NOTHING * math.hypot(*norms.values()))
+        param.grad = None
+    return model
+
+
+def draw_batch(name: str, images: tuple[int, ...], make: torch.Generator) -> dict[str, Any]:
+    """Draw a batch as ``batch_of`` does, with other text and pixels."""
+    batch = batch_of(name, trained_model(name), images)
+    text = batch["labels"] >= 0
+    token = int(batch["input_ids"][(batch["attention_mask"] == 1) & ~text][0])
+    words = _text(int(text.sum()), token, make)
+    drawn = {key: batch[key].masked_scatter(text, words) for key in ("input_ids", "labels")}
+    drawn |= {key: torch.randn(x.shape, generator=make) for key, x in batch.items() if x.is_floating_point()}
+    return batch | drawn
 
 
 def cast(media: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

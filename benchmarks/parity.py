@@ -23,6 +23,7 @@ from benchmarks.families import KINDS, LINEAR_FAMILIES
 from benchmarks.figures import Figure, Part, report
 from benchmarks.grid import (
     grid_cells,
+    image_cells,
     kernel_cells,
     lean_cells,
     model_cells,
@@ -136,7 +137,7 @@ class Row:
         """Return the bounds missed with its own samples; empty if a run failed."""
         if isinstance(self.sp1, str) or isinstance(self.alst, str):
             return []
-        return missed(self.alst, self.sp1, bool(self.cell.sums or self.cell.model))
+        return missed(self.alst, self.sp1, bool(self.cell.sums or self.cell.model or self.cell.media))
 
 
 def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
@@ -150,7 +151,7 @@ def measure(cell: Cell, ranks: Ranks, with_upstream: bool = True) -> Row:
 
 def _has_upstream(cell: Cell) -> bool:
     # Upstream has no Triton loss kernels, shards attention layers only, and knows its own loss only.
-    return not cell.loss and not cell.own and KINDS.get(cell.model, ("",))[0] not in LINEAR_FAMILIES
+    return not (cell.loss or cell.own or cell.media) and KINDS.get(cell.model, ("",))[0] not in LINEAR_FAMILIES
 
 
 def measure_trainer(cell: Cell, ranks: Ranks) -> Row:
@@ -248,6 +249,8 @@ def figures(rows: Iterable[Row]) -> Iterator[Figure]:
 def _kind_of(row: Row) -> str:
     if row.cell.model or row.cell.documents:
         return "other models, packed documents"
+    if row.cell.media:
+        return f"images, {row.cell.dtype}"
     if row.cell.own:
         return f"own losses, {row.cell.dtype}"
     loop = "loss by Triton's and Liger's kernels" if row.cell.loss else row.program or "loop"
@@ -269,7 +272,8 @@ def main() -> int:
         "parity": Part(lambda: figures(run_cells(cells, trainers)), columns, _CAPTION),
         "own losses": Part(lambda: figures(run_cells(own, [])), columns, _CAPTION),
     }
-    return report(__doc__, parts if short else parts | {"resumed": resume.PART}, ())
+    images = Part(lambda: figures(run_cells(image_cells(), [])), columns, _CAPTION)
+    return report(__doc__, parts if short else parts | {"images": images, "resumed": resume.PART}, ())
 
 
 if __name__ == "__main__":

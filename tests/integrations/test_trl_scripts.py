@@ -13,13 +13,14 @@ from benchmarks.cells import Cell
 from benchmarks.trainer import trainer_config
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 from tests.integrations.trl_runs import GENERATES, OPTIONS, compare_logs, log_of, rows, save_model, tokenizer
+from tests.multimodal import processors
 
 SCRIPTS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "grpo": "GRPO", "rloo": "RLOO"}
 SCRIPTS |= {"distillation": "Distillation"}
 
 
-def run(script: str, sp_size: int, folder: Path) -> list[dict]:
-    """Run a script for two steps on two ranks; return what it logged."""
+def run(script: str, sp_size: int, folder: Path, program: Path | None = None) -> list[dict]:
+    """Run a script, or another program with its arguments, for two steps on two ranks; return what it logged."""
     output = folder / f"sp{sp_size}"
     (folder / "ds.json").write_text(json.dumps(trainer_config(Cell(stage=2), sp_size)), encoding="utf-8")
     options = OPTIONS | GENERATES.get(SCRIPTS[script], {}) | {"save_strategy": "steps", "save_steps": 2}
@@ -32,7 +33,7 @@ def run(script: str, sp_size: int, folder: Path) -> list[dict]:
         options["teacher_model_name_or_path"] = folder / "teacher"
     paths = {"model_name_or_path": folder / "model", "dataset_name": folder / "data", "output_dir": output}
     words = [f"--{key}={value}" for key, value in {**paths, **options, "deepspeed": folder / "ds.json"}.items()]
-    program = Path(trl.__file__).parent / "scripts" / f"{script}.py"
+    program = program or Path(trl.__file__).parent / "scripts" / f"{script}.py"
     port = free_port()  # of its own: another test may run beside it
     start = ["--num_gpus", "2", "--master_port", str(port), str(program)]
     launcher = [str(Path(sys.executable).parent / "deepspeed"), *start]
@@ -58,5 +59,13 @@ def test_a_script_of_trl_logs_the_same(script, tmp_path):
     for split, count in (("train", 32), ("test", 4)):
         lines = "".join(json.dumps(row) + "\n" for row in rows(name, count))
         (tmp_path / "data" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    whole, split = (run(script, sp_size, tmp_path) for sp_size in (1, 2))
+    compare_logs(whole, split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "images"), [("sft", "llava"), ("sft", "gemma3"), ("dpo", "qwen2_5_vl")])
+def test_a_script_of_trl_trains_a_model_of_images(script, images, tmp_path):
+    processors.save_all(tmp_path, images, SCRIPTS[script])
     whole, split = (run(script, sp_size, tmp_path) for sp_size in (1, 2))
     compare_logs(whole, split)

@@ -1,6 +1,7 @@
 """Processors of tiny multimodal models, and rows of images and letters for TRL's trainers."""
 
 import string
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -104,3 +105,14 @@ def save_model(folder: str, name: str) -> type:
     weights = {key: x.clone() for key, x in model.state_dict().items()}
     save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
     return type(model)
+
+
+def save_all(folder: Path, name: str, trainer: str) -> None:
+    """Write model and processor to ``model``, and splits of rows to ``data``."""
+    from datasets import Dataset
+
+    (folder / "model").mkdir()
+    save_model(str(folder / "model"), name)
+    processor(name).save_pretrained(folder / "model")
+    for split, count in (("train", 32), ("test", 4)):
+        Dataset.from_list(rows(name, count, trainer)).to_parquet(folder / "data" / f"{split}.parquet")
