@@ -99,6 +99,11 @@ class ForwardContext:
         """Mark forwards in the context as the model check's; restore all counters at its end."""
         return self.having(**vars(self) | {"checking": True, "makes_whole_loss": True, "loss_follows": False})
 
+    @torch.compiler.disable
+    def leave(self, *_: Any) -> None:
+        """Note the end of the outermost module's forward, as its hook."""
+        self.inside = False
+
     def check_inside(self, layer: str) -> None:
         """Raise UnsupportedModelError outside of the outermost module's forward, which checks the batch."""
         # Recomputation in the backward runs layers outside of the model's forward.
@@ -137,10 +142,6 @@ def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole
         calls.inside = True
 
     @torch.compiler.disable
-    def leave(*_: Any) -> None:
-        calls.inside = False
-
-    @torch.compiler.disable
     def check(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if calls.whole:
             return
@@ -173,5 +174,5 @@ def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole
 
     # Every call passes the outermost module.
     patches.hook(spec.outer, "forward_pre", reset)
-    patches.hook(spec.outer, "forward", leave, always_call=True)  # also where the program catches an error
+    patches.hook(spec.outer, "forward", calls.leave, always_call=True)  # also where the program catches an error
     patches.hook(spec.outer, "forward", check, with_kwargs=True)

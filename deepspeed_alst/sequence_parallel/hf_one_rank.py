@@ -117,7 +117,7 @@ def register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchS
         calls.in_chunks = next(x.shape[1] for x in tokens if x is not None) >= calls.chunks_from
 
     patches.hook(spec.outer, "forward_pre", enter, with_kwargs=True)
-    patches.hook(spec.outer, "forward", lambda *_: setattr(calls, "inside", False), always_call=True)
+    patches.hook(spec.outer, "forward", calls.leave, always_call=True)
     return ""
 
 
