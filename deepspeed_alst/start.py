@@ -77,9 +77,9 @@ def check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Non
     check_features(ds_config)
     problems = []
     if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
-        problems.append("mpu: sequence_parallel_size makes its own process groups; leave out mpu, or the key")
+        problems.append("mpu: sequence_parallel_size creates its own process groups; remove mpu, or the key")
     if arguments.get("mesh_param") is not None:
-        problems.append("mesh_param: sequence_parallel_size makes its own process groups; leave it out")
+        problems.append("mesh_param: sequence_parallel_size creates its own process groups; remove it")
     if isinstance(arguments.get("model"), PipelineModule):
         problems.append("model: a PipelineModule has no sequence dimension to split; use ZeRO")
     if problems:

@@ -278,7 +278,7 @@ class PreparedLoader(_Wrapper):
         return len(self.loader) * self._turns
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over one epoch, of training or evaluation as the model's mode says."""
+        """Iterate over one epoch, of training or evaluation by the model's mode."""
         wrapped = self._accelerator.deepspeed_engine_wrapped
         session = getattr(getattr(wrapped, "engine", None), "alst", None)
         if session is None or not wrapped.engine.module.training:

@@ -228,7 +228,7 @@ class NonFiniteCheck:
             error = SetupError(
                 f"engine.backward was given {float(losses[place]):.6g} on this rank, and losses from "
                 f"{float(low[place]):.6g} to {float(high[place]):.6g} on the ranks of one sequence: the program has "
-                "computed its loss of a shard's labels or values. The model returns the loss of the whole sequence on "
+                "computed its loss from this rank's shard alone. The model returns the loss of the whole sequence on "
                 "every rank: use it, or scale it by what all ranks know (num_items_in_batch)."
             )
         raise_on_all_ranks(error, self._groups.control_group)

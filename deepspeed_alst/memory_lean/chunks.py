@@ -1,4 +1,4 @@
-"""Chunks of tokens: their sizes, what is saved of them, and arguments cut for them."""
+"""Sizes of chunks, saved tensors of chunks, and layer arguments sliced for a chunk."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""A decoder layer whose forward runs in chunks where it can, and as it is where it cannot."""
+"""Run a decoder layer in chunks of tokens, or its ordinary forward if it cannot be chunked."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Memory of the residual stream, in which a layer's or a norm's output takes its input's place.
+"""In-place reuse of the residual stream: an output overwrites its input's storage where nothing else refers to it.
 
 Its first tensor is the embeddings' output, which the decoder's own frame would hold until its end.
 """

@@ -57,7 +57,7 @@ def dropout(x: torch.Tensor, p: float, key: int, rows_N: torch.Tensor) -> torch.
 
 
 class CountedDropout(torch.autograd.Function):
-    """Autograd function of ``dropout``, known by name to tiling/skip_unused.py."""
+    """Autograd function of ``dropout``, matched by its node's name in tiling/tiled_mlp.py."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float, key: int, rows_N: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,7 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
             "it out. To generate, call model.generate, which runs without sequence parallelism"
         )
     if isinstance(keep, torch.Tensor) or keep:
-        return "it asks for logits_to_keep: a rank has a shard's logits only, and a loss needs all; leave it out"
+        return "it asks for logits_to_keep: a rank has the logits of its shard, all of which the loss needs; leave it out"
     if calls.routes:
         from deepspeed_alst.moe.mixtures import router_problem
 
@@ -151,8 +151,8 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
         labels = labels.to(shifted.device)
         if not torch.equal(labels[:, 1:], shifted[:, :-1]) and not torch.equal(labels, shifted):
             return (
-                "its labels are not its shift_labels moved by one: the loss is made of shift_labels, so change labels "
-                "in the dataset or the collate_fn, before the batch is split"
+                "its labels and shift_labels disagree (shift_labels are labels moved left by one): the loss uses "
+                "shift_labels, so change labels in the dataset or the collate_fn, before the batch is split"
             )
     return None
 

@@ -162,14 +162,14 @@ def check_calls(spec: ModelSpec, calls: ForwardContext, patches: PatchSet, whole
             if calls.loss_follows or calls.gathers_tokens:
                 return
             raise UnsupportedModelError(
-                f"{name} was trained on without labels: a loss made of its logits is the loss of a "
-                "shard. Give the batch labels and use the loss that the model returns, or yield whole batches with "
-                "shard_dataloader(loader, engine, whole=True)."
+                f"{name} ran a training forward without labels: a loss computed from its logits would cover only this "
+                "rank's shard. Give the batch labels and use the loss that the model returns, or yield whole batches "
+                "with shard_dataloader(loader, engine, whole=True)."
             )
         if getattr(output, "loss", None) is not None and not calls.loss:
             raise UnsupportedModelError(
-                f"{name} made a loss without self.loss_function: it is the loss of a shard. Undo "
-                "whatever replaced its forward (Liger's fused loss, a subclass)."
+                f"{name} computed its loss without self.loss_function: it covers only this rank's shard. Undo whatever "
+                "replaced its forward (Liger's fused loss, a subclass)."
             )
 
     # Every call passes the outermost module.

@@ -1,4 +1,4 @@
-"""Split of attention's heads, and of their query rows, over the ranks of a sequence: plain integers, decided once.
+"""Assign attention heads, and with more ranks than heads query rows, to the ranks of a sequence: integers, once.
 
 Legend: P ranks, H query heads, K KV heads, query head i attends with KV head ``i // (H/K)``; u head groups, r = P/u
 row groups.
@@ -107,12 +107,12 @@ class HeadPlan:
 
     @property
     def largest_rank(self) -> int:
-        """First rank with the most heads in attention, of all kinds."""
+        """First rank with the largest total of query heads and KV heads, copies included."""
         return max(range(self.sp_size), key=lambda rank: len(self.heads_of(rank)) + sum(self.kv_copies_of(rank)))
 
     @property
     def shares_alike(self) -> bool:
-        """True if query heads share KV heads in attention on all ranks or on none: both may run different kernels."""
+        """True if all ranks use grouped-query attention or none does; else they may run different kernels."""
         ranks = range(self.sp_size)
         return len({len(self.heads_of(rank)) == sum(self.kv_copies_of(rank)) for rank in ranks}) == 1
 

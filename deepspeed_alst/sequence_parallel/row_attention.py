@@ -1,4 +1,4 @@
-"""Attention of a part of the query rows to all keys of a sequence, where more ranks than heads share it.
+"""Attention with more ranks than heads: each rank computes some query rows of its heads against all keys.
 
 Any backend's softmax attention is computed here, by torch's kernels, rectangle by rectangle (memory_lean/attention.py):
 no backend's causal mask fits rows that are apart.

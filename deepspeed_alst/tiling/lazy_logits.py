@@ -48,7 +48,7 @@ class LazyHead:
     deferring: bool = False
     """True in a forward whose logits are lazy."""
     expects_loss: bool = False
-    """True in a forward whose model makes its loss of them."""
+    """True in a forward that is expected to compute the loss from these logits."""
     logits_wanted: bool = False
     """True to materialize the logits at the end of the model's forward."""
     override: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -106,7 +106,7 @@ class LazyLogits(torch.Tensor):
         self._value: torch.Tensor | None = None
         weights_train = any(param.requires_grad for param in head.module.parameters())
         self.has_grad = torch.is_grad_enabled() and (hidden_BsH.requires_grad or weights_train)
-        """True if what is made of them has a gradient."""
+        """True if results computed from these logits require a gradient."""
 
     def loss(self, labels_Bs: torch.Tensor, divisor: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """Return the summed cross-entropy of the labelled tokens over ``divisor``: ``[B, s], [] -> []``."""

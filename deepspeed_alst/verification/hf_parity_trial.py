@@ -39,7 +39,7 @@ _LARGEST = 2**25  # parameters; each rank holds several fp32 copies
 _TOKENS = 7
 _TERM = (
     " A term of logits or hidden states that its forward adds to the loss covers a shard's tokens only. Add it in the "
-    "training loop, to outputs.loss (see Limits in the README), or compute it from parameters alone."
+    "training loop, to outputs.loss (docs/limitations.md), or compute it from parameters alone."
 )
 LENGTH = 101
 """Tokens of the sequence: more than any window of a tiny config, and a prime."""

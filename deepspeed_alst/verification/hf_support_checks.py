@@ -124,7 +124,7 @@ def _class_problems(spec: ModelSpec) -> Iterator[str]:
     elif not spec.is_causal_lm and not (spec.is_decoder and model.config.model_type in RIGHT):
         yield (
             "only causal language models (AutoModelForCausalLM), and the decoders, sequence and token classifiers of "
-            "the same families are verified: other heads would get a shard"
+            "the same families are verified: any other head would see only its shard of the hidden states"
         )
         return
     if not has_attention(model):

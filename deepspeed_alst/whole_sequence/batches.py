@@ -159,7 +159,7 @@ def _kept_places(keep: Any) -> Any:
 
 
 def _whole_sequence(session: Any, output: Any, shard: dict[str, Any], length: int, first_B: torch.Tensor | None) -> Any:
-    """Return an output whose tensors of tokens stand for those of the whole sequence, of which the rank has a shard."""
+    """Wrap the per-token tensors of a shard's output as tensors of the whole sequence."""
     from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
     from deepspeed_alst.whole_sequence.token_rows import Recorded, Tokens
 

@@ -1,4 +1,4 @@
-"""Tensors of a whole sequence of which each rank holds the rows of its own tokens.
+"""Tensor subclass of a whole sequence, of which each rank stores the rows of its own tokens.
 
 A program that makes its own loss gets its logits and hidden states as such, with the shapes of SP 1. Ops that treat
 tokens one by one run on the shard; what has no more numbers than tokens (log-probabilities, entropies, the last token's

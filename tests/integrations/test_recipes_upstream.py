@@ -316,7 +316,7 @@ def misuse(case):
         ("two engines", "SetupError", "Call its engine.destroy() first"),
         ("another size", "ConfigError", "the mpu was registered with sequence_parallel_size=2. Set the key to 2"),
         ("not registered", "ConfigError", "groups do not exist yet"),
-        ("another mpu", "ConfigError", "mpu: sequence_parallel_size makes its own process groups"),
+        ("another mpu", "ConfigError", "mpu: sequence_parallel_size creates its own process groups"),
     ],
 )
 def test_what_would_be_wrong_stops_every_rank(case, kind, sentence, ranks2):

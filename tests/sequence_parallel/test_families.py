@@ -142,7 +142,7 @@ def run_own_loss():
 def test_a_loss_that_goes_past_the_package_is_refused(ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(run_own_loss)
-    assert all("OwnLoss made a loss without self.loss_function" in str(error) for error in caught.value.errors)
+    assert all("OwnLoss computed its loss without self.loss_function" in str(error) for error in caught.value.errors)
 
 
 def test_another_head_than_a_language_models_is_refused():

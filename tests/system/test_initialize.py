@@ -173,7 +173,7 @@ def test_what_a_program_does_to_gradients_in_its_first_step_is_no_false_alarm(st
 @pytest.mark.parametrize(
     "changed, arguments, sentence",
     [
-        ({}, {"mpu": object()}, "mpu: sequence_parallel_size makes its own process groups"),
+        ({}, {"mpu": object()}, "mpu: sequence_parallel_size creates its own process groups"),
         ({}, {"mesh_param": (1, 2)}, "mesh_param: sequence_parallel_size"),
         ({"data_parallel_size": 1}, {}, "data_parallel_size=1"),
         ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
@@ -337,8 +337,8 @@ def misuse(case: str) -> None:
     [
         ("labels of halves", "cannot be trained on: shift_labels has dtype torch.float32"),
         ("a label too high", "labels of row 0 has 97 at token 3, and the model has logits for 0 to 96"),
-        ("labels changed", "its labels are not its shift_labels moved by one"),
-        ("own loss", "a loss made of its logits is the loss of a shard"),
+        ("labels changed", "its labels and shift_labels disagree"),
+        ("own loss", "a loss computed from its logits would cover only this rank's shard"),
         ("cache", "leave it out. To generate, call model.generate"),
         ("given a cache", "it asks for a cache (use_cache, cache,"),
         ("part of the logits", "it asks for logits_to_keep"),
