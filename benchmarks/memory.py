@@ -92,7 +92,7 @@ _7B = Shape("Qwen2.5-7B", "qwen2", 2, {**_SIZES, "num_attention_heads": 28, "num
 _LONG = 131072, 262144
 CASES = (
     *(Case(_8B, 8, 24), Case(_32B, 8, 26), Case(_70B, 8, 32), Case(_7B, 8, 24)),
-    *(Case(_8B, 32, 28, _LONG), Case(_8B, 64, 28, _LONG), Case(_70B, 32, 36, _LONG), Case(_70B, 64, 36, _LONG)),
+    *(Case(_8B, 32, 28, _LONG), Case(_8B, 64, 28, _LONG), Case(_70B, 64, 36, _LONG)),
     # Experts run again in the backward, as in any checkpoint: 4/3, and K and V once more.
     Case(_A3B, 8, 24, most_flops=1.35),
 )
