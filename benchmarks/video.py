@@ -135,10 +135,10 @@ class Rank:
 
     @property
     def wire(self) -> float:
-        """Bytes that a rank sends: features once, and the sum of the embeddings' gradient over the ranks by a ring."""
+        """Bytes that a rank sends: its images' features, and its tokens' gradient of the embeddings, to all others."""
         P = self.sp_size
         features = self.stream * (1 - TEXT / self.tokens)
-        return features * (P - 1) / P + 2 * self.stream * (P - 1) / P
+        return (features + self.stream) * (P - 1) / P
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_as_before, pad_on_the_right, shift_labels, tokens_of
@@ -55,9 +57,10 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     """Split a batch that the ranks of a sequence hold whole, and run the shards."""
     groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
-        batch = {key: _for_all_ranks(key, x, groups) for key, x in batch.items()}
+        batch = {key: _for_all_ranks(key, x, batch, groups) for key, x in batch.items()}
         facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
         batch, first_B = pad_on_the_right(_labels_of_all(batch))
+        with_gradient = {key: x for key, x in batch.items() if _has_gradient(x) and _is_by_token(x, batch)}
     except AlstError as error:
         facts = Facts(str(error))
     except Exception as error:
@@ -74,6 +77,8 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
         )
     length = tokens_of(batch).shape[1]
     shards = [session.cut(batch)] if same else _exchanged(session, batch)
+    for key, x in with_gradient.items():
+        shards[0][key] = _OwnShard.apply(x, shards[0][key].detach(), groups)
     with session.calls.having(makes_whole_loss=True, gathers_tokens=True):
         outputs = [forward(**shard) for shard in shards]
     output = outputs[0 if same else groups.sp_rank]
@@ -95,24 +100,55 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     return type(output)(**found)
 
 
-def _for_all_ranks(key: str, x: Any, groups: SequenceGroups) -> Any:
+def _for_all_ranks(key: str, x: Any, batch: dict[str, Any], groups: SequenceGroups) -> Any:
     """Return a value of a batch; in training a tensor's gradient is that of all tokens, the same on all ranks.
 
     Raises:
         DataError: a tensor with a gradient exceeds 2 GiB.
     """
     if isinstance(x, list | tuple):
-        return type(x)(_for_all_ranks(key, each, groups) for each in x)
-    if not isinstance(x, torch.Tensor) or not x.requires_grad:
-        return x
+        return type(x)(_for_all_ranks(key, each, batch, groups) for each in x)
+    if not _has_gradient(x):
+        return x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x
     from deepspeed_alst.whole_sequence.token_rows import replicated
 
-    if torch.is_grad_enabled() and is_too_large(x, 1):
+    if is_too_large(x, 1):
         raise DataError(
             f"{key} of shape {list(x.shape)} has a gradient, which each rank would hold whole, {x.nbytes / 2**30:.1f} "
             "GiB, more than 2 GiB. Give the engine shorter sequences, or fewer rows at a time"
         )
-    return replicated(x, groups) if torch.is_grad_enabled() else x.detach()
+    return x if _is_by_token(x, batch) else replicated(x, groups)
+
+
+def _has_gradient(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()
+
+
+def _is_by_token(x: torch.Tensor, batch: dict[str, Any]) -> bool:
+    """Return True for a tensor ``[B, S, ...]``, which is cut."""
+    return x.shape[:2] == tokens_of(batch).shape[:2]
+
+
+class _OwnShard(torch.autograd.Function):
+    """A shard of a whole tensor, ``[B, s, ...]``, whose gradient is gathered: ``[B, S, ...]``, the same on all ranks.
+
+    A gather is half of the bytes of a sum over the ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, shard: torch.Tensor, groups: SequenceGroups) -> torch.Tensor:
+        ctx.groups, ctx.length = groups, whole.shape[1]
+        return shard.view_as(shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Bs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        P = ctx.groups.sp_size
+        grads_PBs = grad_Bs.new_empty((P, *grad_Bs.shape))
+        with name_missing_ranks(ctx.groups.roll_group):
+            dist.all_gather_into_tensor(grads_PBs.flatten(0, 1), grad_Bs.contiguous(), group=ctx.groups.sp_group)
+        grad_BS = grads_PBs.transpose(0, 1).flatten(1, 2)[:, : ctx.length]
+        return grad_BS.div_(P), None, None  # each is P times that of its own rows (sequence_loss.py)
 
 
 def _exchanged(session: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:

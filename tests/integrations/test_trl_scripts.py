@@ -19,7 +19,7 @@ SCRIPTS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "grpo":
 SCRIPTS |= {"distillation": "Distillation"}
 
 
-def run(script: str, sp_size: int, folder: Path, program: Path | None = None) -> list[dict]:
+def run(script: str, sp_size: int, folder: Path, program: Path | None = None, **changed) -> list[dict]:
     """Run a script, or another program with its arguments, for two steps on two ranks; return what it logged."""
     output = folder / f"sp{sp_size}"
     (folder / "ds.json").write_text(json.dumps(trainer_config(Cell(stage=2), sp_size)), encoding="utf-8")
@@ -31,6 +31,7 @@ def run(script: str, sp_size: int, folder: Path, program: Path | None = None) ->
         options["precompute_ref_log_probs"] = True
     if script == "distillation":
         options["teacher_model_name_or_path"] = folder / "teacher"
+    options |= changed
     paths = {"model_name_or_path": folder / "model", "dataset_name": folder / "data", "output_dir": output}
     words = [f"--{key}={value}" for key, value in {**paths, **options, "deepspeed": folder / "ds.json"}.items()]
     program = program or Path(trl.__file__).parent / "scripts" / f"{script}.py"
@@ -64,8 +65,9 @@ def test_a_script_of_trl_logs_the_same(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "images"), [("sft", "llava"), ("sft", "gemma3"), ("dpo", "qwen2_5_vl")])
+@pytest.mark.parametrize(("script", "images"), [("sft", "llava"), ("sft", "gemma3"), ("dpo", "llava")])
 def test_a_script_of_trl_trains_a_model_of_images(script, images, tmp_path):
     processors.save_all(tmp_path, images, SCRIPTS[script])
-    whole, split = (run(script, sp_size, tmp_path) for sp_size in (1, 2))
+    changed = {"precompute_ref_log_probs": False} if script == "dpo" else {}
+    whole, split = (run(script, sp_size, tmp_path, **changed) for sp_size in (1, 2))
     compare_logs(whole, split)
