@@ -142,7 +142,7 @@ def _describe(error: RuntimeError, missing: dict[int, str], world_size: int) -> 
     # Drop the backend's source location and its advice.
     reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
     if not missing:
-        return f"a collective failed, though all {world_size} ranks answer: they probably call different ones ({reason})"
+        return f"a collective failed, though all {world_size} ranks answer: they may call different ones ({reason})"
     who = "; ".join(f"rank {rank} {what}" for rank, what in missing.items())
     return (
         f"{who} (of {world_size} ranks; a collective failed: {reason}). The reason is in that rank's own output; if "
