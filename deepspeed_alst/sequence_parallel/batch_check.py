@@ -132,7 +132,7 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
             "it out. To generate, call model.generate, which runs without sequence parallelism"
         )
     if isinstance(keep, torch.Tensor) or keep:
-        return "it asks for logits_to_keep: a rank has only its shard's logits, and the loss needs them all; leave it out"
+        return "it asks for logits_to_keep: a rank has only its shard's logits, and the loss needs all; leave it out"
     if calls.routes:
         from deepspeed_alst.moe.mixtures import router_problem
 
