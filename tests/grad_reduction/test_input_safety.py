@@ -31,7 +31,7 @@ KNOWN = {
     "deepspeed_alst/checkpoint/universal.py": ["torch.load without weights_only"],
     # Between the ranks of one job, over its own group. A dataset's strings and numbers pass it as strings and numbers.
     "deepspeed_alst/data/loader.py": ["torch.load without weights_only"],
-    "deepspeed_alst/distributed/collectives.py": ["dist.all_gather_object", "dist.broadcast_object_list"],
+    "deepspeed_alst/distributed/collectives.py": ["dist.all_gather_object"],
 }
 
 
