@@ -80,7 +80,7 @@ def bytes_of(config: Any, keys: AlstConfig, tokens: int, num_saved: int = 0) -> 
             spec = ModelSpec(model)
             policy = _patch(spec, keys, num_saved, patches)
             # Not measured: patches may still set themselves up in the first step, which is slow in chunks.
-            first = tokens if keys.alst.memory_lean_layer is None else min(tokens, FEW_TOKENS)
+            first = min(tokens, FEW_TOKENS)
             with _known(spec, keys, first):
                 model(**_batch(config, first), use_cache=False).loss.backward()
                 model.zero_grad()

@@ -119,7 +119,7 @@ def test_the_pair_of_the_comparison_in_bf16(ranks2, tmp_path):
     [
         "llama-8b-h100x1",  # weights and optimizer on the host, each rank a sequence of its own
         pytest.param("llama-8b-h100x8-loss-sp-mlp", marks=pytest.mark.slow),  # nothing waits
-        "llama-70b-h100x8",  # layer inputs on disk
+        pytest.param("llama-70b-h100x8", marks=pytest.mark.slow),  # layer inputs on disk
         pytest.param("qwen3-32b-h100x64", marks=pytest.mark.slow),  # the optimizer on the device
         "cpu-sp2-all",
     ],

@@ -70,6 +70,7 @@ def run_ranks(case: str, port: int, world_size: int = 2, **environment: str) -> 
 QUICK = ("world",)
 
 
+@pytest.mark.slow
 def test_the_program_without_a_mistake_trains(port):
     for status, output in run_ranks("none", port):
         assert status == 0 and "trained" in output, output[-3000:]

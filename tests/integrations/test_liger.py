@@ -744,7 +744,10 @@ def _loss_keys(keys: dict, sp_size: int) -> dict:
     [
         ({"liger_kernel": "auto"}, 2, "not used: Liger's kernels need a GPU", "Linear, tiles of 1024 MiB; by Triton's"),
         ({"liger_kernel": "auto"}, 1, "not used: Liger's kernels need a GPU", "off"),
-        ({"tiled_logits_loss": "liger", "liger_kernel": False}, 2, "off", "Linear, tiles of 1024 MiB; by Liger's"),
+        pytest.param(
+            *({"tiled_logits_loss": "liger", "liger_kernel": False}, 2, "off", "Linear, tiles of 1024 MiB; by Liger's"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_report_says_what_is_used_and_why_not(interpreted_ranks, keys, sp_size, liger, loss):

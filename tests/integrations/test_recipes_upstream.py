@@ -75,7 +75,7 @@ def test_four_ranks_are_two_replicas(ranks4):
     assert problems(programs.tutorial, cell, ranks4) == []
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_tiles_that_do_not_divide_a_shard_are_right(stage, ranks2):
     """24 tokens in 7 tiles are 6 of 4 tokens: DeepSpeed's own stops at the step, as it waits for a seventh."""
     cell = replace(CELL, stage=stage, checkpointing="non-reentrant")

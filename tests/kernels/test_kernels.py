@@ -271,6 +271,7 @@ def test_a_scale_and_a_soft_cap_are_read_from_what_a_model_does(steps, expected)
         assert (found.logit_scale, found.softcap) == pytest.approx((expected.logit_scale, expected.softcap))
 
 
+@pytest.mark.slow
 def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
     assert loss_tile_rows(TiledLossConfig(), 128256, in_place=True) == 2092
     same_tile, same_bytes = interpreted.run(tile_peak, "triton", 523), interpreted.run(tile_peak, "triton", None)
@@ -280,6 +281,7 @@ def test_the_ledger_sees_a_kernel_that_keeps_one_value_a_logit(interpreted):
     assert same_bytes < 1.02 * by_torch
 
 
+@pytest.mark.slow
 def test_a_layer_by_ligers_kernels_needs_less_at_its_peak():
     own, norms, all_parts = (layer_peak("llama", liger) for liger in (False, NORMS_AND_ROPE, True))
     assert norms <= 0.68 * own and all_parts <= 0.68 * own

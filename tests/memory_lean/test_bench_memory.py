@@ -20,6 +20,7 @@ def test_a_token_takes_less_than_half_with_memory_lean_layers():
     assert 0 < slope(LEAN) < 0.5 * slope(ORDINARY)
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_layers():
     few, many = (measure(replace(SMALL, num_layers=count), 2, TOKENS[0], LEAN).device for count in (2, 4))
     assert many["backward"] <= 1.01 * few["backward"]

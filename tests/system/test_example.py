@@ -50,11 +50,18 @@ def whole(tmp_path_factory, ranks2):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "later"), [("sp2", "sp1"), pytest.param("sp2_zero3", "sp2_zero3", marks=pytest.mark.slow)]
+    ("by_launcher", "recipe", "later"),
+    [
+        (False, "sp2", "sp1"),
+        *(
+            pytest.param(True, name, later, marks=pytest.mark.slow)
+            for name, later in (("sp2", "sp1"), ("sp2_zero3",) * 2)
+        ),
+    ],
 )
-def test_the_curve_is_that_of_sp1_and_goes_on_after_a_resume(recipe, later, whole, ranks2, tmp_path):
+def test_the_curve_is_that_of_sp1_and_goes_on_after_a_resume(by_launcher, recipe, later, whole, ranks2, tmp_path):
     checkpoint = ["--checkpoint", str(tmp_path / "checkpoint")]
-    train(None, recipe, tmp_path / "log", "--steps", "2", *checkpoint)
+    train(None if by_launcher else ranks2, recipe, tmp_path / "log", "--steps", "2", *checkpoint)
     resumed = train(ranks2, later, tmp_path / "log", "--steps", "4", *checkpoint)
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     for ours, theirs in zip(resumed, whole, strict=True):
