@@ -7,8 +7,6 @@ printed and not raised.
 import sys
 from types import ModuleType
 
-from deepspeed_alst.uncaught import install as install_excepthook
-
 # Functions of hooks.py that hook a module once it is imported.
 _HOOKS = {
     "deepspeed": ("hook_initialize",),
@@ -21,7 +19,6 @@ _HOOKS = {
 
 def install() -> None:
     """Install the hooks of DeepSpeed, transformers and accelerate, now or at their import."""
-    install_excepthook()
     for name in _HOOKS:
         module = sys.modules.get(name)
         if module is None:

@@ -4,9 +4,6 @@
 class AlstError(ValueError):
     """Base of all user-facing errors of this package."""
 
-    only_rank: int | None = None
-    """The rank, if it alone found the error; the other ranks' messages name it."""
-
 
 class ConfigError(AlstError):
     """Unsupported keys in a ds_config; the message lists each with its JSON path."""

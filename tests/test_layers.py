@@ -1,7 +1,7 @@
 """Dependencies point one way, third parties are fenced in, files and functions stay short: read from the sources.
 
 errors, formatting, core <- config, kernels, profiler <- distributed, environment <- data <- a folder for each feature,
-engine, features <- start <- initialize <- cli. What runs in every program (hooks, autoload, uncaught, __init__) stands
+engine, features <- start <- initialize <- cli. What runs in every program (hooks, autoload, __init__) stands
 outside: it may reach in, and nothing reaches it. transformers is imported by modules named hf_* alone.
 """
 
@@ -38,7 +38,7 @@ LAYERS = (
     {"start"},
     {"initialize"},
     {"cli"},
-    {"hooks", "autoload", "uncaught", "__main__"},
+    {"hooks", "autoload", "__main__"},
     {"__init__"},
 )
 # Where a third party may be imported: a folder, or one module of it.

@@ -57,7 +57,6 @@ def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:
     """
     everyone = gather_objects(None if error is None else (type(error), str(error)), group)
     if error is not None:
-        error.only_rank = dist.get_rank(group) if None in everyone else None
         raise error
     for rank, found in enumerate(everyone):
         if found is not None:
