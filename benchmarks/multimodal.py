@@ -27,11 +27,12 @@ from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.multimodal_families import FAMILIES, batch_of, cast, tiny_model
 from benchmarks.ranks import LateError, RankError, Ranks
 from deepspeed_alst.config.schema import parse
+from deepspeed_alst.core.feature import RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group
 from deepspeed_alst.errors import AlstError
-from deepspeed_alst.features import RunContext, features_of
+from deepspeed_alst.features import features_of
 from deepspeed_alst.multimodal import hf_families
 from deepspeed_alst.multimodal.hf_families import RIGHT
 from deepspeed_alst.start import build_session

@@ -12,11 +12,10 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import OWNED, PatchSet
 from deepspeed_alst.distributed.mesh import installed
 from deepspeed_alst.engine import extend
-from deepspeed_alst.features import RunContext, features_of, print_report, report_rows
+from deepspeed_alst.features import features_of
 from deepspeed_alst.grad_reduction.feature import deepspeed_arguments
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.start import build_session, check_arguments, read_config, start_ranks, upstream_mpu
-from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
+from deepspeed_alst.report import print_report, report_rows
+from deepspeed_alst.start import build_session, check_arguments, read_config, run_context, start_ranks, upstream_mpu
 
 DeepSpeedInitialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -50,8 +49,7 @@ def initialize(
         control_group = start_ranks(arguments, ds_config, patches)
         session = build_session(spec, config, ds_config, control_group, patches) if splits_sequences else None
         passed, bucket = deepspeed_arguments(arguments, ds_config, config, session)
-        calls, leaves = session.calls if session else ForwardContext(), ZeRO3Leaves(spec.whole, stage, patches)
-        run = RunContext(spec, config, stage, control_group, session, upstream, calls, leaves)
+        run = run_context(spec, config, stage, control_group, session, upstream, patches)
         features = features_of(run, bucket)
 
         build = with_plain_copies(original, spec.whole, patches)

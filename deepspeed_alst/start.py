@@ -11,6 +11,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed_alst.config.compatibility import check_batch_keys, check_features, check_world, zero_stage
 from deepspeed_alst.config.config_file import TOP_KEYS
 from deepspeed_alst.config.schema import AlstConfig, parse
+from deepspeed_alst.core.feature import RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, assert_same_on_all_ranks
@@ -18,7 +19,9 @@ from deepspeed_alst.distributed.mesh import build_control_group, destroy_groups
 from deepspeed_alst.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
+from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.session import Session
+from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 from deepspeed_alst.verification.hf_support_checks import check_model
 
 _MPU = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
@@ -114,3 +117,17 @@ def build_session(
         check_world(config, world_size, heads)
         check_batch_keys(ds_config, config.sequence_parallel_size, world_size)
     return Session(spec, config, control_group, patches, heads)
+
+
+def run_context(
+    spec: ModelSpec,
+    config: AlstConfig,
+    stage: int,
+    control_group: Any,
+    session: Session | None,
+    upstream: Any,
+    patches: PatchSet,
+) -> RunContext:
+    """Return what features are told of a run; its fields are described there."""
+    calls, leaves = session.calls if session else ForwardContext(), ZeRO3Leaves(spec.whole, stage, patches)
+    return RunContext(spec, config, stage, control_group, session, upstream, calls, leaves)

@@ -17,7 +17,8 @@ PACKAGE = "deepspeed_alst"
 ROOT = Path(__file__).parent.parent / PACKAGE
 # Folders and modules at the top of the package, from the bottom up. Within a layer they may use one another.
 LAYERS = (
-    {"errors", "formatting", "core"},
+    {"errors", "formatting"},
+    {"core"},
     {"config", "kernels", "profiler"},
     {"distributed", "environment"},
     {"data"},
@@ -33,7 +34,7 @@ LAYERS = (
             "grad_reduction",
             "multimodal",
         ),
-        *("checkpoint", "monitoring", "verification", "integrations", "memory_lean", "features", "engine"),
+        *("checkpoint", "monitoring", "verification", "integrations", "memory_lean", "features", "engine", "report"),
     },
     {"start"},
     {"initialize"},
@@ -48,7 +49,7 @@ FENCES = {
     "transformers": {"core.copying"},  # and modules named hf_*
     "matplotlib": {"profiler.picture"},
     "deepspeed": {
-        *("checkpoint", "grad_reduction", "distributed.mesh", "environment", "features", "start", "hooks", "cli"),
+        *("checkpoint", "grad_reduction", "distributed.mesh", "environment", "core.feature", "start", "hooks", "cli"),
         *("integrations.hf_upstream", "kernels.builder", "monitoring.metrics"),
         "verification.hf_parity_trial",
     },
@@ -66,9 +67,13 @@ SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.item
 
 
 def imports(name: str, source: str) -> Iterator[str]:
-    """The full dotted name of whatever a module imports, at its top or inside a function."""
-    package = [PACKAGE, *name.split(".")[:-1]]
-    for node in ast.walk(ast.parse(source)):
+    """The full dotted name of whatever a module imports, at its top or inside a function; not of types alone."""
+    package, tree = [PACKAGE, *name.split(".")[:-1]], ast.parse(source)
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    of_types = {id(child) for guard in guards for child in ast.walk(guard)}
+    for node in ast.walk(tree):
+        if id(node) in of_types:
+            continue
         if isinstance(node, ast.Import):
             yield from (each.name for each in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -159,6 +164,7 @@ def _is_string(node: ast.Expr) -> bool:
         ("initialize", "from .hooks import find_config"),
         ("initialize", "from deepspeed_alst.autoload import install"),
         ("initialize", "from deepspeed_alst.cli import report"),
+        ("config.schema", "if not TYPE_CHECKING:\n    from deepspeed_alst.data import loader"),
     ],
 )
 def test_an_import_that_points_upward_is_found(name, source):
@@ -191,6 +197,7 @@ def test_an_import_outside_of_its_fence_is_found(name, source):
             "from deepspeed_alst.config.config_file import nearest\nfrom ..errors import AlstError",
         ),
         ("data.sharding", "from deepspeed_alst.data.validation import check_mask"),
+        ("core.feature", "if TYPE_CHECKING:\n    from deepspeed_alst.data.loader import ShardedDataLoader"),
         ("distributed.mesh", "from deepspeed.utils import groups"),
         ("kernels.softcap", "import triton"),
         ("sequence_parallel.hf_one_rank", "import transformers"),

@@ -4,13 +4,15 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.features import Feature, RunContext, reduction_rows
+from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.grad_reduction.checks import AverageCheck
 from deepspeed_alst.grad_reduction.reduce import Reduction
-from deepspeed_alst.grad_reduction.zero_paths import install_reduction
+from deepspeed_alst.grad_reduction.zero_paths import ReductionPath, install_reduction
 from deepspeed_alst.kernels.builder import load
 from deepspeed_alst.sequence_parallel.session import Session
 
@@ -32,22 +34,11 @@ class GradReduction(Feature):
         session.losses.watch(engine, patches)  # which reads the norm of the reduction
         session.reduction_bytes = path.bytes_sent(engine)
         engine.alst_features.gradient_check = AverageCheck(engine, session.groups, reduction.dtype, patches)
-        self._rows = reduction_rows(engine, reduction, path, adder, self._bucket)
+        self._rows = _rows(engine, reduction, path, adder, self._bucket)
 
     def report(self) -> list[tuple[str, str]]:
         """Return dtypes, bytes on the wire and buffers."""
         return self._rows
-
-
-class SeparateExperts(Feature):
-    """Mixtures whose experts are modules of their own: every rank gathers and reduces all of them."""
-
-    def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
-        """Patch the blocks of experts, if there are any."""
-        if next(run.spec.separate_experts(), None) is not None:
-            from deepspeed_alst.moe.mixtures import call_together
-
-            call_together(run.spec, run.stage, run.leaf, patches)
 
 
 def deepspeed_arguments(
@@ -77,3 +68,31 @@ def deepspeed_arguments(
         args.deepspeed_config, args.deepscale_config = ours, None
         return {**passed, "args": args, "mpu": session.mpu}, source
     return {**passed, "config": ours, "mpu": session.mpu}, source
+
+
+def _rows(engine: Any, reduction: Reduction, path: ReductionPath, adder: str, bucket: str) -> list[tuple[str, str]]:
+    """Return the rows on the gradient sums' dtype, cost and buckets; ``bucket`` is the size's source."""
+    ranks = dist.get_world_size()
+    sizes = [getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters() if param.requires_grad]
+    numel, stage = sum(sizes), int(engine.zero_optimization_stage())
+    # A parameter larger than the bucket is reduced alone.
+    at_once = min(numel, max(path.bucket_size or numel, *sizes, 0))
+    # Send and receive buffers, and on stage 0 this rank's shard of the sums.
+    widest = max(dtype.itemsize for dtype in path.hops)
+    extra = min(2 * reduction.slice_bytes, 2 * at_once * widest + (at_once // ranks * widest if stage == 0 else 0))
+    wire = ", then ".join(_short(dtype) for dtype in path.hops)
+    adder = f" ({adder})" if reduction.dtype == torch.float32 else ""
+    buckets = f"{bucket} is not used on this path"
+    if path.bucket_size is not None:
+        buckets = f"{path.bucket_size:,} elements ({bucket})"
+    sent = f"{format_bytes(path.bytes_sent(engine), 1)} sent per rank and step"
+    return [
+        ("reduction", f"ZeRO stage {stage}, summed in {_short(reduction.dtype)}{adder} over {ranks} ranks"),
+        ("on the wire", f"{wire}: {sent} ({path.reductions} x {numel:,} elements)"),
+        ("largest extra buffers", f"{format_bytes(extra, 1)}{path.besides}"),
+        ("gradient buckets", buckets),
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

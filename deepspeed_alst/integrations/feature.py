@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.features import Feature, RunContext
 
 _SKIP_LOGITS = "skip_logits"
 

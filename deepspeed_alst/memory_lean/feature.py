@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_alst.config.schema import AutoMemoryLeanConfig, MemoryLeanConfig
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import build_adjacent, destroy_groups
-from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
 from deepspeed_alst.memory_lean.decoder_layer import LeanLayer, new_group, sizes_of

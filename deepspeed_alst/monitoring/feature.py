@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
-from deepspeed_alst.features import Feature, RunContext
 
 
 class StepMetrics(Feature):

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeed_alst.config.schema import AlstBlockConfig, OffloadConfig, Packing
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, ranks_on_host
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.features import Feature, RunContext, print_report
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.offload.activation_store import ActivationStore
@@ -26,6 +26,7 @@ from deepspeed_alst.offload.checkpoint_inputs import (
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.offload.swapper import Swapper
+from deepspeed_alst.report import print_report
 from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
 from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention, check_attention_can_be_saved

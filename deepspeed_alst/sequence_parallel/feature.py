@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.sequence_loss import (
@@ -20,7 +21,6 @@ from deepspeed_alst.distributed.sequence_loss import (
     whole_sequence_divisor,
 )
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.integrations.trl_fused_head import sum_fused_head
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.linear_attention.layers import has_attention, linear_layers

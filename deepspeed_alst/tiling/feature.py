@@ -1,8 +1,8 @@
 """``alst.tiled_mlp_compute`` and ``alst.tiled_logits_loss``."""
 
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.features import Feature, RunContext
 from deepspeed_alst.integrations.feature import LigerKernels
 from deepspeed_alst.kernels import define_ops
 

@@ -8,7 +8,7 @@ import pytest
 
 from deepspeed_alst.config.compatibility import GAS, MICRO, TOTAL, check_batch_keys
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.features import step_words  # ['step_words']
+from deepspeed_alst.report import step_words  # ['step_words']
 
 P, WORLD = 2, 4
 
