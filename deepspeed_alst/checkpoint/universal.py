@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.checkpoint import constants
 
 from deepspeed_alst.checkpoint.save import STAMP
-from deepspeed_alst.distributed.collectives import agree, gather_objects
+from deepspeed_alst.distributed.collectives import agree, any_rank
 from deepspeed_alst.errors import CheckpointError
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
@@ -76,7 +76,7 @@ def convert_together(model_file: Path, optimizer_files: Sequence[Path], world_si
         while goes_on:
             with agree(group, CheckpointError, f"{model_file.parent} cannot be converted"):
                 mine = next(steps, False)
-            goes_on = any(gather_objects(mine, group))
+            goes_on = any_rank(mine, group)
 
 
 def convert(model_file: Path, optimizer_files: Sequence[Path], world_size: int) -> Generator[bool, None, None]:

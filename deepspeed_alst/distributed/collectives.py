@@ -26,6 +26,13 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     return everyone
 
 
+def any_rank(mine: bool, group: Any) -> bool:
+    """Return True if a condition holds on any rank. Collective over a gloo group."""
+    found = torch.tensor([mine], dtype=torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return bool(found)
+
+
 def ranks_on_host(group: Any) -> int:
     """Return the number of ranks in this host's (or container's) memory. Collective over a gloo group."""
     boot = Path("/proc/sys/kernel/random/boot_id")  # hosts from one image may have one name
@@ -55,6 +62,8 @@ def raise_on_all_ranks(error: AlstError | None, group: Any) -> None:
 
     A rank with its own error raises it; the others raise the first rank's class, with its number and message.
     """
+    if not any_rank(error is not None, group):
+        return
     everyone = gather_objects(None if error is None else (type(error), str(error)), group)
     if error is not None:
         raise error

@@ -12,7 +12,7 @@ from deepspeed_alst.config.schema import AutoMemoryLeanConfig, MemoryLeanConfig
 from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.collectives import gather_objects
+from deepspeed_alst.distributed.collectives import any_rank
 from deepspeed_alst.distributed.mesh import build_adjacent, destroy_groups
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
@@ -54,7 +54,7 @@ class MemoryLeanLayers(Feature):
         define_ops("gated")
         policy = None if self._offload is None else self._offload.policy
         alone = dist.get_world_size(run.control_group) == 1
-        on_any_rank = bool if alone else functools.partial(_on_any_rank, run.control_group)
+        on_any_rank = bool if alone else functools.partial(any_rank, group=run.control_group)
         self._layers, self._reasons = run_in_chunks(
             run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_rank
         )
@@ -75,10 +75,6 @@ class MemoryLeanLayers(Feature):
             sizes += f", {self._keys}"
         ordinary = [f"{number} ordinary: {reason}" for reason, number in self._reasons.items()]
         return [("memory-lean layer", "; ".join([f"{self._layers} layers in {sizes}", *ordinary]))]
-
-
-def _on_any_rank(group: Any, mine: bool) -> bool:
-    return any(gather_objects(mine, group))
 
 
 def run_in_chunks(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.distributed.collectives import gather_objects, uncounted
+from deepspeed_alst.distributed.collectives import any_rank, gather_objects, uncounted
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.random_draws.model_draws import zero_attention_dropout
 from deepspeed_alst.verification.model_check import check_live_model
@@ -103,7 +103,7 @@ class ModelCheck:
         if model.training in self._checked:
             return
         changed = not self._checked and program_code(model) != self._code
-        if any(gather_objects(changed, session.groups.control_group)):
+        if any_rank(changed, session.groups.control_group):
             # In a thread of its own: an evaluation is without a graph, which the trial's backward needs.
             run_isolated(verify_model, self._spec, session.groups)
         began = time.perf_counter()
