@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.core.selfcheck import agrees
+from deepspeed_alst.core.selfcheck import agrees, without_zero_weights
 from deepspeed_alst.errors import SetupError
 from deepspeed_alst.memory_lean.attention_kernels import Dropout, kernel_for
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
@@ -159,7 +159,7 @@ class LeanLayer:
 
         # Rows of a product of the same shape are equal to the bit; those of experts may be grouped otherwise.
         are_equal, n, found = agrees if self._is_mixture else torch.equal, min(s, _TESTED), list[bool]()
-        with PatchSet() as patches, torch.no_grad():
+        with PatchSet() as patches, torch.no_grad(), without_zero_weights(self._layer):
             for module in self._layer.modules():
                 patches.set(module, "training", False)  # no dropout
             x_BnM = x_BsM[:, :n].clone()

@@ -7,6 +7,7 @@ are computed from its input. So a step runs an MLP twice, and its last matrix on
 Legend: T rows (tokens, flat), t rows of a tile.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.core.selfcheck import without_zero_weights
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.checkpoint_hook import CheckpointHook
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
@@ -62,7 +64,10 @@ class TiledModule:
         flat = [each.reshape(-1, each.shape[-1]) for each in rows]
         state = (self.module.training, *dropout_rates(self.module).values())
         if self._checked_state != state:
-            self._check([each[:_CHECKED_ROWS] for each in flat], dims, draws)
+            first, known = [each[:_CHECKED_ROWS] for each in flat], type(flat[0]).__name__ != "FakeTensor"
+            compares = len(first[0]) >= _MIN_CHECKED_ROWS and known and not flat[0].is_meta
+            with without_zero_weights(self.module) if compares else contextlib.nullcontext():
+                self._check(first, dims, draws, compares)
             self._checked_state = state if lead.numel() >= _MIN_CHECKED_ROWS else ()
         result = TiledPass.apply(self, draws, tile_rows, dims, len(rows), *flat, *self.module.parameters())
         self.last_node = result.grad_fn
@@ -132,8 +137,8 @@ class TiledModule:
         return grads[: len(rows)]
 
     @torch.no_grad()
-    def _check(self, rows: Sequence[torch.Tensor], dims: int, draws: Branch) -> None:
-        """Check that rows give the same result alone and among others; find the final Linear."""
+    def _check(self, rows: Sequence[torch.Tensor], dims: int, draws: Branch, compares: bool) -> None:
+        """Find the final Linear; with ``compares``, check that rows give the same result alone and among others."""
         t, inputs = len(rows[0]), _batch(rows, dims)
         calls: list[tuple[torch.nn.Linear, torch.Tensor, int]] = []
 
@@ -151,7 +156,7 @@ class TiledModule:
         for linear, output, version in calls:
             if output is result and version == _version(output) and called.count(linear) == 1:
                 self._final_linear = linear
-        if t < _MIN_CHECKED_ROWS or type(whole).__name__ == "FakeTensor" or whole.is_meta:
+        if not compares:
             return
         tile = slice(t // 4, 3 * t // 4)
         with draws(tile):

@@ -362,17 +362,19 @@ def test_weight_gradients_in_bf16_are_summed_in_fp32():
 
 
 class Mixing(torch.nn.Linear):
-    """A projection to which each token adds a bit of the one before it, and of none after it."""
+    """A projection to which each token adds a bit of the one before it, or has a gate to do so."""
 
     def forward(self, x):
-        return super().forward(x + 1e-3 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+        return super().forward(x + self.gate * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
-@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.up_proj"])
-def test_a_layer_that_mixes_tokens_outside_of_its_attention_is_ordinary(name):
+@pytest.mark.parametrize(("name", "gate"), [("self_attn.k_proj", 1e-3), ("mlp.up_proj", 1e-3), ("mlp.up_proj", 0.0)])
+def test_a_layer_that_mixes_tokens_outside_of_its_attention_is_ordinary(name, gate):
     def mix(model):
         for each in model.model.layers:
-            each.get_submodule(name).__class__ = Mixing
+            module = each.get_submodule(name)
+            module.__class__ = Mixing
+            module.gate = torch.nn.Parameter(torch.tensor(gate))
 
     with lean_model() as model:
         mix(model)

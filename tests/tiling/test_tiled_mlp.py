@@ -391,13 +391,20 @@ def test_a_model_with_nothing_to_tile_is_refused():
         tile_mlps(ModelSpec(build_model(config)), TiledMLPConfig(), no_leaf, undo)
 
 
-def test_a_module_that_mixes_tokens_is_refused():
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_a_module_that_mixes_tokens_is_refused(gate):
     class Mixing(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x + x.roll(1, dims=-2))
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.gate = torch.nn.Parameter(torch.full((8,), gate))
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.gate * x.roll(1, dims=-2))
+
+    module = Mixing(8, 8)
     with pytest.raises(UnsupportedModelError, match="the output of mixing for a token depends on other tokens"):
-        TiledModule("mixing", Mixing(8, 8)).run_tiled(5, torch.randn(1, 40, 8))
+        TiledModule("mixing", module).run_tiled(5, torch.randn(1, 40, 8))
+    assert torch.equal(module.gate, torch.full((8,), gate))
 
 
 def test_a_4bit_layer_in_evaluation_mode_is_refused_where_gradients_are_asked_for():
