@@ -32,7 +32,7 @@ _TOOLS = ("pytest", "pytest-timeout", "hypothesis", "matplotlib", "ninja")
 OLDER_TRANSFORMERS = ("5.23.0", "5.20.2", "5.19.0", "5.16.1")
 FAMILIES = "llama qwen3 gemma3_text mixtral qwen3_moe deepseek_v3 gpt_oss qwen3_next mamba2 gpt2"
 TESTS = (
-    "sequence_parallel/test_masks sequence_parallel/test_cores offload/test_kept_attention "
+    "attention/test_masks attention/test_cores attention/test_kept_attention "
     "checkpoint/test_checkpoints linear_attention/test_linear profiler/test_ledger tiling/test_tiled_mlp "
     "tiling/test_tiled_loss kernels/test_op_build grad_reduction/test_sum_pieces kernels/test_kernels "
     "integrations/test_compile offload/test_offload_engine system/test_plugin system/test_initialize "

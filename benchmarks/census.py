@@ -27,7 +27,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.ranks import LateError, RankError, Ranks
+from deepspeed_alst.attention.hf_attention import TRIAL
 from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
@@ -35,9 +37,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_parity_trial import Verdict, compare
 from deepspeed_alst.verification.hf_tiny_models import numel, shrink, small_model, trial_core
 from deepspeed_alst.verification.model_check import check_live_model

@@ -24,23 +24,23 @@ from benchmarks import dpo, step_time
 from benchmarks.figures import Figure, Part, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
 from benchmarks.tiles.systems import Step, build, put_tiles
+from deepspeed_alst.attention.attention_cache import saving_frame
+from deepspeed_alst.attention.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.attention.hf_one_rank import cache_attention
 from deepspeed_alst.cli.fake_layer import shorten
 from deepspeed_alst.config.schema import AlstConfig, MemoryLeanConfig, TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.hf_liger import use_liger_without_data
+from deepspeed_alst.liger.hf_liger import use_liger_without_data
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
-from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 
 LEAN, ORDINARY, DEEPSPEED = "memory-lean layers", "ordinary path", "DeepSpeed's ALST"
 WITH_LIGER = ", Liger"

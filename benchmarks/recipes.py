@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks.figures import Figure, Part, markdown, report
 from benchmarks.tiles.shapes import REAL_SIZE, Shape
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.cli.measure import Model
 from deepspeed_alst.cli.memory import Machine, static_bytes
 from deepspeed_alst.config.compatibility import value_at
 from deepspeed_alst.config.schema import AlstConfig, parse
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 GPU_GB = {"h100": 80.0, "h200": 141.0}

@@ -25,8 +25,19 @@ def _attention_features(run: RunContext) -> tuple[list[Feature], "ActivationOffl
     block, session, found, offload = run.config.alst, run.session, list[Feature](), None
     if session is not None:
         from deepspeed_alst.sequence_parallel.feature import SequenceParallel
+        from deepspeed_alst.verification.feature import VerifiedModel
 
+        # Before anything is patched.
+        found.append(VerifiedModel(session))
+        if run.upstream is not None:
+            from deepspeed_alst.integrations.feature import Upstream
+
+            found.append(Upstream(session))
         found.append(SequenceParallel(session))
+        if session.splits_decoder and not run.spec.is_multimodal:
+            from deepspeed_alst.whole_sequence.feature import WholeSequences
+
+            found.append(WholeSequences(session))
     if block.activation_checkpoint_cpu_offload is not None or block.save_attention_output is True:
         # After attention is patched: the checkpoint's outermost wrapper offloads its inputs.
         from deepspeed_alst.offload.feature import ActivationOffload
@@ -43,7 +54,7 @@ def _attention_features(run: RunContext) -> tuple[list[Feature], "ActivationOffl
 def _layer_features(run: RunContext, offload: "ActivationOffload | None") -> list[Feature]:
     block, found, liger = run.config.alst, list[Feature](), None
     if block.liger_kernel is not False:
-        from deepspeed_alst.integrations.feature import LigerKernels
+        from deepspeed_alst.liger.feature import LigerKernels
 
         liger = LigerKernels()
         found.append(liger)
@@ -51,7 +62,7 @@ def _layer_features(run: RunContext, offload: "ActivationOffload | None") -> lis
     if block.tiled_logits_loss == "auto" and (run.upstream is not None or run.spec.with_head.head is None):
         loss = None  # a program for DeepSpeed's ALST may compute its own loss from the logits
     if (run.session is not None or loss is not None) and run.spec.head is not None:
-        from deepspeed_alst.integrations.feature import OwnLoss
+        from deepspeed_alst.liger.feature import OwnLoss
 
         found.append(OwnLoss())
     if next(run.spec.separate_experts(), None) is not None:

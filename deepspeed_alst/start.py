@@ -12,6 +12,7 @@ from deepspeed_alst.config.compatibility import check_batch_keys, check_features
 from deepspeed_alst.config.config_file import TOP_KEYS
 from deepspeed_alst.config.schema import AlstConfig, parse
 from deepspeed_alst.core.feature import RunContext
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, assert_same_on_all_ranks
@@ -19,7 +20,6 @@ from deepspeed_alst.distributed.mesh import build_control_group, destroy_groups
 from deepspeed_alst.environment import check_build_lock, check_deepspeed, use_expandable_segments
 from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.formatting import shown
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.sequence_parallel.session import Session
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 from deepspeed_alst.verification.hf_support_checks import check_model

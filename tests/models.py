@@ -10,13 +10,13 @@ import torch.distributed as dist
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import SMALL
 from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.memory_lean import decoder_layer, feature, norm
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.verify_model import verify_model
 
 

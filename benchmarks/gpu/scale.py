@@ -15,7 +15,7 @@ from benchmarks.tiles.systems import Step, build, put_tiles
 from deepspeed_alst.config.schema import AlstConfig, MemoryLeanConfig, TiledLossConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.hf_liger import apply_liger
+from deepspeed_alst.liger.hf_liger import apply_liger
 from deepspeed_alst.offload.host_buffers import CopyStream
 
 MIB, GIB = 2**20, 2**30

@@ -121,7 +121,7 @@ def tile_peak(backend: str, tile_tokens: int | None) -> int:
 def in_a_model(model: torch.nn.Module, batch: dict[str, torch.Tensor], backend: str, undo: PatchSet) -> Any:
     """Return loss and gradients of a model whose tiled loss uses this backend."""
     from deepspeed_alst.config.schema import TiledLossConfig
-    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+    from deepspeed_alst.core.forward_context import ForwardContext
     from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 
     tile_loss(

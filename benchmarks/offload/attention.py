@@ -16,9 +16,9 @@ from transformers import LlamaConfig
 
 from benchmarks.cells import build_model
 from benchmarks.figures import Figure, one_thread
+from deepspeed_alst.attention.attention_cache import CheckpointFrame
+from deepspeed_alst.attention.hf_one_rank import cache_attention
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.offload.attention_cache import CheckpointFrame
-from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention
 
 LENGTHS = (8192, 16384)
 LAYERS = 2

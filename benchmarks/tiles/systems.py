@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from deepspeed_alst.config.schema import AlstConfig, TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.hf_liger import use_liger_without_data
+from deepspeed_alst.liger.hf_liger import use_liger_without_data
 from deepspeed_alst.profiler.ledger import Ledger
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 

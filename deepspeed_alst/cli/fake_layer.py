@@ -9,19 +9,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.attention import row_attention, ulysses
+from deepspeed_alst.attention.attention_cache import saving_frame
+from deepspeed_alst.attention.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.attention.rectangles import of_size, rectangles
+from deepspeed_alst.attention.row_attention import RowCall
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_liger import use_liger_without_data
 from deepspeed_alst.kernels.head_layout import Shares, uneven_sizes
+from deepspeed_alst.liger.hf_liger import use_liger_without_data
 from deepspeed_alst.memory_lean import core as lean_core
-from deepspeed_alst.memory_lean.chunks import of_size
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
-from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.budget import LayerSizes
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, apply_checkpoint_policy
 from deepspeed_alst.offload.feature import keep_last, layer_sizes
@@ -29,11 +32,7 @@ from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD, Sample
-from deepspeed_alst.sequence_parallel import row_attention, ulysses
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
-from deepspeed_alst.sequence_parallel.row_attention import RowCall
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_tiny_models import causal_lm

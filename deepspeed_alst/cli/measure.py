@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deepspeed_alst.attention.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.attention.row_attention import KEY_BLOCK
 from deepspeed_alst.cli.fake_layer import FEW_TOKENS, Bytes, Flops, bytes_of
 from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -16,8 +18,6 @@ from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.monitoring.step_flops import StepFlops, step_flops
 from deepspeed_alst.offload.budget import LayerSizes
 from deepspeed_alst.offload.feature import keep_last
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
-from deepspeed_alst.sequence_parallel.row_attention import KEY_BLOCK
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.verification.hf_tiny_models import causal_lm, load_config, numel
 

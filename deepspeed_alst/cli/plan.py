@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+from deepspeed_alst.attention.head_plan import attention_heads
 from deepspeed_alst.cli.measure import Measuring, head_plan
 from deepspeed_alst.cli.memory import GIB, Machine, Plan
 from deepspeed_alst.cli.report import problems, read_json
@@ -16,7 +17,6 @@ from deepspeed_alst.cli.what_if import Variant, WhatIf, print_table, relative, r
 from deepspeed_alst.config.compatibility import fitting, zero_stage
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.sequence_parallel.head_plan import attention_heads
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ def _unpatched(module: torch.nn.Module, before: dict[str, Any], after: dict[str,
             added = after.get(key, {}).keys() - before.get(key, {}).keys()
             value = type(value)((i, hook) for i, hook in value.items() if i not in added and not _captures(hook))
         elif key not in _CURRENT:
-            value = getattr(value, "alst_original", value)  # wrapped by offload/checkpoint_hook.py
+            value = getattr(value, "alst_original", value)  # wrapped by core/checkpoint_hook.py
             value = before.get(key, ABSENT) if value is after.get(key, ABSENT) else value
         if value is not ABSENT and key not in (_REDUCE, _CAPTURING):
             found[key] = value

@@ -10,7 +10,7 @@ from deepspeed_alst.core.patching import PatchSet
 
 if TYPE_CHECKING:
     from deepspeed_alst.config.schema import AlstConfig
-    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+    from deepspeed_alst.core.forward_context import ForwardContext
     from deepspeed_alst.sequence_parallel.session import Session
     from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -19,6 +20,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.utils.output_capturing import OutputRecorder
+
+_CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
 
 
 class ModelSpec:
@@ -203,3 +206,8 @@ def _inside(model: torch.nn.Module) -> torch.nn.Module:
     if isinstance(model, torch._dynamo.OptimizedModule):
         return model._orig_mod
     return model.get_base_model() if is_peft(model) else model
+
+
+def is_causal_lm_loss(function: Any) -> bool:
+    """Return True if a loss is transformers' causal LM loss, or the one of ``install_chunked_causal_lm_loss``."""
+    return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_invalid_grad_norm
 from deepspeed.utils import safe_get_full_grad
 
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import tolerance
 from deepspeed_alst.distributed.collectives import raise_on_all_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import NonFiniteGradientError, NonFiniteLossError, SetupError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 _ELEMENTS = 1024
 _LARGEST = 1 << 26  # elements; DeepSpeed returns the full gradient in fp32, 256 MiB here

@@ -1,7 +1,7 @@
 """``seq_parallel_communication_data_type`` and ``alst.reduction``: gradients summed over all ranks."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from deepspeed_alst.grad_reduction.checks import AverageCheck
 from deepspeed_alst.grad_reduction.reduce import Reduction
 from deepspeed_alst.grad_reduction.zero_paths import ReductionPath, install_reduction
 from deepspeed_alst.kernels.builder import load
-from deepspeed_alst.sequence_parallel.session import Session
+
+if TYPE_CHECKING:
+    from deepspeed_alst.sequence_parallel.session import Session
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,7 +24,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class GradReduction(Feature):
     """Gradient reduction on the path of the engine's ZeRO stage, and the check of its first average."""
 
-    def __init__(self, session: Session, bucket: str) -> None:
+    def __init__(self, session: "Session", bucket: str) -> None:
         self._session, self._bucket = session, bucket
 
     def attach_engine(self, engine: Any, run: RunContext, patches: PatchSet) -> None:
@@ -42,7 +44,7 @@ class GradReduction(Feature):
 
 
 def deepspeed_arguments(
-    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: Session | None
+    arguments: dict[str, Any], ds_config: dict[str, Any], config: AlstConfig, session: "Session | None"
 ) -> tuple[dict[str, Any], str]:
     """Return the arguments of DeepSpeed's call, and the source of its bucket size; at SP 1 they are the caller's."""
     if session is None:

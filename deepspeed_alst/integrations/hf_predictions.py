@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import tokens_of
 from deepspeed_alst.distributed.collectives import raise_on_all_ranks
-from deepspeed_alst.distributed.mesh import SequenceGroups
+from deepspeed_alst.distributed.gather import MAX_BYTES, gather_predictions, is_too_large
 from deepspeed_alst.errors import DataError, ShapeError
 from deepspeed_alst.integrations.hf_trainer import (
     NUM_ITEMS,
@@ -26,9 +25,7 @@ from deepspeed_alst.integrations.hf_trainer import (
 )
 from deepspeed_alst.integrations.trl_losses import distil_logits
 from deepspeed_alst.tiling.tiled_loss import logits_wanted
-
-_MAX_BYTES = 2 << 30
-"""Bytes of one rank's predictions of one batch: fp32 logits of 4k tokens, vocabulary 128k, are 2 GiB."""
+from deepspeed_alst.whole_sequence.batches import accept_whole_batches
 
 
 @contextlib.contextmanager
@@ -57,7 +54,7 @@ def evaluation(trainer: Any) -> Iterator[None]:
                 return _predict_on_shards(trainer, session, predicted, inputs, prediction_loss_only)
             model = trainer.model_wrapped if model is trainer.model else model  # the engine, which shards
             session.meet("within an evaluation")
-            with session.whole_batches(), PatchSet() as patches:
+            with accept_whole_batches(session), PatchSet() as patches:
                 distil_logits(trainer, patches)
                 return predicted(inputs)
 
@@ -126,29 +123,6 @@ def _counted_items(trainer: Any, counts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def gather_predictions(pieces: list[Any], length: int, groups: SequenceGroups) -> Any:
-    """Gather the predictions of this rank's batch: ``P x [B_k, s_k, ...] -> [B, length, ...]``.
-
-    Piece k is this rank's part of rank k's batch, a tensor or a tuple of tensors; ``length`` is that of this rank's
-    batch before padding. Collective over the sequence's ranks.
-    """
-    if isinstance(pieces[0], tuple | list):
-        columns = [gather_predictions(list(column), length, groups) for column in zip(*pieces, strict=True)]
-        return type(pieces[0])(columns)
-    own = pieces[groups.sp_rank]
-    send = torch.cat([piece.flatten() for piece in pieces])
-    recv = own.new_empty(groups.sp_size * own.numel())
-    dist.all_to_all_single(
-        recv, send, [own.numel()] * groups.sp_size, [piece.numel() for piece in pieces], group=groups.sp_group
-    )
-    return torch.cat(recv.view(groups.sp_size, *own.shape).unbind(), dim=1)[:, :length]
-
-
-def is_too_large(piece: torch.Tensor, sp_size: int) -> bool:
-    """Return True if the predictions of one batch would exceed 2 GiB on a rank."""
-    return piece.numel() * piece.element_size() * sp_size > _MAX_BYTES
-
-
 def _problem(piece: Any, shard_length: int, sp_size: int) -> DataError | ShapeError | None:
     if isinstance(piece, tuple | list):
         return next((problem for each in piece if (problem := _problem(each, shard_length, sp_size))), None)
@@ -162,7 +136,7 @@ def _problem(piece: Any, shard_length: int, sp_size: int) -> DataError | ShapeEr
         num_bytes = piece.numel() * piece.element_size() * sp_size
         return DataError(
             f"evaluation: the predictions of one batch would be {num_bytes / 2**30:.1f} GiB on a rank (shape "
-            f"{list(piece.shape)} on a shard, {sp_size} shards), more than {_MAX_BYTES / 2**30:.0f} GiB. Give the "
+            f"{list(piece.shape)} on a shard, {sp_size} shards), more than {MAX_BYTES / 2**30:.0f} GiB. Give the "
             "Trainer preprocess_logits_for_metrics (for example an argmax), or prediction_loss_only=True."
         )
     return None

@@ -21,6 +21,7 @@ from deepspeed_alst.errors import ConfigError
 from deepspeed_alst.integrations.trl_losses import MicroSteps, distil_logits, makes_own_loss, refusals
 from deepspeed_alst.tiling.lazy_logits import share_of_loss
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
+from deepspeed_alst.whole_sequence.batches import accept_whole_batches
 
 # Keys sent along with a batch besides the model's own arguments.
 NUM_ITEMS = "alst_num_items"
@@ -51,7 +52,7 @@ def training_step(
     )
     whole, losses, P = takes_whole_batches(trainer), [], session.groups.sp_size
     steps = MicroSteps(trainer, session.groups.sp_rank, P) if makes_own_loss(trainer) else None
-    with session.whole_batches() if whole else contextlib.nullcontext(), PatchSet() as patches:
+    with accept_whole_batches(session) if whole else contextlib.nullcontext(), PatchSet() as patches:
         distil_logits(trainer, patches)
         inputs = steps.prepare(inputs, patches) if steps else inputs
         batches = exchange_batches(session, inputs, {NUM_ITEMS: num_items_in_batch}, progress, whole)

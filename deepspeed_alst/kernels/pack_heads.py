@@ -94,7 +94,7 @@ def _launch_unpack(buffer_PsBW: torch.Tensor, pieces: Sequence[torch.Tensor]) ->
     _launch(buffer_PsBW, pieces, is_pack=False)
 
 
-# No autograd formula: the backward in sequence_parallel/ulysses.py packs the tensors that its forward unpacked.
+# No autograd formula: the backward in attention/ulysses.py packs the tensors that its forward unpacked.
 _pack_op = torch.library.custom_op("deepspeed_alst::pack_heads", _launch_pack, mutates_args=())
 _unpack_op = torch.library.custom_op("deepspeed_alst::unpack_heads_", _launch_unpack, mutates_args=("pieces",))
 

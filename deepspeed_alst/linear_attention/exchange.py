@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.ulysses import exchange, repeat_heads, to_heads, to_tokens, whole_sequence
 from deepspeed_alst.kernels.head_layout import by_tokens
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import exchange, repeat_heads, to_heads, to_tokens, whole_sequence
 
 
 def seq_to_head(tensors_BsHD: Sequence[torch.Tensor], plan: HeadPlan, group: Any) -> tuple[torch.Tensor, ...]:

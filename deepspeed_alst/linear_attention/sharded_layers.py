@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.ulysses import HeadToSeq
+from deepspeed_alst.core.forward_context import CACHES, ForwardContext
 from deepspeed_alst.core.patching import PatchSet, copy_function
 from deepspeed_alst.errors import ShapeError, UnsupportedModelError
 from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
@@ -25,9 +28,6 @@ from deepspeed_alst.linear_attention.layers import (
     linear_layers,
     mixing_functions,
 )
-from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
 
 Tensors = Sequence[torch.Tensor]
 

@@ -50,11 +50,6 @@ class OnDevice:
         """Do nothing."""
 
 
-def of_size(first: int, last: int, size: int) -> list[slice]:
-    """Return slices of at most ``size`` that together are ``[first, last)``."""
-    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
-
-
 def cut(value: Any, part: slice, num_tokens: int) -> Any:
     """Return a layer's argument for some of its tokens.
 

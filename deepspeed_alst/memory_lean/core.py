@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.memory_lean.attention import add_attention, add_gradients, without_keys
-from deepspeed_alst.memory_lean.attention_kernels import Kernel, from_sample
+from deepspeed_alst.attention.attention_kernels import Kernel, from_sample
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.attention.rectangle_attention import add_attention, add_gradients, without_keys
+from deepspeed_alst.attention.rectangles import Rectangle, in_block, rectangles
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
-from deepspeed_alst.memory_lean.rectangles import Rectangle, in_block, rectangles
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 Where = tuple[slice, slice, int, slice]
 """Samples, heads, shard and rows, in ``[B, h, P, c]``."""

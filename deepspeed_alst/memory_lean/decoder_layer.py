@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.attention.attention_kernels import Dropout, kernel_for
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import agrees, without_zero_weights
 from deepspeed_alst.errors import SetupError
-from deepspeed_alst.memory_lean.attention_kernels import Dropout, kernel_for
 from deepspeed_alst.memory_lean.chunks import OnDevice, Saved, Sizes, UnsupportedLayerError, cut
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.hf_records import HOOKS, append_records, wanted_records
@@ -29,8 +31,6 @@ from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
 from deepspeed_alst.random_draws.draw_mode import branch, current_draws, not_counted
 from deepspeed_alst.random_draws.model_draws import random_states
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.gated_mlp import has_user_hook
 from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import repeat_heads, sum_copies, to_heads, to_tokens
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.ulysses import repeat_heads, sum_copies, to_heads, to_tokens
 
 
 class HeadExchange(NamedTuple):

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.attention.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.attention.hf_one_rank import register_on_one_rank
 from deepspeed_alst.config.schema import AutoMemoryLeanConfig, MemoryLeanConfig
 from deepspeed_alst.core.feature import Feature, RunContext
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import any_rank
@@ -22,9 +25,6 @@ from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
 from deepspeed_alst.offload.feature import ActivationOffload
 from deepspeed_alst.random_draws.model_draws import is_dropout
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
-from deepspeed_alst.sequence_parallel.hf_one_rank import register_on_one_rank
 from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.memory_lean.attention import sinks_gradient
-from deepspeed_alst.memory_lean.attention_kernels import Kernel
-from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, joined, of_size
+from deepspeed_alst.attention.attention_kernels import Kernel
+from deepspeed_alst.attention.rectangle_attention import sinks_gradient
+from deepspeed_alst.attention.rectangles import of_size
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, cut, joined
 from deepspeed_alst.memory_lean.core import Core
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, of_size, own_gradient
+from deepspeed_alst.attention.rectangles import of_size
+from deepspeed_alst.memory_lean.chunks import Saved, Sizes, check_first_backward, own_gradient
 from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.tiling.tiled_module import current_autocast, gradients_of
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, without_hooks

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.attention.hf_attention import IN_THE_MASK, AttentionBackend
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
 from deepspeed_alst.memory_lean.hf_records import Record, of_tile, recording
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.tiling.gated_mlp import GatedMlp
 from deepspeed_alst.tiling.tiled_mlp import is_value_unused
 from deepspeed_alst.tiling.tiled_module import TiledModule

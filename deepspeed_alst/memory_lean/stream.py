@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.memory_lean.hf_records import HOOKS, MARKS, records_layers
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.gated_mlp import has_user_hook
 
 _CALLERS_OF_LAYERS = ("torch", "deepspeed", "deepspeed_alst")  # which pass arguments on in tuples

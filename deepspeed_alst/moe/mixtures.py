@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import NamesFor, PatchSet, copy_function, importing, subclass
 from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, result_or_none
 from deepspeed_alst.data.sharding import REAL_TOKENS
 from deepspeed_alst.distributed.sequence_loss import sum_over_shards
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 _FUNCTION = "load_balancing_loss_func"
 _SWITCH = "output_router_logits"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.core.forward_context import CACHES
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel.forward_context import CACHES
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch
 
 _PLACES, _ROWS = "visual_pos_masks", "deepstack_visual_embeds"

@@ -20,8 +20,8 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import fingerprint
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
+from deepspeed_alst.distributed.gather import gather_tokens
 from deepspeed_alst.errors import DataError, UnsupportedModelError
-from deepspeed_alst.integrations.trl_fused_head import gather_tokens
 
 _IMAGES, _VIDEOS = "get_image_features", "get_video_features"
 _ARGUMENTS = {_IMAGES: ("pixel_values", "image_grid_thw"), _VIDEOS: ("pixel_values_videos", "video_grid_thw")}

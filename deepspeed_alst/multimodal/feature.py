@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.attention.private_config import own_config
 from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
@@ -20,8 +21,8 @@ from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
 from deepspeed_alst.multimodal.encoder_split import split_encoder
 from deepspeed_alst.multimodal.head import split_fused_head, split_head
 from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, REPEATED
-from deepspeed_alst.sequence_parallel.feature import without_split
-from deepspeed_alst.sequence_parallel.private_config import own_config
+from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
+from deepspeed_alst.sequence_parallel.patch_model import without_split
 
 
 class Multimodal(Feature):
@@ -35,7 +36,7 @@ class Multimodal(Feature):
         session, whole = self._session, ModelSpec(run.spec.whole)
         self._name = whole.name
         _share_config(whole, run.spec.config, patches)
-        session.calls.makes_masks = True
+        session.calls.mask_of_batch = mask_of_batch
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
         split_fused_head(patches)

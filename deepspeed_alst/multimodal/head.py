@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.hf_model_spec import ModelSpec, is_causal_lm_loss
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import pad_on_the_right
 from deepspeed_alst.data.sharding import shift_labels as shifted
 from deepspeed_alst.data.validation import LABEL_KEYS, as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor, sum_over_shards
 from deepspeed_alst.tiling.lazy_logits import LazyLogits, share_of_loss
-from deepspeed_alst.verification.hf_support_checks import is_causal_lm_loss
 from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
 from deepspeed_alst.whole_sequence.token_rows import Recorded
 

@@ -20,11 +20,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from deepspeed_alst.core.selfcheck import run_isolated
-from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel import blocked_sdpa
-from deepspeed_alst.sequence_parallel.hf_attention import AttentionBackend, causal_sdpa
-from deepspeed_alst.sequence_parallel.hf_masks import (
+from deepspeed_alst.attention import blocked_sdpa
+from deepspeed_alst.attention.hf_attention import AttentionBackend, causal_sdpa
+from deepspeed_alst.attention.hf_masks import (
     AND,
     PACKED,
     MaskSpec,
@@ -34,6 +32,8 @@ from deepspeed_alst.sequence_parallel.hf_masks import (
     enclosed,
     read_mask,
 )
+from deepspeed_alst.core.selfcheck import run_isolated
+from deepspeed_alst.errors import UnsupportedModelError
 
 _OR = or_masks(causal_mask_function).__code__
 _BLOCK = blockwise_overlay(torch.zeros(1, 1)).__code__

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from deepspeed_alst.attention.attention_cache import flat_view, is_dense
 from deepspeed_alst.errors import OffloadError
 from deepspeed_alst.kernels import bf16_codec as codec
-from deepspeed_alst.offload.attention_cache import flat_view, is_dense
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.offload.swapper import SwapHandle, Swapper
 from deepspeed_alst.profiler.owners import owner

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deepspeed_alst.attention.attention_cache import CheckpointFrame, on_device
+from deepspeed_alst.core.checkpoint_hook import Checkpoint, checkpoint_hook_of
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import CheckpointFrame, on_device
-from deepspeed_alst.offload.checkpoint_hook import Checkpoint, checkpoint_hook_of
 
 
 class Chunks(NamedTuple):

@@ -5,8 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deepspeed_alst.attention.attention_cache import saving_frame
+from deepspeed_alst.attention.head_plan import HeadPlan, attention_heads
+from deepspeed_alst.attention.hf_one_rank import cache_attention, check_attention_can_be_saved
 from deepspeed_alst.config.schema import AlstBlockConfig, OffloadConfig, Packing
 from deepspeed_alst.core.feature import Feature, RunContext
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import agree, ranks_on_host
@@ -14,7 +18,6 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.formatting import format_bytes
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.offload.activation_store import ActivationStore
-from deepspeed_alst.offload.attention_cache import saving_frame
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, available_bytes, describe_output, make_plan
 from deepspeed_alst.offload.checkpoint_inputs import (
     CheckpointPolicy,
@@ -27,9 +30,6 @@ from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.offload.swapper import Swapper
 from deepspeed_alst.report import print_report
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan, attention_heads
-from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention, check_attention_can_be_saved
 
 _PACKING = {
     False: "none: the model is not bf16",

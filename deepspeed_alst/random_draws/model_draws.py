@@ -5,51 +5,25 @@ A mode (random_draws/draw_mode.py) wraps each forward of the outermost module, a
 
 import functools
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from deepspeed_alst.core.checkpoint_hook import checkpoint_hook_of
+from deepspeed_alst.core.forward_context import Draws, ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.checkpoint_hook import checkpoint_hook_of
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, run_checkpoint
 
-if TYPE_CHECKING:
-    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+
+def begin(draws: Draws, rows: int, tokens: int, rank: int, on_trial: bool) -> CountedDraws:
+    """Return the random-number mode for a forward of ``[B, s]`` tokens; on trial all forwards draw the same."""
+    return CountedDraws(Forward(draws.next_key(on_trial), draws.replica, rank, rows, tokens))
 
 
-@dataclass
-class Draws:
-    """State that keys a rank's random numbers."""
-
-    seed: int = 0
-    """The same on all ranks."""
-    sp_rank: int = 0
-    sp_size: int = 1
-    """A full sequence on one rank is rank 0 of 1, and draws the numbers that the ranks of a sharded one draw."""
-    replica: int = 0
-    clock: Callable[[], tuple[int, int]] = lambda: (0, 0)
-    """Returns the optimizer step and the micro-step in it."""
-    are_counted: bool = False
-    """True if a model draws its random numbers by these counters."""
-    _now: tuple[int, int] = (-1, -1)
-    _forwards: int = 0
-
-    def begin(self, rows: int, tokens: int, rank: int, on_trial: bool) -> CountedDraws:
-        """Return the random-number mode for a forward of ``[B, s]`` tokens; on trial all forwards draw the same."""
-        if on_trial:
-            return CountedDraws(Forward((self.seed,), self.replica, rank, rows, tokens))
-        now = self.clock()
-        self._forwards = self._forwards + 1 if now == self._now else 0
-        self._now = now
-        return CountedDraws(Forward((self.seed, *now, self._forwards), self.replica, rank, rows, tokens))
-
-
-def count_draws(spec: ModelSpec, calls: "ForwardContext", patches: PatchSet) -> None:
+def count_draws(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> None:
     """Make a transformers model, or a wrapper around one, draw its random numbers from counters."""
     model, base, draws, entered = spec.outer, spec.model, calls.draws, ExitStack()
     draws.are_counted = True
@@ -66,7 +40,7 @@ def count_draws(spec: ModelSpec, calls: "ForwardContext", patches: PatchSet) -> 
             if draws.sp_size > 1:
                 _refuse_neftune(spec)
             rank = 0 if calls.whole else draws.sp_rank
-            entered.enter_context(draws.begin(*tokens.shape[:2], rank, calls.checking))
+            entered.enter_context(begin(draws, *tokens.shape[:2], rank, calls.checking))
             states[:] = random_states(base) if any(map(_is_compiled, model.modules())) else []
 
     @torch.compiler.disable

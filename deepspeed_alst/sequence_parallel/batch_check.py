@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.core.forward_context import CACHES, ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import PLACE, REAL_TOKENS
@@ -17,7 +18,6 @@ from deepspeed_alst.data.validation import Vocabulary, checked, vocabulary_of
 from deepspeed_alst.distributed.collectives import gather_objects, raise_on_all_ranks
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import AlstError, DataError
-from deepspeed_alst.sequence_parallel.forward_context import CACHES, ForwardContext
 
 WAY_OUT = (
     "Call engine(**batch) with the whole batch of the sharded loader; for a loader of your own, add: "

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.hf_attention import find_backend
 from deepspeed_alst.config.schema import AlstConfig
+from deepspeed_alst.core.forward_context import Draws, ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.loader import ShardedDataLoader
@@ -17,10 +20,6 @@ from deepspeed_alst.distributed.collectives import agree, gather_objects, name_m
 from deepspeed_alst.distributed.mesh import build_groups
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
-from deepspeed_alst.random_draws.model_draws import Draws
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 
 
 class Session:
@@ -125,29 +124,6 @@ class Session:
         """Return the tokens of a shard of a sequence, padding included."""
         multiple = self.config.padding_multiple()
         return -(-length // multiple) * multiple // self.groups.sp_size
-
-    @contextlib.contextmanager
-    def whole_batches(self) -> Iterator[None]:
-        """Accept whole batches too in the context (whole_sequence/batches.py), also by the bare model."""
-        from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
-
-        if self.splits_decoder:  # which the decoder accepts always
-            yield
-            return
-        outer, before, self.takes_whole = self.outer, self.takes_whole, True
-        call = outer._compiled_call_impl or outer._call_impl
-
-        def split(*args: Any, **kwargs: Any) -> Any:
-            if args or self.calls.whole or not is_whole_batch(kwargs):
-                return call(*args, **kwargs)
-            return forward_whole_batch(self, call, kwargs)
-
-        with PatchSet() as patches:
-            patches.set(outer, "_compiled_call_impl", split)  # what a module's __call__ runs, hooks included
-            try:
-                yield
-            finally:
-                self.takes_whole = before
 
     @contextlib.contextmanager
     def averaged_over_micro_steps(self) -> Iterator[None]:

@@ -3,8 +3,8 @@
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.core.feature import Feature, RunContext
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.integrations.feature import LigerKernels
 from deepspeed_alst.kernels import define_ops
+from deepspeed_alst.liger.feature import LigerKernels
 
 
 class TiledMlp(Feature):

@@ -22,7 +22,7 @@ from deepspeed_alst.random_draws.draw_mode import Branch, branch
 from deepspeed_alst.tiling.loss import LogitOps, LogitTransform, fuse_ops, loss_tile_rows, tiled_loss
 
 if TYPE_CHECKING:
-    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+    from deepspeed_alst.core.forward_context import ForwardContext
 
 # Elementwise ops on logits, recorded if their other arguments are scalars.
 _RECORDED = {

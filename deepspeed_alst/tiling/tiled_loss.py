@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from deepspeed_alst.config.schema import TiledLossConfig
-from deepspeed_alst.core.hf_model_spec import ModelSpec
+from deepspeed_alst.core.forward_context import ForwardContext
+from deepspeed_alst.core.hf_model_spec import ModelSpec, is_causal_lm_loss
 from deepspeed_alst.core.patching import PatchSet, add_properties, set_entry
 from deepspeed_alst.data.validation import as_int64
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL, shard_divisor
 from deepspeed_alst.errors import SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.trl_fused_head import has_fused_head
 from deepspeed_alst.random_draws.draw_mode import branch
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits, share_of_loss
-from deepspeed_alst.verification.hf_support_checks import is_causal_lm_loss
+from deepspeed_alst.tiling.trl_fused_head import has_fused_head
 
 
 def tile_loss(
@@ -38,7 +37,7 @@ def tile_loss(
         SetupError: the chosen kernel cannot run on this machine.
     """
     if budget.backend == "liger":
-        from deepspeed_alst.integrations.hf_liger import check_liger_runs
+        from deepspeed_alst.liger.hf_liger import check_liger_runs
 
         check_liger_runs("alst.tiled_logits_loss", "cuda" if torch.cuda.is_available() else "cpu")
     if budget.backend == "triton":

@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 import torch
 
 from deepspeed_alst.config.schema import TiledMLPConfig
+from deepspeed_alst.core.checkpoint_hook import checkpoint_hook_of
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
-from deepspeed_alst.offload.checkpoint_hook import checkpoint_hook_of
 from deepspeed_alst.random_draws.draw_mode import branch
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.experts import num_stacked_experts, run_by_expert
 from deepspeed_alst.tiling.gated_mlp import has_user_hook
 from deepspeed_alst.tiling.tiled_module import TiledModule, dropout_rates

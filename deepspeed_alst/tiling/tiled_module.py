@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.core.checkpoint_hook import CheckpointHook
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import without_zero_weights
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.checkpoint_hook import CheckpointHook
 from deepspeed_alst.random_draws.draw_mode import Branch, branch
 from deepspeed_alst.tiling.gated_mlp import GatedMlp, add_linear_gradients, allows_closed_form, find_gated_mlp
 from deepspeed_alst.tiling.weight_gradients import WeightGradients, refuse_foreign_weights, without_hooks

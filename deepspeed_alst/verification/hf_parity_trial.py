@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from deepspeed_alst.attention.hf_attention import find_backend
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet, copy_function
 from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, run_isolated, tolerance
@@ -26,9 +28,7 @@ from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import count_draws, without_dropout
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from deepspeed_alst.verification.hf_tiny_models import Build, numel, shrink, small_model, trial_core
 from deepspeed_alst.verification.program_code import class_name, code_of_modules, is_programs

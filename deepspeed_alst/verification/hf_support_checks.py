@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from deepspeed_alst.core.hf_model_spec import ModelSpec, is_peft
+from deepspeed_alst.attention.head_plan import attention_heads
+from deepspeed_alst.attention.hf_attention import find_backend
+from deepspeed_alst.attention.private_config import PrivateName
+from deepspeed_alst.core.hf_model_spec import ModelSpec, is_causal_lm_loss, is_peft
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.linear_attention.layers import (
     available_layer_types,
@@ -20,9 +22,6 @@ from deepspeed_alst.linear_attention.layers import (
     linear_heads,
     unsupported_linear_layers,
 )
-from deepspeed_alst.sequence_parallel.head_plan import attention_heads
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend
-from deepspeed_alst.sequence_parallel.private_config import PrivateName
 from deepspeed_alst.verification.program_code import is_programs
 from deepspeed_alst.verification.verify_model import RIGHT
 
@@ -46,7 +45,6 @@ _ADAPTER_OPTIONS = {
 }
 # Adapters whose virtual tokens are embeddings that the model is given, whose calls are split.
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING")
-_CHUNKED_LOSS = ("deepspeed.runtime.chunked_cross_entropy", "ChunkedCausalLMLoss")
 
 
 def check_model(spec: ModelSpec) -> list[tuple[int, int, str]]:
@@ -140,11 +138,6 @@ def _class_problems(spec: ModelSpec) -> Iterator[str]:
             f"{name} counts positions from behind the padding token's id, where the loader's start at 0; use another "
             "model"
         )
-
-
-def is_causal_lm_loss(function: Any) -> bool:
-    """Return True if a loss is transformers' causal LM loss, or the one of ``install_chunked_causal_lm_loss``."""
-    return function is ForCausalLMLoss or (type(function).__module__, type(function).__name__) == _CHUNKED_LOSS
 
 
 def _loss_problems(spec: ModelSpec) -> Iterator[str]:

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from deepspeed_alst.attention.hf_attention import TRIAL
 from deepspeed_alst.config.config_file import check_model_file
 from deepspeed_alst.errors import ConfigError, UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import without_dropout
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 _HEADS, _KV_HEADS = 8, 4

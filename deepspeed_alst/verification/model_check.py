@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.core.selfcheck import SLACK
@@ -23,7 +24,6 @@ from deepspeed_alst.distributed.collectives import agree, gather_objects, is_col
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 
 # A prime, so that no other dim of a tensor is as large as that of the tokens.

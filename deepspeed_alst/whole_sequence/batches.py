@@ -4,7 +4,8 @@ In training the ranks of a sequence have the same batch, and each cuts its shard
 its own: they exchange them and run one forward per batch, and every rank gets its own batch's loss and logits.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -12,16 +13,17 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_as_before, pad_on_the_right, shift_labels, tokens_of
 from deepspeed_alst.data.validation import LABEL_KEYS
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
+from deepspeed_alst.distributed.gather import gather_predictions, is_too_large
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, DataError
-from deepspeed_alst.integrations.hf_predictions import gather_predictions, is_too_large
-from deepspeed_alst.integrations.trl_fused_head import PER_TOKEN, has_fused_head
 from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
+from deepspeed_alst.tiling.trl_fused_head import PER_TOKEN, has_fused_head
 
 _OF_THE_WHOLE = ("loss", "aux_loss")
 _OF_TOKENS = ("logits", "hidden_states", "last_hidden_state")
@@ -98,6 +100,28 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     if isinstance(logits := found.get("logits"), torch.Tensor):
         found["logits"] = logits[:, _kept_places(keep)]
     return type(output)(**found)
+
+
+@contextlib.contextmanager
+def accept_whole_batches(session: Any) -> Iterator[None]:
+    """Accept whole batches too in the context, also by the bare model."""
+    if session.splits_decoder:  # which the decoder accepts always
+        yield
+        return
+    outer, before, session.takes_whole = session.outer, session.takes_whole, True
+    call = outer._compiled_call_impl or outer._call_impl
+
+    def split(*args: Any, **kwargs: Any) -> Any:
+        if args or session.calls.whole or not is_whole_batch(kwargs):
+            return call(*args, **kwargs)
+        return forward_whole_batch(session, call, kwargs)
+
+    with PatchSet() as patches:
+        patches.set(outer, "_compiled_call_impl", split)  # what a module's __call__ runs, hooks included
+        try:
+            yield
+        finally:
+            session.takes_whole = before
 
 
 def _for_all_ranks(key: str, x: Any, batch: dict[str, Any], groups: SequenceGroups) -> Any:

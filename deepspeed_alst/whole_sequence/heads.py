@@ -13,6 +13,7 @@ import torch
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.random_draws.model_draws import begin
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch, is_whole_batch
 from deepspeed_alst.whole_sequence.sequence_tensor import SequenceTensor
 
@@ -64,8 +65,8 @@ def _run_on_rows(module: torch.nn.Module, session: Any, patches: PatchSet) -> No
         x, tokens = args[0], args[0].places.tokens
         draws = contextlib.nullcontext()
         if self.training and isinstance(self, torch.nn.Dropout):
-            draws = session.calls.draws.begin(
-                tokens.batch, tokens.shard, session.groups.sp_rank, session.calls.checking
+            draws = begin(
+                session.calls.draws, tokens.batch, tokens.shard, session.groups.sp_rank, session.calls.checking
             )
         with draws:
             rows = x.computed_rows()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.data.sharding import shift_labels
 from deepspeed_alst.data.validation import LABEL_KEYS
+from deepspeed_alst.distributed.gather import gather_tokens
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import DataError
-from deepspeed_alst.integrations.trl_fused_head import gather_tokens
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 from deepspeed_alst.tiling.tiled_loss import logits_for_loss
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch

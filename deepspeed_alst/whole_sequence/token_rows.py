@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
 
 from deepspeed_alst.distributed.collectives import name_missing_ranks
+from deepspeed_alst.distributed.gather import gather_tokens
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import DataError
-from deepspeed_alst.integrations.trl_fused_head import gather_tokens
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 
 # Recorded values are computed once they are this many times fewer than the logits.

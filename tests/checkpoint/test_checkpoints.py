@@ -28,10 +28,10 @@ import torch.distributed as dist
 from benchmarks.cells import model_config
 from benchmarks.ranks import RankError, Ranks
 from benchmarks.resume import SAVED_AFTER, STEPS, Job, Outcome, build_engine, resumed, run, train_step, weights_of
+from deepspeed_alst.attention.private_config import PrivateName
 from deepspeed_alst.checkpoint.save import STAMP
 from deepspeed_alst.checkpoint.universal import convert, is_universal
 from deepspeed_alst.errors import CheckpointError, DataError
-from deepspeed_alst.sequence_parallel.private_config import PrivateName
 
 FROZEN = "layers.0.mlp.up_proj"
 TAG = f"global_step{SAVED_AFTER}"

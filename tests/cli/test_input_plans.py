@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
 from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
@@ -18,7 +19,6 @@ from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, Plan, make_plan
 from deepspeed_alst.offload.disk import DiskFile
 from deepspeed_alst.offload.host_buffers import PAGE, HostBufferPool
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 from deepspeed_alst.tiling.loss import loss_tile_rows
 from deepspeed_alst.tiling.tiled_mlp import min_tile_bytes, row_bytes, sums_fit, tile_rows
 

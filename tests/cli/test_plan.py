@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from transformers import CONFIG_MAPPING
 
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.cli import plan as command
 from deepspeed_alst.cli.fake_layer import Flops, bytes_of
 from deepspeed_alst.cli.main import main
@@ -20,7 +21,6 @@ from deepspeed_alst.cli.measure import Layer, Line, Model, exchanged_of, measure
 from deepspeed_alst.cli.memory import Machine, longest, plan_of, static_bytes
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, describe_output, make_plan
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -509,7 +509,7 @@ def test_whole_logits_come_back_where_they_are_asked_for(ranks2):
 def evaluate_too_much() -> None:
     from unittest import mock
 
-    with mock.patch("deepspeed_alst.integrations.hf_predictions._MAX_BYTES", 1000):
+    with mock.patch("deepspeed_alst.distributed.gather.MAX_BYTES", 1000):
         evaluate(2, {}, {"compute_metrics": accuracy})
 
 

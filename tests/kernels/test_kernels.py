@@ -23,10 +23,10 @@ from benchmarks.parity import measure as measure_cell
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from benchmarks.tiles.systems import NORMS_AND_ROPE
 from deepspeed_alst.config.schema import TiledLossConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.loss import LogitTransform, fuse_ops, loss_tile_rows, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from tests.models import family_batch

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.kernels.heads import Case, compare, judge
 from benchmarks.kernels.interpreter import faithful
 from benchmarks.kernels.judge import Interpreted
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.kernels import head_layout, registry
 from deepspeed_alst.kernels.head_layout import by_heads, by_tokens, pack, pack_reference, unpack_
 from deepspeed_alst.profiler.fake import fake_ranks, fake_world
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # P, H, K, D of q and k, of v: kv heads split, one each, shared by ranks, single; sizes of real models and odd ones.

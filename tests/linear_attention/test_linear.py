@@ -21,6 +21,8 @@ from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from benchmarks.tally import Tally
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.ulysses import HeadToSeq
 from deepspeed_alst.config.compatibility import check_world
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
@@ -31,13 +33,11 @@ from deepspeed_alst.linear_attention import sharded_layers
 from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
 from deepspeed_alst.linear_attention.layers import linear_layers
 from deepspeed_alst.linear_attention.sharded_layers import ShardContext, convolution, delta_rule, mamba2_scan
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
+from tests.attention.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
 from tests.models import family_batch, split_and_whole, step_in_fp64
-from tests.sequence_parallel.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
 from tests.stand_ins import linear as kernels
 
 EXACT = 1e-12

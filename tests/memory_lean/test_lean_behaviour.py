@@ -13,7 +13,10 @@ from transformers import AttentionInterface
 import deepspeed_alst
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
+from deepspeed_alst.attention.hf_attention import find_backend
+from deepspeed_alst.attention.rectangles import rectangles
 from deepspeed_alst.config.schema import MemoryLeanConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import SetupError
@@ -21,12 +24,9 @@ from deepspeed_alst.memory_lean import core, layer
 from deepspeed_alst.memory_lean.chunks import UnsupportedLayerError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.parts import AttentionCall, with_mask
-from deepspeed_alst.memory_lean.rectangles import rectangles
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy
 from deepspeed_alst.offload.host_buffers import HostBufferPool
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend
 from tests.models import family_batch, step_in_fp64
 
 LEAN = MemoryLeanConfig(chunk_tokens=8, tile_tokens=3, key_block=5)

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.families import FAMILIES, family_config
+from deepspeed_alst.attention.hf_attention import TRIAL
 from deepspeed_alst.config.schema import MemoryLeanConfig
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL
 from tests.models import family_batch, split_and_whole, step_in_fp64
 
 EXACT = 1e-12

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from benchmarks.cells import build_model, full_weight
 from benchmarks.families import family_config
+from deepspeed_alst.attention.hf_masks import MaskSpec
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.memory_lean import core
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 from tests.memory_lean.test_lean_behaviour import assert_close, lean_model
 from tests.models import family_batch, step_in_fp64
 

@@ -9,17 +9,17 @@ import pytest
 from benchmarks.cells import KeepFp64
 from benchmarks.families import family_config
 from benchmarks.ranks import Ranks
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.memory_lean import decoder_layer, norm
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from tests.attention import test_cores
+from tests.attention.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
+from tests.attention.test_uneven_heads import EXACT, heads
 from tests.models import split_and_whole
-from tests.sequence_parallel import test_cores
-from tests.sequence_parallel.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
-from tests.sequence_parallel.test_uneven_heads import EXACT, heads
 
 # 10 tokens of a shard: chunks of 3, 3, 3 and 1, of which some of 4 ranks have no row; two chunks and more in a block.
 LEAN = MemoryLeanConfig(chunk_tokens=3, tile_tokens=2, key_block=8)

@@ -13,7 +13,7 @@ from deepspeed_alst.offload import feature as offload_feature
 from deepspeed_alst.offload.activation_store import ActivationStore
 from deepspeed_alst.offload.budget import LayerSizes
 from deepspeed_alst.offload.host_buffers import HostBufferPool
-from tests.offload.test_kept_attention import Runs
+from tests.attention.test_kept_attention import Runs
 
 LAYERS, ROWS, LONG, SHORT = 4, 2, 48, 32
 CHUNKS = {"chunk_tokens": 10, "tile_tokens": 8, "key_block": 23}

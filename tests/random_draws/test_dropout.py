@@ -13,7 +13,10 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight, model_config, trained
 from benchmarks.families import SMALL, family_config
+from deepspeed_alst.attention.blocked_sdpa import attend
+from deepspeed_alst.attention.hf_masks import MaskSpec
 from deepspeed_alst.config.schema import MemoryLeanConfig, TiledLossConfig, TiledMLPConfig
+from deepspeed_alst.core.forward_context import Draws, ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
@@ -21,11 +24,8 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.random_draws import counter_based as draws
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, branch
-from deepspeed_alst.random_draws.model_draws import Draws, count_draws
-from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+from deepspeed_alst.random_draws.model_draws import count_draws
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_support_checks import check_model

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config, samples
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import NonFiniteLossError
 from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from tests.sequence_parallel.test_features import allow_fp16_on_cpu, forbid_fp16_on_cpu
 
 POISON = 96  # a token whose embedding is no number

@@ -17,22 +17,22 @@ import torch.distributed as dist
 from benchmarks.cells import Cell, build_model, ds_config, full_weight
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.attention import hf_masks as masks
+from deepspeed_alst.attention.attention_cache import saving_frame
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.mesh import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import saving_frame
-from deepspeed_alst.sequence_parallel import hf_masks as masks
 from deepspeed_alst.sequence_parallel import hf_positions
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
+from tests.attention.test_cores import EXACT, packed_batch, split_step, whole_step, worst
+from tests.attention.test_kept_attention import checkpoint_layers
 from tests.models import family_batch
-from tests.offload.test_kept_attention import checkpoint_layers
-from tests.sequence_parallel.test_cores import EXACT, packed_batch, split_step, whole_step, worst
 
 PER_LAYER = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
 CHUNKS = {

@@ -18,7 +18,7 @@ from benchmarks.gpu import DEEPSPEED, LEAN, PLAIN, SYSTEMS, TILES, layers
 from benchmarks.gpu.jobs import LATE, Job, guarded, rows_of
 from benchmarks.gpu.longest import bisect
 from benchmarks.gpu.scale import batch_of, model_of, scale_of, system_on
-from deepspeed_alst.memory_lean.attention_kernels import FlashKernel
+from deepspeed_alst.attention.attention_kernels import FlashKernel
 from deepspeed_alst.offload import activation_store
 
 SCALE = scale_of("cpu", 1)

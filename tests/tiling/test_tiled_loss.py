@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from benchmarks.cells import KeepFp64, build_model
 from benchmarks.families import FAMILIES, family_config
 from deepspeed_alst.config.schema import TiledLossConfig
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
 from deepspeed_alst.tiling.lazy_logits import LazyHead, LazyLogits
 from deepspeed_alst.tiling.loss import loss_tile_rows, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import logits_wanted, patch_unsharded_loss, tile_loss

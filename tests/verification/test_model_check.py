@@ -29,8 +29,7 @@ import deepspeed_alst
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import AlstError
-from deepspeed_alst.sequence_parallel import feature
-from deepspeed_alst.verification import verify_model
+from deepspeed_alst.verification import feature, verify_model
 from deepspeed_alst.verification.model_check import Routed, lengths
 from deepspeed_alst.verification.program_code import program_code
 from deepspeed_alst.verification.verify_model import untouched

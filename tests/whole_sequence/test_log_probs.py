@@ -14,6 +14,7 @@ import deepspeed_alst
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.errors import DataError
+from deepspeed_alst.whole_sequence.batches import accept_whole_batches
 
 RATE, STEPS, GAS, WORLD = 0.1, 2, 2, 2
 WAYS = {"Z0": (0, False, True), "Z2": (2, True, False), "Z3": (3, True, True)}
@@ -121,7 +122,7 @@ def evaluate() -> None:
     batch = batch_of(0, 0, dist.get_rank(), True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[batch["attention_mask"].cumsum(1) == 1] = -100
-    with torch.no_grad(), engine.alst.whole_batches():
+    with torch.no_grad(), accept_whole_batches(engine.alst):
         outputs = [model(**batch, labels=labels) for model in (engine, engine.module)]
         with engine.alst.calls.unsplit(engine.module.config):
             whole = engine.module(**batch, labels=labels)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import deepspeed_alst
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.distributed import gather
 from deepspeed_alst.errors import SetupError
-from deepspeed_alst.integrations import hf_predictions
 from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of, by_turns
 
 
@@ -135,7 +135,7 @@ def distill(sp_size: int, stage: int, large: bool) -> dict:
     frozen.eval()
     own = [batch_of(step, micro, dist.get_rank(), True) for step in range(STEPS) for micro in range(GAS)]
     losses = []
-    with mock.patch.object(hf_predictions, "_MAX_BYTES", 0 if large else 2**31):
+    with mock.patch.object(gather, "MAX_BYTES", 0 if large else 2**31):
         for batch in deepspeed_alst.shard_dataloader(own, engine, whole=True):
             loss = distillation(engine, batch, frozen)
             engine.backward(loss)

@@ -1,7 +1,7 @@
 """Attention with more ranks than heads: each rank computes some query rows of its heads against all keys.
 
-Any backend's softmax attention is computed here, by torch's kernels, rectangle by rectangle (memory_lean/attention.py):
-no backend's causal mask fits rows that are apart.
+Any backend's softmax attention is computed here, by torch's kernels, rectangle by rectangle
+(rectangle_attention.py): no backend's causal mask fits rows that are apart.
 
 Legend: B batch, h query heads, k KV heads, R rows, S whole sequence, D head dim of q and k, E of v.
 """
@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.attention.attention_cache import CheckpointFrame
+from deepspeed_alst.attention.attention_kernels import Dropout, Kernel, kernel_for
+from deepspeed_alst.attention.hf_attention import IN_THE_MASK, AttentionBackend, find_backend
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.attention.rectangle_attention import add_gradients, attend, sinks_gradient
+from deepspeed_alst.attention.rectangles import Rectangle, in_block, of_size, rectangles
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.memory_lean.attention import add_gradients, attend, sinks_gradient
-from deepspeed_alst.memory_lean.attention_kernels import Dropout, Kernel, kernel_for
-from deepspeed_alst.memory_lean.chunks import of_size
-from deepspeed_alst.memory_lean.rectangles import Rectangle, in_block, rectangles
-from deepspeed_alst.offload.attention_cache import CheckpointFrame
 from deepspeed_alst.random_draws.draw_mode import current_draws
-from deepspeed_alst.sequence_parallel.hf_attention import IN_THE_MASK, AttentionBackend, find_backend
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 KEY_BLOCK = 2**16
 """Keys of one kernel call, as in memory-lean layers."""

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.errors import AlstError, ShapeError
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 SIZES = [
     (P, H, K)

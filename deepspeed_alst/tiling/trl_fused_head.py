@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.distributed.gather import gather_tokens
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
@@ -29,28 +29,6 @@ class _SummedOverShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_Bs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grad_Bs * ctx.factor, None, None
-
-
-class _Gathered(torch.autograd.Function):
-    """``[B, s] -> [B, S]``; the loss made of it is the same on all ranks, so its gradient is not exchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, x_Bs: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.rank, ctx.ranks = dist.get_rank(group), dist.get_world_size(group)
-        send = x_Bs.to(torch.uint8) if x_Bs.dtype == torch.bool else x_Bs.contiguous()
-        shards = [torch.empty_like(send) for _ in range(ctx.ranks)]
-        dist.all_gather(shards, send, group=group)
-        return torch.cat(shards, dim=1).to(x_Bs.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BS: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad_BS.chunk(ctx.ranks, dim=1)[ctx.rank] * ctx.ranks, None  # distributed/sequence_loss.py
-
-
-def gather_tokens(x_Bs: torch.Tensor, group: Any) -> torch.Tensor:
-    """Gather numbers of each token, ``[B, s] -> [B, S]``, with their gradient. Collective over the sequence's ranks."""
-    return _Gathered.apply(x_Bs, group)
 
 
 def has_fused_head(output: Any) -> bool:

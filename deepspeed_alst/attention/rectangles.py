@@ -7,7 +7,7 @@ others bottom-right.
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+from deepspeed_alst.attention.hf_masks import MaskSpec
 
 
 class Rectangle(NamedTuple):
@@ -92,3 +92,8 @@ def blocks(part: Rectangle, rows: int, keys: int) -> Iterator[Rectangle]:
             yield Rectangle(row, end, *square, part.triangle)
             begin, stop = (begin, square[0]) if part.triangle == "lower" else (square[1], stop)
         yield from _all_before(row, end, begin, stop, keys)
+
+
+def of_size(first: int, last: int, size: int) -> list[slice]:
+    """Return slices of at most ``size`` that together are ``[first, last)``."""
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]

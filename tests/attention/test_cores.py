@@ -25,16 +25,16 @@ from transformers.utils.generic import is_flash_attention_requested
 from benchmarks.cells import Cell, KeepFp64, build_model, ds_config, full_weight
 from benchmarks.families import FAMILIES, LINEAR_FAMILIES, family_config
 from benchmarks.ranks import RankError
+from deepspeed_alst.attention.hf_attention import find_backend
+from deepspeed_alst.attention.private_config import PrivateName
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend
-from deepspeed_alst.sequence_parallel.private_config import PrivateName
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.models import family_batch

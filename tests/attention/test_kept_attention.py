@@ -19,20 +19,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.tally import Tally
+from deepspeed_alst.attention.attention_cache import CheckpointFrame, attend_cached, saving_frame
+from deepspeed_alst.attention.hf_one_rank import cache_attention, check_attention_can_be_saved
+from deepspeed_alst.attention.ulysses import ulysses_attention
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import CheckpointFrame, attend_cached, saving_frame
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
-from deepspeed_alst.sequence_parallel.feature import patch_model
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_one_rank import cache_attention, check_attention_can_be_saved
-from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
+from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from tests import stand_ins
+from tests.attention.test_cores import DOCUMENTS, packed_batch
 from tests.models import family_batch
-from tests.sequence_parallel.test_cores import DOCUMENTS, packed_batch
 from tests.stand_ins import operators
 
 CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"

@@ -21,14 +21,14 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.hf_masks import MaskSpec, mask_function_for
+from deepspeed_alst.attention.private_config import PrivateName, under_own_name
+from deepspeed_alst.attention.ulysses import ulysses_attention
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.random_draws.draw_mode import counted_attention, heads_from
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, mask_function_for
-from deepspeed_alst.sequence_parallel.private_config import PrivateName, under_own_name
-from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
 
 TRIAL = "alst_trial"
 """Attention with a full score matrix, to probe a model on CPU for which transformers has no sdpa."""
@@ -86,7 +86,7 @@ def _sdpa(module: Any, qkv: Tensors, mask: MaskSpec | None, scaling: float | Non
     dropout = kwargs.get("dropout", 0.0)
     if mask is None:
         return causal_sdpa(*qkv, scaling, dropout)
-    from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
+    from deepspeed_alst.attention.blocked_sdpa import attend
 
     return attend(*qkv, mask, scaling, dropout)
 
@@ -98,7 +98,7 @@ def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: floa
 
 
 def _trial(module: Any, qkv: Tensors, mask: MaskSpec | None, scaling: float | None, kwargs: Any) -> torch.Tensor:
-    from deepspeed_alst.sequence_parallel.blocked_sdpa import attend_all_pairs
+    from deepspeed_alst.attention.blocked_sdpa import attend_all_pairs
 
     return attend_all_pairs(*qkv, mask, scaling, **kwargs)
 
@@ -227,7 +227,7 @@ def _attention_over(
         frame = calls.saving_frame and calls.saving_frame(backend.name, runs_operators)
         if plan.row_groups == 1:
             return ulysses_attention(query, key, value, group, run, frame), None
-        from deepspeed_alst.sequence_parallel.row_attention import attend_rows
+        from deepspeed_alst.attention.row_attention import attend_rows
 
         call = module, heads, list(plan.rows(rank, query.shape[2])), attention_mask, scaling, arguments, backend, frame
         return ulysses_attention(query, key, value, group, functools.partial(attend_rows, *call)), None

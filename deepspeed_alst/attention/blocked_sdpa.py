@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
-from deepspeed_alst.sequence_parallel.hf_attention import causal_sdpa
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
+from deepspeed_alst.attention.hf_attention import causal_sdpa
+from deepspeed_alst.attention.hf_masks import MaskSpec
 
 _LEAST_ROWS = 64
 """Minimum rows of a block; fewer would leave a kernel's tile half empty."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from deepspeed_alst.memory_lean.rectangles import Rectangle, blocks
+from deepspeed_alst.attention.rectangles import Rectangle, blocks
 from deepspeed_alst.random_draws.counter_based import attention_keeps
 
 _aten = torch.ops.aten

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from deepspeed_alst.attention.attention_cache import CheckpointFrame, ReplayMode, record_attention
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.ulysses import HeadToSeq, to_blocks
 from deepspeed_alst.kernels.head_layout import by_tokens, unpack_
-from deepspeed_alst.offload.attention_cache import CheckpointFrame, ReplayMode, record_attention
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.ulysses import HeadToSeq, to_blocks
 
 
 def attend_cached(

@@ -16,15 +16,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from deepspeed_alst.attention.attention_cache import attend_cached, saving_frame
+from deepspeed_alst.attention.hf_attention import find_backend, read_call
+from deepspeed_alst.attention.hf_masks import MaskSpec, batch_mask
+from deepspeed_alst.attention.private_config import PrivateName, own_config, under_own_name
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.validation import LABEL_KEYS, check_mask
 from deepspeed_alst.errors import DataError, UnsupportedModelError
-from deepspeed_alst.offload.attention_cache import attend_cached, saving_frame
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend, read_call
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, batch_mask
-from deepspeed_alst.sequence_parallel.private_config import PrivateName, own_config, under_own_name
 
 
 def cache_attention(model: torch.nn.Module, patches: PatchSet, calls: ForwardContext | None = None) -> None:

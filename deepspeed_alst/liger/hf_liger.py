@@ -26,7 +26,7 @@ from deepspeed_alst.core.patching import ABSENT, PatchSet, copy_function, set_en
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.feature import is_ligers
+from deepspeed_alst.liger.feature import is_ligers
 
 _KEY = "alst.liger_kernel"
 _LOSS = "fused_linear_cross_entropy"

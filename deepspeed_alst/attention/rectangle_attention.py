@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from deepspeed_alst.memory_lean.attention_kernels import Kernel
-from deepspeed_alst.memory_lean.rectangles import Rectangle
+from deepspeed_alst.attention.attention_kernels import Kernel
+from deepspeed_alst.attention.rectangles import Rectangle
 
 
 def attend(

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspeed_alst.memory_lean import attention_kernels
-from deepspeed_alst.memory_lean.attention import add_gradients, attend
-from deepspeed_alst.memory_lean.attention_kernels import Dropout, FlashKernel, TorchKernel, kernel_for
-from deepspeed_alst.memory_lean.rectangles import Rectangle, blocks, in_block, rectangles
+from deepspeed_alst.attention import attention_kernels
+from deepspeed_alst.attention.attention_kernels import Dropout, FlashKernel, TorchKernel, kernel_for
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.attention.rectangle_attention import add_gradients, attend
+from deepspeed_alst.attention.rectangles import Rectangle, blocks, in_block, rectangles
 from deepspeed_alst.random_draws.counter_based import attention_keeps
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
 
 
 @st.composite

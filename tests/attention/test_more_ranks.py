@@ -14,21 +14,19 @@ from transformers import AttentionInterface, LlamaForCausalLM
 from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import RankError, Ranks
+from deepspeed_alst.attention import row_attention
+from deepspeed_alst.attention.attention_kernels import Dropout, TorchKernel
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.hf_attention import TRIAL, find_backend
+from deepspeed_alst.attention.hf_masks import MaskSpec
+from deepspeed_alst.attention.row_attention import check_rows
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.memory_lean.attention_kernels import Dropout, TorchKernel
 from deepspeed_alst.offload.checkpoint_inputs import Chunks
 from deepspeed_alst.offload.feature import layer_sizes
-from deepspeed_alst.sequence_parallel import row_attention
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL, find_backend
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec
-from deepspeed_alst.sequence_parallel.row_attention import check_rows
-from tests.models import proved, split_and_whole
-from tests.offload.test_kept_attention import split_pair
-from tests.random_draws.test_dropout import split_and_whole as with_dropout
-from tests.sequence_parallel.test_cores import errors_of_arguments, errors_of_packing, errors_of_windows
-from tests.sequence_parallel.test_uneven_heads import (
+from tests.attention.test_cores import errors_of_arguments, errors_of_packing, errors_of_windows
+from tests.attention.test_kept_attention import split_pair
+from tests.attention.test_uneven_heads import (
     EXACT,
     LEAN,
     assert_exact,
@@ -36,7 +34,9 @@ from tests.sequence_parallel.test_uneven_heads import (
     groups_by_the_module,
     heads,
 )
-from tests.sequence_parallel.test_uneven_heads import sent_and_received as exchanged
+from tests.attention.test_uneven_heads import sent_and_received as exchanged
+from tests.models import proved, split_and_whole
+from tests.random_draws.test_dropout import split_and_whole as with_dropout
 
 MLA = {"num_attention_heads": 2, "num_key_value_heads": 2}
 ON_FOUR = {

@@ -11,10 +11,36 @@ import torch
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.random_draws.model_draws import Draws
 
 # Names of the cache in transformers: past_key_values before 5.24, cache_params without attention.
 CACHES = ("cache", "cache_params", "past_key_values")
+
+
+@dataclass
+class Draws:
+    """State that keys a rank's random numbers (random_draws/)."""
+
+    seed: int = 0
+    """The same on all ranks."""
+    sp_rank: int = 0
+    sp_size: int = 1
+    """A full sequence on one rank is rank 0 of 1, and draws the numbers that the ranks of a sharded one draw."""
+    replica: int = 0
+    clock: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    """Returns the optimizer step and the micro-step in it."""
+    are_counted: bool = False
+    """True if a model draws its random numbers by these counters."""
+    _now: tuple[int, int] = (-1, -1)
+    _forwards: int = 0
+
+    def next_key(self, on_trial: bool) -> tuple[int, ...]:
+        """Return the key of the next forward; on trial all forwards have the same."""
+        if on_trial:
+            return (self.seed,)
+        now = self.clock()
+        self._forwards = self._forwards + 1 if now == self._now else 0
+        self._now = now
+        return (self.seed, *now, self._forwards)
 
 
 @dataclass
@@ -40,8 +66,8 @@ class ForwardContext:
     """True if the loss is the full sequence's, False if it is a shard's that user code aggregates."""
     gathers_tokens: bool = False
     """True in a batch that the engine splits: what a program reads of its output is the whole sequence's."""
-    makes_masks: bool = False
-    """True if the program's model makes masks of whole batches, outside of the split part's forward (multimodal/)."""
+    mask_of_batch: Callable[..., Any] | None = None
+    """Describes a mask of a whole batch, which a multimodal model makes outside of the split part's forward."""
     encodes: bool = False
     """True while a multimodal model's encoder runs on this rank's images."""
     has_masks: bool = False
@@ -56,7 +82,7 @@ class ForwardContext:
     checking: bool = False
     """True while forwards are the model check's, whose batches are not checked here."""
     saving_frame: Callable[[str, bool], Any] | None = None
-    """Returns the frame that saves the next attention call's output (offload/attention_cache.py); None if none is."""
+    """Returns the frame that saves the next attention call's output (attention/attention_cache.py); None if none is."""
     answer_attention: Callable[..., torch.Tensor] | None = None
     """Takes attention calls in place of a backend while a part of a memory-lean layer runs (memory_lean/parts.py)."""
     chunks_from: int = 0

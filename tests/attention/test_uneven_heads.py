@@ -15,17 +15,17 @@ from benchmarks.cells import build_model
 from benchmarks.families import family_config
 from benchmarks.ranks import Ranks
 from benchmarks.tally import Tally
+from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.hf_attention import TRIAL, causal_sdpa
+from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.offload.checkpoint_inputs import Chunks
 from deepspeed_alst.offload.feature import layer_sizes
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
-from deepspeed_alst.sequence_parallel.hf_attention import TRIAL, causal_sdpa
-from deepspeed_alst.sequence_parallel.ulysses import ulysses_attention
+from tests.attention.test_cores import errors_of_arguments, errors_of_packing, errors_of_windows
+from tests.attention.test_kept_attention import split_pair
 from tests.models import split_and_whole
-from tests.offload.test_kept_attention import split_pair
 from tests.random_draws.test_dropout import split_and_whole as with_dropout
-from tests.sequence_parallel.test_cores import errors_of_arguments, errors_of_packing, errors_of_windows
 
 EXACT = 1e-12
 LEAN = MemoryLeanConfig(chunk_tokens=8, tile_tokens=3, key_block=5)

@@ -26,14 +26,14 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from deepspeed_alst.attention import blocked_sdpa as banded
+from deepspeed_alst.attention import hf_masks as masks
+from deepspeed_alst.attention.blocked_sdpa import attend
+from deepspeed_alst.attention.hf_attention import find_backend
+from deepspeed_alst.attention.hf_masks import MaskSpec, mask_function_for, read_mask
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel import blocked_sdpa as banded
-from deepspeed_alst.sequence_parallel import hf_masks as masks
-from deepspeed_alst.sequence_parallel.blocked_sdpa import attend
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-from deepspeed_alst.sequence_parallel.hf_attention import find_backend
-from deepspeed_alst.sequence_parallel.hf_masks import MaskSpec, mask_function_for, read_mask
-from tests.sequence_parallel.test_cores import EXACT
+from tests.attention.test_cores import EXACT
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
 

@@ -26,8 +26,8 @@ from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
-    from deepspeed_alst.sequence_parallel.hf_attention import AttentionBackend
+    from deepspeed_alst.attention.hf_attention import AttentionBackend
+    from deepspeed_alst.core.forward_context import ForwardContext
 
 _NONE = torch.zeros(1, 1, dtype=torch.long)
 # Parts are identified by their code object, which all functions of one factory share.
@@ -249,10 +249,8 @@ def mask_function_for(backend: "AttentionBackend", sp_size: int, calls: "Forward
     ) -> MaskSpec | None:
         if hasattr(attention_mask, "images"):
             return attention_mask
-        if calls.makes_masks and not calls.inside:
-            from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
-
-            return mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask, backend)
+        if calls.mask_of_batch is not None and not calls.inside:
+            return calls.mask_of_batch(mask_function, kwargs["batch_size"], q_length, attention_mask, backend)
         # Models that count positions by a mask create one of ones if they get none.
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             raise UnsupportedModelError(

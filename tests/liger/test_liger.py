@@ -22,11 +22,11 @@ from benchmarks.kernels.judge import Interpreted, measure
 from benchmarks.ranks import RankError
 from benchmarks.ranks import interpreted_ranks as started_interpreted
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig, parse
+from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import DataError, SetupError, UnsupportedModelError
-from deepspeed_alst.integrations.hf_liger import apply_liger, use_liger
-from deepspeed_alst.sequence_parallel.forward_context import ForwardContext
+from deepspeed_alst.liger.hf_liger import apply_liger, use_liger
 from deepspeed_alst.tiling.loss import LogitTransform, tiled_loss
 from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.distributed.collectives import count_sent
 from deepspeed_alst.kernels.head_layout import (
     Share,
@@ -26,7 +27,6 @@ from deepspeed_alst.kernels.head_layout import (
     unpack_,
     unpack_uneven_,
 )
-from deepspeed_alst.sequence_parallel.head_plan import HeadPlan
 
 
 def ulysses_attention(
@@ -41,7 +41,7 @@ def ulysses_attention(
 
     ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``; k divides h. Head size of v
     may differ. With more ranks than heads its queries and output have ``HeadPlan.rows`` alone. With a ``frame``
-    (offload/attention_cache.py) its output is saved for the recomputation.
+    (attention/attention_cache.py) its output is saved for the recomputation.
 
     Raises:
         ShapeError: these heads cannot be split over the ranks.
@@ -52,7 +52,7 @@ def ulysses_attention(
     run = partial(core, q_BhSD, *(repeat_heads(x, copies) for x in keys_values))
     if frame is None:
         return HeadToSeq.apply(run(), s, plan, group)  # type: ignore[no-untyped-call]
-    from deepspeed_alst.sequence_parallel.cached_ulysses import attend_cached
+    from deepspeed_alst.attention.cached_ulysses import attend_cached
 
     return attend_cached(frame, run, s, plan, group)
 
