@@ -2,14 +2,15 @@
 
     python -m benchmarks.census [--write] [family ...]
 
-Compares loss and all gradients of a tiny model per family, in fp32 on CPU: whole, over 2 and 4 ranks, and packed over
-4. A correct family must also pass the check at training start, in fp32 and bf16, and be correct with memory-lean layers
-over 2 ranks, or have none. ``--write`` writes the table to
-docs/census.md and adds to the list of verified families. The exit status is non-zero if a family is wrong or crashes, a
-listed one is not right, or one times out, possibly because the machine is busy.
+Compares loss and all gradients of a tiny model per family, in fp32 on CPU: whole, over 2, 4 and 3 ranks, and packed
+over 4. A correct family must also pass the check at training start, in fp32 and bf16, and be correct with memory-lean
+layers over 2 ranks, or have none. ``--write`` writes the table to docs/census.md and adds to the list of verified
+families. The exit status is non-zero if a family is wrong or crashes, a listed one is not right, or one times out,
+possibly because the machine is busy.
 """
 
 import argparse
+import contextlib
 import functools
 import re
 import sys
@@ -88,7 +89,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, router loss": ("qwen3_moe", _ROUTED),
     "olmoe, router loss": ("olmoe", _ROUTED),
 }
-CELLS = (("SP 2", 2, False), ("SP 4", 4, False), ("packed, SP 4", 4, True))
+# SP 3 does not divide the tiny models' heads; like packed sequences, it may be refused.
+CELLS = (("SP 2", 2, False), ("SP 4", 4, False), ("SP 3", 3, False), ("packed, SP 4", 4, True))
 COLUMNS = (*(name for name, _, _ in CELLS), "model check, SP 2", "memory-lean, SP 2")
 _ORDINARY = "ordinary path: "
 # Shards of 51 tokens: chunks of 20, 20 and 11.
@@ -104,7 +106,7 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """Worst outcome; packed sequences may be refused."""
+        """Worst outcome; SP 3 and packed sequences may be refused."""
         found = [each.outcome for each in self.verdicts]
         for bad in ("crash", "wrong", "no answer"):
             if bad in found:
@@ -113,8 +115,9 @@ class Row:
 
     @property
     def why(self) -> str:
-        """Reason of the first cell that is not right, or of layers on the ordinary path."""
-        return next((each.why for each in self.verdicts if each.why), "")
+        """Reasons of the cells that are not right, and of layers on the ordinary path."""
+        reasons = (textwrap.shorten(each.why, 200, placeholder=" ...") for each in self.verdicts if each.why)
+        return "; ".join(dict.fromkeys(reasons))
 
 
 def small_of(name: str) -> tuple[Any, Any]:
@@ -201,26 +204,28 @@ def ask_in_chunks(name: str) -> Verdict:
 
 def census(names: list[str]) -> Iterator[Row]:
     """Yield the verdicts of these families in sequence."""
-    ranks = Ranks(4)
-    for name in names:
-        verdicts: list[Verdict] = []
-        for _, sp_size, packed in CELLS:
-            try:
-                verdicts.append(ranks.run(ask, name, sp_size, packed, seconds=_SECONDS)[0])
-            except RankError as error:
-                # Includes deadlocked ranks; to be repeated on an idle machine.
-                outcome = "no answer" if isinstance(error, LateError) else "crash"
-                verdicts.append(Verdict(outcome, str(error).strip().splitlines()[-1]))
-                ranks.close()
-                ranks = Ranks(4)
-            if verdicts[-1].outcome != "right":
-                break
-        if len(verdicts) == len(CELLS) and verdicts[-1].outcome in ("right", "refused"):
-            checks = [ranks.run(ask_check, name, each)[0] for each in (torch.float32, torch.bfloat16)]
-            verdicts.append(next((each for each in checks if each.outcome != "right"), checks[0]))
-            verdicts.append(ranks.run(ask_in_chunks, name, seconds=_SECONDS)[0])
-        yield Row(name, tuple(verdicts))
-    ranks.close()
+    with contextlib.ExitStack() as opened:
+        ranks = {size: opened.enter_context(Ranks(size)) for size in (3, 4)}
+        for name in names:
+            verdicts: list[Verdict] = []
+            for _, sp_size, packed in CELLS:
+                world_size = 3 if sp_size == 3 else 4
+                try:
+                    answers = ranks[world_size].run(ask, name, sp_size, packed, seconds=_SECONDS)
+                    verdicts.append(answers[0])
+                except RankError as error:
+                    # Includes deadlocked ranks; to be repeated on an idle machine.
+                    outcome = "no answer" if isinstance(error, LateError) else "crash"
+                    verdicts.append(Verdict(outcome, str(error).strip().splitlines()[-1]))
+                    ranks[world_size].close()
+                    ranks[world_size] = opened.enter_context(Ranks(world_size))
+                if Row(name, tuple(verdicts)).outcome != "right":
+                    break
+            if len(verdicts) == len(CELLS) and verdicts[-1].outcome in ("right", "refused"):
+                checks = [ranks[4].run(ask_check, name, each)[0] for each in (torch.float32, torch.bfloat16)]
+                verdicts.append(next((each for each in checks if each.outcome != "right"), checks[0]))
+                verdicts.append(ranks[4].run(ask_in_chunks, name, seconds=_SECONDS)[0])
+            yield Row(name, tuple(verdicts))
 
 
 def cells_of(row: Row) -> list[str]:
@@ -230,7 +235,7 @@ def cells_of(row: Row) -> list[str]:
         each and (f"{each.error:.0e}" if each.outcome == "right" else each.outcome) for each in (*compared, lean)
     ]
     passed = checked and ("passes" if checked.outcome == "right" else "fails")
-    return [*(each or "" for each in (*cells, passed, in_chunks)), textwrap.shorten(row.why, 200, placeholder=" ...")]
+    return [*(each or "" for each in (*cells, passed, in_chunks)), row.why]
 
 
 def write(rows: list[Row]) -> None:

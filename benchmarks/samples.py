@@ -279,7 +279,7 @@ def results() -> str:
     sums = [f"{float(memory[at].replace(',', '')):,.0f} MiB" for at in (2, 0)]
     off = f"{wrong} of {ran} off by more than 25 %"
     parity = "configurations whose error against fp64 is at most twice SP 1's, ZeRO 0 to 3, SGD"
-    census = f"causal LMs of transformers 5.24 at SP 2 and 4, of {models}"
+    census = f"causal LMs of transformers 5.24 at SP 2, 3, 4, of {models}"
     of_step = "matrix FLOPs of a step, tiled and checkpointed, relative to a plain step, Llama-3.1-8B"
     of_token = "device memory per token of the shard with tiles and offload, Llama-3.1-8B, SP 8"
     ours = f"{ordinary} KiB with Liger; {lean} with `memory_lean_layer`"
