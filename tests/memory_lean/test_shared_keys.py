@@ -1,15 +1,17 @@
 """Ranks that share KV heads hold a part of the keys each, and give the loss and gradients of one rank, in fp64."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from benchmarks.cells import KeepFp64
+from benchmarks.cells import Cell, KeepFp64
 from benchmarks.families import family_config
 from benchmarks.ranks import Ranks
 from deepspeed_alst.attention.head_plan import HeadPlan
+from deepspeed_alst.attention.hf_attention import TRIAL
 from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.memory_lean import decoder_layer, norm
 from deepspeed_alst.memory_lean.exchange import HeadExchange
@@ -18,8 +20,11 @@ from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from tests.attention import test_cores
 from tests.attention.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
-from tests.attention.test_uneven_heads import EXACT, heads
+from tests.attention.test_uneven_heads import EXACT, assert_exact, heads
 from tests.models import split_and_whole
+from tests.random_draws.test_dropout import EXACT_BUT_FOR_CASTS
+from tests.random_draws.test_dropout import split_and_whole as with_dropout
+from tests.system.test_parity import check_parity
 
 # 10 tokens of a shard: chunks of 3, 3, 3 and 1, of which some of 4 ranks have no row; two chunks and more in a block.
 LEAN = MemoryLeanConfig(chunk_tokens=3, tile_tokens=2, key_block=8)
@@ -69,6 +74,50 @@ def error_of_packing(changed: dict[str, Any]) -> float:
 @pytest.mark.parametrize("changed", [heads(2, 1), heads(4, 2, sliding_window=5)], ids=["full", "window"])
 def test_packed_documents_are_exact(changed, ranks4):
     assert max(ranks4.run(error_of_packing, changed)) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [
+        ("gpt_oss", heads(4, 2, num_local_experts=4, sliding_window=6)),
+        ("gemma2", heads(4, 1, sliding_window=6, attn_logit_softcapping=0.5)),
+    ],
+    ids=["sinks", "a soft cap"],
+)
+def test_sinks_and_a_soft_cap_are_exact(model_type, changed, ranks4):
+    assert_exact(ranks4, 4, family_config(model_type, **changed), LEAN, TRIAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("query", "kv"), [(4, 2), (2, 1)])
+def test_dropout_of_attention_draws_what_one_sequence_draws(query, kv, ranks4):
+    config = family_config("seed_oss", **heads(query, kv))
+    assert config.attention_dropout > 0
+    split, whole = {"checkpointing": "plain", "lean": True}, {"checkpointing": "reentrant"}
+    assert ranks4.run(with_dropout, config, split, whole)[0] < EXACT_BUT_FOR_CASTS
+
+
+SHARED = Cell(world_size=4, sp_size=4, kv_heads=1, lean=True, checkpointing="non-reentrant")
+FULL = replace(SHARED, odd_lengths=True, unequal_labels=True, clip=0.5)
+CELLS = [
+    replace(FULL, stage=0, gas=2),
+    replace(SHARED, stage=0, dtype="bf16", checkpointing="reentrant"),
+    replace(FULL, stage=1, kv_heads=2, lora=True, offload="host"),
+    replace(SHARED, stage=1, heads=2, dtype="bf16", lora=True, offload="outputs"),
+    replace(FULL, stage=2, sp_size=2, gas=2, offload="disk"),
+    replace(SHARED, stage=2, kv_heads=2, frozen="layer 0", offload="outputs", documents=True),
+    replace(FULL, stage=3, gas=2, tiles=True, offload="outputs"),
+    replace(FULL, stage=3, kv_heads=2, lora=True, offload="outputs", checkpointing="reentrant"),
+    replace(SHARED, stage=3, heads=2, dtype="bf16", offload="host", tiles=True),
+    replace(FULL, stage=3, frozen="all but norms", offload_optimizer=True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name())
+def test_training_is_as_exact_as_without_sequence_parallelism(cell, ranks4):
+    check_parity(cell, ranks4)
 
 
 @pytest.mark.parametrize(("tokens", "chunk", "key_block"), [(10, 3, 8), (7, 7, 100), (5, 2, 1)])

@@ -29,27 +29,28 @@ def quick(cells: list[Cell], slow: Collection[Cell] = ()) -> list[Any]:
     ids=lambda cell: cell.name(),
 )
 def test_two_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks2):
-    _check(cell, ranks2)
+    check_parity(cell, ranks2)
 
 
 @pytest.mark.parametrize(
     "cell", quick([cell for cell in short_cells() if cell.world_size == 4]), ids=lambda cell: cell.name()
 )
 def test_four_ranks_are_as_exact_as_no_sequence_parallelism(cell, ranks4):
-    _check(cell, ranks4)
+    check_parity(cell, ranks4)
 
 
 @pytest.mark.parametrize("cell", quick(uneven_cells()[:3], uneven_cells()[1:]), ids=lambda cell: cell.name())
 def test_three_ranks_with_unequal_heads_are_as_exact_as_no_sequence_parallelism(cell, ranks3):
-    _check(cell, ranks3)
+    check_parity(cell, ranks3)
 
 
 @pytest.mark.parametrize("cell", quick(grid_cells()[:2], grid_cells()[1:]), ids=lambda cell: cell.name())
 def test_four_ranks_with_fewer_heads_are_as_exact_as_no_sequence_parallelism(cell, ranks4):
-    _check(cell, ranks4)
+    check_parity(cell, ranks4)
 
 
-def _check(cell, ranks):
+def check_parity(cell, ranks):
+    """Run a cell with and without sequence parallelism; fail if it misses a bound."""
     row = repeated(functools.partial(measure, with_upstream=False), cell, ranks)
     assert not isinstance(row.sp1, str), row.sp1
     assert not row.problems()
