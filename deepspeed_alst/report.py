@@ -45,6 +45,7 @@ def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator
     if run.upstream is not None:
         sharded, check = "UlyssesSPDataLoaderAdapter is replaced; ", "off: the program is written for shards"
     shares = [plan.summary for plan in run.session.heads if plan.summary]
+    shares += [plan.kv_summary for plan in run.session.heads if plan.kv_parts > 1]
     return [
         (
             "sequence parallelism",

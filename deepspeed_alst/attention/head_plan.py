@@ -27,13 +27,16 @@ class HeadPlan:
 
     Up to H ranks hold heads of their own: u = P. More of them form a grid: r adjacent ranks hold the same heads, each
     with 1/r of the query rows of every shard. Keys and values are those of the whole sequence on every rank, or, with
-    ``divides_kv``, 1/g of the rows of every shard on each of the g ranks with the same KV heads.
+    ``divides_kv``, 1/g of the rows of every shard on each of the g ranks with the same KV heads. With a ``node_size``,
+    the ranks of a node, that divides no sequence among its nodes, those of the g on one node exchange such parts, which
+    they then gather.
     """
 
     sp_size: int
     num_heads: int
     num_kv_heads: int
     divides_kv: bool = False
+    node_size: int = 0
 
     def __post_init__(self) -> None:
         H, K = self.num_heads, self.num_kv_heads
@@ -61,7 +64,9 @@ class HeadPlan:
     @property
     def kv_parts(self) -> int:
         """Ranks among which the rows of a KV head are divided; 1 if each that needs it has all."""
-        return self.kv_sharers if self.divides_kv else 1
+        if self.divides_kv:
+            return self.kv_sharers
+        return math.gcd(self.kv_sharers, self.node_size) if self.node_size % self.sp_size else 1
 
     @property
     def is_even(self) -> bool:
@@ -100,6 +105,8 @@ class HeadPlan:
         P, K = self.sp_size, self.num_kv_heads
         if sum(map(len, self.split(K))) == K:
             return ""
+        if self.kv_parts > 1 and not self.divides_kv:
+            return f"shared KV heads whole on each rank, gathered from the {self.kv_parts} of its node that share them"
         if self.kv_parts > 1:
             return f"1/{self.kv_parts} of a shared KV head's keys per rank, gathered by block"
         why = f"{P} ranks do not share {K} in groups of one size" if self.kv_sharers == 1 else "not in chunks"

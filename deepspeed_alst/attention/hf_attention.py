@@ -6,6 +6,7 @@ Legend: B batch, S full sequence, s = S/P, D head dim; H and K query and KV head
 """
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
@@ -212,7 +213,8 @@ def _attention_over(
         calls.with_documents += documents is not None and len(documents) > 2
         if calls.answer_attention is not None:
             return calls.answer_attention(query, key, value, attention_mask, scaling, arguments, backend), None
-        plan, rank = HeadPlan(dist.get_world_size(group), query.shape[1], key.shape[1]), dist.get_rank(group)
+        exchange, rank = _plan(group, calls, query.shape[1], key.shape[1]), dist.get_rank(group)
+        plan = exchange[0]
         heads = plan.heads_of(rank)
         if "s_aux" in arguments:
             arguments["s_aux"] = arguments["s_aux"][heads.start : heads.stop]
@@ -226,13 +228,22 @@ def _attention_over(
         runs_operators = plan.row_groups > 1 or backend.runs_operators
         frame = calls.saving_frame and calls.saving_frame(backend.name, runs_operators)
         if plan.row_groups == 1:
-            return ulysses_attention(query, key, value, group, run, frame), None
+            return ulysses_attention(query, key, value, group, run, frame, *exchange), None
         from deepspeed_alst.attention.row_attention import attend_rows
 
         call = module, heads, list(plan.rows(rank, query.shape[2])), attention_mask, scaling, arguments, backend, frame
-        return ulysses_attention(query, key, value, group, functools.partial(attend_rows, *call)), None
+        attend = functools.partial(attend_rows, *call)
+        return ulysses_attention(query, key, value, group, attend, None, *exchange), None
 
     return attention
+
+
+def _plan(group: Any, calls: ForwardContext, *heads: int) -> tuple[HeadPlan, Any]:
+    """Return the split of a layer's heads, and the group in which this rank gathers K and V."""
+    plan = HeadPlan(dist.get_world_size(group), *heads, node_size=calls.node_size)
+    if plan.kv_parts > 1 and plan.kv_parts not in calls.kv_groups:  # its heads are not the config's
+        plan = dataclasses.replace(plan, node_size=0)
+    return plan, calls.kv_groups.get(plan.kv_parts)
 
 
 def _check_call(module, query, key, attention_mask, is_causal, layers) -> None:

@@ -2,9 +2,12 @@
 
 q, k and v share one buffer: two collectives in each pass, one in the recomputation if the output is saved.
 Ranks may hold unequal heads, or a part of the query rows (head_plan.py), which are sent in pieces of unequal sizes.
+Where several nodes share a sequence, ranks of a node get a part of the rows of a KV head that all of them need, and
+gather it among themselves: a third collective of a pass, on the fast links.
 
 Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P ranks; lower case = local share (s = S/P, h
-and k heads of this rank); W = h*D + 2*k*D, the elements of one token for one rank.
+and k heads of this rank); W = h*D + 2*k*D, the elements of one token for one rank; g ranks of a node that share KV
+heads, m = s/g rows of a shard on each of them, rounded up or down.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.distributed.collectives import count_sent
@@ -36,18 +40,22 @@ def ulysses_attention(
     group: Any,
     core: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     frame: Any = None,
+    plan: HeadPlan | None = None,
+    kv_group: Any = None,
 ) -> torch.Tensor:
     """Attend over the whole sequence: ``[B, H, s, D], 2 x [B, K, s, D] -> [B, s, H, D]``.
 
     ``core`` gets ``[B, h, S, D]`` and twice ``[B, k, S, D]`` and returns ``[B, h, S, D]``; k divides h. Head size of v
     may differ. With more ranks than heads its queries and output have ``HeadPlan.rows`` alone. With a ``frame``
-    (attention/attention_cache.py) its output is saved for the recomputation.
+    (attention_cache.py) its output is saved for the recomputation. ``kv_group`` are the ``kv_parts`` ranks of a
+    ``plan`` with a node size.
 
     Raises:
         ShapeError: these heads cannot be split over the ranks.
     """
-    plan, s = HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1]), q_BHsD.shape[2]
-    q_BhSD, *keys_values = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, group)  # type: ignore[no-untyped-call]
+    plan = plan or HeadPlan(dist.get_world_size(group), q_BHsD.shape[1], k_BKsD.shape[1])
+    s, groups = q_BHsD.shape[2], (group, kv_group)
+    q_BhSD, *keys_values = _SeqToHead.apply(q_BHsD, k_BKsD, v_BKsD, plan, *groups)  # type: ignore[no-untyped-call]
     copies = plan.kv_copies_of(dist.get_rank(group))
     run = partial(core, q_BhSD, *(repeat_heads(x, copies) for x in keys_values))
     if frame is None:
@@ -62,17 +70,22 @@ class _SeqToHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HeadPlan, group: Any, kv_group: Any
     ) -> tuple[torch.Tensor, ...]:
-        ctx.plan, ctx.group, ctx.num_tokens = plan, group, q.shape[2]
-        return tuple(whole_sequence(x) for x in to_heads((q, k, v), "qkv", plan, group))
+        ctx.plan, ctx.group, ctx.kv_group, ctx.num_tokens = plan, group, kv_group, q.shape[2]
+        q, *keys_values = to_heads((q, k, v), "qkv", plan, group)
+        if plan.kv_parts > 1:
+            keys_values = _gather_rows(keys_values, ctx.num_tokens, group, kv_group)
+        return tuple(whole_sequence(x) for x in (q, *keys_values))
 
     @staticmethod
     def backward(ctx: Any, *grads_BhSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         pieces = [by_tokens(g, ctx.plan.sp_size) for g in grads_BhSD]
+        if ctx.plan.kv_parts > 1:
+            pieces[1:] = _sum_rows(pieces[1:], ctx.group, ctx.kv_group)
         # Memory layout of projection outputs: the backward of their transposition copies nothing.
         grads_BsHD = to_tokens(pieces, "qkv", ctx.num_tokens, ctx.plan, ctx.group)
-        return (*(g.transpose(1, 2) for g in grads_BsHD), None, None)
+        return (*(g.transpose(1, 2) for g in grads_BsHD), None, None, None)
 
 
 class HeadToSeq(torch.autograd.Function):
@@ -187,6 +200,32 @@ def to_tokens(
     else:
         unpack_uneven_(recv, results_BHsD, shares)
     return results_BsHD
+
+
+def _gather_rows(parts_PmBkD: Sequence[torch.Tensor], num_tokens: int, group: Any, kv_group: Any) -> list[torch.Tensor]:
+    """Gather the rows that g ranks of a node have of K and V: ``[P, m, B, k, D] -> [P, s, B, k, D]``."""
+    g, m = dist.get_world_size(kv_group), parts_PmBkD[0].shape[1]
+    send_PmBkW = F.pad(torch.cat([*parts_PmBkD], -1), [0] * 7 + [-(-num_tokens // g) - m])
+    recv = send_PmBkW.new_empty(g * len(send_PmBkW), *send_PmBkW.shape[1:])
+    dist.all_gather_into_tensor(recv, send_PmBkW, group=kv_group)
+    count_sent(group, (g - 1) * send_PmBkW.nbytes)
+    whole_PsBkW = recv.view(g, -1, *recv.shape[1:]).transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+    return [*whole_PsBkW.split([x.shape[4] for x in parts_PmBkD], -1)]  # type: ignore[no-untyped-call]
+
+
+def _sum_rows(grads_PsBkD: Sequence[torch.Tensor], group: Any, kv_group: Any) -> list[torch.Tensor]:
+    """Reverse ``_gather_rows`` for gradients, which are summed in fp32 and rounded once."""
+    g, s = dist.get_world_size(kv_group), grads_PsBkD[0].shape[1]
+    padded = F.pad(torch.cat([*grads_PsBkD], -1), [0] * 7 + [-s % g])
+    send_gPmBkW = torch.stack(padded.chunk(g, 1))
+    recv_gPmBkW = torch.empty_like(send_gPmBkW)
+    # Not a reduce-scatter, which sums in the dtype that it sends.
+    dist.all_to_all_single(recv_gPmBkW, send_gPmBkW, group=kv_group)
+    count_sent(group, send_gPmBkW.nbytes // g * (g - 1))
+    first = dist.get_rank(kv_group) * recv_gPmBkW.shape[2]
+    own_gPmBkW = recv_gPmBkW[:, :, : max(0, s - first)]
+    total = own_gPmBkW.sum(0, dtype=torch.promote_types(own_gPmBkW.dtype, torch.float32)).to(own_gPmBkW.dtype)
+    return [*total.split([x.shape[4] for x in grads_PsBkD], -1)]  # type: ignore[no-untyped-call]
 
 
 def whole_sequence(x_PsBhD: torch.Tensor) -> torch.Tensor:

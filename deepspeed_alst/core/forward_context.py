@@ -89,6 +89,10 @@ class ForwardContext:
     """Tokens of a shard from which memory-lean layers run in chunks, below as without the key; 0 if all do."""
     in_chunks: bool = True
     """False if they run as without the key in this forward, on all ranks: ZeRO reduces gradients in their order."""
+    node_size: int = 0
+    """Ranks of a node; 0 if unknown, or if nodes have different numbers."""
+    kv_groups: dict[int, Any] = field(default_factory=dict)
+    """Groups of ranks of a node that gather the KV heads that they share from one another, by size."""
     core: str = ""
     """Attention implementation that the model was loaded with."""
     documents: tuple[int, ...] = ()

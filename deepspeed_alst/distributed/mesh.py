@@ -8,6 +8,7 @@ coalesced_collectives.py:124). The loss compensates (distributed/sequence_loss.p
 import atexit
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed_alst.distributed.collectives import world_timeout
+from deepspeed_alst.distributed.collectives import gather_objects, world_timeout
 
 _EXIT_SECONDS = 0.2  # a worker needs microseconds, but the machine may be busy: 40 processes on 2 cores, 0.1 s
 
@@ -107,6 +108,17 @@ def build_adjacent(size: int, backend: str | None = None) -> Any:
     rows = [list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
     # The same timeout for all groups: the longest would delay the detection of a lost rank.
     return dist.new_subgroups_by_enumeration(rows, world_timeout(), backend)[0]  # type: ignore[no-untyped-call]
+
+
+def ranks_of_node(control_group: Any) -> int:
+    """Return the ranks of a node, by the launcher's variables; 0 if nodes differ, or do not have adjacent ranks.
+
+    Collective over a gloo group of all ranks.
+    """
+    size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    is_adjacent = size > 0 and os.environ.get("LOCAL_RANK") == str(dist.get_rank() % size)
+    sizes = set(gather_objects(size if is_adjacent else 0, control_group))
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def build_groups(sp_size: int, control_group: Any) -> SequenceGroups:

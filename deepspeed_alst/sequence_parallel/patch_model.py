@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_alst.attention.head_plan import HeadPlan, attention_heads
 from deepspeed_alst.attention.hf_attention import find_backend, register_attention
 from deepspeed_alst.attention.private_config import own_config
 from deepspeed_alst.core.forward_context import ForwardContext, check_calls
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.distributed.mesh import build_adjacent, destroy_groups
 from deepspeed_alst.distributed.sequence_loss import (
     IGNORED_LABEL,
     shard_divisor,
@@ -51,6 +53,7 @@ def patch_model(
         core = find_backend(name)
         assert core is not None, "check_model refuses it"
         register_attention(base, core, group, calls, patches)
+        _group_sharers_of_kv_heads(spec, ranks, calls, patches)
         parts.append(f"{name} over {ranks} ranks, 2 all-to-alls per layer and pass")
     if any(map(_uses_length_or_position, base.modules())):
         from deepspeed_alst.sequence_parallel import hf_positions
@@ -76,6 +79,15 @@ def patch_model(
     calls.draws.sp_rank, calls.draws.sp_size = rank, ranks
     count_draws(spec, calls, patches)
     return f"{spec.name}: {'; '.join(parts)}"
+
+
+def _group_sharers_of_kv_heads(spec: ModelSpec, sp_size: int, calls: ForwardContext, patches: PatchSet) -> None:
+    """Build the groups of ranks of a node that gather K and V, if nodes divide a sequence. Collective."""
+    heads = attention_heads(spec.text_config)
+    size = HeadPlan(sp_size, *heads, node_size=calls.node_size).kv_parts if heads else 1
+    if size > 1:
+        calls.kv_groups = {size: build_adjacent(size)}
+        patches.callback(destroy_groups, calls.kv_groups[size])
 
 
 def _uses_length_or_position(module: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ from deepspeed_alst.data.loader import ShardedDataLoader
 from deepspeed_alst.data.sharding import shard_batch
 from deepspeed_alst.data.validation import checked, vocabulary_of
 from deepspeed_alst.distributed.collectives import agree, gather_objects, name_missing_ranks
-from deepspeed_alst.distributed.mesh import build_groups
+from deepspeed_alst.distributed.mesh import build_groups, ranks_of_node
 from deepspeed_alst.errors import DataError, SetupError
 from deepspeed_alst.grad_reduction.checks import NonFiniteCheck
 
@@ -48,7 +48,8 @@ class Session:
         self.is_multimodal = spec.is_multimodal
         """True if the split part is the language model of a model of images or audio and text."""
         backend = find_backend(spec.config._attn_implementation)
-        self.heads = [HeadPlan(config.sequence_parallel_size, *each) for *each, of in heads if of == "attention"]
+        size, node_size = config.sequence_parallel_size, ranks_of_node(control_group)
+        self.heads = [HeadPlan(size, *each, node_size=node_size) for *each, of in heads if of == "attention"]
         """Split of the heads of attention, unless layers have different numbers."""
         self.is_causal_lm = spec.is_causal_lm
         """True if the split part is a causal language model."""
@@ -58,7 +59,7 @@ class Session:
         self._vocabulary = vocabulary_of(spec)
         # Rank 0's seed: programs may seed each rank differently.
         seed = gather_objects(torch.initial_seed(), control_group)[0]
-        self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank))
+        self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank), node_size=node_size)
         self.losses = NonFiniteCheck(self.groups, self.calls)
         self._patches, self.outer = patches, spec.outer
         self._in_backward = False
