@@ -40,8 +40,8 @@ _FROM_ZERO = ("layer inputs", "backward of a layer", "logits and loss", "attenti
 _DEGREES = (1, 8)
 _CAPTION = (
     f"{FRAMES} frames of {SIDE} x {SIDE}, {TEXT} tokens of text, bf16, checkpointed layers, tiled MLP and loss; GiB of "
-    "the rank that has most. Embeddings: two copies of [S, M] in the merge, in the backward two of their gradient. The "
-    "tower's checkpoints are alive until the language model's backward is over."
+    "the rank that has most. Features: those of its frames. Embeddings: two copies of its tokens' in the merge, in the "
+    "backward of their gradient. The tower's checkpoints are alive until the language model's backward is over."
 )
 
 
@@ -78,9 +78,14 @@ class Rank:
         return sum(self.images.patches) // _VISION.spatial_merge_size**2 + TEXT
 
     @cached_property
-    def stream(self) -> int:
-        """Bytes of [S, M]."""
-        return self.tokens * _TEXT.hidden_size * 2
+    def embeddings(self) -> float:
+        """Bytes of a rank's embeddings, [s, M], twice."""
+        return 2 * self.tokens * _TEXT.hidden_size * 2 / self.sp_size
+
+    @cached_property
+    def features(self) -> float:
+        """Bytes of the features of a rank's frames."""
+        return (self.tokens - TEXT) * _TEXT.hidden_size * 2 / self.sp_size
 
     def tower(self, *windowed: bool) -> Tower:
         """Count a tower of a few blocks on this rank's frames, by whether they attend within windows."""
@@ -130,15 +135,13 @@ class Rank:
     @property
     def peak(self) -> float:
         """Largest number of bytes at once: in the language model's backward, or in the tower's after it."""
-        tower, whole = self.whole_tower, 2 * self.stream
-        return max(tower.saved + whole + self.language_model, tower.backward + whole)
+        tower, own = self.whole_tower, self.features + self.embeddings
+        return max(tower.saved + own + self.language_model, tower.backward + own)
 
     @property
     def wire(self) -> float:
-        """Bytes that a rank sends: its images' features, and its tokens' gradient of the embeddings, to all others."""
-        P = self.sp_size
-        features = self.stream * (1 - TEXT / self.tokens)
-        return (features + self.stream) * (P - 1) / P
+        """Bytes that a rank sends: the features of its frames, and the gradient of those of its tokens."""
+        return 2 * self.features * (self.sp_size - 1) / self.sp_size
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -159,11 +162,11 @@ def _figures() -> Iterator[Figure]:
     yield Figure("tokens of the sample", tuple(f"{each.tokens:,}" for each in ranks))
     yield row("tower: kept until its backward, GiB", [each.whole_tower.saved for each in ranks])
     yield row("tower: peak in its backward, GiB", [each.whole_tower.backward for each in ranks])
-    yield row("embeddings, whole on each rank, GiB", [2 * each.stream for each in ranks])
+    yield row("features and embeddings, GiB", [each.features + each.embeddings for each in ranks])
     yield row("language model, GiB", [each.language_model for each in ranks])
     yield row("peak, GiB", [each.peak for each in ranks])
     yield Figure("tower's share of the peak", tuple(f"{each.whole_tower.saved / each.peak:.0%}" for each in ranks))
-    yield row("sent by a rank: features and embeddings' gradient, GiB", [each.wire for each in ranks])
+    yield row("sent by a rank: features and their gradient, GiB", [each.wire for each in ranks])
     flops = [each.whole_tower.flops for each in ranks]
     share = flops[1] * _DEGREES[1] / flops[0]
     met = abs(share - 1) <= 0.05

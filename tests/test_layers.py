@@ -181,7 +181,7 @@ def test_an_import_outside_of_its_fence_is_found(name, source):
         ("core.feature", "if TYPE_CHECKING:\n    from deepspeed_alst.data.loader import ShardedDataLoader"),
         ("distributed.mesh", "from deepspeed.utils import groups"),
         ("kernels.softcap", "import triton"),
-        ("sequence_parallel.hf_one_rank", "import transformers"),
+        ("attention.hf_one_rank", "import transformers"),
         ("start", "import deepspeed\nfrom deepspeed_alst.sequence_parallel.session import Session"),
         ("__init__", "from deepspeed_alst.autoload import install"),
         ("data.sharding", "import deepspeed_alst_of_another_name"),

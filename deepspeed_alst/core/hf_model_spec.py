@@ -104,7 +104,9 @@ class ModelSpec:
 
     @property
     def decoder(self) -> torch.nn.Module:
-        """The model without its head."""
+        """The model without its head, of a multimodal model its language model."""
+        if self._calls_language_model():
+            return self.model.get_decoder()
         base = getattr(self.model, "base_model", self.model)
         # The prefix of Llama4ForCausalLM names no module of it.
         inner = [each for each in base.children() if isinstance(each, PreTrainedModel)] if base is self.model else []

@@ -3,22 +3,26 @@
 Legend: B batch, S whole sequence, s = S/P one shard, N tokens of images in a batch, n those of a shard, M model dim.
 """
 
+import functools
 import inspect
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from deepspeed_alst.attention.hf_masks import MaskSpec
 from deepspeed_alst.core.forward_context import CACHES
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.multimodal.deferred import MergedEmbeddings, as_made, rows_of
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch
 
 _PLACES, _ROWS = "visual_pos_masks", "deepstack_visual_embeds"
 _INDEX = "alst_visual_index"
 """Key of each token's row in the features that join later layers, ``[B, S]``."""
+_PLACES_OF, _FEATURES = "alst_feature_index", "features of images"
+"""Keys of what embeddings that are not made yet consist of beside ids (deferred.py)."""
 _MASKS = "alst_masks"
 """Key of masks that the model has made of the whole batch, one or by layer type."""
 _KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "seq_idx", _PLACES, _ROWS)
@@ -28,7 +32,10 @@ def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> Non
     """Cut what the language model is called with, and return what stands for the whole sequence's output."""
     decoder, signature = spec.outer, inspect.signature(spec.model.forward)
 
-    def run(**shard: Any) -> Any:
+    def run(merged: MergedEmbeddings | None, **shard: Any) -> Any:
+        if merged is not None:
+            ids_Bs, index_Bs, features = (shard.pop(each) for each in ("input_ids", _PLACES_OF, _FEATURES))
+            shard["inputs_embeds"] = merged.of_tokens(ids_Bs, index_Bs, features)
         masks = shard.pop(_MASKS, None)
         if masks is not None:
             shard["attention_mask"] = masks
@@ -39,7 +46,16 @@ def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> Non
         given = {**signature.bind_partial(*args).arguments, **kwargs}
         if session.calls.whole or session.calls.checking:
             return decoder._call_impl(**given)
-        return forward_whole_batch(session, run, _checked(type(spec.whole).__name__, given))
+        given = _checked(type(spec.whole).__name__, tree_map(as_made, given))
+        merged = given.get("inputs_embeds")
+        if not isinstance(merged, MergedEmbeddings):
+            merged = None
+        elif "input_ids" in given:
+            merged, given["inputs_embeds"] = None, merged.whole()
+        else:
+            parts = {"input_ids": merged.ids, _PLACES_OF: merged.index, _FEATURES: merged.features}
+            given = {key: x for key, x in given.items() if x is not merged} | parts
+        return forward_whole_batch(session, functools.partial(run, merged), given)
 
     patches.set(decoder, "_compiled_call_impl", call)  # what a module's __call__ runs, hooks included
 
@@ -92,5 +108,5 @@ def _own_rows(shard: dict[str, Any]) -> dict[str, Any]:
     index_Bs = shard.pop(_INDEX, None)
     if index_Bs is not None:
         rows_n = index_Bs[shard[_PLACES]]
-        shard[_ROWS] = [features_NM[rows_n.to(features_NM.device)] for features_NM in shard[_ROWS]]
+        shard[_ROWS] = [rows_of(features_NM, rows_n) for features_NM in shard[_ROWS]]
     return shard

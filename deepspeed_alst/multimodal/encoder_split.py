@@ -1,14 +1,15 @@
 """Split of an encoder's images or frames over the ranks of a sequence, balanced by patches.
 
-Each rank encodes its own, and all gather the features once, with their gradient. A rank without any encodes the first
-one too, whose features nobody uses: ZeRO gathers weights and reduces gradients on all ranks.
+Each rank encodes its own, and sends their features to the ranks that have their tokens (deferred.py). A rank without
+any encodes the first one too, whose features nobody uses: ZeRO gathers weights and reduces gradients on all ranks.
 
 Legend: k images (or frames of videos), P ranks of a sequence, M model dim; n rows of features of an image.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import fingerprint
 from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
-from deepspeed_alst.distributed.gather import gather_tokens
 from deepspeed_alst.errors import DataError, UnsupportedModelError
+from deepspeed_alst.multimodal.deferred import ImageFeatures, Shares
 
 _IMAGES, _VIDEOS = "get_image_features", "get_video_features"
 _ARGUMENTS = {_IMAGES: ("pixel_values", "image_grid_thw"), _VIDEOS: ("pixel_values_videos", "video_grid_thw")}
@@ -158,7 +159,7 @@ def _check_same(pixels: torch.Tensor, groups: Any) -> None:
 
 
 def _whole(features: Any, own: list[int], shares: list[list[int]], images: Images, groups: Any) -> Any:
-    """Gather the features of all images, ``[n, M]`` each, as the encoder returns them of its own."""
+    """Return what stands for the features of all images, ``[n, M]`` each, as the encoder returns its own."""
     stacked = isinstance(features, torch.Tensor)
     if len(features) != len(own):
         raise UnsupportedModelError(
@@ -166,24 +167,28 @@ def _whole(features: Any, own: list[int], shares: list[list[int]], images: Image
             "to 1, or train the language model alone"
         )
     mine = list(features)
+    lead, M = mine[0].shape[1:-1], mine[0].shape[-1]
     counts = torch.zeros(len(images.patches), dtype=torch.int64, device=mine[0].device)
     if shares[groups.sp_rank]:
-        counts[own] = torch.tensor([len(each) for each in mine], device=counts.device)
+        counts[own] = torch.tensor([each.numel() // M for each in mine], device=counts.device)
     with name_missing_ranks(groups.roll_group):
         dist.all_reduce(counts, group=groups.sp_group)
-        rows = counts.tolist()
-        longest = max(sum(rows[image] for image in share) for share in shares)
-        flat = torch.cat(mine)[:longest]
-        padded = F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, longest - len(flat)))
-        gathered = gather_tokens(padded[None], groups.sp_group)[0]
-    pieces: list[Any] = [None] * len(rows)
+    rows = counts.tolist()
+    longest = max(sum(rows[image] for image in share) for share in shares)
+    flat = torch.cat([each.reshape(-1, M) for each in mine])[:longest]
+    of_all = Shares(F.pad(flat, (0, 0, 0, longest - len(flat))), groups)
+    places = [torch.empty(0)] * len(rows)
     for rank, share in enumerate(shares):
-        place = rank * longest
-        for image in share:
-            pieces[image] = gathered[place : place + rows[image]]
-            place += rows[image]
-    joined, first = [], 0
-    for count in images.counts:
-        joined.append(pieces[first] if count == 1 else torch.cat(pieces[first : first + count]))
-        first += count
-    return torch.stack(joined) if stacked else type(features)(joined)
+        starts = itertools.accumulate((rows[image] for image in share), initial=rank * longest)
+        for image, start in zip(share, starts, strict=False):
+            places[image] = torch.arange(start, start + rows[image], device=counts.device).view(-1, *lead)
+    found = [torch.cat(each) for each in _grouped(places, images.counts)]
+    if stacked:
+        return ImageFeatures(of_all, torch.stack(found))
+    return type(features)(ImageFeatures(of_all, each) for each in found)
+
+
+def _grouped(items: list[Any], sizes: tuple[int, ...]) -> Iterator[list[Any]]:
+    """Yield the next items, as many as each size says."""
+    rest = iter(items)
+    return (list(itertools.islice(rest, size)) for size in sizes)

@@ -1,8 +1,9 @@
 """Multimodal models under ``sequence_parallel_size``: a merge of whole samples, the language model in shards.
 
-Every rank of a sequence is given the whole sample. The model's own code makes the embeddings of all tokens and calls
-its language model, where the ranks cut them (decoder_calls.py). Its output stands for that of the whole sequence
-(whole_sequence/sequence_tensor.py), of which the head and the loss run on this rank's rows (head.py).
+Every rank of a sequence is given the whole sample. The model's own code merges embeddings that are not made yet
+(deferred.py) and calls its language model, where each rank makes those of its shard (decoder_calls.py). Its output
+stands for that of the whole sequence (whole_sequence/sequence_tensor.py), of which the head and the loss run on this
+rank's rows (head.py).
 """
 
 import functools
@@ -18,6 +19,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.errors import DataError
 from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
+from deepspeed_alst.multimodal.deferred import defer_embeddings
 from deepspeed_alst.multimodal.encoder_split import split_encoder
 from deepspeed_alst.multimodal.head import split_fused_head, split_head
 from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, REPEATED
@@ -37,6 +39,7 @@ class Multimodal(Feature):
         self._name = whole.name
         _share_config(whole, run.spec.config, patches)
         session.calls.mask_of_batch = mask_of_batch
+        defer_embeddings(whole, session.calls, patches)
         split_decoder_calls(run.spec, session, patches)
         split_head(whole, session, patches)
         split_fused_head(patches)

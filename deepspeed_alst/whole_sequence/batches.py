@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import PLACE, fingerprint, pad_as_before, pad_on_the_right, shift_labels, tokens_of
@@ -259,8 +259,13 @@ def _gathered(kind: str, pieces: list[Any], length: int, first_B: torch.Tensor |
 
 
 def _digest(batch: dict[str, Any]) -> str:
-    tensors = {key: x for key, x in sorted(batch.items()) if isinstance(x, torch.Tensor)}
-    return " ".join(f"{key} {tuple(x.shape)} {x.requires_grad} {_hash(x)}" for key, x in tensors.items())
+    # Features that each rank has of its own images are none (multimodal/deferred.py).
+    tensors = [(key, x) for key, value in sorted(batch.items()) for x in tree_leaves(value) if _is_whole(x)]
+    return " ".join(f"{key} {tuple(x.shape)} {x.requires_grad} {_hash(x)}" for key, x in tensors)
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and not hasattr(x, "shares")
 
 
 def _hash(x: torch.Tensor) -> int:
