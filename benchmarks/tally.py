@@ -1,7 +1,8 @@
 """Record of all torch.distributed collectives that a process launches, with bytes sent and received.
 
 Bytes assume the usual algorithms: a ring for all-reduce, all-gather and reduce-scatter; for an all-to-all the data to
-and from other ranks, uneven splits included. A rank's own share is not counted.
+and from other ranks, uneven splits included. A rank's own share is not counted. Given the ranks of a host, bytes to
+other hosts are counted too: a ring's by the rank whose next one is there.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ class Collective:
     sent: int | None
     """Bytes to other ranks; None for collectives without a rule."""
     received: int | None
+    to_other_hosts: int | None = None
+    """Of the bytes sent, with the ranks of a host given."""
 
     @property
     def busiest(self) -> int:
@@ -52,6 +55,16 @@ def _split_to_others(x: torch.Tensor, splits: list[int] | None, P: int, r: int) 
     if not splits:
         return _size(x) // P * (P - 1)
     return _size(x) // max(1, x.shape[0]) * (sum(splits) - splits[r])
+
+
+def _share_of_other_hosts(name: str, arguments: dict[str, Any], ranks: list[int], r: int, host_size: int) -> float:
+    """Return the part of the bytes sent by rank r of a group that goes to other hosts."""
+    hosts = [rank // host_size for rank in ranks]
+    if name != "all_to_all_single":
+        return hosts[(r + 1) % len(hosts)] != hosts[r]
+    splits = arguments.get("input_split_sizes") or [1] * len(hosts)
+    others = sum(size for size, host in zip(splits, hosts, strict=True) if host != hosts[r])
+    return others / max(1, sum(splits) - splits[r])
 
 
 # Bytes that one rank sends and receives, from a call's arguments by name.
@@ -87,7 +100,8 @@ _KEPT_BY_DEEPSPEED = {
 class Tally:
     """Recorder of the collectives launched inside a phase, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, host_size: int = 0) -> None:
+        self._host_size = host_size
         self.launched: list[Collective] = []
         self._phase: str | None = None
         self._inside = False
@@ -129,11 +143,14 @@ class Tally:
             if self._phase is None or self._inside:
                 return original(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
-            sent, received = None, None
+            sent, received, to_others = None, None, None
             if name in _RULES:
                 group = arguments.get("group")
-                sent, received = _RULES[name](arguments, dist.get_world_size(group), dist.get_rank(group))
-            self.launched.append(Collective(self._phase, name, sent, received))
+                r, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
+                sent, received = _RULES[name](arguments, len(ranks), r)
+                if self._host_size:
+                    to_others = round(sent * _share_of_other_hosts(name, arguments, ranks, r, self._host_size))
+            self.launched.append(Collective(self._phase, name, sent, received, to_others))
             self._inside = True
             try:
                 return original(*args, **kwargs)

@@ -10,11 +10,13 @@ Legend: B batch, S whole sequence, H query heads, K KV heads, D head dim, P = sp
 """
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -49,16 +51,21 @@ class Case:
 
     sp_size: int
     num_kv_heads: int
+    host_size: int = 0
+    """Ranks of each of two hosts, whose bytes to one another are counted; 0 counts those of a rank."""
 
     @property
     def least_bytes(self) -> int:
-        """Minimum bytes sent per rank and pass: others' q, k, v heads and its output heads."""
+        """Minimum bytes sent per rank and pass: others' q, k, v heads and its output heads; or by a host."""
         P = self.sp_size
+        if self.host_size:
+            return B * (S // 2) * (H // 2 + 2 * max(1, self.num_kv_heads // 2) + H // 2) * D * 4
         h, k = H // P, max(1, self.num_kv_heads // P)
         return (P - 1) * B * (S // P) * (2 * h + 2 * k) * D * 4
 
 
 CASES = [Case(sp_size, num_kv_heads) for sp_size in (2, 4, 8) for num_kv_heads in (2, 8)]
+BETWEEN_HOSTS = [Case(8, num_kv_heads, 4) for num_kv_heads in (2, 8)]
 
 
 @dataclass(frozen=True)
@@ -78,23 +85,33 @@ def measure(case: Case) -> dict[str, dict[str, Traffic]]:
     """
     traffic, losses = {}, []
     for system, run in {"ours": _run_ours, "upstream": _run_upstream}.items():
-        shallow, deep = Tally(), Tally()
+        shallow, deep = Tally(case.host_size), Tally(case.host_size)
         depths = ((1, shallow), (2, deep))
-        losses.append([run(_model(case, num_layers, tally), case, tally) for num_layers, tally in depths])
-        traffic[system] = {phase: _difference(shallow, deep, phase) for phase in PHASES}
+        with _launched_on(case.host_size or WORLD_SIZE):
+            losses.append([run(_model(case, num_layers, tally), case, tally) for num_layers, tally in depths])
+        traffic[system] = {phase: _difference(shallow, deep, phase, bool(case.host_size)) for phase in PHASES}
     if not torch.allclose(*torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=0.0):
         raise RuntimeError(f"{case}: losses of 1 and 2 layers are {losses[0]} here and {losses[1]} upstream")
     return traffic
 
 
-def _difference(shallow: Tally, deep: Tally, phase: str) -> Traffic:
+def _launched_on(host_size: int) -> Any:
+    """Set the launcher's variables of hosts with some ranks each."""
+    local_rank = str(dist.get_rank() % host_size)
+    return mock.patch.dict(os.environ, {"LOCAL_SIZE": str(host_size), "LOCAL_RANK": local_rank})
+
+
+def _difference(shallow: Tally, deep: Tally, phase: str, between_hosts: bool) -> Traffic:
     calls = Counter(each.name for each in deep.of(phase))
     calls.subtract(each.name for each in shallow.of(phase))
     unknown = {each.name for each in deep.of(phase) if each.sent is None and calls[each.name]}
     if unknown:
         raise RuntimeError(f"a layer's {phase} makes {sorted(unknown)}, for which benchmarks.tally has no rule")
-    sent = sum(each.sent or 0 for each in deep.of(phase)) - sum(each.sent or 0 for each in shallow.of(phase))
-    return Traffic(calls.total(), sent)
+    of_both = [
+        sum((each.to_other_hosts if between_hosts else each.sent) or 0 for each in tally.of(phase))
+        for tally in (deep, shallow)
+    ]
+    return Traffic(calls.total(), of_both[0] - of_both[1])
 
 
 def _model(case: Case, num_layers: int, tally: Tally) -> torch.nn.Module:
@@ -168,7 +185,37 @@ def rows() -> Iterator[Figure]:
                 )
 
 
-PARTS = {"collectives / bytes of one decoder layer": Part(rows, ("this package", "DeepSpeed's"), _CONVENTION)}
+def rows_between_hosts() -> Iterator[Figure]:
+    """Yield a layer's collectives, and the bytes that a host of two sends to the other, by case and phase."""
+    with Ranks(WORLD_SIZE) as ranks:
+        for case in BETWEEN_HOSTS:
+            answers = ranks.run(measure, case)
+            for phase in PHASES:
+                counts, sent = {}, {}
+                for system in ("ours", "upstream"):
+                    found = [answer[system][phase] for answer in answers]
+                    counts[system] = max(each.num_collectives for each in found)
+                    of_hosts = [sum(each.num_bytes for each in half) for half in (found[:4], found[4:])]
+                    sent[system] = max(of_hosts)
+                # K and V of heads that ranks of a host share are gathered there, and their gradients summed.
+                allowed = TARGET + (case.num_kv_heads < case.sp_size)
+                yield Figure(
+                    f"SP {case.sp_size} on 2 hosts, {case.num_kv_heads} KV heads, {phase}",
+                    tuple(f"{counts[system]} / {sent[system]:,}" for system in ("ours", "upstream")),
+                    f"{allowed} / {case.least_bytes:,}",
+                    (counts["ours"], sent["ours"]) == (allowed, case.least_bytes),
+                )
+
+
+_HEADS = ("this package", "DeepSpeed's")
+_BETWEEN_HOSTS = (
+    "Bytes: what the ranks of a host send to those of the other in one layer. Target: the least that q, the KV heads "
+    "that the other host needs, each once, and the output need."
+)
+PARTS = {
+    "collectives / bytes of one decoder layer": Part(rows, _HEADS, _CONVENTION),
+    "collectives / bytes between two hosts of 4 ranks": Part(rows_between_hosts, _HEADS, _BETWEEN_HOSTS),
+}
 
 if __name__ == "__main__":
     sys.exit(report(__doc__, PARTS))
