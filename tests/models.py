@@ -13,7 +13,7 @@ from deepspeed_alst.config.schema import MemoryLeanConfig
 from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
+from deepspeed_alst.data.sharding import REAL_TOKENS, ShardingConfig, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.memory_lean import decoder_layer, feature, norm
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
@@ -67,7 +67,9 @@ def step_in_fp64(
     with PatchSet() as patches, KeepFp64():
         if group is not None:
             sp_size, calls = dist.get_world_size(group), ForwardContext()
-            batch = shard_batch(batch, sp_size, multiple or sp_size, marks_padding=True).shards[dist.get_rank(group)]
+            batch = shard_batch(batch, sp_size, ShardingConfig(multiple or sp_size, marks_padding=True)).shards[
+                dist.get_rank(group)
+            ]
             calls.real_tokens = batch.pop(REAL_TOKENS)
             patch_model(ModelSpec(model), group, patches, calls)
         if lean is not None:

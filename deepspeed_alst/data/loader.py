@@ -1,42 +1,25 @@
 """Sharded data loader: each rank loads its own batches, and the ranks of a sequence process them in turn.
 
 A refill takes one batch per rank. Rank i cuts its batch into P shards and sends shard j to rank j. P micro-steps
-follow; in step i all ranks process rank i's batch. The exchange runs on the host over gloo: 24 bytes per token are
-small next to the compute of a long sequence.
+follow; in step i all ranks process rank i's batch.
 """
 
 import functools
-import io
 import itertools
 import warnings
-from collections import UserDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from deepspeed_alst.config.config_file import find_config, near_misses
-from deepspeed_alst.data.sharding import fingerprint, shard_batch, uncut
-from deepspeed_alst.data.validation import Vocabulary, checked
-from deepspeed_alst.distributed.collectives import gather_objects, name_missing_ranks
+from deepspeed_alst.data.exchange import BatchExchange, Header
+from deepspeed_alst.data.sharding import ShardingConfig
 from deepspeed_alst.distributed.mesh import SequenceGroups
-from deepspeed_alst.errors import AlstError, ConfigError, DataError
+from deepspeed_alst.errors import ConfigError, DataError
 
 _BATCHES_COMPARED = 4
-_NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-@dataclass
-class Header:
-    """Description of a rank's next batch, exchanged before its bytes."""
-
-    error: str | None = None
-    ended: bool = False
-    sizes: tuple[int, ...] = ()  # bytes for each rank of the sequence
-    digest: int = 0
-    place: str = ""  # in this rank's data, equal on all ranks; empty if not counted
 
 
 def shard_dataloader(loader: Any, engine: Any, whole: bool = False) -> Any:
@@ -85,18 +68,13 @@ class ShardedDataLoader(_Wrapper):
         self,
         loader: Any,
         groups: SequenceGroups,
-        multiple: int,
-        packing: bool = False,
-        marks_padding: bool = False,
-        vocabulary: Vocabulary | None = None,
+        config: ShardingConfig,
         note: Callable[[int, int], None] | None = None,
-        by_lowest: bool = False,
         whole: bool = False,
     ) -> None:
         """Wrap a loader; ``note(rank, number)`` is called before each micro-step, ``whole`` leaves batches uncut."""
-        self.loader, self._groups, self._multiple, self._whole = loader, groups, multiple, whole
-        self._cut = functools.partial(shard_batch, packing=packing, marks_padding=marks_padding, by_lowest=by_lowest)
-        self._vocabulary, self._note = vocabulary or Vocabulary(), note
+        self.loader, self._groups, self._note = loader, groups, note
+        self._exchange = BatchExchange(groups, config, whole)
         self.num_pending = 0
         """Micro-steps left of batches that the inner loaders have counted as done."""
 
@@ -124,8 +102,8 @@ class ShardedDataLoader(_Wrapper):
         batches, first_refills = _own_batches(self.loader), list[list[Header]]()
         self.num_pending = 0
         for number in itertools.count():
-            header, shards, error = self._prepare(batches)
-            everyone = self._meet(header, error)
+            header, shards, error = self._exchange.prepare(batches)
+            everyone = self._exchange.gather(header, error)
             ends = self._stop(everyone)
             if len(first_refills) < _BATCHES_COMPARED:
                 first_refills += [] if ends else [everyone]
@@ -136,7 +114,7 @@ class ShardedDataLoader(_Wrapper):
             turns = [rank for rank in self._groups.ranks if not everyone[rank].ended]
             self.num_pending = len(turns)
             at_end = getattr(self.loader, "end_of_dataloader", False)
-            for rank, batch in zip(turns, self._exchange(shards, everyone), strict=True):
+            for rank, batch in zip(turns, self._exchange.send(shards, everyone), strict=True):
                 self.num_pending -= 1
                 if self._note is not None:
                     self._note(rank, number)
@@ -144,61 +122,6 @@ class ShardedDataLoader(_Wrapper):
                     # accelerate sets it at the last batch: each of its P micro-steps would be an optimizer step.
                     self.loader.end_of_dataloader = self.num_pending == 0
                 yield batch
-
-    def exchange(self, batch: Any, place: str = "") -> list[Any]:
-        """Exchange one batch per rank; return this rank's shards of its sequence's batches, in rank order."""
-        header, shards, error = self._prepare(iter([batch]))
-        header.place = place
-        return list(self._exchange(shards, self._meet(header, error)))
-
-    def meet(self, place: str) -> None:
-        """Raise DataError on all ranks if they are not at the same place, where they have no batch."""
-        self._meet(Header(place=place))
-
-    def _prepare(self, batches: Iterator[Any]) -> tuple[Header, list[torch.Tensor], BaseException | None]:
-        """Cut the next batch and pack its shards, ``[P]``; an error is kept for the exchange, where others wait."""
-        P = self._groups.sp_size
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return Header(ended=True, sizes=(0,) * P), [], None
-        except Exception as error:
-            return Header(error=f"the data loader raised {type(error).__name__}: {error}"), [], error
-        try:
-            whole = checked(batch, self._vocabulary)
-            sharded = uncut(whole, P) if self._whole else self._cut(whole, P, self._multiple)
-            # BatchEncoding and similar types have methods (.to) that programs use.
-            kind = type(batch) if isinstance(batch, UserDict) else dict
-            shards = [_packed(kind({**shard, **sharded.common})) for shard in sharded.shards]
-            # Errors of unpickling must occur here: after the exchange they would stop some ranks alone.
-            _unpacked(shards[0])
-            header = Header(
-                sizes=tuple(map(len, shards)),
-                digest=fingerprint(*(x for x in whole.values() if isinstance(x, torch.Tensor) and x.dim())),
-            )
-        except AlstError as error:
-            return Header(error=str(error)), [], error
-        except Exception as error:
-            return Header(error=f"a batch cannot be sent to the other ranks: {error!r}"), [], error
-        return header, shards, None
-
-    def _meet(self, header: Header, error: BaseException | None = None) -> list[Header]:
-        """Gather all ranks' headers; raise on every rank if any has an error, or is at another place."""
-        with name_missing_ranks(self._groups.roll_group):
-            everyone = gather_objects(header, self._groups.control_group)
-        if error is not None:
-            raise DataError(header.error) from error
-        for rank, each in enumerate(everyone):
-            if each.error is not None:
-                raise DataError(f"rank {rank}: {each.error}")
-        places = [each.place for each in everyone]
-        if len(set(places)) > 1:
-            where = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
-            raise DataError(
-                f"the ranks have different numbers of batches ({where}). A dataset that yields each rank's own samples "
-                "must yield the same number on all ranks"
-            )
-        return everyone
 
     def _stop(self, everyone: list[Header]) -> bool:
         """Return True if the epoch is over, on all replicas at once: ZeRO's collectives need every rank."""
@@ -230,29 +153,6 @@ class ShardedDataLoader(_Wrapper):
                 )
             if rank == first:
                 warnings.warn("all ranks of a sequence get the same samples; is the dataset that small?", stacklevel=3)
-
-    def _exchange(self, shards: list[torch.Tensor], everyone: list[Header]) -> Iterator[Any]:
-        """Run one all-to-all of bytes, then yield a micro-batch for each rank that had one."""
-        group, ranks = self._groups.sp_control_group, self._groups.ranks
-        sizes = [everyone[rank].sizes[self._groups.sp_rank] for rank in ranks]
-        send, recv = torch.cat([_NOTHING, *shards]), torch.empty(sum(sizes), dtype=torch.uint8)
-        with name_missing_ranks(self._groups.roll_group):
-            dist.all_to_all_single(recv, send, sizes, list(everyone[dist.get_rank()].sizes), group=group)
-        yield from (_unpacked(piece) for piece in recv.split(sizes) if len(piece))
-
-
-def _packed(batch: Any) -> torch.Tensor:
-    """Return the bytes of a batch as a tensor."""
-    for key, x in batch.items():
-        if isinstance(x, torch.Tensor):
-            batch[key] = x.detach().cpu().clone()  # a view would be saved with all that it is a view of
-    file = io.BytesIO()
-    torch.save(batch, file)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-
-
-def _unpacked(data: torch.Tensor) -> Any:
-    return torch.load(io.BytesIO(data.numpy()), weights_only=False)
 
 
 def _own_batches(loader: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ Legend: B batch, S whole sequence, s = S/P one shard, P ranks of a sequence.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from deepspeed_alst.data.validation import (
     LABEL_KEYS,
+    Vocabulary,
     check_mask,
     check_numbers,
     document_bounds,
@@ -41,25 +42,36 @@ class ShardedBatch:
     common: dict[str, Any]
 
 
-def shard_batch(
-    batch: Mapping[str, Any],
-    sp_size: int,
-    multiple: int,
-    packing: bool = False,
-    marks_padding: bool = False,
-    by_lowest: bool = False,
-) -> ShardedBatch:
+@dataclass(frozen=True)
+class ShardingConfig:
+    """Form of the shards that a model takes."""
+
+    multiple: int
+    """Number of tokens to whose multiples sequences are padded."""
+    packing: bool = False
+    """True for an attention that separates packed documents: every rank gets the bounds of all of them
+    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being its own document). Without it they raise DataError."""
+    marks_padding: bool = False
+    """True to give every shard a mask of its real tokens (``alst_real_tokens``, ``[B, s]`` bool)."""
+    by_lowest: bool = False
+    """True if packed documents start at the lowest position id, as in flash attention."""
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+    def padded(self, length: int) -> int:
+        """Return a sequence's length with its padding."""
+        return -(-length // self.multiple) * self.multiple
+
+
+def shard_batch(batch: Mapping[str, Any], sp_size: int, config: ShardingConfig) -> ShardedBatch:
     """Pad, shift and cut one batch ``[B, S, ...]`` into ``sp_size`` shards ``[B, s, ...]``.
 
-    ``S`` is padded on the right to a multiple of ``multiple``: labels with -100, other tensors with 0, position ids
+    ``S`` is padded on the right: labels with -100, other tensors with 0, position ids
     with the last one, or after packed documents with a count from 0, at most the sample's highest. ``position_ids`` and
     ``shift_labels`` are created if absent. A mask of ones or right padding is dropped. Everything else goes to every
     rank unchanged.
 
-    With ``packing``, for an attention that separates packed documents, every rank gets the bounds of all of them
-    (``cu_seq_lens_q`` and ``_k``, ``[N + 1]``, padding being its own document); without it they raise DataError. With
-    ``marks_padding``, every shard has a mask of its real tokens (``alst_real_tokens``, ``[B, s]`` bool). If positions
-    do not count from 0 in each document, each shard has its rank and its batch's fingerprint (``alst_place``).
+    If positions do not count from 0 in each document, each shard has its rank and its batch's fingerprint
+    (``alst_place``).
 
     Raises:
         DataError: no ``input_ids``; lengths that disagree; a mask or positions that cannot be split.
@@ -71,13 +83,13 @@ def shard_batch(
     if "position_ids" not in whole:
         row = torch.arange(length, device=tokens.device) if given is None else positions_within(given)
         whole["position_ids"] = row.expand(rows, length)
-    documents = _documents(whole, mask, given, packing, by_lowest)
+    documents = _documents(whole, mask, given, config.packing, config.by_lowest)
     if "labels" in whole and "shift_labels" not in whole:
         whole["shift_labels"] = shift_labels(whole["labels"])
-    if marks_padding:
+    if config.marks_padding:
         real_BS = tokens.new_ones((rows, length), dtype=torch.bool) if mask is None else mask != 0
         whole[REAL_TOKENS] = real_BS.expand(rows, length)
-    padded = -(-length // multiple) * multiple
+    padded = config.padded(length)
     if documents is not None:
         # The padding is a document of its own, so that no other attends to it.
         end = documents.new_tensor([padded] if padded > length else [])

@@ -5,6 +5,7 @@ few numbers once. Legend: B batch, s tokens of this rank's shard (at SP 1 the wh
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import resource
@@ -82,7 +83,8 @@ class Metrics:
         self._session = getattr(engine, "alst", None)
         if self._session is not None:
             # For loaders made from here on. A program that computes its own loss may rely on the exact batch keys.
-            self._session.marks_padding |= self._session.calls.makes_whole_loss
+            marks = self._session.sharding.marks_padding or self._session.calls.makes_whole_loss
+            self._session.sharding = dataclasses.replace(self._session.sharding, marks_padding=marks)
         self._losses: list[torch.Tensor] = []
         self._begin = math.nan
         # Counted before the current step; None between steps, where evaluations send too.

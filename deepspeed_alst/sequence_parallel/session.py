@@ -13,8 +13,9 @@ from deepspeed_alst.config.schema import AlstConfig
 from deepspeed_alst.core.forward_context import Draws, ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
+from deepspeed_alst.data.exchange import BatchExchange
 from deepspeed_alst.data.loader import ShardedDataLoader
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.data.validation import checked, vocabulary_of
 from deepspeed_alst.distributed.collectives import agree, gather_objects, name_missing_ranks
 from deepspeed_alst.distributed.mesh import build_groups, ranks_of_node
@@ -37,8 +38,6 @@ class Session:
         self.groups = build_groups(config.sequence_parallel_size, control_group)
         patches.callback(self.groups.destroy)
         self.mpu = self.groups.as_mpu()
-        self.marks_padding = bool(spec.router_classes)
-        """True if batches mark their padding tokens; read when a loader is made."""
         self.reduction_bytes = 0.0
         """Bytes that this rank sends per step for the gradient reduction."""
         self.takes_whole = False
@@ -53,10 +52,14 @@ class Session:
         """Split of the heads of attention, unless layers have different numbers."""
         self.is_causal_lm = spec.is_causal_lm
         """True if the split part is a causal language model."""
-        self._packing = backend is not None
-        # In flash attention packed documents start at the lowest position id.
-        self._by_lowest = backend is not None and not backend.uses_mask
-        self._vocabulary = vocabulary_of(spec)
+        self.sharding = ShardingConfig(
+            config.padding_multiple(),
+            packing=backend is not None,
+            marks_padding=bool(spec.router_classes),
+            by_lowest=backend is not None and not backend.uses_mask,
+            vocabulary=vocabulary_of(spec),
+        )
+        """Form of the batches; read when a loader is made."""
         # Rank 0's seed: programs may seed each rank differently.
         seed = gather_objects(torch.initial_seed(), control_group)[0]
         self.calls = ForwardContext(draws=Draws(seed, replica=self.groups.dp_rank), node_size=node_size)
@@ -85,28 +88,16 @@ class Session:
         """
         if isinstance(loader, ShardedDataLoader) or hasattr(loader, "alst_whole"):
             return loader
-        return self._loader(loader, whole or self.splits_decoder)
-
-    def _loader(self, loader: Any = (), whole: bool = False) -> ShardedDataLoader:
-        return ShardedDataLoader(
-            loader,
-            self.groups,
-            self.config.padding_multiple(),
-            self._packing,
-            self.marks_padding,
-            self._vocabulary,
-            self.losses.note_batch,
-            self._by_lowest,
-            whole,
-        )
+        whole = whole or self.splits_decoder
+        return ShardedDataLoader(loader, self.groups, self.sharding, self.losses.note_batch, whole)
 
     def exchange(self, batch: Any, place: str = "", whole: bool = False) -> list[Any]:
         """Return this rank's shards of its sequence-parallel group's batches, in rank order; or whole batches."""
-        return self._loader(whole=whole).exchange(batch, place)
+        return BatchExchange(self.groups, self.sharding, whole).exchange(batch, place)
 
     def meet(self, place: str) -> None:
         """Synchronize all ranks at a place in their data without a batch."""
-        self._loader().meet(place)
+        BatchExchange(self.groups, self.sharding).meet(place)
 
     def cut(self, batch: Any) -> dict[str, Any]:
         """Return this rank's shard of a batch that all ranks of its sequence have, where the batch is.
@@ -115,16 +106,14 @@ class Session:
         """
         groups = self.groups
         with name_missing_ranks(groups.roll_group), agree(groups.control_group, DataError, "a batch cannot be split"):
-            whole = checked(batch, self._vocabulary, takes_gradients=True)
-            sizes = groups.sp_size, self.config.padding_multiple()
-            sharded = shard_batch(whole, *sizes, self._packing, self.marks_padding, self._by_lowest)
+            whole = checked(batch, self.sharding.vocabulary, takes_gradients=True)
+            sharded = shard_batch(whole, groups.sp_size, self.sharding)
         shard = sharded.shards[groups.sp_rank]
         return {**{key: x.contiguous() for key, x in shard.items()}, **sharded.common}
 
     def shard_length(self, length: int) -> int:
         """Return the tokens of a shard of a sequence, padding included."""
-        multiple = self.config.padding_multiple()
-        return -(-length // multiple) * multiple // self.groups.sp_size
+        return self.sharding.padded(length) // self.groups.sp_size
 
     @contextlib.contextmanager
     def averaged_over_micro_steps(self) -> Iterator[None]:

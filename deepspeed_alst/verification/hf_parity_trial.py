@@ -21,7 +21,7 @@ from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet, copy_function
 from deepspeed_alst.core.selfcheck import is_equivalent, random_tensors, run_isolated, tolerance
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.distributed.collectives import gather_objects
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
@@ -188,7 +188,7 @@ def _split_step(
     check_model(spec)
     P, calls = groups.sp_size, ForwardContext()
     packing = find_backend(spec.config._attn_implementation) is not None
-    cut = shard_batch(batch, P, P, packing, bool(spec.router_classes))
+    cut = shard_batch(batch, P, ShardingConfig(P, packing, marks_padding=bool(spec.router_classes)))
     with PatchSet() as patches:
         patch_model(spec, groups.sp_control_group, patches, calls)
         check_batches(spec, groups, calls, patches)

@@ -30,7 +30,7 @@ from deepspeed_alst.attention.private_config import PrivateName
 from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
@@ -82,7 +82,7 @@ def split_step(core: str, config: Any, batch: dict[str, Any], sp_size: int, mult
         groups = build_groups(sp_size, build_control_group())
         undo.callback(groups.destroy)
         model = model_with(core, config)
-        sharded = shard_batch(batch, sp_size, multiple, packing=True)
+        sharded = shard_batch(batch, sp_size, ShardingConfig(multiple, packing=True))
         calls = ForwardContext()
         patch_model(ModelSpec(model), groups.sp_group, undo, calls)
         check_batches(ModelSpec(model), groups, calls, undo)
@@ -370,7 +370,7 @@ def reference_beside(core: str) -> list[Step]:
         with PatchSet() as undo:
             model = model_with(core, config)
             patch_model(ModelSpec(model), None, undo)
-            split = shard_batch(batch, 2, 2).shards[dist.get_rank()]
+            split = shard_batch(batch, 2, ShardingConfig(2)).shards[dist.get_rank()]
             step(model, split)
             steps.append(look())
             step(model, split)
@@ -396,7 +396,7 @@ def two_cores() -> float:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
             patch_model(ModelSpec(model), None, undo)
-        split = shard_batch(batch, 2, 2).shards[dist.get_rank()]
+        split = shard_batch(batch, 2, ShardingConfig(2)).shards[dist.get_rank()]
         losses = [model(**split, use_cache=False).loss for model in models]
         for loss in losses:
             loss.backward()
@@ -452,7 +452,7 @@ def flex_forward(changed: dict[str, Any]) -> float:
         patch_model(ModelSpec(split), None, undo)
         # Twice: the second finds the mask of this length, whatever it is given beside it.
         for _ in range(2):
-            got = split(**shard_batch(batch, 2, 8).shards[dist.get_rank()], use_cache=False).loss
+            got = split(**shard_batch(batch, 2, ShardingConfig(8)).shards[dist.get_rank()], use_cache=False).loss
     return abs(got - true).item() / true.item()
 
 
@@ -469,7 +469,7 @@ def train_flex() -> None:
         model = model_with("flex_attention", family_config("llama"))
         check_model(ModelSpec(model))
         patch_model(ModelSpec(model), None, undo)
-        model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
+        model(**shard_batch(family_batch(16, 1), 2, ShardingConfig(2)).shards[dist.get_rank()])
 
 
 def test_flex_attention_does_not_train_on_cpu_and_says_so(ranks2):
@@ -555,13 +555,13 @@ def test_a_function_that_somebody_registered_under_a_cores_name_is_not_the_core(
 def test_packed_documents_are_refused_where_the_model_does_not_keep_them_apart():
     for batch in (packed_batch(), collated(DataCollatorWithFlattening(return_flash_attn_kwargs=True))):
         with pytest.raises(DataError, match=r"restart at token 7 of row 0.*does not support packed samples"):
-            shard_batch(batch, 2, 2)
+            shard_batch(batch, 2, ShardingConfig(2))
 
 
 def test_a_single_document_of_a_packing_collator_is_a_document():
     plain = {key: x for key, x in family_batch(8, 1).items()}
-    got = shard_batch({**plain, "cu_seq_lens_q": torch.tensor([0, 8]), "max_length_q": 8}, 2, 2)
-    expected = shard_batch(plain, 2, 2)
+    got = shard_batch({**plain, "cu_seq_lens_q": torch.tensor([0, 8]), "max_length_q": 8}, 2, ShardingConfig(2))
+    expected = shard_batch(plain, 2, ShardingConfig(2))
     assert got.common == {}
     assert all(torch.equal(x, expected.shards[1][key]) for key, x in got.shards[1].items())
 
@@ -582,13 +582,13 @@ def test_a_single_document_of_a_packing_collator_is_a_document():
 def test_documents_that_do_not_fit_are_refused(changed, sentence):
     batch = {"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     with pytest.raises(DataError, match=sentence):
-        shard_batch({**batch, **changed}, 2, 2, packing=True)
+        shard_batch({**batch, **changed}, 2, ShardingConfig(2, packing=True))
 
 
 def test_packed_documents_in_several_rows_are_refused():
     batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "position_ids": torch.tensor([0, 1, 2, 0, 1, 2])}
     with pytest.raises(DataError, match="a batch of 2 rows"):
-        shard_batch(batch, 2, 2, packing=True)
+        shard_batch(batch, 2, ShardingConfig(2, packing=True))
 
 
 def guarded(change: str) -> None:
@@ -600,7 +600,7 @@ def guarded(change: str) -> None:
         calls = ForwardContext()
         patch_model(ModelSpec(model), groups.sp_group, undo, calls)
         check_batches(ModelSpec(model), groups, calls, undo)
-        sharded = shard_batch(packed_batch((20, 12)), 2, 2, packing=True)
+        sharded = shard_batch(packed_batch((20, 12)), 2, ShardingConfig(2, packing=True))
         batch = {**sharded.shards[groups.sp_rank], **sharded.common}
         if change == "no bounds":
             del batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]

@@ -25,7 +25,7 @@ from deepspeed_alst.attention.ulysses import ulysses_attention
 from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
@@ -382,7 +382,7 @@ def split_pair(setting: dict[str, Any]) -> dict[str, Any]:
             param.requires_grad_(not any(part in name for part in frozen))
         batches = [packed_batch(DOCUMENTS, seed) if packed else family_batch(37, 2, seed) for seed in (3, 4)]
         P = dist.get_world_size()
-        shards = [shard_batch(batch, P, P, packed) for batch in batches]
+        shards = [shard_batch(batch, P, ShardingConfig(P, packed)) for batch in batches]
         batches = [{**each.shards[dist.get_rank()], **each.common} for each in shards]
         found: dict[str, Any] = {"gradients": []}
         for keeps in (False, True):
@@ -499,7 +499,7 @@ def flex_is_not_kept() -> list[str]:
         patch_model(ModelSpec(model), None, undo, ForwardContext(saving_frame=saving_frame))
         frames = checkpoint_layers(model, keeps=True, reentrant=False)
         with pytest.raises(UnsupportedModelError, match="cannot train on CPU"):
-            model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
+            model(**shard_batch(family_batch(16, 1), 2, ShardingConfig(2)).shards[dist.get_rank()])
         return frames[0].recomputed_attention
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deepspeed_alst.attention.head_plan import HeadPlan
 from deepspeed_alst.config.schema import TiledLossConfig, TiledMLPConfig
-from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, shard_batch
+from deepspeed_alst.data.sharding import REAL_TOKENS, ShardedBatch, ShardingConfig, shard_batch
 from deepspeed_alst.errors import DataError, OffloadError, ShapeError
 from deepspeed_alst.grad_reduction.reduce import pieces_by_owner, segments
 from deepspeed_alst.offload.budget import LayerSizes, MemoryBudget, Plan, make_plan
@@ -275,7 +275,7 @@ def whole(sharded: ShardedBatch, key: str) -> list[list[int]]:
 def test_shards_put_together_are_the_batch_with_labels_moved_once(made, P, factor):
     batch, documents = made
     multiple = P * factor
-    sharded = shard_batch(batch, P, multiple, packing=True, marks_padding=True)
+    sharded = shard_batch(batch, P, ShardingConfig(multiple, packing=True, marks_padding=True))
     ids = batch["input_ids"].tolist()
     B, S = len(ids), len(ids[0])
     padded = -(-S // multiple) * multiple
@@ -334,7 +334,7 @@ def test_anything_for_a_batch_is_cut_into_equal_shards_or_refused(batch, shape, 
     if shape is not None:
         batch = {**batch, "input_ids": torch.ones(shape, dtype=torch.long)}
     try:
-        sharded = shard_batch(batch, P, P, packing, marks_padding)
+        sharded = shard_batch(batch, P, ShardingConfig(P, packing, marks_padding))
     except DataError as error:
         assert str(error)
         return
@@ -350,4 +350,4 @@ def test_anything_for_a_batch_is_cut_into_equal_shards_or_refused(batch, shape, 
 @pytest.mark.parametrize("batch", [None, 3, "text", [], torch.ones(2, 2)])
 def test_what_is_no_mapping_is_refused(batch):
     with pytest.raises(DataError, match="a batch must be a mapping"):
-        shard_batch(batch, 2, 2)
+        shard_batch(batch, 2, ShardingConfig(2))

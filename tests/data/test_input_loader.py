@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from deepspeed_alst.cli.launch import free_port, remove_shared_memory
 from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.data.sharding import ShardingConfig
 from deepspeed_alst.distributed.collectives import assert_same_on_all_ranks
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError
@@ -100,7 +101,7 @@ def epoch(
         if uneven and dist.get_rank() == 1:
             loader = itertools.islice(loader, max(0, len(loader) - uneven))
         warnings.simplefilter("ignore")  # datasets as small as these may give two ranks the same samples
-        steps = list(ShardedDataLoader(loader, groups(), 4, packing=packing))
+        steps = list(ShardedDataLoader(loader, groups(), ShardingConfig(4, packing=packing)))
     return [[row[row > 0].tolist() for row in step["input_ids"]] for step in steps]
 
 
@@ -178,7 +179,7 @@ def broken_epochs(cases: list[tuple[Any, ...]]) -> list[tuple[int, str]]:
         loader = DataLoader(dataset, 1, sampler=sampler, num_workers=workers, collate_fn=padded)
         steps = 0
         with pytest.raises(DataError) as raised:
-            for _ in ShardedDataLoader(loader, groups(), 4):
+            for _ in ShardedDataLoader(loader, groups(), ShardingConfig(4)):
                 steps += 1
         outcomes.append((steps, str(raised.value)))
     return outcomes

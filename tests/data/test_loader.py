@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.ranks import Ranks
 from deepspeed_alst.data.loader import ShardedDataLoader
+from deepspeed_alst.data.sharding import ShardingConfig
 from deepspeed_alst.data.validation import Vocabulary
 from deepspeed_alst.distributed.collectives import raise_on_all_ranks
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
@@ -54,7 +55,7 @@ def plain(value: Any) -> Any:
 
 def shards_of(loader: Any, sp_size: int, multiple: int = MULTIPLE) -> dict[str, Any]:
     """An epoch of this rank: its micro-batches, and the warnings that were given."""
-    sharded = ShardedDataLoader(loader, groups_of(sp_size), multiple)
+    sharded = ShardedDataLoader(loader, groups_of(sp_size), ShardingConfig(multiple))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         batches = [{key: plain(value) for key, value in batch.items()} for batch in sharded]
@@ -141,7 +142,7 @@ class Fails:
 
 def epoch_that_fails(sp_size: int, where: str, rank: int, after: int) -> tuple[str, str, int, float]:
     """Class and message of what the epoch ended with, the micro-steps before it, and the seconds that it took."""
-    sharded = ShardedDataLoader(Fails(where, rank, after), groups_of(sp_size), MULTIPLE)
+    sharded = ShardedDataLoader(Fails(where, rank, after), groups_of(sp_size), ShardingConfig(MULTIPLE))
     steps, started = 0, time.monotonic()
     try:
         for _ in sharded:
@@ -157,7 +158,7 @@ def epoch_that_fails_on_every_rank(sp_size: int) -> str:
         yield
 
     with pytest.raises(DataError) as raised:
-        list(ShardedDataLoader(batches(), groups_of(sp_size), MULTIPLE))
+        list(ShardedDataLoader(batches(), groups_of(sp_size), ShardingConfig(MULTIPLE)))
     return str(raised.value)
 
 
@@ -185,7 +186,7 @@ def epoch_of_encodings(sp_size: int, num_batches: list[int]) -> list[tuple[str, 
 
     rank = dist.get_rank()
     loader = [BatchEncoding(batch_of(rank, i)) for i in range(num_batches[rank])]
-    sharded = ShardedDataLoader(loader, groups_of(sp_size), MULTIPLE)
+    sharded = ShardedDataLoader(loader, groups_of(sp_size), ShardingConfig(MULTIPLE))
     return [(type(batch).__name__, "input_ids" in batch) for batch in sharded]
 
 
@@ -221,7 +222,7 @@ def attributes_of_a_torch_loader(sp_size: int) -> dict[str, Any]:
     dataset = Tokens(11)
     sampler = torch.utils.data.DistributedSampler(dataset, dist.get_world_size(), dist.get_rank())
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)
-    sharded = ShardedDataLoader(loader, groups_of(sp_size), MULTIPLE)
+    sharded = ShardedDataLoader(loader, groups_of(sp_size), ShardingConfig(MULTIPLE))
     with pytest.raises(AttributeError, match="zzz"):
         _ = sharded.zzz
     return {
@@ -237,14 +238,14 @@ def attributes_of_a_torch_loader(sp_size: int) -> dict[str, Any]:
 
 def epochs_that_are_set(sp_size: int) -> dict[str, Any]:
     inner = WithEpochs()
-    sharded = ShardedDataLoader(inner, groups_of(sp_size), MULTIPLE)
+    sharded = ShardedDataLoader(inner, groups_of(sp_size), ShardingConfig(MULTIPLE))
     before = first_ids(sharded)
     sharded.set_epoch(1)
     return {"before": before, "after": first_ids(sharded), "epoch": inner.epoch, "dataset": sharded.dataset}
 
 
 def epochs_with_a_break(sp_size: int, steps: int) -> dict[str, Any]:
-    sharded = ShardedDataLoader(WithEpochs(), groups_of(sp_size), MULTIPLE)
+    sharded = ShardedDataLoader(WithEpochs(), groups_of(sp_size), ShardingConfig(MULTIPLE))
     part = []
     for batch in sharded:
         part += first_ids([batch])
@@ -261,7 +262,7 @@ def steps_until_the_sampler_is_refused(sp_size: int, dataset: Any, sampler: str)
         sharded = torch.utils.data.DataLoader(dataset, sampler=chosen)
     steps = 0
     with pytest.raises(DataError) as raised:
-        for _ in ShardedDataLoader(sharded, groups_of(sp_size), MULTIPLE):
+        for _ in ShardedDataLoader(sharded, groups_of(sp_size), ShardingConfig(MULTIPLE)):
             steps += 1
     return steps, str(raised.value)
 
@@ -271,7 +272,7 @@ def epoch_where_only_the_first_group_repeats_itself(sp_size: int) -> str:
     seed = 0 if groups.dp_rank == 0 else dist.get_rank()
     loader = torch.utils.data.DataLoader([batch_of(seed, i)["input_ids"][0] for i in range(9)], collate_fn=as_batch)
     with pytest.raises(DataError) as raised:
-        list(ShardedDataLoader(loader, groups, MULTIPLE))
+        list(ShardedDataLoader(loader, groups, ShardingConfig(MULTIPLE)))
     return str(raised.value)
 
 
@@ -562,10 +563,13 @@ def test_repeated_samples_in_one_replica_are_raised_in_the_other_too():
 # --- what a batch is made of
 
 
-def refused_on_rank_1(sp_size: int, changed: dict[str, Any], vocabulary: Vocabulary | None = None) -> str:
+UNKNOWN = Vocabulary()
+
+
+def refused_on_rank_1(sp_size: int, changed: dict[str, Any], vocabulary: Vocabulary = UNKNOWN) -> str:
     """The words of the error on this rank, where the second rank's second batch has other values."""
     rows = [batch_of(dist.get_rank(), 0), batch_of(dist.get_rank(), 1) | (changed if dist.get_rank() == 1 else {})]
-    sharded = ShardedDataLoader(rows, groups_of(sp_size), MULTIPLE, vocabulary=vocabulary)
+    sharded = ShardedDataLoader(rows, groups_of(sp_size), ShardingConfig(MULTIPLE, vocabulary=vocabulary))
     with pytest.raises(DataError) as caught:
         list(sharded)
     return str(caught.value)
@@ -620,7 +624,7 @@ def epoch_in(dtype: torch.dtype, labels: str, copy_is_hidden: bool) -> list[dict
     ids = torch.tensor([[0, 1, 2, 3, 4 + dist.get_rank(), 99]])
     hidden = ids.masked_fill(ids == 2, -100) if copy_is_hidden else ids
     batch = {"input_ids": ids.to(dtype), labels: hidden.to(dtype)}
-    sharded = ShardedDataLoader([batch], groups_of(2), MULTIPLE, vocabulary=Vocabulary(100, 100))
+    sharded = ShardedDataLoader([batch], groups_of(2), ShardingConfig(MULTIPLE, vocabulary=Vocabulary(100, 100)))
     return [{key: plain(value) for key, value in each.items()} for each in sharded]
 
 
@@ -638,7 +642,7 @@ def ends_of(num_batches: int) -> list[list[bool]]:
     from accelerate.state import GradientState
 
     inner = DataLoaderShard([batch_of(dist.get_rank(), each) for each in range(num_batches)], batch_size=None)
-    sharded = ShardedDataLoader(inner, groups_of(2), MULTIPLE)
+    sharded = ShardedDataLoader(inner, groups_of(2), ShardingConfig(MULTIPLE))
     return [[GradientState().end_of_dataloader for _ in sharded] for _ in range(2)]
 
 

@@ -11,6 +11,7 @@ import torch
 from deepspeed_alst.data.sharding import (
     PLACE,
     REAL_TOKENS,
+    ShardingConfig,
     pad_as_before,
     pad_on_the_right,
     shard_batch,
@@ -29,7 +30,7 @@ def tokens(B: int, S: int, offset: int = 0) -> torch.Tensor:
 
 
 def cut(batch, sp_size=2, multiple=2):
-    return shard_batch(batch, sp_size, multiple)
+    return shard_batch(batch, sp_size, ShardingConfig(multiple))
 
 
 def whole(sharded, key: str, dim: int = 1) -> torch.Tensor:
@@ -54,7 +55,7 @@ def shifted_rows(rows: list[list[int]]) -> list[list[int]]:
 
 def refusal(batch, sp_size=2, multiple=2) -> str:
     with pytest.raises(DataError) as refused:
-        shard_batch(batch, sp_size, multiple)
+        shard_batch(batch, sp_size, ShardingConfig(multiple))
     return str(refused.value)
 
 
@@ -64,7 +65,7 @@ def refusal(batch, sp_size=2, multiple=2) -> str:
 @pytest.mark.parametrize(("B", "S", "P", "multiple"), SIZES)
 def test_the_shards_put_together_are_the_padded_whole(B, S, P, multiple):
     ids, labels = tokens(B, S), tokens(B, S, offset=500_000)
-    sharded = shard_batch({"input_ids": ids, "labels": labels}, P, multiple)
+    sharded = shard_batch({"input_ids": ids, "labels": labels}, P, ShardingConfig(multiple))
     assert len(sharded.shards) == P and sharded.common == {}
     sizes = {tuple(x.shape) for shard in sharded.shards for x in shard.values()}
     length = -(-S // multiple) * multiple
@@ -81,7 +82,7 @@ def test_real_tokens_are_neither_the_masks_padding_nor_ours():
         ({}, [[1] * 5 + [0] * 3] * 2),
         ({"attention_mask": mask}, [[1] * 5 + [0] * 3, [1, 1] + [0] * 6]),
     ):
-        sharded = shard_batch({"input_ids": tokens(2, 5), **batch}, 4, 8, marks_padding=True)
+        sharded = shard_batch({"input_ids": tokens(2, 5), **batch}, 4, ShardingConfig(8, marks_padding=True))
         assert whole(sharded, REAL_TOKENS).tolist() == torch.tensor(real).bool().tolist()
 
 
@@ -291,7 +292,9 @@ def test_packed_text_positions_of_three_dims_are_refused():
 
 def test_positions_by_time_height_and_width_stand_for_one_document():
     positions_3BS = torch.tensor([0, 1, 1, 1, 2]).expand(3, 2, 5)
-    sharded = shard_batch({"input_ids": tokens(2, 5), "position_ids": positions_3BS}, 2, 2, packing=True)
+    sharded = shard_batch(
+        {"input_ids": tokens(2, 5), "position_ids": positions_3BS}, 2, ShardingConfig(2, packing=True)
+    )
     assert [shard["position_ids"][0, 1].tolist() for shard in sharded.shards] == [[0, 1, 1], [1, 2, 2]]
     assert "cu_seq_lens_q" not in sharded.common
 
@@ -299,7 +302,7 @@ def test_positions_by_time_height_and_width_stand_for_one_document():
 def test_packed_documents_come_with_their_bounds_and_padding_is_a_document_of_its_own():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     batch = {"input_ids": tokens(1, 5), "labels": tokens(1, 5), "position_ids": positions}
-    sharded = shard_batch(batch, 2, 4, packing=True)
+    sharded = shard_batch(batch, 2, ShardingConfig(4, packing=True))
     assert {key: x.tolist() for key, x in sharded.common.items()} == {
         "cu_seq_lens_q": [0, 3, 5, 8],
         "cu_seq_lens_k": [0, 3, 5, 8],
@@ -312,19 +315,21 @@ def test_packed_documents_come_with_their_bounds_and_padding_is_a_document_of_it
 
 
 def test_positions_of_the_padding_of_packed_documents_are_not_higher_than_theirs():
-    sharded = shard_batch({"input_ids": tokens(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, 2, 12, True)
+    sharded = shard_batch(
+        {"input_ids": tokens(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, 2, ShardingConfig(12, True)
+    )
     assert whole(sharded, "position_ids").tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 2, 2, 2, 2]]
 
 
 def test_documents_that_fill_the_row_need_no_padding():
     positions = torch.tensor([[0, 1, 2, 0]])
-    sharded = shard_batch({"input_ids": tokens(1, 4), "position_ids": positions}, 2, 4, packing=True)
+    sharded = shard_batch({"input_ids": tokens(1, 4), "position_ids": positions}, 2, ShardingConfig(4, packing=True))
     assert sharded.common["cu_seq_lens_q"].tolist() == [0, 3, 4]
 
 
 def test_where_packing_is_possible_rows_of_one_document_stay_as_they_are():
     batch = {"input_ids": tokens(2, 5), "labels": tokens(2, 5)}
-    packing, plain = shard_batch(batch, 2, 4, packing=True), shard_batch(batch, 2, 4)
+    packing, plain = shard_batch(batch, 2, ShardingConfig(4, packing=True)), shard_batch(batch, 2, ShardingConfig(4))
     assert packing.common == {}
     for got, expected in zip(packing.shards, plain.shards, strict=True):
         assert {key: x.tolist() for key, x in got.items()} == {key: x.tolist() for key, x in expected.items()}
@@ -344,7 +349,7 @@ def test_documents_are_those_that_transformers_reads_out_of_positions_and_shards
     from transformers.masking_utils import find_packed_sequence_indices
 
     batch = {"input_ids": tokens(1, 5), "position_ids": torch.tensor([positions])}
-    sharded = shard_batch(batch, 2, 4, packing=True)
+    sharded = shard_batch(batch, 2, ShardingConfig(4, packing=True))
     found = sharded.common.get("cu_seq_lens_q")
     assert (found is None and bounds is None) or found.tolist() == bounds
     theirs = find_packed_sequence_indices(batch["position_ids"])
@@ -363,20 +368,20 @@ def test_documents_are_those_that_transformers_reads_out_of_positions_and_shards
 
 def test_with_a_mask_positions_are_positions_and_no_documents_as_in_transformers():
     batch = {"input_ids": tokens(2, 5), "position_ids": torch.tensor([[0, 1, 7, 8, 9], [0, 3, 4, 5, 6]])}
-    sharded = shard_batch({**batch, "attention_mask": torch.ones(2, 5)}, 2, 4, packing=True)
+    sharded = shard_batch({**batch, "attention_mask": torch.ones(2, 5)}, 2, ShardingConfig(4, packing=True))
     assert sharded.common == {} and PLACE in sharded.shards[0]
     # Flash attention is given no mask of ones.
     with pytest.raises(DataError, match="2 rows"):
         again = {**batch, "position_ids": torch.tensor([0, 1, 0, 1, 2]), "attention_mask": torch.ones(2, 5)}
-        shard_batch(again, 2, 4, packing=True, by_lowest=True)
+        shard_batch(again, 2, ShardingConfig(4, packing=True, by_lowest=True))
 
 
 def test_flash_attention_starts_documents_at_the_lowest_position():
     batch = {"input_ids": tokens(1, 6), "position_ids": torch.tensor([[2, 3, 9, 2, 3, 4]])}
-    assert shard_batch(batch, 2, 6, True, by_lowest=True).common["cu_seq_lens_q"].tolist() == [0, 3, 6]
+    assert shard_batch(batch, 2, ShardingConfig(6, True, by_lowest=True)).common["cu_seq_lens_q"].tolist() == [0, 3, 6]
     batch["position_ids"] = torch.tensor([[5, 6, 0, 1, 2, 3]])
     with pytest.raises(DataError, match="part of none"):
-        shard_batch(batch, 2, 6, True, by_lowest=True)
+        shard_batch(batch, 2, ShardingConfig(6, True, by_lowest=True))
 
 
 @pytest.mark.parametrize("S", [1, 2, 7, 63])

@@ -18,7 +18,7 @@ from benchmarks.families import family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
@@ -84,7 +84,7 @@ def adapter_step(kind: str, arguments: dict[str, Any], split: bool) -> tuple[flo
     batch = family_batch(37, 2)
     with PatchSet() as undo, KeepFp64():
         if split:
-            batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
+            batch = shard_batch(batch, 2, ShardingConfig(2)).shards[dist.get_rank()]
             patch_model(ModelSpec(model), dist.group.WORLD, undo)
         loss = model(**batch, use_cache=False).loss
         loss.backward()

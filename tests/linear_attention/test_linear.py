@@ -27,7 +27,7 @@ from deepspeed_alst.config.compatibility import check_world
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.errors import ConfigError, DataError, UnsupportedModelError
 from deepspeed_alst.linear_attention import sharded_layers
 from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
@@ -170,7 +170,7 @@ def test_these_numbers_see_a_shard_that_is_taken_for_the_sequence(model_type, ra
 
 def gradients(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Of one split step, this rank's."""
-    shard = shard_batch(batch, dist.get_world_size(), dist.get_world_size()).shards[dist.get_rank()]
+    shard = shard_batch(batch, dist.get_world_size(), ShardingConfig(dist.get_world_size())).shards[dist.get_rank()]
     with PatchSet() as undo:
         patch_model(ModelSpec(model), None, undo)
         model(**shard, use_cache=False).loss.backward()
@@ -232,11 +232,11 @@ def test_seq_idx_that_disagrees_with_the_positions_is_refused():
     batch = packed_batch()
     batch["seq_idx"] = torch.zeros_like(batch["input_ids"])
     with pytest.raises(DataError, match="seq_idx does not start a document at token 7 of row 0"):
-        shard_batch(batch, 2, 2, packing=True)
+        shard_batch(batch, 2, ShardingConfig(2, packing=True))
     del batch["position_ids"]
     batch["seq_idx"][:, 5:] = 1
     with pytest.raises(DataError, match="seq_idx starts a document at token 5 of row 0"):
-        shard_batch(batch, 2, 2)
+        shard_batch(batch, 2, ShardingConfig(2))
 
 
 # --- padding

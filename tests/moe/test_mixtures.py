@@ -19,7 +19,7 @@ from benchmarks.ranks import RankError
 from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
+from deepspeed_alst.data.sharding import REAL_TOKENS, ShardingConfig, shard_batch
 from deepspeed_alst.moe.mixtures import load_balancing_loss, router_problem, unknown_router_loss
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from tests.models import family_batch, split_and_whole
@@ -108,7 +108,7 @@ def fused() -> tuple[float, float]:
             if split:
                 calls = ForwardContext()
                 patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
-                batch = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
+                batch = shard_batch(batch, 2, ShardingConfig(2, marks_padding=True)).shards[dist.get_rank()]
                 calls.real_tokens = batch.pop(REAL_TOKENS)
             losses.append(model(**batch, fused_lm_head=True).loss.item())
     return losses[0], losses[1]
@@ -333,7 +333,7 @@ def beside_another(kind: type) -> None:
     with PatchSet() as undo:
         calls = ForwardContext()
         patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
-        shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
+        shard = shard_batch(batch, 2, ShardingConfig(2, marks_padding=True)).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
 
         def evaluate_other(*_: Any) -> None:
@@ -362,7 +362,7 @@ def compiled() -> tuple[float, float]:
     with PatchSet() as undo:
         calls = ForwardContext()
         patch_model(ModelSpec(model), dist.group.WORLD, undo, calls)
-        shard = shard_batch(batch, 2, 2, marks_padding=True).shards[dist.get_rank()]
+        shard = shard_batch(batch, 2, ShardingConfig(2, marks_padding=True)).shards[dist.get_rank()]
         calls.real_tokens = shard.pop(REAL_TOKENS)
         return torch.compile(model, backend="eager")(**shard).aux_loss.item(), expected
 

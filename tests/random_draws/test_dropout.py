@@ -19,7 +19,7 @@ from deepspeed_alst.config.schema import MemoryLeanConfig, TiledLossConfig, Tile
 from deepspeed_alst.core.forward_context import Draws, ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import REAL_TOKENS, shard_batch
+from deepspeed_alst.data.sharding import REAL_TOKENS, ShardingConfig, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.random_draws import counter_based as draws
@@ -252,7 +252,7 @@ def a_step(
             batch = {"input_ids": ids, "labels": ids.clone()}
             if split:
                 P = dist.get_world_size()
-                batch = shard_batch(batch, P, P, marks_padding=True).shards[dist.get_rank()]
+                batch = shard_batch(batch, P, ShardingConfig(P, marks_padding=True)).shards[dist.get_rank()]
                 calls.real_tokens = batch.pop(REAL_TOKENS)
             if tile:  # where a dropout behind the last matrix of an MLP does nothing, and where it does
                 model.eval()(**batch, use_cache=False)
@@ -364,7 +364,7 @@ def adapter_difference(kind: str, arguments: dict[str, Any]) -> float:
         batch = {"input_ids": ids, "labels": ids.clone()}
         with PatchSet() as undo, KeepFp64():
             if split:
-                batch = shard_batch(batch, 2, 2).shards[dist.get_rank()]
+                batch = shard_batch(batch, 2, ShardingConfig(2)).shards[dist.get_rank()]
                 patch_model(ModelSpec(model), dist.group.WORLD, undo)
             else:
                 count_draws(ModelSpec(model), ForwardContext(), undo)

@@ -11,7 +11,7 @@ from benchmarks.families import FAMILIES, family_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
@@ -136,7 +136,7 @@ def run_own_loss():
     model = OwnLoss(config)
     with PatchSet() as undo:
         patch_model(ModelSpec(model), None, undo)
-        model(**shard_batch(family_batch(16, 1), 2, 2).shards[dist.get_rank()])
+        model(**shard_batch(family_batch(16, 1), 2, ShardingConfig(2)).shards[dist.get_rank()])
 
 
 def test_a_loss_that_goes_past_the_package_is_refused(ranks2):

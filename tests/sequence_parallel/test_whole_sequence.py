@@ -23,7 +23,7 @@ from deepspeed_alst.attention.hf_masks import MaskSpec
 from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.data.sharding import shard_batch
+from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.distributed.mesh import SequenceGroups, build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel import hf_positions
@@ -58,7 +58,7 @@ def split(model: torch.nn.Module) -> Iterator[tuple[SequenceGroups, ForwardConte
 
 
 def shard_of(batch: dict[str, torch.Tensor], groups: SequenceGroups) -> dict[str, Any]:
-    sharded = shard_batch(batch, 2, 8, packing=True)
+    sharded = shard_batch(batch, 2, ShardingConfig(8, packing=True))
     return {**sharded.shards[groups.sp_rank], **sharded.common}
 
 
