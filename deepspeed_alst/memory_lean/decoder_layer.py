@@ -63,12 +63,13 @@ class LeanLayer:
         modules: list[TiledModule],
         policy: CheckpointPolicy | None,
         stream: ResidualStream,
+        on_any_shard: Callable[[bool], bool],
         on_any_rank: Callable[[bool], bool],
         router_classes: tuple[type, ...],
         kv_groups: Mapping[int, Any],
     ) -> None:
         self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
-        self._stream, self._on_any_rank = stream, on_any_rank
+        self._stream, self._on_any_shard, self._on_any_rank = stream, on_any_shard, on_any_rank
         stream.watch(layer)
         self._kv_groups = kv_groups
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)
@@ -92,9 +93,9 @@ class LeanLayer:
         has_graph = torch.is_grad_enabled()
         taken = self._stream.take(self._layer, x_BsM, named) if has_graph else []
         call = self._call(x_BsM, named, bool(taken)) if self._calls.in_chunks else None
-        # Without SP a rank has its own batch, and may evaluate alone. ZeRO reduces gradients in the order of their
-        # arrival, which chunks change: all ranks run the layer alike.
-        if self._group is None and has_graph and self._on_any_rank(call is None):
+        # Each sequence has its own length, and ranks without SP may evaluate alone. ZeRO reduces gradients in the order
+        # of their arrival, which chunks change: all ranks run the layer alike.
+        if has_graph and self._on_any_rank(call is None):
             call = None
         if call is None:
             return self._run_ordinary(*args, **kwargs)
@@ -112,10 +113,6 @@ class LeanLayer:
             layer = type(self._layer).__name__
             warnings.warn(f"alst.memory_lean_layer: {layer} runs on the ordinary path: {error}", stacklevel=2)
             return None
-
-    def _on_any_shard(self, mine: bool) -> bool:
-        """Return True if something is true on any rank that runs the layer on a shard; without SP, on this one."""
-        return self._on_any_rank(mine) if self._group is not None else mine
 
     def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it is, with as many branches of draws as in chunks."""

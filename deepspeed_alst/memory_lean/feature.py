@@ -53,14 +53,17 @@ class MemoryLeanLayers(Feature):
             return
         define_ops("gated")
         policy = None if self._offload is None else self._offload.policy
-        alone = dist.get_world_size(run.control_group) == 1
-        on_any_rank = bool if alone else functools.partial(any_rank, group=run.control_group)
+        shards = None if run.session is None else run.session.groups.sp_control_group
+        sp_size = 1 if shards is None else dist.get_world_size(shards)
+        on_any_shard = bool if shards is None else functools.partial(any_rank, group=shards)
+        has_replicas = dist.get_world_size(run.control_group) > sp_size
+        on_any_rank = functools.partial(any_rank, group=run.control_group) if has_replicas else bool
         self._layers, self._reasons = run_in_chunks(
-            run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_rank
+            run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_shard, on_any_rank
         )
         heads = attention_heads(run.spec.text_config)
         if group is not None and heads is not None:
-            self._keys = HeadPlan(dist.get_world_size(group), *heads, divides_kv=True).kv_summary
+            self._keys = HeadPlan(sp_size, *heads, divides_kv=True).kv_summary
         if not self._layers and not self._reasons:
             self._off = f"no decoder layers to checkpoint were found in {run.spec.name}"
 
@@ -85,6 +88,7 @@ def run_in_chunks(
     leaf: Callable[[Any], None],
     patches: PatchSet,
     policy: CheckpointPolicy | None = None,
+    on_any_shard: Callable[[bool], bool] = bool,
     on_any_rank: Callable[[bool], bool] = bool,
 ) -> tuple[int, Counter[str]]:
     """Give each checkpointed decoder layer that can a forward in chunks; call it before MLPs are tiled.
@@ -97,7 +101,8 @@ def run_in_chunks(
         leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
         patches: undoes it.
         policy: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
-        on_any_rank: tells if something is true on any rank; called by all of them.
+        on_any_shard: tells if something is true on any rank of a sequence; called by all of them.
+        on_any_rank: tells if something is true on any rank, of all sequences; called by all of them.
 
     Returns:
         The number of layers in chunks, and the reasons why others are ordinary.
@@ -116,7 +121,7 @@ def run_in_chunks(
             continue
         more = spec.router_classes, kv_groups
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, on_any_rank, *more)
+        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, on_any_shard, on_any_rank, *more)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1

@@ -148,8 +148,8 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Any], arguments: Any, probe: torch.Tensor, grad: bool = True) -> None:
         self._function, self._arguments = function, arguments
-        # It runs later, where the mode may be another.
-        self._grad = grad and torch.is_grad_enabled()
+        # It runs later, where the mode may be another. A comparison or an index has no gradient.
+        self._grad = grad and torch.is_grad_enabled() and probe.dtype.is_floating_point
         self.shape, self.dtype, self.device = probe.shape, probe.dtype, probe.device
 
     @classmethod

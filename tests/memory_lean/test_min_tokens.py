@@ -14,6 +14,7 @@ from deepspeed_alst.verification import verify_model
 
 CHUNKS = {"chunk_tokens": 10, "tile_tokens": 4, "key_block": 7}
 SHORT, LONG = 32, 48
+HEAD_DIM = 8  # a shard of as many tokens runs on the ordinary path: either dim of its cosines may be its tokens
 
 
 def engine_of(lean: Any, sp_size: int = 2, checkpoints: bool = True, /, **block: Any) -> tuple[Any, dict[str, str]]:
@@ -94,7 +95,7 @@ def test_auto_is_on_where_activations_are_checkpointed_with_sp_or_the_offload(
     assert ranks2.run(row_of, sp_size, checkpoints, offload)[0] == row
 
 
-def weights_of_unlike_batches(sp_size: int, lean: Any) -> list[torch.Tensor]:
+def weights_of_unlike_batches(sp_size: int, lean: Any, short: int) -> list[torch.Tensor]:
     """Weights after steps in which some ranks' batches are long and others short, and one has padding on the left."""
     import deepspeed_alst
 
@@ -102,7 +103,7 @@ def weights_of_unlike_batches(sp_size: int, lean: Any) -> list[torch.Tensor]:
     rank, make, batches = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank()), []
     for step in range(2 * sp_size):
         is_long = (step // sp_size + rank // sp_size) % 2 == 0
-        ids = torch.randint(0, 97, (1, sp_size * (24 if is_long else 12)), generator=make)
+        ids = torch.randint(0, 97, (1, sp_size * (24 if is_long else short)), generator=make)
         batches.append({"input_ids": ids, "labels": ids})
     if sp_size == 1:
         batches.append({**batches[0], "attention_mask": torch.ones_like(batches[0]["input_ids"])})
@@ -116,11 +117,11 @@ def weights_of_unlike_batches(sp_size: int, lean: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sp_size", [1, 2])
-def test_all_ranks_run_a_layer_alike_whatever_their_batches_are(sp_size, ranks2, ranks4):
+@pytest.mark.parametrize(("sp_size", "least", "short"), [(1, 20, 12), (2, 20, 12), (1, 0, HEAD_DIM), (2, 0, HEAD_DIM)])
+def test_all_ranks_run_a_layer_alike_whatever_their_batches_are(sp_size, least, short, ranks2, ranks4):
     """ZeRO 2 sums the gradients of all ranks in the order of their arrival, which chunks change."""
-    ranks, lean = ranks2 if sp_size == 1 else ranks4, CHUNKS | {"min_tokens": 20}
-    found, expected = (ranks.run(weights_of_unlike_batches, sp_size, each) for each in (lean, False))
+    ranks, lean = ranks2 if sp_size == 1 else ranks4, CHUNKS | {"min_tokens": least}
+    found, expected = (ranks.run(weights_of_unlike_batches, sp_size, each, short) for each in (lean, False))
     for mine, true in zip(found, expected, strict=True):
         for weight, ordinary in zip(mine, true, strict=True):
             assert (weight - ordinary).norm() <= 1e-5 * ordinary.norm()

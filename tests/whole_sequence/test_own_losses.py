@@ -65,6 +65,14 @@ def self_weighted(model, batch, teacher):
     return (each * batch["attention_mask"]).sum() / batch["attention_mask"].sum()
 
 
+def compared(model, batch, teacher):
+    """Ranks of the chosen logits and of the largest, which have no gradient, as weights."""
+    logits = model(**batch).logits
+    chosen = logits.gather(-1, batch["input_ids"][..., None])
+    weights = (logits > chosen).sum(-1) / logits.size(-1) + logits.argsort(-1)[..., 0] / logits.size(-1)
+    return (weights * logits.logsumexp(-1) * batch["attention_mask"]).sum() / batch["attention_mask"].sum()
+
+
 def standardized(model, batch, teacher):
     """Hidden states centred over the batch, by a statistic with a gradient."""
     outputs = model(**batch, output_hidden_states=True)
@@ -75,7 +83,7 @@ def standardized(model, batch, teacher):
 
 
 PROGRAMS = {each.__name__: each for each in (of_labels, cross_entropy, distillation, hidden_states)}
-PROGRAMS |= {each.__name__: each for each in (self_weighted, standardized)}
+PROGRAMS |= {each.__name__: each for each in (self_weighted, compared, standardized)}
 
 
 def teacher_of() -> torch.nn.Module:
