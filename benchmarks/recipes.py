@@ -192,9 +192,10 @@ def table() -> str:
 
 def crossing_bytes(shape: Shape, sp_size: int) -> int:
     """Return bytes per shard token leaving a host in a layer pass: q, k, v, output."""
-    heads = HeadPlan(sp_size, shape.keys["num_attention_heads"], shape.keys["num_key_value_heads"])
-    per_rank = 2 * (heads.heads_per_rank + len(heads.kv_heads_of(0))) * head_dim(shape) * 2
-    return max(0, sp_size - RANKS_PER_HOST) * per_rank
+    heads = [shape.keys[f"num_{kind}_heads"] for kind in ("attention", "key_value")]
+    plan = HeadPlan(sp_size, *heads, node_size=RANKS_PER_HOST)
+    per_rank = 2 * (plan.heads_per_rank + len(plan.kv_heads_of(0)) / plan.kv_parts) * head_dim(shape) * 2
+    return max(0, sp_size - RANKS_PER_HOST) * round(per_rank)
 
 
 def crossing_share(shape: Shape, sp_size: int, S: int) -> float:

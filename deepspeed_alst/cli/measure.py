@@ -77,12 +77,14 @@ class Measuring:
 
     Args:
         path: a config.json, a folder or a hub name.
+        node_size: ranks of a node, which divides a sequence's ranks among nodes; 0 for one node.
 
     Raises:
         ConfigError: the model is no decoder.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, node_size: int = 0) -> None:
+        self._node_size = node_size
         self.config = config = load_config(path, small=False).get_text_config()
         self._num_layers = getattr(config, "num_hidden_layers", 0)
         if not self._num_layers:
@@ -125,7 +127,7 @@ class Measuring:
             lse_bytes=min(outputs, layers.lse_bytes),
             packing=False if offload is None else offload.packing,
         )
-        sizes = self._num_params, self._largest, layers, exchanged_of(one, keys), self._step
+        sizes = self._num_params, self._largest, layers, exchanged_of(one, keys, self._node_size), self._step
         if (split := head_plan(one, keys)) is None:
             return Model(*sizes), found
         plan, head_dim = split
@@ -192,17 +194,17 @@ def _line(a: int, low: Bytes, b: int, high: Bytes, name: str) -> Line:
     return Line(max(0.0, getattr(low, name) - a_token * a), a_token)
 
 
-def head_plan(config: Any, keys: AlstConfig) -> tuple[HeadPlan, int] | None:
+def head_plan(config: Any, keys: AlstConfig, node_size: int = 0) -> tuple[HeadPlan, int] | None:
     """Return how heads are split over the ranks, and their size; None if the config has no heads."""
     if (heads := attention_heads(config)) is None:
         return None
-    plan = HeadPlan(keys.sequence_parallel_size, *heads, divides_kv=keys.alst.memory_lean_layer is not None)
+    plan = HeadPlan(keys.sequence_parallel_size, *heads, keys.alst.memory_lean_layer is not None, node_size)
     return plan, getattr(config, "head_dim", None) or config.hidden_size // plan.num_heads
 
 
-def exchanged_of(config: Any, keys: AlstConfig) -> int:
+def exchanged_of(config: Any, keys: AlstConfig, node_size: int = 0) -> int:
     """Return ``Model.exchanged``, in bf16."""
-    split = head_plan(config, keys)
+    split = head_plan(config, keys, node_size)
     return 0 if split is None else split[0].exchanged_heads * split[1] * 2
 
 

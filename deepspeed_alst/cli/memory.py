@@ -33,6 +33,11 @@ class Machine:
     host_bytes: float
     gpus_of_host: int
 
+    @property
+    def node_size(self) -> int:
+        """Ranks of a host."""
+        return min(self.gpus_of_host, self.num_gpus)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,7 +104,7 @@ def plan_of(
     config = parse(ds_config)
     offload, layers = config.alst.activation_checkpoint_cpu_offload, model.layers
     device, on_host = static_bytes(model, ds_config, machine)
-    ranks = min(machine.gpus_of_host, machine.num_gpus)
+    ranks = machine.node_size
     host = {key: size * ranks for key, size in on_host.items()}
     room = max(0, int(machine.host_bytes - sum(host.values())))
     if not value_at(ds_config, "bf16.enabled"):

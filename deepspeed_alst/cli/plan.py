@@ -26,7 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         AlstError: the ds_config or the model cannot be planned for, or options contradict one another.
     """
     check_options(arguments)
-    measuring, machine = Measuring(arguments.model), machine_of(arguments)
+    machine = machine_of(arguments)
+    measuring = Measuring(arguments.model, machine.node_size)
     if arguments.ds_config is None:
         ds_config = default_config(measuring.config, arguments.num_gpus)
         print(f"ds_alst plan: no --ds_config, so planned for {json.dumps(ds_config)}", file=sys.stderr)
@@ -113,7 +114,7 @@ def _result(
 
 
 def _print(given: Variant, machine: Machine, arguments: argparse.Namespace, config: Any) -> None:
-    split = head_plan(config, parse(given.ds_config))
+    split = head_plan(config, parse(given.ds_config), machine.node_size)
     plan, sp_size = given.plan, parse(given.ds_config).sequence_parallel_size
     stage = zero_stage(given.ds_config)
     print(f"{plan.tokens * sp_size:,} tokens, {plan.tokens:,} per rank at SP {sp_size}, ZeRO {stage}")

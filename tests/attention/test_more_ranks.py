@@ -146,6 +146,13 @@ def test_a_function_of_the_program_is_refused(ranks3):
         assert "Set sequence_parallel_size to at most" in str(each)
 
 
+def test_an_argument_without_a_kernel_for_rows_is_refused():
+    x = torch.zeros(1, 1, 4, 8)
+    call = torch.nn.Module(), range(1), [(0, 4)], None, None, {"deterministic": True}, find_backend("sdpa"), None
+    with pytest.raises(UnsupportedModelError, match=r"with deterministic cannot share the rows.*at most the"):
+        row_attention.attend_rows(*call, x, x, x)
+
+
 MASKS = [None, MaskSpec(7), MaskSpec(None, 9), MaskSpec(5, None, (0, 20, 48))]
 
 

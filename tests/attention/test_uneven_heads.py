@@ -72,9 +72,10 @@ def test_two_and_four_ranks_are_exact(query, kv, sp_size, ranks4):
 
 
 @pytest.mark.slow
-def test_28_heads_on_eight_ranks_are_exact():
+@pytest.mark.parametrize(("query", "kv"), [(28, 4), (40, 8)])
+def test_eight_ranks_are_exact(query, kv):
     with Ranks(8) as ranks:
-        assert_exact(ranks, 8, family_config("qwen2", **heads(28, 4, head_dim=2, num_hidden_layers=1)))
+        assert_exact(ranks, 8, family_config("qwen2", **heads(query, kv, head_dim=2, num_hidden_layers=1)))
 
 
 @pytest.mark.parametrize("changed", [{}, {"sliding_window": 5}], ids=["full", "window"])

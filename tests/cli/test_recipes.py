@@ -140,7 +140,8 @@ def test_nothing_crosses_while_a_sequence_fits_a_host_and_shares_fall_with_its_l
     shape = SHAPES["Llama-3.1-8B"]
     assert crossing_bytes(shape, 8) == 0
     # 16 ranks: 8 others, each with 2 query heads and outputs, a key head and a value head of 128 numbers in bf16.
-    assert crossing_bytes(shape, 16) == 8 * (2 + 2 + 1 + 1) * 128 * 2
+    # Two ranks of a host share a KV head, whose rows are sent to one of them.
+    assert crossing_bytes(shape, 16) == 8 * (2 + 2 + 0.5 + 0.5) * 128 * 2
     shares = [crossing_share(shape, 16, 2**power) for power in (14, 17, 20)]
     assert shares == sorted(shares, reverse=True)
 
