@@ -50,7 +50,7 @@ class LocalBatch(NamedTuple):
 class ActivationOffload(Feature):
     """Offload of checkpointed layers' activations, by a plan made before each training forward."""
 
-    _planned_tokens = 0
+    _planned = 0, 0  # tokens, and those of a chunk: 0 without
     _printed: tuple[int, bool, bool] | None = None
 
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
@@ -138,18 +138,21 @@ class ActivationOffload(Feature):
             OffloadError: there is not enough memory, or this rank's disk has less space than it reported.
         """
         known = [each for each in batches if each is not None]
-        if not known or max(each.tokens for each in known) <= self._planned_tokens:
+        if not known:
             return False
         if self._block is None:
             self.policy.num_saved = len(self.policy.layers)
             return False
         largest, memories = max(known, key=lambda each: each.tokens), [each.memory for each in known]
-        disks = [each.disk_bytes for each in memories if each.disk_bytes is not None]
-        host_bytes = min(each.host_bytes for each in memories)
-        memory = MemoryBudget(host_bytes, min(disks) if disks else None, memories[0].host_budget)
         last, chunks = self.policy.keep_last, self.policy.chunks
         if largest.tokens < chunks.min_tokens * largest.batch_size:
             chunks = Chunks()
+        chunk_tokens = chunks.tokens * largest.batch_size if chunks.layers else 0
+        if largest.tokens <= self._planned[0] and chunk_tokens == self._planned[1]:
+            return False
+        disks = [each.disk_bytes for each in memories if each.disk_bytes is not None]
+        host_bytes = min(each.host_bytes for each in memories)
+        memory = MemoryBudget(host_bytes, min(disks) if disks else None, memories[0].host_budget)
         layers = layer_sizes(self._spec, last, chunks, self._sp_size, largest.batch_size, self._block.packing)
         wanted = False if self._unsaved_reason else self._wanted
         plan = make_plan(layers, largest.tokens, memory, wanted, (self._sp_size, largest.batch_size))
@@ -162,7 +165,7 @@ class ActivationOffload(Feature):
             store.swapper.file.reserve(plan.disk_bytes)
         self.policy.num_saved, store.packs = plan.num_saved, bool(plan.layers.packing)
         # Set last: a batch without enough memory is rejected each time.
-        self._planned_tokens = largest.tokens
+        self._planned = largest.tokens, chunk_tokens
         if self._printed != (decision := (plan.num_saved, plan.disk_bytes > 0, store.packs)):
             self._printed = decision
             on_disk = f", {format_bytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""

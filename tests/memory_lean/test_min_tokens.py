@@ -32,7 +32,7 @@ def engine_of(lean: Any, sp_size: int = 2, checkpoints: bool = True, /, **block:
     return engine, dict(said.call_args.args[0])
 
 
-def train(lean: Any) -> dict[str, Any]:
+def train(lean: Any, short_rows: int = 2) -> dict[str, Any]:
     """A step of short and one of long sequences: what ran in chunks, host bytes, how it was checked, weights."""
     import deepspeed_alst
 
@@ -48,8 +48,8 @@ def train(lean: Any) -> dict[str, Any]:
         mock.patch.object(core, "add_attention", wraps=core.add_attention) as in_chunks,
     ):
         engine, found["report"] = engine_of(lean, activation_checkpoint_cpu_offload=True, save_attention_output=False)
-        for length in (SHORT, LONG):
-            ids = torch.randint(0, 97, (2, length), generator=make)
+        for rows, length in ((short_rows, SHORT), (2, LONG)):
+            ids = torch.randint(0, 97, (rows, length), generator=make)
             for part in deepspeed_alst.shard_dataloader([{"input_ids": ids, "labels": ids}], engine):
                 loss = engine(**part).loss
                 in_chunks.reset_mock()  # the first forward is the check's too
@@ -72,6 +72,12 @@ def test_short_shards_run_as_without_the_key_and_long_ones_in_chunks(ranks2):
     assert f"in shards of {least} tokens or more" in some["report"]["memory-lean layer"]
     for expected, found in zip(off["weights"], some["weights"], strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("least", [pytest.param(0, marks=pytest.mark.slow), LONG // 2])
+def test_a_chunks_buffers_are_as_large_as_its_tokens_after_more_samples_too(least, ranks2):
+    few, many = (ranks2.run(train, CHUNKS | {"min_tokens": least}, rows)[0]["in use"] for rows in (2, 8))
+    assert many[len(many) // 2 :] == few[len(few) // 2 :]
 
 
 def row_of(sp_size: int, checkpoints: bool, offload: bool) -> str:
