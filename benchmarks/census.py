@@ -42,7 +42,7 @@ from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_parity_trial import Verdict, compare
 from deepspeed_alst.verification.hf_tiny_models import numel, shrink, small_model, trial_core
 from deepspeed_alst.verification.model_check import check_live_model
-from deepspeed_alst.verification.verify_model import RIGHT, untouched
+from deepspeed_alst.verification.verify_model import VERIFIED_MODEL_TYPES, untouched
 
 ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 600.0
@@ -247,7 +247,9 @@ def write(rows: list[Row]) -> None:
     counts = f"{len(models)} models: {counts}. Rows with a comma are variants of a model."
     table = markdown(["model_type", *COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
     page.write_text(f"{head}<!-- table -->\n\n{counts}\n\n{table}", encoding="utf-8")
-    right = sorted(RIGHT | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS})
+    right = sorted(
+        VERIFIED_MODEL_TYPES | {row.name for row in rows if row.outcome == "right" and row.name not in VARIANTS}
+    )
     listed = ROOT / "deepspeed_alst" / "verification" / "verify_model.py"
     names = textwrap.fill(" ".join(right), 120, break_on_hyphens=False)
     text = re.sub(
@@ -268,7 +270,7 @@ def figures(names: list[str], writes: bool) -> Iterator[Figure]:
     rows = []
     for row in census(names):
         rows.append(row)
-        lost = row.name in RIGHT and row.outcome not in ("right", "no answer")
+        lost = row.name in VERIFIED_MODEL_TYPES and row.outcome not in ("right", "no answer")
         met = not lost and row.outcome not in ("wrong", "crash", "no answer")
         yield Figure(row.name, tuple(cells_of(row)), met=met, brief=False)
     if writes:

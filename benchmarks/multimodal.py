@@ -34,7 +34,7 @@ from deepspeed_alst.distributed.mesh import build_control_group
 from deepspeed_alst.errors import AlstError
 from deepspeed_alst.features import features_of
 from deepspeed_alst.multimodal import hf_families
-from deepspeed_alst.multimodal.hf_families import RIGHT
+from deepspeed_alst.multimodal.hf_families import VERIFIED_MODEL_TYPES
 from deepspeed_alst.start import build_session
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 from deepspeed_alst.verification.hf_parity_trial import Verdict
@@ -49,7 +49,7 @@ _TOLERANCE = 1e-12
 # Models that run in fp32 alone.
 _TOLERANCE_FP32 = 2e-5
 # Share of all gradients' norm; less is rounding.
-_NOTHING = 1e-4
+_GRAD_NORM_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _verdicts(name: str, dtype: torch.dtype) -> list[Verdict]:
         return [Verdict("wrong", problem)]
     verdicts = []
     with PatchSet() as patches:
-        patches.set(hf_families, "RIGHT", RIGHT | {model.config.model_type})
+        patches.set(hf_families, "VERIFIED_MODEL_TYPES", VERIFIED_MODEL_TYPES | {model.config.model_type})
         try:
             session = split(model, patches, dist.get_world_size())
         except AlstError as error:
@@ -159,7 +159,7 @@ def judge(truth: Any, found: Any, dtype: torch.dtype = torch.float64) -> Verdict
     norm = sum(float(grad.norm()) ** 2 for grad in grads.values()) ** 0.5
     errors = {"loss": abs(own_loss - loss) / abs(loss)}
     for name, grad in grads.items():
-        errors[name] = float((own_grads[name] - grad).norm()) / max(float(grad.norm()), _NOTHING * norm)
+        errors[name] = float((own_grads[name] - grad).norm()) / max(float(grad.norm()), _GRAD_NORM_FLOOR * norm)
     worst = max(errors, key=lambda name: errors[name])
     outcome = "right" if errors[worst] <= (_TOLERANCE if dtype == torch.float64 else _TOLERANCE_FP32) else "wrong"
     return Verdict(outcome, "" if outcome == "right" else f"{worst} is off by {errors[worst]:.1e}", errors[worst])
@@ -200,7 +200,9 @@ def write(rows: list[Row]) -> None:
     table = markdown(["model_type", *_COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
     page.write_text(f"{head}<!-- table -->\n\n{table}\n<!-- end -->{tail}", encoding="utf-8")
     listed = ROOT / "deepspeed_alst" / "multimodal" / "hf_families.py"
-    names = textwrap.fill(" ".join(sorted(RIGHT | {row.name for row in rows if row.outcome == "right"})), 120)
+    names = textwrap.fill(
+        " ".join(sorted(VERIFIED_MODEL_TYPES | {row.name for row in rows if row.outcome == "right"})), 120
+    )
     text = re.sub(r'(_FAMILIES = """\n).*?(\n""")', rf"\g<1>{names}\g<2>", listed.read_text("utf-8"), flags=re.S)
     listed.write_text(text, encoding="utf-8")
 
@@ -210,7 +212,9 @@ def figures(names: list[str], writes: bool) -> Iterator[Figure]:
     rows = []
     for row in census(names):
         rows.append(row)
-        met = row.outcome not in ("wrong", "crash", "no answer") and (row.name not in RIGHT or row.outcome == "right")
+        met = row.outcome not in ("wrong", "crash", "no answer") and (
+            row.name not in VERIFIED_MODEL_TYPES or row.outcome == "right"
+        )
         yield Figure(row.name, tuple(cells_of(row)), met=met, brief=False)
     if writes:
         write(rows)

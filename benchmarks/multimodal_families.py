@@ -15,7 +15,7 @@ from deepspeed_alst.random_draws.model_draws import is_dropout
 from deepspeed_alst.verification.hf_tiny_models import draw_weights, shrink
 
 VOCAB = 160
-_NOTHING = 1e-4
+_GRAD_NORM_FLOOR = 1e-4
 """Share of all gradients' norm; less is rounding."""
 _TOKENS = 9
 """Text tokens between images."""
@@ -261,7 +261,7 @@ def trained_model(name: str) -> torch.nn.Module:
     model(**batch_of(name, model, (2, 1))).loss.backward()
     norms = {param: 0.0 if param.grad is None else float(param.grad.norm()) for param in model.parameters()}
     for param, norm in norms.items():
-        param.requires_grad_(norm > _NOTHING * math.hypot(*norms.values()))
+        param.requires_grad_(norm > _GRAD_NORM_FLOOR * math.hypot(*norms.values()))
         param.grad = None
     return model
 

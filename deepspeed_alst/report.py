@@ -55,14 +55,14 @@ def report_rows(run: RunContext, engine: Any, features: list[Feature], allocator
             "data",
             f"{sharded}sequences are padded to a multiple of {multiple} tokens, {multiple // groups.sp_size} per rank",
         ),
-        ("optimizer step", step_words(micro, accumulation, groups.sp_size, groups.dp_size)),
+        ("optimizer step", describe_step(micro, accumulation, groups.sp_size, groups.dp_size)),
         *rows,
         ("model check", check),
         *memory,
     ]
 
 
-def step_words(micro: int, accumulation: int, sp_size: int, replicas: int) -> str:
+def describe_step(micro: int, accumulation: int, sp_size: int, replicas: int) -> str:
     """Describe an optimizer step in samples and micro-steps."""
     samples = micro * accumulation * replicas
     words = f"{samples} samples: {accumulation} micro-steps of {micro} sample(s) on {replicas} replica(s)"

@@ -45,7 +45,7 @@ def read_config(ds_config: dict[str, Any]) -> tuple[AlstConfig, int, str]:
     return config, zero_stage(ds_config), use_expandable_segments(config)
 
 
-def is_upstreams(mpu: Any) -> bool:
+def is_upstream_mpu(mpu: Any) -> bool:
     """Return True if an mpu is the module that DeepSpeed's ``register_with_transformers`` returns."""
     return mpu is not None and mpu is sys.modules.get(_MPU)
 
@@ -57,7 +57,7 @@ def upstream_mpu(arguments: dict[str, Any], ds_config: dict[str, Any]) -> tuple[
         ConfigError: the mpu's groups do not exist yet, or the ds_config has another degree.
     """
     mpu = arguments.get("mpu")
-    if not is_upstreams(mpu):
+    if not is_upstream_mpu(mpu):
         return None, ds_config
     try:
         size = mpu.get_sequence_parallel_world_size()
@@ -79,7 +79,7 @@ def check_arguments(arguments: dict[str, Any], ds_config: dict[str, Any]) -> Non
     """Raise ConfigError for arguments and keys that sequence parallelism cannot use."""
     check_features(ds_config)
     problems = []
-    if arguments.get("mpu") is not None and not is_upstreams(arguments["mpu"]):
+    if arguments.get("mpu") is not None and not is_upstream_mpu(arguments["mpu"]):
         problems.append("mpu: sequence_parallel_size creates its own process groups; remove mpu, or the key")
     if arguments.get("mesh_param") is not None:
         problems.append("mesh_param: sequence_parallel_size creates its own process groups; remove it")

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from deepspeed_alst.attention.hf_attention import causal_sdpa
 from deepspeed_alst.attention.hf_masks import MaskSpec
 
-_LEAST_ROWS = 64
+_MIN_ROWS = 64
 """Minimum rows of a block; fewer would leave a kernel's tile half empty."""
 _MASK_ELEMENTS = 2**26
 """Maximum elements of a block's mask: 128 MiB in half precision. Up to W = 5,792 a block has W rows."""
@@ -99,8 +99,8 @@ def _banded(
 
 def _rows_of_block(window: int) -> int:
     """Return the rows of a block: W, where half of the scores count, unless its mask would be too large."""
-    rows = max(window, _LEAST_ROWS)
-    while rows > _LEAST_ROWS and rows * (rows + window) > _MASK_ELEMENTS:
+    rows = max(window, _MIN_ROWS)
+    while rows > _MIN_ROWS and rows * (rows + window) > _MASK_ELEMENTS:
         rows //= 2
     return rows
 

@@ -14,7 +14,7 @@ from typing import Any
 from deepspeed_alst.errors import ShapeError
 from deepspeed_alst.kernels.head_layout import Share
 
-_MOST = 8, 7  # largest share of the query heads relative to the mean that fewer KV heads per rank may cost
+_MAX_LOAD = 8, 7  # largest share of the query heads relative to the mean that fewer KV heads per rank may cost
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _head_groups(num_ranks: int, num_heads: int, num_kv_heads: int) -> int:
         return kv_heads, -(-num_heads // groups) * groups, -groups
 
     divisors = (u for u in range(1, num_heads + 1) if num_ranks % u == 0)
-    return min((u for u in divisors if cost(u)[1] * _MOST[1] <= num_heads * _MOST[0]), key=cost)
+    return min((u for u in divisors if cost(u)[1] * _MAX_LOAD[1] <= num_heads * _MAX_LOAD[0]), key=cost)
 
 
 def _groups_of(heads: range, size: int) -> range:

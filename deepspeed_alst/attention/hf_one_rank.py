@@ -97,7 +97,7 @@ def _caching_function(name: str, function: Callable[..., Any], calls: ForwardCon
 
 
 def register_on_one_rank(spec: ModelSpec, calls: ForwardContext, patches: PatchSet) -> str:
-    """Make attention answer to layers' parts and describe its masks, as SP does; return the reason if it cannot."""
+    """Route attention through the memory-lean interface at SP 1, and describe its masks; return why not, if so."""
     name = spec.config._attn_implementation
     if name != "sdpa":
         return f"attn_implementation='{name}' at sequence_parallel_size 1; use 'sdpa'"

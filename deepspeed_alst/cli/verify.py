@@ -41,9 +41,9 @@ Differences = dict[str, dict[str, float]]
 """Differences of two runs by kind (``KINDS``), then by step, layer or parameter, each in model order."""
 _RECORD = "record-0.pt"
 # Fraction of the global gradient norm below which a gradient is rounding, e.g. of a key bias, which softmax cancels.
-_NOTHING = 1e-4
+_GRAD_NORM_FLOOR = 1e-4
 # Relative difference of a gradient from its half.
-_TELLING = 0.5
+_HALF = 0.5
 KINDS = {
     "loss": ("loss", 1e-4, 5e-3),
     "norm": ("gradient norm", 3e-4, 3e-2),
@@ -118,7 +118,7 @@ def judge(output: Path, whole: str, split: str, *others: str, sp_size: int = 1) 
         missed = tuple(place for place, value in values.items() if value > limits[place])
         # The largest difference may be allowed where a smaller one is not.
         place = max(missed or values, key=values.__getitem__, default="")
-        num_hidden = sum(limit > _TELLING for limit in limits.values())
+        num_hidden = sum(limit > _HALF for limit in limits.values())
         rows.append(Row(words, found[kind].get(place, 0.0), place, limits.get(place, 0.0), missed, num_hidden))
     return rows
 
@@ -144,7 +144,7 @@ def differences(run: Path, truth: Path, sp_size: int) -> Differences:
             found["layers"][name] = float((a - b).norm() / b.norm()) if a.shape == b.shape else math.inf
     for kind in ("gradients", "changes"):
         ours, theirs = ranks[0][kind], reference[kind]
-        floor = _NOTHING * math.sqrt(sum(float(each.norm()) ** 2 for each in theirs.values()))
+        floor = _GRAD_NORM_FLOOR * math.sqrt(sum(float(each.norm()) ** 2 for each in theirs.values()))
         found[kind] = {
             name: float((ours[name] - their).norm()) / max(float(their.norm()), floor) for name, their in theirs.items()
         }

@@ -45,7 +45,7 @@ class Variant:
     @property
     def name(self) -> str:
         """The changed keys, by the last part of their paths."""
-        return _words(self.keys) or "as given"
+        return _describe(self.keys) or "as given"
 
 
 class WhatIf:
@@ -98,12 +98,12 @@ class WhatIf:
         (_, given), best, least = self._at(changed(self._ds_config, {}), tokens), None, (math.inf, 0)
         for keys in sorted(self._valid(added_keys(self._ds_config)), key=lambda keys: _LEAN in keys):
             if _LEAN in keys:
-                seconds, count = ranks[_words({path: value for path, value in keys.items() if path != _LEAN})]
+                seconds, count = ranks[_describe({path: value for path, value in keys.items() if path != _LEAN})]
                 if least <= (seconds, count + 1):
                     continue
             plan, time = self._at(changed(self._ds_config, keys), tokens)
             # Differences below a thousandth are less than the arithmetic's error.
-            rank = ranks[_words(keys)] = round(relative(time, given), 3), len(keys)
+            rank = ranks[_describe(keys)] = round(relative(time, given), 3), len(keys)
             if rank < least and not plan.over(self._machine):
                 best, least = keys, rank
         return None if best is None else self.variant(best, sequence)
@@ -112,7 +112,7 @@ class WhatIf:
         return (keys for keys in sets if not problems(changed(self._ds_config, keys), self._machine.num_gpus))
 
 
-def _words(keys: Keys) -> str:
+def _describe(keys: Keys) -> str:
     values = {path: value["device"] if isinstance(value, dict) else value for path, value in keys.items()}
     words = {path: "off" if value is None else str(value).lower() for path, value in values.items()}
     return ", ".join(f"{path.split('.')[-1]}: {word}" for path, word in words.items())

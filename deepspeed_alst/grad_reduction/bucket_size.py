@@ -11,17 +11,17 @@ from deepspeed_alst.config.compatibility import zero_stage
 from deepspeed_alst.distributed.collectives import ranks_on_host
 
 # DeepSpeed's default; larger buckets gain nothing.
-_MOST = 500_000_000
+_MAX_BUCKET_ELEMENTS = 500_000_000
 # Smaller buckets are bound by the collectives' latency.
-_LEAST = 1 << 20
+_MIN_BUCKET_ELEMENTS = 1 << 20
 # Buckets get 1/32 of the spare memory; activations need the rest.
-_SHARE = 32
+_SPARE_SHARE = 32
 
 
 def fitting_numel(ds_config: Mapping[str, Any], spare_bytes: int, numel: int) -> int:
     """Return the elements per bucket for ``spare_bytes`` of memory and ``numel`` gradient elements."""
-    fitting = spare_bytes // _SHARE // (num_buckets(ds_config) * _gradient_bytes(ds_config))
-    return max(_LEAST, min(fitting, _MOST, numel))
+    fitting = spare_bytes // _SPARE_SHARE // (num_buckets(ds_config) * _gradient_bytes(ds_config))
+    return max(_MIN_BUCKET_ELEMENTS, min(fitting, _MAX_BUCKET_ELEMENTS, numel))
 
 
 def num_buckets(ds_config: Mapping[str, Any]) -> int:
@@ -48,7 +48,7 @@ def automatic_numel(model: Any, ds_config: dict[str, Any], group: dist.ProcessGr
     least = torch.tensor([available - weights - gradients - states], dtype=torch.int64)
     dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
     spare = int(least.item())
-    source = f"auto: 1/{_SHARE} of {max(0, spare) / 2**30:.1f} GiB to spare, {numel:,} gradient elements"
+    source = f"auto: 1/{_SPARE_SHARE} of {max(0, spare) / 2**30:.1f} GiB to spare, {numel:,} gradient elements"
     return fitting_numel(ds_config, spare, numel), source
 
 

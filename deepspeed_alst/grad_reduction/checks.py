@@ -19,7 +19,7 @@ from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.errors import NonFiniteGradientError, NonFiniteLossError, SetupError
 
 _ELEMENTS = 1024
-_LARGEST = 1 << 26  # elements; DeepSpeed returns the full gradient in fp32, 256 MiB here
+_MAX_GRAD_ELEMENTS = 1 << 26  # elements; DeepSpeed returns the full gradient in fp32, 256 MiB here
 # Relative tolerance for one loss on two ranks, which compute it from the same sum.
 _ALIKE = 1e-5
 
@@ -35,7 +35,7 @@ class AverageCheck:
     def __init__(self, engine: Any, groups: SequenceGroups, summed_in: torch.dtype, patches: PatchSet) -> None:
         self._engine, self._groups, self._summed_in = engine, groups, summed_in
         trained = ((name, param) for name, param in engine.module.named_parameters() if param.requires_grad)
-        small = ((name, param) for name, param in trained if 0 < _numel(param) <= _LARGEST)
+        small = ((name, param) for name, param in trained if 0 < _numel(param) <= _MAX_GRAD_ELEMENTS)
         self._watched = sorted(small, key=lambda each: _numel(each[1]))
         self._num_hooks = self._count_hooks()
         self._begin_step()
@@ -226,7 +226,7 @@ class NonFiniteCheck:
         if len(unlike):
             place = unlike[0]
             error = SetupError(
-                f"engine.backward was given {float(losses[place]):.6g} on this rank, and losses from "
+                f"engine.backward was given the loss {float(losses[place]):.6g} on this rank, and from "
                 f"{float(low[place]):.6g} to {float(high[place]):.6g} on the ranks of one sequence: the program has "
                 "computed its loss from this rank's shard alone. The model returns the loss of the whole sequence on "
                 "every rank: use it, or scale it by what all ranks know (num_items_in_batch)."

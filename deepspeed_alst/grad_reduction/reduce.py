@@ -92,7 +92,7 @@ class Reduction:
         """Return the wire dtype of gradients of a dtype, or of sums that are to end in it."""
         return dtype if self.dtype == torch.float32 else self.dtype
 
-    def shard(
+    def reduce_scatter(
         self,
         grads: Sequence[torch.Tensor],
         place: Callable[[int], torch.Tensor],
@@ -129,7 +129,7 @@ class Reduction:
                     yield out
         yield from map(place, range(num_placed, len(grads)))
 
-    def to_owners(
+    def reduce_to_owners(
         self, bucket_n: torch.Tensor, fragments: Sequence[Fragment], dtype: torch.dtype, group: dist.ProcessGroup
     ) -> None:
         """Average a bucket, which is all ``fragments`` in turn, and send each owner its fragments as ``dtype``."""
@@ -151,7 +151,7 @@ class Reduction:
                     # Not add_, which on CPU first copies its operand if the dtypes differ.
                     sum_pieces(sums_of_piece[None], out[piece.start : piece.stop], 1.0, accumulate=True)
 
-    def everywhere(
+    def all_reduce(
         self, grads: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], divisor: float, group: dist.ProcessGroup
     ) -> None:
         """Average flat gradients (their sum over ``divisor``) on every rank, into ``outs``, which may be the same."""

@@ -78,7 +78,7 @@ def _install_stage3(engine: Any, reduction: Reduction, patches: PatchSet) -> Red
             return params[index].grad.new_empty(columns[index], dtype=optimizer.gradient_accumulation_dtype)
 
         accumulate = in_place and optimizer.micro_step_id > 0
-        shares = reduction.shard([param.grad for param in params], place, accumulate, group)
+        shares = reduction.reduce_scatter([param.grad for param in params], place, accumulate, group)
         # Beyond a gradient's end a shard is only padding.
         return (share[: max(0, p.ds_numel - r * c)] for share, p, c in zip(shares, params, columns, strict=True))
 
@@ -110,13 +110,13 @@ def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> Re
     def reduce_bucket(bucket_n: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
         group = optimizer.dp_process_group
         if has_muon:
-            reduction.everywhere([bucket_n], [bucket_n], dist.get_world_size(group), group)
+            reduction.all_reduce([bucket_n], [bucket_n], dist.get_world_size(group), group)
         elif bucket_n.numel():
             params = optimizer.ipg_buckets[communication_data_type].params
             fragments = [each for param in params for each in _fragments(optimizer, *param)]
             compact = any(optimizer._use_compact_grad_partition_buffer(group) for group, _, _ in params)
             dtype = torch.float32 if compact else bucket_n.dtype
-            reduction.to_owners(bucket_n, fragments, dtype, group)
+            reduction.reduce_to_owners(bucket_n, fragments, dtype, group)
         return bucket_n
 
     def allreduce_bucket(
@@ -126,7 +126,7 @@ def _install_stage12(engine: Any, reduction: Reduction, patches: PatchSet) -> Re
         flat_n = optimizer.flatten(bucket)
         group = optimizer.dp_process_group
         average_n = flat_n.to(torch.promote_types(flat_n.dtype, optimizer.gradient_accumulation_dtype))
-        reduction.everywhere([flat_n], [average_n], dist.get_world_size(group), group)
+        reduction.all_reduce([flat_n], [average_n], dist.get_world_size(group), group)
         return average_n
 
     # The whole-bucket path: it keeps DeepSpeed's waits and streams, and does not split the bucket.
@@ -183,7 +183,7 @@ def _install_bf16_optimizer(engine: Any, reduction: Reduction, patches: PatchSet
         reopen()
         r = dist.get_rank(group)
         for whole_n, own_n in zip(optimizer.fp32_groups_gradients_flat, own, strict=True):
-            for _ in reduction.shard([whole_n], lambda _, own_n=own_n: own_n, False, group):
+            for _ in reduction.reduce_scatter([whole_n], lambda _, own_n=own_n: own_n, False, group):
                 pass  # written in place
             whole_n[: r * own_n.numel()].zero_()
             whole_n[(r + 1) * own_n.numel() :].zero_()
@@ -210,7 +210,7 @@ def _install_stage0(engine: Any, reduction: Reduction, patches: PatchSet) -> Red
         bucket: list[torch.Tensor], dp_group: dist.ProcessGroup, dp_world_size: float | None = None
     ) -> None:
         flat = [grad.contiguous().view(-1) for grad in bucket]
-        reduction.everywhere(flat, flat, dp_world_size or dist.get_world_size(dp_group), dp_group)
+        reduction.all_reduce(flat, flat, dp_world_size or dist.get_world_size(dp_group), dp_group)
         for grad, flat_n in zip(bucket, flat, strict=True):
             if not grad.is_contiguous():
                 grad.copy_(flat_n.view_as(grad))

@@ -12,7 +12,7 @@ from deepspeed_alst.core.patching import PatchSet
 _SKIP_LOGITS = "skip_logits"
 
 
-def is_ligers(thing: Any) -> bool:
+def is_from_liger(thing: Any) -> bool:
     """Return True if a function, a method, or an object's class comes from Liger."""
     return (getattr(thing, "__module__", None) or "").split(".")[0] == "liger_kernel"
 
@@ -49,7 +49,7 @@ class OwnLoss(Feature):
     def prepare_model(self, run: RunContext, patches: PatchSet) -> None:
         """Have such a model call its head and its loss function."""
         before = run.spec.model.forward
-        if not is_ligers(before) or _SKIP_LOGITS not in inspect.signature(before).parameters:
+        if not is_from_liger(before) or _SKIP_LOGITS not in inspect.signature(before).parameters:
             return
 
         # PEFT's wrapper calls forward directly, bypassing hooks. A method, so that a copy of the model binds its own.

@@ -26,7 +26,7 @@ from deepspeed_alst.core.patching import ABSENT, PatchSet, copy_function, set_en
 from deepspeed_alst.core.selfcheck import run_isolated
 from deepspeed_alst.distributed.collectives import agree, gather_objects
 from deepspeed_alst.errors import AlstError, SetupError, UnsupportedModelError
-from deepspeed_alst.liger.feature import is_ligers
+from deepspeed_alst.liger.feature import is_from_liger
 
 _KEY = "alst.liger_kernel"
 _LOSS = "fused_linear_cross_entropy"
@@ -149,7 +149,7 @@ def _apply_parts(
         return unused("the model is fp64, and Liger's kernels compute in fp32")
     # Its own forward may be Liger's too, for the loss.
     inner = [module for module in base.modules() if module is not base]
-    if any(is_ligers(module) or is_ligers(vars(module).get("forward")) for module in inner):
+    if any(is_from_liger(module) or is_from_liger(vars(module).get("forward")) for module in inner):
         return LigerUse("the program has patched the model with Liger; nothing is changed")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 
@@ -268,7 +268,7 @@ def _changes(
 def _part_of(thing: Any) -> str | None:
     """Return the part of ``alst.liger_kernel`` that one of Liger's objects belongs to, by its source module."""
     # Some families have a RoPE of their own: llama4_rope, qwen2vl_mrope.
-    return next((part for part in _PARTS if is_ligers(thing) and thing.__module__.endswith(part)), None)
+    return next((part for part in _PARTS if is_from_liger(thing) and thing.__module__.endswith(part)), None)
 
 
 def _mismatch(name: str, module: torch.nn.Module, part: str) -> str | None:

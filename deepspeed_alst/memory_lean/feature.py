@@ -29,7 +29,7 @@ from deepspeed_alst.tiling.tiled_module import TiledModule
 from deepspeed_alst.tiling.token_wise import token_wise_modules
 
 _GIB = 2**30
-_MOST_SUMS = 16 * _GIB  # a fifth of an 80 GB GPU; DeepSeek-V3's experts need 46
+_MAX_SUM_BYTES = 16 * _GIB  # a fifth of an 80 GB GPU; DeepSeek-V3's experts need 46
 
 
 class MemoryLeanLayers(Feature):
@@ -161,8 +161,7 @@ def _reason(layer: torch.nn.Module) -> str:
         return "queries scaled by their index in the input (attn_temperature_tuning), which a chunk does not know"
     trained = (param for param in layer.parameters() if param.requires_grad)
     sums = 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trained)
-    if sums > _MOST_SUMS:
-        return (
-            f"the fp32 sums of {name}'s weight gradients take {sums / _GIB:.1f} GiB, more than {_MOST_SUMS / _GIB:.0f}"
-        )
+    if sums > _MAX_SUM_BYTES:
+        sizes = f"{sums / _GIB:.1f} GiB, more than {_MAX_SUM_BYTES / _GIB:.0f}"
+        return f"the fp32 sums of {name}'s weight gradients take {sizes}"
     return ""

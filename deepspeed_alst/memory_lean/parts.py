@@ -237,7 +237,7 @@ def _stop(*call: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _skipping(linears: Iterable[torch.nn.Linear]) -> Iterator[None]:
-    """Make Linears return NaN without memory: nothing that is used is made of them."""
+    """Make Linears whose output is unused return an expanded NaN, without compute or memory."""
     with PatchSet() as patches:
         for linear in linears:
             patches.set(linear, "forward", functools.partial(_nothing, linear.out_features))

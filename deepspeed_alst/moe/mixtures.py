@@ -199,7 +199,7 @@ def _check_recorded(spec: ModelSpec, gate_logits: tuple[torch.Tensor, ...], num_
 
 
 def call_together(spec: ModelSpec, stage: int, leaf: Callable[[Any], None], patches: PatchSet) -> None:
-    """Make all ranks use all experts of a block with a module for each, of which a forward calls those with tokens.
+    """Make every rank touch every expert of a block with a module for each, whose forward calls those with tokens.
 
     Under ZeRO-3 a rank that does not call an expert would not join the all-gathers of its weights, so each block is
     made a ``leaf`` module (tiling/zero3_leaf.py). On other stages the rank would have no gradient for the expert, or at

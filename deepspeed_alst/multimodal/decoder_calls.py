@@ -29,7 +29,7 @@ _KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "seq_i
 
 
 def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> None:
-    """Cut what the language model is called with, and return what stands for the whole sequence's output."""
+    """Shard the language model's inputs, and wrap its outputs as tensors of the whole sequence."""
     decoder, signature = spec.outer, inspect.signature(spec.model.forward)
 
     def run(merged: MergedEmbeddings | None, **shard: Any) -> Any:

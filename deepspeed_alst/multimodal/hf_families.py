@@ -12,7 +12,7 @@ janus kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mis
 qianfan_ocr qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava
 vipllava voxtral
 """
-RIGHT = frozenset(_FAMILIES.split())
+VERIFIED_MODEL_TYPES = frozenset(_FAMILIES.split())
 """``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""
 FRAME_BY_FRAME = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"))
 """Families whose encoder treats the frames of a video one by one."""
@@ -27,12 +27,12 @@ def family_problems(spec: ModelSpec) -> Iterator[str]:
     outer = ModelSpec(spec.whole)
     if getattr(spec.text_config, "output_router_logits", False):
         yield "output_router_logits=True: the router's loss of a multimodal model is not verified; set it to False"
-    if (kind := outer.config.model_type) in RIGHT:
+    if (kind := outer.config.model_type) in VERIFIED_MODEL_TYPES:
         return
     alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(spec.config), None)
     alone = alone[0] if isinstance(alone, tuple) else alone
     way_out = f", or train its language model alone, {alone.__name__} of config.get_text_config()" if alone else ""
     yield (
-        f"{outer.name} (model_type='{kind}') is not one of the {len(RIGHT)} multimodal families verified under "
-        f"sequence parallelism (docs/vision_language.md); set sequence_parallel_size to 1{way_out}"
+        f"{outer.name} (model_type='{kind}') is not one of the {len(VERIFIED_MODEL_TYPES)} multimodal families "
+        f"verified under sequence parallelism (docs/vision_language.md); set sequence_parallel_size to 1{way_out}"
     )

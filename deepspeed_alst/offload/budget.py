@@ -21,7 +21,7 @@ _KEY = "alst.activation_checkpoint_cpu_offload"
 _FLOPS_PER_BYTE = 24_000
 # Reserved for other processes, useful page cache, and later allocations of torch and the libraries.
 _RESERVED_SHARE = 20
-_LEAST_RESERVED = 2**30
+_MIN_RESERVED_BYTES = 2**30
 _NO_LIMIT = 2**63 - 1
 # Of cgroups version 2 and 1.
 _CGROUP_FILES = (
@@ -228,7 +228,7 @@ def _out_of_memory(
 def available_bytes() -> int:
     """Return the bytes available to this host's processes, minus a reserve of 1/20 and at least 1 GiB."""
     available = min(psutil.virtual_memory().available, cgroup_available_bytes())
-    return max(0, available - max(_LEAST_RESERVED, available // _RESERVED_SHARE))
+    return max(0, available - max(_MIN_RESERVED_BYTES, available // _RESERVED_SHARE))
 
 
 def cgroup_available_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

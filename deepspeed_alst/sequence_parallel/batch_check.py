@@ -128,11 +128,11 @@ def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], cal
     labels, shifted, keep = (kwargs.get(key) for key in ("labels", "shift_labels", "logits_to_keep"))
     if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
         return (
-            f"it asks for a cache (use_cache, {', '.join(CACHES)}), which would hold a shard's keys and values; leave "
-            "it out. To generate, call model.generate, which runs without sequence parallelism"
+            f"a cache is asked for (use_cache, {', '.join(CACHES)}): it would hold only this rank's keys and values; "
+            "leave it out. To generate, call model.generate, which runs without sequence parallelism"
         )
     if isinstance(keep, torch.Tensor) or keep:
-        return "it asks for logits_to_keep: a rank has only its shard's logits, and the loss needs all; leave it out"
+        return "logits_to_keep is given: each rank has the logits of its shard, and the loss needs all; leave it out"
     if calls.routes:
         from deepspeed_alst.moe.mixtures import router_problem
 
@@ -195,7 +195,7 @@ def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
     """Return why the batches are not shards of sequences, or None; the same on every rank."""
     for rank, facts in enumerate(everyone):
         if facts.problem:
-            return f"a batch reached the engine on rank {rank} that cannot be trained on: {facts.problem}"
+            return f"invalid batch on rank {rank}: {facts.problem}"
     if len({(bool(facts.whole), facts.whole.endswith("trains")) for facts in everyone}) > 1:
         return f"whole batches reached the engine on some ranks, shards (or an evaluation's) on others. {WAY_OUT}"
     if everyone[0].whole:

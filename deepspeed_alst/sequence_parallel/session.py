@@ -176,6 +176,6 @@ class Session:
             self._in_backward = False
         if self.calls.makes_whole_loss and not self.calls.gradients:
             raise SetupError(
-                "engine.backward was given a loss that was not computed from the model's own: one computed from its "
+                "engine.backward was given a loss that does not depend on outputs.loss: one computed from its "
                 "logits covers only this rank's shard. Give the batch labels and use the loss that the model returns."
             )

@@ -31,14 +31,14 @@ from deepspeed_alst.sequence_parallel.batch_check import check_batches
 from deepspeed_alst.sequence_parallel.patch_model import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from deepspeed_alst.verification.hf_tiny_models import Build, numel, shrink, small_model, trial_core
-from deepspeed_alst.verification.program_code import class_name, code_of_modules, is_programs
+from deepspeed_alst.verification.program_code import class_name, code_of_modules, is_user_defined
 
 # Share of all gradients' norm; less is rounding, e.g. for a key bias, which softmax cancels.
-_NOTHING = 1e-4
-_LARGEST = 2**25  # parameters; each rank holds several fp32 copies
+_GRAD_NORM_FLOOR = 1e-4
+_MAX_TRIAL_PARAMETERS = 2**25  # parameters; each rank holds several fp32 copies
 _TOKENS = 7
 _TERM = (
-    " A term of logits or hidden states that its forward adds to the loss covers a shard's tokens only. Add it in the "
+    " A loss term that its forward computes from logits or hidden states covers only this rank's tokens. Add it in the "
     "training loop, to outputs.loss (docs/limitations.md), or compute it from parameters alone."
 )
 LENGTH = 101
@@ -78,7 +78,7 @@ def check_tiny_model(spec: ModelSpec, groups: SequenceGroups, unlisted: str, cod
         small._attn_implementation = trial_core(type(base))
     except Exception as error:
         raise UnsupportedModelError(
-            f"{unlisted}, and its config cannot be shrunk for a trial: {_words(error)}. {way_out}."
+            f"{unlisted}, and no tiny copy for a trial can be built from its config: {_describe(error)}. {way_out}."
         ) from error
 
     def build(config: PreTrainedConfig) -> PreTrainedModel:
@@ -112,11 +112,11 @@ def compare(
     """
     batch = _sample(config, packed)
     try:
-        if (size := numel(build, config)) > _LARGEST:
-            return Verdict("refused", f"the tiny model has {size:,} parameters, more than {_LARGEST:,}")
+        if (size := numel(build, config)) > _MAX_TRIAL_PARAMETERS:
+            return Verdict("refused", f"the tiny model has {size:,} parameters, more than {_MAX_TRIAL_PARAMETERS:,}")
         truth = _whole_step(small_model(build, config), [(batch, 1.0)])
     except Exception as error:
-        return Verdict("refused", f"a step on {LENGTH} tokens on CPU raises {_words(error)}")
+        return Verdict("refused", f"a step on {LENGTH} tokens on CPU raises {_describe(error)}")
     mine: Any = None
     failure = None
     try:
@@ -125,14 +125,14 @@ def compare(
         mine = _split_step(small, batch, groups, patch)
     except Exception as error:
         refused = isinstance(error, AlstError)
-        failure = Verdict("refused", str(error)) if refused else Verdict("crash", _words(error))
+        failure = Verdict("refused", str(error)) if refused else Verdict("crash", _describe(error))
     failures = [each for each in gather_objects(failure, groups.sp_control_group) if each is not None]
     if failures:
         return next((each for each in failures if each.outcome == "crash"), failures[0])
-    verdict = _judge(truth, mine, groups)
+    verdict = _compare(truth, mine, groups)
     if verdict.outcome == "wrong" and packed:
         # A model may attend across packed documents, which is no reference; then each document runs alone.
-        verdict = _judge(_whole_step(small_model(build, config), _documents(batch)), mine, groups)
+        verdict = _compare(_whole_step(small_model(build, config), _documents(batch)), mine, groups)
     if verdict.outcome == "wrong":
         again = _whole_step(small_model(build, config), [(batch, 1.0)], seed=1)
         if any(not torch.equal(again[name], value) for name, value in truth.items()):
@@ -197,9 +197,9 @@ def _split_step(
         return _step(model, [({**cut.shards[groups.sp_rank], **cut.common}, 1.0)])
 
 
-def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups: SequenceGroups) -> Verdict:
+def _compare(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups: SequenceGroups) -> Verdict:
     worst, place = 0.0, "the loss"
-    nothing = _NOTHING * math.sqrt(
+    nothing = _GRAD_NORM_FLOOR * math.sqrt(
         sum(float(grad.double().norm()) ** 2 for name, grad in truth.items() if name != "loss")
     )
     for name, whole in truth.items():
@@ -217,7 +217,7 @@ def _judge(truth: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], groups
     return Verdict("wrong", f"{place} is off by {worst:.1e}", worst)
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
@@ -249,7 +249,7 @@ def custom_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return the outermost modules of user-defined classes, by name; the model itself is excluded."""
     found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
-        if name and is_programs(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
+        if name and is_user_defined(type(module)) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
 
@@ -287,6 +287,6 @@ def _problem(module: torch.nn.Module) -> str:
             x_SH = random_tensors()(1, _TOKENS, next(linears, weight.shape[-1])).to(weight.device, weight.dtype)
             return "" if is_equivalent(run, in_parts, (x_SH.requires_grad_(),)) else "mixes tokens"
         except Exception as error:
-            return f"raises in a forward of its own ({_words(error)})"
+            return f"raises in a forward of its own ({_describe(error)})"
         finally:
             module.train(training)

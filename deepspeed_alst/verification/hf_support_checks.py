@@ -22,8 +22,8 @@ from deepspeed_alst.linear_attention.layers import (
     linear_heads,
     unsupported_linear_layers,
 )
-from deepspeed_alst.verification.program_code import is_programs
-from deepspeed_alst.verification.verify_model import RIGHT
+from deepspeed_alst.verification.program_code import is_user_defined
+from deepspeed_alst.verification.verify_model import VERIFIED_MODEL_TYPES
 
 # Support flags of a transformers class, and the attn_implementation to suggest.
 _CORES = (
@@ -94,7 +94,7 @@ def _core_problems(model: PreTrainedModel, name: Any) -> Iterator[str]:
     cores = [words for flag, words in _CORES if getattr(model, flag, False)]
     if isinstance(name, PrivateName):
         yield "an engine with sequence parallelism owns it already; call destroy() on that one, or build a second model"
-    elif is_programs(AttentionMaskInterface._global_mapping.get(name)):
+    elif is_user_defined(AttentionMaskInterface._global_mapping.get(name)):
         yield (
             f"the program has registered its own mask function for attn_implementation='{name}' "
             "(AttentionMaskInterface), which would get a shard; restore transformers'"
@@ -119,7 +119,7 @@ def _class_problems(spec: ModelSpec) -> Iterator[str]:
         from deepspeed_alst.multimodal.hf_families import family_problems
 
         yield from family_problems(spec)
-    elif not spec.is_causal_lm and not (spec.is_decoder and model.config.model_type in RIGHT):
+    elif not spec.is_causal_lm and not (spec.is_decoder and model.config.model_type in VERIFIED_MODEL_TYPES):
         yield (
             "only causal language models (AutoModelForCausalLM), and the decoders, sequence and token classifiers of "
             "the same families are verified: any other head would see only its shard of the hidden states"

@@ -21,7 +21,7 @@ from deepspeed_alst.random_draws.model_draws import without_dropout
 
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 _HEADS, _KV_HEADS = 8, 4
-_MOST_LAYERS = 8
+_MAX_LAYERS = 8
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _HEAD_COUNTS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"),
@@ -158,7 +158,7 @@ def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
         if len(kept) >= 4:
             break
         kept.add(index)
-    return sorted(kept)[:_MOST_LAYERS]
+    return sorted(kept)[:_MAX_LAYERS]
 
 
 def _are_layers(value: Any, count: int) -> bool:

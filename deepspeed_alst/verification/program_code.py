@@ -25,7 +25,7 @@ GRADIENT_HOOK = "gradient hook of"
 # Functions that torch.compile puts beside those that it has compiled.
 _COMPILED = ("__compiled_fn_", "__resume_at_")
 _PACKAGES = ("/site-packages/", "/dist-packages/")
-_LARGEST = 2**30  # elements of a gradient
+_MAX_GRAD_ELEMENTS = 2**30  # elements of a gradient
 _HOOKS = {
     "_forward_pre_hooks": "forward_pre",
     "_forward_hooks": "forward",
@@ -54,7 +54,7 @@ def _is_library_module(name: str) -> bool:
     return any(folder in str(file) for folder in _PACKAGES) or str(file).startswith(_library_roots())
 
 
-def is_programs(value: Any) -> bool:
+def is_user_defined(value: Any) -> bool:
     """Return True for a class of the program's own, or a callable with such a function in it or around it."""
     if isinstance(value, type):
         return not _is_library_module(value.__module__)
@@ -95,15 +95,15 @@ def program_code(model: torch.nn.Module) -> tuple[str, ...]:
     hooks on gradients of parameters. A class of the program's own counts as one.
     """
     classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__ if cls is not object)
-    found = [class_name(cls) for cls in classes if is_programs(cls)]
-    libraries = [cls for cls in classes if not is_programs(cls)]
+    found = [class_name(cls) for cls in classes if is_user_defined(cls)]
+    libraries = [cls for cls in classes if not is_user_defined(cls)]
     for cls in libraries:
         members = [(name, value) for name, value in list(vars(cls).items()) if not isinstance(value, type)]
-        found += [f"{cls.__qualname__}.{name}" for name, value in members if is_programs(value)]
+        found += [f"{cls.__qualname__}.{name}" for name, value in members if is_user_defined(value)]
     for home in dict.fromkeys(cls.__module__ for cls in libraries):
         functions = [each for each in vars(sys.modules[home]).items() if isinstance(each[1], FunctionType)]
         functions = [each for each in functions if not each[0].startswith(_COMPILED)]
-        found += [f"{home}.{name}" for name, value in functions if is_programs(value)]
+        found += [f"{home}.{name}" for name, value in functions if is_user_defined(value)]
     found += [f"{kind} of {name or type(model).__name__}" for name, kind, *_ in code_of_modules(model)]
     return (*found, *(f"{GRADIENT_HOOK} {name}" for name, *_ in _gradient_hooks(model)))
 
@@ -118,19 +118,21 @@ def code_of_modules(model: torch.nn.Module) -> Iterator[tuple[str, str, Any, dic
     for name, module in model.named_modules():
         methods = {key: value for key, value in vars(module).items() if hasattr(type(module), key) and callable(value)}
         for attribute, value in methods.items():
-            if not isinstance(value, torch.nn.Module | type) and is_programs(value) and not _is_wrapper(value):
+            if not isinstance(value, torch.nn.Module | type) and is_user_defined(value) and not _is_wrapper(value):
                 yield name, attribute, value, None
         for attribute, kind in _HOOKS.items():
             with_kwargs = vars(module).get(f"{attribute}_with_kwargs", ())
             for key, hook in list(vars(module)[attribute].items()):
-                if is_programs(hook) and not _is_wrapper(hook):
+                if is_user_defined(hook) and not _is_wrapper(hook):
                     yield name, kind, hook, {"with_kwargs": True} if key in with_kwargs else {}
 
 
 def _gradient_hooks(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
     """Yield the program's hooks on gradients: the parameter's name, the parameter, the hook."""
     for name, param in model.named_parameters():
-        yield from ((name, param, hook) for hook in list((param._backward_hooks or {}).values()) if is_programs(hook))
+        yield from (
+            (name, param, hook) for hook in list((param._backward_hooks or {}).values()) if is_user_defined(hook)
+        )
 
 
 def _is_wrapper(value: Any) -> bool:
@@ -156,7 +158,7 @@ def _is_linear(hook: Callable[..., Any], param: torch.nn.Parameter) -> bool:
         return given if changed is None else changed
 
     shape, make = getattr(param, "ds_shape", param.shape), torch.Generator().manual_seed(0)
-    if math.prod(shape) > _LARGEST:
+    if math.prod(shape) > _MAX_GRAD_ELEMENTS:
         return False
     # Integers, whose sum is exact in any dtype; some are large, to trigger clipping.
     one, other = (torch.randint(-64, 65, shape, generator=make).to(param.device, param.dtype) for _ in range(2))

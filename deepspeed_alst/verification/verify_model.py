@@ -38,8 +38,8 @@ mixtral mllama modernbert-decoder moshi nanochat nemotron nemotron_h olmo olmo2 
 phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next sarvam_mla
 sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu zamba2
 """
-RIGHT = frozenset(_FAMILIES.split())
-"""``model_type`` of the families that ``make census`` found right under sequence parallelism; the list only grows."""
+VERIFIED_MODEL_TYPES = frozenset(_FAMILIES.split())
+"""Model types whose loss and gradients under SP match SP 1 (``make census``); append-only."""
 # DeepSpeed swaps the weights' storage under ZeRO-3; submodules are saved on their own.
 _NOT_SAVED = ("_parameters", "_modules")
 
@@ -59,7 +59,9 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     # Of all ranks: a hook may be one rank's alone, and what follows is collective.
     everyone = gather_objects(program_code(spec.outer), groups.control_group)
     code = tuple(dict.fromkeys(itertools.chain(*everyone)))
-    is_listed = spec.config.model_type in RIGHT or spec.is_multimodal  # of which others are refused before
+    is_listed = (
+        spec.config.model_type in VERIFIED_MODEL_TYPES or spec.is_multimodal
+    )  # of which others are refused before
     if is_listed and not code:
         return ""
     check_gradient_hooks(spec.outer)
@@ -70,8 +72,8 @@ def verify_model(spec: ModelSpec, groups: SequenceGroups, upstream: bool = False
     code = () if upstream else tuple(each for each in code if each not in put_in and not each.startswith(GRADIENT_HOOK))
     if not is_listed:
         why = (
-            f"{spec.name} (model_type='{spec.config.model_type}') is not in the {len(RIGHT)} families verified under "
-            "sequence parallelism (docs/census.md)"
+            f"{spec.name} (model_type='{spec.config.model_type}') is not in the {len(VERIFIED_MODEL_TYPES)} families "
+            "verified under sequence parallelism (docs/census.md)"
         )
     elif code:
         why = f"{spec.name} runs the program's own code ({', '.join(code[:4])})"

@@ -21,7 +21,7 @@ from deepspeed_alst.errors import DataError
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 
 # Recorded values are computed once they are this many times fewer than the logits.
-_FEW = 8
+_MIN_LOGITS_PER_VALUE = 8
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Recorded:
     def is_few(self) -> bool:
         """True if its values are few beside the logits."""
         vocab = max(each.shape[-1] for each in self._sources() if isinstance(each, LazyLogits))
-        return self.shape[1:].numel() * _FEW <= vocab
+        return self.shape[1:].numel() * _MIN_LOGITS_PER_VALUE <= vocab
 
     def evaluate(self, of_rows: torch.Tensor | None) -> torch.Tensor:
         """Compute its values in tiles, ``[n, *trail]``; zeros where ``of_rows`` is negative."""

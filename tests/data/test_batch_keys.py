@@ -8,7 +8,7 @@ import pytest
 
 from deepspeed_alst.config.compatibility import GAS, MICRO, TOTAL, check_batch_keys
 from deepspeed_alst.errors import ConfigError
-from deepspeed_alst.report import step_words  # ['step_words']
+from deepspeed_alst.report import describe_step
 
 P, WORLD = 2, 4
 
@@ -64,6 +64,6 @@ def test_what_is_no_number_is_named(name, value):
 
 
 def test_a_step_is_told_in_samples_and_micro_steps():
-    words = step_words(micro=2, accumulation=4, sp_size=2, replicas=3)
+    words = describe_step(micro=2, accumulation=4, sp_size=2, replicas=3)
     assert words == "24 samples: 4 micro-steps of 2 sample(s) on 3 replica(s); at SP 1 they would be 48 samples"
-    assert "is not a multiple of sequence_parallel_size=2" in step_words(2, 3, 2, 1)
+    assert "is not a multiple of sequence_parallel_size=2" in describe_step(2, 3, 2, 1)

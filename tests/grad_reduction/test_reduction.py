@@ -13,7 +13,7 @@ from deepspeed_alst.profiler.ledger import Ledger
 
 SIZES = (1, 7, 64, 1000, 4097)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("shard", "to_owners", "everywhere")
+KINDS = ("reduce_scatter", "reduce_to_owners", "all_reduce")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def reduced(kind: str, reduction: Reduction, grads: list[torch.Tensor], out: tor
     """What this rank ends up with, gradient by gradient or fragment by fragment; empty where it owns nothing."""
     P, r = dist.get_world_size(), dist.get_rank()
     group = dist.group.WORLD
-    if kind == "shard":
+    if kind == "reduce_scatter":
         places = [torch.full((math.ceil(grad.numel() / P),), math.nan, dtype=out) for grad in grads]
-        shares = list(reduction.shard(grads, places.__getitem__, False, group))
+        shares = list(reduction.reduce_scatter(grads, places.__getitem__, False, group))
         return [share[: max(0, grad.numel() - r * share.numel())] for share, grad in zip(shares, grads, strict=True)]
-    if kind == "everywhere":
+    if kind == "all_reduce":
         outs = [torch.full_like(grad, math.nan, dtype=out) for grad in grads]
-        reduction.everywhere(grads, outs, P, group)
+        reduction.all_reduce(grads, outs, P, group)
         return outs
     bucket = torch.cat(grads)
     apart = out != bucket.dtype
@@ -65,7 +65,7 @@ def reduced(kind: str, reduction: Reduction, grads: list[torch.Tensor], out: tor
         Fragment(each.numel, each.owner, torch.zeros(each.numel, dtype=out) if apart and each.owner == r else None)
         for each in fragments_of([grad.numel() for grad in grads], P)
     ]
-    reduction.to_owners(bucket, fragments, out, group)
+    reduction.reduce_to_owners(bucket, fragments, out, group)
     places = bucket.split([each.numel for each in fragments])
     return [
         place[:0].to(out) if each.owner != r else place if each.out is None else each.out
@@ -82,9 +82,9 @@ def expected(kind: str, grads: list[list[torch.Tensor]], out: torch.dtype, add: 
         for grad in each[1:]:
             total = total + grad.to(add)
         averages.append((total * torch.tensor(1 / P, dtype=add)).to(out))
-    if kind == "everywhere":
+    if kind == "all_reduce":
         return averages
-    if kind == "shard":
+    if kind == "reduce_scatter":
         sizes = [math.ceil(average.numel() / P) for average in averages]
         return [average[r * c : (r + 1) * c] for average, c in zip(averages, sizes, strict=True)]
     fragments = fragments_of([average.numel() for average in averages], P)
@@ -175,8 +175,10 @@ def accumulated(out: torch.dtype) -> None:
     wanted = []
     for step in range(2):
         grads = [gradients(torch.bfloat16, rank + 10 * step) for rank in range(P)]
-        shares = list(Reduction(slice_bytes=256).shard(grads[r], places.__getitem__, step > 0, dist.group.WORLD))
-        averages = expected("shard", grads, out, torch.float32)
+        shares = list(
+            Reduction(slice_bytes=256).reduce_scatter(grads[r], places.__getitem__, step > 0, dist.group.WORLD)
+        )
+        averages = expected("reduce_scatter", grads, out, torch.float32)
         wanted = [had + new for had, new in zip(wanted, averages, strict=True)] if step else averages
     for share, true in zip(shares, wanted, strict=True):
         assert torch.equal(share[: true.numel()], true) and not share[true.numel() :].any()
@@ -195,7 +197,7 @@ def extra_bytes(kind: str, dtype: torch.dtype, out: torch.dtype, slice_bytes: in
     reduction, group = Reduction(slice_bytes=slice_bytes), dist.group.WORLD
     grads = gradients(dtype, r, (numel, 1001))
     places = [
-        torch.zeros(grad.numel() if kind == "everywhere" else math.ceil(grad.numel() / P), dtype=out) for grad in grads
+        torch.zeros(grad.numel() if kind == "all_reduce" else math.ceil(grad.numel() / P), dtype=out) for grad in grads
     ]
     bucket = torch.cat(grads)
     own = [Fragment(bucket.numel(), 0, torch.zeros(bucket.numel(), dtype=out) if out != dtype and r == 0 else None)]
@@ -203,12 +205,12 @@ def extra_bytes(kind: str, dtype: torch.dtype, out: torch.dtype, slice_bytes: in
         for tensor in (*grads, *places, bucket, *([own[0].out] if own[0].out is not None else [])):
             tensor.mul_(1)  # the ledger knows what it has seen
         before = ledger.timeline[-1].total
-        if kind == "shard":
-            list(reduction.shard(grads, places.__getitem__, False, group))
-        elif kind == "everywhere":
-            reduction.everywhere(grads, places, P, group)
+        if kind == "reduce_scatter":
+            list(reduction.reduce_scatter(grads, places.__getitem__, False, group))
+        elif kind == "all_reduce":
+            reduction.all_reduce(grads, places, P, group)
         else:
-            reduction.to_owners(bucket, own, out, group)
+            reduction.reduce_to_owners(bucket, own, out, group)
     return max(sample.total for sample in ledger.timeline) - before
 
 

@@ -335,15 +335,15 @@ def misuse(case: str) -> None:
 @pytest.mark.parametrize(
     "case, sentence",
     [
-        ("labels of halves", "cannot be trained on: shift_labels has dtype torch.float32"),
+        ("labels of halves", ": shift_labels has dtype torch.float32"),
         ("a label too high", "labels of row 0 has 97 at token 3, and the model has logits for 0 to 96"),
         ("labels changed", "its labels and shift_labels disagree"),
         ("own loss", "a loss computed from its logits would cover only this rank's shard"),
         ("cache", "leave it out. To generate, call model.generate"),
-        ("given a cache", "it asks for a cache (use_cache, cache,"),
-        ("part of the logits", "it asks for logits_to_keep"),
+        ("given a cache", "a cache is asked for (use_cache, cache,"),
+        ("part of the logits", "logits_to_keep is given"),
         ("inner model", "LlamaAttention was called outside of its causal language model"),
-        ("one rank's list", "on rank 1 that cannot be trained on: input_ids is a list, not a tensor"),
+        ("one rank's list", "invalid batch on rank 1: input_ids is a list, not a tensor"),
         ("direct backward", r"call engine.backward(loss), not loss.backward()"),
     ],
 )
@@ -356,7 +356,7 @@ def test_what_would_be_silently_wrong_stops_every_rank(case, sentence, ranks2):
 def test_a_bad_batch_in_one_replica_stops_the_other_too(ranks4):
     with pytest.raises(RankError) as caught:
         ranks4.run(misuse, "one replica")
-    assert all("on rank 0 that cannot be trained on: it has no position_ids" in str(e) for e in caught.value.errors)
+    assert all("invalid batch on rank 0: it has no position_ids" in str(e) for e in caught.value.errors)
 
 
 def different_configs(changed: dict[str, Any]) -> None:

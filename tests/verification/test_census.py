@@ -13,7 +13,7 @@ from benchmarks.census import VARIANTS, Row, ask, ask_check, small_of, tally
 from benchmarks.ranks import LateError, RankError, Ranks, finished
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.verification.hf_parity_trial import Verdict, check_custom_modules
-from deepspeed_alst.verification.verify_model import RIGHT
+from deepspeed_alst.verification.verify_model import VERIFIED_MODEL_TYPES
 from tests.models import proved
 
 SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_text", "qwen3_next")
@@ -21,7 +21,7 @@ SHORT = ("llama", "gpt2", "deepseek_v3", "granitemoe", "gemma3_text", "llama4_te
 
 @pytest.mark.parametrize(("family", "packed"), [(each, False) for each in SHORT] + [("mistral", True), ("opt", True)])
 def test_a_family_of_the_list_is_right_on_four_ranks(family, packed, ranks4):
-    assert family in RIGHT
+    assert family in VERIFIED_MODEL_TYPES
     verdicts = ranks4.run(ask, family, 4, packed)
     assert len(set(verdicts)) == 1 and verdicts[0].outcome == "right", verdicts[0]
 
@@ -33,7 +33,7 @@ def test_a_family_of_the_list_passes_the_model_check(family, dtype, ranks4):
 
 
 def test_the_list_holds_families_that_the_census_asks_about():
-    assert {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS} >= RIGHT
+    assert {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS} >= VERIFIED_MODEL_TYPES
 
 
 def one_fails(which: int, seconds: float) -> None:

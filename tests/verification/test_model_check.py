@@ -180,7 +180,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "rotary embedding by length at late positions": (method("LlamaRotaryEmbedding", late_by_length), "refused"),
     "decoder layer sees the token before": (method("LlamaDecoderLayer", seeing_the_token_before), "refused"),
     "MLP scaled by the sequence's length": (method("LlamaMLP", by_length), "refused"),
-    "MLP doubled": (method("LlamaMLP", doubled), "right"),
+    "MLP output multiplied by 2": (method("LlamaMLP", doubled), "right"),
     "function of the model's source by length": (
         lambda model: replaced(llama, "apply_rotary_pos_emb", rotated_by_length(llama.apply_rotary_pos_emb)),
         "refused",
@@ -191,12 +191,12 @@ CHANGES: dict[str, tuple[Any, str]] = {
     ),
     "hook, running sum": (hook("model.layers.0", lambda _, i, o: first(o) + 0.1 * first(o).cumsum(1)), "refused"),
     "hook, last token": (hook("model.norm", lambda _, i, o: torch.cat([o[:, :-1], 2 * o[:, -1:]], 1)), "refused"),
-    "hook, before": (
+    "hook, previous token": (
         hook("model.layers.1", lambda _, i: (i[0].flip(1), *i[1:]), "register_forward_pre_hook"),
         "refused",
     ),
     "hook, token by token": (hook("model.norm", scaled), "right"),
-    "hook that looks on": (hook("model.layers.0", lambda _, i, o: None), "right"),
+    "hook that only reads": (hook("model.layers.0", lambda _, i, o: None), "right"),
     "backward hook, scaled by the norm of a shard": (
         hook("model.norm", lambda _, i, o: (i[0] / i[0].norm(),), "register_full_backward_hook"),
         "refused",
@@ -213,9 +213,9 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "forward of the model, token by token": (wrapped_on_the_instance("model", lambda o: o), "right"),
     "gradient hook, a mask": (gradient_hook(lambda grad: grad * (torch.arange(64) > 9)[:, None]), "right"),
     "gradient hook, clipped": (gradient_hook(lambda grad: grad.clamp(-1, 1)), "refused"),
-    "module put in, token by token": (put_in(torch.tanh), "right"),
-    "module put in that mixes tokens": (put_in(lambda x: x - x.mean(1, keepdim=True)), "refused"),
-    "module put in, backward by the norm": (put_in(_Rescaled.apply), "refused"),
+    "custom module, token by token": (put_in(torch.tanh), "right"),
+    "custom module that mixes tokens": (put_in(lambda x: x - x.mean(1, keepdim=True)), "refused"),
+    "custom module, backward by the norm": (put_in(_Rescaled.apply), "refused"),
     "attention under transformers' name": (
         lambda model: registered(AttentionInterface, "sdpa", attention_of_the_programs),
         "right",
