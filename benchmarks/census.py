@@ -38,7 +38,7 @@ from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.layer import LeanCall
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.hf_parity_trial import Verdict, compare
 from deepspeed_alst.verification.hf_tiny_models import numel, shrink, small_model, trial_core
 from deepspeed_alst.verification.model_check import check_live_model

@@ -40,7 +40,7 @@ from deepspeed_alst.offload.host_buffers import CopyStream, HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 
 LEAN, ORDINARY, DEEPSPEED = "memory-lean layers", "ordinary path", "DeepSpeed's ALST"
 WITH_LIGER = ", Liger"

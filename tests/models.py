@@ -16,7 +16,7 @@ from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, ShardingConfig, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.memory_lean import decoder_layer, feature, norm
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.verify_model import verify_model
 
 

@@ -28,7 +28,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.liger.hf_liger import use_liger_without_data
 from deepspeed_alst.profiler.ledger import Ledger
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 

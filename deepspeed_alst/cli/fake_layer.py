@@ -32,7 +32,7 @@ from deepspeed_alst.offload.host_buffers import HostBufferPool
 from deepspeed_alst.profiler.fake import Known, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import FORWARD, Sample
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.tiling.tiled_loss import tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_tiny_models import causal_lm

@@ -42,11 +42,6 @@ class AverageCheck:
         if hasattr(engine.optimizer, "zero_grad"):  # an engine that evaluates only has none
             patches.wrap(engine.optimizer, "zero_grad", lambda original: partial(self._zero_grad, original))
 
-    @property
-    def is_done(self) -> bool:
-        """True once it has compared."""
-        return not self._watched
-
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
         """Run the engine's backward inside.

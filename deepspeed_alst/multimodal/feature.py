@@ -24,7 +24,7 @@ from deepspeed_alst.multimodal.encoder_split import split_encoder
 from deepspeed_alst.multimodal.head import split_fused_head, split_head
 from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, REPEATED
 from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
-from deepspeed_alst.sequence_parallel.patch_model import without_split
+from deepspeed_alst.sequence_parallel.feature import without_split
 
 
 class Multimodal(Feature):

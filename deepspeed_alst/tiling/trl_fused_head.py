@@ -13,7 +13,6 @@ import torch.distributed as dist
 from deepspeed_alst.core.forward_context import ForwardContext
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
-from deepspeed_alst.distributed.gather import gather_tokens
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
@@ -43,6 +42,8 @@ def sum_fused_head(spec: ModelSpec, group: Any, calls: ForwardContext, patches: 
         if calls.whole or not has_fused_head(output):
             return None
         if calls.gathers_tokens:
+            from deepspeed_alst.distributed.gather import gather_tokens  # whole batches alone need it
+
             for key in PER_TOKEN:
                 if (x_Bs := output.get(key)) is not None:
                     output[key] = gather_tokens(x_Bs, group)

@@ -28,7 +28,7 @@ from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, UnsupportedModelError
 from deepspeed_alst.random_draws.model_draws import count_draws, without_dropout
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from deepspeed_alst.verification.hf_tiny_models import Build, numel, shrink, small_model, trial_core
 from deepspeed_alst.verification.program_code import class_name, code_of_modules, is_user_defined

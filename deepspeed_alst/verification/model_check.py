@@ -144,7 +144,7 @@ def _compare(
 
     truth, rounded = whole(), whole(torch.Generator(shard["input_ids"].device).manual_seed(0))
     # Without ``agree``: the other ranks may wait in a collective of their forward, and stop when this one has.
-    everyone = gather_objects(_difference(split(), truth, rounded, groups), groups.control_group)
+    everyone = gather_objects(_measure(split(), truth, rounded, groups), groups.control_group)
     if problems := [each for each, _, _ in everyone if each]:
         limit = max(each for _, _, each in everyone)
         unsharded, sharded = _watch(spec.outer, whole, whole_batch), _watch(spec.outer, split, shard)
@@ -227,9 +227,7 @@ def _outputs(spec: ModelSpec, batch: dict[str, Any]) -> _Outputs:
     return found
 
 
-def _difference(
-    found: _Outputs, truth: _Outputs, rounded: _Outputs, groups: SequenceGroups
-) -> tuple[str, float, float]:
+def _measure(found: _Outputs, truth: _Outputs, rounded: _Outputs, groups: SequenceGroups) -> tuple[str, float, float]:
     """Compare this rank's tokens; return the problem (empty if none), the largest difference and its limit."""
     worst = most = 0.0
     for name in [each for each in truth if each in found and each in rounded]:

@@ -34,7 +34,7 @@ from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.distributed.mesh import build_control_group, build_groups
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.models import family_batch

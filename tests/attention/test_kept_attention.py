@@ -29,7 +29,7 @@ from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
 from deepspeed_alst.profiler.fake import fake_world
 from deepspeed_alst.profiler.ledger import Ledger
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from tests import stand_ins
 from tests.attention.test_cores import DOCUMENTS, packed_batch
 from tests.models import family_batch

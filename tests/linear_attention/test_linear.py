@@ -33,7 +33,7 @@ from deepspeed_alst.linear_attention import sharded_layers
 from deepspeed_alst.linear_attention.exchange import prepend_halo, seq_to_head
 from deepspeed_alst.linear_attention.layers import linear_layers
 from deepspeed_alst.linear_attention.sharded_layers import ShardContext, convolution, delta_rule, mamba2_scan
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests import stand_ins
 from tests.attention.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst

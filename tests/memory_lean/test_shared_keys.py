@@ -17,7 +17,7 @@ from deepspeed_alst.memory_lean import decoder_layer, norm
 from deepspeed_alst.memory_lean.exchange import HeadExchange
 from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.memory_lean.key_blocks import KeyBlocks
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from tests.attention import test_cores
 from tests.attention.test_cores import DOCUMENTS, document_by_document, packed_batch, split_step, worst
 from tests.attention.test_uneven_heads import EXACT, assert_exact, heads

@@ -21,7 +21,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import REAL_TOKENS, ShardingConfig, shard_batch
 from deepspeed_alst.moe.mixtures import load_balancing_loss, router_problem, unknown_router_loss
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from tests.models import family_batch, split_and_whole
 
 EXACT = 1e-12

@@ -23,7 +23,7 @@ from deepspeed_alst.profiler import picture
 from deepspeed_alst.profiler.fake import fake_ranks, fake_world
 from deepspeed_alst.profiler.ledger import Ledger
 from deepspeed_alst.profiler.owners import CATEGORIES, Moment, Sample, owner
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 
 B, T, VOCABULARY, WIDTH, INNER, LAYERS = 1, 256, 1000, 256, 688, 3
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64

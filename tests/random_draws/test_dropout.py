@@ -25,7 +25,7 @@ from deepspeed_alst.memory_lean.feature import run_in_chunks
 from deepspeed_alst.random_draws import counter_based as draws
 from deepspeed_alst.random_draws.draw_mode import CountedDraws, Forward, branch
 from deepspeed_alst.random_draws.model_draws import count_draws
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.tiling.tiled_loss import patch_unsharded_loss, tile_loss
 from deepspeed_alst.tiling.tiled_mlp import tile_mlps
 from deepspeed_alst.verification.hf_support_checks import check_model

@@ -13,7 +13,7 @@ from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.data.sharding import ShardingConfig, shard_batch
 from deepspeed_alst.errors import UnsupportedModelError
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests.models import family_batch, proved, split_and_whole
 

@@ -28,7 +28,7 @@ from deepspeed_alst.distributed.mesh import SequenceGroups, build_control_group,
 from deepspeed_alst.errors import DataError, UnsupportedModelError
 from deepspeed_alst.sequence_parallel import hf_positions
 from deepspeed_alst.sequence_parallel.batch_check import check_batches
-from deepspeed_alst.sequence_parallel.patch_model import patch_model
+from deepspeed_alst.sequence_parallel.feature import patch_model
 from deepspeed_alst.verification.hf_support_checks import check_model
 from tests.attention.test_cores import EXACT, packed_batch, split_step, whole_step, worst
 from tests.attention.test_kept_attention import checkpoint_layers

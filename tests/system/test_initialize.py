@@ -61,7 +61,7 @@ def first_step(cell: Cell, sabotage: bool) -> tuple[bool, bool]:
                 engine.backward(engine(**batch).loss)
                 engine.step()
         hooks = [param._backward_hooks for param in engine.module.parameters() if param._backward_hooks]
-        return engine.alst_features.gradient_check.is_done, not hooks
+        return not engine.alst_features.gradient_check._watched, not hooks
     except deepspeed_alst.SetupError:
         assert all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), before, strict=True))
         raise
