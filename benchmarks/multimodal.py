@@ -3,13 +3,14 @@
     python -m benchmarks.multimodal [--write] [family ... | frames]
 
 Compares loss and all gradients (encoder, projector, language model, head) of a tiny model per family, in fp64 on CPU,
-unsharded and over 2 and 4 ranks: two rows of several images, one row whose only image is in the first rank's part, and
-text alone. ``frames`` counts a long video instead (video.py).
-``--write`` writes the table to docs/vision_language.md and the list of verified families.
+unsharded and over 2, 3 and 4 ranks: two rows of several images, one row whose only image is in the first rank's part,
+text alone, and the two rows packed into one. ``frames`` counts a long video instead (video.py).
+``--write`` writes the table to docs/vision_language.md and the lists of verified families.
 """
 
 import argparse
 import functools
+import itertools
 import re
 import sys
 import textwrap
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from benchmarks import video
 from benchmarks.cells import KeepFp64
 from benchmarks.figures import Figure, Part, markdown, report
-from benchmarks.multimodal_families import FAMILIES, batch_of, cast, tiny_model
+from benchmarks.multimodal_families import FAMILIES, batch_of, cast, packed, tiny_model
 from benchmarks.ranks import LateError, RankError, Ranks
 from deepspeed_alst.config.schema import parse
 from deepspeed_alst.core.feature import RunContext
@@ -34,7 +35,7 @@ from deepspeed_alst.distributed.mesh import build_control_group
 from deepspeed_alst.errors import AlstError
 from deepspeed_alst.features import features_of
 from deepspeed_alst.multimodal import hf_families
-from deepspeed_alst.multimodal.hf_families import VERIFIED_MODEL_TYPES
+from deepspeed_alst.multimodal.hf_families import PACKS, VERIFIED_MODEL_TYPES
 from deepspeed_alst.start import build_session
 from deepspeed_alst.tiling.zero3_leaf import ZeRO3Leaves
 from deepspeed_alst.verification.hf_parity_trial import Verdict
@@ -42,28 +43,46 @@ from deepspeed_alst.verification.hf_parity_trial import Verdict
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {"images": (2, 1), "first part": (1,), "text": (0, 0)}
 """Images of each row of a batch."""
-_DEGREES = (2, 4)
-_COLUMNS = tuple(f"{case}, SP {degree}" for degree in _DEGREES for case in CASES)
+_PACKED = "packed"
+_DEGREES = (2, 3, 4)
+_COLUMNS = (*CASES, _PACKED)
 _SECONDS = 300.0
 _TOLERANCE = 1e-12
 # Models that run in fp32 alone.
 _TOLERANCE_FP32 = 2e-5
+_NONE = Verdict("")
 # Share of all gradients' norm; less is rounding.
 _GRAD_NORM_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class Row:
-    """Verdicts of one family by case."""
+    """Verdicts of one family on the cases that its degrees have reached."""
 
     name: str
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
+    """Of each degree, by case."""
+
+    @property
+    def cases(self) -> list[Verdict]:
+        """Worst verdict of each case."""
+        return [max(each, key=_badness) for each in itertools.zip_longest(*self.verdicts, fillvalue=_NONE)]
 
     @property
     def outcome(self) -> str:
-        """Worst outcome."""
-        found = [each.outcome for each in self.verdicts]
-        return next((bad for bad in ("crash", "no answer", "wrong", "refused") if bad in found), found[0])
+        """Worst outcome; that packed rows are refused does not count."""
+        found = [each for place, each in enumerate(self.cases) if place < len(CASES) or each.outcome != "refused"]
+        return max(found, key=_badness).outcome
+
+    @property
+    def packs(self) -> bool:
+        """True if packed rows are right."""
+        return len(self.cases) == len(_COLUMNS) and self.cases[-1].outcome == "right"
+
+
+def _badness(verdict: Verdict) -> tuple[int, float]:
+    order = ("", "right", "not built", "refused", "wrong", "no answer", "crash")
+    return order.index(verdict.outcome), verdict.error
 
 
 @functools.cache
@@ -122,9 +141,15 @@ def _verdicts(name: str, dtype: torch.dtype) -> list[Verdict]:
         return [Verdict("not built", f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")]
     if problem := _uneven_calls(name, model, dtype):
         return [Verdict("wrong", problem)]
-    verdicts = []
+    verdicts, why = [], ""
+    try:
+        row = packed(batches["images"])
+        truth, batches = truth | {_PACKED: step(model, row)}, batches | {_PACKED: row}
+    except Exception as error:
+        why = f"{_PACKED}: unsharded, {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     with PatchSet() as patches:
         patches.set(hf_families, "VERIFIED_MODEL_TYPES", VERIFIED_MODEL_TYPES | {model.config.model_type})
+        patches.set(hf_families, "PACKS", PACKS | {model.config.model_type})
         try:
             session = split(model, patches, dist.get_world_size())
         except AlstError as error:
@@ -134,6 +159,10 @@ def _verdicts(name: str, dtype: torch.dtype) -> list[Verdict]:
                 verdicts.append(judge(truth[case], step(model, batch, session), dtype))
             except AlstError as error:
                 verdicts.append(Verdict("refused", f"{case}: {str(error).splitlines()[0]}"))
+    if why:
+        verdicts.append(Verdict("refused", why))
+    elif verdicts[-1].outcome == "wrong" and name not in PACKS:
+        verdicts[-1] = Verdict("refused", f"{_PACKED}: {verdicts[-1].why}")
     return verdicts
 
 
@@ -169,16 +198,16 @@ def census(names: list[str]) -> Iterator[Row]:
     """Yield the verdicts of these families in sequence."""
     ranks = {degree: Ranks(degree) for degree in _DEGREES}
     for name in names:
-        verdicts = list[Verdict]()
+        verdicts = list[tuple[Verdict, ...]]()
         for degree in _DEGREES:
             try:
-                verdicts += ranks[degree].run(ask, name, seconds=_SECONDS)[0]
+                verdicts.append(tuple(ranks[degree].run(ask, name, seconds=_SECONDS)[0]))
             except RankError as error:
                 outcome = "no answer" if isinstance(error, LateError) else "crash"
-                verdicts.append(Verdict(outcome, str(error).strip().splitlines()[-1]))
+                verdicts.append((Verdict(outcome, str(error).strip().splitlines()[-1]),))
                 ranks[degree].close()
                 ranks[degree] = Ranks(degree)
-            if len(verdicts) % len(CASES):
+            if len(verdicts[-1]) < len(_COLUMNS):
                 break
         yield Row(name, tuple(verdicts))
     for each in ranks.values():
@@ -187,8 +216,8 @@ def census(names: list[str]) -> Iterator[Row]:
 
 def cells_of(row: Row) -> list[str]:
     """Return a family's table cells: its error, or the outcome, and why it is not right."""
-    cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.verdicts]
-    why = next((each.why for each in row.verdicts if each.why), "")
+    cells = [f"{each.error:.0e}" if each.outcome == "right" else each.outcome for each in row.cases]
+    why = next((each.why for each in row.cases if each.why), "")
     return [*cells, *[""] * (len(_COLUMNS) - len(cells)), textwrap.shorten(why, 200, placeholder=" ...")]
 
 
@@ -200,10 +229,12 @@ def write(rows: list[Row]) -> None:
     table = markdown(["model_type", *_COLUMNS, "why not"], ([row.name, *cells_of(row)] for row in rows))
     page.write_text(f"{head}<!-- table -->\n\n{table}\n<!-- end -->{tail}", encoding="utf-8")
     listed = ROOT / "deepspeed_alst" / "multimodal" / "hf_families.py"
-    names = textwrap.fill(
-        " ".join(sorted(VERIFIED_MODEL_TYPES | {row.name for row in rows if row.outcome == "right"})), 120
-    )
-    text = re.sub(r'(_FAMILIES = """\n).*?(\n""")', rf"\g<1>{names}\g<2>", listed.read_text("utf-8"), flags=re.S)
+    text = listed.read_text("utf-8")
+    right = VERIFIED_MODEL_TYPES | {row.name for row in rows if row.outcome == "right"}
+    packs = PACKS | {row.name for row in rows if row.packs}
+    for key, found in (("_FAMILIES", right), ("_PACKS", packs)):
+        names = textwrap.fill(" ".join(sorted(found)), 120)
+        text = re.sub(rf'({key} = """\n).*?("""\n)', rf"\g<1>{names}\n\g<2>", text, flags=re.S)
     listed.write_text(text, encoding="utf-8")
 
 

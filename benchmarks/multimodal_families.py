@@ -188,7 +188,7 @@ FAMILIES = {
     "ovis2": Family(vision=_FINE),
     "deepseek_vl": Family(vision=_FINE),
     "janus": Family(vision=_FINE | {"projection_dim": 128}, changed={"vq_config": _CODEBOOK}),
-    "aria": Family(vision=_FINE),
+    "aria": Family(vision=_FINE, changed={"projector_patch_to_query_dict": {16: 4}}),
     "idefics2": Family(of_rows, _FINE),
     "idefics3": Family(of_rows, _FINE, changed={"scale_factor": 2}),
     "smolvlm": Family(of_rows, _FINE, changed={"scale_factor": 2}),
@@ -203,9 +203,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module
     """Build a family's tiny model, in training mode without dropout, the same on every rank."""
     family = FAMILIES[name]
     config = CONFIG_MAPPING[name](**family.parts)
-    small = shrink(config)
+    small = shrink(config, **family.changed)
     text = small.get_text_config()
-    for part, values in ((small, family.changed), (_vision(small), family.vision), (text, family.text)):
+    for part, values in ((_vision(small), family.vision), (text, family.text)):
         for key, value in values.items():
             setattr(part, key, value)
     for place, key in enumerate(sorted(key for key in vars(small) if re.search(r"_token_(id|index)$", key)), 1):
@@ -219,7 +219,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module
     cls = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = cls._from_config(small, attn_implementation="sdpa", experts_implementation="eager").to(dtype)
+        model = cls._from_config(small, experts_implementation="eager").to(dtype)
         draw_weights(model)
     return model.train()
 
@@ -249,6 +249,18 @@ def batch_of(name: str, model: torch.nn.Module, images: tuple[int, ...]) -> dict
             marked = (marked.flip(1).cumsum(1).flip(1) == 0) & (mask == 1)
         batch[family.types] = marked.long()
     return batch | media
+
+
+def packed(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch, padded on the right, as one row of documents whose positions restart; no first token has a label.
+
+    Without a cache, with which transformers does not keep documents apart.
+    """
+    mask = batch["attention_mask"].bool()
+    found = {key: x[mask][None] if x.shape == mask.shape else x for key, x in batch.items() if key != "attention_mask"}
+    positions = (mask.cumsum(1) - 1)[mask][None]
+    labels = found["labels"].masked_fill(positions == 0, -100)
+    return found | {"labels": labels, "position_ids": positions, "use_cache": False}
 
 
 @functools.cache

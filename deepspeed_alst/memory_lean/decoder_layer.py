@@ -34,6 +34,9 @@ from deepspeed_alst.random_draws.model_draws import random_states
 from deepspeed_alst.tiling.gated_mlp import has_user_hook
 from deepspeed_alst.tiling.tiled_module import TiledModule, current_autocast, dropout_rates
 
+Vote = Callable[[bool], bool]
+"""Returns True if a condition holds on any rank that votes."""
+
 _LEARNED_FROM = 8  # tokens
 _TESTED = 512  # tokens, of which one half must not change the other's results
 
@@ -63,13 +66,12 @@ class LeanLayer:
         modules: list[TiledModule],
         policy: CheckpointPolicy | None,
         stream: ResidualStream,
-        on_any_shard: Callable[[bool], bool],
-        on_any_rank: Callable[[bool], bool],
+        votes: tuple[Vote, Vote],
         router_classes: tuple[type, ...],
         kv_groups: Mapping[int, Any],
     ) -> None:
         self._layer, self._calls, self._config, self._policy = layer, calls, config, policy
-        self._stream, self._on_any_shard, self._on_any_rank = stream, on_any_shard, on_any_rank
+        self._stream, (self._on_any_shard, self._on_any_rank) = stream, votes
         stream.watch(layer)
         self._kv_groups = kv_groups
         self._group, self._sp_size = group, 1 if group is None else dist.get_world_size(group)

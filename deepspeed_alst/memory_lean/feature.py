@@ -19,7 +19,7 @@ from deepspeed_alst.distributed.collectives import any_rank
 from deepspeed_alst.distributed.mesh import build_adjacent, destroy_groups
 from deepspeed_alst.kernels import define_ops
 from deepspeed_alst.memory_lean.chunks import references_of_a_gradient
-from deepspeed_alst.memory_lean.decoder_layer import LeanLayer, new_group, sizes_of
+from deepspeed_alst.memory_lean.decoder_layer import LeanLayer, Vote, new_group, sizes_of
 from deepspeed_alst.memory_lean.norm import ChunkedNorm
 from deepspeed_alst.memory_lean.stream import ResidualStream
 from deepspeed_alst.offload.checkpoint_inputs import CheckpointPolicy, Chunks, turn_on_checkpointing
@@ -59,7 +59,7 @@ class MemoryLeanLayers(Feature):
         has_replicas = dist.get_world_size(run.control_group) > sp_size
         on_any_rank = functools.partial(any_rank, group=run.control_group) if has_replicas else bool
         self._layers, self._reasons = run_in_chunks(
-            run.spec, self._config, group, run.calls, run.leaf, patches, policy, on_any_shard, on_any_rank
+            run.spec, self._config, group, run.calls, run.leaf, patches, policy, (on_any_shard, on_any_rank)
         )
         heads = attention_heads(run.spec.text_config)
         if group is not None and heads is not None:
@@ -88,8 +88,7 @@ def run_in_chunks(
     leaf: Callable[[Any], None],
     patches: PatchSet,
     policy: CheckpointPolicy | None = None,
-    on_any_shard: Callable[[bool], bool] = bool,
-    on_any_rank: Callable[[bool], bool] = bool,
+    votes: tuple[Vote, Vote] = (bool, bool),
 ) -> tuple[int, Counter[str]]:
     """Give each checkpointed decoder layer that can a forward in chunks; call it before MLPs are tiled.
 
@@ -101,8 +100,7 @@ def run_in_chunks(
         leaf: called with each layer, to make it a leaf whose weights ZeRO-3 gathers as one.
         patches: undoes it.
         policy: where a chunk's tensors are kept for the backward; None keeps inputs on the device.
-        on_any_shard: tells if something is true on any rank of a sequence; called by all of them.
-        on_any_rank: tells if something is true on any rank, of all sequences; called by all of them.
+        votes: tell if a condition holds on any rank of the sequence, and on any of all; collective.
 
     Returns:
         The number of layers in chunks, and the reasons why others are ordinary.
@@ -121,7 +119,7 @@ def run_in_chunks(
             continue
         more = spec.router_classes, kv_groups
         inside = [work for name, work in modules.items() if name.startswith(f"{path}.")]
-        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, on_any_shard, on_any_rank, *more)
+        lean = LeanLayer(layer, config, group, calls, inside, policy, stream, votes, *more)
         patches.set(layer, "forward", lean.forward)
         leaf(layer)
         count += 1

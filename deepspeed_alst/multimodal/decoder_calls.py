@@ -15,6 +15,7 @@ from deepspeed_alst.core.forward_context import CACHES
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 from deepspeed_alst.core.patching import PatchSet
 from deepspeed_alst.errors import UnsupportedModelError
+from deepspeed_alst.multimodal import hf_families
 from deepspeed_alst.multimodal.deferred import MergedEmbeddings, as_made, rows_of
 from deepspeed_alst.whole_sequence.batches import forward_whole_batch
 
@@ -46,7 +47,7 @@ def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> Non
         given = {**signature.bind_partial(*args).arguments, **kwargs}
         if session.calls.whole or session.calls.checking:
             return decoder._call_impl(**given)
-        given = _checked(type(spec.whole).__name__, tree_map(as_made, given))
+        given = _checked(ModelSpec(spec.whole), tree_map(as_made, given))
         merged = given.get("inputs_embeds")
         if not isinstance(merged, MergedEmbeddings):
             merged = None
@@ -60,8 +61,9 @@ def split_decoder_calls(spec: ModelSpec, session: Any, patches: PatchSet) -> Non
     patches.set(decoder, "_compiled_call_impl", call)  # what a module's __call__ runs, hooks included
 
 
-def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
+def _checked(whole: ModelSpec, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that are set; raise UnsupportedModelError for one that is not known how to cut."""
+    name = whole.name
     # A cache without tokens is made for use_cache, which is the config's default, and read by nothing.
     given = {key: x for key, x in given.items() if x is not None and not (key in CACHES and not x.get_seq_length())}
     tokens = given.get("inputs_embeds", given.get("input_ids"))
@@ -79,12 +81,8 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
             f"{name}: output_router_logits=True, whose loss would be made of a shard's tokens. Set it to False"
         )
     masks, positions = given.get("attention_mask"), given.get("position_ids")
-    # Some models keep such documents apart and others do not.
     if masks is None and positions is not None and positions.dim() == 2 and (positions.diff() != 1).any():
-        raise UnsupportedModelError(
-            f"{name}: position_ids restart. Packed rows of a model of images or audio are not verified: give one "
-            "document per row, and leave position_ids out"
-        )
+        _check_packing(whole, given.get("use_cache", whole.text_config.use_cache))
     if isinstance(masks, dict | MaskSpec):  # None stands for a plain causal mask
         if not all(each is None or isinstance(each, MaskSpec) for each in tree_leaves(masks)):
             raise UnsupportedModelError(
@@ -96,6 +94,20 @@ def _checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
         places_BS = given[_PLACES]
         given[_INDEX] = (places_BS.flatten().cumsum(0) - 1).view_as(places_BS)
     return {key: x for key, x in given.items() if key != "use_cache"}
+
+
+def _check_packing(whole: ModelSpec, uses_cache: bool) -> None:
+    """Raise UnsupportedModelError if transformers would not keep packed documents apart, or the census has not run."""
+    if whole.config.model_type not in hf_families.PACKS:
+        raise UnsupportedModelError(
+            f"{whole.name}: position_ids restart, and packed rows of model_type='{whole.config.model_type}' are not "
+            "verified (docs/vision_language.md): give one document per row, and leave position_ids out"
+        )
+    if uses_cache:
+        raise UnsupportedModelError(
+            f"{whole.name}: position_ids restart, and transformers keeps packed documents apart only without a cache: "
+            "set model.config.get_text_config().use_cache to False, or give the model use_cache=False"
+        )
 
 
 def _is_plain(x: Any) -> bool:

@@ -27,16 +27,17 @@ from deepspeed_alst.multimodal.deferred import ImageFeatures, Shares
 _IMAGES, _VIDEOS = "get_image_features", "get_video_features"
 _ARGUMENTS = {_IMAGES: ("pixel_values", "image_grid_thw"), _VIDEOS: ("pixel_values_videos", "video_grid_thw")}
 """Names of an encoder's patches and of their grids, ``[k, 3]``."""
-_OF_AN_IMAGE = ("image_sizes", "image_merge_sizes", "image_position_ids")
-"""Arguments with an entry for each image; the last one of encoders without grids, else it has one for each patch."""
+_OF_AN_IMAGE = ("image_sizes", "image_merge_sizes", "image_position_ids", "pixel_attention_mask")
+"""Arguments with an entry for each image; the last two of encoders without grids, else they have one for each patch."""
 _FEATURES = ("pooler_output", "deepstack_features")
 _SAMPLED = 2**16
 
 
-def split_encoder(spec: ModelSpec, session: Any, patches: PatchSet, frames: bool) -> bool:
+def split_encoder(spec: ModelSpec, session: Any, patches: PatchSet, frames: bool, padded: bool = False) -> bool:
     """Split the calls of a model's image encoder and projector; return False if it has none.
 
-    ``frames`` is True if an encoder treats the frames of a video one by one, which are split too.
+    ``frames`` is True if an encoder treats the frames of a video one by one, which are split too; ``padded`` if it
+    takes rows that are padded with images of zeros.
     """
     owner = next((each for each in (getattr(spec.model, "model", None), spec.model) if hasattr(each, _IMAGES)), None)
     if owner is None:
@@ -50,7 +51,7 @@ def split_encoder(spec: ModelSpec, session: Any, patches: PatchSet, frames: bool
         def split(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             more = bound.arguments.pop("kwargs", {})
-            given = {**bound.arguments, **more}
+            given = _without_padding({**bound.arguments, **more}) if padded else {**bound.arguments, **more}
             # In evaluation each rank may have images of its own; a model may encode videos as images.
             is_whole = not torch.is_grad_enabled() or calls.whole or calls.encodes
             images = None if is_whole else Images.of(given, frames, *_ARGUMENTS[name])
@@ -84,7 +85,7 @@ class Images:
         pixels, grid = given.get(name), given.get(grid_name)
         if not isinstance(pixels, torch.Tensor) or not len(pixels):
             return None
-        known = (name, grid_name, *_OF_AN_IMAGE[: 2 if grid is not None else 3])
+        known = (name, grid_name, *_OF_AN_IMAGE[: 2 if grid is not None else 4])
         if any(_has_rows(x) or isinstance(x, list) for key, x in given.items() if key not in known):
             return None  # such as an entry for each row of the batch, or the bounds of all images' patches
         if grid is None:
@@ -122,6 +123,13 @@ class Images:
             grid = found[self.grid]
             found[self.grid] = torch.cat([torch.ones_like(grid[:, :1]), grid[:, 1:]], dim=1)
         return found
+
+
+def _without_padding(given: dict[str, Any]) -> dict[str, Any]:
+    """Give each image a row of its own, without those of zeros, which encoders drop: ``[B, n, ...] -> [k, 1, ...]``."""
+    real_Bn = (given["pixel_values"] != 0).flatten(2).any(2)
+    tensors = {key: x for key, x in given.items() if _has_rows(x) and x.shape[:2] == real_Bn.shape}
+    return given | {key: x[real_Bn.to(x.device)][:, None] for key, x in tensors.items()}
 
 
 def _has_rows(x: Any) -> bool:

@@ -22,7 +22,7 @@ from deepspeed_alst.multimodal.decoder_calls import split_decoder_calls
 from deepspeed_alst.multimodal.deferred import defer_embeddings
 from deepspeed_alst.multimodal.encoder_split import split_encoder
 from deepspeed_alst.multimodal.head import split_fused_head, split_head
-from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, REPEATED
+from deepspeed_alst.multimodal.hf_families import FRAME_BY_FRAME, ONE_BY_ONE, PADDED, REPEATED
 from deepspeed_alst.multimodal.hf_image_masks import mask_of_batch
 from deepspeed_alst.sequence_parallel.feature import without_split
 
@@ -44,7 +44,8 @@ class Multimodal(Feature):
         split_head(whole, session, patches)
         split_fused_head(patches)
         kind = self._kind = whole.config.model_type
-        self._splits = kind not in REPEATED and split_encoder(whole, session, patches, kind in FRAME_BY_FRAME)
+        kinds = kind in FRAME_BY_FRAME, kind in PADDED
+        self._splits = kind not in REPEATED and split_encoder(whole, session, patches, *kinds)
         if hasattr(whole.model, "generate"):
             patches.wrap(whole.model, "generate", without_split(run.spec.config, session.calls))
 

@@ -7,19 +7,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from deepspeed_alst.core.hf_model_spec import ModelSpec
 
 _FAMILIES = """
-aya_vision cohere2_vision deepseek_vl exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe glm_ocr idefics2 idefics3 internvl
-janus kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 ovis2 paddleocr_vl paligemma
-qianfan_ocr qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava
-vipllava voxtral
+aria aya_vision cohere2_vision deepseek_vl exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe glm_ocr got_ocr2 idefics2
+idefics3 internvl janus kimi_k25 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 ovis2
+paddleocr_vl paligemma qianfan_ocr qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm
+video_llama_3 video_llava vipllava voxtral
 """
 VERIFIED_MODEL_TYPES = frozenset(_FAMILIES.split())
 """``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""
+_PACKS = """
+aria got_ocr2 llava
+"""
+PACKS = frozenset(_PACKS.split())
+"""Families of which it found rows of packed documents right."""
 FRAME_BY_FRAME = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"))
 """Families whose encoder treats the frames of a video one by one."""
 ONE_BY_ONE = frozenset(("paddleocr_vl",))
 """Families whose encoder calls its modules once for each image."""
-REPEATED = frozenset(("idefics2", "idefics3", "ovis2", "smolvlm")) | ONE_BY_ONE
-"""Families that encode all images on each rank: rows are padded with images, or features come with others."""
+PADDED = frozenset(("idefics2", "idefics3", "smolvlm"))
+"""Families whose rows are padded with images of zeros, which their encoder drops."""
+REPEATED = frozenset(("ovis2",)) | ONE_BY_ONE
+"""Families that encode all images on each rank; Ovis 2 has other features with an image's."""
 
 
 def family_problems(spec: ModelSpec) -> Iterator[str]:

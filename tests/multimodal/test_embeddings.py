@@ -24,7 +24,7 @@ def refuse(self: Deferred) -> None:
 def ask_for_shards(name: str) -> list[str]:
     with PatchSet() as patches:
         patches.set(Deferred, "whole", refuse)
-        return [each.outcome for each in ask(name)]
+        return [each.outcome for each in ask(name)][:3]
 
 
 @pytest.mark.parametrize(
