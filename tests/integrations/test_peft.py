@@ -249,9 +249,8 @@ def first_step_of_a_fresh_adapter(sabotage: bool) -> tuple[bool, list[str]]:
     try:
         with twice_the_average(sabotage):
             _, grads = steps(engine)
-        return not engine.alst_features.gradient_check._watched, [
-            name for name, grad in grads.items() if not grad.any()
-        ]
+        zeros = [name for name, grad in grads.items() if not grad.any()]
+        return not engine.alst_features.gradient_check._watched, zeros
     finally:
         engine.destroy()
 
