@@ -101,12 +101,11 @@ class Case:
         """Minimum bytes on the cable for q, k, v and outputs: 3 passes, 2 layers.
 
         It has 4 query heads, 2 KV heads and head dim 32 in fp32; a sequence has at least half of LENGTH tokens. A step
-        trains one sequence per rank, and half of each token's heads go to the other host.
+        trains one sequence per rank, and half of each token's heads go to the other host: K and V once.
         """
-        P = self.sp_size
-        if self.ranks_per_host >= P:
+        if self.ranks_per_host >= self.sp_size:
             return 0
-        away_per_token = P // 2 * (2 * (4 // P) + 2 * max(1, 2 // P)) * 32 * 4
+        away_per_token = (2 * 2 + 2 * 1) * 32 * 4
         return 3 * 2 * STEPS * 2 * self.ranks_per_host * (LENGTH // 2) * away_per_token
 
 
