@@ -15,7 +15,9 @@ video_llama_3 video_llava vipllava voxtral
 VERIFIED_MODEL_TYPES = frozenset(_FAMILIES.split())
 """``model_type`` of the families that ``python -m benchmarks.multimodal`` found right; the list only grows."""
 _PACKS = """
-aria got_ocr2 llava
+aria aya_vision cohere2_vision deepseek_vl exaone4_5 got_ocr2 idefics2 idefics3 internvl janus kimi_k25 lighton_ocr
+llava llava_next llava_next_video llava_onevision mistral3 ovis2 qianfan_ocr qwen2_audio qwen3_vl qwen3_vl_moe smolvlm
+video_llama_3 video_llava vipllava voxtral
 """
 PACKS = frozenset(_PACKS.split())
 """Families of which it found rows of packed documents right."""
