@@ -94,7 +94,10 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     if same and isinstance(first, torch.Tensor) and is_too_large(first, groups.sp_size) and not _kept(keep):
         return _whole_sequence(session, output, shards[0], length, first_B)  # a teacher's
     found = {key: output[key] for key in _OF_THE_WHOLE if output.get(key) is not None}
-    for key in dict.fromkeys((kind, *(each for each in _OF_TOKENS if output.get(each) is not None))):
+    wanted = [[key for key in _OF_TOKENS if each.get(key) is not None] for each in outputs]
+    if any(each != wanted[0] for each in wanted):
+        raise DataError(f"the ranks of a sequence asked for different outputs: {wanted}. Ask for the same on all")
+    for key in dict.fromkeys((kind, *wanted[0])):
         pieces = [getattr(each, key, None) for each in outputs] * (groups.sp_size if same else 1)
         found[key] = _gathered(key, pieces, length, first_B, session)
     if isinstance(logits := found.get("logits"), torch.Tensor):
@@ -261,7 +264,8 @@ def _gathered(kind: str, pieces: list[Any], length: int, first_B: torch.Tensor |
 def _digest(batch: dict[str, Any]) -> str:
     # Features that each rank has of its own images are none (multimodal/deferred.py).
     tensors = [(key, x) for key, value in sorted(batch.items()) for x in tree_leaves(value) if _is_whole(x)]
-    return " ".join(f"{key} {tuple(x.shape)} {x.requires_grad} {_hash(x)}" for key, x in tensors)
+    options = [f"{key}={x}" for key, x in sorted(batch.items()) if isinstance(x, bool | int | float | str)]
+    return " ".join([*options, *(f"{key} {tuple(x.shape)} {x.requires_grad} {_hash(x)}" for key, x in tensors)])
 
 
 def _is_whole(x: Any) -> bool:

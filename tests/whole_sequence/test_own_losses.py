@@ -12,7 +12,7 @@ import deepspeed_alst
 from benchmarks.cells import Cell, build_model, ds_config, full_weight, model_config
 from benchmarks.ranks import RankError
 from deepspeed_alst.distributed import gather
-from deepspeed_alst.errors import SetupError
+from deepspeed_alst.errors import DataError, SetupError
 from tests.whole_sequence.test_log_probs import GAS, RATE, STEPS, WORLD, batch_of, by_turns
 
 
@@ -180,3 +180,19 @@ def test_a_direct_backward_is_refused(ranks2):
     with pytest.raises(RankError) as caught:
         ranks2.run(call_loss_backward)
     assert all(isinstance(each, SetupError) for each in caught.value.errors)
+
+
+def evaluate_with_other_outputs(same: bool) -> str:
+    engine, *_ = deepspeed.initialize(model=build_model(model_config(Cell())), config=ds_config(Cell(stage=0), 2))
+    engine.eval()
+    batch = batch_of(0, 0, 0 if same else dist.get_rank(), False)
+    with torch.no_grad(), pytest.raises(DataError) as caught:
+        engine(**batch, output_hidden_states=dist.get_rank() == 0)
+    engine.destroy()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_evaluation_whose_ranks_ask_for_other_outputs_is_refused_on_all(same, ranks2):
+    for said in ranks2.run(evaluate_with_other_outputs, same, seconds=120):
+        assert "the ranks of a sequence asked for different outputs: [['logits', 'hidden_states'], ['logits']]" in said
