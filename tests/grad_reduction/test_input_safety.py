@@ -30,7 +30,7 @@ KNOWN = {
     # same files right after. They are the run's own.
     "deepspeed_alst/checkpoint/universal.py": ["torch.load without weights_only"],
     # Between the ranks of one job, over its own group. A dataset's strings and numbers pass it as strings and numbers.
-    "deepspeed_alst/data/loader.py": ["torch.load without weights_only"],
+    "deepspeed_alst/data/exchange.py": ["torch.load without weights_only"],
     "deepspeed_alst/distributed/collectives.py": ["dist.all_gather_object"],
 }
 

@@ -547,7 +547,7 @@ ODD = {
     "an adapter of norms": ("rms_norm", r"input_layernorm is peft\..*LNTuningLayer, not transformers'"),
     "another norm": (
         "rms_norm",
-        r"layers\.1\.input_layernorm is tests\.integrations\.test_liger\._Norm, not transformers'",
+        r"layers\.1\.input_layernorm is tests\.liger\.test_liger\._Norm, not transformers'",
     ),
     "a replaced MLP": ("swiglu", r"layers\.1\.mlp\.forward has been replaced"),
     "a replaced attention": ("rope", r"layers\.1\.self_attn\.forward has been replaced"),
