@@ -6,7 +6,7 @@ One small exchange over gloo and a few scalars read from the device per forward,
 import bisect
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,8 +26,8 @@ WAY_OUT = (
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about one rank's batch, exchanged between ranks."""
+class BatchSummary:
+    """Summary of one rank's batch, exchanged between ranks."""
 
     problem: str | None = None
     shape: tuple[int, ...] = ()
@@ -40,8 +40,9 @@ class Facts:
     """Highest position id of all tokens."""
     documents: int = 0
     """Hash of the packed documents' bounds."""
-    whole: str = ""
-    """Fingerprint of an unsharded batch."""
+    kind: Literal["shard", "whole, trained", "whole, evaluated"] = "shard"
+    digest: str = ""
+    """Fingerprint of a whole batch and its options."""
     batch: int = 0
     """Fingerprint of the full batch, if position ids do not identify the shard's rank."""
 
@@ -59,15 +60,15 @@ def check_batches(
         if calls.checking:
             calls.real_tokens = kwargs.pop(REAL_TOKENS, None)
             return args, kwargs
-        facts, bounds = _read(spec, args, kwargs, vocabulary, groups, calls)
+        summary, bounds = _read(spec, args, kwargs, vocabulary, groups, calls)
         # Over all ranks, not one sequence's: the other replicas would hang in the gradient reduction.
         planned, refusal = None, None
-        if planner is not None and not facts.problem:
+        if planner is not None and not summary.problem:
             try:
-                planned = planner.local_batch(facts.shape)
+                planned = planner.local_batch(summary.shape)
             except AlstError as error:
                 refusal = error
-        everyone = gather_objects((facts, planned), groups.control_group)
+        everyone = gather_objects((summary, planned), groups.control_group)
         problem = problem_of([each for each, _ in everyone], groups.sp_size)
         if problem:
             raise DataError(problem)
@@ -103,8 +104,8 @@ def _read(
     vocabulary: Vocabulary,
     groups: SequenceGroups,
     calls: ForwardContext,
-) -> tuple[Facts, list[int]]:
-    """Return the facts of a batch and its packed documents' bounds; never raise, as the other ranks wait."""
+) -> tuple[BatchSummary, list[int]]:
+    """Return the summary of a batch and its packed documents' bounds; never raise, as the other ranks wait."""
     bounds: list[int] = []
     try:
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -113,13 +114,13 @@ def _read(
         kwargs |= checked(kwargs, vocabulary, takes_gradients=calls.gathers_tokens)
         problem = _problem(spec, args, kwargs, calls)
         if problem is not None:
-            return Facts(problem), bounds
+            return BatchSummary(problem), bounds
         tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         return _place_of(kwargs["position_ids"], stamp, tuple(tokens.shape[:2]), bounds, groups, calls), bounds
     except DataError as error:
-        return Facts(str(error)), bounds
+        return BatchSummary(str(error)), bounds
     except Exception as error:
-        return Facts(f"it cannot be read: {error!r}. {WAY_OUT}"), bounds
+        return BatchSummary(f"it cannot be read: {error!r}. {WAY_OUT}"), bounds
 
 
 def _problem(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any], calls: ForwardContext) -> str | None:
@@ -164,51 +165,51 @@ def _place_of(
     bounds: list[int],
     groups: SequenceGroups,
     calls: ForwardContext,
-) -> Facts:
+) -> BatchSummary:
     """Locate the shard by position ids that count from 0 in each document, else by the loader's stamp."""
     if calls.real_tokens is not None and tuple(calls.real_tokens.shape) != shape:
-        return Facts(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {WAY_OUT}")
+        return BatchSummary(f"its {REAL_TOKENS} are not those of its {shape[0]} x {shape[1]} tokens. {WAY_OUT}")
     if bounds and (shape[0] != 1 or bounds[-1] != shape[1] * groups.sp_size):
-        return Facts(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {WAY_OUT}")
+        return BatchSummary(f"its cu_seq_lens_q are not those of the whole sequence, padding included. {WAY_OUT}")
     # Of multi-dimensional position ids the first row is the text's.
     text_s = positions.reshape(-1, positions.shape[-1])[0]
     first, highest, over_all = torch.stack([text_s[0], text_s.max(), positions.max()]).tolist()
     if stamp is not None:
         rank, batch = stamp.tolist()
         if rank != groups.sp_rank:
-            return Facts(f"it is the shard of rank {rank} of the sequence's ranks, on rank {groups.sp_rank}. {WAY_OUT}")
-        return Facts(None, shape, highest=over_all, documents=hash(tuple(bounds)), batch=batch)
+            return BatchSummary(f"it is the shard of rank {rank} of its sequence, on rank {groups.sp_rank}. {WAY_OUT}")
+        return BatchSummary(None, shape, highest=over_all, documents=hash(tuple(bounds)), batch=batch)
     # The loader's right padding repeats the last position id.
     counting_s = torch.arange(first, first + len(text_s)).to(positions).clamp(max=highest)
     if not bounds and not torch.equal(positions, counting_s.expand_as(positions)):
-        return Facts(
+        return BatchSummary(
             f"its position_ids restart, but it has no cu_seq_lens_q of the whole sequence, or do not count on from 0, "
             f"but it has no {PLACE}. {WAY_OUT}"
         )
     place = groups.sp_rank * shape[1]
     place -= bounds[bisect.bisect_right(bounds, place) - 1] if bounds else 0  # the start of its document
     # Python's hash of integers is the same in every process.
-    return Facts(None, shape, first, place, over_all, hash(tuple(bounds)))
+    return BatchSummary(None, shape, first, place, over_all, hash(tuple(bounds)))
 
 
-def problem_of(everyone: list[Facts], sp_size: int) -> str | None:
+def problem_of(everyone: list[BatchSummary], sp_size: int) -> str | None:
     """Return why the batches are not shards of sequences, or None; the same on every rank."""
-    for rank, facts in enumerate(everyone):
-        if facts.problem:
-            return f"invalid batch on rank {rank}: {facts.problem}"
-    if len({(bool(facts.whole), facts.whole.endswith("trains")) for facts in everyone}) > 1:
+    for rank, summary in enumerate(everyone):
+        if summary.problem:
+            return f"invalid batch on rank {rank}: {summary.problem}"
+    if len({summary.kind for summary in everyone}) > 1:
         return f"whole batches reached the engine on some ranks, shards (or an evaluation's) on others. {WAY_OUT}"
-    if everyone[0].whole:
+    if everyone[0].kind != "shard":
         return None
     for first in range(0, len(everyone), sp_size):
         ranks = everyone[first : first + sp_size]
-        shapes = [facts.shape for facts in ranks]
-        starts, highest = [facts.first for facts in ranks], max(facts.highest for facts in ranks)
+        shapes = [summary.shape for summary in ranks]
+        starts, highest = [summary.first for summary in ranks], max(summary.highest for summary in ranks)
         # Padding has no position id above the last token's.
-        expected = [min(facts.expected, highest) for facts in ranks]
-        if any(facts.batch for facts in ranks):
+        expected = [min(summary.expected, highest) for summary in ranks]
+        if any(summary.batch for summary in ranks):
             expected = starts
-        if len({(facts.shape, facts.documents, facts.batch) for facts in ranks}) > 1 or starts != expected:
+        if len({(summary.shape, summary.documents, summary.batch) for summary in ranks}) > 1 or starts != expected:
             return (
                 f"batches reached the engine that are not split over the ranks of their sequence: ranks {first} to "
                 f"{first + sp_size - 1} have shapes {shapes} and position_ids that start at {starts}, or "

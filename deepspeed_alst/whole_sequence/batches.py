@@ -21,7 +21,7 @@ from deepspeed_alst.distributed.gather import gather_predictions, is_too_large
 from deepspeed_alst.distributed.mesh import SequenceGroups
 from deepspeed_alst.distributed.sequence_loss import IGNORED_LABEL
 from deepspeed_alst.errors import AlstError, DataError
-from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, Facts, problem_of
+from deepspeed_alst.sequence_parallel.batch_check import WAY_OUT, BatchSummary, problem_of
 from deepspeed_alst.tiling.lazy_logits import LazyLogits
 from deepspeed_alst.tiling.trl_fused_head import PER_TOKEN, has_fused_head
 
@@ -60,18 +60,18 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
     groups, trains, keep = session.groups, torch.is_grad_enabled(), batch.get("logits_to_keep", 0)
     try:
         batch = {key: _for_all_ranks(key, x, batch, groups) for key, x in batch.items()}
-        facts = Facts(whole=_digest(batch) + ("trains" if trains else ""))
+        summary = BatchSummary(kind="whole, trained" if trains else "whole, evaluated", digest=_digest(batch))
         batch, first_B = pad_on_the_right(_labels_of_all(batch))
         with_gradient = {key: x for key, x in batch.items() if _has_gradient(x) and _is_by_token(x, batch)}
     except AlstError as error:
-        facts = Facts(str(error))
+        summary = BatchSummary(str(error))
     except Exception as error:
-        facts = Facts(f"it cannot be read: {error!r}. {WAY_OUT}")
+        summary = BatchSummary(f"it cannot be read: {error!r}. {WAY_OUT}")
     with name_missing_ranks(groups.roll_group):
-        everyone = [each for each, _ in gather_objects((facts, None), groups.control_group)]
+        everyone = [each for each, _ in gather_objects((summary, None), groups.control_group)]
     if (problem := problem_of(everyone, groups.sp_size)) is not None:
         raise DataError(problem)
-    same = all(facts.whole == everyone[rank - rank % groups.sp_size].whole for rank, facts in enumerate(everyone))
+    same = all(each.digest == everyone[rank - rank % groups.sp_size].digest for rank, each in enumerate(everyone))
     if trains and not same:
         raise DataError(
             "batches reached the engine in training that are not split over the ranks of their sequence, and are not "
