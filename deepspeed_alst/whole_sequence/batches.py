@@ -73,9 +73,10 @@ def forward_whole_batch(session: Any, forward: Callable[..., Any], batch: dict[s
         raise DataError(problem)
     same = all(each.digest == everyone[rank - rank % groups.sp_size].digest for rank, each in enumerate(everyone))
     if trains and not same:
+        dropout = "Dropout in an encoder that each rank runs makes them differ: set it to 0. "
         raise DataError(
             "batches reached the engine in training that are not split over the ranks of their sequence, and are not "
-            f"the same on all of them. {WAY_OUT}"
+            f"the same on all of them. {dropout if session.is_multimodal else ''}{WAY_OUT}"
         )
     length = tokens_of(batch).shape[1]
     shards = [session.cut(batch)] if same else _exchanged(session, batch)
