@@ -237,4 +237,4 @@ def defer_embeddings(spec: ModelSpec, calls: Any, patches: PatchSet) -> None:
         return MergedEmbeddings(module, args[0], torch.zeros_like(args[0]), [])
 
     if isinstance(module, torch.nn.Module):
-        patches.set(module, "_compiled_call_impl", call)
+        patches.set(module, "_compiled_call_impl", call)  # what a module's __call__ runs, hooks included
